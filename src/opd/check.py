@@ -1,0 +1,94 @@
+"""What can be known to be wrong before any weight is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError
+from opd.metrics import check_report_to
+from opd.recipe import ModelSpec, Recipe, StageSpec
+from opd.types import Method
+
+REMEDIES = {
+    "reward": "a reward: set the stage's `reward`, e.g. {name: math_verify}",
+    "group": "several responses to a prompt: set sampling.n to 2 or more",
+    "teacher_model": "a teacher model: set the stage's `teacher` to one of the models",
+}
+
+
+def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
+    """Refuse a stage that does not give what its method's pieces declare. Raises ConfigError."""
+    needs = method.needs()
+    given = {
+        "reward": has_reward,
+        "group": spec.sampling.n >= 2,
+        "teacher_model": spec.teacher is not None and spec.teacher != spec.train,
+    }
+    missing = [REMEDIES[need] for need in sorted(needs) if not given.get(need, True)]
+    if missing:
+        raise ConfigError(f"Stage {spec.name!r}: method {spec.method!r} needs {'; '.join(missing)}.")
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Build every stage's method, read its data, render its prompts. Returns what was looked at and what was not.
+
+    Raises the errors that `opd train` would raise before it loads weights.
+    """
+    from opd.run import Given, prepare
+
+    check_report_to(recipe.report_to)
+    lines: list[str] = []
+    for spec in recipe.stages:
+        prepared = prepare(spec, Given(), recipe.seed)
+        held_out = "no held-out prompts" if prepared.held_out is None else f"{len(prepared.held_out.prompts)} held out"
+        lines.append(f"stage {spec.name}: {spec.method}, {len(prepared.prompts)} prompts, {held_out}")
+        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.prompts)]
+    return lines
+
+
+def check_tokenizers(recipe: Recipe, spec: StageSpec, prompts: list[Any]) -> list[str]:
+    """Render the prompts and compare the token maps, where a tokenizer can be had without its model."""
+    from opd.render import render_checked
+    from opd.teachers.local import check_same_tokens
+
+    lines: list[str] = []
+    tokenizers: dict[str, Any] = {}
+    for name in dict.fromkeys([spec.train, *([spec.teacher] if spec.teacher else [])]):
+        tokenizer = tokenizer_of(recipe.models[name], name)
+        if tokenizer is None:
+            lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
+        else:
+            tokenizers[name] = tokenizer
+    if spec.train in tokenizers:
+        options = recipe.models[spec.train].template_options
+        ids = render_checked(
+            prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
+        )
+        lines.append(f"longest prompt: {max(map(len, ids))} tokens")
+    if len(tokenizers) == 2 and spec.teacher is not None:
+        check_same_tokens(tokenizers[spec.train], tokenizers[spec.teacher], names=(spec.train, spec.teacher))
+        lines.append("student and teacher map every token to the same id")
+    return lines
+
+
+def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
+    """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet."""
+    from transformers import AutoTokenizer
+
+    from opd.loading import cached_gguf, new_tokenizer, resolved_path
+
+    if spec.init is not None:
+        tokenizer = new_tokenizer(spec, name)
+    elif spec.path is None:
+        return None
+    else:
+        path = resolved_path(spec, name)
+        if isinstance(path, Path) and path.suffix == ".gguf":
+            path = cached_gguf(path)
+            if not (path / "config.json").exists():
+                return None
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template
+    return tokenizer

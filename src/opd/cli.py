@@ -1,0 +1,137 @@
+"""The command line. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from opd.errors import OPDError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="On-policy distillation of language models.",
+)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe: the path of a YAML file.", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Overrides, e.g. seed=1 stages.distil.steps=5", metavar="[KEY=VALUE]...")
+]
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Run a recipe. The same command goes on with a run that was stopped."""
+    from opd.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from rich.console import Console
+
+    from opd.progress import Progress
+    from opd.report import print_report
+    from opd.run import run_recipe
+
+    console = Console()
+    run_recipe(resolved, progress=Progress(console=console))
+    print_report(resolved, console)
+
+
+@app.command()
+def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Find what is wrong with a recipe before any weight is loaded."""
+    from opd.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    _quiet_libraries()
+    from opd.check import check_recipe
+
+    for line in check_recipe(resolved):
+        typer.echo(line)
+    typer.echo(f"{recipe}: nothing wrong found.")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],
+    data: Annotated[str, typer.Argument(help="Held-out prompts: a file, reasoning_gym:TASK, ...")],
+    reward: Annotated[str | None, typer.Option(help="exact, math_verify, ..., or my_package.mine:function")] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="Of the reward: key=value")] = None,
+    n: Annotated[int, typer.Option(help="Responses a prompt")] = 1,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    max_completion_length: Annotated[int, typer.Option()] = 256,
+    limit: Annotated[int | None, typer.Option(help="Only the first prompts")] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
+    teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
+    _quiet_libraries()
+    import yaml
+
+    from opd.evaluate import evaluate_model
+
+    reward_options = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options or [])}
+    metrics = evaluate_model(
+        model,
+        data={"path": data, "limit": limit, "chat": chat},
+        reward=None if reward is None else {"name": reward, "options": reward_options},
+        sampling={
+            "n": n,
+            "temperature": temperature,
+            "top_p": top_p,
+            "max_completion_length": max_completion_length,
+        },
+        teacher=teacher,
+        seed=seed,
+    )
+    for name, value in metrics.items():
+        typer.echo(f"{name:24} {value:.4g}")
+
+
+@app.command()
+def methods() -> None:
+    """List the methods."""
+    from opd.methods import METHODS
+    from opd.methods.describe import headline
+
+    width = max(map(len, METHODS))
+    for name in METHODS:
+        typer.echo(f"{name:{width}}  {headline(name)}")
+
+
+@app.command()
+def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")]) -> None:
+    """A method's paper, formula, symbols and options."""
+    from opd.methods.describe import description
+
+    typer.echo(description(method))
+
+
+def _quiet_libraries() -> None:
+    """Progress is ours; the libraries' own bars and advice would tear it."""
+    import os
+
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def main() -> None:
+    """Entry point: errors that are the user's are one message, not a traceback."""
+    from opd.interrupt import Stopped
+
+    try:
+        app()
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(130)
+    except OPDError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

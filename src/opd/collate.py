@@ -1,0 +1,141 @@
+"""Rollouts and scores -> Batch (padded), Batch -> micro-batches (packed)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd.errors import DataError, TeacherError, TrainingError
+from opd.teachers.local import batches, right_padded
+from opd.types import Batch, Denominator, Method, Rollout, Scores, valid
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Some rows of a Batch as the student reads them, and their trained tokens, packed.
+
+    `row` and `position` say where in the rows' hidden states the prediction of each token is found.
+    """
+
+    rollouts: tuple[Rollout, ...]
+    input_ids: Tensor  # [b, L] prompt and response, right-padded
+    row: Tensor  # [N]
+    position: Tensor  # [N]
+    token_ids: Tensor  # [N]
+    share: Tensor  # [N] from Denominator
+    sampler_logp: Tensor  # [N]
+    teacher_logp: Tensor  # [N]
+    advantage: Tensor  # [N]
+    weight: Tensor  # [N]
+    support_ids: Tensor | None  # [N, K]
+    support_mask: Tensor | None  # [N, K]
+    teacher_support_logp: Tensor | None  # [N, K]
+    teacher_hidden: Tensor | None  # [N, H]
+
+
+def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
+    """Pad to [B, T]. Padding of floating-point fields is NaN: a path that reads it shows at once.
+
+    Raises DataError for a response of zero tokens, TeacherError when scores do not fit their response, TrainingError
+    when no token of the step is trained.
+    """
+    for rollout, score in zip(rollouts, scores, strict=True):
+        if len(rollout.response_ids) == 0:
+            raise DataError(
+                f"The response to prompt {rollout.prompt.id} has zero tokens, so there is nothing to train on. "
+                "Drop the row, or let its writer end with the end-of-sequence token."
+            )
+        if len(score.teacher_logp) != len(rollout.response_ids):
+            raise TeacherError(
+                f"The teacher scored {len(score.teacher_logp)} tokens of the response to prompt {rollout.prompt.id}, "
+                f"which has {len(rollout.response_ids)}."
+            )
+    if not any(bool(rollout.trained.any()) for rollout in rollouts):
+        raise TrainingError(
+            f"None of this step's {len(rollouts)} responses has a trained token (prompts "
+            f"{[rollout.prompt.id for rollout in rollouts[:8]]}): the gradient would be 0/0. Check the source's masks."
+        )
+    unknown = [torch.full((len(r.response_ids),), torch.nan) for r in rollouts]
+    groups: dict[int, int] = {}
+    return Batch(
+        rollouts=tuple(rollouts),
+        response_ids=pad([r.response_ids for r in rollouts], 0, device),
+        mask=pad([r.trained for r in rollouts], False, device),
+        sampler_logp=pad([_or(r.sampler_logp, u) for r, u in zip(rollouts, unknown, strict=True)], torch.nan, device),
+        policy_logp=pad([_or(r.policy_logp, u) for r, u in zip(rollouts, unknown, strict=True)], torch.nan, device),
+        teacher_logp=pad([s.teacher_logp for s in scores], torch.nan, device),
+        reward=torch.tensor([torch.nan if r.reward is None else r.reward for r in rollouts], device=device),
+        group=torch.tensor([groups.setdefault(r.prompt.id, len(groups)) for r in rollouts], device=device),
+        support_ids=_pad_all([s.support_ids for s in scores], 0, device),
+        support_mask=_pad_all([s.support_mask for s in scores], False, device),
+        teacher_support_logp=_pad_all([s.teacher_support_logp for s in scores], torch.nan, device),
+        teacher_hidden=_pad_all([s.teacher_hidden for s in scores], torch.nan, device),
+    )
+
+
+def attach(batch: Batch, method: Method) -> Batch:
+    """The end of phase A: credit and weight, detached."""
+    return replace(batch, advantage=method.credit(batch).detach(), weight=method.weight(batch).detach())
+
+
+def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int) -> list[MicroBatch]:
+    """Micro-batches of rows of similar length, each at most `micro_batch_tokens` padded tokens or one row.
+
+    Rows without a trained token are left out: they have no gradient.
+    """
+    trained = [i for i in range(len(batch.rollouts)) if bool(batch.mask[i].any())]
+    lengths = [len(batch.rollouts[i].prompt_ids) + len(batch.rollouts[i].response_ids) for i in trained]
+    return [_micro(batch, denominator, [trained[j] for j in rows]) for rows in batches(lengths, micro_batch_tokens)]
+
+
+def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroBatch:
+    rollouts = tuple(batch.rollouts[i] for i in indices)
+    device = batch.mask.device
+    chosen = torch.tensor(indices, device=device)
+    mask = batch.mask[chosen]
+    row, step = mask.nonzero(as_tuple=True)
+    first = torch.tensor([len(r.prompt_ids) - 1 for r in rollouts], device=device)
+
+    def packed(field: Tensor | None) -> Tensor | None:
+        return None if field is None else valid(field[chosen], mask)
+
+    assert batch.advantage is not None
+    assert batch.weight is not None
+    return MicroBatch(
+        rollouts=rollouts,
+        input_ids=right_padded([(*r.prompt_ids, *r.response_ids.tolist()) for r in rollouts], device),
+        row=row,
+        position=first[row] + step,
+        token_ids=valid(batch.response_ids[chosen], mask),
+        share=valid(denominator.share[chosen], mask),
+        sampler_logp=valid(batch.sampler_logp[chosen], mask),
+        teacher_logp=valid(batch.teacher_logp[chosen], mask),
+        advantage=valid(batch.advantage[chosen], mask),
+        weight=valid(batch.weight[chosen], mask),
+        support_ids=packed(batch.support_ids),
+        support_mask=packed(batch.support_mask),
+        teacher_support_logp=packed(batch.teacher_support_logp),
+        teacher_hidden=packed(batch.teacher_hidden),
+    )
+
+
+def pad(rows: Sequence[Tensor], value: float | bool, device: torch.device) -> Tensor:
+    """[T_i, ...] rows -> [B, T, ...], filled with `value` behind each row's end."""
+    longest = max(len(row) for row in rows)
+    out = torch.full((len(rows), longest, *rows[0].shape[1:]), value, dtype=rows[0].dtype, device=device)
+    for i, row in enumerate(rows):
+        out[i, : len(row)] = row
+    return out
+
+
+def _pad_all(rows: Sequence[Tensor | None], value: float | bool, device: torch.device) -> Tensor | None:
+    present = [row for row in rows if row is not None]
+    assert len(present) in (0, len(rows)), "some responses of a step have a support and some do not"
+    return pad(present, value, device) if present else None
+
+
+def _or(values: Tensor | None, otherwise: Tensor) -> Tensor:
+    return otherwise if values is None else values

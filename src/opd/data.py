@@ -1,0 +1,153 @@
+"""Rows of a file, a package, a task generator, a function or the hub -> `Prompt`s; and which of them a step takes."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from opd.errors import ConfigError, DataError, nearest
+from opd.readers import FUNCTION, READERS, Row, rows_of
+from opd.render import conversation, text_or_none
+from opd.types import Prompt
+
+COLUMNS = ("prompt", "answer", "response", "privileged_context", "teacher_id")
+PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "messages", "conversations")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataSpec:
+    """Where prompts come from. `path` is one of
+
+    - a file that ends with .json (a list of objects), .jsonl, .parquet or .csv (an empty cell is no value)
+    - `package:NAME/FILE`, such a file inside an installed package, which is not imported
+    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
+    - `package.module:function`, rows of `function(**options)`, an iterable of dicts
+    - a folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`
+    """
+
+    path: str
+    split: str = "train"  # of a folder or a hub name
+    columns: Mapping[str, str] = field(default_factory=dict[str, str])  # our name -> the file's column
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    limit: int | None = None  # rows, from the first
+    chat: bool = False  # a text prompt becomes one user message
+    system: str | None = None  # a system message before the messages; implies chat
+
+
+def load_prompts(spec: DataSpec, *, require: Collection[str] = ()) -> list[Prompt]:
+    """All rows as prompts, with id = index of the row; `require` names columns that every row has to fill.
+
+    Read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row without one,
+    TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A reasoning-gym row
+    keeps {task, options, entry} under metadata["reasoning_gym"], so that the reward of that name can score it. The same
+    options give the same rows in every process, except for tasks that iterate over Python sets (word_ladder,
+    knight_swap, ransom_note, isomorphic_strings, polynomial_multiplication): those also need a fixed PYTHONHASHSEED.
+
+    Raises ConfigError when the spec cannot be meant so, DataError when a file or a row cannot be used.
+    """
+    _check_spec(spec)
+    rows = list(islice(rows_of(spec.path, split=spec.split, options=spec.options, limit=spec.limit), spec.limit))
+    return _prompts(rows, spec, require)
+
+
+def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: bool = False) -> list[Prompt]:
+    """Rows that a Python caller has: strings, mappings with `prompt`, or Prompts (which keep their id).
+
+    Raises DataError as `load_prompts` does.
+    """
+    given = list(rows)
+    if given and all(isinstance(row, Prompt) for row in given):
+        return [row for row in given if isinstance(row, Prompt)]
+    mappings = [{"prompt": row} if isinstance(row, str) else row for row in given]
+    spec = DataSpec(path="prompts", chat=chat)
+    return _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], spec, ())
+
+
+def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> list[Prompt]:
+    if not rows:
+        raise DataError(f"{spec.path} is empty: it has no rows. Give data with at least one row.")
+    for where, row in rows:
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{where} is a {type(row).__name__}, got {reprlib.repr(row)}. "
+                'A row is an object with a `prompt`, e.g. {"prompt": "..."}.'
+            )
+    seen = list(dict.fromkeys(str(column) for _, row in rows for column in row))
+    for name, column in spec.columns.items():
+        if column not in seen:
+            raise DataError(
+                f"`columns: {{{name}: {column}}}` names a column that {spec.path} does not have."
+                f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
+            )
+    prompts = [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows)]
+    for name in require:
+        _check_filled(name, prompts, seen, spec)
+    return prompts
+
+
+def take(prompts: Sequence[Prompt], *, step: int, count: int, seed: int) -> list[Prompt]:
+    """The `count` prompts of a step: a pure function of (seed, step), so that the step alone resumes the order.
+
+    Epoch e is the permutation of `numpy.random.default_rng((seed, e))`. Consecutive steps walk through it without a
+    repeat, and its end is followed by the next epoch's beginning. `count` has to stay the same through a run.
+    """
+    assert prompts
+    assert step >= 0 < count
+    places = [divmod(position, len(prompts)) for position in range(step * count, (step + 1) * count)]
+    epochs = {epoch for epoch, _ in places}
+    orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(prompts)) for epoch in epochs}
+    return [prompts[int(orders[epoch][offset])] for epoch, offset in places]
+
+
+def _check_spec(spec: DataSpec) -> None:
+    for name in spec.columns:
+        if name not in COLUMNS:
+            raise ConfigError(
+                f"`columns` maps our names to the file's, and {name!r} is none of ours.{nearest(name, COLUMNS)} "
+                f"Known: {', '.join(COLUMNS)}. Other columns go to the metadata under their own name."
+            )
+    if spec.limit is not None and spec.limit < 1:
+        raise ConfigError(f"`limit` is a number of rows, at least 1, got {spec.limit}. Leave it out to read all.")
+    is_file = spec.path.startswith("package:") or Path(spec.path).suffix.lower() in READERS
+    if is_file and spec.options:
+        raise ConfigError(f"A file has no options, and {spec.path} got {sorted(spec.options)}. Remove `options`.")
+    generated = spec.path.startswith("reasoning_gym:") or FUNCTION.fullmatch(spec.path)
+    if spec.split != "train" and (is_file or generated):
+        raise ConfigError(f"`split: {spec.split}`: {spec.path} has no splits. Give the path of that split's own data.")
+
+
+def _prompt(index: int, where: str, row: Mapping[str, Any], spec: DataSpec) -> Prompt:
+    source = {name: spec.columns.get(name, name) for name in COLUMNS}
+    if "response" not in spec.columns and "response" not in row:
+        source["response"] = "completion"
+    if source["prompt"] not in row:
+        guess = next((name for name in PROMPT_LIKE if name in row), "THE_COLUMN")
+        raise DataError(
+            f"{where} has no column {source['prompt']!r}.{nearest(source['prompt'], map(str, row))} Its columns: "
+            f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
+        )
+    asked = (row[source["prompt"]], f"{where}: `{source['prompt']}`")
+    return Prompt(
+        id=index,
+        content=conversation(*asked, chat=spec.chat, system=spec.system),
+        answer=row.get(source["answer"]),
+        **{name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in COLUMNS[2:]},
+        metadata={str(key): value for key, value in row.items() if key not in source.values()},
+    )
+
+
+def _check_filled(name: str, prompts: Sequence[Prompt], seen: Sequence[str], spec: DataSpec) -> None:
+    values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
+    empty = [index for index, value in enumerate(values) if value is None or value == ""]
+    if empty and name != "prompt":
+        first = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+        raise DataError(
+            f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {spec.path} have none "
+            f"(rows {first}).{nearest(name, seen)} Its columns: {', '.join(seen)}. Fill it, or map it with `columns:`."
+        )

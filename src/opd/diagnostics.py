@@ -1,0 +1,32 @@
+"""What a batch of phase A says about the step, at no further cost."""
+
+from __future__ import annotations
+
+from opd.metrics import Metrics
+from opd.statistics import repeat_ratio
+from opd.types import Batch, Method, valid
+
+
+def of(batch: Batch, method: Method, version: int) -> Metrics:
+    """Lengths, endings, rewards and the sampled log-ratio; `version` is the number of updates behind the student."""
+    metrics = Metrics()
+    n = len(batch.rollouts)
+    lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
+    metrics.mean("rollout/length", sum(lengths), n)
+    metrics.max("rollout/length_max", max(lengths))
+    metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
+    metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
+    metrics.sum("train/tokens", float(batch.mask.sum()))
+    rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
+    if rewards:
+        metrics.mean("rollout/reward", sum(rewards), len(rewards))
+    written = [rollout for rollout in batch.rollouts if rollout.sampler_logp is not None]
+    if written:
+        metrics.max("rollout/staleness_max", max(version - rollout.sampler_version for rollout in written))
+    if len(written) == n:
+        policy = valid(batch.policy_logp, batch.mask)
+        metrics.mean("rollout/policy_nll", -policy.sum().item(), len(policy))
+        if method.support.kind != "none":
+            teacher = valid(batch.teacher_logp, batch.mask)
+            metrics.mean("teacher/log_ratio", (teacher - policy).sum().item(), len(policy))
+    return metrics

@@ -1,0 +1,44 @@
+"""What goes wrong, for people: every message says what, got, why and the remedy.
+
+One base class, and each error is also the standard type that it replaces, so `except ValueError` keeps working.
+A `ConfigError` comes before any weight is loaded. `assert` is for our own bugs, never for a user's input.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class OPDError(Exception):
+    """Base of every error that `opd` raises on purpose."""
+
+
+class ConfigError(OPDError, ValueError):
+    """The recipe, an option or a combination of options cannot work."""
+
+
+class DataError(OPDError, ValueError):
+    """A data file, a row or a rendered prompt cannot be used."""
+
+
+class TeacherError(OPDError, RuntimeError):
+    """A teacher could not score, or its scores cannot be right."""
+
+
+class AlignmentError(OPDError, ValueError):
+    """Student and teacher do not speak about the same tokens."""
+
+
+class TrainingError(OPDError, RuntimeError):
+    """A step went wrong (no trained token, NaN loss, a reward that raised); checkpoints are untouched."""
+
+
+class RunError(OPDError, OSError):
+    """The run directory cannot be used: another run, no space, not writable."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for a misspelt `name`, or the empty string."""
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f" Did you mean {match[0]!r}?" if match else ""

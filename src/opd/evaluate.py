@@ -1,0 +1,187 @@
+"""Held-out prompts: rewards with intervals, lengths, signs of collapse, and the exact divergence from the teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from opd.collate import attach, collate, split
+from opd.contexts import same_prompt
+from opd.data import DataSpec, load_prompts
+from opd.divergences import DIVERGENCES
+from opd.loading import load_model
+from opd.loss import tokens_of
+from opd.methods.reverse_kl import reverse_kl
+from opd.models import LanguageModel, evaluating
+from opd.recipe import ModelSpec
+from opd.rewards import RewardFn, load_reward, score
+from opd.samplers.hf import TransformersSampler
+from opd.score import chunks
+from opd.signals import support_of
+from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
+from opd.teachers.local import LocalTeacher, teacher_for
+from opd.types import Context, Prompt, Rollout, Sampler, Sampling, TeacherRule
+
+# Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
+# so that before and after differ by the weights alone.
+EVALUATION_STEP = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What is measured, and how."""
+
+    prompts: Sequence[Prompt]
+    sampling: Mapping[str, Sampling]
+    reward: RewardFn | None
+    seed: int
+    pass_at: Sequence[int] = (1,)
+    max_prompt_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """`metrics` by name (`eval/<sampling>/<what>`), and the responses behind them by sampling."""
+
+    metrics: dict[str, float]
+    rollouts: dict[str, list[Rollout]]
+
+
+def measure(held_out: HeldOut, samplers: Mapping[str, Sampler]) -> Measurement:
+    """Sample every held-out prompt with each setting and summarise."""
+    metrics: dict[str, float] = {}
+    rollouts: dict[str, list[Rollout]] = {}
+    for name, sampler in samplers.items():
+        written = rewarded(held_out.reward, sampler(held_out.prompts, seed=(held_out.seed, EVALUATION_STEP)))
+        rollouts[name] = written
+        metrics |= {f"eval/{name}/{key}": value for key, value in summary(written, held_out.pass_at).items()}
+    return Measurement(metrics=metrics, rollouts=rollouts)
+
+
+def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sampler]:
+    return {
+        name: TransformersSampler(lm=student, sampling=sampling, max_prompt_length=held_out.max_prompt_length)
+        for name, sampling in held_out.sampling.items()
+    }
+
+
+def rewarded(reward: RewardFn | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with their rewards, if there is one. Raises TrainingError when the reward does."""
+    if reward is None:
+        return list(rollouts)
+    return [replace(r, reward=value) for r, value in zip(rollouts, score(reward, rollouts), strict=True)]
+
+
+def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
+    """Numbers about responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse."""
+    groups: dict[int, list[Rollout]] = {}
+    for rollout in rollouts:
+        groups.setdefault(rollout.prompt.id, []).append(rollout)
+    n = len(rollouts)
+    out = {
+        "responses": float(n),
+        "length": sum(len(r.response_ids) for r in rollouts) / n,
+        "cut_share": sum(not r.finished for r in rollouts) / n,
+        "repeat_ratio": sum(repeat_ratio(r.response_ids.tolist()) for r in rollouts) / n,
+        "distinct_share": distinct_share([r.text for r in rollouts]),
+        "empty_share": sum(not r.text.strip() for r in rollouts) / n,
+    }
+    rewards = [[r.reward for r in group if r.reward is not None] for group in groups.values()]
+    if not all(rewards):
+        return out
+    binary = all(value in (0.0, 1.0) for group in rewards for value in group)
+    interval = mean_interval(
+        [sum(group) / len(group) for group in rewards], binary=binary and all(len(group) == 1 for group in rewards)
+    )
+    out |= {"reward": interval.mean, "reward_low": interval.low, "reward_high": interval.high}
+    if binary:
+        for k in pass_at:
+            if k > 1:
+                each = [pass_at_k(len(group), int(sum(group)), k) for group in rewards]
+                out[f"pass@{k}"] = sum(each) / len(each)
+    return out
+
+
+@torch.no_grad()
+def exact_divergence(
+    student: LanguageModel,
+    teacher: LocalTeacher,
+    rollouts: Sequence[Rollout],
+    context: Context,
+    *,
+    micro_batch_tokens: int,
+    names: Sequence[str] = ("reverse_kl", "forward_kl"),
+) -> dict[str, float]:
+    """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary."""
+    method = reverse_kl(average="token")
+    scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature)
+    batch = attach(collate(rollouts, scores, student.device), method)
+    denominator = method.normalise(batch)
+    student_head, teacher_head = student.head(), teacher.head()
+    totals = dict.fromkeys(names, 0.0)
+    with evaluating(student.model):
+        for micro in split(batch, denominator, micro_batch_tokens):
+            hidden_NH = student.hidden(micro.input_ids)[micro.row, micro.position]
+            for rows in chunks(len(hidden_NH), student_head.vocabulary):
+                tokens = tokens_of(method, hidden_NH[rows], student_head, micro, rows, teacher_head)
+                for name in names:
+                    totals[name] += DIVERGENCES[name](*support_of(tokens)).sum().item()
+    return {name: total / denominator.count for name, total in totals.items()}
+
+
+def sample_rows(rollouts: Sequence[Rollout], **columns: Any) -> list[dict[str, Any]]:
+    """Rollouts as flat rows for a Parquet file."""
+    return [
+        {
+            **columns,
+            "prompt_id": r.prompt.id,
+            "sample": r.sample,
+            "prompt": r.prompt.content if isinstance(r.prompt.content, str) else str(r.prompt.content[-1]["content"]),
+            "response": r.text,
+            "reward": r.reward,
+            "finished": r.finished,
+            "sampler_version": r.sampler_version,
+            "response_ids": r.response_ids.tolist(),
+            "sampler_logp": None if r.sampler_logp is None else r.sampler_logp.tolist(),
+            "policy_logp": None if r.policy_logp is None else r.policy_logp.tolist(),
+        }
+        for r in rollouts
+    ]
+
+
+def evaluate_model(
+    model: str,
+    *,
+    data: Mapping[str, Any],
+    reward: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    teacher: str | None = None,
+    seed: int = 0,
+    micro_batch_tokens: int = 4096,
+) -> dict[str, float]:
+    """`opd eval`: a model by path on held-out prompts; with `teacher`, also the exact divergence from it.
+
+    `data`, `reward` and `sampling` are sections of a recipe. Raises the kinds of `opd.errors`.
+    """
+    lm = load_model(ModelSpec(path=model), name="model")
+    settings = Sampling(**(sampling or {}))
+    held_out = HeldOut(
+        prompts=load_prompts(DataSpec(**data)),
+        sampling={"sampled": settings},
+        reward=None if reward is None else load_reward(**reward),
+        seed=seed,
+        pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= settings.n],
+    )
+    measured = measure(held_out, student_samplers(held_out, lm))
+    metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
+    if teacher is not None:
+        other = load_model(ModelSpec(path=teacher), name="teacher")
+        scorer = teacher_for(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
+        assert scorer is not None
+        metrics |= exact_divergence(
+            lm, scorer, measured.rollouts["sampled"], same_prompt(), micro_batch_tokens=micro_batch_tokens
+        )
+    return metrics

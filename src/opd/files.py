@@ -1,0 +1,119 @@
+"""Files that survive a kill: whole files are replaced atomically, lines are appended with one write each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import RunError, TrainingError
+
+GIB = 1 << 30
+_GO_ON = "Free space or allow writing there, then start the same command again."
+
+
+def append_line(file: Path, step: int, numbers: Mapping[str, float]) -> None:
+    """Append `{"step": ..., names sorted}` with one `write`, so that a kill leaves at most one partial last line.
+
+    Raises:
+        TrainingError: a number is NaN or infinite.
+        RunError: the line could not be written.
+    """
+    assert "step" not in numbers
+    check_finite(f"step {step}", numbers)
+    line = (json.dumps({"step": step, **{name: numbers[name] for name in sorted(numbers)}}) + "\n").encode()
+    try:
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            written = os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise RunError(f"{file} could not be written ({error.strerror or error}). {_GO_ON}") from error
+    if written != len(line):
+        raise RunError(f"{file} took only {written} of the {len(line)} bytes of step {step} (disk full?). {_GO_ON}")
+
+
+def read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The complete lines, each as bytes and as a row; a partial last line is left out, a missing file has none.
+
+    Raises:
+        RunError: the file cannot be read, or a complete line is damaged.
+    """
+    try:
+        lines = file.read_bytes().splitlines(keepends=True) if file.exists() else []
+    except OSError as error:
+        raise RunError(f"{file} cannot be read ({error.strerror or error}).") from error
+    rows: list[tuple[bytes, dict[str, Any]]] = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            row = json.loads(line)
+            rows.append((line, {"step": int(row["step"]), **row}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise RunError(f"{file}, line {number} is damaged ({error!r}). Remove that line to go on.") from error
+    return rows
+
+
+def check_finite(what: str, value: Any, name: str = "") -> None:
+    """JSON has no NaN, and a run that has one is broken: say which number it is.
+
+    Raises:
+        TrainingError: a number in the value, however deep, is NaN or infinite.
+    """
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            check_finite(what, inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            check_finite(what, inner, f"{name}[{i}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise TrainingError(
+            f"In {what}, {name!r} is {value}. The step before went wrong, most often through a learning rate that is "
+            "too high; checkpoints are untouched. Lower it, or look at the metrics of the last steps."
+        )
+
+
+def fsync_path(path: Path) -> None:
+    """Bring a file or a folder's entries to the disk, not only to the kernel."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(file: Path, content: str | bytes | Callable[[Path], None]) -> None:
+    """Write the whole file or leave what was there. A callable writes to the path that it is given.
+
+    Raises:
+        RunError: the file could not be written; the part that was is removed.
+    """
+    part = file.with_name(f".{file.name}.writing-{os.getpid()}")
+    try:
+        if callable(content):
+            content(part)
+        else:
+            part.write_bytes(content.encode() if isinstance(content, str) else content)
+        fsync_path(part)
+        os.replace(part, file)
+        fsync_path(file.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):  # what is in the way of writing may be in the way of removing
+            part.unlink()
+        if isinstance(error, OSError):
+            raise refused(file, error) from error
+        raise
+
+
+def refused(path: Path, error: OSError) -> RunError:
+    why = error.strerror or str(error)
+    return RunError(
+        f"{path} cannot be written ({why}). Free space or allow writing there, or use another output_dir=..., then "
+        "start the same command again."
+    )

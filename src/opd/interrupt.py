@@ -1,0 +1,44 @@
+"""SIGINT, in the middle of a run: finish the step, save, say how to go on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+from opd.errors import OPDError
+
+
+class Stopped(OPDError):  # noqa: N818  what happened is no error
+    """A run that was asked to stop and has saved; the same command goes on with it."""
+
+    def __init__(self, *, stage: str, step: int, steps: int) -> None:
+        super().__init__(
+            f"Stopped after step {step} of {steps} of stage {stage!r}; everything is saved. "
+            "The same command goes on from there."
+        )
+
+
+class Interrupt:
+    """While active, the first SIGINT sets `asked`; the second one is an ordinary KeyboardInterrupt."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupt:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nStopping after this step; once more to stop at once.", flush=True)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)

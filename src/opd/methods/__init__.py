@@ -1,0 +1,75 @@
+"""The one registry. A method is a function that returns a `Method`; its signature is the schema of its options."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from opd.errors import ConfigError, nearest
+from opd.methods.context_distillation import context_distillation
+from opd.methods.gkd import gkd
+from opd.methods.grpo import grpo
+from opd.methods.opd import opd
+from opd.methods.reverse_kl import reverse_kl
+from opd.methods.sft import sft
+from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.plugins import import_function
+from opd.types import Method
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "sft": sft,
+    "grpo": grpo,
+    "opd": opd,
+    "gkd": gkd,
+    "reverse_kl": reverse_kl,
+    "topk_reverse_kl": topk_reverse_kl,
+    "context_distillation": context_distillation,
+}
+
+
+def function_of(name: str) -> Callable[..., Method]:
+    """The function behind a method's name, or behind `my_package.mine:method`. Raises ConfigError."""
+    if ":" in name:
+        return import_function(name)
+    if name not in METHODS:
+        raise ConfigError(
+            f"There is no method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}; your own is named "
+            "my_package.mine:method."
+        )
+    return METHODS[name]
+
+
+def build(name: str, options: Mapping[str, Any]) -> Method:
+    """The Method called `name` with options checked against its signature. Raises ConfigError."""
+    function = function_of(name)
+    signature = inspect.signature(function)
+    hints = get_type_hints(function)
+    fields: dict[str, Any] = {
+        p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
+        for p in signature.parameters.values()
+    }
+    schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=False), **fields)
+    try:
+        checked = schema.model_validate(dict(options))
+    except ValidationError as error:
+        raise ConfigError(_explain(name, error, list(fields))) from error
+    method = function(**{key: getattr(checked, key) for key in fields})
+    if not isinstance(method, Method):
+        raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it has to return an opd.types.Method.")
+    return method
+
+
+def _explain(name: str, error: ValidationError, known: list[str]) -> str:
+    lines: list[str] = []
+    for one in error.errors():
+        key = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            lines.append(f"unknown option `{key}`.{nearest(key, known)} Known: {', '.join(known) or 'none'}")
+        elif one["type"] == "missing":
+            lines.append(f"option `{key}` is missing")
+        else:
+            lines.append(f"option `{key}`: {one['msg']} (got {one['input']!r})")
+    return f"Method {name!r}:\n  " + "\n  ".join(lines)

@@ -1,0 +1,50 @@
+"""On-policy self-distillation (OPSD): the teacher is the student itself, reading privileged information.
+
+Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 with I, and App. A.3 (teachers).
+
+    L = (1/B) sum_i (1/T_i) sum_t D( p(. | x, y_<t) , sg[ p_teacher(. | x, I, y_<t) ] ),        y ~ p(. | x)
+
+| paper | here |
+|---|---|
+| I, privileged information | `system`, `examples`, `template` (with the data's `privileged_context`) |
+| theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
+| l_t | `divergence`, on the full vocabulary or the teacher's `k` most likely tokens in `form` |
+
+An I that is the same rule for every prompt can be internalised; with an I of its own for every prompt the optimum is
+the normalised geometric mean of the teachers (eq. 10-11), which may obey none of them.
+
+Differs from the paper: full vocabulary by default, where the paper uses the top 20 tokens. `form="tail"` for top-k.
+"""
+
+from typing import Literal
+
+from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
+from opd.types import Method
+
+
+def context_distillation(
+    system: str | None = None,
+    examples: list[tuple[str, str]] | None = None,
+    template: str | None = None,
+    teacher: Literal["frozen", "live", "ema"] = "frozen",
+    decay: float = 0.99,
+    divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
+    k: int | None = None,
+    form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "tail",
+    average: Literal["token", "sequence"] = "sequence",
+    temperature: float = 1.0,
+) -> Method:
+    """Teach a model to do without its prompt what it does with it; `k=None` is the full vocabulary."""
+    rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
+    return Method(
+        source=sources.on_policy(),
+        context=contexts.privileged(system=system, examples=examples or (), template=template),
+        teacher=rules[teacher],
+        support=supports.full() if k is None else supports.top_k(k, by="teacher"),
+        credit=credit.no_credit(),
+        weight=weights.every_token(),
+        signal=signals.divergence(divergence, form=form),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        update=updates.optimizer_step(),
+        temperature=temperature,
+    )

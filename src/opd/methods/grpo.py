@@ -1,0 +1,45 @@
+"""GRPO: reinforcement learning from a reward, each response against its group.
+
+Shao et al., "DeepSeekMath", arXiv 2402.03300, eq. 3. Dr.GRPO: Liu et al., arXiv 2503.20783, section 3.2.
+
+    A_i = (r_i - mean r) / std r                       over the group of responses to one prompt
+    L   = -(1/G) sum_i (1/|y_i|) sum_t min(rho_t A_i, clip(rho_t, 1 - e, 1 + e') A_i),   rho_t = p(y_t) / mu(y_t)
+
+| paper | here |
+|---|---|
+| G | `sampling.n` of the recipe |
+| pi_old | `sampler` (`sampler_logp`: after temperature and truncation) |
+| e, e' | `clip_low`, `clip_high` |
+| Dr.GRPO: no std, constant length | `variant="dr_grpo"`, `length` |
+
+Differs from the paper: no KL to a reference model (its coefficient is 0 in DAPO and Dr.GRPO); one update a batch, so
+that clipping binds only where truncated sampling makes the ratio differ from 1.
+"""
+
+from typing import Literal
+
+from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
+from opd.errors import ConfigError
+from opd.types import Method
+
+
+def grpo(
+    variant: Literal["grpo", "dr_grpo"] = "grpo",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    length: int | None = None,
+) -> Method:
+    """Reinforcement learning with group-relative advantages; `length` is Dr.GRPO's constant divisor in tokens."""
+    if variant == "dr_grpo" and length is None:
+        raise ConfigError("dr_grpo divides by a constant number of tokens: set `length`, e.g. max_completion_length.")
+    return Method(
+        source=sources.on_policy(),
+        context=contexts.same_prompt(),
+        teacher=teachers.no_teacher(),
+        support=supports.no_support(),
+        credit=credit.group_reward(divide_by_std=variant == "grpo"),
+        weight=weights.every_token(),
+        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
+        normalise=normalise.per_constant(length) if variant == "dr_grpo" and length else normalise.per_sequence(),
+        update=updates.optimizer_step(),
+    )

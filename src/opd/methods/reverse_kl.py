@@ -1,0 +1,36 @@
+"""On-policy distillation with the exact reverse KL at every position.
+
+Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 and 3; Li et al., "Rethinking
+On-Policy Distillation", arXiv 2604.13016, eq. 4.
+
+    L = (1/B) sum_i (1/T_i) sum_t KL( p(. | x, y_<t) || q(. | x, y_<t) ),        y ~ p, no gradient through y
+
+| paper | here |
+|---|---|
+| pi_theta, p | `student_support_logp`, all of the vocabulary |
+| pi_T, q | `teacher_support_logp` |
+| d/dz_j = p_j (log p_j - log q_j - KL) | made chunk by chunk in the forward (`score.chunked_loss`) |
+
+Differs from the paper: nothing.
+"""
+
+from typing import Literal
+
+from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
+from opd.types import Method
+
+
+def reverse_kl(average: Literal["token", "sequence"] = "sequence", temperature: float = 1.0) -> Method:
+    """Exact and of the lowest variance; the teacher's whole distribution at the student's own tokens."""
+    return Method(
+        source=sources.on_policy(),
+        context=contexts.same_prompt(),
+        teacher=teachers.external(),
+        support=supports.full(),
+        credit=credit.no_credit(),
+        weight=weights.every_token(),
+        signal=signals.divergence("reverse_kl"),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        update=updates.optimizer_step(),
+        temperature=temperature,
+    )

@@ -1,0 +1,51 @@
+"""A user's own functions by name: `my_package.mine:function`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError, nearest
+
+
+def import_function(reference: str) -> Callable[..., Any]:
+    """`package.module:function` -> the function; modules are found in the working directory too.
+
+    Raises ConfigError when it cannot be imported or called.
+    """
+    module_name, _, name = reference.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there by itself
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # any line of the user's module may raise
+        raise ConfigError(
+            f"{reference}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
+            "Correct the name, install the package, or run where its file is."
+        ) from error
+    if not callable(getattr(module, name, None)):
+        functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        problem = "is not a function" if hasattr(module, name) else "does not exist"
+        raise ConfigError(
+            f"{reference}: {name!r} {problem} in {module_name!r}.{nearest(name, functions)} "
+            f"Its functions: {', '.join(functions) or 'none'}."
+        )
+    return getattr(module, name)
+
+
+def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], *, given: int = 0) -> None:
+    """Raise ConfigError unless `function` can be called with `given` positional arguments and **options."""
+    signature = inspect.signature(function)
+    try:
+        signature.bind(*range(given), **options)
+    except TypeError as error:
+        known = list(signature.parameters)[given:]
+        near = "".join(nearest(name, known) for name in options if name not in known)
+        raise ConfigError(
+            f"{what} cannot be called with the options {sorted(options)}: {error}.{near} "
+            f"Its options: {', '.join(known) or 'none'}."
+        ) from error

@@ -1,0 +1,295 @@
+"""The recipe: what a run does, as YAML, validated before anything heavy is imported. No torch here.
+
+Field names follow TRL where the meaning is the same. `key=value` overrides use dotted paths; a stage is named or
+numbered: `stages.distil.steps=5`, and in a recipe of one stage `steps=5` is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from opd.errors import ConfigError, nearest
+
+
+class Section(BaseModel):
+    """Frozen, and no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Lora(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class Characters(Section):
+    characters: str
+
+
+class ModelSpec(Section):
+    """Where a model comes from: a path, a new one from a config, or what an earlier stage made of it."""
+
+    path: str | None = None  # folder, hub id, GGUF file, or package:NAME/FILE
+    init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
+    from_stage: str | None = None  # the model that this stage leaves
+    tokenizer: str | Characters | None = None  # for `init`
+    seed: int = 0  # of the random weights
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: bool = False  # bfloat16 compute over float32 weights
+    device: str | None = None  # default: cuda if there is one
+    offload: bool = False  # a teacher that stays on the CPU between its turns
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # replaces the tokenizer's
+    template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSpec:
+        given = [name for name in ("path", "init", "from_stage") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a model comes from exactly one of path, init, from_stage; got {given or 'none'}")
+        return self
+
+
+class DataSection(Section):
+    """See `opd.data.DataSpec`."""
+
+    path: str
+    split: str = "train"
+    columns: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    limit: int | None = Field(None, ge=1)
+    chat: bool = False
+    system: str | None = None
+
+
+class SamplingSection(Section):
+    """See `opd.types.Sampling`; n is the number of responses a prompt."""
+
+    max_completion_length: int = Field(256, ge=1)
+    temperature: float = Field(1.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: int = Field(0, ge=0)
+    n: int = Field(1, ge=1)
+    stop: list[str] = []
+
+
+class RewardSection(Section):
+    name: str
+    options: dict[str, Any] = {}
+
+
+class OptimizerSection(Section):
+    """AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
+
+    learning_rate: float = Field(1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+
+
+class EvaluateSection(Section):
+    """Held-out prompts, before and after training and every `every` steps (0: only before and after)."""
+
+    data: DataSection
+    reward: RewardSection | None = None
+    sampling: dict[str, SamplingSection] = {"sampled": SamplingSection()}
+    every: int = Field(0, ge=0)
+    before: bool = True
+    teacher: bool = False  # the teacher's own responses, once
+    kl: bool = False  # exact reverse and forward KL on the student's own responses
+    pass_at: list[int] = [1]
+
+
+class CheckpointSection(Section):
+    every: int = Field(50, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class StageSpec(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    train: str
+    teacher: str | None = None
+    method: str
+    options: dict[str, Any] = {}
+    data: DataSection
+    reward: RewardSection | None = None
+    sampling: SamplingSection = SamplingSection()
+    teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
+    steps: int = Field(ge=1)
+    seconds_of: str | None = None  # stop early, after as many seconds of training as that stage took
+    prompts_per_step: int = Field(16, ge=1)
+    micro_batch_tokens: int = Field(4096, ge=1)
+    max_prompt_length: int | None = Field(None, ge=1)
+    optimizer: OptimizerSection = OptimizerSection()
+    evaluate: EvaluateSection | None = None
+    checkpoint: CheckpointSection = CheckpointSection()
+    samples_every: int = Field(10, ge=0)  # steps between sample files; 0: none
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0)
+    output_dir: str | None = None  # default: runs/NAME
+    models: dict[str, ModelSpec]
+    stages: list[StageSpec] = Field(min_length=1)
+    report_to: list[str] = []
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    def stage(self, name: str) -> StageSpec:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read, override, fill in `defaults`, validate. Raises ConfigError with the key, what it got, and the remedy."""
+    file = Path(path)
+    if not file.is_file():
+        there = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
+        raise ConfigError(f"There is no recipe at {file}.{nearest(file.name, there)} Give the path of a YAML file.")
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{file} is a {type(raw).__name__}, and a recipe is a mapping with `models` and `stages`.")
+    return parse_recipe(raw, overrides, source=str(file))
+
+
+def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
+    """A mapping, as read from YAML, to a Recipe. `defaults` is merged under every stage. Raises ConfigError."""
+    tree: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(raw)))
+    for override in overrides:
+        _override(tree, override)
+    defaults = tree.pop("defaults", {})
+    if isinstance(tree.get("stages"), list):
+        tree["stages"] = [_merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, source)) from error
+    _check_references(recipe, source)
+    return recipe
+
+
+def dump(recipe: Recipe) -> str:
+    """The resolved recipe as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True)
+
+
+def _merged(under: Any, over: Any) -> Any:
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {k: _merged(under.get(k), over.get(k, under.get(k))) for k in {**under, **over}}
+    return over
+
+
+def _override(tree: dict[str, Any], text: str) -> None:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got {text!r}.")
+    parts = key.split(".")
+    stages = tree.get("stages")
+    if parts[0] in StageSpec.model_fields and parts[0] not in Recipe.model_fields:
+        if not isinstance(stages, list) or len(stages) != 1:
+            names = [s.get("name") for s in stages or [] if isinstance(s, dict)]
+            raise ConfigError(
+                f"{key!r} belongs to a stage, and there are several: write stages.NAME.{key} (NAME of {names})."
+            )
+        parts = ["stages", "0", *parts]
+    node: Any = tree
+    for i, part in enumerate(parts[:-1]):
+        node = _descend(node, part, ".".join(parts[: i + 1]), create=True)
+    _assign(node, parts[-1], yaml.safe_load(value), key)
+
+
+def _descend(node: Any, part: str, where: str, *, create: bool) -> Any:
+    if isinstance(node, list):
+        names = [str(item.get("name")) for item in node if isinstance(item, dict)]
+        if part in names:
+            return node[names.index(part)]
+        if part.isdigit() and int(part) < len(node):
+            return node[int(part)]
+        raise ConfigError(f"Override {where}: no such entry.{nearest(part, names)} There are {names}.")
+    if isinstance(node, dict):
+        if node.get(part) is None and create:
+            node[part] = {}
+        return node[part]
+    raise ConfigError(f"Override {where}: {node!r} is a value and has no keys.")
+
+
+def _assign(node: Any, key: str, value: Any, where: str) -> None:
+    if not isinstance(node, dict):
+        raise ConfigError(f"Override {where}: {node!r} has no keys.")
+    node[key] = value
+
+
+def _check_references(recipe: Recipe, source: str) -> None:
+    seen: list[str] = []
+    for stage in recipe.stages:
+        where = f"{source}: stage {stage.name!r}"
+        if stage.name in seen:
+            raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
+        for role, name in (("train", stage.train), ("teacher", stage.teacher)):
+            if name is not None and name not in recipe.models:
+                raise ConfigError(
+                    f"{where}: `{role}: {name}` is not among the models.{nearest(name, recipe.models)} "
+                    f"There are {sorted(recipe.models)}."
+                )
+            origin = None if name is None else recipe.models[name].from_stage
+            if origin is not None and origin not in seen:
+                raise ConfigError(
+                    f"{where}: model {name!r} is what stage {origin!r} leaves, and no such stage comes before this one."
+                )
+        if stage.seconds_of is not None and stage.seconds_of not in seen:
+            raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` is no earlier stage. Earlier ones: {seen}.")
+        seen.append(stage.name)
+
+
+def _explain(error: ValidationError, source: str) -> str:
+    lines: list[str] = []
+    for one in error.errors():
+        path = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            known = _fields_at(one["loc"][:-1])
+            key = str(one["loc"][-1])
+            lines.append(f"unknown key `{path}`.{nearest(key, known)} Known here: {', '.join(known)}")
+        elif one["type"] == "missing":
+            lines.append(f"`{path}` is missing")
+        else:
+            lines.append(f"`{path}`: {one['msg']} (got {one['input']!r:.80})")
+    return f"{source} is not a valid recipe:\n  " + "\n  ".join(lines)
+
+
+def _fields_at(loc: Sequence[int | str]) -> list[str]:
+    """The field names of the section at a location of the recipe."""
+    section: Any = Recipe
+    for part in loc:
+        if isinstance(section, type) and issubclass(section, Section):
+            section = section.model_fields[str(part)].annotation if part in section.model_fields else None
+        else:  # the value of a dict or an item of a list
+            section = get_args(section)[-1] if get_args(section) else section
+        section = _first_section(section)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
+
+
+def _first_section(annotation: Any) -> Any:
+    """`X | None` -> X; containers and sections stay."""
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    if options and not hasattr(annotation, "__origin__"):
+        sections = [a for a in options if isinstance(a, type) and issubclass(a, Section)]
+        return sections[0] if sections else options[0]
+    return annotation

@@ -1,0 +1,107 @@
+"""What a finished run shows: held-out numbers of each stage side by side, and a few responses before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.recipe import Recipe, StageSpec
+from opd.rundir import RunDir, StageDir
+
+# What a table shows of each sampling setting, in this order: key, label, share (shown in per cent).
+ROWS = (
+    ("reward", "reward", True),
+    ("length", "length (tokens)", False),
+    ("cut_share", "cut at the limit", True),
+    ("distinct_share", "distinct responses", True),
+    ("repeat_ratio", "repeated 3-grams", True),
+    ("empty_share", "empty responses", True),
+)
+
+
+def print_report(recipe: Recipe, console: Console) -> None:
+    """The tables of all stages that measured something, and where the models are."""
+    directory = RunDir(recipe.folder)
+    for spec in recipe.stages:
+        folder = directory.stage(spec.name)
+        rows = [row for row in folder.read_metrics() if any(key.startswith("eval/") for key in row)]
+        if rows and spec.evaluate is not None:
+            console.print(held_out_table(spec, rows))
+            _print_responses(folder, rows, console)
+    last = directory.stage(recipe.stages[-1].name)
+    console.print("The model, ready to load in one line:", highlight=False)
+    console.print(
+        f'  AutoModelForCausalLM.from_pretrained("{last.model}")', highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """One column a measurement: the student before, the teacher, the student after (and in between, if measured)."""
+    assert spec.evaluate is not None
+    columns = columns_of(rows)
+    table = Table(title=f"{spec.name}: held-out prompts, {spec.method}")
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for sampling in spec.evaluate.sampling:
+        for key, label, share in ROWS:
+            cells = [_cell(column, f"eval/{sampling}/{key}", share) for column in columns.values()]
+            if any(cells):
+                table.add_row(f"{sampling}: {label}", *cells)
+        for k in spec.evaluate.pass_at:
+            cells = [_cell(column, f"eval/{sampling}/pass@{k}", True) for column in columns.values()]
+            if any(cells):
+                table.add_row(f"{sampling}: pass@{k}", *cells)
+    for key in ("reverse_kl", "forward_kl"):
+        cells = [_cell(column, f"eval/{key}", False, digits=4) for column in columns.values()]
+        if any(cells):
+            table.add_row(f"exact {key} per token (nats)", *cells)
+    for sampling in spec.evaluate.sampling:
+        if (recovered := recovery(columns, sampling)) is not None:
+            table.caption = f"{table.caption or ''}{sampling}: {recovered:.0%} of the teacher's gap recovered.  "
+    return table
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Measurements by column name; the teacher's own stand in the row of step 0."""
+    first, last = rows[0], rows[-1]
+    columns: dict[str, dict[str, float]] = {}
+    if first["step"] == 0:
+        before = {k: v for k, v in first.items() if k.startswith("eval/") and not k.startswith("eval/teacher/")}
+        taught = {k.replace("eval/teacher/", "eval/"): v for k, v in first.items() if k.startswith("eval/teacher/")}
+        columns |= {name: c for name, c in (("student before", before), ("teacher", taught)) if c}
+    for row in rows:
+        if row["step"] > 0:
+            columns["student after" if row is last else f"step {row['step']}"] = dict(row)
+    return columns
+
+
+def recovery(columns: Mapping[str, Mapping[str, float]], sampling: str) -> float | None:
+    """(after - before) / (teacher - before) of the reward; None when something was not measured or there is no gap."""
+    key = f"eval/{sampling}/reward"
+    try:
+        before, taught, after = (columns[n][key] for n in ("student before", "teacher", "student after"))
+    except KeyError:
+        return None
+    return (after - before) / (taught - before) if taught > before else None
+
+
+def _cell(column: Mapping[str, float], key: str, share: bool, digits: int = 1) -> str:
+    if key not in column:
+        return ""
+    text = f"{column[key]:.1%}" if share else f"{column[key]:.{digits}f}"
+    if f"{key}_low" in column:
+        text += f" [{column[f'{key}_low']:.0%}, {column[f'{key}_high']:.0%}]"
+    return text
+
+
+def _print_responses(folder: StageDir, rows: Sequence[Mapping[str, Any]], console: Console, count: int = 2) -> None:
+    before = folder.read_held_out("before")
+    after = folder.read_held_out(f"step_{rows[-1]['step']:06d}")
+    for old, new in list(zip(before, after, strict=False))[:count]:
+        console.print(f"  {old['prompt']}", highlight=False, markup=False, style="bold")
+        console.print(f"    before: {old['response']!r}", highlight=False, markup=False)
+        console.print(f"    after:  {new['response']!r}", highlight=False, markup=False)

@@ -1,0 +1,274 @@
+"""Stages of a recipe, one after the other. What has been done is not done again."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd import methods, models, optim
+from opd import recipe as recipes
+from opd.check import check_needs
+from opd.data import DataSpec, load_prompts
+from opd.errors import ConfigError
+from opd.evaluate import HeldOut
+from opd.held_out import Examiner
+from opd.loading import load_model
+from opd.metrics import ReportWriter
+from opd.model_card import write_card
+from opd.models import LanguageModel
+from opd.progress import Progress
+from opd.recipe import DataSection, Recipe, RewardSection, SamplingSection, StageSpec
+from opd.rewards import RewardFn, load_reward
+from opd.rundir import RunDir, StageDir
+from opd.samplers.hf import TransformersSampler
+from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.teachers.local import LocalTeacher, teacher_for
+from opd.train import Stage, train
+from opd.types import Method, Prompt, Sampling, Writers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a Python caller hands over instead of naming it in the recipe."""
+
+    models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
+    prompts: list[Prompt] | None = None
+    reward: RewardFn | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run. `metrics` and `samples` are rows, each with its stage; `student` is the last stage's model."""
+
+    folder: Path
+    recipe: Recipe
+    student: Any
+    tokenizer: Any
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | None = None) -> Run:
+    """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`."""
+    given = given or Given()
+    prepared = {
+        stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages
+    }  # all that can fail without weights
+    directory = RunDir.open(recipe.folder, recipes.dump(recipe), free_bytes_needed=space_needed(recipe))
+    report = ReportWriter(
+        recipe.report_to, folder=directory.path, name=recipe.name, config=recipe.model_dump(mode="json")
+    )
+    student: LanguageModel | None = None
+    with progress or Progress() as shown:
+        for spec in recipe.stages:
+            folder = directory.stage(spec.name)
+            if folder.done() is not None:
+                shown.note(f"{spec.name}: done before")
+                continue
+            shown.stage(spec.name, spec.steps)
+            stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report)
+            student = stage.student
+            seconds = train(stage)
+            finish(recipe, stage, seconds)
+    report.close()
+    last = recipe.stages[-1]
+    if student is None:
+        student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)
+    return Run(
+        folder=directory.path,
+        recipe=recipe,
+        student=student.model,
+        tokenizer=student.tokenizer,
+        metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
+        samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a stage needs and can be made without weights."""
+
+    method: Method
+    prompts: list[Prompt]
+    reward: RewardFn | None
+    held_out: HeldOut | None
+
+
+def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
+    """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
+    method = methods.build(spec.method, spec.options)
+    check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
+    required = sorted(method.needs() & {"response", "privileged_context"})
+    prompts = given.prompts or load_prompts(data_spec(spec.data), require=required)
+    reward = given.reward or reward_of(spec.reward)
+    held_out = None
+    if spec.evaluate is not None:
+        held_out = HeldOut(
+            prompts=load_prompts(data_spec(spec.evaluate.data)),
+            sampling={name: sampling_of(s) for name, s in spec.evaluate.sampling.items()},
+            reward=reward_of(spec.evaluate.reward) or reward,
+            seed=seed,
+            pass_at=spec.evaluate.pass_at,
+            max_prompt_length=spec.max_prompt_length,
+        )
+    return Prepared(method=method, prompts=prompts, reward=reward, held_out=held_out)
+
+
+def build(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    directory: RunDir,
+    progress: Progress,
+    report: ReportWriter,
+) -> Stage:
+    """Load the models as they stand and put the stage together."""
+    student = model_for(recipe, spec, spec.train, given, directory)
+    if not student.trainable():
+        raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
+    external = None
+    if spec.teacher is not None and spec.teacher != spec.train:
+        external = model_for(recipe, spec, spec.teacher, given, directory)
+        external.model.requires_grad_(False)
+    method = prepared.method
+    teacher = teacher_for(
+        method.teacher,
+        student,
+        external,
+        micro_batch_tokens=spec.micro_batch_tokens,
+        offload=spec.teacher is not None and recipe.models[spec.teacher].offload,
+    )
+    sampler = TransformersSampler(
+        lm=student, sampling=sampling_of(spec.sampling), max_prompt_length=spec.max_prompt_length
+    )
+    folder = directory.stage(spec.name)
+    return Stage(
+        spec=spec,
+        seed=recipe.seed,
+        method=method,
+        student=student,
+        teacher=teacher,
+        sampler=sampler,
+        writers=writers_of(spec, student, external, sampler),
+        prompts=prepared.prompts,
+        reward=prepared.reward,
+        optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
+        examiner=examiner_of(recipe, spec, prepared, student, teacher, external, folder),
+        folder=folder,
+        progress=progress,
+        report=report,
+        seconds_limit=seconds_limit(spec, directory),
+    )
+
+
+def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir) -> LanguageModel:
+    """A model as it stands when stage `spec` begins: what the last stage that trained it left, else its origin."""
+    if name in given.models:
+        return given.models[name]
+    before = recipe.stages[: [s.name for s in recipe.stages].index(spec.name)]
+    trained = [s.name for s in before if s.train == name]
+    origin = trained[-1] if trained else recipe.models[name].from_stage
+    folder = None if origin is None else directory.stage(origin).model
+    return load_model(recipe.models[name], name=name, folder=folder)
+
+
+def writers_of(
+    spec: StageSpec, student: LanguageModel, external: LanguageModel | None, sampler: TransformersSampler
+) -> Writers:
+    from opd.contexts import same_prompt
+
+    teacher = None
+    if external is not None:
+        teacher = TeacherWriter(
+            teacher=external,
+            student=student,
+            sampling=sampling_of(spec.teacher_sampling or spec.sampling),
+            context=same_prompt(),
+            max_prompt_length=spec.max_prompt_length,
+        )
+    reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
+    return Writers(student=sampler, reference=reference, teacher=teacher)
+
+
+def examiner_of(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    student: LanguageModel,
+    teacher: LocalTeacher | None,
+    external: LanguageModel | None,
+    folder: StageDir,
+) -> Examiner | None:
+    if spec.evaluate is None or prepared.held_out is None:
+        return None
+    scorer = teacher
+    if scorer is None and external is not None:
+        scorer = LocalTeacher(lm=external, micro_batch_tokens=spec.micro_batch_tokens, student_device=student.device)
+    samplers: dict[str, TeacherWriter] = {}
+    if spec.evaluate.teacher and scorer is not None:
+        samplers = {
+            name: TeacherWriter(
+                teacher=scorer.lm,
+                student=student,
+                sampling=sampling,
+                context=prepared.method.context,
+                base=scorer.base,
+                max_prompt_length=spec.max_prompt_length,
+            )
+            for name, sampling in prepared.held_out.sampling.items()
+        }
+    return Examiner(
+        held_out=prepared.held_out,
+        student=student,
+        folder=folder,
+        every=spec.evaluate.every,
+        measure_before=spec.evaluate.before,
+        micro_batch_tokens=spec.micro_batch_tokens,
+        teacher_samplers=samplers,
+        kl_teacher=scorer if spec.evaluate.kl else None,
+        context=prepared.method.context,
+    )
+
+
+def finish(recipe: Recipe, stage: Stage, seconds: float) -> None:
+    """The stage's model in Hugging Face format with a card, then the mark that it is done."""
+    target = stage.folder.model
+    partial = target.with_name(f".writing-{target.name}")
+    if partial.exists():
+        shutil.rmtree(partial)
+    models.save(stage.student, partial)
+    write_card(partial, recipe, stage.spec, stage.folder.read_metrics())
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    stage.folder.mark_done({"seconds": seconds})
+
+
+def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
+    if spec.seconds_of is None:
+        return math.inf
+    done = directory.stage(spec.seconds_of).done()
+    assert done is not None, "stages run in order"
+    return float(done["seconds"])
+
+
+def space_needed(recipe: Recipe) -> int:
+    """A floor on the bytes that a run writes; a stage's exact need is known once its model is loaded."""
+    return 2**26 * len(recipe.stages)
+
+
+def data_spec(section: DataSection) -> DataSpec:
+    return DataSpec(**section.model_dump())
+
+
+def sampling_of(section: SamplingSection) -> Sampling:
+    return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
+
+
+def reward_of(section: RewardSection | None) -> RewardFn | None:
+    return None if section is None else load_reward(section.name, section.options)

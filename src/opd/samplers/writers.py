@@ -1,0 +1,88 @@
+"""Writers that are not the student: a teacher, and the data itself."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from opd.models import LanguageModel
+from opd.render import encode_response, render_checked
+from opd.samplers.hf import TransformersSampler
+from opd.types import Context, Prompt, Rollout, Sampling
+
+
+@dataclass(slots=True, kw_only=True)
+class TeacherWriter:
+    """Responses of a teacher that reads `context`, as rollouts of a student that reads the prompt alone.
+
+    They have no `sampler_logp`: the weights that wrote them are not the student's. `base` switches an adapter off.
+    """
+
+    teacher: LanguageModel
+    student: LanguageModel
+    sampling: Sampling
+    context: Context
+    base: bool = False
+    max_prompt_length: int | None = None
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0) -> list[Rollout]:
+        bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
+        contexts = self.context(bare)
+        off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
+        with off:
+            written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
+        read = render_checked(
+            prompts,
+            self.student.tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            template_options=self.student.template_options,
+        )
+        return [
+            replace(
+                rollout,
+                prompt=prompts[i // self.sampling.n],
+                prompt_ids=tuple(read[i // self.sampling.n]),
+                sampler_logp=None,
+                policy_logp=None,
+                student_top_ids=None,
+            )
+            for i, rollout in enumerate(written)
+        ]
+
+
+@dataclass(slots=True, kw_only=True)
+class ReferenceWriter:
+    """The data's own `response` column, ended by the end-of-sequence token."""
+
+    student: LanguageModel
+    max_prompt_length: int | None = None
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0) -> list[Rollout]:
+        read = render_checked(
+            prompts,
+            self.student.tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            template_options=self.student.template_options,
+        )
+        texts = [prompt.response or "" for prompt in prompts]
+        return [
+            _rollout(prompt, ids, encode_response(text, self.student.tokenizer), finished=True, text=text)
+            for prompt, ids, text in zip(prompts, read, texts, strict=True)
+        ]
+
+
+def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished: bool, text: str = "") -> Rollout:
+    return Rollout(
+        prompt=prompt,
+        sample=0,
+        prompt_ids=tuple(prompt_ids),
+        response_ids=torch.tensor(ids, dtype=torch.long),
+        trained=torch.ones(len(ids), dtype=torch.bool),
+        turn=torch.zeros(len(ids), dtype=torch.long),
+        finished=finished,
+        text=text,
+    )

@@ -1,0 +1,138 @@
+"""Signals: Tokens -> loss per token [N], to be descended. Pure; gradient flows through `student_*` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd import divergences
+from opd.errors import ConfigError, nearest
+from opd.types import Signal, Tokens, needing, needs_of
+
+Advantage: TypeAlias = Callable[[Tokens], Tensor]
+
+# An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
+# gradient of exactly zero instead of 0 x inf.
+LARGEST_LOG_RATIO = 60.0
+
+
+def divergence(
+    name: str | divergences.Divergence = "reverse_kl", *, form: str = "tail", **options: float | str
+) -> Signal:
+    """A divergence over the scored support, in one of the forms of `opd.divergences`.
+
+    Direction by name, `reverse_kl` = KL(student||teacher). On full support every form is the exact divergence.
+    """
+    if form not in divergences.FORMS:
+        raise ConfigError(
+            f"There is no form {form!r}.{nearest(form, divergences.FORMS)} Known: {', '.join(divergences.FORMS)}."
+        )
+    function = divergences.named(name, **options)
+
+    def signal(tokens: Tokens) -> Tensor:
+        student, teacher = support_of(tokens)
+        if tokens.support_mask is None:  # the whole vocabulary: every form is the exact divergence
+            return function(student, teacher)
+        return divergences.on_support(function, student, teacher, form, tokens.support_mask)
+
+    return signal
+
+
+def nll() -> Signal:
+    """-log p(y_t): supervised fine-tuning on whatever the source wrote."""
+    return lambda tokens: -tokens.student_logp
+
+
+def credit(tokens: Tokens) -> Tensor:
+    """The advantage that phase A computed, e.g. from rewards, [N]."""
+    return tokens.advantage.detach()
+
+
+def log_ratio(tokens: Tokens) -> Tensor:
+    """sg[log q(y_t) - log p(y_t)], [N]: the one-sample estimate of -KL(p||q) at this position.
+
+    Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
+    """
+    return (tokens.teacher_logp - tokens.student_logp).detach()
+
+
+def policy_gradient(
+    advantage: Advantage = credit, *, importance: bool = False, clip: tuple[float, float] | None = None
+) -> Signal:
+    """-A log p(y_t), or -A r with the importance ratio r = p(y_t) / mu(y_t), optionally clipped as in PPO.
+
+    `clip = (low, high)` keeps r in [1 - low, 1 + high] from the side that the advantage pushes to
+    (arXiv 1707.06347 eq. 7; two bounds: DAPO, arXiv 2503.14476) and implies `importance`.
+    On policy and after one update r = 1, and all three have the same gradient.
+    """
+    if clip is not None and not (clip[0] >= 0 and clip[1] >= 0):
+        raise ConfigError(f"clip takes two distances from 1 that are not negative, (low, high); got {clip}.")
+
+    def signal(tokens: Tokens) -> Tensor:
+        a = advantage(tokens).detach()
+        if clip is None and not importance:
+            return -a * tokens.student_logp
+        ratio = (tokens.student_logp - tokens.sampler_logp).clamp(max=LARGEST_LOG_RATIO).exp()
+        if clip is None:
+            return -a * ratio
+        return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
+
+    return signal
+
+
+def support_policy_gradient() -> Signal:
+    """-sum_S A(v) p(v)/sg[p(v)] with A = sg[p(v)/P_S (log q(v) - log p(v))]: the released code of arXiv 2604.13016.
+
+    The paper's eq. 5 is `divergence("reverse_kl", form="renormalised")`. The gradient here is that of the
+    stop-gradient form divided by P_S: unlike the paper's formula it also corrects the mass of the support.
+    """
+
+    def signal(tokens: Tokens) -> Tensor:
+        s, t = support_of(tokens)
+        exists = torch.ones_like(s, dtype=torch.bool) if tokens.support_mask is None else tokens.support_mask
+        s, t = s.masked_fill(~exists, 0.0), t.masked_fill(~exists, 0.0)
+        share = s.detach().masked_fill(~exists, -torch.inf).softmax(-1).nan_to_num(0.0)  # an empty support: no share
+        advantage = share * (t - s.detach())
+        return -(advantage * (s - s.detach()).exp()).sum(-1)
+
+    return signal
+
+
+def add(*signals: Signal) -> Signal:
+    """The sum of several signals."""
+
+    def signal(tokens: Tokens) -> Tensor:
+        return torch.stack([one(tokens) for one in signals]).sum(0)
+
+    return needing(signal, *needs_of(*signals))
+
+
+def scale(factor: float, signal: Signal) -> Signal:
+    """`factor` times a signal."""
+
+    def scaled(tokens: Tokens) -> Tensor:
+        return factor * signal(tokens)
+
+    return needing(scaled, *needs_of(signal))
+
+
+def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Signal:
+    """`yes` at tokens where `predicate` [N] bool holds, `no` elsewhere; only the chosen one has a gradient there."""
+
+    def signal(tokens: Tokens) -> Tensor:
+        return torch.where(predicate(tokens), yes(tokens), no(tokens))
+
+    return signal
+
+
+def support_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probs on the support, [N, K] each; an error of the method's author if it has none."""
+    if tokens.student_support_logp is None or tokens.teacher_support_logp is None:
+        raise ConfigError(
+            "This signal compares distributions, but the method's support is `sampled` or none, which scores one token "
+            "a position. Give the method support=top_k(k) or support=full()."
+        )
+    return tokens.student_support_logp, tokens.teacher_support_logp

@@ -1,0 +1,55 @@
+"""Who writes the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from opd.errors import ConfigError
+from opd.types import Prompt, Rollout, Source, Writers, needing, needs_of
+
+
+def on_policy() -> Source:
+    """The student, with the weights of this step."""
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        return writers.student(prompts, seed=seed, student_top_k=student_top_k)
+
+    return source
+
+
+def dataset() -> Source:
+    """The data's own `response` column."""
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        return writers.reference(prompts, seed=seed, student_top_k=student_top_k)
+
+    return needing(source, "response")
+
+
+def teacher_writes() -> Source:
+    """The teacher: sequence-level distillation (arXiv 1606.07947)."""
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
+        return writers.teacher(prompts, seed=seed, student_top_k=student_top_k)
+
+    return needing(source, "teacher_model")
+
+
+def mixture(on_policy_share: float, other: Source) -> Source:
+    """The student with probability `on_policy_share` a step, else the other source (GKD, arXiv 2306.13649 alg. 1).
+
+    The coin of a step comes from (seed, step). Raises ConfigError unless the share lies in [0, 1].
+    """
+    if not 0.0 <= on_policy_share <= 1.0:
+        raise ConfigError(f"The on-policy share is a probability, got {on_policy_share}.")
+    student = on_policy()
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        coin = np.random.default_rng((*seed, 0xC01)).random()
+        chosen = student if coin < on_policy_share else other
+        return chosen(prompts, writers, seed, student_top_k)
+
+    return needing(source, *(needs_of(other) if on_policy_share < 1 else ()))

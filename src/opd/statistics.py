@@ -1,0 +1,136 @@
+"""Estimates with their uncertainty, for evaluation. numpy and the standard library only.
+
+The unit of resampling is the prompt, never the token or the sample: samples of one prompt are not independent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from opd.errors import ConfigError, DataError
+
+_DRAWS_AT_ONCE = 1 << 22  # 32 MiB of indices
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean and the bounds of its confidence interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.mean:.2f} [{self.low:.2f}, {self.high:.2f}]"
+
+
+def pass_at_k(n: int, c: int, k: int) -> float:
+    """Unbiased estimate of the chance that at least one of k samples is right, when c of n drawn samples were.
+
+    Chen et al. 2021, arXiv 2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k), as a product of n, c, k sized numbers
+    because the binomials overflow.
+
+    Raises:
+        ConfigError: k < 1, or k > n (k samples cannot be picked out of fewer).
+    """
+    assert 0 <= c <= n, f"{c} right of {n} samples"
+    if not 1 <= k <= n:
+        raise ConfigError(
+            f"pass@{k} cannot be estimated from {n} samples a prompt: k has to be at least 1 and at most the number "
+            f"of samples. Draw at least {max(k, 1)} samples a prompt, or ask for a k in 1..{n}."
+        )
+    if n - c < k:
+        return 1.0
+    return float(1.0 - np.prod(1.0 - k / np.arange(n - c + 1, n + 1, dtype=np.float64)))
+
+
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion: (low, high) in [0, 1], never of zero width.
+
+    `successes` may be fractional: the sum of shares, for prompts with several samples.
+    """
+    assert 0 <= successes <= n != 0, f"{successes} successes of {n}"
+    assert 0 < confidence < 1, f"confidence {confidence}"
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # At 0 and n the bound is exactly 0 or 1, which rounding misses.
+    low = 0.0 if successes == 0 else centre - half
+    high = 1.0 if successes == n else centre + half
+    return max(low, 0.0), min(high, 1.0)
+
+
+def bootstrap_mean(
+    values: Sequence[float], confidence: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap of the mean over prompts: (low, high), in the unit of the values.
+
+    The same values and seed give the same bounds. Equal values, and a single one, give an interval of zero width: a
+    resample cannot show what was never drawn.
+    """
+    data = np.asarray(values, dtype=np.float64)
+    assert data.ndim == 1, f"values of shape {data.shape}"
+    assert len(data) > 0, "no value to resample"
+    assert 0 < confidence < 1, f"confidence {confidence}"
+    rng = np.random.default_rng(seed)
+    rows = max(1, _DRAWS_AT_ONCE // len(data))
+    means = np.concatenate(
+        [
+            data[rng.integers(0, len(data), size=(min(rows, resamples - start), len(data)))].mean(axis=1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+def mean_interval(per_prompt: Sequence[float], binary: bool) -> Interval:
+    """The mean over prompts with its 95% interval.
+
+    `per_prompt` holds one number a prompt: its score, or the mean score of its samples. `binary` says that a single
+    sample is right or wrong. Wilson when every prompt has one such sample (all values are 0 or 1), and whenever all
+    values of binary data are equal, where a bootstrap would claim certainty; a bootstrap over prompts otherwise.
+
+    Raises:
+        DataError: no prompt at all.
+    """
+    n = len(per_prompt)
+    if n == 0:
+        raise DataError(
+            "A mean needs at least one prompt, and there is none. Check the evaluation data and its filter."
+        )
+    total = math.fsum(per_prompt)
+    if binary:
+        assert all(0 <= value <= 1 for value in per_prompt), "the share of right samples lies in [0, 1]"
+        if all(value in (0, 1) for value in per_prompt) or len(set(per_prompt)) == 1:
+            return Interval(total / n, *wilson(min(total, n), n))
+    return Interval(total / n, *bootstrap_mean(per_prompt))
+
+
+def repeat_ratio(ids: Sequence[int], n: int = 3) -> float:
+    """Share of a response's tokens that repeat: the n-gram ending there already occurred in the same response.
+
+    0.0 for a response shorter than n; close to 1.0 for one that loops.
+    """
+    assert n >= 1
+    if len(ids) < n:
+        return 0.0
+    seen: set[tuple[int, ...]] = set()
+    repeated = 0
+    for end in range(n, len(ids) + 1):
+        gram = tuple(ids[end - n : end])
+        repeated += gram in seen
+        seen.add(gram)
+    return repeated / len(ids)
+
+
+def distinct_share(texts: Sequence[str]) -> float:
+    """Share of different texts: 1.0 if no two are equal, 1 / len(texts) if all are."""
+    assert texts, "no text to compare"
+    return len(set(texts)) / len(texts)

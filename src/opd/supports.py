@@ -1,0 +1,72 @@
+"""Which tokens are scored at each position."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd.errors import ConfigError
+from opd.types import Support
+
+
+def no_support() -> Support:
+    """Nothing is asked of a teacher: supervised fine-tuning and reinforcement learning."""
+    return Support(kind="none")
+
+
+def sampled() -> Support:
+    """The token that was written, alone."""
+    return Support(kind="sampled")
+
+
+def top_k(
+    k: int,
+    *,
+    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher",
+    with_sampled: bool = False,
+) -> Support:
+    """The k most likely tokens of the teacher or the student, or a set made of both; optionally the sampled token too.
+
+    The student's k are those of the weights that wrote the response. Raises ConfigError for k < 1.
+    """
+    if k < 1:
+        raise ConfigError(f"A top-k support needs k of at least 1, got {k}.")
+    return Support(kind="top_k", k=k, by=by, with_sampled=with_sampled)
+
+
+def full() -> Support:
+    """The whole vocabulary: exact. The teacher's hidden states are kept, never its logits."""
+    return Support(kind="full")
+
+
+def support_tokens(
+    support: Support, *, student_top: Tensor | None, teacher_top: Tensor | None, sampled: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The token ids [n, K'] of a top-k support, and which of them exist [n, K'] bool.
+
+    `student_top` and `teacher_top` [n, k] are ids in falling order of probability, `sampled` [n, 1]. Every token that
+    exists is listed once.
+    """
+    if support.by == "teacher":
+        assert teacher_top is not None
+        ids, exists = teacher_top, torch.ones_like(teacher_top, dtype=torch.bool)
+    elif support.by == "student":
+        assert student_top is not None
+        ids, exists = student_top, torch.ones_like(student_top, dtype=torch.bool)
+    else:
+        assert student_top is not None
+        assert teacher_top is not None
+        same = student_top[:, :, None] == teacher_top[:, None, :]  # [n, k, k]
+        in_teacher, in_student = same.any(2), same.any(1)
+        if support.by == "intersection":
+            ids, exists = student_top, in_teacher
+        else:
+            ids = torch.cat([student_top, teacher_top], 1)
+            first = torch.ones_like(in_teacher) if support.by == "union" else ~in_teacher
+            exists = torch.cat([first, ~in_student], 1)
+    if support.with_sampled:
+        listed = ((ids == sampled) & exists).any(1, keepdim=True)
+        ids, exists = torch.cat([ids, sampled], 1), torch.cat([exists, ~listed], 1)
+    return ids, exists

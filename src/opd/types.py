@@ -1,0 +1,247 @@
+"""The records of one step, and the value that a paper decides. Read after `train.py`.
+
+    shapes                                         symbols
+    B  sequences (rollouts) of a step              p, student   the model that is trained
+    T  response tokens, padded                     q, teacher   the model that scores (always detached)
+    N  valid tokens, packed                        mu, sampler  the weights and truncation that wrote the tokens
+    V  vocabulary (real tokens, no padding rows)   x, prompt    what the student reads
+    K  tokens of a support                         c, context   what the teacher reads
+    H  hidden size                                 y, response  what the student wrote
+    M  teachers                                    S, support   the tokens whose probabilities are compared
+
+`*_logp` is the natural log-probability of the sampled token, `*_support_logp` the full-vocabulary log-probabilities
+of the tokens of the support. Masks are bool and `True` means train. Units are nats and tokens unless a name says
+otherwise.
+
+A worked example, one prompt, response "4 ." and the end token, padded to T = 4:
+
+    Batch.response_ids   [[  19,   30,    2,    0]]
+    Batch.mask           [[True, True, True, False]]
+    Batch.teacher_logp   [[-0.1, -0.9, -0.2,  nan]]      padding may hold anything: it never reaches a signal
+    Tokens.teacher_logp   [-0.1, -0.9, -0.2]             N = 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+Message: TypeAlias = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One row of data: what is asked, and what a reward or a teacher may know about it."""
+
+    id: int
+    content: str | tuple[Message, ...]
+    answer: Any = None
+    response: str | None = None
+    privileged_context: str | None = None
+    teacher_id: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How responses are drawn: temperature, then top-k, then top-p (the smallest set with at least that mass)."""
+
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    n: int = 1
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One response, and who wrote it.
+
+    `sampler_logp` is the log-probability under the distribution that was drawn from: after temperature, top-k and
+    top-p, renormalised. `policy_logp` is the same weights' log-probability after temperature alone. They differ
+    exactly when top-p < 1 or top-k > 0. Both are None for text that no model of this run wrote.
+    """
+
+    prompt: Prompt
+    sample: int
+    prompt_ids: tuple[int, ...]
+    response_ids: Tensor  # [T] int64
+    trained: Tensor  # [T] bool, False for tokens that the student did not write (tools, environments)
+    turn: Tensor  # [T] int64, index of the turn that the token belongs to
+    finished: bool
+    text: str
+    sampler_logp: Tensor | None = None  # [T]
+    policy_logp: Tensor | None = None  # [T]
+    student_top_ids: Tensor | None = None  # [T, K] recorded while sampling when a support asks for it
+    sampler_version: int = 0
+    sampling: Sampling | None = None
+    reward: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a teacher says about one response, aligned to the student's response tokens."""
+
+    teacher_logp: Tensor  # [T]
+    support_ids: Tensor | None = None  # [T, K]
+    support_mask: Tensor | None = None  # [T, K] bool
+    teacher_support_logp: Tensor | None = None  # [T, K]
+    teacher_hidden: Tensor | None = None  # [T, H] for full support: the head is applied tile by tile in phase B
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """Phase A: everything about the step's responses, before the student runs with gradient."""
+
+    rollouts: tuple[Rollout, ...]
+    response_ids: Tensor  # [B, T] int64
+    mask: Tensor  # [B, T] bool
+    sampler_logp: Tensor  # [B, T]
+    policy_logp: Tensor  # [B, T]
+    teacher_logp: Tensor  # [B, T]
+    reward: Tensor  # [B], nan where the recipe has no reward
+    group: Tensor  # [B] int64, rows of one prompt share it
+    support_ids: Tensor | None = None  # [B, T, K]
+    support_mask: Tensor | None = None  # [B, T, K] bool
+    teacher_support_logp: Tensor | None = None  # [B, T, K]
+    teacher_hidden: Tensor | None = None  # [B, T, H]
+    advantage: Tensor | None = None  # [B, T] from Method.credit
+    weight: Tensor | None = None  # [B, T] from Method.weight
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """Phase B: valid tokens of one chunk. Only `student_*` carries gradient; everything else is detached."""
+
+    student_logp: Tensor  # [N]     log p(y_t | x, y_<t)
+    sampler_logp: Tensor  # [N]     log mu(y_t | x, y_<t), recorded when sampled
+    teacher_logp: Tensor  # [N]     log q(y_t | c, y_<t)
+    advantage: Tensor  # [N]     credit, from phase A
+    weight: Tensor  # [N]     from phase A
+    student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
+    teacher_support_logp: Tensor | None = None  # [N, K]
+    support_mask: Tensor | None = None  # [N, K] bool: which entries exist; None: K is the whole vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Denominator:
+    """The one number that a step divides by, and each token's share of its sequence's say."""
+
+    count: float  # of this process; summed over ranks by the loop
+    share: Tensor  # [B, T], 1 for token means, 1/T_i for sequence means
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Support:
+    """Which tokens are scored at each position. Build with `opd.supports`."""
+
+    kind: Literal["none", "sampled", "top_k", "full"]
+    k: int = 0
+    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher"
+    with_sampled: bool = False
+
+    @property
+    def student_top_k(self) -> int:
+        """How many of the student's most likely tokens have to be known before the teacher scores."""
+        return self.k if self.kind == "top_k" and self.by != "teacher" else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRule:
+    """Whose distribution the student is compared with. Build with `opd.teachers`."""
+
+    kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
+    decay: float = 1.0
+
+
+class Sampler(Protocol):
+    """Writes responses with some model's current weights."""
+
+    def __call__(
+        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0
+    ) -> list[Rollout]: ...
+
+
+class Teacher(Protocol):
+    """Scores responses that somebody else wrote."""
+
+    def score(
+        self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], support: Support, temperature: float
+    ) -> list[Scores]: ...
+
+    def after_step(self) -> None: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writers:
+    """Everyone who can write a response; a `Source` picks."""
+
+    student: Sampler
+    reference: Sampler  # the data's own responses
+    teacher: Sampler | None = None
+
+
+class Optimisation(Protocol):
+    """What an `Update` may touch."""
+
+    def step(self) -> dict[str, float]: ...
+
+
+Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], int], list[Rollout]]
+Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
+Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
+Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
+Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
+Normalise: TypeAlias = Callable[[Batch], Denominator]
+Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What a paper decides, in pipeline order. Touches no device, no process group, no file."""
+
+    source: Source
+    context: Context
+    teacher: TeacherRule
+    support: Support
+    credit: Credit
+    weight: Weight
+    signal: Signal
+    normalise: Normalise
+    update: Update
+    temperature: float = 1.0  # divides the logits of student and teacher before they are compared
+
+    def needs(self) -> frozenset[str]:
+        """What the recipe has to give: of 'reward', 'response', 'privileged_context', 'teacher_model', 'group'."""
+        pieces = (self.source, self.context, self.credit, self.weight, self.signal, self.normalise, self.update)
+        return needs_of(*pieces) | ({"teacher_model"} if self.teacher.kind == "external" else frozenset())
+
+
+Piece = TypeVar("Piece", bound=Callable[..., Any])
+
+
+def needing(piece: Piece, *needs: str) -> Piece:
+    """Declare on a piece what the recipe has to give it; `Method.needs` collects, `opd check` compares."""
+    piece.needs = frozenset(needs)  # type: ignore[attr-defined]
+    return piece
+
+
+def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
+    """Everything that the pieces declared."""
+    return frozenset[str]().union(*(getattr(piece, "needs", ()) for piece in pieces))
+
+
+def valid(values: Tensor, mask: Tensor) -> Tensor:
+    """`values[mask]`, so that padding can never reach arithmetic (a NaN there poisons gradients through `where`)."""
+    assert mask.dtype is torch.bool
+    assert values.shape[: mask.dim()] == mask.shape
+    return values[mask]

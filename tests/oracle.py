@@ -1,0 +1,391 @@
+"""Reference formulas in plain Python float64: lists, loops and `math`, written from the papers.
+
+Nothing here imports torch, numpy or opd, so that a mistake of the library cannot be repeated by the reference.
+
+Notation. p is the student, q the teacher, both over a vocabulary V at one position; z are the student's logits,
+p = softmax(z); l(v) = log p(v) - log q(v). S is a support: a list of token ids, or the list of the full-vocabulary
+log-probabilities of those tokens. P_S and Q_S are the masses on S, bar-p and bar-q the distributions renormalised
+on S, sg[.] a stop-gradient. The teacher is always under sg.
+
+Papers: GKD = arXiv 2306.13649; DistiLLM = arXiv 2402.03898; Many Faces = arXiv 2605.11182; Rethinking = arXiv
+2604.13016; Revisiting = arXiv 2603.25562; PPO = arXiv 1707.06347; GRPO = arXiv 2402.03300; Dr. GRPO = arXiv 2503.20783;
+Codex = arXiv 2107.03374.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+
+Logps = Sequence[float]
+Divergence = Callable[[Logps, Logps], float]
+Slope = Callable[[float, float], float]
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probabilities
+
+
+def logsumexp(values: Sequence[float]) -> float:
+    """log sum_v exp(x_v), shifted by the largest; -inf for nothing."""
+    top = max(values, default=-math.inf)
+    if top == -math.inf:
+        return -math.inf
+    return top + math.log(math.fsum(math.exp(value - top) for value in values))
+
+
+def log_softmax(logits: Sequence[float]) -> list[float]:
+    """log p(v) = z_v - log sum_u exp(z_u)."""
+    total = logsumexp(logits)
+    return [logit - total for logit in logits]
+
+
+def softmax(logits: Sequence[float]) -> list[float]:
+    """p(v) = exp(z_v) / sum_u exp(z_u)."""
+    return [math.exp(value) for value in log_softmax(logits)]
+
+
+def mass(logps: Logps) -> float:
+    """P_S = sum_{v in S} p(v)."""
+    return math.fsum(math.exp(value) for value in logps)
+
+
+def log_tail(logps: Logps) -> float:
+    """log(1 - P_S), the bucket of everything outside S; -inf when S holds all the mass."""
+    inside = mass(logps)
+    return math.log1p(-inside) if inside < 1.0 else -math.inf
+
+
+def renormalise(logps: Logps) -> list[float]:
+    """log bar-p(v) = log p(v) - log P_S: Many Faces eq. 14-15, Revisiting eq. 6-7."""
+    total = logsumexp(logps)
+    return [value - total for value in logps]
+
+
+def _times(probability: float, value: float) -> float:
+    """probability * value with 0 * (anything) = 0, the limit of x log x."""
+    return 0.0 if probability == 0.0 else probability * value
+
+
+def _log_mixture(weight: float, first: float, second: float) -> float:
+    """log(weight * exp(first) + (1 - weight) * exp(second))."""
+    return logsumexp([math.log(weight) + first, math.log1p(-weight) + second])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Divergences: sums over the tokens that are passed. On a support they are the RAW form.
+
+
+def reverse_kl(student_logp: Logps, teacher_logp: Logps) -> float:
+    """KL(p||q) = sum_v p(v) (log p(v) - log q(v)). Many Faces eq. 3; Rethinking eq. 4."""
+    return math.fsum(_times(math.exp(s), s - t) for s, t in zip(student_logp, teacher_logp, strict=True))
+
+
+def forward_kl(student_logp: Logps, teacher_logp: Logps) -> float:
+    """KL(q||p) = sum_v q(v) (log q(v) - log p(v)). GKD section 2."""
+    return math.fsum(_times(math.exp(t), t - s) for s, t in zip(student_logp, teacher_logp, strict=True))
+
+
+def generalised_jsd(student_logp: Logps, teacher_logp: Logps, beta: float = 0.5) -> float:
+    """beta KL(q||m) + (1-beta) KL(p||m), m = beta q + (1-beta) p. GKD section 2 (P is the teacher there)."""
+    terms: list[float] = []
+    for s, t in zip(student_logp, teacher_logp, strict=True):
+        m = _log_mixture(beta, t, s)
+        terms.append(beta * _times(math.exp(t), t - m))
+        terms.append((1.0 - beta) * _times(math.exp(s), s - m))
+    return math.fsum(terms)
+
+
+def skew_kl(student_logp: Logps, teacher_logp: Logps, alpha: float = 0.1, direction: str = "forward") -> float:
+    """forward: KL(q || alpha q + (1-alpha) p); reverse: KL(p || alpha p + (1-alpha) q). DistiLLM section 3."""
+    terms: list[float] = []
+    for s, t in zip(student_logp, teacher_logp, strict=True):
+        first, second = {"forward": (t, s), "reverse": (s, t)}[direction]
+        terms.append(_times(math.exp(first), first - _log_mixture(alpha, first, second)))
+    return math.fsum(terms)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derivative of one token's term f(p, q) with respect to p. A divergence on a list is sum_v f(p(v), q(v)).
+
+
+def reverse_kl_slope(p: float, q: float) -> float:
+    """d/dp [p log(p/q)] = log(p/q) + 1. Many Faces eq. 3 before the +1 drops."""
+    return math.log(p / q) + 1.0
+
+
+def forward_kl_slope(p: float, q: float) -> float:
+    """d/dp [q log(q/p)] = -q/p."""
+    return -q / p
+
+
+def generalised_jsd_slope(p: float, q: float, beta: float = 0.5) -> float:
+    """d/dp of the term of GKD's JSD: (1-beta) log(p/m); the derivatives of m sum to (1-beta)(1 - m/m) = 0."""
+    return (1.0 - beta) * math.log(p / (beta * q + (1.0 - beta) * p))
+
+
+def skew_kl_slope(p: float, q: float, alpha: float = 0.1, direction: str = "forward") -> float:
+    """forward: -(1-alpha) q/m, m = alpha q + (1-alpha) p; reverse: log(p/m) + 1 - alpha p/m, m = alpha p + (1-alpha) q.
+
+    DistiLLM section 3.
+    """
+    if direction == "forward":
+        return -(1.0 - alpha) * q / (alpha * q + (1.0 - alpha) * p)
+    m = alpha * p + (1.0 - alpha) * q
+    return math.log(p / m) + 1.0 - alpha * p / m
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Values on a truncated support: full-vocabulary log-probs of the tokens of S
+
+
+def reverse_kl_raw(student_logp: Logps, teacher_logp: Logps) -> float:
+    """TOPK-RAW: sum_{v in S} p(v) l(v). Many Faces eq. 6. At least -Q_S/e, may be negative."""
+    return math.fsum(_times(math.exp(s), s - t) for s, t in zip(student_logp, teacher_logp, strict=True))
+
+
+def reverse_kl_stop_gradient(student_logp: Logps, teacher_logp: Logps) -> float:
+    """SG-TOPK: -sum_{v in S} p(v) [log q(v) - sg(log p(v))]. Many Faces eq. 12; its value is that of TOPK-RAW."""
+    return -math.fsum(_times(math.exp(s), t - s) for s, t in zip(student_logp, teacher_logp, strict=True))
+
+
+def reverse_kl_renormalised(student_logp: Logps, teacher_logp: Logps) -> float:
+    """RENORM: sum_{v in S} bar-p(v) (log bar-p(v) - log bar-q(v)). Many Faces eq. 14-16; Revisiting eq. 6-8."""
+    student_mass, teacher_mass = logsumexp(student_logp), logsumexp(teacher_logp)
+    return math.fsum(
+        _times(math.exp(s - student_mass), (s - student_mass) - (t - teacher_mass))
+        for s, t in zip(student_logp, teacher_logp, strict=True)
+    )
+
+
+def reverse_kl_tail(student_logp: Logps, teacher_logp: Logps) -> float:
+    """TAIL: sum_{v in S} p(v) l(v) + (1-P_S) log((1-P_S)/(1-Q_S)).
+
+    Tail-augmented Top-K of Many Faces section 2: the exact KL of the coarser vocabulary S + {everything else}.
+    """
+    inside = reverse_kl_raw(student_logp, teacher_logp)
+    student_tail, teacher_tail = log_tail(student_logp), log_tail(teacher_logp)
+    return inside + _times(math.exp(student_tail), student_tail - teacher_tail)
+
+
+def raw(divergence: Divergence, student_logp: Logps, teacher_logp: Logps) -> float:
+    """sum_{v in S} f(p(v), q(v)): the terms of S only, with full-vocabulary probabilities. Many Faces eq. 6."""
+    return divergence(student_logp, teacher_logp)
+
+
+def stop_gradient(divergence: Divergence, student_logp: Logps, teacher_logp: Logps) -> float:
+    """The value of `raw`; the gradient is that of `raw` minus f'(q, q) grad P_S. Many Faces eq. 12-13 is f' = 1."""
+    return divergence(student_logp, teacher_logp)
+
+
+def renormalised(divergence: Divergence, student_logp: Logps, teacher_logp: Logps) -> float:
+    """sum_{v in S} f(bar-p(v), bar-q(v)). Many Faces eq. 14-16 and Revisiting eq. 6-8 for any f."""
+    return divergence(renormalise(student_logp), renormalise(teacher_logp))
+
+
+def tail(divergence: Divergence, student_logp: Logps, teacher_logp: Logps) -> float:
+    """sum_{v in S} f(p(v), q(v)) + f(1-P_S, 1-Q_S). Many Faces section 2 (tail-augmented Top-K) for any f.
+
+    A bucket without mass on either side adds nothing; it is left out, as log 0 - log 0 has no value.
+    """
+    student_tail, teacher_tail = log_tail(student_logp), log_tail(teacher_logp)
+    if student_tail == -math.inf and teacher_tail == -math.inf:
+        return divergence(student_logp, teacher_logp)
+    return divergence([*student_logp, student_tail], [*teacher_logp, teacher_tail])
+
+
+FORMS: dict[str, Callable[[Divergence, Logps, Logps], float]] = {
+    "raw": raw,
+    "stop_gradient": stop_gradient,
+    "renormalised": renormalised,
+    "tail": tail,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients dL/dz_j in the student's logits. `student` and `teacher` are logits over V, `support` the ids of S.
+
+
+def _log_ratios(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """l(v) = log p(v) - log q(v)."""
+    return [s - t for s, t in zip(log_softmax(student), log_softmax(teacher), strict=True)]
+
+
+def grad_mass(student: Sequence[float], support: Sequence[int]) -> list[float]:
+    """dP_S/dz_j = p_j (1{j in S} - P_S)."""
+    p = softmax(student)
+    inside = math.fsum(p[v] for v in support)
+    return [p[j] * ((j in support) - inside) for j in range(len(p))]
+
+
+def grad_full(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """FULL, sum_V p l: p_j (l_j - KL). Many Faces eq. 3."""
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    value = math.fsum(p_v * l_v for p_v, l_v in zip(p, ratios, strict=True))
+    return [p_j * (l_j - value) for p_j, l_j in zip(p, ratios, strict=True)]
+
+
+def grad_full_forward_kl(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """FULL-FKL, sum_V q (log q - log p): p_j - q_j. GKD section 2, Hinton et al. (arXiv 1503.02531)."""
+    return [p_j - q_j for p_j, q_j in zip(softmax(student), softmax(teacher), strict=True)]
+
+
+def grad_sampled_policy_gradient(student: Sequence[float], teacher: Sequence[float], token: int) -> list[float]:
+    """K1-PG of one token y, -sg[log q(y) - log p(y)] log p(y): l(y) (1{j=y} - p_j). Many Faces eq. 4-5."""
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    return [ratios[token] * ((j == token) - p[j]) for j in range(len(p))]
+
+
+def grad_sampled_policy_gradient_mean(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """E_{y~p} of the K1-PG gradient, by enumeration of y. Many Faces eq. 4-5; equals FULL's gradient."""
+    p = softmax(student)
+    each = [grad_sampled_policy_gradient(student, teacher, y) for y in range(len(p))]
+    return [math.fsum(p[y] * each[y][j] for y in range(len(p))) for j in range(len(p))]
+
+
+def grad_sampled_loss_mean(student: Sequence[float]) -> list[float]:
+    """E_{y~p} of the gradient of K1-LOSS log p(y) - log q(y), by enumeration of y: sum_y p(y) (1{j=y} - p_j) = 0.
+
+    Rethinking eq. 3 differentiated as it stands, which is a mistake.
+    """
+    p = softmax(student)
+    return [math.fsum(p[y] * ((j == y) - p[j]) for y in range(len(p))) for j in range(len(p))]
+
+
+def grad_topk_raw(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> list[float]:
+    """TOPK-RAW: p_j [(l_j + 1) 1{j in S} - sum_S p (l + 1)]. Many Faces eq. 6-9."""
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    inside = math.fsum(p[v] * (ratios[v] + 1.0) for v in support)
+    return [p[j] * ((ratios[j] + 1.0 if j in support else 0.0) - inside) for j in range(len(p))]
+
+
+def grad_topk_stop_gradient(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> list[float]:
+    """SG-TOPK: p_j [l_j 1{j in S} - sum_S p l]. Many Faces eq. 12-13."""
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    inside = math.fsum(p[v] * ratios[v] for v in support)
+    return [p[j] * ((ratios[j] if j in support else 0.0) - inside) for j in range(len(p))]
+
+
+def grad_renormalised(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> list[float]:
+    """RENORM: 1{j in S} bar-p_j (bar-l_j - D), D the value; 0 outside S. Many Faces eq. 14-16; Revisiting eq. 6-8."""
+    bar_p = renormalise([log_softmax(student)[v] for v in support])
+    bar_q = renormalise([log_softmax(teacher)[v] for v in support])
+    value = math.fsum(math.exp(s) * (s - t) for s, t in zip(bar_p, bar_q, strict=True))
+    gradient = [0.0] * len(student)
+    for v, s, t in zip(support, bar_p, bar_q, strict=True):
+        gradient[v] = math.exp(s) * (s - t - value)
+    return gradient
+
+
+def grad_tail(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> list[float]:
+    """TAIL: p_j (c_j - sum_V p c), c_j = l_j on S and log((1-P_S)/(1-Q_S)) elsewhere. Many Faces section 2."""
+    p, q, ratios = softmax(student), softmax(teacher), _log_ratios(student, teacher)
+    outside = math.log(
+        math.fsum(p[v] for v in range(len(p)) if v not in support)
+        / math.fsum(q[v] for v in range(len(q)) if v not in support)
+    )
+    coefficients = [ratios[v] if v in support else outside for v in range(len(p))]
+    mean = math.fsum(p_v * c_v for p_v, c_v in zip(p, coefficients, strict=True))
+    return [p_j * (c_j - mean) for p_j, c_j in zip(p, coefficients, strict=True)]
+
+
+def support_policy_gradient(student_logp: Logps, teacher_logp: Logps) -> float:
+    """P2-CODE's value at ratio 1: -sum_S A(v), A = sg[-bar-p(v) l(v)]. Rethinking, released code of eq. 5."""
+    bar_p = renormalise(student_logp)
+    return math.fsum(math.exp(b) * (s - t) for b, s, t in zip(bar_p, student_logp, teacher_logp, strict=True))
+
+
+def grad_support_policy_gradient(
+    student: Sequence[float], teacher: Sequence[float], support: Sequence[int]
+) -> list[float]:
+    """P2-CODE, -sum_S A(v) ratio(v): sum_S bar-p(v) l(v) (1{j=v} - p_j), the sum over v written out.
+
+    Rethinking, released code of eq. 5: A(v) = sg[-bar-p(v) l(v)], ratio = exp(log p - sg log p). Equals
+    SG-TOPK / P_S.
+    """
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    inside = math.fsum(p[v] for v in support)
+    return [math.fsum(p[v] / inside * ratios[v] * ((j == v) - p[j]) for v in support) for j in range(len(p))]
+
+
+def grad_on_support(
+    slope: Slope, form: str, student: Sequence[float], teacher: Sequence[float], support: Sequence[int]
+) -> list[float]:
+    """dL/dz_j of any divergence sum f(p, q) on S, from f' = `slope` and dp_v/dz_j = p_v (1{v=j} - p_j).
+
+    raw            p_j [f'_j 1{j in S} - sum_S p f']                         Many Faces eq. 6-9
+    stop_gradient  the same with f' - f'(q, q), f'(q, q) the slope at p = q   Many Faces eq. 12-13
+    renormalised   1{j in S} bar-p_j [f'(bar-p_j) - sum_S bar-p f'(bar-p)]   Many Faces eq. 14-16
+    tail           p_j (c_j - sum_V p c), c = f' on S, f'(1-P_S, 1-Q_S) off   Many Faces section 2
+    """
+    p, q = softmax(student), softmax(teacher)
+    everything = range(len(p))
+    if form == "renormalised":
+        student_mass, teacher_mass = math.fsum(p[v] for v in support), math.fsum(q[v] for v in support)
+        bar_p = {v: p[v] / student_mass for v in support}
+        slopes = {v: slope(bar_p[v], q[v] / teacher_mass) for v in support}
+        mean = math.fsum(bar_p[v] * slopes[v] for v in support)
+        return [bar_p[j] * (slopes[j] - mean) if j in support else 0.0 for j in everything]
+    if form == "tail":
+        outside = [v for v in everything if v not in support]
+        bucket = slope(math.fsum(p[v] for v in outside), math.fsum(q[v] for v in outside)) if outside else 0.0
+        coefficients = [slope(p[v], q[v]) if v in support else bucket for v in everything]
+    else:
+        shift = {"raw": 0.0, "stop_gradient": slope(0.5, 0.5)}[form]
+        coefficients = [slope(p[v], q[v]) - shift if v in support else 0.0 for v in everything]
+    mean = math.fsum(p[v] * coefficients[v] for v in everything)
+    return [p[j] * (coefficients[j] - mean) for j in everything]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Policy gradient, credit and metrics
+
+
+def policy_gradient(
+    logp: float, old_logp: float, advantage: float, clip: tuple[float, float] | None = None
+) -> tuple[float, float]:
+    """(loss, dloss/dlogp) of one token: -min(rho A, clip(rho, 1-low, 1+high) A), rho = exp(logp - old_logp).
+
+    PPO eq. 7; GRPO eq. 3 and its asymmetric clip (low, high). Without `clip`, -rho A. The clipped branch is constant.
+    """
+    ratio = math.exp(logp - old_logp)
+    free = ratio * advantage
+    if clip is None:
+        return -free, -free
+    low, high = clip
+    held = min(max(ratio, 1.0 - low), 1.0 + high) * advantage
+    return (-free, -free) if free <= held else (-held, 0.0)
+
+
+def group_advantage(rewards: Sequence[float], epsilon: float = 1e-4, scale: bool = True, ddof: int = 1) -> list[float]:
+    """GRPO: (r_i - mean) / (std + epsilon) in one group; `scale=False` is Dr. GRPO: r_i - mean.
+
+    GRPO section 4.1.2; Dr. GRPO section 3.2. The paper does not say which std: `ddof` 1 divides the squares by G - 1,
+    0 by G. A group of one has no spread: its advantage is 0.
+    """
+    mean = math.fsum(rewards) / len(rewards)
+    centred = [reward - mean for reward in rewards]
+    if not scale:
+        return centred
+    freedom = len(rewards) - ddof
+    deviation = math.sqrt(math.fsum(value * value for value in centred) / freedom) if freedom > 0 else 0.0
+    return [value / (deviation + epsilon) for value in centred]
+
+
+def pass_at_k(correct: Sequence[bool], k: int) -> float:
+    """E over the C(n, k) subsets of k of the n samples of [any is correct], every subset visited. Codex eq. 1."""
+    subsets = list(itertools.combinations(correct, k))
+    return math.fsum(any(subset) for subset in subsets) / len(subsets)
+
+
+def repeat_ratio(tokens: Sequence[Hashable], n: int = 3) -> float:
+    """Share of tokens whose n-gram (the n tokens that end there) already occurred in the response.
+
+    Many Faces, released diagnostics (n = 3, Fig. 4). Tokens without a full n-gram count as not repeated; 0 when empty.
+    """
+    repeated = 0
+    for end in range(n, len(tokens) + 1):
+        gram = tuple(tokens[end - n : end])
+        earlier = [tuple(tokens[other - n : other]) for other in range(n, end)]
+        repeated += gram in earlier
+    return repeated / len(tokens) if tokens else 0.0
