@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError
+from opd.method import Method
 from opd.metrics import check_report_to
 from opd.recipe import ModelSpec, Recipe, StageSpec
-from opd.types import Method
 
 REMEDIES = {
     "reward": "a reward: set the stage's `reward`, e.g. {name: math_verify}",
@@ -54,7 +54,8 @@ def check_tokenizers(recipe: Recipe, spec: StageSpec, prompts: list[Any]) -> lis
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
-    for name in dict.fromkeys([spec.train, *([spec.teacher] if spec.teacher else [])]):
+    roles = [spec.train] if spec.teacher is None or spec.teacher == spec.train else [spec.train, spec.teacher]
+    for name in roles:
         tokenizer = tokenizer_of(recipe.models[name], name)
         if tokenizer is None:
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")

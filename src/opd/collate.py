@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from opd.errors import DataError, TeacherError, TrainingError
+from opd.method import Method
 from opd.teachers.local import batches, right_padded
-from opd.types import Batch, Denominator, Method, Rollout, Scores, valid
+from opd.types import Batch, Denominator, Rollout, Scores, valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,7 +23,7 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
 
     def credit(batch: Batch) -> Tensor:
         advantage = torch.zeros_like(batch.reward)
-        for group in batch.group.unique():
+        for group in range(int(batch.group.max()) + 1):
             rows = batch.group == group
             reward = batch.reward[rows]
             centred = reward - reward.mean()

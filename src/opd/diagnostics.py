@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from opd.method import Method
 from opd.metrics import Metrics
 from opd.statistics import repeat_ratio
-from opd.types import Batch, Method, valid
+from opd.types import Batch, valid
 
 
 def of(batch: Batch, method: Method, version: int) -> Metrics:

@@ -37,7 +37,7 @@ def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None) -> Lan
         )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
-    model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    model: Any = model.to(device=device, dtype=DTYPES[spec.dtype])
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
@@ -124,7 +124,7 @@ def convert_gguf(file: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     config = loaded.config
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     with torch.device("meta"):
         clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     clean.to_empty(device="cpu").load_state_dict(loaded.state_dict())

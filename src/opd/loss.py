@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from opd.collate import MicroBatch
+from opd.method import Method
 from opd.metrics import Metrics
 from opd.models import LanguageModel
 from opd.score import Head, chunked_loss, log_probs
-from opd.types import Method, Tokens
+from opd.types import Tokens
 
 
 def loss_of(

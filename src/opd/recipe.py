@@ -23,8 +23,8 @@ class Section(BaseModel):
 
 
 class Lora(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
     target_modules: str | list[str] = "all-linear"
 
 
@@ -66,7 +66,7 @@ class DataSection(Section):
     split: str = "train"
     columns: dict[str, str] = {}
     options: dict[str, Any] = {}
-    limit: int | None = Field(None, ge=1)
+    limit: int | None = Field(default=None, ge=1)
     chat: bool = False
     system: str | None = None
 
@@ -74,11 +74,11 @@ class DataSection(Section):
 class SamplingSection(Section):
     """See `opd.types.Sampling`; n is the number of responses a prompt."""
 
-    max_completion_length: int = Field(256, ge=1)
-    temperature: float = Field(1.0, ge=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    n: int = Field(1, ge=1)
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    n: int = Field(default=1, ge=1)
     stop: list[str] = []
 
 
@@ -90,13 +90,13 @@ class RewardSection(Section):
 class OptimizerSection(Section):
     """AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
 
-    learning_rate: float = Field(1e-6, gt=0)
+    learning_rate: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
 
 
 class EvaluateSection(Section):
@@ -105,7 +105,7 @@ class EvaluateSection(Section):
     data: DataSection
     reward: RewardSection | None = None
     sampling: dict[str, SamplingSection] = {"sampled": SamplingSection()}
-    every: int = Field(0, ge=0)
+    every: int = Field(default=0, ge=0)
     before: bool = True
     teacher: bool = False  # the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
@@ -113,8 +113,8 @@ class EvaluateSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(50, ge=1)
-    keep: int = Field(2, ge=1)
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=2, ge=1)
 
 
 class StageSpec(Section):
@@ -129,19 +129,19 @@ class StageSpec(Section):
     teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
     steps: int = Field(ge=1)
     seconds_of: str | None = None  # stop early, after as many seconds of training as that stage took
-    prompts_per_step: int = Field(16, ge=1)
-    micro_batch_tokens: int = Field(4096, ge=1)
-    max_prompt_length: int | None = Field(None, ge=1)
+    prompts_per_step: int = Field(default=16, ge=1)
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    max_prompt_length: int | None = Field(default=None, ge=1)
     optimizer: OptimizerSection = OptimizerSection()
     evaluate: EvaluateSection | None = None
     checkpoint: CheckpointSection = CheckpointSection()
-    samples_every: int = Field(10, ge=0)  # steps between sample files; 0: none
+    samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
 
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     description: str = ""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     output_dir: str | None = None  # default: runs/NAME
     models: dict[str, ModelSpec]
     stages: list[StageSpec] = Field(min_length=1)

@@ -17,6 +17,7 @@ from opd.errors import ConfigError
 from opd.evaluate import HeldOut
 from opd.held_out import Examiner
 from opd.loading import load_model
+from opd.method import Method
 from opd.metrics import ReportWriter
 from opd.model_card import write_card
 from opd.models import LanguageModel
@@ -28,7 +29,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.train import Stage, train
-from opd.types import Method, Prompt, Sampling, Writers
+from opd.types import Prompt, Sampling, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

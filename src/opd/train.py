@@ -20,6 +20,7 @@ from opd.evaluate import rewarded, sample_rows
 from opd.held_out import Examiner
 from opd.interrupt import Interrupt, Stopped
 from opd.loss import loss_of
+from opd.method import Method
 from opd.metrics import ReportWriter
 from opd.models import LanguageModel
 from opd.optim import Optimiser
@@ -30,7 +31,7 @@ from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
 from opd.supports import top_k
 from opd.teachers.local import LocalTeacher
-from opd.types import Batch, Method, Prompt, Rollout, Scores, Writers
+from opd.types import Batch, Prompt, Rollout, Scores, Writers
 
 
 @dataclass(slots=True, kw_only=True)

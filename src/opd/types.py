@@ -1,4 +1,4 @@
-"""The records of one step, and the value that a paper decides. Read after `train.py`.
+"""The records of one step, and the kinds of pieces that a method is made of. Read after `train.py`.
 
     shapes                                         symbols
     B  sequences (rollouts) of a step              p, student   the model that is trained
@@ -205,27 +205,6 @@ Normalise: TypeAlias = Callable[[Batch], Denominator]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """What a paper decides, in pipeline order. Touches no device, no process group, no file."""
-
-    source: Source
-    context: Context
-    teacher: TeacherRule
-    support: Support
-    credit: Credit
-    weight: Weight
-    signal: Signal
-    normalise: Normalise
-    update: Update
-    temperature: float = 1.0  # divides the logits of student and teacher before they are compared
-
-    def needs(self) -> frozenset[str]:
-        """What the recipe has to give: of 'reward', 'response', 'privileged_context', 'teacher_model', 'group'."""
-        pieces = (self.source, self.context, self.credit, self.weight, self.signal, self.normalise, self.update)
-        return needs_of(*pieces) | ({"teacher_model"} if self.teacher.kind == "external" else frozenset())
-
-
 Piece = TypeVar("Piece", bound=Callable[..., Any])
 
 
@@ -237,7 +216,7 @@ def needing(piece: Piece, *needs: str) -> Piece:
 
 def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
     """Everything that the pieces declared."""
-    return frozenset[str]().union(*(getattr(piece, "needs", ()) for piece in pieces))
+    return frozenset[str]().union(*(getattr(piece, "needs", frozenset[str]()) for piece in pieces))
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

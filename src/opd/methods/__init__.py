@@ -9,6 +9,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from opd.errors import ConfigError, nearest
+from opd.method import Method
 from opd.methods.context_distillation import context_distillation
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
@@ -17,7 +18,6 @@ from opd.methods.reverse_kl import reverse_kl
 from opd.methods.sft import sft
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.plugins import import_function
-from opd.types import Method
 
 METHODS: dict[str, Callable[..., Method]] = {
     "sft": sft,
@@ -56,9 +56,9 @@ def build(name: str, options: Mapping[str, Any]) -> Method:
         checked = schema.model_validate(dict(options))
     except ValidationError as error:
         raise ConfigError(_explain(name, error, list(fields))) from error
-    method = function(**{key: getattr(checked, key) for key in fields})
+    method: Any = function(**{key: getattr(checked, key) for key in fields})
     if not isinstance(method, Method):
-        raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it has to return an opd.types.Method.")
+        raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it has to return an opd.method.Method.")
     return method
 
 

@@ -18,8 +18,8 @@ Differs from the paper: full vocabulary by default, where the paper uses the top
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method
+from opd import contexts, normalise, signals, supports, teachers
+from opd.method import Method
 
 
 def context_distillation(
@@ -37,14 +37,10 @@ def context_distillation(
     """Teach a model to do without its prompt what it does with it; `k=None` is the full vocabulary."""
     rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
     return Method(
-        source=sources.on_policy(),
         context=contexts.privileged(system=system, examples=examples or (), template=template),
         teacher=rules[teacher],
         support=supports.full() if k is None else supports.top_k(k, by="teacher"),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=signals.divergence(divergence, form=form),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=updates.optimizer_step(),
         temperature=temperature,
     )

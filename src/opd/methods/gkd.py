@@ -17,22 +17,17 @@ Differs from the paper: at beta = 0 and 1 the divergence is the limit divided by
 own use of the two KLs. Default `on_policy_share` 1, the paper's on-policy GKD; TRL's default is 0.5.
 """
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method, Signal
+from opd import signals, sources, supports
+from opd.method import Method
+from opd.types import Signal
 
 
 def gkd(beta: float = 0.5, on_policy_share: float = 1.0, temperature: float = 1.0) -> Method:
     """The generalised Jensen-Shannon divergence on the full vocabulary, on student responses or a mixture."""
     return Method(
         source=sources.mixture(on_policy_share, sources.dataset()),
-        context=contexts.same_prompt(),
-        teacher=teachers.external(),
         support=supports.full(),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=_signal(beta),
-        normalise=normalise.per_sequence(),
-        update=updates.optimizer_step(),
         temperature=temperature,
     )
 

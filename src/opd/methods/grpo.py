@@ -18,9 +18,9 @@ that clipping binds only where truncated sampling makes the ratio differ from 1.
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
+from opd import credit, normalise, signals, supports, teachers
 from opd.errors import ConfigError
-from opd.types import Method
+from opd.method import Method
 
 
 def grpo(
@@ -33,13 +33,9 @@ def grpo(
     if variant == "dr_grpo" and length is None:
         raise ConfigError("dr_grpo divides by a constant number of tokens: set `length`, e.g. max_completion_length.")
     return Method(
-        source=sources.on_policy(),
-        context=contexts.same_prompt(),
         teacher=teachers.no_teacher(),
         support=supports.no_support(),
         credit=credit.group_reward(divide_by_std=variant == "grpo"),
-        weight=weights.every_token(),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
         normalise=normalise.per_constant(length) if variant == "dr_grpo" and length else normalise.per_sequence(),
-        update=updates.optimizer_step(),
     )

@@ -23,8 +23,8 @@ they are equal up to rounding.
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method
+from opd import normalise, signals
+from opd.method import Method
 
 
 def opd(
@@ -34,14 +34,7 @@ def opd(
 ) -> Method:
     """The teacher's log-ratio of each sampled token as its advantage; the cheapest score a teacher can give."""
     return Method(
-        source=sources.on_policy(),
-        context=contexts.same_prompt(),
-        teacher=teachers.external(),
-        support=supports.sampled(),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=signals.policy_gradient(signals.log_ratio, importance=importance),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=updates.optimizer_step(),
         temperature=temperature,
     )

@@ -16,21 +16,15 @@ Differs from the paper: nothing.
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method
+from opd import normalise, signals, supports
+from opd.method import Method
 
 
 def reverse_kl(average: Literal["token", "sequence"] = "sequence", temperature: float = 1.0) -> Method:
     """Exact and of the lowest variance; the teacher's whole distribution at the student's own tokens."""
     return Method(
-        source=sources.on_policy(),
-        context=contexts.same_prompt(),
-        teacher=teachers.external(),
         support=supports.full(),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=signals.divergence("reverse_kl"),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=updates.optimizer_step(),
         temperature=temperature,
     )

@@ -14,20 +14,16 @@ Differs from the paper: the teacher's responses are sampled by `teacher_sampling
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method
+from opd import normalise, signals, sources, supports, teachers
+from opd.method import Method
 
 
 def sft(source: Literal["dataset", "teacher"] = "dataset") -> Method:
     """Learn given responses token by token: `source` is the data's `response` column, or the stage's teacher."""
     return Method(
         source=sources.dataset() if source == "dataset" else sources.teacher_writes(),
-        context=contexts.same_prompt(),
         teacher=teachers.no_teacher(),
         support=supports.no_support(),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=signals.nll(),
         normalise=normalise.per_token(),
-        update=updates.optimizer_step(),
     )

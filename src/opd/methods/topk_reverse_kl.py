@@ -22,8 +22,8 @@ paper's experiments use stop_gradient and renormalised together on the intersect
 import warnings
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, sources, supports, teachers, updates, weights
-from opd.types import Method
+from opd import normalise, signals, supports
+from opd.method import Method
 
 
 def topk_reverse_kl(
@@ -42,14 +42,8 @@ def topk_reverse_kl(
             stacklevel=2,
         )
     return Method(
-        source=sources.on_policy(),
-        context=contexts.same_prompt(),
-        teacher=teachers.external(),
         support=supports.top_k(k, by=by, with_sampled=with_sampled),
-        credit=credit.no_credit(),
-        weight=weights.every_token(),
         signal=signals.divergence("reverse_kl", form=form),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=updates.optimizer_step(),
         temperature=temperature,
     )

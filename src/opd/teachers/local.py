@@ -159,7 +159,8 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many leading tokens all rows share, leaving each at least one of its own; 0 if too few to pay off."""
-    first, last = min(rows), max(rows)
+    ordered = sorted(list(row) for row in rows)
+    first, last = ordered[0], ordered[-1]
     n = 0
     limit = min(len(row) for row in rows) - 1
     while n < limit and first[n] == last[n]:

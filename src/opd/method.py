@@ -1,0 +1,39 @@
+"""The value that a paper decides: eight choices, in the order of the pipeline."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from opd.contexts import same_prompt
+from opd.credit import no_credit
+from opd.normalise import per_sequence
+from opd.sources import on_policy
+from opd.supports import sampled
+from opd.teachers import external
+from opd.types import Context, Credit, Normalise, Signal, Source, Support, TeacherRule, Update, Weight, needs_of
+from opd.updates import optimizer_step
+from opd.weights import every_token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What a paper decides. Touches no device, no process group, no file.
+
+    The defaults are plain on-policy distillation, so that a method states what it changes.
+    """
+
+    source: Source = on_policy()  # who writes the responses
+    context: Context = same_prompt()  # what the teacher reads
+    teacher: TeacherRule = external()  # whose distribution the student is compared with
+    support: Support = sampled()  # which tokens are scored
+    credit: Credit = no_credit()  # phase A: Batch -> advantage [B, T]
+    weight: Weight = every_token()  # phase A: Batch -> weight [B, T], >= 0
+    signal: Signal  # phase B: Tokens -> loss [N]; gradient through student_* only
+    normalise: Normalise = per_sequence()  # the one denominator, counted after generation
+    update: Update = optimizer_step()  # what follows the gradient
+    temperature: float = 1.0  # divides the logits of student and teacher before they are compared
+
+    def needs(self) -> frozenset[str]:
+        """What the recipe has to give: of 'reward', 'response', 'privileged_context', 'teacher_model', 'group'."""
+        pieces = (self.source, self.context, self.credit, self.weight, self.signal, self.normalise, self.update)
+        return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
