@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import distill, run
-    from opd.run import Run
+    from opd.stages import Run
 
 __version__ = "0.1.0"
 __all__ = ["Run", "distill", "run"]
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.run"}
+_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.stages"}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,7 +13,7 @@ from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.rewards import RewardFn
-from opd.run import Given, Run, run_recipe
+from opd.stages import Given, Run, run_recipe
 from opd.types import Prompt
 
 

@@ -28,6 +28,11 @@ def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
     missing = [REMEDIES[need] for need in sorted(needs) if not given.get(need, True)]
     if missing:
         raise ConfigError(f"Stage {spec.name!r}: method {spec.method!r} needs {'; '.join(missing)}.")
+    if spec.teacher is not None and method.teacher.kind.startswith("self_"):
+        raise ConfigError(
+            f"Stage {spec.name!r}: in method {spec.method!r} the student is its own teacher, and the stage names "
+            f"{spec.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
+        )
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -35,7 +40,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises the errors that `opd train` would raise before it loads weights.
     """
-    from opd.run import Given, prepare
+    from opd.stages import Given, prepare
 
     check_report_to(recipe.report_to)
     lines: list[str] = []

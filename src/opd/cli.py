@@ -34,7 +34,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     from opd.progress import Progress
     from opd.report import print_report
-    from opd.run import run_recipe
+    from opd.stages import run_recipe
 
     console = Console()
     run_recipe(resolved, progress=Progress(console=console))

@@ -181,6 +181,6 @@ def character_tokenizer(characters: str) -> Any:
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *dict.fromkeys(characters)])}
     core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex("(?s)."), "isolated")  # type: ignore[assignment]
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     core.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")

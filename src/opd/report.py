@@ -14,11 +14,11 @@ from opd.rundir import RunDir, StageDir
 # What a table shows of each sampling setting, in this order: key, label, share (shown in per cent).
 ROWS = (
     ("reward", "reward", True),
-    ("length", "length (tokens)", False),
-    ("cut_share", "cut at the limit", True),
-    ("distinct_share", "distinct responses", True),
-    ("repeat_ratio", "repeated 3-grams", True),
-    ("empty_share", "empty responses", True),
+    ("length", "tokens", False),
+    ("cut_share", "cut at limit", True),
+    ("distinct_share", "distinct", True),
+    ("repeat_ratio", "repetition", True),
+    ("empty_share", "empty", True),
 )
 
 
@@ -42,27 +42,38 @@ def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]]) -> Table:
     """One column a measurement: the student before, the teacher, the student after (and in between, if measured)."""
     assert spec.evaluate is not None
     columns = columns_of(rows)
-    table = Table(title=f"{spec.name}: held-out prompts, {spec.method}")
-    table.add_column("")
+    table = Table(title=f"{spec.name} ({spec.method}), held-out prompts")
+    table.add_column("", no_wrap=True)
     for name in columns:
         table.add_column(name, justify="right")
     for sampling in spec.evaluate.sampling:
-        for key, label, share in ROWS:
-            cells = [_cell(column, f"eval/{sampling}/{key}", share) for column in columns.values()]
-            if any(cells):
-                table.add_row(f"{sampling}: {label}", *cells)
-        for k in spec.evaluate.pass_at:
-            cells = [_cell(column, f"eval/{sampling}/pass@{k}", True) for column in columns.values()]
-            if any(cells):
-                table.add_row(f"{sampling}: pass@{k}", *cells)
+        rows_here = [*ROWS, *((f"pass@{k}", f"pass@{k}", True) for k in spec.evaluate.pass_at)]
+        for key, label, share in rows_here:
+            _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share)
+        table.add_section()
     for key in ("reverse_kl", "forward_kl"):
-        cells = [_cell(column, f"eval/{key}", False, digits=4) for column in columns.values()]
-        if any(cells):
-            table.add_row(f"exact {key} per token (nats)", *cells)
+        _add(table, columns, f"eval/{key}", f"{key}, nats a token", digits=3)
+    lines: list[str] = []
     for sampling in spec.evaluate.sampling:
         if (recovered := recovery(columns, sampling)) is not None:
-            table.caption = f"{table.caption or ''}{sampling}: {recovered:.0%} of the teacher's gap recovered.  "
+            lines.append(f"{sampling}: {recovered:.0%} of the teacher's gap recovered")
+    table.caption = "\n".join(lines)
     return table
+
+
+def _add(
+    table: Table,
+    columns: Mapping[str, Mapping[str, float]],
+    key: str,
+    label: str,
+    *,
+    share: bool = False,
+    digits: int = 1,
+) -> None:
+    """A row, if anything in it was measured."""
+    cells = [_cell(column, key, share, digits) for column in columns.values()]
+    if any(cells):
+        table.add_row(label, *cells)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -72,10 +83,10 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     if first["step"] == 0:
         before = {k: v for k, v in first.items() if k.startswith("eval/") and not k.startswith("eval/teacher/")}
         taught = {k.replace("eval/teacher/", "eval/"): v for k, v in first.items() if k.startswith("eval/teacher/")}
-        columns |= {name: c for name, c in (("student before", before), ("teacher", taught)) if c}
+        columns |= {name: c for name, c in (("before", before), ("teacher", taught)) if c}
     for row in rows:
         if row["step"] > 0:
-            columns["student after" if row is last else f"step {row['step']}"] = dict(row)
+            columns["after" if row is last else f"step {row['step']}"] = dict(row)
     return columns
 
 
@@ -83,16 +94,16 @@ def recovery(columns: Mapping[str, Mapping[str, float]], sampling: str) -> float
     """(after - before) / (teacher - before) of the reward; None when something was not measured or there is no gap."""
     key = f"eval/{sampling}/reward"
     try:
-        before, taught, after = (columns[n][key] for n in ("student before", "teacher", "student after"))
+        before, taught, after = (columns[n][key] for n in ("before", "teacher", "after"))
     except KeyError:
         return None
     return (after - before) / (taught - before) if taught > before else None
 
 
-def _cell(column: Mapping[str, float], key: str, share: bool, digits: int = 1) -> str:
+def _cell(column: Mapping[str, float], key: str, share: bool, digits: int) -> str:
     if key not in column:
         return ""
-    text = f"{column[key]:.1%}" if share else f"{column[key]:.{digits}f}"
+    text = f"{column[key]:.0%}" if share else f"{column[key]:.{digits}f}"
     if f"{key}_low" in column:
         text += f" [{column[f'{key}_low']:.0%}, {column[f'{key}_high']:.0%}]"
     return text

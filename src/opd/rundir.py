@@ -51,7 +51,7 @@ class RunDir:
         """
         try:
             continues = _holds_this_run(path, recipe_yaml)
-            _check_space(path, free_bytes_needed)
+            check_space(path, free_bytes_needed)
             path.mkdir(parents=True, exist_ok=True)
             _remove_unfinished(path)
         except RunError:
@@ -223,7 +223,8 @@ def _holds_this_run(path: Path, recipe_yaml: str) -> bool:
     )
 
 
-def _check_space(path: Path, needed: int) -> None:
+def check_space(path: Path, needed: int) -> None:
+    """Raise RunError when the disk under `path` has fewer than `needed` bytes free."""
     there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     if free < needed:

