@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from opd.recipe import ModelSpec
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None) -> LanguageModel:
-    """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError."""
+def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0) -> LanguageModel:
+    """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
+
+    `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if spec.init is not None and folder is None:
-        model, tokenizer = new_model(spec, name)
+        model, tokenizer = new_model(spec, name, seed)
     else:
         path = folder or resolve(spec, name)
         common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
@@ -142,7 +146,7 @@ def convert_gguf(file: Path) -> Path:
     return target
 
 
-def new_model(spec: ModelSpec, name: str) -> tuple[Any, Any]:
+def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
     """A randomly initialised model from `init` (a transformers config, with `model_type`) and `tokenizer`.
 
     The tokenizer is {characters: "..."}, one token a character, or the path of one.
@@ -158,7 +162,7 @@ def new_model(spec: ModelSpec, name: str) -> tuple[Any, Any]:
     ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
     with torch.random.fork_rng():
-        torch.manual_seed(spec.seed)
+        torch.manual_seed(zlib.crc32(f"{seed}-{name}".encode()) if spec.seed is None else spec.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
 
 

@@ -39,7 +39,7 @@ class ModelSpec(Section):
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
     from_stage: str | None = None  # the model that this stage leaves
     tokenizer: str | Characters | None = None  # for `init`
-    seed: int = 0  # of the random weights
+    seed: int | None = None  # of the random weights; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights
     device: str | None = None  # default: cuda if there is one

@@ -176,7 +176,7 @@ def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, director
     trained = [s.name for s in before if s.train == name]
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
-    return load_model(recipe.models[name], name=name, folder=folder)
+    return load_model(recipe.models[name], name=name, folder=folder, seed=recipe.seed)
 
 
 def writers_of(
