@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from opd import models
 from opd.data import prompts_of_rows
 from opd.errors import ConfigError
+from opd.method import Method
+from opd.methods import build
 from opd.models import LanguageModel
-from opd.progress import Progress
+from opd.progress import Progress, quiet_libraries
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.rewards import RewardFn
 from opd.stages import Given, Run, run_recipe
@@ -22,6 +24,8 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
 
     A run that was stopped goes on where it was. Raises the kinds of `opd.errors`.
     """
+    if quiet:
+        quiet_libraries()
     if not isinstance(recipe, Recipe):
         recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
     elif overrides:
@@ -33,7 +37,7 @@ def distill(
     *,
     student: Any,
     prompts: str | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]],
-    method: str = "reverse_kl",
+    method: str | Method | Callable[..., Method] = "reverse_kl",
     steps: int,
     teacher: Any = None,
     options: Mapping[str, Any] | None = None,
@@ -51,10 +55,13 @@ def distill(
     `student` and `teacher` are paths, hub ids, transformers models or peft models; objects need `tokenizer` (the
     teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `prompts`
     is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
-    such), or `Prompt`s. `method` and `options` as in `opd methods`; further keywords are fields of a recipe's stage:
+    such), or `Prompt`s. `method` is a name, a function that returns a Method (with `options`), or a Method; further
+    keywords are fields of a recipe's stage:
     `sampling={...}`, `optimizer={...}`, `prompts_per_step=16`, `evaluate={...}`. The run is written to `output_dir`
     (default: a new folder under runs/). Raises the kinds of `opd.errors`.
     """
+    if quiet:
+        quiet_libraries()
     given: dict[str, LanguageModel] = {}
     specs = {"student": _model(student, "student", tokenizer, given)}
     if teacher is not None:
@@ -66,7 +73,7 @@ def distill(
         "name": "distill",
         "train": "student",
         "teacher": "teacher" if teacher is not None else None,
-        "method": method,
+        "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
         "data": {"path": prompts if isinstance(prompts, str) else "(rows given in Python)", "chat": chat},
         "reward": {"name": named} if isinstance(named, str) else named,
@@ -83,7 +90,8 @@ def distill(
         },
         source="distill(...)",
     )
-    return run_recipe(recipe, Given(models=given, prompts=rows, reward=function), Progress(quiet=quiet))
+    made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
+    return run_recipe(recipe, Given(models=given, prompts=rows, reward=function, method=made), Progress(quiet=quiet))
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

@@ -26,6 +26,17 @@ def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
         "teacher_model": spec.teacher is not None and spec.teacher != spec.train,
     }
     missing = [REMEDIES[need] for need in sorted(needs) if not given.get(need, True)]
+    if {"sampler_logp", "off_policy"} <= needs:
+        raise ConfigError(
+            f"Stage {spec.name!r}: method {spec.method!r} divides by the probability with which the student wrote each "
+            "token, and its source is not the student. Use an on-policy source, or a signal without importance ratio."
+        )
+    if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != spec.sampling.temperature:
+        raise ConfigError(
+            f"Stage {spec.name!r}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
+            f"{spec.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
+            "sampling.temperature and the method's `temperature` the same value."
+        )
     if missing:
         raise ConfigError(f"Stage {spec.name!r}: method {spec.method!r} needs {'; '.join(missing)}.")
     if spec.teacher is not None and method.teacher.kind.startswith("self_"):

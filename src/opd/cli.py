@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opd.errors import OPDError
+from opd.progress import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +30,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from opd.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from rich.console import Console
 
     from opd.progress import Progress
@@ -47,7 +48,7 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from opd.recipe import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
-    _quiet_libraries()
+    quiet_libraries()
     from opd.check import check_recipe
 
     for line in check_recipe(resolved):
@@ -71,7 +72,7 @@ def evaluate(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
-    _quiet_libraries()
+    quiet_libraries()
     import yaml
 
     from opd.evaluate import evaluate_model
@@ -113,16 +114,6 @@ def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_
     typer.echo(description(method))
 
 
-def _quiet_libraries() -> None:
-    """Progress is ours; the libraries' own bars and advice would tear it."""
-    import os
-
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-
 def main() -> None:
     """Entry point: errors that are the user's are one message, not a traceback."""
     from opd.interrupt import Stopped
@@ -131,6 +122,9 @@ def main() -> None:
         app()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("Stopped at once. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except OPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -86,8 +86,7 @@ def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> l
                 f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
             )
     prompts = [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows)]
-    for name in require:
-        _check_filled(name, prompts, seen, spec)
+    require_columns(prompts, require, source=spec.path, seen=seen)
     return prompts
 
 
@@ -142,12 +141,15 @@ def _prompt(index: int, where: str, row: Mapping[str, Any], spec: DataSpec) -> P
     )
 
 
-def _check_filled(name: str, prompts: Sequence[Prompt], seen: Sequence[str], spec: DataSpec) -> None:
-    values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
-    empty = [index for index, value in enumerate(values) if value is None or value == ""]
-    if empty and name != "prompt":
-        first = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
-        raise DataError(
-            f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {spec.path} have none "
-            f"(rows {first}).{nearest(name, seen)} Its columns: {', '.join(seen)}. Fill it, or map it with `columns:`."
-        )
+def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
+    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not."""
+    for name in names:
+        values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
+        empty = [index for index, value in enumerate(values) if value is None or value == ""]
+        if empty and name != "prompt":
+            first = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            columns = f" Its columns: {', '.join(seen)}." if seen else ""
+            raise DataError(
+                f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {source} have none "
+                f"(rows {first}).{nearest(name, seen)}{columns} Fill it, or map it with `columns:`."
+            )

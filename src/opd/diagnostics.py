@@ -5,7 +5,7 @@ from __future__ import annotations
 from opd.method import Method
 from opd.metrics import Metrics
 from opd.statistics import repeat_ratio
-from opd.types import Batch, valid
+from opd.types import Batch, Rollout, valid
 
 
 def of(batch: Batch, method: Method, version: int) -> Metrics:
@@ -27,7 +27,12 @@ def of(batch: Batch, method: Method, version: int) -> Metrics:
     if len(written) == n:
         policy = valid(batch.policy_logp, batch.mask)
         metrics.mean("rollout/policy_nll", -policy.sum().item(), len(policy))
-        if method.support.kind != "none":
+        if method.support.kind != "none" and all(_drawn_at(r) == method.temperature for r in written):
             teacher = valid(batch.teacher_logp, batch.mask)
             metrics.mean("teacher/log_ratio", (teacher - policy).sum().item(), len(policy))
     return metrics
+
+
+def _drawn_at(rollout: Rollout) -> float | None:
+    """The temperature behind `policy_logp`: a log-ratio of two temperatures is no estimate of anything."""
+    return None if rollout.sampling is None else rollout.sampling.temperature

@@ -1,4 +1,4 @@
-"""The value that a paper decides: eight choices, in the order of the pipeline."""
+"""The value that a paper decides: a choice for each part of the pipeline, in its order."""
 
 from __future__ import annotations
 
@@ -34,6 +34,6 @@ class Method:
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
 
     def needs(self) -> frozenset[str]:
-        """What the recipe has to give: of 'reward', 'response', 'privileged_context', 'teacher_model', 'group'."""
+        """What the pieces declare; `opd.check.check_needs` says what each means for a recipe."""
         pieces = (self.source, self.context, self.credit, self.weight, self.signal, self.normalise, self.update)
         return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -17,6 +19,16 @@ SHOWN = {
     "rollout/length": "length",
     "optim/grad_norm": "grad",
 }
+
+
+def quiet_libraries() -> None:
+    """Progress is ours; the libraries' own bars and advice would tear it."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if "transformers" in sys.modules:  # it reads the variables above when it is imported
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 class Progress:

@@ -80,7 +80,8 @@ def policy_gradient(
             return -a * ratio
         return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
 
-    return signal
+    needs = {"policy_temperature"} | ({"sampler_logp"} if importance or clip is not None else set[str]())
+    return needing(signal, *needs)
 
 
 def support_policy_gradient() -> Signal:

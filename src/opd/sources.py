@@ -25,7 +25,7 @@ def dataset() -> Source:
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
         return writers.reference(prompts, seed=seed, student_top_k=student_top_k)
 
-    return needing(source, "response")
+    return needing(source, "response", "off_policy")
 
 
 def teacher_writes() -> Source:
@@ -35,7 +35,7 @@ def teacher_writes() -> Source:
         assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
         return writers.teacher(prompts, seed=seed, student_top_k=student_top_k)
 
-    return needing(source, "teacher_model")
+    return needing(source, "teacher_model", "off_policy")
 
 
 def mixture(on_policy_share: float, other: Source) -> Source:

@@ -9,10 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from opd import checkpoint, methods, models, optim
 from opd import recipe as recipes
 from opd.check import check_needs
-from opd.data import DataSpec, load_prompts
+from opd.data import DataSpec, load_prompts, require_columns
 from opd.errors import ConfigError
 from opd.evaluate import HeldOut
 from opd.held_out import Examiner
@@ -39,6 +41,7 @@ class Given:
     models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
     prompts: list[Prompt] | None = None
     reward: RewardFn | None = None
+    method: Method | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,10 +104,14 @@ class Prepared:
 
 def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
-    method = methods.build(spec.method, spec.options)
+    method = given.method or methods.build(spec.method, spec.options)
     check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
     required = sorted(method.needs() & {"response", "privileged_context"})
-    prompts = given.prompts or load_prompts(data_spec(spec.data), require=required)
+    if given.prompts is None:
+        prompts = load_prompts(data_spec(spec.data), require=required)
+    else:
+        prompts = given.prompts
+        require_columns(prompts, required, source="the prompts given in Python")
     reward = given.reward or reward_of(spec.reward)
     held_out = None
     if spec.evaluate is not None:
@@ -130,13 +137,11 @@ def build(
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
     student = model_for(recipe, spec, spec.train, given, directory)
-    if not student.trainable():
-        raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
+    check_student(spec, prepared.method, student, progress)
     check_space(directory.path, space_needed(spec, student))
     external = None
     if spec.teacher is not None and spec.teacher != spec.train:
         external = model_for(recipe, spec, spec.teacher, given, directory)
-        external.model.requires_grad_(False)
     method = prepared.method
     teacher = teacher_for(
         method.teacher,
@@ -166,6 +171,22 @@ def build(
         report=report,
         seconds_limit=seconds_limit(spec, directory),
     )
+
+
+def check_student(spec: StageSpec, method: Method, student: LanguageModel, progress: Progress) -> None:
+    """What only the loaded student can tell. Raises ConfigError."""
+    if not student.trainable():
+        raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
+    if method.support.k > student.vocabulary:
+        raise ConfigError(
+            f"Stage {spec.name!r}: the method's support has k = {method.support.k}, and the vocabulary has only "
+            f"{student.vocabulary} tokens. Lower k, or use a method on the full vocabulary."
+        )
+    if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
+        progress.note(
+            f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to nothing. Use `dtype: "
+            "float32` with `autocast: true`, or LoRA."
+        )
 
 
 def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir) -> LanguageModel:

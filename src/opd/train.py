@@ -78,8 +78,8 @@ def train(stage: Stage) -> float:
             if teacher is not None:
                 scores = teacher.score(rollouts, contexts, method.support, method.temperature)
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
-            batch = attach(batch, method)  # 5 credit and weight: the end of phase A
-            denominator = method.normalise(batch)  # 6 the one denominator
+            batch = attach(batch, method)  # 5 credit and weight
+            denominator = method.normalise(batch)  # 6 the one denominator: the end of phase A
             head = teacher.head() if teacher is not None and method.support.kind == "full" else None
             metrics = diagnostics.of(batch, method, version=step)
             scored = time.perf_counter()

@@ -37,9 +37,10 @@ from helpers import (
 from torch import Tensor
 
 import opd.score
-from opd import methods, optim
+from opd import divergences, methods, optim
 from opd.check import check_recipe
 from opd.collate import attach
+from opd.errors import OPDError
 from opd.method import Method
 from opd.methods import METHODS
 from opd.models import LanguageModel, frozen_copy
@@ -203,7 +204,7 @@ CASES: dict[str, list[Case]] = {
     "opd": [
         case(sampled_log_ratio(False)),
         case(sampled_log_ratio(False), {"average": "token", "temperature": 2.0}, average="token", learns=False),
-        case(sampled_log_ratio(True), {"importance": True}),
+        case(sampled_log_ratio(True), {"importance": True}, learns=False),
     ],
     "gkd": [
         case(compared("generalised_jsd", beta=0.5)),
@@ -217,7 +218,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "topk_reverse_kl": [
         topk(k=5, learns=True),
-        topk(k=5, form="stop_gradient", learns=True),
+        topk(k=3, form="stop_gradient"),
         topk(k=3, form="renormalised"),
         topk(k=3, form="raw", fixed_point=False),
         topk(k=3, by="student"),  # what it learns depends on what the student already likes
@@ -562,6 +563,23 @@ def test_extreme_logits_give_finite_numbers(name: str, one: Case, writer: str, s
     assert all(bool(g.isfinite().all()) for g in got.grads.values())
 
 
+@pytest.mark.parametrize("form", divergences.FORMS)
+@pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
+@pytest.mark.parametrize("logp", [-80.0, -1e3])
+@pytest.mark.parametrize("little", ["student", "teacher", "both"])
+def test_a_support_of_almost_no_mass_gives_finite_numbers(divergence: str, form: str, logp: float, little: str):
+    """One token of three exists, and a model hardly believes in it: what two sharp models have in common."""
+    rows = {who: [logp if little in (who, "both") else -0.5, -1.0, -2.0] for who in ("student", "teacher")}
+    student = torch.tensor([rows["student"]], requires_grad=True)
+    exists = torch.tensor([[True, False, False]])
+    value = divergences.on_support(divergence, student, torch.tensor([rows["teacher"]]), form, exists)
+    value.sum().backward()
+    assert student.grad is not None
+    assert bool(value.isfinite().all())
+    assert bool(student.grad.isfinite().all())
+    assert student.grad[0, 1:].tolist() == [0.0, 0.0]
+
+
 # --- identities of single methods -----------------------------------------------------------------------------------
 
 
@@ -576,6 +594,18 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(form: str, by: str
     got, expected = replace(exact, method=method, rollouts=rollouts).step(), exact.step()
     assert got.loss == pytest.approx(expected.loss, rel=ROUNDING)
     assert got.distance(expected) < ROUNDING
+
+
+@pytest.mark.parametrize("by", ["teacher", "student"])
+def test_a_k_beyond_the_vocabulary_is_all_of_it_or_refused(by: str):
+    exact = scene("reverse_kl", CASES["reverse_kl"][0])
+    try:
+        method = methods.build("topk_reverse_kl", {"k": exact.student.vocabulary + 1, "by": by})
+        rollouts = masked(write(method, exact.student, None, PROMPTS, SAMPLING))
+        got = replace(exact, method=method, rollouts=rollouts).step()
+    except OPDError:
+        return
+    assert got.distance(exact.step()) < ROUNDING
 
 
 @pytest.mark.parametrize("form", ["raw", "stop_gradient", "renormalised", "tail"])
@@ -706,7 +736,6 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
             teacher.after_step()
     after = lesson.kl(target)
     assert before > 0.3
-    print("LEARN", name, one.options, before, after)
     assert after < before / 10, f"KL {before:.3f} -> {after:.3f}"
 
 

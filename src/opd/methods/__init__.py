@@ -42,9 +42,13 @@ def function_of(name: str) -> Callable[..., Method]:
     return METHODS[name]
 
 
-def build(name: str, options: Mapping[str, Any]) -> Method:
-    """The Method called `name` with options checked against its signature. Raises ConfigError."""
-    function = function_of(name)
+def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Method:
+    """The Method called `name`, or made by a function, with options checked against the signature.
+
+    Raises ConfigError.
+    """
+    function = function_of(name) if isinstance(name, str) else name
+    name = name if isinstance(name, str) else function.__name__
     signature = inspect.signature(function)
     hints = get_type_hints(function)
     fields: dict[str, Any] = {

@@ -33,13 +33,13 @@ def markdown() -> str:
     parts += [f"| [`{n}`](#{n}) | {headline(n)} | `src/opd/methods/{n}.py` |" for n in METHODS]
     for name, function in METHODS.items():
         parts += ["", f"## {name}", "", _fenced(_page(name).strip()), "", inspect.getdoc(function) or "", ""]
-        parts += ["```python", f"{name}{inspect.signature(function)}".replace("'", ""), "```"]
+        parts += ["```python", f"{name}{inspect.signature(function)}", "```"]
     return "\n".join(parts) + "\n"
 
 
 def _page(name: str) -> str:
     function = function_of(name)
-    return inspect.getdoc(sys.modules[function.__module__]) or "(no docstring)"
+    return sys.modules[function.__module__].__doc__ or "(no docstring)"
 
 
 def _fenced(text: str) -> str:
@@ -48,9 +48,14 @@ def _fenced(text: str) -> str:
     inside = False
     for line in text.splitlines():
         formula = line.startswith("    ")
-        if formula != inside and (formula or line.strip()):
+        if inside and line.strip() and not formula:
+            while not out[-1]:
+                out.pop()
+            out += ["```", ""]
+            inside = False
+        elif formula and not inside:
             out.append("```")
-            inside = formula
+            inside = True
         out.append(line[4:] if formula else line)
     return "\n".join([*out, "```"] if inside else out)
 

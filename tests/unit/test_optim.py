@@ -1,0 +1,164 @@
+"""The learning rate of every update, clipping, and a run that goes on as if it had not stopped."""
+
+from __future__ import annotations
+
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from opd import optim
+from opd.optim import Optimiser, factor
+from opd.recipe import OptimizerSection
+
+
+def section(**settings: Any) -> OptimizerSection:
+    return OptimizerSection(**{"learning_rate": 0.1, **settings})
+
+
+def parameters() -> dict[str, nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return {name: nn.Parameter(torch.randn(4, 3, generator=generator)) for name in ("a", "b")}
+
+
+def update(optimiser: Optimiser, i: int) -> float:
+    """One update with a gradient of its own; returns the rate that was used."""
+    generator = torch.Generator().manual_seed(100 + i)
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimiser.clip()
+    return optimiser.step()["optim/learning_rate"]
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedules_by_hand():
+    constant = [factor(section(), 4)(i) for i in range(4)]
+    linear = [factor(section(schedule="linear"), 4)(i) for i in range(4)]
+    cosine = [factor(section(schedule="cosine"), 4)(i) for i in range(5)]
+    assert constant == [1.0] * 4
+    assert linear == [1.0, 0.75, 0.5, 0.25]
+    assert cosine == pytest.approx([1.0, 0.5 + math.sqrt(0.125), 0.5, 0.5 - math.sqrt(0.125), 0.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_the_warm_up_rises_in_equal_parts_and_is_never_zero(schedule: str):
+    at = factor(section(schedule=schedule, warmup_steps=4), 12)
+    assert [at(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    after = [at(i) for i in range(4, 12)]
+    assert after == sorted(after, reverse=True)
+    assert all(0.0 < value <= 1.0 for value in after)
+    assert schedule == "constant" or after[-1] < 0.2
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 5), (9, 5), (0, 3)])
+def test_short_stages_have_a_rate_at_every_step(schedule: str, warmup: int, steps: int):
+    at = factor(section(schedule=schedule, warmup_steps=warmup), steps)
+    assert all(0.0 < at(i) <= 1.0 for i in range(steps))
+    assert 0.0 <= at(steps) <= 1.0
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_every_update_uses_the_rate_that_it_reports(schedule: str):
+    settings = section(schedule=schedule, warmup_steps=3)
+    optimiser = optim.build(parameters(), settings, 10)
+    expected = [settings.learning_rate * factor(settings, 10)(i) for i in range(10)]
+    assert [update(optimiser, i) for i in range(10)] == pytest.approx(expected, rel=1e-12)
+
+
+def test_the_first_update_moves_by_its_rate():
+    """Adam's first step is rate x sign(gradient), whatever the gradient's size."""
+    optimiser = optim.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
+    before = optimiser.parameters["a"].detach().clone()
+    assert update(optimiser, 0) == pytest.approx(0.025)
+    moved = optimiser.parameters["a"].detach() - before
+    torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.025), atol=1e-6, rtol=0)
+
+
+def test_the_recipes_numbers_reach_adamw():
+    settings = section(betas=(0.8, 0.95), eps=1e-5, weight_decay=0.3, learning_rate=0.2)
+    group = optim.build(parameters(), settings, 10).adamw.param_groups[0]
+    assert group["betas"] == (0.8, 0.95)
+    assert group["eps"] == 1e-5
+    assert group["weight_decay"] == 0.3
+    assert group["initial_lr"] == 0.2
+
+
+# --- clipping -------------------------------------------------------------------------------------------------------
+
+
+def test_clipping_is_by_the_norm_over_all_parameters_and_reports_it_as_it_was():
+    optimiser = optim.build(parameters(), section(max_grad_norm=1.0), 10)
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.full_like(parameter, 2.0)
+    norm = math.sqrt(2 * 12 * 4.0)
+    assert optimiser.clip() == pytest.approx(norm)
+    for parameter in optimiser.parameters.values():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 2.0 / norm))
+    assert optimiser.clip() == pytest.approx(1.0, rel=1e-4)
+
+
+def test_a_small_gradient_is_left_alone():
+    optimiser = optim.build(parameters(), section(max_grad_norm=1.0), 10)
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    optimiser.clip()
+    assert all(
+        torch.equal(p.grad, torch.full_like(p, 0.01)) for p in optimiser.parameters.values() if p.grad is not None
+    )
+
+
+def test_a_norm_that_is_not_finite_is_reported():
+    optimiser = optim.build(parameters(), section(), 10)
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.full_like(parameter, torch.nan)
+    assert math.isnan(optimiser.clip())
+
+
+def test_a_step_clears_the_gradient():
+    optimiser = optim.build(parameters(), section(), 10)
+    update(optimiser, 0)
+    assert all(parameter.grad is None for parameter in optimiser.parameters.values())
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+@pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
+def test_a_restored_optimiser_goes_on_bit_for_bit(schedule: str, stop: int):
+    settings = section(schedule=schedule, warmup_steps=4, weight_decay=0.01)
+    whole = optim.build(parameters(), settings, 10)
+    rates = [update(whole, i) for i in range(10)]
+
+    first = optim.build(parameters(), settings, 10)
+    assert [update(first, i) for i in range(stop)] == rates[:stop]
+    buffer = io.BytesIO()
+    torch.save(first.state_dict(), buffer)
+    buffer.seek(0)
+    weights = {name: p.detach().clone() for name, p in first.parameters.items()}
+    update(first, 99)  # what happens after the checkpoint is lost
+
+    second = optim.build({name: nn.Parameter(value) for name, value in weights.items()}, settings, 10)
+    second.load_state_dict(torch.load(buffer, weights_only=True))
+    assert [update(second, i) for i in range(stop, 10)] == rates[stop:]
+    for name, parameter in whole.parameters.items():
+        assert torch.equal(second.parameters[name], parameter)
+    for mine, theirs in zip(second.adamw.state.values(), whole.adamw.state.values(), strict=True):
+        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert second.state_dict()["schedule"] == whole.state_dict()["schedule"]
+
+
+def test_a_state_does_not_change_when_training_goes_on():
+    optimiser = optim.build(parameters(), section(schedule="linear"), 10)
+    update(optimiser, 0)
+    assert optimiser.state_dict()["schedule"] == {"last_epoch": 1}
+    state = optimiser.state_dict()["schedule"]
+    update(optimiser, 1)
+    assert state == {"last_epoch": 1}

@@ -1,0 +1,311 @@
+"""Recipes: what is filled in, what overrides reach, what refers to what, and what comes back from the resolved text."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from opd.errors import ConfigError
+from opd.recipe import Recipe, dump, load_recipe, parse_recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def stage(name: str, **fields: Any) -> dict[str, Any]:
+    return {"name": name, "train": "student", "method": "sft", "data": {"path": "x.jsonl"}, "steps": 2, **fields}
+
+
+def recipe(*stages: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    models = {"student": {"path": "./student"}, "teacher": {"path": "./teacher"}}
+    return {"name": "tiny", "models": models, "stages": list(stages) or [stage("one")], **fields}
+
+
+def refused(raw: dict[str, Any], *overrides: str) -> str:
+    with pytest.raises(ConfigError) as error:
+        parse_recipe(raw, overrides)
+    return str(error.value)
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_merged_under_every_stage_key_by_key():
+    defaults = {"steps": 7, "sampling": {"n": 4, "temperature": 0.5}, "optimizer": {"betas": [0.8, 0.9]}, "data": {}}
+    one = stage("one", sampling={"temperature": 0.7})
+    two = {key: value for key, value in stage("two").items() if key != "steps"}
+    resolved = parse_recipe(recipe(one, two, defaults=defaults))
+    assert [s.steps for s in resolved.stages] == [2, 7]
+    assert [s.sampling.n for s in resolved.stages] == [4, 4]
+    assert [s.sampling.temperature for s in resolved.stages] == [0.7, 0.5]
+    assert [s.optimizer.betas for s in resolved.stages] == [(0.8, 0.9)] * 2
+    assert [s.data.path for s in resolved.stages] == ["x.jsonl"] * 2
+
+
+def test_a_list_or_a_value_of_a_stage_replaces_the_default_and_null_unsets_it():
+    defaults = {"teacher": "teacher", "sampling": {"stop": ["a", "b"]}, "reward": {"name": "exact"}}
+    one = stage("one", teacher=None, sampling={"stop": ["c"]}, reward=None)
+    resolved = parse_recipe(recipe(one, stage("two"), defaults=defaults))
+    assert [s.teacher for s in resolved.stages] == [None, "teacher"]
+    assert [s.sampling.stop for s in resolved.stages] == [["c"], ["a", "b"]]
+    assert [s.reward is None for s in resolved.stages] == [True, False]
+
+
+def test_defaults_are_not_shared_between_stages_or_written_to_the_callers_mapping():
+    raw = recipe(stage("one"), stage("two"), defaults={"sampling": {"n": 4}})
+    before = yaml.safe_dump(raw)
+    resolved = parse_recipe(raw, ["stages.one.sampling.n=2", "defaults.sampling.top_p=0.5"])
+    assert [s.sampling.n for s in resolved.stages] == [2, 4]
+    assert [s.sampling.top_p for s in resolved.stages] == [0.5, 0.5]
+    assert yaml.safe_dump(raw) == before
+
+
+def test_a_misspelt_default_is_told():
+    assert "`stages.0.samplng`. Did you mean 'sampling'?" in refused(recipe(defaults={"samplng": {}}))
+
+
+@pytest.mark.parametrize("defaults", [5, ["steps"], "steps"])
+def test_defaults_are_a_mapping(defaults: Any):
+    assert "`defaults`" in refused(recipe(defaults=defaults))
+
+
+def test_what_is_left_out_has_the_documented_value():
+    resolved = parse_recipe(recipe())
+    only = resolved.stages[0]
+    assert (resolved.seed, resolved.folder, resolved.report_to) == (0, Path("runs/tiny"), [])
+    assert (only.optimizer.learning_rate, only.optimizer.max_grad_norm, only.optimizer.schedule) == (
+        1e-6,
+        1,
+        "constant",
+    )
+    assert (only.sampling.temperature, only.sampling.top_p, only.sampling.top_k, only.sampling.n) == (1, 1, 0, 1)
+    assert (only.checkpoint.every, only.checkpoint.keep, only.prompts_per_step) == (50, 2, 16)
+    assert resolved.models["student"].dtype == "float32"
+    assert resolved.models["student"].trust_remote_code is False
+    assert parse_recipe(recipe(output_dir="here")).folder == Path("here")
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("seed=3", lambda r: r.seed == 3),
+        ("output_dir=a=b", lambda r: r.folder == Path("a=b")),
+        ("report_to=[tensorboard]", lambda r: r.report_to == ["tensorboard"]),
+        ("models.student.path=./other", lambda r: r.models["student"].path == "./other"),
+        ("models.student.lora.rank=4", lambda r: r.models["student"].lora.rank == 4),
+        ("models.extra={path: ./x}", lambda r: r.models["extra"].path == "./x"),
+        ("steps=9", lambda r: r.stages[0].steps == 9),
+        ("stages.one.steps=9", lambda r: r.stages[0].steps == 9),
+        ("stages.0.steps=9", lambda r: r.stages[0].steps == 9),
+        ("optimizer.learning_rate=2e-5", lambda r: r.stages[0].optimizer.learning_rate == 2e-5),
+        ("sampling.stop=['.']", lambda r: r.stages[0].sampling.stop == ["."]),
+        ("teacher=teacher", lambda r: r.stages[0].teacher == "teacher"),
+        ("teacher=null", lambda r: r.stages[0].teacher is None),
+        ("options.k=5", lambda r: r.stages[0].options == {"k": 5}),
+        ("evaluate={data: {path: y.jsonl}, kl: true}", lambda r: r.stages[0].evaluate.kl is True),
+    ],
+)
+def test_override(override: str, value: Any):
+    assert value(parse_recipe(recipe(), [override]))
+
+
+def test_an_override_of_one_stage_leaves_another_alone_that_was_given_the_same_object(tmp_path: Path):
+    common = {"n": 4}
+    raw = recipe(stage("one", sampling=common), stage("two", sampling=common))
+    assert [s.sampling.n for s in parse_recipe(raw, ["stages.one.sampling.n=2"]).stages] == [2, 4]
+    file = tmp_path / "anchored.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    assert "&id001" in file.read_text()
+    assert [s.sampling.n for s in load_recipe(file, ["stages.one.sampling.n=2"]).stages] == [2, 4]
+
+
+def test_the_last_override_of_a_key_wins():
+    assert parse_recipe(recipe(), ["seed=3", "steps=4", "seed=5"]).seed == 5
+
+
+def test_a_name_is_looked_for_before_a_number():
+    raw = recipe(stage("first"), stage("0"))
+    assert [s.steps for s in parse_recipe(raw, ["stages.0.steps=9"]).stages] == [2, 9]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got 'seed'."),
+        ("=5", "got '=5'"),
+        ("stages.tow.steps=5", "Override stages.tow: no such entry. Did you mean 'two'? There are ['one', 'two']."),
+        ("stages.2.steps=5", "Override stages.2: no such entry. There are ['one', 'two']."),
+        ("steps=5", "'steps' belongs to a stage, and there are several: write stages.NAME.steps"),
+        ("optimizer.eps=1", "write stages.NAME.optimizer.eps (NAME of ['one', 'two'])"),
+        ("seed.x=5", "Override seed"),
+        ("name.x.y=5", "Override name.x: 'tiny' is a value and has no keys."),
+        ("stages.1=5", "Override stages.1"),
+        ("stages.one.data=5", "`stages.0.data`"),
+        ("modles.student.path=x", "unknown key `modles`. Did you mean 'models'?"),
+        ("seed={", "seed={"),
+    ],
+)
+def test_a_bad_override(override: str, message: str):
+    assert message in refused(recipe(stage("one"), stage("two"), seed=0), override)
+
+
+# --- messages at every level -----------------------------------------------------------------------------------------
+
+
+DATA = {"path": "x"}
+
+
+@pytest.mark.parametrize(
+    ("key", "near", "override"),
+    [
+        ("descripton", "description", "descripton=x"),
+        ("models.student.autocasts", "autocast", "models.student.autocasts=true"),
+        ("models.student.lora.alfa", "alpha", "models.student.lora={alfa: 1}"),
+        ("models.teacher.ofload", "offload", "models.teacher.ofload=true"),
+        ("stages.0.seconds", "seconds_of", "stages.one.seconds=x"),
+        ("stages.0.data.limits", "limit", "data.limits=1"),
+        ("stages.0.sampling.max_completion_lenght", "max_completion_length", "sampling.max_completion_lenght=1"),
+        ("stages.0.teacher_sampling.temprature", "temperature", "teacher_sampling={temprature: 1}"),
+        ("stages.0.reward.option", "options", "reward={name: exact, option: {}}"),
+        ("stages.0.optimizer.lerning_rate", "learning_rate", "optimizer.lerning_rate=1"),
+        ("stages.0.checkpoint.evry", "every", "checkpoint.evry=1"),
+        ("stages.0.evaluate.pass_att", "pass_at", "evaluate={data: {path: x}, pass_att: [1]}"),
+        ("stages.0.evaluate.data.colums", "columns", "evaluate={data: {path: x, colums: {}}}"),
+        ("stages.0.evaluate.reward.nam", "name", "evaluate={data: {path: x}, reward: {name: exact, nam: x}}"),
+        (
+            "stages.0.evaluate.sampling.greedy.top_pp",
+            "top_p",
+            "evaluate={data: {path: x}, sampling: {greedy: {top_pp: 1}}}",
+        ),
+    ],
+)
+def test_an_unknown_key_has_its_place_its_nearest_match_and_the_known_ones(key: str, near: str, override: str):
+    message = refused(recipe(), override)
+    line = next(line for line in message.splitlines() if "unknown key" in line)
+    assert line.startswith(f"  unknown key `{key}`. Did you mean {near!r}? Known here: ")
+    assert near in line.split("Known here: ")[1].split(", ")
+
+
+def test_an_unknown_key_that_is_near_nothing_lists_the_known_ones():
+    message = refused(recipe(), "checkpoint.zzz=1")
+    assert "unknown key `stages.0.checkpoint.zzz`. Known here: every, keep" in message
+    assert "Did you mean" not in message
+
+
+def test_a_misspelt_tokenizer_of_characters():
+    models = {"student": {"init": {"model_type": "llama"}, "tokenizer": {"charcters": "abc"}}}
+    message = refused(recipe(models=models))
+    assert "charcters`. Did you mean 'characters'?" in message
+
+
+def test_a_stage_or_a_run_whose_name_cannot_be_a_folder():
+    assert "`stages.0.name`" in refused(recipe(stage("a/b")))
+    assert "`name`" in refused(recipe(name="../x"))
+
+
+def test_a_long_value_is_cut():
+    message = refused(recipe(), f"steps={'9x' * 500}")
+    assert "`stages.0.steps`" in message
+    assert len(message) < 400
+
+
+def test_the_source_is_named(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(recipe(seed="x")))
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not a valid recipe:\n  `seed`"):
+        load_recipe(file)
+
+
+def test_a_value_that_is_not_plain_data_is_told_by_its_type():
+    assert "Path" in refused(recipe(output_dir=Path("here")))
+
+
+# --- references ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_is_not_among_the_models():
+    message = refused(recipe(stage("one", train="studen")))
+    assert "recipe: stage 'one': `train: studen` is not among the models. Did you mean 'student'?" in message
+    assert "There are ['student', 'teacher']." in message
+    assert "`teacher: tutor` is not among the models." in refused(recipe(stage("one", teacher="tutor")))
+
+
+def test_two_stages_of_one_name():
+    assert "stage 'one': the name is used twice." in refused(recipe(stage("one"), stage("one")))
+
+
+def test_a_model_that_an_earlier_stage_leaves():
+    models = {"student": {"path": "./student"}, "taught": {"from_stage": "one"}}
+    both = [stage("one"), stage("two", teacher="taught")]
+    assert parse_recipe(recipe(*both, models=models)).stage("two").teacher == "taught"
+    message = refused(recipe(*reversed(both), models=models))
+    assert "stage 'two': model 'taught' is what stage 'one' leaves, and no such stage comes before this one." in message
+    itself = recipe(stage("one", train="taught"), models=models)
+    assert "no such stage comes before" in refused(itself)
+
+
+def test_the_time_of_an_earlier_stage():
+    assert parse_recipe(recipe(stage("one"), stage("two", seconds_of="one"))).stage("two").seconds_of == "one"
+    message = refused(recipe(stage("one", seconds_of="two"), stage("two")))
+    assert "stage 'one': `seconds_of: two` is no earlier stage. Earlier ones: []." in message
+
+
+# --- the resolved recipe ---------------------------------------------------------------------------------------------
+
+
+FULL = recipe(
+    stage("one", sampling={"stop": ["\n", "»"], "top_p": 0.9}, options={"x": [1, None, {"y": "é"}]}),
+    stage(
+        "two",
+        teacher="made",
+        evaluate={"data": DATA, "sampling": {"greedy": {"temperature": 0}}, "pass_at": [1, 4]},
+        reward={"name": "exact", "options": {"ignore_case": True}},
+        seconds_of="one",
+    ),
+    description="two lines\nof text: ü",
+    models={
+        "student": {"path": "./student", "lora": {"target_modules": ["q_proj"]}, "template_options": {"a": False}},
+        "made": {"init": {"model_type": "llama", "hidden_size": 8}, "tokenizer": {"characters": "0: #'\"\\"}},
+    },
+)
+
+
+@pytest.mark.parametrize("raw", [recipe(), FULL], ids=["short", "full"])
+def test_the_resolved_recipe_reads_back_as_the_same(raw: dict[str, Any]):
+    resolved = parse_recipe(raw)
+    text = dump(resolved)
+    again = parse_recipe(yaml.safe_load(text))
+    assert again == resolved
+    assert dump(again) == text
+    assert set(yaml.safe_load(text)) == set(Recipe.model_fields)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_our_own_recipes_read_back_as_the_same(file: Path):
+    resolved = load_recipe(file)
+    assert resolved.name == file.stem
+    assert parse_recipe(yaml.safe_load(dump(resolved))) == resolved
+
+
+def test_defaults_and_overrides_leave_no_trace_but_their_values():
+    spelt = recipe(stage("one", sampling={"n": 3}), seed=2)
+    short = parse_recipe(recipe(defaults={"sampling": {"n": 3}}), ["seed=2"])
+    assert dump(short) == dump(parse_recipe(spelt))
+
+
+def test_a_recipe_cannot_be_changed_by_accident():
+    with pytest.raises(ValueError, match="frozen"):
+        parse_recipe(recipe()).seed = 3  # type: ignore[misc]
+
+
+def test_reading_a_recipe_imports_nothing_heavy():
+    code = "import sys, opd.recipe; print({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
