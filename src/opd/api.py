@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
 from opd.models import LanguageModel
+from opd.prepare import Given
 from opd.progress import Progress, quiet_libraries
 from opd.recipe import Recipe, load_recipe, parse_recipe
 from opd.rewards import RewardFn
-from opd.stages import Given, Run, run_recipe
+from opd.stages import Run, run_recipe
 from opd.types import Prompt
 
 
@@ -36,7 +38,7 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
 def distill(
     *,
     student: Any,
-    prompts: str | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+    prompts: str | Path | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]],
     method: str | Method | Callable[..., Method] = "reverse_kl",
     steps: int,
     teacher: Any = None,
@@ -66,7 +68,7 @@ def distill(
     specs = {"student": _model(student, "student", tokenizer, given)}
     if teacher is not None:
         specs["teacher"] = _model(teacher, "teacher", teacher_tokenizer or tokenizer, given)
-    rows = None if isinstance(prompts, str) else prompts_of_rows(prompts, chat=chat)
+    rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
     function = reward if callable(reward) else None
     named = reward if function is None else None
     described = {
@@ -75,7 +77,7 @@ def distill(
         "teacher": "teacher" if teacher is not None else None,
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
-        "data": {"path": prompts if isinstance(prompts, str) else "(rows given in Python)", "chat": chat},
+        "data": {"path": str(prompts) if rows is None else _described(rows), "chat": chat},
         "reward": {"name": named} if isinstance(named, str) else named,
         "steps": steps,
         **stage,
@@ -99,6 +101,12 @@ def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel
         return {"path": str(model)}
     given[name] = models.wrap(model, tokenizer, name=name)
     return {"path": f"(a {type(model).__name__} given in Python)"}
+
+
+def _described(rows: Sequence[Prompt]) -> str:
+    """What stands for rows in the recipe: other rows are another run."""
+    digest = hashlib.sha256(repr([(row.id, row.content, row.answer, row.response) for row in rows]).encode())
+    return f"({len(rows)} rows given in Python, {digest.hexdigest()[:12]})"
 
 
 def _new_folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises the errors that `opd train` would raise before it loads weights.
     """
-    from opd.stages import Given, prepare
+    from opd.prepare import Given, prepare
 
     check_report_to(recipe.report_to)
     lines: list[str] = []
@@ -59,12 +60,28 @@ def check_recipe(recipe: Recipe) -> list[str]:
         prepared = prepare(spec, Given(), recipe.seed)
         held_out = "no held-out prompts" if prepared.held_out is None else f"{len(prepared.held_out.prompts)} held out"
         lines.append(f"stage {spec.name}: {spec.method}, {len(prepared.prompts)} prompts, {held_out}")
-        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.prompts)]
+        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.all_prompts)]
     return lines
 
 
-def check_tokenizers(recipe: Recipe, spec: StageSpec, prompts: list[Any]) -> list[str]:
-    """Render the prompts and compare the token maps, where a tokenizer can be had without its model."""
+def check_pass_at(spec: StageSpec) -> None:
+    """Refuse a pass@k that no sampling setting has enough responses for. Raises ConfigError."""
+    assert spec.evaluate is not None
+    most = max(sampling.n for sampling in spec.evaluate.sampling.values())
+    if bad := [k for k in spec.evaluate.pass_at if not 1 <= k <= most]:
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
+            f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
+        )
+
+
+def check_tokenizers(
+    recipe: Recipe, spec: StageSpec, prompts: list[Any], given: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Render the prompts and compare the token maps, where a tokenizer can be had without its model.
+
+    `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
+    """
     from opd.render import render_checked
     from opd.teachers.local import check_same_tokens
 
@@ -72,13 +89,13 @@ def check_tokenizers(recipe: Recipe, spec: StageSpec, prompts: list[Any]) -> lis
     tokenizers: dict[str, Any] = {}
     roles = [spec.train] if spec.teacher is None or spec.teacher == spec.train else [spec.train, spec.teacher]
     for name in roles:
-        tokenizer = tokenizer_of(recipe.models[name], name)
+        tokenizer = (given or {}).get(name) or tokenizer_of(origin_of(recipe, name), name)
         if tokenizer is None:
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:
             tokenizers[name] = tokenizer
     if spec.train in tokenizers:
-        options = recipe.models[spec.train].template_options
+        options = origin_of(recipe, spec.train).template_options
         ids = render_checked(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
@@ -89,23 +106,28 @@ def check_tokenizers(recipe: Recipe, spec: StageSpec, prompts: list[Any]) -> lis
     return lines
 
 
+def origin_of(recipe: Recipe, name: str) -> ModelSpec:
+    """The model that `name` goes back to through the stages that made it."""
+    spec = recipe.models[name]
+    while spec.from_stage is not None:
+        spec = recipe.models[recipe.stage(spec.from_stage).train]
+    return spec
+
+
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
     """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet."""
-    from transformers import AutoTokenizer
-
-    from opd.loading import cached_gguf, new_tokenizer, resolved_path
+    from opd.loading import cached_gguf, load_tokenizer, new_config, new_tokenizer, resolved_path
 
     if spec.init is not None:
         tokenizer = new_tokenizer(spec, name)
-    elif spec.path is None:
-        return None
+        new_config(spec, name, tokenizer)
     else:
         path = resolved_path(spec, name)
         if isinstance(path, Path) and path.suffix == ".gguf":
             path = cached_gguf(path)
             if not (path / "config.json").exists():
                 return None
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+        tokenizer = load_tokenizer(path, spec, name)
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from opd.errors import OPDError
+from opd.interrupt import Stopped
 from opd.progress import quiet_libraries
 
 app = typer.Typer(
@@ -38,7 +39,10 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     from opd.stages import run_recipe
 
     console = Console()
-    run_recipe(resolved, progress=Progress(console=console))
+    try:
+        run_recipe(resolved, progress=Progress(console=console))
+    except KeyboardInterrupt:
+        raise Stopped("Stopped at once. The same command goes on from the last checkpoint.") from None
     print_report(resolved, console)
 
 
@@ -73,11 +77,11 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
     quiet_libraries()
-    import yaml
-
     from opd.evaluate import evaluate_model
+    from opd.recipe_tree import parse_value
 
-    reward_options = {key: yaml.safe_load(value) for key, _, value in (o.partition("=") for o in options or [])}
+    pairs = [option.partition("=") for option in options or []]
+    reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
     metrics = evaluate_model(
         model,
         data={"path": data, "limit": limit, "chat": chat},
@@ -116,15 +120,10 @@ def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_
 
 def main() -> None:
     """Entry point: errors that are the user's are one message, not a traceback."""
-    from opd.interrupt import Stopped
-
     try:
         app()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(130)
-    except KeyboardInterrupt:
-        print("Stopped at once. The same command goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)
     except OPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

@@ -43,12 +43,8 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
     Raises DataError for a response of zero tokens, TeacherError when scores do not fit their response, TrainingError
     when no token of the step is trained.
     """
+    check_responses(rollouts)
     for rollout, score in zip(rollouts, scores, strict=True):
-        if len(rollout.response_ids) == 0:
-            raise DataError(
-                f"The response to prompt {rollout.prompt.id} has zero tokens, so there is nothing to train on. "
-                "Drop the row, or let its writer end with the end-of-sequence token."
-            )
         if len(score.teacher_logp) != len(rollout.response_ids):
             raise TeacherError(
                 f"The teacher scored {len(score.teacher_logp)} tokens of the response to prompt {rollout.prompt.id}, "
@@ -75,6 +71,16 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         teacher_support_logp=_pad_all([s.teacher_support_logp for s in scores], torch.nan, device),
         teacher_hidden=_pad_all([s.teacher_hidden for s in scores], torch.nan, device),
     )
+
+
+def check_responses(rollouts: Sequence[Rollout]) -> None:
+    """Raise DataError for a response of zero tokens."""
+    for rollout in rollouts:
+        if len(rollout.response_ids) == 0:
+            raise DataError(
+                f"The response to prompt {rollout.prompt.id} has zero tokens, so there is nothing to train on. "
+                "Drop the row, or let its writer end with the end-of-sequence token."
+            )
 
 
 def attach(batch: Batch, method: Method) -> Batch:

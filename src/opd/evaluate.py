@@ -16,14 +16,14 @@ from opd.loading import load_model
 from opd.loss import tokens_of
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel, evaluating
-from opd.recipe import ModelSpec
+from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
 from opd.rewards import RewardFn, load_reward, score
 from opd.samplers.hf import TransformersSampler
 from opd.score import chunks
 from opd.signals import support_of
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.teachers.local import LocalTeacher, teacher_for
-from opd.types import Context, Prompt, Rollout, Sampler, Sampling, TeacherRule
+from opd.types import Context, Prompt, Rollout, Sampler, Sampling, TeacherRule, needs_of
 
 # Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
 # so that before and after differ by the weights alone.
@@ -99,7 +99,7 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
     out |= {"reward": interval.mean, "reward_low": interval.low, "reward_high": interval.high}
     if binary:
         for k in pass_at:
-            if k > 1:
+            if 1 < k <= min(map(len, rewards)):
                 each = [pass_at_k(len(group), int(sum(group)), k) for group in rewards]
                 out[f"pass@{k}"] = sum(each) / len(each)
     return out
@@ -166,12 +166,18 @@ def evaluate_model(
 
     `data`, `reward` and `sampling` are sections of a recipe. Raises the kinds of `opd.errors`.
     """
+    section = parse_section(SamplingSection, sampling or {}, "sampling")
+    settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
+    judged_by = None if reward is None else load_reward(**reward)
+    data_section = parse_section(DataSection, data, "data")
+    prompts = load_prompts(
+        DataSpec(**data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
+    )
     lm = load_model(ModelSpec(path=model), name="model")
-    settings = Sampling(**(sampling or {}))
     held_out = HeldOut(
-        prompts=load_prompts(DataSpec(**data)),
+        prompts=prompts,
         sampling={"sampled": settings},
-        reward=None if reward is None else load_reward(**reward),
+        reward=judged_by,
         seed=seed,
         pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= settings.n],
     )

@@ -10,13 +10,14 @@ from opd.errors import OPDError
 
 
 class Stopped(OPDError):  # noqa: N818  what happened is no error
-    """A run that was asked to stop and has saved; the same command goes on with it."""
+    """A run that was asked to stop; the same command goes on with it."""
 
-    def __init__(self, *, stage: str, step: int, steps: int) -> None:
-        super().__init__(
-            f"Stopped after step {step} of {steps} of stage {stage!r}; everything is saved. "
-            "The same command goes on from there."
-        )
+
+def stopped_after(stage: str, step: int, steps: int) -> Stopped:
+    return Stopped(
+        f"Stopped after step {step} of {steps} of stage {stage!r}; everything is saved. "
+        "The same command goes on from there."
+    )
 
 
 class Interrupt:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import zlib
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from opd import models
-from opd.errors import ConfigError, DataError
+from opd.errors import ConfigError, DataError, OPDError, nearest
 from opd.models import LanguageModel
 from opd.recipe import ModelSpec
 
@@ -25,32 +26,60 @@ def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None, seed: 
 
     `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    try:
+        model, tokenizer = _load(spec, name, folder, seed)
+    except OPDError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # the libraries' own words, with the place
+        where = folder or spec.path or "init"
+        raise ConfigError(f"models.{name}: {where} could not be made into a model: {error}") from error
+    return models.wrap(
+        model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
+    )
+
+
+def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[Any, Any]:
+    from transformers import AutoModelForCausalLM
 
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model: Any
     if spec.init is not None and folder is None:
         model, tokenizer = new_model(spec, name, seed)
     else:
         path = folder or resolve(spec, name)
-        common: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(path, **common)
+        tokenizer = load_tokenizer(path, spec, name)
         attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
-        # GGUF apart, weights load from safetensors alone: a pickle can run code.
+        # Weights load from safetensors alone: a pickle can run code.
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[spec.dtype], use_safetensors=True, **attention, **common
+            path,
+            dtype=DTYPES[spec.dtype],
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            **attention,
         )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
-    model: Any = model.to(device=device, dtype=DTYPES[spec.dtype])
+    model = model.to(device=device, dtype=DTYPES[spec.dtype])
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         if spec.gradient_checkpointing:
             model.enable_input_require_grads()
         model = models.add_lora(model, **spec.lora.model_dump())
-    return models.wrap(
-        model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
-    )
+    return model, tokenizer
+
+
+def load_tokenizer(path: Path | str, spec: ModelSpec, name: str) -> Any:
+    """The tokenizer of a folder or hub id. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"models.{name}.path: no tokenizer could be loaded from {path}, which is "
+            f"{'a folder' if isinstance(path, Path) else 'no local folder, so it was taken for a hub id'}: {error}"
+        ) from error
 
 
 def resolve(spec: ModelSpec, name: str) -> Path | str:
@@ -68,6 +97,7 @@ def resolved_path(spec: ModelSpec, name: str) -> Path | str:
         return local
     if local.is_dir():
         if (local / "config.json").exists():
+            _check_folder(local, spec, name)
             return local
         files = sorted(local.glob("*.gguf"))
         if len(files) != 1:
@@ -77,9 +107,28 @@ def resolved_path(spec: ModelSpec, name: str) -> Path | str:
             )
         return files[0]
     looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
-    if looks_local or local.suffix == ".gguf":
-        raise ConfigError(f"models.{name}.path: there is nothing at {local}. Give an existing folder or GGUF file.")
+    if looks_local or local.suffix == ".gguf" or local.exists():
+        problem = f"{local} is no model folder" if local.exists() else f"there is nothing at {local}"
+        raise ConfigError(f"models.{name}.path: {problem}. Give an existing folder or a GGUF file.")
     return str(path)
+
+
+def _check_folder(folder: Path, spec: ModelSpec, name: str) -> None:
+    """Refuse pickled weights and a folder's own code before either is touched. Raises ConfigError."""
+    if not any(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        raise ConfigError(
+            f"models.{name}.path: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
+            "it is read. opd loads safetensors only: load the model where you trust it and call save_pretrained."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"models.{name}.path: {folder / 'config.json'} is not valid JSON: {error}") from error
+    if "auto_map" in config and not spec.trust_remote_code:
+        raise ConfigError(
+            f"models.{name}.path: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
+            f"unless asked for. If you trust it, set models.{name}.trust_remote_code: true."
+        )
 
 
 def packaged(path: str) -> Path:
@@ -151,19 +200,32 @@ def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
 
     The tokenizer is {characters: "..."}, one token a character, or the path of one.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    assert spec.init is not None
     tokenizer = new_tokenizer(spec, name)
-    settings = dict(spec.init)
-    model_type = settings.pop("model_type", None)
-    if model_type is None:
-        raise ConfigError(f"models.{name}.init needs `model_type`, e.g. llama.")
-    ids = {k: getattr(tokenizer, k) for k in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
+    config = new_config(spec, name, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{seed}-{name}".encode()) if spec.seed is None else spec.seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+
+
+def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
+    """The transformers config of a new model. Raises ConfigError for an unknown type or key."""
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    settings = dict(spec.init or {})
+    model_type = settings.pop("model_type", None)
+    if model_type not in CONFIG_MAPPING:
+        known = nearest(str(model_type), CONFIG_MAPPING.keys())
+        raise ConfigError(f"models.{name}.init needs `model_type`, e.g. llama; got {model_type!r}.{known}")
+    default = AutoConfig.for_model(model_type)
+    for key in settings:
+        if not hasattr(default, key):
+            raise ConfigError(
+                f"models.{name}.init: a {model_type} config has no {key!r}.{nearest(key, default.to_dict())}"
+            )
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
 
 
 def new_tokenizer(spec: ModelSpec, name: str) -> Any:

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opd.errors import ConfigError, nearest
+from opd.recipe_tree import explain, fresh, merged, override
 
 
 class Section(BaseModel):
     """Frozen, and no unknown key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class Lora(Section):
@@ -172,16 +176,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
     """A mapping, as read from YAML, to a Recipe. `defaults` is merged under every stage. Raises ConfigError."""
-    tree: dict[str, Any] = yaml.safe_load(yaml.safe_dump(dict(raw)))
-    for override in overrides:
-        _override(tree, override)
+    tree: dict[str, Any] = fresh(raw)
+    for text in overrides:
+        override(tree, text, stage_keys=StageSpec.model_fields, recipe_keys=Recipe.model_fields)
     defaults = tree.pop("defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigError(
+            f"{source} is not valid: `defaults` holds fields of a stage, for every stage (got {defaults!r})."
+        )
     if isinstance(tree.get("stages"), list):
-        tree["stages"] = [_merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
+        tree["stages"] = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, source)) from error
+        raise ConfigError(explain(error, source, Recipe)) from error
     _check_references(recipe, source)
     return recipe
 
@@ -191,50 +199,12 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True)
 
 
-def _merged(under: Any, over: Any) -> Any:
-    if isinstance(under, dict) and isinstance(over, dict):
-        return {k: _merged(under.get(k), over.get(k, under.get(k))) for k in {**under, **over}}
-    return over
-
-
-def _override(tree: dict[str, Any], text: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got {text!r}.")
-    parts = key.split(".")
-    stages = tree.get("stages")
-    if parts[0] in StageSpec.model_fields and parts[0] not in Recipe.model_fields:
-        if not isinstance(stages, list) or len(stages) != 1:
-            names = [s.get("name") for s in stages or [] if isinstance(s, dict)]
-            raise ConfigError(
-                f"{key!r} belongs to a stage, and there are several: write stages.NAME.{key} (NAME of {names})."
-            )
-        parts = ["stages", "0", *parts]
-    node: Any = tree
-    for i, part in enumerate(parts[:-1]):
-        node = _descend(node, part, ".".join(parts[: i + 1]), create=True)
-    _assign(node, parts[-1], yaml.safe_load(value), key)
-
-
-def _descend(node: Any, part: str, where: str, *, create: bool) -> Any:
-    if isinstance(node, list):
-        names = [str(item.get("name")) for item in node if isinstance(item, dict)]
-        if part in names:
-            return node[names.index(part)]
-        if part.isdigit() and int(part) < len(node):
-            return node[int(part)]
-        raise ConfigError(f"Override {where}: no such entry.{nearest(part, names)} There are {names}.")
-    if isinstance(node, dict):
-        if node.get(part) is None and create:
-            node[part] = {}
-        return node[part]
-    raise ConfigError(f"Override {where}: {node!r} is a value and has no keys.")
-
-
-def _assign(node: Any, key: str, value: Any, where: str) -> None:
-    if not isinstance(node, dict):
-        raise ConfigError(f"Override {where}: {node!r} has no keys.")
-    node[key] = value
+def parse_section(section: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
+    """One section of a recipe on its own, validated as in a recipe. Raises ConfigError."""
+    try:
+        return section.model_validate(fresh(values))
+    except ValidationError as error:
+        raise ConfigError(explain(error, source, section)) from error
 
 
 def _check_references(recipe: Recipe, source: str) -> None:
@@ -257,39 +227,3 @@ def _check_references(recipe: Recipe, source: str) -> None:
         if stage.seconds_of is not None and stage.seconds_of not in seen:
             raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` is no earlier stage. Earlier ones: {seen}.")
         seen.append(stage.name)
-
-
-def _explain(error: ValidationError, source: str) -> str:
-    lines: list[str] = []
-    for one in error.errors():
-        path = ".".join(str(part) for part in one["loc"])
-        if one["type"] == "extra_forbidden":
-            known = _fields_at(one["loc"][:-1])
-            key = str(one["loc"][-1])
-            lines.append(f"unknown key `{path}`.{nearest(key, known)} Known here: {', '.join(known)}")
-        elif one["type"] == "missing":
-            lines.append(f"`{path}` is missing")
-        else:
-            lines.append(f"`{path}`: {one['msg']} (got {one['input']!r:.80})")
-    return f"{source} is not a valid recipe:\n  " + "\n  ".join(lines)
-
-
-def _fields_at(loc: Sequence[int | str]) -> list[str]:
-    """The field names of the section at a location of the recipe."""
-    section: Any = Recipe
-    for part in loc:
-        if isinstance(section, type) and issubclass(section, Section):
-            section = section.model_fields[str(part)].annotation if part in section.model_fields else None
-        else:  # the value of a dict or an item of a list
-            section = get_args(section)[-1] if get_args(section) else section
-        section = _first_section(section)
-    return list(section.model_fields) if isinstance(section, type) and issubclass(section, Section) else []
-
-
-def _first_section(annotation: Any) -> Any:
-    """`X | None` -> X; containers and sections stay."""
-    options = [a for a in get_args(annotation) if a is not type(None)]
-    if options and not hasattr(annotation, "__origin__"):
-        sections = [a for a in options if isinstance(a, type) and issubclass(a, Section)]
-        return sections[0] if sections else options[0]
-    return annotation

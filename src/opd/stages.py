@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd import checkpoint, methods, models, optim
+from opd import checkpoint, models, optim
 from opd import recipe as recipes
-from opd.check import check_needs
-from opd.data import DataSpec, load_prompts, require_columns
+from opd.check import check_tokenizers
 from opd.errors import ConfigError
-from opd.evaluate import HeldOut
 from opd.held_out import Examiner
+from opd.interrupt import stopped_after
 from opd.loading import load_model
 from opd.method import Method
 from opd.metrics import ReportWriter
 from opd.model_card import write_card
 from opd.models import LanguageModel
+from opd.prepare import Given, Prepared, prepare, sampling_of
 from opd.progress import Progress
-from opd.recipe import DataSection, Recipe, RewardSection, SamplingSection, StageSpec
-from opd.rewards import RewardFn, load_reward
+from opd.recipe import Recipe, StageSpec
 from opd.rundir import RunDir, StageDir, check_space
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.train import Stage, train
-from opd.types import Prompt, Sampling, Writers
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
-    """What a Python caller hands over instead of naming it in the recipe."""
-
-    models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
-    prompts: list[Prompt] | None = None
-    reward: RewardFn | None = None
-    method: Method | None = None
+from opd.types import Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +47,10 @@ class Run:
 def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | None = None) -> Run:
     """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`."""
     given = given or Given()
-    prepared = {
-        stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages
-    }  # all that can fail without weights
+    prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
+    tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
+    for spec in recipe.stages:  # the rest of what can fail without weights
+        check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers)
     directory = RunDir.open(recipe.folder, recipes.dump(recipe))
     report = ReportWriter(
         recipe.report_to, folder=directory.path, name=recipe.name, config=recipe.model_dump(mode="json")
@@ -76,8 +65,10 @@ def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | 
             shown.stage(spec.name, spec.steps)
             stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report)
             student = stage.student
-            seconds = train(stage)
-            finish(recipe, stage, seconds)
+            outcome = train(stage)
+            finish(recipe, stage, outcome.seconds)
+            if outcome.asked_to_stop and spec is not recipe.stages[-1]:
+                raise stopped_after(spec.name, spec.steps, spec.steps)
     report.close()
     last = recipe.stages[-1]
     if student is None:
@@ -90,40 +81,6 @@ def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | 
         metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
         samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
     )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a stage needs and can be made without weights."""
-
-    method: Method
-    prompts: list[Prompt]
-    reward: RewardFn | None
-    held_out: HeldOut | None
-
-
-def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
-    """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
-    method = given.method or methods.build(spec.method, spec.options)
-    check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
-    required = sorted(method.needs() & {"response", "privileged_context"})
-    if given.prompts is None:
-        prompts = load_prompts(data_spec(spec.data), require=required)
-    else:
-        prompts = given.prompts
-        require_columns(prompts, required, source="the prompts given in Python")
-    reward = given.reward or reward_of(spec.reward)
-    held_out = None
-    if spec.evaluate is not None:
-        held_out = HeldOut(
-            prompts=load_prompts(data_spec(spec.evaluate.data)),
-            sampling={name: sampling_of(s) for name, s in spec.evaluate.sampling.items()},
-            reward=reward_of(spec.evaluate.reward) or reward,
-            seed=seed,
-            pass_at=spec.evaluate.pass_at,
-            max_prompt_length=spec.max_prompt_length,
-        )
-    return Prepared(method=method, prompts=prompts, reward=reward, held_out=held_out)
 
 
 def build(
@@ -284,15 +241,3 @@ def space_needed(spec: StageSpec, student: LanguageModel) -> int:
     """Bytes that a stage writes at its peak: checkpoints (weights, two moments; one more than are kept), the model."""
     trained = checkpoint.size_of(student.trainable())
     return 3 * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(dict(student.model.named_parameters()))
-
-
-def data_spec(section: DataSection) -> DataSpec:
-    return DataSpec(**section.model_dump())
-
-
-def sampling_of(section: SamplingSection) -> Sampling:
-    return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
-
-
-def reward_of(section: RewardSection | None) -> RewardFn | None:
-    return None if section is None else load_reward(section.name, section.options)

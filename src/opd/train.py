@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 
 from opd import checkpoint, diagnostics
-from opd.collate import attach, collate, split
+from opd.collate import attach, check_responses, collate, split
 from opd.data import take
 from opd.errors import TrainingError
 from opd.evaluate import rewarded, sample_rows
 from opd.held_out import Examiner
-from opd.interrupt import Interrupt, Stopped
+from opd.interrupt import Interrupt, stopped_after
 from opd.loss import loss_of
 from opd.method import Method
 from opd.metrics import ReportWriter
@@ -55,15 +56,23 @@ class Stage:
     seconds_limit: float = math.inf
 
 
-def train(stage: Stage) -> float:
-    """Run (or go on with) a stage; returns the seconds spent training, evaluations apart.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """`seconds` of training, evaluations apart; `asked_to_stop` in the last step, with nothing left to do."""
+
+    seconds: float
+    asked_to_stop: bool
+
+
+def train(stage: Stage) -> Outcome:
+    """Run (or go on with) a stage.
 
     Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with all saved.
     """
     spec, method, student, teacher = stage.spec, stage.method, stage.student, stage.teacher
     first, seconds = resume(stage)
-    if stage.examiner is not None and first == 0:
-        write(stage, 0, stage.examiner.before())
+    if stage.examiner is not None and first == 0 and (measured := stage.examiner.before()):
+        write(stage, 0, measured)
     with Interrupt() as interrupt:
         for step in range(first, spec.steps):
             started = time.perf_counter()
@@ -71,6 +80,7 @@ def train(stage: Stage) -> float:
             student_k = method.support.student_top_k
             prompts = take(stage.prompts, step=step, count=spec.prompts_per_step, seed=stage.seed)  # 1 list[Prompt]
             rollouts = method.source(prompts, stage.writers, (stage.seed, step), student_k)  # 2 list[Rollout]
+            check_responses(rollouts)
             rollouts = with_student_top_k(stage, rewarded(stage.reward, rollouts), student_k)
             wrote = time.perf_counter()
             contexts = method.context(rollouts)  # 3 what the teacher reads
@@ -116,15 +126,18 @@ def train(stage: Stage) -> float:
             )
             if spec.samples_every and (step % spec.samples_every == 0 or finished):
                 stage.folder.write_samples(done, rows_of(batch))
-            if stage.examiner is not None and (finished or stage.examiner.due(done)):  # 12
-                write(stage, done, stage.examiner.after(done))
-            if done % spec.checkpoint.every == 0 or finished or interrupt.asked:
+            saved = done % spec.checkpoint.every == 0 or finished or interrupt.asked
+            if saved:
                 save(stage, done, seconds, finished)
+            if finished or not interrupt.asked:
+                examine(stage, done, finished)  # 12
             if finished:
                 break
-            if interrupt.asked:
-                raise Stopped(stage=spec.name, step=done, steps=spec.steps)
-    return seconds
+            if interrupt.asked:  # a resumed run makes up for an evaluation that was left out
+                if not saved:
+                    save(stage, done, seconds, finished)
+                raise stopped_after(spec.name, done, spec.steps)
+    return Outcome(seconds=seconds, asked_to_stop=interrupt.asked)
 
 
 def resume(stage: Stage) -> tuple[int, float]:
@@ -147,11 +160,23 @@ def resume(stage: Stage) -> tuple[int, float]:
     stage.optimiser.load_state_dict(saved.objects["optimiser"])
     stage.folder.rewind(saved.step)
     stage.progress.note(f"{stage.spec.name}: going on after step {saved.step} of {stage.spec.steps}")
+    if not any(row["step"] == saved.step and is_evaluation(row) for row in stage.folder.read_metrics()):
+        examine(stage, saved.step, saved.state["finished"])  # killed between the checkpoint and its evaluation
     return stage.spec.steps if saved.state["finished"] else saved.step, float(saved.state["seconds"])
 
 
+def examine(stage: Stage, done: int, finished: bool) -> None:
+    """Measure on the held-out prompts when it is due; the end of a stage always is."""
+    if stage.examiner is not None and (finished or stage.examiner.due(done)):
+        write(stage, done, stage.examiner.after(done))
+
+
+def is_evaluation(row: Mapping[str, object]) -> bool:
+    return any(key.startswith("eval/") for key in row)
+
+
 def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
-    """A checkpoint after `step` updates; its metrics and evaluations are on disk before it."""
+    """A checkpoint after `step` updates; the step's metrics are on disk before it, its evaluation comes after."""
     tensors = {"student": {name: p.detach() for name, p in stage.student.trainable().items()}}
     if stage.teacher is not None and (state := stage.teacher.state_dict()):
         tensors["teacher"] = state
@@ -210,7 +235,7 @@ def check_finite(stage: Stage, step: int, batch: Batch, loss: float, grad_norm: 
     last = checkpoint.latest(stage.folder.checkpoints)
     responses = stage.folder.write_samples(step + 1, rows_of(batch))
     raise TrainingError(
-        f"Stage {stage.spec.name!r}, step {step}: loss {loss}, gradient norm {grad_norm}. The update was not made. "
+        f"Stage {stage.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was not made. "
         f"Prompts of the step: {sorted({r.prompt.id for r in batch.rollouts})}. "
         f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
         "Usual causes: too large a learning rate, bfloat16 weights, a teacher that gives NaN."

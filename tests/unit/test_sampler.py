@@ -142,6 +142,17 @@ def test_the_ends_of_the_uniform_interval_draw_tokens_that_have_mass(settings: d
     assert bool(policy_logp.isfinite().all())
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}])
+@pytest.mark.parametrize("uniform", [0.0, float(np.nextafter(1.0, 0.0))])
+def test_rounding_at_the_ends_never_draws_a_token_without_mass(settings: dict[str, Any], uniform: float):
+    """The sum of a row is 1 up to rounding, above or below: 500 rows whose first and last token have no mass."""
+    logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 8]] = -torch.inf
+    ids, sampler_logp, _ = draw(logits, torch.full((500,), uniform, dtype=torch.float64), temperature=1.0, **settings)
+    assert bool(((ids > 0) & (ids < 8)).all())
+    assert bool(sampler_logp.isfinite().all())
+
+
 def test_rows_of_a_batch_are_drawn_one_by_one():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 300, generator=generator) * torch.linspace(0.01, 8, 40)[:, None]

@@ -136,9 +136,9 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
     The heads may differ in width: rows beyond the tokenizer's largest id are padding on either side.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
-    moved = [t for t, i in ours.items() if t in theirs and theirs[t] != i]
-    only_student = [t for t in ours if t not in theirs]
-    only_teacher = [t for t in theirs if t not in ours]
+    moved = [t for t, i in _by_id(ours) if t in theirs and theirs[t] != i]
+    only_student = [t for t, _ in _by_id(ours) if t not in theirs]
+    only_teacher = [t for t, _ in _by_id(theirs) if t not in ours]
     if not (moved or only_student or only_teacher):
         return
     parts = [
@@ -155,6 +155,10 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
         f"{'; '.join(parts)}. Token by token their distributions cannot be compared. Use a teacher of the student's "
         "family, or give both the same tokenizer files."
     )
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(vocabulary.items(), key=lambda item: item[1])
 
 
 def shared_prefix(rows: Sequence[Sequence[int]]) -> int:

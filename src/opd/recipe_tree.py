@@ -1,0 +1,116 @@
+"""A recipe before it is validated, a tree of plain values: overrides, merging, and what is said of its mistakes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from opd.errors import ConfigError, nearest
+
+
+def parse_value(text: str, where: str) -> Any:
+    """The value of a key=value on the command line, read as YAML. Raises ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {text!r} is not a YAML value ({error.__class__.__name__}). Quote it.") from error
+
+
+def fresh(node: Any) -> Any:
+    """A copy in which nothing is shared: what YAML aliases say twice can be overridden once."""
+    if isinstance(node, Mapping):
+        return {str(key): fresh(value) for key, value in node.items()}
+    if isinstance(node, list | tuple):
+        return [fresh(value) for value in node]
+    return str(node) if isinstance(node, Path) else node
+
+
+def merged(under: Any, over: Any) -> Any:
+    """`over` on top of `under`, key by key where both are mappings."""
+    if isinstance(under, dict) and isinstance(over, dict):
+        return {k: merged(under.get(k), over.get(k, under.get(k))) for k in {**under, **over}}
+    return over
+
+
+def override(tree: dict[str, Any], text: str, *, stage_keys: Collection[str], recipe_keys: Collection[str]) -> None:
+    """Set one `dotted.key=value` in a recipe's tree, in place. Raises ConfigError."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"An override has the form key=value, e.g. seed=1 or stages.distil.steps=5; got {text!r}.")
+    parts = key.split(".")
+    stages = tree.get("stages")
+    if parts[0] in stage_keys and parts[0] not in recipe_keys:
+        if not isinstance(stages, list) or len(stages) != 1:
+            names = [s.get("name") for s in stages or [] if isinstance(s, dict)]
+            raise ConfigError(
+                f"{key!r} belongs to a stage, and there are several: write stages.NAME.{key} (NAME of {names})."
+            )
+        parts = ["stages", "0", *parts]
+    node: Any = tree
+    for i, part in enumerate(parts[:-1]):
+        node = _descend(node, part, ".".join(parts[: i + 1]), create=True)
+    _assign(node, parts[-1], parse_value(value, f"Override {key}"), key)
+
+
+def _descend(node: Any, part: str, where: str, *, create: bool) -> Any:
+    if isinstance(node, list):
+        names = [str(item.get("name")) for item in node if isinstance(item, dict)]
+        if part in names:
+            return node[names.index(part)]
+        if part.isdigit() and int(part) < len(node):
+            return node[int(part)]
+        raise ConfigError(f"Override {where}: no such entry.{nearest(part, names)} There are {names}.")
+    if isinstance(node, dict):
+        if node.get(part) is None and create:
+            node[part] = {}
+        return node[part]
+    raise ConfigError(f"Override {where}: {node!r} is a value and has no keys.")
+
+
+def _assign(node: Any, key: str, value: Any, where: str) -> None:
+    if not isinstance(node, dict):
+        raise ConfigError(f"Override {where}: {node!r} has no keys.")
+    node[key] = value
+
+
+def explain(error: ValidationError, source: str, section: type[BaseModel]) -> str:
+    """A validation error as lines that say the key, what it got, and the nearest known key."""
+    lines: list[str] = []
+    for one in error.errors():
+        path = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            known = _fields_at(one["loc"][:-1], section)
+            key = str(one["loc"][-1])
+            lines.append(f"unknown key `{path}`.{nearest(key, known)} Known here: {', '.join(known)}")
+        elif one["type"] == "missing":
+            lines.append(f"`{path}` is missing")
+        else:
+            lines.append(f"`{path}`: {one['msg']} (got {one['input']!r:.80})")
+    return f"{source} is not valid:\n  " + "\n  ".join(lines)
+
+
+def _fields_at(loc: Sequence[int | str], top: type[BaseModel]) -> list[str]:
+    """The field names of the section at a location below `top`."""
+    section: Any = top
+    for part in loc:
+        if part == getattr(section, "__name__", None):  # pydantic names the branch of a union
+            continue
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[str(part)].annotation if part in section.model_fields else None
+        else:  # the value of a dict or an item of a list
+            section = get_args(section)[-1] if get_args(section) else section
+        section = _first_section(section)
+    return list(section.model_fields) if isinstance(section, type) and issubclass(section, BaseModel) else []
+
+
+def _first_section(annotation: Any) -> Any:
+    """`X | None` -> X; containers and sections stay."""
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    if options and not hasattr(annotation, "__origin__"):
+        sections = [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
+        return sections[0] if sections else options[0]
+    return annotation
