@@ -134,7 +134,10 @@ def _stop_gradient(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -
 
 
 def _renormalised(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    return _pointwise(divergence, s - _log_mass(s, mask), t - _log_mass(t, mask), mask).sum(-1)
+    # Masked entries again: 0 minus the log of a tiny mass is large, and its exp would overflow.
+    s = (s - _log_mass(s, mask)).masked_fill(~mask, 0.0)
+    t = (t - _log_mass(t, mask)).masked_fill(~mask, 0.0)
+    return _pointwise(divergence, s, t, mask).sum(-1)
 
 
 def _tail(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError
 from opd.score import Head
 
 
@@ -73,6 +73,12 @@ class LanguageModel:
         """
         return self.forward(input_ids, use_cache=False).last_hidden_state
 
+    def check_length(self, tokens: int, remedy: str) -> None:
+        """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
+        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+        if isinstance(limit, int) and tokens > limit:
+            raise DataError(f"{self.name} would read {tokens} tokens in all, but it knows {limit} positions. {remedy}")
+
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
             return contextlib.nullcontext()
@@ -115,8 +121,21 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
         raise ConfigError(
             f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
         )
+    check_attention(lm)
     verify_head(lm)
     return lm
+
+
+def check_attention(lm: LanguageModel) -> None:
+    """Refuse a model that keeps a recurrent state: sampling pads on the left and drops rows, which its state cannot."""
+    config = lm.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
+    if kinds or getattr(lm.causal_lm, "_is_stateful", False):
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} has layers with a recurrent state "
+            f"({', '.join(sorted(kinds)) or 'stateful'}), which opd does not sample from yet. "
+            "Use a model with attention in every layer."
+        )
 
 
 @torch.no_grad()
@@ -142,11 +161,17 @@ def verify_head(lm: LanguageModel) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in the modules and, for models that read it there, in the config."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # passed to functional dropout in the forward
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name, value in vars(config).items() if config is not None else ():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
 
 
 def frozen_copy(lm: LanguageModel) -> LanguageModel:

@@ -182,7 +182,7 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
     defaults = tree.pop("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigError(
-            f"{source} is not valid: `defaults` holds fields of a stage, for every stage (got {defaults!r})."
+            f"{source} is not valid: `defaults` holds fields of a stage, for all of them (got {defaults!r})."
         )
     if isinstance(tree.get("stages"), list):
         tree["stages"] = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]

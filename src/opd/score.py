@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.supports import support_tokens
+from opd.supports import check_fits, support_tokens
 from opd.types import Scores, Support
 
 # Entries of one chunk's logits. 2^23 float32 are 32 MiB: large enough that the matmul runs at full rate, small enough
@@ -84,6 +84,7 @@ def teacher_scores(
     instead: V numbers a position are H numbers and a matmul.
     """
     assert support.kind != "none", "a method without support asks nobody for scores"
+    check_fits(support.k, head.vocabulary)
     parts: list[tuple[Tensor, ...]] = []
     for rows in chunks(len(response_ids), head.vocabulary):
         logits = head.logits(hidden[rows]) / temperature

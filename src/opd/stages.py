@@ -27,6 +27,7 @@ from opd.recipe import Recipe, StageSpec
 from opd.rundir import RunDir, StageDir, check_space
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.supports import check_fits
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.train import Stage, train
 from opd.types import Writers
@@ -134,11 +135,7 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     """What only the loaded student can tell. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
-    if method.support.k > student.vocabulary:
-        raise ConfigError(
-            f"Stage {spec.name!r}: the method's support has k = {method.support.k}, and the vocabulary has only "
-            f"{student.vocabulary} tokens. Lower k, or use a method on the full vocabulary."
-        )
+    check_fits(method.support.k, student.vocabulary)
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
         progress.note(
             f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to nothing. Use `dtype: "

@@ -41,6 +41,15 @@ def full() -> Support:
     return Support(kind="full")
 
 
+def check_fits(k: int, vocabulary: int) -> None:
+    """Raise ConfigError for a top-k support of more tokens than there are."""
+    if k > vocabulary:
+        raise ConfigError(
+            f"The method's support has k = {k}, and the vocabulary has only {vocabulary} tokens. Lower k, or use "
+            "a method on the full vocabulary."
+        )
+
+
 def support_tokens(
     support: Support, *, student_top: Tensor | None, teacher_top: Tensor | None, sampled: Tensor
 ) -> tuple[Tensor, Tensor]:

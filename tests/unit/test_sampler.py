@@ -143,9 +143,9 @@ def test_the_ends_of_the_uniform_interval_draw_tokens_that_have_mass(settings: d
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}])
-@pytest.mark.parametrize("uniform", [0.0, float(np.nextafter(1.0, 0.0))])
+@pytest.mark.parametrize("uniform", [0.0, float(np.nextafter(1.0, 0.0)), 1.0])
 def test_rounding_at_the_ends_never_draws_a_token_without_mass(settings: dict[str, Any], uniform: float):
-    """The sum of a row is 1 up to rounding, above or below: 500 rows whose first and last token have no mass."""
+    """500 rows whose sums are 1 up to rounding, and whose first and last token have no mass; u = 1 is the limit."""
     logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(0))
     logits[:, [0, 8]] = -torch.inf
     ids, sampler_logp, _ = draw(logits, torch.full((500,), uniform, dtype=torch.float64), temperature=1.0, **settings)
@@ -746,7 +746,7 @@ def test_a_context_beyond_the_teachers_positions_is_refused():
     student, model = tiny(), tiny(seed=1, max_position_embeddings=24)
     rollout = rollout_of(student, Prompt(id=0, content="ab"), [2, 3, 1])
     scorer = teacher(external(), student, model)
-    with pytest.raises(DataError, match=r"would read 27 tokens .* but it knows 24 positions"):
+    with pytest.raises(DataError, match=r"would read 27 tokens .*but it knows 24 positions"):
         scorer.score([rollout], [Prompt(id=0, content=LETTERS * 3)], sampled(), 1.0)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from opd.models import LanguageModel, evaluating
 from opd.render import render_checked
 from opd.samplers.draw import draw
+from opd.supports import check_fits
 from opd.types import Prompt, Rollout, Sampling
 
 ROWS = 64  # rows decoded together; more is faster until the cache no longer fits
@@ -55,6 +56,9 @@ class TransformersSampler:
             max_prompt_length=self.max_prompt_length,
             template_options=self.lm.template_options,
         )
+        check_fits(student_top_k, self.lm.vocabulary)
+        longest = max(map(len, ids)) + self.sampling.max_completion_length
+        self.lm.check_length(longest, "Lower sampling.max_completion_length, or set max_prompt_length.")
         rows = [
             _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, self.sampling.max_completion_length))
             for prompt, prompt_ids in zip(prompts, ids, strict=True)

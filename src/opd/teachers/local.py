@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.errors import AlignmentError, ConfigError, DataError
+from opd.errors import AlignmentError, ConfigError
 from opd.models import LanguageModel, evaluating, frozen_copy
 from opd.render import render
 from opd.score import Head, teacher_scores
@@ -35,6 +35,7 @@ class LocalTeacher:
     decay: float = 1.0
     base: bool = False
     offload: bool = False
+    average: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def head(self) -> Head:
         """The teacher's head, on the device where the student's loss is computed."""
@@ -49,7 +50,9 @@ class LocalTeacher:
         """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template."""
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
         rows = [(*ids, *rollout.response_ids.tolist()) for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
-        self._check(rows)
+        self.lm.check_length(
+            max(len(row) for row in rows), "Shorten the privileged context, or lower sampling.max_completion_length."
+        )
         home = self.lm.device
         device = self.student_device if self.offload else home
         if self.offload:
@@ -75,33 +78,25 @@ class LocalTeacher:
 
     @torch.no_grad()
     def after_step(self) -> None:
+        """teacher <- decay teacher + (1 - decay) student, kept in float32: in bfloat16 the steps would round away."""
         if self.follows is None or self.decay == 1.0:
             return
         mine = dict(self.lm.model.named_parameters())
         for name, parameter in self.follows.trainable().items():
-            mine[name].lerp_(parameter.detach().to(mine[name].dtype), 1.0 - self.decay)
+            average = self.average.setdefault(name, mine[name].float().clone())
+            average.lerp_(parameter.detach().float(), 1.0 - self.decay)
+            mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What cannot be made again when a run resumes: the average of an EMA teacher."""
-        if self.follows is None or self.decay == 1.0:
-            return {}
-        mine = dict(self.lm.model.named_parameters())
-        return {name: mine[name].detach() for name in self.follows.trainable()}
+        """What cannot be made again when a run resumes: the average of an EMA teacher, in float32."""
+        return self.average
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         mine = dict(self.lm.model.named_parameters())
-        for name, value in state.items():
+        self.average = {name: value.to(mine[name].device) for name, value in state.items()}
+        for name, value in self.average.items():
             mine[name].copy_(value)
-
-    def _check(self, rows: Sequence[Sequence[int]]) -> None:
-        limit = getattr(self.lm.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
-        longest = max(len(row) for row in rows)
-        if limit is not None and longest > limit:
-            raise DataError(
-                f"{self.lm.name} would read {longest} tokens (context and response), but it knows {limit} positions. "
-                "Shorten the privileged context, or lower sampling.max_completion_length."
-            )
 
 
 def teacher_for(
