@@ -28,7 +28,7 @@ from opd.rundir import RunDir, StageDir, check_space
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.supports import check_fits
-from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.local import LocalTeacher, check_same_tokens, teacher_for
 from opd.train import Stage, train
 from opd.types import Writers
 
@@ -100,6 +100,7 @@ def build(
     external = None
     if spec.teacher is not None and spec.teacher != spec.train:
         external = model_for(recipe, spec, spec.teacher, given, directory)
+        check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
     method = prepared.method
     teacher = teacher_for(
         method.teacher,
