@@ -207,7 +207,7 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tr
 
 
 def _trackio(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tracker:
-    import trackio
+    import trackio  # pyright: ignore[reportMissingImports]
 
     # trackio knows a run by its name, so the name has to be this folder's own.
     open_run = trackio.init(project=project, name=f"{name}-{_run_id(folder)}", config=config, resume="allow")
