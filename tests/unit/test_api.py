@@ -293,7 +293,9 @@ def test_a_reward_function():
 
 @pytest.mark.parametrize("reward", ["exact", {"name": "exact", "options": {"ignore_case": True}}])
 def test_a_reward_by_name(reward: Any):
-    run = distill(method="grpo", teacher=None, reward=reward, prompts=sums(0, 6), sampling={"n": 2})
+    run = distill(
+        method="grpo", teacher=None, reward=reward, prompts=sums(0, 6), sampling={"n": 2, "max_completion_length": 8}
+    )
     assert {row["reward"] for row in run.samples} <= {0.0, 1.0}
 
 
@@ -303,7 +305,7 @@ def test_a_reward_function_that_raises():
 
     message = r"The reward 'broken' raised KeyError on prompt \d+, response '.*': 'answers'"
     with pytest.raises(TrainingError, match=message) as error:
-        distill(method="grpo", teacher=None, reward=broken, sampling={"n": 2})
+        distill(method="grpo", teacher=None, reward=broken, sampling={"n": 2, "max_completion_length": 8})
     assert isinstance(error.value.__cause__, KeyError)
 
 

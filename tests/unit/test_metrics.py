@@ -128,7 +128,7 @@ def test_a_line_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: 
     (tmp_path / "folder").mkdir()
     with pytest.raises(RunError, match=r"folder cannot be read \(Is a directory\)"):
         read_lines(tmp_path / "folder")
-    monkeypatch.setattr(module.os, "write", lambda descriptor, line: len(line) - 1)
+    monkeypatch.setattr("opd.files.os.write", lambda descriptor, line: len(line) - 1)
     with pytest.raises(RunError, match=r"took only 11 of the 12 bytes of step 3 \(disk full\?\)\. Free space"):
         append_line(tmp_path / "m.jsonl", 3, {})
 

@@ -236,7 +236,9 @@ def test_samples_come_back(stage: StageDir):
 
 
 def test_samples_that_do_not_fit_in_a_table(stage: StageDir):
-    with pytest.raises(DataError, match=r"Samples of step 2: column 'answer' mixes types \(.*\)\. Use one type there"):
+    with pytest.raises(
+        DataError, match=r"step_000002\.parquet: column 'answer' mixes types \(.*\)\. Use one type there"
+    ):
         stage.write_samples(2, [{"answer": 4}, {"answer": "four"}])
     with pytest.raises(AssertionError, match="different keys"):
         stage.write_samples(2, [{"a": 1}, {"a": 1, "b": 2}])

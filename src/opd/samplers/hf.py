@@ -57,8 +57,6 @@ class TransformersSampler:
             template_options=self.lm.template_options,
         )
         check_fits(student_top_k, self.lm.vocabulary)
-        longest = max(map(len, ids)) + self.sampling.max_completion_length
-        self.lm.check_length(longest, "Lower sampling.max_completion_length, or set max_prompt_length.")
         rows = [
             _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, self.sampling.max_completion_length))
             for prompt, prompt_ids in zip(prompts, ids, strict=True)
@@ -77,6 +75,7 @@ class TransformersSampler:
         cache: Any = None
         active = list(rows)
         for t in range(sampling.max_completion_length):
+            lm.check_length(int(positions.max()) + 1, "Lower sampling.max_completion_length, or set max_prompt_length.")
             out = lm.forward(
                 input_ids,
                 attention_mask=attention_mask,
