@@ -284,7 +284,9 @@ def test_a_reward_function():
         asked.append((prompt, response))
         return len(response) % 2 == 0
 
-    run = distill(method="grpo", teacher=None, reward=even, prompts=sums(0, 6), sampling={"n": 4})
+    run = distill(
+        method="grpo", teacher=None, reward=even, prompts=sums(0, 6), sampling={"n": 4, "max_completion_length": 3}
+    )
     assert len(asked) == len(run.samples) * len(run.metrics) // 2 == 16
     assert all(isinstance(prompt, Prompt) and prompt.answer is not None for prompt, _ in asked)
     assert all(row["reward"] == float(len(row["response"]) % 2 == 0) for row in run.samples)

@@ -15,7 +15,6 @@ from typing import Any
 
 import pytest
 
-from opd import metrics as module
 from opd.errors import ConfigError, RunError, TrainingError
 from opd.files import append_line, check_finite, read_lines
 from opd.metrics import Metrics, ReportWriter, check_report_to
