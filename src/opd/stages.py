@@ -13,6 +13,7 @@ import torch
 from opd import checkpoint, models, optim
 from opd import recipe as recipes
 from opd.check import check_tokenizers
+from opd.contexts import same_prompt
 from opd.errors import ConfigError
 from opd.held_out import Examiner
 from opd.interrupt import stopped_after
@@ -158,8 +159,7 @@ def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, director
 def writers_of(
     spec: StageSpec, student: LanguageModel, external: LanguageModel | None, sampler: TransformersSampler
 ) -> Writers:
-    from opd.contexts import same_prompt
-
+    """Everyone who can write a response in this stage; a method's source picks."""
     teacher = None
     if external is not None:
         teacher = TeacherWriter(
@@ -182,6 +182,7 @@ def examiner_of(
     external: LanguageModel | None,
     folder: StageDir,
 ) -> Examiner | None:
+    """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
     if spec.evaluate is None or prepared.held_out is None:
         return None
     scorer = teacher
