@@ -177,6 +177,7 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Rew
     tasks: dict[str, Any] = {}
 
     def reward(prompt: Prompt, response: str) -> float:
+        """The score of the task's own scorer, whose dataset is made once for each set of options."""
         origin = prompt.metadata.get("reasoning_gym")
         if origin is None:
             raise DataError(f"Prompt {prompt.id} is not a reasoning-gym row. Use data with `path: reasoning_gym:TASK`.")

@@ -124,6 +124,7 @@ class _ChunkedLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, head: Head, chunk_loss: ChunkLoss
     ) -> Tensor:
+        """The sum over chunks; each chunk's graph lives until its gradient is taken, then goes."""
         needs_grad = any(ctx.needs_input_grad[:3])
         # Leaves of a graph that lives for one chunk: their .grad collects over chunks.
         weight_leaf = weight.detach().requires_grad_(ctx.needs_input_grad[1])

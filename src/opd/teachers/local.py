@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -53,13 +53,10 @@ class LocalTeacher:
         self.lm.check_length(
             max(len(row) for row in rows), "Shorten the privileged context, or lower sampling.max_completion_length."
         )
-        home = self.lm.device
-        device = self.student_device if self.offload else home
-        if self.offload:
-            self.lm.model.to(device)
+        device = self.student_device if self.offload else self.lm.device
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         scores: list[Scores | None] = [None] * len(rows)
-        with evaluating(self.lm.model), adapter_off:
+        with evaluating(self.lm.model), adapter_off, placed(self.lm, device):
             head = self.lm.head()
             prefix = shared_prefix(prompt_ids) if len(rows) > 1 else 0
             for indices in batches([len(row) - prefix for row in rows], self.micro_batch_tokens):
@@ -72,8 +69,6 @@ class LocalTeacher:
                     mine = row_hidden[start : start + len(ids)]
                     score = teacher_scores(head, mine, ids, support, temperature, top)
                     scores[i] = _to(score, self.student_device)
-        if self.offload:
-            self.lm.model.to(home)
         return [score for score in scores if score is not None]
 
     @torch.no_grad()
@@ -97,6 +92,17 @@ class LocalTeacher:
         self.average = {name: value.to(mine[name].device) for name, value in state.items()}
         for name, value in self.average.items():
             mine[name].copy_(value)
+
+
+@contextlib.contextmanager
+def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
+    """The model on `device` for a while, and back where it was, whatever happens."""
+    home = lm.device
+    lm.model.to(device)
+    try:
+        yield
+    finally:
+        lm.model.to(home)
 
 
 def teacher_for(
