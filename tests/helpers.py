@@ -227,7 +227,7 @@ def write(
 ) -> list[Rollout]:
     """The method's source, with a reward that differs between responses (a method may not look)."""
     writers = writers_of(student, external, sampling)
-    rollouts = method.source(prompts, writers, seed, method.support.student_top_k)
+    rollouts = method.source(prompts, writers, seed, method.record())
     return [
         replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts
     ]

@@ -70,6 +70,8 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         support_mask=_pad_all([s.support_mask for s in scores], False, device),
         teacher_support_logp=_pad_all([s.teacher_support_logp for s in scores], torch.nan, device),
         teacher_hidden=_pad_all([s.teacher_hidden for s in scores], torch.nan, device),
+        teacher_entropy=_pad_all([s.teacher_entropy for s in scores], torch.nan, device),
+        student_entropy=_pad_all([r.student_entropy for r in rollouts], torch.nan, device),
     )
 
 

@@ -10,7 +10,7 @@ from opd.types import Batch, Credit, needing
 
 def no_credit() -> Credit:
     """Zero everywhere: the signal does not look at it."""
-    return lambda batch: torch.zeros_like(batch.teacher_logp)
+    return needing(lambda batch: torch.zeros_like(batch.teacher_logp))
 
 
 def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit:

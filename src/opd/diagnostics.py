@@ -27,7 +27,7 @@ def of(batch: Batch, method: Method, version: int) -> Metrics:
     if len(written) == n:
         policy = valid(batch.policy_logp, batch.mask)
         metrics.mean("rollout/policy_nll", -policy.sum().item(), len(policy))
-        if method.support.kind != "none" and all(_drawn_at(r) == method.temperature for r in written):
+        if method.support.kind not in ("none", "full") and all(_drawn_at(r) == method.temperature for r in written):
             teacher = valid(batch.teacher_logp, batch.mask)
             metrics.mean("teacher/log_ratio", (teacher - policy).sum().item(), len(policy))
     return metrics

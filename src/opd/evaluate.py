@@ -13,14 +13,12 @@ from opd.contexts import same_prompt
 from opd.data import DataSpec, load_prompts
 from opd.divergences import DIVERGENCES
 from opd.loading import load_model
-from opd.loss import tokens_of
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel, evaluating
 from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
 from opd.rewards import RewardFn, load_reward, score
 from opd.samplers.hf import TransformersSampler
-from opd.score import chunks
-from opd.signals import support_of
+from opd.score import paired_log_probs
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import Context, Prompt, Rollout, Sampler, Sampling, TeacherRule, needs_of
@@ -117,7 +115,7 @@ def exact_divergence(
 ) -> dict[str, float]:
     """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary."""
     method = reverse_kl(average="token")
-    scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature)
+    scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature, sampled=False)
     batch = attach(collate(rollouts, scores, student.device), method)
     denominator = method.normalise(batch)
     student_head, teacher_head = student.head(), teacher.head()
@@ -125,10 +123,10 @@ def exact_divergence(
     with evaluating(student.model):
         for micro in split(batch, denominator, micro_batch_tokens):
             hidden_NH = student.hidden(micro.input_ids)[micro.row, micro.position]
-            for rows in chunks(len(hidden_NH), student_head.vocabulary):
-                tokens = tokens_of(method, hidden_NH[rows], student_head, micro, rows, teacher_head)
+            assert micro.teacher_hidden is not None
+            for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
                 for name in names:
-                    totals[name] += DIVERGENCES[name](*support_of(tokens)).sum().item()
+                    totals[name] += DIVERGENCES[name](*pair).sum().item()
     return {name: total / denominator.count for name, total in totals.items()}
 
 

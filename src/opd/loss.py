@@ -1,15 +1,30 @@
-"""Pack -> signal -> weight -> sum / count: the only reduction in the library."""
+"""Pack -> signal -> weight -> sum / count: the only reduction in the library.
+
+Per tile: the student's log-probs on the scored tokens become leaves, the method's signal is differentiated with respect
+to them alone, and the softmax behind them is differentiated by hand:
+
+    d/dz_j = g_j - p_j sum_v g_v        with g = d loss / d log p, zero off the scored tokens
+
+so that one path serves every signal, and a signal stays a pure function. Where a closed form of the whole gradient is
+written (`gradients.CLOSED`), that is used; where the signal does not depend on the softmax's normaliser
+(`signals.divergence` of the renormalised form), the vocabulary is not read at all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from opd.collate import MicroBatch
+from opd.fused import ChunkLoss, fused_loss
+from opd.gradients import closed_form
 from opd.method import Method
 from opd.metrics import Metrics
 from opd.models import LanguageModel
-from opd.score import Head, chunked_loss, log_probs
+from opd.score import Head, tiles
 from opd.types import Tokens
 
 
@@ -19,59 +34,175 @@ def loss_of(
     """This micro-batch's part of the step's loss, (1 / count) sum_i share_i weight_i signal_i, and its metrics.
 
     `count` is the step's one denominator, over all micro-batches and ranks, so that parts add up to the same gradient
-    however the step is split. The scalar is finished chunk by chunk; `backward()` only hands its gradient on.
+    however the step is split. `backward()` on the scalar only hands on a gradient that is already made.
     """
     hidden = student.hidden(micro.input_ids)[micro.row, micro.position]  # [N, H]
-    metrics = Metrics()
-
-    def chunk_loss(hidden_nH: Tensor, head: Head, rows: slice) -> Tensor:
-        tokens = tokens_of(method, hidden_nH, head, micro, rows, teacher_head)
-        per_token = method.signal(tokens)
-        _observe(metrics, tokens, per_token)
-        return (per_token * tokens.weight * micro.share[rows]).sum() / count
-
-    return chunked_loss(chunk_loss, hidden, student.head()), metrics
+    return loss_at(method, hidden, student.head(), micro, count, teacher_head)
 
 
-def tokens_of(
-    method: Method, hidden_nH: Tensor, head: Head, micro: MicroBatch, rows: slice, teacher_head: Head | None = None
-) -> Tokens:
-    """Project one chunk: the student's log-probs, with gradient, on the sampled tokens and the method's support."""
-    log_p = log_probs(head, hidden_nH, method.temperature)  # [n, V]
-    student_support = teacher_support = support_mask = None
-    if method.support.kind == "full":
+def loss_at(
+    method: Method, hidden: Tensor, head: Head, micro: MicroBatch, count: float, teacher_head: Head | None = None
+) -> tuple[Tensor, Metrics]:
+    """`loss_of` from the hidden states [N, H] that predict the micro-batch's tokens."""
+    observed = _Observed()
+    weight = micro.weight * micro.share / count  # [N]
+    support = method.support
+    ids = None
+    if support.kind == "full":
         assert teacher_head is not None
+        chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
+    elif support.kind == "top_k" and getattr(method.signal, "shift_invariant", False):
+        ids = micro.support_ids
+        chunk_loss = _on_rows(method, micro, weight, observed)
+    else:
+        chunk_loss = _on_selected(method, micro, weight, observed)
+    loss = fused_loss(chunk_loss, hidden, head, method.temperature, ids)
+    return loss, observed.metrics(len(hidden))
+
+
+def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
+    """The whole vocabulary: both models' log-probs on all of it."""
+    closed = closed_form(getattr(method.signal, "divergence", None))
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         assert micro.teacher_hidden is not None
-        student_support = log_p
-        with torch.no_grad():
-            teacher_support = log_probs(teacher_head, micro.teacher_hidden[rows], method.temperature)
-    elif method.support.kind == "top_k":
-        assert micro.support_ids is not None
-        assert micro.support_mask is not None
-        assert micro.teacher_support_logp is not None
-        student_support = log_p.gather(-1, micro.support_ids[rows])
-        teacher_support, support_mask = micro.teacher_support_logp[rows], micro.support_mask[rows]
+        teacher_logits = teacher_head.logits(micro.teacher_hidden[rows])
+        total = torch.zeros((), device=logits.device)
+        for tile in tiles(logits):
+            at = slice(rows.start + tile.start, rows.start + tile.stop)
+            ids, w = micro.token_ids[at, None], weight[at]
+            student = logits[tile].log_softmax(-1)  # [n, V]
+            teacher = (teacher_logits[tile] / method.temperature).log_softmax(-1)
+            student_logp, teacher_logp = student.gather(-1, ids)[:, 0], teacher.gather(-1, ids)[:, 0]
+            if closed is not None:
+                per_token, grad = closed(student, teacher)
+                torch.mul(grad, w[:, None], out=logits[tile])
+            else:
+                per_token, grad = _differentiated(
+                    method,
+                    lambda p, at=at, ids=ids, q=teacher, q_y=teacher_logp: replace(
+                        _tokens(micro, at, p.gather(-1, ids)[:, 0]),
+                        teacher_logp=q_y,
+                        student_support_logp=p,
+                        teacher_support_logp=q,
+                    ),
+                    student,
+                    w,
+                )
+                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
+            total += (per_token * w).sum()
+            observed.signal(per_token)
+            observed.add("train/student_nll", -student_logp)
+            observed.add("teacher/log_ratio", teacher_logp - student_logp)
+        return total
+
+    return chunk_loss
+
+
+def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
+    """The sampled token and those of a top-k support, if there are any; of the rest only the normaliser is kept."""
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        total = torch.zeros((), device=logits.device)
+        for tile in tiles(logits):
+            at = slice(rows.start + tile.start, rows.start + tile.stop)
+            z, ids, w = logits[tile], micro.token_ids[at, None], weight[at]
+            if micro.support_ids is not None:
+                ids = torch.cat([ids, micro.support_ids[at]], 1)
+            log_z = z.logsumexp(-1, keepdim=True)
+            selected = z.gather(-1, ids) - log_z  # [n, 1 + K]
+            per_token, grad = _differentiated(
+                method, lambda p, at=at: _with_support(_tokens(micro, at, p[:, 0]), micro, at, p[:, 1:]), selected, w
+            )
+            z.sub_(log_z).exp_().mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids, grad)
+            total += (per_token * w).sum()
+            observed.signal(per_token)
+            observed.add("train/student_nll", -selected[:, 0])
+            if micro.support_mask is not None:
+                observed.mass("support/student_mass", selected[:, 1:], micro.support_mask[at])
+                observed.support(micro, at)
+        return total
+
+    return chunk_loss
+
+
+def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
+    """The tokens of the support alone, as logits: the signal reads the shape of the distribution on them, no more."""
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        w = weight[rows]
+        unread = torch.full_like(w, torch.nan)
+        per_token, grad = _differentiated(
+            method, lambda z: _with_support(_tokens(micro, rows, unread), micro, rows, z), logits, w
+        )
+        logits.copy_(grad)
+        observed.signal(per_token)
+        observed.support(micro, rows)
+        return (per_token * w).sum()
+
+    return chunk_loss
+
+
+def _differentiated(
+    method: Method, tokens_of: Callable[[Tensor], Tokens], values: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The signal [n] of `tokens_of(values)`, and the gradient of its weighted sum with respect to `values`."""
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        per_token = method.signal(tokens_of(leaf))
+        loss = (per_token * weight).sum()
+    if not loss.requires_grad:
+        return per_token.detach(), torch.zeros_like(values)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return per_token.detach(), grad
+
+
+def _tokens(micro: MicroBatch, at: slice, student_logp: Tensor) -> Tokens:
     return Tokens(
-        student_logp=log_p.gather(-1, micro.token_ids[rows, None])[:, 0],
-        sampler_logp=micro.sampler_logp[rows],
-        teacher_logp=micro.teacher_logp[rows],
-        advantage=micro.advantage[rows],
-        weight=micro.weight[rows],
-        student_support_logp=student_support,
-        teacher_support_logp=teacher_support,
-        support_mask=support_mask,
+        student_logp=student_logp,
+        sampler_logp=micro.sampler_logp[at],
+        teacher_logp=micro.teacher_logp[at],
+        advantage=micro.advantage[at],
+        weight=micro.weight[at],
     )
 
 
-@torch.no_grad()
-def _observe(metrics: Metrics, tokens: Tokens, per_token: Tensor) -> None:
-    n = len(per_token)
-    metrics.mean("train/signal", per_token.detach().sum().item(), n)
-    metrics.mean("train/student_nll", -tokens.student_logp.detach().sum().item(), n)
-    if tokens.teacher_support_logp is None or tokens.student_support_logp is None or tokens.support_mask is None:
-        return
-    student, teacher = tokens.student_support_logp.detach(), tokens.teacher_support_logp
-    exists = tokens.support_mask
-    metrics.mean("support/student_mass", student.exp().masked_fill(~exists, 0.0).sum().item(), n)
-    metrics.mean("support/teacher_mass", teacher.exp().masked_fill(~exists, 0.0).sum().item(), n)
-    metrics.mean("support/empty_share", float((~exists.any(-1)).sum()), n)
+def _with_support(tokens: Tokens, micro: MicroBatch, at: slice, student_support_logp: Tensor) -> Tokens:
+    if micro.support_mask is None or micro.teacher_support_logp is None:
+        return tokens
+    return replace(
+        tokens,
+        student_support_logp=student_support_logp,
+        teacher_support_logp=micro.teacher_support_logp[at],
+        support_mask=micro.support_mask[at],
+    )
+
+
+class _Observed:
+    """Sums over tokens, on the device until the micro-batch is done."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, per_token: Tensor) -> None:
+        total = per_token.sum()
+        self._sums[name] = total if name not in self._sums else self._sums[name] + total
+
+    def signal(self, per_token: Tensor) -> None:
+        self.add("train/signal", per_token)
+
+    def mass(self, name: str, logp: Tensor, exists: Tensor) -> None:
+        self.add(name, logp.exp().masked_fill(~exists, 0.0))
+
+    def support(self, micro: MicroBatch, at: slice) -> None:
+        assert micro.support_mask is not None
+        assert micro.teacher_support_logp is not None
+        self.mass("support/teacher_mass", micro.teacher_support_logp[at], micro.support_mask[at])
+        self.add("support/empty_share", (~micro.support_mask[at].any(-1)).float())
+
+    def metrics(self, tokens: int) -> Metrics:
+        """Means over the micro-batch's tokens."""
+        metrics = Metrics()
+        for name, total in self._sums.items():
+            metrics.mean(name, total.item(), tokens)
+        return metrics

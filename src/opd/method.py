@@ -10,7 +10,20 @@ from opd.normalise import per_sequence
 from opd.sources import on_policy
 from opd.supports import sampled
 from opd.teachers import external
-from opd.types import Context, Credit, Normalise, Signal, Source, Support, TeacherRule, Update, Weight, needs_of
+from opd.types import (
+    Context,
+    Credit,
+    Normalise,
+    Record,
+    Signal,
+    Source,
+    Support,
+    TeacherRule,
+    Update,
+    Weight,
+    needs_of,
+    reads,
+)
 from opd.updates import optimizer_step
 from opd.weights import every_token
 
@@ -32,6 +45,14 @@ class Method:
     normalise: Normalise = per_sequence()  # the one denominator, counted after generation
     update: Update = optimizer_step()  # what follows the gradient
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
+
+    def reads(self, name: str) -> bool:
+        """Whether phase A reads a number of the batch that costs something to make; see `types.needing`."""
+        return any(reads(piece, name) for piece in (self.credit, self.weight, self.normalise))
+
+    def record(self) -> Record:
+        """What the writer of a response has to keep about each token."""
+        return Record(top_k=self.support.student_top_k, entropy=self.reads("student_entropy"))
 
     def needs(self) -> frozenset[str]:
         """What the pieces declare; `opd.check.check_needs` says what each means for a recipe."""

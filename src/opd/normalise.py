@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd.types import Batch, Denominator, Normalise
+from opd.types import Batch, Denominator, Normalise, needing
 
 
 def per_token() -> Normalise:
@@ -11,7 +11,7 @@ def per_token() -> Normalise:
     def normalise(batch: Batch) -> Denominator:
         return Denominator(count=float(batch.mask.sum()), share=batch.mask.float())
 
-    return normalise
+    return needing(normalise)
 
 
 def per_sequence() -> Normalise:
@@ -22,7 +22,7 @@ def per_sequence() -> Normalise:
         share = batch.mask / lengths.clamp(min=1)
         return Denominator(count=float((lengths > 0).sum()), share=share)
 
-    return normalise
+    return needing(normalise)
 
 
 def per_constant(tokens: int) -> Normalise:
@@ -34,4 +34,4 @@ def per_constant(tokens: int) -> Normalise:
     def normalise(batch: Batch) -> Denominator:
         return Denominator(count=float(batch.mask.shape[0] * tokens), share=batch.mask.float())
 
-    return normalise
+    return needing(normalise)

@@ -38,6 +38,10 @@ def divergence(
             return function(student, teacher)
         return divergences.on_support(function, student, teacher, form, tokens.support_mask)
 
+    # What `loss.py` may use: the gradient on the whole vocabulary in closed form, and that a constant added to a
+    # position's log-probs changes nothing, so that unnormalised logits do.
+    signal.divergence = function  # type: ignore[attr-defined]
+    signal.shift_invariant = form == "renormalised"  # type: ignore[attr-defined]
     return signal
 
 

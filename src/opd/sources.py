@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd.errors import ConfigError
-from opd.types import Prompt, Rollout, Source, Writers, needing, needs_of
+from opd.types import Prompt, Record, Rollout, Source, Writers, needing, needs_of
 
 
 def on_policy() -> Source:
     """The student, with the weights of this step."""
 
-    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
-        return writers.student(prompts, seed=seed, student_top_k=student_top_k)
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        return writers.student(prompts, seed=seed, record=record)
 
     return source
 
@@ -22,8 +22,8 @@ def on_policy() -> Source:
 def dataset() -> Source:
     """The data's own `response` column."""
 
-    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
-        return writers.reference(prompts, seed=seed, student_top_k=student_top_k)
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        return writers.reference(prompts, seed=seed, record=record)
 
     return needing(source, "response", "off_policy")
 
@@ -31,9 +31,9 @@ def dataset() -> Source:
 def teacher_writes() -> Source:
     """The teacher: sequence-level distillation (arXiv 1606.07947)."""
 
-    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
-        return writers.teacher(prompts, seed=seed, student_top_k=student_top_k)
+        return writers.teacher(prompts, seed=seed, record=record)
 
     return needing(source, "teacher_model", "off_policy")
 
@@ -47,9 +47,9 @@ def mixture(on_policy_share: float, other: Source) -> Source:
         raise ConfigError(f"The on-policy share is a probability, got {on_policy_share}.")
     student = on_policy()
 
-    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         coin = np.random.default_rng((*seed, 0xC01)).random()
         chosen = student if coin < on_policy_share else other
-        return chosen(prompts, writers, seed, student_top_k)
+        return chosen(prompts, writers, seed, record)
 
     return needing(source, *(needs_of(other) if on_policy_share < 1 else ()))

@@ -30,9 +30,9 @@ from opd.recipe import StageSpec
 from opd.rewards import RewardFn
 from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
-from opd.supports import top_k
+from opd.supports import sampled, top_k
 from opd.teachers.local import LocalTeacher
-from opd.types import Batch, Prompt, Rollout, Scores, Writers
+from opd.types import Batch, Prompt, Record, Rollout, Scores, Writers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -77,16 +77,23 @@ def train(stage: Stage) -> Outcome:
         for step in range(first, spec.steps):
             started = time.perf_counter()
             stage.sampler.version = step
-            student_k = method.support.student_top_k
             prompts = take(stage.prompts, step=step, count=spec.prompts_per_step, seed=stage.seed)  # 1 list[Prompt]
-            rollouts = method.source(prompts, stage.writers, (stage.seed, step), student_k)  # 2 list[Rollout]
+            rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
             check_responses(rollouts)
-            rollouts = with_student_top_k(stage, rewarded(stage.reward, rollouts), student_k)
+            rollouts = with_record(stage, rewarded(stage.reward, rollouts), method.record())
             wrote = time.perf_counter()
+            shown = bool(spec.samples_every) and (step % spec.samples_every == 0 or step + 1 == spec.steps)
             contexts = method.context(rollouts)  # 3 what the teacher reads
             scores = unscored(rollouts)
             if teacher is not None:
-                scores = teacher.score(rollouts, contexts, method.support, method.temperature)
+                scores = teacher.score(
+                    rollouts,
+                    contexts,
+                    method.support,
+                    method.temperature,
+                    sampled=shown or method.reads("teacher_logp"),
+                    entropy=method.reads("teacher_entropy"),
+                )
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
             batch = attach(batch, method)  # 5 credit and weight
             denominator = method.normalise(batch)  # 6 the one denominator: the end of phase A
@@ -124,7 +131,7 @@ def train(stage: Stage) -> Outcome:
                     "total": ended - started,
                 },
             )
-            if spec.samples_every and (step % spec.samples_every == 0 or finished):
+            if shown or (spec.samples_every and finished):
                 stage.folder.write_samples(done, rows_of(batch))
             saved = done % spec.checkpoint.every == 0 or finished or interrupt.asked
             if saved:
@@ -201,19 +208,24 @@ def unscored(rollouts: list[Rollout]) -> list[Scores]:
     return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
 
 
-def with_student_top_k(stage: Stage, rollouts: list[Rollout], k: int) -> list[Rollout]:
-    """Student top-k ids for responses that the student did not write; the sampler has recorded its own."""
-    missing = [i for i, rollout in enumerate(rollouts) if rollout.student_top_ids is None] if k else []
+def with_record(stage: Stage, rollouts: list[Rollout], record: Record) -> list[Rollout]:
+    """What the method reads of the student at each token, for responses that it did not write itself."""
+    missing = [
+        i
+        for i, rollout in enumerate(rollouts)
+        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None)
+    ]
     if not missing:
         return rollouts
     view = LocalTeacher(
         lm=stage.student, micro_batch_tokens=stage.spec.micro_batch_tokens, student_device=stage.student.device
     )
     absent = [rollouts[i] for i in missing]
-    scores = view.score(absent, [r.prompt for r in absent], top_k(k, by="teacher"), stage.method.temperature)
+    support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
+    scores = view.score(absent, [r.prompt for r in absent], support, stage.method.temperature, entropy=record.entropy)
     out = list(rollouts)
     for i, score in zip(missing, scores, strict=True):
-        out[i] = replace(out[i], student_top_ids=score.support_ids)
+        out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
     return out
 
 
@@ -222,7 +234,8 @@ def rows_of(batch: Batch) -> list[dict[str, object]]:
     rows = sample_rows(batch.rollouts)
     for i, row in enumerate(rows):
         t = len(batch.rollouts[i].response_ids)
-        row["teacher_logp"] = batch.teacher_logp[i, :t].tolist()
+        teacher_logp = batch.teacher_logp[i, :t]
+        row["teacher_logp"] = None if bool(teacher_logp.isnan().any()) else teacher_logp.tolist()
         row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
         row["advantage"] = None if batch.advantage is None else batch.advantage[i, :t].tolist()
     return rows

@@ -59,6 +59,17 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """What is written down about each token while it is drawn, beside its log-prob, because a piece reads it."""
+
+    top_k: int = 0
+    entropy: bool = False
+
+
+NOTHING_MORE = Record()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One response, and who wrote it.
 
@@ -78,6 +89,7 @@ class Rollout:
     sampler_logp: Tensor | None = None  # [T]
     policy_logp: Tensor | None = None  # [T]
     student_top_ids: Tensor | None = None  # [T, K] recorded while sampling when a support asks for it
+    student_entropy: Tensor | None = None  # [T] after temperature, recorded while sampling when a piece reads it
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
@@ -92,6 +104,7 @@ class Scores:
     support_mask: Tensor | None = None  # [T, K] bool
     teacher_support_logp: Tensor | None = None  # [T, K]
     teacher_hidden: Tensor | None = None  # [T, H] for full support: the head is applied tile by tile in phase B
+    teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,13 +116,15 @@ class Batch:
     mask: Tensor  # [B, T] bool
     sampler_logp: Tensor  # [B, T]
     policy_logp: Tensor  # [B, T]
-    teacher_logp: Tensor  # [B, T]
+    teacher_logp: Tensor  # [B, T], nan on full support if no credit or weight reads it
     reward: Tensor  # [B], nan where the recipe has no reward
     group: Tensor  # [B] int64, rows of one prompt share it
     support_ids: Tensor | None = None  # [B, T, K]
     support_mask: Tensor | None = None  # [B, T, K] bool
     teacher_support_logp: Tensor | None = None  # [B, T, K]
     teacher_hidden: Tensor | None = None  # [B, T, H]
+    teacher_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
+    student_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -159,11 +174,22 @@ class TeacherRule:
     decay: float = 1.0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """Somebody who looks at responses while they are written, every `every` tokens, and says which go on.
+
+    `goes_on` gets the unfinished ones as rollouts of what is there so far.
+    """
+
+    every: int
+    goes_on: Callable[[Sequence[Rollout]], Sequence[bool]]
+
+
 class Sampler(Protocol):
     """Writes responses with some model's current weights."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0
+        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
     ) -> list[Rollout]: ...
 
 
@@ -171,7 +197,14 @@ class Teacher(Protocol):
     """Scores responses that somebody else wrote."""
 
     def score(
-        self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], support: Support, temperature: float
+        self,
+        rollouts: Sequence[Rollout],
+        contexts: Sequence[Prompt],
+        support: Support,
+        temperature: float,
+        *,
+        sampled: bool = True,
+        entropy: bool = False,
     ) -> list[Scores]: ...
 
     def after_step(self) -> None: ...
@@ -196,7 +229,7 @@ class Optimisation(Protocol):
     def step(self) -> dict[str, float]: ...
 
 
-Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], int], list[Rollout]]
+Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
@@ -209,7 +242,9 @@ Piece = TypeVar("Piece", bound=Callable[..., Any])
 
 
 def needing(piece: Piece, *needs: str) -> Piece:
-    """Declare on a piece what the recipe has to give it; `Method.needs` collects, `opd check` compares."""
+    """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
+    `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
+    "student_entropy"). No needs declare that it reads none of them."""
     piece.needs = frozenset(needs)  # type: ignore[attr-defined]
     return piece
 
@@ -217,6 +252,15 @@ def needing(piece: Piece, *needs: str) -> Piece:
 def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
     """Everything that the pieces declared."""
     return frozenset[str]().union(*(getattr(piece, "needs", frozenset[str]()) for piece in pieces))
+
+
+def reads(piece: Callable[..., Any], name: str) -> bool:
+    """Whether a piece of phase A needs the sampled tokens' `teacher_logp` or an entropy to be made for it.
+
+    An entropy has to be declared. A piece that declares nothing is taken to read `teacher_logp`.
+    """
+    declared = getattr(piece, "needs", None)
+    return name == "teacher_logp" if declared is None else name in declared
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd.types import Batch, Weight, needing, needs_of
+from opd.types import Batch, Weight, needing, needs_of, reads
 
 
 def every_token() -> Weight:
     """1 for every trained token."""
-    return lambda batch: torch.ones_like(batch.teacher_logp)
+    return needing(lambda batch: torch.ones_like(batch.teacher_logp))
 
 
 def times(*weights: Weight) -> Weight:
@@ -19,4 +19,5 @@ def times(*weights: Weight) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return torch.stack([one(batch) for one in weights]).prod(0)
 
-    return needing(weight, *needs_of(*weights))
+    unsaid = {"teacher_logp"} if any(reads(one, "teacher_logp") for one in weights) else set[str]()
+    return needing(weight, *needs_of(*weights), *unsaid)

@@ -515,8 +515,8 @@ def breaks(at: int, value: float) -> Method:
 
 
 def changed(**fields) -> Method:
-    def source(prompts, writers, seed, student_top_k):
-        rollouts = sources.on_policy()(prompts, writers, seed, student_top_k)
+    def source(prompts, writers, seed, record):
+        rollouts = sources.on_policy()(prompts, writers, seed, record)
         return [replace(r, **{name: change(getattr(r, name)) for name, change in fields.items()}) for r in rollouts]
 
     return Method(source=source, support=supports.full(), signal=signals.divergence("reverse_kl"))

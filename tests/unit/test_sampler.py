@@ -46,7 +46,7 @@ from opd.samplers.writers import TeacherWriter
 from opd.supports import full, sampled, top_k
 from opd.teachers import external, self_ema, self_frozen, self_live
 from opd.teachers.local import LocalTeacher, check_same_tokens, shared_prefix, teacher_for
-from opd.types import Prompt, Rollout, Sampling, Scores, TeacherRule
+from opd.types import Prompt, Record, Rollout, Sampling, Scores, TeacherRule
 
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": "all-linear"}
 
@@ -68,7 +68,12 @@ def exact(logits: Sequence[float], temperature: float, keep_k: int, top_p: float
 def on_a_grid(logits: Tensor, n: int = 20_000, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
     """Draws at n evenly spread uniform numbers: frequencies are the distribution, up to 1/n a token."""
     uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
-    return draw(logits.expand(n, -1), uniforms, **settings)
+    return drawn(logits.expand(n, -1), uniforms, **settings)
+
+
+def drawn(logits: Tensor, uniforms: Tensor, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+    got = draw(logits, uniforms, **settings)
+    return got.ids, got.sampler_logp, got.policy_logp
 
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.0, -30.0, 1.5, 1.1, -0.4, 0.7, -2.2])
@@ -107,7 +112,7 @@ def test_draws_follow_the_exact_truncated_distribution(settings: dict[str, Any])
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 200}, {"top_k": 700, "top_p": 0.5}])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
-def test_large_sets_are_found_by_the_growing_partial_sort(settings: dict[str, Any], spread: float):
+def test_large_sets_are_found_exactly(settings: dict[str, Any], spread: float):
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float() * spread
     expected = exact(logits.tolist(), 1.0, settings.get("top_k", 0), settings.get("top_p", 1.0))
     n = 5_000
@@ -135,7 +140,7 @@ def test_the_ends_of_the_uniform_interval_draw_tokens_that_have_mass(settings: d
     below_one = np.nextafter(1.0, 0.0)
     uniforms = torch.tensor([0.0, 5e-324, 1e-17, below_one, 1 - 1e-16, 1 - 1e-12], dtype=torch.float64)
     rows = torch.tensor(logits).expand(len(uniforms), -1)
-    ids, sampler_logp, policy_logp = draw(rows, uniforms, temperature=1.0, **settings)
+    ids, sampler_logp, policy_logp = drawn(rows, uniforms, temperature=1.0, **settings)
     expected = exact(logits, 1.0, settings.get("top_k", 0), settings.get("top_p", 1.0))
     assert all(expected[token] > 0 for token in ids.tolist())
     assert bool(sampler_logp.isfinite().all())
@@ -148,7 +153,7 @@ def test_rounding_at_the_ends_never_draws_a_token_without_mass(settings: dict[st
     """500 rows whose sums are 1 up to rounding, and whose first and last token have no mass; u = 1 is the limit."""
     logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(0))
     logits[:, [0, 8]] = -torch.inf
-    ids, sampler_logp, _ = draw(logits, torch.full((500,), uniform, dtype=torch.float64), temperature=1.0, **settings)
+    ids, sampler_logp, _ = drawn(logits, torch.full((500,), uniform, dtype=torch.float64), temperature=1.0, **settings)
     assert bool(((ids > 0) & (ids < 8)).all())
     assert bool(sampler_logp.isfinite().all())
 
@@ -158,8 +163,8 @@ def test_rows_of_a_batch_are_drawn_one_by_one():
     logits = torch.randn(40, 300, generator=generator) * torch.linspace(0.01, 8, 40)[:, None]
     uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
     settings = {"temperature": 0.8, "top_p": 0.9}
-    together = draw(logits, uniforms, **settings)
-    alone = [draw(logits[i : i + 1], uniforms[i : i + 1], **settings) for i in range(40)]
+    together = drawn(logits, uniforms, **settings)
+    alone = [drawn(logits[i : i + 1], uniforms[i : i + 1], **settings) for i in range(40)]
     for column, parts in zip(together, zip(*alone, strict=True), strict=True):
         torch.testing.assert_close(column, torch.cat(parts))
 
@@ -193,7 +198,7 @@ def same(a: Rollout, b: Rollout) -> bool:
 def test_recorded_log_probs_and_top_tokens_are_those_of_a_forward(family: str, sampling: dict[str, Any]):
     lm = tiny(family, padding_rows=3)
     write_ = sampler(lm, n=2, **sampling)
-    for rollout in write_(PROMPTS, seed=(0, 3), student_top_k=4):
+    for rollout in write_(PROMPTS, seed=(0, 3), record=Record(top_k=4)):
         log_p = policy(lm, rollout)
         got = rollout.policy_logp
         assert got is not None
@@ -240,7 +245,9 @@ def test_seed_step_prompt_and_sample_each_change_the_response():
 def test_asking_for_top_tokens_or_a_shorter_limit_changes_no_draw():
     lm = tiny(spread=0.1)
     plain = sampler(lm)(PROMPTS, seed=(0, 0))
-    assert all(same(a, b) for a, b in zip(plain, sampler(lm)(PROMPTS, seed=(0, 0), student_top_k=2), strict=True))
+    assert all(
+        same(a, b) for a, b in zip(plain, sampler(lm)(PROMPTS, seed=(0, 0), record=Record(top_k=2)), strict=True)
+    )
     assert plain[0].student_top_ids is None
     cut = sampler(lm, max_completion_length=4)(PROMPTS, seed=(0, 0))
     assert all(b.response_ids.tolist() == a.response_ids[:4].tolist() for a, b in zip(plain, cut, strict=True))
@@ -301,7 +308,7 @@ def test_padding_rows_of_the_head_are_never_drawn():
     lm = tiny(padding_rows=6)
     with torch.no_grad():
         lm.head().weight[lm.vocabulary :] = lm.head().weight[: lm.vocabulary].mean(0) * 50
-    rollouts = sampler(lm, n=20, max_completion_length=20)(PROMPTS, seed=(0, 0), student_top_k=lm.vocabulary)
+    rollouts = sampler(lm, n=20, max_completion_length=20)(PROMPTS, seed=(0, 0), record=Record(top_k=lm.vocabulary))
     ids = torch.cat([r.response_ids for r in rollouts])
     assert len(ids) > 300
     assert int(ids.max()) < lm.vocabulary
@@ -346,7 +353,7 @@ def test_a_teachers_response_is_a_rollout_of_the_student():
         sampling=Sampling(max_completion_length=8, n=2),
         context=lambda rollouts: [replace(r.prompt, content="b") for r in rollouts],
     )
-    rollouts = writer(prompts_of("h", "ga"), seed=(0, 0), student_top_k=3)
+    rollouts = writer(prompts_of("h", "ga"), seed=(0, 0), record=Record(top_k=3))
     assert [r.text for r in rollouts] == ["cdef"] * 4
     assert [r.prompt.content for r in rollouts] == ["h", "h", "ga", "ga"]
     assert [list(r.prompt_ids) for r in rollouts] == [student.tokenizer(x).input_ids for x in ("h", "h", "ga", "ga")]
@@ -417,7 +424,7 @@ COLUMNS = ("teacher_logp", "support_ids", "support_mask", "teacher_support_logp"
 
 
 def written(lm: LanguageModel, *texts: str, seed: int = 0) -> list[Rollout]:
-    return sampler(lm, max_completion_length=7, n=2)(prompts_of(*texts), seed=(seed, 0), student_top_k=3)
+    return sampler(lm, max_completion_length=7, n=2)(prompts_of(*texts), seed=(seed, 0), record=Record(top_k=3))
 
 
 def assert_same_scores(got: Sequence[Scores], expected: Sequence[Scores], atol: float = 1e-5) -> None:

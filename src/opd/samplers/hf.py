@@ -2,7 +2,7 @@
 
 Why not `generate()`: every row's randomness has to come from (seed, step, prompt id, sample) alone, whatever else is
 in the batch; the drawn token's log-prob, before and after truncation, and the student's top-K come from the same
-logits; and rows that have ended leave the batch.
+logits; a prompt is read once however many responses it gets; and rows that have ended leave the batch.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from opd.models import LanguageModel, evaluating
 from opd.render import render_checked
 from opd.samplers.draw import draw
 from opd.supports import check_fits
-from opd.types import Prompt, Rollout, Sampling
+from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout, Sampling
 
 ROWS = 64  # rows decoded together; more is faster until the cache no longer fits
 
@@ -35,8 +35,10 @@ class _Row:
     ids: list[int] = field(default_factory=list[int])
     sampler_logp: list[float] = field(default_factory=list[float])
     policy_logp: list[float] = field(default_factory=list[float])
+    entropy: list[float] = field(default_factory=list[float])
     top_ids: list[Tensor] = field(default_factory=list[Tensor])
     finished: bool = False
+    ended: bool = False  # finished, or told to stop
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,66 +51,96 @@ class TransformersSampler:
     version: int = 0  # optimiser steps behind the weights, recorded in every rollout
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0) -> list[Rollout]:
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        look: Look | None = None,
+    ) -> list[Rollout]:
+        """`sampling.n` responses to each prompt, in order. `look` may end responses while they are written.
+
+        Raises DataError for a prompt or response that is too long, ConfigError for a top-k larger than the vocabulary.
+        """
         ids = render_checked(
             prompts,
             self.lm.tokenizer,
             max_prompt_length=self.max_prompt_length,
             template_options=self.lm.template_options,
         )
-        check_fits(student_top_k, self.lm.vocabulary)
+        check_fits(record.top_k, self.lm.vocabulary)
         rows = [
             _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, self.sampling.max_completion_length))
             for prompt, prompt_ids in zip(prompts, ids, strict=True)
             for sample in range(self.sampling.n)
         ]
-        by_length = sorted(rows, key=lambda row: len(row.prompt_ids))
+        by_length = sorted(rows, key=lambda row: len(row.prompt_ids))  # stable: a prompt's rows stay together
         with evaluating(self.lm.model):
             for start in range(0, len(rows), ROWS):
-                self._decode(by_length[start : start + ROWS], student_top_k)
+                self._decode(by_length[start : start + ROWS], record, look)
         return [self._rollout(row) for row in rows]
 
-    def _decode(self, rows: list[_Row], student_top_k: int) -> None:
-        lm, sampling = self.lm, self.sampling
+    def _decode(self, rows: list[_Row], record: Record, look: Look | None) -> None:
+        lm = self.lm
         head = lm.head()
-        input_ids, attention_mask, positions = left_padded([row.prompt_ids for row in rows], lm.device)
-        cache: Any = None
         active = list(rows)
-        for t in range(sampling.max_completion_length):
-            lm.check_length(int(positions.max()) + 1, "Lower sampling.max_completion_length, or set max_prompt_length.")
-            out = lm.forward(
-                input_ids,
-                attention_mask=attention_mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = out.past_key_values
-            logits = head.logits(out.last_hidden_state[:, -1])
-            uniforms = torch.stack([row.uniforms[t] for row in active]).to(lm.device)
-            ids, sampler_logp, policy_logp = draw(
-                logits, uniforms, temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k
-            )
-            top = logits.topk(student_top_k, dim=-1).indices.cpu() if student_top_k else None
-            record = zip(active, ids.tolist(), sampler_logp.tolist(), policy_logp.tolist(), strict=True)
-            for i, (row, token, mu, p) in enumerate(record):
-                row.ids.append(token)
-                row.sampler_logp.append(mu)
-                row.policy_logp.append(p)
-                if top is not None:
-                    row.top_ids.append(top[i])
-                row.finished = token in lm.stop_ids or self._stopped(row)
-            keep = [i for i, row in enumerate(active) if not row.finished]
-            if not keep:
+        hidden, cache, mask, positions = prefill(lm, [row.prompt_ids for row in rows])
+        for t in range(self.sampling.max_completion_length):
+            ids = self._write(active, head.logits(hidden), t, record)
+            if look is not None and (t + 1) % look.every == 0:
+                self._show(look, active)
+            keep = [i for i, row in enumerate(active) if not row.ended]
+            if not keep or t + 1 == self.sampling.max_completion_length:
                 return
             if len(keep) < len(active):
                 index = torch.tensor(keep, device=lm.device)
                 cache.batch_select_indices(index)
-                attention_mask, positions, ids = attention_mask[index], positions[index], ids[index]
+                mask, positions, ids = None if mask is None else mask[index], positions[index], ids[index]
                 active = [active[i] for i in keep]
-            input_ids = ids[:, None]
-            positions = positions[:, -1:] + 1
-            attention_mask = torch.cat([attention_mask, torch.ones_like(input_ids)], 1)
+            positions = positions + 1
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones_like(ids[:, None])], 1)
+            lm.check_length(
+                max(len(row.prompt_ids) for row in active) + t + 1,
+                "Lower sampling.max_completion_length, or set max_prompt_length.",
+            )
+            out = lm.forward(
+                ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            hidden = out.last_hidden_state[:, -1]
+
+    def _write(self, active: list[_Row], logits: Tensor, t: int, record: Record) -> Tensor:
+        """Draw a token for every row, with what is recorded of it; the ids [b]."""
+        sampling = self.sampling
+        drawn = draw(
+            logits,
+            torch.stack([row.uniforms[t] for row in active]).to(logits.device),
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            entropy=record.entropy,
+        )
+        top = logits.topk(record.top_k, dim=-1).indices.cpu() if record.top_k else None
+        entropy = None if drawn.entropy is None else drawn.entropy.tolist()
+        columns = zip(active, drawn.ids.tolist(), drawn.sampler_logp.tolist(), drawn.policy_logp.tolist(), strict=True)
+        for i, (row, token, mu, p) in enumerate(columns):
+            row.ids.append(token)
+            row.sampler_logp.append(mu)
+            row.policy_logp.append(p)
+            if top is not None:
+                row.top_ids.append(top[i])
+            if entropy is not None:
+                row.entropy.append(entropy[i])
+            row.finished = row.ended = token in self.lm.stop_ids or self._stopped(row)
+        return drawn.ids
+
+    def _show(self, look: Look, active: list[_Row]) -> None:
+        """Let `look` see the responses that are not finished; those that it does not keep end here."""
+        shown = [row for row in active if not row.ended]
+        if shown:
+            for row, goes_on in zip(shown, look.goes_on([self._rollout(row) for row in shown]), strict=True):
+                row.ended = not goes_on
 
     def _stopped(self, row: _Row) -> bool:
         """Whether the text ends with a stop string; a token holds at least one byte, which bounds the look back."""
@@ -119,12 +151,11 @@ class TransformersSampler:
         return any(stop in tail for stop in stops)
 
     def _rollout(self, row: _Row) -> Rollout:
-        ids = torch.tensor(row.ids)
         return Rollout(
             prompt=row.prompt,
             sample=row.sample,
             prompt_ids=tuple(row.prompt_ids),
-            response_ids=ids,
+            response_ids=torch.tensor(row.ids),
             trained=torch.ones(len(row.ids), dtype=torch.bool),
             turn=torch.zeros(len(row.ids), dtype=torch.long),
             finished=row.finished,
@@ -132,9 +163,32 @@ class TransformersSampler:
             sampler_logp=torch.tensor(row.sampler_logp),
             policy_logp=torch.tensor(row.policy_logp),
             student_top_ids=torch.stack(row.top_ids) if row.top_ids else None,
+            student_entropy=torch.tensor(row.entropy) if row.entropy else None,
             sampler_version=self.version,
             sampling=self.sampling,
         )
+
+
+def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
+    """Read prompts, equal ones once.
+
+    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if no prompt is shorter than
+    another: a model without a mask is faster), and the last positions [b, 1].
+    """
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    lm.check_length(max(map(len, different)), "Set max_prompt_length.")
+    input_ids, mask, positions = left_padded(different, lm.device)
+    padded = not bool(mask.all())
+    out = lm.forward(
+        input_ids, attention_mask=mask if padded else None, position_ids=positions if padded else None, use_cache=True
+    )
+    hidden, cache, last = out.last_hidden_state[:, -1], out.past_key_values, positions[:, -1:]
+    if len(different) < len(prompts):
+        place = {prompt: i for i, prompt in enumerate(different)}
+        index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
+        cache.batch_select_indices(index)
+        hidden, mask, last = hidden[index], mask[index], last[index]
+    return hidden, cache, mask if padded else None, last
 
 
 def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from opd.models import LanguageModel
 from opd.render import encode_response, render_checked
 from opd.samplers.hf import TransformersSampler
-from opd.types import Context, Prompt, Rollout, Sampling
+from opd.types import NOTHING_MORE, Context, Prompt, Record, Rollout, Sampling
 
 
 @dataclass(slots=True, kw_only=True)
@@ -29,7 +29,9 @@ class TeacherWriter:
     base: bool = False
     max_prompt_length: int | None = None
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0) -> list[Rollout]:
+    def __call__(
+        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+    ) -> list[Rollout]:
         bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
         contexts = self.context(bare)
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
@@ -49,6 +51,7 @@ class TeacherWriter:
                 sampler_logp=None,
                 policy_logp=None,
                 student_top_ids=None,
+                student_entropy=None,
             )
             for i, rollout in enumerate(written)
         ]
@@ -61,7 +64,9 @@ class ReferenceWriter:
     student: LanguageModel
     max_prompt_length: int | None = None
 
-    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int], student_top_k: int = 0) -> list[Rollout]:
+    def __call__(
+        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+    ) -> list[Rollout]:
         read = render_checked(
             prompts,
             self.student.tokenizer,

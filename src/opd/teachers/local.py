@@ -45,9 +45,19 @@ class LocalTeacher:
 
     @torch.no_grad()
     def score(
-        self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], support: Support, temperature: float
+        self,
+        rollouts: Sequence[Rollout],
+        contexts: Sequence[Prompt],
+        support: Support,
+        temperature: float,
+        *,
+        sampled: bool = True,
+        entropy: bool = False,
     ) -> list[Scores]:
-        """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template."""
+        """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template.
+
+        `sampled` and `entropy` say what is read of a full support before phase B; see `score.teacher_scores`.
+        """
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
         rows = [(*ids, *rollout.response_ids.tolist()) for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
         self.lm.check_length(
@@ -67,7 +77,7 @@ class LocalTeacher:
                     ids = rollout.response_ids.to(device)
                     top = None if rollout.student_top_ids is None else rollout.student_top_ids.to(device)
                     mine = row_hidden[start : start + len(ids)]
-                    score = teacher_scores(head, mine, ids, support, temperature, top)
+                    score = teacher_scores(head, mine, ids, support, temperature, top, sampled=sampled, entropy=entropy)
                     scores[i] = _to(score, self.student_device)
         return [score for score in scores if score is not None]
 
@@ -206,6 +216,6 @@ def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def _to(scores: Scores, device: torch.device) -> Scores:
-    names = ("teacher_logp", "support_ids", "support_mask", "teacher_support_logp", "teacher_hidden")
+    names = ("teacher_logp", "support_ids", "support_mask", "teacher_support_logp", "teacher_hidden", "teacher_entropy")
     values: dict[str, Tensor | None] = {name: getattr(scores, name) for name in names}
     return replace(scores, **{k: v.to(device) for k, v in values.items() if v is not None})  # type: ignore[arg-type]

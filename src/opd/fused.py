@@ -1,0 +1,158 @@
+"""The loss and its gradient made together, chunk by chunk, inside the forward.
+
+Phase A has fixed weights and denominator before the student runs, so the loss of a chunk is final when its logits are
+there, and its gradient can be taken at once: into the hidden states and into the output layer. Nothing of size [N, V]
+is kept, nothing is recomputed, and each position costs three products with the output layer: one forward, two back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd.score import Head, chunks
+
+# Logits [n, C] of some rows, after temperature -> the chunk's part of the loss; overwrites them with its gradient.
+ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
+
+
+def fused_loss(
+    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, temperature: float = 1.0, ids: Tensor | None = None
+) -> Tensor:
+    """Sum of `chunk_loss(logits, rows)` over chunks of `hidden` [N, H], a scalar that backpropagates.
+
+    C is the vocabulary; with `ids` [N, K] it is K, and only these rows of the output layer are read. The gradient goes
+    into `hidden` and into `head.weight` and `head.bias` where they train; sums over chunks run in float32.
+    """
+    return _Fused.apply(hidden, head.weight, head.bias, head, chunk_loss, temperature, ids)  # type: ignore[no-any-return]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        chunk_loss: ChunkLoss,
+        temperature: float,
+        ids: Tensor | None,
+    ) -> Tensor:
+        head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+        grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        layer = _Whole(head) if ids is None else _Rows(head, ids)
+        for rows in chunks(len(hidden), layer.width):
+            piece = hidden[rows].detach()
+            logits = layer.project(piece, rows)
+            slope = finish_(logits, head, temperature)
+            total += chunk_loss(logits, rows)
+            grad = logits.mul_(head.multiplier / temperature)
+            if slope is not None:
+                grad.mul_(slope)
+            layer.add_gradients(grads, grad, piece, rows)
+        ctx.grads = grads
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        (upstream,) = grad_outputs
+        grads: _Gradients = ctx.grads
+        ctx.grads = None
+        return (*grads.times(upstream), None, None, None, None)
+
+
+def finish_(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
+    """Multiplier, soft cap and temperature on projected logits, in place; returns the soft cap's derivative, if any."""
+    if head.softcap is None:
+        if head.multiplier != temperature:
+            logits.mul_(head.multiplier / temperature)
+        return None
+    capped = logits.mul_(head.multiplier / head.softcap).tanh_()
+    slope = 1.0 - capped.square()
+    logits.mul_(head.softcap / temperature)
+    return slope
+
+
+@dataclass(slots=True)
+class _Gradients:
+    """What has been collected for each input that trains; None for one that does not."""
+
+    hidden: Tensor | None
+    weight: Tensor | None  # float32
+    bias: Tensor | None  # float32
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @classmethod
+    def like(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> _Gradients:
+        return cls(
+            hidden=torch.zeros_like(hidden) if needed[0] else None,
+            weight=torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            bias=torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+            dtypes=(weight.dtype, weight.dtype if bias is None else bias.dtype),
+        )
+
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In place and in the inputs' own types: what is returned is given away."""
+        weight = None if self.weight is None else self.weight.mul_(upstream).to(self.dtypes[0])
+        bias = None if self.bias is None else self.bias.mul_(upstream).to(self.dtypes[1])
+        return None if self.hidden is None else self.hidden.mul_(upstream), weight, bias
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """All V rows of the output layer."""
+
+    head: Head
+
+    @property
+    def width(self) -> int:
+        return self.head.vocabulary
+
+    def project(self, hidden: Tensor, rows: slice) -> Tensor:
+        return self.head.project(hidden)
+
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+        weight = self.head.weight[: self.width]
+        small = grad.to(weight.dtype)
+        if grads.hidden is not None:
+            torch.mm(small, weight, out=grads.hidden[rows])
+        if grads.weight is not None and weight.dtype == torch.float32:
+            grads.weight[: self.width].addmm_(grad.t(), hidden)
+        elif grads.weight is not None:  # the product in the weight's own type, the sum over chunks in float32
+            grads.weight[: self.width] += small.t() @ hidden
+        if grads.bias is not None:
+            grads.bias[: self.width] += grad.sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """K rows of the output layer at each position, by `ids` [N, K]."""
+
+    head: Head
+    ids: Tensor
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1] * self.head.weight.shape[1]  # what is gathered is [n, K, H]
+
+    def project(self, hidden: Tensor, rows: slice) -> Tensor:
+        ids = self.ids[rows]
+        logits = torch.einsum("nkh,nh->nk", self.head.weight[ids], hidden).float()
+        return logits if self.head.bias is None else logits + self.head.bias[ids]
+
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+        ids = self.ids[rows]
+        if grads.hidden is not None:
+            picked = self.head.weight[ids]
+            grads.hidden[rows] = torch.einsum("nk,nkh->nh", grad.to(picked.dtype), picked)
+        if grads.weight is not None:
+            outer = grad[:, :, None] * hidden[:, None, :].float()
+            grads.weight.index_add_(0, ids.flatten(), outer.flatten(0, 1))
+        if grads.bias is not None:
+            grads.bias.index_add_(0, ids.flatten(), grad.flatten())

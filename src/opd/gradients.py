@@ -1,0 +1,64 @@
+"""Divergences on the whole vocabulary with their gradients in closed form.
+
+Each function takes student and teacher log-probs [n, V] and gives the divergence [n], equal to that of
+`opd.divergences`, and its derivative with respect to the student's logits [n, V], equal to what autograd makes of it.
+Autograd needs about twice as many passes over [n, V]. p student, q teacher, l = log p - log q.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd import divergences
+
+WithGradient: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p||q) and p_j (l_j - KL), [n, V] -> [n], [n, V] (arXiv 2605.11182 eq. 3)."""
+    p, log_ratio = student_logp.exp(), student_logp - teacher_logp
+    value = (p * log_ratio).sum(-1)
+    return value, p.mul_(log_ratio.sub_(value[:, None]))
+
+
+def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(q||p) and p_j - q_j, [n, V] -> [n], [n, V]."""
+    q = teacher_logp.exp()
+    value = (q * (teacher_logp - student_logp)).sum(-1)
+    return value, student_logp.exp().sub_(q)
+
+
+def generalised_jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
+    """beta KL(q||m) + (1 - beta) KL(p||m) and (1 - beta) p_j (log(p_j / m_j) - KL(p||m)), m = beta q + (1 - beta) p.
+
+    [n, V] -> [n], [n, V]. The derivative through m vanishes: beta q + (1 - beta) p = m there.
+    """
+    log_m = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
+    p, log_ratio = student_logp.exp(), student_logp - log_m
+    student_part = (p * log_ratio).sum(-1)
+    teacher_part = (teacher_logp.exp() * (teacher_logp - log_m)).sum(-1)
+    value = beta * teacher_part + (1 - beta) * student_part
+    return value, p.mul_(log_ratio.sub_(student_part[:, None])).mul_(1 - beta)
+
+
+CLOSED: Mapping[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
+    divergences.reverse_kl: reverse_kl,
+    divergences.forward_kl: forward_kl,
+    divergences.generalised_jsd: generalised_jsd,
+}
+
+
+def closed_form(divergence: Callable[..., Tensor] | None) -> WithGradient | None:
+    """The closed form of a divergence, with its options bound; None if none is written."""
+    options: Mapping[str, Any] = {}
+    if isinstance(divergence, partial):
+        divergence, options = divergence.func, divergence.keywords
+    if divergence is None or divergence not in CLOSED:
+        return None
+    return partial(CLOSED[divergence], **options) if options else CLOSED[divergence]
