@@ -10,21 +10,17 @@ from torch import Tensor
 
 from opd.errors import DataError, TeacherError, TrainingError
 from opd.method import Method
-from opd.teachers.local import batches, right_padded
+from opd.reading import batches
 from opd.types import Batch, Denominator, Rollout, Scores, valid
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MicroBatch:
-    """Some rows of a Batch as the student reads them, and their trained tokens, packed.
-
-    `row` and `position` say where in the rows' hidden states the prediction of each token is found.
-    """
+    """Some rows of a Batch, and their trained tokens, packed: token `step` of the response of rollout `row`."""
 
     rollouts: tuple[Rollout, ...]
-    input_ids: Tensor  # [b, L] prompt and response, right-padded
     row: Tensor  # [N]
-    position: Tensor  # [N]
+    step: Tensor  # [N]
     token_ids: Tensor  # [N]
     share: Tensor  # [N] from Denominator
     sampler_logp: Tensor  # [N]
@@ -90,14 +86,19 @@ def attach(batch: Batch, method: Method) -> Batch:
     return replace(batch, advantage=method.credit(batch).detach(), weight=method.weight(batch).detach())
 
 
-def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int) -> list[MicroBatch]:
-    """Micro-batches of rows of similar length, each at most `micro_batch_tokens` padded tokens or one row.
+def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int, *, shares: bool = True) -> list[MicroBatch]:
+    """Micro-batches of rows of similar length, each at most `micro_batch_tokens` tokens with padding, or one row.
 
-    Rows without a trained token are left out: they have no gradient.
+    `shares` says that a prompt is read once for its group (`reading.batches`). Rows without a trained token are left
+    out: they have no gradient.
     """
     trained = [i for i in range(len(batch.rollouts)) if bool(batch.mask[i].any())]
-    lengths = [len(batch.rollouts[i].prompt_ids) + len(batch.rollouts[i].response_ids) for i in trained]
-    return [_micro(batch, denominator, [trained[j] for j in rows]) for rows in batches(lengths, micro_batch_tokens)]
+    prompts = [batch.rollouts[i].prompt_ids for i in trained]
+    lengths = [len(batch.rollouts[i].response_ids) for i in trained]
+    return [
+        _micro(batch, denominator, [trained[j] for j in rows])
+        for rows in batches(prompts, lengths, micro_batch_tokens, shares=shares)
+    ]
 
 
 def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroBatch:
@@ -106,7 +107,6 @@ def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroB
     chosen = torch.tensor(indices, device=device)
     mask = batch.mask[chosen]
     row, step = mask.nonzero(as_tuple=True)
-    first = torch.tensor([len(r.prompt_ids) - 1 for r in rollouts], device=device)
 
     def packed(field: Tensor | None) -> Tensor | None:
         return None if field is None else valid(field[chosen], mask)
@@ -115,9 +115,8 @@ def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroB
     assert batch.weight is not None
     return MicroBatch(
         rollouts=rollouts,
-        input_ids=right_padded([(*r.prompt_ids, *r.response_ids.tolist()) for r in rollouts], device),
         row=row,
-        position=first[row] + step,
+        step=step,
         token_ids=valid(batch.response_ids[chosen], mask),
         share=valid(denominator.share[chosen], mask),
         sampler_logp=valid(batch.sampler_logp[chosen], mask),

@@ -13,6 +13,7 @@ from opd.contexts import same_prompt
 from opd.data import DataSpec, load_prompts
 from opd.divergences import DIVERGENCES
 from opd.loading import load_model
+from opd.loss import hidden_of
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel, evaluating
 from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
@@ -122,7 +123,7 @@ def exact_divergence(
     totals = dict.fromkeys(names, 0.0)
     with evaluating(student.model):
         for micro in split(batch, denominator, micro_batch_tokens):
-            hidden_NH = student.hidden(micro.input_ids)[micro.row, micro.position]
+            hidden_NH = hidden_of(student, micro)
             assert micro.teacher_hidden is not None
             for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
                 for name in names:

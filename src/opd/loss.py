@@ -24,6 +24,7 @@ from opd.gradients import closed_form
 from opd.method import Method
 from opd.metrics import Metrics
 from opd.models import LanguageModel
+from opd.reading import read
 from opd.score import Head, tiles
 from opd.types import Tokens
 
@@ -36,8 +37,13 @@ def loss_of(
     `count` is the step's one denominator, over all micro-batches and ranks, so that parts add up to the same gradient
     however the step is split. `backward()` on the scalar only hands on a gradient that is already made.
     """
-    hidden = student.hidden(micro.input_ids)[micro.row, micro.position]  # [N, H]
-    return loss_at(method, hidden, student.head(), micro, count, teacher_head)
+    return loss_at(method, hidden_of(student, micro), student.head(), micro, count, teacher_head)
+
+
+def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
+    """The states [N, H] that predict a micro-batch's trained tokens; no other position reaches the output layer."""
+    prompts = [rollout.prompt_ids for rollout in micro.rollouts]
+    return read(lm, prompts, [rollout.response_ids.tolist() for rollout in micro.rollouts]).at(micro.row, micro.step)
 
 
 def loss_at(

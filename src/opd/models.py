@@ -73,6 +73,16 @@ class LanguageModel:
         """
         return self.forward(input_ids, use_cache=False).last_hidden_state
 
+    @property
+    def packs(self) -> bool:
+        """Whether attention keeps sequences of one row apart by their positions at no cost: FlashAttention does."""
+        return "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
+
+    @property
+    def caches(self) -> bool:
+        """Whether a forward with gradient may use a cache: not under gradient checkpointing."""
+        return not (self.model.training and getattr(self.model, "is_gradient_checkpointing", False))
+
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
         limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]

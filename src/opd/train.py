@@ -102,7 +102,7 @@ def train(stage: Stage) -> Outcome:
             scored = time.perf_counter()
             loss = 0.0
             student.model.train()
-            for micro in split(batch, denominator, spec.micro_batch_tokens):
+            for micro in split(batch, denominator, spec.micro_batch_tokens, shares=student.caches):
                 part, observed = loss_of(method, student, micro, denominator.count, head)  # 7, 8 the formula
                 part.backward()
                 loss += part.item()

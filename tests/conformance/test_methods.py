@@ -36,6 +36,7 @@ from helpers import (
 )
 from torch import Tensor
 
+import opd.loss
 import opd.score
 from opd import divergences, methods, optim
 from opd.api import distill
@@ -45,6 +46,7 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import METHODS
 from opd.models import LanguageModel, frozen_copy
+from opd.reading import Read, read
 from opd.recipe import OptimizerSection, load_recipe
 from opd.render import render
 from opd.teachers.local import LocalTeacher
@@ -399,26 +401,26 @@ def known(values: Tensor | None) -> Tensor:
 @every()
 def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
     on = scene(name, one)
-    seen: list[tuple[Tensor, Tensor]] = []
-    original = LanguageModel.hidden
+    seen: list[tuple[list[list[int]], Read]] = []
 
-    def recorded(lm: LanguageModel, input_ids: Tensor) -> Tensor:
-        hidden = original(lm, input_ids)
-        if lm is on.student and hidden.requires_grad:
-            hidden.retain_grad()
-            seen.append((input_ids, hidden))
-        return hidden
+    def recorded(lm: LanguageModel, prompts: Any, responses: list[list[int]]) -> Read:
+        got = read(lm, prompts, responses)
+        got.hidden.retain_grad()
+        seen.append((responses, got))
+        return got
 
-    monkeypatch.setattr(LanguageModel, "hidden", recorded)
+    monkeypatch.setattr(opd.loss, "read", recorded)
     on.step()
-    ((input_ids, hidden),) = seen
+    ((responses, got),) = seen
+    hidden = got.hidden
     assert hidden.grad is not None
-    expected = torch.zeros(input_ids.shape, dtype=torch.bool)
-    rows = {(*r.prompt_ids, *r.response_ids.tolist()): r for r in on.rollouts if bool(r.trained.any())}
-    for i, ids in enumerate(input_ids.tolist()):
-        found = next(r for key, r in rows.items() if ids[: len(key)] == list(key) and not any(ids[len(key) :]))
-        start = len(found.prompt_ids) - 1
-        expected[i, start : start + len(found.response_ids)] = found.trained
+    expected = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+    left = [r for r in on.rollouts if bool(r.trained.any())]
+    for i, response in enumerate(responses):
+        found = next(r for r in left if r.response_ids.tolist() == response)
+        left.remove(found)
+        start = int(got.first[i])
+        expected[int(got.row[i]), start : start + len(response)] |= found.trained
     moved = (hidden.grad != 0).any(-1)
     assert not bool((moved & ~expected).any())
     # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.

@@ -33,11 +33,11 @@ from helpers import (
 from torch import Tensor, nn
 
 import opd
-import opd.teachers.local as local
-from opd import methods, models, optim
+from opd import methods, models, optim, reading
 from opd.errors import AlignmentError, ConfigError, DataError, OPDError
 from opd.loading import character_tokenizer
 from opd.models import LanguageModel, frozen_copy
+from opd.reading import shared_prefixes
 from opd.recipe import OptimizerSection
 from opd.samplers import hf
 from opd.samplers.draw import draw
@@ -45,7 +45,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
 from opd.supports import full, sampled, top_k
 from opd.teachers import external, self_ema, self_frozen, self_live
-from opd.teachers.local import LocalTeacher, check_same_tokens, shared_prefix, teacher_for
+from opd.teachers.local import LocalTeacher, check_same_tokens, teacher_for
 from opd.types import Prompt, Record, Rollout, Sampling, Scores, TeacherRule
 
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": "all-linear"}
@@ -489,7 +489,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     monkeypatch.setattr(LanguageModel, "forward", counted)
     got = scorer.score(rollouts, contexts, support, 1.0)
     shared, _ = sum(read), read.clear()
-    monkeypatch.setattr(local, "SHORTEST_SHARED_PREFIX", 10**6)
+    monkeypatch.setattr(reading, "SHORTEST_SHARED_PREFIX", 10**6)
     expected = scorer.score(rollouts, contexts, support, 1.0)
     assert_same_scores(got, expected)
     assert micro_batch_tokens == 1 or shared < sum(read)
@@ -498,17 +498,26 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([[1] * 20 + [2], [1] * 20 + [3]], 20),
-        ([[1] * 20, [1] * 20], 19),  # every row keeps a token of its own
-        ([[1] * 20, [1] * 17], 16),
-        ([[1] * 15 + [2], [1] * 15 + [3]], 0),  # too short to pay off
-        ([[1] * 30, [2] * 30], 0),
-        ([[1] * 30, [1] * 5], 0),
+        ([[1] * 20 + [2], [1] * 20 + [3]], [20, 20]),
+        ([[1] * 20, [1] * 20], [19, 19]),  # a prompt's last token predicts
+        ([[1] * 20, [1] * 17], [16, 16]),
+        ([[1] * 15 + [2], [1] * 15 + [3]], None),  # too short to pay off
+        ([[1] * 30, [2] * 30], None),
+        ([[1] * 30, [1] * 5], None),
+        ([[1] * 30, [2] * 20, [1] * 30, [2] * 20], [29, 19, 29, 19]),  # two groups
+        ([[5] * 20 + [1] * 30, [5] * 20 + [2] * 30] * 2, [49, 49, 49, 49]),  # groups spare more than what all share
+        ([[1], [2] * 30, [2] * 30], None),  # nothing to read before the first
     ],
 )
-def test_the_shared_prefix_leaves_each_row_a_token(rows: list[list[int]], expected: int):
-    assert shared_prefix(rows) == expected
-    assert shared_prefix(rows[::-1]) == expected
+def test_what_rows_share_is_found(rows: list[list[int]], expected: list[int] | None):
+    for order in (rows, rows[::-1]):
+        prefixes = shared_prefixes(order)
+        if prefixes is None:
+            assert expected is None
+            continue
+        assert expected is not None
+        assert sorted(map(len, prefixes)) == sorted(expected)
+        assert all(list(prefix) == row[: len(prefix)] for prefix, row in zip(prefixes, order, strict=True))
 
 
 def test_scores_do_not_depend_on_the_batch():

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from opd.models import LanguageModel, evaluating
+from opd.reading import left_padded
 from opd.render import render_checked
 from opd.samplers.draw import draw
 from opd.supports import check_fits
@@ -194,11 +195,3 @@ def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, An
 def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int) -> Tensor:
     """The random numbers of one response, [length] float64: a function of (seed, step), prompt and sample alone."""
     return torch.from_numpy(np.random.default_rng((*seed, prompt_id, sample)).random(length))
-
-
-def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """(input_ids, attention_mask, position_ids), each [b, L], the rows' ends aligned."""
-    longest = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from opd.errors import AlignmentError, ConfigError
 from opd.models import LanguageModel, evaluating, frozen_copy
+from opd.reading import batches, read
 from opd.render import render
 from opd.score import Head, teacher_scores
 from opd.types import Prompt, Rollout, Scores, Support, TeacherRule
-
-SHORTEST_SHARED_PREFIX = 16  # tokens; below this, copying a cache costs more than it saves
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,25 +58,32 @@ class LocalTeacher:
         `sampled` and `entropy` say what is read of a full support before phase B; see `score.teacher_scores`.
         """
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
-        rows = [(*ids, *rollout.response_ids.tolist()) for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
+        responses = [rollout.response_ids.tolist() for rollout in rollouts]
+        lengths = [len(response) for response in responses]
         self.lm.check_length(
-            max(len(row) for row in rows), "Shorten the privileged context, or lower sampling.max_completion_length."
+            max(len(ids) + length for ids, length in zip(prompt_ids, lengths, strict=True)),
+            "Shorten the privileged context, or lower sampling.max_completion_length.",
         )
         device = self.student_device if self.offload else self.lm.device
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
-        scores: list[Scores | None] = [None] * len(rows)
+        scores: list[Scores | None] = [None] * len(rollouts)
         with evaluating(self.lm.model), adapter_off, placed(self.lm, device):
             head = self.lm.head()
-            prefix = shared_prefix(prompt_ids) if len(rows) > 1 else 0
-            for indices in batches([len(row) - prefix for row in rows], self.micro_batch_tokens):
-                hidden = hidden_after_prefix(self.lm, [rows[i] for i in indices], prefix, device)
-                for i, row_hidden in zip(indices, hidden, strict=True):
-                    start = len(prompt_ids[i]) - 1 - prefix
-                    rollout = rollouts[i]
-                    ids = rollout.response_ids.to(device)
-                    top = None if rollout.student_top_ids is None else rollout.student_top_ids.to(device)
-                    mine = row_hidden[start : start + len(ids)]
-                    score = teacher_scores(head, mine, ids, support, temperature, top, sampled=sampled, entropy=entropy)
+            for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
+                states = read(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
+                for place, i in enumerate(indices):
+                    ids = rollouts[i].response_ids.to(device)
+                    top = rollouts[i].student_top_ids
+                    score = teacher_scores(
+                        head,
+                        states.of(place, lengths[i]),
+                        ids,
+                        support,
+                        temperature,
+                        None if top is None else top.to(device),
+                        sampled=sampled,
+                        entropy=entropy,
+                    )
                     scores[i] = _to(score, self.student_device)
         return [score for score in scores if score is not None]
 
@@ -170,49 +176,6 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
 
 def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:
     return sorted(vocabulary.items(), key=lambda item: item[1])
-
-
-def shared_prefix(rows: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all rows share, leaving each at least one of its own; 0 if too few to pay off."""
-    ordered = sorted(list(row) for row in rows)
-    first, last = ordered[0], ordered[-1]
-    n = 0
-    limit = min(len(row) for row in rows) - 1
-    while n < limit and first[n] == last[n]:
-        n += 1
-    return n if n >= SHORTEST_SHARED_PREFIX else 0
-
-
-def hidden_after_prefix(lm: LanguageModel, rows: Sequence[Sequence[int]], prefix: int, device: torch.device) -> Tensor:
-    """Last hidden states [b, L - prefix, H] of right-padded rows whose first `prefix` tokens are the same.
-
-    The prefix is read once, and its cache repeated for every row.
-    """
-    own = right_padded([row[prefix:] for row in rows], device)
-    if prefix == 0:
-        return lm.hidden(own)
-    head = torch.tensor([list(rows[0][:prefix])], device=device)
-    cache = lm.forward(head, use_cache=True).past_key_values
-    cache.batch_repeat_interleave(len(rows))
-    return lm.forward(own, past_key_values=cache, use_cache=True).last_hidden_state
-
-
-def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[b, L] ids, zeros behind each row's end: a causal model's valid positions never see them."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=device)
-
-
-def batches(lengths: Sequence[int], tokens: int) -> list[list[int]]:
-    """Row indices in groups of similar length, each at most `tokens` padded tokens (and at least one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    groups: list[list[int]] = []
-    for i in order:
-        if groups and (len(groups[-1]) + 1) * lengths[groups[-1][0]] <= tokens:
-            groups[-1].append(i)
-        else:
-            groups.append([i])
-    return groups
 
 
 def _to(scores: Scores, device: torch.device) -> Scores:
