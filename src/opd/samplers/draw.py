@@ -36,8 +36,8 @@ def draw(
 
     The order of the filters is temperature, top-k, top-p. `sampler_logp` is under the filtered, renormalised
     distribution, `policy_logp` under temperature alone. Temperature 0 takes the most likely token: its `sampler_logp`
-    is 0 (the distribution is a point), its `policy_logp` and `entropy` are those of temperature 1. Sums over the
-    vocabulary run in float64: rounding adds up over 150,000 tokens.
+    is 0 (the distribution is a point), its `policy_logp` and `entropy` are those of temperature 1. Sums over blocks of
+    the vocabulary run in float64: rounding adds up over 150,000 tokens.
     """
     parts = [_draw(logits[t], uniforms[t], temperature, top_p, top_k, entropy) for t in tiles(logits)]
     return Drawn(
@@ -50,20 +50,15 @@ def draw(
 
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int, entropy: bool) -> Drawn:
     vocabulary = logits.shape[-1]
-    scaled = logits if temperature in (0, 1) else logits / temperature
-    shifted = scaled - scaled.amax(-1, keepdim=True)
-    mass = logits.new_zeros(len(logits), -(-vocabulary // BLOCK) * BLOCK)  # whole blocks; what is added has no mass
-    torch.exp(shifted, out=mass[:, :vocabulary])
+    mass = (logits if temperature in (0, 1) else logits / temperature).softmax(-1)
+    if vocabulary % BLOCK:  # whole blocks; what is added has no mass
+        mass = torch.nn.functional.pad(mass, (0, BLOCK - vocabulary % BLOCK))
     blocks = sums_of_blocks(mass)
-    total = blocks.sum(-1)
-    spread = None
-    if entropy:
-        spread = total.log() - (mass[:, :vocabulary] * shifted).sum(-1, dtype=torch.float64) / total
-        spread = spread.float()
+    log_total = blocks.sum(-1).log()  # 0 up to rounding
+    spread = torch.special.entr(mass).sum(-1) if entropy else None
     if temperature == 0:
         ids = logits.argmax(-1)
-        policy_logp = shifted.gather(-1, ids[:, None])[:, 0] - total.log()
-        return Drawn(ids, torch.zeros_like(logits[:, 0]), policy_logp.float(), spread)
+        return Drawn(ids, torch.zeros_like(logits[:, 0]), _logp(mass, ids, log_total), spread)
     kept = mass
     if 0 < top_k < vocabulary:
         kept = largest(kept, top_k)
@@ -71,17 +66,21 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, to
         kept = nucleus(kept, top_p)
     kept_blocks = blocks if kept is mass else sums_of_blocks(kept)
     ids = invert(kept, kept_blocks, uniforms)
-    logit = shifted.gather(-1, ids[:, None])[:, 0].double()
-    policy_logp = (logit - total.log()).float()
+    policy_logp = _logp(mass, ids, log_total)
     if kept is mass:
         return Drawn(ids, policy_logp, policy_logp, spread)
-    return Drawn(ids, (logit - kept_blocks.sum(-1).log()).float(), policy_logp, spread)
+    return Drawn(ids, _logp(mass, ids, kept_blocks.sum(-1).log()), policy_logp, spread)
+
+
+def _logp(mass: Tensor, ids: Tensor, log_total: Tensor) -> Tensor:
+    """[b] log of the tokens' shares of the total."""
+    return (mass.gather(-1, ids[:, None])[:, 0].double().log() - log_total).float()
 
 
 def largest(mass: Tensor, k: int) -> Tensor:
     """[b, C] with all but the k largest of each row set to 0; of equals, those with the lower ids stay."""
-    smallest = mass.topk(k, dim=-1).values[:, -1:]
-    return _from(mass, smallest, k - (mass > smallest).sum(-1, keepdim=True))
+    values = mass.topk(min(k + 1, mass.shape[1]), dim=-1).values
+    return _from(mass, values, torch.full_like(values[:, :1], k - 1, dtype=torch.long))
 
 
 def nucleus(mass: Tensor, top_p: float) -> Tensor:
@@ -95,28 +94,38 @@ def nucleus(mass: Tensor, top_p: float) -> Tensor:
     sums = mass.new_zeros(len(mass), BINS, dtype=torch.float64).scatter_add_(1, bins, mass.double())
     up_to = sums.cumsum(-1)
     total = up_to[:, -1:]
-    below = (1.0 - top_p) * total  # what may be left out
-    deciding = torch.searchsorted(up_to, below, right=True).clamp(max=BINS - 1)  # [b, 1]
-    inside = mass * (bins == deciding)
-    values = inside.topk(int((inside > 0).sum(-1).max()), dim=-1).values.double()  # falling, then zeros
+    deciding = torch.searchsorted(up_to, (1.0 - top_p) * total, right=True).clamp(max=BINS - 1)  # [b, 1]
+    values = _falling(mass, bins == deciding)
     target = top_p * total - (total - up_to.gather(-1, deciding))  # what the deciding bin has to add
-    reached = torch.searchsorted(values.cumsum(-1), target).clamp(max=values.shape[1] - 1)
+    reached = torch.searchsorted(values.double().cumsum(-1), target)
     reached = torch.minimum(reached, (values > 0).sum(-1, keepdim=True) - 1)  # rounding may ask for more than there is
-    threshold = values.gather(-1, reached).float()
-    return _from(mass, threshold, reached + 1 - (values > threshold).sum(-1, keepdim=True))
+    return _from(mass, values, reached)
 
 
-def _from(mass: Tensor, threshold: Tensor, equals: Tensor) -> Tensor:
-    """`mass` where it is above the threshold [b, 1], and of those equal to it the first `equals` [b, 1]."""
+def _falling(mass: Tensor, chosen: Tensor) -> Tensor:
+    """The chosen masses of each row in falling order, zeros behind them and one at the end: [b, largest count + 1]."""
+    rows, columns = chosen.nonzero(as_tuple=True)
+    counts = torch.bincount(rows, minlength=len(mass))
+    place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
+    values = mass.new_zeros(len(mass), int(counts.max()) + 1)
+    values[rows, place] = mass[rows, columns]
+    return values.sort(-1, descending=True).values
+
+
+def _from(mass: Tensor, values: Tensor, last: Tensor) -> Tensor:
+    """`mass` [b, C] down to the entry `last` [b, 1] of its falling `values`, 0 below; of equals, the lower ids stay."""
+    threshold = values.gather(-1, last)
+    following = values.gather(-1, (last + 1).clamp(max=values.shape[1] - 1))
+    if not bool(((following == threshold) & (last + 1 < values.shape[1])).any()):
+        return torch.where(mass >= threshold, mass, 0.0)
     tied = mass == threshold
-    if bool((tied.sum(-1, keepdim=True) > equals).any()):
-        tied &= tied.cumsum(-1) <= equals
-    return mass * ((mass > threshold) | tied)
+    equals = last + 1 - (values > threshold).sum(-1, keepdim=True)
+    return mass * ((mass > threshold) | (tied & (tied.cumsum(-1) <= equals)))
 
 
 def sums_of_blocks(mass: Tensor) -> Tensor:
     """[b, C] -> [b, C / BLOCK] in float64; C is a multiple of BLOCK."""
-    return mass.view(len(mass), -1, BLOCK).sum(-1, dtype=torch.float64)
+    return mass.view(len(mass), -1, BLOCK).sum(-1).double()
 
 
 def invert(mass: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
