@@ -2,10 +2,10 @@
 
     python benchmarks/generate.py [--vllm PYTHON]
 
-1, 8 and 32 prompts of 32 tokens on Llamas of 1M, 5M and 26M parameters with random weights, and on SmolLM2-135M; float32,
-temperature 1, top-p 1 and 0.95. All responses have the same length: stop tokens are off on every side. A round is one
-call; the rate is rows x new tokens / seconds of the call, the prompt's prefill and, for opd, the log-probs of the drawn
-tokens included.
+1, 8 and 32 prompts of 32 tokens on Llamas of 1M, 5M and 26M parameters with random weights, and on SmolLM2-135M;
+float32, temperature 1, top-p 1 and 0.95. All responses have the same length: stop tokens are off on every side. A round
+is one call; the rate is rows x new tokens / seconds of the call, the prompt's prefill and, for opd, the log-probs of
+the drawn tokens included.
 
 * `opd`: `TransformersSampler`, which every training step uses;
 * `generate`: `model.generate(do_sample=True, top_k=0)`, with its default cache;

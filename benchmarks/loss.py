@@ -275,7 +275,9 @@ def main() -> None:
                 for row in run_point(started, point):
                     result["rows"].append(row)
                     label = f"V {row['V']:7} N {row['N']:5} H {row['H']:5} {row['name']:20}"
-                    cost = f"{row['total']['median']:7.2f} s {row['peak_bytes'] / GIB:6.2f} GiB" if "total" in row else ""
+                    cost = (
+                        f"{row['total']['median']:7.2f} s {row['peak_bytes'] / GIB:6.2f} GiB" if "total" in row else ""
+                    )
                     say(f"{label} {cost or row['skipped']}")
 
 

@@ -24,26 +24,19 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 from typing import Any
 
+import opd_side
 import torch
 from common import PeakMemory, Record, measured, say, serve, spread, take_turns, timed, workers
 from torch import Tensor
 from workload import causal_lm, language_model, prompts, tokenizer
 
-from opd import optim
-from opd.collate import attach, collate, split
-from opd.loss import loss_of
-from opd.method import Method
 from opd.methods.reverse_kl import reverse_kl
-from opd.models import LanguageModel
-from opd.recipe import OptimizerSection
-from opd.samplers.hf import TransformersSampler
-from opd.teachers.local import LocalTeacher
-from opd.types import Rollout, Sampling
+from opd.types import Sampling
 
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 128
-MICRO_BATCH_TOKENS = 4096  # all rows of the step in one micro-batch, as on the other sides
 LEARNING_RATE = 1e-5
 TOLERANCE = 1e-4
 CONTESTANTS = ("opd", "trl_distillation", "trl_gkd", "bare")
@@ -54,55 +47,23 @@ def pair() -> tuple[Any, Any, Any]:
     return causal_lm("5M", seed=1), causal_lm("26M", seed=2).requires_grad_(False), tokenizer()
 
 
-def scored(
-    method: Method, student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout], parts: Record
-) -> float:
-    """The training part of opd's loop: phase A after generation, and phase B; gradients are left in the student."""
-    with timed(parts, "teacher"):
-        scores = teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
-        batch = attach(collate(rollouts, scores, student.device), method)
-        denominator = method.normalise(batch)
-        head = teacher.head()
-    total = 0.0
-    student.model.train()
-    for micro in split(batch, denominator, MICRO_BATCH_TOKENS):
-        with timed(parts, "loss"):
-            loss, _ = loss_of(method, student, micro, denominator.count, head)
-        with timed(parts, "backward"):
-            loss.backward()
-        total += loss.item()
-    student.model.eval()
-    return total
-
-
 def opd_worker() -> None:
-    student_model, teacher_model, tok = pair()
-    student, method = language_model(student_model, tok), reverse_kl()
-    teacher = LocalTeacher(
-        lm=language_model(teacher_model, tok), micro_batch_tokens=MICRO_BATCH_TOKENS, student_device=student.device
+    student, teacher, tok = pair()
+    sampling = Sampling(max_completion_length=NEW_TOKENS)
+    mine = opd_side.side(
+        reverse_kl(), language_model(student, tok), language_model(teacher, tok), sampling, LEARNING_RATE
     )
-    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=NEW_TOKENS))
-    optimiser = optim.build(student.trainable(), OptimizerSection(learning_rate=LEARNING_RATE), steps=10_000)
     asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
     memory: PeakMemory | None = None
-    steps = 0
+    steps = itertools.count()
 
-    def step(_: Record) -> Record:
-        nonlocal memory, steps
+    def work(_: Record) -> Record:
+        nonlocal memory
         memory = memory or PeakMemory()
-        parts: Record = {}
-        with timed(parts, "total"):
-            with timed(parts, "generate"):
-                rollouts = sampler(asked, seed=(0, steps))
-            parts["loss_value"] = scored(method, student, teacher, rollouts, parts)
-            with timed(parts, "optimiser"):
-                optimiser.clip()
-                method.update(optimiser)
-        assert all(len(rollout.response_ids) == NEW_TOKENS for rollout in rollouts)
-        steps += 1
+        parts = opd_side.step(mine, asked, seed=(0, next(steps)))
         return {**parts, "peak_bytes": memory.above_start()}
 
-    serve(step)
+    serve(work)
 
 
 def trl_worker(name: str) -> None:
@@ -145,21 +106,19 @@ def check_worker() -> None:
     """Loss and full gradient of every side on the same sequences."""
     import peers
 
-    student_model, teacher_model, tok = pair()
-    asked, method = prompts(PROMPTS, PROMPT_TOKENS, tok), reverse_kl()
-    models = {name: copy.deepcopy(student_model) for name in CONTESTANTS if name != "bare"}
-    student = language_model(models["opd"], tok)
-    teacher = LocalTeacher(
-        lm=language_model(teacher_model, tok), micro_batch_tokens=MICRO_BATCH_TOKENS, student_device=student.device
-    )
-    rollouts = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=NEW_TOKENS))(asked, seed=(0, 0))
+    student, teacher, tok = pair()
+    models = {name: copy.deepcopy(student) for name in CONTESTANTS if name != "bare"}
+    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    sampling = Sampling(max_completion_length=NEW_TOKENS)
+    mine = opd_side.side(reverse_kl(), language_model(models["opd"], tok), language_model(teacher, tok), sampling)
+    rollouts = mine.sampler(asked, seed=(0, 0))
     ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts])
-    losses = {"opd": scored(method, student, teacher, rollouts, {})}
+    losses = {"opd": opd_side.training_part(mine, rollouts, {})}
     for name, build, loss_fn in (
         ("trl_distillation", peers.distillation_trainer, peers.distillation_loss),
         ("trl_gkd", peers.gkd_trainer, peers.gkd_loss),
     ):
-        trainer = build(models[name], teacher_model, tok, asked, NEW_TOKENS, LEARNING_RATE)
+        trainer = build(models[name], teacher, tok, asked, NEW_TOKENS, LEARNING_RATE)
         loss = loss_fn(trainer, ids, PROMPT_TOKENS)
         loss.backward()
         losses[name] = loss.item()

@@ -7,6 +7,7 @@ scales the weights until the model is as sure of its next token as a trained one
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,15 +41,20 @@ SIZES = {
 }
 
 
+def tokenizer_folder() -> Path:
+    """SmolLM2-135M-Instruct, as converted by opd from the packaged GGUF file."""
+    return convert_gguf(packaged(SMOLLM2))
+
+
 def tokenizer() -> Any:
-    """SmolLM2's, 49,152 tokens, as converted by opd from the packaged GGUF file."""
-    return AutoTokenizer.from_pretrained(convert_gguf(packaged(SMOLLM2)))
+    """SmolLM2's: 49,152 tokens."""
+    return AutoTokenizer.from_pretrained(tokenizer_folder())
 
 
 def causal_lm(size: str, *, seed: int = 0, vocabulary: int = 49152, peaked: bool = False) -> Any:
     """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself."""
     if size == SMOLLM2_NAME:
-        return AutoModelForCausalLM.from_pretrained(convert_gguf(packaged(SMOLLM2)), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(tokenizer_folder(), dtype=torch.float32).eval()
     shape = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocabulary,
