@@ -75,6 +75,9 @@ def loss(result: Record) -> Any:
                 ys = [row["total"]["median"] if value == "total" else row["peak_bytes"] / GIB for row in mine]
                 axes.plot([row[varied] for row in mine], ys, "o-", color=COLOURS[name], label=name, markersize=4)
             axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+            values = sorted({row[varied] for row in chosen})
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.xaxis.minorticks_off()
             fixed = (
                 ", ".join(f"{key} = {chosen[0][key]:,}" for key in ("V", "N", "H") if key != varied) if chosen else ""
             )

@@ -34,7 +34,7 @@ from opd.types import Sampling
 
 PROMPT_TOKENS = 32
 ROWS = (1, 8, 32)
-NEW_TOKENS = {"1M": 128, "5M": 128, "26M": 64, SMOLLM2_NAME: 32}
+NEW_TOKENS = {"1M": 64, "5M": 128, "26M": 32, SMOLLM2_NAME: 16}
 ROUNDS = 3
 CONTESTANTS = ("opd", "generate")
 

@@ -26,7 +26,7 @@ def load() -> dict[str, Record]:
     return {name: json.loads(file.read_text()) for name, file in found.items() if file.exists()}
 
 
-# --- The table of goals ---------------------------------------------------------------------------------------
+# --- The table of goals ---------------------------------------------------------------------------------------
 
 
 def goals(results: dict[str, Record]) -> list[list[str]]:
@@ -128,7 +128,7 @@ def ranks_measured(result: Record) -> str:
 def machine_lines(results: dict[str, Record]) -> Iterable[str]:
     some = next(iter(results.values()))["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in some["versions"].items() if version)
-    yield f"{some['cpu']}, {some['cores']} cores, {some['memory_gib']} GiB, GPU: {some['gpu'] or 'none'}; "
+    yield f"{some['cpu']}, {some['cores']} cores, {some['memory_gib']} GiB, GPU: {some['gpu'] or 'none'};"
     yield f"{some['system']}, Python {some['python']}, {some['threads']} threads; {versions}. All in float32."
     yield ""
     rows: list[list[str]] = []

@@ -45,13 +45,14 @@ BASE: Record = {
     "vocabulary": SMOLLM2_VOCABULARY,
     "k": 0,  # 0: the full vocabulary
     "teachers": 1,
+    "scoring_alone": False,
 }
 AXES: dict[str, list[Record]] = {
     "tokens": [{"prompts": count} for count in (2, 4, 8, 16)],
     "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (SMOLLM2_VOCABULARY, 98304, 151936, 262144)],
     "support": [{"k": k} for k in (8, 32, 128, 512, 0)],
     "group": [{"prompts": 8 // n, "n": n, "prompt_tokens": 512, "new_tokens": 32} for n in (1, 2, 4, 8)],
-    "teachers": [{"teachers": count} for count in (1, 2, 4)],
+    "teachers": [{"teachers": count, "scoring_alone": True} for count in (1, 2, 4)],
 }
 VARIED = {"tokens": "tokens", "vocabulary": "vocabulary", "support": "k", "group": "n", "teachers": "teachers"}
 ROUNDS = 3  # the first of them warms up
@@ -72,9 +73,9 @@ def worker() -> None:
             sides[key] = make_side(point, tok)
         asked = prompts(point["prompts"], point["prompt_tokens"], tok)
         seed = (0, next(steps))
-        if point["teachers"] == 1:
-            return opd_side.step(sides[key], asked, seed)
-        return score_by_several(sides[key], asked, seed, point["teachers"])
+        if point["scoring_alone"]:
+            return score_by_several(sides[key], asked, seed, point["teachers"])
+        return opd_side.step(sides[key], asked, seed)
 
     serve(work)
 

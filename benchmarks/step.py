@@ -1,6 +1,6 @@
 """A whole training step against TRL: student 5M, teacher 26M, reverse KL on the full vocabulary, float32.
 
-    python benchmarks/step.py [--rounds 6]
+    python benchmarks/step.py [--rounds 5]
 
 8 prompts of 32 tokens, 128 new tokens each; every response has its full length on every side. One step is: write the
 responses, score them with the teacher, forward, backward, clip, AdamW. The contestants:
@@ -134,7 +134,7 @@ def check_worker() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="timed steps of each contestant, after one to warm up")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant, after one to warm up")
     parser.add_argument("--worker", choices=(*CONTESTANTS, "check"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
