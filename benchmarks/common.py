@@ -1,0 +1,238 @@
+"""What every benchmark shares: workers that take turns, peak memory, calibration, medians, results as JSON.
+
+A contestant is a worker: a process of its own, started from the benchmark's own file with `--worker NAME`, so that its
+memory is its own. Workers wait for a line on stdin, do one piece of work, answer with one line, and wait again. The
+benchmark asks them in turn, in an order that rotates every round, so that a machine that slows down slows down
+everybody; while one works the others sleep.
+
+Peak memory is the resident high-water mark (VmHWM, reset through /proc/self/clear_refs) above the resident size at the
+start, after freed memory was handed back to the kernel.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
+GIB = 2**30
+CALIBRATION_SIZE = 2048
+
+Record = dict[str, Any]
+
+
+# --- The worker's side ------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Channel:
+    """A worker's end of the line. Whatever libraries print goes to stderr, so that stdout carries answers alone."""
+
+    out: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+
+    def receive(self) -> Record:
+        """The next request; the process ends when there is none."""
+        line = sys.stdin.readline()
+        if not line:
+            self.out.flush()
+            os._exit(0)
+        return json.loads(line)
+
+    def send(self, answer: Record) -> None:
+        self.out.write(json.dumps(answer) + "\n")
+        self.out.flush()
+
+
+def serve(work: Callable[[Record], Record]) -> None:
+    """Answer every request with `work(request)`."""
+    channel = Channel()
+    channel.send({"ready": True})
+    while True:
+        channel.send(work(channel.receive()))
+
+
+class PeakMemory:
+    """Resident memory above what the process held when this was made."""
+
+    def __init__(self) -> None:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
+        self.start = _status("VmRSS")
+
+    def above_start(self) -> int:
+        """Bytes at the highest point so far."""
+        return _status("VmHWM") - self.start
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {name}: peak memory is measured on Linux only.")
+
+
+@contextmanager
+def timed(record: Record, name: str) -> Iterator[None]:
+    """Add the seconds that the block takes to record[name]."""
+    start = time.perf_counter()
+    yield
+    record[name] = record.get(name, 0.0) + time.perf_counter() - start
+
+
+# --- The benchmark's side ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Worker:
+    """One contestant's process."""
+
+    name: str
+    process: subprocess.Popen[str]
+    log: Any
+
+    def ask(self, request: Mapping[str, Any]) -> Record:
+        """One request, one answer. Raises RuntimeError with the end of the worker's own output if it dies."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Record:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.log.seek(0)
+            tail = "".join(self.log.readlines()[-30:])
+            raise RuntimeError(f"Contestant {self.name} ended with exit status {self.process.wait()}:\n{tail}")
+        return json.loads(line)
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        self.log.close()
+
+
+@contextmanager
+def workers(script: str, names: Sequence[str], *arguments: str) -> Iterator[dict[str, Worker]]:
+    """A process for each contestant, started one after the other, all ended at the end whatever happens."""
+    started: dict[str, Worker] = {}
+    try:
+        for name in names:
+            command = [sys.executable, script, "--worker", name, *arguments]
+            log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the worker
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            started[name] = Worker(name, process, log)
+            started[name].answer()
+        yield started
+    finally:
+        for worker in started.values():
+            worker.close()
+
+
+def take_turns(started: Mapping[str, Worker], request: Mapping[str, Any], rounds: int) -> dict[str, list[Record]]:
+    """`rounds` answers of every worker to one request, interleaved; the order rotates."""
+    answers: dict[str, list[Record]] = {name: [] for name in started}
+    names = list(started)
+    for turn in range(rounds):
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            answers[name].append(started[name].ask(request))
+    return answers
+
+
+def calibrate(seconds: float = 1.0) -> float:
+    """GFLOP/s of a float32 matmul of size 2,048: the median over about `seconds`."""
+    a, b = torch.randn(2, CALIBRATION_SIZE, CALIBRATION_SIZE).unbind()
+    torch.mm(a, b)
+    rates: list[float] = []
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until or len(rates) < 3:
+        start = time.perf_counter()
+        torch.mm(a, b)
+        rates.append(2 * CALIBRATION_SIZE**3 / (time.perf_counter() - start) / 1e9)
+    return median(rates)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": median(values), "low": min(values), "high": max(values)}
+
+
+def machine() -> Record:
+    """What the numbers were measured on."""
+    cpu = next(
+        (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    memory = next((int(line.split()[1]) for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(memory * 1024 / GIB, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "versions": {name: _version(name) for name in ("opd", "torch", "transformers", "trl", "liger_kernel")},
+        "commit": _commit(),
+    }
+
+
+@contextmanager
+def measured(benchmark: str) -> Iterator[Record]:
+    """A result to fill, written to results/<benchmark>.json at the end, with the machine's rate before and after."""
+    started = time.perf_counter()
+    result: Record = {"benchmark": benchmark, "machine": machine(), "calibration_gflops": {"before": calibrate()}}
+    say(f"{benchmark}: matmul at {result['calibration_gflops']['before']:.0f} GFLOP/s before")
+    yield result
+    result["calibration_gflops"]["after"] = calibrate()
+    result["seconds"] = time.perf_counter() - started
+    say(f"{benchmark}: matmul at {result['calibration_gflops']['after']:.0f} GFLOP/s after; {result['seconds']:.0f} s")
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the sources, with a + if src has changed since."""
+    git = ["git", "-C", str(HERE.parent)]
+    done = subprocess.run([*git, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "src"], check=False).returncode == 1
+    return done.stdout.strip() + "+" * changed or None

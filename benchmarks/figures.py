@@ -1,0 +1,151 @@
+"""Figures of docs/performance.md, one a benchmark, from results/*.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+from common import GIB, Record
+from loss import TABLE
+
+COLOURS = {
+    "opd": "#1b6ca8",
+    "full": "#1b6ca8",
+    "full_generic": "#6fb1e0",
+    "top32_renormalised": "#0d3b5c",
+    "trl": "#d1603d",
+    "trl_distillation": "#d1603d",
+    "trl_gkd": "#e8a87c",
+    "liger": "#7a9e3f",
+    "naive": "#999999",
+    "bare": "#999999",
+    "generate": "#d1603d",
+    "vllm": "#7a9e3f",
+}
+PARTS = {"generate": "#4c9f9a", "teacher": "#e0b04c", "loss": "#1b6ca8", "backward": "#0d3b5c", "optimiser": "#999999"}
+
+
+def draw(results: dict[str, Record], folder: Path) -> None:
+    """A PNG for every benchmark that has run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 120})
+    drawings = {"step": step, "loss": loss, "generate": generate, "scaling": scaling}
+    for name, drawing in drawings.items():
+        if name in results:
+            figure = drawing(results[name])
+            figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+            plt.close(figure)
+
+
+def step(result: Record) -> Any:
+    """Stacked parts of a step, and peak memory."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 2.8), width_ratios=[2, 1], sharey=True, layout="constrained")
+    names = list(result["rows"])[::-1]
+    start = dict.fromkeys(names, 0.0)
+    for part, colour in PARTS.items():
+        widths = [result["rows"][name].get(part, {}).get("median", 0.0) for name in names]
+        left.barh(names, widths, left=[start[name] for name in names], color=colour, label=part)
+        for name, width in zip(names, widths, strict=True):
+            start[name] += width
+    left.set_xlabel("seconds a step, median of each part")
+    left.legend(ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), columnspacing=1, handlelength=1)
+    peaks = [result["rows"][name]["peak_bytes"] / GIB for name in names]
+    right.barh(names, peaks, color=[COLOURS[name] for name in names])
+    right.set_xlabel("peak memory above the start, GiB")
+    return figure
+
+
+def loss(result: Record) -> Any:
+    """Time and peak memory by vocabulary and by tokens."""
+    figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
+    rows = [row for row in result["rows"] if "skipped" not in row and row["name"] in COLOURS]
+    by_vocabulary = most_of(rows, fixed=("N", "H"), varied="V")
+    by_tokens = most_of(rows, fixed=("V", "H"), varied="N")
+    for column, (chosen, varied, label) in enumerate(
+        ((by_vocabulary, "V", "vocabulary, tokens"), (by_tokens, "N", "positions, tokens"))
+    ):
+        for line, (value, unit) in enumerate((("total", "seconds, forward + backward"), ("peak", "peak memory, GiB"))):
+            axes = grid[line][column]
+            for name in dict.fromkeys(row["name"] for row in chosen):
+                mine = sorted((row for row in chosen if row["name"] == name), key=lambda row: row[varied])
+                ys = [row["total"]["median"] if value == "total" else row["peak_bytes"] / GIB for row in mine]
+                axes.plot([row[varied] for row in mine], ys, "o-", color=COLOURS[name], label=name, markersize=4)
+            axes.set(xlabel=label, ylabel=unit, xscale="log", yscale="log")
+            values = sorted({row[varied] for row in chosen})
+            axes.set_xticks(values, [f"{value:,}" for value in values])
+            axes.xaxis.minorticks_off()
+            fixed = (
+                ", ".join(f"{key} = {chosen[0][key]:,}" for key in ("V", "N", "H") if key != varied) if chosen else ""
+            )
+            axes.set_title(fixed, fontsize=9)
+    grid[0][0].legend(frameon=False)
+    return figure
+
+
+def most_of(rows: list[Record], *, fixed: tuple[str, str], varied: str) -> list[Record]:
+    """The rows with the pair of fixed sizes that has the most values of the varied one; the table's point aside."""
+    groups: dict[tuple[int, ...], list[Record]] = {}
+    for row in rows:
+        if (row["V"], row["N"], row["H"]) != TABLE:
+            groups.setdefault(tuple(row[key] for key in fixed), []).append(row)
+    return max(groups.values(), key=lambda group: len({row[varied] for row in group}), default=[])
+
+
+def generate(result: Record) -> Any:
+    """Tokens a second by rows, a panel for each model and top-p."""
+    rows = [row for row in result["rows"] if row["peaked"]]
+    sizes, top_ps = list(dict.fromkeys(r["size"] for r in rows)), list(dict.fromkeys(r["top_p"] for r in rows))
+    figure, grid = plt.subplots(len(top_ps), len(sizes), figsize=(2.6 * len(sizes), 2.4 * len(top_ps)), sharex=True)
+    figure.set_layout_engine("constrained")
+    for line, top_p in enumerate(top_ps):
+        for column, size in enumerate(sizes):
+            axes = grid[line][column]
+            for name in dict.fromkeys(r["name"] for r in rows):
+                mine = [r for r in rows if (r["name"], r["size"], r["top_p"]) == (name, size, top_p)]
+                rates = [r["tokens_per_second"] for r in mine]
+                counts = [r["rows"] for r in mine]
+                axes.plot(counts, [r["median"] for r in rates], "o-", color=COLOURS[name], label=name, markersize=4)
+                axes.fill_between(
+                    counts, [r["low"] for r in rates], [r["high"] for r in rates], color=COLOURS[name], alpha=0.2
+                )
+            axes.set(xscale="log", yscale="log", title=f"{size}, top-p {top_p:g}", xticks=[1, 8, 32])
+            axes.set_xticks([1, 8, 32], ["1", "8", "32"])
+            axes.minorticks_off()
+            if line == len(top_ps) - 1:
+                axes.set_xlabel("rows")
+            if column == 0:
+                axes.set_ylabel("tokens/s")
+    grid[0][0].legend(frameon=False)
+    return figure
+
+
+def scaling(result: Record) -> Any:
+    """Seconds by each thing that varies, in stacked parts."""
+    from scaling import VARIED
+
+    axes_data = result["axes"]
+    figure, grid = plt.subplots(1, len(axes_data), figsize=(2.6 * len(axes_data), 2.8), layout="constrained")
+    labels = {
+        "tokens": "tokens of the step",
+        "vocabulary": "vocabulary, tokens",
+        "support": "tokens of the support",
+        "group": "responses a prompt",
+        "teachers": "teachers (scoring alone)",
+    }
+    for axes, (axis, rows) in zip(grid, axes_data.items(), strict=True):
+        names = [f"{row[VARIED[axis]]:,}" if row[VARIED[axis]] else "full" for row in rows]
+        bottom = [0.0] * len(rows)
+        for part, colour in PARTS.items():
+            heights = [row["seconds"].get(part, {}).get("median", 0.0) for row in rows]
+            axes.bar(names, heights, bottom=bottom, color=colour, label=part)
+            bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        axes.set_xlabel(labels[axis])
+        axes.tick_params(axis="x", labelrotation=45 if axis == "vocabulary" else 0)
+    grid[0].set_ylabel("seconds, median of each part")
+    handles = [mpl.patches.Patch(color=colour, label=part) for part, colour in PARTS.items() if part != "optimiser"]
+    figure.legend(handles=handles, ncols=4, frameon=False, loc="outside upper center")
+    return figure

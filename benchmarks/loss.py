@@ -1,0 +1,290 @@
+"""The loss alone: forward and backward on random hidden states, time and peak memory, against the peers.
+
+    python benchmarks/loss.py [--quick | --full]
+
+Inputs are student and teacher hidden states [N, H] and heads [V, H], float32. Gradients go into the student's hidden
+states and head. The grid varies V, N and H one at a time around a base, and has the point of the table of goals
+(V = 151,936, N = 4,096, H = 1,024); `--quick` runs that point and two small ones, `--full` every combination.
+
+Peak memory is above the inputs and the head's gradient [V, H], which every contestant must return. Each contestant is a
+process; at each point they take turns on the same random inputs, made anew for every turn.
+
+opd, each with its own published method:
+* `full`: reverse KL on the whole vocabulary, `reverse_kl`;
+* `full_generic`: the same function as a signal that opd does not know, so that no closed form applies;
+* `skew`: a divergence without a closed form;
+* `top32_tail`, `top32_stop_gradient`, `top32_renormalised`: `topk_reverse_kl`, student's side, teacher's scores given;
+* `sampled`: the policy gradient of the sampled token, `opd`, student's side, teacher's scores given.
+
+Peers, all full-vocabulary reverse KL:
+* `trl`: the chunked divergence of `DistillationTrainer`, with its own tile sizes (4,096 tokens x 32,768 of the
+  vocabulary);
+* `liger`: `LigerFusedLinearJSDLoss(beta=1)`, soft loss alone, its own chunk of 1,024 tokens. It is plain torch, so it
+  runs on the CPU; `compiled=False`. With `--compiled` its default is raced too, as `liger_compiled`, after a call that
+  compiles for the shape and is not timed;
+* `naive`: both logits, both log-softmaxes, the sum, autograd.
+
+A combination whose estimated need is above 12 GiB is skipped, and the result says so. Contestants that compute the same
+function must agree on loss and gradient within 1e-4, or the benchmark fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from common import GIB, PeakMemory, Record, calibrate, measured, say, serve, spread, take_turns, timed, workers
+from torch import Tensor
+
+from opd import signals
+from opd.collate import MicroBatch
+from opd.method import Method
+from opd.methods.opd import opd as sampled_opd
+from opd.methods.reverse_kl import reverse_kl
+from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.score import Head
+
+TABLE = (151_936, 4096, 1024)
+SIDES = ("full", "full_generic", "top32_renormalised", "trl", "liger", "naive")  # at every point
+FORMS = ("skew", "top32_tail", "top32_stop_gradient", "sampled")  # at the points that compare supports
+SAME_FUNCTION = ("full", "full_generic", "trl", "liger", "liger_compiled", "naive")
+K = 32
+LOGIT_STD = 3.0  # both heads; about the spread of a trained model's logits
+LARGEST_GIB = 12.0
+TOLERANCE = 1e-4
+
+Inputs = dict[str, Tensor]
+Loss = Callable[[Inputs], Tensor]
+
+
+def inputs(V: int, N: int, H: int) -> Inputs:
+    """Random hidden states and heads; the teacher's are the student's with noise, as after some training."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.empty(shape).normal_(std=std, generator=generator)
+
+    head = normal(V, H, std=LOGIT_STD / H**0.5)
+    hidden = normal(N, H, std=1.0)
+    return {
+        "teacher_hidden": hidden + normal(N, H, std=0.3),
+        "teacher_head": head.clone(),
+        "hidden": hidden.requires_grad_(),
+        "head": head.requires_grad_(),
+        "token_ids": torch.randint(V, (N,), generator=generator),
+        "support_ids": torch.randint(V // K, (N, K), generator=generator) + torch.arange(K) * (V // K),
+        "teacher_support_logp": normal(N, K, std=1.0).log_softmax(-1) - 0.2,
+        "teacher_logp": normal(N, std=1.0) - 5.0,
+    }
+
+
+# --- opd --------------------------------------------------------------------------------------------------------------
+
+
+def methods() -> dict[str, Method]:
+    known = signals.divergence("reverse_kl")
+    return {
+        "full": reverse_kl(),
+        "full_generic": replace(reverse_kl(), signal=lambda tokens: known(tokens)),
+        "skew": replace(reverse_kl(), signal=signals.divergence("skew_kl", alpha=0.1)),
+        **{f"top32_{form}": topk_reverse_kl(k=K, form=form) for form in ("tail", "stop_gradient", "renormalised")},
+        "sampled": sampled_opd(),
+    }
+
+
+def opd_loss(method: Method, hidden: Tensor, head: Head, micro: MicroBatch, teacher_head: Head) -> Tensor:
+    """Mean over tokens of the method's signal at `hidden` [N, H], through opd's fused scoring."""
+    from opd.loss import tokens_of
+    from opd.score import chunked_loss
+
+    def chunk_loss(piece: Tensor, local: Head, rows: slice) -> Tensor:
+        return method.signal(tokens_of(method, piece, local, micro, rows, teacher_head)).sum() / len(hidden)
+
+    return chunked_loss(chunk_loss, hidden, head)
+
+
+def opd_side(method: Method) -> Loss:
+    def loss(x: Inputs) -> Tensor:
+        V, N = x["head"].shape[0], len(x["hidden"])
+        one, zero = torch.ones(N), torch.zeros(N)
+        top_k = method.support.kind == "top_k"
+        micro = MicroBatch(
+            rollouts=(),
+            input_ids=torch.zeros(1, N, dtype=torch.long),
+            row=torch.zeros(N, dtype=torch.long),
+            position=torch.arange(N),
+            token_ids=x["token_ids"],
+            share=one,
+            sampler_logp=x["teacher_logp"],
+            teacher_logp=x["teacher_logp"],
+            advantage=zero,
+            weight=one,
+            support_ids=x["support_ids"] if top_k else None,
+            support_mask=torch.ones(N, K, dtype=torch.bool) if top_k else None,
+            teacher_support_logp=x["teacher_support_logp"] if top_k else None,
+            teacher_hidden=x["teacher_hidden"] if method.support.kind == "full" else None,
+        )
+        head = Head(weight=x["head"], bias=None, vocabulary=V)
+        teacher_head = Head(weight=x["teacher_head"], bias=None, vocabulary=V)
+        return opd_loss(method, x["hidden"], head, micro, teacher_head)
+
+    return loss
+
+
+# --- Peers ------------------------------------------------------------------------------------------------------------
+
+
+def trl_side() -> Loss:
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    def loss(x: Inputs) -> Tensor:
+        mask = torch.ones(1, len(x["hidden"]), dtype=torch.long)
+        hidden, teacher = x["hidden"][None], x["teacher_hidden"][None]
+        return _chunked_divergence_loss(hidden, teacher, x["head"], x["teacher_head"], mask, beta=1.0)[0]
+
+    return loss
+
+
+def liger_side(compiled: bool) -> Loss:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    fused = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, beta=1.0, compiled=compiled)
+    return lambda x: fused(x["hidden"], x["head"], x["teacher_hidden"], x["teacher_head"], x["token_ids"])
+
+
+def naive_side() -> Loss:
+    def loss(x: Inputs) -> Tensor:
+        student = (x["hidden"] @ x["head"].T).log_softmax(-1)
+        with torch.no_grad():
+            teacher = (x["teacher_hidden"] @ x["teacher_head"].T).log_softmax(-1)
+        return (student.exp() * (student - teacher)).sum(-1).mean()
+
+    return loss
+
+
+def side(name: str) -> Loss:
+    peers: dict[str, Callable[[], Loss]] = {
+        "trl": trl_side,
+        "liger": lambda: liger_side(compiled=False),
+        "liger_compiled": lambda: liger_side(compiled=True),
+        "naive": naive_side,
+    }
+    return peers[name]() if name in peers else opd_side(methods()[name])
+
+
+def estimated_gib(name: str, V: int, N: int, H: int) -> float:
+    """Inputs, the head's gradient, and what is known of a contestant's own need, in GiB."""
+    logits = {"naive": 7 * N * V, "liger": 6 * min(N, 1024) * V, "liger_compiled": 6 * min(N, 1024) * V}
+    own = logits.get(name, 6 * min(N, 4096) * 32768 if name == "trl" else 2**28)
+    return 4 * (own + 3 * V * H + 3 * N * H) / GIB
+
+
+# --- The race ---------------------------------------------------------------------------------------------------------
+
+
+def worker(name: str) -> None:
+    loss_of_side = side(name)
+
+    def work(point: Record) -> Record:
+        x = inputs(point["V"], point["N"], point["H"])
+        if name == "liger_compiled":
+            loss_of_side(x).detach()
+        memory = PeakMemory()
+        out: Record = {}
+        with timed(out, "forward"):
+            loss = loss_of_side(x)
+        with timed(out, "backward"):
+            loss.backward()
+        head_gradient, hidden_gradient = x["head"].grad, x["hidden"].grad
+        assert head_gradient is not None
+        assert hidden_gradient is not None
+        out["total"] = out["forward"] + out["backward"]
+        out["peak_bytes"] = max(0, memory.above_start() - head_gradient.nbytes)
+        out["loss"] = loss.item()
+        out["head_gradient"] = head_gradient.norm().item()
+        out["hidden_gradient"] = hidden_gradient.norm().item()
+        return out
+
+    work({"V": 4096, "N": 64, "H": 64})
+    serve(work)
+
+
+def grid(which: str) -> list[Record]:
+    """The points, smallest first; `rounds` falls with the work, and `names` says who takes part."""
+    sizes, lengths, widths = (32_000, 49_152, 151_936, 262_144), (512, 1024, 2048, 4096, 8192), (576, 1024)
+    if which == "full":
+        points = {(V, N, H) for V in sizes for N in lengths for H in widths}
+    elif which == "quick":
+        points = {TABLE, (49_152, 1024, 576), (151_936, 512, 1024)}
+    else:
+        points = {TABLE, *((V, 512, 576) for V in sizes), *((32_000, N, 576) for N in (2048, 8192))}
+        points.add((151_936, 512, 1024))
+    out: list[Record] = []
+    for V, N, H in sorted(points, key=math.prod):
+        work = V * N * H
+        names = [*SIDES, *(FORMS if which == "full" or (N == 512 and V in (49_152, 151_936)) else ())]
+        out.append({"V": V, "N": N, "H": H, "rounds": 3 if work < 2e10 else 2 if work < 5e10 else 1, "names": names})
+    return out
+
+
+def run_point(started: dict[str, Any], point: Record) -> list[Record]:
+    """Rows of one point: every contestant's times, peak memory and values, or why it was skipped."""
+    V, N, H = point["V"], point["N"], point["H"]
+    need = {name: estimated_gib(name, V, N, H) for name in point["names"]}
+    able = {name: started[name] for name in point["names"] if need[name] <= LARGEST_GIB}
+    rows: list[Record] = [
+        {"name": name, "V": V, "N": N, "H": H, "skipped": f"needs about {need[name]:.0f} GiB"}
+        for name in point["names"]
+        if name not in able
+    ]
+    rate = calibrate(0.3)
+    for name, answers in take_turns(able, {"V": V, "N": N, "H": H}, point["rounds"]).items():
+        times = {part: spread([a[part] for a in answers]) for part in ("forward", "backward", "total")}
+        peak = max(a["peak_bytes"] for a in answers)
+        values = {key: answers[0][key] for key in ("loss", "head_gradient", "hidden_gradient")}
+        rows.append({"name": name, "V": V, "N": N, "H": H, **times, "peak_bytes": peak, **values, "gflops": rate})
+    check_agreement([row for row in rows if row["name"] in SAME_FUNCTION and "skipped" not in row])
+    return rows
+
+
+def check_agreement(rows: list[Record]) -> None:
+    for row in rows[1:]:
+        for key in ("loss", "head_gradient", "hidden_gradient"):
+            gap = abs(row[key] / rows[0][key] - 1)
+            assert gap <= TOLERANCE, f"{row['name']} and {rows[0]['name']} differ in {key} by {gap:.2e}: {row}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--quick", dest="grid", action="store_const", const="quick", default="default")
+    which.add_argument("--full", dest="grid", action="store_const", const="full", help="every combination: hours")
+    parser.add_argument("--compiled", action="store_true", help="race Liger's compiled variant too")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        worker(options.worker)
+        return
+    with measured("loss") as result:
+        result["rows"] = []
+        points = grid(options.grid)
+        for point in points if options.compiled else ():
+            point["names"].append("liger_compiled")
+        names = list(dict.fromkeys(name for point in points for name in point["names"]))
+        with workers(__file__, names) as started:
+            for point in points:
+                for row in run_point(started, point):
+                    result["rows"].append(row)
+                    label = f"V {row['V']:7} N {row['N']:5} H {row['H']:5} {row['name']:20}"
+                    cost = (
+                        f"{row['total']['median']:7.2f} s {row['peak_bytes'] / GIB:6.2f} GiB" if "total" in row else ""
+                    )
+                    say(f"{label} {cost or row['skipped']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""How the cost of opd's own step grows: tokens, vocabulary, support, group size, teachers, ranks.
+
+    python benchmarks/scaling.py
+
+Student 5M, teacher 26M, float32; the base is a step of 8 prompts of 32 tokens, 128 new tokens, reverse KL on the full
+vocabulary. One thing varies at a time, the points of an axis take turns:
+
+* `tokens`: 2 to 16 prompts;
+* `vocabulary`: 49,152 to 262,144 tokens, both heads, 4 prompts;
+* `support`: `topk_reverse_kl` with k = 8 to 512, and the full vocabulary;
+* `group`: 8 responses of 32 tokens in all, to 8, 4, 2 or 1 prompts of 512 tokens: what a shared prompt saves;
+* `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
+* `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch shared out, as many threads in all as
+  there are cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import opd_side
+from common import Record, Worker, measured, say, serve, spread, timed, workers
+from workload import SIZES, causal_lm, language_model, prompts, tokenizer, tokenizer_folder
+
+from opd.methods.reverse_kl import reverse_kl
+from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.types import Sampling
+
+SMOLLM2_VOCABULARY = 49152
+BASE: Record = {
+    "prompts": 8,
+    "n": 1,
+    "prompt_tokens": 32,
+    "new_tokens": 128,
+    "vocabulary": SMOLLM2_VOCABULARY,
+    "k": 0,  # 0: the full vocabulary
+    "teachers": 1,
+    "scoring_alone": False,
+}
+AXES: dict[str, list[Record]] = {
+    "tokens": [{"prompts": count} for count in (2, 4, 8, 16)],
+    "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (SMOLLM2_VOCABULARY, 98304, 151936, 262144)],
+    "support": [{"k": k} for k in (8, 32, 128, 512, 0)],
+    "group": [{"prompts": 8 // n, "n": n, "prompt_tokens": 512, "new_tokens": 32} for n in (1, 2, 4, 8)],
+    "teachers": [{"teachers": count, "scoring_alone": True} for count in (1, 2, 4)],
+}
+VARIED = {"tokens": "tokens", "vocabulary": "vocabulary", "support": "k", "group": "n", "teachers": "teachers"}
+ROUNDS = 3  # the first of them warms up
+RANKS = (1, 2)
+RANK_STEPS = 6
+
+
+def worker() -> None:
+    tok = tokenizer()
+    sides: dict[str, Any] = {}
+    steps = itertools.count()
+
+    def work(point: Record) -> Record:
+        if point.pop("fresh"):
+            sides.clear()  # the models of an axis are kept, those of the axis before it are not
+        key = json.dumps(point, sort_keys=True)
+        if key not in sides:
+            sides[key] = make_side(point, tok)
+        asked = prompts(point["prompts"], point["prompt_tokens"], tok)
+        seed = (0, next(steps))
+        if point["scoring_alone"]:
+            return score_by_several(sides[key], asked, seed, point["teachers"])
+        return opd_side.step(sides[key], asked, seed)
+
+    serve(work)
+
+
+def make_side(point: Record, tok: Any) -> opd_side.Side:
+    V = point["vocabulary"]
+    student, teacher = (
+        replace(language_model(causal_lm(size, seed=seed, vocabulary=V), tok), vocabulary=V)
+        for size, seed in (("5M", 1), ("26M", 2))
+    )
+    method = topk_reverse_kl(k=point["k"]) if point["k"] else reverse_kl()
+    return opd_side.side(method, student, teacher, Sampling(max_completion_length=point["new_tokens"], n=point["n"]))
+
+
+def score_by_several(side: opd_side.Side, asked: Any, seed: tuple[int, int], teachers: int) -> Record:
+    """The teacher's part alone, as often as there are teachers; they are all of one size, so one stands for each."""
+    out: Record = {}
+    rollouts = side.sampler(asked, seed=seed)
+    with timed(out, "teacher"):
+        for _ in range(teachers):
+            side.teacher.score(rollouts, side.method.context(rollouts), side.method.support, side.method.temperature)
+    return out
+
+
+def run_axis(started: Worker, points: list[Record]) -> list[Record]:
+    """A row for each point: tokens of the step, seconds of each part."""
+    answers: list[list[Record]] = [[] for _ in points]
+    for turn in range(ROUNDS):
+        for i, point in enumerate(points):
+            fresh = turn == 0 and i == 0
+            answers[i].append(started.ask({**BASE, **point, "fresh": fresh}))
+    rows: list[Record] = []
+    for point, mine in zip(points, answers, strict=True):
+        whole = {**BASE, **point}
+        parts = [part for part in ("total", "generate", "teacher", "loss", "backward") if part in mine[0]]
+        seconds = {part: spread([a[part] for a in mine[1:]]) for part in parts}
+        tokens = whole["prompts"] * whole["n"] * (whole["prompt_tokens"] + whole["new_tokens"])
+        rows.append({**whole, "tokens": tokens, "seconds": seconds})
+    return rows
+
+
+def recipe(folder: Path, ranks: int) -> Path:
+    """The base step as a recipe for `opd train`."""
+    data = folder / "prompts.jsonl"
+    asked = prompts(BASE["prompts"], BASE["prompt_tokens"], tokenizer())
+    data.write_text("".join(json.dumps({"prompt": prompt.content}) + "\n" for prompt in asked))
+
+    def model(size: str) -> Record:
+        shape = SIZES[size]
+        init = {
+            "model_type": "llama",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.heads,
+            "tie_word_embeddings": True,
+        }
+        return {"init": init, "tokenizer": str(tokenizer_folder())}
+
+    stage = {
+        "name": "distil",
+        "train": "student",
+        "teacher": "teacher",
+        "method": "reverse_kl",
+        "data": {"path": str(data)},
+        "sampling": {"max_completion_length": BASE["new_tokens"]},
+        "prompts_per_step": BASE["prompts"],
+        "steps": RANK_STEPS,
+        "samples_every": 0,
+        "checkpoint": {"every": 1000, "keep": 1},
+    }
+    whole = {
+        "name": f"ranks-{ranks}",
+        "output_dir": str(folder / f"run-{ranks}"),
+        "models": {"student": model("5M"), "teacher": model("26M")},
+        "stages": [stage],
+    }
+    file = folder / f"ranks-{ranks}.yaml"
+    file.write_text(json.dumps(whole))  # JSON is YAML
+    return file
+
+
+def run_ranks(folder: Path, ranks: int) -> Record:
+    """Seconds of a step with this many processes, after the first two steps, from the run's own timings."""
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command += ["-m", "opd", "train", str(recipe(folder, ranks))]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if done.returncode:
+        return {"ranks": ranks, "skipped": "\n".join(done.stderr.strip().splitlines()[-3:])}
+    (file,) = (folder / f"run-{ranks}").rglob("timings.jsonl")
+    steps = [json.loads(line) for line in file.read_text().splitlines()][2:]
+    parts = {part: spread([step[part] for step in steps]) for part in ("total", "generate", "score", "train")}
+    return {"ranks": ranks, "threads_each": threads, "seconds": parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    if parser.parse_args().worker:
+        worker()
+        return
+    with measured("scaling") as result:
+        result["axes"] = {}
+        with workers(__file__, ["opd"]) as started:
+            for axis, points in AXES.items():
+                rows = run_axis(started["opd"], points)
+                result["axes"][axis] = rows
+                key = VARIED[axis]
+                shown = (f"{row[key]}: {next(iter(row['seconds'].values()))['median']:.2f}" for row in rows)
+                say(f"{axis} ({key}: seconds) {', '.join(shown)}")
+        if importlib.util.find_spec("opd.parallel") is None:
+            result["ranks"] = [{"ranks": 2, "skipped": "opd.parallel does not exist in this version"}]
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                result["ranks"] = [run_ranks(Path(folder), ranks) for ranks in RANKS]
+        for row in result["ranks"]:
+            say(f"ranks {row['ranks']}: {row.get('skipped') or row['seconds']['total']}")
+
+
+if __name__ == "__main__":
+    main()

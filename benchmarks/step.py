@@ -1,0 +1,173 @@
+"""A whole training step against TRL: student 5M, teacher 26M, reverse KL on the full vocabulary, float32.
+
+    python benchmarks/step.py [--rounds 5]
+
+8 prompts of 32 tokens, 128 new tokens each; every response has its full length on every side. One step is: write the
+responses, score them with the teacher, forward, backward, clip, AdamW. The contestants:
+
+* `opd`: the pieces of opd's loop, in its order, without the writing of files;
+* `trl_distillation`, `trl_gkd`: TRL's trainers, see peers.py;
+* `bare`: no generation, no divergence, no optimiser: the teacher's forward with logits, the student's forward with
+  logits and a backward through them from a given gradient, in plain torch, on the same number of tokens. Logits are
+  made at the response's positions only. It is what the training part (all of a step but generation and the optimiser)
+  cannot do without.
+
+Steps are interleaved. Peak memory is above what the process held with its models and trainer built, before the first
+step, so it includes gradients and the optimiser's state. The parts of a step do not cut at the same places: opd makes
+the head's gradient inside `loss`, so its `backward` is the rest of the model.
+
+Before the race one process gives the same sequences to all three sides, and compares loss and full parameter gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import itertools
+from typing import Any
+
+import opd_side
+import torch
+from common import PeakMemory, Record, measured, say, serve, spread, take_turns, timed, workers
+from torch import Tensor
+from workload import causal_lm, language_model, prompts, tokenizer
+
+from opd.methods.reverse_kl import reverse_kl
+from opd.types import Sampling
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 128
+LEARNING_RATE = 1e-5
+TOLERANCE = 1e-4
+CONTESTANTS = ("opd", "trl_distillation", "trl_gkd", "bare")
+
+
+def pair() -> tuple[Any, Any, Any]:
+    """(student, teacher, tokenizer), the same on every side."""
+    return causal_lm("5M", seed=1), causal_lm("26M", seed=2).requires_grad_(False), tokenizer()
+
+
+def opd_worker() -> None:
+    student, teacher, tok = pair()
+    sampling = Sampling(max_completion_length=NEW_TOKENS)
+    mine = opd_side.side(
+        reverse_kl(), language_model(student, tok), language_model(teacher, tok), sampling, LEARNING_RATE
+    )
+    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    memory: PeakMemory | None = None
+    steps = itertools.count()
+
+    def work(_: Record) -> Record:
+        nonlocal memory
+        memory = memory or PeakMemory()
+        parts = opd_side.step(mine, asked, seed=(0, next(steps)))
+        return {**parts, "peak_bytes": memory.above_start()}
+
+    serve(work)
+
+
+def trl_worker(name: str) -> None:
+    import peers
+
+    student, teacher, tok = pair()
+    build = peers.distillation_trainer if name == "trl_distillation" else peers.gkd_trainer
+    trainer = build(student, teacher, tok, prompts(PROMPTS, PROMPT_TOKENS, tok), NEW_TOKENS, LEARNING_RATE)
+    peers.run(trainer, "_prepare_inputs" if name == "trl_distillation" else "generate_on_policy_outputs")
+
+
+def bare_worker() -> None:
+    student, teacher, tok = pair()
+    ids = torch.randint(len(tok), (PROMPTS, PROMPT_TOKENS + NEW_TOKENS), generator=torch.Generator().manual_seed(0))
+    where = slice(PROMPT_TOKENS - 1, PROMPT_TOKENS + NEW_TOKENS - 1)
+    gradient = torch.randn(PROMPTS, NEW_TOKENS, len(tok)) / (PROMPTS * NEW_TOKENS)
+    memory: PeakMemory | None = None
+
+    def logits(model: Any) -> Tensor:
+        return model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, where])
+
+    def work(_: Record) -> Record:
+        nonlocal memory
+        memory = memory or PeakMemory()
+        parts: Record = {}
+        with timed(parts, "total"):
+            with timed(parts, "teacher"), torch.no_grad():
+                logits(teacher)
+            with timed(parts, "loss"):
+                out = logits(student)
+            with timed(parts, "backward"):
+                out.backward(gradient)
+        student.zero_grad()
+        return {**parts, "peak_bytes": memory.above_start()}
+
+    serve(work)
+
+
+def check_worker() -> None:
+    """Loss and full gradient of every side on the same sequences."""
+    import peers
+
+    student, teacher, tok = pair()
+    models = {name: copy.deepcopy(student) for name in CONTESTANTS if name != "bare"}
+    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    sampling = Sampling(max_completion_length=NEW_TOKENS)
+    mine = opd_side.side(reverse_kl(), language_model(models["opd"], tok), language_model(teacher, tok), sampling)
+    rollouts = mine.sampler(asked, seed=(0, 0))
+    ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts])
+    losses = {"opd": opd_side.training_part(mine, rollouts, {})}
+    for name, build, loss_fn in (
+        ("trl_distillation", peers.distillation_trainer, peers.distillation_loss),
+        ("trl_gkd", peers.gkd_trainer, peers.gkd_loss),
+    ):
+        trainer = build(models[name], teacher, tok, asked, NEW_TOKENS, LEARNING_RATE)
+        loss = loss_fn(trainer, ids, PROMPT_TOKENS)
+        loss.backward()
+        losses[name] = loss.item()
+    gradients = {name: torch.cat([p.grad.flatten() for p in model.parameters()]) for name, model in models.items()}
+
+    def difference(name: str) -> Record:
+        gap = (gradients[name] - gradients["opd"]).norm() / gradients["opd"].norm()
+        return {"loss": abs(losses[name] / losses["opd"] - 1), "gradient": float(gap)}
+
+    answer = {"losses": losses, "relative_difference": {name: difference(name) for name in models if name != "opd"}}
+    serve(lambda _: answer)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contestant, after one to warm up")
+    parser.add_argument("--worker", choices=(*CONTESTANTS, "check"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        start = {"opd": opd_worker, "bare": bare_worker, "check": check_worker}
+        start.get(options.worker, functools.partial(trl_worker, options.worker))()
+        return
+    with measured("step") as result:
+        with workers(__file__, ["check"]) as started:
+            result["check"] = started["check"].ask({})
+        say(f"relative differences to opd on the same sequences: {result['check']['relative_difference']}")
+        worst = max(value for gaps in result["check"]["relative_difference"].values() for value in gaps.values())
+        assert worst <= TOLERANCE, f"the sides do not compute the same loss: they differ by {worst:.2e}"
+        with workers(__file__, CONTESTANTS) as started:
+            turns = take_turns(started, {}, options.rounds + 1)
+        result["rows"] = {name: summary(answers) for name, answers in turns.items()}
+    for name, row in result["rows"].items():
+        times = ", ".join(f"{part} {row[part]['median']:.2f}" for part in PARTS if part in row)
+        say(f"{name:18} {times} s; peak {row['peak_bytes'] / 2**30:.2f} GiB")
+
+
+PARTS = ("total", "generate", "teacher", "loss", "backward", "optimiser")
+
+
+def summary(answers: list[Record]) -> Record:
+    """Median and range of each part over the answers after the first; the peak over all of them."""
+    timed_answers = answers[1:]
+    out: Record = {part: spread([a[part] for a in timed_answers]) for part in PARTS if part in timed_answers[0]}
+    out["training"] = spread([sum(a.get(part, 0.0) for part in ("teacher", "loss", "backward")) for a in timed_answers])
+    out["peak_bytes"] = max(a["peak_bytes"] for a in answers)
+    if "loss_value" in answers[0]:
+        out["first_loss"] = answers[0]["loss_value"]
+    return out
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The sections of docs/performance.md, one a benchmark: what was measured, how the peers were set, the tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import Any
+
+import generate
+import loss
+import scaling
+import step
+from common import GIB, Record
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table; columns after the first are right-aligned."""
+    aligned = ["---", *("---:" for _ in header[1:])]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, aligned, *rows)]
+
+
+def spread_text(values: Record | None) -> str:
+    """median (low to high), in three figures."""
+    if values is None:
+        return "-"
+    return f"{values['median']:.3g} ({values['low']:.3g} to {values['high']:.3g})"
+
+
+def about(module: Any) -> list[str]:
+    """A benchmark's docstring is its description; the usage lines are already the section's title."""
+    text = module.__doc__.strip().splitlines()
+    return [line for line in text[1:] if not line.startswith("    python ")]
+
+
+def section(title: str, module: Any, figure: str) -> list[str]:
+    return [
+        f"## {title}",
+        "",
+        f"`python benchmarks/{module.__name__}.py`",
+        *about(module),
+        "",
+        f"![{title}](figures/{figure}.png)",
+        "",
+    ]
+
+
+def step_section(result: Record) -> list[str]:
+    parts = ("total", "generate", "teacher", "loss", "backward", "optimiser", "training")
+    rows = [
+        [name, *(spread_text(row.get(part)) for part in parts), f"{row['peak_bytes'] / GIB:.2f}"]
+        for name, row in result["rows"].items()
+    ]
+    gaps = [
+        [name, f"{gap['loss']:.1e}", f"{gap['gradient']:.1e}"]
+        for name, gap in result["check"]["relative_difference"].items()
+    ]
+    return [
+        *section("A whole step", step, "step"),
+        "Seconds; peak in GiB. TRL runs the teacher inside `loss`.",
+        "",
+        *table(["", *parts, "peak"], rows),
+        "",
+        "Relative difference to opd on the same sequences:",
+        "",
+        *table(["", "loss", "gradient of all parameters"], gaps),
+    ]
+
+
+def loss_section(result: Record) -> list[str]:
+    lines = section("The loss alone", loss, "loss")
+    ordered = sorted(result["rows"], key=lambda row: (row["V"], row["N"], row["H"]))
+    for (V, N, H), group in groupby(ordered, key=lambda row: (row["V"], row["N"], row["H"])):
+        rows = list(group)
+        trl = next((row["total"]["median"] for row in rows if row["name"] == "trl" and "total" in row), None)
+        body: list[list[str]] = []
+        for row in rows:
+            if "skipped" in row:
+                body.append([row["name"], f"skipped: {row['skipped']}", "-", "-"])
+                continue
+            ratio = "-" if trl is None else f"{row['total']['median'] / trl:.2f}"
+            body.append([row["name"], spread_text(row["total"]), ratio, f"{row['peak_bytes'] / GIB:.2f}"])
+        rate = next((f"; matmul at {row['gflops']:.0f} GFLOP/s" for row in rows if "gflops" in row), "")
+        lines += [f"V {V:,}, N {N:,}, H {H:,}{rate}:", ""]
+        lines += [*table(["", "seconds", "of TRL's time", "peak, GiB"], body), ""]
+    return lines[:-1]
+
+
+def generate_section(result: Record) -> list[str]:
+    names = list(dict.fromkeys(row["name"] for row in result["rows"]))
+    points: dict[tuple[Any, ...], dict[str, Record]] = {}
+    for row in result["rows"]:
+        kind = row["size"] if row["peaked"] else f"{row['size']}, flat"
+        points.setdefault((kind, row["rows"], row["top_p"]), {})[row["name"]] = row["tokens_per_second"]
+    rows: list[list[str]] = []
+    for (kind, count, top_p), rates in points.items():
+        speedup = rates["opd"]["median"] / rates["generate"]["median"]
+        shown = [spread_text(rates.get(name)) for name in names]
+        rows.append([kind, str(count), f"{top_p:g}", *shown, f"{speedup:.2f}"])
+    header = ["model", "rows", "top-p", *(f"{name}, tokens/s" for name in names), "opd / generate()"]
+    note = [] if "vllm" in names else ["", "vLLM was not measured in this run."]
+    return [*section("Generation", generate, "generate"), *table(header, rows), *note]
+
+
+def scaling_section(result: Record) -> list[str]:
+    lines = section("Scaling", scaling, "scaling")
+    parts = ("total", "generate", "teacher", "loss", "backward")
+    for axis, rows in result["axes"].items():
+        key = scaling.VARIED[axis]
+        shown = [part for part in parts if part in rows[0]["seconds"]]
+        body = [
+            [f"{row[key]:,}" if row[key] else "full", *(spread_text(row["seconds"][part]) for part in shown)]
+            for row in rows
+        ]
+        lines += [f"By {axis}, seconds:", "", *table([key, *shown], body), ""]
+    columns = ("total", "generate", "score", "train")
+    ranks: list[list[str]] = []
+    for row in result["ranks"]:
+        measured = "seconds" in row
+        reason = [] if measured else [f"skipped: {row['skipped'].splitlines()[-1]}", "-", "-", "-"]
+        cells = [spread_text(row["seconds"][part]) for part in columns] if measured else reason
+        ranks.append([str(row["ranks"]), str(row.get("threads_each", "-")), *cells])
+    return [*lines, "By ranks, seconds:", "", *table(["ranks", "threads each", *columns], ranks)]
