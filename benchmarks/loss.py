@@ -42,6 +42,7 @@ from torch import Tensor
 
 from opd import signals
 from opd.collate import MicroBatch
+from opd.loss import loss_at
 from opd.method import Method
 from opd.methods.opd import opd as sampled_opd
 from opd.methods.reverse_kl import reverse_kl
@@ -98,13 +99,8 @@ def methods() -> dict[str, Method]:
 
 def opd_loss(method: Method, hidden: Tensor, head: Head, micro: MicroBatch, teacher_head: Head) -> Tensor:
     """Mean over tokens of the method's signal at `hidden` [N, H], through opd's fused scoring."""
-    from opd.loss import tokens_of
-    from opd.score import chunked_loss
-
-    def chunk_loss(piece: Tensor, local: Head, rows: slice) -> Tensor:
-        return method.signal(tokens_of(method, piece, local, micro, rows, teacher_head)).sum() / len(hidden)
-
-    return chunked_loss(chunk_loss, hidden, head)
+    loss, _ = loss_at(method, hidden, head, micro, len(hidden), teacher_head)
+    return loss
 
 
 def opd_side(method: Method) -> Loss:
@@ -114,9 +110,8 @@ def opd_side(method: Method) -> Loss:
         top_k = method.support.kind == "top_k"
         micro = MicroBatch(
             rollouts=(),
-            input_ids=torch.zeros(1, N, dtype=torch.long),
             row=torch.zeros(N, dtype=torch.long),
-            position=torch.arange(N),
+            step=torch.arange(N),
             token_ids=x["token_ids"],
             share=one,
             sampler_logp=x["teacher_logp"],

@@ -47,13 +47,19 @@ def side(
 def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
     """Phase A after generation, and phase B: the loss. Gradients are left in the student, seconds in `parts`."""
     with timed(parts, "teacher"):
-        scores = s.teacher.score(rollouts, s.method.context(rollouts), s.method.support, s.method.temperature)
+        scores = s.teacher.score(
+            rollouts,
+            s.method.context(rollouts),
+            s.method.support,
+            s.method.temperature,
+            sampled=s.method.reads("teacher_logp"),
+        )
         batch = attach(collate(rollouts, scores, s.student.device), s.method)
         denominator = s.method.normalise(batch)
         head = s.teacher.head() if s.method.support.kind == "full" else None
     total = 0.0
     s.student.model.train()
-    for micro in split(batch, denominator, MICRO_BATCH_TOKENS):
+    for micro in split(batch, denominator, MICRO_BATCH_TOKENS, shares=s.student.caches):
         with timed(parts, "loss"):
             loss, _ = loss_of(s.method, s.student, micro, denominator.count, head)
         with timed(parts, "backward"):
