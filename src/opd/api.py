@@ -13,6 +13,7 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
 from opd.models import LanguageModel
+from opd.parallel import join
 from opd.prepare import Given
 from opd.progress import Progress, quiet_libraries
 from opd.recipe import Recipe, load_recipe, parse_recipe
@@ -32,7 +33,8 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
         recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
     elif overrides:
         raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
-    return run_recipe(recipe, progress=Progress(quiet=quiet))
+    with join() as world:
+        return run_recipe(recipe, progress=Progress(quiet=quiet), world=world)
 
 
 def distill(
@@ -93,7 +95,13 @@ def distill(
         source="distill(...)",
     )
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
-    return run_recipe(recipe, Given(models=given, prompts=rows, reward=function, method=made), Progress(quiet=quiet))
+    with join() as world:
+        if given and world.size > 1:
+            raise ConfigError(
+                f"{' and '.join(given)}: {world.size} processes cannot share a model object. Save it, and give its path."
+            )
+        handed = Given(models=given, prompts=rows, reward=function, method=made)
+        return run_recipe(recipe, handed, Progress(quiet=quiet), world)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

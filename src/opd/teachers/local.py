@@ -12,6 +12,7 @@ from torch import Tensor
 
 from opd.errors import AlignmentError, ConfigError
 from opd.models import LanguageModel, evaluating, frozen_copy
+from opd.parallel import full
 from opd.render import render
 from opd.score import Head, teacher_scores
 from opd.types import Prompt, Rollout, Scores, Support, TeacherRule
@@ -79,7 +80,7 @@ class LocalTeacher:
         mine = dict(self.lm.model.named_parameters())
         for name, parameter in self.follows.trainable().items():
             average = self.average.setdefault(name, mine[name].float().clone())
-            average.lerp_(parameter.detach().float(), 1.0 - self.decay)
+            average.lerp_(full(parameter.detach()).float(), 1.0 - self.decay)
             mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -98,6 +99,9 @@ class LocalTeacher:
 def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
     """The model on `device` for a while, and back where it was, whatever happens."""
     home = lm.device
+    if home == device:  # not for nothing: `to` would also take gathered weights apart
+        yield
+        return
     lm.model.to(device)
     try:
         yield
