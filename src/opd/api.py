@@ -33,8 +33,7 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
         recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
     elif overrides:
         raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
-    with join() as world:
-        return run_recipe(recipe, progress=Progress(quiet=quiet), world=world)
+    return _start(recipe, Given(), quiet)
 
 
 def distill(
@@ -95,13 +94,17 @@ def distill(
         source="distill(...)",
     )
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
+    return _start(recipe, Given(models=given, prompts=rows, reward=function, method=made), quiet)
+
+
+def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
     with join() as world:
-        if given and world.size > 1:
+        if given.models and world.size > 1:
             raise ConfigError(
-                f"{' and '.join(given)}: {world.size} processes cannot share a model object. Save it, and give its path."
+                f"{' and '.join(given.models)}: {world.size} processes cannot share a model object. Save it, and give "
+                "its path."
             )
-        handed = Given(models=given, prompts=rows, reward=function, method=made)
-        return run_recipe(recipe, handed, Progress(quiet=quiet), world)
+        return run_recipe(recipe, given, Progress(quiet=quiet), world)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

@@ -49,9 +49,8 @@ class World:
         assert each * len(positions) == len(rows), f"{len(rows)} rows of {len(positions)} items"
         found: dict[int, list[T]] = {}
         for theirs, made in self.gather((list(positions), list(rows))):
-            found |= {
-                at: made[i * len(made) // len(theirs) :][: len(made) // len(theirs)] for i, at in enumerate(theirs)
-            }
+            each = len(made) // max(1, len(theirs))
+            found |= {at: made[i * each : (i + 1) * each] for i, at in enumerate(theirs)}
         return [row for at in sorted(found) for row in found[at]]
 
     def sum(self, value: float) -> float:
@@ -181,9 +180,10 @@ def join() -> Iterator[World]:
         return
     import torch
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    store, _, _ = next(iter(dist.rendezvous("env://", rank, size)))
+    store, _, _ = next(iter(rendezvous("env://", rank, size)))
     try:
         backend = "gloo"
         if torch.cuda.is_available():
@@ -218,19 +218,20 @@ def write_tensors(tensors: Mapping[str, Mapping[str, Tensor]], folder: Path) -> 
     process.
     """
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save
 
     flat = {f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()}
     if not flat:
         return
     groups = {group: number for number, group in enumerate((g for g, named in tensors.items() if named), start=1)}
-    writer = dcp.HuggingFaceStorageWriter(
+    writer = HuggingFaceStorageWriter(
         path=str(folder),
         fqn_to_index_mapping={key: groups[key.partition("/")[0]] for key in flat},
         save_distributed=True,
     )
     with _own_errors():
-        dcp.save(flat, storage_writer=writer, no_dist=not dist.is_initialized())
+        save(flat, storage_writer=writer, no_dist=not dist.is_initialized())
 
 
 def read_tensors(folder: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
@@ -240,9 +241,10 @@ def read_tensors(folder: Path, like: Mapping[str, Mapping[str, Tensor]] | None =
     """
     import torch
     import torch.distributed as dist
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    reader = dcp.HuggingFaceStorageReader(path=str(folder))
+    reader = HuggingFaceStorageReader(path=str(folder))
     flat: dict[str, Tensor] = {}
     for key, stored in reader.read_metadata().state_dict_metadata.items():
         group, _, name = key.partition("/")
@@ -253,7 +255,7 @@ def read_tensors(folder: Path, like: Mapping[str, Mapping[str, Tensor]] | None =
         flat[key] = empty.to(stored.properties.dtype)  # type: ignore[union-attr]
     if flat:
         with _own_errors():
-            dcp.load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
+            load(flat, storage_reader=reader, no_dist=not dist.is_initialized())
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
         group, _, name = key.partition("/")

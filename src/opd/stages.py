@@ -115,8 +115,7 @@ def build(
         check_space(directory.path, space_needed(spec, student))
         if spec.teacher is not None and spec.teacher != spec.train:
             external = model_for(recipe, spec, spec.teacher, given, directory)
-    if external is not None:
-        check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
+            check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
     method = prepared.method
     world.agree(student.trainable().values())
     teacher = teacher_for(  # before the student is sharded: a copy of it is whole, in every process
