@@ -269,7 +269,7 @@ class Forks:
 
 def serve() -> None:
     """Fork and run what is asked for on stdin, one JSON object a line; answer each with its exit code."""
-    _import_all()
+    import_all()
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -277,7 +277,7 @@ def serve() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Everything that a run imports, also on first use: saving a model and making an array do that too."""
     for module in ("opd.stages", "opd.report", "peft", "pandas", "pyarrow.parquet"):
         importlib.import_module(module)
