@@ -41,21 +41,16 @@ def all_masked() -> Method:
     return replace(method, source=source)
 
 
-def odd(prompt: Prompt, response: str) -> float:
-    """A reward that differs between the responses to a prompt."""
-    return float(sum(map(ord, response)) % 5)
-
-
 calls = 0
 
 
-def fails_on_one(prompt: Prompt, response: str) -> float:
-    """A reward that raises in process 1 only, in its third call."""
+def odd(prompt: Prompt, response: str) -> float:
+    """A reward that differs between the responses to a prompt. With JUDGE=out, process 1 fails in its 70th call."""
     global calls
     calls += 1
-    if os.environ.get("RANK") == "1" and calls == 3:
+    if os.environ.get("JUDGE") == "out" and os.environ.get("RANK") == "1" and calls == 70:
         raise RuntimeError("the judge is out")
-    return float(len(response))
+    return float(sum(map(ord, response)) % 5)
 
 
 def main(folders: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ Real processes under torchrun, on gloo. Several recipes share a pair of processe
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 import signal
@@ -73,11 +72,11 @@ SCENARIOS = {
 }
 
 
-def torchrun(processes: int, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+def torchrun(processes: int, *arguments: str, judge: str = "in", **options: Any) -> subprocess.Popen[str]:
     """`torchrun ARGUMENTS`, started; a free port is found by torchrun."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments],
-        env={**ENVIRONMENT, "PYTHONPATH": f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"},
+        env={**ENVIRONMENT, "PYTHONPATH": f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}", "JUDGE": judge},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -154,10 +153,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folders = [str(root / "two" / str(number)) for number in range(len(SCENARIOS))]
     process = torchrun(2, str(HERE / "ranks.py"), *folders)
     try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(root)
-            patch.syspath_prepend(HERE)
-            ranks.main([str(root / "one" / str(number)) for number in range(len(SCENARIOS))])
+        in_this_process([root / "one" / str(number) for number in range(len(SCENARIOS))])
     except BaseException:
         process.terminate()
         raise
@@ -166,7 +162,106 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
+def in_this_process(folders: list[Path]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folders[0])
+        patch.syspath_prepend(HERE)
+        ranks.main(list(map(str, folders)))
+
+
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_two_processes_train_as_one(runs: Path, name: str):
     number = str(list(SCENARIOS).index(name))
     assert_equal_runs(runs / "one" / number, runs / "two" / number)
+
+
+# --- going on with another number of processes -------------------------------------------------------------------------
+
+
+def stopped_in_the_middle(finished: Path, folder: Path) -> Path:
+    """What a kill after the checkpoint of step 10 leaves of a finished run."""
+    shutil.copytree(finished, folder)
+    stage = folder / "run/distil"
+    (stage / "done.json").unlink()
+    shutil.rmtree(stage / "model")
+    shutil.rmtree(stage / "checkpoints/step_000020")
+    return folder
+
+
+RESUMED = ["full tied, reverse_kl", "lora, a moving average", "full untied, a moving average"]
+
+
+@pytest.mark.parametrize(("before", "after"), [("one", 2), ("two", 1), ("two", 3)])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, runs: Path, before: str, after: int):
+    numbers = [str(list(SCENARIOS).index(name)) for name in RESUMED]
+    folders = [stopped_in_the_middle(runs / before / number, tmp_path / number) for number in numbers]
+    if after == 1:
+        in_this_process(folders)
+    else:
+        done = ended(torchrun(after, str(HERE / "ranks.py"), *map(str, folders)))
+        assert done.code == 0, done.err
+    for number, folder in zip(numbers, folders, strict=True):
+        assert_equal_runs(runs / "one" / number, folder)
+
+
+# --- stops and errors --------------------------------------------------------------------------------------------------
+
+GRPO = str(list(SCENARIOS).index("full tied, grpo, few long rows"))
+TRAIN = ("-m", "opd", "train", "recipe.yaml")
+
+
+def goes_on(folder: Path) -> str:
+    done = ended(torchrun(2, *TRAIN, cwd=folder))
+    assert done.code == 0, done.err
+    return done.out
+
+
+def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path: Path, runs: Path):
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
+    process = torchrun(2, *TRAIN, cwd=folder)
+    metrics = folder / "run/distil/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on to its processes
+    stopped = ended(process)
+    assert stopped.code != 0
+    assert stopped.out.count("Stopping after this step; once more to stop at once.") == 1
+    assert stopped.err.count("of stage 'distil'; everything is saved. The same command goes on from there.") == 1
+    last = checkpoint.latest(folder / "run/distil/checkpoints")
+    assert last is not None
+    step = checkpoint.load(last).step
+    assert 3 <= step < STEPS
+    assert metrics.read_text().count("\n") == step
+    assert f"distil: going on after step {step} of 20" in goes_on(folder)
+    assert_equal_runs(runs / "one" / GRPO, folder)
+
+
+def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs: Path):
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
+    started = time.monotonic()
+    failed = ended(torchrun(2, *TRAIN, cwd=folder, judge="out"))
+    assert failed.code != 0
+    assert time.monotonic() - started < 60
+    assert failed.err.count("TrainingError: ") == 1
+    assert failed.err.count("the judge is out") == 1
+    assert "Connection" not in failed.err
+    assert "distil: going on after step 10 of 20" in goes_on(folder)
+    assert_equal_runs(runs / "one" / GRPO, folder)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "overrides", "message"),
+    [
+        (0, ["prompts_per_step=1"], "prompts_per_step is 1, and 2 processes were started: each needs at least one"),
+        (0, ["prompts_per_stepp=1"], "Did you mean 'prompts_per_step'?"),
+        (2, ["data.limit=3", "prompts_per_step=2", "steps=900"], "compares the responses to one prompt in one process"),
+        (0, ["models.student.device=cuda:0"], "models.student.device is 'cuda:0', and 2 processes were started"),
+        (9, ["method=ranks:all_masked"], "None of this step's 2 responses has a trained token"),
+    ],
+)
+def test_an_error_of_all_processes_is_shown_once(tmp_path: Path, scenario: int, overrides: list[str], message: str):
+    folder = prepare(tmp_path / "work", list(SCENARIOS.values())[scenario])
+    failed = ended(torchrun(2, *TRAIN, *overrides, cwd=folder))
+    assert failed.code != 0
+    assert failed.err.count(message) == 1, failed.err
+    assert failed.err.count("Error: ") - failed.err.count("ChildFailedError: ") == 1
