@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -196,12 +196,17 @@ def join() -> Iterator[World]:
             backend = "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=PATIENCE)
         yield World(rank, size)
-    except BaseException:
+    except BaseException as error:
         first = str(rank)
         with contextlib.suppress(RuntimeError):  # the store has gone with torchrun
             first = store.compare_set("opd/first-error", "", first).decode()
         if first != str(rank):
             raise SystemExit(1) from None
+        if type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError) and "onnection" in str(error):
+            raise RunError(  # nobody has said why: it was killed
+                f"This process lost another one of the run ({str(error).splitlines()[0]}). The same command goes on "
+                "from the last checkpoint."
+            ) from error
         raise
     finally:
         if dist.is_initialized():

@@ -11,18 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ranks
-from run_helpers import ENVIRONMENT, Ended, EVALUATE, one_stage, prepare, tiny_model
+from run_helpers import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
 from torch import Tensor
 
 from opd import checkpoint
 
 HERE = Path(__file__).parent
+PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
 STEPS = 20
 CLOSE = 1e-5
 
@@ -56,7 +57,7 @@ SCENARIOS = {
     "lora, grpo, prompts twice in a step": recipe(LORA, method="grpo", prompts_per_step=5, **GROUPS),
     "full tied, grpo, few long rows": recipe(tied=True, method="grpo", prompts_per_step=3, **GROUPS),
     "full untied, a moving average": recipe(
-        method="context_distillation", options=EMA, teacher=None, prompts_per_step=3, evaluate=EVALUATE
+        method="context_distillation", options=EMA, teacher=None, prompts_per_step=3
     ),
     "lora, a moving average": recipe(LORA, method="context_distillation", options=EMA | {"k": 4}, teacher=None),
     "lora, the base": recipe(
@@ -65,7 +66,6 @@ SCENARIOS = {
     "full tied, itself": recipe(
         tied=True, method="context_distillation", options={"template": EMA["template"], "teacher": "live"}, teacher=None
     ),
-    "lora, gkd, data": recipe(LORA, method="gkd", options={"on_policy_share": 0.5}, prompts_per_step=3),
     "full untied, tokens of one process": recipe(
         method="ranks:some_masked", prompts_per_step=2, data={"path": "train.jsonl", "limit": 2}
     ),
@@ -76,7 +76,7 @@ def torchrun(processes: int, *arguments: str, judge: str = "in", **options: Any)
     """`torchrun ARGUMENTS`, started; a free port is found by torchrun."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments],
-        env={**ENVIRONMENT, "PYTHONPATH": f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}", "JUDGE": judge},
+        env={**ENVIRONMENT, "PYTHONPATH": PATH, "JUDGE": judge},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -126,7 +126,6 @@ def assert_equal_numbers(one: Path, other: Path) -> None:
         assert got == pytest.approx(row, rel=CLOSE, abs=1e-6)  # a divergence of float32 log-probs
 
 
-
 def assert_equal_responses(one: Path, other: Path) -> None:
     from opd.rundir import StageDir
 
@@ -139,7 +138,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert_equal_training(one, other)
     assert_equal_numbers(one, other)
     assert_equal_responses(one, other)
-    files = [sorted(str(f.relative_to(w / "run")) for f in (w / "run").rglob("*") if "step_" not in str(f)) for w in (one, other)]
+    files = [
+        sorted(str(f.relative_to(w / "run")) for f in (w / "run").rglob("*") if "step_" not in str(f))
+        for w in (one, other)
+    ]
     assert files[0] == files[1]
 
 
@@ -175,7 +177,7 @@ def test_two_processes_train_as_one(runs: Path, name: str):
     assert_equal_runs(runs / "one" / number, runs / "two" / number)
 
 
-# --- going on with another number of processes -------------------------------------------------------------------------
+# --- going on with another number of processes -----------------------------------------------------------------------
 
 
 def stopped_in_the_middle(finished: Path, folder: Path) -> Path:
@@ -188,35 +190,42 @@ def stopped_in_the_middle(finished: Path, folder: Path) -> Path:
     return folder
 
 
-RESUMED = ["full tied, reverse_kl", "lora, a moving average", "full untied, a moving average"]
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "PYTHONPATH", PATH)
+        process = Forks()
+    yield process
+    process.close()
 
 
-@pytest.mark.parametrize(("before", "after"), [("one", 2), ("two", 1), ("two", 3)])
-def test_a_run_goes_on_with_another_number_of_processes(tmp_path: Path, runs: Path, before: str, after: int):
-    numbers = [str(list(SCENARIOS).index(name)) for name in RESUMED]
-    folders = [stopped_in_the_middle(runs / before / number, tmp_path / number) for number in numbers]
-    if after == 1:
-        in_this_process(folders)
-    else:
-        done = ended(torchrun(after, str(HERE / "ranks.py"), *map(str, folders)))
-        assert done.code == 0, done.err
-    for number, folder in zip(numbers, folders, strict=True):
-        assert_equal_runs(runs / "one" / number, folder)
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ("one", 2, "full untied, a moving average"),
+        ("two", 1, "lora, a moving average"),
+        ("two", 3, "lora, a moving average"),  # more processes than rows of an adapter
+        ("two", 3, "full tied, reverse_kl"),
+    ],
+)
+def test_a_run_goes_on_with_another_number_of_processes(
+    tmp_path: Path, runs: Path, forks: Forks, before: str, after: int, name: str
+):
+    number = str(list(SCENARIOS).index(name))
+    folder = stopped_in_the_middle(runs / before / number, tmp_path / "work")
+    again = forks.start(folder, "train", "recipe.yaml", processes=after)
+    assert again.code == 0, again.err
+    assert again.out.count("distil: going on after step 10 of 20") == 1
+    assert_equal_runs(runs / "one" / number, folder)
 
 
-# --- stops and errors --------------------------------------------------------------------------------------------------
+# --- stops and errors ------------------------------------------------------------------------------------------------
 
 GRPO = str(list(SCENARIOS).index("full tied, grpo, few long rows"))
 TRAIN = ("-m", "opd", "train", "recipe.yaml")
 
 
-def goes_on(folder: Path) -> str:
-    done = ended(torchrun(2, *TRAIN, cwd=folder))
-    assert done.code == 0, done.err
-    return done.out
-
-
-def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path: Path, runs: Path):
+def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path: Path, runs: Path, forks: Forks):
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
     process = torchrun(2, *TRAIN, cwd=folder)
     metrics = folder / "run/distil/metrics.jsonl"
@@ -232,11 +241,13 @@ def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path:
     step = checkpoint.load(last).step
     assert 3 <= step < STEPS
     assert metrics.read_text().count("\n") == step
-    assert f"distil: going on after step {step} of 20" in goes_on(folder)
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert f"distil: going on after step {step} of 20" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
-def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs: Path):
+def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs: Path, forks: Forks):
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
     started = time.monotonic()
     failed = ended(torchrun(2, *TRAIN, cwd=folder, judge="out"))
@@ -245,23 +256,79 @@ def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs
     assert failed.err.count("TrainingError: ") == 1
     assert failed.err.count("the judge is out") == 1
     assert "Connection" not in failed.err
-    assert "distil: going on after step 10 of 20" in goes_on(folder)
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 10 of 20" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
+
+
+@pytest.mark.parametrize(
+    ("strike", "goes_on"),
+    [
+        (Strike(call="opd.train.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
+        (Strike(call="safetensors.torch.save", nth=5), "distil: going on after step 10 of 20"),
+    ],
+    ids=["in a step", "writing its shard of the second checkpoint"],
+)
+def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
+    tmp_path: Path, runs: Path, forks: Forks, strike: Strike, goes_on: str
+):
+    number = str(list(SCENARIOS).index("full tied, reverse_kl"))
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
+    killed = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
+    assert killed.code not in (0, 97)
+    assert killed.err.count("RunError: This process lost another one of the run") == 1
+    assert "Traceback" not in killed.err
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert goes_on in again.out
+    assert_equal_runs(runs / "one" / number, folder)
+
+
+def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Forks):
+    number = str(list(SCENARIOS).index("full tied, reverse_kl"))
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
+    strike = Strike(call="opd.train.attach", nth=5, when="after", signals=("SIGINT",))
+    stopped = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
+    assert stopped.code in (1, 130)
+    assert stopped.err.count("Stopped after step 5 of 20 of stage 'distil'; everything is saved.") == 1
+    again = forks.start(folder, "train", "recipe.yaml", processes=3)
+    assert again.code == 0, again.err
+    assert_equal_runs(runs / "one" / number, folder)
 
 
 @pytest.mark.parametrize(
     ("scenario", "overrides", "message"),
     [
-        (0, ["prompts_per_step=1"], "prompts_per_step is 1, and 2 processes were started: each needs at least one"),
-        (0, ["prompts_per_stepp=1"], "Did you mean 'prompts_per_step'?"),
-        (2, ["data.limit=3", "prompts_per_step=2", "steps=900"], "compares the responses to one prompt in one process"),
-        (0, ["models.student.device=cuda:0"], "models.student.device is 'cuda:0', and 2 processes were started"),
-        (9, ["method=ranks:all_masked"], "None of this step's 2 responses has a trained token"),
+        (
+            "full tied, reverse_kl",
+            ["prompts_per_step=1"],
+            "prompts_per_step is 1, and 2 processes were started: each needs at least one",
+        ),
+        ("full tied, reverse_kl", ["prompts_per_stepp=1"], "unknown key `prompts_per_stepp`"),
+        (
+            "lora, grpo, prompts twice in a step",
+            ["data.limit=3", "prompts_per_step=2", "steps=900"],
+            "compares the responses to one prompt in one process",
+        ),
+        (
+            "full untied, tokens of one process",
+            ["method=ranks:all_masked"],
+            "None of this step's 2 responses has a trained token",
+        ),
+        (
+            "full tied, reverse_kl",
+            ["optimizer.learning_rate=1e30", "optimizer.max_grad_norm=1e30"],
+            "The update was not made.",
+        ),
     ],
 )
-def test_an_error_of_all_processes_is_shown_once(tmp_path: Path, scenario: int, overrides: list[str], message: str):
-    folder = prepare(tmp_path / "work", list(SCENARIOS.values())[scenario])
-    failed = ended(torchrun(2, *TRAIN, *overrides, cwd=folder))
-    assert failed.code != 0
+def test_an_error_of_all_processes_is_shown_once(
+    tmp_path: Path, forks: Forks, scenario: str, overrides: list[str], message: str
+):
+    folder = prepare(tmp_path / "work", SCENARIOS[scenario])
+    failed = forks.start(folder, "train", "recipe.yaml", *overrides, processes=2)
+    assert failed.code not in (0, 97)
     assert failed.err.count(message) == 1, failed.err
-    assert failed.err.count("Error: ") - failed.err.count("ChildFailedError: ") == 1
+    assert failed.err.count("Error: ") == 1, failed.err
+    assert "Traceback" not in failed.err

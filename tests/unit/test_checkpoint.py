@@ -20,7 +20,6 @@ from opd import checkpoint
 from opd.checkpoint import Checkpoint, latest, load, save, size_of, sweep
 from opd.errors import RunError
 
-
 # The files of `write`: one process, two groups of tensors.
 STUDENT, MOMENTS = "shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors"
 
