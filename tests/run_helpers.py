@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -192,7 +193,7 @@ def command(*arguments: str) -> Ended:
 class Strike:
     """At the `nth` call of `call` that has `like` among its arguments, the process gets `signals`.
 
-    `when` is before or after the call, or half: a write or a weight file that is only begun.
+    `when` is before or after the call, or half: a write or a folder of weight files that is only begun.
     """
 
     call: str  # where it is looked up, e.g. opd.checkpoint.os.rename
@@ -215,7 +216,7 @@ class Strike:
             if self.when == "half" and name == "write":
                 real(arguments[0], arguments[1][: len(arguments[1]) // 2])
             elif self.when == "half":
-                Path(arguments[1]).write_bytes(b"half of it")
+                (Path(arguments[1]) / "shard-00001-model-00001-of-00003.safetensors").write_bytes(b"half of it")
             result = real(*arguments, **options) if self.when == "after" else None
             for one in self.signals:
                 os.kill(os.getpid(), getattr(signal, one))
@@ -254,10 +255,14 @@ class Forks:
             [sys.executable, __file__], env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def start(self, folder: Path, *arguments: str, strike: Strike | None = None) -> Ended:
-        """`opd ARGUMENTS` in `folder`; its output is also kept beside the folder."""
+    def start(self, folder: Path, *arguments: str, strike: Strike | None = None, processes: int = 1) -> Ended:
+        """`opd ARGUMENTS` in `folder`; its output is also kept beside the folder.
+
+        With several `processes`, what torchrun does: a world of them, and the end of all when one fails. A strike
+        hits the last of them.
+        """
         out, err = folder.with_suffix(".out"), folder.with_suffix(".err")
-        job = {"folder": str(folder), "arguments": arguments, "out": str(out), "err": str(err)}
+        job = {"folder": str(folder), "arguments": arguments, "out": str(out), "err": str(err), "processes": processes}
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         print(json.dumps(job | {"strike": strike and asdict(strike)}), file=self._process.stdin, flush=True)
@@ -269,17 +274,69 @@ class Forks:
 
 def serve() -> None:
     """Fork and run what is asked for on stdin, one JSON object a line; answer each with its exit code."""
-    _import_all()
+    import_all()
     for line in sys.stdin:
-        child = os.fork()
+        job = json.loads(line)
+        for name in ("out", "err"):
+            Path(job[name]).write_bytes(b"")
+        print(_world(job) if job["processes"] > 1 else _codes([_fork(job, {})])[0], flush=True)
+
+
+def _fork(job: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    child = os.fork()
+    if child == 0:
+        os.environ.update(environment)
+        _run(job)
+    return child
+
+
+def _world(job: Mapping[str, Any]) -> int:
+    """The first exit code that is not 0."""
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)  # outlives them, as torchrun's does
+    world = {
+        "WORLD_SIZE": str(job["processes"]),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    last = job["processes"] - 1
+    children = [
+        _fork(dict(job) | {"strike": job["strike"] if rank == last else None}, world | {"RANK": str(rank)})
+        for rank in range(job["processes"])
+    ]
+    return next((code for code in _codes(children) if code), 0)
+
+
+def _codes(children: list[int], patience: float = 30.0) -> list[int]:
+    """Exit codes in the order in which they come; 97 for all if one runs on for `patience` seconds after a failure."""
+    codes: list[int] = []
+    running, until = set(children), float("inf")
+    while running:
+        child, status = os.waitpid(-1, os.WNOHANG if until < float("inf") else 0)
         if child == 0:
-            _run(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+            time.sleep(0.01)
+            if time.monotonic() > until:
+                for one in running:
+                    os.kill(one, signal.SIGKILL)
+                    os.waitpid(one, 0)
+                return [97]
+            continue
+        running.discard(child)
+        codes.append(os.waitstatus_to_exitcode(status))
+        if codes[-1] != 0 and until == float("inf"):
+            until = time.monotonic() + patience
+    return codes
 
 
-def _import_all() -> None:
+def import_all() -> None:
     """Everything that a run imports, also on first use: saving a model and making an array do that too."""
-    for module in ("opd.stages", "opd.report", "peft", "pandas", "pyarrow.parquet"):
+    distributed = ("fsdp", "device_mesh", "tensor", "rendezvous", "checkpoint.hf_storage")
+    for module in (
+        *("opd.stages", "opd.report", "peft", "pandas", "pyarrow.parquet"),
+        *(f"torch.distributed.{name}" for name in distributed),
+    ):
         importlib.import_module(module)
     from opd import models
     from opd.loading import load_model
@@ -295,8 +352,8 @@ def _run(job: dict[str, Any]) -> None:
     code = 99
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(os.open(job["out"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
-        os.dup2(os.open(job["err"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        os.dup2(os.open(job["out"], os.O_WRONLY | os.O_APPEND), 1)
+        os.dup2(os.open(job["err"], os.O_WRONLY | os.O_APPEND), 2)
         os.chdir(job["folder"])
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if job["strike"] is not None:
@@ -320,7 +377,8 @@ def _run(job: dict[str, Any]) -> None:
 def left(run: Path) -> dict[str, Any]:
     """Every file of a run by its path, as what has to be the same however often it was stopped.
 
-    Bytes; of Parquet the rows; of wall-clock numbers the steps alone; of the environment and the time taken nothing.
+    Bytes; of Parquet the rows; of weights the bytes behind the header, and what that says in whatever order; of
+    wall-clock numbers the steps alone; of the environment and the time taken nothing.
     """
     import pyarrow.parquet as pq
 
@@ -329,6 +387,10 @@ def left(run: Path) -> dict[str, Any]:
         name = file.relative_to(run).as_posix()
         if file.suffix == ".parquet":
             found[name] = repr(pq.read_table(file).to_pylist())  # text: a NaN equals itself
+        elif file.suffix == ".safetensors":
+            content = file.read_bytes()
+            end = 8 + int.from_bytes(content[:8], "little")
+            found[name] = (json.loads(content[8:end]), content[end:])
         elif file.name == "timings.jsonl":
             found[name] = [json.loads(line)["step"] for line in file.read_text().splitlines()]
         elif file.name in ("environment.json", "done.json", "state.json"):

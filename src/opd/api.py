@@ -13,6 +13,7 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
 from opd.models import LanguageModel
+from opd.parallel import join
 from opd.prepare import Given
 from opd.progress import Progress, quiet_libraries
 from opd.recipe import Recipe, load_recipe, parse_recipe
@@ -32,7 +33,7 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
         recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
     elif overrides:
         raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
-    return run_recipe(recipe, progress=Progress(quiet=quiet))
+    return _start(recipe, Given(), quiet)
 
 
 def distill(
@@ -93,7 +94,17 @@ def distill(
         source="distill(...)",
     )
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
-    return run_recipe(recipe, Given(models=given, prompts=rows, reward=function, method=made), Progress(quiet=quiet))
+    return _start(recipe, Given(models=given, prompts=rows, reward=function, method=made), quiet)
+
+
+def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
+    with join() as world:
+        if given.models and world.size > 1:
+            raise ConfigError(
+                f"{' and '.join(given.models)}: {world.size} processes cannot share a model object. Save it, and give "
+                "its path."
+            )
+        return run_recipe(recipe, given, Progress(quiet=quiet), world)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

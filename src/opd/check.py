@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from opd.data import take
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.metrics import check_report_to
 from opd.recipe import ModelSpec, Recipe, StageSpec
+from opd.types import Prompt
 
 REMEDIES = {
     "reward": "a reward: set the stage's `reward`, e.g. {name: math_verify}",
@@ -45,6 +47,39 @@ def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
             f"Stage {spec.name!r}: in method {spec.method!r} the student is its own teacher, and the stage names "
             f"{spec.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
         )
+
+
+def check_processes(recipe: Recipe, spec: StageSpec, method: Method, prompts: Sequence[Prompt], size: int) -> None:
+    """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
+    if size == 1:
+        return
+    count = spec.prompts_per_step
+    if count < size:
+        raise ConfigError(
+            f"Stage {spec.name!r}: prompts_per_step is {count}, and {size} processes were started: each needs at least "
+            f"one prompt. Set prompts_per_step to {size} or more, or use a smaller --nproc-per-node."
+        )
+    for name in {spec.train, spec.teacher} - {None}:
+        device = recipe.models[str(name)].device if name in recipe.models else None
+        if device is not None and ":" in device:
+            raise ConfigError(
+                f"models.{name}.device is {device!r}, and {size} processes were started: each has a GPU of its own. "
+                f"Leave models.{name}.device out."
+            )
+    if "group" not in method.needs() or len(prompts) % count == 0:
+        return
+    for step in range(spec.steps):
+        first, last = step * count, (step + 1) * count - 1
+        if first // len(prompts) == last // len(prompts):
+            continue  # within one pass over the data no prompt comes twice
+        different = len({prompt.id for prompt in take(prompts, step=step, count=count, seed=recipe.seed)})
+        if different < size:
+            raise ConfigError(
+                f"Stage {spec.name!r}: step {step + 1} has {different} different prompts ({count} prompts a step, "
+                f"{len(prompts)} in all), and {size} processes were started: method {spec.method!r} compares the "
+                "responses to one prompt in one process. Use a prompts_per_step that divides the number of prompts, or "
+                "a smaller --nproc-per-node."
+            )
 
 
 def check_recipe(recipe: Recipe) -> list[str]:

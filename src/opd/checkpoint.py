@@ -1,20 +1,19 @@
 """Checkpoints of one stage: complete or absent, never half.
 
-    <stage>/checkpoints/step_000012/student.safetensors   tensors["student"]
-                                    optimizer.pt          objects["optimizer"]
-                                    state.json            the step, every file's size in bytes, and `state`
+    <stage>/checkpoints/step_000012/shard-00001-model-00002-of-00004.safetensors   process 1 of all, group 2 of 4
+                                    state.json     the step, every file's size in bytes, and `state`
 
-A checkpoint is written into a hidden folder beside the others, brought to the disk file by file, and then renamed: what
-carries the name `step_...` is complete, whenever the process or the machine stopped. Hidden folders are leftovers of a
-stop in between; `sweep` clears them up and comes before `latest` when a stage starts. One process writes.
+Every process writes its shards of every group of tensors (the student, each moment of its optimiser, a teacher that
+follows it), and any number of processes reads them. A checkpoint is written into a hidden folder beside the others,
+brought to the disk file by file, and then renamed: what carries the name `step_...` is complete, whenever the process
+or the machine stopped. Hidden folders are leftovers of a stop in between; `sweep` clears them up and comes before
+`latest` when a stage starts. The main process makes, renames and removes folders.
 """
 
 from __future__ import annotations
 
-import collections
 import json
 import os
-import pickle
 import re
 import shutil
 from collections.abc import Mapping
@@ -22,38 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from opd.errors import RunError
 from opd.files import GIB, fsync_path
+from opd.parallel import ALONE, World, read_tensors, write_tensors
 
 _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(writing|replaced|removing)-(step_\d{6,})-\d+")
-_PLAIN = (bool, int, float, str, bytes, type(None))
-# What the readers of the three formats raise for bytes that nobody wrote.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    EOFError,
-    RuntimeError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+# What the readers of both formats raise for bytes that nobody wrote.
+_UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What `save` was given, on the CPU."""
+    """What `save` was given."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
-    objects: dict[str, Any]
     state: dict[str, Any]
 
 
@@ -62,37 +48,42 @@ def save(
     step: int,
     *,
     tensors: Mapping[str, Mapping[str, Tensor]],
-    objects: Mapping[str, Any],
     state: Mapping[str, Any],
     keep: int = 2,
+    world: World = ALONE,
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove older ones until `keep` are left, this one included.
 
-    Tensors keep their dtype; those that share memory are written once each. Objects hold tensors, numbers, text and
-    plain containers; `state` is JSON. A checkpoint of the same step is replaced, later ones are left alone. While this
-    runs, the disk holds up to `keep + 1` checkpoints.
+    Groups of tensors by name: sharded ones are written by all processes, whole ones are the same in all. Tensors keep
+    their dtype; those that share memory are written once each. `state` is JSON. A checkpoint of the same step is
+    replaced, later ones are left alone. While this runs, the disk holds up to `keep + 1` checkpoints.
 
     Raises:
         RunError: it could not be written (a full disk, most often). Earlier checkpoints are as they were.
     """
     assert step >= 0
     assert keep >= 1
-    for name, value in objects.items():
-        _check_plain(name, value)
     final = folder / f"step_{step:06d}"
-    part = _hidden(folder, "writing", final.name)
+    part = world.gather(_hidden(folder, "writing", final.name))[0]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # a killed process may have had this one's id
-        part.mkdir()
-        _write(part, step, tensors, objects, state)
-        _put(part, final)
+        if world.main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)  # a killed process may have had this one's id
+            part.mkdir()
+        world.wait()
+        write_tensors(_apart(tensors), part)
+        world.wait()
+        if world.main:
+            _write_state(part, step, state)
+            _put(part, final)
     except BaseException as error:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):
-            raise RunError(_not_written(folder, step, error, size_of([tensors, objects]))) from error
+            raise RunError(_not_written(folder, step, error, size_of(tensors))) from error
         raise
-    _rotate(folder, step, keep)
+    if world.main:
+        _rotate(folder, step, keep)
+    world.wait()
     return final
 
 
@@ -125,8 +116,11 @@ def sweep(folder: Path) -> list[Path]:
     return [leftover for leftover, _ in leftovers]
 
 
-def load(path: Path) -> Checkpoint:
-    """Read a checkpoint; every tensor is on the CPU.
+def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint:
+    """Read a checkpoint, on every process that reads it together with others.
+
+    Tensors come whole and on the CPU; one that `like` has by its group and name comes as that one is: on its device,
+    and in shards if it is sharded.
 
     Raises:
         RunError: there is no checkpoint at `path`, or one of its files is damaged; names the file.
@@ -137,23 +131,21 @@ def load(path: Path) -> Checkpoint:
     try:
         header = json.loads(file.read_bytes())
         sizes, step, state = header["files"], header["step"], header["state"]
-        tensors: dict[str, dict[str, Tensor]] = {}
-        objects: dict[str, Any] = {}
         for name, size in sizes.items():
             file = path / name
             if file.stat().st_size != size:
                 raise ValueError(f"{file.stat().st_size} bytes instead of {size}")
-            if file.suffix == ".safetensors":
-                tensors[file.stem] = load_file(file)
-            else:
-                objects[file.stem] = torch.load(file, map_location="cpu", weights_only=True)
+            with safe_open(file, framework="pt"):  # here, where the file has a name
+                pass
+        file = path
+        tensors = read_tensors(path, like)
     except _UNREADABLE as error:
         why = _reason(error).strip().splitlines()[0]
         raise RunError(
             f"{file} is damaged ({why}). Remove {path} to continue from the checkpoint before it, or to start again if "
             "there is none."
         ) from error
-    return Checkpoint(step=step, tensors=tensors, objects=objects, state=state)
+    return Checkpoint(step=step, tensors=tensors, state=state)
 
 
 def size_of(tensors: Any) -> int:
@@ -167,18 +159,7 @@ def size_of(tensors: Any) -> int:
     return 0
 
 
-def _write(
-    part: Path,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    objects: Mapping[str, Any],
-    state: Mapping[str, Any],
-) -> None:
-    for name, group in tensors.items():
-        save_file(_apart(group), part / f"{name}.safetensors")
-        fsync_path(part / f"{name}.safetensors")
-    for name, value in objects.items():
-        _save_object(value, part / f"{name}.pt")
+def _write_state(part: Path, step: int, state: Mapping[str, Any]) -> None:
     sizes = {file.name: file.stat().st_size for file in sorted(part.iterdir())}
     text = json.dumps({"step": step, "files": sizes, "state": state}, indent=2, allow_nan=False)
     assert json.loads(text)["state"] == state, "the state changes on its way through JSON (a tuple, an integer key?)"
@@ -187,28 +168,21 @@ def _write(
     fsync_path(part)
 
 
-def _apart(group: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On the CPU, contiguous, and no two in the same memory, which safetensors refuses."""
+def _apart(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
+    """Contiguous, and no two in the same memory, which safetensors refuses. Shards are both."""
     storages: set[int] = set()
-    result: dict[str, Tensor] = {}
-    for name, tensor in group.items():
-        copy = tensor.detach().to("cpu").contiguous()
-        if copy.numel() and copy.untyped_storage().data_ptr() in storages:
-            copy = copy.clone()
-        storages.add(copy.untyped_storage().data_ptr())
-        result[name] = copy
+    result: dict[str, dict[str, Tensor]] = {}
+    for group, named in tensors.items():
+        result[group] = {}
+        for name, tensor in named.items():
+            copy = tensor.detach()
+            if not hasattr(copy, "full_tensor"):
+                copy = copy.contiguous()
+                if copy.numel() and copy.untyped_storage().data_ptr() in storages:
+                    copy = copy.clone()
+                storages.add(copy.untyped_storage().data_ptr())
+            result[group][name] = copy
     return result
-
-
-def _save_object(value: Any, file: Path) -> None:
-    # A Python file, because torch's own reports a full disk as "unexpected pos" and nothing more.
-    with open(file, "wb") as stream:
-        try:
-            torch.save(value, stream)
-        except RuntimeError as error:
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _put(part: Path, final: Path) -> None:
@@ -254,22 +228,6 @@ def _complete(folder: Path) -> dict[int, Path]:
 
 def _hidden(folder: Path, kind: str, name: str) -> Path:
     return folder / f".{kind}-{name}-{os.getpid()}"
-
-
-def _check_plain(where: str, value: Any) -> None:
-    """Whatever `torch.load(weights_only=True)` would refuse has to be refused now, not when the run is resumed."""
-    if type(value) in (dict, collections.OrderedDict):
-        for key, inner in value.items():
-            assert type(key) in (str, int), f"{where} has the key {key!r}"
-            _check_plain(f"{where}[{key!r}]", inner)
-    elif type(value) in (list, tuple):
-        for i, inner in enumerate(value):
-            _check_plain(f"{where}[{i}]", inner)
-    else:
-        # By type: a numpy number is a float to isinstance, and not to the reader.
-        assert isinstance(value, Tensor) or type(value) in _PLAIN, (
-            f"{where} is a {type(value).__name__}, which a checkpoint cannot hold"
-        )
 
 
 def _reason(error: BaseException) -> str:

@@ -27,23 +27,30 @@ Overrides = Annotated[
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Run a recipe. The same command goes on with a run that was stopped."""
-    from opd.recipe import load_recipe
+    """Run a recipe. The same command goes on with a run that was stopped.
 
-    resolved = load_recipe(recipe, overrides or [])
+    Under torchrun, its processes share the work: torchrun --nproc-per-node 2 -m opd train RECIPE
+    """
+    from opd.parallel import join
+
     quiet_libraries()
-    from rich.console import Console
+    with join() as world:
+        from opd.recipe import load_recipe
 
-    from opd.progress import Progress
-    from opd.report import print_report
-    from opd.stages import run_recipe
+        resolved = load_recipe(recipe, overrides or [])
+        from rich.console import Console
 
-    console = Console()
-    try:
-        run_recipe(resolved, progress=Progress(console=console))
-    except KeyboardInterrupt:
-        raise Stopped("Stopped at once. The same command goes on from the last checkpoint.") from None
-    print_report(resolved, console)
+        from opd.progress import Progress
+        from opd.report import print_report
+        from opd.stages import run_recipe
+
+        console = Console()
+        try:
+            run_recipe(resolved, progress=Progress(console=console), world=world)
+        except KeyboardInterrupt:
+            raise Stopped("Stopped at once. The same command goes on from the last checkpoint.") from None
+        if world.main:
+            print_report(resolved, console)
 
 
 @app.command()

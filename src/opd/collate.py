@@ -10,6 +10,7 @@ from torch import Tensor
 
 from opd.errors import DataError, TeacherError, TrainingError
 from opd.method import Method
+from opd.parallel import World
 from opd.reading import batches
 from opd.types import Batch, Denominator, Rollout, Scores, valid
 
@@ -36,8 +37,7 @@ class MicroBatch:
 def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
     """Pad to [B, T]. Padding of floating-point fields is NaN: a path that reads it shows at once.
 
-    Raises DataError for a response of zero tokens, TeacherError when scores do not fit their response, TrainingError
-    when no token of the step is trained.
+    Raises DataError for a response of zero tokens, TeacherError when scores do not fit their response.
     """
     check_responses(rollouts)
     for rollout, score in zip(rollouts, scores, strict=True):
@@ -46,11 +46,6 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
                 f"The teacher scored {len(score.teacher_logp)} tokens of the response to prompt {rollout.prompt.id}, "
                 f"which has {len(rollout.response_ids)}."
             )
-    if not any(bool(rollout.trained.any()) for rollout in rollouts):
-        raise TrainingError(
-            f"None of this step's {len(rollouts)} responses has a trained token (prompts "
-            f"{[rollout.prompt.id for rollout in rollouts[:8]]}): the gradient would be 0/0. Check the source's masks."
-        )
     unknown = [torch.full((len(r.response_ids),), torch.nan) for r in rollouts]
     groups: dict[int, int] = {}
     return Batch(
@@ -79,6 +74,17 @@ def check_responses(rollouts: Sequence[Rollout]) -> None:
                 f"The response to prompt {rollout.prompt.id} has zero tokens, so there is nothing to train on. "
                 "Drop the row, or let its writer end with the end-of-sequence token."
             )
+
+
+def check_trained(rollouts: Sequence[Rollout], world: World) -> None:
+    """Raise TrainingError, in every process, when no token of the whole step is trained."""
+    if world.any(any(bool(rollout.trained.any()) for rollout in rollouts)):
+        return
+    ids = [i for part in world.gather([rollout.prompt.id for rollout in rollouts]) for i in part]
+    raise TrainingError(
+        f"None of this step's {len(ids)} responses has a trained token (prompts {ids[:8]}): the gradient would be 0/0. "
+        "Check the source's masks."
+    )
 
 
 def attach(batch: Batch, method: Method) -> Batch:

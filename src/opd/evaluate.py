@@ -16,6 +16,7 @@ from opd.loading import load_model
 from opd.loss import hidden_of
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel, evaluating
+from opd.parallel import ALONE, World
 from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
 from opd.rewards import RewardFn, load_reward, score
 from opd.samplers.hf import TransformersSampler
@@ -49,13 +50,15 @@ class Measurement:
     rollouts: dict[str, list[Rollout]]
 
 
-def measure(held_out: HeldOut, samplers: Mapping[str, Sampler]) -> Measurement:
-    """Sample every held-out prompt with each setting and summarise."""
+def measure(held_out: HeldOut, samplers: Mapping[str, Sampler], world: World = ALONE) -> Measurement:
+    """Sample every held-out prompt with each setting and summarise; every process samples some, and has all."""
     metrics: dict[str, float] = {}
     rollouts: dict[str, list[Rollout]] = {}
+    positions = world.positions(range(len(held_out.prompts)))
+    prompts = [held_out.prompts[i] for i in positions]
     for name, sampler in samplers.items():
-        written = rewarded(held_out.reward, sampler(held_out.prompts, seed=(held_out.seed, EVALUATION_STEP)))
-        rollouts[name] = written
+        mine = rewarded(held_out.reward, sampler(prompts, seed=(held_out.seed, EVALUATION_STEP))) if prompts else []
+        written = rollouts[name] = world.in_order(positions, mine)
         metrics |= {f"eval/{name}/{key}": value for key, value in summary(written, held_out.pass_at).items()}
     return Measurement(metrics=metrics, rollouts=rollouts)
 
@@ -104,7 +107,6 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
     return out
 
 
-@torch.no_grad()
 def exact_divergence(
     student: LanguageModel,
     teacher: LocalTeacher,
@@ -113,8 +115,30 @@ def exact_divergence(
     *,
     micro_batch_tokens: int,
     names: Sequence[str] = ("reverse_kl", "forward_kl"),
+    world: World = ALONE,
 ) -> dict[str, float]:
-    """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary."""
+    """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary.
+
+    All processes have the same rollouts; each looks at some of them.
+    """
+    mine = [rollouts[i] for i in world.positions(range(len(rollouts)))]
+    totals, count = dict.fromkeys(names, 0.0), 0.0
+    if mine:
+        totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names)
+    count = world.sum(count)
+    return {name: world.sum(total) / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def _divergence_sums(
+    student: LanguageModel,
+    teacher: LocalTeacher,
+    rollouts: Sequence[Rollout],
+    context: Context,
+    micro_batch_tokens: int,
+    names: Sequence[str],
+) -> tuple[dict[str, float], float]:
+    """(sums over tokens by name, number of tokens)."""
     method = reverse_kl(average="token")
     scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature, sampled=False)
     batch = attach(collate(rollouts, scores, student.device), method)
@@ -128,7 +152,7 @@ def exact_divergence(
             for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
                 for name in names:
                     totals[name] += DIVERGENCES[name](*pair).sum().item()
-    return {name: total / denominator.count for name, total in totals.items()}
+    return totals, denominator.count
 
 
 def sample_rows(rollouts: Sequence[Rollout], **columns: Any) -> list[dict[str, Any]]:

@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import nn
+
 from opd.evaluate import HeldOut, Measurement, exact_divergence, measure, sample_rows, student_samplers
 from opd.models import LanguageModel
+from opd.parallel import World
 from opd.rundir import StageDir
 from opd.teachers.local import LocalTeacher
 from opd.types import Context, Rollout, Sampler
@@ -19,6 +22,8 @@ class Examiner:
 
     held_out: HeldOut
     student: LanguageModel
+    world: World
+    root: nn.Module  # the student's, by which its weights are gathered
     folder: StageDir
     every: int
     measure_before: bool
@@ -34,18 +39,20 @@ class Examiner:
     def before(self) -> dict[str, float]:
         """The teacher's own responses (if asked for) and the untrained student, under eval/teacher and eval/student."""
         out: dict[str, float] = {}
-        if self.teacher_samplers:
-            taught = measure(self.held_out, self.teacher_samplers)
-            out |= {key.replace("eval/", "eval/teacher/", 1): value for key, value in taught.metrics.items()}
-            self._keep("teacher", taught)
-        return out | (self._student("before") if self.measure_before else {})
+        with self.world.gathered(self.root):
+            if self.teacher_samplers:
+                taught = measure(self.held_out, self.teacher_samplers, self.world)
+                out |= {key.replace("eval/", "eval/teacher/", 1): value for key, value in taught.metrics.items()}
+                self._keep("teacher", taught)
+            return out | (self._student("before") if self.measure_before else {})
 
     def after(self, done: int) -> dict[str, float]:
         """The student after `done` updates."""
-        return self._student(f"step_{done:06d}")
+        with self.world.gathered(self.root):
+            return self._student(f"step_{done:06d}")
 
     def _student(self, when: str) -> dict[str, float]:
-        measured = measure(self.held_out, student_samplers(self.held_out, self.student))
+        measured = measure(self.held_out, student_samplers(self.held_out, self.student), self.world)
         self._keep(when, measured)
         metrics = dict(measured.metrics)
         if self.kl_teacher is not None and self.context is not None:
@@ -55,6 +62,7 @@ class Examiner:
                 self._drawn(measured.rollouts),
                 self.context,
                 micro_batch_tokens=self.micro_batch_tokens,
+                world=self.world,
             )
             metrics |= {f"eval/{name}": value for name, value in divergences.items()}
         return metrics

@@ -21,10 +21,14 @@ def stopped_after(stage: str, step: int, steps: int) -> Stopped:
 
 
 class Interrupt:
-    """While active, the first SIGINT sets `asked`; the second one is an ordinary KeyboardInterrupt."""
+    """While active, the first SIGINT sets `asked`; the second one is an ordinary KeyboardInterrupt.
 
-    def __init__(self) -> None:
+    Of several processes one `speaks`; that all of them were asked is for them to agree on.
+    """
+
+    def __init__(self, *, speaks: bool = True) -> None:
         self.asked = False
+        self._speaks = speaks
 
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()
@@ -36,7 +40,8 @@ class Interrupt:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        print("\nStopping after this step; once more to stop at once.", flush=True)
+        if self._speaks:
+            print("\nStopping after this step; once more to stop at once.", flush=True)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -24,7 +24,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0) -> LanguageModel:
     """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
 
-    `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed.
+    `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed,
+    and those of new adapters.
     """
     try:
         model, tokenizer = _load(spec, name, folder, seed)
@@ -65,7 +66,9 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[A
     if spec.lora is not None:
         if spec.gradient_checkpointing:
             model.enable_input_require_grads()
-        model = models.add_lora(model, **spec.lora.model_dump())
+        with torch.random.fork_rng():
+            torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))  # the adapters' own, whatever came before
+            model = models.add_lora(model, **spec.lora.model_dump())
     return model, tokenizer
 
 

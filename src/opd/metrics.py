@@ -70,6 +70,14 @@ class Metrics:
         self._entries[name] = (kind, _combined(kind, before, number), counted + count)
 
 
+def merged(parts: Iterable[Metrics]) -> Metrics:
+    """The numbers of several processes, put together."""
+    whole = Metrics()
+    for part in parts:
+        whole.merge(part)
+    return whole
+
+
 def _combined(kind: Kind, a: float, b: float) -> float:
     if kind in ("mean", "sum"):
         return a + b

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from opd.errors import ConfigError, DataError
 from opd.score import Head
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +81,18 @@ class LanguageModel:
         return "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
 
     @property
+    def sharded(self) -> bool:
+        """Whether processes hold shards of the weights (`parallel.World.shard`)."""
+        return any(hasattr(module, "unshard") for module in self.model.modules())
+
+    @property
     def caches(self) -> bool:
-        """Whether a forward with gradient may use a cache: not under gradient checkpointing."""
-        return not (self.model.training and getattr(self.model, "is_gradient_checkpointing", False))
+        """Whether a forward may use a cache.
+
+        Not in training under gradient checkpointing, nor on shards: there each forward is one of all processes, and
+        how many a micro-batch takes must not depend on what its rows share.
+        """
+        return not (self.model.training and (getattr(self.model, "is_gradient_checkpointing", False) or self.sharded))
 
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
@@ -97,6 +108,26 @@ class LanguageModel:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name; with LoRA the adapters alone."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that transformers keeps together on one device, in order; empty if it names none."""
+        kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
+        return [module for module in self.causal_lm.modules() if type(module).__name__ in kinds]
+
+
+class Root(nn.Module):
+    """A model whose forward runs any function over its weights.
+
+    Our losses call the backbone and read the head's weight, never the model itself. Sharded weights are gathered by the
+    forward of a module that has them all, and their gradients reduced after its backward: this one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return function(*arguments)
 
 
 @contextlib.contextmanager

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from opd.parallel import full
 from opd.recipe import OptimizerSection
 
 
@@ -24,7 +24,10 @@ class Optimiser:
 
     def clip(self) -> float:
         """Scale the gradient down to `max_grad_norm`; returns the global norm that it had."""
-        return float(nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm))
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = full(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+        return float(norm)
 
     def step(self) -> dict[str, float]:
         rate = float(self.schedule.get_last_lr()[0])
@@ -33,13 +36,29 @@ class Optimiser:
         self.adamw.zero_grad(set_to_none=True)
         return {"optim/learning_rate": rate}
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"adamw": self.adamw.state_dict(), "schedule": {"last_epoch": self.schedule.last_epoch}}
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state, by its own name for it and by parameter: moments in shards like the parameters."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adamw.state[parameter].items():
+                groups.setdefault(f"adamw.{key}", {})[name] = value
+        return groups
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.adamw.load_state_dict(state["adamw"])
-        self.schedule.last_epoch = state["schedule"]["last_epoch"]
-        # LambdaLR keeps the rate in the parameter groups, which the optimizer's state has just restored.
+    @property
+    def updates(self) -> int:
+        """How many there have been, as the schedule counts."""
+        return int(self.schedule.last_epoch)
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
+        """Go on from what `tensors` and `updates` were; other groups of `tensors` are ignored."""
+        for group, named in tensors.items():
+            if group.startswith("adamw."):
+                for name, value in named.items():
+                    self.adamw.state[self.parameters[name]][group.removeprefix("adamw.")] = value
+        self.schedule.last_epoch = updates
+        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, self.adamw.param_groups, strict=True)
+        for base, factor_at, group in rates:
+            group["lr"] = base * factor_at(updates)
         self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
 
 

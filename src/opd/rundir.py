@@ -40,6 +40,7 @@ class RunDir:
     """A run's folder. Make it with `RunDir.open`."""
 
     path: Path
+    writes: bool = True
 
     @classmethod
     def open(cls, path: Path, recipe_yaml: str, *, free_bytes_needed: int = 0) -> RunDir:
@@ -74,7 +75,9 @@ class RunDir:
                 f"A stage cannot be named {name!r}: its folder carries the name. Use letters, digits, '_', '-' and "
                 f"'.', a letter or digit first, and none of {sorted(_RESERVED)}."
             )
-        stage = StageDir(self.path / name)
+        stage = StageDir(self.path / name, self.writes)
+        if not self.writes:
+            return stage
         try:
             stage.samples.mkdir(parents=True, exist_ok=True)
             stage.checkpoints.mkdir(exist_ok=True)
@@ -88,6 +91,7 @@ class StageDir:
     """The files of one stage. Make it with `RunDir.stage`."""
 
     path: Path
+    writes: bool = True
 
     @property
     def metrics(self) -> Path:
@@ -115,11 +119,13 @@ class StageDir:
         Raises:
             TrainingError: a metric is NaN or infinite. RunError: the line could not be written.
         """
-        append_line(self.metrics, step, metrics)
+        if self.writes:
+            append_line(self.metrics, step, metrics)
 
     def append_timings(self, step: int, timings: Mapping[str, float]) -> None:
         """One line of wall-clock numbers. Raises as `append_metrics` does."""
-        append_line(self.timings, step, timings)
+        if self.writes:
+            append_line(self.timings, step, timings)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines, each with its `step`. Raises RunError if one is damaged or the file cannot be read."""
@@ -131,6 +137,8 @@ class StageDir:
         Raises:
             RunError: a file cannot be read or written, or a complete line is damaged.
         """
+        if not self.writes:
+            return
         for file in (self.metrics, self.timings):
             if file.exists():
                 kept = [line for line, row in read_lines(file) if row["step"] <= step]
@@ -152,11 +160,13 @@ class StageDir:
             DataError: a column holds values that have no common type.
             RunError: the file could not be written.
         """
-        return write_table(self.samples / f"step_{step:06d}.parquet", rows)
+        file = self.samples / f"step_{step:06d}.parquet"
+        return write_table(file, rows) if self.writes else file
 
     def write_held_out(self, when: str, rows: list[dict[str, Any]]) -> Path:
         """The responses of one evaluation, to held_out_<when>.parquet. Raises as `write_samples` does."""
-        return write_table(self.path / f"held_out_{when}.parquet", rows)
+        file = self.path / f"held_out_{when}.parquet"
+        return write_table(file, rows) if self.writes else file
 
     def read_samples(self) -> list[dict[str, Any]]:
         """The rows of all sample files, each with its `step`, in order."""
@@ -178,6 +188,8 @@ class StageDir:
             TrainingError: a number of it is NaN or infinite. RunError: the file could not be written.
         """
         check_finite("the stage's summary", summary)
+        if not self.writes:
+            return
         write_atomically(self.path / "done.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
 
     def done(self) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ import torch
 
 from opd import checkpoint, models, optim
 from opd import recipe as recipes
-from opd.check import check_tokenizers
+from opd.check import check_processes, check_tokenizers
 from opd.contexts import same_prompt
 from opd.errors import ConfigError
 from opd.held_out import Examiner
@@ -21,7 +21,8 @@ from opd.loading import load_model
 from opd.method import Method
 from opd.metrics import ReportWriter
 from opd.model_card import write_card
-from opd.models import LanguageModel
+from opd.models import LanguageModel, Root
+from opd.parallel import ALONE, World, full
 from opd.prepare import Given, Prepared, prepare, sampling_of
 from opd.progress import Progress
 from opd.recipe import Recipe, StageSpec
@@ -46,29 +47,40 @@ class Run:
     samples: list[dict[str, Any]]
 
 
-def run_recipe(recipe: Recipe, given: Given | None = None, progress: Progress | None = None) -> Run:
-    """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`."""
+def run_recipe(
+    recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
+) -> Run:
+    """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`.
+
+    Every process of `world` calls this; one of them writes and shows progress.
+    """
     given = given or Given()
-    prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
-    tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
-    for spec in recipe.stages:  # the rest of what can fail without weights
-        check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers)
-    directory = RunDir.open(recipe.folder, recipes.dump(recipe))
+    with world.main_first():
+        prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
+        tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
+        for spec in recipe.stages:  # the rest of what can fail without weights
+            check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers)
+            check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].prompts, world.size)
+        directory = RunDir.open(recipe.folder, recipes.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     report = ReportWriter(
-        recipe.report_to, folder=directory.path, name=recipe.name, config=recipe.model_dump(mode="json")
+        recipe.report_to if world.main else (),
+        folder=directory.path,
+        name=recipe.name,
+        config=recipe.model_dump(mode="json"),
     )
     student: LanguageModel | None = None
-    with progress or Progress() as shown:
+    with progress if progress and world.main else Progress(quiet=not world.main) as shown:
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
             if folder.done() is not None:
                 shown.note(f"{spec.name}: done before")
                 continue
             shown.stage(spec.name, spec.steps)
-            stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report)
-            student = stage.student
+            stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report, world)
+            student = stage.student if world.size == 1 else None  # a sharded one is of use to nobody
             outcome = train(stage)
-            finish(recipe, stage, outcome.seconds)
+            finish(recipe, stage, outcome.seconds, given, directory)
+            world.wait()
             if outcome.asked_to_stop and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
     report.close()
@@ -93,23 +105,28 @@ def build(
     directory: RunDir,
     progress: Progress,
     report: ReportWriter,
+    world: World,
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
-    student = model_for(recipe, spec, spec.train, given, directory)
-    check_student(spec, prepared.method, student, progress)
-    check_space(directory.path, space_needed(spec, student))
     external = None
-    if spec.teacher is not None and spec.teacher != spec.train:
-        external = model_for(recipe, spec, spec.teacher, given, directory)
-        check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
+    with world.main_first():
+        student = model_for(recipe, spec, spec.train, given, directory)
+        check_student(spec, prepared.method, student, progress)
+        check_space(directory.path, space_needed(spec, student))
+        if spec.teacher is not None and spec.teacher != spec.train:
+            external = model_for(recipe, spec, spec.teacher, given, directory)
+            check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
     method = prepared.method
-    teacher = teacher_for(
+    world.agree(student.trainable().values())
+    teacher = teacher_for(  # before the student is sharded: a copy of it is whole, in every process
         method.teacher,
         student,
         external,
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and recipe.models[spec.teacher].offload,
     )
+    root = Root(student.model)
+    world.shard(root, student.blocks())
     sampler = TransformersSampler(
         lm=student, sampling=sampling_of(spec.sampling), max_prompt_length=spec.max_prompt_length
     )
@@ -117,15 +134,17 @@ def build(
     return Stage(
         spec=spec,
         seed=recipe.seed,
+        world=world,
         method=method,
         student=student,
+        root=root,
         teacher=teacher,
         sampler=sampler,
         writers=writers_of(spec, student, external, sampler),
         prompts=prepared.prompts,
         reward=prepared.reward,
         optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
-        examiner=examiner_of(recipe, spec, prepared, student, teacher, external, folder),
+        examiner=examiner_of(spec, prepared, student, teacher, external, folder, world, root),
         folder=folder,
         progress=progress,
         report=report,
@@ -145,7 +164,9 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
         )
 
 
-def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir) -> LanguageModel:
+def model_for(
+    recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir, device: str | None = None
+) -> LanguageModel:
     """A model as it stands when stage `spec` begins: what the last stage that trained it left, else its origin."""
     if name in given.models:
         return given.models[name]
@@ -153,7 +174,8 @@ def model_for(recipe: Recipe, spec: StageSpec, name: str, given: Given, director
     trained = [s.name for s in before if s.train == name]
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
-    return load_model(recipe.models[name], name=name, folder=folder, seed=recipe.seed)
+    described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
+    return load_model(described, name=name, folder=folder, seed=recipe.seed)
 
 
 def writers_of(
@@ -174,13 +196,14 @@ def writers_of(
 
 
 def examiner_of(
-    recipe: Recipe,
     spec: StageSpec,
     prepared: Prepared,
     student: LanguageModel,
     teacher: LocalTeacher | None,
     external: LanguageModel | None,
     folder: StageDir,
+    world: World,
+    root: Root,
 ) -> Examiner | None:
     """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
     if spec.evaluate is None or prepared.held_out is None:
@@ -204,6 +227,8 @@ def examiner_of(
     return Examiner(
         held_out=prepared.held_out,
         student=student,
+        world=world,
+        root=root,
         folder=folder,
         every=spec.evaluate.every,
         measure_before=spec.evaluate.before,
@@ -214,18 +239,43 @@ def examiner_of(
     )
 
 
-def finish(recipe: Recipe, stage: Stage, seconds: float) -> None:
+def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:
     """The stage's model in Hugging Face format with a card, then the mark that it is done."""
+    student = whole_student(recipe, stage, given, directory)
+    if student is None:
+        return
     target = stage.folder.model
     partial = target.with_name(f".writing-{target.name}")
     if partial.exists():
         shutil.rmtree(partial)
-    models.save(stage.student, partial)
+    models.save(student, partial)
     write_card(partial, recipe, stage.spec, stage.folder.read_metrics())
     if target.exists():
         shutil.rmtree(target)
     partial.rename(target)
     stage.folder.mark_done({"seconds": seconds})
+
+
+def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:
+    """The student for the process that saves it, None for the others.
+
+    A sharded one is loaded again, on the CPU, as it was before the stage, and takes over what was trained.
+    """
+    world = stage.world
+    if world.size == 1:
+        return stage.student
+    trained: dict[str, torch.Tensor] = {}
+    for name, parameter in stage.student.trainable().items():
+        values = full(parameter.detach())  # with all others
+        if world.main:
+            trained[name] = values.cpu()
+    if not world.main:
+        return None
+    student = model_for(recipe, stage.spec, stage.spec.train, given, directory, device="cpu")
+    with torch.no_grad():
+        for name, parameter in student.trainable().items():
+            parameter.copy_(trained[name])
+    return student
 
 
 def seconds_limit(spec: StageSpec, directory: RunDir) -> float:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from opd import checkpoint, diagnostics
-from opd.collate import attach, check_responses, collate, split
+from opd.collate import MicroBatch, attach, check_responses, check_trained, collate, split
 from opd.data import take
 from opd.errors import TrainingError
 from opd.evaluate import rewarded, sample_rows
@@ -22,17 +24,18 @@ from opd.held_out import Examiner
 from opd.interrupt import Interrupt, stopped_after
 from opd.loss import loss_of
 from opd.method import Method
-from opd.metrics import ReportWriter
-from opd.models import LanguageModel
+from opd.metrics import Metrics, ReportWriter, merged
+from opd.models import LanguageModel, Root
 from opd.optim import Optimiser
+from opd.parallel import World
 from opd.progress import Progress
 from opd.recipe import StageSpec
 from opd.rewards import RewardFn
 from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
-from opd.supports import sampled, top_k
-from opd.teachers.local import LocalTeacher
-from opd.types import Batch, Prompt, Record, Rollout, Scores, Writers
+from opd.score import Head
+from opd.teachers.local import LocalTeacher, with_record
+from opd.types import Batch, Prompt, Rollout, Scores, Writers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,8 +44,10 @@ class Stage:
 
     spec: StageSpec
     seed: int
+    world: World
     method: Method
     student: LanguageModel
+    root: Root  # of the student: what runs its forward and backward
     teacher: LocalTeacher | None
     sampler: TransformersSampler
     writers: Writers
@@ -69,52 +74,60 @@ def train(stage: Stage) -> Outcome:
 
     Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with all saved.
     """
-    spec, method, student, teacher = stage.spec, stage.method, stage.student, stage.teacher
+    spec, method, student, teacher, world = stage.spec, stage.method, stage.student, stage.teacher, stage.world
+    full_support = method.support.kind == "full"
     first, seconds = resume(stage)
     if stage.examiner is not None and first == 0 and (measured := stage.examiner.before()):
         write(stage, 0, measured)
-    with Interrupt() as interrupt:
+    with Interrupt(speaks=world.main) as interrupt:
         for step in range(first, spec.steps):
             started = time.perf_counter()
             stage.sampler.version = step
-            prompts = take(stage.prompts, step=step, count=spec.prompts_per_step, seed=stage.seed)  # 1 list[Prompt]
-            rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
-            check_responses(rollouts)
-            rollouts = with_record(stage, rewarded(stage.reward, rollouts), method.record())
-            wrote = time.perf_counter()
+            step_prompts = take(stage.prompts, step=step, count=spec.prompts_per_step, seed=stage.seed)
+            mine = world.positions(sharing_keys(method, step_prompts))
+            prompts = [step_prompts[i] for i in mine]  # 1 list[Prompt], of this process
             shown = bool(spec.samples_every) and (step % spec.samples_every == 0 or step + 1 == spec.steps)
-            contexts = method.context(rollouts)  # 3 what the teacher reads
-            scores = unscored(rollouts)
-            if teacher is not None:
-                scores = teacher.score(
-                    rollouts,
-                    contexts,
-                    method.support,
-                    method.temperature,
-                    sampled=shown or method.reads("teacher_logp"),
-                    entropy=method.reads("teacher_entropy"),
-                )
+            with world.gathered(stage.root):
+                rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
+                check_responses(rollouts)
+                rollouts = with_record(student, rewarded(stage.reward, rollouts), method, spec.micro_batch_tokens)
+                wrote = time.perf_counter()
+                contexts = method.context(rollouts)  # 3 what the teacher reads
+                scores = unscored(rollouts)
+                if teacher is not None:
+                    scores = teacher.score(
+                        rollouts,
+                        contexts,
+                        method.support,
+                        method.temperature,
+                        sampled=shown or method.reads("teacher_logp"),
+                        entropy=method.reads("teacher_entropy"),
+                    )
+            check_trained(rollouts, world)
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
             batch = attach(batch, method)  # 5 credit and weight
-            denominator = method.normalise(batch)  # 6 the one denominator: the end of phase A
-            head = teacher.head() if teacher is not None and method.support.kind == "full" else None
+            denominator = method.normalise(batch)
+            count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A
+            head = teacher.head() if teacher is not None and full_support and teacher.lm is not student else None
             metrics = diagnostics.of(batch, method, version=step)
             scored = time.perf_counter()
             loss = 0.0
             student.model.train()
-            for micro in split(batch, denominator, spec.micro_batch_tokens, shares=student.caches):
-                part, observed = loss_of(method, student, micro, denominator.count, head)  # 7, 8 the formula
+            micros = split(batch, denominator, spec.micro_batch_tokens, shares=student.caches)
+            for micro in even(micros, world):
+                part, observed = stage.root(loss_part, stage, micro, count, head)  # 7, 8 the formula
                 part.backward()
                 loss += part.item()
                 metrics.merge(observed)
             student.model.eval()
             grad_norm = stage.optimiser.clip()
-            check_finite(stage, step, batch, loss, grad_norm)
+            loss, metrics = world.sum(loss), merged(world.gather(metrics))
+            check_finite(stage, step, mine, batch, loss, grad_norm)
             rates = method.update(stage.optimiser)  # 9 step, schedule
             if teacher is not None:
                 teacher.after_step()  # 10 an EMA teacher follows
             ended = time.perf_counter()
-            seconds += ended - started
+            seconds = world.max(seconds + (ended - started))
             metrics.value("train/loss", loss)
             metrics.value("optim/grad_norm", grad_norm)
             for name, value in rates.items():
@@ -132,19 +145,46 @@ def train(stage: Stage) -> Outcome:
                 },
             )
             if shown or (spec.samples_every and finished):
-                stage.folder.write_samples(done, rows_of(batch))
-            saved = done % spec.checkpoint.every == 0 or finished or interrupt.asked
+                stage.folder.write_samples(done, world.in_order(mine, rows_of(batch)))
+            asked = world.any(interrupt.asked)
+            saved = done % spec.checkpoint.every == 0 or finished or asked
             if saved:
                 save(stage, done, seconds, finished)
-            if finished or not interrupt.asked:
+            if finished or not asked:
                 examine(stage, done, finished)  # 12
+            asked = world.any(interrupt.asked)
             if finished:
                 break
-            if interrupt.asked:  # a resumed run makes up for an evaluation that was left out
+            if asked:  # a resumed run makes up for an evaluation that was left out
                 if not saved:
                     save(stage, done, seconds, finished)
                 raise stopped_after(spec.name, done, spec.steps)
-    return Outcome(seconds=seconds, asked_to_stop=interrupt.asked)
+    return Outcome(seconds=seconds, asked_to_stop=world.any(interrupt.asked))
+
+
+def sharing_keys(method: Method, prompts: list[Prompt]) -> list[int]:
+    """What has to stay in one process: a prompt that a step takes twice is one group to a method that needs groups."""
+    return [prompt.id if "group" in method.needs() else i for i, prompt in enumerate(prompts)]
+
+
+def even(micros: list[MicroBatch], world: World) -> list[MicroBatch | None]:
+    """As many in every process, filled up with None: each forward and backward is one of all processes."""
+    return [*micros, *[None] * (int(world.max(len(micros))) - len(micros))]
+
+
+def loss_part(
+    stage: Stage, micro: MicroBatch | None, count: float, teacher_head: Head | None
+) -> tuple[Tensor, Metrics]:
+    """One micro-batch's part of the step's loss. None is worth exactly 0 to loss and gradient, and is not counted."""
+    student, teacher = stage.student, stage.teacher
+    if micro is None:
+        head, hidden = student.head(), student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device))
+        # Sums over nothing: gradients of zeros for all that other processes have gradients for, whatever the values.
+        nothing = [t[:0].sum() for t in (hidden, head.weight, head.bias) if t is not None]
+        return torch.stack(nothing).sum(), Metrics()
+    if teacher is not None and teacher.lm is student and stage.method.support.kind == "full":
+        teacher_head = teacher.head()  # the student's own weights, which are whole in here and sharded outside
+    return loss_of(stage.method, student, micro, count, teacher_head)
 
 
 def resume(stage: Stage) -> tuple[int, float]:
@@ -152,22 +192,26 @@ def resume(stage: Stage) -> tuple[int, float]:
 
     A stage that had finished, by its steps or its time, has no step left to run.
     """
-    folder = stage.folder.checkpoints
-    checkpoint.sweep(folder)
+    folder, world = stage.folder.checkpoints, stage.world
+    if world.main:
+        checkpoint.sweep(folder)
+    world.wait()
     last = checkpoint.latest(folder)
     if last is None:
         stage.folder.rewind(-1)
         return 0, 0.0
-    saved = checkpoint.load(last)
+    trained = stage.student.trainable()
+    saved = checkpoint.load(last, like={"student": trained, "adamw.exp_avg": trained, "adamw.exp_avg_sq": trained})
     with torch.no_grad():
-        for name, parameter in stage.student.trainable().items():
+        for name, parameter in trained.items():
             parameter.copy_(saved.tensors["student"][name])
     if stage.teacher is not None:
         stage.teacher.load_state_dict(saved.tensors.get("teacher", {}))
-    stage.optimiser.load_state_dict(saved.objects["optimiser"])
+    stage.optimiser.restore(saved.tensors, saved.state["updates"])
     stage.folder.rewind(saved.step)
     stage.progress.note(f"{stage.spec.name}: going on after step {saved.step} of {stage.spec.steps}")
-    if not any(row["step"] == saved.step and is_evaluation(row) for row in stage.folder.read_metrics()):
+    rows = stage.folder.read_metrics() if world.main else []
+    if not world.any(any(row["step"] == saved.step and is_evaluation(row) for row in rows)):
         examine(stage, saved.step, saved.state["finished"])  # killed between the checkpoint and its evaluation
     return stage.spec.steps if saved.state["finished"] else saved.step, float(saved.state["seconds"])
 
@@ -185,15 +229,16 @@ def is_evaluation(row: Mapping[str, object]) -> bool:
 def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
     """A checkpoint after `step` updates; the step's metrics are on disk before it, its evaluation comes after."""
     tensors = {"student": {name: p.detach() for name, p in stage.student.trainable().items()}}
+    tensors |= stage.optimiser.tensors()
     if stage.teacher is not None and (state := stage.teacher.state_dict()):
         tensors["teacher"] = state
     checkpoint.save(
         stage.folder.checkpoints,
         step,
         tensors=tensors,
-        objects={"optimiser": stage.optimiser.state_dict()},
-        state={"seconds": seconds, "finished": finished},
+        state={"seconds": seconds, "finished": finished, "updates": stage.optimiser.updates},
         keep=stage.spec.checkpoint.keep,
+        world=stage.world,
     )
 
 
@@ -208,28 +253,7 @@ def unscored(rollouts: list[Rollout]) -> list[Scores]:
     return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
 
 
-def with_record(stage: Stage, rollouts: list[Rollout], record: Record) -> list[Rollout]:
-    """What the method reads of the student at each token, for responses that it did not write itself."""
-    missing = [
-        i
-        for i, rollout in enumerate(rollouts)
-        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None)
-    ]
-    if not missing:
-        return rollouts
-    view = LocalTeacher(
-        lm=stage.student, micro_batch_tokens=stage.spec.micro_batch_tokens, student_device=stage.student.device
-    )
-    absent = [rollouts[i] for i in missing]
-    support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
-    scores = view.score(absent, [r.prompt for r in absent], support, stage.method.temperature, entropy=record.entropy)
-    out = list(rollouts)
-    for i, score in zip(missing, scores, strict=True):
-        out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
-    return out
-
-
-def rows_of(batch: Batch) -> list[dict[str, object]]:
+def rows_of(batch: Batch) -> list[dict[str, Any]]:
     """The step's responses with their per-token numbers."""
     rows = sample_rows(batch.rollouts)
     for i, row in enumerate(rows):
@@ -241,15 +265,16 @@ def rows_of(batch: Batch) -> list[dict[str, object]]:
     return rows
 
 
-def check_finite(stage: Stage, step: int, batch: Batch, loss: float, grad_norm: float) -> None:
+def check_finite(stage: Stage, step: int, positions: list[int], batch: Batch, loss: float, grad_norm: float) -> None:
     """Stop before the update when the loss or the gradient is not a number: the weights are still good."""
     if math.isfinite(loss) and math.isfinite(grad_norm):
         return
     last = checkpoint.latest(stage.folder.checkpoints)
-    responses = stage.folder.write_samples(step + 1, rows_of(batch))
+    rows = stage.world.in_order(positions, rows_of(batch))
+    responses = stage.folder.write_samples(step + 1, rows)
     raise TrainingError(
         f"Stage {stage.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was not made. "
-        f"Prompts of the step: {sorted({r.prompt.id for r in batch.rollouts})}. "
+        f"Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
         f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
         "Usual causes: too large a learning rate, bfloat16 weights, a teacher that gives NaN."
     )

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 from run_helpers import Forks, Strike, assert_same, command, forbid, left, prepare, self_taught, start, two_stages
-from safetensors.torch import load_file
 
 from opd import checkpoint
 
@@ -61,10 +60,12 @@ KILLS = [
     kill("opd.stages.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [
-    kill("opd.checkpoint.save_file", 1, "half", "distil", goes_on="distil: after step 0"),
-    kill("opd.checkpoint.save_file", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.checkpoint.torch.save", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.checkpoint.fsync_path", 3, "after", "distil/checkpoints", goes_on="distil: after step 0"),
+    kill("opd.checkpoint.write_tensors", 1, "half", "distil", goes_on="distil: after step 0"),
+    kill("opd.checkpoint.write_tensors", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("safetensors.torch.save", 8, goes_on="distil: after step 0"),  # the second group of its first checkpoint
+    kill("opd.checkpoint.write_tensors", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.checkpoint.fsync_path", 2, "after", "distil/checkpoints", goes_on="distil: after step 0"),
+    kill("opd.checkpoint.fsync_path", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 2 of 8"),
     kill("opd.checkpoint.os.rename", 3, "before", "distil/checkpoints", goes_on="distil: going on after step 4 of 8"),
     kill("opd.checkpoint.os.rename", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
     kill("opd.checkpoint.os.rename", 4, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
@@ -113,9 +114,10 @@ def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, mod
 
     # The comparison can tell: from another average the same steps give other numbers.
     saved = spoilt / "run/self/checkpoints/step_000002"
-    student, teacher = load_file(saved / "student.safetensors"), load_file(saved / "teacher.safetensors")
+    loaded = checkpoint.load(saved)
+    student, teacher = loaded.tensors["student"], loaded.tensors["teacher"]
     assert any(not teacher[name].equal(student[name]) for name in student)
-    shutil.copy(saved / "student.safetensors", saved / "teacher.safetensors")
+    checkpoint.save(saved.parent, 2, tensors=loaded.tensors | {"teacher": student}, state=loaded.state)
     assert forks.start(spoilt, *TRAIN).code == 0
     assert left(spoilt / "run")["self/metrics.jsonl"] != left(whole / "run")["self/metrics.jsonl"]
 
@@ -292,16 +294,16 @@ def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: p
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(
     fresh: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real, saved = checkpoint.save_file, 0
+    real, saved = checkpoint.write_tensors, 0
 
     def fills_up(*arguments: Any) -> None:
         nonlocal saved
         saved += 1
-        if saved == 4:  # the second of stage `distil`
+        if saved == 4:  # the second checkpoint of stage `distil`
             raise OSError(errno.ENOSPC, "No space left on device")
         real(*arguments)
 
-    monkeypatch.setattr(checkpoint, "save_file", fills_up)
+    monkeypatch.setattr(checkpoint, "write_tensors", fills_up)
     stopped = command(*TRAIN)
     assert stopped.code == 1
     assert "The checkpoint of step 4 could not be written" in stopped.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -19,6 +20,7 @@ import opd
 from opd import models
 from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
 from opd.loading import character_tokenizer, load_model
+from opd.parallel import World
 from opd.recipe import ModelSpec, load_recipe, parse_recipe
 from opd.types import Prompt
 
@@ -149,6 +151,13 @@ def test_a_peft_student_that_teaches_itself_without_its_adapter():
         options={"template": "1+1=2;{prompt}"},
     )
     assert [row["step"] for row in run.metrics] == [1, 2]
+
+
+def test_several_processes_cannot_share_a_model_object(work: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("opd.api.join", lambda: contextlib.nullcontext(World(rank=0, size=2)))
+    with pytest.raises(ConfigError, match=r"student and teacher: 2 processes cannot share a model object\. Save it"):
+        distill()
+    assert not (work / "runs").exists()
 
 
 def test_a_tokenizer_is_needed_for_a_model_object():

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from opd.errors import AlignmentError, ConfigError
+from opd.method import Method
 from opd.models import LanguageModel, evaluating, frozen_copy
+from opd.parallel import full
 from opd.reading import batches, read
 from opd.render import render
 from opd.score import Head, teacher_scores
+from opd.supports import sampled, top_k
 from opd.types import Prompt, Rollout, Scores, Support, TeacherRule
 
 
@@ -95,7 +98,7 @@ class LocalTeacher:
         mine = dict(self.lm.model.named_parameters())
         for name, parameter in self.follows.trainable().items():
             average = self.average.setdefault(name, mine[name].float().clone())
-            average.lerp_(parameter.detach().float(), 1.0 - self.decay)
+            average.lerp_(full(parameter.detach()).float(), 1.0 - self.decay)
             mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -110,10 +113,35 @@ class LocalTeacher:
             mine[name].copy_(value)
 
 
+def with_record(
+    student: LanguageModel, rollouts: Sequence[Rollout], method: Method, micro_batch_tokens: int
+) -> list[Rollout]:
+    """The rollouts with what the method reads of the student at each token, also where the student did not write."""
+    record = method.record()
+    missing = [
+        i
+        for i, rollout in enumerate(rollouts)
+        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None)
+    ]
+    out = list(rollouts)
+    if not missing:
+        return out
+    view = LocalTeacher(lm=student, micro_batch_tokens=micro_batch_tokens, student_device=student.device)
+    absent = [rollouts[i] for i in missing]
+    support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
+    scores = view.score(absent, [r.prompt for r in absent], support, method.temperature, entropy=record.entropy)
+    for i, score in zip(missing, scores, strict=True):
+        out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
+    return out
+
+
 @contextlib.contextmanager
 def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
     """The model on `device` for a while, and back where it was, whatever happens."""
     home = lm.device
+    if home == device:  # not for nothing: `to` would also take gathered weights apart
+        yield
+        return
     lm.model.to(device)
     try:
         yield

@@ -1,0 +1,73 @@
+"""What torchrun starts for the tests: `ranks.py FOLDER...` runs the recipe of each folder, one after the other.
+
+Also the pieces that recipes of these tests name as `ranks:NAME`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from opd import methods, sources
+from opd.method import Method
+from opd.types import Prompt, Rollout, Source, Writers
+
+
+def some_masked() -> Method:
+    """Reverse KL on the responses to prompts of even id alone: a process may be left without a trained token."""
+    student = sources.on_policy()
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        written = student(prompts, writers, seed, student_top_k)
+        return [r if r.prompt.id % 2 == 0 else replace(r, trained=torch.zeros_like(r.trained)) for r in written]
+
+    declared: Source = source
+    return replace(methods.build("reverse_kl", {"average": "token"}), source=declared)
+
+
+def all_masked() -> Method:
+    """As `some_masked`, with no trained token at all."""
+    method = some_masked()
+    some = method.source
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], student_top_k: int) -> list[Rollout]:
+        return [replace(r, trained=torch.zeros_like(r.trained)) for r in some(prompts, writers, seed, student_top_k)]
+
+    return replace(method, source=source)
+
+
+calls = 0
+
+
+def odd(prompt: Prompt, response: str) -> float:
+    """A reward that differs between the responses to a prompt. With JUDGE=out, process 1 fails in its 70th call."""
+    global calls
+    calls += 1
+    if os.environ.get("JUDGE") == "out" and os.environ.get("RANK") == "1" and calls == 70:
+        raise RuntimeError("the judge is out")
+    return float(sum(map(ord, response)) % 5)
+
+
+def main(folders: Sequence[str]) -> None:
+    from run_helpers import import_all
+
+    from opd.parallel import join
+    from opd.progress import Progress, quiet_libraries
+    from opd.recipe import load_recipe
+    from opd.stages import run_recipe
+
+    quiet_libraries()
+    import_all()  # in all processes at once
+    with join() as world:
+        for folder in folders:
+            os.chdir(Path(folder))
+            run_recipe(load_recipe("recipe.yaml"), progress=Progress(quiet=True), world=world)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

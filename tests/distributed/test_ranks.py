@@ -1,0 +1,334 @@
+"""Two processes are one: the same parameters, moments, metrics and responses, whoever has which prompts.
+
+Real processes under torchrun, on gloo. Several recipes share a pair of processes, which saves imports.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+from run_helpers import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
+from torch import Tensor
+
+from opd import checkpoint
+
+HERE = Path(__file__).parent
+PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
+STEPS = 20
+CLOSE = 1e-5
+
+
+def recipe(model: Mapping[str, Any] | None = None, *, tied: bool = False, **stage: Any) -> dict[str, Any]:
+    """20 steps on 12 prompts, micro-batches of two to five rows, and a student of two layers."""
+    settings = {
+        "steps": STEPS,
+        "prompts_per_step": 4,
+        "micro_batch_tokens": 24,
+        "sampling": {"max_completion_length": 6, "top_p": 0.95},
+        # A large eps: where a gradient is rounding alone, Adam would make a full step of it.
+        "optimizer": {"learning_rate": 0.003, "schedule": "cosine", "warmup_steps": 2, "eps": 1e-4},
+        "checkpoint": {"every": 10, "keep": 2},
+        "samples_every": 5,
+    }
+    made = one_stage(**(settings | stage))
+    made["models"]["student"] = tiny_model(2, **(model or {}))
+    made["models"]["student"]["init"] |= {"num_hidden_layers": 2, "tie_word_embeddings": tied}
+    return made
+
+
+LORA = {"lora": {"rank": 2, "alpha": 4}}
+EMA = {"template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
+GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
+SCENARIOS = {
+    "full tied, reverse_kl": recipe(tied=True, evaluate=EVALUATE, optimizer={"learning_rate": 0.003}),
+    "full untied, topk_reverse_kl, 3 prompts": recipe(
+        method="topk_reverse_kl", options={"k": 4, "by": "union"}, prompts_per_step=3
+    ),
+    "lora, grpo, prompts twice in a step": recipe(LORA, method="grpo", prompts_per_step=5, **GROUPS),
+    "full tied, grpo, few long rows": recipe(tied=True, method="grpo", prompts_per_step=3, **GROUPS),
+    "full untied, a moving average": recipe(
+        method="context_distillation", options=EMA, teacher=None, prompts_per_step=3
+    ),
+    "lora, a moving average": recipe(LORA, method="context_distillation", options=EMA | {"k": 4}, teacher=None),
+    "lora, the base": recipe(
+        LORA, method="context_distillation", options={"template": EMA["template"]}, teacher=None, evaluate=EVALUATE
+    ),
+    "full tied, itself": recipe(
+        tied=True, method="context_distillation", options={"template": EMA["template"], "teacher": "live"}, teacher=None
+    ),
+    "full untied, tokens of one process": recipe(
+        method="ranks:some_masked", prompts_per_step=2, data={"path": "train.jsonl", "limit": 2}
+    ),
+}
+
+
+def torchrun(processes: int, *arguments: str, judge: str = "in", **options: Any) -> subprocess.Popen[str]:
+    """`torchrun ARGUMENTS`, started; a free port is found by torchrun."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", *arguments],
+        env={**ENVIRONMENT, "PYTHONPATH": PATH, "JUDGE": judge},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def ended(process: subprocess.Popen[str], seconds: float = 90) -> Ended:
+    try:
+        out, err = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its processes
+        out, err = process.communicate(timeout=60)
+        raise AssertionError(f"It hangs.\n{out[-2000:]}\n{err[-4000:]}") from None
+    return Ended(process.returncode, out, err)
+
+
+def trained(folder: Path, step: int | None = None) -> dict[str, dict[str, Tensor]]:
+    """The tensors of the last checkpoint of a folder's run, or of that of `step`."""
+    checkpoints = folder / "run/distil/checkpoints"
+    last = checkpoint.latest(checkpoints) if step is None else checkpoints / f"step_{step:06d}"
+    assert last is not None
+    return checkpoint.load(last).tensors
+
+
+def assert_equal_training(one: Path, other: Path) -> None:
+    """Every trained tensor within 1e-5 of its largest entry, every moment within 1e-4 of the largest of its kind."""
+    wanted, got = trained(one), trained(other)
+    assert {group: sorted(named) for group, named in got.items()} == {
+        group: sorted(named) for group, named in wanted.items()
+    }
+    for group, named in wanted.items():
+        largest = max(tensor.abs().max().item() for tensor in named.values())
+        for name, tensor in named.items():
+            off = (got[group][name] - tensor).abs().max().item()
+            allowed = 1e-4 * largest if group.startswith("adamw.") else CLOSE * tensor.abs().max().item()
+            assert off <= allowed, f"{group} {name}: off by {off:.3g}, largest entry {tensor.abs().max():.3g}"
+
+
+def assert_equal_numbers(one: Path, other: Path) -> None:
+    rows, others = (
+        [json.loads(line) for line in (folder / "run/distil/metrics.jsonl").read_text().splitlines()]
+        for folder in (one, other)
+    )
+    assert len(rows) == len(others)
+    for row, got in zip(rows, others, strict=True):
+        assert got == pytest.approx(row, rel=CLOSE, abs=1e-6)  # a divergence of float32 log-probs
+
+
+def assert_equal_responses(one: Path, other: Path) -> None:
+    from opd.rundir import StageDir
+
+    rows, got = (StageDir(folder / "run/distil").read_samples() for folder in (one, other))
+    for key in ("step", "prompt_id", "sample", "response", "reward"):
+        assert [row[key] for row in got] == [row[key] for row in rows], key
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    assert_equal_training(one, other)
+    assert_equal_numbers(one, other)
+    assert_equal_responses(one, other)
+    files = [
+        sorted(str(f.relative_to(w / "run")) for f in (w / "run").rglob("*") if "step_" not in str(f))
+        for w in (one, other)
+    ]
+    assert files[0] == files[1]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders one/N and two/N of every scenario, run by one and by two processes."""
+    root = tmp_path_factory.mktemp("ranks")
+    for processes in ("one", "two"):
+        for number, made in enumerate(SCENARIOS.values()):
+            prepare(root / processes / str(number), made)
+    folders = [str(root / "two" / str(number)) for number in range(len(SCENARIOS))]
+    process = torchrun(2, str(HERE / "ranks.py"), *folders)
+    try:
+        in_this_process([root / "one" / str(number) for number in range(len(SCENARIOS))])
+    except BaseException:
+        process.terminate()
+        raise
+    done = ended(process)
+    assert done.code == 0, done.err
+    return root
+
+
+def in_this_process(folders: list[Path]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folders[0])
+        patch.syspath_prepend(HERE)
+        ranks.main(list(map(str, folders)))
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_processes_train_as_one(runs: Path, name: str):
+    number = str(list(SCENARIOS).index(name))
+    assert_equal_runs(runs / "one" / number, runs / "two" / number)
+
+
+# --- going on with another number of processes -----------------------------------------------------------------------
+
+
+def stopped_in_the_middle(finished: Path, folder: Path) -> Path:
+    """What a kill after the checkpoint of step 10 leaves of a finished run."""
+    shutil.copytree(finished, folder)
+    stage = folder / "run/distil"
+    (stage / "done.json").unlink()
+    shutil.rmtree(stage / "model")
+    shutil.rmtree(stage / "checkpoints/step_000020")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Forks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ENVIRONMENT, "PYTHONPATH", PATH)
+        process = Forks()
+    yield process
+    process.close()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "name"),
+    [
+        ("one", 2, "full untied, a moving average"),
+        ("two", 2, "lora, a moving average"),
+        ("two", 1, "lora, a moving average"),
+        ("two", 3, "lora, a moving average"),  # more processes than rows of an adapter
+        ("two", 3, "full tied, reverse_kl"),
+    ],
+)
+def test_a_run_goes_on_with_any_number_of_processes(
+    tmp_path: Path, runs: Path, forks: Forks, before: str, after: int, name: str
+):
+    number = str(list(SCENARIOS).index(name))
+    folder = stopped_in_the_middle(runs / before / number, tmp_path / "work")
+    again = forks.start(folder, "train", "recipe.yaml", processes=after)
+    assert again.code == 0, again.err
+    assert again.out.count("distil: going on after step 10 of 20") == 1
+    assert_equal_runs(runs / "one" / number, folder)
+    if after == 2 and before == "two":  # with the same number, byte for byte
+        metrics = "run/distil/metrics.jsonl"
+        assert (folder / metrics).read_bytes() == (runs / "two" / number / metrics).read_bytes()
+
+
+# --- stops and errors ------------------------------------------------------------------------------------------------
+
+GRPO = str(list(SCENARIOS).index("full tied, grpo, few long rows"))
+TRAIN = ("-m", "opd", "train", "recipe.yaml")
+
+
+def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path: Path, runs: Path, forks: Forks):
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
+    process = torchrun(2, *TRAIN, cwd=folder)
+    metrics = folder / "run/distil/metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)  # torchrun passes it on to its processes
+    stopped = ended(process)
+    assert stopped.code != 0
+    assert stopped.out.count("Stopping after this step; once more to stop at once.") == 1
+    assert stopped.err.count("of stage 'distil'; everything is saved. The same command goes on from there.") == 1
+    last = checkpoint.latest(folder / "run/distil/checkpoints")
+    assert last is not None
+    step = checkpoint.load(last).step
+    assert 3 <= step < STEPS
+    assert metrics.read_text().count("\n") == step
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert f"distil: going on after step {step} of 20" in again.out
+    assert_equal_runs(runs / "one" / GRPO, folder)
+
+
+def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs: Path, forks: Forks):
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
+    started = time.monotonic()
+    failed = ended(torchrun(2, *TRAIN, cwd=folder, judge="out"))
+    assert failed.code != 0
+    assert time.monotonic() - started < 60
+    assert failed.err.count("TrainingError: ") == 1
+    assert failed.err.count("the judge is out") == 1
+    assert "Connection" not in failed.err
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert "distil: going on after step 10 of 20" in again.out
+    assert_equal_runs(runs / "one" / GRPO, folder)
+
+
+@pytest.mark.parametrize(
+    ("strike", "goes_on"),
+    [
+        (Strike(call="opd.train.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
+        (Strike(call="safetensors.torch.save", nth=5), "distil: going on after step 10 of 20"),
+    ],
+    ids=["in a step", "writing its shard of the second checkpoint"],
+)
+def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
+    tmp_path: Path, runs: Path, forks: Forks, strike: Strike, goes_on: str
+):
+    number = str(list(SCENARIOS).index("full tied, reverse_kl"))
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
+    killed = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
+    assert killed.code not in (0, 97)
+    assert killed.err.count("RunError: This process lost another one of the run") == 1
+    assert "Traceback" not in killed.err
+    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert again.code == 0, again.err
+    assert goes_on in again.out
+    assert_equal_runs(runs / "one" / number, folder)
+
+
+def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Forks):
+    number = str(list(SCENARIOS).index("full tied, reverse_kl"))
+    folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
+    strike = Strike(call="opd.train.attach", nth=5, when="after", signals=("SIGINT",))
+    stopped = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
+    assert stopped.code in (1, 130)
+    assert stopped.err.count("Stopped after step 5 of 20 of stage 'distil'; everything is saved.") == 1
+    again = forks.start(folder, "train", "recipe.yaml", processes=3)
+    assert again.code == 0, again.err
+    assert_equal_runs(runs / "one" / number, folder)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "overrides", "message"),
+    [
+        ("full tied, reverse_kl", "prompts_per_step=1", "prompts_per_step is 1, and 2 processes were started: each"),
+        ("full tied, reverse_kl", "prompts_per_stepp=1", "unknown key `prompts_per_stepp`"),
+        (
+            "lora, grpo, prompts twice in a step",
+            "data.limit=3 prompts_per_step=2 steps=900",
+            "compares the responses to one prompt in one process",
+        ),
+        (
+            "full untied, tokens of one process",
+            "method=ranks:all_masked",
+            "None of this step's 2 responses has a trained token",
+        ),
+        (
+            "full tied, reverse_kl",
+            "optimizer.learning_rate=1e30 optimizer.max_grad_norm=1e30",
+            "The update was not made.",
+        ),
+    ],
+)
+def test_an_error_of_all_processes_is_shown_once(
+    tmp_path: Path, forks: Forks, scenario: str, overrides: str, message: str
+):
+    folder = prepare(tmp_path / "work", SCENARIOS[scenario])
+    failed = forks.start(folder, "train", "recipe.yaml", *overrides.split(), processes=2)
+    assert failed.code not in (0, 97)
+    assert failed.err.count(message) == 1, failed.err
+    assert failed.err.count("Error: ") == 1, failed.err
+    assert "Traceback" not in failed.err
