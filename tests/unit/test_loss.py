@@ -98,7 +98,7 @@ def problem(
     )
 
 
-# --- both ways ------------------------------------------------------------------------------------------------------
+# --- both ways -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,7 +200,7 @@ def set_sizes(monkeypatch: pytest.MonkeyPatch, chunk: int, tile: int) -> None:
     monkeypatch.setattr(opd.score, "TILE_ENTRIES", tile)
 
 
-# --- the signals ----------------------------------------------------------------------------------------------------
+# --- the signals -----------------------------------------------------------------------------------------------------
 
 
 def hidden_from_the_loss(signal: Signal) -> Signal:
@@ -355,7 +355,7 @@ def signal_is_shift_invariant(support: Support, signal: Signal) -> bool:
     return support.kind == "top_k" and getattr(signal, "shift_invariant", False)
 
 
-# --- closed forms and invariance are shortcuts, no other formula ------------------------------------------------------
+# --- closed forms and invariance are shortcuts, no other formula -----------------------------------------------------
 
 
 @pytest.mark.parametrize(("name", "options"), DIVERGENCES, ids=str)
@@ -458,7 +458,7 @@ def test_logits_of_any_size_give_finite_gradients(support: Support, signal: Sign
     assert_same(got, expected, tolerance=2e-3)  # a logit of 1e4 is rounded to 1e-3
 
 
-# --- bfloat16 ---------------------------------------------------------------------------------------------------------
+# --- bfloat16 --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
