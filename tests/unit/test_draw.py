@@ -181,6 +181,19 @@ def test_the_ends_are_the_first_and_the_last_token_with_mass():
         assert got.tolist() == [row.nonzero()[end].item() for row in mass]
 
 
+def test_at_the_edge_of_a_block_rounding_never_draws_a_token_without_mass():
+    """The sum of a block and the running sum in it may differ in the last bit: the end of a block has no mass here."""
+    mass = mass_of(3.0 * normal(500, 8 * BLOCK))
+    mass.view(500, 8, BLOCK)[:, :, 100:] = 0.0
+    blocks = sums_of_blocks(mass)
+    up_to = blocks.cumsum(-1)
+    for block in range(8):
+        edge = (up_to[:, block] / up_to[:, -1]).clamp(max=BELOW_ONE)
+        for uniforms in (edge, torch.nextafter(edge, torch.zeros(()).double()), edge.clamp(min=1.0)):
+            ids = invert(mass, blocks, uniforms)
+            assert bool((mass.gather(1, ids[:, None]) > 0).all())
+
+
 def test_every_token_gets_its_share_of_the_uniform_numbers():
     """Over an even grid, frequencies are the distribution up to one draw a token; across blocks too."""
     logits, n = 2.0 * normal(1, 300), 40_000

@@ -253,10 +253,12 @@ def test_entropies_stand_beside_any_support(source: str, support: Support):
 
 
 @every_source
-def test_only_what_is_declared_is_made(source: str):
+@pytest.mark.parametrize("support", [supports.sampled(), supports.top_k(3, by="student")], ids=lambda s: s.kind)
+def test_only_what_is_declared_is_made(source: str, support: Support):
+    """Also where the student's top tokens have to be found for a response that it did not write."""
     for declares in (("student_entropy",), ("teacher_entropy",)):
         reader = Reader(declares)
-        train(method_of(supports.sampled(), source=SOURCES[source], weight=reader.weight()))
+        train(method_of(support, source=SOURCES[source], weight=reader.weight()))
         assert (reader.batch.student_entropy is not None) == ("student_entropy" in declares)
         assert (reader.batch.teacher_entropy is not None) == ("teacher_entropy" in declares)
 
