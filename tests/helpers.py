@@ -233,6 +233,27 @@ def write(
     ]
 
 
+def sampler(lm: LanguageModel, **sampling: Any) -> TransformersSampler:
+    """At most 12 tokens a response."""
+    return TransformersSampler(lm=lm, sampling=Sampling(**{"max_completion_length": 12, **sampling}))
+
+
+def policy(lm: LanguageModel, rollout: Rollout) -> Tensor:
+    """The model's own log-probs [T, V] in float64, teacher-forced."""
+    with torch.no_grad():
+        logits = full_logits(double(lm), rollout.prompt_ids, rollout.response_ids, lm.vocabulary)
+    assert rollout.sampling is not None
+    return (logits / (rollout.sampling.temperature or 1.0)).log_softmax(-1)
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    """The same tokens with the same log-probs, up to the rounding of another batch."""
+    assert a.policy_logp is not None
+    assert b.policy_logp is not None
+    close = torch.allclose(a.policy_logp, b.policy_logp, atol=1e-5)
+    return a.response_ids.tolist() == b.response_ids.tolist() and a.finished == b.finished and close
+
+
 # --- one step -------------------------------------------------------------------------------------------------------
 
 

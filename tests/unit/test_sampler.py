@@ -23,8 +23,11 @@ from helpers import (
     double,
     full_logits,
     parameters_of,
+    policy,
     prompts_of,
     rollout_of,
+    same,
+    sampler,
     step,
     teacher_of,
     tiny,
@@ -41,7 +44,6 @@ from opd.reading import shared_prefixes
 from opd.recipe import OptimizerSection
 from opd.samplers import hf
 from opd.samplers.draw import draw
-from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
 from opd.supports import full, sampled, top_k
 from opd.teachers import external, self_ema, self_frozen, self_live
@@ -172,25 +174,6 @@ def test_rows_of_a_batch_are_drawn_one_by_one():
 # --- the decode loop ------------------------------------------------------------------------------------------------
 
 PROMPTS = prompts_of("a", "bcdefgh", "hg", "abab")
-
-
-def sampler(lm: LanguageModel, **sampling: Any) -> TransformersSampler:
-    return TransformersSampler(lm=lm, sampling=Sampling(**{"max_completion_length": 12, **sampling}))
-
-
-def policy(lm: LanguageModel, rollout: Rollout) -> Tensor:
-    """The model's own log-probs [T, V] in float64, teacher-forced."""
-    with torch.no_grad():
-        logits = full_logits(double(lm), rollout.prompt_ids, rollout.response_ids, lm.vocabulary)
-    assert rollout.sampling is not None
-    return (logits / (rollout.sampling.temperature or 1.0)).log_softmax(-1)
-
-
-def same(a: Rollout, b: Rollout) -> bool:
-    assert a.policy_logp is not None
-    assert b.policy_logp is not None
-    close = torch.allclose(a.policy_logp, b.policy_logp, atol=1e-5)
-    return a.response_ids.tolist() == b.response_ids.tolist() and a.finished == b.finished and close
 
 
 @pytest.mark.parametrize("family", FAMILIES)
