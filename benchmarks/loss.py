@@ -115,6 +115,7 @@ def opd_side(method: Method) -> Loss:
             token_ids=x["token_ids"],
             share=one,
             sampler_logp=x["teacher_logp"],
+            policy_logp=x["teacher_logp"],
             teacher_logp=x["teacher_logp"],
             advantage=zero,
             weight=one,

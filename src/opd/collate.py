@@ -25,6 +25,7 @@ class MicroBatch:
     token_ids: Tensor  # [N]
     share: Tensor  # [N] from Denominator
     sampler_logp: Tensor  # [N]
+    policy_logp: Tensor  # [N]
     teacher_logp: Tensor  # [N]
     advantage: Tensor  # [N]
     weight: Tensor  # [N]
@@ -126,6 +127,7 @@ def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroB
         token_ids=valid(batch.response_ids[chosen], mask),
         share=valid(denominator.share[chosen], mask),
         sampler_logp=valid(batch.sampler_logp[chosen], mask),
+        policy_logp=valid(batch.policy_logp[chosen], mask),
         teacher_logp=valid(batch.teacher_logp[chosen], mask),
         advantage=valid(batch.advantage[chosen], mask),
         weight=valid(batch.weight[chosen], mask),

@@ -48,7 +48,7 @@ class _Fused(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         layer = _Whole(head) if ids is None else _Rows(head, ids)
         for rows in chunks(len(hidden), layer.width):
-            piece = hidden[rows].detach()
+            piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
             logits = layer.project(piece, rows)
             slope = finish_(logits, head, temperature)
             total += chunk_loss(logits, rows)
@@ -121,7 +121,7 @@ class _Whole:
         weight = self.head.weight[: self.width]
         small = grad.to(weight.dtype)
         if grads.hidden is not None:
-            torch.mm(small, weight, out=grads.hidden[rows])
+            grads.hidden[rows] = small @ weight
         if grads.weight is not None and weight.dtype == torch.float32:
             grads.weight[: self.width].addmm_(grad.t(), hidden)
         elif grads.weight is not None:  # the product in the weight's own type, the sum over chunks in float32

@@ -55,10 +55,15 @@ CLOSED: Mapping[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def closed_form(divergence: Callable[..., Tensor] | None) -> WithGradient | None:
-    """The closed form of a divergence, with its options bound; None if none is written."""
+    """The closed form of a divergence, with its options bound; None if none is written.
+
+    Raises ConfigError for options that the divergence refuses.
+    """
     options: Mapping[str, Any] = {}
-    if isinstance(divergence, partial):
+    if isinstance(divergence, partial) and not divergence.args:
         divergence, options = divergence.func, divergence.keywords
-    if divergence is None or divergence not in CLOSED:
+    known = next((closed for function, closed in CLOSED.items() if function is divergence), None)
+    if known is None or divergence is None:
         return None
-    return partial(CLOSED[divergence], **options) if options else CLOSED[divergence]
+    divergence(torch.zeros(1), torch.zeros(1), **options)
+    return partial(known, **options) if options else known

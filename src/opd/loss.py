@@ -58,7 +58,7 @@ def loss_at(
         assert teacher_head is not None
         chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
     elif support.kind == "top_k" and getattr(method.signal, "shift_invariant", False):
-        ids = micro.support_ids
+        ids = _scored_ids(micro, slice(None))
         chunk_loss = _on_rows(method, micro, weight, observed)
     else:
         chunk_loss = _on_selected(method, micro, weight, observed)
@@ -82,7 +82,6 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             student_logp, teacher_logp = student.gather(-1, ids)[:, 0], teacher.gather(-1, ids)[:, 0]
             if closed is not None:
                 per_token, grad = closed(student, teacher)
-                torch.mul(grad, w[:, None], out=logits[tile])
             else:
                 per_token, grad = _differentiated(
                     method,
@@ -95,11 +94,14 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
                     student,
                     w,
                 )
-                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
             total += (per_token * w).sum()
-            observed.signal(per_token)
+            observed.add("train/signal", per_token)
             observed.add("train/student_nll", -student_logp)
             observed.add("teacher/log_ratio", teacher_logp - student_logp)
+            if closed is not None:
+                torch.mul(grad, w[:, None], out=logits[tile])
+            else:  # last: what a signal returned may be a view of the log-probs that this overwrites
+                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
         return total
 
     return chunk_loss
@@ -109,44 +111,56 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
     """The sampled token and those of a top-k support, if there are any; of the rest only the normaliser is kept."""
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
-        total = torch.zeros((), device=logits.device)
+        w, ids = weight[rows], _scored_ids(micro, rows)
+        log_z = torch.cat([logits[tile].logsumexp(-1, keepdim=True) for tile in tiles(logits)])
+        selected = logits.gather(-1, ids) - log_z  # [n, 1 + K]
+        per_token, grad = _differentiated(
+            method, lambda p: _with_support(_tokens(micro, rows, p[:, 0]), micro, rows, p[:, 1:]), selected, w
+        )
         for tile in tiles(logits):
-            at = slice(rows.start + tile.start, rows.start + tile.stop)
-            z, ids, w = logits[tile], micro.token_ids[at, None], weight[at]
-            if micro.support_ids is not None:
-                ids = torch.cat([ids, micro.support_ids[at]], 1)
-            log_z = z.logsumexp(-1, keepdim=True)
-            selected = z.gather(-1, ids) - log_z  # [n, 1 + K]
-            per_token, grad = _differentiated(
-                method, lambda p, at=at: _with_support(_tokens(micro, at, p[:, 0]), micro, at, p[:, 1:]), selected, w
-            )
-            z.sub_(log_z).exp_().mul_(-grad.sum(-1, keepdim=True)).scatter_add_(-1, ids, grad)
-            total += (per_token * w).sum()
-            observed.signal(per_token)
-            observed.add("train/student_nll", -selected[:, 0])
-            if micro.support_mask is not None:
-                observed.mass("support/student_mass", selected[:, 1:], micro.support_mask[at])
-                observed.support(micro, at)
-        return total
+            logits[tile].sub_(log_z[tile]).exp_().mul_(-grad[tile].sum(-1, keepdim=True))
+        logits.scatter_add_(-1, ids, grad)
+        observed.add("train/signal", per_token)
+        observed.add("train/student_nll", -selected[:, 0])
+        observed.support(micro, rows, selected[:, 1:])
+        return (per_token * w).sum()
 
     return chunk_loss
 
 
 def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
-    """The tokens of the support alone, as logits: the signal reads the shape of the distribution on them, no more."""
+    """The scored tokens alone, as logits: the signal reads the shape of the distribution on the support, no more.
+
+    The normaliser is not computed. For what the sampler has just recorded at the same temperature it is known all the
+    same, from the sampled token's logit and log-prob, so that the mass on the support can be watched.
+    """
+    drawn_at = {None if r.sampling is None else r.sampling.temperature for r in micro.rollouts}
+    known = drawn_at == {method.temperature} and not bool(micro.policy_logp.isnan().any())
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
-        w = weight[rows]
-        unread = torch.full_like(w, torch.nan)
+        w, policy_logp = weight[rows], micro.policy_logp[rows]
         per_token, grad = _differentiated(
-            method, lambda z: _with_support(_tokens(micro, rows, unread), micro, rows, z), logits, w
+            method,
+            lambda z: _with_support(_tokens(micro, rows, torch.full_like(w, torch.nan)), micro, rows, z),
+            logits[:, 1:],
+            w,
         )
-        logits.copy_(grad)
-        observed.signal(per_token)
-        observed.support(micro, rows)
+        observed.add("train/signal", per_token)
+        if known:
+            observed.add("train/student_nll", -policy_logp)
+        log_z = logits[:, :1] - policy_logp[:, None]
+        observed.support(micro, rows, logits[:, 1:] - log_z if known else None)
+        logits[:, :1] = 0.0
+        logits[:, 1:] = grad
         return (per_token * w).sum()
 
     return chunk_loss
+
+
+def _scored_ids(micro: MicroBatch, rows: slice) -> Tensor:
+    """[n, 1 + K]: the sampled token, then the support."""
+    sampled = micro.token_ids[rows, None]
+    return sampled if micro.support_ids is None else torch.cat([sampled, micro.support_ids[rows]], 1)
 
 
 def _differentiated(
@@ -194,17 +208,15 @@ class _Observed:
         total = per_token.sum()
         self._sums[name] = total if name not in self._sums else self._sums[name] + total
 
-    def signal(self, per_token: Tensor) -> None:
-        self.add("train/signal", per_token)
-
-    def mass(self, name: str, logp: Tensor, exists: Tensor) -> None:
-        self.add(name, logp.exp().masked_fill(~exists, 0.0))
-
-    def support(self, micro: MicroBatch, at: slice) -> None:
-        assert micro.support_mask is not None
-        assert micro.teacher_support_logp is not None
-        self.mass("support/teacher_mass", micro.teacher_support_logp[at], micro.support_mask[at])
-        self.add("support/empty_share", (~micro.support_mask[at].any(-1)).float())
+    def support(self, micro: MicroBatch, at: slice, student_logp: Tensor | None) -> None:
+        """Both models' masses on the support, if there is one."""
+        if micro.support_mask is None or micro.teacher_support_logp is None:
+            return
+        exists = micro.support_mask[at]
+        if student_logp is not None:
+            self.add("support/student_mass", student_logp.exp().masked_fill(~exists, 0.0))
+        self.add("support/teacher_mass", micro.teacher_support_logp[at].exp().masked_fill(~exists, 0.0))
+        self.add("support/empty_share", (~exists.any(-1)).float())
 
     def metrics(self, tokens: int) -> Metrics:
         """Means over the micro-batch's tokens."""

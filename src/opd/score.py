@@ -48,7 +48,8 @@ class Head:
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: the matrix and the bias alone."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
-        return torch.nn.functional.linear(hidden, self.weight[: self.vocabulary], bias).float()
+        weight = self.weight[: self.vocabulary]
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
 
     def detached(self) -> Head:
         """The same head as a constant."""
@@ -126,8 +127,7 @@ def _scored(logits: Tensor, ids: Tensor, support: Support, student_top: Tensor |
     log_z = logits.logsumexp(-1, keepdim=True)
     spread = None
     if entropy:
-        log_p = logits - log_z
-        spread = -(log_p.exp() * log_p).sum(-1)
+        spread = torch.special.entr((logits - log_z).exp()).sum(-1)
     logp = (logits.gather(-1, ids) - log_z)[:, 0]
     if support.kind != "top_k":
         return Scores(teacher_logp=logp, teacher_entropy=spread)

@@ -90,7 +90,13 @@ def train(stage: Stage) -> Outcome:
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
-                rollouts = with_record(student, rewarded(stage.reward, rollouts), method, spec.micro_batch_tokens)
+                rollouts = with_record(
+                    student,
+                    rewarded(stage.reward, rollouts),
+                    method.record(),
+                    temperature=spec.sampling.temperature or 1.0,
+                    micro_batch_tokens=spec.micro_batch_tokens,
+                )
                 wrote = time.perf_counter()
                 contexts = method.context(rollouts)  # 3 what the teacher reads
                 scores = unscored(rollouts)

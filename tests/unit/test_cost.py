@@ -97,12 +97,12 @@ def micro_batch(support: Support) -> MicroBatch:
     ids = torch.stack([torch.randperm(V)[:K] for _ in range(N)])
     return MicroBatch(
         rollouts=(),
-        input_ids=torch.zeros(1, N, dtype=torch.long),
         row=torch.zeros(N, dtype=torch.long),
-        position=torch.arange(N),
+        step=torch.arange(N),
         token_ids=torch.randint(0, V, (N,)),
         share=torch.ones(N),
         sampler_logp=-torch.ones(N),
+        policy_logp=torch.full((N,), torch.nan),
         teacher_logp=-torch.ones(N),
         advantage=torch.randn(N),
         weight=torch.ones(N),

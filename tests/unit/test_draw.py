@@ -229,7 +229,7 @@ FILTERS = [(0, 1.0), (5, 1.0), (0, 0.7), (40, 0.9)]
 
 
 @pytest.mark.parametrize("name", ["random", "steep", "peaked", "half without mass", "one-hot", "two", "one"])
-@pytest.mark.parametrize("temperature", [1e-6, 0.3, 1.0, 2.0, 1e6])
+@pytest.mark.parametrize("temperature", [1e-6, 0.3, 1.0, 2.0, 100.0])  # above, float32 has many equals
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
 def test_log_probs_of_what_is_drawn(name: str, temperature: float, top_k: int, top_p: float):
     logits = ROWS[name]
@@ -259,7 +259,6 @@ def test_the_entropy_is_that_before_truncation(name: str, temperature: float):
     torch.testing.assert_close(got.entropy.double(), -(log_p.exp() * log_p).sum(-1), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="0 x -inf: a token without any mass makes the entropy NaN")
 @pytest.mark.parametrize("name", ["half without mass", "one-hot"])
 def test_the_entropy_of_a_row_with_impossible_tokens(name: str):
     logits = ROWS[name]

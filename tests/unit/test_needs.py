@@ -273,9 +273,6 @@ def test_entropies_are_after_temperature(source: str):
     assert_column(batch.teacher_entropy, batch, entropies(wrapped(1), batch, 2.0))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="written by the student: at the sampling temperature; by others: at the method's temperature"
-)
 def test_the_students_entropy_does_not_depend_on_who_wrote_the_response():
     """A reader of old logs writes what the student would: same tokens, same weights, one column."""
     on_policy = sources.on_policy()

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from opd.errors import TrainingError
 from opd.score import tiles
 
 BLOCK = 128  # tokens whose mass is added up before the block is chosen, and the token in it
+SORTED = 4096  # a vocabulary of at most this many is sorted
 BINS = (0x3F800000 >> 16) + 1  # float32 bit patterns from 0 to 1, by their upper 16 bits
 
 
@@ -36,8 +38,8 @@ def draw(
 
     The order of the filters is temperature, top-k, top-p. `sampler_logp` is under the filtered, renormalised
     distribution, `policy_logp` under temperature alone. Temperature 0 takes the most likely token: its `sampler_logp`
-    is 0 (the distribution is a point), its `policy_logp` and `entropy` are those of temperature 1. Sums over blocks of
-    the vocabulary run in float64: rounding adds up over 150,000 tokens.
+    is 0 (the distribution is a point), its `policy_logp` and `entropy` are those of temperature 1. Sums over the
+    vocabulary run in float64: rounding adds up over 150,000 tokens.
     """
     parts = [_draw(logits[t], uniforms[t], temperature, top_p, top_k, entropy) for t in tiles(logits)]
     return Drawn(
@@ -54,8 +56,15 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, to
     if vocabulary % BLOCK:  # whole blocks; what is added has no mass
         mass = torch.nn.functional.pad(mass, (0, BLOCK - vocabulary % BLOCK))
     blocks = sums_of_blocks(mass)
-    log_total = blocks.sum(-1).log()  # 0 up to rounding
-    spread = torch.special.entr(mass).sum(-1) if entropy else None
+    total = blocks.sum(-1)
+    log_total = total.log()  # 0 up to the rounding of float32, which over 150,000 tokens is seen
+    if not bool(log_total.isfinite().all()):
+        raise TrainingError(
+            "The model gives logits that are not numbers (NaN or +inf), so no token can be drawn: its weights or its "
+            "activations overflowed. Go back to an earlier checkpoint, lower the learning rate, or use float32 instead "
+            "of float16."
+        )
+    spread = (torch.special.entr(mass).sum(-1) / total + log_total).float() if entropy else None
     if temperature == 0:
         ids = logits.argmax(-1)
         return Drawn(ids, torch.zeros_like(logits[:, 0]), _logp(mass, ids, log_total), spread)
@@ -88,15 +97,19 @@ def nucleus(mass: Tensor, top_p: float) -> Tensor:
 
     The set is the tokens above a threshold. A histogram over the upper 16 bits of the masses (positive float32 numbers
     are ordered as their bit patterns are, so a bin is 1/128 wide) finds the bin that decides, and only what lies in
-    that bin is sorted: a tenth of the time of a sort of the whole vocabulary.
+    that bin is sorted. A small vocabulary is sorted whole, which is faster there.
     """
-    bins = (mass.view(torch.int32) >> 16).long()
-    sums = mass.new_zeros(len(mass), BINS, dtype=torch.float64).scatter_add_(1, bins, mass.double())
-    up_to = sums.cumsum(-1)
-    total = up_to[:, -1:]
-    deciding = torch.searchsorted(up_to, (1.0 - top_p) * total, right=True).clamp(max=BINS - 1)  # [b, 1]
-    values = _falling(mass, bins == deciding)
-    target = top_p * total - (total - up_to.gather(-1, deciding))  # what the deciding bin has to add
+    if mass.shape[1] <= SORTED:
+        values = torch.nn.functional.pad(mass.sort(-1, descending=True).values, (0, 1))
+        target = top_p * mass.sum(-1, keepdim=True, dtype=torch.float64)
+    else:
+        bins = (mass.view(torch.int32) >> 16).long()
+        sums = mass.new_zeros(len(mass), BINS, dtype=torch.float64).scatter_add_(1, bins, mass.double())
+        up_to = sums.cumsum(-1)
+        total = up_to[:, -1:]
+        deciding = torch.searchsorted(up_to, (1.0 - top_p) * total, right=True).clamp(max=BINS - 1)  # [b, 1]
+        values = _falling(mass, bins == deciding)
+        target = top_p * total - (total - up_to.gather(-1, deciding))  # what the deciding bin has to add
     reached = torch.searchsorted(values.double().cumsum(-1), target)
     reached = torch.minimum(reached, (values > 0).sum(-1, keepdim=True) - 1)  # rounding may ask for more than there is
     return _from(mass, values, reached)
@@ -125,7 +138,7 @@ def _from(mass: Tensor, values: Tensor, last: Tensor) -> Tensor:
 
 def sums_of_blocks(mass: Tensor) -> Tensor:
     """[b, C] -> [b, C / BLOCK] in float64; C is a multiple of BLOCK."""
-    return mass.view(len(mass), -1, BLOCK).sum(-1).double()
+    return mass.view(len(mass), -1, BLOCK).sum(-1, dtype=torch.float64)
 
 
 def invert(mass: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:

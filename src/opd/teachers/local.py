@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from opd.errors import AlignmentError, ConfigError
-from opd.method import Method
 from opd.models import LanguageModel, evaluating, frozen_copy
 from opd.parallel import full
 from opd.reading import batches, read
 from opd.render import render
 from opd.score import Head, teacher_scores
 from opd.supports import sampled, top_k
-from opd.types import Prompt, Rollout, Scores, Support, TeacherRule
+from opd.types import Prompt, Record, Rollout, Scores, Support, TeacherRule
 
 
 @dataclass(slots=True, kw_only=True)
@@ -114,10 +113,17 @@ class LocalTeacher:
 
 
 def with_record(
-    student: LanguageModel, rollouts: Sequence[Rollout], method: Method, micro_batch_tokens: int
+    student: LanguageModel,
+    rollouts: Sequence[Rollout],
+    record: Record,
+    *,
+    temperature: float,
+    micro_batch_tokens: int,
 ) -> list[Rollout]:
-    """The rollouts with what the method reads of the student at each token, also where the student did not write."""
-    record = method.record()
+    """The rollouts with what `record` asks of the student at each token, also where the student did not write.
+
+    `temperature` is the one that the student samples at, as its own records are.
+    """
     missing = [
         i
         for i, rollout in enumerate(rollouts)
@@ -129,7 +135,7 @@ def with_record(
     view = LocalTeacher(lm=student, micro_batch_tokens=micro_batch_tokens, student_device=student.device)
     absent = [rollouts[i] for i in missing]
     support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
-    scores = view.score(absent, [r.prompt for r in absent], support, method.temperature, entropy=record.entropy)
+    scores = view.score(absent, [r.prompt for r in absent], support, temperature, entropy=record.entropy)
     for i, score in zip(missing, scores, strict=True):
         out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
     return out
