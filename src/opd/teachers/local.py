@@ -57,7 +57,9 @@ class LocalTeacher:
         device = self.student_device if self.offload else self.lm.device
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         scores: list[Scores | None] = [None] * len(rows)
-        with evaluating(self.lm.model), adapter_off, placed(self.lm, device):
+        # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
+        moved = placed(self.lm, device) if self.offload else contextlib.nullcontext()
+        with evaluating(self.lm.model), adapter_off, moved:
             head = self.lm.head()
             prefix = shared_prefix(prompt_ids) if len(rows) > 1 else 0
             for indices in batches([len(row) - prefix for row in rows], self.micro_batch_tokens):
@@ -99,9 +101,6 @@ class LocalTeacher:
 def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
     """The model on `device` for a while, and back where it was, whatever happens."""
     home = lm.device
-    if home == device:  # not for nothing: `to` would also take gathered weights apart
-        yield
-        return
     lm.model.to(device)
     try:
         yield
