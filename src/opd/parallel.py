@@ -226,13 +226,15 @@ def write_tensors(tensors: Mapping[str, Mapping[str, Tensor]], folder: Path) -> 
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    flat = {f"{group}/{name}": tensor for group, named in tensors.items() for name, tensor in named.items()}
+    # Sorted: a state that has been restored lists its tensors in another order, and is to give the same files.
+    filled = sorted(group for group, named in tensors.items() if named)
+    flat = {f"{group}/{name}": tensors[group][name] for group in filled for name in sorted(tensors[group])}
     if not flat:
         return
-    groups = {group: number for number, group in enumerate((g for g, named in tensors.items() if named), start=1)}
+    numbers = {group: number for number, group in enumerate(filled, start=1)}
     writer = HuggingFaceStorageWriter(
         path=str(folder),
-        fqn_to_index_mapping={key: groups[key.partition("/")[0]] for key in flat},
+        fqn_to_index_mapping={key: numbers[key.partition("/")[0]] for key in flat},
         save_distributed=True,
     )
     with _own_errors():

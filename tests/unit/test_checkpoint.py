@@ -21,7 +21,7 @@ from opd.checkpoint import Checkpoint, latest, load, save, size_of, sweep
 from opd.errors import RunError
 
 # The files of `write`: one process, two groups of tensors.
-STUDENT, MOMENTS = "shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors"
+MOMENTS, STUDENT = "shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors"
 
 
 def write(folder: Path, step: int, value: float | None = None, **options: Any) -> Path:
@@ -152,7 +152,7 @@ def test_a_leftover_with_this_process_id_is_no_obstacle(tmp_path: Path):
     leftover.mkdir()
     (leftover / "old.safetensors").write_text("half")
     path = write(tmp_path, 4)
-    assert names(path) == [STUDENT, MOMENTS, "state.json"]
+    assert names(path) == [MOMENTS, STUDENT, "state.json"]
     assert names(tmp_path) == ["step_000004"]
 
 
@@ -242,7 +242,7 @@ def resumed_value(folder: Path) -> float:
 
 
 def test_a_kill_between_any_two_writes_leaves_the_checkpoint_before(tmp_path: Path):
-    # The n-th fsync: the student's file, the moments', state.json, the folder, then its parent after the rename.
+    # The n-th fsync: the moments' file, the student's, state.json, the folder, then its parent after the rename.
     folders = killed_at(tmp_path, "fsync", 5, first=2, second=4)
     found = [latest(folder) for folder in folders]  # before sweep: leftovers are ignored
     assert [path.name for path in found if path] == ["step_000002"] * 4 + ["step_000004"]

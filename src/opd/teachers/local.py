@@ -69,7 +69,9 @@ class LocalTeacher:
         device = self.student_device if self.offload else self.lm.device
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         scores: list[Scores | None] = [None] * len(rollouts)
-        with evaluating(self.lm.model), adapter_off, placed(self.lm, device):
+        # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
+        moved = placed(self.lm, device) if self.offload else contextlib.nullcontext()
+        with evaluating(self.lm.model), adapter_off, moved:
             head = self.lm.head()
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
                 states = read(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
@@ -145,9 +147,6 @@ def with_record(
 def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
     """The model on `device` for a while, and back where it was, whatever happens."""
     home = lm.device
-    if home == device:  # not for nothing: `to` would also take gathered weights apart
-        yield
-        return
     lm.model.to(device)
     try:
         yield
