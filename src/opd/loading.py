@@ -61,6 +61,8 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[A
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    if spec.autocast and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, the output layer, in TF32
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:

@@ -92,7 +92,9 @@ class LanguageModel:
         Not in training under gradient checkpointing, nor on shards: there each forward is one of all processes, and
         how many a micro-batch takes must not depend on what its rows share.
         """
-        return not (self.model.training and (getattr(self.model, "is_gradient_checkpointing", False) or self.sharded))
+        new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # transformers has renamed it
+        checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
+        return not (self.model.training and (checkpointing or self.sharded))
 
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
