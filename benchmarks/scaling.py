@@ -11,13 +11,16 @@ vocabulary. One thing varies at a time, the points of an axis take turns:
 * `group`: 8 responses of 32 tokens in all, to 8, 4, 2 or 1 prompts of 512 tokens: what a shared prompt saves;
 * `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
 * `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch shared out, as many threads in all as
-  there are cores.
+  there are cores; 20 steps.
+
+After those 20 steps the parameters of 2 ranks are compared with those of 1: the largest, over all trained tensors, of
+max|a - b| / max|b|, b from the one rank, read from the last checkpoints. The same for the adapters (LoRA, rank 16, all
+linear layers) of a second pair of 20-step runs, of 4 prompts and 16 new tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import json
 import os
@@ -32,6 +35,7 @@ import opd_side
 from common import Record, Worker, measured, say, serve, spread, timed, workers
 from workload import SIZES, causal_lm, language_model, prompts, tokenizer, tokenizer_folder
 
+from opd import checkpoint
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.types import Sampling
@@ -57,7 +61,8 @@ AXES: dict[str, list[Record]] = {
 VARIED = {"tokens": "tokens", "vocabulary": "vocabulary", "support": "k", "group": "n", "teachers": "teachers"}
 ROUNDS = 3  # the first of them warms up
 RANKS = (1, 2)
-RANK_STEPS = 6
+RANK_STEPS = 20
+KINDS: dict[str, Record] = {"full": {}, "lora": {"prompts": 4, "new_tokens": 16}}  # what differs from the base step
 
 
 def worker() -> None:
@@ -117,10 +122,11 @@ def run_axis(started: Worker, points: list[Record]) -> list[Record]:
     return rows
 
 
-def recipe(folder: Path, ranks: int) -> Path:
-    """The base step as a recipe for `opd train`."""
-    data = folder / "prompts.jsonl"
-    asked = prompts(BASE["prompts"], BASE["prompt_tokens"], tokenizer())
+def recipe(folder: Path, ranks: int, kind: str) -> Path:
+    """The base step, or the short one that trains adapters, as a recipe for `opd train`."""
+    name, step = f"{kind}-{ranks}", {**BASE, **KINDS[kind]}
+    data = folder / f"prompts-{kind}.jsonl"
+    asked = prompts(step["prompts"], step["prompt_tokens"], tokenizer())
     data.write_text("".join(json.dumps({"prompt": prompt.content}) + "\n" for prompt in asked))
 
     def model(size: str) -> Record:
@@ -142,36 +148,63 @@ def recipe(folder: Path, ranks: int) -> Path:
         "teacher": "teacher",
         "method": "reverse_kl",
         "data": {"path": str(data)},
-        "sampling": {"max_completion_length": BASE["new_tokens"]},
-        "prompts_per_step": BASE["prompts"],
+        "sampling": {"max_completion_length": step["new_tokens"]},
+        "prompts_per_step": step["prompts"],
         "steps": RANK_STEPS,
         "samples_every": 0,
         "checkpoint": {"every": 1000, "keep": 1},
     }
+    student = model("5M") | ({"lora": {"rank": 16, "target_modules": "all-linear"}} if kind == "lora" else {})
     whole = {
-        "name": f"ranks-{ranks}",
-        "output_dir": str(folder / f"run-{ranks}"),
-        "models": {"student": model("5M"), "teacher": model("26M")},
+        "name": name,
+        "output_dir": str(folder / name),
+        "models": {"student": student, "teacher": model("26M")},
         "stages": [stage],
     }
-    file = folder / f"ranks-{ranks}.yaml"
+    file = folder / f"{name}.yaml"
     file.write_text(json.dumps(whole))  # JSON is YAML
     return file
 
 
-def run_ranks(folder: Path, ranks: int) -> Record:
+def run_ranks(folder: Path, ranks: int, kind: str) -> Record:
     """Seconds of a step with this many processes, after the first two steps, from the run's own timings."""
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "opd", "train", str(recipe(folder, ranks))]
+    command += ["-m", "opd", "train", str(recipe(folder, ranks, kind))]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         return {"ranks": ranks, "skipped": "\n".join(done.stderr.strip().splitlines()[-3:])}
-    (file,) = (folder / f"run-{ranks}").rglob("timings.jsonl")
+    (file,) = (folder / f"{kind}-{ranks}").rglob("timings.jsonl")
     steps = [json.loads(line) for line in file.read_text().splitlines()][2:]
     parts = {part: spread([step[part] for step in steps]) for part in ("total", "generate", "score", "train")}
     return {"ranks": ranks, "threads_each": threads, "seconds": parts}
+
+
+def difference(folder: Path, kind: str) -> float:
+    """Largest over the trained tensors of max|a - b| / max|b|: a from two ranks, b from one, after the last step."""
+    one, two = (
+        checkpoint.load(folder / f"{kind}-{ranks}/distil/checkpoints/step_{RANK_STEPS:06d}").tensors["student"]
+        for ranks in RANKS
+    )
+    assert one.keys() == two.keys(), f"tensors in one of the runs only: {sorted(one.keys() ^ two.keys())}"
+    return max(((two[name] - b).abs().max() / b.abs().max()).item() for name, b in one.items())
+
+
+def all_ranks(result: Record) -> None:
+    """Fill in `ranks` (speed, full weights) and `ranks_difference` (of each kind; None where a run failed)."""
+    result["ranks_difference"] = {}
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        for kind in KINDS:
+            rows = [run_ranks(folder, ranks, kind) for ranks in RANKS]
+            if kind == "full":
+                result["ranks"] = rows
+            failed = [row["skipped"] for row in rows if "skipped" in row]
+            result["ranks_difference"][kind] = None if failed else difference(folder, kind)
+            for row in rows:
+                say(f"ranks {row['ranks']}, {kind}: {row.get('skipped') or row['seconds']['total']}")
+            say(f"ranks, {kind}: parameters differ by {result['ranks_difference'][kind]}")
 
 
 def main() -> None:
@@ -189,13 +222,7 @@ def main() -> None:
                 key = VARIED[axis]
                 shown = (f"{row[key]}: {next(iter(row['seconds'].values()))['median']:.2f}" for row in rows)
                 say(f"{axis} ({key}: seconds) {', '.join(shown)}")
-        if importlib.util.find_spec("opd.parallel") is None:
-            result["ranks"] = [{"ranks": 2, "skipped": "opd.parallel does not exist in this version"}]
-        else:
-            with tempfile.TemporaryDirectory() as folder:
-                result["ranks"] = [run_ranks(Path(folder), ranks) for ranks in RANKS]
-        for row in result["ranks"]:
-            say(f"ranks {row['ranks']}: {row.get('skipped') or row['seconds']['total']}")
+        all_ranks(result)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,12 @@ from typing import Any
 
 import generate
 import loss
+import quickstart
 import scaling
 import step
 from common import GIB, Record
+
+QUALITY = ("before", "teacher", "after", "gap")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
@@ -32,15 +35,14 @@ def about(module: Any) -> list[str]:
     return [line for line in text[1:] if not line.startswith("    python ")]
 
 
-def section(title: str, module: Any, figure: str) -> list[str]:
+def section(title: str, module: Any, figure: str | None = None) -> list[str]:
     return [
         f"## {title}",
         "",
         f"`python benchmarks/{module.__name__}.py`",
         *about(module),
         "",
-        f"![{title}](figures/{figure}.png)",
-        "",
+        *([f"![{title}](figures/{figure}.png)", ""] if figure else []),
     ]
 
 
@@ -119,4 +121,39 @@ def scaling_section(result: Record) -> list[str]:
         reason = [] if measured else [f"skipped: {row['skipped'].splitlines()[-1]}", "-", "-", "-"]
         cells = [spread_text(row["seconds"][part]) for part in columns] if measured else reason
         ranks.append([str(row["ranks"]), str(row.get("threads_each", "-")), *cells])
-    return [*lines, "By ranks, seconds:", "", *table(["ranks", "threads each", *columns], ranks)]
+    gaps = [[kind, "-" if gap is None else f"{gap:.1e}"] for kind, gap in result["ranks_difference"].items()]
+    return [
+        *lines,
+        "By ranks, seconds:",
+        "",
+        *table(["ranks", "threads each", *columns], ranks),
+        "",
+        f"Parameters of two ranks against one after {scaling.RANK_STEPS} steps, relative difference:",
+        "",
+        *table(["", "parameters"], gaps),
+    ]
+
+
+def quickstart_section(result: Record) -> list[str]:
+    parts = quickstart.PARTS
+    runs = [
+        [f"{row['side']}, seed {row['seed']}", f"{row['seconds']:.0f}", *(spread_text(row["steps"][p]) for p in parts)]
+        for row in result["runs"]
+    ]
+    shares: list[list[str]] = []
+    for row in result["runs"]:
+        if row["side"] == "now":
+            for name, share in row["quality"].items():
+                cells = ("-" if share[key] is None else f"{share[key]:.1%}" for key in QUALITY)
+                shares.append([f"seed {row['seed']}, {name}", *cells])
+    changed = f", with {', '.join(result['overrides'])}" if result["overrides"] else ""
+    return [
+        *section("The quickstart", quickstart),
+        f"`before` is commit {result['before']}{changed}. Seconds of the whole command, and of a step and its parts:",
+        "",
+        *table(["", "whole", *(f"step: {part}" for part in parts)], runs),
+        "",
+        "Share of held-out answers that keep the rule:",
+        "",
+        *table(["", "before", "teacher", "after", "of the gap"], shares),
+    ]

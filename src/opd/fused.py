@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from opd.score import Head, chunks
+from opd.score import Head, buffer, chunks
 
 # Logits [n, C] of some rows, after temperature -> the chunk's part of the loss; overwrites them with its gradient.
 ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
@@ -46,13 +46,15 @@ class _Fused(torch.autograd.Function):
         head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
         grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        layer = _Whole(head) if ids is None else _Rows(head, ids)
+        layer = (
+            _Rows(head, ids) if ids is not None else _Whole(head, buffer(len(hidden), head.vocabulary, hidden.device))
+        )
         for rows in chunks(len(hidden), layer.width):
             piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
             logits = layer.project(piece, rows)
-            slope = finish_(logits, head, temperature)
+            slope = head.finish_(logits, temperature)
             total += chunk_loss(logits, rows)
-            grad = logits.mul_(head.multiplier / temperature)
+            grad = logits if head.multiplier == temperature else logits.mul_(head.multiplier / temperature)
             if slope is not None:
                 grad.mul_(slope)
             layer.add_gradients(grads, grad, piece, rows)
@@ -65,18 +67,6 @@ class _Fused(torch.autograd.Function):
         grads: _Gradients = ctx.grads
         ctx.grads = None
         return (*grads.times(upstream), None, None, None, None)
-
-
-def finish_(logits: Tensor, head: Head, temperature: float) -> Tensor | None:
-    """Multiplier, soft cap and temperature on projected logits, in place; returns the soft cap's derivative, if any."""
-    if head.softcap is None:
-        if head.multiplier != temperature:
-            logits.mul_(head.multiplier / temperature)
-        return None
-    capped = logits.mul_(head.multiplier / head.softcap).tanh_()
-    slope = 1.0 - capped.square()
-    logits.mul_(head.softcap / temperature)
-    return slope
 
 
 @dataclass(slots=True)
@@ -106,16 +96,17 @@ class _Gradients:
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """All V rows of the output layer."""
+    """All V rows of the output layer; the logits of one chunk lie where those of the chunk before lay."""
 
     head: Head
+    memory: Tensor
 
     @property
     def width(self) -> int:
         return self.head.vocabulary
 
     def project(self, hidden: Tensor, rows: slice) -> Tensor:
-        return self.head.project(hidden)
+        return self.head.project_into(self.memory, hidden)
 
     def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
         weight = self.head.weight[: self.width]

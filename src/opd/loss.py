@@ -25,7 +25,7 @@ from opd.method import Method
 from opd.metrics import Metrics
 from opd.models import LanguageModel
 from opd.reading import read
-from opd.score import Head, tiles
+from opd.score import Head, buffer, tiles
 from opd.types import Tokens
 
 
@@ -69,16 +69,18 @@ def loss_at(
 def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
     """The whole vocabulary: both models' log-probs on all of it."""
     closed = closed_form(getattr(method.signal, "divergence", None))
+    memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         assert micro.teacher_hidden is not None
-        teacher_logits = teacher_head.logits(micro.teacher_hidden[rows])
+        teacher_logits = teacher_head.project_into(memory, micro.teacher_hidden[rows])
+        teacher_head.finish_(teacher_logits, method.temperature)
         total = torch.zeros((), device=logits.device)
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
             ids, w = micro.token_ids[at, None], weight[at]
             student = logits[tile].log_softmax(-1)  # [n, V]
-            teacher = (teacher_logits[tile] / method.temperature).log_softmax(-1)
+            teacher = teacher_logits[tile].log_softmax(-1)
             student_logp, teacher_logp = student.gather(-1, ids)[:, 0], teacher.gather(-1, ids)[:, 0]
             if closed is not None:
                 per_token, grad = closed(student, teacher)

@@ -151,32 +151,32 @@ def in_passes(count: Count) -> tuple[int, float, float]:
 REVERSE_KL = signals.divergence("reverse_kl")
 # CHUNKS matmuls forward and 2 CHUNKS backward, and what is done to TILES tiles.
 LOSSES: dict[str, tuple[Signal, Support, Cost]] = {
-    "full-reverse_kl": (REVERSE_KL, supports.full(), Cost(operations=203, made=8.09, written=12.30)),
+    "full-reverse_kl": (REVERSE_KL, supports.full(), Cost(operations=203, made=6.10, written=11.32)),
     "full-forward_kl": (
         signals.divergence("forward_kl"),
         supports.full(),
-        Cost(operations=203, made=9.09, written=12.30),
+        Cost(operations=203, made=7.10, written=11.32),
     ),
     "full-generalised_jsd": (
         signals.divergence("generalised_jsd"),
         supports.full(),
-        Cost(operations=291, made=14.09, written=19.31),
+        Cost(operations=300, made=12.11, written=18.32),
     ),
     "full-any-signal": (
         lambda tokens: REVERSE_KL(tokens),
         supports.full(),
-        Cost(operations=283, made=12.09, written=16.31),
+        Cost(operations=277, made=10.11, written=15.32),
     ),
-    "top_k-tail": (REVERSE_KL, supports.top_k(K), Cost(operations=1039, made=1.44, written=6.66)),
+    "top_k-tail": (REVERSE_KL, supports.top_k(K), Cost(operations=306, made=0.96, written=6.18)),
     "top_k-renormalised": (
         signals.divergence("reverse_kl", form="renormalised"),
         supports.top_k(K),
-        Cost(operations=77, made=0.79, written=0.96),
+        Cost(operations=79, made=0.85, written=1.01),
     ),
     "sampled": (
         signals.policy_gradient(signals.log_ratio),
         supports.sampled(),
-        Cost(operations=226, made=1.09, written=6.31),
+        Cost(operations=105, made=0.61, written=5.83),
     ),
 }
 
@@ -214,10 +214,10 @@ def test_the_guard_sees_one_more_pass(sizes: None):
 
 SCORES: dict[str, tuple[Support, dict[str, Any], Cost]] = {
     "full-unread": (supports.full(), {"sampled": False}, Cost(operations=1, made=0.001, written=0.001)),
-    "full": (supports.full(), {}, Cost(operations=35, made=2.00, written=2.00)),
-    "sampled": (supports.sampled(), {}, Cost(operations=35, made=2.00, written=2.00)),
-    "sampled-entropy": (supports.sampled(), {"entropy": True}, Cost(operations=76, made=5.01, written=5.01)),
-    "top_k": (supports.top_k(K), {}, Cost(operations=70, made=2.07, written=2.07)),
+    "full": (supports.full(), {}, Cost(operations=27, made=1.00, written=1.00)),
+    "sampled": (supports.sampled(), {}, Cost(operations=27, made=1.00, written=1.00)),
+    "sampled-entropy": (supports.sampled(), {"entropy": True}, Cost(operations=60, made=4.01, written=4.01)),
+    "top_k": (supports.top_k(K), {}, Cost(operations=62, made=1.07, written=1.07)),
 }
 
 
@@ -264,12 +264,12 @@ def cost_of_step(rows: int, record: Record = NOTHING_MORE, **options: Any) -> tu
 # The model's own operations are among them: two layers, and the caches that grow by a token. The histogram of top_p
 # has draw.BINS columns, here 16 times V.
 STEPS: dict[str, tuple[dict[str, Any], Record, Cost]] = {
-    "plain": ({}, NOTHING_MORE, Cost(operations=139, made=5.17, written=6.17)),
-    "temperature": ({"temperature": 0.7}, NOTHING_MORE, Cost(operations=140, made=6.17, written=7.17)),
-    "greedy": ({"temperature": 0.0}, NOTHING_MORE, Cost(operations=118, made=4.90, written=5.90)),
-    "top_k": ({"top_k": 20}, NOTHING_MORE, Cost(operations=155, made=10.23, written=11.23)),
-    "top_p": ({"top_p": 0.9}, NOTHING_MORE, Cost(operations=184, made=46.98, written=63.85)),
-    "recorded": ({}, Record(top_k=8, entropy=True), Cost(operations=147, made=6.20, written=7.20)),
+    "plain": ({}, NOTHING_MORE, Cost(operations=142, made=4.18, written=4.18)),
+    "temperature": ({"temperature": 0.7}, NOTHING_MORE, Cost(operations=143, made=5.18, written=5.18)),
+    "greedy": ({"temperature": 0.0}, NOTHING_MORE, Cost(operations=122, made=3.90, written=3.90)),
+    "top_k": ({"top_k": 20}, NOTHING_MORE, Cost(operations=164, made=6.24, written=6.24)),
+    "top_p": ({"top_p": 0.9}, NOTHING_MORE, Cost(operations=173, made=12.21, written=12.21)),
+    "recorded": ({}, Record(top_k=8, entropy=True), Cost(operations=149, made=5.20, written=5.20)),
 }
 
 
