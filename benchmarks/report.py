@@ -125,7 +125,11 @@ def scaling_goals(result: Record) -> list[list[str]]:
     return [
         [f"{what}, speed", "as measured", ranks_measured(result), "-"],
         *(
-            goal(f"{what}, {name}: parameters after {RANK_STEPS} steps", 1e-5, result["ranks_difference"][kind])
+            goal(
+                f"{what}, {name}: parameters after {RANK_STEPS} steps",
+                1e-5,
+                (result["ranks_difference"][kind] or {}).get("whole"),
+            )
             for kind, name in (("full", "full"), ("lora", "LoRA"))
         ),
     ]

@@ -121,7 +121,10 @@ def scaling_section(result: Record) -> list[str]:
         reason = [] if measured else [f"skipped: {row['skipped'].splitlines()[-1]}", "-", "-", "-"]
         cells = [spread_text(row["seconds"][part]) for part in columns] if measured else reason
         ranks.append([str(row["ranks"]), str(row.get("threads_each", "-")), *cells])
-    gaps = [[kind, "-" if gap is None else f"{gap:.1e}"] for kind, gap in result["ranks_difference"].items()]
+    gaps = [
+        [kind, *(["-", "-"] if gap is None else [f"{gap['whole']:.1e}", f"{gap['worst']:.1e}"])]
+        for kind, gap in result["ranks_difference"].items()
+    ]
     return [
         *lines,
         "By ranks, seconds:",
@@ -130,7 +133,7 @@ def scaling_section(result: Record) -> list[str]:
         "",
         f"Parameters of two ranks against one after {scaling.RANK_STEPS} steps, relative difference:",
         "",
-        *table(["", "parameters"], gaps),
+        *table(["", "all parameters as one vector", "worst tensor, by its largest entry"], gaps),
     ]
 
 
