@@ -35,7 +35,7 @@ from opd.types import Sampling
 PROMPT_TOKENS = 32
 ROWS = (1, 8, 32)
 NEW_TOKENS = {"1M": 64, "5M": 128, "26M": 32, SMOLLM2_NAME: 16}
-ROUNDS = 3
+ROUNDS = 2
 CONTESTANTS = ("opd", "generate")
 
 

@@ -223,7 +223,7 @@ def grid(which: str) -> list[Record]:
     for V, N, H in sorted(points, key=math.prod):
         work = V * N * H
         names = [*SIDES, *(FORMS if which == "full" or (N == 512 and V in (49_152, 151_936)) else ())]
-        out.append({"V": V, "N": N, "H": H, "rounds": 3 if work < 2e10 else 2 if work < 5e10 else 1, "names": names})
+        out.append({"V": V, "N": N, "H": H, "rounds": 3 if work < 3e10 else 1, "names": names})
     return out
 
 
