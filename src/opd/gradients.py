@@ -22,15 +22,18 @@ WithGradient: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p||q) and p_j (l_j - KL), [n, V] -> [n], [n, V] (arXiv 2605.11182 eq. 3)."""
-    p, log_ratio = student_logp.exp(), student_logp - teacher_logp
-    value = (p * log_ratio).sum(-1)  # not a dot product: its float32 sum over V is a hundred times less exact
-    return value, p.mul_(log_ratio.sub_(value[:, None]))
+    p = student_logp.exp()
+    part = (student_logp - teacher_logp).mul_(
+        p
+    )  # p l; in place, since memory that is in the cache is three times faster
+    value = part.sum(-1)  # not a dot product: its float32 sum over V is a hundred times less exact
+    return value, part.sub_(p.mul_(value[:, None]))
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q||p) and p_j - q_j, [n, V] -> [n], [n, V]."""
     q = teacher_logp.exp()
-    value = (q * (teacher_logp - student_logp)).sum(-1)
+    value = (teacher_logp - student_logp).mul_(q).sum(-1)
     return value, student_logp.exp().sub_(q)
 
 
@@ -40,11 +43,11 @@ def generalised_jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float =
     [n, V] -> [n], [n, V]. The derivative through m vanishes: beta q + (1 - beta) p = m there.
     """
     log_m = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
-    p, log_ratio = student_logp.exp(), student_logp - log_m
-    student_part = (p * log_ratio).sum(-1)
-    teacher_part = (teacher_logp.exp() * (teacher_logp - log_m)).sum(-1)
-    value = beta * teacher_part + (1 - beta) * student_part
-    return value, p.mul_(log_ratio.sub_(student_part[:, None])).mul_(1 - beta)
+    p = student_logp.exp()
+    part = (student_logp - log_m).mul_(p)
+    student_value, teacher_value = part.sum(-1), teacher_logp.exp().mul_(teacher_logp - log_m).sum(-1)
+    value = beta * teacher_value + (1 - beta) * student_value
+    return value, part.sub_(p.mul_(student_value[:, None])).mul_(1 - beta)
 
 
 CLOSED: Mapping[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {

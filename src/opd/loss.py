@@ -78,24 +78,14 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
         total = torch.zeros((), device=logits.device)
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
-            ids, w = micro.token_ids[at, None], weight[at]
+            w, y = weight[at], micro.token_ids[at, None]
             student = logits[tile].log_softmax(-1)  # [n, V]
             teacher = teacher_logits[tile].log_softmax(-1)
-            student_logp, teacher_logp = student.gather(-1, ids)[:, 0], teacher.gather(-1, ids)[:, 0]
+            student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
             if closed is not None:
                 per_token, grad = closed(student, teacher)
             else:
-                per_token, grad = _differentiated(
-                    method,
-                    lambda p, at=at, ids=ids, q=teacher, q_y=teacher_logp: replace(
-                        _tokens(micro, at, p.gather(-1, ids)[:, 0]),
-                        teacher_logp=q_y,
-                        student_support_logp=p,
-                        teacher_support_logp=q,
-                    ),
-                    student,
-                    w,
-                )
+                per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w)
             total += (per_token * w).sum()
             observed.add("train/signal", per_token)
             observed.add("train/student_nll", -student_logp)
@@ -187,6 +177,18 @@ def _tokens(micro: MicroBatch, at: slice, student_logp: Tensor) -> Tokens:
         advantage=micro.advantage[at],
         weight=micro.weight[at],
     )
+
+
+def _full_tokens(micro: MicroBatch, at: slice, teacher: Tensor) -> Callable[[Tensor], Tokens]:
+    """The student's log-probs [n, V] -> Tokens, with the teacher's beside them."""
+    y = micro.token_ids[at, None]
+
+    def tokens_of(student: Tensor) -> Tokens:
+        tokens = _tokens(micro, at, student.gather(-1, y)[:, 0])
+        teacher_logp = teacher.gather(-1, y)[:, 0]
+        return replace(tokens, teacher_logp=teacher_logp, student_support_logp=student, teacher_support_logp=teacher)
+
+    return tokens_of
 
 
 def _with_support(tokens: Tokens, micro: MicroBatch, at: slice, student_support_logp: Tensor) -> Tokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -96,11 +97,18 @@ class LanguageModel:
         checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
         return not (self.model.training and (checkpointing or self.sharded))
 
+    @property
+    def positions(self) -> float:
+        """How many positions the model knows; infinite if it does not say."""
+        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
+        return limit if isinstance(limit, int) else math.inf
+
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
-        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
-        if isinstance(limit, int) and tokens > limit:
-            raise DataError(f"{self.name} would read {tokens} tokens in all, but it knows {limit} positions. {remedy}")
+        if tokens > self.positions:
+            raise DataError(
+                f"{self.name} would read {tokens} tokens in all, but it knows {self.positions} positions. {remedy}"
+            )
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:

@@ -51,7 +51,6 @@ class TransformersSampler:
     max_prompt_length: int | None = None
     version: int = 0  # optimiser steps behind the weights, recorded in every rollout
 
-    @torch.no_grad()
     def __call__(
         self,
         prompts: Sequence[Prompt],
@@ -82,9 +81,10 @@ class TransformersSampler:
                 self._decode(by_length[start : start + ROWS], record, look)
         return [self._rollout(row) for row in rows]
 
+    @torch.inference_mode()
     def _decode(self, rows: list[_Row], record: Record, look: Look | None) -> None:
         lm = self.lm
-        head = lm.head()
+        head, known = lm.head(), lm.positions
         active = list(rows)
         hidden, cache, mask, positions = prefill(lm, [row.prompt_ids for row in rows])
         for t in range(self.sampling.max_completion_length):
@@ -102,10 +102,9 @@ class TransformersSampler:
             positions = positions + 1
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(ids[:, None])], 1)
-            lm.check_length(
-                max(len(row.prompt_ids) for row in active) + t + 1,
-                "Lower sampling.max_completion_length, or set max_prompt_length.",
-            )
+            longest = len(active[-1].prompt_ids) + t + 1
+            if longest > known:
+                lm.check_length(longest, "Lower sampling.max_completion_length, or set max_prompt_length.")
             out = lm.forward(
                 ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -139,9 +138,12 @@ class TransformersSampler:
     def _show(self, look: Look, active: list[_Row]) -> None:
         """Let `look` see the responses that are not finished; those that it does not keep end here."""
         shown = [row for row in active if not row.ended]
-        if shown:
-            for row, goes_on in zip(shown, look.goes_on([self._rollout(row) for row in shown]), strict=True):
-                row.ended = not goes_on
+        if not shown:
+            return
+        with torch.inference_mode(False), torch.no_grad():  # what it makes of them may meet a gradient later
+            keeps = look.goes_on([self._rollout(row) for row in shown])
+        for row, goes_on in zip(shown, keeps, strict=True):
+            row.ended = not goes_on
 
     def _stopped(self, row: _Row) -> bool:
         """Whether the text ends with a stop string; a token holds at least one byte, which bounds the look back."""
