@@ -31,6 +31,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/generate.py $(if $(VLLM),--vllm $(VLLM))
 	$(BIN)/python benchmarks/scaling.py
+	$(BIN)/python benchmarks/limits.py
 	$(BIN)/python benchmarks/report.py
 
 # The quickstart's wall time and results against an older commit, and three seeds: apart, it takes long by itself.

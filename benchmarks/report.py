@@ -16,10 +16,18 @@ from common import GIB, HERE, RESULTS, Record, say
 from loss import TABLE
 from quickstart import ratio as quickstart_ratio
 from scaling import RANK_STEPS
-from tables import generate_section, loss_section, quickstart_section, scaling_section, step_section, table
+from tables import (
+    generate_section,
+    limits_section,
+    loss_section,
+    quickstart_section,
+    scaling_section,
+    step_section,
+    table,
+)
 
 PAGE = HERE.parent / "docs" / "performance.md"
-BENCHMARKS = ("step", "loss", "generate", "scaling", "quickstart")
+BENCHMARKS = ("step", "loss", "generate", "scaling", "limits", "quickstart")
 
 
 def load() -> dict[str, Record]:
@@ -185,6 +193,7 @@ def page(results: dict[str, Record]) -> str:
         "generate": generate_section,
         "scaling": scaling_section,
         "quickstart": quickstart_section,
+        "limits": limits_section,
     }
     for name, section in sections.items():
         if name in results:

@@ -11,11 +11,10 @@ vocabulary. One thing varies at a time, the points of an axis take turns:
 * `group`: 8 responses of 32 tokens in all, to 8, 4, 2 or 1 prompts of 512 tokens: what a shared prompt saves;
 * `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
 * `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch shared out, as many threads in all as
-  there are cores; 20 steps.
+  there are cores; 8 steps.
 
-After those 20 steps the parameters of 2 ranks are compared with those of 1: the largest, over all trained tensors, of
-max|a - b| / max|b|, b from the one rank, read from the last checkpoints. The same for the adapters (LoRA, rank 16, all
-linear layers) of a second pair of 20-step runs, of 4 prompts and 16 new tokens.
+Two more pairs of runs compare the parameters of 2 ranks with those of 1 after 20 steps of 4 prompts and 16 new tokens,
+one thread a process: full weights, and adapters (LoRA, rank 16, all linear layers). See `difference`.
 """
 
 from __future__ import annotations

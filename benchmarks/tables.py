@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 import generate
+import limits
 import loss
 import quickstart
 import scaling
@@ -135,6 +136,24 @@ def scaling_section(result: Record) -> list[str]:
         "",
         *table(["", "all parameters as one vector", "worst tensor, by its largest entry"], gaps),
     ]
+
+
+def limits_section(result: Record) -> list[str]:
+    products = [
+        [str(row["rows"]), f"{1000 * row['seconds']:.2f}", f"{row['gflops']:.0f}"] for row in result["products"]
+    ]
+    lines = [
+        "## Where the time goes",
+        "",
+        "`python benchmarks/limits.py`",
+        *about(limits),
+        "",
+        *table(["rows", "milliseconds", "GFLOP/s"], products),
+    ]
+    for part, rows in result["parts"].items():
+        body = [[row["operation"], f"{row['share']:.1%}", f"{row['calls']:,}"] for row in rows]
+        lines += ["", f"Of the CPU time of the {part}:", "", *table(["operation", "share", "calls"], body)]
+    return lines
 
 
 def quickstart_section(result: Record) -> list[str]:
