@@ -218,7 +218,6 @@ def grid(which: str) -> list[Record]:
         points = {TABLE, (49_152, 1024, 576), (151_936, 512, 1024)}
     else:
         points = {TABLE, *((V, 512, 576) for V in sizes), *((32_000, N, 576) for N in (2048, 8192))}
-        points.add((151_936, 512, 1024))
     out: list[Record] = []
     for V, N, H in sorted(points, key=math.prod):
         work = V * N * H
