@@ -43,6 +43,7 @@ class _Fused(torch.autograd.Function):
         temperature: float,
         ids: Tensor | None,
     ) -> Tensor:
+        """The loss; the gradients of hidden [N, H], weight [>= V, H] and bias are made here and kept for `backward`."""
         head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
         grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -63,6 +64,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        """Hand on what `forward` made, times the gradient of the loss; once."""
         (upstream,) = grad_outputs
         grads: _Gradients = ctx.grads
         ctx.grads = None

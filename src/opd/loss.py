@@ -72,6 +72,7 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
     memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
         assert micro.teacher_hidden is not None
         teacher_logits = teacher_head.project_into(memory, micro.teacher_hidden[rows])
         teacher_head.finish_(teacher_logits, method.temperature)
@@ -103,6 +104,7 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
     """The sampled token and those of a top-k support, if there are any; of the rest only the normaliser is kept."""
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
         w, ids = weight[rows], _scored_ids(micro, rows)
         log_z = torch.cat([logits[tile].logsumexp(-1, keepdim=True) for tile in tiles(logits)])
         selected = logits.gather(-1, ids) - log_z  # [n, 1 + K]
@@ -130,6 +132,7 @@ def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Obser
     known = drawn_at == {method.temperature} and not bool(micro.policy_logp.isnan().any())
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, 1 + K] logits of the scored tokens at `rows`: their part of the loss, and its gradient in their place."""
         w, policy_logp = weight[rows], micro.policy_logp[rows]
         per_token, grad = _differentiated(
             method,

@@ -54,7 +54,7 @@ class Head:
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
 
-        For a constant head: memory that is used again costs no page faults, which for a chunk are a tenth of its time.
+        For a constant head: memory that is used again costs no page faults.
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
