@@ -103,11 +103,6 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
-def log_probs(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
-    """[n, H] -> [n, V]: log-probs of one chunk."""
-    return tempered(head.logits(hidden), temperature).log_softmax(-1)
-
-
 @torch.no_grad()
 def paired_log_probs(
     student: Head, student_hidden: Tensor, teacher: Head, teacher_hidden: Tensor, temperature: float = 1.0

@@ -22,12 +22,17 @@ from opd.loading import character_tokenizer
 from opd.loss import loss_of
 from opd.methods import METHODS
 from opd.models import LanguageModel
-from opd.score import Head, chunks, log_probs, paired_log_probs, teacher_scores, tiles
+from opd.score import Head, chunks, paired_log_probs, teacher_scores, tiles
 from opd.supports import full, sampled, support_tokens, top_k
 from opd.types import Sampling, Scores, Support
 
 V = 10  # letters, <pad> and <eos>
 SETS = ("teacher", "student", "intersection", "union", "symmetric_difference")
+
+
+def log_probs(head: Head, hidden: Tensor, temperature: float = 1.0) -> Tensor:
+    """[n, H] -> [n, V], all at once."""
+    return (head.logits(hidden) / temperature).log_softmax(-1)
 
 
 def ids_of(lm: LanguageModel, text: str = "abcdefghhgfab") -> Tensor:
