@@ -6,7 +6,8 @@ The same 8 prompts, student and teacher as in step.py, both parts warm. The shar
 time in all of them; the profiler's own cost counts for small operations, so that their shares are upper bounds.
 
 `products with the output layer` times that product alone, 8 rows as in a decode step and 1,024 as in training: what a
-step of either cannot do without. GFLOP/s are to be compared with the calibration.
+step of either cannot do without. GFLOP/s are to be compared with the calibration. `prepacked` is the layout that the
+sampler multiplies on a CPU (samplers/prepack.py).
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 from workload import language_model, prompts
 
 from opd.methods.reverse_kl import reverse_kl
+from opd.models import LanguageModel
+from opd.samplers.prepack import prepacked
 from opd.types import Sampling
 
 SHOWN = 8
@@ -42,16 +45,23 @@ def shares(work: Callable[[], Any]) -> list[Record]:
     ]
 
 
-def product(weight: torch.Tensor, rows: int) -> Record:
-    """Seconds and GFLOP/s of [rows, H] x [H, V]."""
+def product(lm: LanguageModel, rows: int) -> list[Record]:
+    """Seconds and GFLOP/s of [rows, H] x [H, V], as the weight lies and prepacked."""
+    weight = lm.head().weight
     hidden = torch.randn(rows, weight.shape[1])
-    times: list[float] = []
-    for _ in range(20):
-        started = perf_counter()
-        torch.nn.functional.linear(hidden, weight)
-        times.append(perf_counter() - started)
-    seconds = median(times)
-    return {"rows": rows, "seconds": seconds, "gflops": 2 * rows * weight.numel() / seconds / 1e9}
+    with prepacked(lm) as logits_of:
+        ways = {"as it lies": lm.head().logits, "prepacked": logits_of}
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(20):
+            for name, multiply in ways.items():
+                started = perf_counter()
+                multiply(hidden)
+                times[name].append(perf_counter() - started)
+    flops = 2 * rows * weight.numel()
+    return [
+        {"rows": rows, "layout": name, "seconds": median(t), "gflops": flops / median(t) / 1e9}
+        for name, t in times.items()
+    ]
 
 
 def main() -> None:
@@ -62,8 +72,8 @@ def main() -> None:
     steps = itertools.count()
     rollouts = mine.sampler(asked, seed=(0, 0))
     with measured("limits") as result, torch.no_grad():
-        weight = student.lm_head.weight
-        result["products"] = [product(weight, rows) for rows in (PROMPTS, PROMPTS * NEW_TOKENS)]
+        lm = mine.student
+        result["products"] = [row for rows in (PROMPTS, PROMPTS * NEW_TOKENS) for row in product(lm, rows)]
         with torch.enable_grad():
             result["parts"] = {
                 "generation": shares(lambda: mine.sampler(asked, seed=(0, next(steps)))),
@@ -72,7 +82,7 @@ def main() -> None:
     for part, rows in result["parts"].items():
         say(f"{part}: " + ", ".join(f"{row['operation']} {row['share']:.0%}" for row in rows))
     for row in result["products"]:
-        say(f"product with the output layer, {row['rows']} rows: {row['gflops']:.0f} GFLOP/s")
+        say(f"product with the output layer, {row['rows']} rows, {row['layout']}: {row['gflops']:.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

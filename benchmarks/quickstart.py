@@ -30,6 +30,7 @@ BEFORE = "8182c87"  # the last commit before fused scoring
 SEEDS = (0, 1, 2)
 NOW = HERE.parent
 SAMPLING = ("greedy", "sampled")
+KL = "eval/reverse_kl"  # exact, nats a token of the sampled held-out responses
 PARTS = ("total", "generate", "score", "train")
 CONVERT = f"import opd.loading as l; print(l.__file__); l.convert_gguf(l.packaged({SMOLLM2!r}))"
 
@@ -72,7 +73,8 @@ def run(source: Path, side: str, seed: int, overrides: list[str]) -> Record:
         timings, metrics = (read(stage / name) for name in ("timings.jsonl", "metrics.jsonl"))
     steps = {part: spread([row[part] for row in timings[1:] or timings]) for part in PARTS}
     quality = {name: shares(metrics, name) for name in SAMPLING}
-    return {"side": side, "seed": seed, "seconds": seconds, "steps": steps, "quality": quality}
+    kl = [row[KL] for row in metrics if KL in row]
+    return {"side": side, "seed": seed, "seconds": seconds, "steps": steps, "quality": quality, "kl": kl}
 
 
 def read(file: Path) -> list[Record]:

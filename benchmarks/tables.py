@@ -140,7 +140,8 @@ def scaling_section(result: Record) -> list[str]:
 
 def limits_section(result: Record) -> list[str]:
     products = [
-        [str(row["rows"]), f"{1000 * row['seconds']:.2f}", f"{row['gflops']:.0f}"] for row in result["products"]
+        [str(row["rows"]), row["layout"], f"{1000 * row['seconds']:.2f}", f"{row['gflops']:.0f}"]
+        for row in result["products"]
     ]
     lines = [
         "## Where the time goes",
@@ -148,7 +149,7 @@ def limits_section(result: Record) -> list[str]:
         "`python benchmarks/limits.py`",
         *about(limits),
         "",
-        *table(["rows", "milliseconds", "GFLOP/s"], products),
+        *table(["rows", "layout", "milliseconds", "GFLOP/s"], products),
     ]
     for part, rows in result["parts"].items():
         body = [[row["operation"], f"{row['share']:.1%}", f"{row['calls']:,}"] for row in rows]

@@ -7,7 +7,7 @@ logits; a prompt is read once however many responses it gets; and rows that have
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from opd.models import LanguageModel, evaluating
 from opd.reading import left_padded
 from opd.render import render_checked
 from opd.samplers.draw import draw
+from opd.samplers.prepack import prepacked
 from opd.supports import check_fits
 from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout, Sampling
 
@@ -76,19 +77,21 @@ class TransformersSampler:
             for sample in range(self.sampling.n)
         ]
         by_length = sorted(rows, key=lambda row: len(row.prompt_ids))  # stable: a prompt's rows stay together
-        with evaluating(self.lm.model):
+        with evaluating(self.lm.model), prepacked(self.lm) as logits_of:
             for start in range(0, len(rows), ROWS):
-                self._decode(by_length[start : start + ROWS], record, look)
+                self._decode(by_length[start : start + ROWS], logits_of, record, look)
         return [self._rollout(row) for row in rows]
 
     @torch.inference_mode()
-    def _decode(self, rows: list[_Row], record: Record, look: Look | None) -> None:
+    def _decode(
+        self, rows: list[_Row], logits_of: Callable[[Tensor], Tensor], record: Record, look: Look | None
+    ) -> None:
         lm = self.lm
-        head, known = lm.head(), lm.positions
+        known = lm.positions
         active = list(rows)
         hidden, cache, mask, positions = prefill(lm, [row.prompt_ids for row in rows])
         for t in range(self.sampling.max_completion_length):
-            ids = self._write(active, head.logits(hidden), t, record)
+            ids = self._write(active, logits_of(hidden), t, record)
             if look is not None and (t + 1) % look.every == 0:
                 self._show(look, active)
             keep = [i for i, row in enumerate(active) if not row.ended]

@@ -1,0 +1,60 @@
+"""Linear layers of a decode step on a CPU: weights laid out in blocks beforehand, products by oneDNN.
+
+torch gives float32 products to a BLAS that reads the weights as they lie. A decode step has few rows, so the time is
+that of reading: oneDNN on weights in its own blocked layout reads two to four times faster (benchmarks/limits.py). A
+layout is made once a call, when the weights are those of the step, and costs a copy of the weights while it lasts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from opd.models import LanguageModel
+from opd.score import Head
+
+SMALLEST = 2**17  # entries of a weight; below, the call costs more than the layout saves
+
+
+@contextlib.contextmanager
+def prepacked(lm: LanguageModel) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Within it, `lm` multiplies prepacked weights and must not train; gives its output layer, [b, H] -> [b, V].
+
+    A model that does not compute in float32 on a CPU, or whose layers hold shards, is used as it is.
+    """
+    head = lm.head()
+    linear = [module for module in lm.model.modules() if type(module) is nn.Linear]
+    layers = [layer for layer in linear if _gains(layer.weight, lm) and layer.weight is not head.weight]
+    for layer in layers:
+        layer.forward = partial(_product, _layout(layer.weight), layer.bias)  # type: ignore[assignment]
+    try:
+        gains = _gains(head.weight, lm)
+        yield partial(_logits, head, _layout(head.weight[: head.vocabulary])) if gains else head.logits
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own again
+
+
+def _gains(weight: Tensor, lm: LanguageModel) -> bool:
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.dtype == torch.float32
+    return plain and weight.numel() >= SMALLEST and not lm.autocast and torch.backends.mkldnn.is_available()
+
+
+def _layout(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def _product(packed: Tensor, bias: Tensor | None, hidden: Tensor) -> Tensor:
+    """[..., H] -> [..., V]."""
+    return torch.ops.mkldnn._linear_pointwise(hidden, packed, bias, "none", [], "")
+
+
+def _logits(head: Head, packed: Tensor, hidden: Tensor) -> Tensor:
+    bias = None if head.bias is None else head.bias[: head.vocabulary]
+    logits = _product(packed, bias, hidden)
+    head.finish_(logits, temperature=1.0)
+    return logits
