@@ -98,6 +98,16 @@ class LanguageModel:
         return not (self.model.training and (checkpointing or self.sharded))
 
     @property
+    def sees_everything(self) -> bool:
+        """Whether every layer attends to all positions before it: a window is counted in places of the cache, so that
+        padding between a shared prefix and the rest would shift it."""
+        config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return set(kinds) == {"full_attention"}
+        return getattr(config, "sliding_window", None) is None
+
+    @property
     def positions(self) -> float:
         """How many positions the model knows; infinite if it does not say."""
         limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]

@@ -108,6 +108,33 @@ def test_a_repeated_cache_is_that_of_reading_every_row(family: str, monkeypatch:
     assert {shape[0] for shape in counted.prefill} == {1}
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_all_prompts_begin_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch):
+    """Unless a layer sees a window only: it would be counted over the padding between the prefix and the rest."""
+    lm = endless(tiny(family, seed=1))
+    rule = "abcdefghhgfedcbaabababab"
+    prompts = prompts_of(f"{rule}h", f"{rule}abc", f"{rule}h", f"{rule}ghgh")
+    counted = Counted(monkeypatch)
+    shared = sampler(lm, n=2, max_completion_length=6)(prompts, seed=(0, 0), record=Record(top_k=2))
+    windows = family == "gemma2"
+    beyond = len(shared[-1].prompt_ids) - len(rule)
+    assert lm.sees_everything != windows
+    assert counted.prefill == ([(3, len(rule) + beyond)] if windows else [(1, len(rule)), (3, beyond)])
+    assert counted.steps == [(8, 1)] * 5
+    monkeypatch.setattr(hf, "SHORTEST_SHARED_PREFIX", 1000)
+    whole = sampler(lm, n=2, max_completion_length=6)(prompts, seed=(0, 0), record=Record(top_k=2))
+    assert all(same(a, b) for a, b in zip(shared, whole, strict=True))
+
+
+def test_the_last_token_of_a_prompt_is_never_in_the_shared_prefix(monkeypatch: pytest.MonkeyPatch):
+    rule = "abcdefghhgfedcbaababab"
+    lm = endless(tiny())
+    counted = Counted(monkeypatch)
+    rollouts = sampler(lm, max_completion_length=2)(prompts_of(rule, f"{rule}hh"), seed=(0, 0))
+    length = len(rollouts[0].prompt_ids)
+    assert counted.prefill == [(1, length - 1), (2, 3)]
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
