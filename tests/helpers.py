@@ -225,12 +225,13 @@ def write(
     sampling: Sampling,
     seed: tuple[int, int] = (0, 0),
 ) -> list[Rollout]:
-    """The method's source, with a reward that differs between responses (a method may not look)."""
+    """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
+    method = method.bound(student.tokenizer)
     writers = writers_of(student, external, sampling)
     rollouts = method.source(prompts, writers, seed, method.record())
-    return [
-        replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts
-    ]
+    return method.keep(
+        [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]
+    )
 
 
 def sampler(lm: LanguageModel, **sampling: Any) -> TransformersSampler:

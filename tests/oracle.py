@@ -289,23 +289,62 @@ def grad_tail(student: Sequence[float], teacher: Sequence[float], support: Seque
     return [p_j * (c_j - mean) for p_j, c_j in zip(p, coefficients, strict=True)]
 
 
-def support_policy_gradient(student_logp: Logps, teacher_logp: Logps) -> float:
-    """P2-CODE's value at ratio 1: -sum_S A(v), A = sg[-bar-p(v) l(v)]. Rethinking, released code of eq. 5."""
-    bar_p = renormalise(student_logp)
-    return math.fsum(math.exp(b) * (s - t) for b, s, t in zip(bar_p, student_logp, teacher_logp, strict=True))
+def support_weights(student_logp: Logps, teacher_logp: Logps, weights: str, normalised: bool) -> list[float]:
+    """w(v) of P2-CODE: p, q or 1 on S, divided by their sum over S or not. Rethinking, released code (weight modes)."""
+    chosen = {"student": student_logp, "teacher": teacher_logp, "none": [0.0] * len(student_logp)}[weights]
+    return [math.exp(value) for value in (renormalise(chosen) if normalised else chosen)]
+
+
+def support_policy_gradient(
+    student_logp: Logps, teacher_logp: Logps, weights: str = "student", normalised: bool = True
+) -> float:
+    """P2-CODE's value at ratio 1: -sum_S A(v), A = sg[-w(v) l(v)]. Rethinking, released code of eq. 5."""
+    w = support_weights(student_logp, teacher_logp, weights, normalised)
+    return math.fsum(w_v * (s - t) for w_v, s, t in zip(w, student_logp, teacher_logp, strict=True))
 
 
 def grad_support_policy_gradient(
-    student: Sequence[float], teacher: Sequence[float], support: Sequence[int]
+    student: Sequence[float],
+    teacher: Sequence[float],
+    support: Sequence[int],
+    weights: str = "student",
+    normalised: bool = True,
 ) -> list[float]:
-    """P2-CODE, -sum_S A(v) ratio(v): sum_S bar-p(v) l(v) (1{j=v} - p_j), the sum over v written out.
+    """P2-CODE, -sum_S A(v) ratio(v): sum_S w(v) l(v) (1{j=v} - p_j), the sum over v written out.
 
-    Rethinking, released code of eq. 5: A(v) = sg[-bar-p(v) l(v)], ratio = exp(log p - sg log p). Equals
-    SG-TOPK / P_S.
+    Rethinking, released code of eq. 5: A(v) = sg[-w(v) l(v)], ratio = exp(log p - sg log p). With student weights,
+    normalised, it equals SG-TOPK / P_S.
     """
     p, ratios = softmax(student), _log_ratios(student, teacher)
-    inside = math.fsum(p[v] for v in support)
-    return [math.fsum(p[v] / inside * ratios[v] * ((j == v) - p[j]) for v in support) for j in range(len(p))]
+    inside, q = [log_softmax(student)[v] for v in support], [log_softmax(teacher)[v] for v in support]
+    w = dict(zip(support, support_weights(inside, q, weights, normalised), strict=True))
+    return [math.fsum(w[v] * ratios[v] * ((j == v) - p[j]) for v in support) for j in range(len(p))]
+
+
+def ema_pg(
+    student: Sequence[float], teacher: Sequence[float], support: Sequence[int], token: int, sampler_logp: float
+) -> float:
+    """EMA-PG of one sampled token y: sum_S p l + s 1[y not in S] r (log p(y) - log q(y)), s = p(y)/mu(y), r = 1.
+
+    Revisiting App. G.3 (V4, V5).
+    """
+    s, t = log_softmax(student), log_softmax(teacher)
+    head = math.fsum(math.exp(s[v]) * (s[v] - t[v]) for v in support)
+    if token in support:
+        return head
+    return head + math.exp(s[token] - sampler_logp) * (s[token] - t[token])
+
+
+def grad_ema_pg(
+    student: Sequence[float], teacher: Sequence[float], support: Sequence[int], token: int, sampler_logp: float
+) -> list[float]:
+    """dEMA-PG/dz_j: TOPK-RAW's on S, and s l(y) (1{j=y} - p_j) through r = p(y)/sg[p(y)] if y is not in S."""
+    head = grad_topk_raw(student, teacher, support)
+    if token in support:
+        return head
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    scale = p[token] / math.exp(sampler_logp) * ratios[token]
+    return [head[j] + scale * ((j == token) - p[j]) for j in range(len(p))]
 
 
 def grad_on_support(
@@ -370,6 +409,12 @@ def group_advantage(rewards: Sequence[float], epsilon: float = 1e-4, scale: bool
     freedom = len(rewards) - ddof
     deviation = math.sqrt(math.fsum(value * value for value in centred) / freedom) if freedom > 0 else 0.0
     return [value / (deviation + epsilon) for value in centred]
+
+
+def discounted(rewards: Sequence[float], gamma: float) -> list[float]:
+    """sum_{t' >= t} gamma^(t' - t) r_t', the sum written out for every t. Revisiting eq. 3."""
+    n = len(rewards)
+    return [math.fsum(gamma ** (later - t) * rewards[later] for later in range(t, n)) for t in range(n)]
 
 
 def pass_at_k(correct: Sequence[bool], k: int) -> float:

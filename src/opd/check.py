@@ -29,10 +29,21 @@ def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
         "teacher_model": spec.teacher is not None and spec.teacher != spec.train,
     }
     missing = [REMEDIES[need] for need in sorted(needs) if not given.get(need, True)]
-    if {"sampler_logp", "off_policy"} <= needs:
+    if needs & {"sampler_logp", "policy_logp"} and "off_policy" in needs:
         raise ConfigError(
-            f"Stage {spec.name!r}: method {spec.method!r} divides by the probability with which the student wrote each "
-            "token, and its source is not the student. Use an on-policy source, or a signal without importance ratio."
+            f"Stage {spec.name!r}: method {spec.method!r} reads the probability with which the student wrote each "
+            "token, and its source is not the student. Use an on-policy source, a signal without importance ratio, or "
+            "another credit."
+        )
+    if "sampled_last" in needs and not method.support.with_sampled:
+        raise ConfigError(
+            f"Stage {spec.name!r}: the signal of method {spec.method!r} takes the last token of the support for the "
+            "sampled one, and the support does not add it. Build the support with top_k(k, with_sampled=True)."
+        )
+    if "attempt" in needs and spec.evaluate is not None and spec.evaluate.teacher:
+        raise ConfigError(
+            f"Stage {spec.name!r}: in method {spec.method!r} the teacher reads the student's attempt, and "
+            "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
         )
     if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != spec.sampling.temperature:
         raise ConfigError(
@@ -95,7 +106,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
         prepared = prepare(spec, Given(), recipe.seed)
         held_out = "no held-out prompts" if prepared.held_out is None else f"{len(prepared.held_out.prompts)} held out"
         lines.append(f"stage {spec.name}: {spec.method}, {len(prepared.prompts)} prompts, {held_out}")
-        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.all_prompts)]
+        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.all_prompts, method=prepared.method)]
     return lines
 
 
@@ -111,9 +122,13 @@ def check_pass_at(spec: StageSpec) -> None:
 
 
 def check_tokenizers(
-    recipe: Recipe, spec: StageSpec, prompts: list[Any], given: Mapping[str, Any] | None = None
+    recipe: Recipe,
+    spec: StageSpec,
+    prompts: list[Any],
+    given: Mapping[str, Any] | None = None,
+    method: Method | None = None,
 ) -> list[str]:
-    """Render the prompts and compare the token maps, where a tokenizer can be had without its model.
+    """Render the prompts, bind the method, compare the token maps, where a tokenizer can be had without its model.
 
     `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
     """
@@ -135,6 +150,8 @@ def check_tokenizers(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
         lines.append(f"longest prompt: {max(map(len, ids))} tokens")
+        if method is not None:
+            method.bound(tokenizers[spec.train])
     if len(tokenizers) == 2 and spec.teacher is not None:
         check_same_tokens(tokenizers[spec.train], tokenizers[spec.teacher], names=(spec.train, spec.teacher))
         lines.append("student and teacher map every token to the same id")

@@ -77,10 +77,15 @@ def check_responses(rollouts: Sequence[Rollout]) -> None:
             )
 
 
-def check_trained(rollouts: Sequence[Rollout], world: World) -> None:
-    """Raise TrainingError, in every process, when no token of the whole step is trained."""
+def has_trained(rollouts: Sequence[Rollout], method: Method, world: World) -> bool:
+    """Whether a token of the whole step is trained, in any process; False only for a method that filters responses.
+
+    Raises TrainingError, in every process, when none is and nothing of the method may leave out all.
+    """
     if world.any(any(bool(rollout.trained.any()) for rollout in rollouts)):
-        return
+        return True
+    if "filtered" in method.needs():
+        return False
     ids = [i for part in world.gather([rollout.prompt.id for rollout in rollouts]) for i in part]
     raise TrainingError(
         f"None of this step's {len(ids)} responses has a trained token (prompts {ids[:8]}): the gradient would be 0/0. "

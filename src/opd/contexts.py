@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from opd.errors import ConfigError, DataError
+from opd.filters import PASS
 from opd.types import Context, Message, Prompt, Rollout, needing
+
+VERDICTS = ("correct", "wrong")
+FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")
+
+# The kinds of privileged information of arXiv 2605.11182 that differ from prompt to prompt, as arguments of
+# `privileged`. What they say is the paper's, the wording ours. (A rule that all prompts share is its `system`.)
+INFORMATION: Mapping[str, Mapping[str, str]] = {
+    "answer": {
+        "template": "{prompt}\n\nThe final answer is known to be: {answer}\nSolve the problem yourself, step by step, "
+        "and arrive at this answer."
+    },
+    "solution": {
+        "template": "{prompt}\n\nA reference solution:\n{privileged_context}\n\nOnce you see why each of its steps is "
+        "there, derive the same answer again in your own steps."
+    },
+    "hint": {"prefill": "<think>\nThe answer to this problem is {answer}.\n</think>\n\n"},
+    "feedback": {
+        "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
+        "right in it, correct what is not, and solve the problem."
+    },
+}
 
 
 def same_prompt() -> Context:
@@ -15,42 +38,73 @@ def same_prompt() -> Context:
 
 
 def privileged(
-    *, system: str | None = None, examples: Sequence[tuple[str, str]] = (), template: str | None = None
+    *,
+    system: str | None = None,
+    examples: Sequence[tuple[str, str]] = (),
+    template: str | None = None,
+    prefill: str | None = None,
+    verdicts: tuple[str, str] = VERDICTS,
 ) -> Context:
     """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this one.
 
-    `system` replaces the system message, `examples` are exchanges (user, assistant) put before the conversation, and
-    `template` rewrites the last user message, with the fields {prompt} and, from the data's column,
-    {privileged_context}. Raises ConfigError when nothing is given, or for an unknown field.
+    `system` replaces the system message, `examples` are exchanges (user, assistant) put before the conversation,
+    `template` rewrites the last user message, and `prefill` follows the generation prompt, as if the teacher had begun
+    to answer with it. Both have fields:
+
+        {prompt}               the user's message; needed in a template, and not in a prefill
+        {privileged_context}   the data's column, e.g. a solution
+        {answer}               the data's column
+        {attempt}              the response that the student has just written, which the teacher scores
+        {verdict}              `verdicts[0]` where the stage's reward is at least `filters.PASS`, else `verdicts[1]`
+
+    Raises ConfigError when nothing is given, or for an unknown field.
     """
-    if system is None and not examples and template is None:
+    if system is None and not examples and template is None and prefill is None:
         raise ConfigError(
-            "A privileged context needs something that the student does not read: give `system`, `examples` or "
-            "`template`."
+            "A privileged context needs something that the student does not read: give `system`, `examples`, "
+            "`template` or `prefill`."
         )
+    fields = set[str]()
     if template is not None:
-        _check_fields(template)
+        fields |= _fields("template", template, FIELDS, needed="prompt")
+    if prefill is not None:
+        fields |= _fields("prefill", prefill, FIELDS[1:])
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
-        return [_enrich(rollout.prompt, system, examples, template) for rollout in rollouts]
+        return [_enriched(rollout, system, examples, template, prefill, verdicts) for rollout in rollouts]
 
-    reads_column = template is not None and "{privileged_context}" in template
-    return needing(context, *({"privileged_context"} if reads_column else ()))
+    needs = fields & {"privileged_context", "answer"}
+    if fields & {"attempt", "verdict"}:
+        needs |= {"attempt"}
+    if "verdict" in fields:
+        needs |= {"reward"}
+    return needing(context, *needs)
 
 
-def _enrich(prompt: Prompt, system: str | None, examples: Sequence[tuple[str, str]], template: str | None) -> Prompt:
+def _enriched(
+    rollout: Rollout,
+    system: str | None,
+    examples: Sequence[tuple[str, str]],
+    template: str | None,
+    prefill: str | None,
+    verdicts: tuple[str, str],
+) -> Prompt:
+    prompt = rollout.prompt
+    if prefill is not None:
+        prompt = replace(prompt, prefill=_filled(prefill, rollout, verdicts))
     if isinstance(prompt.content, str):
         if examples:
             raise DataError(
                 f"Worked examples are exchanges of a conversation, but prompt {prompt.id} is plain text. "
                 "Set `chat: true` in the data section, or write the examples into `system`."
             )
-        text = _fill(template, prompt.content, prompt)
+        text = prompt.content if template is None else _filled(template, rollout, verdicts, prompt.content)
         return replace(prompt, content=text if system is None else f"{system}\n\n{text}")
     messages = list(prompt.content)
     if template is not None:
         last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        messages[last] = {**messages[last], "content": _fill(template, messages[last]["content"], prompt)}
+        text = _filled(template, rollout, verdicts, messages[last]["content"])
+        messages[last] = {**messages[last], "content": text}
     head = [message for message in messages[:1] if message["role"] == "system"]
     rest = messages[len(head) :]
     if system is not None:
@@ -61,24 +115,41 @@ def _enrich(prompt: Prompt, system: str | None, examples: Sequence[tuple[str, st
     return replace(prompt, content=(*head, *shown, *rest))
 
 
-def _fill(template: str | None, text: str, prompt: Prompt) -> str:
-    if template is None:
-        return text
-    if "{privileged_context}" in template and prompt.privileged_context is None:
+def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str = "") -> str:
+    """The pattern with its fields' values; what stands in braces in a value stays as it is."""
+    values: dict[str, str] = {"prompt": text, "attempt": rollout.text}
+    for name in ("privileged_context", "answer"):
+        if f"{{{name}}}" in pattern:
+            values[name] = _column(name, rollout.prompt)
+    if "{verdict}" in pattern:
+        if rollout.reward is None:
+            raise DataError(
+                f"The response to prompt {rollout.prompt.id} has no reward, and the context tells the teacher its "
+                "verdict. Set the stage's `reward`, or leave {verdict} out."
+            )
+        values["verdict"] = verdicts[0] if rollout.reward >= PASS else verdicts[1]
+    return pattern.format(**values)
+
+
+def _column(name: str, prompt: Prompt) -> str:
+    value = getattr(prompt, name)
+    if value is None:
         raise DataError(
-            f"Prompt {prompt.id} has no `privileged_context`, which the context's template asks for. "
-            "Fill the column, or leave the field out of the template."
+            f"Prompt {prompt.id} has no `{name}`, which the context asks for. Fill the column, or leave the field out."
         )
-    filled = template.replace("{privileged_context}", prompt.privileged_context or "")
-    return filled.replace("{prompt}", text)
+    return str(value)
 
 
-def _check_fields(template: str) -> None:
-    import string
-
-    known = {"prompt", "privileged_context"}
-    fields = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
-    if fields - known or "prompt" not in fields:
+def _fields(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
+    """The fields of a pattern. Raises ConfigError for one that is not known, or without the needed one."""
+    listed = ", ".join(f"{{{name}}}" + (" (needed)" if name == needed else "") for name in known)
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+    except ValueError as error:
         raise ConfigError(
-            f"A context template has the fields {{prompt}} (needed) and {{privileged_context}}; got {sorted(fields)}."
-        )
+            f"A context's {what} has braces that do not match: {error}, in {pattern!r:.80}. Write a brace of the text "
+            f"as two. It has the fields {listed}."
+        ) from error
+    if fields - set(known) or (needed is not None and needed not in fields):
+        raise ConfigError(f"A context's {what} has the fields {listed}; got {sorted(fields)}.")
+    return fields

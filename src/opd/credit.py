@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from opd.errors import ConfigError
 from opd.types import Batch, Credit, needing
 
 
@@ -33,3 +34,26 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
         return advantage[:, None].expand(batch.mask.shape).clone()
 
     return needing(credit, "reward", "group")
+
+
+def discounted(gamma: float) -> Credit:
+    """A_t = sum_{t' >= t} gamma^(t' - t) (log q - log p)(y_t'): future rewards coupled in (arXiv 2603.25562 eq. 3).
+
+    p is the policy that wrote the response, as recorded. gamma = 0 is the token-level estimator, with a variance of at
+    most order T^2; gamma = 1 is the causal sequence-level one, of at most order T^4: the mean of sum_t A_t grad log p
+    is then the gradient of -KL(p||q) between whole responses. Tokens that are not trained are skipped: they add
+    nothing, and t' - t counts trained tokens. Raises ConfigError unless 0 <= gamma <= 1.
+    """
+    if not 0.0 <= gamma <= 1.0:
+        raise ConfigError(f"The discount gamma lies between 0 (this token alone) and 1 (all that follow), got {gamma}.")
+
+    def credit(batch: Batch) -> Tensor:
+        reward = (batch.teacher_logp - batch.policy_logp).masked_fill(~batch.mask, 0.0)  # [B, T]
+        advantage = torch.zeros_like(reward)
+        following = torch.zeros_like(reward[:, 0])  # [B]
+        for t in reversed(range(reward.shape[1])):
+            following = torch.where(batch.mask[:, t], reward[:, t] + gamma * following, following)
+            advantage[:, t] = following
+        return advantage
+
+    return needing(credit, "teacher_logp", "policy_logp")

@@ -35,13 +35,14 @@ class DataSpec:
     split: str = "train"  # of a folder or a hub name
     columns: Mapping[str, str] = field(default_factory=dict[str, str])  # our name -> the file's column
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    limit: int | None = None  # rows, from the first
+    skip: int = 0  # rows left out at the beginning, e.g. those of an earlier stage
+    limit: int | None = None  # rows, from the first that is not skipped
     chat: bool = False  # a text prompt becomes one user message
     system: str | None = None  # a system message before the messages; implies chat
 
 
 def load_prompts(spec: DataSpec, *, require: Collection[str] = ()) -> list[Prompt]:
-    """All rows as prompts, with id = index of the row; `require` names columns that every row has to fill.
+    """All rows as prompts, with id = index of the row, skipped ones counted; `require` names columns to be filled.
 
     Read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row without one,
     TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A reasoning-gym row
@@ -52,7 +53,8 @@ def load_prompts(spec: DataSpec, *, require: Collection[str] = ()) -> list[Promp
     Raises ConfigError when the spec cannot be meant so, DataError when a file or a row cannot be used.
     """
     _check_spec(spec)
-    rows = list(islice(rows_of(spec.path, split=spec.split, options=spec.options, limit=spec.limit), spec.limit))
+    stop = None if spec.limit is None else spec.skip + spec.limit
+    rows = list(islice(rows_of(spec.path, split=spec.split, options=spec.options, limit=stop), spec.skip, stop))
     return _prompts(rows, spec, require)
 
 
@@ -70,6 +72,11 @@ def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: b
 
 
 def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> list[Prompt]:
+    if not rows and spec.skip:
+        raise DataError(
+            f"`skip: {spec.skip}` leaves nothing of {spec.path}: it has no row {spec.skip} (counted from 0). "
+            "Lower `skip`."
+        )
     if not rows:
         raise DataError(f"{spec.path} is empty: it has no rows. Give data with at least one row.")
     for where, row in rows:
@@ -85,8 +92,8 @@ def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> l
                 f"`columns: {{{name}: {column}}}` names a column that {spec.path} does not have."
                 f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
             )
-    prompts = [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows)]
-    require_columns(prompts, require, source=spec.path, seen=seen)
+    prompts = [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows, start=spec.skip)]
+    require_columns(prompts, require, source=spec.path, seen=seen, first=spec.skip)
     return prompts
 
 
@@ -111,6 +118,8 @@ def _check_spec(spec: DataSpec) -> None:
                 f"`columns` maps our names to the file's, and {name!r} is none of ours.{nearest(name, COLUMNS)} "
                 f"Known: {', '.join(COLUMNS)}. Other columns go to the metadata under their own name."
             )
+    if spec.skip < 0:
+        raise ConfigError(f"`skip` is a number of rows, at least 0, got {spec.skip}.")
     if spec.limit is not None and spec.limit < 1:
         raise ConfigError(f"`limit` is a number of rows, at least 1, got {spec.limit}. Leave it out to read all.")
     is_file = spec.path.startswith("package:") or Path(spec.path).suffix.lower() in READERS
@@ -141,15 +150,20 @@ def _prompt(index: int, where: str, row: Mapping[str, Any], spec: DataSpec) -> P
     )
 
 
-def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
-    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not."""
+def require_columns(
+    prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = (), first: int = 0
+) -> None:
+    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not.
+
+    `first` is the number of the first row.
+    """
     for name in names:
         values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
-        empty = [index for index, value in enumerate(values) if value is None or value == ""]
+        empty = [index for index, value in enumerate(values, start=first) if value is None or value == ""]
         if empty and name != "prompt":
-            first = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
+            which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             columns = f" Its columns: {', '.join(seen)}." if seen else ""
             raise DataError(
                 f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {source} have none "
-                f"(rows {first}).{nearest(name, seen)}{columns} Fill it, or map it with `columns:`."
+                f"(rows {which}).{nearest(name, seen)}{columns} Fill it, or map it with `columns:`."
             )

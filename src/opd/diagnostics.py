@@ -9,7 +9,10 @@ from opd.types import Batch, Rollout, valid
 
 
 def of(batch: Batch, method: Method, version: int) -> Metrics:
-    """Lengths, endings, rewards and the sampled log-ratio; `version` is the number of updates behind the student."""
+    """Lengths, endings, rewards and the sampled log-ratio; `version` is the number of updates behind the student.
+
+    Where a filter chooses among responses, `rollout/kept_share` is the share of prompts with one that is trained.
+    """
     metrics = Metrics()
     n = len(batch.rollouts)
     lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
@@ -18,6 +21,9 @@ def of(batch: Batch, method: Method, version: int) -> Metrics:
     metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
     metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
     metrics.sum("train/tokens", float(batch.mask.sum()))
+    if "filtered" in method.needs():
+        kept = batch.mask.any(1)
+        metrics.mean("rollout/kept_share", float(kept.sum()), sum(rollout.sample == 0 for rollout in batch.rollouts))
     rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
     if rewards:
         metrics.mean("rollout/reward", sum(rewards), len(rewards))

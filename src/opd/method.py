@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
+from opd.binding import bound
 from opd.contexts import same_prompt
 from opd.credit import no_credit
+from opd.keep import everything
 from opd.normalise import per_sequence
 from opd.sources import on_policy
 from opd.supports import sampled
@@ -13,6 +16,7 @@ from opd.teachers import external
 from opd.types import (
     Context,
     Credit,
+    Keep,
     Normalise,
     Record,
     Signal,
@@ -27,6 +31,8 @@ from opd.types import (
 from opd.updates import optimizer_step
 from opd.weights import every_token
 
+PIECES = ("source", "keep", "context", "credit", "weight", "signal", "normalise", "update")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -36,6 +42,7 @@ class Method:
     """
 
     source: Source = on_policy()  # who writes the responses
+    keep: Keep = everything()  # which of the responses, and of their tokens, are trained
     context: Context = same_prompt()  # what the teacher reads
     teacher: TeacherRule = external()  # whose distribution the student is compared with
     support: Support = sampled()  # which tokens are scored
@@ -56,5 +63,13 @@ class Method:
 
     def needs(self) -> frozenset[str]:
         """What the pieces declare; `opd.check.check_needs` says what each means for a recipe."""
-        pieces = (self.source, self.context, self.credit, self.weight, self.signal, self.normalise, self.update)
+        pieces = (getattr(self, name) for name in PIECES)
         return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
+
+    def bound(self, tokenizer: Any) -> Method:
+        """The method with the student's tokenizer handed to the pieces that ask for it (`opd.binding`).
+
+        Raises ConfigError for what the tokenizer does not know.
+        """
+        pieces: dict[str, Any] = {name: bound(getattr(self, name), tokenizer) for name in PIECES}
+        return replace(self, **pieces)

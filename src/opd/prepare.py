@@ -15,6 +15,8 @@ from opd.recipe import DataSection, RewardSection, SamplingSection, StageSpec
 from opd.rewards import RewardFn, load_reward
 from opd.types import Prompt, Sampling, needs_of
 
+PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
@@ -45,7 +47,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     method = given.method or methods.build(spec.method, spec.options)
     check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
     reward = given.reward or reward_of(spec.reward)
-    columns = {"response", "privileged_context"} & method.needs()
+    columns = PROMPT_COLUMNS & method.needs()
     prompts = read(spec.data, columns | needs_of_reward(reward), given.prompts)
     held_out = None
     if spec.evaluate is not None:
@@ -53,7 +55,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         judged_by = reward_of(spec.evaluate.reward) or reward
         read_by_teacher = needs_of(method.context) if spec.evaluate.teacher or spec.evaluate.kl else frozenset[str]()
         held_out = HeldOut(
-            prompts=read(spec.evaluate.data, needs_of_reward(judged_by) | read_by_teacher),
+            prompts=read(spec.evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher)),
             sampling={name: sampling_of(s) for name, s in spec.evaluate.sampling.items()},
             reward=judged_by,
             seed=seed,

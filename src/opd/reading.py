@@ -62,6 +62,8 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] |
     Either every prompt up to its last token, shared by the rows of a group, or what all rows begin with: whichever
     leaves fewer tokens to read. The last token of a prompt is never in it: it predicts.
     """
+    if not prompts:  # a filter left no response of this step
+        return None
     by_group = [tuple(prompt[:-1]) for prompt in prompts]
     everyone = common_prefix(by_group[0], *by_group[1:])
     best: list[tuple[int, ...]] | None = None

@@ -70,6 +70,7 @@ class DataSection(Section):
     split: str = "train"
     columns: dict[str, str] = {}
     options: dict[str, Any] = {}
+    skip: int = Field(default=0, ge=0)
     limit: int | None = Field(default=None, ge=1)
     chat: bool = False
     system: str | None = None

@@ -56,13 +56,14 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
 
     Text is encoded with the tokenizer's own special tokens, without an end-of-sequence token that it appends, and
     `template_options` do not concern it. Messages go through the chat template, with `add_generation_prompt`; the
-    template writes its own special tokens, so none are added, and `template_options` are its variables.
+    template writes its own special tokens, so none are added, and `template_options` are its variables. A `prefill`
+    stands behind either, encoded together with it.
 
     Raises DataError for messages without a chat template or ones that the template refuses, ConfigError for an option
     that the template does not mention (jinja would ignore it).
     """
     if isinstance(prompt.content, str):
-        return _encode_text(prompt.content, tokenizer)
+        return _encode_text(prompt.content + prompt.prefill, tokenizer)
     template = _template(prompt, tokenizer, template_options)
     _check_options(template, tokenizer, template_options)
     messages = [dict(message) for message in prompt.content]
@@ -74,7 +75,7 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
             f"The chat template of {_name(tokenizer)} refused prompt {prompt.id} (roles: {roles}): {error}. "
             "Change the messages, or set another tokenizer.chat_template."
         ) from error
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
 
 
 def render_checked(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -88,22 +88,54 @@ def policy_gradient(
     return needing(signal, *needs)
 
 
-def support_policy_gradient() -> Signal:
-    """-sum_S A(v) p(v)/sg[p(v)] with A = sg[p(v)/P_S (log q(v) - log p(v))]: the released code of arXiv 2604.13016.
+def support_policy_gradient(
+    weights: Literal["student", "teacher", "none"] = "student", *, normalised: bool = True
+) -> Signal:
+    """sum_S sg[w(v) (log p(v) - log q(v))] p(v)/sg[p(v)], [N, K] -> [N]: the released code of arXiv 2604.13016.
 
-    The paper's eq. 5 is `divergence("reverse_kl", form="renormalised")`. The gradient here is that of the
-    stop-gradient form divided by P_S: unlike the paper's formula it also corrects the mass of the support.
+    w is p, q or 1 (`weights`), divided by its sum over S if `normalised`. The gradient is sum_S w l (1[v = j] - p_j).
+    With student weights that is the stop-gradient form's, divided by P_S if normalised: unlike the paper's eq. 5,
+    `divergence("reverse_kl", form="renormalised")`, it also corrects the mass of the support, by
+    (log P_S/Q_S + D) grad log P_S with D the renormalised divergence. An empty support gives 0.
     """
 
     def signal(tokens: Tokens) -> Tensor:
         s, t = support_of(tokens)
         exists = torch.ones_like(s, dtype=torch.bool) if tokens.support_mask is None else tokens.support_mask
         s, t = s.masked_fill(~exists, 0.0), t.masked_fill(~exists, 0.0)
-        share = s.detach().masked_fill(~exists, -torch.inf).softmax(-1).nan_to_num(0.0)  # an empty support: no share
-        advantage = share * (t - s.detach())
-        return -(advantage * (s - s.detach()).exp()).sum(-1)
+        log_w = {"student": s.detach(), "teacher": t, "none": torch.zeros_like(t)}[weights]
+        log_w = log_w.masked_fill(~exists, -torch.inf)
+        w = log_w.softmax(-1).nan_to_num(0.0) if normalised else log_w.exp()  # an empty support has no weight
+        return (w * (s.detach() - t) * (s - s.detach()).exp()).sum(-1)
 
     return signal
+
+
+def reverse_kl_with_sampled_tail() -> Signal:
+    """sum_S p l + 1[y not in S] p(y)/mu(y) sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
+
+    The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it. Its mean
+    over y ~ mu is KL(p||q) on all of S and on what truncation left of the rest: the value is unbiased. The gradient is
+    not. The head is differentiated as it stands, and its +1 has no match in the tail: the mean is that of KL(p||q) plus
+    grad P_S, which pushes mass out of S as in `raw`. Raises ConfigError on the whole vocabulary, where nothing is
+    outside.
+    """
+
+    def signal(tokens: Tokens) -> Tensor:
+        s, t = support_of(tokens)
+        if tokens.support_mask is None:
+            raise ConfigError(
+                "The sampled token stands for what is outside the support, and the support is the whole vocabulary. "
+                "Give the method support=top_k(k, with_sampled=True), or the signal divergence('reverse_kl')."
+            )
+        exists, outside = tokens.support_mask[:, :-1], tokens.support_mask[:, -1]
+        head = divergences.on_support("reverse_kl", s[:, :-1], t[:, :-1], "raw", exists)
+        log_p, log_q = s[:, -1].masked_fill(~outside, 0.0), t[:, -1].masked_fill(~outside, 0.0)
+        log_ratio_to_sampler = log_p - tokens.sampler_logp.masked_fill(~outside, 0.0)
+        ratio = log_ratio_to_sampler.clamp(max=LARGEST_LOG_RATIO).exp()
+        return head + (ratio * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
+
+    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last")
 
 
 def add(*signals: Signal) -> Signal:

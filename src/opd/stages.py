@@ -59,7 +59,7 @@ def run_recipe(
         prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
         tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
         for spec in recipe.stages:  # the rest of what can fail without weights
-            check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers)
+            check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers, prepared[spec.name].method)
             check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].prompts, world.size)
         directory = RunDir.open(recipe.folder, recipes.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     report = ReportWriter(
@@ -116,7 +116,7 @@ def build(
         if spec.teacher is not None and spec.teacher != spec.train:
             external = model_for(recipe, spec, spec.teacher, given, directory)
             check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
-    method = prepared.method
+    method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
     teacher = teacher_for(  # before the student is sharded: a copy of it is whole, in every process
         method.teacher,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from opd import checkpoint, diagnostics
-from opd.collate import MicroBatch, attach, check_responses, check_trained, collate, split
+from opd.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.data import take
 from opd.errors import TrainingError
 from opd.evaluate import rewarded, sample_rows
@@ -90,9 +90,10 @@ def train(stage: Stage) -> Outcome:
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
+                rollouts = method.keep(rewarded(stage.reward, rollouts))
                 rollouts = with_record(
                     student,
-                    rewarded(stage.reward, rollouts),
+                    rollouts,
                     method.record(),
                     temperature=spec.sampling.temperature or 1.0,
                     micro_batch_tokens=spec.micro_batch_tokens,
@@ -109,7 +110,7 @@ def train(stage: Stage) -> Outcome:
                         sampled=shown or method.reads("teacher_logp"),
                         entropy=method.reads("teacher_entropy"),
                     )
-            check_trained(rollouts, world)
+            trains = has_trained(rollouts, method, world)  # False: a filter left nothing, and no update is made
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
             batch = attach(batch, method)  # 5 credit and weight
             denominator = method.normalise(batch)
@@ -129,13 +130,15 @@ def train(stage: Stage) -> Outcome:
             grad_norm = stage.optimiser.clip()
             loss, metrics = world.sum(loss), merged(world.gather(metrics))
             check_finite(stage, step, mine, batch, loss, grad_norm)
-            rates = method.update(stage.optimiser)  # 9 step, schedule
-            if teacher is not None:
+            rates = method.update(stage.optimiser) if trains else {}  # 9 step, schedule
+            if teacher is not None and trains:
                 teacher.after_step()  # 10 an EMA teacher follows
             ended = time.perf_counter()
             seconds = world.max(seconds + (ended - started))
             metrics.value("train/loss", loss)
             metrics.value("optim/grad_norm", grad_norm)
+            if "filtered" in method.needs():
+                metrics.value("train/update_skipped", float(not trains))
             for name, value in rates.items():
                 metrics.value(name, value)
             done = step + 1  # updates so far

@@ -43,6 +43,7 @@ class Prompt:
     response: str | None = None
     privileged_context: str | None = None
     teacher_id: str | None = None
+    prefill: str = ""  # what follows the generation prompt: words put into a teacher's mouth by its context
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
@@ -231,6 +232,7 @@ class Optimisation(Protocol):
 
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
+Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]

@@ -412,7 +412,7 @@ WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": Non
         ({"teacher": "student"}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
         (
             {"method": "context_distillation", "teacher": None},
-            ["privileged context", "give `system`, `examples` or `template`"],
+            ["privileged context", "give `system`, `examples`, `template` or `prefill`"],
         ),
     ],
     ids=["reward and group", "teacher", "teacher is the student", "context"],

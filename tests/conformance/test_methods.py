@@ -106,6 +106,7 @@ class Case:
     average: Literal["token", "sequence"] | int = "sequence"  # a number: Dr.GRPO's constant length
     fixed_point: bool = True  # no gradient where student and teacher are the same distribution
     learns: bool = True  # the exact KL falls in the tiny run below
+    gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -132,6 +133,11 @@ def sampled_log_ratio(importance: bool) -> tuple[Loss, Slope]:
     )
 
 
+def coupled() -> tuple[Loss, Slope]:
+    """The policy gradient with an advantage from phase A."""
+    return (lambda at: -at.advantage * at.student_logp), (lambda at: at.along_token(-at.advantage))
+
+
 VALUES: dict[str, tuple[oracle.Divergence, oracle.Slope]] = {
     "reverse_kl": (oracle.reverse_kl, oracle.reverse_kl_slope),
     "forward_kl": (oracle.forward_kl, oracle.forward_kl_slope),
@@ -153,6 +159,10 @@ SETS: dict[str, Callable[[set[int], set[int]], set[int]]] = {
 }
 
 
+def listed(at: Position, k: int, by: str) -> list[int]:
+    return sorted(SETS[by](top(at.student, k), top(at.teacher, k)))
+
+
 def compared(
     divergence: str,
     *,
@@ -168,8 +178,8 @@ def compared(
     def support(at: Position) -> list[int]:
         if k is None:
             return list(range(len(at.student)))
-        chosen = SETS[by](top(at.student, k), top(at.teacher, k))
-        return sorted(chosen | {at.token} if with_sampled else chosen)
+        chosen = listed(at, k, by)
+        return sorted({*chosen, at.token} if with_sampled else chosen)
 
     def loss(at: Position) -> float:
         s, t = oracle.log_softmax(at.student), oracle.log_softmax(at.teacher)
@@ -185,6 +195,28 @@ def compared(
     return loss, gradient
 
 
+def released(k: int, by: str, weights: str = "student", normalised: bool = True) -> tuple[Loss, Slope]:
+    """What the released code of Rethinking computes."""
+
+    def loss(at: Position) -> float:
+        s, t = oracle.log_softmax(at.student), oracle.log_softmax(at.teacher)
+        ids = listed(at, k, by)
+        return oracle.support_policy_gradient([s[v] for v in ids], [t[v] for v in ids], weights, normalised)
+
+    def gradient(at: Position) -> list[float]:
+        return oracle.grad_support_policy_gradient(at.student, at.teacher, listed(at, k, by), weights, normalised)
+
+    return loss, gradient
+
+
+def sampled_tail(k: int, by: str) -> tuple[Loss, Slope]:
+    """EMA-PG of Revisiting."""
+    return (
+        lambda at: oracle.ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp),
+        lambda at: oracle.grad_ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp),
+    )
+
+
 def case(formula: tuple[Loss, Slope], options: Mapping[str, Any] | None = None, **rest: Any) -> Case:
     return Case(loss=formula[0], slope=formula[1], options=options or {}, **rest)
 
@@ -193,11 +225,26 @@ def topk(fixed_point: bool = True, learns: bool = False, **options: Any) -> Case
     return case(compared("reverse_kl", **options), options, fixed_point=fixed_point, learns=learns)
 
 
+def rethinking(k: int = 4, by: str = "student", learns: bool = False, **options: Any) -> Case:
+    """The paper's form, or the released one when the options say so."""
+    settings = {"k": k, "by": by, **options}
+    if options.pop("form", "paper") == "paper":
+        formula = compared("reverse_kl", k=k, by=by, form="renormalised")
+    else:
+        formula = released(k, by, **{"normalised": by != "symmetric_difference", **options})
+    return case(formula, settings, average="token", learns=learns)
+
+
+def matching(formula: tuple[Loss, Slope], options: Mapping[str, Any], **rest: Any) -> Case:
+    return case(formula, options, **{"average": "token", "learns": False, **rest})
+
+
 HINT = "{privileged_context}{prompt}"
 CASES: dict[str, list[Case]] = {
     "sft": [
         case(nll(), average="token", fixed_point=False, learns=False),
         case(nll(), {"source": "teacher"}, average="token", fixed_point=False),
+        case(nll(), {"keep": "clean"}, average="token", fixed_point=False, learns=False),
     ],
     "grpo": [
         case(clipped(0.2, 0.2), fixed_point=False, learns=False),
@@ -208,6 +255,9 @@ CASES: dict[str, list[Case]] = {
         case(sampled_log_ratio(False)),
         case(sampled_log_ratio(False), {"average": "token", "temperature": 2.0}, average="token", learns=False),
         case(sampled_log_ratio(True), {"importance": True}, learns=False),
+        case(coupled(), {"gamma": 0.6}, gamma=0.6, learns=False),
+        case(coupled(), {"gamma": 1.0, "average": "token"}, average="token", gamma=1.0, learns=False),
+        case(sampled_log_ratio(False), {"mask_tokens": ["a", "d"], "mask": "every"}, learns=False),
     ],
     "gkd": [
         case(compared("generalised_jsd", beta=0.5)),
@@ -231,8 +281,40 @@ CASES: dict[str, list[Case]] = {
         topk(k=3, by="symmetric_difference"),
         topk(k=2, by="symmetric_difference", with_sampled=True, form="raw", fixed_point=False),
     ],
+    "rethinking_opd": [
+        rethinking(),
+        rethinking(by="intersection"),
+        rethinking(by="symmetric_difference"),
+        rethinking(k=5, by="union", form="released", learns=True),
+        rethinking(form="released"),
+        rethinking(k=1, form="released"),
+        rethinking(by="teacher", form="released", weights="teacher"),
+        rethinking(by="intersection", form="released", weights="none"),
+        rethinking(by="symmetric_difference", form="released"),
+        rethinking(by="symmetric_difference", form="released", normalised=True),
+        rethinking(by="union", form="released", weights="teacher", normalised=False),
+    ],
+    "local_support_matching": [
+        matching(compared("reverse_kl", k=9, form="renormalised"), {"k": 9}, learns=True),
+        matching(compared("reverse_kl", k=3, form="renormalised"), {"k": 3, "average": "sequence"}, average="sequence"),
+        matching(compared("reverse_kl", k=3, form="renormalised"), {"k": 3, "mask_tokens": ["a", "bc", [5]]}),
+        matching(
+            compared("reverse_kl", k=3, form="renormalised"), {"k": 3, "mask_tokens": ["a", "d"], "mask": "every"}
+        ),
+        matching(
+            compared("reverse_kl", k=3, by="student", form="renormalised", with_sampled=True),
+            {"k": 3, "by": "student", "sampled_token": "in_support"},
+        ),
+        matching(
+            compared("reverse_kl", k=3, form="renormalised", with_sampled=True),
+            {"k": 3, "sampled_token": "in_support"},
+        ),
+        matching(sampled_tail(3, "student"), {"k": 3, "by": "student", "sampled_token": "tail"}, fixed_point=False),
+        matching(sampled_tail(3, "teacher"), {"k": 3, "sampled_token": "tail"}, fixed_point=False),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), {"template": HINT}),
+        case(compared("reverse_kl"), {"template": HINT, "prefill": "ab"}, fixed_point=False, learns=False),
         case(compared("forward_kl"), {"template": HINT, "teacher": "live", "divergence": "forward_kl"}, learns=False),
         case(compared("skew_kl"), {"template": HINT, "teacher": "ema", "divergence": "skew_kl"}, learns=False),
         case(
@@ -290,8 +372,8 @@ def masked(rollouts: Sequence[Rollout]) -> list[Rollout]:
     """Some tokens are not trained: the second one of every response of three, and all of the second response."""
     out: list[Rollout] = []
     for i, rollout in enumerate(rollouts):
-        trained = torch.ones_like(rollout.trained)
-        trained[1:2] = len(trained) < 3
+        trained = rollout.trained.clone()
+        trained[1:2] &= len(trained) < 3
         out.append(replace(rollout, trained=trained & (i != 1)))
     return out
 
@@ -320,6 +402,14 @@ def advantages(rollouts: Sequence[Rollout], scale: bool) -> list[float]:
     return out
 
 
+def coupled_returns(rollout: Rollout, z: Tensor, other: Tensor, gamma: float) -> dict[int, float]:
+    """The discounted log-ratios of the trained tokens, as if the others were not there."""
+    kept = [t for t in range(len(rollout.response_ids)) if rollout.trained[t]]
+    ids = rollout.response_ids.tolist()
+    ratios = [oracle.log_softmax(other[t].tolist())[ids[t]] - oracle.log_softmax(z[t].tolist())[ids[t]] for t in kept]
+    return dict(zip(kept, oracle.discounted(ratios, gamma), strict=True))
+
+
 def reference(on: Scene, one: Case) -> Gradient:
     """The step in float64: logits of unpadded rows from the models themselves, then the paper's formula a token."""
     method, student = on.method, on.student
@@ -339,6 +429,7 @@ def reference(on: Scene, one: Case) -> Gradient:
             with torch.no_grad():
                 other = full_logits(judge, read, rollout.response_ids, student.vocabulary) / method.temperature
         slope = torch.zeros_like(z)
+        returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one.gamma)
         for t in range(len(rollout.response_ids)):
             if not rollout.trained[t]:
                 continue
@@ -351,7 +442,7 @@ def reference(on: Scene, one: Case) -> Gradient:
                 teacher=other[t].tolist(),
                 token=int(rollout.response_ids[t]),
                 sampler_logp=math.nan if rollout.sampler_logp is None else float(rollout.sampler_logp[t]),
-                advantage=advantage,
+                advantage=returns.get(t, advantage),
             )
             loss += share * one.loss(at)
             slope[t] = share * torch.tensor(one.slope(at), dtype=torch.float64)

@@ -23,6 +23,8 @@ OPTIONS = {
     "opd": {},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
+    "rethinking_opd": {"k": 3, "form": "released"},
+    "local_support_matching": {"k": 3, "mask_tokens": ["7"]},
 }
 
 

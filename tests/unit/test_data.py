@@ -157,6 +157,27 @@ def test_reasoning_gym_rows_keep_their_entry_and_are_reproducible():
     assert expected.score_answer(answer=first[2].answer, entry=origin["entry"]) == 1.0
 
 
+def test_skip_leaves_out_the_first_rows_and_keeps_the_numbers(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    assert [(p.id, p.answer) for p in load(path, skip=1)] == [(1, "6"), (2, "10")]
+    first, rest = load(path, limit=2), load(path, skip=2, limit=2)
+    assert [p.id for p in first + rest] == [0, 1, 2]
+    assert [p.content for p in load("reasoning_gym:chain_sum", skip=2, limit=2)] == [
+        p.content for p in load("reasoning_gym:chain_sum", options={"size": 4})[2:]
+    ]
+    write_jsonl(path, [*ROWS, {"prompt": "7 + 7 ="}])
+    with pytest.raises(DataError, match=r"1 of 2 rows of .* have none \(rows 3\)"):
+        load(path, skip=2, require=("answer",))
+
+
+def test_a_skip_that_leaves_nothing(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"`skip: 3` leaves nothing of .*: it has no row 3 \(counted from 0\)\. Lower"):
+        load(path, skip=3)
+    with pytest.raises(ConfigError, match="`skip` is a number of rows, at least 0, got -1"):
+        load(path, skip=-1)
+
+
 def test_reasoning_gym_defaults_are_seed_0_and_size_of_the_limit():
     pytest.importorskip("reasoning_gym")
     prompts = load("reasoning_gym:chain_sum", limit=4)

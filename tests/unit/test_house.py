@@ -18,6 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 PIECES = {
     "contexts",
     "credit",
+    "keep",
     "normalise",
     "signals",
     "sources",
@@ -27,7 +28,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"divergences", "types", "errors"}
+PURE = {"binding", "divergences", "types", "errors", "filters", "sequences"}
 
 
 def imports_of(file: Path) -> set[str]:

@@ -13,7 +13,9 @@ from opd.method import Method
 from opd.methods.context_distillation import context_distillation
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
+from opd.methods.local_support_matching import local_support_matching
 from opd.methods.opd import opd
+from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.sft import sft
 from opd.methods.topk_reverse_kl import topk_reverse_kl
@@ -26,6 +28,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "gkd": gkd,
     "reverse_kl": reverse_kl,
     "topk_reverse_kl": topk_reverse_kl,
+    "rethinking_opd": rethinking_opd,
+    "local_support_matching": local_support_matching,
     "context_distillation": context_distillation,
 }
 

@@ -6,7 +6,12 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 
 | paper | here |
 |---|---|
-| I, privileged information | `system`, `examples`, `template` (with the data's `privileged_context`) |
+| I, a rule that all prompts share: system prompt, constitution, preference | `system`, `examples` |
+| I, the final answer alone | `information="answer"`, from the data's `answer` |
+| I, the full solution | `information="solution"`, from the data's `privileged_context` |
+| I, a hint in the think block | `information="hint"`, a `prefill` of the teacher's answer |
+| I, verifier feedback | `information="feedback"`: the student's own attempt and the reward's verdict |
+| I in other words | `template`, `prefill`, with the fields of `contexts.privileged` |
 | theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
 | l_t | `divergence`, on the full vocabulary or the teacher's `k` most likely tokens in `form` |
 
@@ -14,18 +19,23 @@ An I that is the same rule for every prompt can be internalised; with an I of it
 the normalised geometric mean of the teachers (eq. 10-11), which may obey none of them.
 
 Differs from the paper: full vocabulary by default, where the paper uses the top 20 tokens. `form="tail"` for top-k.
+The words of `information` are ours (`contexts.INFORMATION`). With feedback the teacher reads what it scores.
 """
 
 from typing import Literal
 
 from opd import contexts, normalise, signals, supports, teachers
+from opd.errors import ConfigError
 from opd.method import Method
+from opd.types import Context
 
 
 def context_distillation(
     system: str | None = None,
     examples: list[tuple[str, str]] | None = None,
     template: str | None = None,
+    prefill: str | None = None,
+    information: Literal["answer", "solution", "hint", "feedback"] | None = None,
     teacher: Literal["frozen", "live", "ema"] = "frozen",
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
@@ -37,10 +47,29 @@ def context_distillation(
     """Teach a model to do without its prompt what it does with it; `k=None` is the full vocabulary."""
     rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
     return Method(
-        context=contexts.privileged(system=system, examples=examples or (), template=template),
+        context=_context(system, examples, template, prefill, information),
         teacher=rules[teacher],
         support=supports.full() if k is None else supports.top_k(k, by="teacher"),
         signal=signals.divergence(divergence, form=form),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
     )
+
+
+def _context(
+    system: str | None,
+    examples: list[tuple[str, str]] | None,
+    template: str | None,
+    prefill: str | None,
+    information: str | None,
+) -> Context:
+    if information is not None:
+        words = contexts.INFORMATION[information]
+        twice = [name for name, value in (("template", template), ("prefill", prefill)) if value and name in words]
+        if twice:
+            raise ConfigError(
+                f"`information: {information}` has a `{twice[0]}` of its own, and the options give another. "
+                "Leave one of the two out."
+            )
+        template, prefill = words.get("template", template), words.get("prefill", prefill)
+    return contexts.privileged(system=system, examples=examples or (), template=template, prefill=prefill)

@@ -1,40 +1,52 @@
 """On-policy distillation with the sampled token: the policy gradient of the reverse KL.
 
 Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 4-5; also arXiv 2604.13016 eq. 3 and
-arXiv 2603.25562 eq. 2 (the token-level estimator).
+arXiv 2603.25562 eq. 2 (the token-level estimator) and eq. 3 (with discounted future rewards).
 
     A_t = sg[log q(y_t | x, y_<t) - log p(y_t | x, y_<t)]
+    A_t = sg[sum_{t' >= t} gamma^(t' - t) (log q(y_t') - log p(y_t'))]                  with gamma > 0
     L   = -(1/B) sum_i (1/T_i) sum_t A_t log p(y_t | x, y_<t),        y ~ p
 
 | paper | here |
 |---|---|
 | pi_T, q | `teacher_logp` |
 | pi, p | `student_logp` |
-| A_t | `signals.log_ratio` |
+| A_t | `signals.log_ratio`; with gamma > 0 `credit.discounted` |
+| gamma (2603.25562 eq. 3) | `gamma`; 0 is the paper's baseline |
+| sampled token + mask (2603.25562 Table 1) | `mask_tokens`, texts or lists of ids; see `local_support_matching` |
 | 1/T_i (2605.11182 eq. 1), 1/sum T_i (2603.25562 eq. 8) | `average`: sequence, token |
 
 The expected gradient over y_t is exactly that of KL(p||q) at the prefix, with the variance of one sample. Rollouts with
 top-p < 1 are drawn from another distribution than p; `importance=True` multiplies by p(y_t) / mu(y_t), which restores
 the gradient on the tokens that truncation left.
 
-Differs from the paper: p in A_t is the student of the update itself, not the rollout engine's record of it; on policy
-they are equal up to rounding.
+With gamma = 1 and a sum over tokens the expected gradient is that of the KL between whole responses: an early token
+pays for what follows it. The variance grows with the length (2603.25562 eq. 1-3).
+
+Differs from the paper: with gamma = 0, p in A_t is the student of the update itself, not the rollout engine's record of
+it; on policy they are equal up to rounding. With gamma > 0 it is the record: the sum needs the whole response.
 """
 
 from typing import Literal
 
-from opd import normalise, signals
+from opd import credit, keep, normalise, signals
 from opd.method import Method
 
 
 def opd(
     average: Literal["token", "sequence"] = "sequence",
     importance: bool = False,
+    gamma: float = 0.0,
+    mask_tokens: tuple[str | tuple[int, ...], ...] = (),
+    mask: Literal["first", "every"] = "first",
     temperature: float = 1.0,
 ) -> Method:
-    """The teacher's log-ratio of each sampled token as its advantage; the cheapest score a teacher can give."""
+    """The teacher's log-ratio of each sampled token as its advantage; `gamma` couples in those of later tokens."""
+    advantage = signals.log_ratio if gamma == 0.0 else signals.credit
     return Method(
-        signal=signals.policy_gradient(signals.log_ratio, importance=importance),
+        keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
+        credit=credit.no_credit() if gamma == 0.0 else credit.discounted(gamma),
+        signal=signals.policy_gradient(advantage, importance=importance),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
     )

@@ -1,6 +1,8 @@
 """Supervised fine-tuning, and sequence-level distillation when the teacher writes the responses.
 
-Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv 1606.07947, eq. 7 (teacher's responses).
+Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv 1606.07947, eq. 7 (teacher's responses). Filters of the
+teacher's responses: Zhu et al., arXiv 2605.11182 App. A.23 (correct ones); Li et al., arXiv 2604.13016 App. C.1 and
+released code (ones that end and do not run in circles), both before on-policy distillation on other prompts.
 
     L = -(1/N) sum_t log p(y_t | x, y_<t)          y from the data, or y ~ q(. | x)
 
@@ -8,22 +10,49 @@ Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv 1606.07947, eq. 7 (
 |---|---|
 | y in the corpus; y-hat from the teacher | `source`: dataset, teacher |
 | p(y_t \\| x, y_<t) | `student_logp` |
+| attempts at a prompt (2604.13016: up to 3) | `teacher_sampling: {n: 3}`; the first that passes `keep` is trained |
+| correct (2605.11182); not degenerate, with a boxed answer (2604.13016) | `keep`, `must_contain` |
+| prompts of this stage and of the next | `data: {skip, limit}` |
 
-Differs from the paper: the teacher's responses are sampled by `teacher_sampling`, where the paper uses beam search.
+Differs from the paper: the teacher's responses are sampled by `teacher_sampling`, where 1606.07947 uses beam search.
+All attempts are written at once, and filtered step by step while the student trains.
 """
 
 from typing import Literal
 
 from opd import normalise, signals, sources, supports, teachers
+from opd.errors import ConfigError
+from opd.keep import clean, correct, everything, first_passing
 from opd.method import Method
+from opd.types import Keep
 
 
-def sft(source: Literal["dataset", "teacher"] = "dataset") -> Method:
-    """Learn given responses token by token: `source` is the data's `response` column, or the stage's teacher."""
+def sft(
+    source: Literal["dataset", "teacher"] = "dataset",
+    keep: Literal["all", "correct", "clean", "both"] = "all",
+    must_contain: str | None = None,
+) -> Method:
+    """Learn given responses token by token: `source` is the data's `response` column, or the stage's teacher.
+
+    `keep` says which responses may be learned; `must_contain` is a text that a clean one has, e.g. "boxed".
+    """
     return Method(
         source=sources.dataset() if source == "dataset" else sources.teacher_writes(),
+        keep=_keep(keep, must_contain),
         teacher=teachers.no_teacher(),
         support=supports.no_support(),
         signal=signals.nll(),
         normalise=normalise.per_token(),
     )
+
+
+def _keep(keep: str, must_contain: str | None) -> Keep:
+    if must_contain is not None and keep not in ("clean", "both"):
+        raise ConfigError(
+            f"`must_contain: {must_contain}` is a condition on clean responses, and `keep: {keep}` does not ask for "
+            "them. Set keep: clean or keep: both."
+        )
+    if keep == "all":
+        return everything()
+    tests = {"correct": [correct()], "clean": [clean(must_contain)], "both": [correct(), clean(must_contain)]}
+    return first_passing(*tests[keep])

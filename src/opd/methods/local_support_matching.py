@@ -1,0 +1,59 @@
+"""Local support matching: reverse KL on the teacher's top-k tokens, both distributions renormalised on them.
+
+Fu et al., "Revisiting On-Policy Distillation: Empirical Failure Modes and Simple Fixes", arXiv 2603.25562, eq. 6-8
+(the method), App. G.3 (variants), section 4 (masking of special tokens).
+
+    bar-p = p/P_S, bar-q = q/Q_S on S = TopK(q, K)
+    L = (1 / sum_i |o_i|) sum_i sum_t sum_S bar-p (log bar-p - log bar-q)                                 (eq. 8)
+
+| paper | here |
+|---|---|
+| K | `k`; 32 in the paper's Table A1 |
+| S, teacher's or student's | `by` |
+| V1, the method | the defaults |
+| V2, V3: the sampled token joins S | `sampled_token="in_support"` with `by="student"`, `by="teacher"` |
+| V4, V5: EMA-PG, no renormalisation | `sampled_token="tail"` with `by="student"`, `by="teacher"` |
+| r, s (App. G.3) | p/sg[p] and sg[p/mu] in `signals.reverse_kl_with_sampled_tail` |
+| special-token mask, off by default | `mask_tokens`; the paper's are "<", "think", "<\\|im_end\\|>" |
+| top-p 0.9 of the rollouts, G = 8 | the recipe's `sampling: {top_p: 0.9, n: 8}` |
+
+Masked tokens leave the loss and its denominator, as in the released code; `weights.mask_tokens` would keep them in the
+denominator. P_S is not controlled (eq. 6-8 have no gradient outside S): watch support/student_mass. V4 and V5 are
+unbiased in value; their gradient has grad P_S too much, which pushes mass out of S.
+
+Differs from the paper: sampling is the recipe's, so top-p 0.9 has to be set there. The released code averages by
+response where eq. 8 averages over tokens (`average="sequence"` is the code's), makes two updates a batch where one is
+made here, clips s between bounds, and masks each id of a text that is several tokens by itself, where here the whole
+sequence has to stand in the response.
+"""
+
+from typing import Literal
+
+from opd import keep, normalise, signals, supports
+from opd.errors import ConfigError
+from opd.method import Method
+
+
+def local_support_matching(
+    k: int = 32,
+    by: Literal["teacher", "student"] = "teacher",
+    sampled_token: Literal["left_out", "in_support", "tail"] = "left_out",
+    mask_tokens: tuple[str | tuple[int, ...], ...] = (),
+    mask: Literal["first", "every"] = "first",
+    average: Literal["token", "sequence"] = "token",
+    temperature: float = 1.0,
+) -> Method:
+    """The shape of the teacher's k most likely tokens; `mask_tokens` are texts or lists of ids that are not trained."""
+    if k == 1 and sampled_token == "left_out":
+        raise ConfigError(
+            "Renormalised on one token the loss is 0, whatever the models say: nothing would be learned. "
+            "Set k to 2 or more."
+        )
+    tail = sampled_token == "tail"
+    return Method(
+        keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
+        support=supports.top_k(k, by=by, with_sampled=sampled_token != "left_out"),
+        signal=signals.reverse_kl_with_sampled_tail() if tail else signals.divergence(form="renormalised"),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        temperature=temperature,
+    )

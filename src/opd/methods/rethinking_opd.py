@@ -1,0 +1,69 @@
+"""Reverse KL on the student's own top-k tokens, as the paper writes it or as its code computes it.
+
+Li et al., "Rethinking On-Policy Distillation of Large Language Models", arXiv 2604.13016, eq. 2 and 5, section 4.2
+(supports) and 6.3 (k); the released code.
+
+    paper     L_t = sum_S p/P_S (log p/P_S - log q/Q_S)                                S = the student's k, eq. 5
+    released  L_t = -sum_S A(v) p(v)/sg[p(v)],   A(v) = sg[w(v) (log q(v) - log p(v))]
+              w = p, q or 1 on S, divided by its sum over S
+
+| paper | here |
+|---|---|
+| S_t = TopK(p_t, k) | `support_ids` [N, K], chosen `by` student, teacher, intersection, union, symmetric_difference |
+| k | `k`; 16 in the paper's Table 1 |
+| bar-p, bar-q | p/P_S, q/Q_S: `form="renormalised"` of `signals.divergence` |
+| token_reward_direct, reward_weight_mode | `form="released"`, `weights` |
+| overlap, non-overlap tokens (section 4.2) | `by="intersection"`, `by="symmetric_difference"` |
+| sampled token (eq. 3) | method `opd` with `average="token"` |
+
+The two forms differ in what they do about the mass on S: the gradient of `released` is that of `paper` plus
+(log P_S/Q_S + D) grad log P_S, with D the value of eq. 5. With one token eq. 5 is identically 0.
+
+Differs from the paper: no PPO clip, which never binds at one update a batch. As in the released code, weights on the
+symmetric difference are not divided by their sum unless `normalised=True`. The mean is over the tokens of the step; the
+paper sums over a response's tokens, and its code averages by micro-batch.
+"""
+
+from typing import Literal
+
+from opd import normalise, signals, supports
+from opd.errors import ConfigError
+from opd.method import Method
+from opd.types import Signal
+
+
+def rethinking_opd(
+    k: int = 16,
+    by: Literal["student", "teacher", "intersection", "union", "symmetric_difference"] = "student",
+    form: Literal["paper", "released"] = "paper",
+    weights: Literal["student", "teacher", "none"] = "student",
+    normalised: bool | None = None,
+    average: Literal["token", "sequence"] = "token",
+    temperature: float = 1.0,
+) -> Method:
+    """A truncated reverse KL; `weights` and `normalised` are of the released form (None: as in the released code)."""
+    return Method(
+        support=supports.top_k(k, by=by),
+        signal=_paper(k, by, weights, normalised) if form == "paper" else _released(by, weights, normalised),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        temperature=temperature,
+    )
+
+
+def _paper(k: int, by: str, weights: str, normalised: bool | None) -> Signal:
+    if weights != "student" or normalised is False:
+        raise ConfigError(
+            f"Eq. 5 has no other weights than the renormalised student, and got weights={weights!r}, "
+            f"normalised={normalised}. Set form: released, or leave both out."
+        )
+    if k == 1 and by in ("student", "teacher", "intersection"):
+        raise ConfigError(
+            "Eq. 5 renormalised on one token is 0, whatever the models say: nothing would be learned. "
+            "Set k to 2 or more, or form: released."
+        )
+    return signals.divergence("reverse_kl", form="renormalised")
+
+
+def _released(by: str, weights: Literal["student", "teacher", "none"], normalised: bool | None) -> Signal:
+    as_released = by != "symmetric_difference"
+    return signals.support_policy_gradient(weights, normalised=as_released if normalised is None else normalised)
