@@ -2,65 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from opd.data import take
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.metrics import check_report_to
-from opd.recipe import ModelSpec, Recipe, StageSpec
-from opd.types import Prompt
+from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
+from opd.turns import Order
+
+if TYPE_CHECKING:
+    from opd.prepare import Prepared
 
 REMEDIES = {
-    "reward": "a reward: set the stage's `reward`, e.g. {name: math_verify}",
+    "reward": "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
     "group": "several responses to a prompt: set sampling.n to 2 or more",
-    "teacher_model": "a teacher model: set the stage's `teacher` to one of the models",
+    "teacher_model": "a teacher model: set the {owner}'s `teacher` to one of the models",
 }
 
 
-def check_needs(spec: StageSpec, method: Method, *, has_reward: bool) -> None:
-    """Refuse a stage that does not give what its method's pieces declare. Raises ConfigError."""
+def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool) -> None:
+    """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError."""
     needs = method.needs()
+    part, where = spec.parts[task], spec.where(task)
     given = {
         "reward": has_reward,
-        "group": spec.sampling.n >= 2,
-        "teacher_model": spec.teacher is not None and spec.teacher != spec.train,
+        "group": part.sampling.n >= 2,
+        "teacher_model": part.teacher is not None and part.teacher != spec.train,
     }
-    missing = [REMEDIES[need] for need in sorted(needs) if not given.get(need, True)]
+    owner = "stage" if task is None else "task"
+    missing = [REMEDIES[need].format(owner=owner) for need in sorted(needs) if not given.get(need, True)]
     if needs & {"sampler_logp", "policy_logp"} and "off_policy" in needs:
         raise ConfigError(
-            f"Stage {spec.name!r}: method {spec.method!r} reads the probability with which the student wrote each "
+            f"{where}: method {spec.method!r} reads the probability with which the student wrote each "
             "token, and its source is not the student. Use an on-policy source, a signal without importance ratio, or "
             "another credit."
         )
     if "sampled_last" in needs and not method.support.with_sampled:
         raise ConfigError(
-            f"Stage {spec.name!r}: the signal of method {spec.method!r} takes the last token of the support for the "
+            f"{where}: the signal of method {spec.method!r} takes the last token of the support for the "
             "sampled one, and the support does not add it. Build the support with top_k(k, with_sampled=True)."
         )
-    if "attempt" in needs and spec.evaluate is not None and spec.evaluate.teacher:
+    if "attempt" in needs and part.evaluate is not None and part.evaluate.teacher:
         raise ConfigError(
-            f"Stage {spec.name!r}: in method {spec.method!r} the teacher reads the student's attempt, and "
+            f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
             "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
         )
-    if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != spec.sampling.temperature:
+    if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != part.sampling.temperature:
         raise ConfigError(
-            f"Stage {spec.name!r}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
-            f"{spec.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
+            f"{where}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
+            f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
     if missing:
-        raise ConfigError(f"Stage {spec.name!r}: method {spec.method!r} needs {'; '.join(missing)}.")
-    if spec.teacher is not None and method.teacher.kind.startswith("self_"):
+        raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
+    if part.teacher is not None and method.teacher.kind.startswith("self_"):
         raise ConfigError(
-            f"Stage {spec.name!r}: in method {spec.method!r} the student is its own teacher, and the stage names "
-            f"{spec.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
+            f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
+            f"{part.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
         )
 
 
-def check_processes(recipe: Recipe, spec: StageSpec, method: Method, prompts: Sequence[Prompt], size: int) -> None:
+def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Order, size: int) -> None:
     """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
     if size == 1:
         return
@@ -70,26 +74,26 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, prompts: Se
             f"Stage {spec.name!r}: prompts_per_step is {count}, and {size} processes were started: each needs at least "
             f"one prompt. Set prompts_per_step to {size} or more, or use a smaller --nproc-per-node."
         )
-    for name in {spec.train, spec.teacher} - {None}:
-        device = recipe.models[str(name)].device if name in recipe.models else None
+    for name in (spec.train, *spec.teachers):
+        device = recipe.models[name].device
         if device is not None and ":" in device:
             raise ConfigError(
                 f"models.{name}.device is {device!r}, and {size} processes were started: each has a GPU of its own. "
                 f"Leave models.{name}.device out."
             )
-    if "group" not in method.needs() or len(prompts) % count == 0:
+    if "group" not in method.needs():
         return
     for step in range(spec.steps):
-        first, last = step * count, (step + 1) * count - 1
-        if first // len(prompts) == last // len(prompts):
-            continue  # within one pass over the data no prompt comes twice
-        different = len({prompt.id for prompt in take(prompts, step=step, count=count, seed=recipe.seed)})
+        if not order.may_repeat(step):
+            continue
+        different = len({prompt.id for prompt in order.take(step)})
         if different < size:
+            of = "each task's prompts" if spec.tasks else "prompts"
             raise ConfigError(
                 f"Stage {spec.name!r}: step {step + 1} has {different} different prompts ({count} prompts a step, "
-                f"{len(prompts)} in all), and {size} processes were started: method {spec.method!r} compares the "
-                "responses to one prompt in one process. Use a prompts_per_step that divides the number of prompts, or "
-                "a smaller --nproc-per-node."
+                f"{sum(map(len, order.prompts))} in all), and {size} processes were started: method {spec.method!r} "
+                f"compares the responses to one prompt in one process. Use a prompts_per_step that divides the number "
+                f"of {of}, or a smaller --nproc-per-node."
             )
 
 
@@ -104,19 +108,32 @@ def check_recipe(recipe: Recipe) -> list[str]:
     lines: list[str] = []
     for spec in recipe.stages:
         prepared = prepare(spec, Given(), recipe.seed)
-        held_out = "no held-out prompts" if prepared.held_out is None else f"{len(prepared.held_out.prompts)} held out"
-        lines.append(f"stage {spec.name}: {spec.method}, {len(prepared.prompts)} prompts, {held_out}")
+        lines += described(spec, prepared)
         lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.all_prompts, method=prepared.method)]
     return lines
 
 
-def check_pass_at(spec: StageSpec) -> None:
+def described(spec: StageSpec, prepared: Prepared) -> list[str]:
+    """What a stage trains on: a line, and one for each of its tasks."""
+    of_each: list[str] = []
+    for task in prepared.tasks.values():
+        held_out = "no held-out prompts" if task.held_out is None else f"{len(task.held_out.prompts)} held out"
+        of_each.append(f"{len(task.prompts)} prompts, {held_out}")
+    if not spec.tasks:
+        return [f"stage {spec.name}: {spec.method}, {of_each[0]}"]
+    lines = [f"stage {spec.name}: {spec.method}, {len(of_each)} tasks, {spec.task_order}"]
+    for (name, part), numbers in zip(spec.tasks.items(), of_each, strict=True):
+        taught = "no teacher" if part.teacher is None else f"teacher {part.teacher}"
+        lines.append(f"  task {name}: {numbers}, {taught}, at most {part.sampling.max_completion_length} tokens")
+    return lines
+
+
+def check_pass_at(spec: StageSpec, task: str | None, evaluate: EvaluateSection) -> None:
     """Refuse a pass@k that no sampling setting has enough responses for. Raises ConfigError."""
-    assert spec.evaluate is not None
-    most = max(sampling.n for sampling in spec.evaluate.sampling.values())
-    if bad := [k for k in spec.evaluate.pass_at if not 1 <= k <= most]:
+    most = max(sampling.n for sampling in evaluate.sampling.values())
+    if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
         raise ConfigError(
-            f"Stage {spec.name!r}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
+            f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
             f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
         )
 
@@ -137,8 +154,7 @@ def check_tokenizers(
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
-    roles = [spec.train] if spec.teacher is None or spec.teacher == spec.train else [spec.train, spec.teacher]
-    for name in roles:
+    for name in (spec.train, *spec.teachers):
         tokenizer = (given or {}).get(name) or tokenizer_of(origin_of(recipe, name), name)
         if tokenizer is None:
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
@@ -152,9 +168,11 @@ def check_tokenizers(
         lines.append(f"longest prompt: {max(map(len, ids))} tokens")
         if method is not None:
             method.bound(tokenizers[spec.train])
-    if len(tokenizers) == 2 and spec.teacher is not None:
-        check_same_tokens(tokenizers[spec.train], tokenizers[spec.teacher], names=(spec.train, spec.teacher))
-        lines.append("student and teacher map every token to the same id")
+    compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
+    for name in compared:
+        check_same_tokens(tokenizers[spec.train], tokenizers[name], names=(spec.train, name))
+    if compared:
+        lines.append(f"student and {' and '.join(compared)} map every token to the same id")
     return lines
 
 

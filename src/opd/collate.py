@@ -33,6 +33,8 @@ class MicroBatch:
     support_mask: Tensor | None  # [N, K]
     teacher_support_logp: Tensor | None  # [N, K]
     teacher_hidden: Tensor | None  # [N, H]
+    teacher_id: str | None = None  # whose states `teacher_hidden` are
+    task: str | None = None  # of all rows, where there is `teacher_hidden`
 
 
 def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
@@ -61,7 +63,7 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         support_ids=_pad_all([s.support_ids for s in scores], 0, device),
         support_mask=_pad_all([s.support_mask for s in scores], False, device),
         teacher_support_logp=_pad_all([s.teacher_support_logp for s in scores], torch.nan, device),
-        teacher_hidden=_pad_all([s.teacher_hidden for s in scores], torch.nan, device),
+        teacher_hidden=_all([s.teacher_hidden for s in scores], device),
         teacher_entropy=_pad_all([s.teacher_entropy for s in scores], torch.nan, device),
         student_entropy=_pad_all([r.student_entropy for r in rollouts], torch.nan, device),
     )
@@ -102,18 +104,27 @@ def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int, *, sh
     """Micro-batches of rows of similar length, each at most `micro_batch_tokens` tokens with padding, or one row.
 
     `shares` says that a prompt is read once for its group (`reading.batches`). Rows without a trained token are left
-    out: they have no gradient.
+    out: they have no gradient. On a full support, where a teacher's output layer is applied in phase B, the rows of a
+    micro-batch are of one task, and so of one teacher.
     """
     trained = [i for i in range(len(batch.rollouts)) if bool(batch.mask[i].any())]
-    prompts = [batch.rollouts[i].prompt_ids for i in trained]
-    lengths = [len(batch.rollouts[i].response_ids) for i in trained]
-    return [
-        _micro(batch, denominator, [trained[j] for j in rows])
-        for rows in batches(prompts, lengths, micro_batch_tokens, shares=shares)
-    ]
+    together: dict[tuple[str | None, str | None] | None, list[int]] = {}
+    for i in trained:
+        prompt = batch.rollouts[i].prompt
+        key = None if batch.teacher_hidden is None else (prompt.task, prompt.teacher_id)
+        together.setdefault(key, []).append(i)
+    micros: list[MicroBatch] = []
+    for key, group in together.items():
+        prompts = [batch.rollouts[i].prompt_ids for i in group]
+        lengths = [len(batch.rollouts[i].response_ids) for i in group]
+        for rows in batches(prompts, lengths, micro_batch_tokens, shares=shares):
+            micros.append(_micro(batch, denominator, [group[j] for j in rows], *(key or (None, None))))
+    return micros
 
 
-def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroBatch:
+def _micro(
+    batch: Batch, denominator: Denominator, indices: list[int], task: str | None, teacher_id: str | None
+) -> MicroBatch:
     rollouts = tuple(batch.rollouts[i] for i in indices)
     device = batch.mask.device
     chosen = torch.tensor(indices, device=device)
@@ -123,6 +134,10 @@ def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroB
     def packed(field: Tensor | None) -> Tensor | None:
         return None if field is None else valid(field[chosen], mask)
 
+    states = None
+    if batch.teacher_hidden is not None:
+        own = [batch.teacher_hidden[i] for i in indices]
+        states = torch.cat([valid(h, batch.mask[i, : len(h)]) for i, h in zip(indices, own, strict=True)])
     assert batch.advantage is not None
     assert batch.weight is not None
     return MicroBatch(
@@ -139,7 +154,9 @@ def _micro(batch: Batch, denominator: Denominator, indices: list[int]) -> MicroB
         support_ids=packed(batch.support_ids),
         support_mask=packed(batch.support_mask),
         teacher_support_logp=packed(batch.teacher_support_logp),
-        teacher_hidden=packed(batch.teacher_hidden),
+        teacher_hidden=states,
+        teacher_id=teacher_id,
+        task=task,
     )
 
 
@@ -153,9 +170,15 @@ def pad(rows: Sequence[Tensor], value: float | bool, device: torch.device) -> Te
 
 
 def _pad_all(rows: Sequence[Tensor | None], value: float | bool, device: torch.device) -> Tensor | None:
+    present = _all(rows, device)
+    return None if present is None else pad(present, value, device)
+
+
+def _all(rows: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...] | None:
+    """What every row has, or None."""
     present = [row for row in rows if row is not None]
     assert len(present) in (0, len(rows)), "some responses of a step have a support and some do not"
-    return pad(present, value, device) if present else None
+    return tuple(row.to(device) for row in present) or None
 
 
 def _or(values: Tensor | None, otherwise: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of a file, a package, a task generator, a function or the hub -> `Prompt`s; and which of them a step takes."""
+"""Rows of a file, a package, a task generator, a function or the hub -> `Prompt`s; and their shuffled order."""
 
 from __future__ import annotations
 
@@ -97,15 +97,15 @@ def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> l
     return prompts
 
 
-def take(prompts: Sequence[Prompt], *, step: int, count: int, seed: int) -> list[Prompt]:
-    """The `count` prompts of a step: a pure function of (seed, step), so that the step alone resumes the order.
+def shuffled(prompts: Sequence[Prompt], *, first: int, count: int, seed: int) -> list[Prompt]:
+    """`count` prompts from position `first` of their endless order, a pure function of the seed.
 
-    Epoch e is the permutation of `numpy.random.default_rng((seed, e))`. Consecutive steps walk through it without a
-    repeat, and its end is followed by the next epoch's beginning. `count` has to stay the same through a run.
+    Epoch e is the permutation of `numpy.random.default_rng((seed, e))`: no prompt comes twice before its end, and it is
+    followed by the next epoch's beginning.
     """
     assert prompts
-    assert step >= 0 < count
-    places = [divmod(position, len(prompts)) for position in range(step * count, (step + 1) * count)]
+    assert first >= 0 < count
+    places = [divmod(position, len(prompts)) for position in range(first, first + count)]
     epochs = {epoch for epoch, _ in places}
     orders = {epoch: np.random.default_rng((seed, epoch)).permutation(len(prompts)) for epoch in epochs}
     return [prompts[int(orders[epoch][offset])] for epoch, offset in places]

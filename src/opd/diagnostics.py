@@ -36,6 +36,29 @@ def of(batch: Batch, method: Method, version: int) -> Metrics:
         if method.support.kind not in ("none", "full") and all(_drawn_at(r) == method.temperature for r in written):
             teacher = valid(batch.teacher_logp, batch.mask)
             metrics.mean("teacher/log_ratio", (teacher - policy).sum().item(), len(policy))
+    metrics.merge(by_task(batch, method))
+    return metrics
+
+
+def by_task(batch: Batch, method: Method) -> Metrics:
+    """task/NAME/... for every task of the step: reward, length and cut_share by response, log_ratio by token.
+
+    The log-ratio, log q - log p of the sampled token, is left out where a response was not drawn at the temperature of
+    the method; on a full support it comes with the loss, which has the teacher's probabilities.
+    """
+    metrics = Metrics()
+    for i, rollout in enumerate(batch.rollouts):
+        if rollout.prompt.task is None:
+            continue
+        name = f"task/{rollout.prompt.task}"
+        metrics.mean(f"{name}/length", len(rollout.response_ids), 1)
+        metrics.mean(f"{name}/cut_share", not rollout.finished, 1)
+        if rollout.reward is not None:
+            metrics.mean(f"{name}/reward", rollout.reward, 1)
+        compared = method.support.kind not in ("none", "full") and _drawn_at(rollout) == method.temperature
+        if compared and rollout.policy_logp is not None:
+            ratio = valid(batch.teacher_logp[i] - batch.policy_logp[i], batch.mask[i])
+            metrics.mean(f"{name}/log_ratio", ratio.sum().item(), len(ratio))
     return metrics
 
 

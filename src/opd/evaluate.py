@@ -77,6 +77,11 @@ def rewarded(reward: RewardFn | None, rollouts: Sequence[Rollout]) -> list[Rollo
     return [replace(r, reward=value) for r, value in zip(rollouts, score(reward, rollouts), strict=True)]
 
 
+def rewarded_by_task(rewards: Mapping[str | None, RewardFn | None], rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with the rewards of their prompts' tasks; a task without one leaves None. Raises as `rewarded`."""
+    return [judged for rollout in rollouts for judged in rewarded(rewards[rollout.prompt.task], [rollout])]
+
+
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
     """Numbers about responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse."""
     groups: dict[int, list[Rollout]] = {}
@@ -160,6 +165,7 @@ def sample_rows(rollouts: Sequence[Rollout], **columns: Any) -> list[dict[str, A
     return [
         {
             **columns,
+            "task": r.prompt.task,
             "prompt_id": r.prompt.id,
             "sample": r.sample,
             "prompt": r.prompt.content if isinstance(r.prompt.content, str) else str(r.prompt.content[-1]["content"]),

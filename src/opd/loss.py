@@ -91,6 +91,8 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             observed.add("train/signal", per_token)
             observed.add("train/student_nll", -student_logp)
             observed.add("teacher/log_ratio", teacher_logp - student_logp)
+            if micro.task is not None:
+                observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
             if closed is not None:
                 torch.mul(grad, w[:, None], out=logits[tile])
             else:  # last: what a signal returned may be a view of the log-probs that this overwrites

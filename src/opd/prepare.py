@@ -1,18 +1,21 @@
-"""What a stage needs that can be made without weights: method, prompts, rewards, held-out prompts."""
+"""What a stage needs that can be made without weights: method, prompts, rewards, held-out prompts, task by task."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from opd import methods
 from opd.check import check_needs, check_pass_at
 from opd.data import DataSpec, load_prompts, require_columns
+from opd.errors import DataError
 from opd.evaluate import HeldOut
 from opd.method import Method
 from opd.models import LanguageModel
-from opd.recipe import DataSection, RewardSection, SamplingSection, StageSpec
+from opd.recipe import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards import RewardFn, load_reward
+from opd.turns import Order
 from opd.types import Prompt, Sampling, needs_of
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
@@ -29,47 +32,106 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Prepared:
-    """What a stage needs and can be made without weights."""
+class Task:
+    """One of `StageSpec.parts`: its prompts, and who judges the responses to them."""
 
-    method: Method
     prompts: list[Prompt]
     reward: RewardFn | None
     held_out: HeldOut | None
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a stage needs and can be made without weights. Prompt ids are unique over all tasks."""
+
+    method: Method
+    tasks: Mapping[str | None, Task]
+    order: Order
+
     @property
     def all_prompts(self) -> list[Prompt]:
-        return [*self.prompts, *(self.held_out.prompts if self.held_out is not None else ())]
+        """Those of training and those held out, of every task."""
+        held_out = [task.held_out.prompts for task in self.tasks.values() if task.held_out is not None]
+        return [p for prompts in (*(task.prompts for task in self.tasks.values()), *held_out) for p in prompts]
 
 
 def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
     method = given.method or methods.build(spec.method, spec.options)
-    check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
-    reward = given.reward or reward_of(spec.reward)
-    columns = PROMPT_COLUMNS & method.needs()
-    prompts = read(spec.data, columns | needs_of_reward(reward), given.prompts)
-    held_out = None
-    if spec.evaluate is not None:
-        check_pass_at(spec)
-        judged_by = reward_of(spec.evaluate.reward) or reward
-        read_by_teacher = needs_of(method.context) if spec.evaluate.teacher or spec.evaluate.kl else frozenset[str]()
-        held_out = HeldOut(
-            prompts=read(spec.evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher)),
-            sampling={name: sampling_of(s) for name, s in spec.evaluate.sampling.items()},
-            reward=judged_by,
-            seed=seed,
-            pass_at=spec.evaluate.pass_at,
-            max_prompt_length=spec.max_prompt_length,
+    tasks: dict[str | None, Task] = {}
+    first, first_held_out = 0, 0
+    for name, part in spec.parts.items():
+        check_needs(spec, name, method, has_reward=part.reward is not None or given.reward is not None)
+        reward = given.reward or reward_of(part.reward)
+        columns = PROMPT_COLUMNS & method.needs()
+        prompts = read(part.data, columns | needs_of_reward(reward), given.prompts)
+        held_out = None
+        if part.evaluate is not None:
+            check_pass_at(spec, name, part.evaluate)
+            held_out = held_out_of(spec, part.evaluate, method, reward, seed)
+            measured = assigned(held_out.prompts, spec, name, part, first_held_out)
+            held_out = replace(held_out, prompts=measured)
+            first_held_out += len(measured)
+        tasks[name] = Task(prompts=assigned(prompts, spec, name, part, first), reward=reward, held_out=held_out)
+        first += len(prompts)
+    order = Order(
+        prompts=tuple(task.prompts for task in tasks.values()),
+        shares=tuple(part.share for part in spec.parts.values()),
+        count=spec.prompts_per_step,
+        seed=seed,
+        mixed=spec.task_order == "mixed",
+    )
+    return Prepared(method=method, tasks=tasks, order=order)
+
+
+def held_out_of(
+    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: RewardFn | None, seed: int
+) -> HeldOut:
+    """What an `evaluate` section measures; its own reward, or that of the training."""
+    judged_by = reward_of(evaluate.reward) or reward
+    read_by_teacher = needs_of(method.context) if evaluate.teacher or evaluate.kl else frozenset[str]()
+    return HeldOut(
+        prompts=read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher)),
+        sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
+        reward=judged_by,
+        seed=seed,
+        pass_at=evaluate.pass_at,
+        max_prompt_length=spec.max_prompt_length,
+    )
+
+
+def assigned(
+    prompts: Sequence[Prompt], spec: StageSpec, task: str | None, part: TaskSection, first: int
+) -> list[Prompt]:
+    """The prompts with their task and its teacher, and ids that begin at `first`: a data section counts from 0.
+
+    Raises DataError for rows whose `teacher_id` is another teacher than the one that would score them.
+    """
+    others = [p for p in prompts if part.teacher is not None and p.teacher_id not in (None, part.teacher)]
+    if others:
+        raise DataError(
+            f"{spec.where(task)}: {len(others)} of {len(prompts)} prompts have another `teacher_id` (prompt "
+            f"{others[0].id}: {others[0].teacher_id!r}) than the teacher {part.teacher!r} that would score them. Give "
+            "each teacher's prompts a task of their own (`tasks`), or leave the column out."
         )
-    return Prepared(method=method, prompts=prompts, reward=reward, held_out=held_out)
+    return [replace(p, id=first + p.id, task=task, teacher_id=part.teacher) for p in prompts]
 
 
 def read(section: DataSection, require: Iterable[str], given: list[Prompt] | None = None) -> list[Prompt]:
-    """The prompts of a data section, or those given in Python; every row has the columns that somebody will read."""
+    """The prompts of a data section, or those given in Python; every row has the columns that somebody will read.
+
+    Raises DataError, also for given prompts that share an id: their responses would be one group, drawn alike.
+    """
     if given is None:
         return load_prompts(data_spec(section), require=sorted(require))
     require_columns(given, sorted(require), source="the prompts given in Python")
+    twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} ids belong to several of the {len(given)} prompts given in Python (e.g. {twice[0]}). The "
+            "randomness and the group of a response come from its prompt's id: number them through, e.g. with "
+            "dataclasses.replace(prompt, id=...)."
+        )
     return given
 
 

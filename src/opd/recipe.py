@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opd.errors import ConfigError, nearest
-from opd.recipe_tree import explain, fresh, merged, override
+from opd.recipe_tree import explain, fresh, merged, override, with_whole_tasks
+from opd.references import check_references
 
 
 class Section(BaseModel):
@@ -24,6 +25,7 @@ class Section(BaseModel):
 
 
 AnySection = TypeVar("AnySection", bound=Section)
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
 
 
 class Lora(Section):
@@ -122,13 +124,32 @@ class CheckpointSection(Section):
     keep: int = Field(default=2, ge=1)
 
 
+class TaskSection(Section):
+    """One of the tasks of a stage: its prompts, who teaches them, how they are answered and judged.
+
+    What it leaves out of `sampling`, `teacher_sampling` and `evaluate` is the stage's.
+    """
+
+    data: DataSection
+    teacher: str | None = None
+    reward: RewardSection | None = None
+    sampling: SamplingSection = SamplingSection()
+    teacher_sampling: SamplingSection | None = None
+    evaluate: EvaluateSection | None = None
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, against the other tasks'
+
+
 class StageSpec(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """What is trained, how and on what: `data`, `teacher` and `reward`, or several `tasks`, each with its own."""
+
+    name: Name
     train: str
     teacher: str | None = None
     method: str
     options: dict[str, Any] = {}
-    data: DataSection
+    data: DataSection | None  # None: the stage has tasks
+    tasks: dict[Name, TaskSection] = {}
+    task_order: Literal["alternate", "mixed"] = "alternate"  # a step takes prompts of one task, or of all
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
     teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
@@ -142,9 +163,27 @@ class StageSpec(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
 
+    @property
+    def parts(self) -> dict[str | None, TaskSection]:
+        """The tasks by name; of a stage without tasks, the whole of it as one part, named None."""
+        if self.data is None:
+            return {**self.tasks}
+        shared = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")
+        return {None: TaskSection(**{name: getattr(self, name) for name in shared})}
+
+    @property
+    def teachers(self) -> list[str]:
+        """The models that teach in this stage, the student itself left out."""
+        named = [part.teacher for part in self.parts.values() if part.teacher is not None]
+        return [name for name in dict.fromkeys(named) if name != self.train]
+
+    def where(self, task: str | None) -> str:
+        """The stage, or one of its tasks, at the beginning of a message."""
+        return f"Stage {self.name!r}" + ("" if task is None else f", task {task!r}")
+
 
 class Recipe(Section):
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: Name
     description: str = ""
     seed: int = Field(default=0, ge=0)
     output_dir: str | None = None  # default: runs/NAME
@@ -186,12 +225,13 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
             f"{source} is not valid: `defaults` holds fields of a stage, for all of them (got {defaults!r})."
         )
     if isinstance(tree.get("stages"), list):
-        tree["stages"] = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
+        stages = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
+        tree["stages"] = [with_whole_tasks(s, source) if isinstance(s, dict) else s for s in stages]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(explain(error, source, Recipe)) from error
-    _check_references(recipe, source)
+    check_references(recipe, source)
     return recipe
 
 
@@ -206,25 +246,3 @@ def parse_section(section: type[AnySection], values: Mapping[str, Any], source: 
         return section.model_validate(fresh(values))
     except ValidationError as error:
         raise ConfigError(explain(error, source, section)) from error
-
-
-def _check_references(recipe: Recipe, source: str) -> None:
-    seen: list[str] = []
-    for stage in recipe.stages:
-        where = f"{source}: stage {stage.name!r}"
-        if stage.name in seen:
-            raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
-        for role, name in (("train", stage.train), ("teacher", stage.teacher)):
-            if name is not None and name not in recipe.models:
-                raise ConfigError(
-                    f"{where}: `{role}: {name}` is not among the models.{nearest(name, recipe.models)} "
-                    f"There are {sorted(recipe.models)}."
-                )
-            origin = None if name is None else recipe.models[name].from_stage
-            if origin is not None and origin not in seen:
-                raise ConfigError(
-                    f"{where}: model {name!r} is what stage {origin!r} leaves, and no such stage comes before this one."
-                )
-        if stage.seconds_of is not None and stage.seconds_of not in seen:
-            raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` is no earlier stage. Earlier ones: {seen}.")
-        seen.append(stage.name)

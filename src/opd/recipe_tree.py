@@ -36,6 +36,41 @@ def merged(under: Any, over: Any) -> Any:
     return over
 
 
+def with_whole_tasks(stage: dict[str, Any], source: str) -> dict[str, Any]:
+    """A stage whose tasks have all of their `sampling`, `teacher_sampling` and `evaluate`: their own on the stage's.
+
+    `evaluate` goes to the tasks that have one, and leaves the stage. A stage without tasks stays as it is. Raises
+    ConfigError for an `evaluate` that no task takes up, or whose prompts would be those of every task.
+    """
+    tasks = stage.get("tasks")
+    if not isinstance(tasks, dict) or not tasks:
+        return stage
+    shared = stage.get("evaluate")
+    if not isinstance(shared, dict | None):
+        return {"data": None, **stage}  # it is no section, which validation says
+    measured = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("evaluate") is not None]
+    if shared is not None and not measured:
+        raise ConfigError(
+            f"{source}: stage {stage.get('name')!r}: `evaluate` holds what the evaluations of its tasks share, and no "
+            f"task has one. Give a task its own prompts, e.g. tasks.{next(iter(tasks))}.evaluate: {{data: ...}}."
+        )
+    if isinstance(shared, dict) and shared.get("data") is not None:
+        raise ConfigError(
+            f"{source}: stage {stage.get('name')!r}: `evaluate.data` would be the held-out prompts of every task. Move "
+            f"it into tasks.{measured[0]}.evaluate; what comes from `defaults` is taken back by `evaluate: {{data: "
+            "null}`."
+        )
+    whole: dict[str, Any] = {}
+    for name, task in tasks.items():
+        whole[name] = task
+        if isinstance(task, dict):
+            under = {key: stage.get(key) for key in ("sampling", "teacher_sampling") if stage.get(key) is not None}
+            if name in measured and shared is not None:
+                under["evaluate"] = shared
+            whole[name] = merged(under, task)
+    return {"data": None, **stage, "tasks": whole, "evaluate": None}
+
+
 def override(tree: dict[str, Any], text: str, *, stage_keys: Collection[str], recipe_keys: Collection[str]) -> None:
     """Set one `dotted.key=value` in a recipe's tree, in place. Raises ConfigError."""
     key, equals, value = text.partition("=")

@@ -27,15 +27,28 @@ def print_report(recipe: Recipe, console: Console) -> None:
     directory = RunDir(recipe.folder)
     for spec in recipe.stages:
         folder = directory.stage(spec.name)
-        rows = [row for row in folder.read_metrics() if any(key.startswith("eval/") for key in row)]
-        if rows and spec.evaluate is not None:
-            console.print(held_out_table(spec, rows))
-            _print_responses(folder, rows, console)
+        metrics = folder.read_metrics()
+        for task, part in spec.parts.items():
+            rows = of_task(metrics, task)
+            if rows and part.evaluate is not None:
+                name = spec.name if task is None else f"{spec.name}, {task}"
+                console.print(held_out_table(spec.model_copy(update={"name": name, "evaluate": part.evaluate}), rows))
+                _print_responses(folder, task, rows, console)
     last = directory.stage(recipe.stages[-1].name)
     console.print("The model, ready to load in one line:", highlight=False)
     console.print(
         f'  AutoModelForCausalLM.from_pretrained("{last.model}")', highlight=False, markup=False, soft_wrap=True
     )
+
+
+def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
+    """The evaluations of a task (or of a stage without tasks), named as if there were no other: eval/..."""
+    prefix = "eval/" if task is None else f"eval/{task}/"
+    rows: list[dict[str, Any]] = []
+    for row in metrics:
+        own = {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items() if key.startswith(prefix)}
+        rows += [{"step": row["step"], **own}] if own else []
+    return rows
 
 
 def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -109,9 +122,13 @@ def _cell(column: Mapping[str, float], key: str, share: bool, digits: int) -> st
     return text
 
 
-def _print_responses(folder: StageDir, rows: Sequence[Mapping[str, Any]], console: Console, count: int = 2) -> None:
-    before = folder.read_held_out("before")
-    after = folder.read_held_out(f"step_{rows[-1]['step']:06d}")
+def _print_responses(
+    folder: StageDir, task: str | None, rows: Sequence[Mapping[str, Any]], console: Console, count: int = 2
+) -> None:
+    before, after = (
+        [row for row in folder.read_held_out(when) if row["task"] == task]
+        for when in ("before", f"step_{rows[-1]['step']:06d}")
+    )
     for old, new in list(zip(before, after, strict=False))[:count]:
         console.print(f"  {old['prompt']}", highlight=False, markup=False, style="bold")
         console.print(f"    before: {old['response']!r}", highlight=False, markup=False)

@@ -13,7 +13,6 @@ import torch
 from opd import checkpoint, models, optim
 from opd import recipe as recipes
 from opd.check import check_processes, check_tokenizers
-from opd.contexts import same_prompt
 from opd.errors import ConfigError
 from opd.held_out import Examiner
 from opd.interrupt import stopped_after
@@ -23,16 +22,14 @@ from opd.metrics import ReportWriter
 from opd.model_card import write_card
 from opd.models import LanguageModel, Root
 from opd.parallel import ALONE, World, full
-from opd.prepare import Given, Prepared, prepare, sampling_of
+from opd.prepare import Given, Prepared, prepare
 from opd.progress import Progress
 from opd.recipe import Recipe, StageSpec
-from opd.rundir import RunDir, StageDir, check_space
-from opd.samplers.hf import TransformersSampler
-from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.roles import exams_of, samplers_of, teacher_of, writers_of
+from opd.rundir import RunDir, check_space
 from opd.supports import check_fits
-from opd.teachers.local import LocalTeacher, check_same_tokens, teacher_for
+from opd.teachers.local import check_same_tokens
 from opd.train import Stage, train
-from opd.types import Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +57,7 @@ def run_recipe(
         tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
         for spec in recipe.stages:  # the rest of what can fail without weights
             check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers, prepared[spec.name].method)
-            check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].prompts, world.size)
+            check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
         directory = RunDir.open(recipe.folder, recipes.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     report = ReportWriter(
         recipe.report_to if world.main else (),
@@ -108,29 +105,31 @@ def build(
     world: World,
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
-    external = None
+    externals: dict[str, LanguageModel] = {}
     with world.main_first():
         student = model_for(recipe, spec, spec.train, given, directory)
         check_student(spec, prepared.method, student, progress)
         check_space(directory.path, space_needed(spec, student))
-        if spec.teacher is not None and spec.teacher != spec.train:
-            external = model_for(recipe, spec, spec.teacher, given, directory)
-            check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, spec.teacher))
+        for name in spec.teachers:
+            externals[name] = model_for(recipe, spec, name, given, directory)
+            check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
     method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
-    teacher = teacher_for(  # before the student is sharded: a copy of it is whole, in every process
-        method.teacher,
-        student,
-        external,
-        micro_batch_tokens=spec.micro_batch_tokens,
-        offload=spec.teacher is not None and recipe.models[spec.teacher].offload,
-    )
+    # Before the student is sharded: a copy of it is whole, in every process.
+    teacher = teacher_of(recipe, spec, method.teacher, student, externals)
     root = Root(student.model)
     world.shard(root, student.blocks())
-    sampler = TransformersSampler(
-        lm=student, sampling=sampling_of(spec.sampling), max_prompt_length=spec.max_prompt_length
-    )
+    samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
+    exams = exams_of(spec, prepared, student, teacher, externals)
+    examiner = Examiner(
+        exams=exams,
+        student=student,
+        world=world,
+        root=root,
+        folder=folder,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
     return Stage(
         spec=spec,
         seed=recipe.seed,
@@ -139,12 +138,12 @@ def build(
         student=student,
         root=root,
         teacher=teacher,
-        sampler=sampler,
-        writers=writers_of(spec, student, external, sampler),
-        prompts=prepared.prompts,
-        reward=prepared.reward,
+        samplers=samplers,
+        writers=writers_of(spec, student, externals, samplers),
+        order=prepared.order,
+        rewards={name: task.reward for name, task in prepared.tasks.items()},
         optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
-        examiner=examiner_of(spec, prepared, student, teacher, external, folder, world, root),
+        examiner=examiner if exams else None,
         folder=folder,
         progress=progress,
         report=report,
@@ -176,67 +175,6 @@ def model_for(
     folder = None if origin is None else directory.stage(origin).model
     described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
     return load_model(described, name=name, folder=folder, seed=recipe.seed)
-
-
-def writers_of(
-    spec: StageSpec, student: LanguageModel, external: LanguageModel | None, sampler: TransformersSampler
-) -> Writers:
-    """Everyone who can write a response in this stage; a method's source picks."""
-    teacher = None
-    if external is not None:
-        teacher = TeacherWriter(
-            teacher=external,
-            student=student,
-            sampling=sampling_of(spec.teacher_sampling or spec.sampling),
-            context=same_prompt(),
-            max_prompt_length=spec.max_prompt_length,
-        )
-    reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
-    return Writers(student=sampler, reference=reference, teacher=teacher)
-
-
-def examiner_of(
-    spec: StageSpec,
-    prepared: Prepared,
-    student: LanguageModel,
-    teacher: LocalTeacher | None,
-    external: LanguageModel | None,
-    folder: StageDir,
-    world: World,
-    root: Root,
-) -> Examiner | None:
-    """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
-    if spec.evaluate is None or prepared.held_out is None:
-        return None
-    scorer = teacher
-    if scorer is None and external is not None:
-        scorer = LocalTeacher(lm=external, micro_batch_tokens=spec.micro_batch_tokens, student_device=student.device)
-    samplers: dict[str, TeacherWriter] = {}
-    if spec.evaluate.teacher and scorer is not None:
-        samplers = {
-            name: TeacherWriter(
-                teacher=scorer.lm,
-                student=student,
-                sampling=sampling,
-                context=prepared.method.context,
-                base=scorer.base,
-                max_prompt_length=spec.max_prompt_length,
-            )
-            for name, sampling in prepared.held_out.sampling.items()
-        }
-    return Examiner(
-        held_out=prepared.held_out,
-        student=student,
-        world=world,
-        root=root,
-        folder=folder,
-        every=spec.evaluate.every,
-        measure_before=spec.evaluate.before,
-        micro_batch_tokens=spec.micro_batch_tokens,
-        teacher_samplers=samplers,
-        kl_teacher=scorer if spec.evaluate.kl else None,
-        context=prepared.method.context,
-    )
 
 
 def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from opd import checkpoint, diagnostics
 from opd.collate import MicroBatch, attach, check_responses, collate, has_trained, split
-from opd.data import take
 from opd.errors import TrainingError
-from opd.evaluate import rewarded, sample_rows
+from opd.evaluate import rewarded_by_task, sample_rows
 from opd.held_out import Examiner
 from opd.interrupt import Interrupt, stopped_after
 from opd.loss import loss_of
@@ -35,6 +34,8 @@ from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
 from opd.score import Head
 from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.several import SeveralTeachers, heads_of, teaches_itself
+from opd.turns import Order
 from opd.types import Batch, Prompt, Rollout, Scores, Writers
 
 
@@ -48,11 +49,11 @@ class Stage:
     method: Method
     student: LanguageModel
     root: Root  # of the student: what runs its forward and backward
-    teacher: LocalTeacher | None
-    sampler: TransformersSampler
+    teacher: LocalTeacher | SeveralTeachers | None
+    samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
     writers: Writers
-    prompts: list[Prompt]
-    reward: RewardFn | None
+    order: Order  # of the prompts
+    rewards: Mapping[str | None, RewardFn | None]  # by task
     optimiser: Optimiser
     examiner: Examiner | None
     folder: StageDir
@@ -75,27 +76,27 @@ def train(stage: Stage) -> Outcome:
     Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with all saved.
     """
     spec, method, student, teacher, world = stage.spec, stage.method, stage.student, stage.teacher, stage.world
-    full_support = method.support.kind == "full"
     first, seconds = resume(stage)
     if stage.examiner is not None and first == 0 and (measured := stage.examiner.before()):
         write(stage, 0, measured)
     with Interrupt(speaks=world.main) as interrupt:
         for step in range(first, spec.steps):
             started = time.perf_counter()
-            stage.sampler.version = step
-            step_prompts = take(stage.prompts, step=step, count=spec.prompts_per_step, seed=stage.seed)
+            for sampler in stage.samplers.values():
+                sampler.version = step
+            step_prompts = stage.order.take(step)
             mine = world.positions(sharing_keys(method, step_prompts))
             prompts = [step_prompts[i] for i in mine]  # 1 list[Prompt], of this process
             shown = bool(spec.samples_every) and (step % spec.samples_every == 0 or step + 1 == spec.steps)
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
-                rollouts = method.keep(rewarded(stage.reward, rollouts))
+                rollouts = method.keep(rewarded_by_task(stage.rewards, rollouts))
                 rollouts = with_record(
                     student,
                     rollouts,
                     method.record(),
-                    temperature=spec.sampling.temperature or 1.0,
+                    temperature=lambda rollout: stage.samplers[rollout.prompt.task].sampling.temperature or 1.0,
                     micro_batch_tokens=spec.micro_batch_tokens,
                 )
                 wrote = time.perf_counter()
@@ -115,14 +116,14 @@ def train(stage: Stage) -> Outcome:
             batch = attach(batch, method)  # 5 credit and weight
             denominator = method.normalise(batch)
             count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A
-            head = teacher.head() if teacher is not None and full_support and teacher.lm is not student else None
+            heads = heads_of(teacher, student, method.support, rollouts)
             metrics = diagnostics.of(batch, method, version=step)
             scored = time.perf_counter()
             loss = 0.0
             student.model.train()
             micros = split(batch, denominator, spec.micro_batch_tokens, shares=student.caches)
             for micro in even(micros, world):
-                part, observed = stage.root(loss_part, stage, micro, count, head)  # 7, 8 the formula
+                part, observed = stage.root(loss_part, stage, micro, count, heads)  # 7, 8 the formula
                 part.backward()
                 loss += part.item()
                 metrics.merge(observed)
@@ -182,17 +183,18 @@ def even(micros: list[MicroBatch], world: World) -> list[MicroBatch | None]:
 
 
 def loss_part(
-    stage: Stage, micro: MicroBatch | None, count: float, teacher_head: Head | None
+    stage: Stage, micro: MicroBatch | None, count: float, heads: Mapping[str | None, Head]
 ) -> tuple[Tensor, Metrics]:
-    """One micro-batch's part of the step's loss. None is worth exactly 0 to loss and gradient, and is not counted."""
+    """One micro-batch's part of the step's loss; `heads` by teacher. None is worth exactly 0, and is not counted."""
     student, teacher = stage.student, stage.teacher
     if micro is None:
         head, hidden = student.head(), student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device))
         # Sums over nothing: gradients of zeros for all that other processes have gradients for, whatever the values.
         nothing = [t[:0].sum() for t in (hidden, head.weight, head.bias) if t is not None]
         return torch.stack(nothing).sum(), Metrics()
-    if teacher is not None and teacher.lm is student and stage.method.support.kind == "full":
-        teacher_head = teacher.head()  # the student's own weights, which are whole in here and sharded outside
+    teacher_head = heads.get(micro.teacher_id)
+    if teacher is not None and micro.teacher_hidden is not None and teaches_itself(teacher, student):
+        teacher_head = teacher.head(micro.teacher_id)  # the student's own weights: whole in here, sharded outside
     return loss_of(stage.method, student, micro, count, teacher_head)
 
 
@@ -228,7 +230,7 @@ def resume(stage: Stage) -> tuple[int, float]:
 def examine(stage: Stage, done: int, finished: bool) -> None:
     """Measure on the held-out prompts when it is due; the end of a stage always is."""
     if stage.examiner is not None and (finished or stage.examiner.due(done)):
-        write(stage, done, stage.examiner.after(done))
+        write(stage, done, stage.examiner.after(done, finished=finished))
 
 
 def is_evaluation(row: Mapping[str, object]) -> bool:

@@ -42,7 +42,8 @@ class Prompt:
     answer: Any = None
     response: str | None = None
     privileged_context: str | None = None
-    teacher_id: str | None = None
+    teacher_id: str | None = None  # in a stage: the model that scores the responses
+    task: str | None = None  # in a stage with tasks: which one it belongs to
     prefill: str = ""  # what follows the generation prompt: words put into a teacher's mouth by its context
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
@@ -123,7 +124,7 @@ class Batch:
     support_ids: Tensor | None = None  # [B, T, K]
     support_mask: Tensor | None = None  # [B, T, K] bool
     teacher_support_logp: Tensor | None = None  # [B, T, K]
-    teacher_hidden: Tensor | None = None  # [B, T, H]
+    teacher_hidden: tuple[Tensor, ...] | None = None  # B of [T_i, H], not padded: H is that of each row's teacher
     teacher_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
     student_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
     advantage: Tensor | None = None  # [B, T] from Method.credit

@@ -521,13 +521,18 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
 
 def poisoned(batch: Batch, value: float, token: int) -> Batch:
     """The batch with everything that is not trained overwritten: floats with `value`, ids with `token`."""
-    changed: dict[str, Tensor] = {}
+    changed: dict[str, Any] = {}
     for entry in fields(batch):
         tensor = getattr(batch, entry.name)
         if not isinstance(tensor, Tensor) or tensor.shape[:2] != batch.mask.shape or entry.name == "mask":
             continue
         changed[entry.name] = tensor.clone()
         changed[entry.name][~batch.mask] = value if tensor.is_floating_point() else token
+    if batch.teacher_hidden is not None:
+        changed["teacher_hidden"] = tuple(
+            states.masked_fill(~batch.mask[i, : len(states), None], value)
+            for i, states in enumerate(batch.teacher_hidden)
+        )
     return replace(batch, **changed)
 
 

@@ -46,6 +46,22 @@ def recipe(model: Mapping[str, Any] | None = None, *, tied: bool = False, **stag
     return made
 
 
+def two_teachers(**stage: Any) -> dict[str, Any]:
+    """Two tasks with teachers of different sizes; a process has rows of one of them, or of both."""
+    tasks = {
+        "sums": {"teacher": "teacher", "data": {"path": "train.jsonl"}, "reward": {"name": "final_number"}},
+        "more": {
+            "teacher": "larger",
+            "data": {"path": "held_out.jsonl"},
+            "sampling": {"max_completion_length": 3},
+            "evaluate": {"data": {"path": "held_out.jsonl"}, "sampling": EVALUATE["sampling"], "kl": True},
+        },
+    }
+    made = recipe(tasks=tasks, teacher=None, data=None, **stage)
+    made["models"]["larger"] = tiny_model(4, hidden_size=24)
+    return made
+
+
 LORA = {"lora": {"rank": 2, "alpha": 4}}
 EMA = {"template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
 GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
@@ -69,6 +85,8 @@ SCENARIOS = {
     "full untied, tokens of one process": recipe(
         method="ranks:some_masked", prompts_per_step=2, data={"path": "train.jsonl", "limit": 2}
     ),
+    "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
+    "full untied, two teachers in turn": two_teachers(method="topk_reverse_kl", options={"k": 4}),
 }
 
 

@@ -1,4 +1,4 @@
-"""Every form of `DataSpec.path`, the order of `take`, and what each mistake in the data is told."""
+"""Every form of `DataSpec.path`, the shuffled order, and what each mistake in the data is told."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd.data import DataSpec, load_prompts, take
+from opd.data import DataSpec, load_prompts, shuffled
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 
@@ -450,7 +450,7 @@ def test_load_dataset_failure_says_what_was_tried(monkeypatch):
         load("some/name")
 
 
-# --- take ----------------------------------------------------------------------------------------------------------
+# --- the order -----------------------------------------------------------------------------------------------------
 
 
 def prompts_of(count: int) -> list[Prompt]:
@@ -459,25 +459,26 @@ def prompts_of(count: int) -> list[Prompt]:
 
 def walk(size: int, *, steps: int, count: int, seed: int = 0) -> list[int]:
     prompts = prompts_of(size)
-    return [p.id for step in range(steps) for p in take(prompts, step=step, count=count, seed=seed)]
+    firsts = range(0, steps * count, count)
+    return [p.id for first in firsts for p in shuffled(prompts, first=first, count=count, seed=seed)]
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 3), (6, 3), (3, 7), (1, 2), (5, 5)])
-def test_take_walks_through_whole_permutations(size, count):
+def test_steps_walk_through_whole_permutations(size, count):
     ids = walk(size, steps=2 * size, count=count)
     epochs = [ids[i : i + size] for i in range(0, len(ids), size)]
     assert len(epochs) == 2 * count
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
 
-def test_take_shuffles_anew_each_epoch_and_seed():
+def test_each_epoch_and_seed_is_shuffled_anew():
     first, second = (walk(20, steps=2, count=20)[i : i + 20] for i in (0, 20))
     assert first != second
     assert first != list(range(20))
     assert first != walk(20, steps=1, count=20, seed=1)
 
 
-def test_take_is_a_function_of_seed_and_step_alone():
+def test_the_order_is_a_function_of_seed_and_position_alone():
     prompts = prompts_of(10)
-    late = [p.id for p in take(prompts, step=7, count=4, seed=5)]
+    late = [p.id for p in shuffled(prompts, first=28, count=4, seed=5)]
     assert late == walk(10, steps=8, count=4, seed=5)[-4:]

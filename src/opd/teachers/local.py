@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -38,8 +39,8 @@ class LocalTeacher:
     offload: bool = False
     average: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
 
-    def head(self) -> Head:
-        """The teacher's head, on the device where the student's loss is computed."""
+    def head(self, teacher_id: str | None = None) -> Head:
+        """The teacher's head, on the device where the student's loss is computed; the same for every row."""
         head = self.lm.head().detached()
         bias = None if head.bias is None else head.bias.to(self.student_device)
         return replace(head, weight=head.weight.to(self.student_device), bias=bias)
@@ -119,27 +120,25 @@ def with_record(
     rollouts: Sequence[Rollout],
     record: Record,
     *,
-    temperature: float,
+    temperature: Callable[[Rollout], float],
     micro_batch_tokens: int,
 ) -> list[Rollout]:
     """The rollouts with what `record` asks of the student at each token, also where the student did not write.
 
     `temperature` is the one that the student samples at, as its own records are.
     """
-    missing = [
-        i
-        for i, rollout in enumerate(rollouts)
-        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None)
-    ]
+    missing: defaultdict[float, list[int]] = defaultdict(list)
+    for i, rollout in enumerate(rollouts):
+        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None):
+            missing[temperature(rollout)].append(i)
     out = list(rollouts)
-    if not missing:
-        return out
     view = LocalTeacher(lm=student, micro_batch_tokens=micro_batch_tokens, student_device=student.device)
-    absent = [rollouts[i] for i in missing]
     support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
-    scores = view.score(absent, [r.prompt for r in absent], support, temperature, entropy=record.entropy)
-    for i, score in zip(missing, scores, strict=True):
-        out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
+    for tempered, indices in missing.items():
+        absent = [rollouts[i] for i in indices]
+        scores = view.score(absent, [r.prompt for r in absent], support, tempered, entropy=record.entropy)
+        for i, score in zip(indices, scores, strict=True):
+            out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
     return out
 
 

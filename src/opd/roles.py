@@ -1,0 +1,128 @@
+"""Who takes part in a stage: the teachers that score, everybody who writes, and who is examined on what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opd.contexts import same_prompt
+from opd.held_out import Exam
+from opd.models import LanguageModel
+from opd.prepare import Prepared, sampling_of
+from opd.recipe import Recipe, StageSpec, TaskSection
+from opd.samplers.by_task import by_task
+from opd.samplers.hf import TransformersSampler
+from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.several import SeveralTeachers
+from opd.types import Sampler, TeacherRule, Writers
+
+
+def teacher_of(
+    recipe: Recipe,
+    spec: StageSpec,
+    rule: TeacherRule,
+    student: LanguageModel,
+    externals: Mapping[str, LanguageModel],
+) -> LocalTeacher | SeveralTeachers | None:
+    """Whom the method compares the student with; the teachers of all tasks as one. `externals` are by model name."""
+
+    def one(name: str | None) -> LocalTeacher | None:
+        external = None if name is None else externals.get(name)
+        offload = name is not None and recipe.models[name].offload
+        return teacher_for(rule, student, external, micro_batch_tokens=spec.micro_batch_tokens, offload=offload)
+
+    if not spec.tasks or rule.kind != "external":
+        return one(spec.teacher)
+    teachers = {name: teacher for name in spec.teachers if (teacher := one(name)) is not None}
+    return SeveralTeachers(teachers=teachers)
+
+
+def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, TransformersSampler]:
+    """The student as a writer, for each task with the task's own sampling settings."""
+    return {
+        name: TransformersSampler(
+            lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
+        )
+        for name, part in spec.parts.items()
+    }
+
+
+def writers_of(
+    spec: StageSpec,
+    student: LanguageModel,
+    externals: Mapping[str, LanguageModel],
+    samplers: Mapping[str | None, TransformersSampler],
+) -> Writers:
+    """Everyone who can write a response in this stage; a method's source picks."""
+    teachers: dict[str | None, Sampler] = {}
+    for name, part in spec.parts.items():
+        if part.teacher is not None and part.teacher in externals:
+            teachers[name] = TeacherWriter(
+                teacher=externals[part.teacher],
+                student=student,
+                sampling=sampling_of(part.teacher_sampling or part.sampling),
+                context=same_prompt(),
+                max_prompt_length=spec.max_prompt_length,
+            )
+    reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
+    return Writers(student=by_task(samplers), reference=reference, teacher=by_task(teachers) if teachers else None)
+
+
+def exams_of(
+    spec: StageSpec,
+    prepared: Prepared,
+    student: LanguageModel,
+    teacher: LocalTeacher | SeveralTeachers | None,
+    externals: Mapping[str, LanguageModel],
+) -> list[Exam]:
+    """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
+    exams: list[Exam] = []
+    for name, part in spec.parts.items():
+        held_out = prepared.tasks[name].held_out
+        if part.evaluate is None or held_out is None:
+            continue
+        scorer = scorer_of(spec, part, student, teacher, externals)
+        samplers: dict[str, Sampler] = {}
+        if part.evaluate.teacher and scorer is not None:
+            samplers = {
+                setting: TeacherWriter(
+                    teacher=scorer.lm,
+                    student=student,
+                    sampling=sampling,
+                    context=prepared.method.context,
+                    base=scorer.base,
+                    max_prompt_length=spec.max_prompt_length,
+                )
+                for setting, sampling in held_out.sampling.items()
+            }
+        exams.append(
+            Exam(
+                task=name,
+                held_out=held_out,
+                every=part.evaluate.every,
+                measure_before=part.evaluate.before,
+                context=prepared.method.context,
+                teacher_samplers=samplers,
+                kl_teacher=scorer if part.evaluate.kl else None,
+            )
+        )
+    return exams
+
+
+def scorer_of(
+    spec: StageSpec,
+    part: TaskSection,
+    student: LanguageModel,
+    teacher: LocalTeacher | SeveralTeachers | None,
+    externals: Mapping[str, LanguageModel],
+) -> LocalTeacher | None:
+    """With whom an evaluation compares the student: the task's teacher, also where the method asks none."""
+    if isinstance(teacher, SeveralTeachers):
+        return teacher.of(part.teacher)
+    if teacher is None and part.teacher is not None and part.teacher in externals:
+        return LocalTeacher(
+            lm=externals[part.teacher],
+            micro_batch_tokens=spec.micro_batch_tokens,
+            student_device=student.device,
+        )
+    return teacher

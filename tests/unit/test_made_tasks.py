@@ -1,0 +1,52 @@
+"""Tasks made on the spot: right answers, and parts that never share a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from opd.errors import ConfigError
+from opd.tasks import addition, sorting
+
+
+def test_sums_are_right_and_worked_out_column_by_column():
+    rows = list(addition(count=200, digits=2, seed=1))
+    assert rows[0] == {"prompt": "52+56=", "response": "2+6+0=08,5+5+0=10;108", "answer": "108"}
+    for row in rows:
+        a, b = map(int, row["prompt"].rstrip("=").split("+"))
+        assert int(row["answer"]) == a + b
+        columns, answer = row["response"].split(";")
+        assert answer == row["answer"]
+        for column in columns.split(","):
+            digits, total = column.split("=")
+            assert sum(map(int, digits.split("+"))) == int(total)
+
+
+def test_rows_are_sorted():
+    for row in sorting(count=300, digits=5):
+        assert len(row["prompt"]) == 6
+        assert row["prompt"][-1] == ">"
+        assert sorted(row["prompt"][:-1]) == list(row["answer"])
+        assert row["response"] == row["answer"]
+
+
+@pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000)])
+def test_parts_share_no_row_and_a_part_repeats_none(task: Callable[..., object], most: int):
+    train = [row["prompt"] for seed in (0, 1) for row in task(count=most, seed=seed, part="train")]  # type: ignore[attr-defined]
+    held_out = [row["prompt"] for seed in (0, 1) for row in task(count=most // 2, seed=seed, part="held_out")]  # type: ignore[attr-defined]
+    assert not set(train) & set(held_out)
+    assert len(set(train[:most])) == most
+    assert train[:most] != train[most:]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        (addition, "held_out has about 810 sums of 2 digits; 500 are too many"),
+        (sorting, "held_out has about 10 rows of 2 digits; 500 are too many"),
+    ],
+)
+def test_a_part_that_has_too_few(task: Callable[..., object], message: str):
+    with pytest.raises(ConfigError, match=message):
+        next(iter(task(count=500, digits=2, part="held_out")))  # type: ignore[call-overload]

@@ -1,0 +1,104 @@
+"""Which task a step takes, and which prompts of it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+
+from opd.turns import Order, turns
+from opd.types import Prompt
+
+
+def played(shares: list[float], count: int) -> list[tuple[int, int]]:
+    """The first turns, from a list of all times that could come into it, sorted."""
+    whole = sum(map(Fraction, shares))
+    times = [
+        ((k + Fraction(1, 2)) * whole / Fraction(share), task, k)
+        for task, share in enumerate(shares)
+        for k in range(count)
+    ]
+    return [(task, k) for _, task, k in sorted(times)[:count]]
+
+
+SHARES = [
+    [1.0],
+    [1.0, 1.0],
+    [2.0, 1.0],
+    [1.0, 2.0],
+    [0.7, 0.2, 0.1],
+    [1.0, 1.0, 1.0],
+    [1e-3, 1.0],
+    [3.0, 1.0, 2.0, 5.0],
+]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_turns_from_anywhere_are_those_of_the_whole_sequence(shares: list[float]):
+    whole = played(shares, 150)
+    assert turns(shares, first=0, count=150) == whole
+    for first in range(0, 140, 7):
+        assert turns(shares, first=first, count=9) == whole[first : first + 9]
+
+
+@pytest.mark.parametrize("shares", SHARES, ids=str)
+def test_every_task_has_had_its_share_at_any_time(shares: list[float]):
+    had: Counter[int] = Counter()
+    for number, (task, earlier) in enumerate(turns(shares, first=0, count=400), start=1):
+        assert earlier == had[task]
+        had[task] += 1
+        for other, share in enumerate(shares):
+            assert abs(had[other] - number * share / sum(shares)) <= (len(shares) + 1) / 2
+
+
+def test_equal_shares_alternate_in_the_order_of_the_recipe():
+    assert [task for task, _ in turns([1.0, 1.0], first=0, count=6)] == [0, 1, 0, 1, 0, 1]
+    assert [task for task, _ in turns([5.0, 5.0, 5.0], first=0, count=6)] == [0, 1, 2, 0, 1, 2]
+
+
+def order(*sizes: int, count: int = 4, mixed: bool = False, shares: tuple[float, ...] = ()) -> Order:
+    """Prompts with unique ids, their task's number as content."""
+    ids = itertools.count()
+    prompts = tuple([Prompt(id=next(ids), content=str(task)) for _ in range(size)] for task, size in enumerate(sizes))
+    return Order(prompts=prompts, shares=shares or (1.0,) * len(sizes), count=count, seed=3, mixed=mixed)
+
+
+def test_a_step_takes_prompts_of_one_task_and_the_tasks_take_turns():
+    steps = [order(10, 7).take(step) for step in range(6)]
+    assert [{prompt.content for prompt in prompts} for prompts in steps] == [{"0"}, {"1"}] * 3
+    assert all(len(prompts) == 4 for prompts in steps)
+
+
+def test_a_task_sees_its_prompts_as_if_it_were_alone():
+    """Other tasks move its steps, and change neither their order nor what they hold."""
+    alone = [[p.id for p in order(10).take(step)] for step in range(5)]
+    among = [[p.id for p in order(10, 7).take(step)] for step in range(10)]
+    assert among[::2] == alone
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_every_task_goes_through_whole_permutations(mixed: bool):
+    both = order(6, 4, mixed=mixed, shares=(3.0, 2.0), count=5)
+    ids = [prompt.id for step in range(20) for prompt in both.take(step)]
+    for own in (range(6), range(6, 10)):
+        of_task = [i for i in ids if i in own]
+        epochs = [of_task[i : i + len(own)] for i in range(0, len(of_task), len(own))]
+        assert len(epochs) == 10
+        assert all(sorted(epoch) == list(own) for epoch in epochs)
+
+
+def test_a_mixed_step_holds_all_tasks_by_their_shares():
+    steps = [order(30, 30, mixed=True, shares=(3.0, 1.0), count=8).take(step) for step in range(6)]
+    assert [Counter(prompt.content for prompt in prompts) for prompts in steps] == [{"0": 6, "1": 2}] * 6
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_prompt_comes_twice_in_a_step_only_where_the_order_says_that_it_may(mixed: bool):
+    one = order(5, 3, mixed=mixed, shares=(2.0, 1.0), count=3)
+    twice = {s for s in range(60) if len({p.id for p in one.take(s)}) < 3}
+    may = {s for s in range(60) if one.may_repeat(s)}
+    assert twice
+    assert twice <= may
+    assert len(may) < 60
