@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from opd import methods
-from opd.check import check_needs, check_pass_at
+from opd.check import check_diagnostics, check_needs, check_pass_at
 from opd.data import DataSpec, load_prompts, require_columns
 from opd.evaluate import HeldOut
 from opd.method import Method
@@ -44,6 +44,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
     method = given.method or methods.build(spec.method, spec.options)
     check_needs(spec, method, has_reward=spec.reward is not None or given.reward is not None)
+    check_diagnostics(spec, method)
     reward = given.reward or reward_of(spec.reward)
     columns = {"response", "privileged_context"} & method.needs()
     prompts = read(spec.data, columns | needs_of_reward(reward), given.prompts)

@@ -109,13 +109,17 @@ def train(stage: Stage) -> Outcome:
                         sampled=shown or method.reads("teacher_logp"),
                         entropy=method.reads("teacher_entropy"),
                     )
+                looked = time.perf_counter()
+                compared = diagnostics.compared(spec, method, student, teacher, rollouts, contexts, step)
+                diagnosed = time.perf_counter() - looked  # counted apart: it is no part of training
             check_trained(rollouts, world)
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
             batch = attach(batch, method)  # 5 credit and weight
             denominator = method.normalise(batch)
             count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A
             head = teacher.head() if teacher is not None and full_support and teacher.lm is not student else None
-            metrics = diagnostics.of(batch, method, version=step)
+            metrics = diagnostics.of(batch, method, step, buckets=diagnostics.buckets_of(spec))
+            metrics.merge(compared)
             scored = time.perf_counter()
             loss = 0.0
             student.model.train()
@@ -133,7 +137,7 @@ def train(stage: Stage) -> Outcome:
             if teacher is not None:
                 teacher.after_step()  # 10 an EMA teacher follows
             ended = time.perf_counter()
-            seconds = world.max(seconds + (ended - started))
+            seconds = world.max(seconds + (ended - started - diagnosed))
             metrics.value("train/loss", loss)
             metrics.value("optim/grad_norm", grad_norm)
             for name, value in rates.items():
@@ -145,7 +149,8 @@ def train(stage: Stage) -> Outcome:
                 done,
                 {
                     "generate": wrote - started,
-                    "score": scored - wrote,
+                    "score": scored - wrote - diagnosed,
+                    "diagnose": diagnosed,
                     "train": ended - scored,
                     "total": ended - started,
                 },
