@@ -103,7 +103,8 @@ def recoveries(spec: StageSpec, folder: StageDir, rows: Sequence[Mapping[str, An
         before, teacher, after = (_rewards(responses, sampling) for responses in measured)
         if not before.keys() == teacher.keys() == after.keys():
             continue
-        found = gap_recovery(*([each[prompt] for prompt in before] for each in (before, teacher, after)))
+        prompts = list(before)
+        found = gap_recovery([before[i] for i in prompts], [teacher[i] for i in prompts], [after[i] for i in prompts])
         if found is not None:
             what = f"{sampling}: {found.share:.0%} of the teacher's gap recovered"
             low_high = found.bounds and "[{:.0%}, {:.0%}]".format(*found.bounds)
