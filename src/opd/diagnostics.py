@@ -106,7 +106,7 @@ def _log_ratios(metrics: Metrics, batch: Batch, buckets: Buckets, *, full: bool)
     buckets.add_means(metrics, "teacher/log_ratio", values, step)
     if buckets.count > 1:
         start = buckets.of(step) * buckets.width
-        metrics.rows(_of_buckets, start=start.cpu().numpy(), log_ratio=values.cpu().numpy())
+        metrics.rows(_of_buckets, start=start.int().cpu().numpy(), log_ratio=values.cpu().numpy())
     trained = batch.mask.any(1)
     lengths = batch.mask.sum(1)[trained]
     sums = log_ratio.masked_fill(~batch.mask, 0.0).double().sum(1)[trained]  # [B]

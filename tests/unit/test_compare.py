@@ -242,3 +242,18 @@ def test_columns_are_all_averaged():
     assert set(Comparison.__dataclass_fields__) - {"k", "row", "step", "overlap"} <= {
         *Comparison(k=1, **{n: torch.zeros(1) for n in Comparison.__dataclass_fields__ if n != "k"}).columns()
     }
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("rule", ["frozen", "live", "ema"])
+def test_a_student_that_is_its_own_teacher_is_compared_as_it_is_trained(work: Path, rule: str, lora: bool):
+    """The exact divergence of the update, by the other path: the teacher reads its own context, adapters off or on."""
+    options = {"template": "{privileged_context}{prompt}", "teacher": rule, "average": "token"}
+    recipe = one_stage(method="context_distillation", options=options, teacher=None, steps=3)
+    recipe["stages"][0] |= {"diagnostics": {"every": 1, "k": 2}, "optimizer": {"learning_rate": 0.05}}
+    if lora:
+        recipe["models"]["student"] |= {"lora": {"rank": 2, "alpha": 4}}
+    folder = prepare(work / "self", recipe)
+    opd.run(folder / "recipe.yaml", f"output_dir={folder}/run", *paths(folder), quiet=True)
+    for row in rows_of(folder, "metrics.jsonl"):
+        assert row["compare/reverse_kl"] == pytest.approx(row["train/signal"], rel=1e-3, abs=1e-6)
