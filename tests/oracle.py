@@ -434,3 +434,63 @@ def repeat_ratio(tokens: Sequence[Hashable], n: int = 3) -> float:
         earlier = [tuple(tokens[other - n : other]) for other in range(n, end)]
         repeated += gram in earlier
     return repeated / len(tokens) if tokens else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diagnostics
+
+
+def top(logps: Logps, k: int) -> list[int]:
+    """The k most likely tokens, the first first."""
+    return sorted(range(len(logps)), key=lambda v: -logps[v])[:k]
+
+
+def overlap_ratio(student: Logps, teacher: Logps, k: int) -> float:
+    """|TopK(p) and TopK(q)| / k. Rethinking eq. 6."""
+    return len(set(top(student, k)) & set(top(teacher, k))) / k
+
+
+def overlap_advantage(student: Logps, teacher: Logps, k: int) -> float | None:
+    """(1/|S|) sum_S bar-p (log bar-q - log bar-p), S in both top k. Rethinking eq. 7; None for no S."""
+    both = sorted(set(top(student, k)) & set(top(teacher, k)))
+    if not both:
+        return None
+    p, q = renormalise([student[v] for v in both]), renormalise([teacher[v] for v in both])
+    return math.fsum(math.exp(s) * (t - s) for s, t in zip(p, q, strict=True)) / len(both)
+
+
+def entropy(logps: Logps) -> float:
+    """-sum_v p(v) log p(v)."""
+    return -math.fsum(_times(math.exp(value), value) for value in logps)
+
+
+def auroc(scores: Sequence[float], right: Sequence[bool]) -> float:
+    """The share of (right, wrong) pairs whose right one scores higher, a tie being half a pair."""
+    pairs = [
+        (a, b) for a, r in zip(scores, right, strict=True) if r for b, s in zip(scores, right, strict=True) if not s
+    ]
+    return math.fsum(1.0 if a > b else 0.5 if a == b else 0.0 for a, b in pairs) / len(pairs)
+
+
+def effective_share(weights: Sequence[float]) -> float:
+    """(sum w)^2 / sum w^2 / n. Many Faces, released off-policy report."""
+    return math.fsum(weights) ** 2 / math.fsum(w * w for w in weights) / len(weights)
+
+
+def top_share(values: Sequence[float], share: float) -> float:
+    """The part of the sum of positives that the largest `share` of all values hold. Revisiting, first failure."""
+    chosen = sorted(values, reverse=True)[: math.ceil(share * len(values))]
+    return math.fsum(v for v in chosen if v > 0) / math.fsum(v for v in values if v > 0)
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """Linear between the two neighbours in order: the place is share (n - 1)."""
+    ordered, place = sorted(values), share * (len(values) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(values) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
+
+
+def expected_reverse_kl(student: Logps, teachers: Sequence[Logps]) -> float:
+    """E_I KL(p || p_I) over teachers alike. Many Faces eq. 10."""
+    return math.fsum(reverse_kl(student, teacher) for teacher in teachers) / len(teachers)

@@ -96,6 +96,7 @@ def two_stages() -> dict[str, Any]:
         "options": {"on_policy_share": 0.5},
         "steps": 8,
         "evaluate": EVALUATE,
+        "diagnostics": {"every": 3, "k": 4, "bucket": 2},
     }
     models = {"teacher": tiny_model(1, hidden_size=24), "student": tiny_model(2)}
     return {"name": "tiny", "output_dir": "run", "models": models, "defaults": DEFAULTS, "stages": [teach, distil]}

@@ -64,6 +64,15 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         )
 
 
+def check_diagnostics(spec: StageSpec, method: Method) -> None:
+    """Refuse a comparison with a teacher that the method does not have. Raises ConfigError."""
+    if spec.diagnostics.every and method.teacher.kind == "none":
+        raise ConfigError(
+            f"Stage {spec.name!r}: diagnostics.every is {spec.diagnostics.every}, which compares the student with the "
+            f"teacher, and method {spec.method!r} has none. Set diagnostics.every to 0, or use a method with a teacher."
+        )
+
+
 def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Order, size: int) -> None:
     """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
     if size == 1:

@@ -23,7 +23,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.score import paired_log_probs
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.teachers.local import LocalTeacher, teacher_for
-from opd.types import Context, Prompt, Rollout, Sampler, Sampling, TeacherRule, needs_of
+from opd.types import Batch, Context, Prompt, Rollout, Sampler, Sampling, TeacherRule, needs_of
 
 # Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
 # so that before and after differ by the weights alone.
@@ -220,3 +220,15 @@ def evaluate_model(
             lm, scorer, measured.rollouts["sampled"], same_prompt(), micro_batch_tokens=micro_batch_tokens
         )
     return metrics
+
+
+def rows_of(batch: Batch) -> list[dict[str, Any]]:
+    """The step's responses with their per-token numbers."""
+    rows = sample_rows(batch.rollouts)
+    for i, row in enumerate(rows):
+        t = len(batch.rollouts[i].response_ids)
+        teacher_logp = batch.teacher_logp[i, :t]
+        row["teacher_logp"] = None if bool(teacher_logp.isnan().any()) else teacher_logp.tolist()
+        row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
+        row["advantage"] = None if batch.advantage is None else batch.advantage[i, :t].tolist()
+    return rows

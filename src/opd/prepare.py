@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd import methods
-from opd.check import check_needs, check_pass_at
+from opd.check import check_diagnostics, check_needs, check_pass_at
 from opd.data import DataSpec, load_prompts, require_columns
 from opd.errors import DataError
 from opd.evaluate import HeldOut
@@ -58,6 +58,7 @@ class Prepared:
 def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
     method = given.method or methods.build(spec.method, spec.options)
+    check_diagnostics(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.parts.items():

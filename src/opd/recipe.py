@@ -119,6 +119,14 @@ class EvaluateSection(Section):
     pass_at: list[int] = [1]
 
 
+class DiagnosticsSection(Section):
+    """What a stage measures of its own responses: see docs/diagnostics.md."""
+
+    every: int = Field(default=0, ge=0)  # steps between full comparisons of student and teacher; 0: none
+    k: int = Field(default=16, ge=1)  # most likely tokens of each model that are compared
+    bucket: int = Field(default=64, ge=1)  # tokens in a bucket of positions; doubled until 16 buckets are enough
+
+
 class CheckpointSection(Section):
     every: int = Field(default=50, ge=1)
     keep: int = Field(default=2, ge=1)
@@ -160,6 +168,7 @@ class StageSpec(Section):
     max_prompt_length: int | None = Field(default=None, ge=1)
     optimizer: OptimizerSection = OptimizerSection()
     evaluate: EvaluateSection | None = None
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()
     samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
 

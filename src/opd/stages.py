@@ -13,6 +13,7 @@ import torch
 from opd import checkpoint, models, optim
 from opd import recipe as recipes
 from opd.check import check_processes, check_tokenizers
+from opd.compare import check_k
 from opd.errors import ConfigError
 from opd.held_out import Examiner
 from opd.interrupt import stopped_after
@@ -156,6 +157,8 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
     check_fits(method.support.k, student.vocabulary)
+    if spec.diagnostics.every:
+        check_k(spec.diagnostics.k, student.vocabulary)
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
         progress.note(
             f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to nothing. Use `dtype: "

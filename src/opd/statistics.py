@@ -113,24 +113,107 @@ def mean_interval(per_prompt: Sequence[float], binary: bool) -> Interval:
     return Interval(total / n, *bootstrap_mean(per_prompt))
 
 
+def repeated(ids: Sequence[int], n: int = 3) -> list[bool]:
+    """For each token of a response, whether the n-gram ending there already occurred in the same response.
+
+    arXiv 2605.11182, released diagnostics (n = 3).
+    """
+    assert n >= 1
+    seen: set[tuple[int, ...]] = set()
+    out = [False] * len(ids)
+    for end in range(n, len(ids) + 1):
+        gram = tuple(ids[end - n : end])
+        out[end - 1] = gram in seen
+        seen.add(gram)
+    return out
+
+
 def repeat_ratio(ids: Sequence[int], n: int = 3) -> float:
     """Share of a response's tokens that repeat: the n-gram ending there already occurred in the same response.
 
     0.0 for a response shorter than n; close to 1.0 for one that loops.
     """
-    assert n >= 1
-    if len(ids) < n:
-        return 0.0
-    seen: set[tuple[int, ...]] = set()
-    repeated = 0
-    for end in range(n, len(ids) + 1):
-        gram = tuple(ids[end - n : end])
-        repeated += gram in seen
-        seen.add(gram)
-    return repeated / len(ids)
+    return sum(repeated(ids, n)) / len(ids) if len(ids) else 0.0
 
 
 def distinct_share(texts: Sequence[str]) -> float:
     """Share of different texts: 1.0 if no two are equal, 1 / len(texts) if all are."""
     assert texts, "no text to compare"
     return len(set(texts)) / len(texts)
+
+
+def auroc(scores: Sequence[float] | np.ndarray, right: Sequence[bool] | np.ndarray) -> float | None:
+    """Chance that a right response has a higher score than a wrong one, ties counted half; None without both kinds.
+
+    The area under the ROC curve as Mann and Whitney's U (1947): 0.5 for scores that say nothing.
+    """
+    values, labels = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
+    assert values.shape == labels.shape, f"{values.shape} scores of {labels.shape} responses"
+    wrong = np.sort(values[~labels])
+    if not labels.any() or not len(wrong):
+        return None
+    below = np.searchsorted(wrong, values[labels], side="left")
+    not_above = np.searchsorted(wrong, values[labels], side="right")
+    return float((below + not_above).sum() / (2 * labels.sum() * len(wrong)))
+
+
+def effective_share(log_weights: Sequence[float] | np.ndarray) -> float:
+    """Kish's effective sample size (sum w)^2 / sum w^2 as a share of the n samples, from log w: in [1/n, 1].
+
+    Computed on w / max w, so that no weight overflows.
+    """
+    logs = np.asarray(log_weights, dtype=np.float64)
+    assert len(logs) > 0, "no weight"
+    weights = np.exp(logs - logs.max())
+    return float(weights.sum() ** 2 / np.square(weights).sum() / len(logs))
+
+
+def top_share(values: Sequence[float] | np.ndarray, share: float = 0.05) -> float | None:
+    """Share of the sum of all positive values that the largest `share` of all values (rounded up) hold.
+
+    None if no value is positive. 1.0 says that the others hold nothing.
+    """
+    assert 0 < share <= 1
+    data = np.sort(np.asarray(values, dtype=np.float64))[::-1].clip(min=0.0)
+    total = math.fsum(data)
+    return math.fsum(data[: math.ceil(share * len(data))]) / total if total > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class Recovery:
+    """Share of a gap that was closed; no bounds where the gap itself may be nothing."""
+
+    share: float
+    bounds: tuple[float, float] | None
+
+
+def gap_recovery(
+    before: Sequence[float], teacher: Sequence[float], after: Sequence[float], confidence: float = 0.95
+) -> Recovery | None:
+    """(after - before) / (teacher - before) of means over the same prompts, in the same order, with its interval.
+
+    The gap recovery rate of arXiv 2604.13016. None unless the teacher's mean is above the one before. The interval is
+    Fieller's (1954) for a ratio of means, from the prompts' paired differences: all r for which the mean of after -
+    before - r (teacher - before) lies within z standard errors of 0. It is bounded only if the gap itself is that far
+    from 0; otherwise, and for a single prompt, there are no bounds. Differences that are equal on all prompts give an
+    interval of zero width.
+    """
+    b, t, a = (np.asarray(values, dtype=np.float64) for values in (before, teacher, after))
+    assert b.shape == t.shape == a.shape, f"{b.shape}, {t.shape} and {a.shape} prompts"
+    assert 0 < confidence < 1, f"confidence {confidence}"
+    n = len(b)
+    if n == 0 or t.mean() <= b.mean():
+        return None
+    gain, gap = a - b, t - b
+    ratio = float(gain.mean() / gap.mean())
+    if n == 1:
+        return Recovery(ratio, None)
+    spread = np.cov(gain, gap) / n * NormalDist().inv_cdf(0.5 + confidence / 2) ** 2
+    # gap^2 r^2 - 2 gain gap r + gain^2 <= z^2 Var: a parabola in r that is at most 0 between its roots.
+    square = gap.mean() ** 2 - spread[1, 1]
+    if square <= 0:
+        return Recovery(ratio, None)
+    middle = (gain.mean() * gap.mean() - spread[0, 1]) / square
+    constant = (gain.mean() ** 2 - spread[0, 0]) / square
+    half = math.sqrt(max(middle * middle - constant, 0.0))
+    return Recovery(ratio, (float(middle - half), float(middle + half)))

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from opd import checkpoint, diagnostics
 from opd.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.errors import TrainingError
-from opd.evaluate import rewarded_by_task, sample_rows
+from opd.evaluate import rewarded_by_task, rows_of
 from opd.held_out import Examiner
 from opd.interrupt import Interrupt, stopped_after
 from opd.loss import loss_of
@@ -111,13 +110,17 @@ def train(stage: Stage) -> Outcome:
                         sampled=shown or method.reads("teacher_logp"),
                         entropy=method.reads("teacher_entropy"),
                     )
+                looked = time.perf_counter()
+                compared = diagnostics.compared(spec, method, student, teacher, rollouts, contexts, step)
+                diagnosed = time.perf_counter() - looked  # counted apart: it is no part of training
             trains = has_trained(rollouts, method, world)  # False: a filter left nothing, and no update is made
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
             batch = attach(batch, method)  # 5 credit and weight
             denominator = method.normalise(batch)
             count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A
             heads = heads_of(teacher, student, method.support, rollouts)
-            metrics = diagnostics.of(batch, method, version=step)
+            metrics = diagnostics.of(batch, method, step, buckets=diagnostics.buckets_of(spec))
+            metrics.merge(compared)
             scored = time.perf_counter()
             loss = 0.0
             student.model.train()
@@ -135,7 +138,7 @@ def train(stage: Stage) -> Outcome:
             if teacher is not None and trains:
                 teacher.after_step()  # 10 an EMA teacher follows
             ended = time.perf_counter()
-            seconds = world.max(seconds + (ended - started))
+            seconds = world.max(seconds + (ended - started - diagnosed))
             metrics.value("train/loss", loss)
             metrics.value("optim/grad_norm", grad_norm)
             if "filtered" in method.needs():
@@ -149,7 +152,8 @@ def train(stage: Stage) -> Outcome:
                 done,
                 {
                     "generate": wrote - started,
-                    "score": scored - wrote,
+                    "score": scored - wrote - diagnosed,
+                    "diagnose": diagnosed,
                     "train": ended - scored,
                     "total": ended - started,
                 },
@@ -262,18 +266,6 @@ def write(stage: Stage, step: int, metrics: dict[str, float]) -> None:
 def unscored(rollouts: list[Rollout]) -> list[Scores]:
     """Scores of a method without a teacher: nothing reads them, so they are NaN."""
     return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
-
-
-def rows_of(batch: Batch) -> list[dict[str, Any]]:
-    """The step's responses with their per-token numbers."""
-    rows = sample_rows(batch.rollouts)
-    for i, row in enumerate(rows):
-        t = len(batch.rollouts[i].response_ids)
-        teacher_logp = batch.teacher_logp[i, :t]
-        row["teacher_logp"] = None if bool(teacher_logp.isnan().any()) else teacher_logp.tolist()
-        row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
-        row["advantage"] = None if batch.advantage is None else batch.advantage[i, :t].tolist()
-    return rows
 
 
 def check_finite(stage: Stage, step: int, positions: list[int], batch: Batch, loss: float, grad_norm: float) -> None:

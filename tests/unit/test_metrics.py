@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 
 from opd.errors import ConfigError, RunError, TrainingError
 from opd.files import append_line, check_finite, read_lines
-from opd.metrics import Metrics, ReportWriter, check_report_to
+from opd.metrics import Metrics, ReportWriter, check_report_to, merged
 
 
 def test_a_mean_is_the_sum_of_totals_over_the_sum_of_counts():
@@ -63,6 +64,43 @@ def test_a_mean_over_nothing_is_left_out_until_something_comes():
     assert metrics.reduce() == {}
     metrics.mean("support/mass", 3.0, 2)
     assert metrics.reduce() == {"support/mass": 1.5}
+
+
+def spread_of(columns):
+    return {"a/spread": float(columns["x"].max() - columns["x"].min()), "a/first": float(columns["y"][0])}
+
+
+def test_rows_are_summarised_once_all_are_there_whoever_had_which():
+    whole, parts = Metrics(), [Metrics(), Metrics(), Metrics()]
+    rows = [(3.0, 1.0), (1.0, 2.0), (7.0, 0.0), (1.0, -5.0)]
+    whole.rows(spread_of, x=[x for x, _ in rows], y=[y for _, y in rows])
+    for i, (x, y) in enumerate(reversed(rows)):
+        parts[i % 2].rows(spread_of, x=[x], y=[y])
+    for part in parts:
+        part.mean("a/mean", 1.0, 1)
+    together = merged(pickle.loads(pickle.dumps(parts))).reduce()
+    # Rows are sorted by their columns in turn: the first one is (1, -5).
+    assert together == {"a/first": -5.0, "a/mean": 1.0, "a/spread": 6.0}
+    assert {name: together[name] for name in whole.reduce()} == whole.reduce()
+    assert list(together) == sorted(together)
+
+
+def test_no_rows_are_no_numbers():
+    metrics = Metrics()
+    metrics.rows(spread_of, x=[], y=[])
+    assert metrics.reduce() == {}
+    metrics.rows(spread_of, x=[1.0], y=[2.0])
+    assert metrics.reduce() == {"a/first": 2.0, "a/spread": 0.0}
+
+
+def test_misuse_of_rows_is_an_assertion():
+    metrics = Metrics()
+    with pytest.raises(AssertionError, match="columns of one table have one length"):
+        metrics.rows(spread_of, x=[1.0], y=[])
+    metrics.rows(spread_of, x=[1.0], y=[1.0])
+    metrics.sum("a/first", 1.0)
+    with pytest.raises(AssertionError, match=r"recorded twice: {'a/first'}"):
+        metrics.reduce()
 
 
 @pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan)])

@@ -6,12 +6,27 @@ import itertools
 import math
 
 import numpy as np
+import oracle
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError
-from opd.statistics import Interval, bootstrap_mean, distinct_share, mean_interval, pass_at_k, repeat_ratio, wilson
+from opd.statistics import (
+    Interval,
+    Recovery,
+    auroc,
+    bootstrap_mean,
+    distinct_share,
+    effective_share,
+    gap_recovery,
+    mean_interval,
+    pass_at_k,
+    repeat_ratio,
+    repeated,
+    top_share,
+    wilson,
+)
 
 
 @pytest.mark.parametrize("n", range(1, 7))
@@ -143,3 +158,108 @@ def test_distinct_share():
     assert distinct_share(["a"]) == 1.0
     with pytest.raises(AssertionError, match="no text"):
         distinct_share([])
+
+
+# --- diagnostics ------------------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 4))
+def test_repeated_marks_the_tokens_that_the_ratio_counts(ids: list[int], n: int):
+    marks = repeated(ids, n)
+    assert len(marks) == len(ids)
+    assert repeat_ratio(ids, n) == pytest.approx(oracle.repeat_ratio(ids, n))
+    assert sum(marks) == pytest.approx(oracle.repeat_ratio(ids, n) * len(ids))
+
+
+def test_repeated_marks_the_token_that_ends_a_known_ngram():
+    assert repeated([1, 2, 3, 1, 2, 3, 4]) == [False] * 5 + [True, False]
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.booleans()), min_size=2, max_size=30))
+def test_auroc_is_the_share_of_pairs_in_order(rows: list[tuple[int, bool]]):
+    scores, right = [float(score) for score, _ in rows], [is_right for _, is_right in rows]
+    found = auroc(scores, right)
+    if len(set(right)) < 2:
+        assert found is None
+        return
+    assert found == pytest.approx(oracle.auroc(scores, right))
+    assert auroc([-s for s in scores], right) == pytest.approx(1 - found)
+    assert auroc([math.exp(s) for s in scores], right) == pytest.approx(found)  # only the order counts
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=20))
+def test_the_effective_share_is_that_of_the_weights(logs: list[float]):
+    found = effective_share(logs)
+    assert found == pytest.approx(oracle.effective_share([math.exp(value) for value in logs]))
+    assert effective_share([value + 1000 for value in logs]) == pytest.approx(found)  # e^1000 is no number
+    assert 1 / len(logs) - 1e-12 <= found <= 1 + 1e-12
+
+
+def test_the_effective_share_at_its_ends():
+    assert effective_share([0.3] * 7) == pytest.approx(1.0)
+    assert effective_share([0.0, -1e4, -1e4, -1e4]) == pytest.approx(0.25)
+
+
+@given(st.lists(st.floats(-2, 3), min_size=1, max_size=50), st.sampled_from([0.05, 0.3, 1.0]))
+def test_the_share_of_the_top(values: list[float], share: float):
+    found = top_share(values, share)
+    if max(values) <= 0:
+        assert found is None
+    elif sum(v for v in values if v > 0) > 1e-6:
+        assert found == pytest.approx(oracle.top_share(values, share))
+
+
+def test_the_share_of_the_top_of_even_and_of_concentrated_values():
+    assert top_share([1.0] * 100) == pytest.approx(0.05)
+    assert top_share([-1.0] * 99 + [0.5]) == 1.0
+
+
+# --- gap recovery -----------------------------------------------------------------------------------------------------
+
+
+def test_gap_recovery_is_the_ratio_of_the_means():
+    found = gap_recovery([0, 0, 1, 0], [1, 1, 1, 0], [1, 0, 1, 0])
+    assert found is not None
+    assert found.share == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_fiellers_bounds_are_where_the_difference_is_z_errors_away(seed: int):
+    rng = np.random.default_rng(seed)
+    before, teacher = rng.normal(0.2, 0.3, 30), rng.normal(0.9, 0.3, 30)
+    after = before + 0.7 * (teacher - before) + rng.normal(0, 0.3, 30)
+    found = gap_recovery(list(before), list(teacher), list(after))
+    assert found is not None
+    assert found.bounds is not None
+    for r in found.bounds:
+        d = [(a - b) - r * (t - b) for a, b, t in zip(after, before, teacher, strict=True)]
+        mean = sum(d) / 30
+        error = math.sqrt(sum((x - mean) ** 2 for x in d) / 29 / 30)
+        assert abs(mean) / error == pytest.approx(1.959964, rel=1e-5)
+    assert found.bounds[0] < found.share < found.bounds[1]
+
+
+def test_the_interval_of_the_recovery_covers():
+    """Right or wrong answers of 40 prompts, as in an evaluation: the truth lies inside in about 95 % of them."""
+    rng, inside, bounded = np.random.default_rng(0), 0, 0
+    before, teacher, after = 0.1, 0.8, 0.6
+    for _ in range(1000):
+        u = rng.random(40) * 0.5 + rng.random(40) * 0.5  # hard and easy prompts: answers to one are not independent
+        cut = [np.quantile(u, share) for share in (before, teacher, after)]
+        found = gap_recovery(*[(np.clip(u + rng.normal(0, 0.05, 40), 0, 1) < c).astype(float) for c in cut])
+        truth = (after - before) / (teacher - before)
+        if found is not None and found.bounds is not None:
+            bounded += 1
+            inside += found.bounds[0] <= truth <= found.bounds[1]
+    assert bounded == 1000
+    assert inside / bounded > 0.9
+
+
+def test_a_gap_that_may_be_chance_has_no_bounds_and_no_gap_has_no_recovery():
+    lead = gap_recovery([0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0])
+    assert lead is not None
+    assert lead.bounds is None
+    assert gap_recovery([0.0], [1.0], [0.5]) == Recovery(0.5, None)
+    assert gap_recovery([1, 0], [0, 1], [1, 1]) is None  # the teacher is not ahead
+    assert gap_recovery([], [], []) is None
+    assert gap_recovery([0, 0], [1, 1], [1, 1]) == Recovery(1.0, (1.0, 1.0))

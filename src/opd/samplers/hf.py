@@ -34,6 +34,7 @@ class _Row:
     sample: int
     prompt_ids: list[int]
     uniforms: Tensor  # [max_completion_length] float64
+    prefix: tuple[int, ...] = ()  # what the response begins with, given
     ids: list[int] = field(default_factory=list[int])
     sampler_logp: list[float] = field(default_factory=list[float])
     policy_logp: list[float] = field(default_factory=list[float])
@@ -41,6 +42,11 @@ class _Row:
     top_ids: list[Tensor] = field(default_factory=list[Tensor])
     finished: bool = False
     ended: bool = False  # finished, or told to stop
+
+    @property
+    def read(self) -> list[int]:
+        """What the model reads before it writes."""
+        return [*self.prompt_ids, *self.prefix]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,8 +65,12 @@ class TransformersSampler:
         seed: tuple[int, int],
         record: Record = NOTHING_MORE,
         look: Look | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
         """`sampling.n` responses to each prompt, in order. `look` may end responses while they are written.
+
+        `prefixes`, one a prompt, are token ids that its responses begin with. They are read as they are, never encoded
+        again; they are not trained and have no log-probs (NaN), and the limit on the length counts what is written.
 
         Raises DataError for a prompt or response that is too long, ConfigError for a top-k larger than the vocabulary.
         """
@@ -71,12 +81,14 @@ class TransformersSampler:
             template_options=self.lm.template_options,
         )
         check_fits(record.top_k, self.lm.vocabulary)
+        assert prefixes is None or record == NOTHING_MORE, "nothing is recorded about tokens that were not drawn"
+        limit = self.sampling.max_completion_length
         rows = [
-            _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, self.sampling.max_completion_length))
-            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, limit), tuple(prefix))
+            for prompt, prompt_ids, prefix in zip(prompts, ids, prefixes or [()] * len(prompts), strict=True)
             for sample in range(self.sampling.n)
         ]
-        by_length = sorted(rows, key=lambda row: len(row.prompt_ids))  # stable: a prompt's rows stay together
+        by_length = sorted(rows, key=lambda row: len(row.read))  # stable: a prompt's rows stay together
         with evaluating(self.lm.model), prepacked(self.lm) as logits_of:
             for start in range(0, len(rows), ROWS):
                 self._decode(by_length[start : start + ROWS], logits_of, record, look)
@@ -89,7 +101,7 @@ class TransformersSampler:
         lm = self.lm
         known = lm.positions
         active = list(rows)
-        hidden, cache, mask, positions = prefill(lm, [row.prompt_ids for row in rows])
+        hidden, cache, mask, positions = prefill(lm, [row.read for row in rows])
         for t in range(self.sampling.max_completion_length):
             ids = self._write(active, logits_of(hidden), t, record)
             if look is not None and (t + 1) % look.every == 0:
@@ -105,7 +117,7 @@ class TransformersSampler:
             positions = positions + 1
             if mask is not None:
                 mask = torch.cat([mask, torch.ones_like(ids[:, None])], 1)
-            longest = len(active[-1].prompt_ids) + t + 1
+            longest = len(active[-1].prompt_ids) + len(active[-1].prefix) + t + 1
             if longest > known:
                 lm.check_length(longest, "Lower sampling.max_completion_length, or set max_prompt_length.")
             out = lm.forward(
@@ -153,21 +165,23 @@ class TransformersSampler:
         stops = self.sampling.stop
         if not stops:
             return False
-        tail = self.lm.tokenizer.decode(row.ids[-(max(len(s.encode()) for s in stops) + 4) :])
+        back = max(len(s.encode()) for s in stops) + 4
+        tail = self.lm.tokenizer.decode([*row.prefix[-back:], *row.ids[-back:]][-back:])
         return any(stop in tail for stop in stops)
 
     def _rollout(self, row: _Row) -> Rollout:
+        ids, given = [*row.prefix, *row.ids], len(row.prefix)
         return Rollout(
             prompt=row.prompt,
             sample=row.sample,
             prompt_ids=tuple(row.prompt_ids),
-            response_ids=torch.tensor(row.ids),
-            trained=torch.ones(len(row.ids), dtype=torch.bool),
-            turn=torch.zeros(len(row.ids), dtype=torch.long),
+            response_ids=torch.tensor(ids),
+            trained=torch.arange(len(ids)) >= given,
+            turn=torch.zeros(len(ids), dtype=torch.long),
             finished=row.finished,
-            text=self.lm.tokenizer.decode(row.ids, skip_special_tokens=True),
-            sampler_logp=torch.tensor(row.sampler_logp),
-            policy_logp=torch.tensor(row.policy_logp),
+            text=self.lm.tokenizer.decode(ids, skip_special_tokens=True),
+            sampler_logp=torch.tensor([torch.nan] * given + row.sampler_logp),
+            policy_logp=torch.tensor([torch.nan] * given + row.policy_logp),
             student_top_ids=torch.stack(row.top_ids) if row.top_ids else None,
             student_entropy=torch.tensor(row.entropy) if row.entropy else None,
             sampler_version=self.version,

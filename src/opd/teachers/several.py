@@ -48,12 +48,9 @@ class SeveralTeachers:
         entropy: bool = False,
     ) -> list[Scores]:
         """Scores in the order of the rollouts, as `LocalTeacher.score` makes them; each teacher is called once."""
-        rows: dict[str | None, list[int]] = {}
-        for i, rollout in enumerate(rollouts):
-            rows.setdefault(rollout.prompt.teacher_id, []).append(i)
         found: dict[int, Scores] = {}
-        for name, indices in rows.items():
-            scores = self.of(name).score(
+        for teacher, indices in shares_of(self, rollouts):
+            scores = teacher.score(
                 [rollouts[i] for i in indices],
                 [contexts[i] for i in indices],
                 support,
@@ -79,6 +76,18 @@ class SeveralTeachers:
         for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
             teacher.load_state_dict(own)
+
+
+def shares_of(
+    teacher: LocalTeacher | SeveralTeachers, rollouts: Sequence[Rollout]
+) -> list[tuple[LocalTeacher, list[int]]]:
+    """Each teacher with the indices of its rows; one teacher has them all."""
+    if isinstance(teacher, LocalTeacher):
+        return [(teacher, list(range(len(rollouts))))]
+    rows: dict[str | None, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        rows.setdefault(rollout.prompt.teacher_id, []).append(i)
+    return [(teacher.of(name), indices) for name, indices in rows.items()]
 
 
 def heads_of(
