@@ -47,7 +47,7 @@ KILLS = [
     kill("opd.train.loss_of", 2, goes_on="teach: 4 steps"),
     kill("opd.train.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
     kill("opd.stages.models.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
-    kill("opd.stages.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
+    kill("opd.rundir.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
     kill("opd.roles.teacher_for", 2, goes_on="teach: done before\ndistil: 8 steps"),
     kill("opd.held_out.exact_divergence", 1, goes_on="distil: after step 0"),
     kill("opd.train.loss_of", 5, goes_on="distil: after step 0"),
@@ -57,7 +57,7 @@ KILLS = [
     kill("opd.rundir.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
     kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", goes_on="distil: going on after step 2 of 8"),
     kill("opd.stages.models.save", 2, goes_on="distil: going on after step 8 of 8"),
-    kill("opd.stages.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.rundir.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [
     kill("opd.checkpoint.write_tensors", 1, "half", "distil", goes_on="distil: after step 0"),
