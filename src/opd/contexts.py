@@ -14,7 +14,8 @@ VERDICTS = ("correct", "wrong")
 FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")
 
 # The kinds of privileged information of arXiv 2605.11182 that differ from prompt to prompt, as arguments of
-# `privileged`. What they say is the paper's, the wording ours. (A rule that all prompts share is its `system`.)
+# `privileged`. What they say is the paper's, the wording ours. (A rule that all prompts share is its `system`.) A chat
+# template that opens the think block itself wants a `prefill` of its own, without the first tag.
 INFORMATION: Mapping[str, Mapping[str, str]] = {
     "answer": {
         "template": "{prompt}\n\nThe final answer is known to be: {answer}\nSolve the problem yourself, step by step, "

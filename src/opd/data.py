@@ -140,18 +140,15 @@ def _prompt(index: int, where: str, row: Mapping[str, Any], spec: DataSpec) -> P
             f"{where} has no column {source['prompt']!r}.{nearest(source['prompt'], map(str, row))} Its columns: "
             f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
         )
-
-    def text(column: str) -> str | None:
-        return text_or_none(row.get(source[column]), f"{where}: `{source[column]}`")
-
     asked = (row[source["prompt"]], f"{where}: `{source['prompt']}`")
+    text = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in COLUMNS[2:]}
     return Prompt(
         id=index,
         content=conversation(*asked, chat=spec.chat, system=spec.system),
         answer=row.get(source["answer"]),
-        response=text("response"),
-        privileged_context=text("privileged_context"),
-        teacher_id=text("teacher_id"),
+        response=text["response"],
+        privileged_context=text["privileged_context"],
+        teacher_id=text["teacher_id"],
         metadata={str(key): value for key, value in row.items() if key not in source.values()},
     )
 

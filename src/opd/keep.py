@@ -79,7 +79,7 @@ def without_tokens(
         ids = token_sequences.encoded(sequences, tokenizer)
 
         def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
-            masked = [token_sequences.covered([int(i) for i in r.response_ids], ids, occurrences) for r in rollouts]
+            masked = [token_sequences.covered_tokens(r.response_ids, ids, occurrences) for r in rollouts]
             return [
                 replace(r, trained=r.trained & ~torch.tensor(row, dtype=torch.bool))
                 for r, row in zip(rollouts, masked, strict=True)

@@ -48,6 +48,11 @@ def covered(ids: Sequence[int], sequences: Sequence[Sequence[int]], occurrences:
     return out
 
 
+def covered_tokens(response_ids: Any, sequences: Sequence[Sequence[int]], occurrences: Occurrences) -> list[bool]:
+    """`covered` of a response whose ids are a tensor, [T]."""
+    return covered(response_ids.tolist(), sequences, occurrences)
+
+
 def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
     # An unknown character comes back as an unknown token, as another one, or not at all.

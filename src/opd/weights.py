@@ -35,7 +35,7 @@ def mask_tokens(
         def weight(batch: Batch) -> Tensor:
             out = torch.ones_like(batch.teacher_logp)
             for row, rollout in enumerate(batch.rollouts):
-                masked = token_sequences.covered([int(i) for i in rollout.response_ids], ids, occurrences)
+                masked = token_sequences.covered_tokens(rollout.response_ids, ids, occurrences)
                 out[row, : len(masked)].masked_fill_(torch.tensor(masked, device=out.device), 0.0)
             return out
 

@@ -53,6 +53,11 @@ def odd(prompt: Prompt, response: str) -> float:
     return float(sum(map(ord, response)) % 5)
 
 
+def rare(prompt: Prompt, response: str) -> float:
+    """A reward that is 1 for a fifth of what a model of random weights writes."""
+    return float(sum(map(ord, response)) % 5 == 0)
+
+
 def main(folders: Sequence[str]) -> None:
     from run_helpers import import_all
 

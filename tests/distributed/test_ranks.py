@@ -87,6 +87,14 @@ SCENARIOS = {
     "full tied, itself": recipe(
         tied=True, method="context_distillation", options={"template": EMA["template"], "teacher": "live"}, teacher=None
     ),
+    "full tied, what passes a filter": recipe(  # in some steps nothing does
+        tied=True,
+        method="sft",
+        options={"source": "teacher", "keep": "correct"},
+        reward={"name": "ranks:rare"},
+        prompts_per_step=2,
+        sampling={"max_completion_length": 5, "n": 2},
+    ),
     "full untied, tokens of one process": recipe(
         method="ranks:some_masked", prompts_per_step=2, data={"path": "train.jsonl", "limit": 2}
     ),
@@ -200,6 +208,12 @@ def in_this_process(folders: list[Path]) -> None:
 def test_two_processes_train_as_one(runs: Path, name: str):
     number = str(list(SCENARIOS).index(name))
     assert_equal_runs(runs / "one" / number, runs / "two" / number)
+
+
+def test_a_filter_left_nothing_in_some_steps_and_something_in_others(runs: Path):
+    number = list(SCENARIOS).index("full tied, what passes a filter")
+    lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
+    assert {json.loads(line)["train/update_skipped"] for line in lines} == {0.0, 1.0}
 
 
 # --- going on with another number of processes -----------------------------------------------------------------------
