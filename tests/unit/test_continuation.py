@@ -54,10 +54,14 @@ def test_a_response_goes_on_from_the_given_ids():
 
 
 def test_what_is_drawn_behind_a_prefix_is_the_models_own_distribution_there():
-    """Also in a batch of rows of other lengths: log-probs are those of one unpadded row in float64."""
+    """Also in a batch of rows of other lengths: log-probs are those of one unpadded row in float64.
+
+    The first prefix has a token that no text is encoded to: it would be lost on the way through text.
+    """
     lm = tiny()
     sampling = Sampling(max_completion_length=6)
-    prefixes = [[3, 4, 5, 6, 7], [2], []]
+    prefixes = [[3, 0, 5, 6, 7], [2], []]
+    assert lm.tokenizer(lm.tokenizer.decode(prefixes[0], skip_special_tokens=True)).input_ids != prefixes[0]
     written = TransformersSampler(lm=lm, sampling=sampling)(prompts_of("a", "bcd", "h"), seed=(1, 2), prefixes=prefixes)
     for rollout, prefix in zip(written, prefixes, strict=True):
         expected = policy(lm, rollout).gather(-1, rollout.response_ids[:, None])[:, 0]
