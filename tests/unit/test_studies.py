@@ -25,17 +25,11 @@ from opd.studies import (
     forms,
     gamma,
     headline,
-    length,
-    losses,
     prefixes,
     privileged,
     report,
-    reverse,
-    supports,
-    top_p,
 )
 from opd.studies import lab as labs
-from opd.studies.ablation import START, TEACHER
 from opd.studies.lab import Lab, PairSize
 from opd.studies.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short, verdict
 
@@ -128,10 +122,6 @@ def spread(value: float, n: int = 3) -> list[float]:
     return [value + 1e-3 * abs(value) * (i - (n - 1) / 2) / n for i in range(n)]
 
 
-def accuracies(**values: float) -> dict[str, dict[str, list[float]]]:
-    return {name: {"greedy accuracy": spread(value), "P_S": spread(0.9)} for name, value in values.items()}
-
-
 def fixed_point_numbers(good: bool, near: bool = True) -> fixed_points.Numbers:
     """`near` False: the crash of the nearer starts alone."""
     q = spread(0.6)
@@ -200,24 +190,6 @@ def estimator_numbers(good: bool) -> estimators.Numbers:
     )
 
 
-def loss_numbers(good: bool) -> dict[str, Any]:
-    up, flat = (0.7, 0.1) if good else (0.1, 0.7)
-    numbers = accuracies(**dict.fromkeys(losses.SETTINGS, up), **{START: 0.1, TEACHER: 1.0})
-    for k in (1, 4):
-        numbers[f"raw, K={k}"] = {"greedy accuracy": spread(0.0 if good else 0.9), "P_S": spread(0.3 if good else 0.95)}
-    numbers["log-ratio, differentiated"]["greedy accuracy"] = spread(flat)
-    numbers["renormalised, K=4"]["greedy accuracy"] = spread(0.75 if good else 0.05)
-    if not good:
-        numbers["stop-gradient, K=1"]["greedy accuracy"] = spread(0.9)
-    return numbers
-
-
-def support_numbers(good: bool) -> dict[str, Any]:
-    values = {"student's": 0.7, "overlap": 0.68 if good else 0.2, "union": 0.7}
-    values |= dict.fromkeys(("non-overlap, raw weights", "non-overlap, normalised"), 0.3 if good else 0.8)
-    return accuracies(**values, **{START: 0.1})
-
-
 def prefix_numbers(good: bool) -> prefixes.Numbers:
     shares = (1.0, 0.9, 0.6, 0.3, 0.2) if good else (0.5, 0.5, 0.6, 0.8, 0.9)
     return prefixes.Numbers(
@@ -228,34 +200,12 @@ def prefix_numbers(good: bool) -> prefixes.Numbers:
     )
 
 
-def length_numbers(good: bool) -> dict[str, Any]:
-    shares = (0.1, 0.2, 0.5, 0.7, 0.3) if good else (0.8, 0.8, 0.7, 0.7, 0.7)
-    return accuracies(**{f"at most {c}": v for c, v in zip(length.CAPS, shares, strict=True)}, **{START: 0.05})
-
-
-def reverse_numbers(good: bool) -> dict[str, Any]:
-    values = {"distilled": 0.7, reverse.BACK: 0.1 if good else 0.65, reverse.ON: 0.8}
-    return accuracies(**values, **{START: 0.08})
-
-
-def top_p_numbers(good_a: bool, good_b: bool) -> dict[str, Any]:
-    values = dict.fromkeys(top_p.SETTINGS, 0.5)
-    values["K=4, top-p 0.9"] = 0.7 if good_a else 0.3
-    values["K=2, top-p 0.9"] = 0.6 if good_b else 0.4
-    return accuracies(**values, **{START: 0.05})
-
-
 NUMBERS: dict[str, tuple[Any, Any]] = {
     "fixed_points": (fixed_point_numbers(True), fixed_point_numbers(False)),
     "gamma": (gamma_numbers(True, True), gamma_numbers(False, False)),
     "privileged": (privileged_numbers(True), privileged_numbers(False)),
     "estimators": (estimator_numbers(True), estimator_numbers(False)),
-    "losses": (loss_numbers(True), loss_numbers(False)),
-    "supports": (support_numbers(True), support_numbers(False)),
     "prefixes": (prefix_numbers(True), prefix_numbers(False)),
-    "length": (length_numbers(True), length_numbers(False)),
-    "reverse": (reverse_numbers(True), reverse_numbers(False)),
-    "top_p": (top_p_numbers(True, True), top_p_numbers(False, False)),
 }
 
 
@@ -284,14 +234,6 @@ def test_opposite_numbers_give_the_opposite_verdict(name):
 def test_a_second_setting_counts_where_the_first_one_fails():
     assert {one.verdict for one in gamma.judge(gamma_numbers(False, True))} == {"holds in setting B only"}
     assert fixed_points.judge(fixed_point_numbers(True, near=False))[-1].verdict == "holds in setting B only"
-    first, _ = top_p.judge(top_p_numbers(False, True))
-    assert first.verdict == "holds in setting B only"
-    numbers = loss_numbers(True)
-    numbers["raw, K=4"] = {"greedy accuracy": spread(0.7), "P_S": spread(0.95)}
-    assert losses.judge(numbers)[0].verdict == "holds in setting B only"
-    numbers = support_numbers(True)
-    numbers["non-overlap, raw weights"]["greedy accuracy"] = spread(0.9)
-    assert supports.judge(numbers)[1].verdict == "holds in setting B only"
 
 
 def test_a_plateau_lasts_until_nine_tenths():
@@ -316,21 +258,20 @@ def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_pat
     here, there = Lab(folder=tmp_path / "a"), Lab(folder=tmp_path / "b")
 
     def recipe(lab: Lab, seed: int) -> dict[str, Any]:
-        pair = labs.Pair(teacher=lab.folder / "x" / "model", student=lab.folder / "y" / "model")
-        return labs.distil_recipe(pair, seed, "opd", {}, {})
+        made = labs.student_recipe(seed, TINY)
+        return made | {"models": {"student": {"path": str(lab.folder / "x" / "model")}}}
 
     assert here.fingerprint(recipe(here, 0)) == there.fingerprint(recipe(there, 0))
     assert here.fingerprint(recipe(here, 0)) != here.fingerprint(recipe(here, 1))
-    assert here.fingerprint(labs.pair_recipe(0, TINY)) != here.fingerprint(
-        labs.pair_recipe(0, replace(TINY, student_steps=3))
-    )
+    longer = replace(TINY, student_steps=3)
+    assert here.fingerprint(labs.student_recipe(0, TINY)) != here.fingerprint(labs.student_recipe(0, longer))
     before = here.fingerprint(recipe(here, 0))
     monkeypatch.setattr(labs, "library_digest", lambda: "another library")
     assert here.fingerprint(recipe(here, 0)) != before
 
 
 def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, monkeypatch):
-    for name in ("train.py", "cli.py", "studies/methods.py", "studies/report.py"):
+    for name in ("train.py", "cli.py", "studies/report.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(labs, "SOURCE", tmp_path)
@@ -344,35 +285,39 @@ def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, m
 
     try:
         assert changed("train.py")
-        assert changed("studies/methods.py")
         assert not changed("cli.py")
         assert not changed("studies/report.py")
     finally:
         labs.library_digest.cache_clear()
 
 
-def test_models_are_trained_once_and_distilled_through_the_recipe_path(tmp_path, monkeypatch):
+def test_models_are_trained_once_through_the_recipe_path(tmp_path, monkeypatch):
     import opd.api
 
     ran: list[str] = []
     run = opd.api.run
     monkeypatch.setattr(opd.api, "run", lambda recipe, **options: ran.append(recipe["name"]) or run(recipe, **options))
-    lab = Lab(folder=tmp_path)
+    heard: list[str] = []
+    lab = Lab(folder=tmp_path, note=heard.append)
     pair = lab.pair(0, TINY)
     assert lab.pair(0, TINY) == pair
+    assert ran == ["teacher", "student"]
+    assert heard == ["training teacher: teacher", "training student: warm-up"]
     assert (pair.teacher / "model.safetensors").exists()
-    examined = labs.held_out(before=True, teacher=True) | {"data": labs.sums(5, part="held_out")}
-    stage: dict[str, Any] = {"steps": 2, "prompts_per_step": 4, "evaluate": examined}
-    options = {"k": 2, "form": "raw"}
-    first, again = (lab.distil(pair, seed=0, method="topk_reverse_kl", options=options, **stage) for _ in range(2))
-    assert ran == ["pair", "topk-reverse-kl-0"]
-    assert first == again
-    assert first.last["support/student_mass"] == pytest.approx(
-        sum(row["support/student_mass"] for row in first.rows) / len(first.rows)
-    )
-    assert len(first.rows) == 2
-    assert {"eval/greedy/reward", "eval/teacher/greedy/reward"} <= set(first.before)
-    assert first.after["step"] == 2
+    assert (pair.student / "model.safetensors").exists()
+    assert (tmp_path / lab.fingerprint(labs.teacher_recipe(0, TINY)) / "recipe.yaml").exists()
+
+
+def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):
+    """From training to numbers: what the studies of language models do, on three tiny pairs."""
+    lab = Lab(folder=tmp_path)
+    batches = [estimators.batch_of(lab, seed, estimators.Size(responses=2, pair=TINY)) for seed in (0, 1, 2)]
+    numbers = estimators.measure(batches)
+    assert max(numbers.sampled_bias) < 1e-9
+    assert len(estimators.judge(numbers)) == 5
+    continued = prefixes.measure(lab, prefixes.Size(prompts=3, pair=TINY))
+    assert list(continued.continued) == list(prefixes.DEPTHS)
+    assert all(0 <= share <= 1 for shares in continued.continued.values() for share in shares)
 
 
 # --- results, page, command -----------------------------------------------------------------------------------------
@@ -395,7 +340,7 @@ def test_results_are_saved_and_make_the_page(tmp_path):
     assert "## gamma\n\nAbout gamma.\n\nthree seeds\n" in page
     assert "| 1 | 2 |" in page
     assert "![gamma](figures/studies/gamma.png)" in page
-    assert "\n12 s on " in page
+    assert "\n12 s of CPU time" in page
 
 
 def test_a_damaged_result_is_an_error(tmp_path):

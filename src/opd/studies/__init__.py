@@ -6,18 +6,7 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import (
-    estimators,
-    fixed_points,
-    gamma,
-    length,
-    losses,
-    prefixes,
-    privileged,
-    reverse,
-    supports,
-    top_p,
-)
+from opd.studies import estimators, fixed_points, gamma, prefixes, privileged
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
@@ -26,12 +15,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "gamma": gamma.run,
     "privileged": privileged.run,
     "estimators": estimators.run,
-    "losses": losses.run,
-    "supports": supports.run,
     "prefixes": prefixes.run,
-    "length": length.run,
-    "reverse": reverse.run,
-    "top_p": top_p.run,
 }
 
 

@@ -1,15 +1,14 @@
 """What studies share: small models on the addition task, trained through recipes and kept by the hash of their making.
 
 The task is `opd.tasks.addition` with two digits: a chain of at most 21 characters and the end token, over a vocabulary
-of 17. A pair is a teacher that learned it from many worked sums, and a student that saw a few.
+of 17. A pair is a teacher that learned it from many worked sums, and a smaller student that saw fewer.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -19,7 +18,6 @@ from opd.loading import cache_dir
 
 SOURCE = Path(__file__).parents[1]
 LONGEST = 28  # tokens of a response
-FINAL_STEPS = 10  # a run's own numbers are means over its last steps
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +30,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """How large the models are and how long they learn; a student's accuracy is in its hands."""
+    """How large the models are and how long they learn; how good the student is at the start depends on it."""
 
     teacher: Mapping[str, int] = field(
         default_factory=lambda: {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
@@ -41,19 +39,9 @@ class PairSize:
         default_factory=lambda: {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
     )
     teacher_steps: int = 250
-    student_steps: int = 150
+    student_steps: int = 200
+    student_sums: int = 600
     prompts_per_step: int = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trained:
-    """A finished distillation: where its model is, and its numbers by metric name."""
-
-    model: Path
-    before: Mapping[str, float]  # held out, empty if it was not measured
-    after: Mapping[str, float]  # held out
-    last: Mapping[str, float]  # training metrics, means over the last steps
-    rows: Sequence[Mapping[str, float]]  # all of them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,10 +62,7 @@ class Lab:
         folder = self.folder / self.fingerprint(recipe)
         if not all((folder / stage["name"] / "done.json").exists() for stage in recipe["stages"]):
             self.note(f"training {recipe['name']}: {', '.join(stage['name'] for stage in recipe['stages'])}")
-            with warnings.catch_warnings():
-                # The raw form says that it is biased, and a study that trains with it shows that.
-                warnings.filterwarnings("ignore", message="form='raw' is biased")
-                run({**recipe, "output_dir": str(folder)}, quiet=True)
+            run({**recipe, "output_dir": str(folder)}, quiet=True)
         return folder
 
     def fingerprint(self, recipe: Mapping[str, Any]) -> str:
@@ -86,107 +71,35 @@ class Lab:
         return hashlib.sha256(f"{text}{library_digest()}".encode()).hexdigest()[:16]
 
     def pair(self, seed: int, size: PairSize | None = None) -> Pair:
-        """A teacher and a student that knows little, both of their own seed."""
-        folder = self.run(pair_recipe(seed, size or PairSize()))
-        return Pair(teacher=folder / "teacher" / "model", student=folder / "warm-up" / "model")
-
-    def distil(
-        self, pair: Pair, *, seed: int, method: str, options: Mapping[str, Any] | None = None, **stage: Any
-    ) -> Trained:
-        """One stage from a pair, evaluated on held-out sums; further keywords are fields of a recipe's stage."""
-        from opd.rundir import RunDir
-
-        folder = self.run(distil_recipe(pair, seed, method, options or {}, stage))
-        there = RunDir(folder).stage("distil")
-        rows = there.read_metrics()
-        before = [row for row in rows if row["step"] == 0]
-        steps = [row for row in rows if "train/loss" in row]
-        tail = steps[-FINAL_STEPS:]
-        names = set(tail[-1]) - {"step"}
-        return Trained(
-            model=there.model,
-            before=before[0] if before else {},
-            after=next(row for row in reversed(rows) if any(name.startswith("eval/") for name in row)),
-            last={name: sum(row[name] for row in tail) / len(tail) for name in sorted(names)},
-            rows=steps,
-        )
+        """A teacher and a student that knows less, both of their own seed."""
+        size = size or PairSize()
+        teacher = self.run(teacher_recipe(seed, size)) / "teacher" / "model"
+        return Pair(teacher=teacher, student=self.run(student_recipe(seed, size)) / "warm-up" / "model")
 
 
-def pair_recipe(seed: int, size: PairSize) -> dict[str, Any]:
-    """The recipe of a pair: the teacher from 3,500 worked sums, the student from 128."""
-    return {
-        "name": "pair",
-        "seed": seed,
-        "models": {"teacher": _new(size.teacher), "student": _new(size.student)},
-        "defaults": {
-            "method": "sft",
-            "prompts_per_step": size.prompts_per_step,
-            "checkpoint": {"every": 100_000, "keep": 1},
-            "samples_every": 0,
-        },
-        "stages": [
-            {
-                "name": "teacher",
-                "train": "teacher",
-                "data": sums(3500, seed=1),
-                "steps": size.teacher_steps,
-                "optimizer": _optimizer(3e-3, 20),
-            },
-            {
-                "name": "warm-up",
-                "train": "student",
-                "data": sums(128, seed=2),
-                "steps": size.student_steps,
-                "optimizer": {"learning_rate": 1e-3, "betas": [0.9, 0.99]},
-            },
-        ],
-    }
+def teacher_recipe(seed: int, size: PairSize) -> dict[str, Any]:
+    """The recipe of a teacher: 3,500 worked sums."""
+    stage = {"name": "teacher", "train": "teacher", "data": sums(3500, seed=1), "steps": size.teacher_steps}
+    return _warm_up("teacher", seed, size.teacher, stage | {"optimizer": _optimizer(3e-3, 20)}, size)
 
 
-def distil_recipe(
-    pair: Pair, seed: int, method: str, options: Mapping[str, Any], stage: Mapping[str, Any]
+def student_recipe(seed: int, size: PairSize) -> dict[str, Any]:
+    """The recipe of a student: 600 worked sums, unless `size` says otherwise."""
+    data = sums(size.student_sums, seed=2)
+    stage = {"name": "warm-up", "train": "student", "data": data, "steps": size.student_steps}
+    return _warm_up("student", seed, size.student, stage | {"optimizer": _optimizer(3e-3, 20)}, size)
+
+
+def _warm_up(
+    name: str, seed: int, model: Mapping[str, int], stage: Mapping[str, Any], size: PairSize
 ) -> dict[str, Any]:
-    """The recipe of one stage from a pair: 32 sums a step, and 200 held-out sums at the end."""
     settings = {
-        "sampling": {"max_completion_length": LONGEST},
-        "prompts_per_step": 32,
-        "steps": 60,
-        "optimizer": _optimizer(3e-3, 5),
-        "evaluate": held_out(),
-        **stage,
+        "method": "sft",
+        "prompts_per_step": size.prompts_per_step,
+        "checkpoint": {"every": 100_000, "keep": 1},
+        "samples_every": 0,
     }
-    return {
-        "name": f"{method.rpartition(':')[2]}-{seed}".replace("_", "-"),
-        "seed": seed,
-        "models": {"teacher": {"path": str(pair.teacher)}, "student": {"path": str(pair.student)}},
-        "stages": [
-            {
-                "name": "distil",
-                "train": "student",
-                "teacher": "teacher",
-                "method": method,
-                "options": dict(options),
-                "data": sums(3000, seed=3),
-                "checkpoint": {"every": 100_000, "keep": 1},
-                "samples_every": 0,
-                **settings,
-            }
-        ],
-    }
-
-
-def held_out(**more: Any) -> dict[str, Any]:
-    """An evaluate section: 200 held-out sums, greedy and sampled."""
-    return {
-        "data": sums(200, part="held_out"),
-        "reward": {"name": "final_number"},
-        "sampling": {
-            "greedy": {"temperature": 0, "max_completion_length": LONGEST},
-            "sampled": {"temperature": 1, "max_completion_length": LONGEST},
-        },
-        "before": False,
-        **more,
-    }
+    return {"name": name, "seed": seed, "models": {name: _new(model)}, "stages": [{**stage, **settings}]}
 
 
 def sums(count: int, **options: Any) -> dict[str, Any]:
@@ -196,13 +109,10 @@ def sums(count: int, **options: Any) -> dict[str, Any]:
 
 @cache
 def library_digest() -> str:
-    """A hash of the source of all that trains: the library without command and studies, whose recipes speak for them.
-
-    Methods that only studies have are part of it.
-    """
+    """A hash of the source of all that trains: the library without its command line and without studies."""
     digest = hashlib.sha256()
     for file in sorted(SOURCE.rglob("*.py")):
-        if file.name == "cli.py" or (file.parent.name == "studies" and file.name != "methods.py"):
+        if file.name == "cli.py" or file.parent.name == "studies":
             continue
         digest.update(file.relative_to(SOURCE).as_posix().encode() + file.read_bytes())
     return digest.hexdigest()

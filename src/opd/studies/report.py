@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -76,15 +75,17 @@ def check_drawing() -> None:
 def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
     """Write figures/studies/NAME.png and studies/NAME.json under `folder`; the figure's path.
 
+    `seconds` are those of all CPU cores together, which other work on the machine does not lengthen.
+
     Raises RunError when they cannot be written.
     """
     image, numbers = paths(folder, name)
     result = {
         "setup": outcome.setup,
-        "seconds": round(seconds),
+        "cpu_seconds": round(seconds),
         "findings": [asdict(one) for one in outcome.findings],
         "table": outcome.table,
-        "environment": {"torch": _version("torch"), "python": platform.python_version(), "cpus": os.cpu_count()},
+        "environment": {"torch": _version("torch"), "python": platform.python_version()},
     }
     try:
         image.parent.mkdir(parents=True, exist_ok=True)
@@ -129,7 +130,9 @@ def page(results: Mapping[str, Mapping[str, Any]], headlines: Mapping[str, str])
             lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
         lines += [f"![{name}](figures/studies/{name}.png)", ""]
         machine = result["environment"]
-        lines.append(f"{result['seconds']} s on {machine['cpus']} CPU cores, torch {machine['torch']}.")
+        lines.append(
+            f"{result['cpu_seconds']} s of CPU time, models from the cache not counted; torch {machine['torch']}."
+        )
     return "\n".join(lines) + "\n"
 
 
