@@ -190,14 +190,17 @@ def estimator_numbers(good: bool) -> estimators.Numbers:
     )
 
 
-def prefix_numbers(good: bool) -> prefixes.Numbers:
-    shares = (1.0, 0.9, 0.6, 0.3, 0.2) if good else (0.5, 0.5, 0.6, 0.8, 0.9)
-    return prefixes.Numbers(
-        student=spread(0.1),
-        continued={d: spread(v) for d, v in zip(prefixes.DEPTHS, shares, strict=True)},
-        right_to_wrong=spread(0.1),
-        wrong_to_right=spread(0.1),
-    )
+def prefix_numbers(good_a: bool, good_b: bool) -> dict[str, prefixes.Numbers]:
+    def one(good: bool) -> prefixes.Numbers:
+        shares = (1.0, 0.9, 0.6, 0.3, 0.2) if good else (0.5, 0.5, 0.6, 0.8, 0.9)
+        return prefixes.Numbers(
+            student=spread(0.1),
+            continued={d: spread(v) for d, v in zip(prefixes.DEPTHS, shares, strict=True)},
+            right_to_wrong=spread(0.1),
+            wrong_to_right=spread(0.1),
+        )
+
+    return {"A": one(good_a), "B": one(good_b)}
 
 
 NUMBERS: dict[str, tuple[Any, Any]] = {
@@ -205,7 +208,7 @@ NUMBERS: dict[str, tuple[Any, Any]] = {
     "gamma": (gamma_numbers(True, True), gamma_numbers(False, False)),
     "privileged": (privileged_numbers(True), privileged_numbers(False)),
     "estimators": (estimator_numbers(True), estimator_numbers(False)),
-    "prefixes": (prefix_numbers(True), prefix_numbers(False)),
+    "prefixes": (prefix_numbers(True, True), prefix_numbers(False, False)),
 }
 
 
@@ -233,6 +236,7 @@ def test_opposite_numbers_give_the_opposite_verdict(name):
 
 def test_a_second_setting_counts_where_the_first_one_fails():
     assert {one.verdict for one in gamma.judge(gamma_numbers(False, True))} == {"holds in setting B only"}
+    assert {one.verdict for one in prefixes.judge(prefix_numbers(False, True))} == {"holds in setting B only"}
     assert fixed_points.judge(fixed_point_numbers(True, near=False))[-1].verdict == "holds in setting B only"
 
 
@@ -315,7 +319,7 @@ def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):
     numbers = estimators.measure(batches)
     assert max(numbers.sampled_bias) < 1e-9
     assert len(estimators.judge(numbers)) == 5
-    continued = prefixes.measure(lab, prefixes.Size(prompts=3, pair=TINY))
+    continued = prefixes.measure(lab, prefixes.Size(prompts=3, pair=TINY), temperature=1.0)
     assert list(continued.continued) == list(prefixes.DEPTHS)
     assert all(0 <= share <= 1 for shares in continued.continued.values() for share in shares)
 

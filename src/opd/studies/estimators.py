@@ -238,7 +238,7 @@ def output_norm(grad: Tensor, batch: Batch) -> float:
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
     """Means over seeds: bias by form and K, the masses, and the sampled token."""
-    rows = [("relative to the exact gradient", *(f"K={k}" for k in KS))]
+    rows: list[tuple[str, ...]] = [("relative to the exact gradient", *(f"K={k}" for k in KS))]
     for form in FORMS:
         rows.append((f"bias, {form}", *(short(over_seeds(numbers.bias[form][k]).mean) for k in KS)))
     for name, mass in (("P_S", numbers.student_mass), ("Q_S", numbers.teacher_mass)):

@@ -218,7 +218,9 @@ def lengths(numbers: Numbers, start: str) -> list[float]:
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
     """Masses at the end, means over seeds."""
-    rows = [("form", *(f"{start.name}: P_S (Q_S)" for start in STARTS), "far: largest shape error")]
+    rows: list[tuple[str, ...]] = [
+        ("form", *(f"{start.name}: P_S (Q_S)" for start in STARTS), "far: largest shape error")
+    ]
     for form in FORMS:
         cells = [
             f"{short(float(numbers.mass[s.name][form][-1].mean()))} ({short(_mean(numbers.teacher_mass[s.name]))})"

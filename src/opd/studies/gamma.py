@@ -207,7 +207,7 @@ def distil(
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
     """Medians over seeds by setting and gamma."""
-    rows = [("setting", "gamma", "late variance", "distance from the target", "the teacher's")]
+    rows: list[tuple[str, ...]] = [("setting", "gamma", "late variance", "distance from the target", "the teacher's")]
     for name in FLOORS:
         for i, gamma in enumerate(GAMMAS):
             values = (numbers.variance[name][:, i], numbers.distance[name][:, i], numbers.teacher_distance[name])

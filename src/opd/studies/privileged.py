@@ -227,7 +227,9 @@ def share_kept(student: Tensor, teacher: Tensor, base: Tensor, added: Tensor) ->
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
     """Means over seeds by design."""
-    rows = [("design", "-log Z, nats", "kept: several I", "kept: one I, trained prompts", "kept: one I, held out")]
+    rows: list[tuple[str, ...]] = [
+        ("design", "-log Z, nats", "kept: several I", "kept: one I, trained prompts", "kept: one I, held out")
+    ]
     columns = (numbers.disagreement, numbers.kept, numbers.kept_train, numbers.kept_held_out)
     for design in DESIGNS:
         rows.append((design, *(short(over_seeds(column[design]).mean) for column in columns)))
