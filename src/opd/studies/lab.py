@@ -1,7 +1,7 @@
 """What studies share: small models on the addition task, trained through recipes and kept by the hash of their making.
 
 The task is `opd.tasks.addition` with two digits: a chain of at most 21 characters and the end token, over a vocabulary
-of 17. A pair is a teacher that learned it from many worked sums, and a smaller student that saw fewer.
+of 16. A pair is a teacher that learned it from many worked sums, and a smaller student that saw fewer.
 """
 
 from __future__ import annotations
