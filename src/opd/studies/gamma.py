@@ -231,7 +231,7 @@ def draw(numbers: Numbers) -> report.Figure:
             middle.plot(GAMMAS, seed, "o-", color="#999999", linewidth=0.6, markersize=3)
         middle.plot(GAMMAS, numbers.distance[name].median(0).values, color="black", label="median of seeds")
         middle.axhline(float(numbers.teacher_distance[name].median()), color=report.COLOURS[2], label="teachers")
-        middle.set(yscale="log", xlabel="gamma", ylabel="distance from target, position", xticks=GAMMAS)
+        middle.set(yscale="log", xlabel="gamma", ylabel="distance from target, units of position", xticks=GAMMAS)
         for target in TARGETS:
             right.axhline(target, color="black", linewidth=0.7, linestyle=":")
         right.set(xlabel="step of the walk", ylabel="mean position (first seed)")
