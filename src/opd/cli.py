@@ -125,6 +125,19 @@ def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_
     typer.echo(description(method))
 
 
+@app.command()
+def study(
+    name: Annotated[str | None, typer.Argument(help="A study; without one, the list", metavar="[NAME]")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Run all, and write docs/studies.md")] = False,
+    out: Annotated[str | None, typer.Option(help="Folder of results (default: runs/studies, with --all docs)")] = None,
+) -> None:
+    """Rerun a paper's claims on small models: what was measured, with intervals, a verdict and a figure."""
+    quiet_libraries()
+    from opd.studies.command import command
+
+    command(name, every, out)
+
+
 def main() -> None:
     """Entry point: errors that are the user's are one message, not a traceback."""
     try:

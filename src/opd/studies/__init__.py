@@ -1,0 +1,31 @@
+"""Claims of the papers, rerun: one file a study, each a function `run(lab) -> Outcome`. The one registry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from opd.errors import ConfigError, nearest
+from opd.studies import estimators, fixed_points, gamma, prefixes, privileged
+from opd.studies.lab import Lab
+from opd.studies.outcome import Outcome
+
+STUDIES: dict[str, Callable[[Lab], Outcome]] = {
+    "fixed_points": fixed_points.run,
+    "gamma": gamma.run,
+    "privileged": privileged.run,
+    "estimators": estimators.run,
+    "prefixes": prefixes.run,
+}
+
+
+def study(name: str) -> Callable[[Lab], Outcome]:
+    """The study called `name`. Raises ConfigError for an unknown one."""
+    if name not in STUDIES:
+        raise ConfigError(f"There is no study {name!r}.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
+def headline(name: str) -> str:
+    """The first line of the study file's docstring. Raises ConfigError for an unknown study."""
+    return (sys.modules[study(name).__module__].__doc__ or "").splitlines()[0].rstrip(".")
