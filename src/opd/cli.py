@@ -67,6 +67,31 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     typer.echo(f"{recipe}: nothing wrong found.")
 
 
+@app.command()
+def doctor(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher, itself included")] = None,
+    prompts: Annotated[int, typer.Option(help="How many of the stage's prompts are looked at")] = 16,
+    seed: Annotated[int | None, typer.Option(help="Of the sample; default: the recipe's")] = None,
+    json: Annotated[bool, typer.Option("--json", help="The same, machine-readable")] = False,
+) -> None:
+    """Before a run: will this teacher teach this student? Verdict, reasons, remedies. Exit status 3 for stop."""
+    from opd.recipe import load_recipe
+
+    resolved = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from opd.doctor.examine import examine
+    from opd.doctor.findings import as_json, as_text
+
+    report = examine(
+        resolved, stage=stage, prompts=prompts, seed=seed, say=lambda text: typer.echo(f"doctor: {text}", err=True)
+    )
+    typer.echo(as_json(report) if json else as_text(report))
+    if report.verdict == "stop":
+        raise typer.Exit(3)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],

@@ -1,0 +1,140 @@
+"""All checks of one stage, in the order in which a later one needs an earlier one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from opd.check import check_tokenizers, origin_of, tokenizer_of
+from opd.doctor import bias, cost, headroom, information, signal, special, tokens
+from opd.doctor.findings import Finding, Report, skipped
+from opd.doctor.pair import Pair, load, pair_up, stage_to_examine
+from opd.errors import ConfigError
+from opd.models import LanguageModel
+from opd.prepare import Given, Prepared, prepare
+from opd.recipe import Recipe, StageSpec
+
+
+def examine(
+    recipe: Recipe,
+    *,
+    stage: str | None = None,
+    prompts: int = 16,
+    seed: int | None = None,
+    given: Given | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Will this teacher teach this student? One stage of a recipe, before its first step; no weight is changed.
+
+    `stage` is the first with a teacher (the student itself included) by default, `prompts` how many of its own are
+    looked at, `seed` the recipe's by default. `say` hears what is being done. Raises what `opd check` raises, and
+    ConfigError for a stage without a teacher or whose models an earlier stage has yet to make.
+    """
+    if prompts < 1:
+        raise ConfigError(f"opd doctor looks at a sample of the prompts, at least 1; got --prompts {prompts}.")
+    started, given = time.perf_counter(), given or Given()
+    seed = recipe.seed if seed is None else seed
+    spec = stage_to_examine(recipe, stage, given)
+    prepared = prepare(spec, given, recipe.seed)
+    return Report(
+        recipe=recipe.name,
+        stage=spec.name,
+        prompts=min(prompts, len(prepared.prompts)),
+        seed=seed,
+        findings=tuple(findings(recipe, spec, prepared, given, prompts, seed, say)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def findings(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    prompts: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Finding]:
+    """What all checks found. Where positions cannot be compared, no weight is loaded if that can be known without."""
+    say("tokenizers")
+    found = map_without_weights(recipe, spec, given)
+    student: LanguageModel | None = None
+    external: LanguageModel | None = None
+    if not found:
+        say("models")
+        student, external = load(recipe, spec, given)
+        if external is not None:
+            found = [tokens.same_map(student.tokenizer, external.tokenizer, (spec.train, str(spec.teacher)))]
+    if found and found[0].level == "stop":
+        return [*found, skipped("everything else", "Position by position, different tokens cannot be compared.")]
+    if student is None:
+        say("models")
+        student, external = load(recipe, spec, given)
+    lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
+    check_tokenizers(recipe, spec, prepared.all_prompts, {name: lm.tokenizer for name, lm in lms.items()})
+    say("the student's responses")
+    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    found += of_tokens(pair)
+    found += of_signal(pair, say)
+    found += of_knowledge(pair, say)
+    say("one step")
+    return [*found, cost.cost(pair)]
+
+
+def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[Finding]:
+    """The comparison of both tokenizers where they can be had without their models; nothing where not."""
+    if spec.teacher is None or spec.teacher == spec.train:
+        return []
+    both: list[Any] = []
+    for name in (spec.train, spec.teacher):
+        lm: LanguageModel | None = given.models.get(name)
+        both.append(lm.tokenizer if lm is not None else tokenizer_of(origin_of(recipe, name), name))
+    return [] if None in both else [tokens.same_map(both[0], both[1], (spec.train, spec.teacher))]
+
+
+def of_tokens(pair: Pair) -> list[Finding]:
+    """What tokenizers, templates and output layers say."""
+    lm, other = pair.student, pair.external
+    widths = tokens.head_widths(lm.vocabulary, len(lm.head().weight), len((other or lm).head().weight))
+    if other is None:
+        one = "The student is its own teacher: one tokenizer, one template, one ending."
+        return [widths, Finding(name="tokens/same", level="ok", says=one)]
+    ours, theirs = tokens.Side.of(lm, pair.spec.train), tokens.Side.of(other, pair.teacher_name)
+    chat = any(not isinstance(prompt.content, str) for prompt in pair.prompts)
+    return [
+        widths,
+        tokens.templates(ours, theirs, pair.prompts),
+        tokens.thinking(ours, theirs, pair.prompts),
+        tokens.endings(ours, theirs, chat=chat),
+        tokens.splits(ours, theirs, [rollout.text for rollout in pair.firsts]),
+    ]
+
+
+def of_signal(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+    """What the measured log-probs say."""
+    say("self-test and repeatability")
+    found = [signal.self_test(pair), signal.repeatability(pair)]
+    if found[-1].numbers.get("not_finite"):
+        return [*found, skipped("signal/comparison", "The teacher's scores are no numbers.")]
+    say("student and teacher, token by token")
+    comparison = signal.compared(pair)
+    return [
+        *found,
+        signal.strength(pair, comparison),
+        signal.overlap(pair, comparison),
+        signal.by_position(comparison),
+        special.special_tokens(pair, comparison),
+        bias.truncation(pair),
+    ]
+
+
+def of_knowledge(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+    """Who knows what: rewards of both, continuations, and what the teacher alone reads."""
+    say("rewards of both")
+    judgement = headroom.judged(pair)
+    found = [headroom.headroom(pair, judgement)]
+    say("continuations")
+    found.append(headroom.probe(pair, judgement))
+    say("privileged information")
+    return [*found, information.disagreement(pair), information.transfer(pair, judgement)]
