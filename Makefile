@@ -28,7 +28,7 @@ docs: $(VENV)/.dev
 studies: $(VENV)/.dev
 	$(BIN)/opd study --all
 
-# Side by side with the peers, less than half an hour on two quiet cores; writes docs/performance.md and its figures.
+# Side by side with the peers, about 20 minutes on two quiet cores; writes docs/performance.md and its figures.
 # VLLM=PYTHON, an interpreter that has vLLM for the CPU, races it too.
 bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/step.py

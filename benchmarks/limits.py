@@ -8,29 +8,40 @@ time in all of them; the profiler's own cost counts for small operations, so tha
 `products with the output layer` times that product alone, 8 rows as in a decode step and 1,024 as in training: what a
 step of either cannot do without. GFLOP/s are to be compared with the calibration. `prepacked` is the layout that the
 sampler multiplies on a CPU (samplers/prepack.py).
+
+`training part against bare` is that of step.py, where each is a process that waits for the others between turns; here
+both are in one process and take turns alone, so that neither finds its memory cold.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 from time import perf_counter
 from typing import Any
 
 import opd_side
 import torch
-from common import Record, measured, say
-from step import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, pair
+from common import Record, measured, say, spread
+from step import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, bare, pair
 from torch.profiler import ProfilerActivity, profile
 from workload import language_model, prompts
 
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel
 from opd.samplers.prepack import prepacked
-from opd.types import Sampling
+from opd.types import Rollout, Sampling
 
 SHOWN = 8
+RACES = 9
+
+
+def ratio(result: Record) -> float:
+    """Of the medians: the training part's seconds over those of bare."""
+    race = result["against_bare"]
+    return race["opd"]["median"] / race["bare"]["median"]
 
 
 def shares(work: Callable[[], Any]) -> list[Record]:
@@ -64,6 +75,20 @@ def product(lm: LanguageModel, rows: int) -> list[Record]:
     ]
 
 
+def against_bare(mine: opd_side.Side, teacher: Any, rollouts: Sequence[Rollout]) -> Record:
+    """Seconds of the training part and of what it cannot do without, in turns, after one turn each to warm up."""
+    twin = copy.deepcopy(mine.student.model)
+    work_of_bare = bare(twin, teacher, mine.student.tokenizer)
+    times: dict[str, list[float]] = {"opd": [], "bare": []}
+    for _ in range(RACES + 1):
+        times["bare"].append(work_of_bare()["total"])
+        parts: Record = {}
+        opd_side.training_part(mine, rollouts, parts)
+        mine.student.model.zero_grad()
+        times["opd"].append(sum(parts.values()))
+    return {name: spread(seconds[1:]) for name, seconds in times.items()}
+
+
 def main() -> None:
     student, teacher, tok = pair()
     sampling = Sampling(max_completion_length=NEW_TOKENS)
@@ -75,12 +100,14 @@ def main() -> None:
         lm = mine.student
         result["products"] = [row for rows in (PROMPTS, PROMPTS * NEW_TOKENS) for row in product(lm, rows)]
         with torch.enable_grad():
+            result["against_bare"] = against_bare(mine, teacher, rollouts)
             result["parts"] = {
                 "generation": shares(lambda: mine.sampler(asked, seed=(0, next(steps)))),
                 "training part": shares(lambda: opd_side.training_part(mine, rollouts, {})),
             }
     for part, rows in result["parts"].items():
         say(f"{part}: " + ", ".join(f"{row['operation']} {row['share']:.0%}" for row in rows))
+    say(f"training part against bare: {ratio(result):.2f}")
     for row in result["products"]:
         say(f"product with the output layer, {row['rows']} rows, {row['layout']}: {row['gflops']:.0f} GFLOP/s")
 

@@ -226,7 +226,7 @@ def grid(which: str) -> list[Record]:
         work = V * N * H
         forms = FORMS if which == "full" or (N == 512 and V in (49_152, 151_936)) else ()
         names = [*(SIDES if which == "full" or work < LARGE else GOALS), *forms]
-        out.append({"V": V, "N": N, "H": H, "rounds": 3 if work < 3e10 else 1, "names": names})
+        out.append({"V": V, "N": N, "H": H, "rounds": 2 if work < 3e10 else 1, "names": names})
     return out
 
 

@@ -52,7 +52,7 @@ BASE: Record = {
 }
 AXES: dict[str, list[Record]] = {
     "tokens": [{"prompts": count} for count in (2, 4, 8, 16)],
-    "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (SMOLLM2_VOCABULARY, 98304, 151936, 262144)],
+    "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (SMOLLM2_VOCABULARY, 151936, 262144)],
     "support": [{"k": k} for k in (8, 32, 128, 512, 0)],
     "group": [{"prompts": 8 // n, "n": n, "prompt_tokens": 512, "new_tokens": 32} for n in (1, 2, 4, 8)],
     "teachers": [{"teachers": count, "scoring_alone": True} for count in (1, 2, 4)],

@@ -25,6 +25,7 @@ import argparse
 import copy
 import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import opd_side
@@ -77,17 +78,27 @@ def trl_worker(name: str) -> None:
 
 def bare_worker() -> None:
     student, teacher, tok = pair()
-    ids = torch.randint(len(tok), (PROMPTS, PROMPT_TOKENS + NEW_TOKENS), generator=torch.Generator().manual_seed(0))
-    where = slice(PROMPT_TOKENS - 1, PROMPT_TOKENS + NEW_TOKENS - 1)
-    gradient = torch.randn(PROMPTS, NEW_TOKENS, len(tok)) / (PROMPTS * NEW_TOKENS)
+    work_of_bare = bare(student, teacher, tok)
     memory: PeakMemory | None = None
-
-    def logits(model: Any) -> Tensor:
-        return model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, where])
 
     def work(_: Record) -> Record:
         nonlocal memory
         memory = memory or PeakMemory()
+        return {**work_of_bare(), "peak_bytes": memory.above_start()}
+
+    serve(work)
+
+
+def bare(student: Any, teacher: Any, tok: Any) -> Callable[[], Record]:
+    """What the training part cannot do without, as a function that does it once and gives its seconds."""
+    ids = torch.randint(len(tok), (PROMPTS, PROMPT_TOKENS + NEW_TOKENS), generator=torch.Generator().manual_seed(0))
+    where = slice(PROMPT_TOKENS - 1, PROMPT_TOKENS + NEW_TOKENS - 1)
+    gradient = torch.randn(PROMPTS, NEW_TOKENS, len(tok)) / (PROMPTS * NEW_TOKENS)
+
+    def logits(model: Any) -> Tensor:
+        return model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, where])
+
+    def work() -> Record:
         parts: Record = {}
         with timed(parts, "total"):
             with timed(parts, "teacher"), torch.no_grad():
@@ -97,9 +108,9 @@ def bare_worker() -> None:
             with timed(parts, "backward"):
                 out.backward(gradient)
         student.zero_grad()
-        return {**parts, "peak_bytes": memory.above_start()}
+        return parts
 
-    serve(work)
+    return work
 
 
 def check_worker() -> None:

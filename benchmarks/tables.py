@@ -150,6 +150,10 @@ def limits_section(result: Record) -> list[str]:
         *about(limits),
         "",
         *table(["rows", "layout", "milliseconds", "GFLOP/s"], products),
+        "",
+        f"Training part against bare, in one process: {limits.ratio(result):.2f}. Seconds:",
+        "",
+        *table(["", "seconds"], [[name, spread_text(row)] for name, row in result["against_bare"].items()]),
     ]
     for part, rows in result["parts"].items():
         body = [[row["operation"], f"{row['share']:.1%}", f"{row['calls']:,}"] for row in rows]
