@@ -24,7 +24,7 @@ from opd.studies.outcome import Check, Finding, Outcome, differences, finding, o
 from opd.types import Tokens
 
 KS = (1, 2, 4, 8)
-# The rules, fixed before the run.
+# The rules.
 UNBIASED = 1e-4  # of ||G||, in float64 from float32 hidden states
 NOISY = 0.1  # of ||G||, in a batch
 FEWER = 0.0  # of ||G||

@@ -38,7 +38,7 @@ from opd.studies.walks import (
 FLOORS = {"A": -1.5, "B": -5.0}  # log sigma
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 MICRO_BATCHES = 8  # whose gradients' spread is the variance
-# The rules, fixed before the run; in log10, because seeds differ by orders of magnitude.
+# The rules, in log10, because seeds differ by orders of magnitude.
 SLOPE = 0.0  # log10 variance a unit of gamma
 MORE = math.log10(3.0)  # log10 of the variance at gamma 1 over that at 0
 ARRIVED = 0.0  # log10 of the distance from the target at the end: less than 1
