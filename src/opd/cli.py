@@ -72,6 +72,7 @@ def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher, itself included")] = None,
+    task: Annotated[str | None, typer.Option(help="One of the stage's tasks, where it has some")] = None,
     prompts: Annotated[int, typer.Option(help="How many of the stage's prompts are looked at")] = 16,
     seed: Annotated[int | None, typer.Option(help="Of the sample; default: the recipe's")] = None,
     json: Annotated[bool, typer.Option("--json", help="The same, machine-readable")] = False,
@@ -85,7 +86,12 @@ def doctor(
     from opd.doctor.findings import as_json, as_text
 
     report = examine(
-        resolved, stage=stage, prompts=prompts, seed=seed, say=lambda text: typer.echo(f"doctor: {text}", err=True)
+        resolved,
+        stage=stage,
+        task=task,
+        prompts=prompts,
+        seed=seed,
+        say=lambda text: typer.echo(f"doctor: {text}", err=True),
     )
     typer.echo(as_json(report) if json else as_text(report))
     if report.verdict == "stop":

@@ -147,6 +147,9 @@ class TaskSection(Section):
     share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, against the other tasks'
 
 
+OF_A_TASK = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # or of a stage without tasks
+
+
 class StageSpec(Section):
     """What is trained, how and on what: `data`, `teacher` and `reward`, or several `tasks`, each with its own."""
 
@@ -177,8 +180,11 @@ class StageSpec(Section):
         """The tasks by name; of a stage without tasks, the whole of it as one part, named None."""
         if self.data is None:
             return {**self.tasks}
-        shared = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")
-        return {None: TaskSection(**{name: getattr(self, name) for name in shared})}
+        return {None: TaskSection(**{name: getattr(self, name) for name in OF_A_TASK})}
+
+    def only(self, task: str) -> StageSpec:
+        """The stage with one of its tasks alone, as a stage without tasks."""
+        return self.model_copy(update={name: getattr(self.tasks[task], name) for name in OF_A_TASK} | {"tasks": {}})
 
     @property
     def teachers(self) -> list[str]:

@@ -14,7 +14,9 @@ import yaml
 from run_helpers import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
 
 import opd
+from opd.doctor.pair import stage_to_examine
 from opd.errors import ConfigError, DataError
+from opd.prepare import Given
 from opd.recipe import dump, parse_recipe
 from opd.rundir import StageDir
 from opd.types import Prompt
@@ -476,3 +478,13 @@ def test_the_rows_of_a_file(work: Path):
     rows = pq.read_table(work / "short/distil/samples/step_000002.parquet").to_pylist()
     assert {row["prompt_id"] for row in rows} <= set(range(12, 21))
     assert {row["task"] for row in rows} == {"echo"}
+
+
+def test_the_doctor_looks_at_one_task(work: Path):
+    recipe = parse_recipe(two_tasks())
+    spec = stage_to_examine(recipe, "distil", Given(), "echo")
+    assert (spec.teacher, spec.tasks, list(spec.parts)) == (recipe.stages[0].tasks["echo"].teacher, {}, [None])
+    with pytest.raises(ConfigError, match=r"has the tasks .*, each a pair of its own\. Choose one with --task\."):
+        stage_to_examine(recipe, "distil", Given())
+    with pytest.raises(ConfigError, match=r"has the tasks .*; got --task ech\. Did you mean 'echo'\?"):
+        stage_to_examine(recipe, "distil", Given(), "ech")

@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> StageDir:
 def keep(folder: StageDir, when: str, rewards: Sequence[Sequence[float | None]], sampling: str = "greedy") -> None:
     """Held-out responses of one evaluation: a list of rewards a prompt."""
     rows = [
-        {"when": when, "sampling": sampling, "prompt_id": prompt, "reward": reward}
+        {"when": when, "sampling": sampling, "task": None, "prompt_id": prompt, "reward": reward}
         for prompt, some in enumerate(rewards)
         for reward in some
     ]
@@ -44,7 +44,7 @@ def test_the_line_has_the_ratio_of_means_over_prompts_and_its_interval(spec: Sta
     assert found is not None
     assert found.bounds is not None
     low, high = found.bounds
-    lines = recoveries(spec, folder, ROWS)
+    lines = recoveries(spec, folder, None, ROWS)
     assert lines == [f"greedy: 71% of the teacher's gap recovered [{low:.0%}, {high:.0%}]"]
     assert 0.4 < low < 5 / 7 < high < 1.1
     assert held_out_table(spec, ROWS, lines).caption == lines[0]
@@ -53,7 +53,7 @@ def test_the_line_has_the_ratio_of_means_over_prompts_and_its_interval(spec: Sta
 def test_a_lead_that_may_be_chance_says_so(spec: StageSpec, folder: StageDir):
     for when, rewards in (("before", [0, 1, 0, 0]), ("teacher", [1, 0, 1, 0]), ("step_000008", [0, 1, 1, 0])):
         keep(folder, when, [[float(reward)] for reward in rewards])
-    assert recoveries(spec, folder, ROWS) == [
+    assert recoveries(spec, folder, None, ROWS) == [
         "greedy: 100% of the teacher's gap recovered (no interval: the lead of the teacher may be chance)"
     ]
 
@@ -63,16 +63,16 @@ def test_without_one_of_the_three_nothing_is_said(spec: StageSpec, folder: Stage
     for when, reward in (("before", 0.0), ("teacher", 1.0), ("step_000008", 1.0)):
         if when != missing:
             keep(folder, when, [[reward], [reward]])
-    assert recoveries(spec, folder, ROWS) == []
+    assert recoveries(spec, folder, None, ROWS) == []
 
 
 def test_without_a_reward_or_a_lead_nothing_is_said(spec: StageSpec, folder: StageDir):
     for when, reward in (("before", 1.0), ("teacher", 0.0), ("step_000008", 1.0)):
         keep(folder, when, [[reward], [reward]])
-    assert recoveries(spec, folder, ROWS) == []
+    assert recoveries(spec, folder, None, ROWS) == []
     for when in ("before", "teacher", "step_000008"):
         keep(folder, when, [[None], [None]])
-    assert recoveries(spec, folder, ROWS) == []
+    assert recoveries(spec, folder, None, ROWS) == []
 
 
 def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -84,7 +84,7 @@ def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch:
     stage = parse_recipe(one_stage(evaluate=EVALUATE)).stages[0]
     folder = StageDir(Path("run/distil"))
     rows = [row for row in folder.read_metrics() if any(key.startswith("eval/") for key in row)]
-    lines = recoveries(stage, folder, rows)
+    lines = recoveries(stage, folder, None, rows)
     measured = [key for key in rows[0] if key.endswith("/reward") and key.startswith("eval/teacher/")]
     assert len(measured) == 2
     for key in measured:  # a line where the teacher is ahead, with the numbers that the table shows

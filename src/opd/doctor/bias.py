@@ -100,9 +100,9 @@ def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
     method, spec = pair.method, pair.spec
     rollouts = with_record(
         pair.student,
-        pair.firsts,
+        method.keep(pair.firsts),
         method.record(),
-        temperature=pair.sampling.temperature or 1.0,
+        temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,
     )
     scores = pair.teacher.score(

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from opd.checkpoint import size_of
-from opd.collate import attach, check_responses, check_trained, collate, split
-from opd.data import take
+from opd.collate import attach, check_responses, collate, has_trained, split
+from opd.data import shuffled
 from opd.doctor.findings import Finding
 from opd.doctor.pair import DOCTOR_STEP, Pair
 from opd.evaluate import rewarded
@@ -87,18 +87,18 @@ def one_step(pair: Pair) -> Step:
     """
     spec, method, student, teacher = pair.spec, pair.method, pair.student, pair.teacher
     count = min(spec.prompts_per_step, len(pair.prompts))
-    prompts = take(pair.prompts, step=0, count=count, seed=pair.seed)
+    prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
     started = _now(pair)
     rollouts = method.source(prompts, pair.writers(), (pair.seed, DOCTOR_STEP), method.record())
     check_responses(rollouts)
     rollouts = with_record(
         student,
-        rewarded(pair.reward, rollouts),
+        method.keep(rewarded(pair.reward, rollouts)),
         method.record(),
-        temperature=pair.sampling.temperature or 1.0,
+        temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,
     )
-    check_trained(rollouts, ALONE)
+    has_trained(rollouts, method, ALONE)
     wrote = _now(pair)
     scores = teacher.score(
         rollouts,

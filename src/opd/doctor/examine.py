@@ -20,6 +20,7 @@ def examine(
     recipe: Recipe,
     *,
     stage: str | None = None,
+    task: str | None = None,
     prompts: int = 16,
     seed: int | None = None,
     given: Given | None = None,
@@ -27,20 +28,20 @@ def examine(
 ) -> Report:
     """Will this teacher teach this student? One stage of a recipe, before its first step; no weight is changed.
 
-    `stage` is the first with a teacher (the student itself included) by default, `prompts` how many of its own are
-    looked at, `seed` the recipe's by default. `say` hears what is being done. Raises what `opd check` raises, and
-    ConfigError for a stage without a teacher or whose models an earlier stage has yet to make.
+    `stage` is the first with a teacher (the student itself included) by default, `task` one of its tasks, `prompts` how
+    many of its own are looked at, `seed` the recipe's by default. `say` hears what is being done. Raises what
+    `opd check` raises, and ConfigError for a stage without a teacher or whose models an earlier stage has yet to make.
     """
     if prompts < 1:
         raise ConfigError(f"opd doctor looks at a sample of the prompts, at least 1; got --prompts {prompts}.")
     started, given = time.perf_counter(), given or Given()
     seed = recipe.seed if seed is None else seed
-    spec = stage_to_examine(recipe, stage, given)
+    spec = stage_to_examine(recipe, stage, given, task)
     prepared = prepare(spec, given, recipe.seed)
     return Report(
         recipe=recipe.name,
-        stage=spec.name,
-        prompts=min(prompts, len(prepared.prompts)),
+        stage=spec.name if task is None else f"{spec.name}, task {task}",
+        prompts=min(prompts, len(prepared.tasks[None].prompts)),
         seed=seed,
         findings=tuple(findings(recipe, spec, prepared, given, prompts, seed, say)),
         seconds=time.perf_counter() - started,
@@ -72,7 +73,8 @@ def findings(
         say("models")
         student, external = load(recipe, spec, given)
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
-    check_tokenizers(recipe, spec, prepared.all_prompts, {name: lm.tokenizer for name, lm in lms.items()})
+    tokenizers = {name: lm.tokenizer for name, lm in lms.items()}
+    check_tokenizers(recipe, spec, prepared.all_prompts, tokenizers, prepared.method)
     say("the student's responses")
     pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
     found += of_tokens(pair)

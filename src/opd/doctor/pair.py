@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opd.data import take
-from opd.errors import ConfigError
+from opd.data import shuffled
+from opd.errors import ConfigError, nearest
 from opd.evaluate import HeldOut, rewarded
 from opd.method import Method
 from opd.methods import build as build_method
@@ -16,10 +16,11 @@ from opd.models import LanguageModel
 from opd.prepare import Given, Prepared, sampling_of
 from opd.recipe import Recipe, StageSpec
 from opd.rewards import RewardFn
+from opd.roles import writers_of
 from opd.rundir import RunDir
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
-from opd.stages import model_for, writers_of
+from opd.stages import model_for
 from opd.supports import check_fits
 from opd.teachers.local import LocalTeacher, placed, teacher_for
 from opd.types import Context, Prompt, Rollout, Sampling, Writers
@@ -71,7 +72,8 @@ class Pair:
 
     def writers(self) -> Writers:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
-        return writers_of(self.spec, self.student, self.external, self._sampler(sampling_of(self.spec.sampling)))
+        externals = {} if self.external is None else {self.teacher_name: self.external}
+        return writers_of(self.spec, self.student, externals, {None: self._sampler(sampling_of(self.spec.sampling))})
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
@@ -100,20 +102,36 @@ class Pair:
         return placed(self.teacher.lm, self.teacher.student_device)
 
 
-def stage_to_examine(recipe: Recipe, name: str | None, given: Given) -> StageSpec:
-    """The stage called `name`, or the first that has a teacher, the student itself included. Raises ConfigError."""
+def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str | None = None) -> StageSpec:
+    """The stage called `name`, or the first that has a teacher, the student itself included; of its tasks, one.
+
+    Raises ConfigError.
+    """
     names = [stage.name for stage in recipe.stages]
     if name is not None and name not in names:
         raise ConfigError(f"There is no stage {name!r} in {recipe.name}. Its stages: {', '.join(names)}.")
     for stage in recipe.stages if name is None else [recipe.stage(name)]:
         method = given.method or build_method(stage.method, stage.options)
         if method.teacher.kind != "none":
-            return stage
+            return part_to_examine(stage, task)
     raise ConfigError(
         f"opd doctor asks whether a teacher will teach a student, and in {recipe.name} "
         + (f"no stage ({', '.join(names)}) has" if name is None else f"stage {name!r} does not have")
         + " a teacher that scores. Choose a stage or a method with one."
     )
+
+
+def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
+    """The stage, or the task of it that is asked for, as a stage of its own. Raises ConfigError for another task."""
+    if not stage.tasks and task is None:
+        return stage
+    if task not in stage.tasks:
+        raise ConfigError(
+            f"Stage {stage.name!r} "
+            + (f"has the tasks {', '.join(stage.tasks)}, each a pair of its own" if stage.tasks else "has no tasks")
+            + (f"; got --task {task}.{nearest(task, stage.tasks)}" if task is not None else ". Choose one with --task.")
+        )
+    return stage.only(str(task))
 
 
 def sampling_for(spec: StageSpec) -> Sampling:
@@ -168,22 +186,23 @@ def pair_up(
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
     assert teacher is not None, "a stage without a teacher is refused before this"
-    chosen = sample_of(prepared.prompts, prompts, seed)
+    part = prepared.tasks[None]
+    chosen = sample_of(part.prompts, prompts, seed)
     pair = Pair(
         recipe=recipe,
         spec=spec,
-        method=prepared.method,
-        reward=prepared.reward,
-        held_out=prepared.held_out,
+        method=prepared.method.bound(student.tokenizer),
+        reward=part.reward,
+        held_out=part.held_out,
         student=student,
         external=external,
         teacher=teacher,
         prompts=chosen,
         seed=seed,
     )
-    return replace(pair, rollouts=rewarded(prepared.reward, pair.written(chosen)))  # a context may read the reward
+    return replace(pair, rollouts=rewarded(part.reward, pair.written(chosen)))  # a context may read the reward
 
 
 def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
     """`count` different prompts (or all, if there are fewer), the same for the same seed."""
-    return take(prompts, step=0, count=min(count, len(prompts)), seed=seed)
+    return shuffled(prompts, first=0, count=min(count, len(prompts)), seed=seed)
