@@ -100,6 +100,7 @@ def support_policy_gradient(
     """
 
     def signal(tokens: Tokens) -> Tensor:
+        """sum_S w (log p - log q), with the gradient through the last factor, which is 1: [N]."""
         s, t = support_of(tokens)
         exists = torch.ones_like(s, dtype=torch.bool) if tokens.support_mask is None else tokens.support_mask
         s, t = s.masked_fill(~exists, 0.0), t.masked_fill(~exists, 0.0)
@@ -122,6 +123,7 @@ def reverse_kl_with_sampled_tail() -> Signal:
     """
 
     def signal(tokens: Tokens) -> Tensor:
+        """The head on all columns but the last, and the tail on the last: [N]."""
         s, t = support_of(tokens)
         if tokens.support_mask is None:
             raise ConfigError(

@@ -10,7 +10,7 @@ noise sqrt(sum_n Var(g_n) ||h_n||^2) / ||G||, bias ||sum_n (g_n' - g_n) h_n'|| /
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,26 +102,12 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "Without stop-gradient, top-K reverse KL has the additional bias grad P_S, at every K",
             "2605.11182 eq. 6-9",
-            [
-                Check(
-                    what=f"K={k}: bias of raw minus stop-gradient",
-                    interval=differences(bias["raw"][k], bias["stop_gradient"][k]),
-                    above=FEWER,
-                )
-                for k in KS
-            ],
+            more_biased("raw", bias),
         ),
         finding(
             "Renormalising loses the mass on the support: it is less faithful than stop-gradient",
             "2605.11182 eq. 14-16",
-            [
-                Check(
-                    what=f"K={k}: bias of renormalised minus stop-gradient",
-                    interval=differences(bias["renormalised"][k], bias["stop_gradient"][k]),
-                    above=FEWER,
-                )
-                for k in KS
-            ],
+            more_biased("renormalised", bias),
         ),
         finding(
             "A few tokens a position beat one: the bias of stop-gradient top-4 is below the sampled token's noise",
@@ -135,6 +121,18 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
             ],
         ),
     )
+
+
+def more_biased(form: str, bias: Mapping[str, Mapping[int, list[float]]]) -> list[Check]:
+    """Whether a form is further from the full gradient than the stop-gradient form, at every K."""
+    return [
+        Check(
+            what=f"K={k}: bias of {form} minus stop-gradient",
+            interval=differences(bias[form][k], bias["stop_gradient"][k]),
+            above=FEWER,
+        )
+        for k in KS
+    ]
 
 
 def batch_of(lab: Lab, seed: int, size: Size) -> Batch:
