@@ -12,18 +12,18 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
+from study_numbers import collected, first
 from typer.testing import CliRunner
 
 from opd.cli import app
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError
 from opd.statistics import Interval
 from opd.studies import (
     STUDIES,
+    ablation,
+    distilling,
     estimators,
     fixed_points,
-    forms,
-    gamma,
     headline,
     prefixes,
     privileged,
@@ -117,99 +117,7 @@ def test_short_numbers():
 # --- every study's rule: numbers as claimed, and their opposite -----------------------------------------------------
 
 
-def spread(value: float, n: int = 3) -> list[float]:
-    """Seeds that differ a little, by no more than a thousandth."""
-    return [value + 1e-3 * abs(value) * (i - (n - 1) / 2) / n for i in range(n)]
-
-
-def fixed_point_numbers(good: bool, near: bool = True) -> fixed_points.Numbers:
-    """`near` False: the crash of the nearer starts alone."""
-    q = spread(0.6)
-    mass: dict[str, dict[str, torch.Tensor]] = {start.name: {} for start in fixed_points.STARTS}
-    far = fixed_points.STARTS[-1].name
-    resting = {"raw": 1 / math.e, "renormalised": 0.4} if good else {"renormalised": 1.0}
-    for form in forms.FORMS:
-        path = torch.full((200, 3), 1.0, dtype=torch.float64)
-        path[-1] = resting.get(form, 1.0 if good else 0.7)
-        mass[far][form] = path * torch.tensor(q)
-        for i, start in enumerate(fixed_points.STARTS[:-1]):
-            path = torch.full((200, 3), 0.99, dtype=torch.float64)
-            late = 150 if start.k == 20 else 20
-            path[late if good and (near or i >= 2) else 10 :] = 0.37
-            mass[start.name][form] = path * torch.tensor(q)
-    return fixed_points.Numbers(
-        identities={"a": spread(1e-15 if good else 1e-3), "b": spread(1e-16)},
-        teacher_mass=dict.fromkeys(mass, q),
-        mass=mass,
-        shape_error={form: spread(1e-4 if good else 0.3) for form in forms.FORMS},
-    )
-
-
-def gamma_numbers(good_a: bool, good_b: bool) -> gamma.Numbers:
-    def varied(good: bool, ratio: float) -> torch.Tensor:
-        powers = torch.tensor(gamma.GAMMAS, dtype=torch.float64)
-        row = 0.2 * ratio ** (powers if good else -powers)
-        return torch.stack([row * (1 + 0.01 * i) for i in range(3)])
-
-    return gamma.Numbers(
-        variance={"A": varied(good_a, 100.0), "B": varied(good_b, 100.0)},
-        distance={"A": varied(good_a, 20.0), "B": varied(good_b, 20.0)},
-        teacher_distance={"A": torch.ones(3), "B": torch.ones(3)},
-        curve={},
-        paths={},
-    )
-
-
-def privileged_numbers(good: bool) -> privileged.Numbers:
-    small, large = (1e-5, 0.95) if good else (0.95, 1e-5)
-    by_design = {"shared": spread(large), "instance": spread(small)}
-    return privileged.Numbers(
-        to_geometric=spread(small),
-        to_arithmetic=spread(large),
-        value_error=spread(small),
-        disagreement={"shared": spread(small), "instance": spread(large)},
-        kept=by_design,
-        kept_train=by_design,
-        kept_held_out=by_design,
-        curve={},
-    )
-
-
-def estimator_numbers(good: bool) -> estimators.Numbers:
-    small, large = (1e-7, 0.8) if good else (0.8, 1e-7)
-    low = {"raw": 0.5, "renormalised": 0.4, "stop_gradient": 0.1, "tail": 0.05, "released_code": 0.1}
-    return estimators.Numbers(
-        bias={f: {k: spread(v if good else 0.6 - v) for k in estimators.KS} for f, v in low.items()},
-        sampled_bias=spread(small),
-        sampled_noise=spread(large),
-        differentiated_mean=spread(small),
-        differentiated_noise=spread(large),
-        student_mass={},
-        teacher_mass={},
-        tokens=[10] * 3,
-    )
-
-
-def prefix_numbers(good_a: bool, good_b: bool) -> dict[str, prefixes.Numbers]:
-    def one(good: bool) -> prefixes.Numbers:
-        shares = (1.0, 0.9, 0.6, 0.3, 0.2) if good else (0.5, 0.5, 0.6, 0.8, 0.9)
-        return prefixes.Numbers(
-            student=spread(0.1),
-            continued={d: spread(v) for d, v in zip(prefixes.DEPTHS, shares, strict=True)},
-            right_to_wrong=spread(0.1),
-            wrong_to_right=spread(0.1),
-        )
-
-    return {"A": one(good_a), "B": one(good_b)}
-
-
-NUMBERS: dict[str, tuple[Any, Any]] = {
-    "fixed_points": (fixed_point_numbers(True), fixed_point_numbers(False)),
-    "gamma": (gamma_numbers(True, True), gamma_numbers(False, False)),
-    "privileged": (privileged_numbers(True), privileged_numbers(False)),
-    "estimators": (estimator_numbers(True), estimator_numbers(False)),
-    "prefixes": (prefix_numbers(True, True), prefix_numbers(False, False)),
-}
+NUMBERS, SECOND = collected("NUMBERS"), collected("SECOND")
 
 
 def module_of(name: str) -> ModuleType:
@@ -234,14 +142,15 @@ def test_opposite_numbers_give_the_opposite_verdict(name):
     assert [one.claim for one in module_of(name).judge(opposite) if one.verdict != "does not hold"] == []
 
 
-def test_a_second_setting_counts_where_the_first_one_fails():
-    assert {one.verdict for one in gamma.judge(gamma_numbers(False, True))} == {"holds in setting B only"}
-    assert {one.verdict for one in prefixes.judge(prefix_numbers(False, True))} == {"holds in setting B only"}
-    assert fixed_points.judge(fixed_point_numbers(True, near=False))[-1].verdict == "holds in setting B only"
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_setting_counts_where_the_first_one_fails(name):
+    numbers, places = SECOND[name]
+    verdicts = [one.verdict for one in module_of(name).judge(numbers)]
+    assert [place for place, verdict in enumerate(verdicts) if verdict == "holds in setting B only"] == places
 
 
 def test_a_plateau_lasts_until_nine_tenths():
-    numbers = fixed_point_numbers(True)
+    numbers = first.fixed_point_numbers(True)
     near5, near20 = (start.name for start in fixed_points.STARTS[:2])
     assert fixed_points.lengths(numbers, near5) == [20.0] * 3
     assert fixed_points.lengths(numbers, near20) == [150.0] * 3
@@ -275,7 +184,7 @@ def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_pat
 
 
 def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, monkeypatch):
-    for name in ("train.py", "cli.py", "studies/report.py"):
+    for name in ("train.py", "cli.py", "studies/methods.py", "studies/report.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(labs, "SOURCE", tmp_path)
@@ -289,6 +198,7 @@ def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, m
 
     try:
         assert changed("train.py")
+        assert changed("studies/methods.py")
         assert not changed("cli.py")
         assert not changed("studies/report.py")
     finally:
@@ -302,14 +212,48 @@ def test_models_are_trained_once_through_the_recipe_path(tmp_path, monkeypatch):
     run = opd.api.run
     monkeypatch.setattr(opd.api, "run", lambda recipe, **options: ran.append(recipe["name"]) or run(recipe, **options))
     heard: list[str] = []
-    lab = Lab(folder=tmp_path, note=heard.append)
+    lab = Lab(folder=tmp_path, workers=1, note=heard.append)
     pair = lab.pair(0, TINY)
     assert lab.pair(0, TINY) == pair
-    assert ran == ["teacher", "student"]
-    assert heard == ["training teacher: teacher", "training student: warm-up"]
+    assert ran == ["teacher-0", "student-0"]
+    assert heard == ["training teacher-0", "training student-0"]
     assert (pair.teacher / "model.safetensors").exists()
     assert (pair.student / "model.safetensors").exists()
     assert (tmp_path / lab.fingerprint(labs.teacher_recipe(0, TINY)) / "recipe.yaml").exists()
+
+
+def test_recipes_run_side_by_side_and_come_back_in_order(tmp_path):
+    heard: list[str] = []
+    lab = Lab(folder=tmp_path, workers=2, note=heard.append)
+    pairs = lab.pairs((0, 1), TINY)
+    assert sorted(line.split()[-1] for line in heard) == ["student-0", "student-1", "teacher-0", "teacher-1"]
+    alone = Lab(folder=tmp_path / "alone", workers=1).pair(1, TINY)
+    assert (alone.student / "model.safetensors").read_bytes() == (pairs[1].student / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_that_fails_beside_others_says_why(tmp_path):
+    lab = Lab(folder=tmp_path, workers=2)
+    bad = labs.teacher_recipe(0, replace(TINY, task=replace(labs.SORTING, options={"digits": 1})))
+    with pytest.raises(DataError, match="rows of 1 digits"):
+        lab.run_all([bad, labs.student_recipe(0, TINY)])
+
+
+def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
+    lab = Lab(folder=tmp_path, workers=1)
+    size = ablation.Size(seeds=(0,), steps=2, prompts_per_step=4, pair=replace(TINY, task=labs.SORTING))
+    settings = {
+        "raw": ablation.Setting(method="topk_reverse_kl", options={"k": 2, "form": "raw"}),
+        "ours": ablation.Setting(method="opd.studies.methods:differentiated_log_ratio"),
+    }
+    numbers = ablation.measure(lab, settings, size)
+    assert list(numbers) == [ablation.START, ablation.TEACHER, "raw", "ours"]
+    assert set(numbers["raw"]) == {*ablation.HELD_OUT, *ablation.TRAINING}
+    assert set(numbers["ours"]) == {*ablation.HELD_OUT, "entropy", "gradient norm"}
+    assert ablation.measure(Lab(folder=tmp_path, note=pytest.fail), settings, size) == numbers
+    one = distilling.read(next(tmp_path.glob("*/distil")).parent, "distil")
+    entropies = [row["rollout/policy_nll"] for row in one.rows]
+    assert len(entropies) == 2
+    assert one.last["rollout/policy_nll"] == pytest.approx(sum(entropies) / 2)
 
 
 def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):

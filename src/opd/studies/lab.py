@@ -1,23 +1,54 @@
-"""What studies share: small models on the addition task, trained through recipes and kept by the hash of their making.
+"""What studies share: small models on made-up tasks, trained through recipes and kept by the hash of their making.
 
-The task is `opd.tasks.addition` with two digits: a chain of at most 21 characters and the end token, over a vocabulary
-of 16. A pair is a teacher that learned it from many worked sums, and a smaller student that saw fewer.
+A pair is a teacher that learned a task from many worked examples, and a smaller student that saw few. Two tasks: sums
+of two numbers with a chain of thought (`opd.tasks.addition`), and digits to put in order (`opd.tasks.sorting`), whose
+responses are short, so that a distillation takes seconds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from opd.loading import cache_dir
 
 SOURCE = Path(__file__).parents[1]
-LONGEST = 28  # tokens of a response
+LONGEST = 28  # tokens of a response to a sum
+TRAINED_WITH = ("studies/methods.py",)  # of the files of studies, those that training depends on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Data made on the spot, how it is rewarded, and how long a response may be."""
+
+    data: str  # a data function, as in a recipe
+    reward: str
+    longest: int  # tokens
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    characters: str = "0123456789+=,;>"
+
+    def rows(self, count: int, **options: Any) -> dict[str, Any]:
+        """A data section of `count` rows."""
+        return {"path": self.data, "options": {**self.options, "count": count, **options}}
+
+
+ADDITION = Task(
+    data="opd.tasks:addition",
+    reward="final_number",
+    longest=LONGEST,
+    options={"digits": 2},
+    characters="0123456789+=,;",
+)
+SORTING = Task(data="opd.tasks:sorting", reward="exact", longest=12)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,40 +61,68 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """How large the models are and how long they learn; how good the student is at the start depends on it."""
+    """What a pair learns, how large the models are and how long they learn: how good they are depends on it."""
 
+    task: Task = ADDITION
     teacher: Mapping[str, int] = field(
         default_factory=lambda: {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
     )
     student: Mapping[str, int] = field(
         default_factory=lambda: {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
     )
+    teacher_rows: int = 3500
     teacher_steps: int = 250
+    student_rows: int = 600
     student_steps: int = 200
-    student_sums: int = 600
     prompts_per_step: int = 64
+
+
+SORTERS = PairSize(
+    task=SORTING,
+    teacher={"hidden_size": 80, "intermediate_size": 240, "num_hidden_layers": 3},
+    student={"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 2},
+    teacher_rows=20_000,
+    teacher_steps=300,
+    student_rows=128,
+    student_steps=100,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """Where models are kept, and who hears what is going on."""
+    """Where models are kept, how many recipes run at once, and who hears what is going on."""
 
     folder: Path = field(default_factory=lambda: cache_dir() / "studies")
+    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
     note: Callable[[str], None] = lambda text: None
 
     def run(self, recipe: Mapping[str, Any]) -> Path:
-        """Run a recipe, or find that it has been run; the run's folder.
+        """Run a recipe, or find that it has been run; the run's folder. Raises the kinds of `opd.errors`."""
+        return self.run_all([recipe])[0]
 
-        Its place is the hash of the recipe and of the library's own source, so that no model outlives what made it.
+    def run_all(self, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """The folders of all `recipes`, in their order; those that have not been run are, `workers` at a time.
+
+        A run's place is the hash of its recipe and of the library's own source, so that no model outlives what made
+        it. Each runs on one thread: these models are too small for more, and one thread gives the same numbers again.
         Raises the kinds of `opd.errors`.
         """
-        from opd.api import run
-
-        folder = self.folder / self.fingerprint(recipe)
-        if not all((folder / stage["name"] / "done.json").exists() for stage in recipe["stages"]):
-            self.note(f"training {recipe['name']}: {', '.join(stage['name'] for stage in recipe['stages'])}")
-            run({**recipe, "output_dir": str(folder)}, quiet=True)
-        return folder
+        folders = [self.folder / self.fingerprint(recipe) for recipe in recipes]
+        missing = {
+            folder: recipe for folder, recipe in zip(folders, recipes, strict=True) if not _finished(folder, recipe)
+        }
+        if len(missing) == 1 or self.workers == 1:
+            for folder, recipe in missing.items():
+                self.note(f"training {recipe['name']}")
+                _train(recipe, folder)
+        elif missing:
+            # spawn: a forked copy of a process that has used torch's threads can hang.
+            with ProcessPoolExecutor(min(self.workers, len(missing)), mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(_train, recipe, folder): recipe for folder, recipe in missing.items()}
+                for done, finished in enumerate(as_completed(running), 1):
+                    finished.result()
+                    self.note(f"{done} of {len(missing)}: trained {running[finished]['name']}")
+        return folders
 
     def fingerprint(self, recipe: Mapping[str, Any]) -> str:
         """16 hexadecimal digits of a recipe and the library; where the cache itself lies does not count."""
@@ -72,22 +131,31 @@ class Lab:
 
     def pair(self, seed: int, size: PairSize | None = None) -> Pair:
         """A teacher and a student that knows less, both of their own seed."""
+        return self.pairs([seed], size)[0]
+
+    def pairs(self, seeds: Sequence[int], size: PairSize | None = None) -> list[Pair]:
+        """A pair for each seed."""
         size = size or PairSize()
-        teacher = self.run(teacher_recipe(seed, size)) / "teacher" / "model"
-        return Pair(teacher=teacher, student=self.run(student_recipe(seed, size)) / "warm-up" / "model")
+        recipes = [recipe(seed, size) for seed in seeds for recipe in (teacher_recipe, student_recipe)]
+        made = self.run_all(recipes)
+        return [
+            Pair(teacher=teacher / "teacher" / "model", student=student / "warm-up" / "model")
+            for teacher, student in zip(made[::2], made[1::2], strict=True)
+        ]
 
 
 def teacher_recipe(seed: int, size: PairSize) -> dict[str, Any]:
-    """The recipe of a teacher: 3,500 worked sums."""
-    stage = {"name": "teacher", "train": "teacher", "data": sums(3500, seed=1), "steps": size.teacher_steps}
-    return _warm_up("teacher", seed, size.teacher, stage | {"optimizer": _optimizer(3e-3, 20)}, size)
+    """The recipe of a teacher, which sees many worked examples."""
+    data = size.task.rows(size.teacher_rows, seed=1)
+    stage = {"name": "teacher", "train": "teacher", "data": data, "steps": size.teacher_steps}
+    return _warm_up("teacher", seed, size.teacher, stage, size)
 
 
 def student_recipe(seed: int, size: PairSize) -> dict[str, Any]:
-    """The recipe of a student: 600 worked sums, unless `size` says otherwise."""
-    data = sums(size.student_sums, seed=2)
+    """The recipe of a student, which sees few."""
+    data = size.task.rows(size.student_rows, seed=2)
     stage = {"name": "warm-up", "train": "student", "data": data, "steps": size.student_steps}
-    return _warm_up("student", seed, size.student, stage | {"optimizer": _optimizer(3e-3, 20)}, size)
+    return _warm_up("student", seed, size.student, stage, size)
 
 
 def _warm_up(
@@ -96,29 +164,25 @@ def _warm_up(
     settings = {
         "method": "sft",
         "prompts_per_step": size.prompts_per_step,
+        "optimizer": optimizer(3e-3, 20),
         "checkpoint": {"every": 100_000, "keep": 1},
         "samples_every": 0,
     }
-    return {"name": name, "seed": seed, "models": {name: _new(model)}, "stages": [{**stage, **settings}]}
+    return {
+        "name": f"{name}-{seed}",
+        "seed": seed,
+        "models": {name: new_model(model, size.task.characters)},
+        "stages": [{**stage, **settings}],
+    }
 
 
 def sums(count: int, **options: Any) -> dict[str, Any]:
     """A data section of two-digit sums."""
-    return {"path": "opd.tasks:addition", "options": {"digits": 2, "count": count, **options}}
+    return ADDITION.rows(count, **options)
 
 
-@cache
-def library_digest() -> str:
-    """A hash of the source of all that trains: the library without its command line and without studies."""
-    digest = hashlib.sha256()
-    for file in sorted(SOURCE.rglob("*.py")):
-        if file.name == "cli.py" or file.parent.name == "studies":
-            continue
-        digest.update(file.relative_to(SOURCE).as_posix().encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def _new(size: Mapping[str, int]) -> dict[str, Any]:
+def new_model(size: Mapping[str, int], characters: str) -> dict[str, Any]:
+    """A model section: a new small Llama of `size` whose tokens are characters."""
     return {
         "init": {
             "model_type": "llama",
@@ -127,9 +191,42 @@ def _new(size: Mapping[str, int]) -> dict[str, Any]:
             "tie_word_embeddings": True,
             **size,
         },
-        "tokenizer": {"characters": "0123456789+=,;"},
+        "tokenizer": {"characters": characters},
     }
 
 
-def _optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
+def optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
+    """An optimizer section: the rate rises for `warmup` steps and falls as a cosine."""
     return {"learning_rate": learning_rate, "betas": [0.9, 0.99], "schedule": "cosine", "warmup_steps": warmup}
+
+
+@cache
+def library_digest() -> str:
+    """A hash of the source of all that trains: the library without its command line, and of studies their methods."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCE.rglob("*.py")):
+        name = file.relative_to(SOURCE).as_posix()
+        if name == "cli.py" or (file.parent.name == "studies" and name not in TRAINED_WITH):
+            continue
+        digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    return all((folder / stage["name"] / "done.json").exists() for stage in recipe["stages"])
+
+
+def _train(recipe: Mapping[str, Any], folder: Path) -> None:
+    import torch
+
+    from opd.api import run
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            # The raw form says that it is biased, and a study that trains with it shows that.
+            warnings.filterwarnings("ignore", message="form='raw' is biased")
+            run({**recipe, "output_dir": str(folder)}, quiet=True)
+    finally:
+        torch.set_num_threads(threads)
