@@ -396,6 +396,24 @@ def policy_gradient(
     return (-free, -free) if free <= held else (-held, 0.0)
 
 
+def value_baseline(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> float:
+    """V = -sum_S bar-p (log bar-p - log bar-q), bar the distributions renormalised on S; S = V: -KL(p||q). vOPD."""
+    s, t = (
+        renormalise([log_softmax(student)[v] for v in support]),
+        renormalise([log_softmax(teacher)[v] for v in support]),
+    )
+    return -math.fsum(math.exp(a) * (a - b) for a, b in zip(s, t, strict=True))
+
+
+def optimal_baseline(student: Sequence[float], teacher: Sequence[float]) -> float:
+    """b* = E_y[||e_y - p||^2 r(y)] / E_y ||e_y - p||^2, r = log q - log p, every norm written out. vOPD, section 1."""
+    p, ratios = softmax(student), _log_ratios(student, teacher)
+    norms = [math.fsum(((j == y) - p[j]) ** 2 for j in range(len(p))) for y in range(len(p))]
+    return -math.fsum(p[y] * norms[y] * ratios[y] for y in range(len(p))) / math.fsum(
+        p[y] * norms[y] for y in range(len(p))
+    )
+
+
 def group_advantage(rewards: Sequence[float], epsilon: float = 1e-4, scale: bool = True, ddof: int = 1) -> list[float]:
     """GRPO: (r_i - mean) / (std + epsilon) in one group; `scale=False` is Dr. GRPO: r_i - mean.
 

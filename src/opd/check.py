@@ -11,6 +11,7 @@ from opd.method import Method
 from opd.metrics import check_report_to
 from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
 from opd.turns import Order
+from opd.types import Sampling, needs_of
 
 if TYPE_CHECKING:
     from opd.prepare import Prepared
@@ -55,6 +56,8 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
+    if "unbiased_baseline" in needs:
+        check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:
         raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
     if part.teacher is not None and method.teacher.kind.startswith("self_"):
@@ -62,6 +65,28 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
             f"{part.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
         )
+
+
+def check_baseline(method: Method, sampling: Sampling, where: str) -> None:
+    """Refuse what makes a baseline biased: E_y[b grad log p(y)] = 0 for y ~ p alone. Raises ConfigError."""
+    looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
+    reasons = [
+        ("off_policy" in method.needs(), "its responses are not the student's", "Use an on-policy source"),
+        (
+            sampling.top_p < 1 or sampling.top_k > 0,
+            f"responses are drawn with top_p {sampling.top_p} and top_k {sampling.top_k}, from a part of the student's "
+            "distribution",
+            "Set sampling.top_p to 1 and sampling.top_k to 0",
+        ),
+        (bool(looking), f"its {' and '.join(looking)} looks at the sampled token", "Leave it out, or use method opd"),
+    ]
+    for refused, why, remedy in reasons:
+        if refused:
+            raise ConfigError(
+                f"{where} takes a baseline from the advantage, which leaves the gradient's mean as it is only where "
+                f"each token is drawn from the student's own distribution; {why}: the gradient would be biased. "
+                f"{remedy}."
+            )
 
 
 def check_diagnostics(spec: StageSpec, method: Method) -> None:

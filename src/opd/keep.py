@@ -85,9 +85,9 @@ def without_tokens(
                 for r, row in zip(rollouts, masked, strict=True)
             ]
 
-        return needing(keep)
+        return needing(keep, "sampled_token")
 
-    return binding(needing(unbound("keep.without_tokens")), bind)
+    return binding(needing(unbound("keep.without_tokens"), "sampled_token"), bind)
 
 
 def in_turn(*keeps: Keep) -> Keep:

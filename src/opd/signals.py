@@ -85,7 +85,7 @@ def policy_gradient(
         return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
 
     needs = {"policy_temperature"} | ({"sampler_logp"} if importance or clip is not None else set[str]())
-    return needing(signal, *needs)
+    return needing(signal, *needs, *needs_of(advantage))
 
 
 def support_policy_gradient(

@@ -247,7 +247,8 @@ Piece = TypeVar("Piece", bound=Callable[..., Any])
 def needing(piece: Piece, *needs: str) -> Piece:
     """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
     `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
-    "student_entropy"). No needs declare that it reads none of them."""
+    "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
+    drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it."""
     piece.needs = frozenset(needs)  # type: ignore[attr-defined]
     return piece
 

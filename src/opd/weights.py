@@ -39,9 +39,9 @@ def mask_tokens(
                 out[row, : len(masked)].masked_fill_(torch.tensor(masked, device=out.device), 0.0)
             return out
 
-        return needing(weight)
+        return needing(weight, "sampled_token")
 
-    return binding(needing(unbound("weights.mask_tokens")), bind)
+    return binding(needing(unbound("weights.mask_tokens"), "sampled_token"), bind)
 
 
 def times(*weights: Weight) -> Weight:

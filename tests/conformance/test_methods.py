@@ -138,6 +138,19 @@ def coupled() -> tuple[Loss, Slope]:
     return (lambda at: -at.advantage * at.student_logp), (lambda at: at.along_token(-at.advantage))
 
 
+def centred(k: int | None = None, optimal: bool = False, reward: bool = False) -> tuple[Loss, Slope]:
+    """The sampled log-ratio less a baseline; k=None is the whole vocabulary."""
+
+    def advantage(at: Position) -> float:
+        support = list(range(len(at.student))) if k is None else listed(at, k, "student")
+        if optimal:
+            return at.log_ratio - oracle.optimal_baseline(at.student, at.teacher)
+        task = at.advantage if reward else 0.0
+        return at.log_ratio - oracle.value_baseline(at.student, at.teacher, support) + task
+
+    return (lambda at: -advantage(at) * at.student_logp), (lambda at: at.along_token(-advantage(at)))
+
+
 VALUES: dict[str, tuple[oracle.Divergence, oracle.Slope]] = {
     "reverse_kl": (oracle.reverse_kl, oracle.reverse_kl_slope),
     "forward_kl": (oracle.forward_kl, oracle.forward_kl_slope),
@@ -311,6 +324,18 @@ CASES: dict[str, list[Case]] = {
         ),
         matching(sampled_tail(3, "student"), {"k": 3, "by": "student", "sampled_token": "tail"}, fixed_point=False),
         matching(sampled_tail(3, "teacher"), {"k": 3, "sampled_token": "tail"}, fixed_point=False),
+    ],
+    "vopd": [
+        case(centred(k=3), {"k": 3}, average="token"),
+        case(centred(), {"baseline": "full", "average": "sequence"}, learns=False),
+        case(centred(optimal=True), {"baseline": "optimal", "temperature": 0.7}, average="token", learns=False),
+        case(
+            centred(k=4, reward=True),
+            {"k": 4, "task_reward": True},
+            average="token",
+            fixed_point=False,
+            learns=False,
+        ),
     ],
     "context_distillation": [
         case(compared("reverse_kl"), {"template": HINT}),

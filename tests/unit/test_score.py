@@ -495,6 +495,7 @@ RENORMALISED = {("topk_reverse_kl", "renormalised"), ("rethinking_opd", None), (
     ("name", "options"),
     [
         ("opd", {}),
+        ("vopd", {"k": 4}),
         ("grpo", {}),
         ("sft", {"source": "teacher"}),
         ("topk_reverse_kl", {"k": 4, "by": "union", "with_sampled": True}),

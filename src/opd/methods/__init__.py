@@ -19,6 +19,7 @@ from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.sft import sft
 from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.methods.vopd import vopd
 from opd.plugins import import_function
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -31,6 +32,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "rethinking_opd": rethinking_opd,
     "local_support_matching": local_support_matching,
     "context_distillation": context_distillation,
+    "vopd": vopd,
 }
 
 
