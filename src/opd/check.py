@@ -56,6 +56,11 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
+    if "teacher" in needs and method.teacher.kind == "none":
+        raise ConfigError(
+            f"{where}: method {spec.method!r} asks how far the student is from its teacher, and has none. Use a method "
+            "with a teacher, or validate by the reward."
+        )
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from opd.binding import bound
@@ -21,6 +22,7 @@ from opd.types import (
     Record,
     Signal,
     Source,
+    State,
     Support,
     TeacherRule,
     Update,
@@ -51,6 +53,7 @@ class Method:
     signal: Signal  # phase B: Tokens -> loss [N]; gradient through student_* only
     normalise: Normalise = per_sequence()  # the one denominator, counted after generation
     update: Update = optimizer_step()  # what follows the gradient
+    state: Mapping[str, State] = field(default_factory=dict[str, State])  # what the pieces remember, by name
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
 
     def reads(self, name: str) -> bool:

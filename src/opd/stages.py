@@ -22,6 +22,7 @@ from opd.method import Method
 from opd.metrics import ReportWriter
 from opd.model_card import write_card
 from opd.models import LanguageModel, Root
+from opd.moves import Moves
 from opd.parallel import ALONE, World, full
 from opd.prepare import Given, Prepared, prepare
 from opd.progress import Progress
@@ -110,7 +111,7 @@ def build(
     with world.main_first():
         student = model_for(recipe, spec, spec.train, given, directory)
         check_student(spec, prepared.method, student, progress)
-        check_space(directory.path, space_needed(spec, student))
+        check_space(directory.path, space_needed(spec, prepared.method, student))
         for name in spec.teachers:
             externals[name] = model_for(recipe, spec, name, given, directory)
             check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
@@ -131,6 +132,21 @@ def build(
         folder=folder,
         micro_batch_tokens=spec.micro_batch_tokens,
     )
+    writers = writers_of(spec, student, externals, samplers)
+    rewards = {name: task.reward for name, task in prepared.tasks.items()}
+    moves = Moves(
+        optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
+        student=student,
+        root=root,
+        teacher=teacher,
+        writer=writers.student,
+        prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
+        rewards=rewards,
+        context=method.context,
+        world=world,
+        seed=recipe.seed,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
     return Stage(
         spec=spec,
         seed=recipe.seed,
@@ -140,10 +156,10 @@ def build(
         root=root,
         teacher=teacher,
         samplers=samplers,
-        writers=writers_of(spec, student, externals, samplers),
+        writers=writers,
         order=prepared.order,
-        rewards={name: task.reward for name, task in prepared.tasks.items()},
-        optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
+        rewards=rewards,
+        moves=moves,
         examiner=examiner if exams else None,
         folder=folder,
         progress=progress,
@@ -227,7 +243,10 @@ def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
     return float(done["seconds"])
 
 
-def space_needed(spec: StageSpec, student: LanguageModel) -> int:
-    """Bytes that a stage writes at its peak: checkpoints (weights, two moments; one more than are kept), the model."""
+def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int:
+    """Bytes that a stage writes at its peak: checkpoints (weights, two moments, a copy of the weights where the method
+    keeps one; one checkpoint more than are kept), the model."""
     trained = checkpoint.size_of(student.trainable())
-    return 3 * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(dict(student.model.named_parameters()))
+    return (3 + ("weight_copy" in method.needs())) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
+        dict(student.model.named_parameters())
+    )

@@ -24,7 +24,7 @@ from opd.loss import loss_of
 from opd.method import Method
 from opd.metrics import Metrics, ReportWriter, merged
 from opd.models import LanguageModel, Root
-from opd.optim import Optimiser
+from opd.moves import Moves
 from opd.parallel import World
 from opd.progress import Progress
 from opd.recipe import StageSpec
@@ -53,7 +53,7 @@ class Stage:
     writers: Writers
     order: Order  # of the prompts
     rewards: Mapping[str | None, RewardFn | None]  # by task
-    optimiser: Optimiser
+    moves: Moves  # the optimiser, and what else an update may touch
     examiner: Examiner | None
     folder: StageDir
     progress: Progress
@@ -131,10 +131,10 @@ def train(stage: Stage) -> Outcome:
                 loss += part.item()
                 metrics.merge(observed)
             student.model.eval()
-            grad_norm = stage.optimiser.clip()
+            grad_norm = stage.moves.optimiser.clip()
             loss, metrics = world.sum(loss), merged(world.gather(metrics))
             check_finite(stage, step, mine, batch, loss, grad_norm)
-            rates = method.update(stage.optimiser) if trains else {}  # 9 step, schedule
+            rates = method.update(stage.moves) if trains else {}  # 9 step, schedule
             if teacher is not None and trains:
                 teacher.after_step()  # 10 an EMA teacher follows
             ended = time.perf_counter()
@@ -216,13 +216,16 @@ def resume(stage: Stage) -> tuple[int, float]:
         stage.folder.rewind(-1)
         return 0, 0.0
     trained = stage.student.trainable()
-    saved = checkpoint.load(last, like={"student": trained, "adamw.exp_avg": trained, "adamw.exp_avg_sq": trained})
+    sharded = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in stage.method.state)]
+    saved = checkpoint.load(last, like=dict.fromkeys(sharded, trained))
     with torch.no_grad():
         for name, parameter in trained.items():
             parameter.copy_(saved.tensors["student"][name])
     if stage.teacher is not None:
         stage.teacher.load_state_dict(saved.tensors.get("teacher", {}))
-    stage.optimiser.restore(saved.tensors, saved.state["updates"])
+    stage.moves.optimiser.restore(saved.tensors, saved.state["updates"])
+    for name, state in stage.method.state.items():
+        state.load_state_dict(saved.state["method"][name], saved.tensors.get(f"method.{name}", {}))
     stage.folder.rewind(saved.step)
     stage.progress.note(f"{stage.spec.name}: going on after step {saved.step} of {stage.spec.steps}")
     rows = stage.folder.read_metrics() if world.main else []
@@ -244,14 +247,20 @@ def is_evaluation(row: Mapping[str, object]) -> bool:
 def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
     """A checkpoint after `step` updates; the step's metrics are on disk before it, its evaluation comes after."""
     tensors = {"student": {name: p.detach() for name, p in stage.student.trainable().items()}}
-    tensors |= stage.optimiser.tensors()
+    tensors |= stage.moves.optimiser.tensors()
+    tensors |= {f"method.{name}": dict(state.tensors()) for name, state in stage.method.state.items()}
     if stage.teacher is not None and (state := stage.teacher.state_dict()):
         tensors["teacher"] = state
     checkpoint.save(
         stage.folder.checkpoints,
         step,
         tensors=tensors,
-        state={"seconds": seconds, "finished": finished, "updates": stage.optimiser.updates},
+        state={
+            "seconds": seconds,
+            "finished": finished,
+            "updates": stage.moves.updates,
+            "method": {name: one.state_dict() for name, one in stage.method.state.items()},
+        },
         keep=stage.spec.checkpoint.keep,
         world=stage.world,
     )

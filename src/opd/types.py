@@ -226,9 +226,31 @@ class Writers:
 
 
 class Optimisation(Protocol):
-    """What an `Update` may touch."""
+    """What an `Update` may touch: the trained weights, sharded where the student is, and what follows them."""
+
+    @property
+    def updates(self) -> int: ...  # so far
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...
 
     def step(self) -> dict[str, float]: ...
+
+    def set(self, weights: Mapping[str, Tensor]) -> None: ...
+
+    def jumped(self, by: Mapping[str, Tensor]) -> None: ...  # a teacher that follows the student follows this too
+
+    def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float: ...  # higher is better
+
+
+class State(Protocol):
+    """What a method remembers from step to step: built by its function once a run, saved in every checkpoint."""
+
+    def state_dict(self) -> dict[str, Any]: ...  # what JSON can hold
+
+    def tensors(self) -> Mapping[str, Tensor]: ...  # by parameter, sharded as the student's are
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None: ...
 
 
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]

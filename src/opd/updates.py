@@ -2,9 +2,103 @@
 
 from __future__ import annotations
 
-from opd.types import Update
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor
+
+from opd.errors import ConfigError
+from opd.types import Optimisation, Update
 
 
 def optimizer_step() -> Update:
     """Clip, step, schedule."""
     return lambda optimisation: optimisation.step()
+
+
+class Extrapolation:
+    """The optimiser's step, and after 1, 2, 4, 8, ... of them a jump along what has changed (arXiv 2605.11739).
+
+    At update 2^n, with D = W - W' and W' the weights kept at update 2^(n-1) (the first ones for n = 0), the candidates
+    W + 2kD, k = 1, 2, ..., `candidates`, are tried in turn. The first that does not validate better than the best so
+    far ends it, and the best stays; if that is W, it is back bit by bit. `ties` takes an equal one as better. The
+    optimiser's moments stay as they are.
+
+    `matrices` moves weights of two dimensions alone, and neither embeddings nor the output layer, as the released code
+    does. It is an `Update` and the `State` of one, and holds a copy of the weights that it moves, three while it tries.
+    Raises ConfigError for fewer than one candidate or prompt.
+    """
+
+    def __init__(
+        self,
+        *,
+        by: Literal["reward", "teacher_kl"],
+        prompts: int,
+        candidates: int,
+        ties: bool,
+        matrices: bool,
+    ) -> None:
+        if candidates < 1 or prompts < 1:
+            raise ConfigError(
+                f"An extrapolation tries at least one candidate on at least one prompt, got candidates {candidates} "
+                f"and prompts {prompts}."
+            )
+        self.by: Literal["reward", "teacher_kl"] = by
+        self.prompts, self.candidates, self.ties, self.matrices = prompts, candidates, ties, matrices
+        self.needs = frozenset({"weight_copy", "reward" if by == "reward" else "teacher"})  # see `types.needing`
+        self.kept: dict[str, Tensor] = {}
+        self.due = 1  # the update after which the next jump is tried
+
+    def __call__(self, optimisation: Optimisation) -> dict[str, float]:
+        """Step, and jump when it is due; metrics of both."""
+        if not self.kept:
+            self.kept = self._moved(optimisation)
+        metrics = optimisation.step()
+        if optimisation.updates != self.due:
+            return metrics
+        here = self._moved(optimisation)
+        change = {name: here[name] - kept for name, kept in self.kept.items()}
+        value = first = optimisation.validate(self.by, self.prompts)
+        best = tried = 0
+        for k in range(1, self.candidates + 1):
+            optimisation.set(_along(here, change, 2.0 * k))
+            tried, found = k, optimisation.validate(self.by, self.prompts)
+            if not (found > value or (self.ties and found == value)):
+                break
+            best, value = k, found
+        if best < tried:
+            optimisation.set(_along(here, change, 2.0 * best))
+        if best:
+            optimisation.jumped({name: 2.0 * best * one for name, one in change.items()})
+        self.kept = self._moved(optimisation)
+        self.due *= 2
+        return metrics | {
+            "extrapolation/factor": 2.0 * best,
+            "extrapolation/tried": float(tried),
+            "extrapolation/value_before": first,
+            "extrapolation/value_after": value,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the next jump is due."""
+        return {"due": self.due}
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The weights that the next change is measured from."""
+        return self.kept
+
+    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Go on from what both were."""
+        self.due, self.kept = int(state["due"]), dict(tensors)
+
+    def _moved(self, optimisation: Optimisation) -> dict[str, Tensor]:
+        """Copies of the weights that jump."""
+        return {
+            name: parameter.detach().clone()
+            for name, parameter in optimisation.parameters.items()
+            if not self.matrices or (parameter.dim() == 2 and not any(w in name for w in ("embed", "lm_head")))
+        }
+
+
+def _along(here: Mapping[str, Tensor], change: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:
+    return {name: one + factor * change[name] for name, one in here.items()} if factor else here

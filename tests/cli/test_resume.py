@@ -11,7 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import Forks, Strike, assert_same, command, forbid, left, prepare, self_taught, start, two_stages
+from run_helpers import (
+    Forks,
+    Strike,
+    assert_same,
+    command,
+    forbid,
+    left,
+    one_stage,
+    prepare,
+    self_taught,
+    start,
+    two_stages,
+)
 
 from opd import checkpoint
 
@@ -101,6 +113,11 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, unin
     assert_same(folder / "run", uninterrupted / "run")
 
 
+REMEMBERING: dict[str, dict[str, Any]] = {
+    "eff_opd": {"method": "eff_opd", "options": {"validate_by": "teacher_kl", "prompts": 3}},
+}
+
+
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
 def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, model: dict[str, Any]):
     whole = prepare(tmp_path / "whole", self_taught(**model))
@@ -120,6 +137,28 @@ def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, mod
     checkpoint.save(saved.parent, 2, tensors=loaded.tensors | {"teacher": student}, state=loaded.state)
     assert forks.start(spoilt, *TRAIN).code == 0
     assert left(spoilt / "run")["self/metrics.jsonl"] != left(whole / "run")["self/metrics.jsonl"]
+
+
+@pytest.mark.parametrize("stage", REMEMBERING.values(), ids=REMEMBERING)
+def test_what_a_method_remembers_is_restored(tmp_path: Path, forks: Forks, stage: dict[str, Any]):
+    recipe = one_stage(steps=8, checkpoint={"every": 3}, optimizer={"learning_rate": 3e-3}, **stage)
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+
+    folder = prepare(tmp_path / "killed", recipe)
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=6)).code == -signal.SIGKILL
+    spoilt = shutil.copytree(folder, tmp_path / "spoilt")
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", whole / "run")
+
+    # The comparison can tell: without its memory the method goes another way.
+    saved = spoilt / "run/distil/checkpoints/step_000003"
+    loaded = checkpoint.load(saved)
+    assert loaded.state["method"]
+    forgetful = {name: dict.fromkeys(state, 1) for name, state in loaded.state["method"].items()}
+    checkpoint.save(saved.parent, 3, tensors=loaded.tensors, state=loaded.state | {"method": forgetful})
+    assert forks.start(spoilt, *TRAIN).code == 0
+    assert left(spoilt / "run")["distil/metrics.jsonl"] != left(whole / "run")["distil/metrics.jsonl"]
 
 
 # --- SIGINT ----------------------------------------------------------------------------------------------------------

@@ -46,9 +46,12 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import METHODS
 from opd.models import LanguageModel, frozen_copy
+from opd.moves import Moves
+from opd.parallel import ALONE
 from opd.reading import Read, read
 from opd.recipe import OptimizerSection, load_recipe
 from opd.render import render
+from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
 from opd.types import Batch, Prompt, Rollout, Sampling
 
@@ -334,6 +337,15 @@ CASES: dict[str, list[Case]] = {
             {"k": 4, "task_reward": True},
             average="token",
             fixed_point=False,
+            learns=False,
+        ),
+    ],
+    "eff_opd": [
+        case(sampled_log_ratio(False), {"validate_by": "teacher_kl"}),
+        case(
+            sampled_log_ratio(False),
+            {"validate_by": "teacher_kl", "average": "token", "move": "matrices", "ties": True},
+            average="token",
             learns=False,
         ),
     ],
@@ -852,15 +864,27 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
     target = lesson.external or frozen_copy(lesson.student)
     steps = 80
     section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
-    optimiser = optim.build(lesson.student.trainable(), section, steps)
+    moves = Moves(
+        optimiser=optim.build(lesson.student.trainable(), section, steps),
+        student=lesson.student,
+        root=lesson.student.model,
+        teacher=teacher,
+        writer=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
+        prompts=lesson.prompts,
+        rewards={None: None},
+        context=method.context,
+        world=ALONE,
+        seed=0,
+        micro_batch_tokens=10**4,
+    )
     before = lesson.kl(target)
     for i in range(steps):
         rollouts = write(method, lesson.student, lesson.external, lesson.prompts, lesson.sampling, seed=(0, i))
         got = step(method, lesson.student, teacher, rollouts)
         for key, parameter in lesson.student.trainable().items():
             parameter.grad = got.grads[key]
-        optimiser.clip()
-        method.update(optimiser)
+        moves.optimiser.clip()
+        method.update(moves)
         if teacher is not None:
             teacher.after_step()
     after = lesson.kl(target)

@@ -16,6 +16,7 @@ import torch
 from opd import methods, sources
 from opd.method import Method
 from opd.types import Prompt, Rollout, Source, Writers
+from opd.updates import Extrapolation
 
 
 def some_masked() -> Method:
@@ -39,6 +40,13 @@ def all_masked() -> Method:
         return [replace(r, trained=torch.zeros_like(r.trained)) for r in some(prompts, writers, seed, student_top_k)]
 
     return replace(method, source=source)
+
+
+def jumping_average() -> Method:
+    """A student taught by its own moving average, which follows its jumps."""
+    options = {"template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
+    jumps = Extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False, matrices=False)
+    return replace(methods.build("context_distillation", options), update=jumps, state={"jumps": jumps})
 
 
 calls = 0

@@ -98,6 +98,15 @@ SCENARIOS = {
     "full untied, tokens of one process": recipe(
         method="ranks:some_masked", prompts_per_step=2, data={"path": "train.jsonl", "limit": 2}
     ),
+    "full untied, jumps": recipe(
+        method="eff_opd", options={"validate_by": "teacher_kl", "prompts": 5}, prompts_per_step=3
+    ),
+    "lora, jumps by the reward": recipe(
+        LORA, method="eff_opd", options={"prompts": 6, "ties": True}, reward={"name": "ranks:odd"}
+    ),
+    "full tied, a moving average that jumps": recipe(
+        tied=True, method="ranks:jumping_average", teacher=None, prompts_per_step=3
+    ),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
     "full untied, two teachers in turn": two_teachers(method="topk_reverse_kl", options={"k": 4}),
 }

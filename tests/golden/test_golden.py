@@ -21,6 +21,8 @@ OPTIONS = {
     "sft": {"source": "teacher"},
     "grpo": {},
     "opd": {},
+    "vopd": {"k": 3},
+    "eff_opd": {"prompts": 4},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},

@@ -496,6 +496,7 @@ RENORMALISED = {("topk_reverse_kl", "renormalised"), ("rethinking_opd", None), (
     [
         ("opd", {}),
         ("vopd", {"k": 4}),
+        ("eff_opd", {}),
         ("grpo", {}),
         ("sft", {"source": "teacher"}),
         ("topk_reverse_kl", {"k": 4, "by": "union", "with_sampled": True}),

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from opd.errors import ConfigError, nearest
 from opd.method import Method
 from opd.methods.context_distillation import context_distillation
+from opd.methods.eff_opd import eff_opd
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "local_support_matching": local_support_matching,
     "context_distillation": context_distillation,
     "vopd": vopd,
+    "eff_opd": eff_opd,
 }
 
 

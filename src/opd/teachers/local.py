@@ -103,6 +103,17 @@ class LocalTeacher:
             average.lerp_(full(parameter.detach()).float(), 1.0 - self.decay)
             mine[name].copy_(average)
 
+    @torch.no_grad()
+    def moved(self, by: Mapping[str, Tensor]) -> None:
+        """The student jumped `by`, outside of a step: an average of its weights goes along, and lags as it did."""
+        if self.follows is None or self.decay == 1.0:
+            return
+        mine = dict(self.lm.model.named_parameters())
+        for name, change in by.items():
+            average = self.average.setdefault(name, mine[name].float().clone())
+            average.add_(full(change).float())
+            mine[name].copy_(average)
+
     def state_dict(self) -> dict[str, Tensor]:
         """What cannot be made again when a run resumes: the average of an EMA teacher, in float32."""
         return self.average

@@ -1,0 +1,50 @@
+"""On-policy distillation with extrapolation: after 1, 2, 4, 8, ... updates the weights jump along their own change.
+
+"Learning to Foresee", arXiv 2605.11739, EffOPD; released code caiyuchen-ustc/EffOPD.
+
+    D_n = W_{2^n} - W_{2^(n-1)},   D_0 = W_1 - W_init
+    candidates W_{2^n} + 2k D_n, k = 1..5, in turn; the first that does not validate better ends it, and the best stays
+
+| paper | here |
+|---|---|
+| W | the trained weights; with LoRA the factors A and B, each by itself |
+| 2k, k = 1..5 | `candidates` |
+| val: reward on 50 training prompts | `validate_by="reward"`, `prompts`; `teacher_kl` is minus the exact reverse KL |
+| attention and MLP matrices alone (released code) | `move="matrices"` |
+| val(candidate) >= val(best) (the formula; prose and code: strictly better) | `ties` |
+| OPD | the sampled-token policy gradient, as in method `opd` |
+
+The coefficient is 2k, not 2^k. W_{2^(n-1)} is what was kept there, jump included. How much it saves falls with the
+learning rate: compare with a tuned one.
+
+Differs from the paper: an equal candidate is not taken unless `ties` is set, as in its prose and code. With LoRA the
+product BA of extrapolated factors is not the extrapolated product: it has a second-order term.
+"""
+
+from typing import Literal
+
+from opd import normalise, signals
+from opd.method import Method
+from opd.updates import Extrapolation
+
+
+def eff_opd(
+    candidates: int = 5,
+    prompts: int = 50,
+    validate_by: Literal["reward", "teacher_kl"] = "reward",
+    move: Literal["all", "matrices"] = "all",
+    ties: bool = False,
+    average: Literal["token", "sequence"] = "sequence",
+    temperature: float = 1.0,
+) -> Method:
+    """The sampled log-ratio as the advantage, and jumps of the weights that a validation accepts."""
+    jumps = Extrapolation(
+        by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
+    )
+    return Method(
+        signal=signals.policy_gradient(signals.log_ratio),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        update=jumps,
+        state={"extrapolation": jumps},
+        temperature=temperature,
+    )

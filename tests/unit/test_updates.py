@@ -1,0 +1,151 @@
+"""Extrapolation: when it jumps, how far, what it accepts, how it goes back, and what it remembers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+
+from opd.api import distill
+from opd.errors import ConfigError
+from opd.updates import Extrapolation
+
+WEIGHT, EMBEDDING, NORM = "layers.0.weight", "embed_tokens.weight", "norm.weight"
+
+
+@dataclass
+class Walk:
+    """An `Optimisation` that goes one step of `stride` at a time, judged by a function of where it is."""
+
+    judge: Callable[[float], float]
+    stride: float = 1.0
+    weights: dict[str, Tensor] = field(
+        default_factory=lambda: {WEIGHT: torch.zeros(1, 2), EMBEDDING: torch.zeros(2, 2), NORM: torch.zeros(2)}
+    )
+    updates: int = 0
+    asked: list[float] = field(default_factory=list[float])  # where it was judged
+    jumps: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        return self.weights
+
+    @property
+    def place(self) -> float:
+        return float(self.weights[WEIGHT][0, 0])
+
+    def step(self) -> dict[str, float]:
+        self.updates += 1
+        for weight in self.weights.values():
+            weight.add_(self.stride)
+        return {"optim/learning_rate": 0.1}
+
+    def set(self, weights: Mapping[str, Tensor]) -> None:
+        for name, value in weights.items():
+            self.weights[name].copy_(value)
+
+    def jumped(self, by: Mapping[str, Tensor]) -> None:
+        self.jumps.append(dict(by))
+
+    def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
+        assert (by, prompts) == ("reward", 7)
+        self.asked.append(self.place)
+        return self.judge(self.place)
+
+
+def extrapolation(**settings: Any) -> Extrapolation:
+    return Extrapolation(
+        **{"by": "reward", "prompts": 7, "candidates": 5, "ties": False, "matrices": False, **settings}
+    )
+
+
+def test_candidates_are_two_to_ten_times_the_change_and_the_jumps_come_at_powers_of_two():
+    walk, jump = Walk(judge=lambda place: place), extrapolation()
+    for _ in range(3):
+        assert jump(walk)["optim/learning_rate"] == 0.1
+    # Update 1 at 1, change 1: all of 3, 5, 7, 9, 11 are better. Update 2 at 12, change 12 - 11 = 1 since then: to 22.
+    # Update 3 is no power of two.
+    assert walk.asked == [1, 3, 5, 7, 9, 11, 12, 14, 16, 18, 20, 22]
+    assert walk.place == 23
+    metrics = jump(walk)  # update 4 at 24, change 2 since 22
+    assert walk.asked[12:] == [24, 28, 32, 36, 40, 44]
+    assert metrics["extrapolation/factor"] == 10
+    assert metrics["extrapolation/tried"] == 5
+    assert (metrics["extrapolation/value_before"], metrics["extrapolation/value_after"]) == (24, 44)
+    assert [float(one[WEIGHT][0, 0]) for one in walk.jumps] == [10, 10, 20]
+
+
+def test_the_first_that_is_not_better_ends_it_and_the_best_stays():
+    walk, jump = Walk(judge=lambda place: -abs(place - 5.5)), extrapolation()
+    metrics = jump(walk)
+    assert walk.asked == [1, 3, 5, 7]
+    assert walk.place == 5
+    assert (metrics["extrapolation/factor"], metrics["extrapolation/tried"]) == (4, 3)
+    jump(walk)  # update 2 at 6: 8 is worse
+    assert walk.asked[4:] == [6, 8]
+    assert walk.place == 6
+    assert len(walk.jumps) == 1
+
+
+def test_a_rejected_jump_is_taken_back_bit_by_bit():
+    generator = torch.Generator().manual_seed(0)
+    walk = Walk(judge=lambda place: -place, stride=1 / 3)
+    for name in walk.weights:
+        walk.weights[name] = torch.randn(3, 3, generator=generator)
+    plain = {name: value + 1 / 3 for name, value in walk.weights.items()}
+    metrics = extrapolation()(walk)
+    assert len(walk.asked) == 2, "a candidate was tried"
+    assert all(torch.equal(walk.weights[name], value) for name, value in plain.items())
+    assert metrics["extrapolation/factor"] == 0
+    assert walk.jumps == []
+
+
+@pytest.mark.parametrize(("ties", "place"), [(False, 1), (True, 11)])
+def test_an_equal_candidate_is_taken_only_with_ties(ties: bool, place: float):
+    walk = Walk(judge=lambda place: 0.5)
+    extrapolation(ties=ties)(walk)
+    assert walk.place == place
+
+
+def test_a_value_that_is_no_number_is_not_better():
+    walk = Walk(judge=lambda place: math.nan if place > 1 else 0.0)
+    extrapolation(ties=True)(walk)
+    assert walk.place == 1
+
+
+def test_only_matrices_move_if_asked():
+    walk = Walk(judge=lambda place: place)
+    extrapolation(matrices=True)(walk)
+    assert [float(walk.weights[name].flatten()[0]) for name in (WEIGHT, EMBEDDING, NORM)] == [11, 1, 1]
+
+
+@pytest.mark.parametrize("stop", range(1, 9))
+def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
+    whole, walk = extrapolation(candidates=1), Walk(judge=lambda place: place)
+    for _ in range(9):
+        whole(walk)
+    first, again = extrapolation(candidates=1), Walk(judge=lambda place: place)
+    for _ in range(stop):
+        first(again)
+    second = extrapolation(candidates=1)
+    second.load_state_dict(first.state_dict(), {name: value.clone() for name, value in first.tensors().items()})
+    for _ in range(stop, 9):
+        second(again)
+    assert again.asked == walk.asked
+    assert again.place == walk.place
+
+
+@pytest.mark.parametrize("settings", [{"candidates": 0}, {"prompts": 0}])
+def test_nothing_to_try_is_refused(settings: dict[str, int]):
+    with pytest.raises(ConfigError, match="tries at least one candidate on at least one prompt, got candidates"):
+        extrapolation(**settings)
+
+
+def test_a_validation_by_reward_needs_one():
+    with pytest.raises(ConfigError, match="method 'eff_opd' needs a reward"):
+        distill(student="nowhere", teacher="nowhere", prompts=["1"], method="eff_opd", steps=1)
