@@ -93,7 +93,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Orde
     if "group" not in method.needs():
         return
     for step in range(spec.steps):
-        if not order.may_repeat(step):
+        if order.different_at_least(step) >= size:
             continue
         different = len({prompt.id for prompt in order.take(step)})
         if different < size:
@@ -125,25 +125,38 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def described(spec: StageSpec, prepared: Prepared) -> list[str]:
     """What a stage trains on: a line, and one for each of its tasks."""
     of_each: list[str] = []
-    for task in prepared.tasks.values():
+    notes: list[str] = []
+    for name, task in prepared.tasks.items():
+        notes += [f"  {line}" if name is None else f"  task {name}: {line}" for line in task.notes]
         held_out = "no held-out prompts" if task.held_out is None else f"{len(task.held_out.prompts)} held out"
         of_each.append(f"{len(task.prompts)} prompts, {held_out}")
     if not spec.tasks:
-        return [f"stage {spec.name}: {spec.method}, {of_each[0]}"]
+        return [f"stage {spec.name}: {spec.method}, {of_each[0]}", *notes]
     lines = [f"stage {spec.name}: {spec.method}, {len(of_each)} tasks, {spec.task_order}"]
     for (name, part), numbers in zip(spec.tasks.items(), of_each, strict=True):
         taught = "no teacher" if part.teacher is None else f"teacher {part.teacher}"
         lines.append(f"  task {name}: {numbers}, {taught}, at most {part.sampling.max_completion_length} tokens")
-    return lines
+    return [*lines, *notes]
 
 
-def check_pass_at(spec: StageSpec, task: str | None, evaluate: EvaluateSection) -> None:
-    """Refuse a pass@k that no sampling setting has enough responses for. Raises ConfigError."""
+def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
+    """Refuse an evaluation that asks for what nobody can give. Raises ConfigError.
+
+    Those are a pass@k that no sampling setting has enough responses for, and a teacher where there is none.
+    """
     most = max(sampling.n for sampling in evaluate.sampling.values())
     if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
         raise ConfigError(
             f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
             f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
+        )
+    asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
+    if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
+        owner = "stage" if task is None else "task"
+        raise ConfigError(
+            f"{spec.where(task)}: {' and '.join(asked)} measure a teacher, method {spec.method!r} has none, and the "
+            f"{owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other than "
+            f"{spec.train!r}, or {' and '.join(asked)} to false."
         )
 
 
