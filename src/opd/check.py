@@ -154,9 +154,9 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
     if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
         owner = "stage" if task is None else "task"
         raise ConfigError(
-            f"{spec.where(task)}: {' and '.join(asked)} measure a teacher, method {spec.method!r} has none, and the "
-            f"{owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other than "
-            f"{spec.train!r}, or {' and '.join(asked)} to false."
+            f"{spec.where(task)}: it sets {' and '.join(asked)}, and there is no teacher: method {spec.method!r} has "
+            f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
+            f"than {spec.train!r}, or {' and '.join(asked)} to false."
         )
 
 
@@ -190,12 +190,24 @@ def check_tokenizers(
         lines.append(f"longest prompt: {max(map(len, ids))} tokens")
         if method is not None:
             method.bound(tokenizers[spec.train])
+            check_vocabulary(spec, method, tokenizers[spec.train])
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     for name in compared:
         check_same_tokens(tokenizers[spec.train], tokenizers[name], names=(spec.train, name))
     if compared:
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")
     return lines
+
+
+def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
+    """Refuse a support or a comparison of more tokens than the tokenizer has. Raises ConfigError."""
+    from opd.compare import check_k
+    from opd.supports import check_fits
+
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    check_fits(method.support.k, vocabulary)
+    if spec.diagnostics.every:
+        check_k(spec.diagnostics.k, vocabulary)
 
 
 def origin_of(recipe: Recipe, name: str) -> ModelSpec:

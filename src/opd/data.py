@@ -206,7 +206,8 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
         if empty and name != "prompt":
             which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             columns = f" Its columns: {', '.join(seen)}." if seen else ""
+            meant = "" if name in seen else nearest(name, seen)
             raise DataError(
                 f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {source} have none "
-                f"(rows {which}).{nearest(name, seen)}{columns} Fill it, or map it with `columns:`."
+                f"(rows {which}).{meant}{columns} Fill it, or map it with `columns:`."
             )

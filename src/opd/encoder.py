@@ -93,7 +93,7 @@ def load_encoder(path: str) -> Encoder:
 
 def _settings(path: str, file: str) -> dict[str, Any]:
     """A file of settings that folders of sentence-transformers have, and others do not."""
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     try:
         found = cached_file(path, file)

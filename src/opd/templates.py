@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.types import Message
@@ -54,6 +55,7 @@ def question_of(content: str | tuple[Message, ...]) -> str:
     for message in content:
         if message["role"] != "user":
             continue
-        parts = message["content"] if isinstance(message["content"], (list, tuple)) else [message]
-        texts += [str(part[key]) for part in parts for key in ("content", "text") if isinstance(part.get(key), str)]
+        said: Any = message["content"]
+        parts: list[Any] = [{"text": said}] if isinstance(said, str) else list(said or ())
+        texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
     return "\n".join(texts)

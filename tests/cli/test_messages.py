@@ -441,7 +441,7 @@ def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: 
     write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
     said = refusal(one_stage(data={"path": "mine.jsonl"}, **changes))
     assert_says(said, f"DataError: This run needs `{column}` in every row, and 2 of 3 rows of mine.jsonl have none")
-    assert_says(said, "(rows 1, 2)", "Fill it, or map it with `columns:`")
+    assert_says(said, "(rows 1, 2). Its columns", "Fill it, or map it with `columns:`")
 
 
 @pytest.mark.parametrize(
@@ -483,9 +483,18 @@ def test_more_attempts_than_responses(no_weights: None):
     assert_says(refusal(one_stage(evaluate=evaluate)), "ConfigError: ", "pass@4", "at most 1 responses")
 
 
-def test_a_support_larger_than_the_vocabulary(work: Path):
-    said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}))
-    assert_says(said, "ConfigError: ", "k", "20", f"{len(CHARACTERS) + 2} tokens")
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_support_larger_than_the_vocabulary(no_weights: None, what: str):
+    said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}), what=what)
+    assert_says(said, "ConfigError: The method's support has k = 20", f"only {len(CHARACTERS) + 2} tokens. Lower k")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_comparison_of_more_tokens_than_there_are(no_weights: None, what: str):
+    said = refusal(one_stage(diagnostics={"every": 5, "k": 20}), what=what)
+    size = len(CHARACTERS) + 2
+    assert_says(said, "ConfigError: A comparison looks at the k most likely tokens of each model: k is 20, and the")
+    assert_says(said, f"vocabulary has {size} tokens. Set diagnostics.k to a number in 1..{size}.")
 
 
 # --- in the middle of a run ------------------------------------------------------------------------------------------
@@ -720,9 +729,9 @@ def test_describe_what_is_no_method():
 @pytest.mark.parametrize(
     ("evaluate", "parts"),
     [
-        ({"teacher": True}, ["Stage 'distil': evaluate.teacher measure", "or evaluate.teacher to false"]),
-        ({"kl": True}, ["Stage 'distil': evaluate.kl measure", "or evaluate.kl to false"]),
-        ({"teacher": True, "kl": True}, ["evaluate.teacher and evaluate.kl measure a teacher"]),
+        ({"teacher": True}, ["Stage 'distil': it sets evaluate.teacher, and", "or evaluate.teacher to false"]),
+        ({"kl": True}, ["Stage 'distil': it sets evaluate.kl, and there is no teacher", "or evaluate.kl to false"]),
+        ({"teacher": True, "kl": True}, ["it sets evaluate.teacher and evaluate.kl, and there is no teacher"]),
     ],
     ids=["teacher", "kl", "both"],
 )

@@ -21,6 +21,7 @@ from opd.errors import ConfigError, DataError
 from opd.recipe import DataSection, parse_recipe, parse_section
 from opd.selection import Selection, select
 from opd.similarity import grams, nearest_cosine, normalised, repeats
+from opd.templates import question_of
 from opd.types import Prompt
 
 THEIRS = ["What is 2+2?", "Name a prime number above 10.", "Sum the integers from 1 to 100."]
@@ -328,3 +329,12 @@ def test_the_page_shows_settings_that_are_valid():
     models = {name: {"path": f"./{name}"} for name in ("student", "teacher")}
     recipe = parse_recipe({"name": "docs", "models": models, "stages": [stage]})
     assert [task.share for task in recipe.stages[0].tasks.values()] == [3, 1]
+
+
+def test_a_question_is_what_users_say():
+    asked = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    content = ({"role": "system", "content": "s"}, {"role": "user", "content": asked})
+    assert question_of(content) == "what?"
+    said = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
+    assert question_of(said) == "a\nc"
+    assert question_of("plain") == "plain"
