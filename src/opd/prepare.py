@@ -81,8 +81,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
-        unread = {"training": unread_answers(prompts, method, reward)}
-        held_out = None
+        held_out, unread = None, dict[str, int]()
         if part.evaluate is not None:
             check_evaluate(spec, name, method, part.evaluate)
             held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
@@ -91,6 +90,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             held_out = replace(held_out, prompts=measured)
             selected = [*selected, *also]
             unread["held-out"] = unread_answers(measured, method, held_out.reward)
+        unread["training"] = unread_answers(prompts, method, reward, held_out and held_out.reward)
         tasks[name] = Task(
             prompts=prompts,
             reward=reward,
@@ -126,14 +126,14 @@ def held_out_of(
     return held_out, selected
 
 
-def unread_answers(prompts: Sequence[Prompt], method: Method, reward: RewardFn | None) -> int:
-    """How many prompts have an answer that neither the method nor the reward looks at.
+def unread_answers(prompts: Sequence[Prompt], method: Method, *rewards: RewardFn | None) -> int:
+    """How many prompts have an answer that neither the method nor any of the rewards looks at.
 
     A function of the user's own that declares no needs may look at everything.
     """
-    declared = "answer" in needs_of_reward(reward)
-    own = reward is not None and ":" in getattr(reward, "name", ":")
-    if declared or own or "answer" in method.needs():
+    given = [reward for reward in rewards if reward is not None]
+    own = any(":" in getattr(reward, "name", ":") for reward in given)
+    if own or "answer" in method.needs() | needs_of(*given):
         return 0
     return sum(prompt.answer is not None for prompt in prompts)
 

@@ -788,9 +788,11 @@ def test_an_answer_that_nobody_reads_is_counted(work: Path):
     unread = "{} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is measured"
     assert f"  {unread.format('12 training')}" in lines
     assert f"  {unread.format('5 held-out')}" in lines
-    said = opd("check", one_stage(evaluate={**measured, "reward": {"name": "final_number"}})).out
-    assert_says(said, unread.format("12 training"))
-    assert "held-out rows have" not in said
+    read = {**measured, "reward": {"name": "final_number"}}
+    assert "have an `answer`" not in opd("check", one_stage(evaluate=read)).out, "the same answers, held out, are read"
+    words = {"name": "max_words", "options": {"n": 3}}
+    lines = opd("check", one_stage(reward={"name": "exact"}, evaluate={**measured, "reward": words})).out.splitlines()
+    assert [line for line in lines if "have an `answer`" in line] == [f"  {unread.format('5 held-out')}"]
     assert "have an `answer`" not in opd("check", one_stage(evaluate=measured, reward={"name": "exact"})).out
     told = {"method": "context_distillation", "teacher": None, "options": {"information": "answer"}}
     assert "have an `answer`" not in opd("check", one_stage(**told)).out
