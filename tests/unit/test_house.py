@@ -28,7 +28,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "types", "errors", "filters", "sequences"}
+PURE = {"binding", "divergences", "types", "errors", "filters", "sequences", "templates"}
 
 
 def imports_of(file: Path) -> set[str]:
