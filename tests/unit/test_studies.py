@@ -259,10 +259,12 @@ def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
 def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):
     """From training to numbers: what the studies of language models do, on three tiny pairs."""
     lab = Lab(folder=tmp_path)
-    batches = [estimators.batch_of(lab, seed, estimators.Size(responses=2, pair=TINY)) for seed in (0, 1, 2)]
-    numbers = estimators.measure(batches)
-    assert max(numbers.sampled_bias) < 1e-9
-    assert len(estimators.judge(numbers)) == 5
+    sorters = ablation.Size(steps=1, prompts_per_step=2, pair=replace(TINY, task=labs.SORTING))
+    size = estimators.Size(responses=2, pair=TINY, distilled=sorters)
+    measured = {"A": estimators.measure(estimators.warmed_up(lab, size))}
+    measured["B"] = estimators.measure(estimators.distilled(lab, size))
+    assert max(measured["A"].sampled_bias + measured["B"].sampled_bias) < 1e-9
+    assert len(estimators.judge(measured)) == 5
     continued = prefixes.measure(lab, prefixes.Size(prompts=3, pair=TINY), temperature=1.0)
     assert list(continued.continued) == list(prefixes.DEPTHS)
     assert all(0 <= share <= 1 for shares in continued.continued.values() for share in shares)

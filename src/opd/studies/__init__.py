@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import estimators, fixed_points, gamma, prefixes, privileged
+from opd.studies import estimators, fixed_points, gamma, losses, prefixes, privileged, supports, top_p
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
@@ -15,7 +15,10 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "gamma": gamma.run,
     "privileged": privileged.run,
     "estimators": estimators.run,
+    "losses": losses.run,
+    "top_p": top_p.run,
     "prefixes": prefixes.run,
+    "supports": supports.run,
 }
 
 
