@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import estimators, fixed_points, gamma, losses, prefixes, privileged, supports, top_p
+from opd.studies import estimators, fixed_points, gamma, losses, one_token, prefixes, privileged, supports, top_p
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
@@ -16,6 +16,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "privileged": privileged.run,
     "estimators": estimators.run,
     "losses": losses.run,
+    "one_token": one_token.run,
     "top_p": top_p.run,
     "prefixes": prefixes.run,
     "supports": supports.run,

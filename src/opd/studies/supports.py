@@ -68,7 +68,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, V = 17, k = {K} (A) or {LARGER} (B); {len(size.seeds)} pairs of their own seeds, "
             f"{size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. P_S and Q_S are "
             "the masses on the support, means over the last ten updates. Overlap: the ratio of both top k, and the "
-            "student's mass on their intersection, on the responses of the first and of the last update."
+            "student's mass on their intersection, on the responses of the first and of the last update. A token "
+            "outside of the support counts as if both models agreed on it: what the student likes and the teacher "
+            "does not is never in the overlap, and that is where the mass goes."
         ),
         findings=judge(measured),
         figure=draw(measured),
@@ -127,7 +129,7 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
             weaker("non-overlap, raw weights", larger),
         ),
         finding(
-            "That is not for their smaller weights: renormalised, the tokens outside of the overlap teach less too",
+            "The tokens outside of the overlap teach less also when their weights are renormalised",
             section,
             weaker("non-overlap, normalised"),
         ),
@@ -179,6 +181,6 @@ def draw(measured: Measured) -> report.Figure:
     for (name, seeds), colour in zip(at_k, report.COLOURS, strict=False):
         means = [sum(one[step] for one in seeds) / len(seeds) for step in seeds[0]]
         panel.plot(list(seeds[0]), means, "o-", markersize=3, color=colour, label=name)
-    panel.set(xlabel="update", ylabel=f"overlap ratio of both top {K}", ylim=(0, 1))
+    panel.set(xlabel="update", ylabel=f"overlap ratio of both top {K}", ylim=(0, 1), title=f"k = {K}")
     panel.legend(fontsize=6)
     return figure

@@ -41,16 +41,17 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     return Outcome(
         setup=(
             f"Sorting five digits, V = 17, {len(size.seeds)} pairs of their own seeds, {size.steps} updates of "
-            f"{size.prompts_per_step} responses each, 200 held-out prompts. K: the renormalised form on the teacher's "
-            "K likeliest tokens. Entropy in nats a token, P_S and Q_S the masses on the support: on the rollouts, "
-            "means over the last ten updates. KL(student || teacher) is exact, on responses of the whole distribution."
+            f"{size.prompts_per_step} responses each, 200 held-out prompts. A setting is a loss and the top-p of its "
+            "rollouts; K: the renormalised form on the teacher's K likeliest tokens. Entropy in nats a token, P_S and "
+            "Q_S the masses on the support: on the rollouts, means over the last ten updates. KL(student || teacher) "
+            "is exact, on responses of the whole distribution."
         ),
         findings=judge(numbers),
         figure=ablation.draw(
             numbers,
             {
-                NUCLEUS: "accuracy at top-p 0.9, share",
-                "sampled accuracy": "accuracy at top-p 1, share",
+                NUCLEUS: "accuracy, share\n(evaluated at top-p 0.9)",
+                "sampled accuracy": "accuracy, share\n(evaluated at top-p 1)",
                 "KL": "KL(student || teacher), nats",
             },
             height=3.2,
