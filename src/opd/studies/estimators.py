@@ -289,7 +289,7 @@ def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
         panel.axhspan(max(noise.low, 1e-6), noise.high, color="black", alpha=0.08)
         panel.set(xscale="log", yscale="log", xlabel="K, tokens of the support", title=titles[name])
         panel.set_xticks(KS, [str(k) for k in KS])
-        panel.tick_params(axis="x", which="minor", bottom=False)
+        panel.set_xticks([], minor=True)
     axes[0][0].set_ylabel("error / norm of the exact gradient")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
