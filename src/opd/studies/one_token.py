@@ -44,7 +44,7 @@ SETTINGS = AT_32 | {
     for prompts, names in OTHERS.items()
     for name in names
 }
-# The rules, fixed before the run, beside those of `losses`.
+# Thresholds, fixed before the run, beside those of `losses`.
 LEARNED = 0.0  # accuracy of sampled responses against that of the student before
 BETTER = 0.0  # accuracy
 FALLS = 0.0  # share of right answers
