@@ -6,18 +6,35 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import cold_start, estimators, fixed_points, gamma, prefixes, privileged, prompts
+<<<<<<< HEAD
+from opd.studies import (
+    cold_start,
+    estimators,
+    fixed_points,
+    gamma,
+    losses,
+    one_token,
+    prefixes,
+    privileged,
+    prompts,
+    supports,
+    top_p,
+)
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
 STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "fixed_points": fixed_points.run,
-    "gamma": gamma.run,
-    "privileged": privileged.run,
     "estimators": estimators.run,
+    "gamma": gamma.run,
+    "losses": losses.run,
+    "one_token": one_token.run,
+    "top_p": top_p.run,
     "prefixes": prefixes.run,
+    "privileged": privileged.run,
     "cold_start": cold_start.run,
     "prompts": prompts.run,
+    "supports": supports.run,
 }
 
 
