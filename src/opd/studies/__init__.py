@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-<<<<<<< HEAD
 from opd.studies import (
     cold_start,
     estimators,
