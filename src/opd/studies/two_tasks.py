@@ -19,7 +19,8 @@ TASKS = {
     "descending": replace(SORTING, characters=CHARACTERS, options={"descending": True}),
 }
 OTHER = {"ascending": "descending", "descending": "ascending"}
-EVALUATED = {"top-p": {"temperature": 1, "top_p": 0.9}, "sampled": {"temperature": 1}, "greedy": {"temperature": 0}}
+# Held-out responses; the first are those that the divergence is measured on.
+EVALUATED = {"top-p 1": {"temperature": 1}, "top-p 0.9": {"temperature": 1, "top_p": 0.9}}
 NEVER = 1e-9  # a task's share, of which no turn comes in any number of steps
 
 
