@@ -29,8 +29,8 @@ def markdown(folder: Path) -> str:
     parts = [
         "# Methods",
         "",
-        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. What a recipe gave stands",
-        "in its header.",
+        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. What a recipe gave",
+        "stands in its header.",
         "",
     ]
     parts += ["| method | what it is | file | recipe |", "|---|---|---|---|"]

@@ -80,21 +80,6 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
     def gap(what: str, first: str, second: str, column: str, **side: float) -> Check:
         return Check(what=what, interval=differences(numbers[first][column], numbers[second][column]), **side)
 
-    def joint(alone: str) -> list[Check]:
-        return [
-            gap(f"both minus {task} alone", "matching, alternate", f"{task} {alone}", task, above=-SAME)
-            for task in TASKS
-        ]
-
-    def better(setting: str) -> list[Check]:
-        return [
-            gap("accuracy, matching minus sampled", f"matching, {setting}", f"sampled, {setting}", "both", above=0.0)
-        ]
-
-    orders = [
-        [numbers[f"{name}, {order}"]["both"] for name in METHODS] for order in ("mixed", "alternate")
-    ]  # [order][method][seed]
-    mixed, alternate = ([sum(seed) / len(METHODS) for seed in zip(*order, strict=True)] for order in orders)
     return (
         finding(
             "One student learns both teachers' skills from prompts that are each scored by their own task's teacher",
@@ -104,14 +89,21 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "Top-K matching learns two tasks better than the sampled token does (A: 64 responses a step, B: 16)",
             "2603.25562 Table 2",
-            better("alternate"),
-            better("small"),
+            *(
+                [gap("accuracy, matching minus sampled", f"matching, {kind}", f"sampled, {kind}", "both", above=0.0)]
+                for kind in ("alternate", "small")
+            ),
         ),
         finding(
             "A task does not suffer from the other one (A: equal updates in all, B: equal updates of the task)",
             "2603.25562 Table 2 beside Table 1",
-            joint("alone"),
-            joint("alone, half"),
+            *(
+                [
+                    gap(f"both minus {task} alone", "matching, alternate", f"{task} {alone}", task, above=-SAME)
+                    for task in TASKS
+                ]
+                for alone in ("alone", "alone, half")
+            ),
         ),
         finding(
             "Training on one task alone loses the other",
@@ -126,18 +118,22 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
             "2603.25562 Table 2, control",
             recovered("matching, swapped", below=0.0),
         ),
-        finding(
-            "Whether a step takes prompts of one task or of both matters little",
-            "2603.25562 Table A1 (one task a step)",
-            [
-                Check(
-                    what="accuracy, mixed minus alternate, mean of three methods",
-                    interval=differences(mixed, alternate),
-                    above=-SAME,
-                    below=SAME,
-                )
-            ],
-        ),
+        order_matters_little(numbers),
+    )
+
+
+def order_matters_little(numbers: Numbers) -> Finding:
+    """The claim about the order of the tasks, from the mean over methods of each seed."""
+
+    def of(order: str) -> list[float]:
+        methods = [numbers[f"{name}, {order}"]["both"] for name in METHODS]
+        return [sum(seed) / len(seed) for seed in zip(*methods, strict=True)]
+
+    what = "accuracy, mixed minus alternate, mean of three methods"
+    return finding(
+        "Whether a step takes prompts of one task or of both matters little",
+        "2603.25562 Table A1 (one task a step)",
+        [Check(what=what, interval=differences(of("mixed"), of("alternate")), above=-SAME, below=SAME)],
     )
 
 
