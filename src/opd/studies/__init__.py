@@ -11,13 +11,18 @@ from opd.studies import (
     estimators,
     fixed_points,
     gamma,
+    length,
     losses,
     one_token,
     prefixes,
     privileged,
     prompts,
+    reverse,
+    special_tokens,
     supports,
+    teacher_choice,
     top_p,
+    two_teachers,
 )
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
@@ -29,11 +34,16 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "losses": losses.run,
     "one_token": one_token.run,
     "top_p": top_p.run,
+    "special_tokens": special_tokens.run,
     "prefixes": prefixes.run,
     "privileged": privileged.run,
+    "teacher_choice": teacher_choice.run,
+    "reverse": reverse.run,
     "cold_start": cold_start.run,
     "prompts": prompts.run,
     "supports": supports.run,
+    "length": length.run,
+    "two_teachers": two_teachers.run,
 }
 
 
