@@ -23,7 +23,8 @@ from opd.loading import cache_dir
 
 SOURCE = Path(__file__).parents[1]
 LONGEST = 28  # tokens of a response to a sum
-TRAINED_WITH = ("studies/methods.py",)  # of the files of studies, those that training depends on
+# Of the files of studies, those that training depends on.
+TRAINED_WITH = ("studies/boundaries.py", "studies/methods.py")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
