@@ -22,9 +22,7 @@ def special_numbers(good_a: bool, good_b: bool) -> dict[str, Any]:
                 accuracy = 0.6 if mask == "none" else 0.6 + 0.3 * (big - small)
                 if loss == special_tokens.LSM:
                     accuracy = 0.8 if good else 0.2 if mask == "none" else 0.6
-                elif mask == "first" and name == "B":
-                    accuracy = 0.5 if good else 0.9
-                elif mask == "every" and name == "A" and not good:
+                elif mask == "every" and not good:
                     accuracy = 0.9
                 if name == "control":
                     accuracy = 0.7
@@ -64,6 +62,6 @@ NUMBERS: dict[str, tuple[Any, Any]] = {
 }
 
 SECOND: dict[str, tuple[Any, list[int]]] = {
-    "special_tokens": (special_numbers(False, True), [0, 1, 2, 3, 4]),
+    "special_tokens": (special_numbers(False, True), [0, 1, 2, 3, 4, 5]),
     "length": (only_late(), [0, 2, 3, 5]),
 }

@@ -148,7 +148,7 @@ def test_both_studies_run_from_training_to_numbers_at_a_reduced_size(tmp_path, m
     monkeypatch.setattr(distilling, "HELD_OUT", 4)
     monkeypatch.setattr(signal_shares, "HELD_OUT", 4)
     monkeypatch.setattr(signal_depth, "HELD_OUT", 4)
-    case = special_tokens.Case(times=2, spelling="student", runs={"sampled token": ("first",)})
+    case = special_tokens.Case(spelling="student", runs={"sampled token": ("first",)}, student_steps=2)
     monkeypatch.setattr(special_tokens, "CASES", {"B": case})
     monkeypatch.setattr(length, "CAPS", {"B": {"half": (3, 0.5)}})
     lab = Lab(folder=tmp_path, workers=1)

@@ -5,8 +5,8 @@ Fu et al., arXiv 2603.25562 section 4.3 and Table 1. '<think>' is '<', 'think', 
 sampled token gains (36.4 -> 40.7 points), local support matching does not (41.7 -> 41.5).
 
 Here both spellings are three tokens (`boundaries`); the reward does not see them, and the teacher has read the
-student's spelling but never writes it. Setting A: one marker, before the answer. Setting B: two, the second within it.
-Control: a student of the teacher's spelling, for which a mask should not matter.
+student's spelling but never writes it. Setting A: a student that saw few examples. Setting B: one that saw more, surer
+of its marker. Control: A with a student of the teacher's spelling, for which a mask should not matter.
 """
 
 from __future__ import annotations
@@ -31,11 +31,12 @@ LSM = "local support matching"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """How many markers, in whose spelling the student writes them, and which runs (by loss, then mask)."""
+    """In whose spelling the student writes the marker, how it learns to, and which runs (by loss, then mask)."""
 
-    times: int
     spelling: str
     runs: Mapping[str, Sequence[str]]
+    student_rows: int = 256
+    student_steps: int = 150
 
     @property
     def task(self) -> Task:
@@ -43,21 +44,23 @@ class Case:
         return Task(
             data="opd.studies.boundaries:marked",
             reward="opd.studies.boundaries:beside_markers",
-            longest=9 + 3 * self.times,
-            options={"marker": SPELLINGS[self.spelling], "times": self.times},
+            longest=12,
+            options={"marker": SPELLINGS[self.spelling], "times": 1},
             characters=CHARACTERS,
         )
 
     def pair(self, size: PairSize) -> tuple[PairSize, PairSize]:
         """What the teacher and the student learn; the teacher has read the other spelling, whoever its student is."""
-        reads = {"marker": SPELLINGS["teacher"], "read": SPELLINGS["student"], "times": self.times}
-        return replace(size, task=replace(self.task, options=reads)), replace(size, task=self.task)
+        reads = {"marker": SPELLINGS["teacher"], "read": SPELLINGS["student"], "times": 1}
+        learns = replace(size, task=self.task, student_rows=self.student_rows, student_steps=self.student_steps)
+        return replace(size, task=replace(self.task, options=reads)), learns
 
 
+ALL = {"sampled token": ("none", "first", "every"), LSM: ("none", "first")}
 CASES = {
-    "A": Case(times=1, spelling="student", runs={"sampled token": ("none", "first", "every"), LSM: ("none", "first")}),
-    "B": Case(times=2, spelling="student", runs={"sampled token": ("none", "first", "every"), LSM: ("none", "every")}),
-    "control": Case(times=1, spelling="teacher", runs={"sampled token": ("none", "first")}),
+    "A": Case(spelling="student", runs=ALL),
+    "B": Case(spelling="student", runs=ALL, student_rows=600, student_steps=200),
+    "control": Case(spelling="teacher", runs={"sampled token": ("none", "first")}),
 }
 METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # and the top-p of rollouts
     "sampled token": ("opd", {}, 1.0),
@@ -78,7 +81,7 @@ class Size:
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 100
     prompts_per_step: int = 64
-    pair: PairSize = replace(SORTERS, student_rows=256, student_steps=150)
+    pair: PairSize = SORTERS
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
@@ -90,7 +93,10 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting of five digits, {len(size.seeds)} pairs of their own seeds for each case, {size.steps} updates "
             f"of {size.prompts_per_step} responses each; {LSM} with K = {K} of 18 tokens and top-p {TOP_P}. A mask is "
             "of each of the marker's tokens by itself. Accuracy of the digits on 200 held-out prompts at temperature "
-            "1, whatever the markers. A: one marker; B: two; control: one, spelled alike."
+            f"1, whatever the markers. A: students of {CASES['A'].student_rows} examples; B: of "
+            f"{CASES['B'].student_rows}; control: A, spelled alike. Two markers, the second within the answer, were "
+            "tried first as B: the sampled token then came to at most 0.005 with any mask, and with every occurrence "
+            "masked one student came to write nothing but markers, which stopped its run."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -140,6 +146,11 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
             Check(what="the same with the mask, minus that", interval=differences(masked, plain), below=BETTER),
         ]
 
+    def every(case: str) -> list[Check]:
+        values = (accuracy(f"{case}: sampled token, mask {mask}") for mask in ("every", "first"))
+        what = "accuracy of sampled token, mask every minus first"
+        return [Check(what=what, interval=differences(*values), above=-SAME, below=SAME)]
+
     gains = [accuracy(f"A: sampled token, mask {mask}") for mask in ("first", "none")]
     alike = [accuracy(f"control: sampled token, mask {mask}") for mask in ("first", "none")]
     per_seed = [[a - b for a, b in zip(*pair, strict=True)] for pair in (gains, alike)]
@@ -163,36 +174,25 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
                 gain("A", "first", above=BETTER),
                 Check(what="this gain minus the control's", interval=differences(*per_seed), above=BETTER),
             ],
-            [gain("B", "every", above=BETTER)],
+            [gain("B", "first", above=BETTER)],
         ),
         finding(
             "The mask hardly changes local support matching",
             "2603.25562 Table 1",
             [gain("A", "first", LSM, above=-HARDLY, below=HARDLY)],
-            [gain("B", "every", LSM, above=-HARDLY, below=HARDLY)],
+            [gain("B", "first", LSM, above=-HARDLY, below=HARDLY)],
         ),
         finding(
             "Without a mask local support matching is ahead of the sampled token, with it the lead shrinks",
             "2603.25562 Table 1",
             closes("A", "first"),
-            closes("B", "every"),
+            closes("B", "first"),
         ),
         finding(
-            "Masking the first occurrence is enough, as in the released code, while the marker occurs once",
+            "The marker occurs once, so it does not matter whether its first or every occurrence is masked",
             "2603.25562 section 4.3 and code",
-            [
-                Check(
-                    what="accuracy, one marker: mask every minus first",
-                    interval=differences(*(accuracy(f"A: sampled token, mask {m}") for m in ("every", "first"))),
-                    above=-SAME,
-                    below=SAME,
-                ),
-                Check(
-                    what="two markers: mask every minus first",
-                    interval=differences(*(accuracy(f"B: sampled token, mask {m}") for m in ("every", "first"))),
-                    above=BETTER,
-                ),
-            ],
+            every("A"),
+            every("B"),
         ),
     )
 
@@ -272,7 +272,7 @@ def draw(numbers: Numbers) -> report.Figure:
         for place, what in enumerate(SHARES):
             values = numbers[f"{case}: {START}"][what]
             at = place + 0.36 * (i - 0.5)
-            label = f"{case}: {CASES[case].times} marker{'s' * i}" if place == 0 else None
+            label = f"{case}: {CASES[case].student_rows} examples" if place == 0 else None
             shares.bar(at, over_seeds(values).mean, width=0.34, color=report.COLOURS[i], alpha=0.6, label=label)
             shares.plot([at] * len(values), values, "o", color="black", markersize=2.5)
     shares.set_xticks(range(len(SHARES)), list(SHARES.values()), fontsize=7)
