@@ -185,7 +185,7 @@ def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_pat
 
 
 def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, monkeypatch):
-    for name in ("train.py", "cli.py", "studies/methods.py", "studies/report.py"):
+    for name in ("train.py", "cli.py", "doctor/cost.py", "studies/methods.py", "studies/report.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1")
     monkeypatch.setattr(labs, "SOURCE", tmp_path)
@@ -201,6 +201,7 @@ def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, m
         assert changed("train.py")
         assert changed("studies/methods.py")
         assert not changed("cli.py")
+        assert not changed("doctor/cost.py")
         assert not changed("studies/report.py")
     finally:
         labs.library_digest.cache_clear()

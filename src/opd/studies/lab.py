@@ -203,11 +203,11 @@ def optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
 
 @cache
 def library_digest() -> str:
-    """A hash of the source of all that trains: the library without its command line, and of studies their methods."""
+    """A hash of the source of all that trains: the library without command line, doctor and all but some of studies."""
     digest = hashlib.sha256()
     for file in sorted(SOURCE.rglob("*.py")):
         name = file.relative_to(SOURCE).as_posix()
-        if name == "cli.py" or (file.parent.name == "studies" and name not in TRAINED_WITH):
+        if name == "cli.py" or (name.startswith(("doctor/", "studies/")) and name not in TRAINED_WITH):
             continue
         digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()

@@ -103,14 +103,6 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         what = f"accuracy, cap {LONG}: end minus best on the way"
         return [Check(what=what, interval=over_seeds([-one for one in fall]), below=COLLAPSE)]
 
-    def dies(late: str, early: str) -> Check:
-        start = numbers[f"A: {START}"]
-        return Check(
-            what=f"AUROC of log q - log p for right tokens, {late} minus {early}",
-            interval=differences(start[f"AUROC, {late}"], start[f"AUROC, {early}"]),
-            below=DIES,
-        )
-
     return (
         finding(
             "Responses that are cut short teach too little",
@@ -143,9 +135,19 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "The later in a response, and after a wrong token, the less the signal tells right tokens from wrong ones",
             "2604.13016 section 6.1",
-            [dies(PARTS[2], PARTS[0])],
-            [dies(PARTS[4], PARTS[3])],
+            [dies(numbers, PARTS[2], PARTS[0])],
+            [dies(numbers, PARTS[4], PARTS[3])],
         ),
+    )
+
+
+def dies(numbers: Numbers, late: str, early: str) -> Check:
+    """Whether the signal of the student at the start tells less in one part of its responses than in another."""
+    start = numbers[f"A: {START}"]
+    return Check(
+        what=f"AUROC of log q - log p for right tokens, {late} minus {early}",
+        interval=differences(start[f"AUROC, {late}"], start[f"AUROC, {early}"]),
+        below=DIES,
     )
 
 

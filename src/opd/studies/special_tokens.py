@@ -124,28 +124,6 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         what = f"accuracy of {loss}, mask {mask} minus none"
         return Check(what=what, interval=differences(with_mask, without), **sides)
 
-    def begins(case: str) -> list[Check]:
-        of = numbers[f"{case}: {START}"]
-        return [
-            Check(what="log p of a marker's first token, nats", interval=over_seeds(of["log p"]), above=SURE),
-            Check(what="log q", interval=over_seeds(of["log q"]), below=STRANGE),
-        ]
-
-    def dominated(case: str) -> list[Check]:
-        of = numbers[f"{case}: {START}"]
-        return [
-            Check(what=f"markers' {what}", interval=over_seeds(of[what]), above=DOMINATED)
-            for what in ("share of log-ratio", "share of gradient")
-        ]
-
-    def closes(case: str, mask: str) -> list[Check]:
-        plain = [b - a for a, b in zip(*(accuracy(f"{case}: {loss}, mask none") for loss in METHODS), strict=True)]
-        masked = [b - a for a, b in zip(*(accuracy(f"{case}: {loss}, mask {mask}") for loss in METHODS), strict=True)]
-        return [
-            Check(what=f"accuracy of {LSM} minus sampled token, no mask", interval=over_seeds(plain), above=BETTER),
-            Check(what="the same with the mask, minus that", interval=differences(masked, plain), below=BETTER),
-        ]
-
     def every(case: str) -> list[Check]:
         values = (accuracy(f"{case}: sampled token, mask {mask}") for mask in ("every", "first"))
         what = "accuracy of sampled token, mask every minus first"
@@ -158,14 +136,14 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "On its own spelling of a marker the student is sure, and the teacher all but excludes it",
             "2603.25562 section 4.3",
-            begins("A"),
-            begins("B"),
+            begins(numbers, "A"),
+            begins(numbers, "B"),
         ),
         finding(
             "These few tokens dominate the one-token signal",
             "2603.25562 section 4.3",
-            dominated("A"),
-            dominated("B"),
+            dominated(numbers, "A"),
+            dominated(numbers, "B"),
         ),
         finding(
             "Masking the marker helps the sampled token, and does so because of the mismatch",
@@ -185,8 +163,8 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "Without a mask local support matching is ahead of the sampled token, with it the lead shrinks",
             "2603.25562 Table 1",
-            closes("A", "first"),
-            closes("B", "first"),
+            closes(numbers, "A", "first"),
+            closes(numbers, "B", "first"),
         ),
         finding(
             "The marker occurs once, so it does not matter whether its first or every occurrence is masked",
@@ -195,6 +173,38 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
             every("B"),
         ),
     )
+
+
+def begins(numbers: Numbers, case: str) -> list[Check]:
+    """How sure the student is of its own spelling, and how strange the teacher finds it."""
+    of = numbers[f"{case}: {START}"]
+    return [
+        Check(what="log p of a marker's first token, nats", interval=over_seeds(of["log p"]), above=SURE),
+        Check(what="log q", interval=over_seeds(of["log q"]), below=STRANGE),
+    ]
+
+
+def dominated(numbers: Numbers, case: str) -> list[Check]:
+    """How much of the signal falls on markers."""
+    of = numbers[f"{case}: {START}"]
+    return [
+        Check(what=f"markers' {what}", interval=over_seeds(of[what]), above=DOMINATED)
+        for what in ("share of log-ratio", "share of gradient")
+    ]
+
+
+def closes(numbers: Numbers, case: str, mask: str) -> list[Check]:
+    """The lead of local support matching without a mask, and what the mask takes of it."""
+
+    def lead(of: str) -> list[float]:
+        one, other = (numbers[f"{case}: {loss}, mask {of}"]["sampled accuracy"] for loss in METHODS)
+        return [b - a for a, b in zip(one, other, strict=True)]
+
+    plain, masked = lead("none"), lead(mask)
+    return [
+        Check(what=f"accuracy of {LSM} minus sampled token, no mask", interval=over_seeds(plain), above=BETTER),
+        Check(what="the same with the mask, minus that", interval=differences(masked, plain), below=BETTER),
+    ]
 
 
 def measure(lab: Lab, size: Size) -> Numbers:

@@ -55,8 +55,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{size.pair.student_rows} worked rows of each task; {size.steps} updates of {size.prompts_per_step} "
             f"responses in all, so {size.steps // 2} of each task (half and swapped: {size.steps // 2} in all; small: "
             f"{size.prompts_per_step // 4} responses). Matching: K = 8 of {len(CHARACTERS) + 2} tokens, rollouts with "
-            "top-p 0.9. The learning rate, 2e-3, was the best of 1e-3, 2e-3 and 4e-3 for the sampled token (seed 0, "
-            "150 updates). "
+            "top-p 0.9. The learning rate, 2e-3, was the best of 1e-3, 2e-3 and 4e-3 for the sampled token (seed 0). "
             f"Held out: {HELD_OUT} prompts a task; `both` is the mean over the tasks, KL the exact reverse KL from "
             "the teacher that scored the task, in nats a token."
         ),
