@@ -23,7 +23,7 @@ from opd.loading import cache_dir
 
 SOURCE = Path(__file__).parents[1]
 LONGEST = 28  # tokens of a response to a sum
-TRAINED_WITH = ("studies/methods.py",)  # of the files of studies, those that training depends on
+TRAINED_WITH = ("studies/methods.py", "studies/habits.py")  # of the files of studies, those that training depends on
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
