@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import estimators, fixed_points, gamma, prefixes, privileged
+from opd.studies import estimators, fixed_points, gamma, prefixes, privileged, reverse, teacher_choice
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
@@ -16,6 +16,8 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "privileged": privileged.run,
     "estimators": estimators.run,
     "prefixes": prefixes.run,
+    "teacher_choice": teacher_choice.run,
+    "reverse": reverse.run,
 }
 
 
