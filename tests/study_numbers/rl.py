@@ -13,11 +13,11 @@ def curves(start: float, end: float) -> list[dict[int, float]]:
 
 
 def choice_numbers(good: bool, last: bool = True) -> teacher_choice.Numbers:
-    after = {"base + GRPO": 0.9, "larger, clean": 0.7, "larger + GRPO": 0.85, "larger": 0.52}
-    overlap = {"base + GRPO": 0.8, "larger, clean": 0.6, "larger + GRPO": 0.65, "larger": 0.75}
-    score = {"base + GRPO": 0.92, "larger, clean": 0.93, "larger + GRPO": 0.97, "larger": 0.6}
+    after = {"base + GRPO": 0.9, "larger, clean": 0.7, "larger + GRPO": 0.85, "larger": 0.52, "larger, early": 0.51}
+    overlap = {"base + GRPO": 0.8, "larger, clean": 0.6, "larger + GRPO": 0.65, "larger": 0.75, "larger, early": 0.7}
+    score = {"base + GRPO": 0.92, "larger, clean": 0.93, "larger + GRPO": 0.97, "larger": 0.6, "larger, early": 0.55}
     if not good:
-        after = {"base + GRPO": 0.7, "larger, clean": 0.9, "larger + GRPO": 0.52, "larger": 0.59}
+        after = {"base + GRPO": 0.7, "larger, clean": 0.9, "larger + GRPO": 0.52, "larger": 0.59, "larger, early": 0.6}
         overlap = {name: 1.4 - share for name, share in overlap.items()}
         score["larger, clean"] = 0.7
     made = {name: curves(0.5, value) for name, value in after.items()}
@@ -33,11 +33,11 @@ def choice_numbers(good: bool, last: bool = True) -> teacher_choice.Numbers:
 
 
 def reverse_numbers(good: bool, larger: bool = True) -> reverse.Numbers:
-    ends = {"base": 0.46, "larger": 0.48, reverse.NEARER: 0.47, "larger, clean": 0.9, "base + GRPO": 0.9}
+    ends = {"base": 0.46, "larger": 0.48, "larger, early": 0.47, "larger, clean": 0.9, "base + GRPO": 0.9}
     if not good:
-        ends = {"base": 0.85, "larger": 0.7, reverse.NEARER: 0.65, "larger, clean": 0.6, "base + GRPO": 0.6}
+        ends = {"base": 0.85, "larger": 0.7, "larger, early": 0.65, "larger, clean": 0.6, "base + GRPO": 0.6}
     score = {"base": 0.45, "larger": 0.5 if good else 0.4, "larger, clean": 0.95, "base + GRPO": 0.92}
-    score[reverse.NEARER] = score["larger"]
+    score["larger, early"] = score["larger"]
     if not larger:  # it drives the student to a level of its own
         ends["larger"] = score["larger"] = 0.7
     return reverse.Numbers(

@@ -10,7 +10,7 @@ Setting B: the larger teacher stopped earlier, so that it is only a little bette
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from opd.studies import report
 from opd.studies.lab import Lab
@@ -19,6 +19,7 @@ from opd.studies.rl_teachers import (
     BASE,
     BASE_RL,
     CLEAN,
+    EARLY,
     FALLING,
     LARGER,
     FamilySize,
@@ -29,8 +30,7 @@ from opd.studies.rl_teachers import (
     teacher_accuracy,
 )
 
-NEARER = "larger, stopped early"
-TEACHERS = (BASE, NEARER, LARGER, CLEAN, BASE_RL)
+TEACHERS = (BASE, EARLY, LARGER, CLEAN, BASE_RL)
 # The rules, fixed before the run; shares of right answers, sampled at temperature 1.
 FELL = -0.2
 LEVEL = 0.1  # two accuracies this close are the same level
@@ -44,7 +44,6 @@ class Size:
     steps: int = 60
     every: int = 15
     family: FamilySize = field(default_factory=FamilySize)
-    nearer_steps: int = 180  # of the larger teacher in setting B
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +79,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, {len(size.seeds)} families of their own seeds. Examples are in falling order, which "
             f"is wrong, in {FALLING:.0%} of the rows. The student imitated them and then learned from a reward (GRPO); "
             "its teachers are itself before GRPO (base), a larger imitator of the same kind of examples (larger), a "
-            f"larger imitator of right ones (larger, clean), and itself (base + GRPO). A: the larger imitator learned "
-            f"for {size.family.mixed.teacher_steps} updates; B: for {size.nearer_steps} only. Exact reverse KL, "
-            f"{size.steps} updates of 64 responses; 200 held-out rows, 4 samples each at temperature 1."
+            "larger imitator of right ones (larger, clean), and itself (base + GRPO). A: the larger imitator after "
+            f"{size.family.mixed.teacher_steps} updates; B: after {size.family.early_steps} (larger, early). Exact "
+            f"reverse KL, {size.steps} updates of 64 responses; 200 held-out rows, 4 samples each at temperature 1."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -92,9 +91,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 def measure(lab: Lab, size: Size) -> Numbers:
     """All seeds and teachers."""
-    models = family(lab, size.seeds, size.family, (BASE, LARGER, CLEAN, BASE_RL))
-    shorter = replace(size.family.mixed, teacher_steps=size.nearer_steps)
-    models[NEARER] = family(lab, size.seeds, replace(size.family, mixed=shorter), (LARGER,))[LARGER]
+    models = family(lab, size.seeds, size.family, TEACHERS)
     lessons = [
         Teaching(teacher=teacher, student=student, seed=seed, steps=size.steps, every=size.every)
         for name in TEACHERS
@@ -156,12 +153,12 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
             "A larger teacher of the same pipeline, better than what the student was before, drives it back to that "
             "level too",
             "2604.13016 section 3.3",
-            *([better(name), *fell(name)] for name in (LARGER, NEARER)),
+            *([better(name), *fell(name)] for name in (LARGER, EARLY)),
         ),
         finding(
             "Both teachers drive it down along nearly the same curve",
             "2604.13016 section 3.3",
-            *([apart(name)] for name in (LARGER, NEARER)),
+            *([apart(name)] for name in (LARGER, EARLY)),
         ),
         finding(
             "It is what the teacher says and not the distillation: from itself, and from a larger teacher without the "

@@ -1,23 +1,26 @@
 """Models of one family, which two studies share: imitators of mixed examples, and what GRPO makes of them.
 
-base            a small model that imitates examples, half of them with a bad habit (`opd.studies.habits`)
-base + GRPO     the same model after reinforcement learning on right answers (arXiv 2402.03300)
-larger          a larger model that imitates examples of the same kind: the same pipeline
-larger + GRPO   that one after reinforcement learning
-larger, clean   a larger model that imitates right examples only: as good as base + GRPO, and no relative
+`base` is a small model that imitates examples, half of them with a bad habit (`opd.studies.habits`). The others are:
+
+    base + GRPO     `base` after reinforcement learning on right answers (arXiv 2402.03300)
+    larger          a larger model that imitates examples of the same kind: the same pipeline
+    larger, early   that one stopped earlier, so that it is only a little better than the base
+    larger + GRPO   `larger` after reinforcement learning
+    larger, clean   a larger model that imitates right examples only: as good as base + GRPO, and no relative
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from opd.studies.distilling import Distillation, Trained, distil_all, held_out
 from opd.studies.lab import SORTING, Lab, Pair, PairSize, Task, optimizer, student_recipe, teacher_recipe
 
-BASE, BASE_RL, LARGER, LARGER_RL, CLEAN = "base", "base + GRPO", "larger", "larger + GRPO", "larger, clean"
+BASE, BASE_RL = "base", "base + GRPO"
+LARGER, EARLY, LARGER_RL, CLEAN = "larger", "larger, early", "larger + GRPO", "larger, clean"
 FALLING = 0.5  # share of the examples in falling order, which is wrong
 MIXED = Task(
     data="opd.studies.habits:sorting_both_ways",
@@ -47,6 +50,7 @@ class FamilySize:
 
     mixed: PairSize = field(default_factory=lambda: _imitators(MIXED, 300))
     clean: PairSize = field(default_factory=lambda: _imitators(SORTING, 150))
+    early_steps: int = 180  # of `larger, early`
     base_updates: int = 100  # of GRPO
     larger_updates: int = 60
     learning_rate: float = 1e-3
@@ -58,6 +62,7 @@ def family(lab: Lab, seeds: Sequence[int], size: FamilySize, names: Sequence[str
     imitators = {
         BASE: [student_recipe(seed, size.mixed) for seed in seeds],
         LARGER: [teacher_recipe(seed, size.mixed) for seed in seeds],
+        EARLY: [teacher_recipe(seed, replace(size.mixed, teacher_steps=size.early_steps)) for seed in seeds],
         CLEAN: [teacher_recipe(seed, size.clean) for seed in seeds],
     }
     wanted = [name for name in imitators if any(name in (one, one.removesuffix(" + GRPO")) for one in names)]

@@ -5,8 +5,9 @@ than a larger model, and its top-k tokens overlap more with the student's. Li et
 larger teacher and the same one after reinforcement learning, the latter closes more of its gap to the student, although
 it overlaps less: a high overlap is not sufficient.
 
-Setting B of the first claim is a quarter of the updates, with learning rates of their own: how near a teacher is to
-the student counts most when there is little time.
+Settings B: for teaching better, a quarter of the updates with learning rates of their own, for how near a teacher is
+counts most when there is little time; for the overlap, the larger teacher after GRPO; for gap recovery, the larger
+teacher stopped early, which has the least to teach.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from opd.studies.rl_teachers import (
     BASE,
     BASE_RL,
     CLEAN,
+    EARLY,
     FALLING,
     LARGER,
     LARGER_RL,
@@ -35,7 +37,7 @@ from opd.studies.rl_teachers import (
     teacher_accuracy,
 )
 
-TEACHERS = (BASE_RL, CLEAN, LARGER_RL, LARGER)
+TEACHERS = (BASE_RL, CLEAN, LARGER_RL, LARGER, EARLY)
 # The rules, fixed before the run.
 SAME_SCORE = 0.1  # share of right answers, sampled at temperature 1
 
@@ -98,11 +100,14 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, {len(size.seeds)} families of their own seeds. Examples are in falling order, which "
             f"is wrong, in {FALLING:.0%} of the rows. The student is a small imitator of them (base); teachers are "
             "itself after GRPO (base + GRPO), a larger imitator of right examples that is as good (larger, clean), a "
-            "larger imitator of the student's kind of examples (larger) and that one after GRPO (larger + GRPO). Exact "
-            f"reverse KL, {size.steps} updates of 64 responses; 200 held-out rows, 4 samples each at temperature 1; "
-            f"overlap of the top {TOP} tokens at the first update. Learning rate: the best on seed {size.seeds[0]} of "
-            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, which came out as: {rates}; "
-            f"setting B is {size.few_steps} updates, with rates chosen likewise."
+            "larger imitator of the student's kind of examples (larger), the same stopped early (larger, early), and "
+            f"`larger` after GRPO (larger + GRPO). Exact reverse KL, {size.steps} updates of 64 responses; 200 "
+            f"held-out rows, 4 samples each at temperature 1; overlap of the top {TOP} tokens at the first update. "
+            f"Learning rate: the best on seed {size.seeds[0]} of "
+            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, which came out as: {rates}. "
+            f"B: {size.few_steps} updates with rates chosen likewise (teaching better); larger + GRPO in place of "
+            "larger, clean (overlap); "
+            "larger, early in place of larger (gap recovery)."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -158,12 +163,24 @@ def best_rates(accuracy: dict[tuple[str, float], float]) -> dict[str, float]:
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The claims against the numbers."""
-    same_score = Check(
-        what="accuracy of the RLVR teacher minus the larger one's",
-        interval=differences(numbers.teacher[BASE_RL], numbers.teacher[CLEAN]),
-        above=-SAME_SCORE,
-        below=SAME_SCORE,
-    )
+
+    def same_score(larger: str) -> Check:
+        return Check(
+            what="accuracy of the RLVR teacher minus the larger one's",
+            interval=differences(numbers.teacher[BASE_RL], numbers.teacher[larger]),
+            above=-SAME_SCORE,
+            below=SAME_SCORE,
+        )
+
+    def less_recovered(larger: str) -> list[Check]:
+        return [
+            more("larger teacher before it minus the student", numbers.teacher[larger], numbers.before(larger)),
+            Check(
+                what="gain from that teacher minus what the recovery from the other one would give",
+                interval=over_seeds(numbers.shortfall(larger, LARGER_RL)),
+                below=0.0,
+            ),
+        ]
 
     better = "student's accuracy after the RLVR teacher minus after the larger one"
 
@@ -174,25 +191,21 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding(
             "Of two teachers of the same score, the student's own RLVR version teaches it better than a larger model",
             "2605.11182 Fig. 13",
-            [same_score, more(better, numbers.after(BASE_RL), numbers.after(CLEAN))],
-            [same_score, more(better, numbers.few[BASE_RL], numbers.few[CLEAN])],
+            [same_score(CLEAN), more(better, numbers.after(BASE_RL), numbers.after(CLEAN))],
+            [same_score(CLEAN), more(better, numbers.few[BASE_RL], numbers.few[CLEAN])],
         ),
         finding(
             "At the same score the RLVR teacher's top tokens overlap more with the student's from the start",
             "2605.11182 Fig. 13",
-            [same_score, more("difference of overlap ratios", numbers.overlap[BASE_RL], numbers.overlap[CLEAN])],
+            *(
+                [same_score(one), more("difference of overlap ratios", numbers.overlap[BASE_RL], numbers.overlap[one])]
+                for one in (CLEAN, LARGER_RL)
+            ),
         ),
         finding(
             "A larger teacher after reinforcement learning closes more of its gap to the student than before it",
             "2604.13016 section 3.2",
-            [
-                more("larger teacher before it minus the student", numbers.teacher[LARGER], numbers.before(LARGER)),
-                Check(
-                    what="gain from that teacher minus what the recovery from the other one would give",
-                    interval=over_seeds(numbers.shortfall(LARGER, LARGER_RL)),
-                    below=0.0,
-                ),
-            ],
+            *(less_recovered(one) for one in (LARGER, EARLY)),
         ),
         finding(
             "A high overlap is not sufficient: the larger teacher overlaps more before reinforcement learning than "
