@@ -296,5 +296,5 @@ def draw(numbers: Numbers) -> report.Figure:
         accuracies.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
     accuracies.set_yticks(range(len(numbers)), [name.replace(LSM, "LSM") for name in numbers], fontsize=7)
     accuracies.set_ylim(len(numbers) - 0.4, -0.6)
-    accuracies.set_xlabel("accuracy, share (LSM: local support matching)")
+    accuracies.set(xlabel="sampled accuracy, share", title="LSM: local support matching")
     return figure
