@@ -322,28 +322,39 @@ def grad_support_policy_gradient(
 
 
 def ema_pg(
-    student: Sequence[float], teacher: Sequence[float], support: Sequence[int], token: int, sampler_logp: float
+    student: Sequence[float],
+    teacher: Sequence[float],
+    support: Sequence[int],
+    token: int,
+    sampler_logp: float,
+    bounds: tuple[float, float] = (0.0, math.inf),
 ) -> float:
     """EMA-PG of one sampled token y: sum_S p l + s 1[y not in S] r (log p(y) - log q(y)), s = p(y)/mu(y), r = 1.
 
-    Revisiting App. G.3 (V4, V5).
+    Revisiting App. G.3 (V4, V5); s is clipped to `bounds`.
     """
     s, t = log_softmax(student), log_softmax(teacher)
     head = math.fsum(math.exp(s[v]) * (s[v] - t[v]) for v in support)
     if token in support:
         return head
-    return head + math.exp(s[token] - sampler_logp) * (s[token] - t[token])
+    ratio = min(max(math.exp(s[token] - sampler_logp), bounds[0]), bounds[1])
+    return head + ratio * (s[token] - t[token])
 
 
 def grad_ema_pg(
-    student: Sequence[float], teacher: Sequence[float], support: Sequence[int], token: int, sampler_logp: float
+    student: Sequence[float],
+    teacher: Sequence[float],
+    support: Sequence[int],
+    token: int,
+    sampler_logp: float,
+    bounds: tuple[float, float] = (0.0, math.inf),
 ) -> list[float]:
     """dEMA-PG/dz_j: TOPK-RAW's on S, and s l(y) (1{j=y} - p_j) through r = p(y)/sg[p(y)] if y is not in S."""
     head = grad_topk_raw(student, teacher, support)
     if token in support:
         return head
     p, ratios = softmax(student), _log_ratios(student, teacher)
-    scale = p[token] / math.exp(sampler_logp) * ratios[token]
+    scale = min(max(p[token] / math.exp(sampler_logp), bounds[0]), bounds[1]) * ratios[token]
     return [head[j] + scale * ((j == token) - p[j]) for j in range(len(p))]
 
 

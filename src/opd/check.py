@@ -123,7 +123,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Orde
     if "group" not in method.needs():
         return
     for step in range(spec.steps):
-        if not order.may_repeat(step):
+        if order.different_at_least(step) >= size:
             continue
         different = len({prompt.id for prompt in order.take(step)})
         if different < size:
@@ -155,25 +155,38 @@ def check_recipe(recipe: Recipe) -> list[str]:
 def described(spec: StageSpec, prepared: Prepared) -> list[str]:
     """What a stage trains on: a line, and one for each of its tasks."""
     of_each: list[str] = []
-    for task in prepared.tasks.values():
+    notes: list[str] = []
+    for name, task in prepared.tasks.items():
+        notes += [f"  {line}" if name is None else f"  task {name}: {line}" for line in task.notes]
         held_out = "no held-out prompts" if task.held_out is None else f"{len(task.held_out.prompts)} held out"
         of_each.append(f"{len(task.prompts)} prompts, {held_out}")
     if not spec.tasks:
-        return [f"stage {spec.name}: {spec.method}, {of_each[0]}"]
+        return [f"stage {spec.name}: {spec.method}, {of_each[0]}", *notes]
     lines = [f"stage {spec.name}: {spec.method}, {len(of_each)} tasks, {spec.task_order}"]
     for (name, part), numbers in zip(spec.tasks.items(), of_each, strict=True):
         taught = "no teacher" if part.teacher is None else f"teacher {part.teacher}"
         lines.append(f"  task {name}: {numbers}, {taught}, at most {part.sampling.max_completion_length} tokens")
-    return lines
+    return [*lines, *notes]
 
 
-def check_pass_at(spec: StageSpec, task: str | None, evaluate: EvaluateSection) -> None:
-    """Refuse a pass@k that no sampling setting has enough responses for. Raises ConfigError."""
+def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
+    """Refuse an evaluation that asks for what nobody can give. Raises ConfigError.
+
+    Those are a pass@k that no sampling setting has enough responses for, and a teacher where there is none.
+    """
     most = max(sampling.n for sampling in evaluate.sampling.values())
     if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
         raise ConfigError(
             f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
             f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
+        )
+    asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
+    if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
+        owner = "stage" if task is None else "task"
+        raise ConfigError(
+            f"{spec.where(task)}: it sets {' and '.join(asked)}, and there is no teacher: method {spec.method!r} has "
+            f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
+            f"than {spec.train!r}, or {' and '.join(asked)} to false."
         )
 
 
@@ -207,12 +220,24 @@ def check_tokenizers(
         lines.append(f"longest prompt: {max(map(len, ids))} tokens")
         if method is not None:
             method.bound(tokenizers[spec.train])
+            check_vocabulary(spec, method, tokenizers[spec.train])
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     for name in compared:
         check_same_tokens(tokenizers[spec.train], tokenizers[name], names=(spec.train, name))
     if compared:
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")
     return lines
+
+
+def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
+    """Refuse a support or a comparison of more tokens than the tokenizer has. Raises ConfigError."""
+    from opd.compare import check_k
+    from opd.supports import check_fits
+
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    check_fits(method.support.k, vocabulary)
+    if spec.diagnostics.every:
+        check_k(spec.diagnostics.k, vocabulary)
 
 
 def origin_of(recipe: Recipe, name: str) -> ModelSpec:

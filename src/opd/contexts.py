@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import string
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from opd.errors import ConfigError, DataError
 from opd.filters import PASS
+from opd.templates import fields_of, with_question
 from opd.types import Context, Message, Prompt, Rollout, needing
 
 VERDICTS = ("correct", "wrong")
@@ -26,6 +26,10 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "there, derive the same answer again in your own steps."
     },
     "hint": {"prefill": "<think>\nThe answer to this problem is {answer}.\n</think>\n\n"},
+    "history": {
+        "template": "{prompt}\n\nEarlier attempts at this problem, in summary:\n{privileged_context}\n\nKeep what led "
+        "somewhere, avoid what did not, and solve the problem."
+    },
     "feedback": {
         "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
         "right in it, correct what is not, and solve the problem."
@@ -67,9 +71,9 @@ def privileged(
         )
     fields = set[str]()
     if template is not None:
-        fields |= _fields("template", template, FIELDS, needed="prompt")
+        fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
     if prefill is not None:
-        fields |= _fields("prefill", prefill, FIELDS[1:])
+        fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
         return [_enriched(rollout, system, examples, template, prefill, verdicts) for rollout in rollouts]
@@ -101,11 +105,12 @@ def _enriched(
             )
         text = prompt.content if template is None else _filled(template, rollout, verdicts, prompt.content)
         return replace(prompt, content=text if system is None else f"{system}\n\n{text}")
-    messages = list(prompt.content)
+    messages = prompt.content
     if template is not None:
-        last = max(i for i, message in enumerate(messages) if message["role"] == "user")
-        text = _filled(template, rollout, verdicts, messages[last]["content"])
-        messages[last] = {**messages[last], "content": text}
+        messages = with_question(
+            messages, lambda text: _filled(template, rollout, verdicts, text), f"Prompt {prompt.id}"
+        )
+        assert not isinstance(messages, str)
     head = [message for message in messages[:1] if message["role"] == "system"]
     rest = messages[len(head) :]
     if system is not None:
@@ -139,18 +144,3 @@ def _column(name: str, prompt: Prompt) -> str:
             f"Prompt {prompt.id} has no `{name}`, which the context asks for. Fill the column, or leave the field out."
         )
     return str(value)
-
-
-def _fields(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
-    """The fields of a pattern. Raises ConfigError for one that is not known, or without the needed one."""
-    listed = ", ".join(f"{{{name}}}" + (" (needed)" if name == needed else "") for name in known)
-    try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
-    except ValueError as error:
-        raise ConfigError(
-            f"A context's {what} has braces that do not match: {error}, in {pattern!r:.80}. Write a brace of the text "
-            f"as two. It has the fields {listed}."
-        ) from error
-    if fields - set(known) or (needed is not None and needed not in fields):
-        raise ConfigError(f"A context's {what} has the fields {listed}; got {sorted(fields)}.")
-    return fields

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import reprlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ import numpy as np
 from opd.errors import ConfigError, DataError, nearest
 from opd.readers import FUNCTION, READERS, Row, rows_of
 from opd.render import conversation, text_or_none
+from opd.selection import Selected, Selection, check_selection, select
+from opd.templates import fields_of, question_of, with_question
 from opd.types import Prompt
 
 COLUMNS = ("prompt", "answer", "response", "privileged_context", "teacher_id")
@@ -39,10 +41,24 @@ class DataSpec:
     limit: int | None = None  # rows, from the first that is not skipped
     chat: bool = False  # a text prompt becomes one user message
     system: str | None = None  # a system message before the messages; implies chat
+    template: str | None = None  # rewrites the text, or the last user message: what stands there is {prompt}
+    select: Selection | None = None  # which of these rows are kept
+
+
+def spec_of(values: Mapping[str, Any]) -> DataSpec:
+    """The spec of a recipe's data section, given as plain values."""
+    select = values.get("select")
+    if select is None:
+        return DataSpec(**values)
+    by = select.get("by")
+    selection = Selection(**{**select, "by": None if by is None else spec_of(by)})
+    return DataSpec(**{**values, "select": selection})
 
 
 def load_prompts(spec: DataSpec, *, require: Collection[str] = ()) -> list[Prompt]:
-    """All rows as prompts, with id = index of the row, skipped ones counted; `require` names columns to be filled.
+    """All rows that are kept as prompts, with id = index of the row, skipped ones counted.
+
+    `require` names columns to be filled.
 
     Read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row without one,
     TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A reasoning-gym row
@@ -52,10 +68,36 @@ def load_prompts(spec: DataSpec, *, require: Collection[str] = ()) -> list[Promp
 
     Raises ConfigError when the spec cannot be meant so, DataError when a file or a row cannot be used.
     """
+    return load_selected(spec, require=require)[0]
+
+
+def load_selected(spec: DataSpec, *, require: Collection[str] = ()) -> tuple[list[Prompt], list[Selected]]:
+    """`load_prompts`, and what became of the rows where some were selected. Raises as `load_prompts` does."""
+    prompts, selected, seen = _asked(spec)
+    require_columns(prompts, require, source=spec.path, seen=seen)
+    if spec.template is not None:
+        pattern = spec.template
+        prompts = [
+            replace(p, content=with_question(p.content, lambda text: pattern.format(prompt=text), f"Prompt {p.id}"))
+            for p in prompts
+        ]
+    return prompts, selected
+
+
+def _asked(spec: DataSpec) -> tuple[list[Prompt], list[Selected], list[str]]:
+    """(the prompts that are kept, before the template; what was left out; the data's columns)."""
     _check_spec(spec)
     stop = None if spec.limit is None else spec.skip + spec.limit
     rows = list(islice(rows_of(spec.path, split=spec.split, options=spec.options, limit=stop), spec.skip, stop))
-    return _prompts(rows, spec, require)
+    prompts, seen = _prompts(rows, spec)
+    if spec.select is None:
+        return prompts, [], seen
+    others, of_others = None, list[Selected]()
+    if spec.select.by is not None:
+        theirs, of_others, _ = _asked(spec.select.by)
+        others = [question_of(prompt.content) for prompt in theirs]
+    kept, selected = select([question_of(p.content) for p in prompts], others, spec.select, spec.path)
+    return [prompts[i] for i in kept], [*of_others, selected], seen
 
 
 def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: bool = False) -> list[Prompt]:
@@ -68,10 +110,11 @@ def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: b
         return [row for row in given if isinstance(row, Prompt)]
     mappings = [{"prompt": row} if isinstance(row, str) else row for row in given]
     spec = DataSpec(path="prompts", chat=chat)
-    return _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], spec, ())
+    return _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], spec)[0]
 
 
-def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> list[Prompt]:
+def _prompts(rows: Sequence[Row], spec: DataSpec) -> tuple[list[Prompt], list[str]]:
+    """All rows as prompts, and the names of their columns."""
     if not rows and spec.skip:
         raise DataError(
             f"`skip: {spec.skip}` leaves nothing of {spec.path}: it has no row {spec.skip} (counted from 0). "
@@ -92,9 +135,7 @@ def _prompts(rows: Sequence[Row], spec: DataSpec, require: Collection[str]) -> l
                 f"`columns: {{{name}: {column}}}` names a column that {spec.path} does not have."
                 f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
             )
-    prompts = [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows, start=spec.skip)]
-    require_columns(prompts, require, source=spec.path, seen=seen, first=spec.skip)
-    return prompts
+    return [_prompt(index, where, row, spec) for index, (where, row) in enumerate(rows, start=spec.skip)], seen
 
 
 def shuffled(prompts: Sequence[Prompt], *, first: int, count: int, seed: int) -> list[Prompt]:
@@ -122,6 +163,10 @@ def _check_spec(spec: DataSpec) -> None:
         raise ConfigError(f"`skip` is a number of rows, at least 0, got {spec.skip}.")
     if spec.limit is not None and spec.limit < 1:
         raise ConfigError(f"`limit` is a number of rows, at least 1, got {spec.limit}. Leave it out to read all.")
+    if spec.template is not None:
+        fields_of("The `template` of a data section", spec.template, ("prompt",), needed="prompt")
+    if spec.select is not None:
+        check_selection(spec.select)
     is_file = spec.path.startswith("package:") or Path(spec.path).suffix.lower() in READERS
     if is_file and spec.options:
         raise ConfigError(f"A file has no options, and {spec.path} got {sorted(spec.options)}. Remove `options`.")
@@ -153,20 +198,16 @@ def _prompt(index: int, where: str, row: Mapping[str, Any], spec: DataSpec) -> P
     )
 
 
-def require_columns(
-    prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = (), first: int = 0
-) -> None:
-    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not.
-
-    `first` is the number of the first row.
-    """
+def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
+    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not."""
     for name in names:
         values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
-        empty = [index for index, value in enumerate(values, start=first) if value is None or value == ""]
+        empty = [p.id for p, value in zip(prompts, values, strict=True) if value is None or value == ""]
         if empty and name != "prompt":
             which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             columns = f" Its columns: {', '.join(seen)}." if seen else ""
+            meant = "" if name in seen else nearest(name, seen)
             raise DataError(
                 f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {source} have none "
-                f"(rows {which}).{nearest(name, seen)}{columns} Fill it, or map it with `columns:`."
+                f"(rows {which}).{meant}{columns} Fill it, or map it with `columns:`."
             )

@@ -10,7 +10,7 @@ import torch
 
 from opd.collate import attach, collate, split
 from opd.contexts import same_prompt
-from opd.data import DataSpec, load_prompts
+from opd.data import load_prompts, spec_of
 from opd.divergences import DIVERGENCES
 from opd.loading import load_model
 from opd.loss import hidden_of
@@ -200,7 +200,7 @@ def evaluate_model(
     judged_by = None if reward is None else load_reward(**reward)
     data_section = parse_section(DataSection, data, "data")
     prompts = load_prompts(
-        DataSpec(**data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
+        spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
     )
     lm = load_model(ModelSpec(path=model), name="model")
     held_out = HeldOut(

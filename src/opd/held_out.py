@@ -11,6 +11,7 @@ from torch import nn
 from opd.evaluate import HeldOut, exact_divergence, measure, sample_rows, student_samplers
 from opd.models import LanguageModel
 from opd.parallel import World
+from opd.recovery import as_metrics, recovered
 from opd.rundir import StageDir
 from opd.teachers.local import LocalTeacher
 from opd.types import Context, Rollout, Sampler
@@ -72,8 +73,24 @@ class Examiner:
     def after(self, done: int, *, finished: bool) -> dict[str, float]:
         """The student after `done` updates: what is due, and everything at the end."""
         due = [exam for exam in self.exams if finished or exam.due(done)]
+        when = f"step_{done:06d}"
         with self.world.gathered(self.root):
-            return self._measure(f"step_{done:06d}", due, self._student)
+            measured = self._measure(when, due, self._student)
+        return measured | self._recovered(when, due)
+
+    def _recovered(self, when: str, exams: Sequence[Exam]) -> dict[str, float]:
+        """The share of each teacher's lead that was made up, where before and teacher were measured.
+
+        From the files of responses, which outlive a stop; in the process that writes them and the metrics.
+        """
+        if not self.folder.writes:
+            return {}
+        before, teacher, after = map(self.folder.read_held_out, ("before", "teacher", when))
+        out: dict[str, float] = {}
+        for exam in exams:
+            found = recovered(before, teacher, after, exam.task, exam.held_out.sampling)
+            out |= as_metrics(found, exam.task)
+        return out
 
     def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam], Measured]) -> dict[str, float]:
         """The numbers of some exams, with the responses of all in one file."""

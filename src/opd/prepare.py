@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd import methods
-from opd.check import check_diagnostics, check_needs, check_pass_at
-from opd.data import DataSpec, load_prompts, require_columns
+from opd.check import check_diagnostics, check_evaluate, check_needs
+from opd.data import load_selected, require_columns, spec_of
 from opd.errors import DataError
 from opd.evaluate import HeldOut
 from opd.method import Method
 from opd.models import LanguageModel
 from opd.recipe import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards import RewardFn, load_reward
+from opd.selection import Selected
 from opd.turns import Order
 from opd.types import Prompt, Sampling, needs_of
 
@@ -38,6 +39,18 @@ class Task:
     prompts: list[Prompt]
     reward: RewardFn | None
     held_out: HeldOut | None
+    selected: tuple[Selected, ...] = ()  # what became of the rows where a data section selects, held-out ones last
+    unread_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
+
+    @property
+    def notes(self) -> list[str]:
+        """What a run says about the task's data before it begins: what was left out, and what nobody reads."""
+        unread = [
+            f"{count} {which} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is "
+            "measured"
+            for which, count in self.unread_answers.items()
+        ]
+        return [*map(str, self.selected), *unread]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,16 +78,26 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         check_needs(spec, name, method, has_reward=part.reward is not None or given.reward is not None)
         reward = given.reward or reward_of(part.reward)
         columns = PROMPT_COLUMNS & method.needs()
-        prompts = read(part.data, columns | needs_of_reward(reward), given.prompts)
-        held_out = None
+        prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
+        prompts = assigned(prompts, spec, name, part, first)
+        first = 1 + max(prompt.id for prompt in prompts)
+        held_out, unread = None, dict[str, int]()
         if part.evaluate is not None:
-            check_pass_at(spec, name, part.evaluate)
-            held_out = held_out_of(spec, part.evaluate, method, reward, seed)
+            check_evaluate(spec, name, method, part.evaluate)
+            held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
             measured = assigned(held_out.prompts, spec, name, part, first_held_out)
+            first_held_out = 1 + max(prompt.id for prompt in measured)
             held_out = replace(held_out, prompts=measured)
-            first_held_out += len(measured)
-        tasks[name] = Task(prompts=assigned(prompts, spec, name, part, first), reward=reward, held_out=held_out)
-        first += len(prompts)
+            selected = [*selected, *also]
+            unread["held-out"] = unread_answers(measured, method, held_out.reward)
+        unread["training"] = unread_answers(prompts, method, reward, held_out and held_out.reward)
+        tasks[name] = Task(
+            prompts=prompts,
+            reward=reward,
+            held_out=held_out,
+            selected=tuple(selected),
+            unread_answers={which: count for which, count in unread.items() if count},
+        )
     order = Order(
         prompts=tuple(task.prompts for task in tasks.values()),
         shares=tuple(part.share for part in spec.parts.values()),
@@ -87,24 +110,38 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 
 def held_out_of(
     spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: RewardFn | None, seed: int
-) -> HeldOut:
-    """What an `evaluate` section measures; its own reward, or that of the training."""
+) -> tuple[HeldOut, list[Selected]]:
+    """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows."""
     judged_by = reward_of(evaluate.reward) or reward
     read_by_teacher = needs_of(method.context) if evaluate.teacher or evaluate.kl else frozenset[str]()
-    return HeldOut(
-        prompts=read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher)),
+    prompts, selected = read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher))
+    held_out = HeldOut(
+        prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
         reward=judged_by,
         seed=seed,
         pass_at=evaluate.pass_at,
         max_prompt_length=spec.max_prompt_length,
     )
+    return held_out, selected
+
+
+def unread_answers(prompts: Sequence[Prompt], method: Method, *rewards: RewardFn | None) -> int:
+    """How many prompts have an answer that neither the method nor any of the rewards looks at.
+
+    A function of the user's own that declares no needs may look at everything.
+    """
+    given = [reward for reward in rewards if reward is not None]
+    own = any(":" in getattr(reward, "name", ":") for reward in given)
+    if own or "answer" in method.needs() | needs_of(*given):
+        return 0
+    return sum(prompt.answer is not None for prompt in prompts)
 
 
 def assigned(
     prompts: Sequence[Prompt], spec: StageSpec, task: str | None, part: TaskSection, first: int
 ) -> list[Prompt]:
-    """The prompts with their task and its teacher, and ids that begin at `first`: a data section counts from 0.
+    """The prompts with their task and its teacher, and ids that go on from `first`: a data section counts from 0.
 
     Raises DataError for rows whose `teacher_id` is another teacher than the one that would score them.
     """
@@ -118,13 +155,16 @@ def assigned(
     return [replace(p, id=first + p.id, task=task, teacher_id=part.teacher) for p in prompts]
 
 
-def read(section: DataSection, require: Iterable[str], given: list[Prompt] | None = None) -> list[Prompt]:
-    """The prompts of a data section, or those given in Python; every row has the columns that somebody will read.
+def read(
+    section: DataSection, require: Iterable[str], given: list[Prompt] | None = None
+) -> tuple[list[Prompt], list[Selected]]:
+    """The prompts of a data section, or those given in Python; what became of the rows where some were selected.
 
-    Raises DataError, also for given prompts that share an id: their responses would be one group, drawn alike.
+    Every prompt has the columns that somebody will read. Raises DataError, also for given prompts that share an id:
+    their responses would be one group, drawn alike.
     """
     if given is None:
-        return load_prompts(data_spec(section), require=sorted(require))
+        return load_selected(spec_of(section.model_dump()), require=sorted(require))
     require_columns(given, sorted(require), source="the prompts given in Python")
     twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
     if twice:
@@ -133,15 +173,11 @@ def read(section: DataSection, require: Iterable[str], given: list[Prompt] | Non
             "randomness and the group of a response come from its prompt's id: number them through, e.g. with "
             "dataclasses.replace(prompt, id=...)."
         )
-    return given
+    return given, []
 
 
 def needs_of_reward(reward: RewardFn | None) -> frozenset[str]:
     return frozenset() if reward is None else needs_of(reward)
-
-
-def data_spec(section: DataSection) -> DataSpec:
-    return DataSpec(**section.model_dump())
 
 
 def sampling_of(section: SamplingSection) -> Sampling:

@@ -65,6 +65,19 @@ class ModelSpec(Section):
         return self
 
 
+class SelectSection(Section):
+    """See `opd.selection.Selection`."""
+
+    by: DataSection | None = None
+    keep: Literal["near", "far"] | None = None
+    distinct: bool = False
+    measure: Literal["exact", "words", "characters", "encoder"] = "exact"
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1)
+    encoder: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+
 class DataSection(Section):
     """See `opd.data.DataSpec`."""
 
@@ -76,6 +89,11 @@ class DataSection(Section):
     limit: int | None = Field(default=None, ge=1)
     chat: bool = False
     system: str | None = None
+    template: str | None = None
+    select: SelectSection | None = None
+
+
+SelectSection.model_rebuild()  # a data section stands in it, and it in a data section
 
 
 class SamplingSection(Section):

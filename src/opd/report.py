@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from opd.recipe import Recipe, StageSpec
+from opd.recovery import recovered
 from opd.rundir import RunDir, StageDir
-from opd.statistics import gap_recovery
 
 # What a table shows of each sampling setting, in this order: key, label, share (shown in per cent).
 ROWS = (
@@ -108,34 +108,16 @@ def recoveries(spec: StageSpec, folder: StageDir, task: str | None, rows: Sequen
     """How much of the teacher's gap in a task was recovered, a line for each sampling setting in which it is ahead.
 
     From the held-out responses before, of the teacher and after, with Fieller's 95 % interval over their prompts
-    (`statistics.gap_recovery`). Nothing is said of a setting in which one of the three was not measured.
+    (`recovery.recovered`). Nothing is said of a setting in which one of the three was not measured.
     """
     assert spec.evaluate is not None
-    measured = [
-        [row for row in folder.read_held_out(when) if row["task"] == task]
-        for when in ("before", "teacher", f"step_{rows[-1]['step']:06d}")
-    ]
+    before, teacher, after = map(folder.read_held_out, ("before", "teacher", f"step_{rows[-1]['step']:06d}"))
     lines: list[str] = []
-    for sampling in spec.evaluate.sampling:
-        before, teacher, after = (_rewards(responses, sampling) for responses in measured)
-        if not before.keys() == teacher.keys() == after.keys():
-            continue
-        prompts = list(before)
-        found = gap_recovery([before[i] for i in prompts], [teacher[i] for i in prompts], [after[i] for i in prompts])
-        if found is not None:
-            what = f"{sampling}: {found.share:.0%} of the teacher's gap recovered"
-            low_high = found.bounds and "[{:.0%}, {:.0%}]".format(*found.bounds)
-            lines.append(f"{what} {low_high or '(no interval: the lead of the teacher may be chance)'}")
+    for sampling, found in recovered(before, teacher, after, task, spec.evaluate.sampling).items():
+        what = f"{sampling}: {found.share:.0%} of the teacher's gap recovered"
+        low_high = found.bounds and "[{:.0%}, {:.0%}]".format(*found.bounds)
+        lines.append(f"{what} {low_high or '(no interval: the lead of the teacher may be chance)'}")
     return lines
-
-
-def _rewards(responses: Sequence[Mapping[str, Any]], sampling: str) -> dict[int, float]:
-    """The mean reward of each prompt in one sampling setting; empty if there was no reward."""
-    found: dict[int, list[float]] = {}
-    for row in responses:
-        if row["sampling"] == sampling and row["reward"] is not None:
-            found.setdefault(row["prompt_id"], []).append(row["reward"])
-    return {prompt: sum(values) / len(values) for prompt, values in found.items()}
 
 
 def _cell(column: Mapping[str, float], key: str, share: bool, digits: int) -> str:

@@ -112,15 +112,21 @@ def support_policy_gradient(
     return signal
 
 
-def reverse_kl_with_sampled_tail() -> Signal:
-    """sum_S p l + 1[y not in S] p(y)/mu(y) sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
+def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
+    """sum_S p l + 1[y not in S] s p(y)/sg[p(y)] sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
 
-    The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it. Its mean
-    over y ~ mu is KL(p||q) on all of S and on what truncation left of the rest: the value is unbiased. The gradient is
-    not. The head is differentiated as it stands, and its +1 has no match in the tail: the mean is that of KL(p||q) plus
-    grad P_S, which pushes mass out of S as in `raw`. Raises ConfigError on the whole vocabulary, where nothing is
-    outside.
+    s = sg[p(y)/mu(y)], brought between `ratio_bounds` = (low, high) if they are given: (1, 1) leaves it out.
+    The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it.
+
+    Without bounds that bind, its mean over y ~ mu is KL(p||q) on all of S and on what truncation left of the rest: the
+    value is unbiased. The gradient is not. The head is differentiated as it stands, and its +1 has no match in the
+    tail: the mean is that of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`. Raises ConfigError
+    for bounds that are none, and on the whole vocabulary, where nothing is outside.
     """
+    if ratio_bounds is not None and not 0 <= ratio_bounds[0] <= ratio_bounds[1] < float("inf"):
+        raise ConfigError(
+            f"The bounds of an importance ratio are two numbers (low, high), 0 <= low <= high; got {ratio_bounds}."
+        )
 
     def signal(tokens: Tokens) -> Tensor:
         """The head on all columns but the last, and the tail on the last: [N]."""
@@ -133,9 +139,12 @@ def reverse_kl_with_sampled_tail() -> Signal:
         exists, outside = tokens.support_mask[:, :-1], tokens.support_mask[:, -1]
         head = divergences.on_support("reverse_kl", s[:, :-1], t[:, :-1], "raw", exists)
         log_p, log_q = s[:, -1].masked_fill(~outside, 0.0), t[:, -1].masked_fill(~outside, 0.0)
-        log_ratio_to_sampler = log_p - tokens.sampler_logp.masked_fill(~outside, 0.0)
+        log_ratio_to_sampler = (log_p - tokens.sampler_logp.masked_fill(~outside, 0.0)).detach()
         ratio = log_ratio_to_sampler.clamp(max=LARGEST_LOG_RATIO).exp()
-        return head + (ratio * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
+        if ratio_bounds is not None:
+            ratio = ratio.clamp(*ratio_bounds)
+        one = (log_p - log_p.detach()).exp()  # with the gradient of log p
+        return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
 
     return needing(signal, "policy_temperature", "sampler_logp", "sampled_last")
 

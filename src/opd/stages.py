@@ -75,6 +75,9 @@ def run_recipe(
                 shown.note(f"{spec.name}: done before")
                 continue
             shown.stage(spec.name, spec.steps)
+            for name, task in prepared[spec.name].tasks.items():
+                for line in task.notes:
+                    shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
             stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report, world)
             student = stage.student if world.size == 1 else None  # a sharded one is of use to nobody
             outcome = train(stage)

@@ -46,11 +46,14 @@ def worked(a: int, b: int) -> str:
     return ",".join(columns)
 
 
-def sorting(count: int, digits: int = 5, seed: int = 0, part: Part = "train") -> Iterator[dict[str, Any]]:
+def sorting(
+    count: int, digits: int = 5, seed: int = 0, part: Part = "train", descending: bool = False
+) -> Iterator[dict[str, Any]]:
     """`count` different rows of `digits` digits to put in order.
 
-    {"prompt": "58142>", "response": "12458", "answer": "12458"}: the sign tells the task from others. Parts as in
-    `addition`. Raises ConfigError when a part has fewer than `count` rows.
+    {"prompt": "58142>", "response": "12458", "answer": "12458"}, or descending {"prompt": "58142<", "response":
+    "85421", ...}: the sign tells the task from others. Parts as in `addition`, the same for both orders. Raises
+    ConfigError when a part has fewer than `count` rows.
     """
     rows = different(
         count,
@@ -61,8 +64,8 @@ def sorting(count: int, digits: int = 5, seed: int = 0, part: Part = "train") ->
         what=f"rows of {digits} digits",
     )
     for row in rows:
-        answer = "".join(map(str, sorted(row)))
-        yield {"prompt": "".join(map(str, row)) + ">", "response": answer, "answer": answer}
+        answer = "".join(map(str, sorted(row, reverse=descending)))
+        yield {"prompt": "".join(map(str, row)) + ("<" if descending else ">"), "response": answer, "answer": answer}
 
 
 def different(

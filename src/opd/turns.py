@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import ceil
+from math import lcm
 
 from opd.data import shuffled
 from opd.types import Prompt
@@ -53,10 +53,18 @@ class Order:
             firsts.setdefault(task, []).append(earlier)
         return [Span(task, earlier[0], len(earlier)) for task, earlier in sorted(firsts.items())]
 
-    def may_repeat(self, step: int) -> bool:
-        """Whether a step goes past the end of a task's prompts, so that it may take one twice."""
-        sizes = [len(prompts) for prompts in self.prompts]
-        return any(s.first // sizes[s.task] < (s.first + s.count - 1) // sizes[s.task] for s in self.spans(step))
+    def different_at_least(self, step: int) -> int:
+        """How many prompts of a step are certainly different, without a look at their order.
+
+        All of them, unless the step goes past the end of a task's prompts: then those of one pass through them.
+        """
+        return sum(_of_one_pass(span, len(self.prompts[span.task])) for span in self.spans(step))
+
+
+def _of_one_pass(span: Span, size: int) -> int:
+    """The most prompts of a span that belong to one pass through a task's `size` prompts."""
+    of_first = min(span.count, size - span.first % size)
+    return max(of_first, min(span.count - of_first, size))
 
 
 def turns(shares: Sequence[float], *, first: int, count: int) -> list[tuple[int, int]]:
@@ -66,14 +74,16 @@ def turns(shares: Sequence[float], *, first: int, count: int) -> list[tuple[int,
     order of these times, at the same time in the order of the tasks. So equal shares alternate, and after m turns every
     task has had m p of them to within (number of tasks + 1) / 2. Exact arithmetic, no state.
     """
-    whole = sum(map(Fraction, shares))
-    parts = [Fraction(share) / whole for share in shares]
-    half = Fraction(1, 2)
+    fractions = [Fraction(share) for share in shares]
+    scale = lcm(*(fraction.denominator for fraction in fractions))
+    parts = [int(fraction * scale) for fraction in fractions]  # whole numbers in the proportions of the shares
+    whole = sum(parts)
     start = max(first - len(parts), 0)  # at most `first` turns lie before this time
-    had = [max(0, ceil(start * part - half)) for part in parts]
+    had = [max(0, -((whole - 2 * start * part) // (2 * whole))) for part in parts]  # ceil(start p - 1/2)
+    between = [lcm(*parts) // part for part in parts]  # two turns of a task, in a unit in which all are whole
     found: list[tuple[int, int]] = []
     while len(found) < count:
-        task = min(range(len(parts)), key=lambda i: ((had[i] + half) / parts[i], i))
+        task = min(range(len(parts)), key=lambda i: ((2 * had[i] + 1) * between[i], i))
         if sum(had) >= first:
             found.append((task, had[task]))
         had[task] += 1

@@ -35,6 +35,7 @@ from opd import checkpoint, models
 from opd.loading import load_model
 from opd.methods import METHODS
 from opd.recipe import ModelSpec
+from opd.tables import read_table
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -440,7 +441,7 @@ def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: 
     write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
     said = refusal(one_stage(data={"path": "mine.jsonl"}, **changes))
     assert_says(said, f"DataError: This run needs `{column}` in every row, and 2 of 3 rows of mine.jsonl have none")
-    assert_says(said, "(rows 1, 2)", "Fill it, or map it with `columns:`")
+    assert_says(said, "(rows 1, 2). Its columns", "Fill it, or map it with `columns:`")
 
 
 @pytest.mark.parametrize(
@@ -482,9 +483,18 @@ def test_more_attempts_than_responses(no_weights: None):
     assert_says(refusal(one_stage(evaluate=evaluate)), "ConfigError: ", "pass@4", "at most 1 responses")
 
 
-def test_a_support_larger_than_the_vocabulary(work: Path):
-    said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}))
-    assert_says(said, "ConfigError: ", "k", "20", f"{len(CHARACTERS) + 2} tokens")
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_support_larger_than_the_vocabulary(no_weights: None, what: str):
+    said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}), what=what)
+    assert_says(said, "ConfigError: The method's support has k = 20", f"only {len(CHARACTERS) + 2} tokens. Lower k")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_comparison_of_more_tokens_than_there_are(no_weights: None, what: str):
+    said = refusal(one_stage(diagnostics={"every": 5, "k": 20}), what=what)
+    size = len(CHARACTERS) + 2
+    assert_says(said, "ConfigError: A comparison looks at the k most likely tokens of each model: k is 20, and the")
+    assert_says(said, f"vocabulary has {size} tokens. Set diagnostics.k to a number in 1..{size}.")
 
 
 # --- in the middle of a run ------------------------------------------------------------------------------------------
@@ -710,6 +720,131 @@ def test_describe_what_is_no_method():
     ended = command("describe", "topk")
     assert ended.code == 2
     assert_says(ended.err, "ConfigError: There is no method 'topk'.", "Known: sft")
+
+
+# --- what a teacher, the data or the tokens cannot give ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+@pytest.mark.parametrize(
+    ("evaluate", "parts"),
+    [
+        ({"teacher": True}, ["Stage 'distil': it sets evaluate.teacher, and", "or evaluate.teacher to false"]),
+        ({"kl": True}, ["Stage 'distil': it sets evaluate.kl, and there is no teacher", "or evaluate.kl to false"]),
+        ({"teacher": True, "kl": True}, ["it sets evaluate.teacher and evaluate.kl, and there is no teacher"]),
+    ],
+    ids=["teacher", "kl", "both"],
+)
+@pytest.mark.parametrize("teacher", [None, "student"])
+def test_an_evaluation_of_a_teacher_that_is_not_there(
+    no_weights: None, what: str, evaluate: dict[str, Any], parts: list[str], teacher: str | None
+):
+    measured = {"data": {"path": "held_out.jsonl"}, **evaluate}
+    said = refusal(one_stage(method="sft", teacher=teacher, evaluate=measured), what=what)
+    assert_says(said, "ConfigError: ", "method 'sft' has none, and the stage names none to compare with", *parts)
+    assert_says(said, "Set the stage's `teacher` to one of the models other than 'student'")
+
+
+def test_an_evaluation_of_a_teacher_that_the_method_does_not_ask(work: Path):
+    """A method without a teacher may still be compared with one."""
+    measured = {"data": {"path": "held_out.jsonl"}, "kl": True, "teacher": True, "before": False}
+    assert opd("train", one_stage(method="sft", evaluate=measured)).code == 0
+    assert {"eval/reverse_kl", "eval/teacher/sampled/length"} <= {key for row in metrics() for key in row}
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+def test_a_comparison_with_a_teacher_that_is_not_there(no_weights: None, what: str):
+    said = refusal(one_stage(method="sft", teacher=None, diagnostics={"every": 5}), what=what)
+    assert_says(
+        said, "ConfigError: Stage 'distil': diagnostics.every is 5, which compares the student with the teacher"
+    )
+    assert_says(said, "and method 'sft' has none. Set diagnostics.every to 0, or use a method with a teacher.")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+@pytest.mark.parametrize("information", ["solution", "history"])
+def test_privileged_information_that_some_rows_lack(work: Path, no_weights: None, what: str, information: str):
+    rows = [{**ROW, "summary": "1+1=3 is wrong;"}, {**ROW, "summary": ""}, ROW]
+    write_rows(work / "mine.jsonl", rows)
+    data = {"path": "mine.jsonl", "columns": {"privileged_context": "summary"}}
+    options = {"information": information}
+    recipe = one_stage(method="context_distillation", teacher=None, options=options, data=data)
+    said = refusal(recipe, what=what)
+    assert_says(said, "DataError: This run needs `privileged_context` in every row, and 2 of 3 rows of mine.jsonl have")
+    assert_says(said, "none (rows 1, 2)", "Its columns: prompt, summary. Fill it, or map it with `columns:`")
+
+
+@pytest.mark.parametrize("what", ["check", "train"])
+@pytest.mark.parametrize("token", ["<think>", [99]], ids=str)
+def test_a_mask_token_that_the_tokenizer_does_not_know(no_weights: None, what: str, token: Any):
+    said = refusal(one_stage(method="local_support_matching", options={"k": 3, "mask_tokens": [token]}), what=what)
+    assert_says(said, "ConfigError: ", str(token), "tokenizer")
+
+
+def test_an_answer_that_nobody_reads_is_counted(work: Path):
+    """Training without a reward is the usual case, so it is no mistake; but then no accuracy comes out."""
+    measured = {"data": {"path": "held_out.jsonl"}}
+    lines = opd("check", one_stage(evaluate=measured)).out.splitlines()
+    unread = "{} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is measured"
+    assert f"  {unread.format('12 training')}" in lines
+    assert f"  {unread.format('5 held-out')}" in lines
+    read = {**measured, "reward": {"name": "final_number"}}
+    assert "have an `answer`" not in opd("check", one_stage(evaluate=read)).out, "the same answers, held out, are read"
+    words = {"name": "max_words", "options": {"n": 3}}
+    lines = opd("check", one_stage(reward={"name": "exact"}, evaluate={**measured, "reward": words})).out.splitlines()
+    assert [line for line in lines if "have an `answer`" in line] == [f"  {unread.format('5 held-out')}"]
+    assert "have an `answer`" not in opd("check", one_stage(evaluate=measured, reward={"name": "exact"})).out
+    told = {"method": "context_distillation", "teacher": None, "options": {"information": "answer"}}
+    assert "have an `answer`" not in opd("check", one_stage(**told)).out
+    regex = {"name": "regex", "options": {"pattern": "[0-9]"}}
+    assert_says(opd("check", one_stage(reward=regex)).out, unread.format("12 training"))
+    (work / "mine.py").write_text("def reward(prompt, response): return 1.0\n")
+    assert "have an `answer`" not in opd("check", one_stage(reward={"name": "mine:reward"})).out
+    assert_says(opd("train", one_stage()).out, f"distil: {unread.format('12 training')}")
+
+
+def test_what_a_selection_leaves_out_is_counted(work: Path):
+    """Prompts that the teacher was trained on, mixed with others as two tasks of one teacher."""
+    write_rows(work / "theirs.jsonl", [{"prompt": "0+0="}, {"prompt": "1 + 0="}, {"prompt": "1+0="}])
+    by = {"path": "theirs.jsonl"}
+    tasks = {
+        "aligned": {"data": {"path": "train.jsonl", "skip": 1, "select": {"by": by, "keep": "near"}}, "share": 3},
+        "other": {"data": {"path": "train.jsonl", "template": "{prompt}+", "select": {"by": by, "keep": "far"}}},
+    }
+    for task in tasks.values():
+        task["teacher"] = "teacher"
+    recipe = one_stage(data=None, teacher=None, tasks=tasks, task_order="mixed", prompts_per_step=4, samples_every=1)
+    ended = opd("check", recipe)
+    assert ended.code == 0, ended.err
+    near = "train.jsonl: 1 of 11 rows selected (10 not near those of theirs.jsonl by equal text)"
+    far = "train.jsonl: 10 of 12 rows selected (2 near those of theirs.jsonl by equal text)"
+    assert_says(ended.out, "  task aligned: 1 prompts", "  task other: 10 prompts")
+    assert_says(ended.out, f"  task aligned: {near}", f"  task other: {far}")
+    ended = opd("train", recipe)
+    assert ended.code == 0, ended.err
+    assert_says(ended.out, f"distil, task aligned: {near}", f"distil, task other: {far}")
+    rows = [row for file in sorted(Path("run/distil/samples").glob("*.parquet")) for row in read_table(file)]
+    prompts = {task: {row["prompt"] for row in rows if row["task"] == task} for task in tasks}
+    assert prompts["aligned"] == {"1+0="}
+    assert all(prompt.endswith("=+") for prompt in prompts["other"])
+    assert [row["task"] for row in rows].count("aligned") == 6
+    ids = {task: {row["prompt_id"] for row in rows if row["task"] == task} for task in tasks}
+    assert not ids["aligned"] & ids["other"], "a row that keeps its number after others are gone shares it with nobody"
+
+
+def test_a_selection_that_cannot_be_meant(no_weights: None):
+    data = {"path": "train.jsonl", "select": {"kep": "near", "threshold": 2}}
+    said = refusal(one_stage(data=data))
+    assert_says(said, "unknown key `stages.0.data.select.kep`. Did you mean 'keep'?", "by, keep, distinct, measure")
+    assert_says(said, "`stages.0.data.select.threshold`", "less than or equal to 1 (got 2)")
+    data["select"] = {"by": {"path": "x.jsonl", "lmit": 3}, "keep": "near"}
+    assert_says(refusal(one_stage(data=data)), "unknown key `stages.0.data.select.by.lmit`. Did you mean 'limit'?")
+    data["select"] = {"by": {"path": "held_out.jsonl"}, "keep": "near"}
+    said = refusal(one_stage(data={**data, "limit": 3}), what="check")
+    assert_says(said, "DataError: `select` leaves nothing of train.jsonl: 3 not near those of held_out.jsonl", "Change")
+
+
+# --- what is said when nothing is wrong ------------------------------------------------------------------------------
 
 
 def test_check_says_what_it_looked_at(no_weights: None):

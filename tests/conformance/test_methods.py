@@ -225,11 +225,11 @@ def released(k: int, by: str, weights: str = "student", normalised: bool = True)
     return loss, gradient
 
 
-def sampled_tail(k: int, by: str) -> tuple[Loss, Slope]:
+def sampled_tail(k: int, by: str, bounds: tuple[float, float] = (0.0, math.inf)) -> tuple[Loss, Slope]:
     """EMA-PG of Revisiting."""
     return (
-        lambda at: oracle.ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp),
-        lambda at: oracle.grad_ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp),
+        lambda at: oracle.ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp, bounds),
+        lambda at: oracle.grad_ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp, bounds),
     )
 
 
@@ -327,6 +327,11 @@ CASES: dict[str, list[Case]] = {
         ),
         matching(sampled_tail(3, "student"), {"k": 3, "by": "student", "sampled_token": "tail"}, fixed_point=False),
         matching(sampled_tail(3, "teacher"), {"k": 3, "sampled_token": "tail"}, fixed_point=False),
+        matching(
+            sampled_tail(3, "teacher", (0.5, 0.9)),
+            {"k": 3, "sampled_token": "tail", "ratio_bounds": [0.5, 0.9]},
+            fixed_point=False,
+        ),
     ],
     "vopd": [
         case(centred(k=3), {"k": 3}, average="token"),

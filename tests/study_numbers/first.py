@@ -79,6 +79,10 @@ def estimator_numbers(good: bool) -> estimators.Numbers:
     )
 
 
+def estimators_in_both(good_a: bool, good_b: bool) -> dict[str, estimators.Numbers]:
+    return {"A": estimator_numbers(good_a), "B": estimator_numbers(good_b)}
+
+
 def prefix_numbers(good_a: bool, good_b: bool) -> dict[str, prefixes.Numbers]:
     def one(good: bool) -> prefixes.Numbers:
         shares = (1.0, 0.9, 0.6, 0.3, 0.2) if good else (0.5, 0.5, 0.6, 0.8, 0.9)
@@ -96,7 +100,7 @@ NUMBERS: dict[str, tuple[Any, Any]] = {
     "fixed_points": (fixed_point_numbers(True), fixed_point_numbers(False)),
     "gamma": (gamma_numbers(True, True), gamma_numbers(False, False)),
     "privileged": (privileged_numbers(True), privileged_numbers(False)),
-    "estimators": (estimator_numbers(True), estimator_numbers(False)),
+    "estimators": (estimators_in_both(True, True), estimators_in_both(False, False)),
     "prefixes": (prefix_numbers(True, True), prefix_numbers(False, False)),
 }
 
@@ -104,5 +108,6 @@ NUMBERS: dict[str, tuple[Any, Any]] = {
 SECOND: dict[str, tuple[Any, list[int]]] = {
     "gamma": (gamma_numbers(False, True), [0, 1]),
     "prefixes": (prefix_numbers(False, True), [0, 1]),
+    "estimators": (estimators_in_both(False, True), [0, 1, 2, 3, 4]),
     "fixed_points": (fixed_point_numbers(True, near=False), [4]),
 }

@@ -76,6 +76,7 @@ def test_a_prefill_stands_behind_the_generation_prompt():
     [
         ("answer", ["ab\n\n", "known to be: 7\n"]),
         ("solution", ["ab\n\n", "solution:\nhg\n"]),
+        ("history", ["ab\n\n", "Earlier attempts at this problem, in summary:\nhg\n", "avoid what did not"]),
         ("feedback", ["ab\n\n", "attempt:\ncd\n", "checked and is correct."]),
     ],
 )

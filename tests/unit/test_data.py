@@ -482,3 +482,42 @@ def test_the_order_is_a_function_of_seed_and_position_alone():
     prompts = prompts_of(10)
     late = [p.id for p in shuffled(prompts, first=28, count=4, seed=5)]
     assert late == walk(10, steps=8, count=4, seed=5)[-4:]
+
+
+# --- the template ----------------------------------------------------------------------------------------------------
+
+ALIGNED = "{prompt} Please reason step by step, and put your final answer within \\boxed{{}}."
+
+
+def test_the_teachers_template_rewrites_text_and_the_last_user_message(tmp_path):
+    turns = [
+        {"role": "user", "content": "2?"},
+        {"role": "assistant", "content": "4"},
+        {"role": "user", "content": "3?"},
+    ]
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "2 {x} 2?"}, {"prompt": turns}])
+    text, messages = load(path, template=ALIGNED)
+    end = "Please reason step by step, and put your final answer within \\boxed{}."
+    assert text.content == f"2 {{x}} 2? {end}"
+    assert messages.content == (*turns[:2], {"role": "user", "content": f"3? {end}"})
+    chat = load(path, limit=1, template="Q: {prompt}", system="Be brief.")[0]
+    assert [m["content"] for m in chat.content] == ["Be brief.", "Q: 2 {x} 2?"]
+
+
+def test_a_template_that_cannot_be_meant(tmp_path):
+    path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
+    needed = r"The `template` of a data section has the fields \{prompt\} \(needed\); got "
+    with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Write a brace of the text as two"):
+        load(path, template="{question}")
+    with pytest.raises(ConfigError, match=needed + r"\[\]"):
+        load(path, template="What?")
+    with pytest.raises(ConfigError, match=r"has braces that do not match: .* Write a brace of the text as two"):
+        load(path, template="{prompt} \\boxed{")
+
+
+def test_a_prompt_that_a_template_cannot_rewrite(tmp_path):
+    parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
+    for prompt, roles in ((parts, "user"), ([{"role": "system", "content": "x"}], "system")):
+        path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": prompt}])
+        with pytest.raises(DataError, match=rf"Prompt 1 has no text of a user .* \(roles: {roles}\)\. Leave the templ"):
+            load(path, template="Q: {prompt}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from run_helpers import command, one_stage, prepare, self_taught, two_stages
 
 from opd.compare import compare
 from opd.continuation import Depth, Transitions
-from opd.doctor import bias, cost, headroom, information, signal, special, tokens
+from opd.doctor import bias, cost, examine, headroom, information, signal, special, tokens
 from opd.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
 from opd.doctor.pair import SAMPLES, Pair, pair_up, stage_to_examine
 from opd.errors import ConfigError
@@ -26,6 +27,7 @@ from opd.prepare import Given
 from opd.prepare import prepare as prepared_of
 from opd.rewards import load_reward
 from opd.statistics import Interval
+from opd.studies import STUDIES
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Sampling
 
@@ -61,6 +63,15 @@ def test_the_worst_finding_decides():
     assert verdict([FINE, skipped("a/skipped", "no reward")]) == "go"
     assert verdict([FINE, CHANGE]) == "go with these changes"
     assert verdict([CHANGE, STOP, FINE]) == "stop"
+
+
+def test_the_studies_that_findings_name_exist():
+    named: set[str] = set()
+    for file in Path(examine.__file__).parent.glob("*.py"):
+        for names in re.findall(r"`opd study (\w+)`((?: and `\w+`)*)", file.read_text()):
+            named |= {names[0], *re.findall(r"`(\w+)`", names[1])}
+    assert len(named) > 5
+    assert named <= set(STUDIES)
 
 
 def test_a_report_puts_what_asks_for_action_first():

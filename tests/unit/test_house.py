@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from opd.errors import ConfigError
 from opd.methods import METHODS
-from opd.methods.describe import markdown
+from opd.methods.describe import markdown, recipes_of
 from opd.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "types", "errors", "filters", "sequences"}
+PURE = {"binding", "divergences", "types", "errors", "filters", "sequences", "templates"}
 
 
 def imports_of(file: Path) -> set[str]:
@@ -79,7 +80,7 @@ def test_files_and_functions_are_short():
 
 
 def test_the_page_of_methods_is_generated():
-    assert (ROOT / "docs" / "methods.md").read_text() == markdown(), "run `make docs`"
+    assert (ROOT / "docs" / "methods.md").read_text() == markdown(ROOT / "recipes"), "run `make docs`"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
@@ -87,6 +88,25 @@ def test_a_recipe_is_named_like_its_file_and_says_what_to_expect(recipe):
     assert load_recipe(recipe).name == recipe.stem
     header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
     assert re.search(r"seeds? \d", header), "the header names the seeds and the numbers that they gave"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_used_by_a_recipe_that_says_what_it_gave(name):
+    """The recipe that the page of methods names: its header has the seeds, and an accuracy in percent."""
+    recipes = recipes_of(ROOT / "recipes")[name]
+    assert recipes == [name] if (ROOT / "recipes" / f"{name}.yaml").exists() else recipes
+    for recipe in recipes:
+        header = "".join(
+            line for line in (ROOT / "recipes" / f"{recipe}.yaml").read_text().splitlines() if line[:1] == "#"
+        )
+        assert re.search(r"seeds? \d", header), recipe
+        assert re.search(r"\d %", header), recipe
+
+
+def test_a_method_without_a_recipe_has_no_page(tmp_path):
+    (tmp_path / "opd.yaml").write_text((ROOT / "recipes" / "opd.yaml").read_text())
+    with pytest.raises(ConfigError, match=r"uses grpo, gkd, .*Write one, recipes/grpo.yaml, or run this where"):
+        recipes_of(tmp_path)
 
 
 def test_help_imports_no_torch():

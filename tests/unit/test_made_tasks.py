@@ -23,12 +23,19 @@ def test_sums_are_right_and_worked_out_column_by_column():
             assert sum(map(int, digits.split("+"))) == int(total)
 
 
-def test_rows_are_sorted():
-    for row in sorting(count=300, digits=5):
+@pytest.mark.parametrize(("descending", "sign"), [(False, ">"), (True, "<")])
+def test_rows_are_sorted(descending: bool, sign: str):
+    for row in sorting(count=300, digits=5, descending=descending):
         assert len(row["prompt"]) == 6
-        assert row["prompt"][-1] == ">"
-        assert sorted(row["prompt"][:-1]) == list(row["answer"])
+        assert row["prompt"][-1] == sign
+        up = sorted(row["prompt"][:-1])
+        assert list(row["answer"]) == (up[::-1] if descending else up)
         assert row["response"] == row["answer"]
+
+
+def test_both_orders_sort_the_same_rows():
+    up, down = sorting(count=50, seed=3), sorting(count=50, seed=3, descending=True)
+    assert [row["prompt"][:-1] for row in up] == [row["prompt"][:-1] for row in down]
 
 
 @pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000)])

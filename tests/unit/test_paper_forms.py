@@ -174,14 +174,13 @@ def test_defaults_are_the_papers():
 # --- EMA-PG of Revisiting --------------------------------------------------------------------------------------------
 
 
-def sampled_tail(token: int, mu: Tensor) -> tuple[Tensor, Tensor]:
+def sampled_tail(token: int, mu: Tensor, bounds: tuple[float, float] | None = None) -> tuple[Tensor, Tensor]:
     """The signal and its gradient for one drawn token, on the support and that token behind it."""
     ids = torch.cat([SUPPORT, torch.tensor([token])])
     exists = torch.ones(K + 1, dtype=torch.bool)
     exists[K] = not bool(ON_SUPPORT[token])
-    return value_and_gradient(
-        signals.reverse_kl_with_sampled_tail(), ids, exists=exists, sampler_logp=mu.log_softmax(-1)[token]
-    )
+    signal = signals.reverse_kl_with_sampled_tail(bounds)
+    return value_and_gradient(signal, ids, exists=exists, sampler_logp=mu.log_softmax(-1)[token])
 
 
 @pytest.mark.parametrize("mu", [STUDENT, SAMPLER], ids=["on policy", "another sampler"])
@@ -205,6 +204,38 @@ def test_sampled_tail_is_unbiased_in_value_and_has_the_gradient_of_the_mass_too_
     assert abs(float(head - exact)) > 1e-2, "the head alone is not the divergence"
     gradient = torch.stack([m * g for m, (_, g) in zip(drawn, each, strict=True)]).sum(0)
     close(gradient - torch.tensor(oracle.grad_full(*LISTS[:2]), dtype=torch.float64), GRAD_P_S)
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 1.0), (0.9, 1.1), (0.0, 0.5), (2.0, 5.0)], ids=str)
+def test_bounds_clip_the_ratio_to_the_sampler_and_nothing_else(bounds: tuple[float, float]):
+    """A clipped ratio is a constant: the token keeps its gradient, which PPO's clip would take."""
+    drawn = SAMPLER.log_softmax(-1)
+    clipped = 0
+    for token in range(V):
+        value, gradient = sampled_tail(token, SAMPLER, bounds)
+        close(value, oracle.ema_pg(*LISTS, token, float(drawn[token]), bounds))
+        close(gradient, oracle.grad_ema_pg(*LISTS, token, float(drawn[token]), bounds))
+        clipped += not bool(torch.allclose(value, sampled_tail(token, SAMPLER)[0]))
+    assert clipped
+    close(sampled_tail(0, STUDENT, (1.0, 1.0))[1], sampled_tail(0, STUDENT)[1])
+
+
+@pytest.mark.parametrize("bounds", [(1.0, 0.5), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)], ids=str)
+def test_bounds_that_are_none(bounds: tuple[float, float]):
+    with pytest.raises(ConfigError, match=r"two numbers \(low, high\), 0 <= low <= high; got \("):
+        signals.reverse_kl_with_sampled_tail(bounds)
+
+
+def test_bounds_are_of_the_sampled_token_in_the_tail():
+    with pytest.raises(
+        ConfigError, match=r"sampled_token is 'left_out', which has none; got \[0\.5, 2\.0\]\. Set sampled"
+    ):
+        methods.build("local_support_matching", {"ratio_bounds": [0.5, 2]})
+    tail = methods.build("local_support_matching", {"sampled_token": "tail", "k": 3, "ratio_bounds": [1, 1]})
+    without = methods.build("local_support_matching", {"sampled_token": "tail", "k": 3})
+    tokens = replace(on(STUDENT, torch.tensor([0, 1, 2, 5])), sampler_logp=torch.tensor([-3.0], dtype=torch.float64))
+    tokens = replace(tokens, support_mask=torch.ones(1, 4, dtype=torch.bool))
+    assert float(tail.signal(tokens)) != float(without.signal(tokens))
 
 
 def test_what_stands_in_a_sampled_column_that_does_not_exist_changes_nothing():

@@ -9,9 +9,10 @@ import pytest
 from run_helpers import EVALUATE, command, one_stage, prepare
 
 from opd.recipe import StageSpec, parse_recipe
+from opd.recovery import as_metrics, recovered
 from opd.report import held_out_table, recoveries
 from opd.rundir import StageDir
-from opd.statistics import gap_recovery
+from opd.statistics import Recovery, gap_recovery
 
 ROWS = [{"step": 0, "eval/greedy/reward": 0.0}, {"step": 8, "eval/greedy/reward": 0.5}]
 
@@ -99,3 +100,57 @@ def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch:
 
 def even(prompt: object, response: str) -> float:
     return float(len(response) % 2 == 0)
+
+
+# --- in the metrics, at every evaluation -----------------------------------------------------------------------------
+
+LEAD = ("models.teacher.seed=4", "evaluate.every=1", "optimizer.learning_rate=0.03", "steps=3")
+
+
+def test_every_evaluation_has_the_gap_recovery_of_its_own_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Against plain arithmetic on the rewards of the same rows; in a setting without a lead there is none."""
+    recipe = one_stage(evaluate=EVALUATE | {"reward": {"name": "test_report:even"}})
+    monkeypatch.chdir(prepare(tmp_path / "work", recipe))
+    ended = command("train", "recipe.yaml", *LEAD)
+    assert ended.code == 0, ended.err
+    folder = StageDir(Path("run/distil"))
+    rows = [row for row in folder.read_metrics() if any(key.startswith("eval/") for key in row)]
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert not any("gap_recovery" in key for key in rows[0])
+    seen = set()
+    for row in rows[1:]:
+        for sampling in ("greedy", "drawn"):
+            name = f"eval/{sampling}/gap_recovery"
+            before, teacher = rows[0][f"eval/{sampling}/reward"], rows[0][f"eval/teacher/{sampling}/reward"]
+            assert (name in row) == (teacher > before)
+            if name in row:
+                expected = (row[f"eval/{sampling}/reward"] - before) / (teacher - before)
+                assert row[name] == pytest.approx(expected, abs=1e-12)
+                assert row.get(f"{name}_low", expected) <= expected + 1e-12
+                assert expected - 1e-12 <= row.get(f"{name}_high", expected)
+                assert (f"{name}_low" in row) == (f"{name}_high" in row)
+                seen.add(row[name])
+    assert len(seen) > 1, "the seed gives a lead, and a student that moves"
+
+
+def test_the_metrics_of_a_recovery_have_bounds_where_it_has():
+    found = {"greedy": Recovery(0.5, (0.2, 0.9)), "drawn": Recovery(1.5, None)}
+    assert as_metrics(found, None) == {
+        "eval/greedy/gap_recovery": 0.5,
+        "eval/greedy/gap_recovery_low": 0.2,
+        "eval/greedy/gap_recovery_high": 0.9,
+        "eval/drawn/gap_recovery": 1.5,
+    }
+    assert as_metrics({"greedy": Recovery(0.5, None)}, "sums") == {"eval/sums/greedy/gap_recovery": 0.5}
+
+
+def test_a_recovery_is_of_one_task_and_of_what_was_measured_three_times():
+    def rows(*rewards: tuple[str | None, str, int, float | None]) -> list[dict[str, object]]:
+        return [dict(zip(("task", "sampling", "prompt_id", "reward"), row, strict=True)) for row in rewards]
+
+    before = rows(("a", "s", 1, 0.0), ("a", "s", 2, 0.0), ("b", "s", 1, 1.0), ("a", "t", 1, 0.0))
+    teacher = rows(("a", "s", 1, 1.0), ("a", "s", 2, 1.0), ("b", "s", 1, 0.0), ("a", "t", 1, None))
+    after = rows(("a", "s", 2, 1.0), ("a", "s", 1, 0.0), ("b", "s", 1, 1.0), ("a", "t", 1, 1.0))
+    assert {name: found.share for name, found in recovered(before, teacher, after, "a", "st").items()} == {"s": 0.5}
+    assert recovered(before, teacher, after, "b", "st") == {}, "its teacher is not ahead"
+    assert recovered(before, teacher, after, None, "st") == {}

@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 
-from opd.studies import estimators, fixed_points, forms, privileged, walks
+from opd.studies import estimators, fixed_points, forms, losses, one_token, privileged, supports, walks
 
 
 def random_pair(seed: int, vocabulary: int = 6, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -162,3 +162,15 @@ def test_measured_bias_and_noise_against_plain_python(monkeypatch):
     assert numbers.student_mass[2][0] == pytest.approx(sum(a[v] for a, s in zip(p, top, strict=True) for v in s) / 2)
     assert numbers.sampled_bias[0] < 1e-9
     assert numbers.sampled_noise[0] > 0.0
+
+
+def test_what_a_course_of_training_shows():
+    assert losses.smoothed([1.0, 2.0, 6.0, 0.0], 2) == [1.5, 4.0, 3.0]
+    assert losses.smoothed([1.0], 2) == []
+    assert one_token.largest_fall([0.2, 0.5, 0.4, 0.6, 0.1]) == pytest.approx(0.5)
+    assert one_token.largest_fall([0.1, 0.2, 0.3]) == 0.0
+    assert losses.half_life([0.9, 0.5, 0.46, 0.44, 0.8]) == 3.0
+    assert losses.half_life([0.9, 0.5]) == 2.0  # it always is
+    assert losses.doublings([8.0, 3.0], [2.0, 6.0]) == pytest.approx([2.0, -1.0])
+    rows = [{"step": 1.0, supports.OVERLAP: 0.5}, {"step": 2.0}, {"step": 10.0, supports.OVERLAP: 0.75}]
+    assert supports.looked_at(rows, supports.OVERLAP) == {1: 0.5, 10: 0.75}

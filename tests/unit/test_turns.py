@@ -95,10 +95,20 @@ def test_a_mixed_step_holds_all_tasks_by_their_shares():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_a_prompt_comes_twice_in_a_step_only_where_the_order_says_that_it_may(mixed: bool):
-    one = order(5, 3, mixed=mixed, shares=(2.0, 1.0), count=3)
-    twice = {s for s in range(60) if len({p.id for p in one.take(s)}) < 3}
-    may = {s for s in range(60) if one.may_repeat(s)}
-    assert twice
-    assert twice <= may
-    assert len(may) < 60
+@pytest.mark.parametrize("count", [3, 7, 20])
+def test_the_order_knows_without_a_look_how_many_prompts_of_a_step_differ_at_least(mixed: bool, count: int):
+    one = order(5, 3, mixed=mixed, shares=(2.0, 1.0), count=count)
+    least = [one.different_at_least(s) for s in range(60)]
+    different = [len({p.id for p in one.take(s)}) for s in range(60)]
+    assert all(at_least <= really for at_least, really in zip(least, different, strict=True))
+    assert min(different) < count, "some step takes a prompt twice"
+    if count == 3:
+        assert 0 < least.count(3) < 60
+    if count == 20:
+        assert set(least) == ({8} if mixed else {3, 5}), "every step has all prompts of its tasks"
+
+
+def test_half_of_a_step_is_always_of_one_pass():
+    """So that no step with twice as many prompts as processes has to be taken to know that each gets its own."""
+    one = order(1000, 400, shares=(0.7, 0.2), count=16)
+    assert min(one.different_at_least(step) for step in range(20_000)) == 8

@@ -91,7 +91,8 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
         says=says,
         numbers=numbers,
         remedy=f"{remedy}, or method: reverse_kl, which is exact.",
-        study="arXiv 2605.11182 eq. 6-16: each form's bias; docs/numerics.md has the identities",
+        study="`opd study estimators` and `losses`; arXiv 2605.11182 eq. 6-16: each form's bias; docs/numerics.md has "
+        "the identities",
     )
 
 

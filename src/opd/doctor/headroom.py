@@ -24,8 +24,8 @@ FEWEST = 4  # responses that reach a depth; fewer say nothing
 WORTH_CUTTING = 0.1  # of the student's tokens: a limit that cuts fewer is no change; ours
 
 NEW_KNOWLEDGE = (
-    "arXiv 2604.13016 sections 3.2 and 3.3: a teacher without new knowledge closed 5 to 16 % of the gap, and a weaker "
-    "one pulled the student down to its own level"
+    "`opd study teacher_choice` and `reverse`; arXiv 2604.13016 sections 3.2 and 3.3: a teacher without new knowledge "
+    "closed 5 to 16 % of the gap, and a weaker one pulled the student down to its own level"
 )
 
 
@@ -159,7 +159,8 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
         f"help, and 90 % of its own responses end by token {wanted}.",
         numbers={**numbers, "recommended": limit, "behind": behind},
         remedy=f"Set sampling.max_completion_length to {limit}.",
-        study="arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, and longer responses collapse late",
+        study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
+        "and longer responses collapse late",
     )
 
 

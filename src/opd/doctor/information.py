@@ -29,7 +29,10 @@ REMEDY = (
     "Put a rule that holds for all prompts into options.system or examples and leave {privileged_context} out of "
     "options.template, or set the stage's teacher to a model trained on the task (method: grpo)."
 )
-STUDY = "arXiv 2605.11182 eq. 10-11, Fig. 3 and 5 to 7: fixed rules are internalised, answers and solutions are not"
+STUDY = (
+    "`opd study privileged`; arXiv 2605.11182 eq. 10-11, Fig. 3 and 5 to 7: fixed rules are internalised, answers and "
+    "solutions are not"
+)
 
 
 def disagreement(pair: Pair) -> Finding:

@@ -190,7 +190,8 @@ def overlap(pair: Pair, comparison: Comparison) -> Finding:
         says=says,
         numbers=numbers,
         remedy="Put a stage before this one, method: sft with options.source: teacher on other prompts, and ask again.",
-        study="arXiv 2604.13016 sections 3.2, 4.2 and 5.1: a cold start on teacher responses raises a low overlap",
+        study="`opd study cold_start`; arXiv 2604.13016 sections 3.2, 4.2 and 5.1: a cold start on teacher responses "
+        "raises a low overlap",
     )
 
 

@@ -10,6 +10,7 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 | I, the final answer alone | `information="answer"`, from the data's `answer` |
 | I, the full solution | `information="solution"`, from the data's `privileged_context` |
 | I, a hint in the think block | `information="hint"`, a `prefill` of the teacher's answer |
+| I, a summarised history | `information="history"`, from the data's `privileged_context`: earlier attempts in summary |
 | I, verifier feedback | `information="feedback"`: the student's own attempt and the reward's verdict |
 | I in other words | `template`, `prefill`, with the fields of `contexts.privileged` |
 | theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
@@ -35,7 +36,7 @@ def context_distillation(
     examples: list[tuple[str, str]] | None = None,
     template: str | None = None,
     prefill: str | None = None,
-    information: Literal["answer", "solution", "hint", "feedback"] | None = None,
+    information: Literal["answer", "solution", "hint", "history", "feedback"] | None = None,
     teacher: Literal["frozen", "live", "ema"] = "frozen",
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",

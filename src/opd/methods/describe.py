@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
+from pathlib import Path
 
+from opd.errors import ConfigError
 from opd.methods import METHODS, function_of
 
 
@@ -21,20 +23,41 @@ def description(name: str) -> str:
     return "\n".join([*lines, "Options:" if options else "No options.", *options])
 
 
-def markdown() -> str:
-    """docs/methods.md, whole."""
+def markdown(folder: Path) -> str:
+    """docs/methods.md, whole; `folder` holds the recipes. Raises ConfigError for a method that none of them uses."""
+    shown = recipes_of(folder)
     parts = [
         "# Methods",
         "",
-        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`.",
+        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. What a recipe gave",
+        "stands in its header.",
         "",
     ]
-    parts += ["| method | what it is | file |", "|---|---|---|"]
-    parts += [f"| [`{n}`](#{n}) | {headline(n)} | `src/opd/methods/{n}.py` |" for n in METHODS]
+    parts += ["| method | what it is | file | recipe |", "|---|---|---|---|"]
+    for n in METHODS:
+        links = ", ".join(f"[`{recipe}`](../recipes/{recipe}.yaml)" for recipe in shown[n])
+        parts.append(f"| [`{n}`](#{n}) | {headline(n)} | `src/opd/methods/{n}.py` | {links} |")
     for name, function in METHODS.items():
         parts += ["", f"## {name}", "", _fenced(_page(name).strip()), "", inspect.getdoc(function) or "", ""]
         parts += ["```python", f"{name}{inspect.signature(function)}", "```"]
     return "\n".join(parts) + "\n"
+
+
+def recipes_of(folder: Path) -> dict[str, list[str]]:
+    """By method, the recipe in `folder` that has its name; where there is none, those with a stage that uses it.
+
+    Raises ConfigError for a method that no recipe uses, and for a recipe that is not valid.
+    """
+    from opd.recipe import load_recipe
+
+    used = {file.stem: {stage.method for stage in load_recipe(file).stages} for file in sorted(folder.glob("*.yaml"))}
+    found = {name: [recipe for recipe, methods in used.items() if name in methods] for name in METHODS}
+    if missing := [name for name, recipes in found.items() if not recipes]:
+        raise ConfigError(
+            f"No recipe in {folder.resolve()} uses {', '.join(missing)}. Write one, recipes/{missing[0]}.yaml, or run "
+            "this where the folder `recipes` is."
+        )
+    return {name: [name] if name in recipes else recipes for name, recipes in found.items()}
 
 
 def _page(name: str) -> str:
@@ -61,4 +84,4 @@ def _fenced(text: str) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(), end="")
+    print(markdown(Path("recipes")), end="")

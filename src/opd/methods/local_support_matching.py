@@ -14,16 +14,17 @@ Fu et al., "Revisiting On-Policy Distillation: Empirical Failure Modes and Simpl
 | V2, V3: the sampled token joins S | `sampled_token="in_support"` with `by="student"`, `by="teacher"` |
 | V4, V5: EMA-PG, no renormalisation | `sampled_token="tail"` with `by="student"`, `by="teacher"` |
 | r, s (App. G.3) | p/sg[p] and sg[p/mu] in `signals.reverse_kl_with_sampled_tail` |
+| s clipped | `ratio_bounds`, of s itself; not clipped by default, and `(1, 1)` is the code without `use_kl_iw` |
 | special-token mask, off by default | `mask_tokens`; the paper's are "<", "think", "<\\|im_end\\|>" |
 | top-p 0.9 of the rollouts, G = 8 | the recipe's `sampling: {top_p: 0.9, n: 8}` |
 
 Masked tokens leave the loss and its denominator, as in the released code; `weights.mask_tokens` would keep them in the
 denominator. P_S is not controlled (eq. 6-8 have no gradient outside S): watch support/student_mass. V4 and V5 are
-unbiased in value; their gradient has grad P_S too much, which pushes mass out of S.
+unbiased in value, without bounds; their gradient has grad P_S too much, which pushes mass out of S.
 
 Differs from the paper: sampling is the recipe's, so top-p 0.9 has to be set there. The released code averages by
 response where eq. 8 averages over tokens (`average="sequence"` is the code's), makes two updates a batch where one is
-made here, clips s between bounds, and masks each id of a text that is several tokens by itself, where here the whole
+made here, and masks each id of a text that is several tokens by itself, where here the whole
 sequence has to stand in the response.
 """
 
@@ -38,6 +39,7 @@ def local_support_matching(
     k: int = 32,
     by: Literal["teacher", "student"] = "teacher",
     sampled_token: Literal["left_out", "in_support", "tail"] = "left_out",
+    ratio_bounds: tuple[float, float] | None = None,
     mask_tokens: tuple[str | tuple[int, ...], ...] = (),
     mask: Literal["first", "every"] = "first",
     average: Literal["token", "sequence"] = "token",
@@ -50,10 +52,15 @@ def local_support_matching(
             "Set k to 2 or more."
         )
     tail = sampled_token == "tail"
+    if ratio_bounds is not None and not tail:
+        raise ConfigError(
+            f"`ratio_bounds` clip the importance ratio of the sampled token in the tail, and sampled_token is "
+            f"{sampled_token!r}, which has none; got {list(ratio_bounds)}. Set sampled_token: tail, or leave them out."
+        )
     return Method(
         keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
         support=supports.top_k(k, by=by, with_sampled=sampled_token != "left_out"),
-        signal=signals.reverse_kl_with_sampled_tail() if tail else signals.divergence(form="renormalised"),
+        signal=signals.reverse_kl_with_sampled_tail(ratio_bounds) if tail else signals.divergence(form="renormalised"),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
     )

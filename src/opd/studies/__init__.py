@@ -6,16 +6,44 @@ import sys
 from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
-from opd.studies import estimators, fixed_points, gamma, prefixes, privileged
+from opd.studies import (
+    cold_start,
+    estimators,
+    fixed_points,
+    gamma,
+    length,
+    losses,
+    one_token,
+    prefixes,
+    privileged,
+    prompts,
+    reverse,
+    special_tokens,
+    supports,
+    teacher_choice,
+    top_p,
+    two_teachers,
+)
 from opd.studies.lab import Lab
 from opd.studies.outcome import Outcome
 
 STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "fixed_points": fixed_points.run,
-    "gamma": gamma.run,
-    "privileged": privileged.run,
     "estimators": estimators.run,
+    "gamma": gamma.run,
+    "losses": losses.run,
+    "one_token": one_token.run,
+    "top_p": top_p.run,
+    "special_tokens": special_tokens.run,
     "prefixes": prefixes.run,
+    "privileged": privileged.run,
+    "teacher_choice": teacher_choice.run,
+    "reverse": reverse.run,
+    "cold_start": cold_start.run,
+    "prompts": prompts.run,
+    "supports": supports.run,
+    "length": length.run,
+    "two_teachers": two_teachers.run,
 }
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from opd.studies import report
 from opd.studies.distilling import Distillation, Trained, distil_all, held_out
 from opd.studies.lab import SORTERS, Lab, PairSize
-from opd.studies.outcome import over_seeds, short
+from opd.studies.outcome import Check, differences, over_seeds, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -23,6 +23,7 @@ TEACHER = "teacher"
 HELD_OUT = {
     "greedy accuracy": "greedy/reward",
     "sampled accuracy": "sampled/reward",
+    "accuracy at top-p 0.9": "nucleus/reward",  # of a study that asks for it
     "length": "sampled/length",
     "cut": "sampled/cut_share",
     "repeat ratio": "sampled/repeat_ratio",
@@ -53,10 +54,16 @@ class Size:
     steps: int = 150
     prompts_per_step: int = 64
     pair: PairSize = SORTERS
+    evaluate: Mapping[str, Any] = field(default_factory=dict[str, Any])  # fields that differ from `held_out`'s
 
 
 def measure(lab: Lab, settings: Mapping[str, Setting], size: Size) -> Numbers:
-    """Train every setting from every seed's pair. The first one also measures the student before, and the teacher."""
+    """Train every setting from every seed's pair, and what was measured of each: `collect` of `train`."""
+    return collect(train(lab, settings, size))
+
+
+def train(lab: Lab, settings: Mapping[str, Setting], size: Size) -> dict[str, list[Trained]]:
+    """By setting, a finished distillation a seed. The first one also measures the student before, and the teacher."""
     pairs = dict(zip(size.seeds, lab.pairs(size.seeds, size.pair), strict=True))
     first = next(iter(settings))
     runs = [
@@ -69,23 +76,26 @@ def measure(lab: Lab, settings: Mapping[str, Setting], size: Size) -> Numbers:
             stage={
                 "steps": size.steps,
                 "prompts_per_step": size.prompts_per_step,
-                "evaluate": held_out(size.pair.task, before=name == first, teacher=name == first),
+                "evaluate": held_out(size.pair.task, before=name == first, teacher=name == first, **size.evaluate),
                 **setting.stage,
             },
         )
         for seed in size.seeds
         for name, setting in settings.items()
     ]
-    numbers: Numbers = {}
-    trained = iter(distil_all(lab, runs))
-    for _ in size.seeds:
-        for name in settings:
-            one = next(trained)
-            if name == first:
-                append(numbers, START, held_out_of(one.before, "eval/"))
-                append(numbers, TEACHER, held_out_of(one.before, "eval/teacher/"))
+    trained = distil_all(lab, runs)
+    return {name: trained[place :: len(settings)] for place, name in enumerate(settings)}
+
+
+def collect(trained: Mapping[str, Sequence[Trained]]) -> Numbers:
+    """What was measured of finished distillations, and, where it was, of the student before and the teacher."""
+    numbers: Numbers = {START: {}, TEACHER: {}}
+    for name, seeds in trained.items():
+        for one in seeds:
+            append(numbers, START, held_out_of(one.before, "eval/"))
+            append(numbers, TEACHER, held_out_of(one.before, "eval/teacher/"))
             append(numbers, name, numbers_of(one))
-    return numbers
+    return {name: measured for name, measured in numbers.items() if measured}
 
 
 def numbers_of(one: Trained) -> dict[str, float]:
@@ -103,6 +113,12 @@ def append(numbers: Numbers, name: str, measured: Mapping[str, float]) -> None:
     """One more seed's numbers of a setting."""
     for what, value in measured.items():
         numbers.setdefault(name, {}).setdefault(what, []).append(value)
+
+
+def gap(numbers: Numbers, first: str, second: str, name: str = "sampled accuracy", **side: float) -> Check:
+    """What was measured as `name` of one setting minus that of another, seed by seed, against `above` or `below`."""
+    interval = differences(numbers[first][name], numbers[second][name])
+    return Check(what=f"{name}, {first} minus {second}", interval=interval, **side)
 
 
 def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
@@ -124,8 +140,14 @@ def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ..
 def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Figure:
     """A panel for each of `panels` (what was measured: its axis' label): seeds as points, their mean as a bar."""
     figure, axes = report.figure(len(panels), width=2.6, height=height)
+    bars(axes[0], numbers, panels)
+    return figure
+
+
+def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
+    """`draw` on axes that are there, one for each of `panels`; the first one names the settings."""
     names = list(numbers)
-    for panel, (what, label) in zip(axes[0], panels.items(), strict=True):
+    for panel, (what, label) in zip(axes, panels.items(), strict=True):
         for place, name in enumerate(names):
             values = numbers[name].get(what)
             if values is None:
@@ -135,5 +157,4 @@ def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Fi
             panel.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
         panel.set_xlabel(label)
         panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.set_yticks(range(len(names)), names if panel is axes[0][0] else [""] * len(names))
-    return figure
+        panel.set_yticks(range(len(names)), names if panel is axes[0] else [""] * len(names))

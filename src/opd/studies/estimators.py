@@ -6,20 +6,24 @@ where g_n is the gradient at the logits and h_n the hidden state. The sampled to
 variance over y ~ p, by enumeration of the vocabulary; the truncated forms have a bias and, given the prefixes, no
 variance. Both are relative to ||G||:
 noise sqrt(sum_n Var(g_n) ||h_n||^2) / ||G||, bias ||sum_n (g_n' - g_n) h_n'|| / ||G||.
+
+Setting A: a student after warm-up, on sums, that disagrees with its teacher about which tokens are likely. Setting B: a
+student on rows of digits after it has been distilled with the sampled token (the run of the study `losses`), so that
+the teacher's K tokens hold nearly all of both masses, as between the papers' language models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opd import signals
-from opd.studies import report
+from opd.studies import ablation, losses, report
 from opd.studies.forms import FORMS, on_support
-from opd.studies.lab import LONGEST, Lab, PairSize
+from opd.studies.lab import ADDITION, Lab, Pair, PairSize, Task
 from opd.studies.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 from opd.types import Tokens
 
@@ -28,15 +32,29 @@ KS = (1, 2, 4, 8)
 UNBIASED = 1e-4  # of ||G||, in float64 from float32 hidden states
 NOISY = 0.1  # of ||G||, in a batch
 FEWER = 0.0  # of ||G||
+CLAIMS = (
+    (
+        "The sampled-token policy gradient is unbiased for the full reverse KL's gradient, and noisy",
+        "2605.11182 eq. 4-5; 2604.13016 eq. 3",
+    ),
+    ("The same log-ratio as a plain loss has no expected gradient: all that it gives is noise", "2605.11182 Fig. 12"),
+    ("Without stop-gradient, top-K reverse KL has the additional bias grad P_S, at every K", "2605.11182 eq. 6-9"),
+    ("Renormalising loses the mass on the support: it is less faithful than stop-gradient", "2605.11182 eq. 14-16"),
+    (
+        "A few tokens a position beat one: the bias of stop-gradient top-4 is below the sampled token's noise",
+        "2604.13016 section 6.3; 2603.25562 Table 1",
+    ),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each) and responses of a batch."""
+    """Seeds (a pair each), responses of a batch, setting A's pairs, and the distillation of setting B."""
 
     seeds: Sequence[int] = (0, 1, 2)
     responses: int = 64
     pair: PairSize | None = None
+    distilled: ablation.Size = losses.SIZE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +83,16 @@ class Batch:
 def run(lab: Lab, size: Size | None = None) -> Outcome:
     """Train the pairs (or find them), write a batch of responses each, and measure all estimators on it."""
     size = size or Size()
-    batches = [batch_of(lab, seed, size) for seed in size.seeds]
-    numbers = measure(batches)
+    batches = {"A": warmed_up(lab, size), "B": distilled(lab, size)}
+    numbers = {name: measure(one) for name, one in batches.items()}
+    vocabularies = {name: one[0].teacher.shape[1] for name, one in batches.items()}
     return Outcome(
         setup=(
-            f"Two-digit addition, V = {batches[0].teacher.shape[1]}, {len(size.seeds)} pairs of their own seeds; "
-            f"{size.responses} responses of the student after warm-up, {min(numbers.tokens)} to {max(numbers.tokens)} "
-            "tokens. Supports are the teacher's K likeliest tokens; gradients of the output layer."
+            f"{len(size.seeds)} pairs of their own seeds, {size.responses} responses of the student. A: two-digit "
+            f"addition, V = {vocabularies['A']}, student after warm-up, {tokens_of(numbers['A'])} tokens. B: sorting "
+            f"five digits, V = {vocabularies['B']}, student after {size.distilled.steps} updates with the sampled "
+            f"token, {tokens_of(numbers['B'])} tokens. Supports are the teacher's K likeliest tokens; gradients of "
+            "the output layer."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -79,47 +100,33 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     )
 
 
-def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
+    """The claims against the numbers of both settings."""
+    checks = [_checks(one) for one in numbers.values()]
+    return tuple(finding(*claim, *both) for claim, *both in zip(CLAIMS, *checks, strict=True))
+
+
+def _checks(numbers: Numbers) -> tuple[list[Check], ...]:
+    """What each claim says about one setting."""
     bias = numbers.bias
     return (
-        finding(
-            "The sampled-token policy gradient is unbiased for the full reverse KL's gradient, and noisy",
-            "2605.11182 eq. 4-5; 2604.13016 eq. 3",
-            [
-                Check(what="bias / ||G||", interval=over_seeds(numbers.sampled_bias), below=UNBIASED),
-                Check(what="noise of one batch / ||G||", interval=over_seeds(numbers.sampled_noise), above=NOISY),
-            ],
-        ),
-        finding(
-            "The same log-ratio as a plain loss has no expected gradient: all that it gives is noise",
-            "2605.11182 Fig. 12",
-            [
-                Check(what="mean / ||G||", interval=over_seeds(numbers.differentiated_mean), below=UNBIASED),
-                Check(what="noise / ||G||", interval=over_seeds(numbers.differentiated_noise), above=NOISY),
-            ],
-        ),
-        finding(
-            "Without stop-gradient, top-K reverse KL has the additional bias grad P_S, at every K",
-            "2605.11182 eq. 6-9",
-            more_biased("raw", bias),
-        ),
-        finding(
-            "Renormalising loses the mass on the support: it is less faithful than stop-gradient",
-            "2605.11182 eq. 14-16",
-            more_biased("renormalised", bias),
-        ),
-        finding(
-            "A few tokens a position beat one: the bias of stop-gradient top-4 is below the sampled token's noise",
-            "2604.13016 section 6.3; 2603.25562 Table 1",
-            [
-                Check(
-                    what="noise of sampled minus bias of stop-gradient, K=4",
-                    interval=differences(numbers.sampled_noise, bias["stop_gradient"][4]),
-                    above=FEWER,
-                )
-            ],
-        ),
+        [
+            Check(what="bias / ||G||", interval=over_seeds(numbers.sampled_bias), below=UNBIASED),
+            Check(what="noise of one batch / ||G||", interval=over_seeds(numbers.sampled_noise), above=NOISY),
+        ],
+        [
+            Check(what="mean / ||G||", interval=over_seeds(numbers.differentiated_mean), below=UNBIASED),
+            Check(what="noise / ||G||", interval=over_seeds(numbers.differentiated_noise), above=NOISY),
+        ],
+        more_biased("raw", bias),
+        more_biased("renormalised", bias),
+        [
+            Check(
+                what="noise of sampled minus bias of stop-gradient, K=4",
+                interval=differences(numbers.sampled_noise, bias["stop_gradient"][4]),
+                above=FEWER,
+            )
+        ],
     )
 
 
@@ -135,21 +142,37 @@ def more_biased(form: str, bias: Mapping[str, Mapping[int, list[float]]]) -> lis
     ]
 
 
-def batch_of(lab: Lab, seed: int, size: Size) -> Batch:
+def warmed_up(lab: Lab, size: Size) -> list[Batch]:
+    """Setting A, a batch a seed."""
+    pairs = lab.pairs(size.seeds, size.pair)
+    task = ADDITION if size.pair is None else size.pair.task
+    return [batch_of(pair, seed, task, size.responses) for seed, pair in zip(size.seeds, pairs, strict=True)]
+
+
+def distilled(lab: Lab, size: Size) -> list[Batch]:
+    """Setting B, a batch a seed."""
+    one = replace(size.distilled, seeds=size.seeds)
+    trained = ablation.train(lab, {"sampled": losses.SETTINGS["sampled"]}, one)["sampled"]
+    pairs = lab.pairs(size.seeds, one.pair)
+    return [
+        batch_of(replace(pair, student=run.model), seed, one.pair.task, size.responses)
+        for seed, pair, run in zip(size.seeds, pairs, trained, strict=True)
+    ]
+
+
+def batch_of(pair: Pair, seed: int, task: Task, responses: int) -> Batch:
     """Responses of a pair's student, and both models' distributions at every token of them."""
     from opd.data import DataSpec, load_prompts
     from opd.loading import load_model
     from opd.reading import read
     from opd.recipe import ModelSpec
     from opd.samplers.hf import TransformersSampler
-    from opd.studies.lab import sums
     from opd.types import Sampling
 
-    pair = lab.pair(seed, size.pair)
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    prompts = load_prompts(DataSpec(**sums(size.responses, seed=3)))
-    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=LONGEST))
+    prompts = load_prompts(DataSpec(**task.rows(responses, seed=3)))
+    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=task.longest))
     rollouts = sampler(prompts, seed=(seed, 0))
     states: list[Tensor] = []
     with torch.no_grad():
@@ -234,33 +257,40 @@ def output_norm(grad: Tensor, batch: Batch) -> float:
     return float((grad.T @ batch.hidden).norm())
 
 
-def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
+def tokens_of(numbers: Numbers) -> str:
+    """The range over seeds, in words."""
+    return f"{min(numbers.tokens)} to {max(numbers.tokens)}"
+
+
+def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
     """Means over seeds: bias by form and K, the masses, and the sampled token."""
-    rows: list[tuple[str, ...]] = [("relative to the exact gradient", *(f"K={k}" for k in KS))]
-    for form in FORMS:
-        rows.append((f"bias, {form}", *(short(over_seeds(numbers.bias[form][k]).mean) for k in KS)))
-    for name, mass in (("P_S", numbers.student_mass), ("Q_S", numbers.teacher_mass)):
-        rows.append((name, *(short(over_seeds(mass[k]).mean) for k in KS)))
-    rows.append(("noise, sampled token", *[short(over_seeds(numbers.sampled_noise).mean)] * len(KS)))
+    rows: list[tuple[str, ...]] = [("setting", "relative to the exact gradient", *(f"K={k}" for k in KS))]
+    for name, one in numbers.items():
+        for form in FORMS:
+            rows.append((name, f"bias, {form}", *(short(over_seeds(one.bias[form][k]).mean) for k in KS)))
+        for what, mass in (("P_S", one.student_mass), ("Q_S", one.teacher_mass)):
+            rows.append((name, what, *(short(over_seeds(mass[k]).mean) for k in KS)))
+        rows.append((name, "noise, sampled token", *[short(over_seeds(one.sampled_noise).mean)] * len(KS)))
     return tuple(rows)
 
 
-def draw(numbers: Numbers) -> report.Figure:
-    """Bias by K for each form, with the sampled token's noise as a line."""
-    figure, axes = report.figure(1, width=5.0, height=3.2)
-    panel = axes[0][0]
-    for form, colour in zip(FORMS, report.COLOURS, strict=False):
-        intervals = [over_seeds(numbers.bias[form][k]) for k in KS]
-        panel.plot(KS, [one.mean for one in intervals], "o-", color=colour, label=form.replace("_", " "), markersize=4)
-        for seed in range(len(numbers.tokens)):
-            panel.plot(KS, [numbers.bias[form][k][seed] for k in KS], color=colour, linewidth=0.4, alpha=0.5)
-    noise = over_seeds(numbers.sampled_noise)
-    panel.axhline(noise.mean, color="black", linestyle="--", label="sampled token: noise of the batch")
-    panel.axhspan(max(noise.low, 1e-6), noise.high, color="black", alpha=0.08)
-    panel.set(
-        xscale="log", yscale="log", xlabel="K, tokens of the support", ylabel="error / norm of the exact gradient"
-    )
-    panel.set_xticks(KS, [str(k) for k in KS])
-    panel.minorticks_off()
-    figure.legend(loc="outside right upper", fontsize=8)
+def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
+    """Bias by K for each form, with the sampled token's noise as a line; a panel a setting."""
+    figure, axes = report.figure(len(numbers), width=3.6, height=3.2)
+    titles = {"A": "A: after warm-up", "B": "B: after distillation"}
+    for panel, (name, one) in zip(axes[0], numbers.items(), strict=True):
+        for form, colour in zip(FORMS, report.COLOURS, strict=False):
+            means = [over_seeds(one.bias[form][k]).mean for k in KS]
+            panel.plot(KS, means, "o-", color=colour, label=form.replace("_", " "), markersize=4)
+            for seed in range(len(one.tokens)):
+                panel.plot(KS, [one.bias[form][k][seed] for k in KS], color=colour, linewidth=0.4, alpha=0.5)
+        noise = over_seeds(one.sampled_noise)
+        panel.axhline(noise.mean, color="black", linestyle="--", label="sampled token: noise of the batch")
+        panel.axhspan(max(noise.low, 1e-6), noise.high, color="black", alpha=0.08)
+        panel.set(xscale="log", yscale="log", xlabel="K, tokens of the support", title=titles[name])
+        panel.set_xticks(KS, [str(k) for k in KS])
+        panel.set_xticks([], minor=True)
+    axes[0][0].set_ylabel("error / norm of the exact gradient")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     return figure

@@ -23,7 +23,8 @@ from opd.loading import cache_dir
 
 SOURCE = Path(__file__).parents[1]
 LONGEST = 28  # tokens of a response to a sum
-TRAINED_WITH = ("studies/methods.py",)  # of the files of studies, those that training depends on
+# Of the files of studies, those that training depends on.
+TRAINED_WITH = tuple(f"studies/{name}.py" for name in ("boundaries", "habits", "kinds", "methods"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,11 +203,11 @@ def optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
 
 @cache
 def library_digest() -> str:
-    """A hash of the source of all that trains: the library without its command line, and of studies their methods."""
+    """A hash of the source of all that trains: the library without command line, doctor and all but some of studies."""
     digest = hashlib.sha256()
     for file in sorted(SOURCE.rglob("*.py")):
         name = file.relative_to(SOURCE).as_posix()
-        if name == "cli.py" or (file.parent.name == "studies" and name not in TRAINED_WITH):
+        if name == "cli.py" or (name.startswith(("doctor/", "studies/")) and name not in TRAINED_WITH):
             continue
         digest.update(name.encode() + file.read_bytes())
     return digest.hexdigest()

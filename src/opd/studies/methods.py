@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
-from opd import signals, supports
 from opd.method import Method
 from opd.types import Tokens
 
@@ -18,14 +15,3 @@ def differentiated_log_ratio() -> Method:
         return tokens.student_logp - tokens.teacher_logp
 
     return Method(signal=signal)
-
-
-def released_code(
-    k: int = 16,
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher",
-) -> Method:
-    """The released code of arXiv 2604.13016 (`signals.support_policy_gradient`) on any support.
-
-    Its own default is the student's; the teacher's makes it comparable with other forms on the teacher's.
-    """
-    return Method(support=supports.top_k(k, by=by), signal=signals.support_policy_gradient())
