@@ -14,8 +14,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from opd.needs import needing
 from opd.signals import Advantage, support_of
-from opd.types import Tokens, needing
+from opd.types import Tokens
 
 Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 

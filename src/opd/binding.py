@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from opd.errors import ConfigError
-from opd.types import Piece
+from opd.needs import Piece
 
 
 def binding(piece: Piece, bind: Callable[[Any], Piece]) -> Piece:

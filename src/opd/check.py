@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.metrics import check_report_to
+from opd.needs import needs_of
 from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
 from opd.turns import Order
-from opd.types import Sampling, needs_of
+from opd.types import Sampling
 
 if TYPE_CHECKING:
     from opd.prepare import Prepared

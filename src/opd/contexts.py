@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from opd.errors import ConfigError, DataError
 from opd.filters import PASS
+from opd.needs import needing
 from opd.templates import fields_of, with_question
-from opd.types import Context, Message, Prompt, Rollout, needing
+from opd.types import Context, Message, Prompt, Rollout
 
 VERDICTS = ("correct", "wrong")
 FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")

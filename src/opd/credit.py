@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
-from opd.types import Batch, Credit, needing
+from opd.needs import needing
+from opd.types import Batch, Credit
 
 
 def no_credit() -> Credit:

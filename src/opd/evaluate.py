@@ -16,6 +16,7 @@ from opd.loading import load_model
 from opd.loss import hidden_of
 from opd.methods.reverse_kl import reverse_kl
 from opd.models import LanguageModel, evaluating
+from opd.needs import needs_of
 from opd.parallel import ALONE, World
 from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
 from opd.rewards import RewardFn, load_reward, score
@@ -23,7 +24,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.score import paired_log_probs
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.teachers.local import LocalTeacher, teacher_for
-from opd.types import Batch, Context, Prompt, Rollout, Sampler, Sampling, TeacherRule, needs_of
+from opd.types import Batch, Context, Prompt, Rollout, Sampler, Sampling, TeacherRule
 
 # Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
 # so that before and after differ by the weights alone.

@@ -14,7 +14,8 @@ import torch
 from opd import filters
 from opd import sequences as token_sequences
 from opd.binding import binding, bound, unbound
-from opd.types import Keep, Rollout, needing, needs_of
+from opd.needs import needing, needs_of
+from opd.types import Keep, Rollout
 
 Test: TypeAlias = Callable[[Rollout], bool]
 

@@ -10,6 +10,7 @@ from opd.binding import bound
 from opd.contexts import same_prompt
 from opd.credit import no_credit
 from opd.keep import everything
+from opd.needs import needs_of, reads
 from opd.normalise import per_sequence
 from opd.sources import on_policy
 from opd.supports import sampled
@@ -27,8 +28,6 @@ from opd.types import (
     TeacherRule,
     Update,
     Weight,
-    needs_of,
-    reads,
 )
 from opd.updates import optimizer_step
 from opd.weights import every_token
@@ -57,7 +56,7 @@ class Method:
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
 
     def reads(self, name: str) -> bool:
-        """Whether phase A reads a number of the batch that costs something to make; see `types.needing`."""
+        """Whether phase A reads a number of the batch that costs something to make; see `needs.needing`."""
         return any(reads(piece, name) for piece in (self.credit, self.weight, self.normalise))
 
     def record(self) -> Record:

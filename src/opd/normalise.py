@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from opd.types import Batch, Denominator, Normalise, needing
+from opd.needs import needing
+from opd.types import Batch, Denominator, Normalise
 
 
 def per_token() -> Normalise:

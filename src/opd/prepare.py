@@ -13,11 +13,12 @@ from opd.errors import DataError
 from opd.evaluate import HeldOut
 from opd.method import Method
 from opd.models import LanguageModel
+from opd.needs import needs_of
 from opd.recipe import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards import RewardFn, load_reward
 from opd.selection import Selected
 from opd.turns import Order
-from opd.types import Prompt, Sampling, needs_of
+from opd.types import Prompt, Sampling
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
 

@@ -16,8 +16,9 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from opd.errors import ConfigError, DataError, TrainingError, nearest
+from opd.needs import needing, needs_of
 from opd.plugins import check_options, import_function
-from opd.types import Prompt, Rollout, needing, needs_of
+from opd.types import Prompt, Rollout
 
 RewardFn: TypeAlias = Callable[[Prompt, str], float]
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from opd import divergences
 from opd.errors import ConfigError, nearest
-from opd.types import Signal, Tokens, needing, needs_of
+from opd.needs import needing, needs_of
+from opd.types import Signal, Tokens
 
 Advantage: TypeAlias = Callable[[Tokens], Tensor]
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from opd.errors import ConfigError
-from opd.types import Prompt, Record, Rollout, Source, Writers, needing, needs_of
+from opd.needs import needing, needs_of
+from opd.types import Prompt, Record, Rollout, Source, Writers
 
 
 def on_policy() -> Source:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -261,32 +261,6 @@ Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 Normalise: TypeAlias = Callable[[Batch], Denominator]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
-
-
-Piece = TypeVar("Piece", bound=Callable[..., Any])
-
-
-def needing(piece: Piece, *needs: str) -> Piece:
-    """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
-    `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
-    "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
-    drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it."""
-    piece.needs = frozenset(needs)  # type: ignore[attr-defined]
-    return piece
-
-
-def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
-    """Everything that the pieces declared."""
-    return frozenset[str]().union(*(getattr(piece, "needs", frozenset[str]()) for piece in pieces))
-
-
-def reads(piece: Callable[..., Any], name: str) -> bool:
-    """Whether a piece of phase A needs the sampled tokens' `teacher_logp` or an entropy to be made for it.
-
-    An entropy has to be declared. A piece that declares nothing is taken to read `teacher_logp`.
-    """
-    declared = getattr(piece, "needs", None)
-    return name == "teacher_logp" if declared is None else name in declared
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ class Extrapolation:
             )
         self.by: Literal["reward", "teacher_kl"] = by
         self.prompts, self.candidates, self.ties, self.matrices = prompts, candidates, ties, matrices
-        self.needs = frozenset({"weight_copy", "reward" if by == "reward" else "teacher"})  # see `types.needing`
+        self.needs = frozenset({"weight_copy", "reward" if by == "reward" else "teacher"})  # see `needs.needing`
         self.kept: dict[str, Tensor] = {}
         self.due = 1  # the update after which the next jump is tried
 

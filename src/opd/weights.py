@@ -9,7 +9,8 @@ from torch import Tensor
 
 from opd import sequences as token_sequences
 from opd.binding import binding, bound, unbound
-from opd.types import Batch, Weight, needing, needs_of, reads
+from opd.needs import needing, needs_of, reads
+from opd.types import Batch, Weight
 
 
 def every_token() -> Weight:

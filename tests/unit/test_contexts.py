@@ -13,8 +13,9 @@ from run_helpers import one_stage, prepare, tiny_model, write_rows
 import opd
 from opd import contexts, methods
 from opd.errors import ConfigError, DataError
+from opd.needs import needs_of
 from opd.render import render
-from opd.types import Prompt, Rollout, needs_of
+from opd.types import Prompt, Rollout
 
 LM = tiny()
 PROMPT = Prompt(id=4, content="ab", answer=7, privileged_context="hg")

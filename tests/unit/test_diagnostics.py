@@ -23,11 +23,12 @@ from opd.method import Method
 from opd.methods import build
 from opd.metrics import Metrics, merged
 from opd.models import LanguageModel
+from opd.needs import needing
 from opd.signals import nll
 from opd.teachers import no_teacher
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.train import unscored
-from opd.types import Batch, Record, Rollout, Sampling, needing
+from opd.types import Batch, Record, Rollout, Sampling
 
 BUCKETS = Buckets.over(2, 8)
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"

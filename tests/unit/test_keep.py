@@ -18,10 +18,11 @@ from opd import filters, keep, methods, models, normalise, sequences, weights
 from opd.errors import ConfigError
 from opd.loading import character_tokenizer, load_model
 from opd.method import Method
+from opd.needs import needs_of
 from opd.recipe import ModelSpec
 from opd.signals import divergence
 from opd.supports import top_k
-from opd.types import Rollout, needs_of
+from opd.types import Rollout
 
 # --- filters ---------------------------------------------------------------------------------------------------------
 

@@ -18,9 +18,10 @@ from opd.credit import group_reward, no_credit
 from opd.loading import character_tokenizer, load_model
 from opd.method import Method
 from opd.models import LanguageModel
+from opd.needs import needing, reads
 from opd.normalise import per_constant, per_sequence, per_token
 from opd.recipe import ModelSpec
-from opd.types import Batch, Denominator, Record, Rollout, Source, Support, needing, reads
+from opd.types import Batch, Denominator, Record, Rollout, Source, Support
 from opd.weights import every_token, times
 
 PADDED = 3  # length of the longest response below

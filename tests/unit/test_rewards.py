@@ -12,8 +12,9 @@ import torch
 
 from opd.data import DataSpec, load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
+from opd.needs import needs_of
 from opd.rewards import REWARDS, load_reward, score
-from opd.types import Prompt, Rollout, needs_of
+from opd.types import Prompt, Rollout
 
 
 def prompt(answer: Any = None, **fields: Any) -> Prompt:

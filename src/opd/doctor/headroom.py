@@ -11,10 +11,11 @@ from opd.data import COLUMNS
 from opd.doctor.findings import Finding, skipped
 from opd.doctor.pair import Pair, sample_of
 from opd.evaluate import rewarded
+from opd.needs import needs_of
 from opd.render import render
 from opd.rewards import RewardFn
 from opd.statistics import Interval, bootstrap_mean, pass_at_k, wilson
-from opd.types import Prompt, Rollout, needs_of
+from opd.types import Prompt, Rollout
 
 # arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and .02 over the student behind 1K, 4K, 8K and 16K of its tokens.
 # Shares of the limit, ours, and a gain below a tenth of that from the prompt is gone (there: .02 / .37 = 6 %).

@@ -12,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
+from opd.needs import needing
 from opd.tasks import Part, sorting
-from opd.types import Prompt, needing
+from opd.types import Prompt
 
 SPELLINGS = {"student": "<a:", "teacher": "[b:"}
 CHARACTERS = "0123456789><a:[b"

@@ -1,0 +1,31 @@
+"""What a piece of a method declares that it reads: columns, rewards, and numbers that cost something to make."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+Piece = TypeVar("Piece", bound=Callable[..., Any])
+
+
+def needing(piece: Piece, *needs: str) -> Piece:
+    """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
+    `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
+    "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
+    drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it."""
+    piece.needs = frozenset(needs)  # type: ignore[attr-defined]
+    return piece
+
+
+def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
+    """Everything that the pieces declared."""
+    return frozenset[str]().union(*(getattr(piece, "needs", frozenset[str]()) for piece in pieces))
+
+
+def reads(piece: Callable[..., Any], name: str) -> bool:
+    """Whether a piece of phase A needs the sampled tokens' `teacher_logp` or an entropy to be made for it.
+
+    An entropy has to be declared. A piece that declares nothing is taken to read `teacher_logp`.
+    """
+    declared = getattr(piece, "needs", None)
+    return name == "teacher_logp" if declared is None else name in declared
