@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from opd.needs import needing
-from opd.signals import Advantage, support_of
-from opd.types import Tokens
+from opd.types import Advantage, Tokens, support_of
 
 Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 

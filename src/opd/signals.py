@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,9 +11,7 @@ from torch import Tensor
 from opd import divergences
 from opd.errors import ConfigError, nearest
 from opd.needs import needing, needs_of
-from opd.types import Signal, Tokens
-
-Advantage: TypeAlias = Callable[[Tokens], Tensor]
+from opd.types import Advantage, Signal, Tokens, support_of
 
 # An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
 # gradient of exactly zero instead of 0 x inf.
@@ -175,13 +173,3 @@ def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Si
         return torch.where(predicate(tokens), yes(tokens), no(tokens))
 
     return signal
-
-
-def support_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probs on the support, [N, K] each; an error of the method's author if it has none."""
-    if tokens.student_support_logp is None or tokens.teacher_support_logp is None:
-        raise ConfigError(
-            "This signal compares distributions, but the method's support is `sampled` or none, which scores one token "
-            "a position. Give the method support=top_k(k) or support=full()."
-        )
-    return tokens.student_support_logp, tokens.teacher_support_logp

@@ -30,6 +30,8 @@ from typing import Any, Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from opd.errors import ConfigError
+
 Message: TypeAlias = Mapping[str, Any]
 
 
@@ -259,6 +261,7 @@ Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
+Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
 Normalise: TypeAlias = Callable[[Batch], Denominator]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
@@ -268,3 +271,13 @@ def valid(values: Tensor, mask: Tensor) -> Tensor:
     assert mask.dtype is torch.bool
     assert values.shape[: mask.dim()] == mask.shape
     return values[mask]
+
+
+def support_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
+    """Student and teacher log-probs on the support, [N, K] each; an error of the method's author if it has none."""
+    if tokens.student_support_logp is None or tokens.teacher_support_logp is None:
+        raise ConfigError(
+            "This signal compares distributions, but the method's support is `sampled` or none, which scores one token "
+            "a position. Give the method support=top_k(k) or support=full()."
+        )
+    return tokens.student_support_logp, tokens.teacher_support_logp

@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "opd"
 FILES = sorted(SOURCE.rglob("*.py"))
 PIECES = {
+    "baselines",
     "contexts",
     "credit",
     "keep",
@@ -29,7 +30,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "types", "errors", "filters", "sequences", "templates"}
+PURE = {"binding", "divergences", "errors", "filters", "needs", "sequences", "templates", "types"}
 
 
 def imports_of(file: Path) -> set[str]:
