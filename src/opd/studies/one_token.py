@@ -179,5 +179,5 @@ def draw(measured: Measured) -> report.Figure:
     figure, axes = report.figure(3, width=3.2, height=3.6)
     panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
     ablation.bars(axes[0][:2], measured.end, panels)
-    courses(axes[0][2], measured.curve, AT_32, f"training accuracy, share,\nmean of {SMOOTHED} updates")
+    courses(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
     return figure
