@@ -26,7 +26,7 @@ TOP = 4  # likeliest tokens of each model that are compared, of a vocabulary of 
 MASSES = ("student mass on overlap", "teacher mass on overlap")
 EVERY = 25  # updates between measurements
 BASE, COLD, SFT, TEACHER = "base", "cold start", "SFT alone", "teacher"
-# The rules, fixed before the run. 0 is for "better", "higher" and "smaller".
+# The rules. 0 is for "better", "higher" and "smaller".
 LIKELIER = -0.1  # nats a token: NLL of teacher responses after the cold start minus before
 
 

@@ -23,7 +23,7 @@ from opd.studies.lab import Lab
 from opd.studies.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 VOCABULARY = 200
-# The rules, fixed before the run.
+# The rules.
 EXACT = 1e-9  # largest error of an identity in float64
 AT_REST = 0.01  # probability: this close to a fixed point counts as there
 UNMOVED = 0.05  # probability: this far from Q_S counts as uncontrolled

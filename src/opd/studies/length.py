@@ -45,7 +45,7 @@ CAPS: dict[str, dict[str, tuple[int, float]]] = {
 }
 METHOD = "reverse_kl"
 EVERY = 20  # updates between evaluations
-# The rules, fixed before the final run: shares of right answers at temperature 1, areas under the ROC curve.
+# The rules: shares of right answers at temperature 1, areas under the ROC curve.
 LEARNED = 0.05
 LITTLE = -0.1
 COLLAPSE = -0.1

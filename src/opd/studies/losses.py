@@ -73,7 +73,7 @@ SETTINGS = {
     **on_students("renormalised", 4, 8),
     **{f"raw, K={k}, gentle": truncated("raw", k, **GENTLE) for k in (1, 4)},
 }
-# Thresholds, fixed before the run. Accuracies are of responses sampled at temperature 1.
+# Thresholds. Accuracies are of responses sampled at temperature 1.
 COLLAPSE = -0.1  # accuracy against that of the student before
 LEARNED = 0.0  # the same
 SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student begins with
@@ -235,11 +235,15 @@ def draw(measured: Measured) -> report.Figure:
             "P_S": "student's mass on S",
         },
     )
-    panel = axes[0][3]
-    for name, colour in zip(DRAWN, report.COLOURS, strict=False):
-        by_seed = measured.curve[name]
+    courses(axes[0][3], measured.curve, DRAWN, f"training accuracy, share, mean of {SMOOTHED} updates")
+    return figure
+
+
+def courses(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:
+    """Smoothed training accuracies [seeds][updates] by update: a line a setting, its mean over seeds."""
+    for name, colour in zip(names, report.COLOURS, strict=False):
+        by_seed = curve[name]
         steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))
         panel.plot(steps, [mean(values) for values in zip(*by_seed, strict=True)], color=colour, label=name)
-    panel.set(xlabel="update", ylabel=f"training accuracy, share, mean of {SMOOTHED} updates", ylim=(-0.03, 1.03))
+    panel.set(xlabel="update", ylabel=label, ylim=(-0.03, 1.03))
     panel.legend(fontsize=7)
-    return figure

@@ -16,7 +16,18 @@ from opd.studies import ablation, report
 from opd.studies.ablation import START, Numbers, Setting, Size, gap
 from opd.studies.distilling import Trained
 from opd.studies.lab import Lab
-from opd.studies.losses import LONGEST, NUCLEUS, REWARDED, SIZE, SMOOTHED, collapses, mean, smoothed, stable, truncated
+from opd.studies.losses import (
+    LONGEST,
+    NUCLEUS,
+    REWARDED,
+    SIZE,
+    SMOOTHED,
+    collapses,
+    courses,
+    smoothed,
+    stable,
+    truncated,
+)
 from opd.studies.outcome import Check, Finding, Outcome, differences, finding
 
 FEW, MANY = 8, 64  # prompts a step in settings B
@@ -44,7 +55,7 @@ SETTINGS = AT_32 | {
     for prompts, names in OTHERS.items()
     for name in names
 }
-# Thresholds, fixed before the run, beside those of `losses`.
+# Thresholds, beside those of `losses`.
 LEARNED = 0.0  # accuracy of sampled responses against that of the student before
 BETTER = 0.0  # accuracy
 FALLS = 0.0  # share of right answers
@@ -168,11 +179,5 @@ def draw(measured: Measured) -> report.Figure:
     figure, axes = report.figure(3, width=3.2, height=3.6)
     panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
     ablation.bars(axes[0][:2], measured.end, panels)
-    panel = axes[0][2]
-    for name, colour in zip(AT_32, report.COLOURS, strict=False):
-        by_seed = measured.curve[name]
-        steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))
-        panel.plot(steps, [mean(values) for values in zip(*by_seed, strict=True)], color=colour, label=name)
-    panel.set(xlabel="update", ylabel=f"training accuracy, share,\nmean of {SMOOTHED} updates", ylim=(-0.03, 1.03))
-    panel.legend(fontsize=7)
+    courses(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
     return figure

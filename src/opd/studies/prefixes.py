@@ -18,7 +18,7 @@ from opd.studies.outcome import Check, Finding, Outcome, differences, finding, o
 
 TEMPERATURES = {"A": 1.0, "B": 0.0}  # of the student
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)  # share of the student's response
-# The rules, fixed before the run; shares of right answers.
+# The rules; shares of right answers.
 WORSE = -0.1  # teacher from half of a response, minus teacher alone
 SHRINKS = -0.1  # gain at the deepest cut minus gain at a quarter
 

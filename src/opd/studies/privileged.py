@@ -32,7 +32,7 @@ DESIGNS = ("shared", "instance")
 VOCABULARY = 50
 STRENGTH = 3.0  # s
 FEATURES = 16
-# The rules, fixed before the run.
+# The rules.
 SAME = 1e-3  # nats: distributions and values that agree
 DIFFERENT = 0.1  # nats: distributions that do not
 DISAGREE = 0.5  # nats: -log Z of teachers that say different things

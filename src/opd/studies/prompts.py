@@ -39,7 +39,7 @@ ASKED = {"own": "own prompts", "template": "other template", "content": "other c
 SHARE_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 START, TEACHER = "start", "teacher"
 K = 4  # likeliest tokens of each model that are compared, of a vocabulary of 18
-# The rules, fixed before the run. 0 is for "more" and "less".
+# The rules. 0 is for "more" and "less".
 MUCH_LOWER = 0.75  # student's entropy on its own prompts, that of own content over that of other content
 
 # By what was trained on, by kind of the held-out prompts, by what was measured: one number a seed.

@@ -31,7 +31,7 @@ from opd.studies.rl_teachers import (
 )
 
 TEACHERS = (BASE, EARLY, LARGER, CLEAN, BASE_RL)
-# The rules, fixed before the run; shares of right answers, sampled at temperature 1.
+# The rules; shares of right answers, sampled at temperature 1.
 FELL = -0.2
 LEVEL = 0.1  # two accuracies this close are the same level
 

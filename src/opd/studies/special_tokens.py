@@ -66,7 +66,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # and the top-p of ro
     "sampled token": ("opd", {}, 1.0),
     LSM: ("local_support_matching", {"k": K}, TOP_P),
 }
-# The rules, fixed before the final run. Shares of right answers, log-probs in nats.
+# The rules. Shares of right answers, log-probs in nats.
 SURE, STRANGE = -0.5, -5.0  # log-prob of the marker's first token: student, teacher
 DOMINATED = 0.5  # share of the signal
 BETTER = 0.0

@@ -42,7 +42,7 @@ SETTINGS = {
     f"overlap, k={LARGER}": supported("intersection", LARGER),
     f"non-overlap, raw weights, k={LARGER}": supported("symmetric_difference", LARGER),
 }
-# The rules, fixed before the run.
+# The rules.
 LEARNED = 0.0  # accuracy of sampled responses against that of the student before
 SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student begins with
 WEAKER = 0.0  # accuracy

@@ -38,7 +38,7 @@ from opd.studies.rl_teachers import (
 )
 
 TEACHERS = (BASE_RL, CLEAN, LARGER_RL, LARGER, EARLY)
-# The rules, fixed before the run.
+# The rules.
 SAME_SCORE = 0.1  # share of right answers, sampled at temperature 1
 
 

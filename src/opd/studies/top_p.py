@@ -29,7 +29,7 @@ def rolled(setting: Setting, top_p: float) -> Setting:
 
 LOSSES = {"sampled": Setting(method="opd", stage=REWARDED), **{f"K={k}": truncated("renormalised", k) for k in KS}}
 SETTINGS = {f"{name}, top-p {top_p:g}": rolled(setting, top_p) for name, setting in LOSSES.items() for top_p in TOP_PS}
-# The rules, fixed before the run; accuracies at top-p 0.9.
+# The rules; accuracies at top-p 0.9.
 HELPS = 0.0
 LEARNED = 0.0
 

@@ -26,7 +26,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "matching": {"method": "local_support_matching", "options": {"k": 8}, "top_p": 0.9},
     "full": {"method": "reverse_kl"},
 }
-# The rules, fixed before the run; shares of right answers unless said otherwise.
+# The rules; shares of right answers unless said otherwise.
 REACHED = 0.5  # of the gap: the paper's recovery is 0.49 in mathematics and 1 in ALFWorld
 CLEARLY = 0.1
 SAME = 0.1
