@@ -12,6 +12,7 @@ from opd.credit import no_credit
 from opd.keep import everything
 from opd.needs import needs_of, reads
 from opd.normalise import per_sequence
+from opd.observers import nothing
 from opd.sources import on_policy
 from opd.supports import sampled
 from opd.teachers import external
@@ -20,6 +21,7 @@ from opd.types import (
     Credit,
     Keep,
     Normalise,
+    Observe,
     Record,
     Signal,
     Source,
@@ -32,7 +34,7 @@ from opd.types import (
 from opd.updates import optimizer_step
 from opd.weights import every_token
 
-PIECES = ("source", "keep", "context", "credit", "weight", "signal", "normalise", "update")
+PIECES = ("source", "keep", "context", "observe", "credit", "weight", "signal", "normalise", "update")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +49,7 @@ class Method:
     context: Context = same_prompt()  # what the teacher reads
     teacher: TeacherRule = external()  # whose distribution the student is compared with
     support: Support = sampled()  # which tokens are scored
+    observe: Observe = nothing()  # what the method's state learns from the step, of all processes, before it is used
     credit: Credit = no_credit()  # phase A: Batch -> advantage [B, T]
     weight: Weight = every_token()  # phase A: Batch -> weight [B, T], >= 0
     signal: Signal  # phase B: Tokens -> loss [N]; gradient through student_* only
@@ -57,7 +60,7 @@ class Method:
 
     def reads(self, name: str) -> bool:
         """Whether phase A reads a number of the batch that costs something to make; see `needs.needing`."""
-        return any(reads(piece, name) for piece in (self.credit, self.weight, self.normalise))
+        return any(reads(piece, name) for piece in (self.observe, self.credit, self.weight, self.normalise))
 
     def record(self) -> Record:
         """What the writer of a response has to keep about each token."""

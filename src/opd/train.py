@@ -115,7 +115,8 @@ def train(stage: Stage) -> Outcome:
                 diagnosed = time.perf_counter() - looked  # counted apart: it is no part of training
             trains = has_trained(rollouts, method, world)  # False: a filter left nothing, and no update is made
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
-            batch = attach(batch, method)  # 5 credit and weight
+            learned = method.observe(batch, world.gather)  # 5 what a method remembers; then credit and weight
+            batch = attach(batch, method)
             denominator = method.normalise(batch)
             count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A
             heads = heads_of(teacher, student, method.support, rollouts)
@@ -143,7 +144,7 @@ def train(stage: Stage) -> Outcome:
             metrics.value("optim/grad_norm", grad_norm)
             if "filtered" in method.needs():
                 metrics.value("train/update_skipped", float(not trains))
-            for name, value in rates.items():
+            for name, value in {**learned, **rates}.items():
                 metrics.value(name, value)
             done = step + 1  # updates so far
             finished = done == spec.steps or seconds >= stage.seconds_limit

@@ -263,6 +263,8 @@ Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
 Normalise: TypeAlias = Callable[[Batch], Denominator]
+Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
+Observe: TypeAlias = Callable[[Batch, Gather], Mapping[str, float]]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
 

@@ -22,6 +22,7 @@ PIECES = {
     "credit",
     "keep",
     "normalise",
+    "observers",
     "signals",
     "sources",
     "supports",
