@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 
 from opd.errors import ConfigError, DataError
 from opd.filters import PASS
@@ -38,6 +39,7 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
 }
 
 
+@cache
 def same_prompt() -> Context:
     """The teacher reads what the student read."""
     return lambda rollouts: [rollout.prompt for rollout in rollouts]

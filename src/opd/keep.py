@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ from opd.types import Keep, Rollout
 Test: TypeAlias = Callable[[Rollout], bool]
 
 
+@cache
 def everything() -> Keep:
     """What was written is trained."""
     return needing(lambda rollouts: list(rollouts))

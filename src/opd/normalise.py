@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from opd.needs import needing
 from opd.types import Batch, Denominator, Normalise
 
 
+@cache
 def per_token() -> Normalise:
     """Mean over all trained tokens of the step: a long response has more say than a short one."""
 
@@ -15,6 +18,7 @@ def per_token() -> Normalise:
     return needing(normalise)
 
 
+@cache
 def per_sequence() -> Normalise:
     """Mean over responses of the mean over their tokens: every response has the same say."""
 

@@ -7,11 +7,13 @@ state becomes is the same in all of them. It returns the numbers to log, the sam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 
 from opd.needs import needing, needs_of
 from opd.types import Batch, Gather, Observe
 
 
+@cache
 def nothing() -> Observe:
     """No state that learns from the batch."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import torch
@@ -85,6 +86,12 @@ def policy_gradient(
 
     needs = {"policy_temperature"} | ({"sampler_logp"} if importance or clip is not None else set[str]())
     return needing(signal, *needs, *needs_of(advantage))
+
+
+@cache
+def sampled_reverse_kl() -> Signal:
+    """-sg[log q(y_t) - log p(y_t)] log p(y_t): plain on-policy distillation."""
+    return policy_gradient(log_ratio)
 
 
 def support_policy_gradient(

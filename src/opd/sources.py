@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from opd.needs import needing, needs_of
 from opd.types import Prompt, Record, Rollout, Source, Writers
 
 
+@cache
 def on_policy() -> Source:
     """The student, with the weights of this step."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from opd.errors import ConfigError
 from opd.types import Optimisation, Update
 
 
+@cache
 def optimizer_step() -> Update:
     """Clip, step, schedule."""
     return lambda optimisation: optimisation.step()

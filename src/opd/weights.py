@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from opd.needs import needing, needs_of, reads
 from opd.types import Batch, Weight
 
 
+@cache
 def every_token() -> Weight:
     """1 for every trained token."""
     return needing(lambda batch: torch.ones_like(batch.teacher_logp))

@@ -42,7 +42,7 @@ def eff_opd(
         by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
     )
     return Method(
-        signal=signals.policy_gradient(signals.log_ratio),
+        signal=signals.sampled_reverse_kl(),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         update=jumps,
         state={"extrapolation": jumps},

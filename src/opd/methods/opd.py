@@ -43,10 +43,11 @@ def opd(
 ) -> Method:
     """The teacher's log-ratio of each sampled token as its advantage; `gamma` couples in those of later tokens."""
     advantage = signals.log_ratio if gamma == 0.0 else signals.credit
+    plain = gamma == 0.0 and not importance
     return Method(
         keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
         credit=credit.no_credit() if gamma == 0.0 else credit.discounted(gamma),
-        signal=signals.policy_gradient(advantage, importance=importance),
+        signal=signals.sampled_reverse_kl() if plain else signals.policy_gradient(advantage, importance=importance),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
     )

@@ -8,7 +8,9 @@ from collections.abc import Callable
 from opd.errors import ConfigError, nearest
 from opd.studies import (
     cold_start,
+    control_variate,
     estimators,
+    extrapolation,
     fixed_points,
     gamma,
     length,
@@ -44,6 +46,8 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "supports": supports.run,
     "length": length.run,
     "two_teachers": two_teachers.run,
+    "control_variate": control_variate.run,
+    "extrapolation": extrapolation.run,
 }
 
 
