@@ -95,7 +95,10 @@ def methods() -> dict[str, Method]:
         "full": reverse_kl(),
         "full_generic": replace(reverse_kl(), signal=lambda tokens: known(tokens)),
         "skew": replace(reverse_kl(), signal=signals.divergence("skew_kl", alpha=0.1)),
-        **{f"top32_{form}": topk_reverse_kl(k=K, form=form) for form in ("tail", "stop_gradient", "renormalised")},
+        **{
+            f"top32_{form}": topk_reverse_kl(k=K, by="teacher", form=form)
+            for form in ("tail", "stop_gradient", "renormalised")
+        },
         "sampled": sampled_opd(),
     }
 

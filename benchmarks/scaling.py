@@ -95,7 +95,7 @@ def make_side(point: Record, tok: Any) -> opd_side.Side:
         replace(language_model(causal_lm(size, seed=seed, vocabulary=V), tok), vocabulary=V)
         for size, seed in (("5M", 1), ("26M", 2))
     )
-    method = topk_reverse_kl(k=point["k"]) if point["k"] else reverse_kl()
+    method = topk_reverse_kl(k=point["k"], by="teacher", form="tail") if point["k"] else reverse_kl()
     return opd_side.side(method, student, teacher, Sampling(max_completion_length=point["new_tokens"], n=point["n"]))
 
 

@@ -96,7 +96,7 @@ def recipe_of(*, models: Sequence[str] = ("student", "teacher"), **stage: Any) -
         "train": "student",
         "teacher": "teacher" if "teacher" in models else None,
         "method": "topk_reverse_kl",
-        "options": {"k": 8},
+        "options": {"k": 8, "by": "teacher", "form": "tail"},
         "data": {"path": "given.jsonl"},
         "reward": {"name": "final_number"},
         "sampling": {"max_completion_length": 14},

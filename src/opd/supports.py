@@ -36,6 +36,16 @@ def top_k(
     return Support(kind="top_k", k=k, by=by, with_sampled=with_sampled)
 
 
+def for_shape(support: Support, otherwise: str = "") -> Support:
+    """The support, for a renormalised loss. Raises ConfigError if it is of one token: the loss would always be 0."""
+    if support.k == 1 and support.by in ("teacher", "student", "intersection") and not support.with_sampled:
+        raise ConfigError(
+            "Renormalised on one token the loss is 0, whatever the models say: nothing would be learned. "
+            f"Set k to 2 or more{otherwise}."
+        )
+    return support
+
+
 def full() -> Support:
     """The whole vocabulary: exact. The teacher's hidden states are kept, never its logits."""
     return Support(kind="full")

@@ -398,7 +398,7 @@ def test_a_response_of_zero_tokens_in_the_data(work: Path):
 
 
 ROW = {"prompt": "1+1="}
-TEMPLATE = {"template": "{privileged_context}{prompt}"}
+TEMPLATE = {"template": "{privileged_context}{prompt}", "k": None}
 WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": None, "options": TEMPLATE}
 
 

@@ -248,8 +248,12 @@ def without_teachers(**stage: Any) -> dict[str, Any]:
         {"method": "sft", "sampling": None, "task_order": "mixed"},
         {"method": "grpo", "task_order": "mixed"},
         {"method": "grpo"},
-        {"method": "context_distillation", "options": {"system": "5;", "teacher": "live"}, "task_order": "mixed"},
-        {"method": "context_distillation", "options": {"system": "5;", "teacher": "ema", "decay": 0.5}},
+        {
+            "method": "context_distillation",
+            "options": {"system": "5;", "teacher": "live", "k": None},
+            "task_order": "mixed",
+        },
+        {"method": "context_distillation", "options": {"system": "5;", "teacher": "ema", "decay": 0.5, "k": 4}},
     ],
     ids=lambda stage: f"{stage['method']} {stage.get('task_order', 'alternate')}",
 )

@@ -237,7 +237,8 @@ def case(formula: tuple[Loss, Slope], options: Mapping[str, Any] | None = None, 
     return Case(loss=formula[0], slope=formula[1], options=options or {}, **rest)
 
 
-def topk(fixed_point: bool = True, learns: bool = False, **options: Any) -> Case:
+def topk(fixed_point: bool = True, learns: bool = False, **changed: Any) -> Case:
+    options = {"by": "teacher", "form": "tail", **changed}
     return case(compared("reverse_kl", **options), options, fixed_point=fixed_point, learns=learns)
 
 
@@ -256,6 +257,7 @@ def matching(formula: tuple[Loss, Slope], options: Mapping[str, Any], **rest: An
 
 
 HINT = "{privileged_context}{prompt}"
+ALL_TOKENS = {"template": HINT, "k": None}
 CASES: dict[str, list[Case]] = {
     "sft": [
         case(nll(), average="token", fixed_point=False, learns=False),
@@ -296,6 +298,7 @@ CASES: dict[str, list[Case]] = {
         topk(k=3, by="union"),
         topk(k=3, by="symmetric_difference"),
         topk(k=2, by="symmetric_difference", with_sampled=True, form="raw", fixed_point=False),
+        case(compared("reverse_kl", k=4, by="intersection", form="renormalised"), {"k": 4}, learns=False),
     ],
     "rethinking_opd": [
         rethinking(),
@@ -355,13 +358,26 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
     "context_distillation": [
-        case(compared("reverse_kl"), {"template": HINT}),
-        case(compared("reverse_kl"), {"template": HINT, "prefill": "ab"}, fixed_point=False, learns=False),
-        case(compared("forward_kl"), {"template": HINT, "teacher": "live", "divergence": "forward_kl"}, learns=False),
-        case(compared("skew_kl"), {"template": HINT, "teacher": "ema", "divergence": "skew_kl"}, learns=False),
+        case(compared("reverse_kl"), ALL_TOKENS),
+        case(compared("reverse_kl"), {**ALL_TOKENS, "prefill": "ab"}, fixed_point=False, learns=False),
+        case(compared("forward_kl"), {**ALL_TOKENS, "teacher": "live", "divergence": "forward_kl"}, learns=False),
+        case(compared("skew_kl"), {**ALL_TOKENS, "teacher": "ema", "divergence": "skew_kl"}, learns=False),
+        case(
+            compared("reverse_kl", k=4, by="intersection", form="renormalised"),
+            {"template": HINT, "k": 4},
+            learns=False,
+        ),
         case(
             compared("generalised_jsd", k=3),
-            {"template": HINT, "divergence": "generalised_jsd", "k": 3, "average": "token", "temperature": 2.0},
+            {
+                "template": HINT,
+                "divergence": "generalised_jsd",
+                "k": 3,
+                "by": "teacher",
+                "form": "tail",
+                "average": "token",
+                "temperature": 2.0,
+            },
             average="token",
             learns=False,
         ),
@@ -557,7 +573,7 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
     moved = (hidden.grad != 0).any(-1)
     assert not bool((moved & ~expected).any())
     # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
-    if name != "grpo" and one.options.get("by") not in ("intersection", "symmetric_difference"):
+    if name != "grpo" and on.method.support.by not in ("intersection", "symmetric_difference"):
         assert torch.equal(moved, expected)
 
 

@@ -64,7 +64,8 @@ def two_teachers(**stage: Any) -> dict[str, Any]:
 
 
 LORA = {"lora": {"rank": 2, "alpha": 4}}
-EMA = {"template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
+SELF = {"template": "{privileged_context}{prompt}", "k": None}
+EMA = SELF | {"teacher": "ema", "decay": 0.7}
 GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
 SCENARIOS = {
     "full tied, reverse_kl": recipe(tied=True, evaluate=EVALUATE, optimizer={"learning_rate": 0.003}),
@@ -81,11 +82,9 @@ SCENARIOS = {
         method="context_distillation", options=EMA, teacher=None, prompts_per_step=3
     ),
     "lora, a moving average": recipe(LORA, method="context_distillation", options=EMA | {"k": 4}, teacher=None),
-    "lora, the base": recipe(
-        LORA, method="context_distillation", options={"template": EMA["template"]}, teacher=None, evaluate=EVALUATE
-    ),
+    "lora, the base": recipe(LORA, method="context_distillation", options=SELF, teacher=None, evaluate=EVALUATE),
     "full tied, itself": recipe(
-        tied=True, method="context_distillation", options={"template": EMA["template"], "teacher": "live"}, teacher=None
+        tied=True, method="context_distillation", options=SELF | {"teacher": "live"}, teacher=None
     ),
     "full tied, what passes a filter": recipe(  # in some steps nothing does
         tied=True,

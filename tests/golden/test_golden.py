@@ -16,8 +16,8 @@ VALUES = Path(__file__).with_name("values.json")
 STEPS = 20
 RECORDED = ("train/loss", "optim/grad_norm", "rollout/length")
 OPTIONS = {
-    "topk_reverse_kl": {"k": 3, "by": "union"},
-    "context_distillation": {"template": "9{prompt}"},
+    "topk_reverse_kl": {"k": 3, "by": "union", "form": "tail"},
+    "context_distillation": {"template": "9{prompt}", "k": None},
     "sft": {"source": "teacher"},
     "grpo": {},
     "opd": {},

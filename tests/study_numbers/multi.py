@@ -29,7 +29,7 @@ def two_teacher_numbers(good_a: bool, good_b: bool) -> Numbers:
         numbers[f"{task} alone, half"] = of(0.4, 0.4) if good_b else of(0.9, 0.9)
     numbers["matching, swapped"] = of(0.0, 0.0) if good_a else of(0.9, 0.9)
     if not good_a:
-        numbers |= {f"{name}, mixed": of(0.9, 0.9) for name in ("sampled", "matching", "full")}
+        numbers |= {f"{name}, mixed": of(0.9, 0.9) for name in ("sampled", "matching")}
     return numbers
 
 

@@ -148,7 +148,7 @@ def test_a_peft_student_that_teaches_itself_without_its_adapter():
         student=model(2, lora={"rank": 2}),
         teacher=None,
         method="context_distillation",
-        options={"template": "1+1=2;{prompt}"},
+        options={"template": "1+1=2;{prompt}", "k": None},
     )
     assert [row["step"] for row in run.metrics] == [1, 2]
 
@@ -255,7 +255,7 @@ def test_prompts_that_cannot_be_used(prompts: Any, message: str):
         ("response", {"method": "sft"}),
         (
             "privileged_context",
-            {"method": "context_distillation", "options": {"template": "{privileged_context}{prompt}"}},
+            {"method": "context_distillation", "options": {"template": "{privileged_context}{prompt}", "k": None}},
         ),
     ],
 )
@@ -277,7 +277,10 @@ def test_rows_without_what_the_method_needs(column: str, arguments: dict[str, An
         ("topk_reverse_kl", {"options": {"k": 3, "by": "union"}}),
         ("sft", {"options": {"source": "teacher"}}),
         ("sft", {"teacher": None, "prompts": sums(0, 6)}),
-        ("context_distillation", {"teacher": None, "options": {"template": "1+1=2;{prompt}", "teacher": "live"}}),
+        (
+            "context_distillation",
+            {"teacher": None, "options": {"template": "1+1=2;{prompt}", "teacher": "live", "k": None}},
+        ),
     ],
 )
 def test_methods_by_name(method: str, arguments: dict[str, Any]):

@@ -248,7 +248,7 @@ def test_columns_are_all_averaged():
 @pytest.mark.parametrize("rule", ["frozen", "live", "ema"])
 def test_a_student_that_is_its_own_teacher_is_compared_as_it_is_trained(work: Path, rule: str, lora: bool):
     """The exact divergence of the update, by the other path: the teacher reads its own context, adapters off or on."""
-    options = {"template": "{privileged_context}{prompt}", "teacher": rule, "average": "token"}
+    options = {"template": "{privileged_context}{prompt}", "teacher": rule, "average": "token", "k": None}
     recipe = one_stage(method="context_distillation", options=options, teacher=None, steps=3)
     recipe["stages"][0] |= {"diagnostics": {"every": 1, "k": 2}, "optimizer": {"learning_rate": 0.05}}
     if lora:

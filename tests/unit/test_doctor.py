@@ -108,7 +108,7 @@ def reader() -> LanguageModel:
 
 PRIVILEGED = {
     "method": "context_distillation",
-    "options": {"template": "{privileged_context};{prompt}"},
+    "options": {"template": "{privileged_context};{prompt}", "k": None},
     "reward": {"name": "exact"},
     "sampling": {"max_completion_length": 4},
 }
@@ -169,7 +169,7 @@ def test_adapters_are_off_in_their_own_teacher():
     tokenizer = character_tokenizer("abcdefgh0123456789=;")
     model = models.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
     student = models.wrap(model, tokenizer, name="student")
-    options = {"template": "{prompt}", "k": 4}
+    options = {"template": "{prompt}", "k": 4, "by": "teacher", "form": "tail"}
     looked_at = {"method": "context_distillation", "options": options, "reward": None, "looked_at": 4}
     fresh = diagnosis({"student": student}, letters(), **looked_at)
     assert finding(fresh, "signal/strength").level == "stop"

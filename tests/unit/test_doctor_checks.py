@@ -311,7 +311,7 @@ def all_positions(pair: Pair) -> list[bias.Positions]:
     ],
 )
 def test_gradients_on_a_support_are_those_of_the_oracle(models, form, gradient):
-    chosen = pair_of(*models, sums(2), options={"k": 3, "form": form})
+    chosen = pair_of(*models, sums(2), options={"k": 3, "by": "teacher", "form": form})
     for at in all_positions(chosen):
         ours = bias.support_gradient(chosen.method.signal, at)
         exact = bias.exact_gradient(oracle_free_reverse_kl, at)
@@ -426,7 +426,7 @@ def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
 def privileged_pair(student: LanguageModel) -> Pair:
     """A student that is its own teacher, with a fact about each prompt and no answer."""
     rows = [Prompt(id=i, content=f"{i}+1=", privileged_context=c) for i, c in enumerate("7890")]
-    options = {"template": "{privileged_context}{prompt}"}
+    options = {"template": "{privileged_context}{prompt}", "k": None}
     return pair_of(student, None, rows, method="context_distillation", options=options, reward=None)
 
 

@@ -154,7 +154,7 @@ def test_the_symmetric_difference_has_raw_weights_by_default_as_in_the_released_
 
 
 def test_rethinking_says_what_its_paper_form_cannot():
-    with pytest.raises(ConfigError, match=r"renormalised on one token is 0.*k to 2 or more, or form: released"):
+    with pytest.raises(ConfigError, match=r"on one token the loss is 0.*k to 2 or more, or form: released"):
         rethinking(k=1)
     with pytest.raises(ConfigError, match=r"no other weights.*weights='teacher', normalised=None\. Set form: released"):
         rethinking(weights="teacher")
@@ -252,6 +252,14 @@ def test_sampled_tail_needs_something_outside():
     tokens = replace(on(STUDENT, torch.arange(V)), support_mask=None)
     with pytest.raises(ConfigError, match=r"is the whole vocabulary\. Give the method support=top_k\(k, with_sampled"):
         signals.reverse_kl_with_sampled_tail()(tokens)
+
+
+@pytest.mark.parametrize("name", ["topk_reverse_kl", "context_distillation"])
+def test_renormalising_on_one_token_is_refused_by_default_too(name):
+    template = {"template": "{prompt}"} if name == "context_distillation" else {}
+    with pytest.raises(ConfigError, match=r"on one token the loss is 0.*Set k to 2 or more, or form: tail"):
+        methods.build(name, {"k": 1, **template})
+    assert methods.build(name, {"k": 1, "form": "tail", **template}).support.k == 1
 
 
 def test_local_support_matching_needs_two_tokens():

@@ -14,13 +14,14 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 | I, verifier feedback | `information="feedback"`: the student's own attempt and the reward's verdict |
 | I in other words | `template`, `prefill`, with the fields of `contexts.privileged` |
 | theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
-| l_t | `divergence`, on the full vocabulary or the teacher's `k` most likely tokens in `form` |
+| l_t | `divergence` in `form` on the `k` most likely tokens (20 in Table 1) `by` intersection, teacher, student |
+| l_t on the whole vocabulary | `k=None`: exact, and what we would take, since the teacher is in this process |
 
 An I that is the same rule for every prompt can be internalised; with an I of its own for every prompt the optimum is
 the normalised geometric mean of the teachers (eq. 10-11), which may obey none of them.
 
-Differs from the paper: full vocabulary by default, where the paper uses the top 20 tokens. `form="tail"` for top-k.
-The words of `information` are ours (`contexts.INFORMATION`). With feedback the teacher reads what it scores.
+Differs from the paper: positions whose intersection is empty have no loss and stay in the mean. The words of
+`information` are ours (`contexts.INFORMATION`). With feedback the teacher reads what it scores.
 """
 
 from typing import Literal
@@ -40,17 +41,19 @@ def context_distillation(
     teacher: Literal["frozen", "live", "ema"] = "frozen",
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
-    k: int | None = None,
-    form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "tail",
+    k: int | None = 20,
+    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "intersection",
+    form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "renormalised",
     average: Literal["token", "sequence"] = "sequence",
     temperature: float = 1.0,
 ) -> Method:
-    """Teach a model to do without its prompt what it does with it; `k=None` is the full vocabulary."""
+    """Teach a model to do without its prompt what it does with it; `k=None` is the whole vocabulary."""
     rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
+    scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
         context=_context(system, examples, template, prefill, information),
         teacher=rules[teacher],
-        support=supports.full() if k is None else supports.top_k(k, by="teacher"),
+        support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,

@@ -46,11 +46,6 @@ def local_support_matching(
     temperature: float = 1.0,
 ) -> Method:
     """The shape of the teacher's k most likely tokens; `mask_tokens` are texts or lists of ids that are not trained."""
-    if k == 1 and sampled_token == "left_out":
-        raise ConfigError(
-            "Renormalised on one token the loss is 0, whatever the models say: nothing would be learned. "
-            "Set k to 2 or more."
-        )
     tail = sampled_token == "tail"
     if ratio_bounds is not None and not tail:
         raise ConfigError(
@@ -59,7 +54,7 @@ def local_support_matching(
         )
     return Method(
         keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
-        support=supports.top_k(k, by=by, with_sampled=sampled_token != "left_out"),
+        support=supports.for_shape(supports.top_k(k, by=by, with_sampled=sampled_token != "left_out")),
         signal=signals.reverse_kl_with_sampled_tail(ratio_bounds) if tail else signals.divergence(form="renormalised"),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,

@@ -42,24 +42,20 @@ def rethinking_opd(
     temperature: float = 1.0,
 ) -> Method:
     """A truncated reverse KL; `weights` and `normalised` are of the released form (None: as in the released code)."""
+    scored = supports.top_k(k, by=by)
     return Method(
-        support=supports.top_k(k, by=by),
-        signal=_paper(k, by, weights, normalised) if form == "paper" else _released(by, weights, normalised),
+        support=supports.for_shape(scored, ", or form: released") if form == "paper" else scored,
+        signal=_paper(weights, normalised) if form == "paper" else _released(by, weights, normalised),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
     )
 
 
-def _paper(k: int, by: str, weights: str, normalised: bool | None) -> Signal:
+def _paper(weights: str, normalised: bool | None) -> Signal:
     if weights != "student" or normalised is False:
         raise ConfigError(
             f"Eq. 5 has no other weights than the renormalised student, and got weights={weights!r}, "
             f"normalised={normalised}. Set form: released, or leave both out."
-        )
-    if k == 1 and by in ("student", "teacher", "intersection"):
-        raise ConfigError(
-            "Eq. 5 renormalised on one token is 0, whatever the models say: nothing would be learned. "
-            "Set k to 2 or more, or form: released."
         )
     return signals.divergence("reverse_kl", form="renormalised")
 

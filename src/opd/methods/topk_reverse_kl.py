@@ -12,11 +12,13 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 6-
 |---|---|
 | S_K | `support_ids` [N, K], chosen `by` teacher, student, intersection, union, symmetric_difference |
 | K | `k`; 20 in the paper's Table 1 |
+| stop-gradient and renormalised together (Table 1) | `form="renormalised"`, where the stop-gradient changes nothing |
 | P_S, Q_S | masses on the support, logged as support/student_mass and support/teacher_mass |
 
-Differs from the paper: the default form is `tail`, the only one that keeps the sign of the mass on the support; the
-paper's experiments use stop_gradient and renormalised together on the intersection (its engine's limit), which is
-`form="renormalised", by="intersection"`: with renormalisation the stop-gradient changes nothing.
+The defaults are those of its Table 1 and eq. 17. What we would take is `by="teacher", form="tail"`: the only form that
+keeps the sign of the mass on the support, which nothing in the renormalised one holds (study `losses`).
+
+Differs from the paper: `tail` is not in it. Positions whose intersection is empty have no loss and stay in the mean.
 """
 
 import warnings
@@ -28,8 +30,8 @@ from opd.method import Method
 
 def topk_reverse_kl(
     k: int = 20,
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher",
-    form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "tail",
+    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "intersection",
+    form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "renormalised",
     with_sampled: bool = False,
     average: Literal["token", "sequence"] = "sequence",
     temperature: float = 1.0,
@@ -41,8 +43,9 @@ def topk_reverse_kl(
             "eq. 6-9). Use it to study that; to train use tail, stop_gradient or renormalised.",
             stacklevel=2,
         )
+    scored = supports.top_k(k, by=by, with_sampled=with_sampled)
     return Method(
-        support=supports.top_k(k, by=by, with_sampled=with_sampled),
+        support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence("reverse_kl", form=form),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
