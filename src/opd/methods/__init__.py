@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
+from opd.combine import combined
 from opd.errors import ConfigError, nearest
 from opd.method import Method
 from opd.methods.context_distillation import context_distillation
@@ -53,8 +54,11 @@ def function_of(name: str) -> Callable[..., Method]:
 def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Method:
     """The Method called `name`, or made by a function, with options checked against the signature.
 
-    Raises ConfigError.
+    Several names with `+` between them are one method of all of them, with options by name:
+    `build("vopd+eff_opd", {"vopd": {"k": 20}})`. Raises ConfigError, also for methods that do not go together.
     """
+    if isinstance(name, str) and "+" in name:
+        return _combination(name, options)
     function = function_of(name) if isinstance(name, str) else name
     name = name if isinstance(name, str) else function.__name__
     signature = inspect.signature(function)
@@ -71,6 +75,19 @@ def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Meth
     method: Any = function(**{key: getattr(checked, key) for key in fields})
     if not isinstance(method, Method):
         raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it has to return an opd.method.Method.")
+    return method
+
+
+def _combination(name: str, options: Mapping[str, Any]) -> Method:
+    names = [part.strip() for part in name.split("+")]
+    if unknown := [key for key in options if key not in names]:
+        raise ConfigError(
+            f"Method {name!r} is several methods, and its options are given by method; got {', '.join(unknown)}. "
+            f"Write e.g. options: {{{names[0]}: {{...}}}}."
+        )
+    method = build(names[0], options.get(names[0]) or {})
+    for i, part in enumerate(names[1:], 1):
+        method = combined(method, build(part, options.get(part) or {}), (" + ".join(names[:i]), part))
     return method
 
 

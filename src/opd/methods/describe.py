@@ -5,9 +5,19 @@ from __future__ import annotations
 import inspect
 import sys
 from pathlib import Path
+from typing import Any
 
+from opd.combine import apart
 from opd.errors import ConfigError
-from opd.methods import METHODS, function_of
+from opd.methods import METHODS, build, function_of
+
+# Rows of the table of pairs beside the methods' defaults: what a method cannot be built without, and the settings in
+# which it leaves room for others.
+ROWS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in METHODS},
+    "context_distillation": ("context_distillation", {"system": "Answer briefly."}),
+    "opd, masked tokens": ("opd", {"mask_tokens": ["<think>"]}),
+}
 
 
 def headline(name: str) -> str:
@@ -37,10 +47,38 @@ def markdown(folder: Path) -> str:
     for n in METHODS:
         links = ", ".join(f"[`{recipe}`](../recipes/{recipe}.yaml)" for recipe in shown[n])
         parts.append(f"| [`{n}`](#{n}) | {headline(n)} | `src/opd/methods/{n}.py` | {links} |")
+    parts += ["", *pairs()]
     for name, function in METHODS.items():
         parts += ["", f"## {name}", "", _fenced(_page(name).strip()), "", inspect.getdoc(function) or "", ""]
         parts += ["```python", f"{name}{inspect.signature(function)}", "```"]
     return "\n".join(parts) + "\n"
+
+
+def pairs() -> list[str]:
+    """The table of pairs: which go together as `method: a+b`, and what keeps the others apart."""
+    methods = {row: build(name, options) for row, (name, options) in ROWS.items()}
+    reasons: dict[str, int] = {}
+
+    def cell(one: str, other: str) -> str:
+        if ROWS[one][0] == ROWS[other][0]:
+            return ""
+        why = apart(methods[one], methods[other])
+        return "yes" if why is None else str(reasons.setdefault(why, len(reasons) + 1))
+
+    lines = ["| | " + " | ".join(f"`{row}`" for row in ROWS) + " |", "|---" * (len(ROWS) + 1) + "|"]
+    for one in ROWS:
+        lines.append(f"| `{one}` | " + " | ".join(cell(one, other) for other in ROWS) + " |")
+    return [
+        "## Two methods in one",
+        "",
+        "`method: vopd+eff_opd` with `options: {vopd: {...}, eff_opd: {...}}` is one method of both (`opd.combine`):",
+        "what one of them decides is taken from it, weights multiply, filters run one after the other, and what both",
+        "decide keeps them apart. Options can change that. With their defaults, or with what the row says:",
+        "",
+        *lines,
+        "",
+        *(f"{number}. {why}" for why, number in reasons.items()),
+    ]
 
 
 def recipes_of(folder: Path) -> dict[str, list[str]]:

@@ -1,0 +1,88 @@
+"""Every pair of methods: those that go together train, the others are refused with what keeps them apart."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import CHARACTERS, sums, tiny_model
+
+import opd
+from opd import methods
+from opd.combine import PLAIN, apart, combined
+from opd.errors import ConfigError
+from opd.loading import character_tokenizer, load_model
+from opd.methods.describe import ROWS
+from opd.recipe import ModelSpec
+
+# What tiny vocabularies and a few prompts ask for, beside the row's own options.
+SMALL: dict[str, dict[str, Any]] = {
+    "topk_reverse_kl": {"k": 4},
+    "rethinking_opd": {"k": 4},
+    "local_support_matching": {"k": 4},
+    "context_distillation": {"k": 4, "system": "5"},
+    "vopd": {"k": 4},
+    "eff_opd": {"prompts": 2, "candidates": 1},
+}
+PAIRS = [(one, other) for one, other in combinations(ROWS, 2) if ROWS[one][0] != ROWS[other][0]]
+
+
+def options_of(row: str) -> dict[str, Any]:
+    name, options = ROWS[row]
+    masks = {"mask_tokens": ["1"]} if "mask_tokens" in options else options
+    return {**masks, **SMALL.get(name, {})}
+
+
+def tiny(seed: int) -> Any:
+    return load_model(ModelSpec(**tiny_model(seed)), name="tiny").model
+
+
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=" + ".join)
+def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
+    names = (ROWS[one][0], ROWS[other][0])
+    given = {names[0]: options_of(one), names[1]: options_of(other)}
+    built = [methods.build(name, options) for name, options in given.items()]
+    why = apart(*built)
+    if why is not None:
+        with pytest.raises(ConfigError) as refused:
+            methods.build("+".join(names), given)
+        assert str(refused.value) == f"Methods {names[0]} and {names[1]} do not go together: {why}."
+        return
+    method = combined(*built)
+    rows = [{**row, "answer": "2", "response": "2", "privileged_context": "7"} for row in sums(0, 4)]
+    run = opd.distill(
+        student=tiny(2),
+        teacher=tiny(1) if method.teacher.kind == "external" else None,
+        tokenizer=character_tokenizer(CHARACTERS),
+        prompts=rows,
+        method="+".join(names),
+        options=given,
+        reward="exact" if method.needs() & {"reward", "group"} else None,
+        sampling={"n": 2, "max_completion_length": 4},
+        steps=2,
+        output_dir=tmp_path / "run",
+        quiet=True,
+    )
+    assert [row["step"] for row in run.metrics if "train/loss" in row] == [1, 2]
+
+
+def test_plain_distillation_changes_nothing():
+    for name in ("vopd", "grpo", "reverse_kl"):
+        method = methods.build(name, {})
+        both = combined(PLAIN, method)
+        assert all(getattr(both, field) == getattr(method, field) for field in type(method).__slots__)
+
+
+def test_options_of_several_methods_are_given_by_method():
+    with pytest.raises(ConfigError, match=r"several methods.*given by method; got k\..*options: \{vopd: "):
+        methods.build("vopd+eff_opd", {"k": 4})
+    with pytest.raises(ConfigError, match=r"no method 'vopt'.*Did you mean 'vopd'"):
+        methods.build("eff_opd+vopt", {})
+
+
+def test_three_methods_in_one():
+    method = methods.build("opd+vopd+eff_opd", {"vopd": {"k": 3}})
+    assert method.support.k == 3
+    assert "extrapolation" in method.state
