@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd import divergences
 from opd.errors import ConfigError, nearest
-from opd.needs import needing, needs_of
+from opd.needs import needing, needs_of, turned
 from opd.types import Advantage, Signal, Tokens, support_of
 
 # An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
@@ -41,7 +41,7 @@ def divergence(
     # position's log-probs changes nothing, so that unnormalised logits do.
     signal.divergence = function  # type: ignore[attr-defined]
     signal.shift_invariant = form == "renormalised"  # type: ignore[attr-defined]
-    return signal
+    return needing(signal, "imitates")
 
 
 def nll() -> Signal:
@@ -60,6 +60,9 @@ def log_ratio(tokens: Tokens) -> Tensor:
     Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
     """
     return (tokens.teacher_logp - tokens.student_logp).detach()
+
+
+needing(log_ratio, "imitates")
 
 
 def policy_gradient(
@@ -108,7 +111,7 @@ def support_policy_gradient(
         w = log_w.softmax(-1).nan_to_num(0.0) if normalised else log_w.exp()  # an empty support has no weight
         return (w * (s.detach() - t) * (s - s.detach()).exp()).sum(-1)
 
-    return signal
+    return needing(signal, "imitates")
 
 
 def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
@@ -145,7 +148,7 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
         one = (log_p - log_p.detach()).exp()  # with the gradient of log p
         return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
 
-    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last")
+    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last", "imitates")
 
 
 def add(*signals: Signal) -> Signal:
@@ -163,7 +166,8 @@ def scale(factor: float, signal: Signal) -> Signal:
     def scaled(tokens: Tokens) -> Tensor:
         return factor * signal(tokens)
 
-    return needing(scaled, *needs_of(signal))
+    needs = needs_of(signal)
+    return needing(scaled, *(turned(needs) if factor < 0 else needs))
 
 
 def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Signal:
@@ -172,4 +176,4 @@ def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Si
     def signal(tokens: Tokens) -> Tensor:
         return torch.where(predicate(tokens), yes(tokens), no(tokens))
 
-    return signal
+    return needing(signal, *needs_of(yes, no))
