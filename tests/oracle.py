@@ -9,7 +9,7 @@ on S, sg[.] a stop-gradient. The teacher is always under sg.
 
 Papers: GKD = arXiv 2306.13649; DistiLLM = arXiv 2402.03898; Many Faces = arXiv 2605.11182; Rethinking = arXiv
 2604.13016; Revisiting = arXiv 2603.25562; PPO = arXiv 1707.06347; GRPO = arXiv 2402.03300; Dr. GRPO = arXiv 2503.20783;
-Codex = arXiv 2107.03374.
+Codex = arXiv 2107.03374; AntiSD = arXiv 2605.11609.
 """
 
 from __future__ import annotations
@@ -438,6 +438,54 @@ def group_advantage(rewards: Sequence[float], epsilon: float = 1e-4, scale: bool
     freedom = len(rewards) - ddof
     deviation = math.sqrt(math.fsum(value * value for value in centred) / freedom) if freedom > 0 else 0.0
     return [value / (deviation + epsilon) for value in centred]
+
+
+def anti_advantage(log_ratio: float, reward_advantage: float, strength: float, shape: str = "jsd") -> float:
+    """A^seq - lambda phi(u), u = log q(y) - log p(y), phi(u) = (log(1 + e^u) - log 2) / 2, or u. AntiSD eq. 2 and 6."""
+    phi = {"jsd": 0.5 * (logsumexp([0.0, log_ratio]) - math.log(2.0)), "reverse_kl": log_ratio}[shape]
+    return reward_advantage - strength * phi
+
+
+def grad_jsd(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """dJSD(p||q)/dz_j = p_j (f_j - sum_V p f), f = log(p/m) / 2 and m = (p + q) / 2: AntiSD Lemma 4."""
+    p, q = softmax(student), softmax(teacher)
+    slopes = [0.5 * math.log(2.0 * a / (a + b)) for a, b in zip(p, q, strict=True)]
+    mean = math.fsum(a * f for a, f in zip(p, slopes, strict=True))
+    return [a * (f - mean) for a, f in zip(p, slopes, strict=True)]
+
+
+def entropy_gate(medians: Sequence[float], most: float = 0.5, share: float = 0.93, warm_up: int = 5) -> list[float]:
+    """lambda by step: 0 in the warm-up, then g lambda_max. AntiSD eq. 7; H_warm as the mean of the warm-up is ours."""
+    warm = math.fsum(medians[:warm_up]) / len(medians[:warm_up])
+    strengths, state = [0.0] * len(medians[:warm_up]), 1
+    for median in medians[warm_up:]:
+        if state == 0 and median >= warm:
+            state = 1
+        elif state == 1 and median < share * warm:
+            state = 0
+        strengths.append(state * most)
+    return strengths
+
+
+def lower_median(values: Sequence[float]) -> float:
+    """The value in the middle; of an even number the lower of the two."""
+    return sorted(values)[(len(values) - 1) // 2]
+
+
+def next_right(samples: Sequence[int], rewards: Sequence[float], of: int) -> int | None:
+    """The place of the solution that the response at place `of` gets in its group: walk up the samples, round the end.
+
+    AntiSD section 4 (a right response of the group); which one is ours.
+    """
+    highest = max(samples)
+    for distance in range(1, highest + 1):
+        wanted = (samples[of] + distance) % (highest + 1)
+        if wanted == samples[of]:
+            continue
+        places = [place for place, sample in enumerate(samples) if sample == wanted]
+        if places and rewards[places[0]] >= 1.0:
+            return places[0]
+    return None
 
 
 def discounted(rewards: Sequence[float], gamma: float) -> list[float]:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from opd.needs import needing
+from opd.needs import needing, needs_of
 from opd.types import Advantage, Tokens, support_of
 
 Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
@@ -46,4 +46,6 @@ def least_variance(tokens: Tokens) -> Tensor:
 
 def against(baseline: Baseline, advantage: Advantage) -> Advantage:
     """`advantage` less the baseline, [N]."""
-    return needing(lambda tokens: advantage(tokens) - baseline(tokens).detach(), "unbiased_baseline")
+    return needing(
+        lambda tokens: advantage(tokens) - baseline(tokens).detach(), "unbiased_baseline", *needs_of(advantage)
+    )

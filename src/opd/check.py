@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
-from opd.method import Method
+from opd.method import PIECES, Method
 from opd.metrics import check_report_to
 from opd.needs import needs_of
 from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
@@ -62,6 +62,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{where}: method {spec.method!r} asks how far the student is from its teacher, and has none. Use a method "
             "with a teacher, or validate by the reward."
         )
+    check_signs(method, f"{where}: method {spec.method!r}")
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:
@@ -70,6 +71,18 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         raise ConfigError(
             f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
             f"{part.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
+        )
+
+
+def check_signs(method: Method, where: str) -> None:
+    """Refuse a method that draws the student towards its teacher and drives it away at once. Raises ConfigError."""
+    declared = {name: needs_of(getattr(method, name)) for name in PIECES}
+    towards, away = ([name for name, needs in declared.items() if side in needs] for side in ("imitates", "ascends"))
+    if towards and away and "sign_conflict" not in method.needs():
+        raise ConfigError(
+            f"{where} draws the student towards its teacher (its {' and '.join(towards)}) and drives it away from the "
+            f"teacher (its {' and '.join(away)}): one undoes the other. Leave one of the two out, or say that "
+            "this is meant, with allow_sign_conflict (an option of method anti_sd, and of credit.away_from_teacher)."
         )
 
 

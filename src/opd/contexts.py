@@ -9,6 +9,7 @@ from functools import cache
 from opd.errors import ConfigError, DataError
 from opd.filters import PASS
 from opd.needs import needing
+from opd.solutions import Solutions
 from opd.templates import fields_of, with_question
 from opd.types import Context, Message, Prompt, Rollout
 
@@ -37,6 +38,12 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "right in it, correct what is not, and solve the problem."
     },
 }
+
+# What the teacher of arXiv 2605.11609 reads (App. C): a solution that is not its own, and what became of its own.
+VERIFIED = (
+    "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is {verdict}.\n\n"
+    "Now solve this problem step by step."
+)
 
 
 @cache
@@ -87,6 +94,34 @@ def privileged(
     if "verdict" in fields:
         needs |= {"reward"}
     return needing(context, *needs)
+
+
+def verified(
+    solutions: Solutions, *, template: str = VERIFIED, verdicts: tuple[str, str] = ("correct", "incorrect")
+) -> Context:
+    """The teacher reads a verified solution, as {privileged_context}, and the verdict on the response that it scores.
+
+    The fields of `template` are those of `privileged`. A response without a solution is read with its prompt alone.
+    Raises ConfigError for an unknown field, or a template that does not show the solution.
+    """
+    fields = fields_of("A context's template", template, FIELDS, needed="prompt")
+    if "privileged_context" not in fields:
+        raise ConfigError(
+            f"The solution that the teacher is to read stands in {{privileged_context}}; the template {template!r:.80} "
+            "has no such field. Put it where the solution belongs."
+        )
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        read: list[Prompt] = []
+        for rollout, solution in zip(rollouts, solutions(rollouts), strict=True):
+            if solution is None:
+                read.append(rollout.prompt)
+                continue
+            solved = replace(rollout, prompt=replace(rollout.prompt, privileged_context=solution))
+            read.append(_enriched(solved, None, (), template, None, verdicts))
+        return read
+
+    return needing(context, "reward", "group", "attempt", *(fields & {"answer"}))
 
 
 def _enriched(

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from opd.errors import ConfigError
-from opd.needs import needing
+from opd.needs import needing, needs_of, reads, turned
+from opd.solutions import Solutions
 from opd.types import Batch, Credit
 
 
@@ -60,4 +65,49 @@ def discounted(gamma: float) -> Credit:
             advantage[:, t] = following
         return advantage
 
-    return needing(credit, "teacher_logp", "policy_logp")
+    return needing(credit, "teacher_logp", "policy_logp", "imitates")
+
+
+def away_from_teacher(
+    strength: Callable[[], float],
+    solutions: Solutions,
+    *,
+    shape: Literal["jsd", "reverse_kl"] = "jsd",
+    allow_sign_conflict: bool = False,
+) -> Credit:
+    """-strength phi(u), u = log q(y) - log p(y): the ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
+
+    jsd         phi(u) = (softplus(u) - log 2) / 2: the mean of -phi(u) grad log p is the gradient of JSD(p||q); A is at
+                most strength (log 2) / 2, for tokens of which the teacher thinks nothing, and about -u/2 at large u
+    reverse_kl  phi(u) = u: that of KL(p||q), without a bound
+
+    p is the policy that wrote the response, as recorded. 0 in a response without a solution (`solutions`), whose
+    teacher has read nothing that the student has not. A method that also draws the student towards its teacher is
+    refused by `opd check` unless `allow_sign_conflict` says that this is meant.
+    """
+    phi = {"jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)), "reverse_kl": lambda u: u}[shape]
+
+    def credit(batch: Batch) -> Tensor:
+        solved = [solution is not None for solution in solutions(batch.rollouts)]
+        teaches = torch.tensor(solved, device=batch.mask.device)[:, None] & batch.mask  # [B, T]
+        advantage = -strength() * phi(batch.teacher_logp - batch.policy_logp)
+        return advantage.masked_fill(~teaches, 0.0)
+
+    allowed = ["sign_conflict"] if allow_sign_conflict else []
+    return needing(credit, "teacher_logp", "policy_logp", "reward", "group", "ascends", *allowed)
+
+
+def add(*parts: Credit) -> Credit:
+    """The sum of several credits."""
+
+    def credit(batch: Batch) -> Tensor:
+        return torch.stack([one(batch) for one in parts]).sum(0)
+
+    unsaid = {"teacher_logp"} if any(reads(one, "teacher_logp") for one in parts) else set[str]()
+    return needing(credit, *needs_of(*parts), *unsaid)
+
+
+def scale(factor: float, credit: Credit) -> Credit:
+    """`factor` times a credit."""
+    needs = needs_of(credit) | ({"teacher_logp"} if reads(credit, "teacher_logp") else frozenset[str]())
+    return needing(lambda batch: factor * credit(batch), *(turned(needs) if factor < 0 else needs))

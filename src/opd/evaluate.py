@@ -127,7 +127,8 @@ def exact_divergence(
 
     All processes have the same rollouts; each looks at some of them.
     """
-    mine = [rollouts[i] for i in world.positions(range(len(rollouts)))]
+    # A prompt's responses stay together: a context may look at all of them.
+    mine = [rollouts[i] for i in world.positions([rollout.prompt.id for rollout in rollouts])]
     totals, count = dict.fromkeys(names, 0.0), 0.0
     if mine:
         totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names)

@@ -12,7 +12,8 @@ def needing(piece: Piece, *needs: str) -> Piece:
     """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
     `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
     "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
-    drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it."""
+    drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it. What draws the student towards its
+    teacher "imitates", what drives it away "ascends": `opd check` refuses both at once."""
     piece.needs = frozenset(needs)  # type: ignore[attr-defined]
     return piece
 
@@ -29,3 +30,9 @@ def reads(piece: Callable[..., Any], name: str) -> bool:
     """
     declared = getattr(piece, "needs", None)
     return name == "teacher_logp" if declared is None else name in declared
+
+
+def turned(needs: frozenset[str]) -> frozenset[str]:
+    """What a piece times a negative number declares: it pulls the other way."""
+    sides = {"imitates": "ascends", "ascends": "imitates"}
+    return frozenset(sides.get(need, need) for need in needs)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from opd import divergences
 from opd.errors import ConfigError, nearest
-from opd.needs import needing, needs_of
+from opd.needs import needing, needs_of, turned
 from opd.types import Advantage, Signal, Tokens, support_of
 
 # An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
@@ -42,7 +42,7 @@ def divergence(
     # position's log-probs changes nothing, so that unnormalised logits do.
     signal.divergence = function  # type: ignore[attr-defined]
     signal.shift_invariant = form == "renormalised"  # type: ignore[attr-defined]
-    return signal
+    return needing(signal, "imitates")
 
 
 def nll() -> Signal:
@@ -61,6 +61,9 @@ def log_ratio(tokens: Tokens) -> Tensor:
     Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
     """
     return (tokens.teacher_logp - tokens.student_logp).detach()
+
+
+needing(log_ratio, "imitates")
 
 
 def policy_gradient(
@@ -115,7 +118,7 @@ def support_policy_gradient(
         w = log_w.softmax(-1).nan_to_num(0.0) if normalised else log_w.exp()  # an empty support has no weight
         return (w * (s.detach() - t) * (s - s.detach()).exp()).sum(-1)
 
-    return signal
+    return needing(signal, "imitates")
 
 
 def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
@@ -152,7 +155,7 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
         one = (log_p - log_p.detach()).exp()  # with the gradient of log p
         return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
 
-    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last")
+    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last", "imitates")
 
 
 def add(*signals: Signal) -> Signal:
@@ -170,7 +173,8 @@ def scale(factor: float, signal: Signal) -> Signal:
     def scaled(tokens: Tokens) -> Tensor:
         return factor * signal(tokens)
 
-    return needing(scaled, *needs_of(signal))
+    needs = needs_of(signal)
+    return needing(scaled, *(turned(needs) if factor < 0 else needs))
 
 
 def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Signal:
@@ -179,4 +183,4 @@ def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Si
     def signal(tokens: Tokens) -> Tensor:
         return torch.where(predicate(tokens), yes(tokens), no(tokens))
 
-    return signal
+    return needing(signal, *needs_of(yes, no))

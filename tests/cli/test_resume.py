@@ -115,6 +115,13 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, unin
 
 REMEMBERING: dict[str, dict[str, Any]] = {
     "eff_opd": {"method": "eff_opd", "options": {"validate_by": "teacher_kl", "prompts": 3}},
+    "anti_sd": {
+        "method": "anti_sd",
+        "options": {"template": "{privileged_context}{prompt}", "warm_up": 2},
+        "teacher": None,
+        "reward": {"name": "final_number"},
+        "sampling": {"max_completion_length": 3, "n": 2},
+    },
 }
 
 

@@ -106,6 +106,13 @@ SCENARIOS = {
     "full tied, a moving average that jumps": recipe(
         tied=True, method="ranks:jumping_average", teacher=None, prompts_per_step=3
     ),
+    "full tied, away from itself": recipe(
+        tied=True,
+        method="anti_sd",
+        options={"template": EMA["template"], "warm_up": 3, "closes_below": 0.99},
+        prompts_per_step=3,
+        **GROUPS,
+    ),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
     "full untied, two teachers in turn": two_teachers(method="topk_reverse_kl", options={"k": 4}),
 }

@@ -143,7 +143,9 @@ def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):
 def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
     with pytest.raises(ConfigError, match=f"has a `{twice}` of its own, and the options give another"):
         methods.build("context_distillation", options)
-    assert methods.build("context_distillation", {"information": "hint", "template": "{prompt}"}).needs() == {"answer"}
+    assert methods.build("context_distillation", {"information": "hint", "template": "{prompt}"}).context.needs == {
+        "answer"
+    }
 
 
 @pytest.mark.parametrize("column", ["answer", "privileged_context"])

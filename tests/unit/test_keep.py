@@ -230,7 +230,7 @@ def test_combinations_hand_the_tokenizer_on():
     assert rows[0].trained.tolist() == [False, True, False, True]
     batch = batch_of(method, LM, teacher_of(method, LM, tiny(seed=1)), rows)
     assert method.weight(batch).tolist() == [[1.0, 0.0, 1.0, 1.0]]
-    assert method.needs() == {"teacher_model"}
+    assert method.needs() == {"teacher_model", "sampled_token", "imitates"}
 
 
 def test_the_method_of_the_paper_masks_the_first_of_each():

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from opd.combine import combined
 from opd.errors import ConfigError, nearest
 from opd.method import Method
+from opd.methods.anti_sd import anti_sd
 from opd.methods.context_distillation import context_distillation
 from opd.methods.eff_opd import eff_opd
 from opd.methods.gkd import gkd
@@ -36,6 +37,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "context_distillation": context_distillation,
     "vopd": vopd,
     "eff_opd": eff_opd,
+    "anti_sd": anti_sd,
 }
 
 

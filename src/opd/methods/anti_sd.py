@@ -1,0 +1,64 @@
+"""Anti-self-distillation: away from what the model itself would write if it had read the solution, and towards reward.
+
+Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information", arXiv 2605.11609, eq. 2 and
+4-7, Algorithm 1, App. B and C.
+
+    u_t     = log p(y_t | x, c, y_<t) - log p(y_t | x, y_<t)        pointwise mutual information of y_t and c
+    phi(u)  = (softplus(u) - log 2) / 2
+    A_{i,t} = (R_i - mean R) / std R - lambda sg[phi(u_{i,t})],     lambda = g lambda_max
+    g       = 0 if H < 0.93 H_warm, 1 if H >= H_warm, else as it was
+
+| paper | here |
+|---|---|
+| pi_S, pi_T | p, the student, and q, the student that also reads c (`teachers.self_live`) |
+| c: a right response of the group, else the data's solution, and the verdict | `contexts.verified`, `solution` |
+| A^seq | `credit.group_reward` |
+| -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.away_from_teacher`, `shape` |
+| lambda_max, W, 0.93 | `strength`, `warm_up`, `closes_below` |
+| g, H, H_warm | `gates.EntropyGate`; `gate=False` is the paper's "no gate" |
+| GRPO's loss, clip ratio 0.2 | `signals.policy_gradient`, `clip` |
+
+Self-distillation, A^seq + lambda u, rewards what the solution makes likelier and punishes "wait" and "maybe". The sign
+is turned here, and phi bounds what a token can gain to (log 2) / 2. Sums of u over a response telescope to
+log p(c | x, y) - log p(c | x) (Lemma 3).
+
+Differs from the paper: it does not say how H_warm is made of the five steps' medians (here their mean), how the gate
+begins (open), and how the context breaks its lines. The solution is never the response itself. A response without any
+solution, a right peer's or the data's, has A^seq alone and is counted (`gate/unsolved`). The released code was not
+read; it is said to gate on perplexity, with a lambda in between.
+"""
+
+from typing import Literal
+
+from opd import contexts, credit, normalise, signals, solutions, teachers
+from opd.gates import EntropyGate
+from opd.method import Method
+
+
+def anti_sd(
+    strength: float = 0.5,
+    gate: bool = True,
+    closes_below: float = 0.93,
+    warm_up: int = 5,
+    shape: Literal["jsd", "reverse_kl"] = "jsd",
+    solution: Literal["privileged_context", "answer"] | None = "privileged_context",
+    template: str | None = None,
+    clip: float = 0.2,
+    average: Literal["token", "sequence"] = "sequence",
+    temperature: float = 1.0,
+    allow_sign_conflict: bool = False,
+) -> Method:
+    """GRPO with a bounded push away from the solution-reading self; `solution` is the column where no peer is right."""
+    found = solutions.from_peers(solution)
+    entropy = EntropyGate(strength, found, closes_below=closes_below if gate else None, warm_up=warm_up)
+    ascent = credit.away_from_teacher(entropy.strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
+    return Method(
+        context=contexts.verified(found, template=contexts.VERIFIED if template is None else template),
+        teacher=teachers.self_live(),
+        observe=entropy,
+        credit=credit.add(credit.group_reward(), ascent),
+        signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        state={"gate": entropy},
+        temperature=temperature,
+    )

@@ -1,0 +1,46 @@
+"""Verified solutions that a teacher may read: of other responses to the same prompt, else of the data. Pure.
+
+The context that shows a solution, the gate that listens to the teacher and the credit that is made of its scores get
+the same function of the rollouts, so that they agree on which responses have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from opd.filters import PASS
+from opd.types import Rollout
+
+Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one a rollout, None where there is none
+
+
+def from_peers(column: str | None = "privileged_context") -> Solutions:
+    """A right response to the same prompt; where no other one is right, the data's `column`, if there is a value.
+
+    Right is a reward of at least `filters.PASS`. Of several it is the next one in the order of samples, the first after
+    the last: samples are alike, so that this is as good as a draw. Never the response itself, nor its twin where a step
+    takes a prompt twice: a teacher that reads what it scores would only copy (the paper does not say).
+    """
+
+    def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
+        groups: dict[int, list[Rollout]] = {}
+        for rollout in sorted(rollouts, key=lambda one: one.sample):
+            groups.setdefault(rollout.prompt.id, []).append(rollout)
+        found = [_peer(rollout, groups[rollout.prompt.id]) for rollout in rollouts]
+        return [_given(r, column) if peer is None else peer for r, peer in zip(rollouts, found, strict=True)]
+
+    return solutions
+
+
+def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:
+    """The text of the next right one; `group` is in the order of samples."""
+    after = [other for other in group if other.sample > rollout.sample]
+    before = [other for other in group if other.sample < rollout.sample]
+    right = (other.text for other in (*after, *before) if other.reward is not None and other.reward >= PASS)
+    return next(right, None)
+
+
+def _given(rollout: Rollout, column: str | None) -> str | None:
+    value = None if column is None else getattr(rollout.prompt, column)
+    return None if value is None else str(value)
