@@ -110,6 +110,7 @@ class Case:
     fixed_point: bool = True  # no gradient where student and teacher are the same distribution
     learns: bool = True  # the exact KL falls in the tiny run below
     gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
+    scale: bool = True  # the group's reward is divided by its std (but with a constant length)
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -354,6 +355,16 @@ CASES: dict[str, list[Case]] = {
             learns=False,
         ),
     ],
+    "ropd": [
+        case(clipped(0.2, 0.2), average="token", fixed_point=False, learns=False),
+        case(
+            clipped(0.1, 0.3),
+            {"advantage": "centred", "clip_low": 0.1, "clip_high": 0.3, "average": "sequence"},
+            fixed_point=False,
+            learns=False,
+            scale=False,
+        ),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), {"template": HINT}),
         case(compared("reverse_kl"), {"template": HINT, "prefill": "ab"}, fixed_point=False, learns=False),
@@ -367,7 +378,11 @@ CASES: dict[str, list[Case]] = {
         ),
     ],
 }
-NO_TEACHER = {"sft", "grpo"}  # nothing is compared with a teacher, so student = teacher is no fixed point of theirs
+NO_TEACHER = {
+    "sft",
+    "grpo",
+    "ropd",
+}  # nothing is compared with a teacher, so student = teacher is no fixed point of theirs
 
 
 def label(name: str, one: Case) -> str:
@@ -391,7 +406,7 @@ def test_a_method_with_a_teacher_claims_the_fixed_point():
 
 
 def test_a_method_with_a_teacher_claims_to_learn():
-    assert {name for name, cases in CASES.items() if not any(one.learns for one in cases)} == {"grpo"}
+    assert {name for name, cases in CASES.items() if not any(one.learns for one in cases)} == {"grpo", "ropd"}
 
 
 # --- one step of one method -----------------------------------------------------------------------------------------
@@ -459,7 +474,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     judge = None if on.teacher is None else double(on.teacher.lm)
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
-    credit = advantages(on.rollouts, scale=not isinstance(one.average, int))
+    credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int))
     loss = 0.0
     contexts = method.context(on.rollouts)
     for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
@@ -557,7 +572,7 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
     moved = (hidden.grad != 0).any(-1)
     assert not bool((moved & ~expected).any())
     # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
-    if name != "grpo" and one.options.get("by") not in ("intersection", "symmetric_difference"):
+    if name not in ("grpo", "ropd") and one.options.get("by") not in ("intersection", "symmetric_difference"):
         assert torch.equal(moved, expected)
 
 
