@@ -14,7 +14,9 @@ Codex = arXiv 2107.03374; AntiSD = arXiv 2605.11609.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import math
 from collections.abc import Callable, Hashable, Sequence
 
@@ -571,3 +573,22 @@ def percentile(values: Sequence[float], share: float) -> float:
 def expected_reverse_kl(student: Logps, teachers: Sequence[Logps]) -> float:
     """E_I KL(p || p_I) over teachers alike. Many Faces eq. 10."""
     return math.fsum(reverse_kl(student, teacher) for teacher in teachers) / len(teachers)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rubrics: ROPD
+
+
+def rubric_reward(points: Sequence[float], met: Sequence[int], epsilon: float = 1e-8) -> float:
+    """R_i = sum_k w_k v_ik / (sum_k w_k + epsilon). ROPD = arXiv 2605.07396."""
+    gained = math.fsum(w * v for w, v in zip(points, met, strict=True))
+    return gained / (math.fsum(points) + epsilon)
+
+
+def hash_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
+    """Answers (source, index, text) sorted by sha256 over uid, source, index and text, as in ROPD's released code."""
+    digests = [
+        (hashlib.sha256(json.dumps([uid, source, index, text]).encode()).digest(), i)
+        for i, (source, index, text) in enumerate(answers)
+    ]
+    return [i for _, i in sorted(digests)]

@@ -20,17 +20,23 @@ if TYPE_CHECKING:
 REMEDIES = {
     "reward": "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
     "group": "several responses to a prompt: set sampling.n to 2 or more",
+    "judge": "a reward that asks a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
+    "http://localhost:8000/v1, model: NAME}}}}",
     "teacher_model": "a teacher model: set the {owner}'s `teacher` to one of the models",
 }
 
 
-def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool) -> None:
-    """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError."""
+def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool, asks: bool = False) -> None:
+    """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError.
+
+    `asks` says that the reward asks somebody (`group_rewards`).
+    """
     needs = method.needs()
     part, where = spec.parts[task], spec.where(task)
     given = {
         "reward": has_reward,
         "group": part.sampling.n >= 2,
+        "judge": asks,
         "teacher_model": part.teacher is not None and part.teacher != spec.train,
     }
     owner = "stage" if task is None else "task"
@@ -63,6 +69,11 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             "with a teacher, or validate by the reward."
         )
     check_signs(method, f"{where}: method {spec.method!r}")
+    if asks and "reward" in needs_of(method.update):
+        raise ConfigError(
+            f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
+            "anew from the responses that it grades. Use a reward that checks responses one by one."
+        )
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:

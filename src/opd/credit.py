@@ -28,13 +28,16 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
 
     A = (r - mean) / (std + epsilon), one number for all tokens of a response; std has the unbiased divisor n - 1, as in
     the released implementations. `divide_by_std=False` is Dr.GRPO (arXiv 2503.20783): A = r - mean. A group of one has
-    A = 0: nothing to compare with.
+    A = 0: nothing to compare with; so has one of which a response has no reward, because a judge failed.
     """
 
     def credit(batch: Batch) -> Tensor:
         advantage = torch.zeros_like(batch.reward)
+        unjudged = torch.tensor([one.unjudged is not None for one in batch.rollouts], device=batch.group.device)
         for group in range(int(batch.group.max()) + 1):
             rows = batch.group == group
+            if bool(unjudged[rows].any()):
+                continue
             reward = batch.reward[rows]
             centred = reward - reward.mean()
             if divide_by_std and len(reward) > 1:

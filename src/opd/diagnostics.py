@@ -48,6 +48,7 @@ def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metri
     rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
     if rewards:
         metrics.mean("rollout/reward", sum(rewards), len(rewards))
+    metrics.merge(of_judges(batch))
     written = [rollout for rollout in batch.rollouts if rollout.sampler_logp is not None]
     if written:
         metrics.max("rollout/staleness_max", max(version - rollout.sampler_version for rollout in written))
@@ -64,6 +65,17 @@ def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metri
             if method.reads("teacher_logp") if full else method.support.kind != "none":
                 _log_ratios(metrics, batch, buckets, full=full)
     metrics.merge(by_task(batch, method))
+    return metrics
+
+
+def of_judges(batch: Batch) -> Metrics:
+    """judge/...: what they say of a response besides its reward, and the share of responses to which they gave none."""
+    metrics = Metrics()
+    for rollout in batch.rollouts:
+        if rollout.judged or rollout.unjudged is not None:
+            metrics.mean("judge/failed_share", rollout.unjudged is not None, 1)
+        for name, value in rollout.judged.items():
+            metrics.mean(f"judge/{name}", value, 1)
     return metrics
 
 

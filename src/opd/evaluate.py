@@ -12,6 +12,8 @@ from opd.collate import attach, collate, split
 from opd.contexts import same_prompt
 from opd.data import load_prompts, spec_of
 from opd.divergences import DIVERGENCES
+from opd.errors import ConfigError
+from opd.group_rewards import GroupReward, check_judged
 from opd.loading import load_model
 from opd.loss import hidden_of
 from opd.methods.reverse_kl import reverse_kl
@@ -19,7 +21,7 @@ from opd.models import LanguageModel, evaluating
 from opd.needs import needs_of
 from opd.parallel import ALONE, World
 from opd.recipe import DataSection, ModelSpec, SamplingSection, parse_section
-from opd.rewards import RewardFn, load_reward, score
+from opd.rewards import AnyReward, RewardFn, load_reward, score
 from opd.samplers.hf import TransformersSampler
 from opd.score import paired_log_probs
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
@@ -71,16 +73,31 @@ def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sam
     }
 
 
-def rewarded(reward: RewardFn | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
+def rewarded(reward: AnyReward | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts with their rewards, if there is one. Raises TrainingError when the reward does."""
     if reward is None:
         return list(rollouts)
+    if isinstance(reward, GroupReward):
+        return reward(rollouts)
     return [replace(r, reward=value) for r, value in zip(rollouts, score(reward, rollouts), strict=True)]
 
 
-def rewarded_by_task(rewards: Mapping[str | None, RewardFn | None], rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with the rewards of their prompts' tasks; a task without one leaves None. Raises as `rewarded`."""
-    return [judged for rollout in rollouts for judged in rewarded(rewards[rollout.prompt.task], [rollout])]
+def rewarded_by_task(
+    rewards: Mapping[str | None, AnyReward | None], rollouts: Sequence[Rollout], world: World = ALONE
+) -> list[Rollout]:
+    """The rollouts with the rewards of their prompts' tasks; a task without one leaves None.
+
+    Raises as `rewarded`, and, in every process of `world`, as `group_rewards.check_judged`.
+    """
+    out = list(rollouts)
+    for task, reward in rewards.items():
+        rows = [i for i, rollout in enumerate(rollouts) if rollout.prompt.task == task]
+        found = rewarded(reward, [rollouts[i] for i in rows])
+        for i, one in zip(rows, found, strict=True):
+            out[i] = one
+        if isinstance(reward, GroupReward):
+            check_judged(reward, found, world.gather)
+    return out
 
 
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
@@ -200,6 +217,11 @@ def evaluate_model(
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     judged_by = None if reward is None else load_reward(**reward)
+    if isinstance(judged_by, GroupReward):
+        raise ConfigError(
+            f"The reward {judged_by.name!r} makes its yardstick from the responses that it grades, and compares "
+            "them with each other. Measure with a reward that checks a response by itself."
+        )
     data_section = parse_section(DataSection, data, "data")
     prompts = load_prompts(
         spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))

@@ -25,7 +25,12 @@ def append_line(file: Path, step: int, numbers: Mapping[str, float]) -> None:
     """
     assert "step" not in numbers
     check_finite(f"step {step}", numbers)
-    line = (json.dumps({"step": step, **{name: numbers[name] for name in sorted(numbers)}}) + "\n").encode()
+    append_row(file, {"step": step, **{name: numbers[name] for name in sorted(numbers)}}, f"step {step}")
+
+
+def append_row(file: Path, row: Mapping[str, Any], what: str) -> None:
+    """Append a row as a line of JSON with one `write`. Raises RunError, which says `what` could not be written."""
+    line = (json.dumps(dict(row)) + "\n").encode()
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
@@ -35,10 +40,21 @@ def append_line(file: Path, step: int, numbers: Mapping[str, float]) -> None:
     except OSError as error:
         raise RunError(f"{file} could not be written ({error.strerror or error}). {_GO_ON}") from error
     if written != len(line):
-        raise RunError(f"{file} took only {written} of the {len(line)} bytes of step {step} (disk full?). {_GO_ON}")
+        raise RunError(f"{file} took only {written} of the {len(line)} bytes of {what} (disk full?). {_GO_ON}")
 
 
 def read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
+    """The complete lines of numbers, each as bytes and as a row with its `step`. Raises RunError as `read_rows`."""
+    rows: list[tuple[bytes, dict[str, Any]]] = []
+    for number, (line, row) in enumerate(read_rows(file), start=1):
+        try:
+            rows.append((line, {"step": int(row["step"]), **row}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise _damaged(file, number, error) from error
+    return rows
+
+
+def read_rows(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
     """The complete lines, each as bytes and as a row; a partial last line is left out, a missing file has none.
 
     Raises:
@@ -54,10 +70,14 @@ def read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
             continue
         try:
             row = json.loads(line)
-            rows.append((line, {"step": int(row["step"]), **row}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise RunError(f"{file}, line {number} is damaged ({error!r}). Remove that line to go on.") from error
+            rows.append((line, {**row}))
+        except (ValueError, TypeError) as error:
+            raise _damaged(file, number, error) from error
     return rows
+
+
+def _damaged(file: Path, number: int, error: Exception) -> RunError:
+    return RunError(f"{file}, line {number} is damaged ({error!r}). Remove that line to go on.")
 
 
 def check_finite(what: str, value: Any, name: str = "") -> None:

@@ -14,7 +14,7 @@ from opd.evaluate import exact_divergence, rewarded_by_task
 from opd.models import LanguageModel
 from opd.optim import Optimiser
 from opd.parallel import World
-from opd.rewards import RewardFn
+from opd.rewards import AnyReward
 from opd.teachers.local import LocalTeacher
 from opd.teachers.several import SeveralTeachers, shares_of
 from opd.types import Context, Prompt, Sampler
@@ -32,7 +32,7 @@ class Moves:
     teacher: LocalTeacher | SeveralTeachers | None
     writer: Sampler  # the student
     prompts: Sequence[Prompt]  # of training, all
-    rewards: Mapping[str | None, RewardFn | None]  # by task
+    rewards: Mapping[str | None, AnyReward | None]  # by task
     context: Context
     world: World
     seed: int

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field, replace
 from opd import methods
 from opd.check import check_diagnostics, check_evaluate, check_needs
 from opd.data import load_selected, require_columns, spec_of
-from opd.errors import DataError
+from opd.errors import ConfigError, DataError
 from opd.evaluate import HeldOut
+from opd.group_rewards import GroupReward
 from opd.method import Method
 from opd.models import LanguageModel
 from opd.needs import needs_of
 from opd.recipe import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
-from opd.rewards import RewardFn, load_reward
+from opd.rewards import AnyReward, RewardFn, load_reward
 from opd.selection import Selected
 from opd.turns import Order
 from opd.types import Prompt, Sampling
@@ -38,7 +39,7 @@ class Task:
     """One of `StageSpec.parts`: its prompts, and who judges the responses to them."""
 
     prompts: list[Prompt]
-    reward: RewardFn | None
+    reward: AnyReward | None
     held_out: HeldOut | None
     selected: tuple[Selected, ...] = ()  # what became of the rows where a data section selects, held-out ones last
     unread_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
@@ -76,7 +77,13 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.parts.items():
-        check_needs(spec, name, method, has_reward=part.reward is not None or given.reward is not None)
+        check_needs(
+            spec,
+            name,
+            method,
+            has_reward=part.reward is not None or given.reward is not None,
+            asks=given.reward is None and part.reward is not None and bool(part.reward.asks),
+        )
         reward = given.reward or reward_of(part.reward)
         columns = PROMPT_COLUMNS & method.needs()
         prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
@@ -110,10 +117,22 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 
 
 def held_out_of(
-    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: RewardFn | None, seed: int
+    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: AnyReward | None, seed: int
 ) -> tuple[HeldOut, list[Selected]]:
-    """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows."""
+    """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows.
+
+    A reward that asks somebody is for training alone: its rubric is made from the responses that it grades, so that its
+    numbers before and after are no comparison. Raises ConfigError where the section asks for one.
+    """
     judged_by = reward_of(evaluate.reward) or reward
+    if isinstance(judged_by, GroupReward):
+        if evaluate.reward is not None:
+            raise ConfigError(
+                f"Stage {spec.name!r}: evaluate.reward is {judged_by.name!r}, whose yardstick is made anew from the "
+                "responses that it grades: its numbers before and after training cannot be compared. Give a reward "
+                "that checks a response by itself, or leave evaluate.reward out."
+            )
+        judged_by = None
     read_by_teacher = needs_of(method.context) if evaluate.teacher or evaluate.kl else frozenset[str]()
     prompts, selected = read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
@@ -127,7 +146,7 @@ def held_out_of(
     return held_out, selected
 
 
-def unread_answers(prompts: Sequence[Prompt], method: Method, *rewards: RewardFn | None) -> int:
+def unread_answers(prompts: Sequence[Prompt], method: Method, *rewards: AnyReward | None) -> int:
     """How many prompts have an answer that neither the method nor any of the rewards looks at.
 
     A function of the user's own that declares no needs may look at everything.
@@ -177,7 +196,7 @@ def read(
     return given, []
 
 
-def needs_of_reward(reward: RewardFn | None) -> frozenset[str]:
+def needs_of_reward(reward: AnyReward | None) -> frozenset[str]:
     return frozenset() if reward is None else needs_of(reward)
 
 
@@ -185,5 +204,5 @@ def sampling_of(section: SamplingSection) -> Sampling:
     return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
 
 
-def reward_of(section: RewardSection | None) -> RewardFn | None:
-    return None if section is None else load_reward(section.name, section.options)
+def reward_of(section: RewardSection | None) -> AnyReward | None:
+    return None if section is None else load_reward(section.name, {**section.options, **section.asks})

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from opd.errors import ConfigError, nearest
+from opd.judges.section import Asks
 from opd.recipe_tree import explain, fresh, merged, override, with_whole_tasks
 from opd.references import check_references
 
@@ -107,7 +108,9 @@ class SamplingSection(Section):
     stop: list[str] = []
 
 
-class RewardSection(Section):
+class RewardSection(Section, Asks):
+    """A reward, its options, and those whom it asks, where it asks somebody."""
+
     name: str
     options: dict[str, Any] = {}
 
@@ -209,6 +212,12 @@ class StageSpec(Section):
         """The models that teach in this stage, the student itself left out."""
         named = [part.teacher for part in self.parts.values() if part.teacher is not None]
         return [name for name in dict.fromkeys(named) if name != self.train]
+
+    @property
+    def asked(self) -> list[str]:
+        """The models that its rewards ask for texts."""
+        sections = [one for part in self.parts.values() if part.reward for one in part.reward.asks.values()]
+        return list(dict.fromkeys(one.lm for one in sections if one.lm is not None))
 
     def where(self, task: str | None) -> str:
         """The stage, or one of its tasks, at the beginning of a message."""

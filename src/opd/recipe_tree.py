@@ -124,7 +124,10 @@ def explain(error: ValidationError, source: str, section: type[BaseModel]) -> st
         elif one["type"] == "missing":
             lines.append(f"`{path}` is missing")
         else:
-            lines.append(f"`{path}`: {one['msg']} (got {one['input']!r:.80})")
+            # A section that its own check refuses is not repeated: it may hold what no log should.
+            own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
+            got = "" if own else f" (got {one['input']!r:.80})"
+            lines.append(f"`{path}`: {one['msg']}{got}")
     return f"{source} is not valid:\n  " + "\n  ".join(lines)
 
 

@@ -19,7 +19,8 @@ def check_references(recipe: Recipe, source: str) -> None:
             raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
         check_tasks(stage, where)
         taught = [("teacher" if t is None else f"tasks.{t}.teacher", part.teacher) for t, part in stage.parts.items()]
-        for role, name in [("train", stage.train), *taught]:
+        judges = [("lm", name) for name in stage.asked]
+        for role, name in [("train", stage.train), *taught, *judges]:
             if name is not None and name not in recipe.models:
                 raise ConfigError(
                     f"{where}: `{role}: {name}` is not among the models.{nearest(name, recipe.models)} "
@@ -30,6 +31,11 @@ def check_references(recipe: Recipe, source: str) -> None:
                 raise ConfigError(
                     f"{where}: model {name!r} is what stage {origin!r} leaves, and no such stage comes before this one."
                 )
+        if stage.train in stage.asked:
+            raise ConfigError(
+                f"{where}: its `reward` asks the model {stage.train!r}, which it trains: what is kept of its answers "
+                "would be those of other weights. Ask another model, or a copy of it under another name in `models`."
+            )
         if stage.seconds_of is not None and stage.seconds_of not in seen:
             raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` is no earlier stage. Earlier ones: {seen}.")
         seen.append(stage.name)

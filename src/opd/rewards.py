@@ -1,4 +1,7 @@
-"""Rewards: (prompt, response text) -> a number. Ours stand in `REWARDS`, yours is `my_package.mine:function`."""
+"""Rewards: (prompt, response text) -> a number, or of a whole group (`group_rewards`).
+
+Ours stand in `REWARDS`, yours is `my_package.mine:function`.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,14 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from opd.errors import ConfigError, DataError, TrainingError, nearest
+from opd.group_rewards import GroupReward
 from opd.needs import needing, needs_of
 from opd.plugins import check_options, import_function
+from opd.rubric_reward import rubric
 from opd.types import Prompt, Rollout
 
 RewardFn: TypeAlias = Callable[[Prompt, str], float]
+AnyReward: TypeAlias = RewardFn | GroupReward
 
 # A sign counts unless it can be a minus between two terms; commas count between groups of three digits.
 NUMBER = re.compile(
@@ -41,7 +47,7 @@ class Reward:
         return self.function(prompt, response)
 
 
-def load_reward(name: str, options: Mapping[str, Any]) -> RewardFn:
+def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
     """A reward of `REWARDS`, or a user's `package.module:function`, which is called (prompt, response, **options).
 
     The parameters of a built-in reward's function are its options. `opd.types.needs_of(reward)` says which data columns
@@ -60,6 +66,8 @@ def load_reward(name: str, options: Mapping[str, Any]) -> RewardFn:
         )
     check_options(f"The reward {name!r}", REWARDS[name], options)
     made = REWARDS[name](**options)
+    if isinstance(made, GroupReward):
+        return made
     return Reward(name=name, function=made, needs=needs_of(made))
 
 
@@ -196,13 +204,14 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Rew
     return reward
 
 
-REWARDS: dict[str, Callable[..., RewardFn]] = {
+REWARDS: dict[str, Callable[..., AnyReward]] = {
     "exact": exact,
     "regex": regex,
     "final_number": final_number,
     "max_words": max_words,
     "math_verify": math_verify,
     "reasoning_gym": reasoning_gym,
+    "rubric": rubric,
 }
 
 

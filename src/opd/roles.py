@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from opd.contexts import same_prompt
+from opd.group_rewards import GroupReward
 from opd.held_out import Exam
 from opd.models import LanguageModel
+from opd.parallel import World
 from opd.prepare import Prepared, sampling_of
 from opd.recipe import Recipe, StageSpec, TaskSection
+from opd.rewards import AnyReward
 from opd.samplers.by_task import by_task
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
@@ -66,6 +70,22 @@ def writers_of(
             )
     reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
     return Writers(student=by_task(samplers), reference=reference, teacher=by_task(teachers) if teachers else None)
+
+
+def rewards_of(
+    recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
+) -> dict[str | None, AnyReward | None]:
+    """The rewards by task, ready for those that ask somebody: `judges` are the models asked, `folder` keeps answers.
+
+    Raises RunError when what is kept cannot be read.
+    """
+    origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}
+    return {
+        name: task.reward.bound(judges, origins, folder / "judges", world.rank)
+        if isinstance(task.reward, GroupReward)
+        else task.reward
+        for name, task in prepared.tasks.items()
+    }
 
 
 def exams_of(

@@ -15,7 +15,7 @@ from opd import recipe as recipes
 from opd.check import check_processes, check_tokenizers
 from opd.compare import check_k
 from opd.errors import ConfigError
-from opd.held_out import Examiner
+from opd.held_out import Exam, Examiner
 from opd.interrupt import stopped_after
 from opd.loading import load_model
 from opd.method import Method
@@ -27,8 +27,8 @@ from opd.parallel import ALONE, World, full
 from opd.prepare import Given, Prepared, prepare
 from opd.progress import Progress
 from opd.recipe import Recipe, StageSpec
-from opd.roles import exams_of, samplers_of, teacher_of, writers_of
-from opd.rundir import RunDir, check_space
+from opd.roles import exams_of, rewards_of, samplers_of, teacher_of, writers_of
+from opd.rundir import RunDir, StageDir, check_space
 from opd.supports import check_fits
 from opd.teachers.local import check_same_tokens
 from opd.train import Stage, train
@@ -110,14 +110,7 @@ def build(
     world: World,
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
-    externals: dict[str, LanguageModel] = {}
-    with world.main_first():
-        student = model_for(recipe, spec, spec.train, given, directory)
-        check_student(spec, prepared.method, student, progress)
-        check_space(directory.path, space_needed(spec, prepared.method, student))
-        for name in spec.teachers:
-            externals[name] = model_for(recipe, spec, name, given, directory)
-            check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
+    student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
     method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
@@ -127,16 +120,8 @@ def build(
     samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    examiner = Examiner(
-        exams=exams,
-        student=student,
-        world=world,
-        root=root,
-        folder=folder,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
     writers = writers_of(spec, student, externals, samplers)
-    rewards = {name: task.reward for name, task in prepared.tasks.items()}
+    rewards = rewards_of(recipe, prepared, judges, folder.path, world)
     moves = Moves(
         optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
         student=student,
@@ -163,11 +148,46 @@ def build(
         order=prepared.order,
         rewards=rewards,
         moves=moves,
-        examiner=examiner if exams else None,
+        examiner=examiner_of(exams, spec, student, root, folder, world) if exams else None,
         folder=folder,
         progress=progress,
         report=report,
         seconds_limit=seconds_limit(spec, directory),
+    )
+
+
+def loaded(
+    recipe: Recipe,
+    spec: StageSpec,
+    method: Method,
+    given: Given,
+    directory: RunDir,
+    progress: Progress,
+    world: World,
+) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
+    """The student; the teachers, and the models that rewards ask, by name. Raises ConfigError and AlignmentError."""
+    with world.main_first():
+        student = model_for(recipe, spec, spec.train, given, directory)
+        check_student(spec, method, student, progress)
+        check_space(directory.path, space_needed(spec, method, student))
+        externals = {name: model_for(recipe, spec, name, given, directory) for name in spec.teachers}
+        for name, external in externals.items():
+            check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
+        judges = {name: externals.get(name) or model_for(recipe, spec, name, given, directory) for name in spec.asked}
+    return student, externals, judges
+
+
+def examiner_of(
+    exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
+) -> Examiner:
+    """Who measures the student of a stage on its held-out prompts."""
+    return Examiner(
+        exams=exams,
+        student=student,
+        world=world,
+        root=root,
+        folder=folder,
+        micro_batch_tokens=spec.micro_batch_tokens,
     )
 
 

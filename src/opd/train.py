@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import checkpoint, diagnostics
+from opd import checkpoint, diagnostics, group_rewards
 from opd.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.errors import TrainingError
 from opd.evaluate import rewarded_by_task, rows_of
@@ -28,7 +28,7 @@ from opd.moves import Moves
 from opd.parallel import World
 from opd.progress import Progress
 from opd.recipe import StageSpec
-from opd.rewards import RewardFn
+from opd.rewards import AnyReward
 from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
 from opd.score import Head
@@ -52,7 +52,7 @@ class Stage:
     samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
     writers: Writers
     order: Order  # of the prompts
-    rewards: Mapping[str | None, RewardFn | None]  # by task
+    rewards: Mapping[str | None, AnyReward | None]  # by task
     moves: Moves  # the optimiser, and what else an update may touch
     examiner: Examiner | None
     folder: StageDir
@@ -90,7 +90,7 @@ def train(stage: Stage) -> Outcome:
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
-                rollouts = method.keep(rewarded_by_task(stage.rewards, rollouts))
+                rollouts = method.keep(rewarded_by_task(stage.rewards, rollouts, world))
                 rollouts = with_record(
                     student,
                     rollouts,
@@ -157,6 +157,7 @@ def train(stage: Stage) -> Outcome:
                     "diagnose": diagnosed,
                     "train": ended - scored,
                     "total": ended - started,
+                    **group_rewards.asked(stage.rewards, world.gather),
                 },
             )
             if shown or (spec.samples_every and finished):

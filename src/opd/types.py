@@ -97,6 +97,8 @@ class Rollout:
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
+    unjudged: str | None = None  # why those whom the reward asks gave none
+    judged: Mapping[str, float] = field(default_factory=dict[str, float])  # what else they said, for the metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

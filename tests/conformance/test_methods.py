@@ -110,6 +110,7 @@ class Case:
     fixed_point: bool = True  # no gradient where student and teacher are the same distribution
     learns: bool = True  # the exact KL falls in the tiny run below
     gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
+    scale: bool = True  # the group's reward is divided by its std (but with a constant length)
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -378,6 +379,16 @@ CASES: dict[str, list[Case]] = {
             learns=False,
         ),
     ],
+    "ropd": [
+        case(clipped(0.2, 0.2), average="token", fixed_point=False, learns=False),
+        case(
+            clipped(0.1, 0.3),
+            {"advantage": "centred", "clip_low": 0.1, "clip_high": 0.3, "average": "sequence"},
+            fixed_point=False,
+            learns=False,
+            scale=False,
+        ),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), ALL_TOKENS),
         case(compared("reverse_kl"), {**ALL_TOKENS, "prefill": "ab"}, fixed_point=False, learns=False),
@@ -405,8 +416,8 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
-NO_FIXED_POINT = {"sft", "grpo", "anti_sd"}
-NO_TARGET = {"grpo", "anti_sd"}  # they do not go where a teacher is
+NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd"}
+NO_TARGET = {"grpo", "anti_sd", "ropd"}  # they do not go where a teacher is
 
 
 def label(name: str, one: Case) -> str:
@@ -498,7 +509,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     judge = None if on.teacher is None else double(on.teacher.lm)
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
-    credit = advantages(on.rollouts, scale=not isinstance(one.average, int))
+    credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int))
     loss = 0.0
     contexts = method.context(on.rollouts)
     for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
@@ -597,7 +608,7 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
     assert not bool((moved & ~expected).any())
     # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
     symmetric = on.method.support.by in ("intersection", "symmetric_difference")
-    if name not in ("grpo", "anti_sd") and not symmetric:
+    if name not in NO_TARGET and not symmetric:
         assert torch.equal(moved, expected)
 
 

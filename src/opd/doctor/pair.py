@@ -10,6 +10,7 @@ from typing import Any
 from opd.data import shuffled
 from opd.errors import ConfigError, nearest
 from opd.evaluate import HeldOut, rewarded
+from opd.group_rewards import GroupReward
 from opd.method import Method
 from opd.methods import build as build_method
 from opd.models import LanguageModel
@@ -188,11 +189,12 @@ def pair_up(
     assert teacher is not None, "a stage without a teacher is refused before this"
     part = prepared.tasks[None]
     chosen = sample_of(part.prompts, prompts, seed)
+    reward = None if isinstance(part.reward, GroupReward) else part.reward  # the doctor asks no judge
     pair = Pair(
         recipe=recipe,
         spec=spec,
         method=prepared.method.bound(student.tokenizer),
-        reward=part.reward,
+        reward=reward,
         held_out=part.held_out,
         student=student,
         external=external,
@@ -200,7 +202,7 @@ def pair_up(
         prompts=chosen,
         seed=seed,
     )
-    return replace(pair, rollouts=rewarded(part.reward, pair.written(chosen)))  # a context may read the reward
+    return replace(pair, rollouts=rewarded(reward, pair.written(chosen)))  # a context may read the reward
 
 
 def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

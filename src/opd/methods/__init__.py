@@ -20,6 +20,7 @@ from opd.methods.local_support_matching import local_support_matching
 from opd.methods.opd import opd
 from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
+from opd.methods.ropd import ropd
 from opd.methods.sft import sft
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.methods.vopd import vopd
@@ -38,6 +39,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "vopd": vopd,
     "eff_opd": eff_opd,
     "anti_sd": anti_sd,
+    "ropd": ropd,
 }
 
 

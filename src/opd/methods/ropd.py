@@ -1,0 +1,48 @@
+"""ROPD: a teacher that only gives texts. Its answers and the student's are contrasted in a rubric, which is the reward.
+
+arXiv 2605.07396, eq. 4 and 6; released code Peregrine123/ROPD_official.
+
+    C_x = Rubricator(x, Y_T, Y_S) = {(c_k, w_k)}                one for the whole group
+    R_i = sum_k w_k v_ik / sum_k w_k,   v_ik = Verifier(x, y_i, c_k) in {0, 1}
+    A_i = (R_i - mean R) / (std R + e)                          over the group of responses to one prompt
+    L   = -(1/N) sum_i sum_t min(rho_t A_i, clip(rho_t, 1 - e_low, 1 + e_high) A_i),   rho_t = p(y_t) / mu(y_t)
+
+| paper | here |
+|---|---|
+| Y_T, m answers of the teacher | reward `rubric`: `answers`, from its `author` or the data's column |
+| Y_S, n responses | `sampling.n` of the recipe |
+| Rubricator, Verifier, blind order | reward `rubric`: its `judge` and `verifier`, `blind`, `shared` |
+| a judge that fails: A = 0 for the group; its largest rate | `credit.group_reward`; reward `rubric`: `max_failed` |
+| A_i of the released code: no std | `advantage="centred"` |
+| e_low, e_high | `clip_low`, `clip_high` |
+
+A is the same whatever constant is taken off the group's rewards, the teacher's own reward for one. No KL term.
+
+Differs from the paper: R has no epsilon under it, since points are at least 1; one update a batch, so that clipping
+binds only where truncated sampling makes rho differ from 1, and no further cap on rho is needed.
+"""
+
+from typing import Literal
+
+from opd import credit, normalise, signals, supports, teachers
+from opd.method import Method
+from opd.needs import needing, needs_of
+
+
+def ropd(
+    advantage: Literal["standardised", "centred"] = "standardised",
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    average: Literal["token", "sequence"] = "token",
+    temperature: float = 1.0,
+) -> Method:
+    """Reinforcement learning from a rubric of a teacher's texts, each response against its group."""
+    against_group = credit.group_reward(divide_by_std=advantage == "standardised")
+    return Method(
+        teacher=teachers.no_teacher(),
+        support=supports.no_support(),
+        credit=needing(against_group, *needs_of(against_group), "judge"),
+        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        temperature=temperature,
+    )

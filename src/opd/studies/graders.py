@@ -1,0 +1,74 @@
+"""A judge that is a program: it writes rubrics from the contrast of answers that sort digits, and applies them.
+
+It knows statements that are true or false of one answer, some of them beside the point, and not the right answer. It
+may misread, and it may hold it against an answer whose source it is told that it is the student's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from opd.judges.base import Question
+
+Statement: TypeAlias = Callable[[str, str], bool]  # (digits of the task, answer)
+
+STATEMENTS: dict[str, Statement] = {
+    "It holds digits alone.": lambda task, answer: answer.isdigit(),
+    "It is as long as the task.": lambda task, answer: len(answer) == len(task),
+    "It has each digit as often as the task has it.": lambda task, answer: sorted(answer) == sorted(task),
+    "Its digits never fall.": lambda task, answer: bool(answer) and list(answer) == sorted(answer),
+    "It begins with the smallest digit of the task.": lambda task, answer: answer[:1] == min(task),
+    "It ends with the largest digit of the task.": lambda task, answer: answer[-1:] == max(task),
+    "Its digits never rise.": lambda task, answer: bool(answer) and list(answer) == sorted(answer, reverse=True),
+    "It begins as the task does.": lambda task, answer: answer[:1] == task[:1],
+    "It ends as the task does.": lambda task, answer: answer[-1:] == task[-1:],
+    "No digit stands in it twice.": lambda task, answer: len(set(answer)) == len(answer),
+    "It has an even digit.": lambda task, answer: any(c in "02468" for c in answer),
+    "It has a 7.": lambda task, answer: "7" in answer,
+}
+
+
+def grader(question: Question, noise: float = 0.0, bias: float = 0.0, salt: int = 0) -> str:
+    """A rubric, or verdicts, as JSON.
+
+    The rubric has the statements of which more of the teacher's answers are true than of the student's, the larger the
+    difference the more points. `noise` is the probability of misreading a statement of an answer, `bias` that of
+    denying what is true of an answer that is said to be the student's. What is random is a function of the question and
+    of `salt`.
+    """
+    about = question.about
+    task = "".join(c for c in about["prompt"] if c.isdigit())
+
+    def holds(statement: str, answer: str) -> bool:
+        return STATEMENTS[statement](task, answer) != (_uniform(salt, about["ask"], task, statement, answer) < noise)
+
+    if about["ask"] == "rubric":
+        share = {
+            source: {s: sum(holds(s, one) for one in about[source]) / len(about[source]) for s in STATEMENTS}
+            for source in ("teacher", "student")
+        }
+        contrast = {s: share["teacher"][s] - share["student"][s] for s in STATEMENTS}
+        ranked = sorted(STATEMENTS, key=lambda s: -contrast[s])
+        least, most = about["bounds"]
+        kept = ranked[: min(most, max(least, sum(contrast[s] > 0 for s in ranked)))]
+        return json.dumps(
+            {"criteria": [{"criterion": s, "points": 1 + round(4 * max(0.0, contrast[s]))} for s in kept]}
+        )
+    verdicts: list[list[int]] = []
+    for i, answer in enumerate(about["answers"]):
+        judged = [holds(statement, answer) for statement in about["criteria"]]
+        if about["sources"] and about["sources"][i] == "student":
+            judged = [
+                v and _uniform(salt, "bias", task, s, i) >= bias for v, s in zip(judged, about["criteria"], strict=True)
+            ]
+        verdicts.append([int(v) for v in judged])
+    return json.dumps({"verdicts": verdicts})
+
+
+def _uniform(*parts: Any) -> float:
+    """A number in [0, 1) that is a function of the parts."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
