@@ -110,14 +110,8 @@ def build(
     world: World,
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
-    externals: dict[str, LanguageModel] = {}
     with world.main_first():
-        student = model_for(recipe, spec, spec.train, given, directory)
-        check_student(spec, prepared.method, student, progress)
-        check_space(directory.path, space_needed(spec, prepared.method, student))
-        for name in spec.teachers:
-            externals[name] = model_for(recipe, spec, name, given, directory)
-            check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
+        student, externals = models_of(recipe, spec, prepared.method, given, directory, progress)
     method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
@@ -127,15 +121,9 @@ def build(
     samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    examiner = Examiner(
-        exams=exams,
-        student=student,
-        world=world,
-        root=root,
-        folder=folder,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
-    writers = writers_of(spec, student, externals, samplers)
+    micro = spec.micro_batch_tokens
+    examiner = Examiner(exams=exams, student=student, world=world, root=root, folder=folder, micro_batch_tokens=micro)
+    writers = writers_of(spec, method, student, teacher, externals, samplers)
     rewards = {name: task.reward for name, task in prepared.tasks.items()}
     moves = Moves(
         optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
@@ -148,7 +136,7 @@ def build(
         context=method.context,
         world=world,
         seed=recipe.seed,
-        micro_batch_tokens=spec.micro_batch_tokens,
+        micro_batch_tokens=micro,
     )
     return Stage(
         spec=spec,
@@ -171,11 +159,24 @@ def build(
     )
 
 
+def models_of(
+    recipe: Recipe, spec: StageSpec, method: Method, given: Given, directory: RunDir, progress: Progress
+) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The student, and the teachers by name, loaded and checked. Raises ConfigError, RunError or AlignmentError."""
+    student = model_for(recipe, spec, spec.train, given, directory)
+    check_student(spec, method, student, progress)
+    check_space(directory.path, space_needed(spec, method, student))
+    externals = {name: model_for(recipe, spec, name, given, directory) for name in spec.teachers}
+    for name, external in externals.items():
+        check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
+    return student, externals
+
+
 def check_student(spec: StageSpec, method: Method, student: LanguageModel, progress: Progress) -> None:
     """What only the loaded student can tell. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
-    check_fits(method.support.k, student.vocabulary)
+    check_fits(max(method.support.k, method.top_k), student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
