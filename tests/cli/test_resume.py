@@ -115,6 +115,11 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, unin
 
 REMEMBERING: dict[str, dict[str, Any]] = {
     "eff_opd": {"method": "eff_opd", "options": {"validate_by": "teacher_kl", "prompts": 3}},
+    "prune_opd": {
+        "method": "prune_opd",
+        "options": {"k": 4, "drop": 0.4, "budget": 6, "budget_min": 2, "budget_max": 8, "budget_step": 1, "margin": 1},
+        "sampling": {"max_completion_length": 8},
+    },
 }
 
 

@@ -23,6 +23,7 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "eff_opd": {"prompts": 4},
+    "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},

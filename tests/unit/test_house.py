@@ -20,6 +20,7 @@ PIECES = {
     "baselines",
     "contexts",
     "credit",
+    "drift",
     "keep",
     "normalise",
     "observers",
@@ -31,7 +32,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "errors", "filters", "needs", "sequences", "templates", "types"}
+PURE = {"binding", "divergences", "errors", "filters", "needs", "overlap", "sequences", "templates", "types"}
 
 
 def imports_of(file: Path) -> set[str]:

@@ -16,6 +16,7 @@ from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
 from opd.methods.opd import opd
+from opd.methods.prune_opd import prune_opd
 from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.sft import sft
@@ -35,6 +36,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "context_distillation": context_distillation,
     "vopd": vopd,
     "eff_opd": eff_opd,
+    "prune_opd": prune_opd,
 }
 
 
