@@ -19,6 +19,7 @@ from opd.loading import character_tokenizer
 from opd.loss import loss_of
 from opd.method import Method
 from opd.models import LanguageModel
+from opd.roles import scorer_of_unfinished
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.local import LocalTeacher, teacher_for
@@ -228,6 +229,9 @@ def write(
     """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
     method = method.bound(student.tokenizer)
     writers = writers_of(student, external, sampling)
+    teacher = teacher_of(method, student, external)
+    if teacher is not None:
+        writers = replace(writers, score=scorer_of_unfinished(method, teacher))
     rollouts = method.source(prompts, writers, seed, method.record())
     return method.keep(
         [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]
@@ -290,7 +294,8 @@ def batch_of(method: Method, student: LanguageModel, teacher: LocalTeacher | Non
     """Phase A without its end: context, scores, padding."""
     scores = unscored(rollouts)
     if teacher is not None:
-        scores = teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
+        contexts = method.context(rollouts)
+        scores = teacher.score(rollouts, contexts, method.support, method.temperature, top_k=method.top_k)
     return collate(rollouts, scores, student.device)
 
 

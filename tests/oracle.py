@@ -592,3 +592,55 @@ def hash_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
         for i, (source, index, text) in enumerate(answers)
     ]
     return [i for _, i in sorted(digests)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Drift: Prune-OPD = arXiv 2605.07804
+
+
+def top_p_accepts(teacher: Logps, token: int, k: int, p: float) -> bool:
+    """Whether a token is among the teacher's most likely ones that first have the mass p; all are if its k never do."""
+    total = 0.0
+    inside: list[int] = []
+    for v in top(teacher, k):
+        if total >= p:
+            break
+        total += math.exp(teacher[v])
+        inside.append(v)
+    return total < p or token in inside
+
+
+def trust(lost: Sequence[bool], drop: float) -> list[float]:
+    """W_t = clip(1 - drop #{j <= t : lost_j}, 0, 1)."""
+    out: list[float] = []
+    count = 0
+    for one in lost:
+        count += one
+        out.append(min(1.0, max(0.0, 1.0 - drop * count)))
+    return out
+
+
+def budgets(
+    start: int,
+    steps: Sequence[Sequence[int]],
+    least: int,
+    most: int,
+    step: int,
+    margin: int,
+    share: float,
+    patience: int,
+) -> list[int]:
+    """The budget after each step, of which the effective lengths are given."""
+    budget, missed = start, 0
+    out: list[int] = []
+    for lengths in steps:
+        goal = max(least, budget - margin)
+        hits = [length for length in lengths if length >= goal]
+        if len(hits) / len(lengths) >= share:
+            budget, missed = min(budget + step, most), 0
+        else:
+            missed += 1
+            if missed >= patience:
+                budget, missed = max(budget - step, least), 0
+        out.append(budget)
+    return out

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from opd.errors import ConfigError
 from opd.method import PIECES, Method
 from opd.metrics import check_report_to
-from opd.needs import needs_of
+from opd.needs import needs_of, numbers_of
 from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
 from opd.turns import Order
 from opd.types import Sampling
@@ -73,6 +73,13 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         raise ConfigError(
             f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
             "anew from the responses that it grades. Use a reward that checks responses one by one."
+        )
+    longest = numbers_of(method.source).get("response_tokens", 0)
+    if longest > part.sampling.max_completion_length:
+        raise ConfigError(
+            f"{where}: method {spec.method!r} has a budget of up to {longest} tokens a response, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
+            "the largest budget among the method's options."
         )
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
@@ -260,7 +267,7 @@ def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
     from opd.supports import check_fits
 
     vocabulary = max(tokenizer.get_vocab().values()) + 1
-    check_fits(method.support.k, vocabulary)
+    check_fits(max(method.support.k, method.top_k), vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, vocabulary)
 

@@ -66,6 +66,9 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         teacher_hidden=_all([s.teacher_hidden for s in scores], device),
         teacher_entropy=_pad_all([s.teacher_entropy for s in scores], torch.nan, device),
         student_entropy=_pad_all([r.student_entropy for r in rollouts], torch.nan, device),
+        student_top_ids=_pad_all(_student_top(rollouts, scores), 0, device),
+        teacher_top_ids=_pad_all([s.teacher_top_ids for s in scores], 0, device),
+        teacher_top_logp=_pad_all([s.teacher_top_logp for s in scores], torch.nan, device),
     )
 
 
@@ -166,6 +169,15 @@ def pad(rows: Sequence[Tensor], value: float | bool, device: torch.device) -> Te
     out = torch.full((len(rows), longest, *rows[0].shape[1:]), value, dtype=rows[0].dtype, device=device)
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
+    return out
+
+
+def _student_top(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[Tensor | None]:
+    """The student's most likely tokens, as many as there are of the teacher's; a support alone needs none here."""
+    out: list[Tensor | None] = []
+    for rollout, score in zip(rollouts, scores, strict=True):
+        mine, theirs = rollout.student_top_ids, score.teacher_top_ids
+        out.append(None if mine is None or theirs is None else mine[:, : theirs.shape[1]])
     return out
 
 

@@ -10,7 +10,7 @@ from opd.binding import bound
 from opd.contexts import same_prompt
 from opd.credit import no_credit
 from opd.keep import everything
-from opd.needs import needs_of, reads
+from opd.needs import needs_of, numbers_of, reads
 from opd.normalise import per_sequence
 from opd.observers import nothing
 from opd.sources import on_policy
@@ -62,9 +62,15 @@ class Method:
         """Whether phase A reads a number of the batch that costs something to make; see `needs.needing`."""
         return any(reads(piece, name) for piece in (self.observe, self.credit, self.weight, self.normalise))
 
+    @property
+    def top_k(self) -> int:
+        """How many of each model's most likely tokens the pieces ask for, whatever the support is."""
+        pieces = (self.source, self.observe, self.credit, self.weight, self.normalise)
+        return numbers_of(*pieces).get("top_k", 0)
+
     def record(self) -> Record:
         """What the writer of a response has to keep about each token."""
-        return Record(top_k=self.support.student_top_k, entropy=self.reads("student_entropy"))
+        return Record(top_k=max(self.support.student_top_k, self.top_k), entropy=self.reads("student_entropy"))
 
     def needs(self) -> frozenset[str]:
         """What the pieces declare; `opd.check.check_needs` says what each means for a recipe."""

@@ -8,19 +8,32 @@ from typing import Any, TypeVar
 Piece = TypeVar("Piece", bound=Callable[..., Any])
 
 
-def needing(piece: Piece, *needs: str) -> Piece:
+def needing(piece: Piece, *needs: str, **numbers: int) -> Piece:
     """Declare on a piece what it reads: columns and rewards that the recipe has to give (`Method.needs` collects,
     `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
     "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
     drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it. What draws the student towards its
-    teacher "imitates", what drives it away "ascends": `opd check` refuses both at once."""
+    teacher "imitates", what drives it away "ascends": `opd check` refuses both at once.
+
+    `numbers` say how much of something: `top_k`, how many of each model's most likely tokens at every position;
+    `response_tokens`, how long a response has to be allowed to get."""
     piece.needs = frozenset(needs)  # type: ignore[attr-defined]
+    piece.numbers = numbers  # type: ignore[attr-defined]
     return piece
 
 
 def needs_of(*pieces: Callable[..., Any]) -> frozenset[str]:
     """Everything that the pieces declared."""
     return frozenset[str]().union(*(getattr(piece, "needs", frozenset[str]()) for piece in pieces))
+
+
+def numbers_of(*pieces: Callable[..., Any]) -> dict[str, int]:
+    """The largest of each number that the pieces declared."""
+    found: dict[str, int] = {}
+    for piece in pieces:
+        for name, number in getattr(piece, "numbers", {}).items():
+            found[name] = max(number, found.get(name, 0))
+    return found
 
 
 def reads(piece: Callable[..., Any], name: str) -> bool:

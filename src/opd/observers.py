@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from opd.needs import needing, needs_of
+from opd.needs import needing, needs_of, numbers_of
 from opd.types import Batch, Gather, Observe
 
 
@@ -29,4 +29,4 @@ def all_of(*observers: Observe) -> Observe:
     def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
         return {name: value for one in observers for name, value in one(batch, gather).items()}
 
-    return needing(observe, *needs_of(*observers))
+    return needing(observe, *needs_of(*observers), **numbers_of(*observers))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from opd import supports
 from opd.contexts import same_prompt
 from opd.group_rewards import GroupReward
 from opd.held_out import Exam
+from opd.method import Method
 from opd.models import LanguageModel
 from opd.parallel import World
 from opd.prepare import Prepared, sampling_of
@@ -18,7 +20,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.teachers.several import SeveralTeachers
-from opd.types import Sampler, TeacherRule, Writers
+from opd.types import Rollout, Sampler, Scores, TeacherRule, Writers
 
 
 def teacher_of(
@@ -53,11 +55,13 @@ def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, Tra
 
 def writers_of(
     spec: StageSpec,
+    method: Method,
     student: LanguageModel,
+    teacher: LocalTeacher | SeveralTeachers | None,
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, TransformersSampler],
 ) -> Writers:
-    """Everyone who can write a response in this stage; a method's source picks."""
+    """Everyone who can write a response in this stage, and who scores it meanwhile; a method's source picks."""
     teachers: dict[str | None, Sampler] = {}
     for name, part in spec.parts.items():
         if part.teacher is not None and part.teacher in externals:
@@ -69,7 +73,27 @@ def writers_of(
                 max_prompt_length=spec.max_prompt_length,
             )
     reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
-    return Writers(student=by_task(samplers), reference=reference, teacher=by_task(teachers) if teachers else None)
+    return Writers(
+        student=by_task(samplers),
+        reference=reference,
+        teacher=by_task(teachers) if teachers else None,
+        score=None if teacher is None else scorer_of_unfinished(method, teacher),
+    )
+
+
+def scorer_of_unfinished(
+    method: Method, teacher: LocalTeacher | SeveralTeachers
+) -> Callable[[Sequence[Rollout]], list[Scores]]:
+    """What the teacher says of responses that are being written, as far as the method's pieces ask for it.
+
+    Its context is made of those alone, as they are so far. What was scored before is scored again.
+    """
+
+    def score(rollouts: Sequence[Rollout]) -> list[Scores]:
+        contexts = method.context(rollouts)
+        return teacher.score(rollouts, contexts, supports.sampled(), method.temperature, top_k=method.top_k)
+
+    return score
 
 
 def rewards_of(

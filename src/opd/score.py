@@ -125,45 +125,54 @@ def teacher_scores(
     *,
     sampled: bool = True,
     entropy: bool = False,
+    top_k: int = 0,
 ) -> Scores:
     """What a teacher says at `hidden` [T, H] about the tokens `response_ids` [T]; everything detached.
 
-    One pass over chunks gives the sampled token's log-prob, the support, and the entropy if it is asked for. For full
-    support the hidden states are kept instead: V numbers a position are H numbers and a matmul. That matmul is made in
-    phase B; here it is only made if `sampled` (the sampled tokens' log-probs) or `entropy` asks for it, else
-    `teacher_logp` is NaN.
+    One pass over chunks gives the sampled token's log-prob, the support, and the entropy and the `top_k` most likely
+    tokens if they are asked for. For full support the hidden states are kept instead: V numbers a position are H
+    numbers and a matmul. That matmul is made in phase B; here it is only made if `sampled` (the sampled tokens'
+    log-probs), `entropy` or `top_k` asks for it, else `teacher_logp` is NaN.
     """
     assert support.kind != "none", "a method without support asks nobody for scores"
-    check_fits(support.k, head.vocabulary)
+    check_fits(max(support.k, top_k), head.vocabulary)
     kept = hidden.detach() if support.kind == "full" else None
-    if kept is not None and not (sampled or entropy):
+    if kept is not None and not (sampled or entropy or top_k):
         return Scores(teacher_logp=torch.full(response_ids.shape, torch.nan, device=hidden.device), teacher_hidden=kept)
     parts: list[Scores] = []
     for rows in chunks(len(response_ids), head.vocabulary):
         logits = head.logits(hidden[rows])
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
-            student_top = None if student_top_ids is None else student_top_ids[at]
-            parts.append(
-                _scored(tempered(logits[tile], temperature), response_ids[at, None], support, student_top, entropy)
-            )
+            student_top = None if student_top_ids is None else student_top_ids[at, : support.k]
+            tile_logits = tempered(logits[tile], temperature)
+            parts.append(_scored(tile_logits, response_ids[at, None], support, student_top, entropy, top_k))
     return replace(_joined(parts), teacher_hidden=kept)
 
 
-def _scored(logits: Tensor, ids: Tensor, support: Support, student_top: Tensor | None, entropy: bool) -> Scores:
+def _scored(
+    logits: Tensor, ids: Tensor, support: Support, student_top: Tensor | None, entropy: bool, top_k: int
+) -> Scores:
     """The scores of one tile: logits [n, V] after temperature, sampled ids [n, 1]."""
     log_z = logits.logsumexp(-1, keepdim=True)
     spread = None
     if entropy:
         spread = torch.special.entr((logits - log_z).exp()).sum(-1)
     logp = (logits.gather(-1, ids) - log_z)[:, 0]
+    of_support = support.k if support.kind == "top_k" and support.by != "student" else 0
+    scores = Scores(teacher_logp=logp, teacher_entropy=spread)
+    teacher_top = None
+    if listed := max(of_support, top_k):
+        top = logits.topk(listed, dim=-1)
+        teacher_top = top.indices[:, :of_support] if of_support else None
+        if top_k:
+            logp_of_top = top.values[:, :top_k] - log_z
+            scores = replace(scores, teacher_top_ids=top.indices[:, :top_k], teacher_top_logp=logp_of_top)
     if support.kind != "top_k":
-        return Scores(teacher_logp=logp, teacher_entropy=spread)
-    teacher_top = logits.topk(support.k, dim=-1).indices if support.by != "student" else None
+        return scores
     chosen, exists = support_tokens(support, student_top=student_top, teacher_top=teacher_top, sampled=ids)
-    return Scores(
-        teacher_logp=logp,
-        teacher_entropy=spread,
+    return replace(
+        scores,
         support_ids=chosen,
         support_mask=exists,
         teacher_support_logp=logits.gather(-1, chosen) - log_z,
@@ -185,4 +194,6 @@ def _joined(parts: list[Scores]) -> Scores:
         support_mask=joined("support_mask"),
         teacher_support_logp=joined("teacher_support_logp"),
         teacher_entropy=joined("teacher_entropy"),
+        teacher_top_ids=joined("teacher_top_ids"),
+        teacher_top_logp=joined("teacher_top_logp"),
     )

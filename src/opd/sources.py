@@ -8,16 +8,21 @@ from functools import cache
 import numpy as np
 
 from opd.errors import ConfigError
-from opd.needs import needing, needs_of
-from opd.types import Prompt, Record, Rollout, Source, Writers
+from opd.needs import needing, needs_of, numbers_of
+from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
+
+
+def on_policy(watch: Watch | None = None) -> Source:
+    """The student, with the weights of this step; `watch` may end its responses while it writes them."""
+    return _watched() if watch is None else needing(_watched(watch), *needs_of(watch), **numbers_of(watch))
 
 
 @cache
-def on_policy() -> Source:
-    """The student, with the weights of this step."""
+def _watched(watch: Watch | None = None) -> Source:
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        return writers.student(prompts, seed=seed, record=record)
+        look = None if watch is None else watch(writers)
+        return writers.student(prompts, seed=seed, record=record, look=look)
 
     return source
 
@@ -55,4 +60,5 @@ def mixture(on_policy_share: float, other: Source) -> Source:
         chosen = student if coin < on_policy_share else other
         return chosen(prompts, writers, seed, record)
 
-    return needing(source, *(needs_of(other) if on_policy_share < 1 else ()))
+    others = (other,) if on_policy_share < 1 else ()
+    return needing(source, *needs_of(*others), **numbers_of(*others))

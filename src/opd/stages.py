@@ -120,7 +120,7 @@ def build(
     samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    writers = writers_of(spec, student, externals, samplers)
+    writers = writers_of(spec, method, student, teacher, externals, samplers)
     rewards = rewards_of(recipe, prepared, judges, folder.path, world)
     moves = Moves(
         optimiser=optim.build(student.trainable(), spec.optimizer, spec.steps),
@@ -195,7 +195,7 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     """What only the loaded student can tell. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
-    check_fits(method.support.k, student.vocabulary)
+    check_fits(max(method.support.k, method.top_k), student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):

@@ -52,7 +52,7 @@ def full() -> Support:
 
 
 def check_fits(k: int, vocabulary: int) -> None:
-    """Raise ConfigError for a top-k support of more tokens than there are."""
+    """Raise ConfigError for a top-k, of the support or of another piece, of more tokens than there are."""
     if k > vocabulary:
         raise ConfigError(
             f"The method's support has k = {k}, and the vocabulary has only {vocabulary} tokens. Lower k, or use "

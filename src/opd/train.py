@@ -109,6 +109,7 @@ def train(stage: Stage) -> Outcome:
                         method.temperature,
                         sampled=shown or method.reads("teacher_logp"),
                         entropy=method.reads("teacher_entropy"),
+                        top_k=method.top_k,
                     )
                 looked = time.perf_counter()
                 compared = diagnostics.compared(spec, method, student, teacher, rollouts, contexts, step)

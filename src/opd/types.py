@@ -111,6 +111,8 @@ class Scores:
     teacher_support_logp: Tensor | None = None  # [T, K]
     teacher_hidden: Tensor | None = None  # [T, H] for full support: the head is applied tile by tile in phase B
     teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
+    teacher_top_ids: Tensor | None = None  # [T, K] in falling order, as many as the pieces ask for
+    teacher_top_logp: Tensor | None = None  # [T, K]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +133,9 @@ class Batch:
     teacher_hidden: tuple[Tensor, ...] | None = None  # B of [T_i, H], not padded: H is that of each row's teacher
     teacher_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
     student_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
+    student_top_ids: Tensor | None = None  # [B, T, K] in falling order, as many as the pieces ask for
+    teacher_top_ids: Tensor | None = None  # [B, T, K]
+    teacher_top_logp: Tensor | None = None  # [B, T, K]
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -195,7 +200,12 @@ class Sampler(Protocol):
     """Writes responses with some model's current weights."""
 
     def __call__(
-        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        look: Look | None = None,  # of the student's responses alone
     ) -> list[Rollout]: ...
 
 
@@ -211,6 +221,7 @@ class Teacher(Protocol):
         *,
         sampled: bool = True,
         entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Scores]: ...
 
     def after_step(self) -> None: ...
@@ -227,6 +238,7 @@ class Writers:
     student: Sampler
     reference: Sampler  # the data's own responses
     teacher: Sampler | None = None
+    score: Callable[[Sequence[Rollout]], list[Scores]] | None = None  # the teacher's, of what is being written
 
 
 class Optimisation(Protocol):
@@ -258,6 +270,7 @@ class State(Protocol):
 
 
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
+Watch: TypeAlias = Callable[[Writers], Look]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd import sequences as token_sequences
 from opd.binding import binding, bound, unbound
-from opd.needs import needing, needs_of, reads
+from opd.needs import needing, needs_of, numbers_of, reads
 from opd.types import Batch, Weight
 
 
@@ -55,6 +55,6 @@ def times(*weights: Weight) -> Weight:
 
     unsaid = {"teacher_logp"} if any(reads(one, "teacher_logp") for one in weights) else set[str]()
     return binding(
-        needing(weight, *needs_of(*weights), *unsaid),
+        needing(weight, *needs_of(*weights), *unsaid, **numbers_of(*weights)),
         lambda tokenizer: times(*(bound(one, tokenizer) for one in weights)),
     )

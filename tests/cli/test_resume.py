@@ -122,6 +122,11 @@ REMEMBERING: dict[str, dict[str, Any]] = {
         "reward": {"name": "final_number"},
         "sampling": {"max_completion_length": 3, "n": 2},
     },
+    "prune_opd": {
+        "method": "prune_opd",
+        "options": {"k": 4, "drop": 0.4, "budget": 6, "budget_min": 2, "budget_max": 8, "budget_step": 1, "margin": 1},
+        "sampling": {"max_completion_length": 8},
+    },
 }
 
 

@@ -97,6 +97,7 @@ class Position:
 
 Loss = Callable[[Position], float]
 Slope = Callable[[Position], list[float]]
+Weigh = Callable[[Sequence[Position], Sequence[bool]], list[float]]  # of a response's tokens, and which are trained
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,6 +112,7 @@ class Case:
     learns: bool = True  # the exact KL falls in the tiny run below
     gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
     scale: bool = True  # the group's reward is divided by its std (but with a constant length)
+    weigh: Weigh | None = None  # None: every token weighs 1
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -267,6 +269,35 @@ def matching(formula: tuple[Loss, Slope], options: Mapping[str, Any], **rest: An
     return case(formula, options, **{"average": "token", "learns": False, **rest})
 
 
+def drifting(k: int, threshold: float, drop: float, base: float, metric: str = "overlap") -> Weigh:
+    """The weights of Prune-OPD."""
+
+    def weigh(positions: Sequence[Position], trained: Sequence[bool]) -> list[float]:
+        lost: list[bool] = []
+        for at, counts in zip(positions, trained, strict=True):
+            s, t = oracle.log_softmax(at.student), oracle.log_softmax(at.teacher)
+            if metric == "overlap":
+                lost.append(counts and oracle.overlap_ratio(s, t, k) < threshold)
+            else:
+                lost.append(counts and not oracle.top_p_accepts(t, at.token, k, threshold))
+        return [trust + base for trust in oracle.trust(lost, drop)]
+
+    return weigh
+
+
+def pruned(learns: bool = False, k: int = 4, average: Any = "token", **options: Any) -> Case:
+    """Prune-OPD: the released form of Rethinking on the student's k, weighed by drift. A response has 6 tokens."""
+    settings = {"threshold": 0.9, "drop": 0.2, "base": 0.3, **options}
+    weigh = drifting(
+        k, **{name: settings[name] for name in ("threshold", "drop", "base", "metric") if name in settings}
+    )
+    ends = {"stop": "none"} if "stop" not in settings else {}
+    options = {"k": k, "average": average, **ends, **settings}
+    return case(released(k, "student"), options, average=average, learns=learns, weigh=weigh)
+
+
+SHORT = {"budget": 4, "budget_min": 3, "budget_max": 6, "budget_step": 1, "margin": 1}  # of responses of up to 6 tokens
+
 HINT = "{privileged_context}{prompt}"
 ALL_TOKENS = {"template": HINT, "k": None}
 CASES: dict[str, list[Case]] = {
@@ -388,6 +419,13 @@ CASES: dict[str, list[Case]] = {
             learns=False,
             scale=False,
         ),
+    ],
+    "prune_opd": [
+        pruned(k=9, threshold=0.7, learns=True),
+        pruned(average="sequence", temperature=0.7),
+        pruned(metric="teacher_top_p_accept", threshold=0.5),
+        pruned(stop="budget", **SHORT),
+        pruned(stop="rollout", every=3, drop=0.3, threshold=0.7),
     ],
     "context_distillation": [
         case(compared("reverse_kl"), ALL_TOKENS),
@@ -522,20 +560,27 @@ def reference(on: Scene, one: Case) -> Gradient:
                 other = full_logits(judge, read, rollout.response_ids, student.vocabulary) / method.temperature
         slope = torch.zeros_like(z)
         returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one.gamma)
-        for t in range(len(rollout.response_ids)):
-            if not rollout.trained[t]:
-                continue
-            if isinstance(one.average, int):
-                share = 1.0 / (len(on.rollouts) * one.average)
-            else:
-                share = 1.0 / total[one.average] / (count if one.average == "sequence" else 1)
-            at = Position(
+        positions = [
+            Position(
                 student=z[t].tolist(),
                 teacher=other[t].tolist(),
                 token=int(rollout.response_ids[t]),
                 sampler_logp=math.nan if rollout.sampler_logp is None else float(rollout.sampler_logp[t]),
                 advantage=returns.get(t, advantage),
             )
+            for t in range(len(rollout.response_ids))
+        ]
+        weights = [1.0] * len(positions)
+        if one.weigh is not None:
+            weights = one.weigh(positions, rollout.trained.tolist())
+        for t, at in enumerate(positions):
+            if not rollout.trained[t]:
+                continue
+            if isinstance(one.average, int):
+                share = 1.0 / (len(on.rollouts) * one.average)
+            else:
+                share = 1.0 / total[one.average] / (count if one.average == "sequence" else 1)
+            share *= weights[t]
             loss += share * one.loss(at)
             slope[t] = share * torch.tensor(one.slope(at), dtype=torch.float64)
         z.backward(slope)

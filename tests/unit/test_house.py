@@ -21,6 +21,7 @@ PIECES = {
     "contexts",
     "credit",
     "gates",
+    "drift",
     "keep",
     "normalise",
     "observers",
@@ -32,7 +33,18 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "errors", "filters", "needs", "sequences", "solutions", "templates", "types"}
+PURE = {
+    "binding",
+    "divergences",
+    "errors",
+    "filters",
+    "needs",
+    "overlap",
+    "sequences",
+    "solutions",
+    "templates",
+    "types",
+}
 
 
 def imports_of(file: Path) -> set[str]:

@@ -112,6 +112,7 @@ def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
         method.support,
         method.temperature,
         entropy=method.reads("teacher_entropy"),
+        top_k=method.top_k,
     )
     batch = attach(collate(rollouts, scores, pair.student.device), method)
     return rollouts, split(batch, method.normalise(batch), spec.micro_batch_tokens)

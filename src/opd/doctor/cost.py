@@ -107,6 +107,7 @@ def one_step(pair: Pair) -> Step:
         method.temperature,
         sampled=method.reads("teacher_logp"),
         entropy=method.reads("teacher_entropy"),
+        top_k=method.top_k,
     )
     batch = attach(collate(rollouts, scores, student.device), method)
     denominator = method.normalise(batch)

@@ -18,6 +18,7 @@ from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
 from opd.methods.opd import opd
+from opd.methods.prune_opd import prune_opd
 from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.ropd import ropd
@@ -40,6 +41,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "eff_opd": eff_opd,
     "anti_sd": anti_sd,
     "ropd": ropd,
+    "prune_opd": prune_opd,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from opd.types import NOTHING_MORE, Prompt, Record, Rollout, Sampler
+from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout, Sampler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,7 +15,12 @@ class ByTask:
     writers: Mapping[str | None, Sampler]
 
     def __call__(
-        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        look: Look | None = None,
     ) -> list[Rollout]:
         """Every response is what its task's writer makes of its prompt alone, whatever else is asked for with it."""
         places: dict[str | None, list[int]] = {}
@@ -23,7 +28,7 @@ class ByTask:
             places.setdefault(prompt.task, []).append(i)
         found: dict[int, list[Rollout]] = {}
         for task, indices in places.items():
-            written = self.writers[task]([prompts[i] for i in indices], seed=seed, record=record)
+            written = self.writers[task]([prompts[i] for i in indices], seed=seed, record=record, look=look)
             each = len(written) // len(indices)
             assert each * len(indices) == len(written), f"{len(written)} responses to {len(indices)} prompts"
             found |= {at: written[k * each : (k + 1) * each] for k, at in enumerate(indices)}

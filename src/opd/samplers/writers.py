@@ -12,7 +12,7 @@ import torch
 from opd.models import LanguageModel
 from opd.render import encode_response, render_checked
 from opd.samplers.hf import TransformersSampler
-from opd.types import NOTHING_MORE, Context, Prompt, Record, Rollout, Sampling
+from opd.types import NOTHING_MORE, Context, Look, Prompt, Record, Rollout, Sampling
 
 
 @dataclass(slots=True, kw_only=True)
@@ -30,8 +30,14 @@ class TeacherWriter:
     max_prompt_length: int | None = None
 
     def __call__(
-        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        look: Look | None = None,
     ) -> list[Rollout]:
+        assert look is None, "only the student is looked at while it writes"
         bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
         contexts = self.context(bare)
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
@@ -65,8 +71,14 @@ class ReferenceWriter:
     max_prompt_length: int | None = None
 
     def __call__(
-        self, prompts: Sequence[Prompt], *, seed: tuple[int, int], record: Record = NOTHING_MORE
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        look: Look | None = None,
     ) -> list[Rollout]:
+        assert look is None, "only the student is looked at while it writes"
         read = render_checked(
             prompts,
             self.student.tokenizer,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -55,10 +55,11 @@ class LocalTeacher:
         *,
         sampled: bool = True,
         entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Scores]:
         """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template.
 
-        `sampled` and `entropy` say what is read of a full support before phase B; see `score.teacher_scores`.
+        `sampled`, `entropy` and `top_k` say what else is read before phase B; see `score.teacher_scores`.
         """
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
         responses = [rollout.response_ids.tolist() for rollout in rollouts]
@@ -88,6 +89,7 @@ class LocalTeacher:
                         None if top is None else top.to(device),
                         sampled=sampled,
                         entropy=entropy,
+                        top_k=top_k,
                     )
                     scores[i] = _to(score, self.student_device)
         return [score for score in scores if score is not None]
@@ -222,6 +224,5 @@ def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:
 
 
 def _to(scores: Scores, device: torch.device) -> Scores:
-    names = ("teacher_logp", "support_ids", "support_mask", "teacher_support_logp", "teacher_hidden", "teacher_entropy")
-    values: dict[str, Tensor | None] = {name: getattr(scores, name) for name in names}
+    values: dict[str, Tensor | None] = {field.name: getattr(scores, field.name) for field in fields(scores)}
     return replace(scores, **{k: v.to(device) for k, v in values.items() if v is not None})  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ class SeveralTeachers:
         *,
         sampled: bool = True,
         entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Scores]:
         """Scores in the order of the rollouts, as `LocalTeacher.score` makes them; each teacher is called once."""
         found: dict[int, Scores] = {}
@@ -57,6 +58,7 @@ class SeveralTeachers:
                 temperature,
                 sampled=sampled,
                 entropy=entropy,
+                top_k=top_k,
             )
             found |= dict(zip(indices, scores, strict=True))
         return [found[i] for i in range(len(rollouts))]

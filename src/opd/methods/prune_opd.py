@@ -1,0 +1,78 @@
+"""Top-k policy gradient whose tokens weigh less, and whose responses end sooner, where the teacher is lost.
+
+"Prune-OPD", arXiv 2605.07804; the authors' release. Formulas are those of the code.
+
+    r_tv    = sg[(log q(v) - log p(v)) p~(v)],   p~ = p / P_S on S = TopK(p_t)
+    lost_t  = 1[|TopK(p_t) and TopK(q_t)| / K < tau]
+    W_t     = clip(1 - w_drop sum_{j <= t} lost_j, 0, 1)
+    L       = -(1/N) sum_t (W_t + w_base) sum_{v in S} r_tv p(v)/sg[p(v)]
+    budget  : hit = mean_i [#{t : W_t > 0} >= max(B_min, B - margin)];   hit >= rho: B <- min(B + step, B_max),
+              after `patience` steps in a row without: B <- max(B - step, B_min)
+
+| paper | here |
+|---|---|
+| K, tau, w_drop, w_base | `k`, `threshold`, `drop`, `base`; `drift.Drift`, `drift.trusted` |
+| metric `overlap`, `teacher_top_p_accept` | `metric`; the second: y_t outside the teacher's top-p, p = tau |
+| B, B_min, B_max | `budget`, `budget_min`, `budget_max`, in tokens, of the next step's responses; `drift.Budget` |
+| step, margin, rho, patience | `budget_step`, `margin`, `hit_share`, `patience` |
+
+`stop="rollout"` has no budget: the teacher scores a response every `every` tokens while it is written, and one whose
+W_t has reached 0 ends there. `stop="none"` keeps the weights alone. The largest budget may not be above
+sampling.max_completion_length. With the metric `overlap` the weight is settled before y_t is drawn, so that a baseline
+stays unbiased beside it.
+
+Differs from the paper: no PPO clip, which never binds at one update a batch; `stop="rollout"` is not in the code, which
+ends whole batches by the budget.
+"""
+
+from typing import Any, Literal
+
+from opd import drift, normalise, signals, sources, supports
+from opd.method import Method
+
+
+def prune_opd(
+    k: int = 16,
+    metric: Literal["overlap", "teacher_top_p_accept"] = "overlap",
+    threshold: float = 0.7,
+    drop: float = 0.01,
+    base: float = 0.5,
+    stop: Literal["budget", "rollout", "none"] = "budget",
+    budget: int = 2048,
+    budget_min: int = 1024,
+    budget_max: int = 12288,
+    budget_step: int = 100,
+    margin: int = 100,
+    hit_share: float = 0.1,
+    patience: int = 3,
+    every: int = 256,
+    average: Literal["token", "sequence"] = "token",
+    temperature: float = 1.0,
+) -> Method:
+    """A reverse KL on the student's top-k, weighed and cut by drift; `budget`... are of `stop="budget"`, `every` of
+    `stop="rollout"`."""
+    judged = drift.Drift(metric=metric, k=k, threshold=threshold, drop=drop)
+    allowed = None
+    ends: dict[str, Any] = {}
+    if stop == "budget":
+        allowed = drift.Budget(
+            initial=budget,
+            least=budget_min,
+            most=budget_max,
+            step=budget_step,
+            margin=margin,
+            hit_share=hit_share,
+            patience=patience,
+        )
+        ends = {"source": sources.on_policy(drift.within(allowed)), "state": {"budget": allowed}}
+    elif stop == "rollout":
+        ends = {"source": sources.on_policy(drift.ends_drifted(judged, every))}
+    return Method(
+        support=supports.top_k(k, by="student"),
+        observe=drift.measured(judged, allowed),
+        weight=drift.trusted(judged, base),
+        signal=signals.support_policy_gradient("student"),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        temperature=temperature,
+        **ends,
+    )
