@@ -117,7 +117,8 @@ def build(
         check_space(directory.path, space_needed(spec, prepared.method, student))
         for name in spec.teachers:
             externals[name] = model_for(recipe, spec, name, given, directory)
-            check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
+            if prepared.method.teacher.tokenizer == "students":
+                check_same_tokens(student.tokenizer, externals[name].tokenizer, (spec.train, name))
     method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.

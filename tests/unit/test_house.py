@@ -31,7 +31,7 @@ PIECES = {
     "teachers",
     "method",
 }
-PURE = {"binding", "divergences", "errors", "filters", "needs", "sequences", "templates", "types"}
+PURE = {"binding", "divergences", "errors", "filters", "needs", "sequences", "templates", "types", "units"}
 
 
 def imports_of(file: Path) -> set[str]:

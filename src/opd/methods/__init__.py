@@ -19,7 +19,9 @@ from opd.methods.opd import opd
 from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.sft import sft
+from opd.methods.simct import simct
 from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.methods.uld import uld
 from opd.methods.vopd import vopd
 from opd.plugins import import_function
 
@@ -35,6 +37,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "context_distillation": context_distillation,
     "vopd": vopd,
     "eff_opd": eff_opd,
+    "simct": simct,
+    "uld": uld,
 }
 
 
