@@ -22,7 +22,8 @@ from opd.models import LanguageModel
 from opd.roles import scorer_of_unfinished
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
-from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.cross_tokenizer import OneTeacher, by_rule
+from opd.teachers.local import teacher_for
 from opd.train import unscored
 from opd.types import Batch, Denominator, Prompt, Rollout, Sampling, Writers
 
@@ -286,11 +287,12 @@ class Gradient:
 
 def teacher_of(
     method: Method, student: LanguageModel, external: LanguageModel | None, micro_batch_tokens: int = 64
-) -> LocalTeacher | None:
-    return teacher_for(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+) -> OneTeacher | None:
+    teacher = teacher_for(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    return by_rule(method.teacher, student, teacher)
 
 
-def batch_of(method: Method, student: LanguageModel, teacher: LocalTeacher | None, rollouts: list[Rollout]) -> Batch:
+def batch_of(method: Method, student: LanguageModel, teacher: OneTeacher | None, rollouts: list[Rollout]) -> Batch:
     """Phase A without its end: context, scores, padding."""
     scores = unscored(rollouts)
     if teacher is not None:
@@ -302,13 +304,13 @@ def batch_of(method: Method, student: LanguageModel, teacher: LocalTeacher | Non
 def gradient_of(
     method: Method,
     student: LanguageModel,
-    teacher: LocalTeacher | None,
+    teacher: OneTeacher | None,
     batch: Batch,
     denominator: Denominator,
     micro_batch_tokens: int = 10**6,
 ) -> Gradient:
     """Phase B of a batch whose credit and weight are attached."""
-    head = teacher.head() if teacher is not None and method.support.kind == "full" else None
+    head = teacher.head() if teacher is not None and method.support.reads_states else None
     student.model.zero_grad(set_to_none=True)
     student.model.train()
     loss = 0.0
@@ -328,7 +330,7 @@ def gradient_of(
 def step(
     method: Method,
     student: LanguageModel,
-    teacher: LocalTeacher | None,
+    teacher: OneTeacher | None,
     rollouts: list[Rollout],
     micro_batch_tokens: int = 10**6,
 ) -> Gradient:

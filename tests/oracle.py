@@ -9,7 +9,8 @@ on S, sg[.] a stop-gradient. The teacher is always under sg.
 
 Papers: GKD = arXiv 2306.13649; DistiLLM = arXiv 2402.03898; Many Faces = arXiv 2605.11182; Rethinking = arXiv
 2604.13016; Revisiting = arXiv 2603.25562; PPO = arXiv 1707.06347; GRPO = arXiv 2402.03300; Dr. GRPO = arXiv 2503.20783;
-Codex = arXiv 2107.03374; AntiSD = arXiv 2605.11609.
+Codex = arXiv 2107.03374; AntiSD = arXiv 2605.11609; SimCT = arXiv 2605.07711; ULD = arXiv 2402.12030; GOLD = TRL,
+experimental/gold.
 """
 
 from __future__ import annotations
@@ -644,3 +645,66 @@ def budgets(
                 budget, missed = max(budget - step, least), 0
         out.append(budget)
     return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two tokenizers. A position of a model is its logits there; `shared` are pairs (student id, teacher id) of one token.
+
+
+def aligned_units(student: Sequence[bytes], teacher: Sequence[bytes]) -> list[tuple[list[int], list[int]]]:
+    """(student tokens, teacher tokens) between neighbouring places where both have read the same text. SimCT."""
+    cuts = [
+        (i, j)
+        for i in range(len(student) + 1)
+        for j in range(len(teacher) + 1)
+        if b"".join(student[:i]) == b"".join(teacher[:j])
+    ]
+    return [(list(range(a, c)), list(range(b, d))) for (a, b), (c, d) in itertools.pairwise(cuts)]
+
+
+def unit_scores(
+    positions: Sequence[Sequence[float]], ids: Sequence[int], common: Sequence[int], span: bool
+) -> list[float]:
+    """s(u) of the common tokens at the first position, and of the unit itself: the mean log-prob. SimCT eq. 6-9."""
+    first = log_softmax(positions[0])
+    scores = [first[v] for v in common]
+    if span:
+        scores.append(math.fsum(log_softmax(z)[v] for z, v in zip(positions, ids, strict=True)) / len(ids))
+    return scores
+
+
+def unit_kl(
+    student: Sequence[Sequence[float]],
+    student_ids: Sequence[int],
+    teacher: Sequence[Sequence[float]],
+    teacher_ids: Sequence[int],
+    shared: Sequence[tuple[int, int]],
+) -> float:
+    """KL(q_S || q_T), both a softmax of the scores over U. SimCT eq. 6-9."""
+    span = not (len(student_ids) == len(teacher_ids) == 1 and (student_ids[0], teacher_ids[0]) in shared)
+    p = log_softmax(unit_scores(student, student_ids, [s for s, _ in shared], span))
+    q = log_softmax(unit_scores(teacher, teacher_ids, [t for _, t in shared], span))
+    return reverse_kl(p, q)
+
+
+def merged(positions: Sequence[Sequence[float]], ids: Sequence[int]) -> list[float]:
+    """The first position's distribution times the probabilities of the tokens behind it. GOLD."""
+    rest = math.prod(softmax(z)[v] for z, v in zip(positions[1:], ids[1:], strict=True))
+    return [p * rest for p in softmax(positions[0])]
+
+
+def rank_distance(p: Sequence[float], q: Sequence[float]) -> float:
+    """sum_i |p_(i) - q_(i)|, both in falling order, the shorter filled up with zeros. ULD."""
+    ordered = itertools.zip_longest(sorted(p, reverse=True), sorted(q, reverse=True), fillvalue=0.0)
+    return math.fsum(abs(a - b) for a, b in ordered)
+
+
+def grad_rank_distance(student: Sequence[float], teacher: Sequence[float]) -> list[float]:
+    """d/dz_j of it: p_j (s_j - sum_v p_v s_v), s_v the sign of p_v less the teacher's probability of the same rank."""
+    p, q = softmax(student), sorted(softmax(teacher), reverse=True)
+    sign = [0.0] * len(p)
+    for rank, v in enumerate(sorted(range(len(p)), key=lambda v: -p[v])):
+        gap = p[v] - (q[rank] if rank < len(q) else 0.0)
+        sign[v] = math.copysign(1.0, gap) if gap else 0.0
+    mean = math.fsum(a * s for a, s in zip(p, sign, strict=True))
+    return [a * (s - mean) for a, s in zip(p, sign, strict=True)]

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.check_units import check_comparison, check_tokens, check_units
 from opd.errors import ConfigError
 from opd.method import PIECES, Method
 from opd.metrics import check_report_to
 from opd.needs import needs_of, numbers_of
 from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
 from opd.turns import Order
-from opd.types import Sampling
+from opd.types import Sampling, TeacherRule
 
 if TYPE_CHECKING:
     from opd.prepare import Prepared
@@ -81,6 +82,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
             "the largest budget among the method's options."
         )
+    check_units(method, f"{where}: method {spec.method!r}")
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:
@@ -133,6 +135,8 @@ def check_diagnostics(spec: StageSpec, method: Method) -> None:
             f"Stage {spec.name!r}: diagnostics.every is {spec.diagnostics.every}, which compares the student with the "
             f"teacher, and method {spec.method!r} has none. Set diagnostics.every to 0, or use a method with a teacher."
         )
+    if spec.diagnostics.every:
+        check_comparison(method, f"Stage {spec.name!r}", "diagnostics.every", "Set it to 0")
 
 
 def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Order, size: int) -> None:
@@ -220,6 +224,8 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
             f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
             f"than {spec.train!r}, or {' and '.join(asked)} to false."
         )
+    if evaluate.kl:
+        check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")
 
 
 def check_tokenizers(
@@ -234,7 +240,6 @@ def check_tokenizers(
     `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
     """
     from opd.render import render_checked
-    from opd.teachers.local import check_same_tokens
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -254,9 +259,10 @@ def check_tokenizers(
             method.bound(tokenizers[spec.train])
             check_vocabulary(spec, method, tokenizers[spec.train])
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
-    for name in compared:
-        check_same_tokens(tokenizers[spec.train], tokenizers[name], names=(spec.train, name))
-    if compared:
+    rule = TeacherRule(kind="external") if method is None else method.teacher
+    found = [check_tokens(rule, tokenizers[spec.train], tokenizers[name], (spec.train, name)) for name in compared]
+    lines += [line for line in found if line is not None]
+    if compared and rule.tokenizer == "students":
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")
     return lines
 

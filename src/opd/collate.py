@@ -13,6 +13,7 @@ from opd.method import Method
 from opd.parallel import World
 from opd.reading import batches
 from opd.types import Batch, Denominator, Rollout, Scores, valid
+from opd.units import Units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ class MicroBatch:
     teacher_hidden: Tensor | None  # [N, H]
     teacher_id: str | None = None  # whose states `teacher_hidden` are
     task: str | None = None  # of all rows, where there is `teacher_hidden`
+    units: Units | None = None  # [N]
 
 
 def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
@@ -54,7 +56,7 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
     return Batch(
         rollouts=tuple(rollouts),
         response_ids=pad([r.response_ids for r in rollouts], 0, device),
-        mask=pad([r.trained for r in rollouts], False, device),
+        mask=pad([_trained(r, s) for r, s in zip(rollouts, scores, strict=True)], False, device),
         sampler_logp=pad([_or(r.sampler_logp, u) for r, u in zip(rollouts, unknown, strict=True)], torch.nan, device),
         policy_logp=pad([_or(r.policy_logp, u) for r, u in zip(rollouts, unknown, strict=True)], torch.nan, device),
         teacher_logp=pad([s.teacher_logp for s in scores], torch.nan, device),
@@ -69,6 +71,7 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         student_top_ids=_pad_all(_student_top(rollouts, scores), 0, device),
         teacher_top_ids=_pad_all([s.teacher_top_ids for s in scores], 0, device),
         teacher_top_logp=_pad_all([s.teacher_top_logp for s in scores], torch.nan, device),
+        units=_pad_units([s.units for s in scores], device),
     )
 
 
@@ -82,19 +85,19 @@ def check_responses(rollouts: Sequence[Rollout]) -> None:
             )
 
 
-def has_trained(rollouts: Sequence[Rollout], method: Method, world: World) -> bool:
+def has_trained(batch: Batch, method: Method, world: World) -> bool:
     """Whether a token of the whole step is trained, in any process; False only for a method that filters responses.
 
     Raises TrainingError, in every process, when none is and nothing of the method may leave out all.
     """
-    if world.any(any(bool(rollout.trained.any()) for rollout in rollouts)):
+    if world.any(bool(batch.mask.any())):
         return True
     if "filtered" in method.needs():
         return False
-    ids = [i for part in world.gather([rollout.prompt.id for rollout in rollouts]) for i in part]
+    ids = [i for part in world.gather([rollout.prompt.id for rollout in batch.rollouts]) for i in part]
     raise TrainingError(
         f"None of this step's {len(ids)} responses has a trained token (prompts {ids[:8]}): the gradient would be 0/0. "
-        "Check the source's masks."
+        f"{_why(batch)}"
     )
 
 
@@ -160,6 +163,7 @@ def _micro(
         teacher_hidden=states,
         teacher_id=teacher_id,
         task=task,
+        units=None if batch.units is None else batch.units.each(lambda field: valid(field[chosen], mask)),
     )
 
 
@@ -179,6 +183,30 @@ def _student_top(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[
         mine, theirs = rollout.student_top_ids, score.teacher_top_ids
         out.append(None if mine is None or theirs is None else mine[:, : theirs.shape[1]])
     return out
+
+
+def _trained(rollout: Rollout, scores: Scores) -> Tensor:
+    """[T] bool: what a teacher could not score is not trained."""
+    return rollout.trained if scores.scored is None else rollout.trained & scores.scored.to(rollout.trained.device)
+
+
+def _why(batch: Batch) -> str:
+    """What a step without a trained token is put down to."""
+    if not any(bool(rollout.trained.any()) for rollout in batch.rollouts):
+        return "Check the source's masks."
+    text = batch.rollouts[0].text
+    return (
+        "The teacher, with a tokenizer of its own, could score none of their tokens: it changes their text, or it is "
+        f"none. The first response: {text!r:.200}. Use a teacher whose tokenizer keeps what it reads."
+    )
+
+
+def _pad_units(rows: Sequence[Units | None], device: torch.device) -> Units | None:
+    present = [row for row in rows if row is not None]
+    assert len(present) in (0, len(rows)), "some responses of a step have units and some do not"
+    if not present:
+        return None
+    return Units.joined(present, lambda rows: pad(rows, torch.nan if rows[0].is_floating_point() else 0, device))
 
 
 def _pad_all(rows: Sequence[Tensor | None], value: float | bool, device: torch.device) -> Tensor | None:

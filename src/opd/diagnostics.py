@@ -20,9 +20,10 @@ from opd.models import LanguageModel
 from opd.overlap import overlap_of_support
 from opd.recipe import StageSpec
 from opd.statistics import auroc, effective_share, repeat_ratio, top_share
-from opd.teachers.local import LocalTeacher
+from opd.teachers.cross_tokenizer import OneTeacher, comparable
 from opd.teachers.several import SeveralTeachers, shares_of
 from opd.types import Batch, Prompt, Rollout, valid
+from opd.units import Units
 
 PERCENTILES = (1, 5, 50, 95, 99)
 
@@ -56,6 +57,8 @@ def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metri
         ratio = overlap_of_support(method.support, valid(batch.support_mask, batch.mask))
         if ratio is not None:
             metrics.mean("support/overlap_ratio", ratio.sum().item(), len(ratio))
+    if batch.units is not None:
+        _units(metrics, batch, batch.units)
     if len(written) == n:
         policy = valid(batch.policy_logp, batch.mask)
         metrics.mean("rollout/policy_nll", -policy.sum().item(), len(policy))
@@ -77,6 +80,22 @@ def of_judges(batch: Batch) -> Metrics:
         for name, value in rollout.judged.items():
             metrics.mean(f"judge/{name}", value, 1)
     return metrics
+
+
+def _units(metrics: Metrics, batch: Batch, units: Units) -> None:
+    """How much of the student's text carries a signal where the teacher has tokens of its own.
+
+    Shares are of trained tokens and their bytes, those that the teacher could not score included.
+    """
+    trained = torch.zeros_like(batch.mask)
+    for i, rollout in enumerate(batch.rollouts):
+        trained[i, : len(rollout.trained)] = rollout.trained
+    count, text = int(trained.sum()), int(units.bytes[trained].sum())
+    metrics.mean("units/coverage", int(units.bytes[trained & units.inside].sum()), text)
+    metrics.mean("units/shared_coverage", int(units.bytes[trained & units.inside & units.shared].sum()), text)
+    metrics.mean("units/per_token", int((units.size > 0).sum()), count)
+    metrics.mean("units/unscored_share", int((trained & ~batch.mask).sum()), count)
+    metrics.mean("units/not_compared_share", int((batch.mask & ~units.inside).sum()), count)
 
 
 def by_task(batch: Batch, method: Method) -> Metrics:
@@ -105,7 +124,7 @@ def compared(
     spec: StageSpec,
     method: Method,
     student: LanguageModel,
-    teacher: LocalTeacher | SeveralTeachers | None,
+    teacher: OneTeacher | SeveralTeachers | None,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
     step: int,
@@ -119,7 +138,7 @@ def compared(
     for one, rows in shares_of(teacher, rollouts):
         comparison = compare(
             student,
-            one,
+            comparable(one),
             [rollouts[i] for i in rows],
             [contexts[i] for i in rows],
             k=spec.diagnostics.k,

@@ -7,28 +7,34 @@ is kept, nothing is recomputed, and each position costs three products with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from opd.score import Head, buffer, chunks
+from opd.score import Head, chunks
 
 # Logits [n, C] of some rows, after temperature -> the chunk's part of the loss; overwrites them with its gradient.
 ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
 def fused_loss(
-    chunk_loss: ChunkLoss, hidden: Tensor, head: Head, temperature: float = 1.0, ids: Tensor | None = None
+    chunk_loss: ChunkLoss,
+    hidden: Tensor,
+    head: Head,
+    temperature: float = 1.0,
+    ids: Tensor | None = None,
+    parts: Sequence[slice] | None = None,
 ) -> Tensor:
     """Sum of `chunk_loss(logits, rows)` over chunks of `hidden` [N, H], a scalar that backpropagates.
 
-    C is the vocabulary; with `ids` [N, K] it is K, and only these rows of the output layer are read. The gradient goes
-    into `hidden` and into `head.weight` and `head.bias` where they train; sums over chunks run in float32.
+    C is the vocabulary; with `ids` [N, K] it is K, and only these rows of the output layer are read. `parts`
+    are the chunks of a loss that may not be cut everywhere. The gradient goes into `hidden` and into `head.weight` and
+    `head.bias` where they train; sums over chunks run in float32.
     """
-    return _Fused.apply(hidden, head.weight, head.bias, head, chunk_loss, temperature, ids)  # type: ignore[no-any-return]
+    return _Fused.apply(hidden, head.weight, head.bias, head, chunk_loss, temperature, ids, parts)  # type: ignore[no-any-return]
 
 
 class _Fused(torch.autograd.Function):
@@ -42,15 +48,17 @@ class _Fused(torch.autograd.Function):
         chunk_loss: ChunkLoss,
         temperature: float,
         ids: Tensor | None,
+        parts: Sequence[slice] | None,
     ) -> Tensor:
         """The loss; the gradients of hidden [N, H], weight [>= V, H] and bias are made here and kept for `backward`."""
         head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
         grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        layer = (
-            _Rows(head, ids) if ids is not None else _Whole(head, buffer(len(hidden), head.vocabulary, hidden.device))
-        )
-        for rows in chunks(len(hidden), layer.width):
+        width = head.vocabulary if ids is None else ids.shape[1] * weight.shape[1]  # of _Rows: [n, K, H] is gathered
+        parts = parts or list(chunks(len(hidden), width))
+        longest = max((part.stop - part.start for part in parts), default=0)
+        layer = _Rows(head, ids) if ids is not None else _Whole(head, torch.empty(longest, width, device=hidden.device))
+        for rows in parts:
             piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
             logits = layer.project(piece, rows)
             slope = head.finish_(logits, temperature)
@@ -68,7 +76,7 @@ class _Fused(torch.autograd.Function):
         (upstream,) = grad_outputs
         grads: _Gradients = ctx.grads
         ctx.grads = None
-        return (*grads.times(upstream), None, None, None, None)
+        return (*grads.times(upstream), None, None, None, None, None)
 
 
 @dataclass(slots=True)
@@ -103,24 +111,20 @@ class _Whole:
     head: Head
     memory: Tensor
 
-    @property
-    def width(self) -> int:
-        return self.head.vocabulary
-
     def project(self, hidden: Tensor, rows: slice) -> Tensor:
         return self.head.project_into(self.memory, hidden)
 
     def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
-        weight = self.head.weight[: self.width]
+        weight = self.head.weight[: self.head.vocabulary]
         small = grad.to(weight.dtype)
         if grads.hidden is not None:
             grads.hidden[rows] = small @ weight
         if grads.weight is not None and weight.dtype == torch.float32:
-            grads.weight[: self.width].addmm_(grad.t(), hidden)
+            grads.weight[: self.head.vocabulary].addmm_(grad.t(), hidden)
         elif grads.weight is not None:  # the product in the weight's own type, the sum over chunks in float32
-            grads.weight[: self.width] += small.t() @ hidden
+            grads.weight[: self.head.vocabulary] += small.t() @ hidden
         if grads.bias is not None:
-            grads.bias[: self.width] += grad.sum(0)
+            grads.bias[: self.head.vocabulary] += grad.sum(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +133,6 @@ class _Rows:
 
     head: Head
     ids: Tensor
-
-    @property
-    def width(self) -> int:
-        return self.ids.shape[1] * self.head.weight.shape[1]  # what is gathered is [n, K, H]
 
     def project(self, hidden: Tensor, rows: slice) -> Tensor:
         ids = self.ids[rows]

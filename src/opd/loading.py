@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,17 +242,41 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
         raise ConfigError(f"models.{name}: a new model needs `tokenizer: {{characters: ...}}` or a tokenizer's path.")
     if isinstance(spec.tokenizer, str):
         return AutoTokenizer.from_pretrained(spec.tokenizer)
-    return character_tokenizer(spec.tokenizer.characters)
+    return character_tokenizer(spec.tokenizer.characters, spec.tokenizer.merges)
 
 
-def character_tokenizer(characters: str) -> Any:
-    """One token a character, after <pad> (0) and <eos> (1)."""
+def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ()) -> Any:
+    """One token a character, after <pad> (0) and <eos> (1), and then one for each of `merges` (byte-pair encoding).
+
+    Raises ConfigError for a merge of tokens that are not there.
+    """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as token_models
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *dict.fromkeys(characters)])}
+    for left, right in merges:
+        if missing := [part for part in (left, right) if part not in vocabulary]:
+            raise ConfigError(
+                f"The tokenizer's merge {left!r} + {right!r} joins {missing[0]!r}, which is neither a character nor "
+                "made by an earlier merge. Correct the order of `merges`, or add the characters."
+            )
+        vocabulary.setdefault(left + right, len(vocabulary))
+    if merges:
+        return PreTrainedTokenizerFast(
+            tokenizer_object=_pairs(vocabulary, merges), pad_token="<pad>", eos_token="<eos>"
+        )
     core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
     core.decoder = decoders.Fuse()  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
+
+
+def _pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
+    """Byte-pair encoding of characters; what is no character of it reads as padding, as without merges."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers import models as token_models
+
+    core = Tokenizer(token_models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<pad>"))
+    core.decoder = decoders.Fuse()  # type: ignore[assignment]
+    return core

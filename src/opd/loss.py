@@ -27,6 +27,7 @@ from opd.models import LanguageModel
 from opd.reading import read
 from opd.score import Head, buffer, tiles
 from opd.types import Tokens
+from opd.unit_loss import on_units, unit_chunks
 
 
 def loss_of(
@@ -53,8 +54,12 @@ def loss_at(
     observed = _Observed()
     weight = micro.weight * micro.share / count  # [N]
     support = method.support
-    ids = None
-    if support.kind == "full":
+    ids = parts = None
+    if support.kind == "units":
+        assert teacher_head is not None
+        chunk_loss = on_units(method, micro, weight, teacher_head, observed.add)
+        parts = unit_chunks(micro, head, teacher_head)
+    elif support.kind == "full":
         assert teacher_head is not None
         chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
     elif support.kind == "top_k" and getattr(method.signal, "shift_invariant", False):
@@ -62,7 +67,7 @@ def loss_at(
         chunk_loss = _on_rows(method, micro, weight, observed)
     else:
         chunk_loss = _on_selected(method, micro, weight, observed)
-    loss = fused_loss(chunk_loss, hidden, head, method.temperature, ids)
+    loss = fused_loss(chunk_loss, hidden, head, method.temperature, ids, parts)
     return loss, observed.metrics(len(hidden))
 
 
@@ -212,10 +217,14 @@ class _Observed:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}  # of what is not a mean over tokens
 
-    def add(self, name: str, per_token: Tensor) -> None:
+    def add(self, name: str, per_token: Tensor, over: int | None = None) -> None:
+        """Add values; `over` is how many they are, where that is not the number of tokens."""
         total = per_token.sum()
         self._sums[name] = total if name not in self._sums else self._sums[name] + total
+        if over is not None:
+            self._counts[name] = self._counts.get(name, 0) + over
 
     def support(self, micro: MicroBatch, at: slice, student_logp: Tensor | None) -> None:
         """Both models' masses on the support, if there is one."""
@@ -228,8 +237,8 @@ class _Observed:
         self.add("support/empty_share", (~exists.any(-1)).float())
 
     def metrics(self, tokens: int) -> Metrics:
-        """Means over the micro-batch's tokens."""
+        """Means over the micro-batch's tokens, or what else was counted."""
         metrics = Metrics()
         for name, total in self._sums.items():
-            metrics.mean(name, total.item(), tokens)
+            metrics.mean(name, total.item(), self._counts.get(name, tokens))
         return metrics

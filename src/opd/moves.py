@@ -15,6 +15,7 @@ from opd.models import LanguageModel
 from opd.optim import Optimiser
 from opd.parallel import World
 from opd.rewards import AnyReward
+from opd.teachers.cross_tokenizer import OneTeacher, comparable
 from opd.teachers.local import LocalTeacher
 from opd.teachers.several import SeveralTeachers, shares_of
 from opd.types import Context, Prompt, Sampler
@@ -29,7 +30,7 @@ class Moves:
     optimiser: Optimiser
     student: LanguageModel
     root: nn.Module
-    teacher: LocalTeacher | SeveralTeachers | None
+    teacher: OneTeacher | SeveralTeachers | None
     writer: Sampler  # the student
     prompts: Sequence[Prompt]  # of training, all
     rewards: Mapping[str | None, AnyReward | None]  # by task
@@ -83,7 +84,7 @@ class Moves:
                 asked = [rollouts[i] for i in indices]
                 found = exact_divergence(
                     self.student,
-                    teacher,
+                    comparable(teacher),
                     asked,
                     self.context,
                     micro_batch_tokens=self.micro_batch_tokens,

@@ -36,7 +36,10 @@ class Lora(Section):
 
 
 class Characters(Section):
+    """One token a character, and one more for each of `merges`: two tokens that are joined wherever they meet."""
+
     characters: str
+    merges: list[tuple[str, str]] = []  # in the order in which they are made
 
 
 class ModelSpec(Section):

@@ -18,6 +18,7 @@ from opd.rewards import AnyReward
 from opd.samplers.by_task import by_task
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.teachers.cross_tokenizer import OneTeacher, by_rule, comparable
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.teachers.several import SeveralTeachers
 from opd.types import Rollout, Sampler, Scores, TeacherRule, Writers
@@ -29,13 +30,14 @@ def teacher_of(
     rule: TeacherRule,
     student: LanguageModel,
     externals: Mapping[str, LanguageModel],
-) -> LocalTeacher | SeveralTeachers | None:
+) -> OneTeacher | SeveralTeachers | None:
     """Whom the method compares the student with; the teachers of all tasks as one. `externals` are by model name."""
 
-    def one(name: str | None) -> LocalTeacher | None:
+    def one(name: str | None) -> OneTeacher | None:
         external = None if name is None else externals.get(name)
         offload = name is not None and recipe.models[name].offload
-        return teacher_for(rule, student, external, micro_batch_tokens=spec.micro_batch_tokens, offload=offload)
+        teacher = teacher_for(rule, student, external, micro_batch_tokens=spec.micro_batch_tokens, offload=offload)
+        return by_rule(rule, student, teacher)
 
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
@@ -116,7 +118,7 @@ def exams_of(
     spec: StageSpec,
     prepared: Prepared,
     student: LanguageModel,
-    teacher: LocalTeacher | SeveralTeachers | None,
+    teacher: OneTeacher | SeveralTeachers | None,
     externals: Mapping[str, LanguageModel],
 ) -> list[Exam]:
     """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
@@ -147,7 +149,7 @@ def exams_of(
                 measure_before=part.evaluate.before,
                 context=prepared.method.context,
                 teacher_samplers=samplers,
-                kl_teacher=scorer if part.evaluate.kl else None,
+                kl_teacher=comparable(scorer) if part.evaluate.kl and scorer is not None else None,
             )
         )
     return exams
@@ -157,9 +159,9 @@ def scorer_of(
     spec: StageSpec,
     part: TaskSection,
     student: LanguageModel,
-    teacher: LocalTeacher | SeveralTeachers | None,
+    teacher: OneTeacher | SeveralTeachers | None,
     externals: Mapping[str, LanguageModel],
-) -> LocalTeacher | None:
+) -> OneTeacher | None:
     """With whom an evaluation compares the student: the task's teacher, also where the method asks none."""
     if isinstance(teacher, SeveralTeachers):
         return teacher.of(part.teacher)

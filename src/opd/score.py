@@ -14,6 +14,7 @@ from torch import Tensor
 
 from opd.supports import check_fits, support_tokens
 from opd.types import Scores, Support
+from opd.units import Shared
 
 # Entries of one chunk's logits: 2^25 float32 are 128 MiB. A chunk of 150,000 tokens of vocabulary then holds 220
 # positions; below about 200 the matmul of a CPU is limited by reading the output layer.
@@ -35,6 +36,7 @@ class Head:
     vocabulary: int
     multiplier: float = 1.0
     softcap: float | None = None
+    shared: Shared | None = None  # of a teacher with a tokenizer of its own: the tokens that the student has too
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32."""

@@ -17,6 +17,8 @@ from opd.types import Advantage, Signal, Tokens, support_of
 # An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
 # gradient of exactly zero instead of 0 x inf.
 LARGEST_LOG_RATIO = 60.0
+# Two probabilities closer than this share of the larger one are the same number computed twice in float32.
+RANK_ROUNDING = 1e-5
 
 
 def divergence(
@@ -156,6 +158,44 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
         return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
 
     return needing(signal, "policy_temperature", "sampler_logp", "sampled_last", "imitates")
+
+
+def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
+    """sum_i |p_(i) - q_(i)|, both in falling order, [N, V], [N, V'] -> [N]: it does not ask which token is which.
+
+    Universal logit distillation (arXiv 2402.12030): the Wasserstein distance of two distributions whose tokens are all
+    equally far from each other. The shorter one is filled up with zeros. Differences within rounding count as none: at
+    the teacher itself their signs would be noise.
+
+    With `matched` the tokens of both vocabularies are compared as they are, by that divergence on their probabilities
+    without renormalising, and only the others by rank: the hybrid of TRL's GOLD. The weights are the share of the
+    teacher's tokens that the student has, and the rest. The support is `supports.units("product")`.
+    """
+    function = None if matched is None else divergences.named(matched)
+
+    def signal(tokens: Tokens) -> Tensor:
+        s, t = support_of(tokens)
+        if function is None:
+            return _ranked_distance(s.exp(), t.exp())
+        if tokens.shared is None:
+            raise ConfigError(
+                "`matched` asks which tokens both vocabularies have, and this support has one vocabulary. Give the "
+                "method support=units('product')."
+            )
+        k = tokens.shared
+        share = k / t.shape[-1]
+        return share * function(s[:, :k], t[:, :k]) + (1 - share) * _ranked_distance(s[:, k:].exp(), t[:, k:].exp())
+
+    return signal
+
+
+def _ranked_distance(p: Tensor, q: Tensor) -> Tensor:
+    """sum_i |p_(i) - q_(i)|, [N, V], [N, V'] -> [N]."""
+    p, q = (part.sort(-1, descending=True).values for part in (p, q))
+    k = min(p.shape[-1], q.shape[-1])
+    gap = (p[:, :k] - q[:, :k]).abs()
+    gap = gap.masked_fill(gap <= RANK_ROUNDING * torch.maximum(p[:, :k], q[:, :k]), 0.0)
+    return gap.sum(-1) + p[:, k:].sum(-1) + q[:, k:].sum(-1)
 
 
 def add(*signals: Signal) -> Signal:

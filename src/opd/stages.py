@@ -171,8 +171,9 @@ def loaded(
         check_student(spec, method, student, progress)
         check_space(directory.path, space_needed(spec, method, student))
         externals = {name: model_for(recipe, spec, name, given, directory) for name in spec.teachers}
-        for name, external in externals.items():
-            check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
+        if method.teacher.tokenizer == "students":
+            for name, external in externals.items():
+                check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
         judges = {name: externals.get(name) or model_for(recipe, spec, name, given, directory) for name in spec.asked}
     return student, externals, judges
 

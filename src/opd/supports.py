@@ -51,6 +51,25 @@ def full() -> Support:
     return Support(kind="full")
 
 
+def units(span: Literal["column", "none", "product"] = "column", *, least_mass: float = 0.0) -> Support:
+    """Pieces that student and teacher both cut out of the response, with a tokenizer each; a row for each piece.
+
+    All but "product" compare on the tokens of both vocabularies, at the piece's first position. One that is not one
+    token of both is one more entry with the mean log-prob of its tokens ("column", arXiv 2605.07711), or is left out
+    ("none": shared-token matching). "product" gives each model's whole vocabulary, the shared tokens first, times the
+    probability of the piece's tokens behind the first, as TRL's GOLD merges them; then K differs between the two.
+
+    The teacher has to be `teachers.external(tokenizer="any")`. A row on whose entries it has less than `least_mass` in
+    all is empty (the released code of 2605.07711: 0.5). Raises ConfigError for a mass outside 0..1, and for products.
+    """
+    if not 0.0 <= least_mass <= 1.0 or (least_mass and span == "product"):
+        raise ConfigError(
+            f"The least mass of a row is a probability between 0 and 1, got {least_mass} with span {span!r}; a product "
+            "has all of both vocabularies, and none."
+        )
+    return Support(kind="units", span=span, least_mass=least_mass)
+
+
 def check_fits(k: int, vocabulary: int) -> None:
     """Raise ConfigError for a top-k, of the support or of another piece, of more tokens than there are."""
     if k > vocabulary:

@@ -32,7 +32,8 @@ from opd.rewards import AnyReward
 from opd.rundir import StageDir
 from opd.samplers.hf import TransformersSampler
 from opd.score import Head
-from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.cross_tokenizer import OneTeacher
+from opd.teachers.local import with_record
 from opd.teachers.several import SeveralTeachers, heads_of, teaches_itself
 from opd.turns import Order
 from opd.types import Batch, Prompt, Rollout, Scores, Writers
@@ -48,7 +49,7 @@ class Stage:
     method: Method
     student: LanguageModel
     root: Root  # of the student: what runs its forward and backward
-    teacher: LocalTeacher | SeveralTeachers | None
+    teacher: OneTeacher | SeveralTeachers | None
     samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
     writers: Writers
     order: Order  # of the prompts
@@ -114,8 +115,8 @@ def train(stage: Stage) -> Outcome:
                 looked = time.perf_counter()
                 compared = diagnostics.compared(spec, method, student, teacher, rollouts, contexts, step)
                 diagnosed = time.perf_counter() - looked  # counted apart: it is no part of training
-            trains = has_trained(rollouts, method, world)  # False: a filter left nothing, and no update is made
             batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
+            trains = has_trained(batch, method, world)  # False: a filter left nothing, and no update is made
             learned = method.observe(batch, world.gather)  # 5 what a method remembers; then credit and weight
             batch = attach(batch, method)
             denominator = method.normalise(batch)

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
+from opd.units import Units
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -113,6 +114,8 @@ class Scores:
     teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
     teacher_top_ids: Tensor | None = None  # [T, K] in falling order, as many as the pieces ask for
     teacher_top_logp: Tensor | None = None  # [T, K]
+    scored: Tensor | None = None  # [T] bool, False where the teacher could say nothing; None: it said all
+    units: Units | None = None  # [T] where student and teacher have a tokenizer each
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +124,7 @@ class Batch:
 
     rollouts: tuple[Rollout, ...]
     response_ids: Tensor  # [B, T] int64
-    mask: Tensor  # [B, T] bool
+    mask: Tensor  # [B, T] bool: trained, and scored by the teacher
     sampler_logp: Tensor  # [B, T]
     policy_logp: Tensor  # [B, T]
     teacher_logp: Tensor  # [B, T], nan on full support if no credit or weight reads it
@@ -136,6 +139,7 @@ class Batch:
     student_top_ids: Tensor | None = None  # [B, T, K] in falling order, as many as the pieces ask for
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
+    units: Units | None = None  # [B, T]
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -152,6 +156,7 @@ class Tokens:
     student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
     teacher_support_logp: Tensor | None = None  # [N, K]
     support_mask: Tensor | None = None  # [N, K] bool: which entries exist; None: K is the whole vocabulary
+    shared: int | None = None  # of two vocabularies: how many columns, the first, are the same tokens; None: all are
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,15 +171,22 @@ class Denominator:
 class Support:
     """Which tokens are scored at each position. Build with `opd.supports`."""
 
-    kind: Literal["none", "sampled", "top_k", "full"]
+    kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
     by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher"
     with_sampled: bool = False
+    span: Literal["column", "none", "product"] = "column"  # what a unit of several tokens adds; see `supports.units`
+    least_mass: float = 0.0
 
     @property
     def student_top_k(self) -> int:
         """How many of the student's most likely tokens have to be known before the teacher scores."""
         return self.k if self.kind == "top_k" and self.by != "teacher" else 0
+
+    @property
+    def reads_states(self) -> bool:
+        """Whether phase B applies the teacher's output layer to its hidden states."""
+        return self.kind in ("full", "units")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +195,7 @@ class TeacherRule:
 
     kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
     decay: float = 1.0
+    tokenizer: Literal["students", "any"] = "students"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

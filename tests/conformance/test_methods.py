@@ -52,7 +52,7 @@ from opd.reading import Read, read
 from opd.recipe import OptimizerSection, load_recipe
 from opd.render import render
 from opd.samplers.hf import TransformersSampler
-from opd.teachers.local import LocalTeacher
+from opd.teachers.cross_tokenizer import OneTeacher
 from opd.types import Batch, Prompt, Rollout, Sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
@@ -165,6 +165,14 @@ def centred(k: int | None = None, optimal: bool = False, reward: bool = False) -
         return at.log_ratio - oracle.value_baseline(at.student, at.teacher, support) + task
 
     return (lambda at: -advantage(at) * at.student_logp), (lambda at: at.along_token(-advantage(at)))
+
+
+def ranked() -> tuple[Loss, Slope]:
+    """Sorted probabilities."""
+    return (
+        lambda at: oracle.rank_distance(oracle.softmax(at.student), oracle.softmax(at.teacher)),
+        lambda at: oracle.grad_rank_distance(at.student, at.teacher),
+    )
 
 
 VALUES: dict[str, tuple[oracle.Divergence, oracle.Slope]] = {
@@ -427,6 +435,16 @@ CASES: dict[str, list[Case]] = {
         pruned(stop="budget", **SHORT),
         pruned(stop="rollout", every=3, drop=0.3, threshold=0.7),
     ],
+    "simct": [  # with one tokenizer: the exact reverse KL
+        case(compared("reverse_kl"), average="token"),
+        case(compared("reverse_kl"), {"spans": False, "average": "sequence", "temperature": 0.7}, learns=False),
+        case(compared("reverse_kl"), {"least_mass": 0.5}, average="token", learns=False),
+    ],
+    "uld": [
+        case(ranked(), average="token", learns=False),  # it does not know which token is which
+        case(compared("generalised_jsd", beta=0.5), {"matched": "generalised_jsd"}, average="token"),
+        case(compared("reverse_kl"), {"matched": "reverse_kl", "average": "sequence"}, learns=False),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), ALL_TOKENS),
         case(compared("reverse_kl"), {**ALL_TOKENS, "prefill": "ab"}, fixed_point=False, learns=False),
@@ -491,7 +509,7 @@ class Scene:
 
     method: Method
     student: LanguageModel
-    teacher: LocalTeacher | None
+    teacher: OneTeacher | None
     rollouts: list[Rollout]
 
     def step(self, micro_batch_tokens: int = 10**6) -> Gradient:
@@ -671,6 +689,10 @@ def poisoned(batch: Batch, value: float, token: int) -> Batch:
             states.masked_fill(~batch.mask[i, : len(states), None], value)
             for i, states in enumerate(batch.teacher_hidden)
         )
+    if batch.units is not None:
+        changed["units"] = batch.units.each(
+            lambda field: field.masked_fill(~batch.mask, value if field.is_floating_point() else token)
+        )
     return replace(batch, **changed)
 
 
@@ -766,7 +788,7 @@ def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
     assert step(method, student, teacher, rollouts).norm > 1e-3
 
 
-def score_all(method: Method, teacher: LocalTeacher, rollouts: list[Rollout]) -> list[Any]:
+def score_all(method: Method, teacher: OneTeacher, rollouts: list[Rollout]) -> list[Any]:
     return teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
 
 

@@ -44,6 +44,7 @@ PURE = {
     "solutions",
     "templates",
     "types",
+    "units",
 }
 
 

@@ -507,6 +507,8 @@ RENORMALISED = {("topk_reverse_kl", "renormalised"), ("rethinking_opd", None), (
         ("context_distillation", {"template": "{privileged_context}{prompt}"}),
         ("reverse_kl", {}),
         ("gkd", {}),
+        ("simct", {}),
+        ("uld", {}),
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])

@@ -98,7 +98,6 @@ def one_step(pair: Pair) -> Step:
         temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,
     )
-    has_trained(rollouts, method, ALONE)
     wrote = _now(pair)
     scores = teacher.score(
         rollouts,
@@ -109,9 +108,11 @@ def one_step(pair: Pair) -> Step:
         entropy=method.reads("teacher_entropy"),
         top_k=method.top_k,
     )
-    batch = attach(collate(rollouts, scores, student.device), method)
+    batch = collate(rollouts, scores, student.device)
+    has_trained(batch, method, ALONE)
+    batch = attach(batch, method)
     denominator = method.normalise(batch)
-    head = teacher.head() if method.support.kind == "full" else None
+    head = teacher.head() if method.support.reads_states else None
     scored = _now(pair)
     student.model.train()
     try:

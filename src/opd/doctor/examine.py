@@ -59,6 +59,13 @@ def findings(
 ) -> list[Finding]:
     """What all checks found. Where positions cannot be compared, no weight is loaded if that can be known without."""
     say("tokenizers")
+    if prepared.method.teacher.tokenizer == "any":
+        why = "The teacher has a tokenizer of its own, and these checks compare position by position."
+        return [
+            skipped(
+                "everything", f"{why} `opd check` says how many tokens both share; units/coverage is in the metrics."
+            )
+        ]
     found = map_without_weights(recipe, spec, given)
     student: LanguageModel | None = None
     external: LanguageModel | None = None

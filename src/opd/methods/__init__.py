@@ -23,7 +23,9 @@ from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.ropd import ropd
 from opd.methods.sft import sft
+from opd.methods.simct import simct
 from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.methods.uld import uld
 from opd.methods.vopd import vopd
 from opd.plugins import import_function
 
@@ -42,6 +44,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "anti_sd": anti_sd,
     "ropd": ropd,
     "prune_opd": prune_opd,
+    "simct": simct,
+    "uld": uld,
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from opd.errors import ConfigError
 from opd.types import TeacherRule
 
@@ -11,9 +13,13 @@ def no_teacher() -> TeacherRule:
     return TeacherRule(kind="none")
 
 
-def external() -> TeacherRule:
-    """The model that the recipe's stage calls `teacher`."""
-    return TeacherRule(kind="external")
+def external(tokenizer: Literal["students", "any"] = "students") -> TeacherRule:
+    """The model that the recipe's stage calls `teacher`.
+
+    Its tokenizer is the student's, or "any": then it reads the text of a response in tokens of its own, and the support
+    is `supports.units`.
+    """
+    return TeacherRule(kind="external", tokenizer=tokenizer)
 
 
 def self_frozen() -> TeacherRule:

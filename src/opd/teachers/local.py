@@ -183,7 +183,8 @@ def teacher_for(
             raise ConfigError(
                 "This method's teacher is another model, and the stage names none. Set the stage's `teacher`."
             )
-        check_same_tokens(student.tokenizer, external.tokenizer, (student.name, external.name))
+        if rule.tokenizer == "students":
+            check_same_tokens(student.tokenizer, external.tokenizer, (student.name, external.name))
         return LocalTeacher(lm=external, offload=offload, **common)
     if rule.kind == "self_live":
         return LocalTeacher(lm=student, **common)
@@ -215,7 +216,7 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
     raise AlignmentError(
         f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)}) differ: "
         f"{'; '.join(parts)}. Token by token their distributions cannot be compared. Use a teacher of the student's "
-        "family, or give both the same tokenizer files."
+        "family, give both the same tokenizer files, or use a method for two tokenizers, such as simct."
     )
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from opd.errors import TeacherError, nearest
 from opd.models import LanguageModel
 from opd.score import Head
+from opd.teachers.cross_tokenizer import OneTeacher
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Rollout, Scores, Support
 
@@ -19,12 +20,12 @@ class SeveralTeachers:
     """A `Teacher` that hands each row to the one that its prompt names (`Prompt.teacher_id`).
 
     They may differ in size, in chat template, and in whether they are kept on the CPU between their turns; their tokens
-    are the student's.
+    are the student's, or the method lets each have its own.
     """
 
-    teachers: Mapping[str, LocalTeacher]
+    teachers: Mapping[str, OneTeacher]
 
-    def of(self, teacher_id: str | None) -> LocalTeacher:
+    def of(self, teacher_id: str | None) -> OneTeacher:
         """The teacher of that name. Raises TeacherError for one that is not here."""
         if teacher_id not in self.teachers:
             raise TeacherError(
@@ -80,11 +81,9 @@ class SeveralTeachers:
             teacher.load_state_dict(own)
 
 
-def shares_of(
-    teacher: LocalTeacher | SeveralTeachers, rollouts: Sequence[Rollout]
-) -> list[tuple[LocalTeacher, list[int]]]:
+def shares_of(teacher: OneTeacher | SeveralTeachers, rollouts: Sequence[Rollout]) -> list[tuple[OneTeacher, list[int]]]:
     """Each teacher with the indices of its rows; one teacher has them all."""
-    if isinstance(teacher, LocalTeacher):
+    if not isinstance(teacher, SeveralTeachers):
         return [(teacher, list(range(len(rollouts))))]
     rows: dict[str | None, list[int]] = {}
     for i, rollout in enumerate(rollouts):
@@ -93,20 +92,20 @@ def shares_of(
 
 
 def heads_of(
-    teacher: LocalTeacher | SeveralTeachers | None,
+    teacher: OneTeacher | SeveralTeachers | None,
     student: LanguageModel,
     support: Support,
     rollouts: Sequence[Rollout],
 ) -> dict[str | None, Head]:
-    """The output layers by `teacher_id` that phase B applies to these rollouts: on a full support, else none.
+    """The output layers by `teacher_id` that phase B applies to these rollouts, where the support reads states.
 
     A student that teaches itself is left out: sharded weights are whole only inside a forward.
     """
-    if teacher is None or support.kind != "full" or teaches_itself(teacher, student):
+    if teacher is None or not support.reads_states or teaches_itself(teacher, student):
         return {}
     return {name: teacher.head(name) for name in {rollout.prompt.teacher_id for rollout in rollouts}}
 
 
-def teaches_itself(teacher: LocalTeacher | SeveralTeachers | None, student: LanguageModel) -> bool:
+def teaches_itself(teacher: OneTeacher | SeveralTeachers | None, student: LanguageModel) -> bool:
     """Whether the teacher's weights are the student's own."""
     return isinstance(teacher, LocalTeacher) and teacher.lm is student

@@ -1,0 +1,48 @@
+"""Reverse KL to a teacher with another tokenizer, on the smallest pieces that both tokenizers cut out of the response.
+
+"SimCT: Recovering Lost Supervision for Cross-Tokenizer On-Policy Distillation", arXiv 2605.07711, eq. 6-9; released
+code sunjie279/SimCT-.
+
+    A        = pieces of the text between cuts that both tokenisations make; u = (v_1 .. v_k), k of each model
+    U        = (V_T and V_S) + A
+    s_M(u|c) = (1/k) sum_j log p_M(v_j | c, v_<j),   q_M = softmax_U s_M
+    L        = (1 / tokens) sum_u KL(q_S || sg q_T)
+
+| paper | here |
+|---|---|
+| pi_S, pi_T | p `student_*`, q `teacher_*` |
+| A | `alignment.units_of`; a row of `Tokens` is a unit, and lives at its first student token |
+| V_T and V_S | `Head.shared`: tokens of the same bytes, special tokens of the same name, the two ends |
+| U at a unit | the shared tokens at its first position, and itself if it is not one of them: `supports.units` |
+| q_S, q_T | form `renormalised` |
+| SimpleOPD: shared tokens alone | `spans=False` |
+
+With one tokenizer every token is a unit and U the vocabulary: the exact reverse KL. Merging units can only lower it. A
+unit has the mean of its tokens' weights, and is left out if one of them is not trained.
+
+Differs from the paper: nothing in the formula. The released code takes raw logits for s_M, which its softmax does not
+normalise at each position, aligns greedily on single decoded tokens, which merges a mismatch with what follows and
+loses the last one, and has a column for every span of the response, all but the own one empty. It also leaves out rows
+on which the teacher has less than half of its mass: `least_mass=0.5`.
+"""
+
+from typing import Literal
+
+from opd import normalise, signals, supports, teachers
+from opd.method import Method
+
+
+def simct(
+    spans: bool = True,
+    least_mass: float = 0.0,
+    average: Literal["token", "sequence"] = "token",
+    temperature: float = 1.0,
+) -> Method:
+    """Units of both tokenizers; without `spans` only those that are one token of both vocabularies."""
+    return Method(
+        teacher=teachers.external(tokenizer="any"),
+        support=supports.units("column" if spans else "none", least_mass=least_mass),
+        signal=signals.divergence("reverse_kl", form="renormalised"),
+        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        temperature=temperature,
+    )
