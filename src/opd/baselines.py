@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from opd.needs import needing, needs_of
-from opd.types import Advantage, Tokens, support_of
+from opd.packed import support_of
+from opd.types import Advantage, Tokens
 
 Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.method import Method
+from opd.needs import needs_of
 from opd.types import TeacherRule
 
 
@@ -18,7 +19,12 @@ def check_units(method: Method, where: str) -> None:
             f"{method.support.kind!r}. Units are for a teacher with a tokenizer of its own, and it for units: give "
             "both teacher=external(tokenizer='any') and support=units(), or neither."
         )
-    if "teacher" in method.needs():
+    if two and method.top_k:
+        raise ConfigError(
+            f"{where} compares the most likely tokens of student and teacher, and the teacher has a tokenizer of its "
+            "own. Leave out the piece that does, or use a method whose teacher has the student's tokenizer."
+        )
+    if "teacher" in needs_of(method.update):
         check_comparison(method, where, "validation by teacher_kl", "Validate by the reward")
 
 

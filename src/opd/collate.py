@@ -10,9 +10,10 @@ from torch import Tensor
 
 from opd.errors import DataError, TeacherError, TrainingError
 from opd.method import Method
+from opd.packed import valid
 from opd.parallel import World
 from opd.reading import batches
-from opd.types import Batch, Denominator, Rollout, Scores, valid
+from opd.types import Batch, Denominator, Rollout, Scores
 from opd.units import Units
 
 

@@ -58,13 +58,33 @@ def _together(first: Method, second: Method) -> tuple[Method, list[str]]:
 def incoherence(method: Method) -> str | None:
     """Why the pieces of a method do not fit together, whatever recipe it stands in; None if they do."""
     needs = method.needs()
-    if method.teacher.kind == "none" and (asked := sorted(needs & TEACHERS)):
-        return f"a piece reads {' and '.join(asked)}, and there is no teacher"
-    if "off_policy" in needs and (asked := sorted(needs & {"sampler_logp", "policy_logp"})):
-        return f"a piece reads {' and '.join(asked)}, and the student does not write the responses"
     looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
-    if "unbiased_baseline" in needs and looking:
-        return f"the {' and '.join(looking)} looks at the sampled token, beside which the baseline is biased"
-    if "unbiased_baseline" in needs and "off_policy" in needs:
-        return "the student does not write the responses, and the baseline is biased for others"
-    return None
+    baseline = "unbiased_baseline" in needs
+    obstacles = [
+        (
+            method.teacher.kind == "none" and bool(method.top_k or needs & TEACHERS),
+            "a piece reads what the teacher says, and there is no teacher",
+        ),
+        (
+            "off_policy" in needs and bool(needs & {"sampler_logp", "policy_logp"}),
+            "a piece reads with which probability the student wrote, and the student does not write",
+        ),
+        (baseline and "off_policy" in needs, "a baseline is biased for responses that the student did not write"),
+        (
+            baseline and bool(looking),
+            f"the {' and '.join(looking)} looks at the sampled token, which biases a baseline",
+        ),
+        (
+            method.teacher.tokenizer == "any" and (bool(method.top_k) or "teacher" in needs_of(method.update)),
+            "a piece compares the models token by token, and the teacher has a tokenizer of its own",
+        ),
+        (
+            {"imitates", "ascends"} <= needs and "sign_conflict" not in needs,
+            "one draws the student towards its teacher, the other drives it away",
+        ),
+        (
+            "judge" in needs and "reward" in needs_of(method.update),
+            "the update compares weights by a reward whose yardstick is made anew from the responses it grades",
+        ),
+    ]
+    return next((why for obstructed, why in obstacles if obstructed), None)

@@ -18,11 +18,12 @@ from opd.method import Method
 from opd.metrics import Columns, Metrics
 from opd.models import LanguageModel
 from opd.overlap import overlap_of_support
+from opd.packed import valid
 from opd.recipe import StageSpec
 from opd.statistics import auroc, effective_share, repeat_ratio, top_share
 from opd.teachers.cross_tokenizer import OneTeacher, comparable
 from opd.teachers.several import SeveralTeachers, shares_of
-from opd.types import Batch, Prompt, Rollout, valid
+from opd.types import Batch, Prompt, Rollout
 from opd.units import Units
 
 PERCENTILES = (1, 5, 50, 95, 99)

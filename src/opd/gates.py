@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
+from opd.packed import valid
 from opd.solutions import Solutions
-from opd.types import Batch, Gather, valid
+from opd.types import Batch, Gather
 
 
 class EntropyGate:

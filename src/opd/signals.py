@@ -12,7 +12,8 @@ from torch import Tensor
 from opd import divergences
 from opd.errors import ConfigError, nearest
 from opd.needs import needing, needs_of, turned
-from opd.types import Advantage, Signal, Tokens, support_of
+from opd.packed import support_of
+from opd.types import Advantage, Signal, Tokens
 
 # An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
 # gradient of exactly zero instead of 0 x inf.

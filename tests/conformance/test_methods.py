@@ -301,7 +301,8 @@ def pruned(learns: bool = False, k: int = 4, average: Any = "token", **options: 
     )
     ends = {"stop": "none"} if "stop" not in settings else {}
     options = {"k": k, "average": average, **ends, **settings}
-    return case(released(k, "student"), options, average=average, learns=learns, weigh=weigh)
+    formula = sampled_log_ratio(False) if options.get("loss") == "sampled" else released(k, "student")
+    return case(formula, options, average=average, learns=learns, weigh=weigh)
 
 
 SHORT = {"budget": 4, "budget_min": 3, "budget_max": 6, "budget_step": 1, "margin": 1}  # of responses of up to 6 tokens
@@ -433,6 +434,7 @@ CASES: dict[str, list[Case]] = {
         pruned(average="sequence", temperature=0.7),
         pruned(metric="teacher_top_p_accept", threshold=0.5),
         pruned(stop="budget", **SHORT),
+        pruned(loss="sampled"),
         pruned(stop="rollout", every=3, drop=0.3, threshold=0.7),
     ],
     "simct": [  # with one tokenizer: the exact reverse KL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "context_distillation": {"k": 4, "system": "5"},
     "vopd": {"k": 4},
     "eff_opd": {"prompts": 2, "candidates": 1},
+    "anti_sd": {"template": "{privileged_context}{prompt}"},
+    "prune_opd": {"k": 4, "budget": 3, "budget_min": 2, "budget_max": 4, "budget_step": 1, "margin": 1},
 }
 PAIRS = [(one, other) for one, other in combinations(ROWS, 2) if ROWS[one][0] != ROWS[other][0]]
 
@@ -32,14 +35,25 @@ PAIRS = [(one, other) for one, other in combinations(ROWS, 2) if ROWS[one][0] !=
 def options_of(row: str) -> dict[str, Any]:
     name, options = ROWS[row]
     masks = {"mask_tokens": ["1"]} if "mask_tokens" in options else options
-    return {**masks, **SMALL.get(name, {})}
+    return {**SMALL.get(name, {}), **masks}
+
+
+def judge(question: Any) -> str:
+    """Criteria are letters, and an answer meets those that it has."""
+    if question.about["ask"] == "rubric":
+        return json.dumps({"criteria": [{"criterion": f"has {c}", "points": 2} for c in "1234"]})
+    met = [[int(c[-1] in text) for c in question.about["criteria"]] for text in question.about["answers"]]
+    return json.dumps({"verdicts": met})
+
+
+JUDGED = {"name": "rubric", "judge": {"function": "test_pairs:judge"}}
 
 
 def tiny(seed: int) -> Any:
     return load_model(ModelSpec(**tiny_model(seed)), name="tiny").model
 
 
-@pytest.mark.parametrize(("one", "other"), PAIRS, ids=" + ".join)
+@pytest.mark.parametrize(("one", "other"), PAIRS, ids=[f"{one} + {other}" for one, other in PAIRS])
 def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
     names = (ROWS[one][0], ROWS[other][0])
     given = {names[0]: options_of(one), names[1]: options_of(other)}
@@ -51,7 +65,10 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
         assert str(refused.value) == f"Methods {names[0]} and {names[1]} do not go together: {why}."
         return
     method = combined(*built)
-    rows = [{**row, "answer": "2", "response": "2", "privileged_context": "7"} for row in sums(0, 4)]
+    rows = [
+        {**row, "answer": "2", "response": "2", "privileged_context": "7", "teacher_answers": ["12"]}
+        for row in sums(0, 4)
+    ]
     run = opd.distill(
         student=tiny(2),
         teacher=tiny(1) if method.teacher.kind == "external" else None,
@@ -59,7 +76,7 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
         prompts=rows,
         method="+".join(names),
         options=given,
-        reward="exact" if method.needs() & {"reward", "group"} else None,
+        reward=JUDGED if "judge" in method.needs() else "exact" if method.needs() & {"reward", "group"} else None,
         sampling={"n": 2, "max_completion_length": 4},
         steps=2,
         output_dir=tmp_path / "run",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import opd
 from opd import contexts, credit, divergences, methods, signals, supports
-from opd.check import check_signs
+from opd.check_method import check_signs
 from opd.errors import ConfigError, DataError
 from opd.gates import EntropyGate
 from opd.method import Method

@@ -40,6 +40,7 @@ PURE = {
     "filters",
     "needs",
     "overlap",
+    "packed",
     "sequences",
     "solutions",
     "templates",

@@ -17,6 +17,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "context_distillation": ("context_distillation", {"system": "Answer briefly."}),
     "opd, masked tokens": ("opd", {"mask_tokens": ["<think>"]}),
+    "prune_opd, loss sampled": ("prune_opd", {"loss": "sampled"}),
 }
 
 

@@ -17,7 +17,8 @@
 | step, margin, rho, patience | `budget_step`, `margin`, `hit_share`, `patience` |
 
 `stop="rollout"` has no budget: the teacher scores a response every `every` tokens while it is written, and one whose
-W_t has reached 0 ends there. `stop="none"` keeps the weights alone. The largest budget may not be above
+W_t has reached 0 ends there. `stop="none"` keeps the weights alone. `loss="sampled"` weighs the sampled token instead
+of the top-k, which leaves the loss to another method: `method: vopd+prune_opd`. The largest budget may not be above
 sampling.max_completion_length. With the metric `overlap` the weight is settled before y_t is drawn, so that a baseline
 stays unbiased beside it.
 
@@ -37,6 +38,7 @@ def prune_opd(
     threshold: float = 0.7,
     drop: float = 0.01,
     base: float = 0.5,
+    loss: Literal["top_k", "sampled"] = "top_k",
     stop: Literal["budget", "rollout", "none"] = "budget",
     budget: int = 2048,
     budget_min: int = 1024,
@@ -68,10 +70,10 @@ def prune_opd(
     elif stop == "rollout":
         ends = {"source": sources.on_policy(drift.ends_drifted(judged, every))}
     return Method(
-        support=supports.top_k(k, by="student"),
+        support=supports.top_k(k, by="student") if loss == "top_k" else supports.sampled(),
         observe=drift.measured(judged, allowed),
         weight=drift.trusted(judged, base),
-        signal=signals.support_policy_gradient("student"),
+        signal=signals.support_policy_gradient("student") if loss == "top_k" else signals.sampled_reverse_kl(),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         temperature=temperature,
         **ends,

@@ -57,11 +57,13 @@ class CrossTokenizerTeacher:
         *,
         sampled: bool = True,
         entropy: bool = False,
+        top_k: int = 0,
     ) -> list[Scores]:
         """Scores by the student's tokens; what is sampled is always scored, because units are made of it.
 
         Raises ConfigError for a support that is not of units.
         """
+        assert not top_k, "a method that compares top tokens of two vocabularies is refused before this"
         if support.kind != "units":
             raise ConfigError(
                 f"The support of this method is {support.kind!r}, of the student's tokens, and its teacher has another "

@@ -1,0 +1,42 @@
+"""What can be known to be wrong of a method by itself: pieces that pull apart, and baselines that would be biased."""
+
+from __future__ import annotations
+
+from opd.errors import ConfigError
+from opd.method import PIECES, Method
+from opd.needs import needs_of
+from opd.types import Sampling
+
+
+def check_signs(method: Method, where: str) -> None:
+    """Refuse a method that draws the student towards its teacher and drives it away at once. Raises ConfigError."""
+    declared = {name: needs_of(getattr(method, name)) for name in PIECES}
+    towards, away = ([name for name, needs in declared.items() if side in needs] for side in ("imitates", "ascends"))
+    if towards and away and "sign_conflict" not in method.needs():
+        raise ConfigError(
+            f"{where} draws the student towards its teacher (its {' and '.join(towards)}) and drives it away from the "
+            f"teacher (its {' and '.join(away)}): one undoes the other. Leave one of the two out, or say that "
+            "this is meant, with allow_sign_conflict (an option of method anti_sd, and of credit.away_from_teacher)."
+        )
+
+
+def check_baseline(method: Method, sampling: Sampling, where: str) -> None:
+    """Refuse what makes a baseline biased: E_y[b grad log p(y)] = 0 for y ~ p alone. Raises ConfigError."""
+    looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
+    reasons = [
+        ("off_policy" in method.needs(), "its responses are not the student's", "Use an on-policy source"),
+        (
+            sampling.top_p < 1 or sampling.top_k > 0,
+            f"responses are drawn with top_p {sampling.top_p} and top_k {sampling.top_k}, from a part of the student's "
+            "distribution",
+            "Set sampling.top_p to 1 and sampling.top_k to 0",
+        ),
+        (bool(looking), f"its {' and '.join(looking)} looks at the sampled token", "Leave it out, or use method opd"),
+    ]
+    for refused, why, remedy in reasons:
+        if refused:
+            raise ConfigError(
+                f"{where} takes a baseline from the advantage, which leaves the gradient's mean as it is only where "
+                f"each token is drawn from the student's own distribution; {why}: the gradient would be biased. "
+                f"{remedy}."
+            )
