@@ -35,8 +35,8 @@ def baseline_numbers(good: bool, second: bool) -> control_variate.Numbers:
 
 
 def course(updates: int, last: float) -> extrapolation.Course:
-    """A fifth of the divergence is gone after `updates`."""
-    kl = {0: 1.0, updates: 0.8, 80: last}
+    """A tenth of the divergence is gone after `updates`."""
+    kl = {0: 1.0, updates: 0.9, 80: last}
     return extrapolation.Course(kl=kl, written=[64 * (step + 1) for step in range(80)], factors=(2.0,))
 
 

@@ -2,7 +2,7 @@
 
 EffOPD, arXiv 2605.11739: after 1, 2, 4, 8, ... updates the weights jump along what has changed since, as far as a
 validation on 50 training prompts gets better; the paper reports a third of the updates. Here an update counts, and so
-do the responses that a run has written, those of the validations included, until a fifth of the divergence from the
+do the responses that a run has written, those of the validations included, until a tenth of the divergence from the
 teacher is gone.
 
 Setting A is the paper's method and fair: the sampled token with and without jumps, validated by the reward, each at the
@@ -24,7 +24,7 @@ from opd.studies.lab import SORTERS, Lab
 from opd.studies.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 PROMPTS = 50  # of a validation
-GONE = 0.2  # of the divergence at the start
+GONE = 0.1  # of the divergence at the start
 SAMPLED, EXACT = "sampled token", "exact reverse KL"
 PAIRS: dict[str, dict[str, Setting]] = {  # of methods, without and with jumps
     SAMPLED: {
@@ -49,7 +49,7 @@ NO_WORSE = 0.05  # nats a token
 class Size:
     """Learning rates from small to large, updates, and how often is measured."""
 
-    learning_rates: Sequence[float] = (5e-5, 5e-4, 2e-3)
+    learning_rates: Sequence[float] = (2e-5, 2e-4, 2e-3)
     every: int = 4
     training: ablation.Size = field(default_factory=lambda: ablation.Size(steps=80))
 
@@ -64,7 +64,7 @@ class Course:
 
     @property
     def updates(self) -> float:
-        """Updates until a fifth of the divergence is gone, between two measurements on the line through them.
+        """Updates until a tenth of the divergence is gone, between two measurements on the line through them.
 
         All of them if it is not gone by then, which is in favour of the run.
         """
@@ -105,7 +105,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         setup=(
             f"Sorting five digits, {len(training.seeds)} pairs of their own seeds, {training.steps} updates of "
             f"{training.prompts_per_step} responses at a constant learning rate; exact reverse KL on 200 held-out rows "
-            f"every {size.every} updates. A validation is {PROMPTS} responses. Counted until a fifth of the divergence "
+            f"every {size.every} updates. A validation is {PROMPTS} responses. Counted until a tenth of the divergence "
             "is gone; a run that does not get there counts as if it did at its end. A: the best rates on seed "
             f"{training.seeds[0]}: {best}. B: exact reverse KL, {min(size.learning_rates):g} for both."
         ),
@@ -230,6 +230,6 @@ def draw(numbers: Numbers) -> report.Figure:
             right.plot([rate] * len(values), values, ".", color=colour, alpha=0.5)
     left.set(xlabel="update", ylabel="held-out reverse KL, nats a token", title=f"learning rate {rates[0]:g}")
     left.legend(fontsize=7)
-    right.set(xscale="log", xlabel="learning rate", ylabel="updates until a fifth of it is gone", ylim=(0, None))
+    right.set(xscale="log", xlabel="learning rate", ylabel="updates until a tenth of it is gone", ylim=(0, None))
     right.legend(fontsize=7)
     return figure
