@@ -89,7 +89,10 @@ def recipes_of(folder: Path) -> dict[str, list[str]]:
     """
     from opd.recipe import load_recipe
 
-    used = {file.stem: {stage.method for stage in load_recipe(file).stages} for file in sorted(folder.glob("*.yaml"))}
+    used = {
+        file.stem: {name for stage in load_recipe(file).stages for name in stage.method.split("+")}
+        for file in sorted(folder.glob("*.yaml"))
+    }
     found = {name: [recipe for recipe, methods in used.items() if name in methods] for name in METHODS}
     if missing := [name for name, recipes in found.items() if not recipes]:
         raise ConfigError(
