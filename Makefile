@@ -12,7 +12,7 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
 
 test: $(VENV)/.dev lint types
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

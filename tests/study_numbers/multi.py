@@ -10,7 +10,7 @@ from study_numbers import spread
 
 
 def two_teacher_numbers(good_a: bool, good_b: bool) -> Numbers:
-    """`good_b` is about what is measured in setting B alone: small steps, and one task for half of the updates."""
+    """`good_b` is about what setting B alone measures: mixed and small steps, one task for half of the updates."""
 
     def of(ascending: float, descending: float) -> dict[str, list[float]]:
         return {
@@ -29,11 +29,12 @@ def two_teacher_numbers(good_a: bool, good_b: bool) -> Numbers:
         numbers[f"{task} alone, half"] = of(0.4, 0.4) if good_b else of(0.9, 0.9)
     numbers["matching, swapped"] = of(0.0, 0.0) if good_a else of(0.9, 0.9)
     if not good_a:
-        numbers |= {f"{name}, mixed": of(0.9, 0.9) for name in ("sampled", "matching")}
+        mixed = of(0.9, 0.9) if good_b else of(0.3, 0.3)
+        numbers |= {f"{name}, mixed": mixed for name in ("sampled", "matching")}
     return numbers
 
 
 NUMBERS: dict[str, tuple[Any, Any]] = {
     "two_teachers": (two_teacher_numbers(True, True), two_teacher_numbers(False, False)),
 }
-SECOND: dict[str, tuple[Any, list[int]]] = {"two_teachers": (two_teacher_numbers(False, True), [1, 2])}
+SECOND: dict[str, tuple[Any, list[int]]] = {"two_teachers": (two_teacher_numbers(False, True), [0, 1, 2])}

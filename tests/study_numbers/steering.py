@@ -34,23 +34,26 @@ def baseline_numbers(good: bool, second: bool) -> control_variate.Numbers:
     )
 
 
-def course(updates: int, last: float, factors: tuple[float, ...] = ()) -> extrapolation.Course:
-    """Half of the divergence is gone after `updates`; a validation at every power of two."""
-    kl = {0: 1.0, updates: 0.5, 80: last}
-    return extrapolation.Course(kl=kl, written=[64 * (step + 1) for step in range(80)], factors=factors)
+def course(updates: int, last: float) -> extrapolation.Course:
+    """A tenth of the divergence is gone after `updates`."""
+    kl = {0: 1.0, updates: 0.9, 80: last}
+    return extrapolation.Course(kl=kl, written=[64 * (step + 1) for step in range(80)], factors=(2.0,))
 
 
 def jump_numbers(good: bool, second: bool) -> extrapolation.Numbers:
-    """`good`: at the better rate; `second`: at the small one."""
+    """`good`: with the sampled token, and less saved at the large rate; `second`: with the exact one, small rate."""
 
     def courses(updates: int, last: float) -> list[extrapolation.Course]:
-        return [replace(course(updates, last), factors=(2.0,)) for _ in range(3)]
+        return [course(updates, last)] * 3
 
+    worse = courses(70, 0.75)
     runs = {
-        "opd": {2e-4: courses(60, 0.3), 2e-3: courses(30, 0.2)},
-        "eff_opd": {
-            2e-4: courses(6, 0.3) if second else courses(70, 0.45),
-            2e-3: courses(10, 0.2) if good else courses(31, 0.4),
+        "opd": {5e-5: courses(60, 0.7), 2e-3: courses(30, 0.4)},
+        "eff_opd": {5e-5: courses(6, 0.7), 2e-3: courses(10, 0.4) if good else courses(31, 0.6)},
+        "reverse_kl": {5e-5: courses(60, 0.6), 2e-3: courses(30, 0.3)},
+        "reverse_kl + eff_opd": {
+            5e-5: courses(6, 0.5) if second else worse,
+            2e-3: courses(20, 0.3) if good else courses(2, 0.3),
         },
     }
     return extrapolation.Numbers(runs=runs, best={"opd": 2e-3, "eff_opd": 2e-3})

@@ -240,5 +240,5 @@ def draw(numbers: Numbers) -> report.Figure:
         right.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
     right.set_yticks(range(len(names)), names, fontsize=7)
     right.invert_yaxis()
-    right.set(xscale="log", xlabel="held-out reverse KL, nats a token")
+    right.set(xlabel="held-out reverse KL, nats a token", xlim=(0, None))
     return figure

@@ -28,7 +28,7 @@ class Distillation:
     def recipe(self) -> dict[str, Any]:
         """A recipe of one stage: 64 prompts a step, 150 steps, and an evaluation at the end."""
         return {
-            "name": f"{self.method.rpartition(':')[2]}-{self.seed}".replace("_", "-"),
+            "name": f"{self.method.rpartition(':')[2]}-{self.seed}".translate(str.maketrans("_+", "--")),
             "seed": self.seed,
             "models": {"teacher": {"path": str(self.pair.teacher)}, "student": {"path": str(self.pair.student)}},
             "stages": [

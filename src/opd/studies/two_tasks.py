@@ -43,7 +43,7 @@ class Size:
     """Seeds (two teachers and a student each), updates, and prompts a step."""
 
     seeds: Sequence[int] = (0, 1, 2)
-    steps: int = 120
+    steps: int = 100
     prompts_per_step: int = 64
     pair: PairSize = SORTERS
 

@@ -82,9 +82,11 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
     return (
         finding(
-            "One student learns both teachers' skills from prompts that are each scored by their own task's teacher",
+            "One student learns both teachers' skills from prompts that are each scored by their own task's teacher "
+            "(A: one task a step, B: both in every step)",
             "2603.25562 Table 2",
             recovered("matching, alternate", above=REACHED),
+            recovered("matching, mixed", above=REACHED),
         ),
         finding(
             "Top-K matching learns two tasks better than the sampled token does (A: 64 responses a step, B: 16)",
