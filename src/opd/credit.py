@@ -88,7 +88,11 @@ def away_from_teacher(
     teacher has read nothing that the student has not. A method that also draws the student towards its teacher is
     refused by `opd check` unless `allow_sign_conflict` says that this is meant.
     """
-    phi = {"jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)), "reverse_kl": lambda u: u}[shape]
+    phis: dict[str, Callable[[Tensor], Tensor]] = {
+        "jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)),
+        "reverse_kl": lambda u: u,
+    }
+    phi = phis[shape]
 
     def credit(batch: Batch) -> Tensor:
         solved = [solution is not None for solution in solutions(batch.rollouts)]

@@ -47,43 +47,19 @@ def worked(a: int, b: int) -> str:
 
 
 def sorting(
-    count: int, digits: int = 5, seed: int = 0, part: Part = "train", descending: bool = False
-) -> Iterator[dict[str, Any]]:
-    """`count` different rows of `digits` digits to put in order.
-
-    {"prompt": "58142>", "response": "12458", "answer": "12458"}, or descending {"prompt": "58142<", "response":
-    "85421", ...}: the sign tells the task from others. Parts as in `addition`, the same for both orders. Raises
-    ConfigError when a part has fewer than `count` rows.
-    """
-    rows = different(
-        count,
-        lambda rng: tuple(int(n) for n in rng.integers(0, 10, digits)),
-        seed=seed,
-        part=part,
-        total=10**digits,
-        what=f"rows of {digits} digits",
-    )
-    for row in rows:
-        answer = "".join(map(str, sorted(row, reverse=descending)))
-        yield {"prompt": "".join(map(str, row)) + ("<" if descending else ">"), "response": answer, "answer": answer}
-
-
-def running_sums(
     count: int,
     digits: int = 5,
     seed: int = 0,
     part: Part = "train",
-    direct: float = 0.0,
+    descending: bool = False,
     knowing: float = 0.0,
-    direct_knowing: float = 0.9,
 ) -> Iterator[dict[str, Any]]:
-    """`count` different rows of `digits` digits to add up: the last digit of their sum is asked for.
+    """`count` different rows of `digits` digits to put in order.
 
-    {"prompt": "37482>", "response": "0424;4", "answer": "4", "privileged_context": "0424;4"}: the last digits of the
-    running sums, then the answer. Nobody has to work it out in writing: a share `direct` of the responses, drawn by
-    row, is the answer alone, ";4". In a share `knowing` of the rows a solution of either kind stands before the digits,
-    "0424;4<37482>", and `direct_knowing` is the share of the responses to them that is the answer alone: who knows the
-    solution need not work. Parts as in `addition`. Raises ConfigError when a part has fewer than `count` rows.
+    {"prompt": "58142>", "response": "12458", "answer": "12458"}, or descending {"prompt": "58142<", "response":
+    "85421", ...}: the sign tells the task from others. A share `knowing` of the prompts, drawn by row, begins with the
+    solution, "12458;58142>": whoever imitates them learns to read one. Parts as in `addition`, the same for both
+    orders. Raises ConfigError when a part has fewer than `count` rows.
     """
     rows = different(
         count,
@@ -95,16 +71,10 @@ def running_sums(
     )
     rng = np.random.default_rng((seed, count))
     for row in rows:
-        sums = [sum(row[:n]) % 10 for n in range(2, digits + 1)]
-        solutions = ["".join(map(str, sums)) + f";{sums[-1]}", f";{sums[-1]}"]  # worked out, direct
-        knows, shown, turns_direct = rng.random() < knowing, int(rng.integers(2)), rng.random()
-        asked = "".join(map(str, row)) + ">"
-        yield {
-            "prompt": f"{solutions[shown]}<{asked}" if knows else asked,
-            "response": solutions[turns_direct < (direct_knowing if knows else direct)],
-            "answer": str(sums[-1]),
-            "privileged_context": solutions[0],
-        }
+        answer = "".join(map(str, sorted(row, reverse=descending)))
+        shown = f"{answer};" if rng.random() < knowing else ""
+        prompt = shown + "".join(map(str, row)) + ("<" if descending else ">")
+        yield {"prompt": prompt, "response": answer, "answer": answer}
 
 
 def different(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from opd.errors import ConfigError
-from opd.tasks import addition, running_sums, sorting
+from opd.tasks import addition, sorting
 
 
 def test_sums_are_right_and_worked_out_column_by_column():
@@ -38,28 +38,16 @@ def test_both_orders_sort_the_same_rows():
     assert [row["prompt"][:-1] for row in up] == [row["prompt"][:-1] for row in down]
 
 
-def test_running_sums_are_right_and_some_are_not_worked_out():
-    rows = list(running_sums(count=400, digits=4, direct=0.3, knowing=0.4, direct_knowing=0.8, seed=2))
-    knowing = [row for row in rows if "<" in row["prompt"]]
-    alone = [row for row in rows if "<" not in row["prompt"]]
-    for row in rows:
-        digits = [int(d) for d in row["prompt"].partition("<")[2][:-1] or row["prompt"][:-1]]
-        assert len(digits) == 4
-        total, worked = digits[0], ""
-        for digit in digits[1:]:
-            total += digit
-            worked += str(total)[-1]
-        assert row["answer"] == worked[-1]
-        assert row["privileged_context"] == f"{worked};{worked[-1]}"
-        assert row["response"] in (f"{worked};{worked[-1]}", f";{worked[-1]}")
-    assert {row["prompt"].partition("<")[0][:1] == ";" for row in knowing} == {True, False}, "either kind is shown"
-    for part, share, n in ((alone, 0.3, 240), (knowing, 0.8, 160)):
-        assert abs(len(part) - n) < 40
-        assert abs(sum(row["response"][0] == ";" for row in part) / len(part) - share) < 0.12
-    assert all(row["response"] == row["privileged_context"] for row in running_sums(count=50))
+def test_some_prompts_of_sorting_begin_with_the_solution():
+    rows = list(sorting(count=400, knowing=0.25, seed=5))
+    plain = list(sorting(count=400, seed=5))
+    shown = [";" in row["prompt"] for row in rows]
+    assert 0.18 < sum(shown) / 400 < 0.32  # 3.2 standard errors
+    for row, other, knows in zip(rows, plain, shown, strict=True):
+        assert row == {**other, "prompt": (other["answer"] + ";") * knows + other["prompt"]}
 
 
-@pytest.mark.parametrize(("task", "most"), [(addition, 3000), (running_sums, 3000), (sorting, 3000)])
+@pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000)])
 def test_parts_share_no_row_and_a_part_repeats_none(task: Callable[..., object], most: int):
     train = [row["prompt"] for seed in (0, 1) for row in task(count=most, seed=seed, part="train")]  # type: ignore[attr-defined]
     held_out = [row["prompt"] for seed in (0, 1) for row in task(count=most // 2, seed=seed, part="held_out")]  # type: ignore[attr-defined]
@@ -73,7 +61,6 @@ def test_parts_share_no_row_and_a_part_repeats_none(task: Callable[..., object],
     [
         (addition, "held_out has about 810 sums of 2 digits; 500 are too many"),
         (sorting, "held_out has about 10 rows of 2 digits; 500 are too many"),
-        (running_sums, "held_out has about 10 rows of 2 digits; 500 are too many"),
     ],
 )
 def test_a_part_that_has_too_few(task: Callable[..., object], message: str):

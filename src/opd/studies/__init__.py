@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from opd.errors import ConfigError, nearest
 from opd.studies import (
+    anti_sd,
     cold_start,
     control_variate,
     estimators,
@@ -48,6 +49,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "two_teachers": two_teachers.run,
     "control_variate": control_variate.run,
     "extrapolation": extrapolation.run,
+    "anti_sd": anti_sd.run,
 }
 
 
