@@ -23,6 +23,7 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "eff_opd": {"prompts": 4},
+    "ropd": {},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
@@ -47,7 +48,10 @@ def recipe_of(method: str, folder: Path) -> dict:
         "optimizer": {"learning_rate": 1e-2},
         "reward": {"name": "regex", "options": {"pattern": "7"}},
     }
-    if method not in ("context_distillation", "grpo"):
+    if method == "ropd":
+        author = {"lm": "teacher", "max_tokens": 6}
+        stage["reward"] = {"name": "rubric", "author": author, "judge": {"function": "opd.studies.graders:grader"}}
+    elif method not in ("context_distillation", "grpo"):
         stage["teacher"] = "teacher"
     models = {
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
