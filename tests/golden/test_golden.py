@@ -25,6 +25,7 @@ OPTIONS = {
     "eff_opd": {"prompts": 4},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
+    "ropd": {},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
@@ -49,7 +50,10 @@ def recipe_of(method: str, folder: Path) -> dict:
         "optimizer": {"learning_rate": 1e-2},
         "reward": {"name": "regex", "options": {"pattern": "7"}},
     }
-    if method not in ("context_distillation", "grpo", "anti_sd"):
+    if method == "ropd":
+        author = {"lm": "teacher", "max_tokens": 6}
+        stage["reward"] = {"name": "rubric", "author": author, "judge": {"function": "opd.studies.graders:grader"}}
+    elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     models = {
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},

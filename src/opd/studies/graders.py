@@ -30,14 +30,18 @@ STATEMENTS: dict[str, Statement] = {
     "It has a 7.": lambda task, answer: "7" in answer,
 }
 
+MOST = 0.75  # of the teacher's answers, of which a criterion has to be true
+# Those that are true of every right answer and tell it from wrong ones of its length.
+DECISIVE = tuple(STATEMENTS)[2:6]
+
 
 def grader(question: Question, noise: float = 0.0, bias: float = 0.0, salt: int = 0) -> str:
     """A rubric, or verdicts, as JSON.
 
-    The rubric has the statements of which more of the teacher's answers are true than of the student's, the larger the
-    difference the more points. `noise` is the probability of misreading a statement of an answer, `bias` that of
-    denying what is true of an answer that is said to be the student's. What is random is a function of the question and
-    of `salt`.
+    The rubric has the statements that are true of most of the teacher's answers and of fewer of the student's, or the
+    next ones where these are too few; the two with the largest differences hold more than half of the points.
+    `noise` is the probability of misreading a statement of an answer, `bias` that of denying what is true of an answer
+    that is said to be the student's. What is random is a function of the question and of `salt`.
     """
     about = question.about
     task = "".join(c for c in about["prompt"] if c.isdigit())
@@ -51,12 +55,12 @@ def grader(question: Question, noise: float = 0.0, bias: float = 0.0, salt: int 
             for source in ("teacher", "student")
         }
         contrast = {s: share["teacher"][s] - share["student"][s] for s in STATEMENTS}
-        ranked = sorted(STATEMENTS, key=lambda s: -contrast[s])
+        ranked = sorted(STATEMENTS, key=lambda s: (share["teacher"][s] >= MOST, contrast[s]), reverse=True)
         least, most = about["bounds"]
-        kept = ranked[: min(most, max(least, sum(contrast[s] > 0 for s in ranked)))]
-        return json.dumps(
-            {"criteria": [{"criterion": s, "points": 1 + round(4 * max(0.0, contrast[s]))} for s in kept]}
-        )
+        good = sum(share["teacher"][s] >= MOST and contrast[s] > 0 for s in ranked)
+        kept = ranked[: min(most, max(least, good))]
+        points = [5, 4, *[1] * len(kept)]  # as the paper asks: one or two decisive criteria hold more than half
+        return json.dumps({"criteria": [{"criterion": s, "points": p} for s, p in zip(kept, points, strict=False)]})
     verdicts: list[list[int]] = []
     for i, answer in enumerate(about["answers"]):
         judged = [holds(statement, answer) for statement in about["criteria"]]

@@ -24,7 +24,7 @@ from opd.loading import cache_dir
 SOURCE = Path(__file__).parents[1]
 LONGEST = 28  # tokens of a response to a sum
 # Of the files of studies, those that training depends on.
-TRAINED_WITH = tuple(f"studies/{name}.py" for name in ("boundaries", "habits", "kinds", "methods"))
+TRAINED_WITH = tuple(f"studies/{name}.py" for name in ("boundaries", "graders", "habits", "kinds", "methods"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
