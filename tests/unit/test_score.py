@@ -488,7 +488,7 @@ def wide(family: str = "llama", **settings: Any) -> tuple[LanguageModel, Languag
 
 
 # Methods and forms that read K rows of the output layer and no vocabulary.
-RENORMALISED = {("topk_reverse_kl", "renormalised"), ("rethinking_opd", None), ("local_support_matching", None)}
+RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_support_matching", None)}
 
 
 @pytest.mark.parametrize(
@@ -499,14 +499,15 @@ RENORMALISED = {("topk_reverse_kl", "renormalised"), ("rethinking_opd", None), (
         ("eff_opd", {}),
         ("grpo", {}),
         ("sft", {"source": "teacher"}),
-        ("topk_reverse_kl", {"k": 4, "by": "union", "with_sampled": True}),
-        ("topk_reverse_kl", {"k": 4, "form": "renormalised"}),
+        ("topk_reverse_kl", {"k": 4, "by": "union", "form": "tail", "with_sampled": True}),
+        ("topk_reverse_kl", {"k": 4, "by": "teacher"}),
         ("rethinking_opd", {"k": 4}),
         ("rethinking_opd", {"k": 4, "form": "released"}),
         ("local_support_matching", {"k": 4}),
-        ("context_distillation", {"template": "{privileged_context}{prompt}"}),
+        ("context_distillation", {"template": "{privileged_context}{prompt}", "k": None}),
         ("reverse_kl", {}),
         ("gkd", {}),
+        ("prune_opd", {"k": 4}),
         ("simct", {}),
         ("uld", {}),
     ],

@@ -72,7 +72,7 @@ def gradient(
 METHODS = {
     "the whole vocabulary, closed form": methods.build("reverse_kl", {"average": "token"}),
     "the whole vocabulary": methods.build("gkd", {"beta": 0.3, "on_policy_share": 1.0}),
-    "top-k": methods.build("topk_reverse_kl", {"k": 3}),
+    "top-k": methods.build("topk_reverse_kl", {"k": 3, "by": "teacher", "form": "tail"}),
 }
 
 

@@ -48,7 +48,7 @@ def test_each_task_is_scored_by_its_own_teacher_the_other_one_or_not_trained(ord
 def test_a_setting_has_its_part_of_the_usual_size():
     small = Setting(method="opd", steps=0.5, prompts=0.25)
     (stage,) = parse_recipe(distillation("x", 0, MODELS, small, Size(), before=False)).stages
-    assert (stage.steps, stage.prompts_per_step) == (75, 16)
+    assert (stage.steps, stage.prompts_per_step) == (50, 16)
 
 
 def test_recovery_is_the_share_of_the_gap():
