@@ -23,6 +23,8 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "eff_opd": {"prompts": 4},
+    "simct": {},
+    "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
@@ -34,6 +36,10 @@ def recipe_of(method: str, folder: Path) -> dict:
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
     tokenizer = {"characters": "0123456789"}
+    if method in ("simct", "uld"):
+        other = {"characters": "9876543210", "merges": [["7", "7"], ["1", "2"], ["12", "3"]]}
+    else:
+        other = tokenizer
     stage = {
         "name": "distil",
         "train": "student",
@@ -51,7 +57,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         stage["teacher"] = "teacher"
     models = {
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
-        "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": tokenizer, "seed": 2},
+        "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": other, "seed": 2},
     }
     return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
 
