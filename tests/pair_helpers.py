@@ -31,7 +31,7 @@ def byte_bpe(*merges: str, special: Sequence[str] = SPECIAL, last: bool = False)
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     text = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *("".join(pair) for pair in pairs)]
     tokens = [*text, *special] if last else [*special, *text]
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))

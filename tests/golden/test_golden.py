@@ -26,6 +26,8 @@ OPTIONS = {
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
+    "simct": {},
+    "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
@@ -37,6 +39,10 @@ def recipe_of(method: str, folder: Path) -> dict:
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
     tokenizer = {"characters": "0123456789"}
+    if method in ("simct", "uld"):
+        other = {"characters": "9876543210", "merges": [["7", "7"], ["1", "2"], ["12", "3"]]}
+    else:
+        other = tokenizer
     stage = {
         "name": "distil",
         "train": "student",
@@ -57,7 +63,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         stage["teacher"] = "teacher"
     models = {
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
-        "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": tokenizer, "seed": 2},
+        "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": other, "seed": 2},
     }
     return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
 

@@ -43,7 +43,7 @@ def letters(*merges: str, special: Sequence[str] = ("<pad>", "<eos>"), turned: b
     from tokenizers import Tokenizer, decoders
     from tokenizers import models as token_models
 
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
     text = [*SMALL, *("".join(pair) for pair in pairs)]
     tokens = [*special, *(reversed(text) if turned else text)]
     core = Tokenizer(token_models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=pairs))
@@ -449,7 +449,13 @@ def test_by_rank_it_does_not_matter_which_token_is_which():
 
     p = torch.tensor([[0.5, 0.3, 0.2]]).log().requires_grad_()
     zero = torch.zeros(1)
-    common = {"student_logp": zero, "sampler_logp": zero, "teacher_logp": zero, "advantage": zero, "weight": zero}
+    common: dict[str, Any] = {
+        "student_logp": zero,
+        "sampler_logp": zero,
+        "teacher_logp": zero,
+        "advantage": zero,
+        "weight": zero,
+    }
     value = rank(Tokens(**common, student_support_logp=p, teacher_support_logp=torch.tensor([[0.2, 0.5, 0.3]]).log()))
     value.sum().backward()
     assert value.tolist() == [0.0]

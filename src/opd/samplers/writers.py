@@ -19,7 +19,8 @@ from opd.types import NOTHING_MORE, Context, Look, Prompt, Record, Rollout, Samp
 class TeacherWriter:
     """Responses of a teacher that reads `context`, as rollouts of a student that reads the prompt alone.
 
-    They have no `sampler_logp`: the weights that wrote them are not the student's. `base` switches an adapter off.
+    They have no `sampler_logp`: the weights that wrote them are not the student's. What a teacher with a tokenizer of
+    its own writes is encoded again with the student's. `base` switches an adapter off.
     """
 
     teacher: LanguageModel
@@ -43,6 +44,8 @@ class TeacherWriter:
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         with off:
             written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
+        if self.teacher.tokenizer.get_vocab() != self.student.tokenizer.get_vocab():
+            written = [in_tokens_of(self.student, rollout) for rollout in written]
         read = render_checked(
             prompts,
             self.student.tokenizer,
@@ -90,6 +93,20 @@ class ReferenceWriter:
             _rollout(prompt, ids, encode_response(text, self.student.tokenizer), finished=True, text=text)
             for prompt, ids, text in zip(prompts, read, texts, strict=True)
         ]
+
+
+def in_tokens_of(student: LanguageModel, rollout: Rollout) -> Rollout:
+    """A response in the student's tokens, whoever wrote it; one that was cut off has no end."""
+    end = student.tokenizer.eos_token_id
+    ids = encode_response(rollout.text, student.tokenizer) if rollout.text else [end]
+    ids = ids if rollout.finished or len(ids) == 1 else ids[:-1]
+    n = len(ids)
+    return replace(
+        rollout,
+        response_ids=torch.tensor(ids),
+        trained=torch.ones(n, dtype=torch.bool),
+        turn=torch.zeros(n, dtype=torch.long),
+    )
 
 
 def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished: bool, text: str = "") -> Rollout:

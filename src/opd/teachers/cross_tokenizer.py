@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -90,8 +91,8 @@ class CrossTokenizerTeacher:
             teacher_logp=unknown,
             teacher_hidden=torch.zeros(n, self.lm.head().weight.shape[1], device=device),
             teacher_entropy=unknown if entropy else None,
-            scored=columns.scored.to(device),
-            units=columns.units(torch.zeros(n, dtype=torch.long)).each(lambda field: field.to(device)),
+            scored=torch.tensor(columns.scored, device=device),
+            units=columns.units([0] * n, device),
         )
 
     def after_step(self) -> None:
@@ -113,57 +114,55 @@ def by_unit(reading: Reading, scores: Scores, rollout: Rollout, pair: Pair, supp
     A unit with a token that is not trained is not compared, nor, without spans, one that is not one token of both.
     """
     assert scores.teacher_hidden is not None
-    ids, logp = rollout.response_ids.tolist(), scores.teacher_logp.double().cpu()
-    columns = _Columns(len(ids))
-    first = torch.zeros(len(ids), dtype=torch.long)
+    ids, logp = rollout.response_ids.tolist(), scores.teacher_logp.tolist()
+    trained, columns = rollout.trained.tolist(), _Columns(len(ids))
+    first = [0] * len(ids)
     for unit in reading.units:
         at, tokens = unit.student, logp[unit.teacher.start : unit.teacher.stop]
         shared = pair.shares(unit, ids, reading.teacher_ids)
-        compared = bool(rollout.trained[at.start : at.stop].all()) and (shared or support.span != "none")
+        compared = all(trained[at.start : at.stop]) and (shared or support.span != "none")
         columns.put(at, tokens, shared=shared, compared=compared)
-        first[at.start : at.stop] = unit.teacher.start
-    device = scores.teacher_logp.device
-    first = first.to(device)
-    spread = scores.teacher_entropy
+        first[at.start : at.stop] = [unit.teacher.start] * len(at)
+    device, spread = scores.teacher_logp.device, scores.teacher_entropy
+    before = torch.tensor(first, device=device)
     return Scores(
-        teacher_logp=columns.logp.float().to(device),
-        teacher_hidden=scores.teacher_hidden[first],
-        teacher_entropy=None if spread is None else spread[first],
-        scored=columns.scored.to(device),
-        units=columns.units(torch.tensor(reading.student_bytes)).each(lambda field: field.to(device)),
+        teacher_logp=torch.tensor(columns.logp, device=device),
+        teacher_hidden=scores.teacher_hidden[before],
+        teacher_entropy=None if spread is None else spread[before],
+        scored=torch.tensor(columns.scored, device=device),
+        units=columns.units(reading.student_bytes, device),
     )
 
 
 class _Columns:
-    """The fields of `Units` by student token, filled unit by unit; NaN where there is none."""
+    """The fields of `Units` by student token, filled unit by unit; NaN where there is none. Lists: few and short."""
 
     def __init__(self, tokens: int) -> None:
-        self.size = torch.zeros(tokens, dtype=torch.long)
-        self.teacher_size = torch.zeros(tokens, dtype=torch.long)
-        self.first = torch.full((tokens,), torch.nan, dtype=torch.double)
-        self.rest = torch.full((tokens,), torch.nan, dtype=torch.double)
-        self.logp = torch.full((tokens,), torch.nan, dtype=torch.double)
-        self.shared, self.inside, self.scored = (torch.zeros(tokens, dtype=torch.bool) for _ in range(3))
+        self.size, self.teacher_size = [0] * tokens, [0] * tokens
+        self.first, self.rest, self.logp = ([math.nan] * tokens for _ in range(3))
+        self.shared, self.inside, self.scored = ([False] * tokens for _ in range(3))
 
-    def put(self, at: range, logp: Tensor, *, shared: bool, compared: bool) -> None:
+    def put(self, at: range, logp: Sequence[float], *, shared: bool, compared: bool) -> None:
         """A unit of the student tokens `at`, and the log-probs of its teacher tokens."""
-        where: Any = slice(at.start, at.stop)
-        self.size[at.start] = len(at) if compared else 0
-        self.teacher_size[where] = len(logp)
-        self.first[where], self.rest[where] = logp[0], logp[1:].sum()
-        self.logp[where] = logp.sum() / len(at)
-        self.shared[where], self.inside[where], self.scored[where] = shared, compared, True
+        if compared:
+            self.size[at.start] = len(at)
+        rest = math.fsum(logp[1:])
+        for token in at:
+            self.teacher_size[token] = len(logp)
+            self.first[token], self.rest[token] = logp[0], rest
+            self.logp[token] = (logp[0] + rest) / len(at)
+            self.shared[token], self.inside[token], self.scored[token] = shared, compared, True
 
-    def units(self, widths: Tensor) -> Units:
+    def units(self, widths: Sequence[int], device: torch.device) -> Units:
         """As a record."""
         return Units(
-            size=self.size,
-            teacher_size=self.teacher_size,
-            first_logp=self.first.float(),
-            rest_logp=self.rest.float(),
-            shared=self.shared,
-            inside=self.inside,
-            bytes=widths,
+            size=torch.tensor(self.size, device=device),
+            teacher_size=torch.tensor(self.teacher_size, device=device),
+            first_logp=torch.tensor(self.first, device=device),
+            rest_logp=torch.tensor(self.rest, device=device),
+            shared=torch.tensor(self.shared, device=device),
+            inside=torch.tensor(self.inside, device=device),
+            bytes=torch.tensor(widths, device=device),
         )
 
 

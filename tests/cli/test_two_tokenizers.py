@@ -1,0 +1,124 @@
+"""Recipes whose student and teacher have a tokenizer each: what runs, what is refused, and how that is said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from run_helpers import one_stage, prepare, tiny_model
+
+import opd
+from opd.check import check_recipe
+from opd.check_units import check_units
+from opd.doctor.examine import examine
+from opd.errors import AlignmentError, ConfigError
+from opd.loading import character_tokenizer
+from opd.method import Method
+from opd.methods import METHODS
+from opd.prepare import Given
+from opd.recipe import parse_recipe
+from opd.signals import divergence
+from opd.supports import full, top_k, units
+from opd.teachers import external
+
+MERGES = [["1", "+"], ["=", "1"]]
+
+
+def two(method: str = "simct", **stage: Any) -> dict[str, Any]:
+    """The shortest recipe, with a teacher whose tokenizer joins two pairs and numbers its tokens differently."""
+    recipe = one_stage(method=method, **stage)
+    recipe["models"]["teacher"] = tiny_model(1, hidden_size=24)
+    recipe["models"]["teacher"]["tokenizer"] = {"characters": ";=+9876543210", "merges": MERGES}
+    return recipe
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return prepare(tmp_path, two())
+
+
+def refused(recipe: dict[str, Any], kind: type[Exception] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
+        check_recipe(parse_recipe(recipe))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["simct", "uld"])
+def test_a_recipe_of_two_tokenizers_runs_with_an_evaluation_of_its_teacher(work: Path, method: str):
+    held_out = {"data": {"path": "held_out.jsonl"}, "teacher": True}
+    rows = opd.run(two(method, steps=3, evaluate=held_out), quiet=True).metrics
+    trained = [row for row in rows if "train/loss" in row]
+    assert len(trained) == 3
+    assert all(row["units/coverage"] == 1.0 for row in trained)
+    assert all(0 < row["units/shared_coverage"] <= 1.0 for row in trained)
+    assert all(row["units/signal"] > 0 and row["optim/grad_norm"] > 0 for row in trained)
+    assert any("eval/teacher/sampled/length" in row for row in rows)
+
+
+def test_the_check_says_how_many_tokens_both_have(work: Path):
+    lines = check_recipe(parse_recipe(two()))
+    assert any("student (15 tokens) and teacher (17) share 15 tokens" in line for line in lines)
+    assert not any("map every token to the same id" in line for line in lines)
+
+
+def test_two_tokenizers_are_for_methods_that_ask_for_them(work: Path):
+    assert "or use a method for two tokenizers, such as simct" in refused(two("reverse_kl"), AlignmentError)
+
+
+@pytest.mark.parametrize(
+    ("stage", "parts"),
+    [
+        ({"diagnostics": {"every": 5, "k": 3}}, ["diagnostics.every compares", "Set it to 0; the metric units/signal"]),
+        (
+            {"evaluate": {"data": {"path": "held_out.jsonl"}, "kl": True}},
+            ["Stage 'distil': evaluate.kl compares student and teacher token by token", "Set it to false"],
+        ),
+    ],
+    ids=["diagnostics", "kl"],
+)
+def test_a_comparison_token_by_token_is_refused_before_any_weight_is_made(
+    work: Path, stage: dict[str, Any], parts: list[str]
+):
+    said = refused(two(**stage))
+    assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: Method(teacher=external("any"), support=top_k(3), signal=divergence()),
+            "'any' and the support 'top_k'",
+        ),
+        (lambda: Method(support=units(), signal=divergence()), "'students' and the support 'units'"),
+    ],
+    ids=["support", "teacher"],
+)
+def test_units_and_a_tokenizer_of_its_own_go_together(make: Callable[[], Method], said: str):
+    with pytest.raises(ConfigError, match=said):
+        check_units(make(), "Stage 'distil': method 'mine:method'")
+
+
+def test_the_other_methods_go_together_with_themselves():
+    for name, function in METHODS.items():
+        check_units(function(**({"template": "{prompt}"} if name == "context_distillation" else {})), name)
+    check_units(Method(support=full(), signal=divergence()), "full")
+
+
+def test_the_doctor_says_what_it_cannot_examine(work: Path):
+    report = examine(parse_recipe(two()), given=Given())
+    (found,) = report.findings
+    assert found.level == "skipped"
+    assert "a tokenizer of its own" in found.says
+
+
+def test_a_tokenizer_of_merges_joins_them_wherever_they_meet():
+    tokenizer = character_tokenizer("abc", [("a", "b"), ("ab", "c")])
+    assert tokenizer.get_vocab() == {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "c": 4, "ab": 5, "abc": 6}
+    assert tokenizer("abcabbc").input_ids == [6, 5, 3, 4]
+    assert tokenizer.decode([6, 5, 3, 4]) == "abcabbc"
+    with pytest.raises(ConfigError, match=r"merge 'ab' \+ 'c' joins 'ab', which is neither .* Correct the order"):
+        character_tokenizer("abc", [("ab", "c"), ("a", "b")])
