@@ -230,7 +230,8 @@ def write(
     """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
     method = method.bound(student.tokenizer)
     writers = writers_of(student, external, sampling)
-    teacher = teacher_of(method, student, external)
+    has_teacher = external is not None or method.teacher.kind != "external"
+    teacher = teacher_of(method, student, external) if has_teacher else None
     if teacher is not None:
         writers = replace(writers, score=scorer_of_unfinished(method, teacher))
     rollouts = method.source(prompts, writers, seed, method.record())

@@ -508,6 +508,8 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("reverse_kl", {}),
         ("gkd", {}),
         ("prune_opd", {"k": 4}),
+        ("anti_sd", {"template": "{privileged_context}{prompt}"}),
+        ("ropd", {}),
         ("simct", {}),
         ("uld", {}),
     ],
