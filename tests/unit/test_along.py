@@ -66,6 +66,17 @@ def test_it_says_what_it_says_of_the_whole(family: str, temperature: float):
     assert_whole(score(shown), teacher, shown, on)
 
 
+def test_a_prompt_that_is_taken_twice_is_scored_twice():
+    student, external = tiny(), tiny(seed=1)
+    on = method()
+    teacher = teacher_of(on, student, external)
+    score = reading_along(on, teacher)()  # type: ignore[arg-type]
+    one, other, third = long_ones(student)[2:5]
+    for tokens, shown in ((2, [one, other, one, third]), (5, [one, other, one, third]), (9, [one, one, third])):
+        rows = [so_far(r, tokens) for r in shown]
+        assert_whole(score(rows), teacher, rows, on)
+
+
 def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch):
     student, external = tiny(), tiny(seed=1)
     on = method()

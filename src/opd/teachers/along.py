@@ -68,9 +68,12 @@ class ReadsAlong:
         lm = self.teacher.lm
         with self.teacher.asked() as head:
             if length <= self.read or not all(key in self.places for key in keys):
-                self._begin(rollouts, keys)
+                self._begin(rollouts)
+            else:  # a prompt that a step takes twice has the same responses twice: one place is enough
+                self._keep([self.places[key] for key in keys])
+            assert self.state is not None
+            hidden, cache, mask, last = self.state
             lm.check_length(self.longest + length, "Lower sampling.max_completion_length.")
-            hidden, cache, mask, last = self._keep([self.places[key] for key in keys])
             ids = torch.stack([rollout.response_ids[self.read :] for rollout in rollouts]).to(hidden.device)  # [b, n]
             mask = None if mask is None else torch.cat([mask, torch.ones_like(ids)], 1)
             positions = last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
@@ -85,23 +88,22 @@ class ReadsAlong:
         self.places, self.read = {key: i for i, key in enumerate(keys)}, length
         return self.scores
 
-    def _begin(self, rollouts: Sequence[Rollout], keys: Sequence[tuple[int, int]]) -> None:
+    def _begin(self, rollouts: Sequence[Rollout]) -> None:
         lm = self.teacher.lm
         prompts = [render(one, lm.tokenizer, lm.template_options) for one in self.context(rollouts)]
         self.state = prefill(lm, prompts)
-        self.places, self.scores = {key: i for i, key in enumerate(keys)}, []
-        self.read, self.longest = 0, max(map(len, prompts))
+        self.scores, self.read, self.longest = [], 0, max(map(len, prompts))
 
-    def _keep(self, rows: list[int]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
-        """The state, and the scores, of those places alone."""
+    def _keep(self, rows: list[int]) -> None:
+        """Of the state and the scores those places alone."""
         assert self.state is not None
         hidden, cache, mask, last = self.state
         if rows == list(range(len(hidden))):
-            return self.state
+            return
         index = torch.tensor(rows, device=hidden.device)
         cache.batch_select_indices(index)
         self.scores = [self.scores[row] for row in rows]
-        return hidden[index], cache, None if mask is None else mask[index], last[index]
+        self.state = hidden[index], cache, None if mask is None else mask[index], last[index]
 
 
 def _rows(scores: Scores, rows: slice) -> Scores:
