@@ -19,9 +19,9 @@ from opd.loading import character_tokenizer
 from opd.loss import loss_of
 from opd.method import Method
 from opd.models import LanguageModel
-from opd.roles import scorer_of_unfinished
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.teachers.along import reading_along
 from opd.teachers.cross_tokenizer import OneTeacher, by_rule
 from opd.teachers.local import teacher_for
 from opd.train import unscored
@@ -233,7 +233,7 @@ def write(
     has_teacher = external is not None or method.teacher.kind != "external"
     teacher = teacher_of(method, student, external) if has_teacher else None
     if teacher is not None:
-        writers = replace(writers, score=scorer_of_unfinished(method, teacher))
+        writers = replace(writers, reader=reading_along(method, teacher))
     rollouts = method.source(prompts, writers, seed, method.record())
     return method.keep(
         [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]

@@ -59,6 +59,11 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
             "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
         )
+    if {"attempt", "unfinished"} <= needs:
+        raise ConfigError(
+            f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and scores it while it is "
+            "being written. Use a context without the attempt, or a source that nobody watches."
+        )
     if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != part.sampling.temperature:
         raise ConfigError(
             f"{where}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "

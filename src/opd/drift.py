@@ -104,15 +104,15 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
         raise ConfigError(f"The teacher looks every so many tokens, at least 1, got {every}.")
 
     def watch(writers: Writers) -> Look:
-        assert writers.score is not None, "a method without a teacher is refused before this"
-        score = writers.score
+        assert writers.reader is not None, "a method without a teacher is refused before this"
+        score = writers.reader()
 
         def goes_on(shown: Sequence[Rollout]) -> list[bool]:
             return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(shown, score(shown), strict=True)]
 
         return Look(every=every, goes_on=goes_on)
 
-    return needing(watch, "teacher", top_k=drift.k)
+    return needing(watch, "teacher", "unfinished", top_k=drift.k)
 
 
 class Budget:

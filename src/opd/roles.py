@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from opd import supports
 from opd.contexts import same_prompt
 from opd.group_rewards import GroupReward
 from opd.held_out import Exam
@@ -18,10 +17,11 @@ from opd.rewards import AnyReward
 from opd.samplers.by_task import by_task
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
+from opd.teachers.along import reading_along
 from opd.teachers.cross_tokenizer import OneTeacher, by_rule, comparable
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.teachers.several import SeveralTeachers
-from opd.types import Rollout, Sampler, Scores, TeacherRule, Writers
+from opd.types import Sampler, TeacherRule, Writers
 
 
 def teacher_of(
@@ -79,23 +79,8 @@ def writers_of(
         student=by_task(samplers),
         reference=reference,
         teacher=by_task(teachers) if teachers else None,
-        score=None if teacher is None else scorer_of_unfinished(method, teacher),
+        reader=None if teacher is None else reading_along(method, teacher),
     )
-
-
-def scorer_of_unfinished(
-    method: Method, teacher: LocalTeacher | SeveralTeachers
-) -> Callable[[Sequence[Rollout]], list[Scores]]:
-    """What the teacher says of responses that are being written, as far as the method's pieces ask for it.
-
-    Its context is made of those alone, as they are so far. What was scored before is scored again.
-    """
-
-    def score(rollouts: Sequence[Rollout]) -> list[Scores]:
-        contexts = method.context(rollouts)
-        return teacher.score(rollouts, contexts, supports.sampled(), method.temperature, top_k=method.top_k)
-
-    return score
 
 
 def rewards_of(

@@ -3,7 +3,7 @@
     <run>/recipe.yaml           the resolved recipe; the run's identity
     <run>/environment.json      versions and hardware of the process that opened the run last
     <run>/<stage>/metrics.jsonl one line a step; the same recipe on the same machine writes the same bytes
-    <run>/<stage>/timings.jsonl wall-clock numbers of the same steps, which never repeat
+    <run>/<stage>/timings.jsonl seconds of the same steps by the clock, and of CPU, which never repeat
     <run>/<stage>/samples/step_000012.parquet
     <run>/<stage>/checkpoints/  see `checkpoint.py`
     <run>/<stage>/done.json     there once the stage has finished
@@ -123,13 +123,17 @@ class StageDir:
             append_line(self.metrics, step, metrics)
 
     def append_timings(self, step: int, timings: Mapping[str, float]) -> None:
-        """One line of wall-clock numbers. Raises as `append_metrics` does."""
+        """One line of seconds. Raises as `append_metrics` does."""
         if self.writes:
             append_line(self.timings, step, timings)
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All complete lines, each with its `step`. Raises RunError if one is damaged or the file cannot be read."""
         return [row for _, row in read_lines(self.metrics)]
+
+    def read_timings(self) -> list[dict[str, Any]]:
+        """All complete lines, each with its `step`. Raises RunError as `read_metrics` does."""
+        return [row for _, row in read_lines(self.timings)]
 
     def rewind(self, step: int) -> None:
         """Forget everything after `step`, to continue from its checkpoint; -1 forgets everything.

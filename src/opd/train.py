@@ -81,7 +81,7 @@ def train(stage: Stage) -> Outcome:
         write(stage, 0, measured)
     with Interrupt(speaks=world.main) as interrupt:
         for step in range(first, spec.steps):
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             for sampler in stage.samplers.values():
                 sampler.version = step
             step_prompts = stage.order.take(step)
@@ -160,6 +160,7 @@ def train(stage: Stage) -> Outcome:
                     "train": ended - scored,
                     "total": ended - started,
                     **group_rewards.asked(stage.rewards, world.gather),
+                    "cpu": time.process_time() - worked,
                 },
             )
             if shown or (spec.samples_every and finished):

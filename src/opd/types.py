@@ -249,7 +249,7 @@ class Writers:
     student: Sampler
     reference: Sampler  # the data's own responses
     teacher: Sampler | None = None
-    score: Callable[[Sequence[Rollout]], list[Scores]] | None = None  # the teacher's, of what is being written
+    reader: Callable[[], Callable[[Sequence[Rollout]], list[Scores]]] | None = None  # of what is being written
 
 
 class Optimisation(Protocol):

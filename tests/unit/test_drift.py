@@ -15,7 +15,7 @@ from run_helpers import CHARACTERS, sums, tiny_model
 from torch import Tensor
 
 import opd
-from opd import drift, methods, signals, sources, supports, weights
+from opd import contexts, drift, methods, signals, sources, supports, weights
 from opd.check import check_recipe
 from opd.collate import collate
 from opd.drift import Budget, Drift
@@ -24,7 +24,7 @@ from opd.loading import character_tokenizer, load_model
 from opd.method import Method
 from opd.models import LanguageModel
 from opd.recipe import ModelSpec, parse_recipe
-from opd.roles import scorer_of_unfinished
+from opd.teachers.along import reading_along
 from opd.types import Batch, Rollout, Sampling
 
 K = 4
@@ -454,7 +454,7 @@ def test_a_teacher_that_is_the_student_ends_nothing():
     writers = writers_of(student, None, sampling)
     teacher = teacher_of(replace(method, teacher=opd.method.TeacherRule(kind="self_live")), student, None)
     assert teacher is not None
-    writers = replace(writers, score=scorer_of_unfinished(method, teacher))
+    writers = replace(writers, reader=reading_along(method, teacher))
     plain = writers.student(prompts_of("a", "bcd"), seed=(0, 0), record=method.record())
     watched = method.source(prompts_of("a", "bcd"), writers, (0, 0), method.record())
     assert [r.text for r in watched] == [r.text for r in plain]
@@ -567,6 +567,17 @@ def test_drift_without_a_teacher_is_refused():
             steps=1,
             reward=lambda prompt, response: 1.0,
             sampling={"n": 2},
+        )
+
+
+def test_a_context_of_the_attempt_is_refused_while_it_is_being_written():
+    method = methods.build("prune_opd", {"k": 3, "stop": "rollout"})
+    attempt = contexts.privileged(template="{prompt}{attempt}")
+    with pytest.raises(
+        ConfigError, match=r"reads the student.s attempt, and scores it while it is being written\. Use"
+    ):
+        opd.distill(
+            student="nowhere", teacher="nowhere", prompts=["1"], method=replace(method, context=attempt), steps=1
         )
 
 

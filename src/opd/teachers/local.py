@@ -68,13 +68,9 @@ class LocalTeacher:
             max(len(ids) + length for ids, length in zip(prompt_ids, lengths, strict=True)),
             "Shorten the privileged context, or lower sampling.max_completion_length.",
         )
-        device = self.student_device if self.offload else self.lm.device
-        adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         scores: list[Scores | None] = [None] * len(rollouts)
-        # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
-        moved = placed(self.lm, device) if self.offload else contextlib.nullcontext()
-        with evaluating(self.lm.model), adapter_off, moved:
-            head = self.lm.head()
+        with self.asked() as head:
+            device = self.lm.device
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
                 states = read(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
                 for place, i in enumerate(indices):
@@ -93,6 +89,15 @@ class LocalTeacher:
                     )
                     scores[i] = _to(score, self.student_device)
         return [score for score in scores if score is not None]
+
+    @contextlib.contextmanager
+    def asked(self) -> Iterator[Head]:
+        """The head, with the model as it scores: on its device, in evaluation, without the student's adapter."""
+        adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
+        # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
+        moved = placed(self.lm, self.student_device) if self.offload else contextlib.nullcontext()
+        with evaluating(self.lm.model), adapter_off, moved:
+            yield self.lm.head()
 
     @torch.no_grad()
     def after_step(self) -> None:
