@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.check_method import check_baseline, check_signs
-from opd.check_units import check_comparison, check_tokens, check_units
+from opd.check_method import check_baseline, check_pieces
+from opd.check_units import check_comparison, check_tokens
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.metrics import check_report_to
@@ -43,26 +43,10 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
     }
     owner = "stage" if task is None else "task"
     missing = [REMEDIES[need].format(owner=owner) for need in sorted(needs) if not given.get(need, True)]
-    if needs & {"sampler_logp", "policy_logp"} and "off_policy" in needs:
-        raise ConfigError(
-            f"{where}: method {spec.method!r} reads the probability with which the student wrote each "
-            "token, and its source is not the student. Use an on-policy source, a signal without importance ratio, or "
-            "another credit."
-        )
-    if "sampled_last" in needs and not method.support.with_sampled:
-        raise ConfigError(
-            f"{where}: the signal of method {spec.method!r} takes the last token of the support for the "
-            "sampled one, and the support does not add it. Build the support with top_k(k, with_sampled=True)."
-        )
     if "attempt" in needs and part.evaluate is not None and part.evaluate.teacher:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
             "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
-        )
-    if {"attempt", "unfinished"} <= needs:
-        raise ConfigError(
-            f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and scores it while it is "
-            "being written. Use a context without the attempt, or a source that nobody watches."
         )
     if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != part.sampling.temperature:
         raise ConfigError(
@@ -70,12 +54,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
-    if "teacher" in needs and method.teacher.kind == "none":
-        raise ConfigError(
-            f"{where}: method {spec.method!r} asks how far the student is from its teacher, and has none. Use a method "
-            "with a teacher, or validate by the reward."
-        )
-    check_signs(method, f"{where}: method {spec.method!r}")
+    check_pieces(method, f"{where}: method {spec.method!r}")
     if asks and "reward" in needs_of(method.update):
         raise ConfigError(
             f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
@@ -88,7 +67,6 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
             "the largest budget among the method's options."
         )
-    check_units(method, f"{where}: method {spec.method!r}")
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:

@@ -2,10 +2,40 @@
 
 from __future__ import annotations
 
+from opd.check_units import check_units
 from opd.errors import ConfigError
 from opd.method import PIECES, Method
 from opd.needs import needs_of
+from opd.recipe import SamplingSection
 from opd.types import Sampling
+
+
+def check_pieces(method: Method, where: str) -> None:
+    """Refuse pieces that do not fit together, whatever the recipe gives. Raises ConfigError."""
+    needs = method.needs()
+    if needs & {"sampler_logp", "policy_logp"} and "off_policy" in needs:
+        raise ConfigError(
+            f"{where} reads the probability with which the student wrote each "
+            "token, and its source is not the student. Use an on-policy source, a signal without importance ratio, or "
+            "another credit."
+        )
+    if "sampled_last" in needs and not method.support.with_sampled:
+        raise ConfigError(
+            f"{where} has a signal that takes the last token of the support for the "
+            "sampled one, and the support does not add it. Build the support with top_k(k, with_sampled=True)."
+        )
+    if {"attempt", "unfinished"} <= needs:
+        raise ConfigError(
+            f"{where}: the teacher reads the student's attempt, and scores it while it is "
+            "being written. Use a context without the attempt, or a source that nobody watches."
+        )
+    if "teacher" in needs and method.teacher.kind == "none":
+        raise ConfigError(
+            f"{where} asks how far the student is from its teacher, and has none. Use a method "
+            "with a teacher, or validate by the reward."
+        )
+    check_signs(method, where)
+    check_units(method, where)
 
 
 def check_signs(method: Method, where: str) -> None:
@@ -20,7 +50,7 @@ def check_signs(method: Method, where: str) -> None:
         )
 
 
-def check_baseline(method: Method, sampling: Sampling, where: str) -> None:
+def check_baseline(method: Method, sampling: Sampling | SamplingSection, where: str) -> None:
     """Refuse what makes a baseline biased: E_y[b grad log p(y)] = 0 for y ~ p alone. Raises ConfigError."""
     looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
     reasons = [

@@ -71,6 +71,14 @@ def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
     return Reward(name=name, function=made, needs=needs_of(made))
 
 
+def one_by_one(name: str) -> RewardFn:
+    """A reward, with its defaults, that looks at one response at a time. Raises ConfigError for one of whole groups."""
+    reward = load_reward(name, {})
+    if isinstance(reward, GroupReward):
+        raise ConfigError(f"Reward {name!r} grades all responses to a prompt at once. Use one that grades one by one.")
+    return reward
+
+
 def score(reward: RewardFn, rollouts: Sequence[Rollout]) -> list[float]:
     """The reward of each rollout's text. [B]
 

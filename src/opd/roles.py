@@ -59,7 +59,7 @@ def writers_of(
     spec: StageSpec,
     method: Method,
     student: LanguageModel,
-    teacher: LocalTeacher | SeveralTeachers | None,
+    teacher: OneTeacher | SeveralTeachers | None,
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, TransformersSampler],
 ) -> Writers:

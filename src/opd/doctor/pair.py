@@ -74,7 +74,7 @@ class Pair:
     def writers(self) -> Writers:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
-        samplers = {None: self._sampler(sampling_of(self.spec.sampling))}
+        samplers: dict[str | None, TransformersSampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
         return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers)
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:

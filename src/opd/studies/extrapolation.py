@@ -206,7 +206,9 @@ def _saved(runs: Sequence[Sequence[Course]]) -> list[float]:
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
     """A row a method and rate: means over seeds, and every jump of every seed."""
-    rows = [("method", "learning rate", "updates", "responses", "KL at the end", "factors by seed")]
+    rows: list[tuple[str, ...]] = [
+        ("method", "learning rate", "updates", "responses", "KL at the end", "factors by seed")
+    ]
     for name, by_rate in numbers.runs.items():
         for rate, runs in by_rate.items():
             cells = [[one.updates for one in runs], [one.responses for one in runs], [one.last for one in runs]]

@@ -39,7 +39,7 @@ def look(
     from opd.data import DataSpec, load_prompts
     from opd.loading import load_model
     from opd.recipe import ModelSpec
-    from opd.rewards import load_reward
+    from opd.rewards import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.teachers.local import LocalTeacher
     from opd.types import Sampling
@@ -51,7 +51,7 @@ def look(
     prompts = load_prompts(DataSpec(**data))
     sampler = TransformersSampler(lm=models[writer], sampling=Sampling(max_completion_length=task.longest))
     written = sampler(prompts, seed=(seed, 0))
-    reward = load_reward(task.reward, {})
+    reward = one_by_one(task.reward)
     scorer = LocalTeacher(lm=models["teacher"], micro_batch_tokens=4096, student_device=models["student"].device)
     compared = compare(models["student"], scorer, written, [one.prompt for one in written], k=k)
     summary = compared.summary()

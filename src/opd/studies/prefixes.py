@@ -107,14 +107,14 @@ def outcomes(lab: Lab, seed: int, size: Size, temperature: float) -> tuple[list[
     from opd.data import DataSpec, load_prompts
     from opd.loading import load_model
     from opd.recipe import ModelSpec
-    from opd.rewards import load_reward
+    from opd.rewards import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.types import Sampling
 
     pair = lab.pair(seed, size.pair)
     student = load_model(ModelSpec(path=str(pair.student)), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher)), name="teacher")
-    reward = load_reward("final_number", {})
+    reward = one_by_one("final_number")
     prompts = load_prompts(DataSpec(**sums(size.prompts, part="held_out")))
     settings = Sampling(max_completion_length=LONGEST, temperature=temperature)
     written = TransformersSampler(lm=student, sampling=settings)(prompts, seed=(seed, 0))

@@ -29,7 +29,7 @@ def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float
     from opd.data import DataSpec, load_prompts
     from opd.loading import load_model
     from opd.recipe import ModelSpec
-    from opd.rewards import load_reward
+    from opd.rewards import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.teachers.local import teacher_for
     from opd.types import Sampling, TeacherRule
@@ -43,7 +43,7 @@ def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float
     written = TransformersSampler(lm=student, sampling=sampling)(prompts, seed=(seed, 0))
     seen = compare(student, teacher, written, [rollout.prompt for rollout in written], k=1)
     right = [right_tokens(r.response_ids.tolist(), worked_ids(r.prompt.response, student.tokenizer)) for r in written]
-    reward = load_reward(task.reward, {})
+    reward = one_by_one(task.reward)
     scores = seen.teacher_logp - seen.student_logp
     ok = torch.tensor([one for row in right for one in row])
     clean = torch.tensor([all(row[:t]) for row in right for t in range(len(row))])

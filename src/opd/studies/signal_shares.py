@@ -26,7 +26,7 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
     from opd.loading import load_model
     from opd.reading import read
     from opd.recipe import ModelSpec
-    from opd.rewards import load_reward
+    from opd.rewards import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.sequences import covered
     from opd.types import Sampling
@@ -40,7 +40,7 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
     taught = TransformersSampler(lm=teacher, sampling=sampling)(
         prompts, seed=(seed, 1), prefixes=[spelled] * len(prompts)
     )
-    reward = load_reward(task.reward, {})
+    reward = one_by_one(task.reward)
     ids = [rollout.response_ids.tolist() for rollout in written]
     hidden: list[Tensor] = []
     for lm in (student, teacher):

@@ -14,13 +14,14 @@ from opd.render import render
 from opd.samplers.hf import prefill
 from opd.score import teacher_scores
 from opd.supports import sampled
+from opd.teachers.cross_tokenizer import OneTeacher
 from opd.teachers.local import LocalTeacher
 from opd.teachers.several import SeveralTeachers, shares_of
 from opd.types import Context, Rollout, Scores
 
 
 def reading_along(
-    method: Method, teacher: LocalTeacher | SeveralTeachers
+    method: Method, teacher: OneTeacher | SeveralTeachers
 ) -> Callable[[], Callable[[Sequence[Rollout]], list[Scores]]]:
     """Begins a reading: a function of unfinished responses, as they are so far, that gives what the method asks for."""
 
@@ -30,6 +31,7 @@ def reading_along(
         def score(rollouts: Sequence[Rollout]) -> list[Scores]:
             found: dict[int, Scores] = {}
             for one, rows in shares_of(teacher, rollouts):
+                assert isinstance(one, LocalTeacher), "top tokens of two vocabularies are refused before this"
                 reader = readers.setdefault(
                     id(one),
                     ReadsAlong(teacher=one, context=method.context, temperature=method.temperature, top_k=method.top_k),
