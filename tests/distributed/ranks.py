@@ -44,7 +44,7 @@ def all_masked() -> Method:
 
 def jumping_average() -> Method:
     """A student taught by its own moving average, which follows its jumps."""
-    options = {"template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
+    options = {"k": None, "template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
     jumps = Extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False, matrices=False)
     return replace(methods.build("context_distillation", options), update=jumps, state={"jumps": jumps})
 

@@ -520,10 +520,10 @@ def test_models_of_the_recipe_can_write_the_answers_and_judge(tmp_path: Path, mo
         "name": "rubric",
         "options": {"max_failed": 1.0},
         "author": {"lm": "teacher", "max_tokens": 4},
-        "judge": {"function": "mine:judge"},
+        "judge": {"function": "counting_judge:judge"},
     }
     monkeypatch.chdir(prepare(tmp_path / "work", with_judge(URL, reward=reward)))
-    Path("mine.py").write_text(COUNTING)
+    Path("counting_judge.py").write_text(COUNTING)
     ended = command("train", "recipe.yaml")
     assert ended.code == 0, ended.err
     rows = rows_of(Path("run"))
