@@ -114,7 +114,9 @@ SCENARIOS = {
         **GROUPS,
     ),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
-    "full untied, two teachers in turn": two_teachers(method="topk_reverse_kl", options={"k": 4}),
+    "full untied, two teachers in turn": two_teachers(
+        method="topk_reverse_kl", options={"k": 4, "by": "teacher", "form": "tail"}
+    ),
 }
 
 
