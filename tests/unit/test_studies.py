@@ -133,7 +133,7 @@ def test_a_study_says_what_it_reruns(name):
     assert ARXIV.search(module.__doc__ or ""), "the docstring cites the paper"
     for one in module.judge(NUMBERS[name][0]):
         assert ARXIV.search(one.citation)
-        assert re.search(r"eq\.|Fig\.|section|appendix|A\.\d|Table", one.citation)
+        assert re.search(r"eq\.|Fig\.|section|appendix|A\.\d|Table|released code|results", one.citation)
 
 
 @pytest.mark.parametrize("name", STUDIES)

@@ -17,6 +17,7 @@ from opd.studies import (
     prefixes,
     privileged,
     prompts,
+    prune,
     reverse,
     special_tokens,
     supports,
@@ -43,6 +44,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "prompts": prompts.run,
     "supports": supports.run,
     "length": length.run,
+    "prune": prune.run,
     "two_teachers": two_teachers.run,
 }
 
