@@ -133,7 +133,9 @@ def test_a_study_says_what_it_reruns(name):
     assert ARXIV.search(module.__doc__ or ""), "the docstring cites the paper"
     for one in module.judge(NUMBERS[name][0]):
         assert ARXIV.search(one.citation)
-        assert re.search(r"eq\.|Fig\.|section|appendix|A\.\d|Table|abstract|results|ablation|baseline", one.citation)
+        assert re.search(
+            r"eq\.|Fig\.|section|appendix|A\.\d|Table|abstract|results|ablation|baseline|released code", one.citation
+        )
 
 
 @pytest.mark.parametrize("name", STUDIES)
