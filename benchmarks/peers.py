@@ -3,7 +3,8 @@
 Both train through their own `Trainer.train()`; a callback waits before each step until it is asked for one, and answers
 after it. Their own methods are timed where they stand. What is set, and why:
 
-* float32 on the CPU, one batch of all prompts, no gradient checkpointing (TRL turns it on; it costs time);
+* float32 on the CPU, bfloat16 autocast over float32 weights on a GPU; one batch of all prompts, no gradient
+  checkpointing (TRL turns it on; it costs time);
 * temperature 1, top-p 1, top-k off, reverse KL (`beta=1.0`), fully on-policy (`lmbda=1.0` in GKD);
 * `DistillationTrainer` with its chunked divergence, the only loss it has and the one it recommends over GKD;
 * GKD divides by the number of labels in the dataset, not in the responses: its dummy completions are as long as the
@@ -20,7 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import Channel, PeakMemory, Record, timed
+from common import ON_GPU, Channel, PeakMemory, Record, timed, wait_for_device
 from datasets import Dataset
 from torch import Tensor
 from transformers import TrainerCallback
@@ -32,12 +33,12 @@ from opd.types import Prompt
 UNREACHABLE = -1  # a stop token that no vocabulary has
 
 
-def arguments(batch: int, learning_rate: float) -> Record:
-    """What both trainers are told; their own defaults otherwise."""
+def arguments(batch: int, learning_rate: float, exact: bool) -> Record:
+    """What both trainers are told; their own defaults otherwise. `exact` is float32 on a GPU too."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="opd-benchmark-"),
-        "use_cpu": True,
-        "bf16": False,
+        "use_cpu": not ON_GPU,
+        "bf16": ON_GPU and not exact,
         "gradient_checkpointing": False,
         "per_device_train_batch_size": batch,
         "learning_rate": learning_rate,
@@ -54,7 +55,13 @@ def arguments(batch: int, learning_rate: float) -> Record:
 
 
 def distillation_trainer(
-    student: Any, teacher: Any, tokenizer: Any, prompts: list[Prompt], new_tokens: int, learning_rate: float
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    new_tokens: int,
+    learning_rate: float,
+    exact: bool = False,
 ) -> Any:
     """`DistillationTrainer` over these prompts, in their order."""
     trainer = DistillationTrainer(
@@ -63,7 +70,7 @@ def distillation_trainer(
         processing_class=tokenizer,
         train_dataset=Dataset.from_list([{"prompt": prompt.content} for prompt in prompts]),
         args=DistillationConfig(
-            **arguments(len(prompts), learning_rate), max_completion_length=new_tokens, shuffle_dataset=False
+            **arguments(len(prompts), learning_rate, exact), max_completion_length=new_tokens, shuffle_dataset=False
         ),
     )
     trainer.eos_token_ids = [UNREACHABLE]
@@ -72,7 +79,13 @@ def distillation_trainer(
 
 
 def gkd_trainer(
-    student: Any, teacher: Any, tokenizer: Any, prompts: list[Prompt], new_tokens: int, learning_rate: float
+    student: Any,
+    teacher: Any,
+    tokenizer: Any,
+    prompts: list[Prompt],
+    new_tokens: int,
+    learning_rate: float,
+    exact: bool = False,
 ) -> Any:
     """`GKDTrainer`; the dataset's completions are dummies that fix the denominator and are never trained on."""
     rows: list[Record] = []
@@ -85,7 +98,7 @@ def gkd_trainer(
         teacher_model=teacher,
         processing_class=tokenizer,
         train_dataset=Dataset.from_list(rows),
-        args=GKDConfig(**arguments(len(prompts), learning_rate), max_new_tokens=new_tokens, lmbda=1.0),
+        args=GKDConfig(**arguments(len(prompts), learning_rate, exact), max_new_tokens=new_tokens, lmbda=1.0),
     )
     _never_stop(trainer)
     return trainer
@@ -112,9 +125,11 @@ class Gate(TrainerCallback):
         self.channel.receive()
         self.memory = self.memory or PeakMemory()
         self.parts.clear()
+        wait_for_device()
         self.started = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wait_for_device()
         total = time.perf_counter() - self.started
         assert self.memory is not None
         self.channel.send({**self.parts, "total": total, "peak_bytes": self.memory.above_start()})

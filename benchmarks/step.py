@@ -1,5 +1,8 @@
 """A whole training step against TRL: student 5M, teacher 26M, reverse KL on the full vocabulary, float32.
 
+On a GPU: student 0.6B, teacher 1.7B of Qwen3's shapes with 151,936 tokens, 32 prompts; the student's weights in float32
+with bfloat16 autocast, the teacher's in bfloat16.
+
     python benchmarks/step.py [--rounds 5]
 
 8 prompts of 32 tokens, 128 new tokens each; every response has its full length on every side. One step is: write the
@@ -30,30 +33,36 @@ from typing import Any
 
 import opd_side
 import torch
-from common import PeakMemory, Record, measured, say, serve, spread, take_turns, timed, workers
+from common import DEVICE, ON_GPU, PeakMemory, Record, measured, say, serve, spread, take_turns, timed, workers
 from torch import Tensor
 from workload import causal_lm, language_model, prompts, tokenizer
 
 from opd.methods.reverse_kl import reverse_kl
 from opd.types import Sampling
 
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 128
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 32 if ON_GPU else 8, 32, 128
+STUDENT, TEACHER = ("0.6B", "1.7B") if ON_GPU else ("5M", "26M")
 LEARNING_RATE = 1e-5
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # in float32, on a GPU too
 CONTESTANTS = ("opd", "trl_distillation", "trl_gkd", "bare")
 
 
 def pair() -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer), the same on every side."""
-    return causal_lm("5M", seed=1), causal_lm("26M", seed=2).requires_grad_(False), tokenizer()
+    return causal_lm(STUDENT, seed=1), causal_lm(TEACHER, seed=2).requires_grad_(False), tokenizer()
+
+
+def racing_pair() -> tuple[Any, Any, Any]:
+    """The pair as it races: on a GPU the teacher in bfloat16."""
+    student, teacher, tok = pair()
+    return student, teacher.bfloat16() if ON_GPU else teacher, tok
 
 
 def opd_worker() -> None:
-    student, teacher, tok = pair()
+    student, teacher, tok = racing_pair()
     sampling = Sampling(max_completion_length=NEW_TOKENS)
-    mine = opd_side.side(
-        reverse_kl(), language_model(student, tok), language_model(teacher, tok), sampling, LEARNING_RATE
-    )
+    learner = language_model(student, tok, autocast=ON_GPU)
+    mine = opd_side.side(reverse_kl(), learner, language_model(teacher, tok), sampling, LEARNING_RATE)
     asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
     memory: PeakMemory | None = None
     steps = itertools.count()
@@ -70,14 +79,14 @@ def opd_worker() -> None:
 def trl_worker(name: str) -> None:
     import peers
 
-    student, teacher, tok = pair()
+    student, teacher, tok = racing_pair()
     build = peers.distillation_trainer if name == "trl_distillation" else peers.gkd_trainer
     trainer = build(student, teacher, tok, prompts(PROMPTS, PROMPT_TOKENS, tok), NEW_TOKENS, LEARNING_RATE)
     peers.run(trainer, "_prepare_inputs" if name == "trl_distillation" else "generate_on_policy_outputs")
 
 
 def bare_worker() -> None:
-    student, teacher, tok = pair()
+    student, teacher, tok = racing_pair()
     work_of_bare = bare(student, teacher, tok)
     memory: PeakMemory | None = None
 
@@ -91,10 +100,12 @@ def bare_worker() -> None:
 
 def bare(student: Any, teacher: Any, tok: Any) -> Callable[[], Record]:
     """What the training part cannot do without, as a function that does it once and gives its seconds."""
-    ids = torch.randint(len(tok), (PROMPTS, PROMPT_TOKENS + NEW_TOKENS), generator=torch.Generator().manual_seed(0))
+    length, width = PROMPT_TOKENS + NEW_TOKENS, student.config.vocab_size
+    ids = torch.randint(len(tok), (PROMPTS, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     where = slice(PROMPT_TOKENS - 1, PROMPT_TOKENS + NEW_TOKENS - 1)
-    gradient = torch.randn(PROMPTS, NEW_TOKENS, len(tok)) / (PROMPTS * NEW_TOKENS)
+    gradient = torch.randn(PROMPTS, NEW_TOKENS, width, device=DEVICE) / (PROMPTS * NEW_TOKENS)
 
+    @torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=ON_GPU)
     def logits(model: Any) -> Tensor:
         return model.lm_head(model.model(input_ids=ids, use_cache=False).last_hidden_state[:, where])
 
@@ -106,7 +117,7 @@ def bare(student: Any, teacher: Any, tok: Any) -> Callable[[], Record]:
             with timed(parts, "loss"):
                 out = logits(student)
             with timed(parts, "backward"):
-                out.backward(gradient)
+                out.backward(gradient.to(out.dtype))
         student.zero_grad()
         return parts
 
@@ -114,22 +125,23 @@ def bare(student: Any, teacher: Any, tok: Any) -> Callable[[], Record]:
 
 
 def check_worker() -> None:
-    """Loss and full gradient of every side on the same sequences."""
+    """Loss and full gradient of every side on the same sequences, in float32."""
     import peers
 
+    torch.set_float32_matmul_precision("highest")
     student, teacher, tok = pair()
     models = {name: copy.deepcopy(student) for name in CONTESTANTS if name != "bare"}
     asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
     sampling = Sampling(max_completion_length=NEW_TOKENS)
     mine = opd_side.side(reverse_kl(), language_model(models["opd"], tok), language_model(teacher, tok), sampling)
     rollouts = mine.sampler(asked, seed=(0, 0))
-    ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts])
+    ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts]).to(DEVICE)
     losses = {"opd": opd_side.training_part(mine, rollouts, {})}
     for name, build, loss_fn in (
         ("trl_distillation", peers.distillation_trainer, peers.distillation_loss),
         ("trl_gkd", peers.gkd_trainer, peers.gkd_loss),
     ):
-        trainer = build(models[name], teacher, tok, asked, NEW_TOKENS, LEARNING_RATE)
+        trainer = build(models[name], teacher, tok, asked, NEW_TOKENS, LEARNING_RATE, exact=True)
         loss = loss_fn(trainer, ids, PROMPT_TOKENS)
         loss.backward()
         losses[name] = loss.item()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DEVICE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from opd import models
@@ -32,12 +33,18 @@ class Size:
     layers: int
     heads: int
     intermediate: int
+    key_value_heads: int | None = None  # default: as many as heads
+    head_dim: int | None = None  # default: hidden / heads
+    vocabulary: int = 49152
 
 
 SIZES = {
     "1M": Size(hidden=20, layers=4, heads=2, intermediate=56),
     "5M": Size(hidden=96, layers=4, heads=3, intermediate=256),
     "26M": Size(hidden=384, layers=4, heads=6, intermediate=1024),
+    # The shapes of Qwen3, for a GPU.
+    "0.6B": Size(1024, 28, 16, 3072, key_value_heads=8, head_dim=128, vocabulary=151_936),
+    "1.7B": Size(2048, 28, 16, 6144, key_value_heads=8, head_dim=128, vocabulary=151_936),
 }
 
 
@@ -51,17 +58,18 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tokenizer_folder())
 
 
-def causal_lm(size: str, *, seed: int = 0, vocabulary: int = 49152, peaked: bool = False) -> Any:
-    """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself."""
+def causal_lm(size: str, *, seed: int = 0, vocabulary: int | None = None, peaked: bool = False) -> Any:
+    """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself, on DEVICE."""
     if size == SMOLLM2_NAME:
-        return AutoModelForCausalLM.from_pretrained(tokenizer_folder(), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(tokenizer_folder(), dtype=torch.float32).eval().to(DEVICE)
     shape = SIZES[size]
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary or shape.vocabulary,
         hidden_size=shape.hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads or shape.heads,
+        head_dim=shape.head_dim,
         intermediate_size=shape.intermediate,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
@@ -69,7 +77,7 @@ def causal_lm(size: str, *, seed: int = 0, vocabulary: int = 49152, peaked: bool
         eos_token_id=None,
         pad_token_id=None,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), DEVICE:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     if peaked:
@@ -87,9 +95,13 @@ def _make_peaked(model: Any, config: LlamaConfig) -> None:
     model.model.norm.weight.mul_(PEAKED_LOGIT_STD / (config.hidden_size**0.5 * config.initializer_range))
 
 
-def language_model(model: Any, tokenizer: Any, *, name: str = "model") -> LanguageModel:
-    """For opd, without stop tokens: every response has its full length, so that all sides do equal work."""
-    return replace(models.wrap(model, tokenizer, name=name), stop_ids=frozenset())
+def language_model(model: Any, tokenizer: Any, *, name: str = "model", autocast: bool = False) -> LanguageModel:
+    """For opd, without stop tokens: every response has its full length, so that all sides do equal work.
+
+    Every row of the output layer counts as a token, as for the peers, also those that the tokenizer has no text for.
+    """
+    lm = models.wrap(model, tokenizer, name=name, autocast=autocast)
+    return replace(lm, stop_ids=frozenset(), vocabulary=model.config.vocab_size)
 
 
 def prompts(count: int, tokens: int, tokenizer: Any) -> list[Prompt]:

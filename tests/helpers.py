@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,8 @@ from opd.teachers.local import teacher_for
 from opd.train import unscored
 from opd.types import Batch, Denominator, Prompt, Rollout, Sampling, Writers
 
+# Where the models under test are; references are computed on the CPU. `OPD_TEST_DEVICE=cuda` tries the GPU paths.
+DEVICE = torch.device(os.environ.get("OPD_TEST_DEVICE", "cpu"))
 LETTERS = "abcdefgh"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
@@ -120,7 +123,7 @@ def build(
         head = model.get_output_embeddings()
         if head.bias is not None:
             nn.init.normal_(head.bias, std=1.0)
-    return model.eval()
+    return model.eval().to(DEVICE)
 
 
 def tiny(family: str = "llama", tokenizer: Any = None, *, name: str = "model", **settings: Any) -> LanguageModel:
@@ -165,13 +168,13 @@ def parameters_of(lm: LanguageModel) -> dict[str, Tensor]:
 
 def double(lm: LanguageModel) -> nn.Module:
     """The transformers model in float64, to compute references with."""
-    return copy.deepcopy(lm.causal_lm).double().eval()
+    return copy.deepcopy(lm.causal_lm).cpu().double().eval()
 
 
 def full_logits(model: nn.Module, prompt_ids: Sequence[int], response_ids: Tensor, vocabulary: int) -> Tensor:
     """The model's own logits [T, V] at the response's tokens, of one unpadded row without a cache."""
-    row = torch.tensor([[*prompt_ids, *response_ids.tolist()]])
-    logits = model(input_ids=row, use_cache=False).logits[0, :, :vocabulary]
+    row = torch.tensor([[*prompt_ids, *response_ids.tolist()]], device=next(model.parameters()).device)
+    logits = model(input_ids=row, use_cache=False).logits[0, :, :vocabulary].cpu()
     return logits[len(prompt_ids) - 1 : len(prompt_ids) - 1 + len(response_ids)]
 
 
@@ -282,6 +285,9 @@ class Gradient:
         return math.sqrt(square) / max(self.norm, other.norm, 1e-30)
 
     def same_bits(self, other: Gradient) -> bool:
+        """On a GPU, where sums of many threads have no fixed order, the same up to rounding."""
+        if DEVICE.type != "cpu":
+            return abs(self.loss - other.loss) <= 1e-6 * (1 + abs(other.loss)) and self.distance(other) < 1e-5
         same = all(torch.equal(g, other.grads[name]) for name, g in self.grads.items())
         return self.loss == other.loss and self.grads.keys() == other.grads.keys() and same
 
@@ -321,7 +327,7 @@ def gradient_of(
         loss += part.item()
     student.model.eval()
     grads = {
-        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()
+        name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()).cpu()
         for name, p in student.trainable().items()
     }
     student.model.zero_grad(set_to_none=True)

@@ -98,7 +98,7 @@ def _by_tile(head: Head, hidden: Tensor, temperature: float) -> Tensor:
     """`pi_disagreement` [N] from hidden states [M, N, H]: one tile of logits of all contexts at a time."""
     several, n, _ = hidden.shape
     parts: list[Tensor] = []
-    for rows in chunks(n, several * head.vocabulary):
+    for rows in chunks(n, several * head.vocabulary, hidden.device):
         logits = head.logits(hidden[:, rows])  # [M, n, V]
         for tile in tiles(logits[0]):
             parts.append(pi_disagreement(tempered(logits[:, tile], temperature).log_softmax(-1)))

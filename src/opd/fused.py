@@ -55,7 +55,7 @@ class _Fused(torch.autograd.Function):
         grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         width = head.vocabulary if ids is None else ids.shape[1] * weight.shape[1]  # of _Rows: [n, K, H] is gathered
-        parts = parts or list(chunks(len(hidden), width))
+        parts = parts or list(chunks(len(hidden), width, hidden.device))
         longest = max((part.stop - part.start for part in parts), default=0)
         layer = _Rows(head, ids) if ids is not None else _Whole(head, torch.empty(longest, width, device=hidden.device))
         for rows in parts:

@@ -18,6 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from opd import kernels
 from opd.collate import MicroBatch
 from opd.fused import ChunkLoss, fused_loss
 from opd.gradients import closed_form
@@ -25,7 +26,7 @@ from opd.method import Method
 from opd.metrics import Metrics
 from opd.models import LanguageModel
 from opd.reading import read
-from opd.score import Head, buffer, tiles
+from opd.score import Head, buffer, into_probabilities, log_normaliser, tiles
 from opd.types import Tokens
 from opd.unit_loss import on_units, unit_chunks
 
@@ -85,12 +86,14 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
             w, y = weight[at], micro.token_ids[at, None]
-            student = logits[tile].log_softmax(-1)  # [n, V]
-            teacher = teacher_logits[tile].log_softmax(-1)
-            student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
+            student = grad = None
             if closed is not None:
-                per_token, grad = closed(student, teacher)
+                into_gradient = kernels.on(logits.device).into_gradient
+                per_token, student_logp, teacher_logp = into_gradient(logits[tile], teacher_logits[tile], y, w, closed)
             else:
+                student = logits[tile].log_softmax(-1)  # [n, V]
+                teacher = teacher_logits[tile].log_softmax(-1)
+                student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
                 per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w)
             total += (per_token * w).sum()
             observed.add("train/signal", per_token)
@@ -98,9 +101,8 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             observed.add("teacher/log_ratio", teacher_logp - student_logp)
             if micro.task is not None:
                 observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
-            if closed is not None:
-                torch.mul(grad, w[:, None], out=logits[tile])
-            else:  # last: what a signal returned may be a view of the log-probs that this overwrites
+            if student is not None and grad is not None:
+                # Last: what a signal returned may be a view of the log-probs that this overwrites.
                 torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
         return total
 
@@ -113,13 +115,12 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
         w, ids = weight[rows], _scored_ids(micro, rows)
-        log_z = torch.cat([logits[tile].logsumexp(-1, keepdim=True) for tile in tiles(logits)])
+        log_z = log_normaliser(logits)
         selected = logits.gather(-1, ids) - log_z  # [n, 1 + K]
         per_token, grad = _differentiated(
             method, lambda p: _with_support(_tokens(micro, rows, p[:, 0]), micro, rows, p[:, 1:]), selected, w
         )
-        for tile in tiles(logits):
-            logits[tile].sub_(log_z[tile]).exp_().mul_(-grad[tile].sum(-1, keepdim=True))
+        into_probabilities(logits, log_z, -grad.sum(-1, keepdim=True))
         logits.scatter_add_(-1, ids, grad)
         observed.add("train/signal", per_token)
         observed.add("train/student_nll", -selected[:, 0])

@@ -125,6 +125,19 @@ class LanguageModel:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=torch.bfloat16)
 
+    @contextlib.contextmanager
+    def casting_once(self) -> Iterator[None]:
+        """While the weights stay as they are: forwards inside share autocast's bfloat16 copies of what trains.
+
+        Autocast drops them at the end of its outermost block, which without this one is each forward.
+        """
+        if not self.autocast:
+            yield
+            return
+        kind = self.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16), torch.autocast(kind, enabled=False):
+            yield
+
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that training moves, by name; with LoRA the adapters alone."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}

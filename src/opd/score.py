@@ -12,13 +12,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd import kernels
 from opd.supports import check_fits, support_tokens
 from opd.types import Scores, Support
 from opd.units import Shared
 
 # Entries of one chunk's logits: 2^25 float32 are 128 MiB. A chunk of 150,000 tokens of vocabulary then holds 220
-# positions; below about 200 the matmul of a CPU is limited by reading the output layer.
+# positions; below about 200 the matmul of a CPU is limited by reading the output layer, and below about 800 that of a
+# GPU, where a chunk is larger by GPU_FACTOR.
 CHUNK_ENTRIES = 2**25
+GPU_FACTOR = 4
 # Entries of one tile, 2 MiB: a tile and its temporaries stay in the cache.
 TILE_ENTRIES = 2**19
 
@@ -79,19 +82,37 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
-def chunks(n: int, width: int) -> Iterator[slice]:
-    """Slices of 0..n such that a slice's rows of `width` have at most CHUNK_ENTRIES entries (and at least one row)."""
-    return _slices(n, CHUNK_ENTRIES // width)
+def chunk_entries(device: torch.device) -> int:
+    """How many entries a chunk's logits may have on this device."""
+    return CHUNK_ENTRIES if device.type == "cpu" else GPU_FACTOR * CHUNK_ENTRIES
+
+
+def chunks(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of 0..n such that a slice's rows of `width` have at most `chunk_entries` (and at least one row)."""
+    return _slices(n, chunk_entries(device) // width)
 
 
 def buffer(n: int, width: int, device: torch.device) -> Tensor:
-    """Memory for the logits of the largest of `chunks(n, width)`."""
-    return torch.empty(next(chunks(n, width), slice(0, 0)).stop, width, device=device)
+    """Memory for the logits of the largest of `chunks(n, width, device)`."""
+    return torch.empty(next(chunks(n, width, device), slice(0, 0)).stop, width, device=device)
 
 
 def tiles(chunk: Tensor) -> Iterator[slice]:
     """Slices of the rows of a chunk [n, V]: a few on a CPU, all at once elsewhere."""
     return _slices(len(chunk), TILE_ENTRIES // chunk.shape[1] if chunk.device.type == "cpu" else len(chunk))
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """log sum exp of a chunk's rows, [n, V] -> [n, 1], tile by tile."""
+    return torch.cat(
+        [kernels.on(logits.device).log_normaliser(logits[tile]) for tile in tiles(logits)] or [logits[:, :1]]
+    )
+
+
+def into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> None:
+    """A chunk's logits [n, V] <- softmax times `factor` [n, 1], in place, tile by tile; `log_z` [n, 1]."""
+    for tile in tiles(logits):
+        kernels.on(logits.device).into_probabilities(logits[tile], log_z[tile], factor[tile])
 
 
 def _slices(n: int, size: int) -> Iterator[slice]:
@@ -110,7 +131,7 @@ def paired_log_probs(
     student: Head, student_hidden: Tensor, teacher: Head, teacher_hidden: Tensor, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both models' log-probs [n, V] at hidden states [N, H] of the same positions, a tile at a time, in order."""
-    for rows in chunks(len(student_hidden), student.vocabulary):
+    for rows in chunks(len(student_hidden), student.vocabulary, student_hidden.device):
         ours, theirs = student.logits(student_hidden[rows]), teacher.logits(teacher_hidden[rows])
         for tile in tiles(ours):
             yield tempered(ours[tile], temperature).log_softmax(-1), tempered(theirs[tile], temperature).log_softmax(-1)
@@ -142,7 +163,7 @@ def teacher_scores(
     if kept is not None and not (sampled or entropy or top_k):
         return Scores(teacher_logp=torch.full(response_ids.shape, torch.nan, device=hidden.device), teacher_hidden=kept)
     parts: list[Scores] = []
-    for rows in chunks(len(response_ids), head.vocabulary):
+    for rows in chunks(len(response_ids), head.vocabulary, hidden.device):
         logits = head.logits(hidden[rows])
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
@@ -156,7 +177,7 @@ def _scored(
     logits: Tensor, ids: Tensor, support: Support, student_top: Tensor | None, entropy: bool, top_k: int
 ) -> Scores:
     """The scores of one tile: logits [n, V] after temperature, sampled ids [n, 1]."""
-    log_z = logits.logsumexp(-1, keepdim=True)
+    log_z = kernels.on(logits.device).log_normaliser(logits)
     spread = None
     if entropy:
         spread = torch.special.entr((logits - log_z).exp()).sum(-1)

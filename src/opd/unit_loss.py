@@ -18,7 +18,7 @@ from opd import score
 from opd.collate import MicroBatch
 from opd.fused import ChunkLoss
 from opd.method import Method
-from opd.score import Head, tiles
+from opd.score import Head, into_probabilities, log_normaliser
 from opd.types import Support, Tokens
 from opd.units import Cut, Shared, Units, whole_chunks
 
@@ -29,7 +29,7 @@ def unit_chunks(micro: MicroBatch, student: Head, teacher: Head) -> list[slice]:
     """Chunks of the micro-batch's tokens that cut no unit and hold either model's logits and an entry more."""
     assert micro.units is not None
     width = max(student.vocabulary, teacher.vocabulary) + 1
-    return whole_chunks(micro.units.size, max(1, score.CHUNK_ENTRIES // width))
+    return whole_chunks(micro.units.size, max(1, score.chunk_entries(micro.token_ids.device) // width))
 
 
 def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, observe: Observe) -> ChunkLoss:
@@ -44,7 +44,7 @@ def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, o
         own = units.each(lambda field: field[rows])
         cut = Cut.at(own.size)
         y = micro.token_ids[rows, None]
-        log_z = torch.cat([logits[tile].logsumexp(-1, keepdim=True) for tile in tiles(logits)])
+        log_z = log_normaliser(logits)
         logp = (logits.gather(-1, y) - log_z)[:, 0]  # [n]
         observe("train/student_nll", -logp, None)
         ids, theirs = _columns(method.support, shared, logits.shape[1], teacher.vocabulary)
@@ -77,7 +77,7 @@ def _teacher_columns(micro: MicroBatch, head: Head, temperature: float, rows: sl
     assert micro.teacher_hidden is not None
     logits = head.project(micro.teacher_hidden[rows][cut.start])
     head.finish_(logits, temperature)
-    log_z = torch.cat([logits[tile].logsumexp(-1, keepdim=True) for tile in tiles(logits)] or [logits[:, :1]])
+    log_z = log_normaliser(logits)
     return logits[:, ids].sub_(log_z)
 
 
@@ -131,8 +131,7 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 def _into(logits: Tensor, log_z: Tensor, start: Tensor, ids: Tensor, y: Tensor, columns: Tensor, logp: Tensor) -> None:
     """Put the gradient with respect to the logits [n, V] in their place, from that with respect to log-probs."""
     total = logp.index_add(0, start, columns.sum(-1))[:, None]  # [n, 1]
-    for tile in tiles(logits):
-        logits[tile].sub_(log_z[tile]).exp_().mul_(-total[tile])
+    into_probabilities(logits, log_z, -total)
     logits.scatter_add_(-1, y, logp[:, None])
     logits[start] = logits[start].index_add(1, ids, columns)
 

@@ -669,7 +669,7 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
         left.remove(found)
         start = int(got.first[i])
         expected[int(got.row[i]), start : start + len(response)] |= found.trained
-    moved = (hidden.grad != 0).any(-1)
+    moved = (hidden.grad != 0).any(-1).cpu()
     assert not bool((moved & ~expected).any())
     # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
     symmetric = on.method.support.by in ("intersection", "symmetric_difference")
@@ -743,7 +743,7 @@ def test_a_step_does_not_depend_on_its_chunks(name: str, one: Case, monkeypatch:
     whole = on.step()
     for entries in (1, 3 * on.student.vocabulary):
         monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
-        assert len(list(opd.score.chunks(7, on.student.vocabulary))) == (7 if entries == 1 else 3)
+        assert len(list(opd.score.chunks(7, on.student.vocabulary, torch.device("cpu")))) == (7 if entries == 1 else 3)
         parts = on.step()
         assert parts.loss == pytest.approx(whole.loss, rel=SPLIT, abs=SPLIT)
         assert parts.distance(whole) < SPLIT
@@ -798,7 +798,7 @@ def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
     """A copy whose largest logit, on these prompts, is about `largest` in size."""
     sharp = replace(lm, model=copy.deepcopy(lm.model))
     with torch.no_grad():
-        ids = torch.tensor([sharp.tokenizer(LETTERS).input_ids])
+        ids = torch.tensor([sharp.tokenizer(LETTERS).input_ids], device=sharp.device)
         head = sharp.head()
         head.weight.mul_(largest / float(head.logits(sharp.hidden(ids)).abs().max()))
         reached = float(sharp.head().logits(sharp.hidden(ids)).abs().max())
@@ -1007,7 +1007,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
         rollouts = write(method, lesson.student, lesson.external, lesson.prompts, lesson.sampling, seed=(0, i))
         got = step(method, lesson.student, teacher, rollouts)
         for key, parameter in lesson.student.trainable().items():
-            parameter.grad = got.grads[key]
+            parameter.grad = got.grads[key].to(parameter.device)
         moves.optimiser.clip()
         method.update(moves)
         if teacher is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -34,6 +35,7 @@ from helpers import (
     write,
 )
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd
 from opd import methods, models, optim, reading
@@ -908,3 +910,29 @@ def test_a_saved_model_loads_with_transformers_and_says_the_same(family: str, lo
         with lm.model.disable_adapter(), torch.no_grad():
             plain = lm.model(input_ids=ids).logits
         assert float((plain - expected).abs().max()) > 1e-2, "the adapter mattered"
+
+
+def test_under_autocast_weights_are_cast_once_for_a_whole_response(monkeypatch: pytest.MonkeyPatch):
+    lm = replace(tiny(hidden=32, seed=1), autocast=True)
+    asked = prompts_of("ab", "c")
+    weights = {parameter.data_ptr() for parameter in lm.model.parameters()}
+    casts: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.dtype == torch.bfloat16 and args and isinstance(args[0], Tensor):
+                casts.append(int(args[0].dtype == torch.float32 and args[0].data_ptr() in weights))
+            return out
+
+    with Counting():
+        together = sampler(lm)(asked, seed=(0, 0))
+    once = sum(casts)
+    casts.clear()
+    monkeypatch.setattr(type(lm), "casting_once", lambda self: contextlib.nullcontext())
+    with Counting():
+        apart = sampler(lm)(asked, seed=(0, 0))
+    written = max(len(rollout.response_ids) for rollout in together)
+    assert 0 < once < sum(casts) / min(written, 4)
+    assert all(same(a, b) for a, b in zip(together, apart, strict=True))
+    assert torch.is_autocast_enabled("cpu") is False

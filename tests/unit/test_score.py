@@ -419,7 +419,7 @@ def test_a_loss_that_is_a_constant_has_a_gradient_of_zero(kind: str):
 @pytest.mark.parametrize("entries", [1, 40, 41, 79, 80, 10**6])
 def test_chunks_cover_every_token_once_and_stay_below_the_limit(n: int, entries: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
-    slices = list(chunks(n, 40))
+    slices = list(chunks(n, 40, torch.device("cpu")))
     assert [i for rows in slices for i in range(n)[rows]] == list(range(n))
     assert all((rows.stop - rows.start) * 40 <= max(entries, 40) for rows in slices)
 
