@@ -118,8 +118,7 @@ def fused_into_gradient(
         teacher_logits.stride(0),
         math.log(beta),
         math.log1p(-beta),
-        FORM=form,
-        **_launch(),
+        **_launch(FORM=form),
     )
     return value, student_logp, teacher_logp
 
@@ -134,8 +133,8 @@ def _form_of(closed: WithGradient) -> tuple[int, float]:
     return FORMS[closed], 0.5
 
 
-def _launch() -> dict[str, Any]:
-    return {"BLOCK": BLOCK, "num_warps": WARPS}
+def _launch(**constants: int) -> dict[str, Any]:
+    return {"BLOCK": BLOCK, "num_warps": WARPS, **constants}
 
 
 def _check_rows(*tensors: Tensor) -> None:
