@@ -11,9 +11,11 @@ from helpers import byte_tokenizer, tiny
 
 from opd.doctor.examine import examine
 from opd.doctor.findings import Finding, Report
+from opd.doctor.pair import Pair, pair_up
 from opd.loading import character_tokenizer
 from opd.models import LanguageModel
 from opd.prepare import Given
+from opd.prepare import prepare as prepared_of
 from opd.reading import right_padded
 from opd.recipe import Recipe, parse_recipe
 from opd.samplers.writers import ReferenceWriter
@@ -106,6 +108,15 @@ def recipe_of(*, models: Sequence[str] = ("student", "teacher"), **stage: Any) -
     }
     kept = {key: value for key, value in described.items() if value is not None}
     return parse_recipe({"name": "pair", "models": {name: {"path": "given"} for name in models}, "stages": [kept]})
+
+
+def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list[Prompt], **stage: object) -> Pair:
+    """A pair as `examine` builds it."""
+    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+    recipe = recipe_of(models=tuple(models), **stage)
+    given = Given(models=models, prompts=prompts)
+    spec = recipe.stages[0]
+    return pair_up(recipe, spec, prepared_of(spec, given, 0), student, teacher, prompts=len(prompts), seed=0)
 
 
 def diagnosis(

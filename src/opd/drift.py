@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from opd.errors import ConfigError
 from opd.needs import needing
 from opd.overlap import shared
+from opd.remembered import Remembered
 from opd.types import Batch, Gather, Look, Observe, Rollout, Scores, Watch, Weight, Writers
 
 ALIVE = 1e-8  # a trust above this is not 0, as in the released code
@@ -115,7 +116,7 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
     return needing(watch, "teacher", "unfinished", top_k=drift.k)
 
 
-class Budget:
+class Budget(Remembered):
     """How long responses may be, in tokens: longer where enough of them keep some trust to the end of it, else shorter.
 
     With B the budget and L_i = #{t : W_t > 0} the effective length of response i,
@@ -125,6 +126,8 @@ class Budget:
 
     It is the `State` of a method. Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense.
     """
+
+    remembers = ("length", "misses")
 
     def __init__(
         self, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
@@ -155,18 +158,6 @@ class Budget:
         elif self.misses >= self.patience:
             self.length, self.misses = max(self.length - self.step, self.least), 0
         return {"budget/tokens": float(self.length), "budget/hit_share": hit}
-
-    def state_dict(self) -> dict[str, Any]:
-        """The budget of the next step, and how many steps in a row have missed it."""
-        return {"length": self.length, "misses": self.misses}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """None."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
-        self.length, self.misses = int(state["length"]), int(state["misses"])
 
 
 def within(budget: Budget) -> Watch:

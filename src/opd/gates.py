@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
 from opd.packed import valid
+from opd.remembered import Remembered
 from opd.solutions import Solutions
 from opd.types import Batch, Gather
 
 
-class EntropyGate:
+class EntropyGate(Remembered):
     """`most` while the teacher is as unsure as it was at the beginning, else 0 (arXiv 2605.11609 eq. 7).
 
     H is the median of the teacher's entropy, in nats, over the step's trained tokens in all processes (of an even
@@ -26,6 +26,8 @@ class EntropyGate:
     It is an `Observe`, and the `State` of one. Raises ConfigError for a negative strength, a `closes_below` that is not
     above 0 and at most 1, and a warm-up of less than a step.
     """
+
+    remembers = ("total", "measured", "open")
 
     def __init__(self, most: float, solutions: Solutions, *, closes_below: float | None, warm_up: int) -> None:
         if not 0 <= most < float("inf") or not (closes_below is None or 0 < closes_below <= 1) or warm_up < 1:
@@ -68,16 +70,3 @@ class EntropyGate:
         elif self.closes_below is not None:
             warm = self.total / self.measured
             self.open = median >= warm or (self.open and median >= self.closes_below * warm)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The warm-up so far, and whether the gate is open."""
-        return {"total": self.total, "measured": self.measured, "open": self.open}
-
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Nothing of the weights' size."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
-        self.total, self.measured = float(state["total"]), int(state["measured"])
-        self.open = bool(state["open"])

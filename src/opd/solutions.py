@@ -20,7 +20,8 @@ def from_peers(column: str | None = "privileged_context") -> Solutions:
 
     Right is a reward of at least `filters.PASS`. Of several it is the next one in the order of samples, the first after
     the last: samples are alike, so that this is as good as a draw. Never the response itself, nor its twin where a step
-    takes a prompt twice: a teacher that reads what it scores would only copy (the paper does not say).
+    takes a prompt twice: a teacher that reads what it scores would only copy (the paper does not say). A response
+    whose judge gave no reward has none: there is no verdict to show with it.
     """
 
     def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
@@ -42,5 +43,5 @@ def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:
 
 
 def _given(rollout: Rollout, column: str | None) -> str | None:
-    value = None if column is None else getattr(rollout.prompt, column)
+    value = None if column is None or rollout.unjudged is not None else getattr(rollout.prompt, column)
     return None if value is None else str(value)

@@ -32,13 +32,7 @@ class Extrapolation:
     """
 
     def __init__(
-        self,
-        *,
-        by: Literal["reward", "teacher_kl"],
-        prompts: int,
-        candidates: int,
-        ties: bool,
-        matrices: bool,
+        self, *, by: Literal["reward", "teacher_kl"], prompts: int, candidates: int, ties: bool, matrices: bool
     ) -> None:
         if candidates < 1 or prompts < 1:
             raise ConfigError(

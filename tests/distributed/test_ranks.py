@@ -67,6 +67,7 @@ LORA = {"lora": {"rank": 2, "alpha": 4}}
 SELF = {"template": "{privileged_context}{prompt}", "k": None}
 EMA = SELF | {"teacher": "ema", "decay": 0.7}
 GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
+DRIFT = {"k": 4, "threshold": 0.7, "drop": 0.4}
 SCENARIOS = {
     "full tied, reverse_kl": recipe(tied=True, evaluate=EVALUATE, optimizer={"learning_rate": 0.003}),
     "full untied, topk_reverse_kl, 3 prompts": recipe(
@@ -112,6 +113,15 @@ SCENARIOS = {
         options={"template": EMA["template"], "warm_up": 3, "closes_below": 0.99},
         prompts_per_step=3,
         **GROUPS,
+    ),
+    "full tied, a budget of what drifts": recipe(
+        tied=True,
+        method="prune_opd",
+        options=DRIFT | {"budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1, "patience": 2},
+        prompts_per_step=3,
+    ),
+    "lora, what drifts ends": recipe(
+        LORA, method="prune_opd", options=DRIFT | {"stop": "rollout", "every": 2}, prompts_per_step=3
     ),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
     "full untied, two teachers in turn": two_teachers(
@@ -231,6 +241,16 @@ def test_a_filter_left_nothing_in_some_steps_and_something_in_others(runs: Path)
     number = list(SCENARIOS).index("full tied, what passes a filter")
     lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["train/update_skipped"] for line in lines} == {0.0, 1.0}
+
+
+def test_the_budget_moved_and_what_drifted_ended(runs: Path):
+    def column(name: str, key: str) -> list[float]:
+        number = list(SCENARIOS).index(name)
+        lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)[key] for line in lines]
+
+    assert len(set(column("full tied, a budget of what drifts", "budget/tokens"))) > 1
+    assert any(0 < share < 1 for share in column("lora, what drifts ends", "drift/ended_share"))
 
 
 # --- going on with another number of processes -----------------------------------------------------------------------

@@ -230,6 +230,14 @@ def test_a_verdict_without_a_reward_is_an_error():
         contexts.verified(from_peers())([response(0, None)])
 
 
+def test_a_response_whose_judge_failed_is_read_with_its_prompt_alone():
+    failed = replace(response(0, None), unjudged="the server is out")
+    assert from_peers()([failed, response(1, 0.0)]) == [None, "hg"]
+    read = contexts.verified(from_peers())([failed, response(1, 0.0)])
+    assert read[0] == PROMPT
+    assert "is incorrect" in str(read[1].content)
+
+
 # --- the gate --------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from doctor_helpers import CHAT, characters, chatting, recipe_of, sums
+from doctor_helpers import CHAT, characters, chatting, pair_of, sums
 from helpers import byte_tokenizer, prompts_of, rollout_of, tiny
 from run_helpers import command, one_stage, prepare, self_taught, two_stages
 
@@ -19,26 +19,16 @@ from opd.compare import compare
 from opd.continuation import Depth, Transitions
 from opd.doctor import bias, cost, examine, headroom, information, signal, special, tokens
 from opd.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
-from opd.doctor.pair import SAMPLES, Pair, pair_up, stage_to_examine
+from opd.doctor.pair import SAMPLES, Pair, stage_to_examine
 from opd.errors import ConfigError
 from opd.evaluate import HeldOut
 from opd.models import LanguageModel
 from opd.prepare import Given
-from opd.prepare import prepare as prepared_of
 from opd.rewards import load_reward
 from opd.statistics import Interval
 from opd.studies import STUDIES
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Sampling
-
-
-def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list[Prompt], **stage: object) -> Pair:
-    """A pair as `examine` builds it."""
-    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
-    recipe = recipe_of(models=tuple(models), **stage)
-    given = Given(models=models, prompts=prompts)
-    spec = recipe.stages[0]
-    return pair_up(recipe, spec, prepared_of(spec, given, 0), student, teacher, prompts=len(prompts), seed=0)
 
 
 @pytest.fixture(scope="module")

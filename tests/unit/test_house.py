@@ -41,6 +41,7 @@ PURE = {
     "needs",
     "overlap",
     "packed",
+    "remembered",
     "sequences",
     "solutions",
     "templates",

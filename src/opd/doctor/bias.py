@@ -17,7 +17,9 @@ from opd.divergences import Divergence, reverse_kl
 from opd.doctor.findings import Finding, skipped
 from opd.doctor.pair import Pair
 from opd.loss import hidden_of
+from opd.method import Method
 from opd.models import evaluating
+from opd.needs import needs_of
 from opd.supports import full
 from opd.teachers.local import with_record
 from opd.types import Rollout, Signal, Tokens
@@ -48,17 +50,25 @@ def truncation(pair: Pair) -> Finding:
     sampled token it is reverse KL, and the method's gradient is its exact expectation over the token.
     """
     name, method = "signal/bias", pair.method
+    if pair.drives_away:
+        return skipped(name, "The method drives the student away from its teacher: no divergence is to fall.")
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
     rollouts, micros = phase_a(pair)
-    if method.support.kind == "sampled" and any(bool((micro.advantage != 0).any()) for micro in micros):
+    unasked = pair.asks_a_judge and "reward" in needs_of(method.credit)
+    if in_expectation(method) and (unasked or any(bool((micro.advantage != 0).any()) for micro in micros)):
         return skipped(name, "The signal of a token depends on the whole response (a credit), not on the token alone.")
     exact = getattr(method.signal, "divergence", None) or reverse_kl
     pairs: list[tuple[Tensor, Tensor]] = []
     for at in positions(pair, rollouts, micros):
-        expected = expected_gradient if method.support.kind == "sampled" else support_gradient
-        pairs.append((expected(method.signal, at), exact_gradient(exact, at)))
+        gradient = expected_gradient if in_expectation(method) else support_gradient
+        pairs.append((gradient(method.signal, at), exact_gradient(exact, at)))
     return judge(pair, torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs]))
+
+
+def in_expectation(method: Method) -> bool:
+    """Whether the signal is of the sampled token: then a support, if there is one, is what its baseline reads."""
+    return method.support.kind == "sampled" or "unbiased_baseline" in needs_of(method.signal)
 
 
 def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
@@ -76,7 +86,8 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
         "cosine_mean": float(cosines.mean()),
         "length_mean": float((ours[some].norm(dim=1) / lengths[some]).mean()),
     }
-    form = "the sampled token, in expectation" if support.kind == "sampled" else f"top {support.k} by {support.by}"
+    sampled = in_expectation(pair.method)
+    form = "the sampled token, in expectation" if sampled else f"top {support.k} by {support.by}"
     says = (
         f"Gradient of {pair.spec.method} ({form}) against the exact one at {len(exact)} positions: cosine "
         f"{numbers['cosine']:.3f}, length {numbers['length']:.3f} (means {numbers['cosine_mean']:.3f} and "
@@ -84,7 +95,7 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
     )
     if numbers["cosine"] >= LOWEST_COSINE and LENGTHS[0] <= numbers["length"] <= LENGTHS[1]:
         return Finding(name=name, level="ok", says=says, numbers=numbers)
-    remedy = "Set options.form: tail or a larger options.k" if support.kind == "top_k" else "Use method: opd"
+    remedy = "Use method: opd" if sampled else "Set options.form: tail or a larger options.k"
     return Finding(
         name=name,
         level="change",
@@ -97,11 +108,11 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
 
 
 def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
-    """One response a prompt, scored as the loop does, in micro-batches."""
+    """`Pair.scored`, scored as the loop does, in micro-batches."""
     method, spec = pair.method, pair.spec
     rollouts = with_record(
         pair.student,
-        method.keep(pair.firsts),
+        method.keep(pair.scored),
         method.record(),
         temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,
@@ -190,19 +201,30 @@ def expected_gradient(signal: Signal, at: Positions) -> Tensor:
     """E_{y~p} d/dz of the signal of the sampled token y, exactly, [n, V].
 
     With c(y) = d signal / d log p(y) it is p_j (c_j - sum_v p c): one number a token and no draw. The token is taken to
-    be drawn from p itself, on policy.
+    be drawn from p itself, on policy. The support, which a baseline reads, is the same for every y.
     """
     s, t = at.student.detach().log_softmax(-1), at.teacher.log_softmax(-1)
-    n, vocabulary = s.shape
+    c = torch.stack([_slopes(signal, at, i, s[i], t[i]) for i in range(len(s))])
+    p = s.exp()
+    return p * (c - (p * c).sum(1, keepdim=True))
+
+
+def _slopes(signal: Signal, at: Positions, i: int, s: Tensor, t: Tensor) -> Tensor:
+    """d signal / d log p(y) at position `i`, for every token y, [V]; `s` and `t` are both models' log-probs there."""
+    micro, row = at.micro, at.rows[i]
+    support: dict[str, Tensor] = {}
+    if micro.support_ids is not None and micro.support_mask is not None:
+        ids, exists = micro.support_ids[row], micro.support_mask[row]
+        columns = {"student_support_logp": s[ids], "teacher_support_logp": t[ids], "support_mask": exists}
+        support = {name: column.expand(len(s), -1) for name, column in columns.items()}
     with torch.enable_grad():
-        leaf = s.flatten().requires_grad_()
+        leaf = s.clone().requires_grad_()
         tokens = Tokens(
             student_logp=leaf,
             sampler_logp=leaf.detach(),
-            teacher_logp=t.flatten(),
-            advantage=torch.zeros_like(leaf),
-            weight=at.micro.weight[at.rows].double().repeat_interleave(vocabulary),
+            teacher_logp=t,
+            advantage=torch.zeros_like(s),
+            weight=micro.weight[row].double().expand(len(s)),
+            **support,
         )
-        (c,) = torch.autograd.grad(signal(tokens).sum(), leaf)
-    p, c = s.exp(), c.reshape(n, vocabulary)
-    return p * (c - (p * c).sum(1, keepdim=True))
+        return torch.autograd.grad(signal(tokens).sum(), leaf)[0]

@@ -14,10 +14,10 @@ from opd.collate import attach, check_responses, collate, has_trained, split
 from opd.data import shuffled
 from opd.doctor.findings import Finding
 from opd.doctor.pair import DOCTOR_STEP, Pair
-from opd.evaluate import rewarded
 from opd.files import GIB
 from opd.loss import loss_of
 from opd.parallel import ALONE
+from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import with_record
 
 
@@ -85,7 +85,9 @@ def one_step(pair: Pair) -> Step:
 
     Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
     """
-    spec, method, student, teacher = pair.spec, pair.method, pair.student, pair.teacher
+    spec, method, student = pair.spec, pair.method, pair.student
+    teacher = by_rule(method.teacher, student, pair.teacher)
+    assert teacher is not None
     count = min(spec.prompts_per_step, len(pair.prompts))
     prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
     started = _now(pair)
@@ -93,7 +95,7 @@ def one_step(pair: Pair) -> Step:
     check_responses(rollouts)
     rollouts = with_record(
         student,
-        method.keep(rewarded(pair.reward, rollouts)),
+        method.keep(pair.rewarded(rollouts)),
         method.record(),
         temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,

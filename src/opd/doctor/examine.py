@@ -60,12 +60,7 @@ def findings(
     """What all checks found. Where positions cannot be compared, no weight is loaded if that can be known without."""
     say("tokenizers")
     if prepared.method.teacher.tokenizer == "any":
-        why = "The teacher has a tokenizer of its own, and these checks compare position by position."
-        return [
-            skipped(
-                "everything", f"{why} `opd check` says how many tokens both share; units/coverage is in the metrics."
-            )
-        ]
+        return of_two_tokenizers(recipe, spec, prepared, given, prompts, seed, say)
     found = map_without_weights(recipe, spec, given)
     student: LanguageModel | None = None
     external: LanguageModel | None = None
@@ -87,6 +82,36 @@ def findings(
     found += of_tokens(pair)
     found += of_signal(pair, say)
     found += of_knowledge(pair, say)
+    say("one step")
+    return [*found, cost.cost(pair)]
+
+
+def of_two_tokenizers(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    prompts: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Finding]:
+    """What can be said of a teacher with a tokenizer of its own: rewards of texts, and the cost of a step."""
+    say("models")
+    student, external = load(recipe, spec, given)
+    say("the student's responses")
+    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    say("rewards of both")
+    judgement = headroom.judged(pair)
+    found = [headroom.headroom(pair, judgement), information.transfer(pair, judgement)]
+    why = "The teacher has a tokenizer of its own, and these checks compare position by position."
+    found += [
+        skipped("tokens", f"{why} `opd check` says how many tokens both share; units/coverage is in the metrics."),
+        skipped("signal", why),
+        skipped(
+            "headroom/continuation", "A teacher with a tokenizer of its own cannot go on from the student's tokens."
+        ),
+        skipped("information/disagreement", why),
+    ]
     say("one step")
     return [*found, cost.cost(pair)]
 

@@ -49,11 +49,19 @@ def judged(pair: Pair) -> Judged | str:
     The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
     have (a reward need not say what it reads), or on as many held-out ones.
     """
+    if pair.drives_away:
+        return "The method drives the student away from its teacher, which has to know nothing better."
+    if "attempt" in needs_of(pair.method.context):
+        return "The teacher reads the response that it scores, and so has no responses of its own."
     prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
     reward = pair.reward
     if reward is None:
         if held_out is None or held_out.reward is None:
-            return "The stage has no reward, and neither has its evaluation: nobody can say what is right."
+            return (
+                "The stage's reward asks a judge, whom the doctor does not ask, and its evaluation has no reward."
+                if pair.asks_a_judge
+                else "The stage has no reward, and neither has its evaluation: nobody can say what is right."
+            )
         reward = held_out.reward
         if missing_for(needs_of(reward) | filled_in(held_out.prompts), prompts):
             prompts = sample_of(held_out.prompts, len(prompts), pair.seed)

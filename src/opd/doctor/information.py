@@ -16,6 +16,7 @@ from opd.doctor.findings import Finding, skipped
 from opd.doctor.headroom import Judged, bounds, by_prompt
 from opd.doctor.pair import Pair
 from opd.evaluate import rewarded
+from opd.needs import needs_of
 from opd.statistics import Interval, bootstrap_mean
 from opd.types import Context, Prompt, Rollout
 
@@ -46,7 +47,7 @@ def disagreement(pair: Pair) -> Finding:
     if why:
         return skipped(name, why)
     if all(_shown(each) == _shown(pair.contexts(rows)) for each in swapped):
-        return _the_same(name, rows)
+        return _the_same(name, pair, rows)
     contexts = [list(several) for several in zip(pair.contexts(rows), *swapped, strict=True)]
     method, tokens = pair.method, pair.spec.micro_batch_tokens
     floor = max(
@@ -92,7 +93,7 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
     if [r.prompt for r in judgement.student if r.sample == 0] != [row.prompt for row in rows]:
         return skipped(name, "Rewards are of held-out prompts, whose privileged information is not the stage's.")
     if _shown(swapped[0]) == _shown(pair.contexts(rows)):
-        return _the_same(name, rows)
+        return _the_same(name, pair, rows)
     elsewhere = by_prompt(rewarded(judgement.reward, pair.taught([r.prompt for r in rows], fixed(swapped[0]))))
     own, ours = by_prompt(judgement.teacher), by_prompt(judgement.student)
     own_gain, other_gain = (_gain(scores, ours) for scores in (own, elsewhere))
@@ -111,7 +112,9 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
     )
 
 
-def _the_same(name: str, rows: Sequence[Rollout]) -> Finding:
+def _the_same(name: str, pair: Pair, rows: Sequence[Rollout]) -> Finding:
+    if "attempt" in needs_of(pair.method.context):
+        return skipped(name, "The teacher reads the student's attempt alone, and no column that a prompt could lend.")
     says = "Every prompt has the same privileged information: -log Z is 0, and it transfers by construction."
     return Finding(name=name, level="ok", says=says, numbers={"prompts": len(rows)})
 
@@ -119,6 +122,10 @@ def _the_same(name: str, rows: Sequence[Rollout]) -> Finding:
 def privileged_rows(pair: Pair) -> tuple[str, list[Rollout], list[list[Prompt]]]:
     """Why there is nothing to measure (or nothing), the responses, and their contexts with others' columns in turn."""
     rows = pair.firsts
+    if pair.drives_away:
+        return "The method drives the student away from its teacher: no loss is to be removed.", rows, []
+    if "group" in needs_of(pair.method.context):
+        return "The teacher reads other responses to its prompt, which other prompts cannot lend.", rows, []
     if _shown(pair.contexts(rows)) == _shown([row.prompt for row in rows]):
         return "The teacher reads what the student reads: there is no privileged information.", rows, []
     if len(rows) < 2:

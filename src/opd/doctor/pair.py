@@ -14,6 +14,7 @@ from opd.group_rewards import GroupReward
 from opd.method import Method
 from opd.methods import build as build_method
 from opd.models import LanguageModel
+from opd.needs import needs_of
 from opd.prepare import Given, Prepared, sampling_of
 from opd.recipe import Recipe, StageSpec
 from opd.rewards import RewardFn
@@ -49,6 +50,7 @@ class Pair:
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
+    asks_a_judge: bool = False  # the stage's reward; the doctor does not
 
     @property
     def self_taught(self) -> bool:
@@ -61,15 +63,29 @@ class Pair:
 
     @property
     def sampling(self) -> Sampling:
-        return sampling_for(self.spec)
+        return sampling_for(self.spec, self.method)
 
     @property
     def firsts(self) -> list[Rollout]:
         return [rollout for rollout in self.rollouts if rollout.sample == 0]
 
+    @property
+    def drives_away(self) -> bool:
+        """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
+        return "ascends" in self.method.needs()
+
+    @property
+    def scored(self) -> Sequence[Rollout]:
+        """What a check of the method's loss looks at: `firsts`, or whole groups where a piece compares responses."""
+        return self.rollouts if "group" in self.method.needs() else self.firsts
+
     def contexts(self, rollouts: Sequence[Rollout]) -> list[Prompt]:
-        """What the teacher reads, one a rollout."""
-        return self.method.context(rollouts)
+        """What the teacher reads, one a rollout, its place in its group of responses included."""
+        if "group" not in needs_of(self.method.context):
+            return self.method.context(rollouts)
+        asked = {(one.prompt.id, one.sample) for one in rollouts}
+        peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in asked]
+        return self.method.context([*rollouts, *peers])[: len(rollouts)]
 
     def writers(self) -> Writers:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
@@ -83,6 +99,12 @@ class Pair:
 
     def _sampler(self, sampling: Sampling) -> TransformersSampler:
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
+
+    def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The responses with the stage's reward, if it has one; unjudged where a judge would have to be asked."""
+        if self.asks_a_judge:
+            return [replace(rollout, unjudged="the doctor asks no judge") for rollout in rollouts]
+        return rewarded(self.reward, rollouts)
 
     def taught(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
         """The teacher's own responses, with its context (or another), drawn as the student's were."""
@@ -136,10 +158,14 @@ def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
     return stage.only(str(task))
 
 
-def sampling_for(spec: StageSpec) -> Sampling:
-    """The stage's own sampling, with `SAMPLES` responses a prompt (one where they would all be equal)."""
+def sampling_for(spec: StageSpec, method: Method) -> Sampling:
+    """The stage's own sampling, with `SAMPLES` responses a prompt (one where they would all be equal).
+
+    Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
+    """
     sampling = sampling_of(spec.sampling)
-    return replace(sampling, n=SAMPLES if sampling.temperature > 0 else 1)
+    several = max(SAMPLES, sampling.n) if "group" in needs_of(method.context) else SAMPLES
+    return replace(sampling, n=several if sampling.temperature > 0 else 1)
 
 
 def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, LanguageModel | None]:
@@ -177,7 +203,8 @@ def pair_up(
 ) -> Pair:
     """The teacher by the method's rule, a sample of the prompts, and the student's responses to them.
 
-    Raises ConfigError for a support that does not fit the vocabulary, AlignmentError for tokenizers that differ.
+    Raises ConfigError for a support that does not fit the vocabulary and for a teacher that reads what a judge says,
+    AlignmentError for tokenizers that differ.
     """
     check_fits(prepared.method.support.k, student.vocabulary)
     teacher = teacher_for(
@@ -190,7 +217,13 @@ def pair_up(
     assert teacher is not None, "a stage without a teacher is refused before this"
     part = prepared.tasks[None]
     chosen = sample_of(part.prompts, prompts, seed)
-    reward = None if isinstance(part.reward, GroupReward) else part.reward  # the doctor asks no judge
+    reward = None if isinstance(part.reward, GroupReward) else part.reward
+    if isinstance(part.reward, GroupReward) and "reward" in needs_of(prepared.method.context):
+        raise ConfigError(
+            f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
+            "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
+            f"`stages.{spec.name}.reward={{name: exact}}`."
+        )
     pair = Pair(
         recipe=recipe,
         spec=spec,
@@ -202,8 +235,9 @@ def pair_up(
         teacher=teacher,
         prompts=chosen,
         seed=seed,
+        asks_a_judge=isinstance(part.reward, GroupReward),
     )
-    return replace(pair, rollouts=rewarded(reward, pair.written(chosen)))  # a context may read the reward
+    return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
 
 
 def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

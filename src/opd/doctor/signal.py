@@ -151,6 +151,16 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
     )
     if numbers["reverse_kl"] >= NOTHING_TO_LEARN:
         return Finding(name="signal/strength", level="ok", says=says, numbers=numbers)
+    if pair.drives_away:
+        return Finding(
+            name="signal/strength",
+            level="change",
+            says=f"{says} There is nothing to drive the student away from: what is left is the reward.",
+            numbers=numbers,
+            remedy="Let the teacher read something: a larger sampling.n, for a right response among a prompt's others, "
+            "or the data's column that options.solution names.",
+            study="arXiv 2605.11609 eq. 6: the push is made of what a solution changes",
+        )
     return Finding(
         name="signal/strength",
         level="stop",
@@ -163,6 +173,8 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
 
 def overlap(pair: Pair, comparison: Comparison) -> Finding:
     """Whether both models look at the same tokens, against the range of pairs in which distillation was studied."""
+    if pair.drives_away:
+        return skipped("signal/overlap", "The method drives the student away from its teacher: no overlap is to grow.")
     if pair.student.vocabulary <= 2 * K:
         return skipped(
             "signal/overlap",
