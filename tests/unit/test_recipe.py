@@ -13,7 +13,8 @@ import yaml
 from opd.errors import ConfigError
 from opd.recipe import Recipe, dump, load_recipe, parse_recipe
 
-RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
 
 
 def stage(name: str, **fields: Any) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> No
             values = numbers[name].get(what)
             if values is None:
                 continue
-            colour = report.COLOURS[5] if name in (START, TEACHER) else report.COLOURS[0]
+            colour = report.COLOURS[5] if name.partition(",")[0] in (START, TEACHER) else report.COLOURS[0]
             panel.barh(place, sum(values) / len(values), color=colour, alpha=0.6)
             panel.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
         panel.set_xlabel(label)

@@ -54,7 +54,7 @@ SORTING = Task(data="opd.tasks:sorting", reward="exact", longest=12)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Folders of two trained models with the same tokenizer."""
+    """Folders of two trained models."""
 
     teacher: Path
     student: Path
@@ -76,6 +76,8 @@ class PairSize:
     student_rows: int = 600
     student_steps: int = 200
     prompts_per_step: int = 64
+    teacher_merges: Sequence[tuple[str, str]] = ()  # of the tokenizers, where the two differ
+    student_merges: Sequence[tuple[str, str]] = ()
 
 
 SORTERS = PairSize(
@@ -149,18 +151,18 @@ def teacher_recipe(seed: int, size: PairSize) -> dict[str, Any]:
     """The recipe of a teacher, which sees many worked examples."""
     data = size.task.rows(size.teacher_rows, seed=1)
     stage = {"name": "teacher", "train": "teacher", "data": data, "steps": size.teacher_steps}
-    return _warm_up("teacher", seed, size.teacher, stage, size)
+    return _warm_up("teacher", seed, new_model(size.teacher, size.task.characters, size.teacher_merges), stage, size)
 
 
 def student_recipe(seed: int, size: PairSize) -> dict[str, Any]:
     """The recipe of a student, which sees few."""
     data = size.task.rows(size.student_rows, seed=2)
     stage = {"name": "warm-up", "train": "student", "data": data, "steps": size.student_steps}
-    return _warm_up("student", seed, size.student, stage, size)
+    return _warm_up("student", seed, new_model(size.student, size.task.characters, size.student_merges), stage, size)
 
 
 def _warm_up(
-    name: str, seed: int, model: Mapping[str, int], stage: Mapping[str, Any], size: PairSize
+    name: str, seed: int, model: Mapping[str, Any], stage: Mapping[str, Any], size: PairSize
 ) -> dict[str, Any]:
     settings = {
         "method": "sft",
@@ -172,7 +174,7 @@ def _warm_up(
     return {
         "name": f"{name}-{seed}",
         "seed": seed,
-        "models": {name: new_model(model, size.task.characters)},
+        "models": {name: model},
         "stages": [{**stage, **settings}],
     }
 
@@ -182,8 +184,11 @@ def sums(count: int, **options: Any) -> dict[str, Any]:
     return ADDITION.rows(count, **options)
 
 
-def new_model(size: Mapping[str, int], characters: str) -> dict[str, Any]:
-    """A model section: a new small Llama of `size` whose tokens are characters."""
+def new_model(size: Mapping[str, int], characters: str, merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """A model section: a new small Llama of `size` whose tokens are characters, and what `merges` make of them."""
+    tokenizer: dict[str, Any] = {"characters": characters}
+    if merges:
+        tokenizer["merges"] = [list(merge) for merge in merges]
     return {
         "init": {
             "model_type": "llama",
@@ -192,7 +197,7 @@ def new_model(size: Mapping[str, int], characters: str) -> dict[str, Any]:
             "tie_word_embeddings": True,
             **size,
         },
-        "tokenizer": {"characters": characters},
+        "tokenizer": tokenizer,
     }
 
 
