@@ -18,6 +18,7 @@ from opd.studies import (
     privileged,
     prompts,
     reverse,
+    ropd,
     special_tokens,
     supports,
     teacher_choice,
@@ -44,6 +45,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "supports": supports.run,
     "length": length.run,
     "two_teachers": two_teachers.run,
+    "ropd": ropd.run,
 }
 
 
