@@ -1,0 +1,143 @@
+"""A policy in a table, rewarded by rubrics: answers with a known quality, so that a reward can be held against it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.collate import collate
+from opd.credit import group_reward
+from opd.group_rewards import GroupReward
+from opd.judges.section import JudgeSection
+from opd.rubric_reward import rubric
+from opd.studies.graders import DECISIVE, STATEMENTS
+from opd.types import Prompt, Rollout, Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """How many tasks, answers to each, draws of a group and updates; `salts` are judges that err differently."""
+
+    prompts: int = 32
+    arms: int = 24
+    group: int = 8
+    texts: int = 4  # of the teacher, at most, for each task
+    right: float = 0.6  # how often the teacher is right
+    updates: int = 30
+    learning_rate: float = 2.0
+    salts: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arms:
+    """A task, all answers that the policy knows, how good each is (share of the decisive statements)."""
+
+    prompt: Prompt
+    answers: list[str]
+    quality: np.ndarray  # [arms]
+
+
+def played(
+    table: Table, seed: int, options: Mapping[str, Any], noise: float, bias: float, folder: Path
+) -> dict[str, float]:
+    """Train a policy by rubrics made with `options`, and look at the rewards of its first draws.
+
+    quality: expected quality after training, in [0, 1]. rank correlation: Spearman's, of reward and quality in groups
+    of the untrained policy. variance of the advantage: over judges that err differently, mean over those draws.
+    """
+    rng = np.random.default_rng((seed, 0xA7))
+    tasks = [arms_of(i, table, rng) for i in range(table.prompts)]
+    rewards = [judged_by(options, noise, bias, salt, folder / str(salt)) for salt in range(table.salts)]
+    theta = np.zeros((table.prompts, table.arms))
+    first = [rng.integers(0, table.arms, table.group) for _ in tasks]
+    advantages = np.stack([advantage_of(tasks, first, reward)[1] for reward in rewards])  # [salts, prompts, group]
+    scores = advantage_of(tasks, first, rewards[0])[0]
+    correlations = [spearman(scores[i], task.quality[first[i]]) for i, task in enumerate(tasks)]
+    for _ in range(table.updates):
+        policy = np.exp(theta) / np.exp(theta).sum(1, keepdims=True)
+        drawn = [rng.choice(table.arms, table.group, p=p) for p in policy]
+        _, advantage = advantage_of(tasks, drawn, rewards[0])
+        for i, arms in enumerate(drawn):
+            for a, arm in zip(advantage[i], arms, strict=True):
+                theta[i] -= table.learning_rate / table.group * a * policy[i]
+                theta[i, arm] += table.learning_rate / table.group * a
+    policy = np.exp(theta) / np.exp(theta).sum(1, keepdims=True)
+    known = [one for one in correlations if one is not None]
+    return {
+        "quality": float(np.mean([(p * task.quality).sum() for p, task in zip(policy, tasks, strict=True)])),
+        "rank correlation": float(np.mean(known)),
+        "variance of the advantage": float(advantages.var(0, ddof=1).mean()),
+    }
+
+
+def arms_of(number: int, table: Table, rng: np.random.Generator) -> Arms:
+    """Digits to sort, the right answer and wrong ones, and different texts of a teacher that is not always right."""
+    task = "".join(map(str, rng.integers(0, 10, 5)))
+    right = "".join(sorted(task))
+    answers = [right]
+    while len(answers) < table.arms:
+        answer = list(right if rng.random() < 0.5 else task)
+        for _ in range(rng.integers(1, 4)):
+            i, j = rng.integers(0, 5, 2)
+            if rng.random() < 0.6:
+                answer[i], answer[j] = answer[j], answer[i]
+            else:
+                answer[i] = str(rng.integers(0, 10))
+        if (text := "".join(answer)) not in answers:
+            answers.append(text)
+    quality = np.array([np.mean([STATEMENTS[s](task, one) for s in DECISIVE]) for one in answers])
+    texts: list[str] = []
+    while len(texts) < table.texts:
+        good = np.flatnonzero(quality >= np.median(quality))
+        texts.append(right if rng.random() < table.right else answers[rng.choice(good)])
+    prompt = Prompt(id=number, content=f"{task}>", metadata={"teacher_answers": texts})
+    return Arms(prompt=prompt, answers=answers, quality=quality)
+
+
+def judged_by(options: Mapping[str, Any], noise: float, bias: float, salt: int, folder: Path) -> GroupReward:
+    """The reward `rubric` with the program as its judge."""
+    settings = {"noise": noise, "bias": bias, "salt": salt}
+    judge = JudgeSection(function="opd.studies.graders:grader", options=settings)
+    return rubric(judge=judge, **options).bound({}, {}, folder, 0)
+
+
+def advantage_of(tasks: list[Arms], drawn: list[np.ndarray], reward: GroupReward) -> tuple[np.ndarray, np.ndarray]:
+    """Rewards and advantages of the drawn answers, [prompts, group] each."""
+    rollouts = [
+        rollout_of(task.prompt, i, task.answers[arm])
+        for task, arms in zip(tasks, drawn, strict=True)
+        for i, arm in enumerate(arms)
+    ]
+    rollouts = reward(rollouts)
+    batch = collate(rollouts, [Scores(teacher_logp=torch.zeros(1)) for _ in rollouts], torch.device("cpu"))
+    shape = (len(tasks), -1)
+    advantage = group_reward()(batch)[:, 0]
+    return batch.reward.double().numpy().reshape(shape), advantage.double().numpy().reshape(shape)
+
+
+def rollout_of(prompt: Prompt, sample: int, text: str) -> Rollout:
+    """An answer of the table as a response of one token."""
+    one = torch.zeros(1, dtype=torch.long)
+    return Rollout(
+        prompt=prompt,
+        sample=sample,
+        prompt_ids=(0,),
+        response_ids=one,
+        trained=one == 0,
+        turn=one,
+        finished=True,
+        text=text,
+    )
+
+
+def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
+    """The correlation of ranks, equal values sharing theirs; None where all of one are equal."""
+    a, b = (np.array([(one < v).sum() + ((one == v).sum() - 1) / 2 for v in one]) for one in (first, second))
+    if a.std() == 0 or b.std() == 0:
+        return None
+    return float(np.corrcoef(a, b)[0, 1])
