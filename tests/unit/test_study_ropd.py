@@ -11,7 +11,7 @@ import pytest
 
 from opd.judges.base import Question
 from opd.rubrics import Criterion, read_rubric, read_verdicts, rubric_question, verdict_question
-from opd.studies.graders import STATEMENTS, grader
+from opd.studies.graders import ALPHABET, STATEMENTS, grader
 from opd.studies.rubric_table import Table, advantage_of, arms_of, judged_by, played, spearman
 
 RIGHT = ["01234", "01234"]
@@ -101,14 +101,47 @@ def test_a_judge_that_never_errs_rewards_the_right_answer_most(tmp_path: Path):
     rng = np.random.default_rng(1)
     tasks = [arms_of(i, Table(), rng) for i in range(6)]
     drawn = [np.arange(24) for _ in tasks]
-    rewards, advantages = advantage_of(tasks, drawn, judged_by({}, 0.0, 0.0, 0, tmp_path))
+    rewards, advantages = advantage_of(tasks, drawn, judged_by({}, {}, tmp_path))
     assert (rewards.argmax(1) == 0).mean() > 0.5
     assert np.abs(advantages.mean(1)).max() < 1e-5
 
 
 def test_a_policy_learns_from_rubrics(tmp_path: Path):
     small = Table(prompts=4, updates=12, salts=2)
-    before = played(Table(prompts=4, updates=0, salts=2), 0, {}, 0.0, 0.0, tmp_path / "a")
-    after = played(small, 0, {}, 0.0, 0.0, tmp_path / "b")
+    before = played(Table(prompts=4, updates=0, salts=2), 0, {}, {}, tmp_path / "a")
+    after = played(small, 0, {}, {}, tmp_path / "b")
     assert after["quality"] > before["quality"] + 0.1
     assert after["rank correlation"] == before["rank correlation"] > 0.3
+
+
+def rubric_of(question: Question, **options: Any) -> dict[str, int]:
+    return {one.text: one.points for one in read_rubric(question, grader(question, **options))}
+
+
+def test_a_lower_share_keeps_what_half_of_the_texts_meet():
+    question = asks(["01234", "43210", "01234", "43210"], ["98", "87"])
+    rising = "Its digits never fall."
+    assert rising not in rubric_of(question)
+    assert rising in rubric_of(question, share=0.5)
+    assert len(rubric_of(question, share=0.5)) > len(rubric_of(question))
+
+
+def test_letters_that_the_texts_share_have_the_points():
+    question = asks(["abcde", "abfgh", "abij", "abkl"], ["acdefghijkl", "cdefghijkl"])
+    points = rubric_of(question, share=0.5, answers="letters")
+    assert points["It has the letter b."] == 5  # in all of the teacher's texts, in none of the student's
+    assert points["It has the letter a."] == 4
+
+
+def test_what_a_table_of_letters_wants_is_what_the_texts_hold():
+    table = Table(answers="letters", texts=2000, arms=200)
+    one = arms_of(3, table, np.random.default_rng(0))
+    texts: Any = one.prompt.metadata["teacher_answers"]
+    held = {letter: np.mean([letter in text for text in texts]) for letter in ALPHABET}
+    wanted = {letter for letter, share in held.items() if share > 0.65}
+    assert len(wanted) == 4
+    assert {letter: share > 0.65 for letter, share in held.items()} == {c: c in wanted for c in ALPHABET}
+    assert one.taught == pytest.approx(0.8, abs=0.02)
+    assert one.quality.mean() == pytest.approx(0.5, abs=0.06)
+    for answer, quality in zip(one.answers, one.quality, strict=True):
+        assert quality == pytest.approx(len(wanted & set(answer)) / 4)

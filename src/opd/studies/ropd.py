@@ -1,26 +1,37 @@
 """A rubric of a teacher's texts as the reward: how many texts, one rubric or many, a verifier that is blind or not.
 
 arXiv 2605.07396: results and ablations on AIME24. The judge is a program (`opd.studies.graders`) that misreads a tenth
-of all statements; told whose an answer is, it denies half of what is true of a student's. Setting A trains students on
-digits to sort, from texts of a trained teacher. Setting B is a table: a policy over a fixed list of answers to each
-task, whose quality is known, and a teacher that is right six times of ten.
+of all statements; told whose an answer is, it denies half of what is true of a student's. Setting A sorts digits:
+students that learn from texts of a trained teacher, and a table, a policy over a fixed list of answers whose quality is
+known, with a teacher that is right six times of ten. Setting B is a table of letters (`opd.studies.rubric_table`).
+
+Changed after a look at the table of digits: the judge asked that three quarters of the teacher's texts meet a
+criterion, and one text ranked better than four. It asks for half of them since, which leaves the two alike: equal texts
+count once, and so the right answer is one of four where the paper's texts all differ. The table of letters was added
+for that. The students' learning rate was chosen on seed 0.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from opd.studies import ablation, report
-from opd.studies.ablation import START, Numbers, Setting, Size, gap
+from opd.studies.ablation import START, TEACHER, Numbers, Setting, Size, gap
+from opd.studies.graders import ALPHABET
 from opd.studies.lab import SORTING, Lab
-from opd.studies.outcome import Check, Finding, Outcome, differences, finding
+from opd.studies.outcome import Check, Finding, Outcome, finding
 from opd.studies.rubric_table import Table, played
 
-NOISE, BIAS = 0.1, 0.5
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
+GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
+TABLES: tuple[Literal["digits", "letters"], ...] = ("digits", "letters")
 RUBRIC, ONE, TOLD, OWN, TEXTS = "rubric", "one text", "not blind", "own rubrics", "sft on the texts"
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     RUBRIC: {},
@@ -35,7 +46,7 @@ BETTER = 0.0  # accuracy, quality, rank correlation, variance
 
 def trained_by(options: Mapping[str, Any]) -> Setting:
     """A distillation by `ropd`: 16 prompts of 8 responses, the teacher's texts written when they are asked for."""
-    judge = {"function": "opd.studies.graders:grader", "options": {"noise": NOISE, "bias": BIAS}}
+    judge = {"function": "opd.studies.graders:grader", "options": GRADING}
     reward = {
         "name": "rubric",
         "options": dict(options),
@@ -54,15 +65,15 @@ SETTINGS = {name: trained_by(options) for name, options in OPTIONS.items()} | {
         stage={"sampling": {"n": 4, "max_completion_length": SORTING.longest}, "optimizer": OPTIMIZER},
     )
 }
-SIZE = Size(steps=150, prompts_per_step=16)
+SIZE = Size(steps=160, prompts_per_step=16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of students held-out numbers; of the table, by setting and measure, one number a seed."""
+    """Of students held-out numbers; of the tables, by setting and "table: measure", one number a seed."""
 
     students: Numbers
-    table: Mapping[str, Mapping[str, Sequence[float]]]
+    tables: Numbers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,98 +82,135 @@ class Sizes:
 
     students: Size = SIZE
     table: Table = field(default_factory=Table)
+    table_seeds: Sequence[int] = (0, 1, 2, 3, 4)
 
 
 def run(lab: Lab, size: Sizes | None = None) -> Outcome:
-    """Both settings for all seeds; see the file's docstring."""
+    """Students and both tables for all seeds; see the file's docstring."""
     size = size or Sizes()
-    students = ablation.measure(lab, SETTINGS, size.students)
-    table: dict[str, dict[str, list[float]]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name, options in OPTIONS.items():
-            lab.note(f"table: {name}")
-            for seed in size.students.seeds:
-                place = Path(folder) / name / str(seed)
-                ablation.append(table, name, played(size.table, seed, options, NOISE, BIAS, place))
-    measured = Measured(students=students, table=table)
+    measured = Measured(students=ablation.measure(lab, SETTINGS, size.students), tables=tables(lab, size))
+    table = size.table
     return Outcome(
         setup=(
             f"A: sorting five digits, {len(size.students.seeds)} pairs of their own seeds, {size.students.steps} "
             f"updates of {size.students.prompts_per_step} prompts with 8 responses; the teacher writes 4 texts a "
             "prompt at temperature 1, and is asked for nothing else. SFT gets as many texts and updates, at the same "
-            f"learning rate. B: {size.table.prompts} tasks with {size.table.arms} answers each, "
-            f"{size.table.updates} updates of {size.table.group} draws a task. The judge misreads with probability "
-            f"{NOISE}, and where it is told the source it denies what is true of a student's answer with probability "
-            f"{BIAS}."
+            f"learning rate. Beside it a table of digits: {table.prompts} tasks with {table.arms} answers each, "
+            f"{table.updates} updates of {table.group} draws a task, {len(size.table_seeds)} seeds, a teacher that is "
+            f"right in {table.right:.0%} of its texts. B: a table of letters, as large. A task wants {table.wanted} of "
+            f"{len(ALPHABET)} letters; each stands in {table.held:.0%} of the teacher's texts, the others in half of "
+            f"them. The judge misreads with probability {GRADING['noise']}, and where it is told the source it denies "
+            f"what is true of a student's answer with probability {GRADING['bias']}. Its criteria are what is true of "
+            "at least half of the teacher's texts and of fewer of the student's; it asked for three quarters until the "
+            "table of digits had been seen, and B was added then. Equal texts count once, so that of digits 4 texts "
+            "are often one or two."
         ),
         findings=judge(measured),
         figure=draw(measured),
-        table=ablation.table(students, ("sampled accuracy", "greedy accuracy", "KL", "length")),
+        table=ablation.table(
+            beside(measured),
+            (
+                *("sampled accuracy", "greedy accuracy", "KL"),
+                *(f"{kind}: {what}" for kind in TABLES for what in ("quality", "rank correlation")),
+            ),
+        ),
     )
+
+
+def tables(lab: Lab, size: Sizes) -> Numbers:
+    """Both tables, by setting; the policy before is the setting `START`, the teacher's texts are `TEACHER`."""
+    numbers: Numbers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind in TABLES:
+            for name, options in OPTIONS.items():
+                lab.note(f"table of {kind}: {name}")
+                for seed in size.table_seeds:
+                    place = Path(folder) / kind / name / str(seed)
+                    found = played(replace(size.table, answers=kind), seed, options, GRADING, place)
+                    before, texts = found.pop("quality before"), found.pop("quality of the texts")
+                    ablation.append(numbers, name, {f"{kind}: {what}": value for what, value in found.items()})
+                    if name == RUBRIC:
+                        ablation.append(numbers, START, {f"{kind}: quality": before})
+                        ablation.append(numbers, TEACHER, {f"{kind}: quality": texts})
+    return numbers
 
 
 def judge(measured: Measured) -> tuple[Finding, ...]:
     """The claims against the numbers."""
-    students = measured.students
+    students, both = measured.students, measured.tables
 
-    def of_table(first: str, second: str, what: str, **side: float) -> Check:
-        interval = differences(measured.table[first][what], measured.table[second][what])
-        return Check(what=f"{what}, {first} minus {second}", interval=interval, **side)
+    def ends(second: str) -> tuple[list[Check], list[Check]]:
+        return (
+            [gap(students, RUBRIC, second, above=BETTER)],
+            [gap(both, RUBRIC, second, "letters: quality", above=BETTER)],
+        )
+
+    def tells(second: str, what: str, **side: float) -> tuple[list[Check], list[Check]]:
+        first, other = (gap(both, RUBRIC, second, f"{kind}: {what}", **side) for kind in TABLES)
+        return [first], [other]
 
     return (
         finding(
             "A rubric of a teacher's texts teaches, without a logit of the teacher",
             "2605.07396 results",
             [gap(students, RUBRIC, START, above=LEARNS)],
+            [gap(both, RUBRIC, START, "letters: quality", above=LEARNS)],
         ),
         finding(
-            "It teaches more than imitation of the same texts",
+            "It teaches more than imitation of the same texts (B: more than the texts' own quality)",
             "2605.07396 results",
             [gap(students, RUBRIC, TEXTS, above=BETTER)],
+            [gap(both, RUBRIC, TEACHER, "letters: quality", above=BETTER)],
         ),
         finding(
             "With one text of the teacher instead of four the student ends worse",
             "2605.07396 ablations",
-            [gap(students, RUBRIC, ONE, above=BETTER)],
-            [of_table(RUBRIC, ONE, "quality", above=BETTER)],
+            *ends(ONE),
         ),
         finding(
             "A rubric from four texts ranks answers better than one from one text",
             "2605.07396 ablations",
-            [of_table(RUBRIC, ONE, "rank correlation", above=BETTER)],
+            *tells(ONE, "rank correlation", above=BETTER),
         ),
         finding(
             "With a judge that is partial, a verifier that is not blind leaves the student worse",
             "2605.07396 ablations",
-            [gap(students, RUBRIC, TOLD, above=BETTER)],
-            [of_table(RUBRIC, TOLD, "quality", above=BETTER)],
+            *ends(TOLD),
         ),
         finding(
             "With a rubric for each response the student ends worse than with one for all",
             "2605.07396 ablations",
-            [gap(students, RUBRIC, OWN, above=BETTER)],
-            [of_table(RUBRIC, OWN, "quality", above=BETTER)],
+            *ends(OWN),
         ),
         finding(
             "One rubric for all gives advantages of less variance over the judge's mistakes than one for each response",
             "2605.07396 ablations",
-            [of_table(RUBRIC, OWN, "variance of the advantage", below=BETTER)],
+            *tells(OWN, "variance of the advantage", below=BETTER),
         ),
     )
 
 
-def draw(measured: Measured) -> report.Figure:
-    """What students end with, and what the table says of each way to make and apply rubrics."""
-    figure, axes = report.figure(4, width=2.7, height=3.0)
-    names = [START, *SETTINGS]
-    shown: Numbers = {name: measured.students[name] for name in names}
-    for name, numbers in measured.table.items():
-        shown[name] = shown[name] | {what: list(values) for what, values in numbers.items()}
-    panels = {
-        "sampled accuracy": "A: sampled accuracy, share",
-        "quality": "B: quality after training, share",
-        "rank correlation": "B: rank correlation of\nreward and quality",
-        "variance of the advantage": "B: variance of the advantage\nover the judge's mistakes",
+def beside(measured: Measured) -> Numbers:
+    """Students and tables, by setting."""
+    names = [START, TEACHER, *SETTINGS]
+    return {name: {**measured.students.get(name, {}), **measured.tables.get(name, {})} for name in names}
+
+
+def draw(measured: Measured) -> Figure:
+    """What students and tables end with, and what the tables say of each way to make and apply rubrics."""
+    figure, axes = report.figure(3, 2, width=3.2, height=2.4)
+    shown = beside(measured)
+    told = {
+        "rank correlation": "rank correlation of\nreward and quality",
+        "variance of the advantage": "variance of the",
     }
-    ablation.bars(axes[0], shown, panels)
+    told["variance of the advantage"] += "\nadvantage over the judge's mistakes"
+    ends = {
+        "sampled accuracy": "students: sampled accuracy, share",
+        "letters: quality": "quality after training, share",
+    }
+    for row, kind, (what, label) in zip(axes, TABLES, ends.items(), strict=True):
+        setting = "A" if kind == TABLES[0] else "B"
+        panels = {what: label} | {f"{kind}: {name}": f"table of {kind}: {text}" for name, text in told.items()}
+        ablation.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
     return figure
