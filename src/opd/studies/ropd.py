@@ -6,18 +6,20 @@ students that learn from texts of a trained teacher, and a table, a policy over 
 known, with a teacher that is right six times of ten. Setting B is a table of letters (`opd.studies.rubric_table`).
 
 Changed after a look at the table of digits: the judge asked that three quarters of the teacher's texts meet a
-criterion, and one text ranked better than four. It asks for half of them since, which leaves the two alike: equal texts
-count once, and so the right answer is one of four where the paper's texts all differ. The table of letters was added
-for that. The students' learning rate was chosen on seed 0.
+criterion, and one text ranked better than four. It asks for half of them since. Equal texts count once, as in the
+paper, and so 4 texts that sort digits are 2.5 in the table and 1.1 of the trained teacher, where the paper's long ones
+differ: the table of letters was added for that. With 32 tasks a table and five seeds, intervals of quality in B held 0
+for one text and for a verifier that is not blind, and lay above it for rubrics of their own (0.0847 [0.0356, 0.134]);
+tasks were doubled then. The students' learning rate was chosen on seed 0.
 """
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from opd.studies import ablation, report
 from opd.studies.ablation import START, TEACHER, Numbers, Setting, Size, gap
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 
 # Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
 GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
-TABLES: tuple[Literal["digits", "letters"], ...] = ("digits", "letters")
+# Of digits only the rewards of first draws are looked at.
+TABLES = {"digits": Table(answers="digits", updates=0), "letters": Table(answers="letters")}
 RUBRIC, ONE, TOLD, OWN, TEXTS = "rubric", "one text", "not blind", "own rubrics", "sft on the texts"
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
     RUBRIC: {},
@@ -81,7 +84,7 @@ class Sizes:
     """How much of both settings."""
 
     students: Size = SIZE
-    table: Table = field(default_factory=Table)
+    tables: Mapping[str, Table] = field(default_factory=lambda: TABLES)
     table_seeds: Sequence[int] = (0, 1, 2, 3, 4)
 
 
@@ -89,21 +92,24 @@ def run(lab: Lab, size: Sizes | None = None) -> Outcome:
     """Students and both tables for all seeds; see the file's docstring."""
     size = size or Sizes()
     measured = Measured(students=ablation.measure(lab, SETTINGS, size.students), tables=tables(lab, size))
-    table = size.table
+    digits, letters = size.tables["digits"], size.tables["letters"]
     return Outcome(
         setup=(
             f"A: sorting five digits, {len(size.students.seeds)} pairs of their own seeds, {size.students.steps} "
             f"updates of {size.students.prompts_per_step} prompts with 8 responses; the teacher writes 4 texts a "
             "prompt at temperature 1, and is asked for nothing else. SFT gets as many texts and updates, at the same "
-            f"learning rate. Beside it a table of digits: {table.prompts} tasks with {table.arms} answers each, "
-            f"{table.updates} updates of {table.group} draws a task, {len(size.table_seeds)} seeds, a teacher that is "
-            f"right in {table.right:.0%} of its texts. B: a table of letters, as large. A task wants {table.wanted} of "
-            f"{len(ALPHABET)} letters; each stands in {table.held:.0%} of the teacher's texts, the others in half of "
-            f"them. The judge misreads with probability {GRADING['noise']}, and where it is told the source it denies "
-            f"what is true of a student's answer with probability {GRADING['bias']}. Its criteria are what is true of "
+            f"learning rate. Beside it a table of digits: {digits.prompts} tasks with {digits.arms} answers each, "
+            f"{digits.group} draws a task by an untrained policy, {len(size.table_seeds)} seeds, a teacher that is "
+            f"right {digits.right} of the time. B: a table of letters, as large, trained for {letters.updates} "
+            f"updates. A task wants {letters.wanted} of {len(ALPHABET)} letters; each stands in a share of "
+            f"{letters.held} of the teacher's texts, the others in half of them. The judge misreads with probability "
+            f"{GRADING['noise']}, and where it is told the source it denies what is true of a student's answer with "
+            f"probability {GRADING['bias']}. Its criteria are what is true of "
             "at least half of the teacher's texts and of fewer of the student's; it asked for three quarters until the "
-            "table of digits had been seen, and B was added then. Equal texts count once, so that of digits 4 texts "
-            "are often one or two."
+            "table of digits had been seen, and B was added then. Equal texts count once: 4 that sort digits are 2.5 "
+            "in the table and 1.1 of the trained teacher, those of letters all differ. Tasks were doubled when 32 had "
+            "been seen, with which the claim on a rubric for each response held in B. A policy trained on the table of "
+            "digits ended at a quality of 0.67 with 4 texts, 0.68 with one."
         ),
         findings=judge(measured),
         figure=draw(measured),
@@ -111,22 +117,21 @@ def run(lab: Lab, size: Sizes | None = None) -> Outcome:
             beside(measured),
             (
                 *("sampled accuracy", "greedy accuracy", "KL"),
-                *(f"{kind}: {what}" for kind in TABLES for what in ("quality", "rank correlation")),
+                *("letters: quality", "digits: rank correlation", "letters: rank correlation"),
             ),
         ),
     )
 
 
 def tables(lab: Lab, size: Sizes) -> Numbers:
-    """Both tables, by setting; the policy before is the setting `START`, the teacher's texts are `TEACHER`."""
+    """All tables, by setting; an untrained policy is the setting `START`, the teacher's texts are `TEACHER`."""
     numbers: Numbers = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in TABLES:
+        for kind, table in size.tables.items():
             for name, options in OPTIONS.items():
                 lab.note(f"table of {kind}: {name}")
                 for seed in size.table_seeds:
-                    place = Path(folder) / kind / name / str(seed)
-                    found = played(replace(size.table, answers=kind), seed, options, GRADING, place)
+                    found = played(table, seed, options, GRADING, Path(folder) / kind / name / str(seed))
                     before, texts = found.pop("quality before"), found.pop("quality of the texts")
                     ablation.append(numbers, name, {f"{kind}: {what}": value for what, value in found.items()})
                     if name == RUBRIC:
@@ -210,7 +215,7 @@ def draw(measured: Measured) -> Figure:
         "letters: quality": "quality after training, share",
     }
     for row, kind, (what, label) in zip(axes, TABLES, ends.items(), strict=True):
-        setting = "A" if kind == TABLES[0] else "B"
+        setting = "A" if kind == "digits" else "B"
         panels = {what: label} | {f"{kind}: {name}": f"table of {kind}: {text}" for name, text in told.items()}
         ablation.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
     return figure

@@ -29,7 +29,7 @@ class Table:
     """How many tasks, answers to each, draws of a group and updates; `salts` are judges that err differently."""
 
     answers: Literal["digits", "letters"] = "digits"
-    prompts: int = 32
+    prompts: int = 64
     arms: int = 24
     group: int = 8
     texts: int = 4  # of the teacher, at most, for each task
