@@ -22,6 +22,7 @@ from opd.studies import (
     prompts,
     prune,
     reverse,
+    ropd,
     simct,
     special_tokens,
     supports,
@@ -54,6 +55,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "control_variate": control_variate.run,
     "extrapolation": extrapolation.run,
     "anti_sd": anti_sd.run,
+    "ropd": ropd.run,
 }
 
 

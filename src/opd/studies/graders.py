@@ -1,7 +1,8 @@
-"""A judge that is a program: it writes rubrics from the contrast of answers that sort digits, and applies them.
+"""A judge that is a program: it writes rubrics from the contrast of answers, and applies them.
 
 It knows statements that are true or false of one answer, some of them beside the point, and not the right answer. It
-may misread, and it may hold it against an answer whose source it is told that it is the student's.
+may misread, and it may hold it against an answer whose source it is told that it is the student's. It reads answers
+that sort digits, or texts of letters, of which each task wants some that the judge is not told.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any, Literal, TypeAlias
 
 from opd.judges.base import Question
 
@@ -30,34 +32,53 @@ STATEMENTS: dict[str, Statement] = {
     "It has a 7.": lambda task, answer: "7" in answer,
 }
 
-MOST = 0.75  # of the teacher's answers, of which a criterion has to be true
 # Those that are true of every right answer and tell it from wrong ones of its length.
 DECISIVE = tuple(STATEMENTS)[2:6]
 
+ALPHABET = "abcdefghijkl"
 
-def grader(question: Question, noise: float = 0.0, bias: float = 0.0, salt: int = 0) -> str:
+
+def _has(letter: str) -> Statement:
+    return lambda task, answer: letter in answer
+
+
+LETTERS: dict[str, Statement] = {f"It has the letter {letter}.": _has(letter) for letter in ALPHABET}
+KNOWN = {"digits": STATEMENTS, "letters": LETTERS}
+
+
+def grader(
+    question: Question,
+    noise: float = 0.0,
+    bias: float = 0.0,
+    salt: int = 0,
+    share: float = 0.75,
+    answers: Literal["digits", "letters"] = "digits",
+) -> str:
     """A rubric, or verdicts, as JSON.
 
-    The rubric has the statements that are true of most of the teacher's answers and of fewer of the student's, or the
-    next ones where these are too few; the two with the largest differences hold more than half of the points.
+    The rubric has the statements that are true of at least `share` of the teacher's answers and of fewer of the
+    student's, or the next ones where these are too few; the two with the largest differences hold more than half of
+    the points.
     `noise` is the probability of misreading a statement of an answer, `bias` that of denying what is true of an answer
-    that is said to be the student's. What is random is a function of the question and of `salt`.
+    that is said to be the student's. What is random is a function of the question and of `salt`. `answers` says which
+    statements it knows.
     """
     about = question.about
     task = "".join(c for c in about["prompt"] if c.isdigit())
+    known = KNOWN[answers]
 
     def holds(statement: str, answer: str) -> bool:
-        return STATEMENTS[statement](task, answer) != (_uniform(salt, about["ask"], task, statement, answer) < noise)
+        return known[statement](task, answer) != (_uniform(salt, about["ask"], task, statement, answer) < noise)
 
     if about["ask"] == "rubric":
-        share = {
-            source: {s: sum(holds(s, one) for one in about[source]) / len(about[source]) for s in STATEMENTS}
+        true_of = {
+            source: {s: sum(holds(s, one) for one in about[source]) / len(about[source]) for s in known}
             for source in ("teacher", "student")
         }
-        contrast = {s: share["teacher"][s] - share["student"][s] for s in STATEMENTS}
-        ranked = sorted(STATEMENTS, key=lambda s: (share["teacher"][s] >= MOST, contrast[s]), reverse=True)
+        contrast = {s: true_of["teacher"][s] - true_of["student"][s] for s in known}
+        ranked = sorted(known, key=lambda s: (true_of["teacher"][s] >= share, contrast[s]), reverse=True)
         least, most = about["bounds"]
-        good = sum(share["teacher"][s] >= MOST and contrast[s] > 0 for s in ranked)
+        good = sum(true_of["teacher"][s] >= share and contrast[s] > 0 for s in ranked)
         kept = ranked[: min(most, max(least, good))]
         points = [5, 4, *[1] * len(kept)]  # as the paper asks: one or two decisive criteria hold more than half
         return json.dumps({"criteria": [{"criterion": s, "points": p} for s, p in zip(kept, points, strict=False)]})
@@ -72,6 +93,7 @@ def grader(question: Question, noise: float = 0.0, bias: float = 0.0, salt: int 
     return json.dumps({"verdicts": verdicts})
 
 
+@lru_cache(maxsize=1 << 16, typed=True)  # the same answers come again in every update of a table
 def _uniform(*parts: Any) -> float:
     """A number in [0, 1) that is a function of the parts."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()

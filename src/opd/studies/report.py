@@ -40,9 +40,11 @@ which the effect should be easier to see. `opd study NAME` runs one study again.
 Not everything was fixed before the first look. In `gamma` and `estimators` thresholds were changed after one, in
 `two_teachers` they were set after seed 0; in the others none was moved. Some second settings were added, and some
 claims split in two, when the first setting had been seen: in `estimators`, `losses`, `one_token`, `supports`,
-`special_tokens`, `cold_start`, `teacher_choice`, `reverse`, `length`, `two_teachers` and `anti_sd`. In `prune` two
-seeds were added when three had been seen, and two settings that claimed nothing apart were dropped (weights alone, the
-budget in setting B). Sizes and learning rates were mostly chosen on seed 0.
+`special_tokens`, `cold_start`, `teacher_choice`, `reverse`, `length`, `two_teachers`, `anti_sd` and `ropd`. In `prune`
+two seeds were added when three had been seen, and two settings that claimed nothing apart were dropped (weights alone,
+the budget in setting B); in `extrapolation` two seeds were added. In `simct` two pairs of tokenizers were tried before.
+In `ropd` a rule of the judge was changed, and the tasks of its tables were doubled. Sizes and learning rates were mostly
+chosen on seed 0.
 """
 
 
