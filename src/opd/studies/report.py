@@ -43,8 +43,8 @@ claims split in two, when the first setting had been seen: in `estimators`, `los
 `special_tokens`, `cold_start`, `teacher_choice`, `reverse`, `length`, `two_teachers`, `anti_sd` and `ropd`. In `prune`
 two seeds were added when three had been seen, and two settings that claimed nothing apart were dropped (weights alone,
 the budget in setting B); in `extrapolation` two seeds were added. In `simct` two pairs of tokenizers were tried before.
-In `ropd` a rule of the judge was changed, and the tasks of its tables were doubled. Sizes and learning rates were mostly
-chosen on seed 0.
+In `ropd` a rule of the judge was changed, and the tasks of its tables were doubled. Sizes and learning rates were
+mostly chosen on seed 0.
 """
 
 
