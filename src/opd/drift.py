@@ -116,7 +116,7 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
     return needing(watch, "teacher", "unfinished", top_k=drift.k)
 
 
-class Budget(Remembered):
+class Budget:
     """How long responses may be, in tokens: longer where enough of them keep some trust to the end of it, else shorter.
 
     With B the budget and L_i = #{t : W_t > 0} the effective length of response i,
@@ -124,10 +124,8 @@ class Budget(Remembered):
         hit = mean_i [L_i >= max(least, B - margin)]
         hit >= hit_share: B <- min(B + step, most); after `patience` steps in a row without: B <- max(B - step, least)
 
-    It is the `State` of a method. Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense.
+    Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense.
     """
-
-    remembers = ("length", "misses")
 
     def __init__(
         self, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
@@ -147,6 +145,10 @@ class Budget(Remembered):
         self.hit_share, self.patience = hit_share, patience
         self.length = initial  # of the next responses
         self.misses = 0  # steps in a row
+
+    def memory(self) -> Remembered:
+        """Its `State`."""
+        return Remembered(self, ("length", "misses"))
 
     def advance(self, effective: Sequence[int]) -> dict[str, float]:
         """Learn from a step's effective lengths; the metrics of it."""

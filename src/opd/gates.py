@@ -14,7 +14,7 @@ from opd.solutions import Solutions
 from opd.types import Batch, Gather
 
 
-class EntropyGate(Remembered):
+class EntropyGate:
     """`most` while the teacher is as unsure as it was at the beginning, else 0 (arXiv 2605.11609 eq. 7).
 
     H is the median of the teacher's entropy, in nats, over the step's trained tokens in all processes (of an even
@@ -23,11 +23,9 @@ class EntropyGate(Remembered):
     H_warm, and else stays as it is; it begins open. A step without a solution has no H: the gate stays, and no warm-up
     step is counted. With `closes_below` None it is open from the first step on.
 
-    It is an `Observe`, and the `State` of one. Raises ConfigError for a negative strength, a `closes_below` that is not
+    It is an `Observe`, and has a memory. Raises ConfigError for a negative strength, a `closes_below` that is not
     above 0 and at most 1, and a warm-up of less than a step.
     """
-
-    remembers = ("total", "measured", "open")
 
     def __init__(self, most: float, solutions: Solutions, *, closes_below: float | None, warm_up: int) -> None:
         if not 0 <= most < float("inf") or not (closes_below is None or 0 < closes_below <= 1) or warm_up < 1:
@@ -41,6 +39,10 @@ class EntropyGate(Remembered):
         self.total, self.measured = 0.0, 0  # of the H of the warm-up
         self.open = True
         self._now = most if closes_below is None else 0.0
+
+    def memory(self) -> Remembered:
+        """Its `State`."""
+        return Remembered(self, ("total", "measured", "open"))
 
     def strength(self) -> float:
         """Of the term in the step that was observed last."""

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
 class Remembered:
-    """A `State` of the attributes that `remembers` names, each of a type that JSON keeps; nothing of the weights' size.
+    """A `State`: the attributes `names` of `of`, each of a type that JSON keeps; nothing of the weights' size.
 
     A saved state that lacks one of them raises KeyError.
     """
 
-    remembers: ClassVar[tuple[str, ...]]
+    of: object
+    names: tuple[str, ...]
 
     def state_dict(self) -> dict[str, Any]:
         """Their values by name."""
-        return {name: getattr(self, name) for name in self.remembers}
+        return {name: getattr(self.of, name) for name in self.names}
 
     def tensors(self) -> Mapping[str, Tensor]:
         """None."""
@@ -26,5 +29,5 @@ class Remembered:
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Go on from there."""
-        for name in self.remembers:
-            setattr(self, name, state[name])
+        for name in self.names:
+            setattr(self.of, name, state[name])

@@ -279,7 +279,7 @@ def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
     assert {*expected[4:]} == {0.0, 2.0} or seed not in (0, 1)
     first, second = (EntropyGate(2.0, ALL, closes_below=0.9, warm_up=4) for _ in range(2))
     before = run_gate(first, medians[:stop])
-    second.load_state_dict(first.state_dict(), first.tensors())
+    second.memory().load_state_dict(first.memory().state_dict(), first.memory().tensors())
     assert before + run_gate(second, medians[stop:]) == expected
 
 

@@ -123,7 +123,7 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
 
 def test_defaults_are_those_of_the_scripts():
     method = methods.build("prune_opd", {})
-    budget = method.state["budget"]
+    budget = method.state["budget"].of
     assert isinstance(budget, Budget)
     assert (budget.length, budget.least, budget.most, budget.step) == (2048, 1024, 12288, 100)
     assert (budget.margin, budget.patience, budget.hit_share) == (100, 3, 0.1)
@@ -346,8 +346,8 @@ def test_a_budget_goes_the_way_of_the_paper(seed: int):
 def test_a_budget_is_what_it_was_when_it_comes_back():
     budget, again = budget_of(), budget_of(initial=12)
     budget.advance([0])
-    again.load_state_dict(budget.state_dict(), {})
-    assert budget.state_dict() == {"length": 20, "misses": 1}
+    again.memory().load_state_dict(budget.memory().state_dict(), {})
+    assert budget.memory().state_dict() == {"length": 20, "misses": 1}
     assert [again.advance([0]), again.advance([20])] == [budget.advance([0]), budget.advance([20])]
 
 
@@ -362,7 +362,7 @@ def test_a_budget_learns_from_the_responses_of_all_processes():
     here = drift.measured(judged, both)(batch, lambda part: [part, gathered[1]])
     there = drift.measured(judged, swapped)(other, lambda part: [gathered[0], part])
     assert here == there
-    assert both.state_dict() == swapped.state_dict()
+    assert both.memory().state_dict() == swapped.memory().state_dict()
     lengths = [n for part in gathered for n in part[0]]
     assert here["drift/effective_length"] == pytest.approx(sum(lengths) / len(lengths))
 
@@ -398,7 +398,7 @@ def test_a_step_of_which_nothing_is_left_teaches_the_budget_nothing():
     budget = budget_of()
     got = drift.measured(judged, budget)(replace(batch, mask=torch.zeros_like(batch.mask)), lambda part: [part])
     assert set(got) == {"drift/tokens", "drift/ended_share"}
-    assert budget.state_dict() == {"length": 20, "misses": 0}
+    assert budget.memory().state_dict() == {"length": 20, "misses": 0}
 
 
 # --- responses that end while they are written -----------------------------------------------------------------------

@@ -59,6 +59,6 @@ def anti_sd(
         credit=credit.add(credit.group_reward(), ascent),
         signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        state={"gate": entropy},
+        state={"gate": entropy.memory()},
         temperature=temperature,
     )

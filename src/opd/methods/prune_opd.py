@@ -66,7 +66,7 @@ def prune_opd(
             hit_share=hit_share,
             patience=patience,
         )
-        ends = {"source": sources.on_policy(drift.within(allowed)), "state": {"budget": allowed}}
+        ends = {"source": sources.on_policy(drift.within(allowed)), "state": {"budget": allowed.memory()}}
     elif stop == "rollout":
         ends = {"source": sources.on_policy(drift.ends_drifted(judged, every))}
     return Method(
