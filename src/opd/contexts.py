@@ -167,9 +167,15 @@ def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str
             values[name] = _column(name, rollout.prompt)
     if "{verdict}" in pattern:
         if rollout.reward is None:
+            remedy = "Set the stage's `reward`, or leave {verdict} out."
+            if rollout.unjudged is not None:
+                remedy = (
+                    f"Its judge failed ({rollout.unjudged}). The same command asks again, from the last checkpoint on; "
+                    "a reward that is a function does not fail."
+                )
             raise DataError(
                 f"The response to prompt {rollout.prompt.id} has no reward, and the context tells the teacher its "
-                "verdict. Set the stage's `reward`, or leave {verdict} out."
+                f"verdict. {remedy}"
             )
         values["verdict"] = verdicts[0] if rollout.reward >= PASS else verdicts[1]
     return pattern.format(**values)

@@ -21,12 +21,12 @@ LM = tiny()
 PROMPT = Prompt(id=4, content="ab", answer=7, privileged_context="hg")
 
 
-def rollout(prompt: Prompt = PROMPT, reward: float | None = 1.0) -> Rollout:
-    return replace(rollout_of(LM, PROMPT, [4, 5], reward=reward), prompt=prompt)
+def rollout(prompt: Prompt = PROMPT, reward: float | None = 1.0, unjudged: str | None = None) -> Rollout:
+    return replace(rollout_of(LM, PROMPT, [4, 5], reward=reward, unjudged=unjudged), prompt=prompt)
 
 
-def read(prompt: Prompt = PROMPT, reward: float | None = 1.0, **context: Any) -> Prompt:
-    (out,) = contexts.privileged(**context)([rollout(prompt, reward)])
+def read(prompt: Prompt = PROMPT, reward: float | None = 1.0, unjudged: str | None = None, **context: Any) -> Prompt:
+    (out,) = contexts.privileged(**context)([rollout(prompt, reward, unjudged)])
     return out
 
 
@@ -159,6 +159,10 @@ def test_a_verdict_without_a_reward():
         DataError, match=r"response to prompt 4 has no reward, and the context .* Set the stage's `reward`"
     ):
         read(reward=None, template="{prompt}{verdict}")
+    with pytest.raises(
+        DataError, match=r"no reward, and .* Its judge failed \(timed out\)\. The same command asks again"
+    ):
+        read(reward=None, unjudged="timed out", template="{prompt}{verdict}")
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
