@@ -69,7 +69,8 @@ def check_judged(reward: GroupReward, rollouts: Sequence[Rollout], gather: Gathe
     raise TeacherError(
         f"The reward {reward.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
         f"`max_failed` allows {reward.max_failed:.0%}. Of prompt {prompt}: {why}. The update was not made. What was "
-        "answered is kept: correct what is wrong, or raise `max_failed`, and start the same command again."
+        "answered is kept: correct what is wrong and start the same command again. With a larger `max_failed` it is "
+        "another run, which needs another output_dir."
     )
 
 
