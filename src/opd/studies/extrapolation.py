@@ -53,7 +53,7 @@ class Size:
     """Learning rates from small to large, updates, and how often is measured."""
 
     learning_rates: Sequence[float] = (2e-5, 2e-4, 2e-3)
-    every: int = 4
+    every: int = 5
     training: ablation.Size = field(default_factory=lambda: ablation.Size(seeds=(0, 1, 2, 3, 4), steps=80))
 
 
