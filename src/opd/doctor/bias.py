@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,7 +213,7 @@ def expected_gradient(signal: Signal, at: Positions) -> Tensor:
 def _slopes(signal: Signal, at: Positions, i: int, s: Tensor, t: Tensor) -> Tensor:
     """d signal / d log p(y) at position `i`, for every token y, [V]; `s` and `t` are both models' log-probs there."""
     micro, row = at.micro, at.rows[i]
-    support: dict[str, Tensor] = {}
+    support: dict[str, Any] = {}
     if micro.support_ids is not None and micro.support_mask is not None:
         ids, exists = micro.support_ids[row], micro.support_mask[row]
         columns = {"student_support_logp": s[ids], "teacher_support_logp": t[ids], "support_mask": exists}
