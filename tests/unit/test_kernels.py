@@ -1,6 +1,6 @@
 """What a GPU runs is what a CPU runs: Triton's programs against the functions as they are written.
 
-On a CPU Triton interprets them, where it is installed (conftest.py); with OPD_TEST_DEVICE=cuda they are compiled and run.
+On a CPU Triton interprets them, where it is installed (conftest.py); with OPD_TEST_DEVICE=cuda they run compiled.
 """
 
 from __future__ import annotations
