@@ -10,7 +10,7 @@ start, after freed memory was handed back to the kernel.
 
 Where there is a GPU, step and loss race on it, with products of float32 in TF32; then peak memory is what torch
 allocated there, clocks are read when the GPU has finished, and what a side keeps in torch's cache is handed back before
-another one's turn. Such results stand in results/gpu.
+another one's turn. Their results stand in results/gpu. The other benchmarks are of CPUs, wherever they run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ import torch
 HERE = Path(__file__).resolve().parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
-RESULTS = HERE / "results" / ("gpu" if ON_GPU else ".")
+RESULTS = HERE / "results"
+RACED_ON_GPU = ("step", "loss")
 GIB = 2**30
-CALIBRATION_SIZE = 8192 if ON_GPU else 2048
 
 Record = dict[str, Any]
 
@@ -188,9 +188,10 @@ def take_turns(started: Mapping[str, Worker], request: Mapping[str, Any], rounds
     return answers
 
 
-def calibrate(seconds: float = 1.0) -> float:
+def calibrate(seconds: float = 1.0, device: torch.device = DEVICE) -> float:
     """GFLOP/s of a float32 matmul of size 2,048 (8,192 on a GPU): the median over about `seconds`."""
-    a, b = torch.randn(2, CALIBRATION_SIZE, CALIBRATION_SIZE, device=DEVICE).unbind()
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = torch.randn(2, size, size, device=device).unbind()
     torch.mm(a, b)
     wait_for_device()
     rates: list[float] = []
@@ -199,7 +200,7 @@ def calibrate(seconds: float = 1.0) -> float:
         start = time.perf_counter()
         torch.mm(a, b)
         wait_for_device()
-        rates.append(2 * CALIBRATION_SIZE**3 / (time.perf_counter() - start) / 1e9)
+        rates.append(2 * size**3 / (time.perf_counter() - start) / 1e9)
     return median(rates)
 
 
@@ -230,15 +231,21 @@ def machine() -> Record:
 @contextmanager
 def measured(benchmark: str) -> Iterator[Record]:
     """A result to fill, written to results/<benchmark>.json at the end, with the machine's rate before and after."""
+    on_gpu = ON_GPU and benchmark in RACED_ON_GPU
+    device, folder = (DEVICE, RESULTS / "gpu") if on_gpu else (torch.device("cpu"), RESULTS)
     started = time.perf_counter()
-    result: Record = {"benchmark": benchmark, "machine": machine(), "calibration_gflops": {"before": calibrate()}}
+    result: Record = {
+        "benchmark": benchmark,
+        "machine": machine(),
+        "calibration_gflops": {"before": calibrate(device=device)},
+    }
     say(f"{benchmark}: matmul at {result['calibration_gflops']['before']:.0f} GFLOP/s before")
     yield result
-    result["calibration_gflops"]["after"] = calibrate()
+    result["calibration_gflops"]["after"] = calibrate(device=device)
     result["seconds"] = time.perf_counter() - started
     say(f"{benchmark}: matmul at {result['calibration_gflops']['after']:.0f} GFLOP/s after; {result['seconds']:.0f} s")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{benchmark}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def say(line: str) -> None:

@@ -49,7 +49,8 @@ CONTESTANTS = ("opd", "trl_distillation", "trl_gkd", "bare")
 
 def pair() -> tuple[Any, Any, Any]:
     """(student, teacher, tokenizer), the same on every side."""
-    return causal_lm(STUDENT, seed=1), causal_lm(TEACHER, seed=2).requires_grad_(False), tokenizer()
+    teacher = causal_lm(TEACHER, seed=2, device=DEVICE).requires_grad_(False)
+    return causal_lm(STUDENT, seed=1, device=DEVICE), teacher, tokenizer()
 
 
 def racing_pair() -> tuple[Any, Any, Any]:

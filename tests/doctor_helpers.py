@@ -6,9 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import oracle
+import pytest
 import torch
 from helpers import byte_tokenizer, tiny
 
+from opd.doctor import bias
 from opd.doctor.examine import examine
 from opd.doctor.findings import Finding, Report
 from opd.doctor.pair import Pair, pair_up
@@ -129,3 +132,17 @@ def diagnosis(
 
 def finding(report: Report, name: str) -> Finding:
     return next(finding for finding in report.findings if finding.name == name)
+
+
+def all_positions(pair: Pair) -> list[bias.Positions]:
+    rollouts, micros = bias.phase_a(pair)
+    return list(bias.positions(pair, rollouts, micros))
+
+
+def check_expected_gradient(pair: Pair) -> None:
+    """In expectation over the token, the method's gradient is that of the exact reverse KL, at every position."""
+    for at in all_positions(pair):
+        ours = bias.expected_gradient(pair.method.signal, at)
+        for i in range(len(at.rows)):
+            wanted = oracle.grad_sampled_policy_gradient_mean(at.student[i].tolist(), at.teacher[i].tolist())
+            assert ours[i].tolist() == pytest.approx(wanted, abs=1e-9)

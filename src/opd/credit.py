@@ -32,6 +32,7 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
     """
 
     def credit(batch: Batch) -> Tensor:
+        """[B, T], the same along a response."""
         advantage = torch.zeros_like(batch.reward)
         unjudged = torch.tensor([one.unjudged is not None for one in batch.rollouts], device=batch.group.device)
         for group in range(int(batch.group.max()) + 1):

@@ -179,6 +179,7 @@ def measured(drift: Drift, budget: Budget | None = None) -> Observe:
     """
 
     def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
+        """The metrics of a step; the budget, if there is one, has learned from it."""
         lost = lost_tokens(drift, batch)
         alive = ((drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
         ended = [

@@ -70,7 +70,7 @@ def on(device: torch.device) -> Kernels:
 @cache
 def _on_gpu() -> Kernels:
     if find_spec("triton") is None:
-        warnings.warn("Triton is not installed: losses on the GPU take up to twice the time.", stacklevel=3)
+        warnings.warn("Triton is not installed: losses on the GPU take a kernel for every operation.", stacklevel=3)
         return AS_WRITTEN
     return Kernels(fused_log_normaliser, fused_into_probabilities, fused_into_gradient)
 

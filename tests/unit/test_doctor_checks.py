@@ -11,7 +11,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from doctor_helpers import CHAT, characters, chatting, pair_of, sums
+from doctor_helpers import CHAT, all_positions, characters, chatting, check_expected_gradient, pair_of, sums
 from helpers import byte_tokenizer, prompts_of, rollout_of, tiny
 from run_helpers import command, one_stage, prepare, self_taught, two_stages
 
@@ -287,11 +287,6 @@ def chain(pair: Pair) -> LanguageModel:
 # --- bias ------------------------------------------------------------------------------------------------------------
 
 
-def all_positions(pair: Pair) -> list[bias.Positions]:
-    rollouts, micros = bias.phase_a(pair)
-    return list(bias.positions(pair, rollouts, micros))
-
-
 @pytest.mark.parametrize(
     ("form", "gradient"),
     [
@@ -318,11 +313,7 @@ def oracle_free_reverse_kl(student_logp, teacher_logp):
 
 def test_the_sampled_token_is_unbiased_in_expectation(models):
     chosen = pair_of(*models, sums(4), method="opd", options={})
-    for at in all_positions(chosen):
-        ours = bias.expected_gradient(chosen.method.signal, at)
-        for i in range(len(at.rows)):
-            wanted = oracle.grad_sampled_policy_gradient_mean(at.student[i].tolist(), at.teacher[i].tolist())
-            assert ours[i].tolist() == pytest.approx(wanted, abs=1e-9)
+    check_expected_gradient(chosen)
     found = bias.truncation(chosen)
     assert found.level == "ok"
     assert found.numbers["cosine"] == pytest.approx(1.0)

@@ -89,7 +89,7 @@ class TransformersSampler:
             for sample in range(self.sampling.n)
         ]
         by_length = sorted(rows, key=lambda row: len(row.read))  # stable: a prompt's rows stay together
-        # Inference mode is faster, but keeps no copy of a weight that autocast has made.
+        # In inference mode autocast keeps no copy of a weight that it has cast.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         with evaluating(self.lm.model), self.lm.casting_once(), prepacked(self.lm) as logits_of, free:
             for start in range(0, len(rows), ROWS):

@@ -139,13 +139,10 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         return Check(what=f"accuracy at the end, {TOWARDS} minus {GRPO}", interval=interval, below=0.0)
 
     def faster(setting: str) -> list[Check]:
+        """Fewer updates, and a higher end."""
         shares = numbers.share_of_updates(setting, AWAY)
         return [
-            Check(
-                what=f"updates to GRPO's last accuracy, {AWAY} over {GRPO}",
-                interval=over_seeds(shares),
-                below=1.0,
-            ),
+            Check(what=f"updates to GRPO's last accuracy, {AWAY} over {GRPO}", interval=over_seeds(shares), below=1.0),
             Check(
                 what=f"accuracy at the end, {AWAY} minus {GRPO}",
                 interval=differences(numbers.end(setting, AWAY), numbers.end(setting, GRPO)),
@@ -154,6 +151,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         ]
 
     def gate(setting: str) -> list[Check]:
+        """What the gate holds up, and what comes of it."""
         return [
             Check(
                 what="teacher's entropy at the end over that of the warm-up, no gate",

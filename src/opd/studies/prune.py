@@ -15,14 +15,12 @@ that a stop saves are not time that it saves.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from opd.studies import ablation, length, report
-from opd.studies.ablation import START, Numbers, Setting
+from opd.studies.ablation import START, Numbers, Setting, Size
 from opd.studies.distilling import Distillation, Trained, distil_all, held_out
-from opd.studies.lab import SORTERS, Lab, Pair, PairSize
+from opd.studies.lab import Lab, Pair
 from opd.studies.outcome import Check, Finding, Outcome, finding, over_seeds
 
 K = 12  # of 17 tokens; with a few the released form runs away (recipe rethinking_opd)
@@ -57,6 +55,7 @@ SETTINGS: dict[str, Setting] = {
         if setting == "A" or name == "stop"
     },
 }
+SIZE = Size(seeds=(0, 1, 2, 3, 4), steps=100)
 # The rules: shares of the unpruned run's tokens and seconds, nats a token, shares of right answers.
 TOKENS = 0.7
 SECONDS = 1 - 0.376  # the least that the paper saved
@@ -64,19 +63,9 @@ SAME_KL = 0.05
 SAME_ACCURACY = -0.05
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Size:
-    """Seeds (a pair each), updates, prompts a step, and how the pairs learn."""
-
-    seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    steps: int = 100
-    prompts_per_step: int = 64
-    pair: PairSize = SORTERS
-
-
 def run(lab: Lab, size: Size | None = None) -> Outcome:
     """All settings from every pair, and what each cost."""
-    size = size or Size()
+    size = size or SIZE
     numbers = measure(lab, size)
     return Outcome(
         setup=(

@@ -26,6 +26,7 @@ def reading_along(
     """Begins a reading: a function of unfinished responses, as they are so far, that gives what the method asks for."""
 
     def begin() -> Callable[[Sequence[Rollout]], list[Scores]]:
+        """A reading with nothing read yet; each teacher of several has its own."""
         readers: dict[int, ReadsAlong] = {}
 
         def score(rollouts: Sequence[Rollout]) -> list[Scores]:
