@@ -8,7 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeAlias
@@ -75,20 +75,20 @@ def serving(rule: Rule = judging) -> Iterator[Server]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
+            assert self.path == "/v1/chat/completions"
             with server.lock:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             try:
-                assert self.path == "/v1/chat/completions"
-                self._say(server.answer(json.loads(body), dict(self.headers)))
-            except (BrokenPipeError, ConnectionResetError):
-                pass  # a client that has given up
-            finally:
+                said = server.answer(json.loads(body), dict(self.headers))
+                time.sleep(said.wait_s)
+            finally:  # before the answer goes out: a client that has it may ask again before this thread runs on
                 with server.lock:
                     server.at_once -= 1
+            with suppress(BrokenPipeError, ConnectionResetError):  # a client that has given up
+                self._say(said)
 
         def _say(self, said: Said) -> None:
-            time.sleep(said.wait_s)
             if said.hang_up:
                 self.connection.close()
                 return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,15 +73,30 @@ def test_the_body_takes_a_field_back(server: Server):
 
 
 def test_questions_go_out_together_but_no_more_than_allowed(server: Server):
-    server.rule = lambda text: replace(completion(text), wait_s=0.05)
-    replies = dict(endpoint(server, concurrency=3).ask([question(str(i)) for i in range(9)]))
+    together = threading.Barrier(3, timeout=30)
+
+    def rule(text: str) -> Said:
+        together.wait()
+        return replace(completion(text), wait_s=0.05)
+
+    server.rule = rule
+    replies = dict(endpoint(server, concurrency=3, timeout_s=60).ask([question(str(i)) for i in range(9)]))
     assert {i: reply.text for i, reply in replies.items()} == {i: str(i) for i in range(9)}
     assert server.most_at_once == 3
 
 
 def test_answers_come_as_they_are_ready(server: Server):
-    server.rule = lambda text: replace(completion(text), wait_s=0.5 if text == "slow" else 0.0)
-    order = [reply.text for _, reply in endpoint(server).ask([question("slow"), question("quick")])]
+    quick_is_here = threading.Event()
+
+    def rule(text: str) -> Said:
+        assert text == "quick" or quick_is_here.wait(timeout=30)
+        return completion(text)
+
+    server.rule = rule
+    order: list[str | None] = []
+    for _, reply in endpoint(server, timeout_s=60).ask([question("slow"), question("quick")]):
+        order.append(reply.text)
+        quick_is_here.set()
     assert order == ["quick", "slow"]
 
 
@@ -119,19 +135,19 @@ def test_what_does_not_pass_is_not_tried_again(server: Server, status: int):
 
 
 def test_a_server_that_says_nothing_is_given_up_in_time(server: Server):
-    server.script = [Said(wait_s=3.0, body=b"")] * 2
+    server.script = [Said(wait_s=60.0, body=b"")] * 2
     started = time.monotonic()
     failed = one(endpoint(server, timeout_s=0.2, retries=1))
     assert failed == Reply(failure="no answer within 0.2 s", requests=2)
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30
 
 
 def test_a_server_that_trickles_is_given_up_in_time(server: Server):
-    server.script = [replace(completion("x" * 500), trickle_s=0.02)]
+    server.script = [replace(completion("x" * 500), trickle_s=0.1)]
     started = time.monotonic()
     failed = one(endpoint(server, timeout_s=0.3, retries=0))
     assert failed.failure == "no answer within 0.3 s"
-    assert time.monotonic() - started < 2.0
+    assert time.monotonic() - started < 30
 
 
 def test_nobody_there():
@@ -147,20 +163,19 @@ def busy(after: str | None, status: int = 429) -> Said:
     return Said(status=status, body={"error": "slow down"}, headers=() if after is None else (("Retry-After", after),))
 
 
-@pytest.mark.parametrize("after", ["0.2", None], ids=["seconds", "no header"])
-def test_a_busy_server_is_waited_for_and_that_costs_no_retry(server: Server, after: str | None):
+@pytest.mark.parametrize(("after", "least"), [("0.2", 0.6), (None, 0.07)], ids=["seconds", "no header"])
+def test_a_busy_server_is_waited_for_and_that_costs_no_retry(server: Server, after: str | None, least: float):
     server.script = [busy(after)] * 3
     started = time.monotonic()
     assert one(endpoint(server, retries=0)) == Reply(text="about ?", requests=4)
-    assert (time.monotonic() - started >= 0.6) == (after is not None)
+    assert time.monotonic() - started >= least
 
 
 def test_a_busy_server_may_say_a_date(server: Server):
-    soon = datetime.now(UTC) + timedelta(seconds=2)
+    soon = (datetime.now(UTC) + timedelta(seconds=2)).replace(microsecond=0)
     server.script = [busy(format_datetime(soon, usegmt=True), status=503)]
-    started = time.monotonic()
     assert one(endpoint(server, retries=0)).requests == 2
-    assert 0.5 < time.monotonic() - started < 3.0
+    assert datetime.now(UTC) > soon - timedelta(seconds=0.1)
 
 
 def test_a_server_that_stays_busy_is_given_up(server: Server):
