@@ -168,7 +168,7 @@ def start(folder: Path, *arguments: str) -> Ended:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     return Ended(done.returncode, done.stdout, done.stderr)
@@ -270,7 +270,7 @@ class Forks:
         return Ended(int(self._process.stdout.readline()), out.read_text(), err.read_text())
 
     def close(self) -> None:
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=300)
 
 
 def serve() -> None:
@@ -310,7 +310,7 @@ def _world(job: Mapping[str, Any]) -> int:
     return next((code for code in _codes(children) if code), 0)
 
 
-def _codes(children: list[int], patience: float = 30.0) -> list[int]:
+def _codes(children: list[int], patience: float = 120.0) -> list[int]:
     """Exit codes in the order in which they come; 97 for all if one runs on for `patience` seconds after a failure."""
     codes: list[int] = []
     running, until = set(children), float("inf")
