@@ -9,11 +9,11 @@ from functools import cache
 from opd.errors import ConfigError, DataError
 from opd.filters import PASS
 from opd.needs import needing
-from opd.solutions import Solutions
+from opd.solutions import Solutions, showing
 from opd.templates import fields_of, with_question
 from opd.types import Context, Message, Prompt, Rollout
 
-VERDICTS = ("correct", "wrong")
+VERDICTS = ("correct", "incorrect")
 FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")
 
 # The kinds of privileged information of arXiv 2605.11182 that differ from prompt to prompt, as arguments of
@@ -37,13 +37,12 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
         "right in it, correct what is not, and solve the problem."
     },
+    # Of arXiv 2605.11609 (App. C), in its words: a solution that is not the response's own, and what became of that.
+    "verified": {
+        "template": "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is "
+        "{verdict}.\n\nNow solve this problem step by step."
+    },
 }
-
-# What the teacher of arXiv 2605.11609 reads (App. C): a solution that is not its own, and what became of its own.
-VERIFIED = (
-    "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is {verdict}.\n\n"
-    "Now solve this problem step by step."
-)
 
 
 @cache
@@ -59,6 +58,7 @@ def privileged(
     template: str | None = None,
     prefill: str | None = None,
     verdicts: tuple[str, str] = VERDICTS,
+    solutions: Solutions | None = None,
 ) -> Context:
     """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this one.
 
@@ -72,7 +72,10 @@ def privileged(
         {attempt}              the response that the student has just written, which the teacher scores
         {verdict}              `verdicts[0]` where the stage's reward is at least `filters.PASS`, else `verdicts[1]`
 
-    Raises ConfigError when nothing is given, or for an unknown field.
+    `solutions`, where given, finds what stands in {privileged_context}, one text a response; a response without one is
+    read with its prompt alone.
+
+    Raises ConfigError when nothing is given, for an unknown field, or where solutions are found and not shown.
     """
     if system is None and not examples and template is None and prefill is None:
         raise ConfigError(
@@ -84,44 +87,27 @@ def privileged(
         fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
     if prefill is not None:
         fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
+    if solutions is not None and "privileged_context" not in fields:
+        raise ConfigError(
+            "The solution found for a response stands in {privileged_context}, and neither the template nor the "
+            f"prefill shows it; got template {template!r:.80} and prefill {prefill!r:.80}. Put it where it belongs."
+        )
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
-        return [_enriched(rollout, system, examples, template, prefill, verdicts) for rollout in rollouts]
+        read = rollouts if solutions is None else showing(rollouts, solutions(rollouts))
+        return [
+            rollout.prompt if one is None else _enriched(one, system, examples, template, prefill, verdicts)
+            for rollout, one in zip(rollouts, read, strict=True)
+        ]
 
     needs = fields & {"privileged_context", "answer"}
+    if solutions is not None:
+        needs = needs - {"privileged_context"} | {"reward", "group", "attempt"}
     if fields & {"attempt", "verdict"}:
         needs |= {"attempt"}
     if "verdict" in fields:
         needs |= {"reward"}
     return needing(context, *needs)
-
-
-def verified(
-    solutions: Solutions, *, template: str = VERIFIED, verdicts: tuple[str, str] = ("correct", "incorrect")
-) -> Context:
-    """The teacher reads a verified solution, as {privileged_context}, and the verdict on the response that it scores.
-
-    The fields of `template` are those of `privileged`. A response without a solution is read with its prompt alone.
-    Raises ConfigError for an unknown field, or a template that does not show the solution.
-    """
-    fields = fields_of("A context's template", template, FIELDS, needed="prompt")
-    if "privileged_context" not in fields:
-        raise ConfigError(
-            f"The solution that the teacher is to read stands in {{privileged_context}}; the template {template!r:.80} "
-            "has no such field. Put it where the solution belongs."
-        )
-
-    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
-        read: list[Prompt] = []
-        for rollout, solution in zip(rollouts, solutions(rollouts), strict=True):
-            if solution is None:
-                read.append(rollout.prompt)
-                continue
-            solved = replace(rollout, prompt=replace(rollout.prompt, privileged_context=solution))
-            read.append(_enriched(solved, None, (), template, None, verdicts))
-        return read
-
-    return needing(context, "reward", "group", "attempt", *(fields & {"answer"}))
 
 
 def _enriched(

@@ -13,7 +13,7 @@ from torch.nn.functional import softplus
 
 from opd.errors import ConfigError
 from opd.needs import needing, needs_of, reads, turned
-from opd.solutions import Solutions
+from opd.solutions import Solutions, solved
 from opd.types import Batch, Credit
 
 
@@ -73,11 +73,7 @@ def discounted(gamma: float) -> Credit:
 
 
 def away_from_teacher(
-    strength: Callable[[], float],
-    solutions: Solutions,
-    *,
-    shape: Literal["jsd", "reverse_kl"] = "jsd",
-    allow_sign_conflict: bool = False,
+    strength: float, found: Solutions, *, shape: Literal["jsd", "reverse_kl"] = "jsd", allow_sign_conflict: bool = False
 ) -> Credit:
     """-strength phi(u), u = log q(y) - log p(y): the ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
 
@@ -85,10 +81,13 @@ def away_from_teacher(
                 most strength (log 2) / 2, for tokens of which the teacher thinks nothing, and about -u/2 at large u
     reverse_kl  phi(u) = u: that of KL(p||q), without a bound
 
-    p is the policy that wrote the response, as recorded. 0 in a response without a solution (`solutions`), whose
+    p is the policy that wrote the response, as recorded. 0 in a response without a solution (`found`), whose
     teacher has read nothing that the student has not. A method that also draws the student towards its teacher is
-    refused by `opd check` unless `allow_sign_conflict` says that this is meant.
+    refused by `opd check` unless `allow_sign_conflict` says that this is meant. Raises ConfigError for a strength below
+    0, which would draw it there too.
     """
+    if not 0 <= strength < math.inf:
+        raise ConfigError(f"The strength of the way from the teacher is at least 0 and finite, got {strength}.")
     phis: dict[str, Callable[[Tensor], Tensor]] = {
         "jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)),
         "reverse_kl": lambda u: u,
@@ -96,10 +95,8 @@ def away_from_teacher(
     phi = phis[shape]
 
     def credit(batch: Batch) -> Tensor:
-        solved = [solution is not None for solution in solutions(batch.rollouts)]
-        teaches = torch.tensor(solved, device=batch.mask.device)[:, None] & batch.mask  # [B, T]
-        advantage = -strength() * phi(batch.teacher_logp - batch.policy_logp)
-        return advantage.masked_fill(~teaches, 0.0)
+        advantage = -strength * phi(batch.teacher_logp - batch.policy_logp)
+        return advantage.masked_fill(~(solved(found, batch)[:, None] & batch.mask), 0.0)
 
     allowed = ["sign_conflict"] if allow_sign_conflict else []
     return needing(credit, "teacher_logp", "policy_logp", "reward", "group", "ascends", *allowed)
@@ -115,7 +112,9 @@ def add(*parts: Credit) -> Credit:
     return needing(credit, *needs_of(*parts), *unsaid)
 
 
-def scale(factor: float, credit: Credit) -> Credit:
-    """`factor` times a credit."""
+def scale(factor: float | Callable[[], float], credit: Credit) -> Credit:
+    """`factor` times a credit; where something says it of the step that was observed last, it is at least 0."""
     needs = needs_of(credit) | ({"teacher_logp"} if reads(credit, "teacher_logp") else frozenset[str]())
+    if callable(factor):
+        return needing(lambda batch: factor() * credit(batch), *needs)
     return needing(lambda batch: factor * credit(batch), *(turned(needs) if factor < 0 else needs))

@@ -6,11 +6,16 @@ the same function of the rollouts, so that they agree on which responses have on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
+import torch
+from torch import Tensor
+
 from opd.filters import PASS
-from opd.types import Rollout
+from opd.needs import needing
+from opd.types import Batch, Gather, Observe, Rollout
 
 Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one a rollout, None where there is none
 
@@ -32,6 +37,28 @@ def from_peers(column: str | None = "privileged_context") -> Solutions:
         return [_given(r, column) if peer is None else peer for r, peer in zip(rollouts, found, strict=True)]
 
     return solutions
+
+
+def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Rollout | None]:
+    """The rollouts with what was found as their prompt's `privileged_context`; None where nothing was."""
+    return [
+        None if text is None else replace(rollout, prompt=replace(rollout.prompt, privileged_context=text))
+        for rollout, text in zip(rollouts, found, strict=True)
+    ]
+
+
+def solved(solutions: Solutions, batch: Batch) -> Tensor:
+    """The responses whose teacher reads a solution, [B] bool."""
+    return torch.tensor([text is not None for text in solutions(batch.rollouts)], device=batch.mask.device)
+
+
+def counted(solutions: Solutions) -> Observe:
+    """context/unsolved: how many responses of the step, in all processes, are read with their prompt alone."""
+
+    def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
+        return {"context/unsolved": float(sum(gather(int((~solved(solutions, batch)).sum()))))}
+
+    return needing(observe)
 
 
 def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:

@@ -457,6 +457,7 @@ CASES: dict[str, list[Case]] = {
             {"template": HINT, "k": 4},
             learns=False,
         ),
+        case(compared("reverse_kl"), {**ALL_TOKENS, "template": HINT, "peers": True}, fixed_point=False, learns=False),
         case(
             compared("generalised_jsd", k=3),
             {

@@ -17,7 +17,7 @@ from run_helpers import one_stage, prepare, tiny_model
 from torch import Tensor
 
 import opd
-from opd import contexts, credit, divergences, methods, signals, supports
+from opd import contexts, credit, divergences, methods, signals, solutions, supports
 from opd.check_method import check_signs
 from opd.errors import ConfigError, DataError
 from opd.gates import EntropyGate
@@ -65,7 +65,7 @@ def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
 
 
 def ascent(strength: float = 1.0, shape: Literal["jsd", "reverse_kl"] = "jsd") -> Any:
-    return credit.away_from_teacher(lambda: strength, ALL, shape=shape)
+    return credit.away_from_teacher(strength, ALL, shape=shape)
 
 
 def of_ratio(u: Tensor, **settings: Any) -> Tensor:
@@ -131,7 +131,7 @@ def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
     teacher[0, 3] = policy[0, 3] = math.nan  # padding
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 3] = mask[1, 1] = False
-    only = credit.away_from_teacher(lambda: 0.5, lambda rollouts: ["x", "x", None])
+    only = credit.away_from_teacher(0.5, lambda rollouts: ["x", "x", None])
     got = only(batch_of(teacher, policy, mask=mask))
     assert got[~mask].tolist() == [0.0, 0.0]
     assert got[2].tolist() == [0.0] * 4
@@ -195,7 +195,8 @@ def test_another_prompts_response_is_no_peer_and_a_twin_is_not_either():
 
 
 def test_the_teacher_reads_the_papers_words():
-    read = contexts.verified(from_peers())([response(0, 1.0, text="a right one"), response(1, 0.0)])
+    context = methods.build("anti_sd", {}).context
+    read = context([response(0, 1.0, text="a right one"), response(1, 0.0)])
     assert [prompt.content for prompt in read] == [
         "ab\n\nYour previous attempt:\nhg\n\nPrevious assessment: Your answer is correct.\n\n"
         "Now solve this problem step by step.",
@@ -206,7 +207,8 @@ def test_the_teacher_reads_the_papers_words():
 
 def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_solution_reads_its_prompt():
     chat = replace(PROMPT, content=({"role": "system", "content": "s"}, {"role": "user", "content": "ab"}))
-    context = contexts.verified(from_peers(None), template="{privileged_context}{{}}{prompt}{verdict}")
+    template = "{privileged_context}{{}}{prompt}{verdict}"
+    context = contexts.privileged(template=template, solutions=from_peers(None))
     read = context([response(0, 1.0, text="{x}", prompt=chat), response(1, 0.0, prompt=chat)])
     assert read[0] == chat
     assert [m["content"] for m in read[1].content if isinstance(m, dict)] == ["s", "{x}{}abincorrect"]
@@ -215,7 +217,7 @@ def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_sol
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{prompt}", r"stands in \{privileged_context\}; the template '\{prompt\}' has no such field. Put it where"),
+        ("{prompt}", r"stands in \{privileged_context\}, and neither .* shows it; got template '\{prompt\}'"),
         ("{privileged_context}", r"\{prompt\} \(needed\)"),
         ("{prompt}{solution}{privileged_context}", r"has the fields .*; got \['privileged_context', 'prompt', 'solu"),
     ],
@@ -227,13 +229,13 @@ def test_a_template_that_shows_no_solution_is_refused(template: str, message: st
 
 def test_a_verdict_without_a_reward_is_an_error():
     with pytest.raises(DataError, match=r"response to prompt 4 has no reward"):
-        contexts.verified(from_peers())([response(0, None)])
+        methods.build("anti_sd", {}).context([response(0, None)])
 
 
 def test_a_response_whose_judge_failed_is_read_with_its_prompt_alone():
     failed = replace(response(0, None), unjudged="the server is out")
     assert from_peers()([failed, response(1, 0.0)]) == [None, "hg"]
-    read = contexts.verified(from_peers())([failed, response(1, 0.0)])
+    read = methods.build("anti_sd", {}).context([failed, response(1, 0.0)])
     assert read[0] == PROMPT
     assert "is incorrect" in str(read[1].content)
 
@@ -255,9 +257,9 @@ def run_gate(gate: EntropyGate, medians: Sequence[float]) -> list[float]:
     strengths: list[float] = []
     for median in medians:
         metrics = gate(entropies(median - 0.125, median, median + 0.5), alone)
-        assert metrics["gate/strength"] == gate.strength()
+        assert metrics["gate/open"] == gate.factor()
         assert metrics["gate/teacher_entropy"] == pytest.approx(median)
-        strengths.append(gate.strength())
+        strengths.append(gate.factor())
     return strengths
 
 
@@ -266,28 +268,29 @@ MEDIANS = [1.0, 1.5, 0.5, 1.25, 0.75, 0.95, 0.94, 0.925, 0.95, 0.99, 1.0, 0.94, 
 
 
 def test_the_gate_warms_up_closes_and_opens_with_hysteresis():
-    expected = oracle.entropy_gate(MEDIANS)
-    assert expected[5:] == [0.5, 0.5, 0.0, 0.0, 0.0, 0.5, 0.5, 0.0, 0.5]
-    assert run_gate(EntropyGate(0.5, ALL, closes_below=0.93, warm_up=5), MEDIANS) == expected
+    expected = oracle.entropy_gate(MEDIANS, most=1.0)
+    assert expected[5:] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert run_gate(EntropyGate(ALL, closes_below=0.93, warm_up=5), MEDIANS) == expected
 
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("stop", [2, 5, 9, 20])
 def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
     medians = (1 + 0.1 * logits(seed, 40, scale=1.0).cumsum(0)).abs().float().tolist()
-    expected = oracle.entropy_gate(medians, most=2.0, share=0.9, warm_up=4)
-    assert {*expected[4:]} == {0.0, 2.0} or seed not in (0, 1)
-    first, second = (EntropyGate(2.0, ALL, closes_below=0.9, warm_up=4) for _ in range(2))
+    expected = oracle.entropy_gate(medians, most=1.0, share=0.9, warm_up=4)
+    assert {*expected[4:]} == {0.0, 1.0} or seed not in (0, 1)
+    first, second = (EntropyGate(ALL, closes_below=0.9, warm_up=4) for _ in range(2))
     before = run_gate(first, medians[:stop])
     second.memory().load_state_dict(first.memory().state_dict(), first.memory().tensors())
     assert before + run_gate(second, medians[stop:]) == expected
 
 
-def test_a_gate_that_never_closes_is_open_from_the_first_step():
-    gate = EntropyGate(0.5, ALL, closes_below=None, warm_up=2)
-    assert gate.strength() == 0.5
-    assert run_gate(gate, [1.0, 0.5, 1e-3, 3.0]) == [0.5] * 4
-    assert gate(entropies(1.0), alone)["gate/warm_entropy"] == pytest.approx(0.75)
+def test_without_a_gate_the_strength_is_whole_from_the_first_step():
+    free, gated = (methods.build("anti_sd", {"gate": gate, "strength": 0.5}) for gate in (False, True))
+    batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
+    pushed = free.credit(batch) - gated.credit(batch)
+    assert torch.equal(gated.credit(batch), credit.group_reward()(batch))
+    assert pushed == pytest.approx(credit.away_from_teacher(0.5, from_peers())(batch))
 
 
 def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solution():
@@ -295,41 +298,49 @@ def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solutio
     mask = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
     nothing = torch.zeros_like(rows)
     mine = batch_of(nothing, nothing, mask=mask, entropy=rows)
-    theirs = (torch.tensor([0.3, 0.25, 6.0]), 2)
-    gate = EntropyGate(0.5, lambda rollouts: ["x", "x", None], closes_below=0.93, warm_up=1)
+    theirs = torch.tensor([0.3, 0.25, 6.0])
+    gate = EntropyGate(lambda rollouts: ["x", "x", None], closes_below=0.93, warm_up=1)
     metrics = gate(mine, lambda value: [theirs, value])
     expected = oracle.lower_median([0.1, 0.9, 0.4, 0.2, 0.3, 0.25, 6.0])
     assert metrics["gate/teacher_entropy"] == pytest.approx(expected)
-    assert metrics["gate/unsolved"] == 3.0
+
+
+def test_who_read_no_solution_is_counted_in_all_processes():
+    nothing = torch.zeros(3, 2)
+    counted = solutions.counted(lambda rollouts: ["x", None, None])
+    assert counted(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
 
 
 def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
     solved = True
-    gate = EntropyGate(0.5, lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
+    gate = EntropyGate(lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
     run_gate(gate, [1.0])
     solved = False
     metrics = gate(entropies(0.1), alone)
     assert "gate/teacher_entropy" not in metrics
-    assert (metrics["gate/strength"], metrics["gate/unsolved"]) == (0.0, 1.0)
+    assert metrics["gate/open"] == 0.0
     solved = True
-    assert run_gate(gate, [1.0, 1.0, 0.5]) == [0.0, 0.5, 0.0]
+    assert run_gate(gate, [1.0, 1.0, 0.5]) == [0.0, 1.0, 0.0]
     solved = False
     assert gate(entropies(9.0), alone)["gate/open"] == 0.0
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"strength": -0.1}, {"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}, {"strength": math.inf}],
-)
+@pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])
 def test_a_gate_that_makes_no_sense_is_refused(options: dict[str, float]):
-    with pytest.raises(ConfigError, match=r"strength that is not negative, closes below .* got strength"):
+    with pytest.raises(ConfigError, match=r"closes below .* got closes_below"):
         methods.build("anti_sd", options)
+
+
+@pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
+def test_a_strength_that_makes_no_sense_is_refused(strength: float):
+    with pytest.raises(ConfigError, match=r"at least 0 and finite, got"):
+        methods.build("anti_sd", {"strength": strength})
 
 
 # --- two that pull against each other --------------------------------------------------------------------------------
 
-AWAY = credit.away_from_teacher(lambda: 0.5, ALL)
-ALLOWED = credit.away_from_teacher(lambda: 0.5, ALL, allow_sign_conflict=True)
+AWAY = credit.away_from_teacher(0.5, ALL)
+ALLOWED = credit.away_from_teacher(0.5, ALL, allow_sign_conflict=True)
 PG = signals.policy_gradient(signals.credit)
 KL = signals.divergence("reverse_kl")
 
@@ -408,18 +419,18 @@ def test_a_run_warms_up_and_then_drives_away(work: Path):
     """The gate's decisions are the oracle's for the medians that the run logs; the reward alone trains before."""
     rows = opd.run(stage(), quiet=True).metrics
     medians = [row["gate/teacher_entropy"] for row in rows]
-    assert [row["gate/strength"] for row in rows] == oracle.entropy_gate(medians)
-    assert all(row["gate/unsolved"] == 0 for row in rows)
+    assert [row["gate/open"] for row in rows] == oracle.entropy_gate(medians, most=1.0)
+    assert all(row["context/unsolved"] == 0 for row in rows)
     assert rows[-1]["gate/warm_entropy"] == pytest.approx(sum(medians[:5]) / 5)
     plain = opd.run(stage(method="grpo", options={}) | {"output_dir": "plain"}, quiet=True).metrics
     assert [row["train/loss"] for row in rows[:5]] == [row["train/loss"] for row in plain[:5]]
-    assert any(row["gate/strength"] for row in rows)
+    assert any(row["gate/open"] for row in rows)
     assert [row["optim/grad_norm"] for row in rows] != [row["optim/grad_norm"] for row in plain]
 
 
 def test_responses_without_any_solution_are_counted(work: Path):
     rows = opd.run(stage(options={"template": "{privileged_context}{prompt}", "solution": None}), quiet=True).metrics
-    assert any(row["gate/unsolved"] > 0 for row in rows)
+    assert any(row["context/unsolved"] > 0 for row in rows)
 
 
 @pytest.mark.parametrize(

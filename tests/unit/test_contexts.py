@@ -15,6 +15,7 @@ from opd import contexts, methods
 from opd.errors import ConfigError, DataError
 from opd.needs import needs_of
 from opd.render import render
+from opd.solutions import from_peers
 from opd.types import Prompt, Rollout
 
 LM = tiny()
@@ -39,7 +40,7 @@ CHAT = replace(PROMPT, content=({"role": "system", "content": "s"}, {"role": "us
 def test_every_field_has_its_value():
     template = "{prompt}|{privileged_context}|{answer}|{attempt}|{verdict}"
     assert read(template=template).content == "ab|hg|7|cd|correct"
-    assert read(template=template, reward=0.5).content == "ab|hg|7|cd|wrong"
+    assert read(template=template, reward=0.5).content == "ab|hg|7|cd|incorrect"
     assert read(template=template, reward=0.0, verdicts=("right", "not so")).content == "ab|hg|7|cd|not so"
     assert read(CHAT, template=template).content[1]["content"] == "ab|hg|7|cd|correct"
 
@@ -79,6 +80,7 @@ def test_a_prefill_stands_behind_the_generation_prompt():
         ("solution", ["ab\n\n", "solution:\nhg\n"]),
         ("history", ["ab\n\n", "Earlier attempts at this problem, in summary:\nhg\n", "avoid what did not"]),
         ("feedback", ["ab\n\n", "attempt:\ncd\n", "checked and is correct."]),
+        ("verified", ["ab\n\n", "previous attempt:\nhg\n", "Your answer is correct."]),
     ],
 )
 def test_the_kinds_of_information_of_the_paper(kind: str, parts: list[str]):
@@ -107,6 +109,8 @@ def test_a_hint_is_hidden_in_the_think_block():
         ({"information": "solution"}, {"privileged_context"}),
         ({"information": "hint"}, {"answer"}),
         ({"information": "feedback"}, {"attempt", "reward"}),
+        ({"information": "verified"}, {"attempt", "reward", "privileged_context"}),
+        ({"information": "solution", "peers": True}, {"attempt", "reward", "group"}),
         ({"template": "{prompt}{attempt}"}, {"attempt"}),
         ({"system": "s", "prefill": "{privileged_context}"}, {"privileged_context"}),
     ],
@@ -119,6 +123,10 @@ def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
     ("context", "message"),
     [
         ({}, r"give `system`, `examples`, `template` or `prefill`"),
+        (
+            {"system": "s", "solutions": from_peers()},
+            r"neither the template nor the prefill shows it; got template None",
+        ),
         (
             {"template": "{question}{prompt}"},
             r"context's template has the fields \{prompt\} \(needed\), \{privileged_c",
@@ -185,10 +193,23 @@ def opsd(**stage: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("information", contexts.INFORMATION)
 def test_a_run_with_each_kind_of_information(work: Path, information: str):
-    reward = {"name": "final_number"} if information == "feedback" else None
+    reward = {"name": "final_number"} if information in ("feedback", "verified") else None
     run = opd.run(opsd(options={"information": information}, reward=reward), quiet=True)
     assert [row["step"] for row in run.metrics] == [1, 2]
     assert all(row["train/loss"] > 0 for row in run.metrics), "the teacher reads something else than the student"
+
+
+def test_right_peers_may_be_the_solutions_and_who_has_none_is_counted(work: Path):
+    rows = [{"prompt": "1+1=", "answer": 2}, {"prompt": "1+2=", "answer": 3, "privileged_context": "three"}]
+    write_rows(work / "mine.jsonl", rows)
+    options = {"information": "solution", "peers": True}
+    sampling = {"n": 3, "max_completion_length": 3}
+    recipe = opsd(options=options, reward={"name": "final_number"}, data={"path": "mine.jsonl"}, sampling=sampling)
+    run = opd.run(recipe, quiet=True)
+    assert [row["context/unsolved"] for row in run.metrics] == [3.0, 3.0], "one of two prompts, and nobody is right"
+    recipe["stages"][0]["sampling"] = {"n": 1}
+    with pytest.raises(ConfigError, match="needs several responses to a prompt"):
+        opd.run(recipe, quiet=True)
 
 
 def test_rows_without_an_answer_are_named_before_training(work: Path):

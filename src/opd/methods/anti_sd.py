@@ -11,11 +11,11 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
 | paper | here |
 |---|---|
 | pi_S, pi_T | p, the student, and q, the student that also reads c (`teachers.self_live`) |
-| c: a right response of the group, else the data's solution, and the verdict | `contexts.verified`, `solution` |
+| c: a right response of the group, else the data's solution, and the verdict | `contexts.INFORMATION`, `solution` |
 | A^seq | `credit.group_reward` |
 | -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.away_from_teacher`, `shape` |
 | lambda_max, W, 0.93 | `strength`, `warm_up`, `closes_below` |
-| g, H, H_warm | `gates.EntropyGate`; `gate=False` is the paper's "no gate" |
+| g, H, H_warm | `gates.EntropyGate`; with `gate=False`, the paper's "no gate", it is only logged |
 | GRPO's loss, clip ratio 0.2 | `signals.policy_gradient`, `clip` |
 
 Self-distillation, A^seq + lambda u, rewards what the solution makes likelier and punishes "wait" and "maybe". The sign
@@ -24,13 +24,13 @@ log p(c | x, y) - log p(c | x) (Lemma 3).
 
 Differs from the paper: it does not say how H_warm is made of the five steps' medians (here their mean), how the gate
 begins (open), and how the context breaks its lines. The solution is never the response itself. A response without any
-solution, a right peer's or the data's, has A^seq alone and is counted (`gate/unsolved`). The released code was not
+solution, a right peer's or the data's, has A^seq alone and is counted (`context/unsolved`). The released code was not
 read; it is said to gate on perplexity, with a lambda in between.
 """
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, signals, solutions, teachers
+from opd import contexts, credit, normalise, observers, signals, solutions, teachers
 from opd.gates import EntropyGate
 from opd.method import Method
 
@@ -49,14 +49,15 @@ def anti_sd(
     allow_sign_conflict: bool = False,
 ) -> Method:
     """GRPO with a bounded push away from the solution-reading self; `solution` is the column where no peer is right."""
+    words = contexts.INFORMATION["verified"]["template"] if template is None else template
     found = solutions.from_peers(solution)
-    entropy = EntropyGate(strength, found, closes_below=closes_below if gate else None, warm_up=warm_up)
-    ascent = credit.away_from_teacher(entropy.strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
+    entropy = EntropyGate(found, closes_below=closes_below, warm_up=warm_up)
+    ascent = credit.away_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
     return Method(
-        context=contexts.verified(found, template=contexts.VERIFIED if template is None else template),
+        context=contexts.privileged(template=words, solutions=found),
         teacher=teachers.self_live(),
-        observe=entropy,
-        credit=credit.add(credit.group_reward(), ascent),
+        observe=observers.all_of(solutions.counted(found), entropy),
+        credit=credit.add(credit.group_reward(), credit.scale(entropy.factor, ascent) if gate else ascent),
         signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
         state={"gate": entropy.memory()},

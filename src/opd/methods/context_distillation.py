@@ -22,11 +22,14 @@ the normalised geometric mean of the teachers (eq. 10-11), which may obey none o
 
 Differs from the paper: positions whose intersection is empty have no loss and stay in the mean. The words of
 `information` are ours (`contexts.INFORMATION`). With feedback the teacher reads what it scores.
+`information="verified"` and `peers` are the context of arXiv 2605.11609, whose control learns towards it: with `peers`
+the `privileged_context` is a right response of the group where there is one; a response for which there is neither is
+read with its prompt alone and counted (`context/unsolved`).
 """
 
 from typing import Literal
 
-from opd import contexts, normalise, signals, supports, teachers
+from opd import contexts, normalise, observers, signals, solutions, supports, teachers
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.types import Context
@@ -37,7 +40,8 @@ def context_distillation(
     examples: list[tuple[str, str]] | None = None,
     template: str | None = None,
     prefill: str | None = None,
-    information: Literal["answer", "solution", "hint", "history", "feedback"] | None = None,
+    information: Literal["answer", "solution", "hint", "history", "feedback", "verified"] | None = None,
+    peers: bool = False,
     teacher: Literal["frozen", "live", "ema"] = "frozen",
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
@@ -49,9 +53,11 @@ def context_distillation(
 ) -> Method:
     """Teach a model to do without its prompt what it does with it; `k=None` is the whole vocabulary."""
     rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
+    found = solutions.from_peers() if peers else None
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
-        context=_context(system, examples, template, prefill, information),
+        context=_context(system, examples, template, prefill, information, found),
+        observe=observers.nothing() if found is None else solutions.counted(found),
         teacher=rules[teacher],
         support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),
@@ -66,6 +72,7 @@ def _context(
     template: str | None,
     prefill: str | None,
     information: str | None,
+    found: solutions.Solutions | None,
 ) -> Context:
     if information is not None:
         words = contexts.INFORMATION[information]
@@ -76,4 +83,6 @@ def _context(
                 "Leave one of the two out."
             )
         template, prefill = words.get("template", template), words.get("prefill", prefill)
-    return contexts.privileged(system=system, examples=examples or (), template=template, prefill=prefill)
+    return contexts.privileged(
+        system=system, examples=examples or (), template=template, prefill=prefill, solutions=found
+    )
