@@ -16,6 +16,7 @@ from rich.progress import Progress as RichProgress
 SHOWN = {
     "train/loss": "loss",
     "rollout/reward": "reward",
+    "rollout/kept_share": "kept",
     "rollout/length": "length",
     "optim/grad_norm": "grad",
 }

@@ -14,7 +14,7 @@ from opd import checkpoint, models, optim
 from opd import recipe as recipes
 from opd.check import check_processes, check_tokenizers
 from opd.compare import check_k
-from opd.errors import ConfigError
+from opd.errors import ConfigError, TrainingError
 from opd.held_out import Exam, Examiner
 from opd.interrupt import stopped_after
 from opd.loading import load_model
@@ -81,6 +81,7 @@ def run_recipe(
             stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report, world)
             student = stage.student if world.size == 1 else None  # a sharded one is of use to nobody
             outcome = train(stage)
+            check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory)
             world.wait()
             if outcome.asked_to_stop and spec is not recipe.stages[-1]:
@@ -97,6 +98,23 @@ def run_recipe(
         metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
         samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
     )
+
+
+def check_learned(stage: Stage) -> None:
+    """Say how many steps made no update, because a filter left nothing of them. Raises TrainingError if none did."""
+    skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
+    if stage.moves.updates == 0:
+        raise TrainingError(
+            f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed what the "
+            f"method keeps, and the student is as it was. The responses are in {stage.folder.samples}. Loosen the "
+            "filter among the method's options (keep, must_contain), give more attempts with the n of sampling or "
+            "teacher_sampling, or take prompts that the writer can solve."
+        )
+    if any(skipped):
+        stage.progress.note(
+            f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because a filter left "
+            "nothing of them"
+        )
 
 
 def build(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ from helpers import LETTERS, batch_of, prompts_of, rollout_of, teacher_of, tiny
 from run_helpers import CHARACTERS, command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
-from opd import filters, keep, methods, models, normalise, sequences, weights
-from opd.errors import ConfigError
+from opd import checkpoint, filters, keep, methods, models, normalise, sequences, weights
+from opd.errors import ConfigError, TrainingError
 from opd.loading import character_tokenizer, load_model
 from opd.method import Method
 from opd.needs import needs_of
@@ -287,19 +288,23 @@ def test_only_what_passes_is_learned_and_counted(work: Path):
 
 
 def test_a_step_in_which_nothing_passes_makes_no_update(work: Path):
-    before = load_model(ModelSpec(**tiny_model(2)), name="tiny").model.state_dict()
-    run = distilled(lambda prompt, text: 0.0, output_dir="none", checkpoint={"every": 1})
-    assert [row["train/update_skipped"] for row in run.metrics] == [1.0] * 3
-    assert [row["rollout/kept_share"] for row in run.metrics] == [0.0] * 3
-    assert [row["train/tokens"] for row in run.metrics] == [0.0] * 3
-    assert all("optim/learning_rate" not in row for row in run.metrics)
-    after = run.student.state_dict()
-    assert all(torch.equal(value, after[name]) for name, value in before.items())
-    state = json.loads(next(Path("none").rglob("step_000003/state.json")).read_text())
-    assert state["state"]["updates"] == 0
+    fails = re.escape("made no update: in all of its 3 steps no response passed what the method keeps")
+    with pytest.raises(TrainingError, match=fails):
+        distilled(lambda prompt, text: 0.0, output_dir="none", checkpoint={"every": 1})
+    metrics = [json.loads(line) for line in next(Path("none").rglob("metrics.jsonl")).read_text().splitlines()]
+    assert [row["train/update_skipped"] for row in metrics] == [1.0] * 3
+    assert [row["rollout/kept_share"] for row in metrics] == [0.0] * 3
+    assert [row["train/tokens"] for row in metrics] == [0.0] * 3
+    assert all("optim/learning_rate" not in row for row in metrics)
+    saved = checkpoint.load(next(Path("none").rglob("step_000003")))
+    before = load_model(ModelSpec(**tiny_model(2)), name="tiny").trainable()
+    assert all(torch.equal(value, before[name]) for name, value in saved.tensors["student"].items())
+    assert saved.state["updates"] == 0
+    with pytest.raises(TrainingError, match=fails):  # nor is it done when it is started again
+        distilled(lambda prompt, text: 1.0, output_dir="none", checkpoint={"every": 1})
 
 
-def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path):
+def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path, capsys: pytest.CaptureFixture[str]):
     """The first two steps pass nothing, the third does; a checkpoint of the second has no moments."""
     recipe = one_stage(
         method="sft",
@@ -313,7 +318,8 @@ def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path):
     (work / "mine.py").write_text(
         "calls = 0\n\n\ndef late(prompt, text):\n    global calls\n    calls += 1\n    return float(calls > 8)\n"
     )
-    whole = opd.run(recipe, quiet=True)
+    whole = opd.run(recipe)
+    assert "2 of 4 steps made no update, because a filter left nothing of them" in capsys.readouterr().out
     assert [row["train/update_skipped"] for row in whole.metrics] == [1.0, 1.0, 0.0, 0.0]
     folder = next(Path("run").rglob("step_000002")).parent
     for later in ("step_000003", "step_000004"):
