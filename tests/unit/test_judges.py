@@ -187,6 +187,14 @@ def test_a_server_that_stays_busy_is_given_up(server: Server):
     assert "it asks for 3.6e+03 s more, after 0 s of `patience_s` 5" in failed.failure
 
 
+@pytest.mark.parametrize("after", ["0", "-3", "Wed, 01 Jan 2020 00:00:00 GMT"])
+def test_a_busy_server_that_says_now_is_not_asked_without_end(server: Server, after: str):
+    server.script = [busy(after)] * 50
+    failed = one(endpoint(server, patience_s=0.05))
+    assert failed.requests == 6  # five waits of backoff_s
+    assert "HTTP 429" in str(failed.failure)
+
+
 def test_a_cut_answer_is_an_answer_and_says_so(server: Server):
     server.script = [completion("{", finish="length")]
     assert one(endpoint(server)) == Reply(text="{", cut=True)
