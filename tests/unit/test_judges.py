@@ -440,6 +440,14 @@ def test_a_judge_that_cannot_be_asked(section: dict[str, Any], says: str):
     assert SECRET not in str(caught.value)
 
 
+@pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\nX-Other: 1", "{}\N{EURO SIGN}"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, around: str):
+    monkeypatch.setenv("ODD_KEY", around.format(SECRET))
+    with pytest.raises(ConfigError, match="ODD_KEY holds white space") as refused:
+        check_judge(JudgeSection(url="https://host/v1", model="m", api_key_env="ODD_KEY"), "reward")
+    assert SECRET not in str(refused.value)
+
+
 def test_a_key_that_is_there_is_looked_at_and_not_repeated(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JUDGE_KEY", SECRET)
     section = JudgeSection(url="https://host/v1", model="m", api_key_env="JUDGE_KEY")
