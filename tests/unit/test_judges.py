@@ -111,6 +111,7 @@ def test_answers_come_as_they_are_ready(server: Server):
         Said(body={"choices": []}),
         Said(body={"choices": [{"message": {"content": None, "refusal": "no"}}]}),
         Said(body=b'{"choices": [{"message": {"cont'),
+        Said(body=b'{"choices": ' + b"[" * 5000),
         Said(body=b"cut", headers=(("Content-Length", "999"),)),
     ],
     ids=lambda said: f"{said.status}-{str(said.body)[:20]}",

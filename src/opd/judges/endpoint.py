@@ -145,7 +145,7 @@ class Endpoint:
         try:
             choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError):
             return Trouble(why=f"the server's answer is no completion: {shown!r}", passes=True)
         if not isinstance(text, str):
             return Trouble(why=f"the completion has no text: {shown!r}", passes=True)
