@@ -67,6 +67,13 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
             "the largest budget among the method's options."
         )
+    first_look = numbers_of(method.source).get("first_look", 0)
+    if first_look >= part.sampling.max_completion_length:
+        raise ConfigError(
+            f"{where}: in method {spec.method!r} the teacher looks at a response every {first_look} tokens, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end sooner. "
+            "Lower `every` among the method's options, or let responses be longer."
+        )
     if "unbiased_baseline" in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:

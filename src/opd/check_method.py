@@ -62,6 +62,16 @@ def check_baseline(method: Method, sampling: Sampling | SamplingSection, where: 
             "Set sampling.top_p to 1 and sampling.top_k to 0",
         ),
         (bool(looking), f"its {' and '.join(looking)} looks at the sampled token", "Leave it out, or use method opd"),
+        (
+            "filtered" in method.needs(),
+            "its keep chooses responses by what stands in them",
+            "Leave it out, or use method opd",
+        ),
+        (
+            "attempt" in method.needs(),
+            "its teacher reads the response that it scores, and so does the baseline",
+            "Use a context without the attempt and the verdict on it, or method opd",
+        ),
     ]
     for refused, why, remedy in reasons:
         if refused:

@@ -113,7 +113,7 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
 
         return Look(every=every, goes_on=goes_on)
 
-    return needing(watch, "teacher", "unfinished", top_k=drift.k)
+    return needing(watch, "teacher", "unfinished", top_k=drift.k, first_look=every)
 
 
 class Budget:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opd.evaluate import exact_divergence, rewarded_by_task
 from opd.models import LanguageModel
+from opd.needs import needs_of
 from opd.optim import Optimiser
 from opd.parallel import World
 from opd.rewards import AnyReward
@@ -78,6 +79,8 @@ class Moves:
                 rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
             assert self.teacher is not None, "a method without a teacher is refused before this"
+            if "reward" in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+                written = rewarded_by_task(self.rewards, written, self.world)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0
             for teacher, indices in shares_of(self.teacher, rollouts):

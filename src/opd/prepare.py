@@ -133,6 +133,12 @@ def held_out_of(
                 "that checks a response by itself, or leave evaluate.reward out."
             )
         judged_by = None
+    if evaluate.kl and judged_by is None and "reward" in needs_of(method.context):
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and no "
+            "reward looks at the held-out ones: that of the stage asks a judge. Set evaluate.reward to one that checks "
+            "a response by itself, or evaluate.kl to false."
+        )
     read_by_teacher = needs_of(method.context) if evaluate.teacher or evaluate.kl else frozenset[str]()
     prompts, selected = read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(

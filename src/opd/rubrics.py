@@ -176,7 +176,7 @@ def _json(text: str, name: str) -> list[Any]:
         body = body.removesuffix("```").partition("\n")[2]
     try:
         given = json.loads(body)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter of a model that writes brackets without end
         raise UnreadableError(f"the answer is no JSON ({error}): {text.strip()[:120]!r}") from error
     if not isinstance(given, dict) or not isinstance(given.get(name), list):
         raise UnreadableError(f"the answer is no JSON object with a list {name!r}: {text.strip()[:120]!r}")

@@ -11,6 +11,9 @@ from torch import Tensor
 from opd.errors import ConfigError
 from opd.types import Optimisation, Update
 
+# Parts of the names of embeddings and output layers: `wte` and `wpe` are those of GPT-2 and its like.
+NO_LAYERS = ("embed", "wte", "wpe", "lm_head")
+
 
 @cache
 def optimizer_step() -> Update:
@@ -26,8 +29,9 @@ class Extrapolation:
     far ends it, and the best stays; if that is W, it is back bit by bit. `ties` takes an equal one as better. The
     optimiser's moments stay as they are.
 
-    `matrices` moves weights of two dimensions alone, and neither embeddings nor the output layer, as the released code
-    does. It is an `Update` and the `State` of one, and holds a copy of the weights that it moves, three while it tries.
+    `matrices` moves matrices alone, the stacks of them that a layer of experts is included, and neither embeddings nor
+    the output layer, as the released code does. It is an `Update` and the `State` of one, and holds a copy of the
+    weights that it moves, three while it tries.
     Raises ConfigError for fewer than one candidate or prompt.
     """
 
@@ -92,7 +96,7 @@ class Extrapolation:
         return {
             name: parameter.detach().clone()
             for name, parameter in optimisation.parameters.items()
-            if not self.matrices or (parameter.dim() == 2 and not any(w in name for w in ("embed", "lm_head")))
+            if not self.matrices or (parameter.dim() >= 2 and not any(word in name for word in NO_LAYERS))
         }
 
 

@@ -443,6 +443,13 @@ def test_responses_without_any_solution_are_counted(work: Path):
             {"evaluate": {"data": {"path": "held_out.jsonl"}, "teacher": True}},
             r"reads the student's attempt, .* Set evaluate.teacher to false",
         ),
+        (
+            {
+                "reward": {"name": "rubric", "options": {"column": "answer"}, "judge": {"function": "textwrap:dedent"}},
+                "evaluate": {"data": {"path": "held_out.jsonl"}, "kl": True, "reward": None},
+            },
+            r"evaluate.kl compares with a teacher that reads the rewards .* Set evaluate.reward to one that checks",
+        ),
     ],
 )
 def test_what_a_recipe_has_to_give(work: Path, settings: dict[str, Any], message: str):

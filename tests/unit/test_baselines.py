@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd import baselines, keep, methods, signals, weights
+from opd import baselines, contexts, keep, methods, signals, weights
 from opd.api import distill
 from opd.errors import ConfigError
 from opd.types import Tokens
@@ -145,6 +145,25 @@ def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
         ConfigError, match=rf"its {piece} looks at the sampled token: .* Leave it out, or use method opd"
     ):
         distill(student="nowhere", teacher="nowhere", prompts=["1"], method=weighted(piece), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (
+            {"keep": keep.first_passing(keep.clean())},
+            "its keep chooses responses by what stands in them: .* Leave it out",
+        ),
+        (
+            {"context": contexts.privileged(template="{prompt}{attempt}")},
+            "its teacher reads the response that it scores, .* Use a context without the attempt",
+        ),
+    ],
+)
+def test_what_looks_at_the_whole_response_is_refused_beside_a_baseline(pieces: dict, message: str):
+    method = replace(methods.build("vopd", {"k": 3}), **pieces)
+    with pytest.raises(ConfigError, match=message):
+        distill(student="nowhere", teacher="nowhere", prompts=["1"], method=method, steps=1)
 
 
 def test_a_signal_says_that_it_has_a_baseline():

@@ -538,7 +538,16 @@ def test_a_budget_above_the_longest_response_is_refused():
     ):
         check_recipe(recipe())
     check_recipe(recipe(options={"k": 4, **BUDGET}, sampling={"max_completion_length": 10}))
-    check_recipe(recipe(options={"k": 4, "stop": "rollout"}))
+    check_recipe(recipe(options={"k": 4, "stop": "rollout", "every": 255}))
+
+
+def test_a_first_look_behind_the_longest_response_is_refused():
+    with pytest.raises(
+        ConfigError,
+        match=r"'prune_opd' the teacher looks at a response every 256 tokens, and sampling.max_completion_length is "
+        r"256: no response would end sooner. Lower `every`",
+    ):
+        check_recipe(recipe(options={"k": 4, "stop": "rollout"}))
 
 
 def test_a_k_beyond_the_vocabulary_is_refused():

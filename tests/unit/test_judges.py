@@ -111,6 +111,7 @@ def test_answers_come_as_they_are_ready(server: Server):
         Said(body={"choices": []}),
         Said(body={"choices": [{"message": {"content": None, "refusal": "no"}}]}),
         Said(body=b'{"choices": [{"message": {"cont'),
+        Said(body=b'{"choices": ' + b"[" * 5000),
         Said(body=b"cut", headers=(("Content-Length", "999"),)),
     ],
     ids=lambda said: f"{said.status}-{str(said.body)[:20]}",
@@ -185,6 +186,14 @@ def test_a_server_that_stays_busy_is_given_up(server: Server):
     assert failed.failure is not None
     assert failed.failure.startswith("HTTP 429")
     assert "it asks for 3.6e+03 s more, after 0 s of `patience_s` 5" in failed.failure
+
+
+@pytest.mark.parametrize("after", ["0", "-3", "Wed, 01 Jan 2020 00:00:00 GMT"])
+def test_a_busy_server_that_says_now_is_not_asked_without_end(server: Server, after: str):
+    server.script = [busy(after)] * 50
+    failed = one(endpoint(server, patience_s=0.05))
+    assert failed.requests == 6  # five waits of backoff_s
+    assert "HTTP 429" in str(failed.failure)
 
 
 def test_a_cut_answer_is_an_answer_and_says_so(server: Server):
@@ -430,6 +439,14 @@ def test_a_judge_that_cannot_be_asked(section: dict[str, Any], says: str):
     with pytest.raises(ConfigError, match=says) as caught:
         check_judge(JudgeSection(**section), "here")
     assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\nX-Other: 1", "{}\N{EURO SIGN}"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, around: str):
+    monkeypatch.setenv("ODD_KEY", around.format(SECRET))
+    with pytest.raises(ConfigError, match="ODD_KEY holds white space") as refused:
+        check_judge(JudgeSection(url="https://host/v1", model="m", api_key_env="ODD_KEY"), "reward")
+    assert SECRET not in str(refused.value)
 
 
 def test_a_key_that_is_there_is_looked_at_and_not_repeated(monkeypatch: pytest.MonkeyPatch):

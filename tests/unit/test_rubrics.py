@@ -91,6 +91,7 @@ def test_a_rubric_is_read(text: str):
         ("Sure! Here it is.", "is no JSON .*'Sure! Here it is.'"),
         (f"Sure: {criteria(1, 2)}", "is no JSON"),
         (criteria(1, 2)[:-3], "is no JSON"),
+        ("[" * 5000, "is no JSON"),
         ("[1, 2]", "no JSON object with a list 'criteria'"),
         ('{"criteria": 3}', "no JSON object with a list 'criteria'"),
         (criteria(1), "has 1 criteria instead of 2 to 3"),

@@ -9,12 +9,16 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from run_helpers import tiny_model
 from torch import Tensor
 
 from opd.api import distill
 from opd.errors import ConfigError
+from opd.loading import character_tokenizer, load_model
+from opd.recipe import ModelSpec
 from opd.updates import Extrapolation
 
+CHARACTERS = "0123456789+coretinwg"
 WEIGHT, EMBEDDING, NORM = "layers.0.weight", "embed_tokens.weight", "norm.weight"
 
 
@@ -122,6 +126,44 @@ def test_only_matrices_move_if_asked():
     walk = Walk(judge=lambda place: place)
     extrapolation(matrices=True)(walk)
     assert [float(walk.weights[name].flatten()[0]) for name in (WEIGHT, EMBEDDING, NORM)] == [11, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "place"),
+    [
+        ("transformer.wte.weight", (2, 2), 1),
+        ("transformer.wpe.weight", (2, 2), 1),
+        ("lm_head.weight", (2, 2), 1),
+        ("layers.0.mlp.experts.gate_up_proj", (3, 2, 2), 11),
+    ],
+)
+def test_embeddings_stay_whatever_they_are_called_and_experts_move(name: str, shape: tuple[int, ...], place: int):
+    walk = Walk(judge=lambda place: place, weights={WEIGHT: torch.zeros(1, 2), name: torch.zeros(shape)})
+    extrapolation(matrices=True)(walk)
+    assert float(walk.weights[name].flatten()[0]) == place
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("anti_sd", {"template": "{privileged_context}{prompt}{verdict}"}),
+        ("context_distillation", {"template": "{prompt}{verdict}", "k": 4}),
+    ],
+)
+def test_a_validation_by_a_teacher_that_reads_a_verdict_gives_it_one(method: str, options: dict[str, Any]):
+    rows = [{"prompt": f"{n}+", "answer": str(n), "privileged_context": "7"} for n in range(4)]
+    run = distill(
+        student=load_model(ModelSpec(**tiny_model(0, characters=CHARACTERS)), name="tiny").model,
+        tokenizer=character_tokenizer(CHARACTERS),
+        prompts=rows,
+        method=f"{method}+eff_opd",
+        options={method: options, "eff_opd": {"validate_by": "teacher_kl", "prompts": 2}},
+        reward="exact",
+        sampling={"n": 2, "max_completion_length": 3},
+        steps=1,
+        quiet=True,
+    )
+    assert math.isfinite(run.metrics[-1]["extrapolation/value_before"])
 
 
 @pytest.mark.parametrize("stop", range(1, 9))

@@ -55,7 +55,7 @@ class Endpoint:
     timeout_s: float = 300.0
     patience_s: float = 300.0
     concurrency: int = 8
-    backoff_s: float = 1.0  # before the first retry; doubled for each that follows
+    backoff_s: float = 1.0  # before the first retry, doubled for each that follows; the shortest wait for a busy server
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -90,9 +90,11 @@ class Endpoint:
             if isinstance(sent, tuple):
                 text, cut = sent
                 return Reply(text=text, cut=cut, requests=1 + busy + failed)
-            pause = self.backoff_s * 2 ** (busy if sent.busy else failed)
+            if sent.busy and sent.after_s is not None:  # 0, or a date that is past, would use up no patience
+                pause = max(sent.after_s, self.backoff_s)
+            else:
+                pause = self.backoff_s * 2 ** (busy if sent.busy else failed)
             if sent.busy:
-                pause = pause if sent.after_s is None else sent.after_s
                 if waited + pause > self.patience_s:
                     return Reply(
                         failure=f"{sent.why}; it asks for {pause:.3g} s more, after {waited:.3g} s of `patience_s` "
@@ -143,7 +145,7 @@ class Endpoint:
         try:
             choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"]
-        except (ValueError, KeyError, IndexError, TypeError):
+        except (ValueError, RecursionError, KeyError, IndexError, TypeError):
             return Trouble(why=f"the server's answer is no completion: {shown!r}", passes=True)
         if not isinstance(text, str):
             return Trouble(why=f"the completion has no text: {shown!r}", passes=True)

@@ -82,7 +82,13 @@ def check_judge(section: JudgeSection, where: str) -> None:
                 f"{where}: `api_key_env` is not the name of an environment variable (letters, digits and _). It holds "
                 "the name, never the key: recipes are written to the run's folder."
             )
-        if not os.environ.get(section.api_key_env):
+        key = os.environ.get(section.api_key_env)
+        if key and not re.fullmatch(r"[!-~]+", key):  # urllib would refuse it too, and show it
+            raise ConfigError(
+                f"{where}: the key in the environment variable {section.api_key_env} holds white space, such as a "
+                "line's end, or another character that no key has. Export the key alone."
+            )
+        if not key:
             raise ConfigError(
                 f"{where}: the environment variable {section.api_key_env} is not set or empty, and `api_key_env` says "
                 "that it holds the key. Export it, or leave `api_key_env` out for a server without keys."

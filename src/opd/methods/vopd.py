@@ -16,8 +16,9 @@
 | A_group + A_t, with a task's reward | `task_reward`, `credit.group_reward` |
 
 E_y[V grad log p] = 0, so that every baseline that does not look at y leaves the expected gradient that of KL(p||q), and
-a small `k` costs variance alone. The value is not the scalar of least variance: that is E ||e_y - p||^2 r / E ||e_y -
-p||^2, `baseline="optimal"`, and where a confident student is wrong the value can be worse than none.
+a small `k` costs variance alone. That is so for `average="token"`; the 1/T_i of `"sequence"` depends on what is drawn,
+and there a baseline changes the mean too. The value is not the scalar of least variance: that is E ||e_y - p||^2 r / E
+||e_y - p||^2, `baseline="optimal"`, and where a confident student is wrong the value can be worse than none.
 
 Differs from the paper: nothing in the formula. Responses with top-p < 1, top-k > 0 or another temperature than the
 method's, and weights that look at the sampled token, are refused: with them the baseline is biased.
