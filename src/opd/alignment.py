@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any, TypeAlias
 
 from opd.errors import AlignmentError
+from opd.render import turn_end
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 UNREADABLE = "\ufffd"  # what a teacher reads where bytes are no text
@@ -31,7 +32,6 @@ class Vocabulary:
     pieces: Mapping[int, bytes]  # tokens of text
     special: Mapping[int, str]  # tokens of no text, by name
     written_as: Mapping[bytes, int]  # the token for these bytes: of several, not the one of a byte fallback
-    end: int | None  # the end-of-sequence token
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class Pair:
     student: Vocabulary
     teacher: Vocabulary
     shared: Mapping[int, int]  # student id -> id of the same token in the teacher's vocabulary
+    ends: Mapping[int, int]  # of these, the tokens that end a response
     same: bool  # every token has the same id in both
     write: Callable[[str], Sequence[int]]
 
@@ -67,14 +68,24 @@ class Pair:
         return one and self.shared.get(student_ids[unit.student[0]]) == teacher_ids[unit.teacher[0]]
 
 
-def pair_of(student: Any, teacher: Any) -> Pair:
+def pair_of(
+    student: Any, teacher: Any, *, chat: bool = False, options: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+) -> Pair:
     """Two tokenizers, compared token by token.
+
+    What ends a response is the same token, whatever its names: both end-of-sequence tokens, and before these, where
+    responses are turns of a `chat`, the tokens with which the templates, with their `options`, end a turn.
 
     Raises AlignmentError for a tokenizer whose tokens' bytes cannot be told, and for two without a common token.
     """
-    ours, theirs = vocabulary_of(student), vocabulary_of(teacher)
-    same = student.get_vocab() == teacher.get_vocab() and ours.end == theirs.end
-    shared = {i: i for i in (*ours.pieces, *ours.special)} if same else shared_tokens(ours, theirs)
+    turns = [_turn_end(one, given) if chat else None for one, given in zip((student, teacher), options, strict=True)]
+    ends: dict[int, int] = {}
+    for end, its in (turns, (student.eos_token_id, teacher.eos_token_id)):
+        if end is not None and its is not None and end not in ends and its not in ends.values():
+            ends[end] = its
+    ours, theirs = vocabulary_of(student, ends), vocabulary_of(teacher, ends.values())
+    same = student.get_vocab() == teacher.get_vocab() and all(end == its for end, its in ends.items())
+    shared = {i: i for i in (*ours.pieces, *ours.special)} if same else shared_tokens(ours, theirs, ends)
     if not any(i in ours.pieces for i in shared):
         raise AlignmentError(
             f"The tokenizers {_name(student)} ({len(ours.pieces)} tokens of text) and {_name(teacher)} "
@@ -86,11 +97,14 @@ def pair_of(student: Any, teacher: Any) -> Pair:
         """Ids of a text; what looks like a special token in it is text."""
         return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    return Pair(student=ours, teacher=theirs, shared=shared, same=same, write=write)
+    return Pair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
 
 
-def vocabulary_of(tokenizer: Any) -> Vocabulary:
-    """The bytes of each token. Raises AlignmentError for a tokenizer that does not say what its tokens stand for."""
+def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
+    """The bytes of each token; `ends` are no text.
+
+    Raises AlignmentError for a tokenizer that does not say what its tokens stand for.
+    """
     core = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(core, "decoder", None)
     if decoder is None:
@@ -100,7 +114,7 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         )
     read = _reader(json.loads(decoder.__getstate__()), tokenizer)
     added = tokenizer.added_tokens_decoder
-    special = {i: token.content for i, token in added.items() if token.special}
+    special = {i: token.content for i, token in added.items() if token.special or i in ends}
     pieces: dict[int, bytes] = {}
     written_as: dict[bytes, int] = {}
     fallback: dict[bytes, int] = {}
@@ -108,14 +122,13 @@ def vocabulary_of(tokenizer: Any) -> Vocabulary:
         if i not in special:
             pieces[i] = token.encode() if i in added else read(token)
             (fallback if BYTE.fullmatch(token) else written_as).setdefault(pieces[i], i)
-    return Vocabulary(pieces=pieces, special=special, written_as={**fallback, **written_as}, end=tokenizer.eos_token_id)
+    return Vocabulary(pieces=pieces, special=special, written_as={**fallback, **written_as})
 
 
-def shared_tokens(student: Vocabulary, teacher: Vocabulary) -> dict[int, int]:
-    """Student id -> teacher id of tokens of the same bytes, of special tokens of the same name, and of both ends."""
-    ends = {} if student.end is None or teacher.end is None else {student.end: teacher.end}
-    names = {name: i for i, name in teacher.special.items() if i != teacher.end}
-    named = {i: names[name] for i, name in student.special.items() if i != student.end and name in names}
+def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, int]) -> dict[int, int]:
+    """Student id -> teacher id of tokens of the same bytes, of special tokens of the same name, and of the `ends`."""
+    names = {name: i for i, name in teacher.special.items() if i not in ends.values()}
+    named = {i: names[name] for i, name in student.special.items() if i not in ends and name in names}
     text = {i: teacher.written_as[b] for b, i in student.written_as.items() if b in teacher.written_as}
     return dict(sorted({**text, **named, **ends}.items()))
 
@@ -174,6 +187,12 @@ class _Part:
     ids: Sequence[int]
     widths: Sequence[int]  # of the teacher's tokens
     comparable: bool
+
+
+def _turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
+    """The token that ends a turn; None where the template ends it with mere text, such as a line's end."""
+    end = turn_end(tokenizer, options)
+    return end if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id else None
 
 
 def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:

@@ -196,7 +196,7 @@ def check_tokenizers(
 
     `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
     """
-    from opd.render import render_checked
+    from opd.render import is_chat, render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -217,7 +217,18 @@ def check_tokenizers(
             check_vocabulary(spec, method, tokenizers[spec.train])
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     rule = TeacherRule(kind="external") if method is None else method.teacher
-    found = [check_tokens(rule, tokenizers[spec.train], tokenizers[name], (spec.train, name)) for name in compared]
+    ours, chat = origin_of(recipe, spec.train).template_options, is_chat(prompts)
+    found = [
+        check_tokens(
+            rule,
+            tokenizers[spec.train],
+            tokenizers[name],
+            (spec.train, name),
+            chat=chat,
+            options=(ours, origin_of(recipe, name).template_options),
+        )
+        for name in compared
+    ]
     lines += [line for line in found if line is not None]
     if compared and rule.tokenizer == "students":
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from opd.errors import ConfigError
@@ -37,16 +38,28 @@ def check_comparison(method: Method, where: str, setting: str, remedy: str) -> N
         )
 
 
-def check_tokens(rule: TeacherRule, student: Any, teacher: Any, names: tuple[str, str]) -> str | None:
-    """What two tokenizers share, in words; None for all. Raises AlignmentError where the rule needs more."""
+def check_tokens(
+    rule: TeacherRule,
+    student: Any,
+    teacher: Any,
+    names: tuple[str, str],
+    *,
+    chat: bool,
+    options: tuple[Mapping[str, Any], Mapping[str, Any]],
+) -> str | None:
+    """What two tokenizers share, in words; None for all. Raises AlignmentError where the rule needs more.
+
+    `chat` and both templates' `options` are those of `alignment.pair_of`.
+    """
     from opd.alignment import pair_of
     from opd.teachers.local import check_same_tokens
 
     if rule.tokenizer == "students":
         check_same_tokens(student, teacher, names)
         return None
-    pair = pair_of(student, teacher)
+    pair = pair_of(student, teacher, chat=chat, options=options)
+    ends = [f"{student.decode([end])!r} is read as {teacher.decode([its])!r}" for end, its in pair.ends.items()]
     return (
         f"{names[0]} ({len(student.get_vocab())} tokens) and {names[1]} ({len(teacher.get_vocab())}) share "
-        f"{len(pair.shared)} tokens"
+        f"{len(pair.shared)} tokens; the end of a response: {', '.join(ends) or 'is not compared'}"
     )

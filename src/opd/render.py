@@ -129,6 +129,25 @@ def encode_response(text: str, tokenizer: Any) -> list[int]:
     return [*ids, end]
 
 
+def is_chat(prompts: Sequence[Prompt]) -> bool:
+    """Whether there are conversations among the prompts: responses are turns then, and not continuations of a text."""
+    return any(not isinstance(prompt.content, str) for prompt in prompts)
+
+
+def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | None:
+    """The first id that the template writes after an assistant's words; None if it refuses, or writes nothing there."""
+    words = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_options)
+    except (TemplateError, TypeError):
+        return None
+    ids = tokenizer(text.rpartition(words)[2], add_special_tokens=False).input_ids
+    return ids[0] if ids else None
+
+
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is a {type(message).__name__}, got {message!r:.80}. It has `role` and `content`.")

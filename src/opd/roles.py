@@ -30,14 +30,19 @@ def teacher_of(
     rule: TeacherRule,
     student: LanguageModel,
     externals: Mapping[str, LanguageModel],
+    *,
+    chat: bool = False,
 ) -> OneTeacher | SeveralTeachers | None:
-    """Whom the method compares the student with; the teachers of all tasks as one. `externals` are by model name."""
+    """Whom the method compares the student with; the teachers of all tasks as one. `externals` are by model name.
+
+    `chat` says that prompts are conversations, for a teacher with a tokenizer of its own.
+    """
 
     def one(name: str | None) -> OneTeacher | None:
         external = None if name is None else externals.get(name)
         offload = name is not None and recipe.models[name].offload
         teacher = teacher_for(rule, student, external, micro_batch_tokens=spec.micro_batch_tokens, offload=offload)
-        return by_rule(rule, student, teacher)
+        return by_rule(rule, student, teacher, chat=chat)
 
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)

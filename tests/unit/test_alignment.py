@@ -11,7 +11,7 @@ import pytest
 from helpers import byte_tokenizer
 from pair_helpers import byte_bpe, ids_of, sentence_piece, trained_bpe, wrapped
 
-from opd.alignment import Pair, Reading, Unit, pair_of, reread, shared_tokens, units_of, vocabulary_of
+from opd.alignment import Pair, Reading, Unit, pair_of, reread, units_of, vocabulary_of
 from opd.errors import AlignmentError
 from opd.loading import character_tokenizer
 
@@ -81,7 +81,6 @@ def test_the_bytes_of_a_byte_level_vocabulary():
     assert len(ids) == 256 + 2
     assert {b" t", b" th", b"\n", b"\xff"} <= set(ids)
     assert vocabulary.special == {0: "<pad>", 1: "<eos>"}
-    assert vocabulary.end == 1
 
 
 def test_the_bytes_of_sentence_piece_and_its_fallback():
@@ -128,11 +127,49 @@ def test_tokens_are_shared_by_their_bytes_whatever_marks_them():
     assert pair.shared[a] == b
 
 
+def named(pair: Pair) -> dict[str, str]:
+    return {
+        pair.student.special[s]: pair.teacher.special[t] for s, t in pair.shared.items() if s in pair.student.special
+    }
+
+
 def test_the_ends_are_shared_whatever_their_names_and_special_tokens_by_name():
-    student = vocabulary_of(byte_bpe(special=("<pad>", "<|im_end|>", "<tool>", "<only>")))
-    teacher = vocabulary_of(byte_bpe(special=("<pad>", "<eos>", "<tool>", "<|im_end|>"), last=True))
-    names = {student.special[s]: teacher.special[t] for s, t in shared_tokens(student, teacher).items() if s < 4}
-    assert names == {"<pad>": "<pad>", "<|im_end|>": "<eos>", "<tool>": "<tool>"}
+    student = byte_bpe(special=("<pad>", "<|im_end|>", "<tool>", "<only>"))
+    teacher = byte_bpe(special=("<pad>", "<eos>", "<tool>", "<|im_end|>"), last=True)
+    assert named(pair_of(student, teacher)) == {"<pad>": "<pad>", "<|im_end|>": "<eos>", "<tool>": "<tool>"}
+
+
+def turns(end: str) -> str:
+    return "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "{% endfor %}"
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["a special token", "an added token of text"])
+def test_in_a_chat_what_ends_a_turn_is_shared_before_the_ends_of_sequences(text: bool):
+    """As of models that end a turn with a token of its own, and a sequence with another."""
+    student = byte_bpe(special=("<pad>", "<|im_end|>"))
+    student.chat_template = turns("<|im_end|>\n")
+    teacher = byte_bpe(special=("<pad>", "<eos>") if text else ("<pad>", "<eos>", "<end_of_turn>"), last=True)
+    if text:
+        teacher.add_tokens(["<end_of_turn>"])
+    teacher.chat_template = turns("<end_of_turn>\n")
+    over = teacher.get_vocab()["<end_of_turn>"]
+    pair = pair_of(student, teacher, chat=True)
+    assert pair.ends == {1: over}
+    assert named(pair) == {"<pad>": "<pad>", "<|im_end|>": "<end_of_turn>"}
+    assert pair_of(student, teacher).ends == {1: teacher.eos_token_id}
+    reading = reread([*ids_of(student, "h", "i"), 1], pair)
+    assert reading.teacher_ids[-1] == over
+    assert len(reading.units) == 3
+    back = pair_of(teacher, student, chat=True)
+    assert back.ends == {over: 1}, "nothing is left for the teacher's own end of a sequence"
+    assert reread([*ids_of(teacher, "h", "i"), over], back).teacher_ids[-1] == 1
+
+
+def test_a_turn_that_ends_with_mere_text_ends_with_the_sequence():
+    student, teacher = byte_bpe(), byte_bpe(special=("<pad>", "<end>"))
+    student.chat_template = turns("\n")
+    teacher.chat_template = turns("<end>")
+    assert pair_of(student, teacher, chat=True).ends == {1: 1}
 
 
 def test_tokenizers_without_a_common_token_are_refused():

@@ -24,6 +24,7 @@ from opd.errors import ConfigError
 from opd.evaluate import HeldOut
 from opd.models import LanguageModel
 from opd.prepare import Given
+from opd.render import turn_end
 from opd.rewards import load_reward
 from opd.statistics import Interval
 from opd.studies import STUDIES
@@ -135,8 +136,13 @@ def test_thinking_has_to_be_the_same_for_both():
 
 def test_what_ends_a_turn():
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, end="<end>")
-    assert tokens.turn_end(side(student)) == student.tokenizer.eos_token_id
+    assert turn_end(student.tokenizer) == student.tokenizer.eos_token_id
     assert tokens.endings(side(student), side(student), chat=True).level == "ok"
+    end = student.tokenizer.eos_token_id
+    paired = tokens.paired_endings(side(student), side(teacher), {end: teacher.tokenizer.eos_token_id})
+    assert paired.level == "ok"
+    assert paired.says == "The teacher reads the end of the student's responses as its own: '<eos>' as '<end>'."
+    assert tokens.paired_endings(side(student), side(teacher), {}).level == "change"
     found = tokens.endings(side(student), side(teacher), chat=True)
     assert found.level == "change"
     assert found.says == (

@@ -17,6 +17,7 @@ from opd.doctor.pair import DOCTOR_STEP, Pair
 from opd.files import GIB
 from opd.loss import loss_of
 from opd.parallel import ALONE
+from opd.render import is_chat
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import with_record
 
@@ -86,7 +87,7 @@ def one_step(pair: Pair) -> Step:
     Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
     """
     spec, method, student = pair.spec, pair.method, pair.student
-    teacher = by_rule(method.teacher, student, pair.teacher)
+    teacher = by_rule(method.teacher, student, pair.teacher, chat=is_chat(pair.prompts))
     assert teacher is not None
     count = min(spec.prompts_per_step, len(pair.prompts))
     prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from opd.alignment import pair_of
 from opd.check import check_tokenizers, origin_of, tokenizer_of
 from opd.doctor import bias, cost, headroom, information, signal, special, tokens
 from opd.doctor.findings import Finding, Report, skipped
@@ -14,6 +15,7 @@ from opd.errors import ConfigError
 from opd.models import LanguageModel
 from opd.prepare import Given, Prepared, prepare
 from opd.recipe import Recipe, StageSpec
+from opd.render import is_chat
 
 
 def examine(
@@ -102,10 +104,25 @@ def of_two_tokenizers(
     pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
     say("rewards of both")
     judgement = headroom.judged(pair)
-    found = [headroom.headroom(pair, judgement), information.transfer(pair, judgement)]
+    assert external is not None, "a tokenizer of its own is that of another model"
+    sides = tokens.Side.of(student, spec.train), tokens.Side.of(external, str(spec.teacher))
+    aligned = pair_of(
+        student.tokenizer,
+        external.tokenizer,
+        chat=is_chat(pair.prompts),
+        options=(student.template_options, external.template_options),
+    )
+    found = [
+        tokens.paired_endings(*sides, aligned.ends),
+        headroom.headroom(pair, judgement),
+        information.transfer(pair, judgement),
+    ]
     why = "The teacher has a tokenizer of its own, and these checks compare position by position."
     found += [
-        skipped("tokens", f"{why} `opd check` says how many tokens both share; units/coverage is in the metrics."),
+        skipped(
+            "tokens",
+            f"{why} But for endings: `opd check` says how many tokens both share; units/coverage is in the metrics.",
+        ),
         skipped("signal", why),
         skipped(
             "headroom/continuation", "A teacher with a tokenizer of its own cannot go on from the student's tokens."
@@ -135,7 +152,7 @@ def of_tokens(pair: Pair) -> list[Finding]:
         one = "The student is its own teacher: one tokenizer, one template, one ending."
         return [widths, Finding(name="tokens/same", level="ok", says=one)]
     ours, theirs = tokens.Side.of(lm, pair.spec.train), tokens.Side.of(other, pair.teacher_name)
-    chat = any(not isinstance(prompt.content, str) for prompt in pair.prompts)
+    chat = is_chat(pair.prompts)
     return [
         widths,
         tokens.templates(ours, theirs, pair.prompts),

@@ -10,13 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import TemplateError
-
 from opd.doctor.findings import Finding, skipped
 from opd.errors import AlignmentError
 from opd.models import LanguageModel
 from opd.reading import common_prefix
-from opd.render import render
+from opd.render import render, turn_end
 from opd.teachers.local import check_same_tokens
 from opd.types import Prompt
 
@@ -148,7 +146,7 @@ def think_state(rendered: str) -> str:
 
 def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
     """Whether the token with which the teacher ends a turn also ends the student's, and the other way round."""
-    theirs = turn_end(teacher) if chat else teacher.tokenizer.eos_token_id
+    theirs = turn_end(teacher.tokenizer, teacher.options) if chat else teacher.tokenizer.eos_token_id
     if theirs is None:
         return skipped(
             "tokens/endings", f"The template of {teacher.name} does not show what ends an assistant's message."
@@ -181,18 +179,27 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
     )
 
 
-def turn_end(side: Side) -> int | None:
-    """The first id that a template writes after an assistant's words; None if it refuses, or writes nothing there."""
-    words = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
-    if not side.tokenizer.chat_template:
-        return None
-    try:
-        text = side.tokenizer.apply_chat_template(messages, tokenize=False, **side.options)
-    except (TemplateError, TypeError):
-        return None
-    ids = side.tokenizer(text.rpartition(words)[2], add_special_tokens=False).input_ids
-    return ids[0] if ids else None
+def paired_endings(student: Side, teacher: Side, ends: Mapping[int, int]) -> Finding:
+    """With a tokenizer each: as what the teacher reads the student's ends, `alignment.Pair.ends`."""
+    read = [f"{student.tokenizer.decode([end])!r} as {teacher.tokenizer.decode([its])!r}" for end, its in ends.items()]
+    numbers = {"ends": {str(end): its for end, its in ends.items()}, "student_stop_ids": sorted(student.stops)}
+    if student.stops & ends.keys():
+        return Finding(
+            name="tokens/endings",
+            level="ok",
+            says=f"The teacher reads the end of the student's responses as its own: {', '.join(read)}.",
+            numbers=numbers,
+        )
+    return Finding(
+        name="tokens/endings",
+        level="change",
+        says="No token that ends the student's responses has a counterpart among the teacher's ends: where to stop is "
+        "not compared, and not learned.",
+        numbers=numbers,
+        remedy=f"Set the eos_token of both tokenizers, or models.{student.name}.chat_template and "
+        f"models.{teacher.name}.chat_template to ones that end a turn with a special token.",
+        study=SPECIAL_TOKENS,
+    )
 
 
 def splits(student: Side, teacher: Side, responses: Sequence[str]) -> Finding:

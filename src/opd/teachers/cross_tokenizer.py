@@ -169,11 +169,18 @@ class _Columns:
 OneTeacher: TypeAlias = LocalTeacher | CrossTokenizerTeacher
 
 
-def by_rule(rule: TeacherRule, student: LanguageModel, teacher: LocalTeacher | None) -> OneTeacher | None:
-    """The teacher as the method's rule wants it: with tokens of its own, or as it is. Raises AlignmentError."""
+def by_rule(
+    rule: TeacherRule, student: LanguageModel, teacher: LocalTeacher | None, *, chat: bool = False
+) -> OneTeacher | None:
+    """The teacher as the method's rule wants it: with tokens of its own, or as it is. Raises AlignmentError.
+
+    `chat` says that responses are turns of a conversation, for `alignment.pair_of`.
+    """
     if teacher is None or rule.tokenizer == "students":
         return teacher
-    return CrossTokenizerTeacher(local=teacher, pair=pair_of(student.tokenizer, teacher.lm.tokenizer))
+    options = (student.template_options, teacher.lm.template_options)
+    pair = pair_of(student.tokenizer, teacher.lm.tokenizer, chat=chat, options=options)
+    return CrossTokenizerTeacher(local=teacher, pair=pair)
 
 
 def comparable(teacher: OneTeacher) -> LocalTeacher:
