@@ -34,6 +34,11 @@ def check_pieces(method: Method, where: str) -> None:
             f"{where} asks how far the student is from its teacher, and has none. Use a method "
             "with a teacher, or validate by the reward."
         )
+    if "trusts" in needs and "reward" in needs_of(method.credit):
+        raise ConfigError(
+            f"{where} has a weight that says how far to trust the teacher, and a reward in its credit that it would "
+            "weigh too, though the teacher has no part in that. Leave one of the two out."
+        )
     check_signs(method, where)
     check_units(method, where)
 

@@ -83,6 +83,10 @@ def incoherence(method: Method) -> str | None:
             "one draws the student towards its teacher, the other drives it away",
         ),
         (
+            "trusts" in needs and "reward" in needs_of(method.credit),
+            "the weight says how far to trust the teacher, and would weigh a reward with it",
+        ),
+        (
             "judge" in needs and "reward" in needs_of(method.update),
             "the update compares weights by a reward whose yardstick is made anew from the responses it grades",
         ),

@@ -93,7 +93,7 @@ def trusted(drift: Drift, base: float = 0.5) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
 
-    return needing(weight, *drift.looks, top_k=drift.k)
+    return needing(weight, *drift.looks, "trusts", top_k=drift.k)
 
 
 def ends_drifted(drift: Drift, every: int) -> Watch:

@@ -13,7 +13,8 @@ def needing(piece: Piece, *needs: str, **numbers: int) -> Piece:
     `opd check` compares), and numbers of a Batch that cost something to make ("teacher_logp", "teacher_entropy",
     "student_entropy"). No needs declare that it reads none of them. A weight or a keep that looks at the token that was
     drawn declares "sampled_token": a baseline (`opd.baselines`) is biased beside it. What draws the student towards its
-    teacher "imitates", what drives it away "ascends": `opd check` refuses both at once. A source in which the teacher
+    teacher "imitates", what drives it away "ascends": `opd check` refuses both at once. A weight by how far the teacher
+    is to be trusted declares "trusts": it may not weigh a reward. A source in which the teacher
     scores what is being written declares "unfinished".
 
     `numbers` say how much of something: `top_k`, how many of each model's most likely tokens at every position;

@@ -17,6 +17,7 @@ from torch import Tensor
 import opd
 from opd import contexts, drift, methods, signals, sources, supports, weights
 from opd.check import check_recipe
+from opd.check_method import check_pieces
 from opd.collate import collate
 from opd.drift import Budget, Drift
 from opd.errors import ConfigError
@@ -24,6 +25,7 @@ from opd.loading import character_tokenizer, load_model
 from opd.method import Method
 from opd.models import LanguageModel
 from opd.recipe import ModelSpec, parse_recipe
+from opd.teachers import external
 from opd.teachers.along import reading_along
 from opd.types import Batch, Rollout, Sampling
 
@@ -596,3 +598,12 @@ def test_weights_fall_along_a_response():
     for i in range(len(batch.rollouts)):
         row = method.weight(batch)[i][batch.mask[i]].tolist()
         assert all(a >= b for a, b in pairwise(row))
+
+
+def test_how_far_a_teacher_is_trusted_does_not_weigh_a_reward():
+    options = {"vopd": {"task_reward": True, "k": 4}, "prune_opd": {"loss": "sampled", "k": 4}}
+    with pytest.raises(ConfigError, match=r"do not go together: the weight says how far to trust the teacher, and"):
+        methods.build("vopd+prune_opd", options)
+    weighed = replace(methods.build("grpo", {}), weight=drift.trusted(Drift(k=4)))
+    with pytest.raises(ConfigError, match=r"has a weight that says how far to trust the teacher, and a reward in its"):
+        check_pieces(replace(weighed, teacher=external()), "here")
