@@ -219,7 +219,7 @@ def teacher_answers(
         for prompt in prompts
         for number in range(settings.answers)
     ]
-    replies = author.ask(questions, lambda question, text: text)
+    replies = author.ask(questions, lambda question, text: text, whole=True)
     found: list[tuple[str, ...] | Failure] = []
     for start in range(0, len(replies), settings.answers):
         mine = replies[start : start + settings.answers]

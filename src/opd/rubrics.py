@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 from opd.judges.base import Question, UnreadableError
 
 POINTS = (1, 5)  # the fewest and most points of a criterion
-THOUGHT = "</think>"
+THINKS, THOUGHT = "<think>", "</think>"
 
 WRITE = """\
 Below are a task, answers of a strong model to it, and answers of a weaker one. Write a rubric that tells better \
@@ -71,8 +71,8 @@ Rubric: TypeAlias = tuple[Criterion, ...]
 
 
 def without_thought(text: str) -> str:
-    """What follows the last `</think>`, stripped; all of a text without one."""
-    return text.rpartition(THOUGHT)[2].strip()
+    """What follows the last `</think>`, up to a `<think>` that nothing closes, stripped; all of a text without one."""
+    return text.rpartition(THOUGHT)[2].partition(THINKS)[0].strip()
 
 
 def rubric_question(

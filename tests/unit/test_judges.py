@@ -342,6 +342,16 @@ def test_another_judge_is_asked_anew(tmp_path: Path):
     assert asking(tmp_path, other).ask([question()], number) == [2]
 
 
+def test_where_an_answer_has_to_be_whole_one_that_was_cut_is_none(server: Server, tmp_path: Path):
+    server.script = [completion("1", finish="length"), completion("2")] + [completion("3", finish="length")] * 3
+    mine = asking(tmp_path, endpoint(server), retries=1)
+    assert mine.ask([question("a")], number, whole=True) == [2]
+    (cut,) = mine.ask([question("b")], number, whole=True)
+    assert cut == Failure("the answer has no end; the answer was cut: raise max_tokens")
+    assert mine.counts["unreadable"] == 3
+    assert mine.ask([question("b")], number) == [3]
+
+
 def test_an_unreadable_answer_is_asked_for_again_and_the_readable_one_is_kept(tmp_path: Path):
     judge = Recorded("x", "y", "3")
     mine = asking(tmp_path, judge)

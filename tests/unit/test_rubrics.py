@@ -167,7 +167,8 @@ def test_teacher_answers_stand_anywhere():
 
 
 @pytest.mark.parametrize(
-    ("text", "rest"), [("a", "a"), ("<think>x</think> a ", "a"), ("x</think>y</think>\nz", "z"), ("x</think>", "")]
+    ("text", "rest"),
+    [("a", "a"), ("<think>x</think> a ", "a"), ("x</think>y</think>\nz", "z"), ("x</think>", ""), ("a <think>x", "a")],
 )
 def test_thoughts_are_left_out(text: str, rest: str):
     assert without_thought(text) == rest

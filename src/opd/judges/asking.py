@@ -61,10 +61,13 @@ class Asking:
     retries: int
     counts: dict[str, float] = field(default_factory=dict[str, float])
 
-    def ask(self, questions: Sequence[Question], read: Callable[[Question, str], T]) -> list[T | Failure]:
+    def ask(
+        self, questions: Sequence[Question], read: Callable[[Question, str], T], *, whole: bool = False
+    ) -> list[T | Failure]:
         """What `read` makes of each answer, or why there is none. `read` raises UnreadableError for a bad answer.
 
-        Only readable answers are kept: what failed is asked again by a run that is started again.
+        With `whole` an answer that was cut at its largest length is a bad one, however much of it can be read. Only
+        readable answers are kept: what failed is asked again by a run that is started again.
         """
         started = time.perf_counter()
         found: dict[str, T | Failure] = {}
@@ -84,7 +87,7 @@ class Asking:
             again: set[str] = set()
             for i, reply in self.judge.ask([question for _, question in asked]):
                 key, question = asked[i]
-                found[key] = self._read(key, question, reply, read)
+                found[key] = self._read(key, question, reply, read, whole)
                 if isinstance(found[key], Failure) and reply.text is not None:
                     again.add(key)
             pending = {key: question for key, question in asked if key in again}
@@ -112,12 +115,16 @@ class Asking:
         self.count("cached", 1)
         return (made,)
 
-    def _read(self, key: str, question: Question, reply: Reply, read: Callable[[Question, str], T]) -> T | Failure:
+    def _read(
+        self, key: str, question: Question, reply: Reply, read: Callable[[Question, str], T], whole: bool
+    ) -> T | Failure:
         self.count("requests", reply.requests)
         self.count("retries", max(0, reply.requests - 1))
         if reply.text is None:
             return Failure(reply.failure or "there was no answer")
         try:
+            if reply.cut and whole:
+                raise UnreadableError("the answer has no end")
             made = read(question, reply.text)
         except UnreadableError as error:
             self.count("unreadable", 1)
