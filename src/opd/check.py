@@ -192,11 +192,12 @@ def check_tokenizers(
     given: Mapping[str, Any] | None = None,
     method: Method | None = None,
 ) -> list[str]:
-    """Render the prompts, bind the method, compare the token maps, where a tokenizer can be had without its model.
+    """Render the prompts for all who read them, bind the method, compare the token maps, where a tokenizer can be had
+    without its model.
 
     `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
     """
-    from opd.render import is_chat, render_checked
+    from opd.render import is_chat, render, render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -215,6 +216,13 @@ def check_tokenizers(
         if method is not None:
             method.bound(tokenizers[spec.train])
             check_vocabulary(spec, method, tokenizers[spec.train])
+    taught_by = {task: part.teacher for task, part in spec.parts.items()}
+    for name in spec.teachers:
+        if name in tokenizers:  # a template that the teacher lacks, or that refuses a prompt, shows before its weights
+            options = origin_of(recipe, name).template_options
+            for prompt in prompts:
+                if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
+                    render(prompt, tokenizers[name], options)
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     rule = TeacherRule(kind="external") if method is None else method.teacher
     ours, chat = origin_of(recipe, spec.train).template_options, is_chat(prompts)

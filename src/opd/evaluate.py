@@ -118,9 +118,7 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
     if not all(rewards):
         return out
     binary = all(value in (0.0, 1.0) for group in rewards for value in group)
-    interval = mean_interval(
-        [sum(group) / len(group) for group in rewards], binary=binary and all(len(group) == 1 for group in rewards)
-    )
+    interval = mean_interval([sum(group) / len(group) for group in rewards], binary=binary)
     out |= {"reward": interval.mean, "reward_low": interval.low, "reward_high": interval.high}
     if binary:
         for k in pass_at:

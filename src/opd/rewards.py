@@ -50,7 +50,7 @@ class Reward:
 def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
     """A reward of `REWARDS`, or a user's `package.module:function`, which is called (prompt, response, **options).
 
-    The parameters of a built-in reward's function are its options. `opd.types.needs_of(reward)` says which data columns
+    The parameters of a built-in reward's function are its options. `opd.needs.needs_of(reward)` says which data columns
     it reads. Raises ConfigError for an unknown name or option, or when a package is not installed.
     """
     if ":" in name:

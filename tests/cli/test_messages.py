@@ -364,6 +364,21 @@ def test_messages_for_a_tokenizer_without_a_chat_template(no_weights: None, what
     assert_says(said, "DataError: Prompt 0 is a list of messages", "has no chat template", "Give `prompt` as text")
 
 
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({}, ["DataError: Prompt 0 is a list of messages", "has no chat template"]),
+        ({"chat_template": "{{ messages[0].content }}", "template_options": {"loud": True}}, ["the option 'loud'"]),
+    ],
+    ids=["none", "option"],
+)
+def test_a_teacher_that_cannot_read_messages(no_weights: None, fields: dict[str, Any], parts: list[str]):
+    student, teacher = tiny_model(chat_template="{{ messages[0].content }}"), tiny_model(1, **fields)
+    recipe = one_stage(data={"path": "train.jsonl", "chat": True})
+    said = refusal(changed(lambda r: r["models"].update(student=student, teacher=teacher), recipe), what="check")
+    assert_says(said, *parts)
+
+
 def test_an_option_that_the_chat_template_does_not_mention(no_weights: None):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
     model = tiny_model(chat_template=template, template_options={"enable_thinkin": False})

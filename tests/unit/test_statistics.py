@@ -263,3 +263,14 @@ def test_a_gap_that_may_be_chance_has_no_bounds_and_no_gap_has_no_recovery():
     assert gap_recovery([1, 0], [0, 1], [1, 1]) is None  # the teacher is not ahead
     assert gap_recovery([], [], []) is None
     assert gap_recovery([0, 0], [1, 1], [1, 1]) == Recovery(1.0, (1.0, 1.0))
+
+
+def test_an_evaluation_of_several_responses_that_are_all_wrong_is_not_certain():
+    from helpers import prompts_of, rollout_of, tiny
+
+    from opd.evaluate import summary
+
+    lm = tiny()
+    wrong = [rollout_of(lm, prompt, [3], sample=i, reward=0.0) for prompt in prompts_of("a", "b") for i in range(4)]
+    found = summary(wrong)
+    assert (found["reward_low"], found["reward_high"]) == wilson(0, 2)
