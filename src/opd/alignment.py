@@ -1,37 +1,19 @@
 """Two tokenisations of one text: where each token lies in its bytes, and the smallest pieces that both cut out.
 
-Bytes, because tokens need not end between characters: an emoji may be four tokens. What a token's bytes are is read
-from the tokenizer's own decoder, never found by decoding a token alone, which turns half of a character into U+FFFD.
+In bytes, because tokens need not end between characters: an emoji may be four tokens.
 """
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, TypeAlias
+from typing import Any
 
 from opd.errors import AlignmentError
-from opd.render import turn_end
+from opd.vocabularies import Vocabulary, ends_of, name_of, shared_tokens, vocabulary_of
 
-BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 UNREADABLE = "\ufffd"  # what a teacher reads where bytes are no text
-
-# GPT-2's printable stand-ins for bytes, as characters of a byte-level vocabulary.
-_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-_OTHERS = [b for b in range(0x100) if b not in _PRINTABLE]
-BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Vocabulary:
-    """What the tokens of a tokenizer stand for, by id."""
-
-    pieces: Mapping[int, bytes]  # tokens of text
-    special: Mapping[int, str]  # tokens of no text, by name
-    written_as: Mapping[bytes, int]  # the token for these bytes: of several, not the one of a byte fallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,22 +55,16 @@ def pair_of(
 ) -> Pair:
     """Two tokenizers, compared token by token.
 
-    What ends a response is the same token, whatever its names: both end-of-sequence tokens, and before these, where
-    responses are turns of a `chat`, the tokens with which the templates, with their `options`, end a turn.
-
-    Raises AlignmentError for a tokenizer whose tokens' bytes cannot be told, and for two without a common token.
+    `chat` and the templates' `options` say what ends a response: `vocabularies.ends_of`. Raises AlignmentError for a
+    tokenizer whose tokens' bytes cannot be told, and for two without a common token.
     """
-    turns = [_turn_end(one, given) if chat else None for one, given in zip((student, teacher), options, strict=True)]
-    ends: dict[int, int] = {}
-    for end, its in (turns, (student.eos_token_id, teacher.eos_token_id)):
-        if end is not None and its is not None and end not in ends and its not in ends.values():
-            ends[end] = its
+    ends = ends_of(student, teacher, chat=chat, options=options)
     ours, theirs = vocabulary_of(student, ends), vocabulary_of(teacher, ends.values())
     same = student.get_vocab() == teacher.get_vocab() and all(end == its for end, its in ends.items())
     shared = {i: i for i in (*ours.pieces, *ours.special)} if same else shared_tokens(ours, theirs, ends)
     if not any(i in ours.pieces for i in shared):
         raise AlignmentError(
-            f"The tokenizers {_name(student)} ({len(ours.pieces)} tokens of text) and {_name(teacher)} "
+            f"The tokenizers {name_of(student)} ({len(ours.pieces)} tokens of text) and {name_of(teacher)} "
             f"({len(theirs.pieces)}) have no token of text in common, so there is nothing on which to compare student "
             "and teacher. Use a teacher that writes the same language in the same script."
         )
@@ -98,39 +74,6 @@ def pair_of(
         return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     return Pair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
-
-
-def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
-    """The bytes of each token; `ends` are no text.
-
-    Raises AlignmentError for a tokenizer that does not say what its tokens stand for.
-    """
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = getattr(core, "decoder", None)
-    if decoder is None:
-        raise AlignmentError(
-            f"The tokenizer {_name(tokenizer)} has no decoder of the `tokenizers` library, so the bytes of its tokens "
-            "cannot be told. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
-        )
-    read = _reader(json.loads(decoder.__getstate__()), tokenizer)
-    added = tokenizer.added_tokens_decoder
-    special = {i: token.content for i, token in added.items() if token.special or i in ends}
-    pieces: dict[int, bytes] = {}
-    written_as: dict[bytes, int] = {}
-    fallback: dict[bytes, int] = {}
-    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
-        if i not in special:
-            pieces[i] = token.encode() if i in added else read(token)
-            (fallback if BYTE.fullmatch(token) else written_as).setdefault(pieces[i], i)
-    return Vocabulary(pieces=pieces, special=special, written_as={**fallback, **written_as})
-
-
-def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, int]) -> dict[int, int]:
-    """Student id -> teacher id of tokens of the same bytes, of special tokens of the same name, and of the `ends`."""
-    names = {name: i for i, name in teacher.special.items() if i not in ends.values()}
-    named = {i: names[name] for i, name in student.special.items() if i not in ends and name in names}
-    text = {i: teacher.written_as[b] for b, i in student.written_as.items() if b in teacher.written_as}
-    return dict(sorted({**text, **named, **ends}.items()))
 
 
 def units_of(student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
@@ -151,7 +94,7 @@ def units_of(student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
 def reread(ids: Sequence[int], pair: Pair) -> Reading:
     """A response of the student in the teacher's tokens, with the units of both.
 
-    Bytes that are no UTF-8, and a text that the teacher's tokenizer changes, are shown to the teacher as it writes
+    Bytes that are no UTF-8, and what of a text the teacher's tokenizer changes, are shown to the teacher as it writes
     them, and no unit reaches into them. A special token that only the student has is not shown to it.
     """
     widths = [len(pair.student.pieces.get(i, b"")) for i in ids]
@@ -189,12 +132,6 @@ class _Part:
     comparable: bool
 
 
-def _turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
-    """The token that ends a turn; None where the template ends it with mere text, such as a line's end."""
-    end = turn_end(tokenizer, options)
-    return end if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id else None
-
-
 def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:
     run = b""
     for i in ids:
@@ -212,16 +149,42 @@ def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:
 
 def _of_text(data: bytes, pair: Pair) -> Iterator[_Part]:
     for text, width, readable in _readable(data):
-        ids = pair.write(text)
-        pieces = [pair.teacher.pieces.get(i) for i in ids]
-        widths = [len(piece or b"") for piece in pieces]
-        written = None if None in pieces else b"".join(piece or b"" for piece in pieces)
-        if readable and written == b" " + text.encode() and pieces[0]:  # SentencePiece's space before a text
-            yield _Part(width, ids, [widths[0] - 1, *widths[1:]], True)
-        elif readable and written == text.encode():
-            yield _Part(width, ids, widths, True)
-        else:
+        ids, given = pair.write(text), text.encode()
+        pieces = [pair.teacher.pieces.get(i, b"") for i in ids]
+        if not readable:
             yield _Part(width, ids, [0] * len(ids), False)
+            continue
+        if b"".join(pieces).startswith(b" ") and (b"".join(pieces) == b" " + given or given[:1] != b" "):
+            pieces[0] = pieces[0][1:]  # SentencePiece's space before a text
+        yield from _as_written(given, ids, pieces)
+
+
+def _as_written(given: bytes, ids: Sequence[int], pieces: Sequence[bytes]) -> Iterator[_Part]:
+    """A text and the teacher's tokens of it, from either end as far as they agree. What its tokenizer changed, such as
+    a letter and its accent into one character, lies between, and cannot be compared."""
+    ends, written = _offsets([len(piece) for piece in pieces]), b"".join(pieces)
+    if written == given:
+        yield _Part(len(given), ids, [len(piece) for piece in pieces], True)
+        return
+    same = _agree(written, given)
+    first = next(k for k in reversed(range(len(ends))) if ends[k] <= same)
+    first = ends.index(ends[first])  # a token of no bytes, such as an unknown one, is none that agrees
+    same = min(_agree(written[::-1], given[::-1]), len(written) - ends[first], len(given) - ends[first])
+    last = next(k for k in range(len(ends)) if len(written) - ends[k] <= same)
+    last = len(ends) - 1 - ends[::-1].index(ends[last])
+    rest = len(written) - ends[last]
+    for start, stop, width, comparable in (
+        (0, first, ends[first], True),
+        (first, last, len(given) - ends[first] - rest, False),
+        (last, len(ids), rest, True),
+    ):
+        widths = [len(piece) if comparable else 0 for piece in pieces[start:stop]]
+        yield _Part(width, ids[start:stop], widths, comparable)
+
+
+def _agree(one: bytes, other: bytes) -> int:
+    """How many bytes are the same from the start on."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _readable(data: bytes) -> Iterator[tuple[str, int, bool]]:
@@ -255,37 +218,3 @@ def _between(cuts: Sequence[int], student: Sequence[int], teacher: Sequence[int]
             j += 1
         units.append(Unit(range(first, i), range(other, j)))
     return units
-
-
-Reader: TypeAlias = Callable[[str], bytes]
-
-
-def _reader(decoder: Mapping[str, Any], tokenizer: Any) -> Reader:
-    """How a decoder of the `tokenizers` library turns one token into bytes."""
-    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-    spaces = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
-    for step in steps:
-        if step["type"] == "Replace" and "String" in step["pattern"]:
-            spaces.append((step["pattern"]["String"], step["content"]))
-        elif step["type"] not in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse", "Strip"):
-            raise AlignmentError(
-                f"The tokenizer {_name(tokenizer)} decodes with {step['type']}, which joins tokens in a way that hides "
-                "what each stands for. Tokens of byte-level BPE, SentencePiece and characters can be aligned; use a "
-                "model with such a tokenizer."
-            )
-    kinds = {step["type"] for step in steps}
-
-    def read(token: str) -> bytes:
-        if "ByteLevel" in kinds:  # a token with other characters stands for itself, as in the library's decoder
-            return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
-        if "ByteFallback" in kinds and (match := BYTE.fullmatch(token)):
-            return bytes([int(match[1], 16)])
-        for mark, text in spaces:
-            token = token.replace(mark, text)
-        return token.encode()
-
-    return read
-
-
-def _name(tokenizer: Any) -> str:
-    return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"({type(tokenizer).__name__})"

@@ -11,9 +11,10 @@ import pytest
 from helpers import byte_tokenizer
 from pair_helpers import byte_bpe, ids_of, sentence_piece, trained_bpe, wrapped
 
-from opd.alignment import Pair, Reading, Unit, pair_of, reread, units_of, vocabulary_of
+from opd.alignment import Pair, Reading, Unit, pair_of, reread, units_of
 from opd.errors import AlignmentError
 from opd.loading import character_tokenizer
+from opd.vocabularies import vocabulary_of
 
 TEXT = "happy people say 42! ¡Qué bueno! 你好世界 🙂👩‍🚀 naïve café e\u0301"
 HAP_PY = byte_bpe("h a", "ha p", "p y")
@@ -280,6 +281,40 @@ def test_a_text_that_the_teacher_changes_is_shown_and_in_no_unit():
     _, reading, pair = read(student, teacher, "e\u0301")
     assert reading.units == ()
     assert b"".join(pair.teacher.pieces[i] for i in reading.teacher_ids) == "é".encode()
+
+
+def test_only_what_the_teacher_changes_of_a_text_is_in_no_unit():
+    from tokenizers import normalizers
+
+    teacher = byte_bpe("b c", last=True)
+    teacher.backend_tokenizer.normalizer = normalizers.NFC()
+    student = byte_bpe(special=("<pad>", "<eos>"))
+    pieces, reading, pair = read(student, teacher, "abce\u0301 e\u0301bc")
+    assert b"".join(pair.teacher.pieces[i] for i in reading.teacher_ids) == "abcé ébc".encode()
+    assert texts(reading.units, pieces) == [b"a", b"bc", b"bc"], "what lies between two changes counts as changed"
+    for unit in reading.units:
+        theirs = b"".join(pair.teacher.pieces[reading.teacher_ids[i]] for i in unit.teacher)
+        assert theirs == b"".join(pieces[i] for i in unit.student)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_units_beside_what_the_teacher_changes_are_the_same_text_on_both_sides(seed: int):
+    from tokenizers import normalizers
+
+    generator = random.Random(seed)
+    teacher = generator.choice([byte_bpe("a a", "b a", last=True), sentence_piece("a a", "b a", characters="é ")])
+    normalizer = generator.choice([normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace("a", "bb")])
+    core = teacher.backend_tokenizer
+    core.normalizer = normalizer if core.normalizer is None else normalizers.Sequence([normalizer, core.normalizer])
+    text = "".join(generator.choice(["a", "b", "aa", "B", "e\u0301", " ", "🙂"]) for _ in range(12))
+    pieces, reading, pair = read(byte_bpe("a b", "b b"), teacher, text)
+    for unit in reading.units:
+        theirs = b"".join(pair.teacher.pieces[reading.teacher_ids[i]] for i in unit.teacher)
+        ours = b"".join(pieces[i] for i in unit.student)
+        assert theirs in (ours, b" " + ours)
+        assert theirs == ours or unit.student.start == 0
+    inside = [i for unit in reading.units for i in unit.student]
+    assert inside == sorted(set(inside))
 
 
 def test_a_response_of_special_tokens_alone_shows_nothing():
