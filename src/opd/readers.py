@@ -146,7 +146,8 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
             raise TypeError(f"it returned a {type(rows).__name__}, and rows are an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
     except Exception as error:  # any line of the user's function may raise
-        raise DataError(f"{source} failed with {type(error).__name__}: {error}. Correct the function.") from error
+        why = str(error).removesuffix(".")
+        raise DataError(f"{source} failed with {type(error).__name__}: {why}. Correct the function.") from error
 
 
 def _datasets_rows(source: str, folder: Path, split: str, options: Mapping[str, Any]) -> Iterator[Row]:

@@ -57,7 +57,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         "reward": {"name": "regex", "options": {"pattern": "7"}},
     }
     if method == "ropd":
-        author = {"lm": "teacher", "max_tokens": 6}
+        author = {"lm": "teacher", "max_tokens": 40}  # an answer that was cut is none
         stage["reward"] = {"name": "rubric", "author": author, "judge": {"function": "opd.studies.graders:grader"}}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"

@@ -90,7 +90,7 @@ def test_a_look_agrees_with_the_models_read_one_response_at_a_time(tmp_path, mon
 def test_both_studies_run_at_a_reduced_size(tmp_path):
     """From training to the table and the figure."""
     lab = Lab(folder=tmp_path, workers=1)
-    small = cold_start.Size(cold_steps=2, steps=4, prompts_per_step=4, held_out=4, pair=TINY)
+    small = cold_start.Size(cold_steps=2, keep="all", steps=4, prompts_per_step=4, held_out=4, pair=TINY)
     with report.style():
         outcome = cold_start.run(lab, small)
         assert len(outcome.findings) == 5

@@ -36,6 +36,7 @@ class Size:
 
     seeds: Sequence[int] = (0, 1, 2)
     cold_steps: int = 75
+    keep: str = "both"  # of the teacher's responses in the cold start; "all" where the teacher is never right
     steps: int = 150
     prompts_per_step: int = 64
     held_out: int = 300
@@ -217,7 +218,7 @@ def _sft(size: Size, pair: Pair, seed: int, steps: int) -> Distillation:
         "teacher_sampling": {"max_completion_length": task.longest},
         "reward": {"name": task.reward},
     }
-    return _stage(size, pair, seed, "sft", {"source": "teacher", "keep": "both"}, stage, steps)
+    return _stage(size, pair, seed, "sft", {"source": "teacher", "keep": size.keep}, stage, steps)
 
 
 def _opd(size: Size, pair: Pair, seed: int, setting: str, before: int) -> Distillation:
