@@ -228,10 +228,11 @@ def evaluate_model(
     prompts = load_prompts(
         spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
     )
+    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
+        if path is not None:
+            resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
     if say is not None and (count := unread_answers(prompts, None, judged_by)):
         say(unread_line(count, "held-out"))
-    if teacher is not None:
-        resolved_path(ModelSpec(path=teacher), "teacher", "opd eval --teacher")  # before anything is sampled
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     held_out = HeldOut(
         prompts=prompts,

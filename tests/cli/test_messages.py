@@ -892,6 +892,7 @@ def test_eval(model_folder: Path):
 def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
     ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
     unread = "eval: 5 held-out rows have an `answer`, and nothing reads it"
+    assert unread not in command("eval", "./modl", *ask[2:]).err, "what is refused comes alone"
     assert_says(command(*ask).err, unread)
     assert_says(command(*ask, "--reward", "regex", "--option", "pattern=x").err, unread)
     assert "have an `answer`" not in command(*ask, "--reward", "exact").err
