@@ -42,7 +42,9 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         "teacher_model": part.teacher is not None and part.teacher != spec.train,
     }
     owner = "stage" if task is None else "task"
-    missing = [REMEDIES[need].format(owner=owner) for need in sorted(needs) if not given.get(need, True)]
+    without = {need for need in needs if not given.get(need, True)}
+    without -= {"reward"} if "judge" in without else set()  # the judge's is one, and another would be refused next
+    missing = [REMEDIES[need].format(owner=owner) for need in sorted(without)]
     if "attempt" in needs and part.evaluate is not None and part.evaluate.teacher:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "

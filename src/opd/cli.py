@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from opd.errors import OPDError
+from opd.errors import ConfigError, OPDError
 from opd.interrupt import Stopped
 from opd.progress import quiet_libraries
 
@@ -118,6 +118,11 @@ def evaluate(
     from opd.evaluate import evaluate_model
     from opd.recipe_tree import parse_value
 
+    if options and reward is None:
+        raise ConfigError(
+            f"opd eval got --option {' --option '.join(options)}, and options are those of a reward: without --reward "
+            "nobody reads them. Name it, e.g. --reward max_words, or leave --option out."
+        )
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
     metrics = evaluate_model(
@@ -132,6 +137,7 @@ def evaluate(
         },
         teacher=teacher,
         seed=seed,
+        say=lambda text: typer.echo(f"eval: {text}", err=True),
     )
     for name, value in metrics.items():
         typer.echo(f"{name:24} {value:.4g}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from opd.group_rewards import GroupReward, check_judged
 from opd.loading import load_model
 from opd.loss import hidden_of
 from opd.methods.reverse_kl import reverse_kl
+from opd.model_paths import resolved_path
 from opd.models import LanguageModel, evaluating
 from opd.needs import needs_of
 from opd.parallel import ALONE, World
@@ -27,6 +28,7 @@ from opd.score import paired_log_probs
 from opd.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import Batch, Context, Prompt, Rollout, Sampler, Sampling, TeacherRule
+from opd.unread import unread_answers, unread_line
 
 # Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
 # so that before and after differ by the weights alone.
@@ -207,10 +209,12 @@ def evaluate_model(
     teacher: str | None = None,
     seed: int = 0,
     micro_batch_tokens: int = 4096,
+    say: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
     """`opd eval`: a model by path on held-out prompts; with `teacher`, also the exact divergence from it.
 
-    `data`, `reward` and `sampling` are sections of a recipe. Raises the kinds of `opd.errors`.
+    `data`, `reward` and `sampling` are sections of a recipe. `say` gets what `opd check` would say of the data. Raises
+    the kinds of `opd.errors`.
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
@@ -224,7 +228,12 @@ def evaluate_model(
     prompts = load_prompts(
         spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
     )
-    lm = load_model(ModelSpec(path=model), name="model")
+    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
+        if path is not None:
+            resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
+    if say is not None and (count := unread_answers(prompts, None, judged_by)):
+        say(unread_line(count, "held-out"))
+    lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     held_out = HeldOut(
         prompts=prompts,
         sampling={"sampled": settings},
@@ -235,7 +244,7 @@ def evaluate_model(
     measured = measure(held_out, student_samplers(held_out, lm))
     metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
     if teacher is not None:
-        other = load_model(ModelSpec(path=teacher), name="teacher")
+        other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
         scorer = teacher_for(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
         assert scorer is not None
         metrics |= exact_divergence(

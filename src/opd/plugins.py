@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,27 @@ def import_function(reference: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def check_options(what: str, function: Callable[..., Any], options: Mapping[str, Any], *, given: int = 0) -> None:
-    """Raise ConfigError unless `function` can be called with `given` positional arguments and **options."""
+def check_options(
+    what: str,
+    function: Callable[..., Any],
+    options: Mapping[str, Any],
+    *,
+    given: int = 0,
+    beside: Collection[str] = (),
+) -> None:
+    """Raise ConfigError unless `function` can be called with `given` positional arguments and **options.
+
+    Arguments named in `beside` are no options of the user's: they are fields that stand beside `options`.
+    """
     signature = inspect.signature(function)
     try:
         signature.bind(*range(given), **options)
     except TypeError as error:
-        known = list(signature.parameters)[given:]
-        near = "".join(nearest(name, known) for name in options if name not in known)
+        fields = [name for name in beside if name in signature.parameters]
+        known = [name for name in list(signature.parameters)[given:] if name not in fields]
+        near = "".join(nearest(name, known) for name in options if name not in (*known, *fields))
         raise ConfigError(
-            f"{what} cannot be called with the options {sorted(options)}: {error}.{near} "
+            f"{what} cannot be called with the options {sorted(set(options) - set(fields))}: {error}.{near} "
             f"Its options: {', '.join(known) or 'none'}."
+            + (f" Beside `options` stand {', '.join(fields)}." if fields else "")
         ) from error

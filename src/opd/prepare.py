@@ -20,6 +20,7 @@ from opd.rewards import AnyReward, RewardFn, load_reward
 from opd.selection import Selected
 from opd.turns import Order
 from opd.types import Prompt, Sampling
+from opd.unread import unread_answers, unread_line
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
 
@@ -47,11 +48,7 @@ class Task:
     @property
     def notes(self) -> list[str]:
         """What a run says about the task's data before it begins: what was left out, and what nobody reads."""
-        unread = [
-            f"{count} {which} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is "
-            "measured"
-            for which, count in self.unread_answers.items()
-        ]
+        unread = [unread_line(count, which) for which, count in self.unread_answers.items()]
         return [*map(str, self.selected), *unread]
 
 
@@ -150,18 +147,6 @@ def held_out_of(
         max_prompt_length=spec.max_prompt_length,
     )
     return held_out, selected
-
-
-def unread_answers(prompts: Sequence[Prompt], method: Method, *rewards: AnyReward | None) -> int:
-    """How many prompts have an answer that neither the method nor any of the rewards looks at.
-
-    A function of the user's own that declares no needs may look at everything.
-    """
-    given = [reward for reward in rewards if reward is not None]
-    own = any(":" in getattr(reward, "name", ":") for reward in given)
-    if own or "answer" in method.needs() | needs_of(*given):
-        return 0
-    return sum(prompt.answer is not None for prompt in prompts)
 
 
 def assigned(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import ConfigError, DataError, nearest
+from opd.model_paths import packaged
 from opd.plugins import check_options, import_function
 from opd.rewards import gym_task
 
@@ -25,8 +26,6 @@ def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int |
     """The rows of `source`, whose forms are those of `opd.data.DataSpec.path`. Raises ConfigError or DataError."""
     path = Path(source).expanduser()
     if source.startswith("package:"):
-        from opd.loading import packaged
-
         return _file_rows(packaged(source))
     if source.startswith("reasoning_gym:"):
         return _gym_rows(source, {"size": limit or 500, "seed": 0, **options})

@@ -275,7 +275,8 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(explain(error, source, Recipe)) from error
+        keys = StageSpec.model_fields
+        raise ConfigError(explain(error, source, Recipe, stage_keys=keys, overrides=overrides)) from error
     check_references(recipe, source)
     return recipe
 

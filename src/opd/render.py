@@ -14,6 +14,8 @@ from opd.types import Message, Prompt
 # Decided by this file. Templates may mention them, so that the check by name alone would let them pass.
 RESERVED = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 
+_SET_TEMPLATE = "set the model's template, `models.NAME.chat_template`"
+
 
 def conversation(value: Any, where: str, *, chat: bool = False, system: str | None = None) -> str | tuple[Message, ...]:
     """A data row's prompt, checked: text, or messages with `role` and `content` (text, or parts such as images).
@@ -73,7 +75,7 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"The chat template of {_name(tokenizer)} refused prompt {prompt.id} (roles: {roles}): {error}. "
-            "Change the messages, or set another tokenizer.chat_template."
+            f"Change the messages, or {_SET_TEMPLATE}."
         ) from error
     return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
 
@@ -182,7 +184,7 @@ def _ends(ids: Sequence[int], end: int) -> int:
 
 
 def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str:
-    remedy = "Give `prompt` as text (and no `chat` or `system`), or set tokenizer.chat_template."
+    remedy = f"Give `prompt` as text (and no `chat` or `system`), or {_SET_TEMPLATE}."
     if not tokenizer.chat_template:
         raise DataError(
             f"Prompt {prompt.id} is a list of messages, and {_name(tokenizer)} has no chat template. {remedy}"
@@ -201,7 +203,7 @@ def _check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) ->
             known = set(re.findall(r"\b[a-z]\w*_\w+\b", template)) - set(RESERVED)
             raise ConfigError(
                 f"The chat template of {_name(tokenizer)} does not mention the option {name!r}, so it would do nothing."
-                f"{nearest(name, known)} Remove it from `template_options`, or set another tokenizer.chat_template."
+                f"{nearest(name, known)} Remove it from `template_options`, or {_SET_TEMPLATE}."
             )
 
 

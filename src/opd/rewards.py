@@ -20,6 +20,7 @@ import numpy as np
 
 from opd.errors import ConfigError, DataError, TrainingError, nearest
 from opd.group_rewards import GroupReward
+from opd.judges.section import Asks
 from opd.needs import needing, needs_of
 from opd.plugins import check_options, import_function
 from opd.rubric_reward import rubric
@@ -64,7 +65,7 @@ def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
             f"There is no reward {name!r}.{nearest(name, REWARDS)} There are: {', '.join(REWARDS)}, "
             "and your own as `my_package.mine:function`."
         )
-    check_options(f"The reward {name!r}", REWARDS[name], options)
+    check_options(f"The reward {name!r}", REWARDS[name], options, beside=tuple(Asks.model_fields))
     made = REWARDS[name](**options)
     if isinstance(made, GroupReward):
         return made

@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_made(work: Path, change: Change, parts: list[str
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("./studnt", ["models.student.path: there is nothing at studnt", "Give an existing folder"]),
+        ("./studnt", ["models.student.path: there is nothing at studnt. Give an existing folder"]),
         ("studnt", ["models.student.path", "studnt"]),
         ("./train.jsonl", ["models.student.path", "train.jsonl"]),
         (".", ["models.student.path: . has no config.json and 0 GGUF files", "Give a Hugging Face model folder"]),
@@ -889,10 +889,25 @@ def test_eval(model_folder: Path):
     assert numbers(command(*ask, "--limit", "2"))["responses"] == 8
 
 
+def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
+    ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
+    unread = "eval: 5 held-out rows have an `answer`, and nothing reads it"
+    assert unread not in command("eval", "./modl", *ask[2:]).err, "what is refused comes alone"
+    assert_says(command(*ask).err, unread)
+    assert_says(command(*ask, "--reward", "regex", "--option", "pattern=x").err, unread)
+    assert "have an `answer`" not in command(*ask, "--reward", "exact").err
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("./modl", "held_out.jsonl"), ["there is nothing at modl"]),
+        (("./modl", "held_out.jsonl"), ["opd eval MODEL: there is nothing at modl. Did you mean 'model'?"]),
+        ((".", "held_out.jsonl"), ["opd eval MODEL: . has no config.json and 0 GGUF files"]),
+        (("model", "held_out.jsonl", "--teacher", "./modl"), ["opd eval --teacher: there is nothing at modl"]),
+        (
+            ("model", "held_out.jsonl", "--option", "n=1"),
+            ["ConfigError: opd eval got --option n=1", "without --reward"],
+        ),
         (("model", "held_ot.jsonl"), ["There is nothing at held_ot.jsonl. Did you mean 'held_out.jsonl'?"]),
         (("model", "held_out.jsonl", "--reward", "exct"), ["There is no reward 'exct'. Did you mean 'exact'?"]),
         (("model", "held_out.jsonl", "--n", "0"), ["n", "1"]),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from opd.errors import ConfigError
-from opd.methods import METHODS
+from opd.methods import METHODS, build
 from opd.methods.describe import markdown, recipes_of
 from opd.recipe import load_recipe
 
@@ -125,6 +125,34 @@ def test_a_method_without_a_recipe_has_no_page(tmp_path):
     (tmp_path / "opd.yaml").write_text((ROOT / "recipes" / "opd.yaml").read_text())
     with pytest.raises(ConfigError, match=r"uses grpo, gkd, .*Write one, recipes/grpo.yaml, or run this where"):
         recipes_of(tmp_path)
+
+
+def test_the_layout_on_the_page_of_design_is_the_tree():
+    """Every file has its place in the block, but those of methods/ and studies/, which are one each."""
+    block = (ROOT / "docs" / "design.md").read_text().partition("## The layout")[2].split("```")[1]
+    named = set(re.findall(r"\w+\.py\b", block))
+    several = {"methods", "studies"}
+    files = {f.name for f in FILES if f.parent.name not in several and f.name != "__init__.py"}
+    assert not files - named, "name them in docs/design.md"
+    assert not named - {f.name for f in FILES}, "they are no longer there"
+    folders = {f.parent.name for f in FILES} - {"opd"}
+    assert folders == set(re.findall(r"^  (\w+)/", block, re.MULTILINE))
+    assert max(map(len, block.splitlines())) <= 120
+
+
+def test_the_page_of_methods_of_ones_own_names_every_need():
+    page = (ROOT / "docs" / "adding_a_method.md").read_text()
+    named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
+    stages = [stage for file in (ROOT / "recipes").glob("*.yaml") for stage in load_recipe(file).stages]
+    declared = [build(stage.method, stage.options).needs() for stage in stages]
+    assert not frozenset().union(*declared) - named
+    said = {
+        name
+        for file in FILES
+        for call in re.findall(r"needing\(([^()]*)\)", file.read_text())
+        for name in re.findall(r'"(\w+)"', call)
+    }
+    assert not said - named
 
 
 def test_help_imports_no_torch():

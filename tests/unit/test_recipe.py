@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,20 @@ import pytest
 import yaml
 
 from opd.errors import ConfigError
-from opd.recipe import Recipe, dump, load_recipe, parse_recipe
+from opd.recipe import (
+    CheckpointSection,
+    DataSection,
+    EvaluateSection,
+    ModelSpec,
+    OptimizerSection,
+    Recipe,
+    SamplingSection,
+    StageSpec,
+    dump,
+    load_recipe,
+    parse_recipe,
+)
+from opd.recipe_tree import OTHER_NAMES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
@@ -198,6 +212,72 @@ def test_an_unknown_key_that_is_near_nothing_lists_the_known_ones():
     message = refused(recipe(), "checkpoint.zzz=1")
     assert "unknown key `stages.0.checkpoint.zzz`. Known here: every, keep" in message
     assert "Did you mean" not in message
+
+
+@pytest.mark.parametrize(("override", "near"), [("stesp=3", "steps"), ("temprature=1", None), ("sede=3", "seed")])
+def test_a_short_override_that_is_misspelt_may_be_meant_for_the_stage(override: str, near: str | None):
+    message = refused(recipe(), override)
+    assert (f"Did you mean {near!r}?" in message) == (near is not None)
+    assert ("; of a stage: name, train, teacher" in message) == (near != "seed")
+
+
+def test_a_key_of_a_stage_at_the_top_of_a_recipe():
+    message = refused(recipe(steps=3))
+    assert "unknown key `steps`. It is a key of a stage. Known here: name" in message
+
+
+def test_an_unknown_key_of_the_file_is_not_looked_for_in_the_stage():
+    assert "of a stage" not in refused(recipe(stesp=3), "steps=3")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("lr=1e-5", "unknown key `lr`. Here it is `optimizer.learning_rate`."),
+        ("optimizer.lr=1e-5", "unknown key `stages.0.optimizer.lr`. Here it is `optimizer.learning_rate`."),
+        ("stages.one.batch_size=8", "unknown key `stages.0.batch_size`. Here it is `prompts_per_step`"),
+        ("sampling.max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
+        ("gradient_accumulation_steps=8", "There is none: `prompts_per_step` is the whole step"),
+        ("num_train_epochs=3", "There is none: `steps` says how long"),
+        ("model_name_or_path=x", "Here it is `models.NAME.path`"),
+        ("kl_coef=0.1", "There is none: what weighs a divergence"),
+    ],
+)
+def test_what_other_trainers_call_a_key(override: str, said: str):
+    message = refused(recipe(), override)
+    assert said in message
+    assert "Did you mean" not in message
+
+
+def test_the_keys_that_other_names_are_led_to_are_keys():
+    """Every name in back-quotes is a key of a stage, or of a section or model of one."""
+    keys = set(StageSpec.model_fields) | set(ModelSpec.model_fields)
+    for section in (OptimizerSection, SamplingSection, CheckpointSection, EvaluateSection, DataSection):
+        keys |= set(section.model_fields)
+    for name, said in OTHER_NAMES.items():
+        for quoted in re.findall(r"`([a-z_.A-Z]+)[^`]*`", said.replace("`opd describe METHOD`", "")):
+            parts = [part for part in quoted.split(".") if part not in ("models", "NAME")]
+            assert set(parts) <= keys, f"{name}: {quoted}"
+
+
+def test_a_judge_is_not_told_of_the_keys_of_a_stage():
+    assert "Here it is" not in refused(recipe(), "reward={name: rubric, model: x}")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("reward=exact", "`stages.0.reward`: Input should be a valid dictionary (got 'exact'). Write {name: exact}"),
+        ("models.student.lora=true", "(got True). Write {rank: 16}, or null"),
+        ("data=train.jsonl", "(got 'train.jsonl'). Write {path: train.jsonl}"),
+        ("models.student=./x", "(got './x'). Write {path: ./x}"),
+        ("checkpoint=3", "(got 3). Its keys: every, keep"),
+    ],
+)
+def test_a_plain_value_where_a_section_belongs(override: str, said: str):
+    message = refused(recipe(), override)
+    assert said in message
+    assert "instance of" not in message
 
 
 def test_a_misspelt_tokenizer_of_characters():

@@ -108,8 +108,16 @@ def test_named_templates_use_the_default_one():
 def test_messages_without_a_chat_template():
     with pytest.raises(DataError) as caught:
         render(chat(("user", "hi"), key=7), word_tokenizer())
-    for part in ("Prompt 7", "has no chat template", "Give `prompt` as text", "set tokenizer.chat_template"):
+    for part in ("Prompt 7", "has no chat template", "Give `prompt` as text", "`models.NAME.chat_template`"):
         assert part in str(caught.value)
+
+
+def test_every_remedy_names_the_recipes_key():
+    refusing = word_tokenizer(template=TEMPLATE + "{{ raise_exception('no') }}")
+    for tokenizer, options in ((refusing, {}), (word_tokenizer(template=TEMPLATE), {"no_such": False})):
+        with pytest.raises((DataError, ConfigError), match=r"`models\.NAME\.chat_template`\.$") as caught:
+            render(chat(("user", "hi")), tokenizer, options)
+        assert "tokenizer.chat_template" not in str(caught.value)
 
 
 def test_the_tokenizer_is_named():

@@ -286,6 +286,21 @@ def test_options_that_cannot_be_meant_so(options: dict[str, Any], says: str):
         load_reward("rubric", {**judge, **options})
 
 
+def test_an_unknown_option_lists_the_options_and_apart_from_them_the_fields():
+    with pytest.raises(ConfigError, match=r"with the options \['blnd'\]") as caught:
+        load_reward("rubric", {"judge": JudgeSection(function="textwrap:dedent"), "blnd": True})
+    options, _, fields = str(caught.value).partition("Its options: ")[2].partition(" Beside `options` stand ")
+    assert options == "answers, blind, shared, criteria, max_failed, column, temperatures."
+    assert fields == "judge, verifier, author."
+
+
+def test_one_missing_judge_is_one_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Another reward, which the second need would name, would be refused next."""
+    said = refused(tmp_path, monkeypatch, with_judge(URL, reward=None))
+    assert "a reward: set" not in said
+    assert "math_verify" not in said
+
+
 def with_judge(url: str, **fields: Any) -> dict[str, Any]:
     """A run of `ropd` whose teacher's answers stand in the data."""
     judge = {"url": url, "model": "judge-1", "timeout_s": 5, **fields.pop("judge", {})}
@@ -332,7 +347,7 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         (with_judge(URL, options={"answer": 3}), ["Did you mean 'answers'"]),
         (with_judge(URL, options={"column": "tips"}), ["needs `tips` in every row, and 12 of 12"]),
         (with_judge(URL, reward={"name": "final_number"}), ["needs a reward that asks a judge"]),
-        (with_judge(URL, reward=None), ["needs a reward that asks a judge", "a reward: set"]),
+        (with_judge(URL, reward=None), ["method 'ropd' needs a reward that asks a judge: set the stage's `reward`"]),
         (with_judge(URL, reward={"name": "rubric"}), ["needs a reward that asks a judge"]),
         (
             with_judge(URL, reward={"name": "exact", "judge": {"lm": "teacher"}}),

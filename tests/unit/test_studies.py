@@ -348,5 +348,6 @@ def test_the_page_in_docs_is_made_of_the_results_of_all_studies():
     assert list(results) == list(STUDIES), "run `opd study NAME --out docs` for the missing ones"
     page = (ROOT / "docs" / "studies.md").read_text()
     assert page == report.page(results, {name: headline(name) for name in STUDIES})
+    assert "?.\n" not in page, "a question is no sentence with a full stop"
     for name in STUDIES:
         assert (ROOT / "docs" / "figures" / "studies" / f"{name}.png").exists()

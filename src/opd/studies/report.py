@@ -151,7 +151,8 @@ def page(results: Mapping[str, Mapping[str, Any]], headlines: Mapping[str, str])
             cells = (f"[{name}](#{name})", one["claim"], one["citation"], one["measured"], f"**{one['verdict']}**")
             lines.append(row(cells))
     for name, result in results.items():
-        lines += ["", f"## {name}", "", f"{headlines[name]}.", "", result["setup"], ""]
+        sentence = headlines[name] if headlines[name].endswith("?") else f"{headlines[name]}."
+        lines += ["", f"## {name}", "", sentence, "", result["setup"], ""]
         if result["table"]:
             header, *rows = result["table"]
             lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
