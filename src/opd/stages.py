@@ -71,6 +71,8 @@ def run_recipe(
     )
     student: LanguageModel | None = None
     with progress if progress and world.main else Progress(quiet=not world.main) as shown:
+        if directory.replaced:
+            shown.note(f"{directory.path}: a run of another recipe was here that made no step; this one replaces it")
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
             if folder.done() is not None:

@@ -152,6 +152,19 @@ def test_eval_names_its_own_flag(work: Path):
     assert "max_prompt_length" not in ended.err
 
 
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_corrected_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with monkeypatch.context() as patch:
+        forbid(patch, "opd.stages.load_model")
+        with pytest.raises(AssertionError):
+            _command("train", one_stage())
+    ended = _command("train", one_stage(steps=1))
+    assert ended.code == 0, ended.err
+    assert "run: a run of another recipe was here that made no step; this one replaces it" in ended.out
+    assert _command("train", one_stage(steps=2)).code == 1
+
+
 # --- chat templates --------------------------------------------------------------------------------------------------
 
 
