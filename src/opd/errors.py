@@ -34,6 +34,10 @@ class TrainingError(OPDError, RuntimeError):
     """A step went wrong (no trained token, NaN loss, a reward that raised); checkpoints are untouched."""
 
 
+class NotFiniteError(TrainingError):
+    """The student's logits are no numbers, so that nothing can be drawn: its weights or activations overflowed."""
+
+
 class RunError(OPDError, OSError):
     """The run directory cannot be used: another run, no space, not writable."""
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from opd.errors import NotFiniteError
 from opd.evaluate import exact_divergence, rewarded_by_task
 from opd.models import LanguageModel
 from opd.needs import needs_of
@@ -19,7 +22,7 @@ from opd.rewards import AnyReward
 from opd.teachers.cross_tokenizer import OneTeacher, comparable
 from opd.teachers.local import LocalTeacher
 from opd.teachers.several import SeveralTeachers, shares_of
-from opd.types import Context, Prompt, Sampler
+from opd.types import Context, Prompt, Rollout, Sampler
 
 VALIDATION_STEP = 2**31 - 2  # no step of training draws with it: all candidates are asked with the same random numbers
 
@@ -68,13 +71,18 @@ class Moves:
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
         """Mean reward, or minus the exact reverse KL in nats a token, of responses to `prompts` training prompts.
 
-        Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better.
+        Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
+        weights that have overflowed, so that no response can be drawn, are worth -inf.
         """
         count = min(prompts, len(self.prompts))
         chosen = np.random.default_rng((self.seed, VALIDATION_STEP)).choice(len(self.prompts), count, replace=False)
         mine = [self.prompts[chosen[i]] for i in self.world.positions(range(count))]
         with self.world.gathered(self.root):
-            written = self.writer(mine, seed=(self.seed, VALIDATION_STEP)) if mine else []
+            written: list[Rollout] | None = None
+            with suppress(NotFiniteError):
+                written = self.writer(mine, seed=(self.seed, VALIDATION_STEP)) if mine else []
+            if self.world.any(written is None) or written is None:
+                return -math.inf
             if by == "reward":
                 rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))

@@ -166,6 +166,27 @@ def test_a_validation_by_a_teacher_that_reads_a_verdict_gives_it_one(method: str
     assert math.isfinite(run.metrics[-1]["extrapolation/value_before"])
 
 
+@pytest.mark.parametrize("by", ["reward", "teacher_kl"])
+def test_a_candidate_that_overflows_is_not_taken(by: str):
+    run = distill(
+        student=load_model(ModelSpec(**tiny_model(0, characters=CHARACTERS)), name="tiny").model,
+        tokenizer=character_tokenizer(CHARACTERS),
+        teacher=load_model(ModelSpec(**tiny_model(1, characters=CHARACTERS)), name="other").model,
+        prompts=[{"prompt": f"{n}+", "answer": str(n)} for n in range(4)],
+        method="reverse_kl+eff_opd",
+        options={"eff_opd": {"validate_by": by, "prompts": 2, "ties": True}},
+        reward="exact",
+        sampling={"max_completion_length": 3},
+        optimizer={"learning_rate": 3e8},
+        steps=1,
+        quiet=True,
+    )
+    (row,) = run.metrics
+    assert (row["extrapolation/factor"], row["extrapolation/tried"]) == (2.0, 2.0)
+    assert math.isfinite(row["extrapolation/value_after"])
+    assert all(bool(weight.isfinite().all()) for weight in run.student.parameters())
+
+
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
     whole, walk = extrapolation(candidates=1), Walk(judge=lambda place: place)

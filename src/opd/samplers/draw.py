@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd.errors import TrainingError
+from opd.errors import NotFiniteError
 from opd.score import tiles
 
 BLOCK = 128  # tokens whose mass is added up before the block is chosen, and the token in it
@@ -59,7 +59,7 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, to
     total = blocks.sum(-1)
     log_total = total.log()  # 0 up to the rounding of float32, which over 150,000 tokens is seen
     if not bool(log_total.isfinite().all()):
-        raise TrainingError(
+        raise NotFiniteError(
             "The model gives logits that are not numbers (NaN or +inf), so no token can be drawn: its weights or its "
             "activations overflowed. Go back to an earlier checkpoint, lower the learning rate, or use float32 instead "
             "of float16."
