@@ -50,7 +50,7 @@ def tiny_model(seed: int = 0, *, hidden_size: int = 16, characters: str = CHARAC
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
         "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
+        "max_position_embeddings": 512,
     }
     return {"init": init, "tokenizer": {"characters": characters}, "seed": seed, **spec}
 

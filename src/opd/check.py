@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.check_method import check_baseline, check_pieces
+from opd.check_reading import check_lengths, check_template_options, origin_of, tokenizer_of, unused_template
 from opd.check_units import check_comparison, check_tokens
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.metrics import check_report_to
 from opd.needs import needs_of, numbers_of
-from opd.recipe import EvaluateSection, ModelSpec, Recipe, StageSpec
+from opd.recipe import EvaluateSection, Recipe, StageSpec
 from opd.turns import Order
-from opd.types import TeacherRule
 
 if TYPE_CHECKING:
+    from opd.models import LanguageModel
     from opd.prepare import Prepared
 
 REMEDIES = {
@@ -140,10 +140,12 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     check_report_to(recipe.report_to)
     lines: list[str] = []
+    prepared: dict[str, Prepared] = {}
     for spec in recipe.stages:
-        prepared = prepare(spec, Given(), recipe.seed)
-        lines += described(spec, prepared)
-        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, prepared.all_prompts, method=prepared.method)]
+        of_stage = prepared[spec.name] = prepare(spec, Given(), recipe.seed)
+        lines += described(spec, of_stage)
+        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, of_stage)]
+    check_template_options(recipe, prepared)
     return lines
 
 
@@ -188,36 +190,36 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
 
 
 def check_tokenizers(
-    recipe: Recipe,
-    spec: StageSpec,
-    prompts: list[Any],
-    given: Mapping[str, Any] | None = None,
-    method: Method | None = None,
+    recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Mapping[str, LanguageModel] | None = None
 ) -> list[str]:
-    """Render the prompts for all who read them, bind the method, compare the token maps, where a tokenizer can be had
-    without its model.
+    """Render the prompts for all who read them, bind the method, compare the token maps and lengths, where a tokenizer
+    can be had without its model.
 
-    `given` are tokenizers of models that a Python caller hands over. Raises DataError, ConfigError or AlignmentError.
+    `given` are models that are there already. Raises DataError, ConfigError or AlignmentError.
     """
     from opd.render import is_chat, render, render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
+    given, prompts, method = given or {}, prepared.all_prompts, prepared.method
     for name in (spec.train, *spec.teachers):
-        tokenizer = (given or {}).get(name) or tokenizer_of(origin_of(recipe, name), name)
+        there = given.get(name)
+        tokenizer = tokenizer_of(origin_of(recipe, name), name) if there is None else there.tokenizer
         if tokenizer is None:
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:
             tokenizers[name] = tokenizer
+    lengths: list[int] = []
     if spec.train in tokenizers:
         options = origin_of(recipe, spec.train).template_options
         ids = render_checked(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
-        lines.append(f"longest prompt: {max(map(len, ids))} tokens")
-        if method is not None:
-            method.bound(tokenizers[spec.train])
-            check_vocabulary(spec, method, tokenizers[spec.train])
+        lengths = list(map(len, ids))
+        lines.append(f"longest prompt: {max(lengths)} tokens")
+        lines += unused_template(spec.train, tokenizers[spec.train], prompts)
+        method.bound(tokenizers[spec.train])
+        check_vocabulary(spec, method, tokenizers[spec.train])
     taught_by = {task: part.teacher for task, part in spec.parts.items()}
     for name in spec.teachers:
         if name in tokenizers:  # a template that the teacher lacks, or that refuses a prompt, shows before its weights
@@ -226,11 +228,10 @@ def check_tokenizers(
                 if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
                     render(prompt, tokenizers[name], options)
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
-    rule = TeacherRule(kind="external") if method is None else method.teacher
     ours, chat = origin_of(recipe, spec.train).template_options, is_chat(prompts)
     found = [
         check_tokens(
-            rule,
+            method.teacher,
             tokenizers[spec.train],
             tokenizers[name],
             (spec.train, name),
@@ -240,8 +241,10 @@ def check_tokenizers(
         for name in compared
     ]
     lines += [line for line in found if line is not None]
-    if compared and rule.tokenizer == "students":
+    if compared and method.teacher.tokenizer == "students":
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")
+    if lengths:
+        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
     return lines
 
 
@@ -254,30 +257,3 @@ def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
     check_fits(max(method.support.k, method.top_k), vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, vocabulary)
-
-
-def origin_of(recipe: Recipe, name: str) -> ModelSpec:
-    """The model that `name` goes back to through the stages that made it."""
-    spec = recipe.models[name]
-    while spec.from_stage is not None:
-        spec = recipe.models[recipe.stage(spec.from_stage).train]
-    return spec
-
-
-def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
-    """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet."""
-    from opd.loading import cached_gguf, load_tokenizer, new_config, new_tokenizer, resolved_path
-
-    if spec.init is not None:
-        tokenizer = new_tokenizer(spec, name)
-        new_config(spec, name, tokenizer)
-    else:
-        path = resolved_path(spec, name)
-        if isinstance(path, Path) and path.suffix == ".gguf":
-            path = cached_gguf(path)
-            if not (path / "config.json").exists():
-                return None
-        tokenizer = load_tokenizer(path, spec, name)
-    if spec.chat_template is not None:
-        tokenizer.chat_template = spec.chat_template
-    return tokenizer

@@ -45,6 +45,7 @@ class HeldOut:
     seed: int
     pass_at: Sequence[int] = (1,)
     max_prompt_length: int | None = None
+    limited_by: str = "evaluate.sampling.{setting}.max_completion_length"  # what a user sets for shorter responses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +71,12 @@ def measure(held_out: HeldOut, samplers: Mapping[str, Sampler], world: World = A
 
 def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sampler]:
     return {
-        name: TransformersSampler(lm=student, sampling=sampling, max_prompt_length=held_out.max_prompt_length)
+        name: TransformersSampler(
+            lm=student,
+            sampling=sampling,
+            max_prompt_length=held_out.max_prompt_length,
+            limited_by=held_out.limited_by.format(setting=name),
+        )
         for name, sampling in held_out.sampling.items()
     }
 
@@ -240,6 +246,7 @@ def evaluate_model(
         reward=judged_by,
         seed=seed,
         pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= settings.n],
+        limited_by="--max-completion-length",
     )
     measured = measure(held_out, student_samplers(held_out, lm))
     metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}

@@ -110,15 +110,11 @@ class LanguageModel:
     @property
     def positions(self) -> float:
         """How many positions the model knows; infinite if it does not say."""
-        limit = getattr(self.causal_lm.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
-        return limit if isinstance(limit, int) else math.inf
+        return positions_of(self.causal_lm.config)
 
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
-        if tokens > self.positions:
-            raise DataError(
-                f"{self.name} would read {tokens} tokens in all, but it knows {self.positions} positions. {remedy}"
-            )
+        check_positions(self.name, tokens, self.positions, remedy)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
@@ -146,6 +142,18 @@ class LanguageModel:
         """The layers that transformers keeps together on one device, in order; empty if it names none."""
         kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
         return [module for module in self.causal_lm.modules() if type(module).__name__ in kinds]
+
+
+def positions_of(config: Any) -> float:
+    """How many positions a model of this transformers config knows; infinite if the config does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else math.inf
+
+
+def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:
+    """Raise DataError when a sequence of `tokens` has more than the `positions` that the model knows."""
+    if tokens > positions:
+        raise DataError(f"{name} would read {tokens} tokens in all, but it knows {positions} positions. {remedy}")
 
 
 class Root(nn.Module):

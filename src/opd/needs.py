@@ -19,7 +19,8 @@ def needing(piece: Piece, *needs: str, **numbers: int) -> Piece:
 
     `numbers` say how much of something: `top_k`, how many of each model's most likely tokens at every position;
     `response_tokens`, how long a response has to be allowed to get; `first_look`, after how many tokens the first look
-    at an unfinished response comes."""
+    at an unfinished response comes; `student_writes`, whether a source that is "off_policy" also draws from the
+    student."""
     piece.needs = frozenset(needs)  # type: ignore[attr-defined]
     piece.numbers = numbers  # type: ignore[attr-defined]
     return piece

@@ -30,6 +30,7 @@ from typing import Any
 from opd.errors import ConfigError, RunError
 from opd.files import GIB, append_line, check_finite, read_lines, refused, write_atomically
 from opd.tables import read_table, write_table
+from opd.unstarted import Claim, claim, forget, made_nothing
 
 _RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tensorboard", "wandb"})
 _DIFF_LINES = 12
@@ -41,20 +42,29 @@ class RunDir:
 
     path: Path
     writes: bool = True
+    replaced: bool = False  # the recipe of a run that made no step stood here
+    claim: Claim | None = None
 
     @classmethod
     def open(cls, path: Path, recipe_yaml: str, *, free_bytes_needed: int = 0) -> RunDir:
         """Start a run in `path`, or continue the one that is there if its recipe is the same text.
+
+        The recipe of a run that made no step is replaced, unless another process is still at work on it.
 
         Raises:
             RunError: `path` is a file, cannot be written to, holds another run or something that is no run, or has
                 less than `free_bytes_needed` free. Nothing that was there is changed.
         """
         try:
-            continues = _holds_this_run(path, recipe_yaml)
+            claimed = claim(path) if path.is_dir() else None
+            continues = _holds_this_run(path, recipe_yaml, free=claimed is not None)
+            replaced = not continues and (path / "recipe.yaml").exists()
             check_space(path, free_bytes_needed)
             path.mkdir(parents=True, exist_ok=True)
+            claimed = claimed or claim(path)
             _remove_unfinished(path)
+            if replaced:
+                forget(path)
         except RunError:
             raise
         except OSError as error:
@@ -62,7 +72,7 @@ class RunDir:
         if not continues:
             write_atomically(path / "recipe.yaml", recipe_yaml)
         write_atomically(path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
-        return cls(path)
+        return cls(path, replaced=replaced, claim=claimed)
 
     def stage(self, name: str) -> StageDir:
         """The folder of one stage, made if needed.
@@ -210,8 +220,8 @@ def _remove_unfinished(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _holds_this_run(path: Path, recipe_yaml: str) -> bool:
-    """True to continue, False to start; the refusals are errors."""
+def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
+    """True to continue, False to start; the refusals are errors. `free`: no other process is at work there."""
     if not path.exists():
         return False
     if not path.is_dir():
@@ -229,13 +239,17 @@ def _holds_this_run(path: Path, recipe_yaml: str) -> bool:
     there = recipe.read_bytes().decode(errors="replace")
     if there == recipe_yaml:
         return True
+    idle = made_nothing(path)
+    if idle and free:
+        return False
     old, new = there.splitlines(), recipe_yaml.splitlines()
     lines = list(difflib.unified_diff(old, new, "the run's", "this recipe", n=1, lineterm=""))
     shown = lines[:_DIFF_LINES] + ["..."] * (len(lines) > _DIFF_LINES)
     difference = "\n".join(shown) or "(only in line ends)"
+    at_work = "It has made no step, but another process is still at work on it. " if idle else ""
     raise RunError(
-        f"{path} holds a run of another recipe:\n{difference}\nUse another output_dir=... to keep both, or remove the "
-        "folder to start again there."
+        f"{path} holds a run of another recipe:\n{difference}\n{at_work}Use another output_dir=... to keep both, or "
+        "remove the folder to start again there."
     )
 
 

@@ -61,4 +61,4 @@ def mixture(on_policy_share: float, other: Source) -> Source:
         return chosen(prompts, writers, seed, record)
 
     others = (other,) if on_policy_share < 1 else ()
-    return needing(source, *needs_of(*others), **numbers_of(*others))
+    return needing(source, *needs_of(*others), **numbers_of(*others), student_writes=int(on_policy_share > 0))

@@ -13,6 +13,7 @@ import torch
 from opd import checkpoint, models, optim
 from opd import recipe as recipes
 from opd.check import check_processes, check_tokenizers
+from opd.check_reading import check_template_options
 from opd.compare import check_k
 from opd.errors import ConfigError, TrainingError
 from opd.held_out import Exam, Examiner
@@ -57,10 +58,10 @@ def run_recipe(
     given = given or Given()
     with world.main_first():
         prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
-        tokenizers = {name: lm.tokenizer for name, lm in given.models.items()}
         for spec in recipe.stages:  # the rest of what can fail without weights
-            check_tokenizers(recipe, spec, prepared[spec.name].all_prompts, tokenizers, prepared[spec.name].method)
+            check_tokenizers(recipe, spec, prepared[spec.name], given.models)
             check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
+        check_template_options(recipe, prepared)
         directory = RunDir.open(recipe.folder, recipes.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     report = ReportWriter(
         recipe.report_to if world.main else (),
@@ -70,6 +71,8 @@ def run_recipe(
     )
     student: LanguageModel | None = None
     with progress if progress and world.main else Progress(quiet=not world.main) as shown:
+        if directory.replaced:
+            shown.note(f"{directory.path}: a run of another recipe was here that made no step; this one replaces it")
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
             if folder.done() is not None:

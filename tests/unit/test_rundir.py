@@ -68,8 +68,65 @@ def test_the_same_recipe_continues_and_keeps_everything(tmp_path: Path):
     assert RunDir.open(tmp_path, RECIPE).stage("distil").read_metrics() == [{"step": 0, "a/b": 1.0}]
 
 
+def begun(path: Path) -> StageDir:
+    """A run that has made a step."""
+    stage = RunDir.open(path, RECIPE).stage("distil")
+    stage.append_metrics(1, {"a/b": 1.0})
+    return stage
+
+
+OTHER = RECIPE.replace("seed: 0", "seed: 1")
+
+
+def test_the_recipe_of_a_run_that_made_no_step_is_replaced(tmp_path: Path):
+    first = RunDir.open(tmp_path, RECIPE)
+    assert not first.replaced
+    stage = first.stage("distil")
+    stage.write_samples(1, [{"prompt": "x"}])
+    stage.write_held_out("before", [{"prompt": "x"}])
+    stage.metrics.write_bytes(b"")
+    (tmp_path / "report_id.txt").write_text("abc")
+    assert not RunDir.open(tmp_path, RECIPE).replaced
+    assert (tmp_path / "report_id.txt").exists()
+    again = RunDir.open(tmp_path, OTHER)
+    assert again.replaced
+    assert (tmp_path / "recipe.yaml").read_text() == OTHER
+    assert again.stage("distil").read_held_out("before") == []
+    assert not (tmp_path / "report_id.txt").exists()
+
+
+@pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/step_000001", "done.json", "model/config.json"])
+def test_a_run_that_made_something_keeps_its_recipe(tmp_path: Path, made: str):
+    file = RunDir.open(tmp_path, RECIPE).stage("distil").path / made
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("{}")
+    with pytest.raises(RunError, match="another recipe") as caught:
+        RunDir.open(tmp_path, OTHER)
+    assert "still at work" not in str(caught.value)
+    assert (tmp_path / "recipe.yaml").read_text() == RECIPE
+
+
+def test_a_run_at_work_keeps_its_recipe_until_its_process_ends(tmp_path: Path):
+    code = f"""
+import sys
+from pathlib import Path
+from opd.rundir import RunDir
+run = RunDir.open(Path({str(tmp_path)!r}), {RECIPE!r})
+print("open", flush=True)
+sys.stdin.read()
+"""
+    other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout is not None
+    assert other.stdout.readline() == "open\n"
+    with pytest.raises(RunError, match=r"It has made no step, but another process is still at work on it\. Use"):
+        RunDir.open(tmp_path, OTHER)
+    other.kill()
+    other.communicate()
+    assert RunDir.open(tmp_path, OTHER).replaced
+
+
 def test_another_recipe_is_refused_with_the_difference(tmp_path: Path):
-    RunDir.open(tmp_path, RECIPE)
+    begun(tmp_path)
     before = (tmp_path / "environment.json").stat().st_mtime_ns
     with pytest.raises(RunError) as caught:
         RunDir.open(tmp_path, RECIPE.replace("seed: 0", "seed: 1"))
@@ -86,7 +143,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path: Path):
 
 
 def test_a_long_difference_is_cut_and_line_ends_are_named(tmp_path: Path):
-    RunDir.open(tmp_path, RECIPE)
+    begun(tmp_path)
     with pytest.raises(RunError) as caught:
         RunDir.open(tmp_path, "".join(f"line {i}\n" for i in range(100)))
     assert len(str(caught.value).splitlines()) == 1 + 12 + 1 + 1

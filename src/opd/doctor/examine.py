@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from opd.alignment import pair_of
-from opd.check import check_tokenizers, origin_of, tokenizer_of
+from opd.check import check_tokenizers
+from opd.check_reading import origin_of, tokenizer_of
 from opd.doctor import bias, cost, headroom, information, signal, special, tokens
 from opd.doctor.findings import Finding, Report, skipped
 from opd.doctor.pair import Pair, load, pair_up, stage_to_examine
@@ -67,6 +68,7 @@ def findings(
     student: LanguageModel | None = None
     external: LanguageModel | None = None
     if not found:
+        check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
         student, external = load(recipe, spec, given)
         if external is not None:
@@ -74,11 +76,11 @@ def findings(
     if found and found[0].level == "stop":
         return [*found, skipped("everything else", "Position by position, different tokens cannot be compared.")]
     if student is None:
+        check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
         student, external = load(recipe, spec, given)
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
-    tokenizers = {name: lm.tokenizer for name, lm in lms.items()}
-    check_tokenizers(recipe, spec, prepared.all_prompts, tokenizers, prepared.method)
+    check_tokenizers(recipe, spec, prepared, lms)
     say("the student's responses")
     pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
     found += of_tokens(pair)
@@ -98,6 +100,7 @@ def of_two_tokenizers(
     say: Callable[[str], None],
 ) -> list[Finding]:
     """What can be said of a teacher with a tokenizer of its own: rewards of texts, and the cost of a step."""
+    check_tokenizers(recipe, spec, prepared, given.models)
     say("models")
     student, external = load(recipe, spec, given)
     say("the student's responses")

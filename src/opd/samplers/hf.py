@@ -56,6 +56,7 @@ class TransformersSampler:
     lm: LanguageModel
     sampling: Sampling
     max_prompt_length: int | None = None
+    limited_by: str = "sampling.max_completion_length"  # what a user sets to make responses shorter
     version: int = 0  # optimiser steps behind the weights, recorded in every rollout
 
     def __call__(
@@ -120,7 +121,7 @@ class TransformersSampler:
                 mask = torch.cat([mask, torch.ones_like(ids[:, None])], 1)
             longest = len(active[-1].prompt_ids) + len(active[-1].prefix) + t + 1
             if longest > known:
-                lm.check_length(longest, "Lower sampling.max_completion_length, or set max_prompt_length.")
+                lm.check_length(longest, f"Lower {self.limited_by}, or leave out the longest prompts.")
             out = lm.forward(
                 ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
             )
@@ -197,7 +198,7 @@ def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, An
     another: a model without a mask is faster), and the last positions [b, 1].
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
-    lm.check_length(max(map(len, different)), "Set max_prompt_length.")
+    lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
     shared = prefix_of(different) if lm.sees_everything else ()
     cache = None
     if shared:

@@ -66,7 +66,7 @@ class LocalTeacher:
         lengths = [len(response) for response in responses]
         self.lm.check_length(
             max(len(ids) + length for ids, length in zip(prompt_ids, lengths, strict=True)),
-            "Shorten the privileged context, or lower sampling.max_completion_length.",
+            "Let responses be shorter (max_completion_length), or shorten what the teacher reads before them.",
         )
         scores: list[Scores | None] = [None] * len(rollouts)
         with self.asked() as head:

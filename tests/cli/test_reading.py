@@ -1,0 +1,209 @@
+"""What `opd check` says of what models read, and a recipe that is corrected after it failed."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_helpers import command, forbid, one_stage, prepare, sums, tiny_model, write_rows
+
+import opd
+from opd.check import check_recipe
+from opd.errors import ConfigError, DataError
+from opd.loading import load_model
+from opd.models import save
+from opd.recipe import ModelSpec, parse_recipe
+from opd.samplers.hf import TransformersSampler
+from opd.types import Prompt, Sampling
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(prepare(tmp_path / "work", one_stage()))
+    write_rows(Path("long.jsonl"), [*sums(0, 3), {"prompt": "1+1+1+1+1="}])
+    return tmp_path / "work"
+
+
+def knowing(positions: int, seed: int = 2, **spec: Any) -> dict[str, Any]:
+    model = copy.deepcopy(tiny_model(seed, **spec))
+    model["init"]["max_position_embeddings"] = positions
+    return model
+
+
+def recipe(student: dict[str, Any], teaches: dict[str, Any] | None = None, **stage: Any) -> dict[str, Any]:
+    made = one_stage(**stage)
+    made["models"] = {"teacher": teaches or knowing(512, 1), "student": student}
+    return made
+
+
+def refused(made: dict[str, Any]) -> str:
+    with pytest.raises(DataError) as caught:
+        check_recipe(parse_recipe(made))
+    return str(caught.value)
+
+
+def test_no_prompt_has_room_for_a_whole_response():
+    said = refused(recipe(knowing(16), sampling={"max_completion_length": 20}))
+    assert said == (
+        "Stage 'distil': student would read 23 tokens in all, but it knows 16 positions. 12 of 12 prompts are too long "
+        "for responses of up to 20 tokens (sampling.max_completion_length); even the shortest has 4. Lower "
+        "sampling.max_completion_length to 13, or use a model that knows more positions."
+    )
+    check_recipe(parse_recipe(recipe(knowing(16), sampling={"max_completion_length": 13})))
+
+
+def test_the_longest_prompts_alone_have_none():
+    said = refused(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 8}))
+    assert "would read 17 tokens in all, but it knows 16 positions. 1 of 4 prompts are too long" in said
+    assert "the longest has 10. Lower sampling.max_completion_length to 7, or leave out the longest prompts" in said
+    check_recipe(parse_recipe(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 7})))
+
+
+def test_a_refused_length_is_the_first_that_the_sampler_refuses(work: Path):
+    """A response that never ends dies at 14 tokens after prompts of 4, and at 13 does not."""
+    made = recipe(knowing(16), method="grpo", teacher=None, reward={"name": "final_number"})
+    lm = replace(load_model(ModelSpec(**made["models"]["student"]), name="student"), stop_ids=frozenset({-1}))
+    for length, dies in ((13, False), (14, True)):
+        sampling: dict[str, Any] = {"max_completion_length": length, "n": 2}
+        run = parse_recipe({**made, "stages": [{**made["stages"][0], "sampling": sampling}]})
+        sampler = TransformersSampler(lm=lm, sampling=Sampling(**sampling))
+        prompts = [Prompt(id=0, content="1+1=")]
+        if dies:
+            with pytest.raises(
+                DataError, match=r"knows 16 positions\. Lower sampling\.max_completion_length, or leave"
+            ):
+                sampler(prompts, seed=(0, 0))
+            with pytest.raises(DataError, match="student would read 17 tokens in all"):
+                check_recipe(run)
+        else:
+            sampler(prompts, seed=(0, 0))
+            check_recipe(run)
+
+
+def test_held_out_prompts_have_a_limit_of_their_own():
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": {"drawn": {"max_completion_length": 14}}}
+    said = refused(recipe(knowing(16), evaluate=evaluate))
+    assert "Lower evaluate.sampling.drawn.max_completion_length to 13" in said
+
+
+def test_each_task_has_a_limit_of_its_own():
+    tasks = {
+        "short": {"data": {"path": "train.jsonl"}, "teacher": "teacher"},
+        "long": {"data": {"path": "train.jsonl"}, "teacher": "teacher", "sampling": {"max_completion_length": 14}},
+    }
+    said = refused(recipe(knowing(16), data=None, teacher=None, tasks=tasks))
+    assert said.startswith("Stage 'distil', task 'long': student would read 17 tokens in all")
+
+
+def test_a_teacher_of_fewer_positions():
+    said = refused(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 13}))
+    assert said.startswith("Stage 'distil': teacher would read 17 tokens in all, but it knows 16 positions.")
+    check_recipe(parse_recipe(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 12})))
+    writes = {"method": "sft", "options": {"source": "teacher"}, "teacher_sampling": {"max_completion_length": 14}}
+    said = refused(recipe(knowing(512), knowing(16, 1), **writes))
+    assert "teacher would read 17 tokens in all" in said
+    assert "Lower teacher_sampling.max_completion_length to 13" in said
+
+
+def test_nobody_samples_where_the_data_have_the_responses():
+    made = recipe(knowing(16), method="sft", teacher=None, sampling={"max_completion_length": 500})
+    check_recipe(parse_recipe(made))
+    mixed = recipe(knowing(16), method="gkd", options={"on_policy_share": 0.5}, sampling={"max_completion_length": 500})
+    assert "student would read 503 tokens" in refused(mixed)
+
+
+@pytest.mark.parametrize("what", ["check", "train", "doctor"])
+def test_it_is_said_before_weights(monkeypatch: pytest.MonkeyPatch, what: str):
+    forbid(monkeypatch, "opd.stages.load_model")
+    ended = _command(what, recipe(knowing(16), sampling={"max_completion_length": 20}))
+    assert ended.code == 2
+    assert "DataError: Stage 'distil': student would read 23 tokens in all" in ended.err
+
+
+def test_a_model_object_has_a_config_too(work: Path):
+    lm = load_model(ModelSpec(**knowing(16)), name="student")
+    with pytest.raises(DataError, match="student would read 23 tokens in all, but it knows 16 positions"):
+        opd.distill(
+            student=lm.model,
+            teacher=lm.model,
+            tokenizer=lm.tokenizer,
+            prompts=["1+1="],
+            method="reverse_kl",
+            steps=1,
+            sampling={"max_completion_length": 20},
+            output_dir=work / "run",
+        )
+
+
+def test_eval_names_its_own_flag(work: Path):
+    lm = load_model(ModelSpec(**knowing(4)), name="model")
+    save(lm, work / "model")
+    write_rows(work / "short.jsonl", [{"prompt": "1="}])
+    ended = command("eval", "model", "short.jsonl", "--n", "64", "--max-completion-length", "20")
+    assert "knows 4 positions. Lower --max-completion-length, or leave out the longest prompts." in ended.err
+    ended = command("eval", "model", "long.jsonl")
+    assert "knows 4 positions. Leave out the longest prompts." in ended.err
+    assert "max_prompt_length" not in ended.err
+
+
+def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_corrected_recipe(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    with monkeypatch.context() as patch:
+        forbid(patch, "opd.stages.load_model")
+        with pytest.raises(AssertionError):
+            _command("train", one_stage())
+    ended = _command("train", one_stage(steps=1))
+    assert ended.code == 0, ended.err
+    assert "run: a run of another recipe was here that made no step; this one replaces it" in ended.out
+    assert _command("train", one_stage(steps=2)).code == 1
+
+
+# --- chat templates --------------------------------------------------------------------------------------------------
+
+
+def test_template_options_that_no_conversation_uses():
+    thinks = tiny_model(2, chat_template=TEMPLATE, template_options={"enable_thinking": False})
+    teacher = tiny_model(1, chat_template=TEMPLATE)
+    for models in ({"student": thinks, "teacher": teacher}, {"student": teacher, "teacher": thinks}):
+        made = recipe(models["student"], models["teacher"])
+        name = next(name for name, model in models.items() if model is thinks)
+        with pytest.raises(ConfigError) as caught:
+            check_recipe(parse_recipe(made))
+        assert str(caught.value).startswith(
+            f"models.{name}.template_options is {{'enable_thinking': False}}, and nothing would use it: all prompts of "
+            "stage 'distil' are text"
+        )
+        assert "Set data.chat: true" in str(caught.value)
+        said = _command("train", made)
+        assert f"models.{name}.template_options" in said.err
+        check_recipe(parse_recipe({**made, "stages": [{**made["stages"][0], "data": CHAT}]}))
+
+
+CHAT = {"path": "train.jsonl", "chat": True}
+
+
+def test_options_that_another_stage_uses():
+    thinks = tiny_model(2, chat_template=TEMPLATE, template_options={"enable_thinking": False})
+    made = recipe(thinks, tiny_model(1, chat_template=TEMPLATE))
+    made["stages"].append({**made["stages"][0], "name": "again", "data": CHAT})
+    check_recipe(parse_recipe(made))
+
+
+def test_a_template_that_nothing_uses_is_named():
+    made = recipe(tiny_model(2, chat_template=TEMPLATE), tiny_model(1, chat_template=TEMPLATE))
+    said = "student has a chat template, which nothing uses: the prompts are text, and are read as they are."
+    assert any(said in line and "data.chat: true" in line for line in check_recipe(parse_recipe(made)))
+    made["stages"][0]["data"] = CHAT
+    assert not any("chat template" in line for line in check_recipe(parse_recipe(made)))
+
+
+def _command(what: str, made: dict[str, Any]) -> Any:
+    Path("recipe.yaml").write_text(yaml.safe_dump(made, sort_keys=False))
+    return command(what, "recipe.yaml")
