@@ -127,6 +127,12 @@ def test_a_method_without_a_recipe_has_no_page(tmp_path):
         recipes_of(tmp_path)
 
 
+def test_no_two_files_of_tests_share_a_name():
+    """pytest imports them by name, and refuses the second."""
+    names = [file.name for file in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))
+
+
 def test_the_layout_on_the_page_of_design_is_the_tree():
     """Every file has its place in the block, but those of methods/ and studies/, which are one each."""
     block = (ROOT / "docs" / "design.md").read_text().partition("## The layout")[2].split("```")[1]
