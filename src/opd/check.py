@@ -197,7 +197,7 @@ def check_tokenizers(
 
     `given` are models that are there already. Raises DataError, ConfigError or AlignmentError.
     """
-    from opd.render import is_chat, render, render_checked
+    from opd.render import render, render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -228,14 +228,14 @@ def check_tokenizers(
                 if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
                     render(prompt, tokenizers[name], options)
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
-    ours, chat = origin_of(recipe, spec.train).template_options, is_chat(prompts)
+    ours = origin_of(recipe, spec.train).template_options
     found = [
         check_tokens(
             method.teacher,
             tokenizers[spec.train],
             tokenizers[name],
             (spec.train, name),
-            chat=chat,
+            chat=prepared.chat,
             options=(ours, origin_of(recipe, name).template_options),
         )
         for name in compared

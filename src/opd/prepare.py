@@ -16,6 +16,7 @@ from opd.method import Method
 from opd.models import LanguageModel
 from opd.needs import needs_of
 from opd.recipe import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
+from opd.render import is_chat
 from opd.rewards import AnyReward, RewardFn, load_reward
 from opd.selection import Selected
 from opd.turns import Order
@@ -59,6 +60,11 @@ class Prepared:
     method: Method
     tasks: Mapping[str | None, Task]
     order: Order
+
+    @property
+    def chat(self) -> bool:
+        """Whether responses are turns of a conversation: those that are trained, whatever the held-out prompts are."""
+        return any(is_chat(task.prompts) for task in self.tasks.values())
 
     @property
     def all_prompts(self) -> list[Prompt]:

@@ -28,7 +28,6 @@ from opd.parallel import ALONE, World, full
 from opd.prepare import Given, Prepared, prepare
 from opd.progress import Progress
 from opd.recipe import Recipe, StageSpec
-from opd.render import is_chat
 from opd.roles import exams_of, rewards_of, samplers_of, teacher_of, writers_of
 from opd.rundir import RunDir, StageDir, check_space
 from opd.supports import check_fits
@@ -136,8 +135,7 @@ def build(
     method = prepared.method.bound(student.tokenizer)
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
-    chat = is_chat(prepared.all_prompts)
-    teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=chat)
+    teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=prepared.chat)
     root = Root(student.model)
     world.shard(root, student.blocks())
     samplers = samplers_of(spec, student)

@@ -18,6 +18,7 @@ from opd.loading import character_tokenizer
 from opd.method import Method
 from opd.methods import METHODS
 from opd.prepare import Given
+from opd.prepare import prepare as prepared
 from opd.recipe import parse_recipe
 from opd.signals import divergence
 from opd.supports import full, top_k, units
@@ -38,6 +39,14 @@ def two(method: str = "simct", **stage: Any) -> dict[str, Any]:
 def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return prepare(tmp_path, two())
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_ends_are_those_of_the_prompts_that_are_trained(work: Path, chat: bool):
+    """A conversation among the held-out prompts does not turn a text's end into a turn's."""
+    held_out = {"path": "held_out.jsonl", "chat": not chat}
+    recipe = parse_recipe(two(data={"path": "train.jsonl", "chat": chat}, evaluate={"data": held_out}))
+    assert prepared(recipe.stage("distil"), Given(), recipe.seed).chat == chat
 
 
 def refused(recipe: dict[str, Any], kind: type[Exception] = ConfigError) -> str:
