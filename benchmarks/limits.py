@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from workload import language_model, prompts
 
 from opd.methods.reverse_kl import reverse_kl
-from opd.models import LanguageModel
+from opd.models.language_model import LanguageModel
 from opd.samplers.prepack import prepacked
 from opd.types import Rollout, Sampling
 

@@ -55,14 +55,14 @@ from common import (
 )
 from torch import Tensor
 
-from opd import signals
-from opd.collate import MicroBatch
-from opd.loss import loss_at
+from opd.loss.collate import MicroBatch
+from opd.loss.token_loss import loss_at
 from opd.method import Method
 from opd.methods.opd import opd as sampled_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
-from opd.score import Head
+from opd.models.head import Head
+from opd.pieces import signals
 
 TABLE = (151_936, 4096, 1024)
 GOALS = ("full", "full_generic", "top32_renormalised", "trl")  # at every point

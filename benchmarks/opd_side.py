@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from common import Record, timed
 
-from opd import optim
-from opd.collate import attach, collate, split
-from opd.loss import loss_of
+from opd.loss.collate import attach, collate, split
+from opd.loss.token_loss import loss_of
 from opd.method import Method
-from opd.models import LanguageModel
-from opd.optim import Optimiser
-from opd.recipe import OptimizerSection
+from opd.models.language_model import LanguageModel
+from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
+from opd.stage import optimisation
+from opd.stage.optimisation import Optimiser
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Rollout, Sampling
 
@@ -40,7 +40,7 @@ def side(
         student=student,
         teacher=LocalTeacher(lm=teacher, micro_batch_tokens=MICRO_BATCH_TOKENS, student_device=student.device),
         sampler=TransformersSampler(lm=student, sampling=sampling),
-        optimiser=optim.build(student.trainable(), OptimizerSection(learning_rate=learning_rate), steps=10_000),
+        optimiser=optimisation.build(student.trainable(), OptimizerSection(learning_rate=learning_rate), steps=10_000),
     )
 
 

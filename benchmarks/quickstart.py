@@ -32,7 +32,7 @@ NOW = HERE.parent
 SAMPLING = ("greedy", "sampled")
 KL = "eval/reverse_kl"  # exact, nats a token of the sampled held-out responses
 PARTS = ("total", "generate", "score", "train")
-CONVERT = f"import opd.loading as l; print(l.__file__); l.convert_gguf(l.packaged({SMOLLM2!r}))"
+CONVERT = f"import opd.models.loading as l; print(l.__file__); l.convert_gguf(l.packaged({SMOLLM2!r}))"
 
 
 def python(source: Path, *arguments: str) -> str:

@@ -34,9 +34,9 @@ import opd_side
 from common import Record, Worker, measured, say, serve, spread, timed, workers
 from workload import SIZES, causal_lm, language_model, prompts, tokenizer, tokenizer_folder
 
-from opd import checkpoint
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
+from opd.stage import checkpoint
 from opd.types import Sampling
 
 SMOLLM2_VOCABULARY = 49152

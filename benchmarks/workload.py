@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from opd import models
-from opd.loading import convert_gguf, packaged
-from opd.models import LanguageModel
+from opd.models.language_model import LanguageModel, wrap
+from opd.models.loading import convert_gguf
+from opd.plugins import packaged
 from opd.types import Prompt
 
 CPU = torch.device("cpu")
@@ -102,7 +102,7 @@ def language_model(model: Any, tokenizer: Any, *, name: str = "model", autocast:
 
     Every row of the output layer counts as a token, as for the peers, also those that the tokenizer has no text for.
     """
-    lm = models.wrap(model, tokenizer, name=name, autocast=autocast)
+    lm = wrap(model, tokenizer, name=name, autocast=autocast)
     return replace(lm, stop_ids=frozenset(), vocabulary=model.config.vocab_size)
 
 

@@ -11,18 +11,19 @@ import pytest
 import torch
 from helpers import byte_tokenizer, tiny
 
-from opd.doctor import bias
-from opd.doctor.examine import examine
-from opd.doctor.findings import Finding, Report
-from opd.doctor.pair import Pair, pair_up
-from opd.loading import character_tokenizer
-from opd.models import LanguageModel
-from opd.prepare import Given
-from opd.prepare import prepare as prepared_of
-from opd.reading import right_padded
-from opd.recipe import Recipe, parse_recipe
+from opd.commands.doctor import bias
+from opd.commands.doctor.examine import examine
+from opd.commands.doctor.findings import Finding, Report
+from opd.commands.doctor.subject import Pair, pair_up
+from opd.data.toy import addition
+from opd.models.forward import right_padded
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer
+from opd.recipe.load import parse_recipe
+from opd.recipe.schema import Recipe
+from opd.run.prepare import Given
+from opd.run.prepare import prepare as prepared_of
 from opd.samplers.writers import ReferenceWriter
-from opd.tasks import addition
 from opd.types import Prompt
 
 CHAT = (

@@ -13,17 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd import models
-from opd.collate import attach, collate, split
-from opd.contexts import same_prompt
-from opd.loading import character_tokenizer
-from opd.loss import loss_of
+from opd.loss.collate import attach, collate, split
+from opd.loss.token_loss import loss_of
 from opd.method import Method
-from opd.models import LanguageModel
+from opd.models import language_model
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer
+from opd.pieces.contexts import same_prompt
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
-from opd.teachers.along import reading_along
 from opd.teachers.cross_tokenizer import OneTeacher, by_rule
+from opd.teachers.incremental import reading_along
 from opd.teachers.local import teacher_for
 from opd.train import unscored
 from opd.types import Batch, Denominator, Prompt, Rollout, Sampling, Writers
@@ -129,7 +129,7 @@ def build(
 def tiny(family: str = "llama", tokenizer: Any = None, *, name: str = "model", **settings: Any) -> LanguageModel:
     """`build`, wrapped as the library wraps it."""
     tokenizer = tokenizer or character_tokenizer(LETTERS)
-    return models.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
+    return language_model.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
 
 
 def bigram(tokenizer: Any = None, *, seed: int = 0, hidden: int = 16, spread: float = 0.5) -> LanguageModel:
@@ -195,7 +195,7 @@ def rollout_of(
     **columns: Any,
 ) -> Rollout:
     """A response that is written by the test."""
-    from opd.render import render
+    from opd.models.render import render
 
     n = len(response_ids)
     return Rollout(

@@ -9,7 +9,7 @@ import torch
 from helpers import CHAT_TEMPLATE, tiny
 from torch import Tensor
 
-from opd.models import LanguageModel
+from opd.models.language_model import LanguageModel
 
 SPECIAL = ("<pad>", "<eos>")
 

@@ -335,16 +335,16 @@ def import_all() -> None:
     """Everything that a run imports, also on first use: saving a model and making an array do that too."""
     distributed = ("fsdp", "device_mesh", "tensor", "rendezvous", "checkpoint.hf_storage")
     for module in (
-        *("opd.stages", "opd.report", "peft", "pandas", "pyarrow.parquet"),
+        *("opd.run.stages", "opd.commands.report.console", "peft", "pandas", "pyarrow.parquet"),
         *(f"torch.distributed.{name}" for name in distributed),
     ):
         importlib.import_module(module)
-    from opd import models
-    from opd.loading import load_model
-    from opd.recipe import ModelSpec
+    from opd.models import language_model
+    from opd.models.loading import load_model
+    from opd.recipe.schema import ModelSpec
 
     with tempfile.TemporaryDirectory() as folder:
-        models.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
+        language_model.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
 
 
 def _run(job: dict[str, Any]) -> None:

@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import distill, run
-    from opd.stages import Run
+    from opd.run.stages import Run
 
 __version__ = "0.1.0"
+
+
 __all__ = ["Run", "distill", "run"]
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.stages"}
+
+_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.run.stages"}
 
 
 def __getattr__(name: str) -> Any:

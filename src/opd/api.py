@@ -7,18 +7,19 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd import models
-from opd.data import prompts_of_rows
+from opd.data.prompts import prompts_of_rows
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
-from opd.models import LanguageModel
+from opd.models import language_model
+from opd.models.language_model import LanguageModel
 from opd.parallel import join
-from opd.prepare import Given
-from opd.progress import Progress, quiet_libraries
-from opd.recipe import Recipe, load_recipe, parse_recipe
-from opd.rewards import RewardFn
-from opd.stages import Run, run_recipe
+from opd.recipe.load import load_recipe, parse_recipe
+from opd.recipe.schema import Recipe
+from opd.rewards.base import RewardFn
+from opd.run.prepare import Given
+from opd.run.stages import Run, run_recipe
+from opd.stage.progress import Progress, quiet_libraries
 from opd.types import Prompt
 
 
@@ -110,7 +111,7 @@ def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:
     if isinstance(model, (str, Path)):
         return {"path": str(model)}
-    given[name] = models.wrap(model, tokenizer, name=name)
+    given[name] = language_model.wrap(model, tokenizer, name=name)
     return {"path": f"(a {type(model).__name__} given in Python)"}
 
 

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, OPDError
-from opd.interrupt import Stopped
-from opd.progress import quiet_libraries
+from opd.stage.interrupt import Stopped
+from opd.stage.progress import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -19,7 +19,10 @@ app = typer.Typer(
     help="On-policy distillation of language models.",
 )
 
+
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe: the path of a YAML file.", metavar="RECIPE")]
+
+
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, e.g. seed=1 stages.distil.steps=5", metavar="[KEY=VALUE]...")
 ]
@@ -35,14 +38,14 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
     quiet_libraries()
     with join() as world:
-        from opd.recipe import load_recipe
+        from opd.recipe.load import load_recipe
 
         resolved = load_recipe(recipe, overrides or [])
         from rich.console import Console
 
-        from opd.progress import Progress
-        from opd.report import print_report
-        from opd.stages import run_recipe
+        from opd.commands.report.console import print_report
+        from opd.run.stages import run_recipe
+        from opd.stage.progress import Progress
 
         console = Console()
         try:
@@ -56,11 +59,11 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     """Find what is wrong with a recipe before any weight is loaded."""
-    from opd.recipe import load_recipe
+    from opd.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    from opd.check import check_recipe
+    from opd.commands.check import check_recipe
 
     for line in check_recipe(resolved):
         typer.echo(line)
@@ -78,12 +81,12 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="The same, machine-readable")] = False,
 ) -> None:
     """Before a run: will this teacher teach this student? Verdict, reasons, remedies. Exit status 3 for stop."""
-    from opd.recipe import load_recipe
+    from opd.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    from opd.doctor.examine import examine
-    from opd.doctor.findings import as_json, as_text
+    from opd.commands.doctor.examine import examine
+    from opd.commands.doctor.findings import as_json, as_text
 
     report = examine(
         resolved,
@@ -115,8 +118,8 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
     quiet_libraries()
-    from opd.evaluate import evaluate_model
-    from opd.recipe_tree import parse_value
+    from opd.commands.eval import evaluate_model
+    from opd.recipe.tree import parse_value
 
     if options and reward is None:
         raise ConfigError(
@@ -170,8 +173,12 @@ def study(
 ) -> None:
     """Rerun a paper's claims on small models: what was measured, with intervals, a verdict and a figure."""
     quiet_libraries()
-    from opd.studies.command import command
-
+    try:
+        from opd_studies.page.command import command
+    except ModuleNotFoundError as error:
+        if error.name != "opd_studies":
+            raise
+        raise ConfigError("opd study runs studies of the package opd-studies: pip install opd-studies.") from None
     command(name, every, out)
 
 

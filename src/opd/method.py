@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from opd.binding import bound
-from opd.contexts import same_prompt
-from opd.credit import no_credit
-from opd.keep import everything
-from opd.needs import needs_of, numbers_of, reads
-from opd.normalise import per_sequence
-from opd.observers import nothing
-from opd.sources import on_policy
-from opd.supports import sampled
-from opd.teachers import external
+from opd.pieces.contexts import same_prompt
+from opd.pieces.credit import no_credit
+from opd.pieces.filters import everything
+from opd.pieces.memory import nothing
+from opd.pieces.needs import bound, needs_of, numbers_of, reads
+from opd.pieces.normalise import per_sequence
+from opd.pieces.sources import on_policy
+from opd.pieces.supports import sampled
+from opd.pieces.teacher_rules import external
+from opd.pieces.updates import optimizer_step
+from opd.pieces.weights import every_token
 from opd.types import (
     Context,
     Credit,
@@ -31,8 +32,6 @@ from opd.types import (
     Update,
     Weight,
 )
-from opd.updates import optimizer_step
-from opd.weights import every_token
 
 PIECES = ("source", "keep", "context", "observe", "credit", "weight", "signal", "normalise", "update")
 
@@ -73,12 +72,12 @@ class Method:
         return Record(top_k=max(self.support.student_top_k, self.top_k), entropy=self.reads("student_entropy"))
 
     def needs(self) -> frozenset[str]:
-        """What the pieces declare; `opd.check.check_needs` says what each means for a recipe."""
+        """What the pieces declare; `opd.run.fit.check_needs` says what each means for a recipe."""
         pieces = (getattr(self, name) for name in PIECES)
         return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
 
     def bound(self, tokenizer: Any) -> Method:
-        """The method with the student's tokenizer handed to the pieces that ask for it (`opd.binding`).
+        """The method with the student's tokenizer handed to the pieces that ask for it (`opd.pieces.needs`).
 
         Raises ConfigError for what the tokenizer does not know.
         """

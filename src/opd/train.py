@@ -6,7 +6,6 @@ cannot change what a step computes: weights and denominator are fixed before it 
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,52 +13,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from opd import checkpoint, diagnostics, group_rewards
-from opd.collate import MicroBatch, attach, check_responses, collate, has_trained, split
-from opd.errors import TrainingError
-from opd.evaluate import rewarded_by_task, rows_of
-from opd.held_out import Examiner
-from opd.interrupt import Interrupt, stopped_after
-from opd.loss import loss_of
+from opd.evaluation import diagnostics
+from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_trained, split
+from opd.loss.token_loss import loss_of
+from opd.maths.metrics import Metrics, merged
 from opd.method import Method
-from opd.metrics import Metrics, ReportWriter, merged
-from opd.models import LanguageModel, Root
-from opd.moves import Moves
+from opd.models.head import Head
 from opd.parallel import World
-from opd.progress import Progress
-from opd.recipe import StageSpec
-from opd.rewards import AnyReward
-from opd.rundir import StageDir
-from opd.samplers.hf import TransformersSampler
-from opd.score import Head
-from opd.teachers.cross_tokenizer import OneTeacher
+from opd.rewards import base
+from opd.rewards.base import rewarded_by_task
+from opd.stage.interrupt import Interrupt, stopped_after
+from opd.stage.resume import check_finite, examine, resume, save, write
+from opd.stage.samples import rows_of
+from opd.stage.stage import Stage
 from opd.teachers.local import with_record
-from opd.teachers.several import SeveralTeachers, heads_of, teaches_itself
-from opd.turns import Order
-from opd.types import Batch, Prompt, Rollout, Scores, Writers
-
-
-@dataclass(slots=True, kw_only=True)
-class Stage:
-    """Everything that a stage needs, built."""
-
-    spec: StageSpec
-    seed: int
-    world: World
-    method: Method
-    student: LanguageModel
-    root: Root  # of the student: what runs its forward and backward
-    teacher: OneTeacher | SeveralTeachers | None
-    samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
-    writers: Writers
-    order: Order  # of the prompts
-    rewards: Mapping[str | None, AnyReward | None]  # by task
-    moves: Moves  # the optimiser, and what else an update may touch
-    examiner: Examiner | None
-    folder: StageDir
-    progress: Progress
-    report: ReportWriter
-    seconds_limit: float = math.inf
+from opd.teachers.routed import heads_of, teaches_itself
+from opd.types import Prompt, Rollout, Scores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +128,7 @@ def train(stage: Stage) -> Outcome:
                     "diagnose": diagnosed,
                     "train": ended - scored,
                     "total": ended - started,
-                    **group_rewards.asked(stage.rewards, world.gather),
+                    **base.asked(stage.rewards, world.gather),
                     "cpu": time.process_time() - worked,
                 },
             )
@@ -207,91 +176,6 @@ def loss_part(
     return loss_of(stage.method, student, micro, count, teacher_head)
 
 
-def resume(stage: Stage) -> tuple[int, float]:
-    """(first step to run, seconds of training so far), with the last checkpoint restored; (0, 0) without one.
-
-    A stage that had finished, by its steps or its time, has no step left to run.
-    """
-    folder, world = stage.folder.checkpoints, stage.world
-    if world.main:
-        checkpoint.sweep(folder)
-    world.wait()
-    last = checkpoint.latest(folder)
-    if last is None:
-        stage.folder.rewind(-1)
-        return 0, 0.0
-    trained = stage.student.trainable()
-    sharded = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in stage.method.state)]
-    saved = checkpoint.load(last, like=dict.fromkeys(sharded, trained))
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(saved.tensors["student"][name])
-    if stage.teacher is not None:
-        stage.teacher.load_state_dict(saved.tensors.get("teacher", {}))
-    stage.moves.optimiser.restore(saved.tensors, saved.state["updates"])
-    for name, state in stage.method.state.items():
-        state.load_state_dict(saved.state["method"][name], saved.tensors.get(f"method.{name}", {}))
-    stage.folder.rewind(saved.step)
-    stage.progress.note(f"{stage.spec.name}: going on after step {saved.step} of {stage.spec.steps}")
-    rows = stage.folder.read_metrics() if world.main else []
-    if not world.any(any(row["step"] == saved.step and is_evaluation(row) for row in rows)):
-        examine(stage, saved.step, saved.state["finished"])  # killed between the checkpoint and its evaluation
-    return stage.spec.steps if saved.state["finished"] else saved.step, float(saved.state["seconds"])
-
-
-def examine(stage: Stage, done: int, finished: bool) -> None:
-    """Measure on the held-out prompts when it is due; the end of a stage always is."""
-    if stage.examiner is not None and (finished or stage.examiner.due(done)):
-        write(stage, done, stage.examiner.after(done, finished=finished))
-
-
-def is_evaluation(row: Mapping[str, object]) -> bool:
-    return any(key.startswith("eval/") for key in row)
-
-
-def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
-    """A checkpoint after `step` updates; the step's metrics are on disk before it, its evaluation comes after."""
-    tensors = {"student": {name: p.detach() for name, p in stage.student.trainable().items()}}
-    tensors |= stage.moves.optimiser.tensors()
-    tensors |= {f"method.{name}": dict(state.tensors()) for name, state in stage.method.state.items()}
-    if stage.teacher is not None and (state := stage.teacher.state_dict()):
-        tensors["teacher"] = state
-    checkpoint.save(
-        stage.folder.checkpoints,
-        step,
-        tensors=tensors,
-        state={
-            "seconds": seconds,
-            "finished": finished,
-            "updates": stage.moves.updates,
-            "method": {name: one.state_dict() for name, one in stage.method.state.items()},
-        },
-        keep=stage.spec.checkpoint.keep,
-        world=stage.world,
-    )
-
-
-def write(stage: Stage, step: int, metrics: dict[str, float]) -> None:
-    stage.folder.append_metrics(step, metrics)
-    stage.report.log(stage.spec.name, step, metrics)
-    stage.progress.step(stage.spec.name, step, metrics)
-
-
 def unscored(rollouts: list[Rollout]) -> list[Scores]:
     """Scores of a method without a teacher: nothing reads them, so they are NaN."""
     return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
-
-
-def check_finite(stage: Stage, step: int, positions: list[int], batch: Batch, loss: float, grad_norm: float) -> None:
-    """Stop before the update when the loss or the gradient is not a number: the weights are still good."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    last = checkpoint.latest(stage.folder.checkpoints)
-    rows = stage.world.in_order(positions, rows_of(batch))
-    responses = stage.folder.write_samples(step + 1, rows)
-    raise TrainingError(
-        f"Stage {stage.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was not made. "
-        f"Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
-        f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
-        "Usual causes: too large a learning rate, bfloat16 weights, a teacher that gives NaN."
-    )

@@ -24,12 +24,11 @@ A worked example, one prompt, response "4 ." and the end token, padded to T = 4:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Protocol, TypeAlias
 
+import torch
 from torch import Tensor
-
-from opd.units import Units
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -167,7 +166,7 @@ class Denominator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """Which tokens are scored at each position. Build with `opd.supports`."""
+    """Which tokens are scored at each position. Build with `opd.pieces.supports`."""
 
     kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
@@ -189,7 +188,7 @@ class Support:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRule:
-    """Whose distribution the student is compared with. Build with `opd.teachers`."""
+    """Whose distribution the student is compared with. Build with `opd.pieces.teacher_rules`."""
 
     kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
     decay: float = 1.0
@@ -281,14 +280,75 @@ class State(Protocol):
 
 
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
+
+
 Watch: TypeAlias = Callable[[Writers], Look]
+
+
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
+
+
 Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
+
+
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
+
+
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
+
+
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
+
+
 Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
+
+
 Normalise: TypeAlias = Callable[[Batch], Denominator]
+
+
 Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
+
+
 Observe: TypeAlias = Callable[[Batch, Gather], Mapping[str, float]]
+
+
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Units:
+    """By the student's token, [T], [B, T] or [N] like the record that holds it.
+
+    The teacher's numbers are of the unit that the token belongs to, and NaN for a token that is in none.
+    """
+
+    size: Tensor  # int64: how many student tokens the unit has that begins here and is compared; 0: none does
+    teacher_size: Tensor  # int64: teacher tokens of the unit
+    first_logp: Tensor  # log q of the unit's first teacher token
+    rest_logp: Tensor  # log q of its others, summed
+    shared: Tensor  # bool: the unit is one token on either side, and the same one
+    inside: Tensor  # bool: the token is in a unit that is compared
+    bytes: Tensor  # int64: bytes of text in the student's token
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> Units:
+        """`change` of every field."""
+        return Units(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
+
+    @staticmethod
+    def joined(rows: Sequence[Units], join: Callable[[list[Tensor]], Tensor]) -> Units:
+        """`join` of every field of several."""
+        return Units(**{field.name: join([getattr(row, field.name) for row in rows]) for field in fields(Units)})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """The tokens that are in both vocabularies: entry k of `student` is entry k of `teacher`."""
+
+    student: Tensor  # [K] int64
+    teacher: Tensor  # [K] int64
+
+    def first(self, ids: Tensor, vocabulary: int) -> Tensor:
+        """All ids of a vocabulary, [V]: the shared ones (`ids`) and then the others in order."""
+        alone = torch.ones(vocabulary, dtype=torch.bool, device=ids.device)
+        alone[ids] = False
+        return torch.cat([ids, alone.nonzero()[:, 0]])

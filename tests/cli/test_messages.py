@@ -31,11 +31,12 @@ from run_helpers import (
     write_rows,
 )
 
-from opd import checkpoint, models
-from opd.loading import load_model
+from opd.files import read_table
 from opd.methods import METHODS
-from opd.recipe import ModelSpec
-from opd.tables import read_table
+from opd.models import language_model
+from opd.models.loading import load_model
+from opd.recipe.schema import ModelSpec
+from opd.stage import checkpoint
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -53,7 +54,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def no_weights(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forbid(monkeypatch, "opd.stages.load_model")
+    forbid(monkeypatch, "opd.run.build.load_model")
 
 
 def opd(what: str, recipe: Any, *overrides: str) -> Ended:
@@ -643,7 +644,7 @@ def test_a_reward_that_fails(mine: None, name: str, parts: list[str]):
 @pytest.fixture
 def model_folder(work: Path) -> Path:
     """A saved tiny model."""
-    models.save(load_model(ModelSpec(**tiny_model(1)), name="tiny"), work / "model")
+    language_model.save(load_model(ModelSpec(**tiny_model(1)), name="tiny"), work / "model")
     return work / "model"
 
 

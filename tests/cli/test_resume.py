@@ -25,7 +25,8 @@ from run_helpers import (
     two_stages,
 )
 
-from opd import checkpoint
+from opd import parallel
+from opd.stage import checkpoint
 
 TRAIN = ("train", "recipe.yaml")
 
@@ -58,30 +59,46 @@ def kill(call: str, nth: int = 1, when: str = "before", like: str = "", goes_on:
 KILLS = [
     kill("opd.train.loss_of", 2, goes_on="teach: 4 steps"),
     kill("opd.train.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
-    kill("opd.stages.models.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
-    kill("opd.rundir.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
-    kill("opd.roles.teacher_for", 2, goes_on="teach: done before\ndistil: 8 steps"),
-    kill("opd.held_out.exact_divergence", 1, goes_on="distil: after step 0"),
+    kill("opd.run.export.language_model.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
+    kill("opd.stage.folder.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
+    kill("opd.run.build.teacher_for", 2, goes_on="teach: done before\ndistil: 8 steps"),
+    kill("opd.stage.exams.exact_divergence", 1, goes_on="distil: after step 0"),
     kill("opd.train.loss_of", 5, goes_on="distil: after step 0"),
-    kill("opd.held_out.measure", 3, goes_on="distil: going on after step 2 of 8"),
-    kill("opd.held_out.exact_divergence", 2, goes_on="distil: going on after step 2 of 8"),
+    kill("opd.stage.exams.measure", 3, goes_on="distil: going on after step 2 of 8"),
+    kill("opd.stage.exams.exact_divergence", 2, goes_on="distil: going on after step 2 of 8"),
     kill("opd.files.os.write", 1, "half", '"step": 5', goes_on="distil: going on after step 4 of 8"),
-    kill("opd.rundir.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
+    kill("opd.stage.folder.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
     kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.stages.models.save", 2, goes_on="distil: going on after step 8 of 8"),
-    kill("opd.rundir.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.run.export.language_model.save", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.stage.folder.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [
-    kill("opd.checkpoint.write_tensors", 1, "half", "distil", goes_on="distil: after step 0"),
-    kill("opd.checkpoint.write_tensors", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.stage.checkpoint.write_tensors", 1, "half", "distil", goes_on="distil: after step 0"),
+    kill("opd.stage.checkpoint.write_tensors", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
     kill("safetensors.torch.save", 8, goes_on="distil: after step 0"),  # the second group of its first checkpoint
-    kill("opd.checkpoint.write_tensors", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.checkpoint.fsync_path", 2, "after", "distil/checkpoints", goes_on="distil: after step 0"),
-    kill("opd.checkpoint.fsync_path", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.checkpoint.os.rename", 3, "before", "distil/checkpoints", goes_on="distil: going on after step 4 of 8"),
-    kill("opd.checkpoint.os.rename", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
-    kill("opd.checkpoint.os.rename", 4, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"),
-    kill("opd.checkpoint.shutil.rmtree", 4, "before", "distil", goes_on="distil: going on after step 6 of 8"),
+    kill("opd.stage.checkpoint.write_tensors", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
+    kill("opd.stage.checkpoint.fsync_path", 2, "after", "distil/checkpoints", goes_on="distil: after step 0"),
+    kill(
+        "opd.stage.checkpoint.fsync_path",
+        3,
+        "after",
+        "distil/checkpoints",
+        goes_on="distil: going on after step 2 of 8",
+    ),
+    kill(
+        "opd.stage.checkpoint.os.rename",
+        3,
+        "before",
+        "distil/checkpoints",
+        goes_on="distil: going on after step 4 of 8",
+    ),
+    kill(
+        "opd.stage.checkpoint.os.rename", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"
+    ),
+    kill(
+        "opd.stage.checkpoint.os.rename", 4, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"
+    ),
+    kill("opd.stage.checkpoint.shutil.rmtree", 4, "before", "distil", goes_on="distil: going on after step 6 of 8"),
 ]
 
 
@@ -182,7 +199,7 @@ def interrupt(call: str, nth: int, times: int = 1) -> Strike:
 
 @pytest.mark.parametrize(
     "strike",
-    [interrupt("opd.train.loss_of", 7), interrupt("opd.held_out.measure", 3)],
+    [interrupt("opd.train.loss_of", 7), interrupt("opd.stage.exams.measure", 3)],
     ids=["in a step", "in an evaluation"],
 )
 def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
@@ -230,7 +247,7 @@ def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path
 
 @pytest.mark.parametrize(
     "strike",
-    [interrupt("opd.stages.load_model", 2), interrupt("opd.held_out.measure", 2)],
+    [interrupt("opd.run.build.load_model", 2), interrupt("opd.stage.exams.measure", 2)],
     ids=["while a model is loaded", "in the evaluation before training"],
 )
 def test_sigint_outside_the_steps_says_how_to_go_on(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
@@ -308,7 +325,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    forbid(monkeypatch, "opd.stages.load_model")
+    forbid(monkeypatch, "opd.run.build.load_model")
 
 
 @pytest.fixture
@@ -335,7 +352,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_any_weight(fresh: P
 def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, (1 << 40) - 1000, 1000))
-    forbid(monkeypatch, "opd.stages.train")
+    forbid(monkeypatch, "opd.run.stages.train")
     refused = command(*TRAIN)
     assert refused.code == 1
     assert refused.err.startswith("RunError: run has 0.00 GiB free, and this run needs about")
@@ -345,7 +362,7 @@ def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: p
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(
     fresh: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    real, saved = checkpoint.write_tensors, 0
+    real, saved = parallel.write_tensors, 0
 
     def fills_up(*arguments: Any) -> None:
         nonlocal saved

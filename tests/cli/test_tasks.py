@@ -14,11 +14,11 @@ import yaml
 from run_helpers import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
 
 import opd
-from opd.doctor.pair import stage_to_examine
+from opd.commands.doctor.subject import stage_to_examine
 from opd.errors import ConfigError, DataError
-from opd.prepare import Given
-from opd.recipe import dump, parse_recipe
-from opd.rundir import StageDir
+from opd.recipe.load import dump, parse_recipe
+from opd.run.prepare import Given
+from opd.stage.folder import StageDir
 from opd.types import Prompt
 
 TRAIN = ("train", "recipe.yaml")

@@ -10,19 +10,19 @@ import pytest
 from run_helpers import one_stage, prepare, tiny_model
 
 import opd
-from opd.check import check_recipe
-from opd.check_units import check_units
-from opd.doctor.examine import examine
+from opd.commands.check import check_recipe
+from opd.commands.doctor.examine import examine
 from opd.errors import AlignmentError, ConfigError
-from opd.loading import character_tokenizer
 from opd.method import Method
 from opd.methods import METHODS
-from opd.prepare import Given
-from opd.prepare import prepare as prepared
-from opd.recipe import parse_recipe
-from opd.signals import divergence
-from opd.supports import full, top_k, units
-from opd.teachers import external
+from opd.methods.coherence import check_units
+from opd.models.loading import character_tokenizer
+from opd.pieces.signals import divergence
+from opd.pieces.supports import full, top_k, units
+from opd.pieces.teacher_rules import external
+from opd.recipe.load import parse_recipe
+from opd.run.prepare import Given
+from opd.run.prepare import prepare as prepared
 
 MERGES = [["1", "+"], ["=", "1"]]
 

@@ -36,22 +36,25 @@ from helpers import (
 )
 from torch import Tensor
 
-import opd.loss
-import opd.score
-from opd import divergences, methods, optim
+import opd.loss.token_loss
+import opd.models.head
+from opd import methods
 from opd.api import distill
-from opd.check import check_recipe
-from opd.collate import attach
+from opd.commands.check import check_recipe
 from opd.errors import ConfigError
+from opd.loss.collate import attach
+from opd.maths import divergences
 from opd.method import Method
 from opd.methods import METHODS
-from opd.models import LanguageModel, frozen_copy
-from opd.moves import Moves
+from opd.models.forward import Read, read
+from opd.models.language_model import LanguageModel, frozen_copy
+from opd.models.render import render
 from opd.parallel import ALONE
-from opd.reading import Read, read
-from opd.recipe import OptimizerSection, load_recipe
-from opd.render import render
+from opd.recipe.load import load_recipe
+from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
+from opd.stage import optimisation
+from opd.stage.optimisation import Moves
 from opd.teachers.cross_tokenizer import OneTeacher
 from opd.types import Batch, Prompt, Rollout, Sampling
 
@@ -658,7 +661,7 @@ def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case
         seen.append((responses, got))
         return got
 
-    monkeypatch.setattr(opd.loss, "read", recorded)
+    monkeypatch.setattr(opd.loss.token_loss, "read", recorded)
     on.step()
     ((responses, got),) = seen
     hidden = got.hidden
@@ -743,8 +746,10 @@ def test_a_step_does_not_depend_on_its_chunks(name: str, one: Case, monkeypatch:
     on = scene(name, one, float64=True)
     whole = on.step()
     for entries in (1, 3 * on.student.vocabulary):
-        monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
-        assert len(list(opd.score.chunks(7, on.student.vocabulary, torch.device("cpu")))) == (7 if entries == 1 else 3)
+        monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
+        assert len(list(opd.models.head.chunks(7, on.student.vocabulary, torch.device("cpu")))) == (
+            7 if entries == 1 else 3
+        )
         parts = on.step()
         assert parts.loss == pytest.approx(whole.loss, rel=SPLIT, abs=SPLIT)
         assert parts.distance(whole) < SPLIT
@@ -991,7 +996,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
     steps = 80
     section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
     moves = Moves(
-        optimiser=optim.build(lesson.student.trainable(), section, steps),
+        optimiser=optimisation.build(lesson.student.trainable(), section, steps),
         student=lesson.student,
         root=lesson.student.model,
         teacher=teacher,

@@ -12,11 +12,11 @@ from run_helpers import CHARACTERS, sums, tiny_model
 
 import opd
 from opd import methods
-from opd.combine import PLAIN, apart, combined
 from opd.errors import ConfigError
-from opd.loading import character_tokenizer, load_model
+from opd.methods.combine import PLAIN, apart, combined
 from opd.methods.describe import ROWS
-from opd.recipe import ModelSpec
+from opd.models.loading import character_tokenizer, load_model
+from opd.recipe.schema import ModelSpec
 
 # What tiny vocabularies and a few prompts ask for, beside the row's own options.
 SMALL: dict[str, dict[str, Any]] = {

@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from opd import methods, sources
+from opd import methods
 from opd.method import Method
+from opd.pieces import sources
+from opd.pieces.updates import Extrapolation
 from opd.types import Prompt, Rollout, Source, Writers
-from opd.updates import Extrapolation
 
 
 def some_masked() -> Method:
@@ -70,9 +71,9 @@ def main(folders: Sequence[str]) -> None:
     from run_helpers import import_all
 
     from opd.parallel import join
-    from opd.progress import Progress, quiet_libraries
-    from opd.recipe import load_recipe
-    from opd.stages import run_recipe
+    from opd.recipe.load import load_recipe
+    from opd.run.stages import run_recipe
+    from opd.stage.progress import Progress, quiet_libraries
 
     quiet_libraries()
     import_all()  # in all processes at once

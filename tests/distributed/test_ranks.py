@@ -20,7 +20,7 @@ import ranks
 from run_helpers import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
 from torch import Tensor
 
-from opd import checkpoint
+from opd.stage import checkpoint
 
 HERE = Path(__file__).parent
 PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
@@ -188,7 +188,7 @@ def assert_equal_numbers(one: Path, other: Path) -> None:
 
 
 def assert_equal_responses(one: Path, other: Path) -> None:
-    from opd.rundir import StageDir
+    from opd.stage.folder import StageDir
 
     rows, got = (StageDir(folder / "run/distil").read_samples() for folder in (one, other))
     for key in ("step", "prompt_id", "sample", "response", "reward"):

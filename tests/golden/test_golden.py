@@ -58,7 +58,11 @@ def recipe_of(method: str, folder: Path) -> dict:
     }
     if method == "ropd":
         author = {"lm": "teacher", "max_tokens": 40}  # an answer that was cut is none
-        stage["reward"] = {"name": "rubric", "author": author, "judge": {"function": "opd.studies.graders:grader"}}
+        stage["reward"] = {
+            "name": "rubric",
+            "author": author,
+            "judge": {"function": "opd_studies.worlds.graders:grader"},
+        }
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     models = {

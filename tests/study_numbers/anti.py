@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import anti_sd
+from opd_studies.claims import anti_sd
 from study_numbers import spread
 
 END = {anti_sd.GRPO: 0.5, anti_sd.TOWARDS: 0.3, anti_sd.AWAY: 0.6, anti_sd.UNGATED: 0.4}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import length, special_tokens
-from opd.studies.ablation import START
+from opd_studies.claims import length, special_tokens
+from opd_studies.lab.ablation import START
 from study_numbers import spread
 
 

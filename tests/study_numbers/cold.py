@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import cold_start, prompts
+from opd_studies.claims import cold_start, prompts
 from study_numbers import spread
 
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from opd.studies import estimators, fixed_points, forms, gamma, prefixes, privileged
+from opd_studies.claims import estimators, fixed_points, gamma, prefixes, privileged
+from opd_studies.worlds import truncated_forms
 from study_numbers import spread
 
 
@@ -17,7 +18,7 @@ def fixed_point_numbers(good: bool, near: bool = True) -> fixed_points.Numbers:
     mass: dict[str, dict[str, torch.Tensor]] = {start.name: {} for start in fixed_points.STARTS}
     far = fixed_points.STARTS[-1].name
     resting = {"raw": 1 / math.e, "renormalised": 0.4} if good else {"renormalised": 1.0}
-    for form in forms.FORMS:
+    for form in truncated_forms.FORMS:
         path = torch.full((200, 3), 1.0, dtype=torch.float64)
         path[-1] = resting.get(form, 1.0 if good else 0.7)
         mass[far][form] = path * torch.tensor(q)
@@ -30,7 +31,7 @@ def fixed_point_numbers(good: bool, near: bool = True) -> fixed_points.Numbers:
         identities={"a": spread(1e-15 if good else 1e-3), "b": spread(1e-16)},
         teacher_mass=dict.fromkeys(mass, q),
         mass=mass,
-        shape_error={form: spread(1e-4 if good else 0.3) for form in forms.FORMS},
+        shape_error={form: spread(1e-4 if good else 0.3) for form in truncated_forms.FORMS},
     )
 
 

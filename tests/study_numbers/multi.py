@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies.ablation import START, TEACHER, Numbers
-from opd.studies.two_teachers import SETTINGS
+from opd_studies.claims.two_teachers import SETTINGS
+from opd_studies.lab.ablation import START, TEACHER, Numbers
 from study_numbers import spread
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import losses, one_token, supports, top_p
-from opd.studies.ablation import START
+from opd_studies.claims import losses, one_token, supports, top_p
+from opd_studies.lab.ablation import START
 from study_numbers import spread
 
 

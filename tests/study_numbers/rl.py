@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import reverse, teacher_choice
+from opd_studies.claims import reverse, teacher_choice
 from study_numbers import spread
 
 

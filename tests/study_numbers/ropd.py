@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import ropd
-from opd.studies.ablation import START, TEACHER
+from opd_studies.claims import ropd
+from opd_studies.lab.ablation import START, TEACHER
 from study_numbers import spread
 
 GOOD = {ropd.RUBRIC: 0.8, ropd.ONE: 0.6, ropd.TOLD: 0.65, ropd.OWN: 0.7, ropd.TEXTS: 0.5}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from opd.studies import control_variate, extrapolation
-from opd.studies.ablation import START
-from opd.studies.control_variate import FEWER, FULL, LOSS, METHODS, NONE, TOP_K
-from opd.studies.variances import BASELINES, REGIMES
+from opd_studies.claims import control_variate, extrapolation
+from opd_studies.claims.control_variate import FEWER, FULL, LOSS, METHODS, NONE, TOP_K
+from opd_studies.lab.ablation import START
+from opd_studies.lab.variances import BASELINES, REGIMES
 from study_numbers import spread
 
 

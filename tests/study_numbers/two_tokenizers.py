@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from opd.studies import simct
-from opd.studies.ablation import START, Numbers
+from opd_studies.claims import simct
+from opd_studies.lab.ablation import START, Numbers
 from study_numbers import spread
 
 

@@ -11,10 +11,10 @@ import pytest
 from helpers import byte_tokenizer
 from pair_helpers import byte_bpe, ids_of, sentence_piece, trained_bpe, wrapped
 
-from opd.alignment import Pair, Reading, Unit, pair_of, reread, units_of
 from opd.errors import AlignmentError
-from opd.loading import character_tokenizer
-from opd.vocabularies import vocabulary_of
+from opd.models.alignment import Pair, Reading, Unit, pair_of, reread, units_of
+from opd.models.loading import character_tokenizer
+from opd.models.vocabularies import vocabulary_of
 
 TEXT = "happy people say 42! ¡Qué bueno! 你好世界 🙂👩‍🚀 naïve café e\u0301"
 HAP_PY = byte_bpe("h a", "ha p", "p y")

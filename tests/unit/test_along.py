@@ -9,14 +9,14 @@ import pytest
 import torch
 from helpers import prompts_of, sampler, teacher_of, tiny
 
-from opd import contexts, signals, supports
 from opd.errors import OPDError
 from opd.method import Method
-from opd.models import LanguageModel
-from opd.needs import needing
-from opd.teachers.along import ReadsAlong, reading_along
+from opd.models.language_model import LanguageModel
+from opd.pieces import contexts, signals, supports
+from opd.pieces.needs import needing
+from opd.teachers.incremental import ReadsAlong, reading_along
 from opd.teachers.local import LocalTeacher
-from opd.teachers.several import SeveralTeachers
+from opd.teachers.routed import SeveralTeachers
 from opd.types import Rollout
 
 LOOKS = {2: 9, 5: 6, 6: 6, 11: 3}  # tokens so far: how many responses are still being written

@@ -17,12 +17,14 @@ from run_helpers import one_stage, prepare, tiny_model
 from torch import Tensor
 
 import opd
-from opd import contexts, credit, divergences, methods, signals, solutions, supports
-from opd.check_method import check_signs
+from opd import methods
 from opd.errors import ConfigError, DataError
-from opd.gates import EntropyGate
+from opd.maths import divergences
 from opd.method import Method
-from opd.solutions import Solutions, from_peers
+from opd.methods.coherence import check_signs
+from opd.pieces import contexts, credit, signals, solutions, supports
+from opd.pieces.gates import EntropyGate
+from opd.pieces.solutions import Solutions, from_peers
 from opd.types import Batch, Prompt, Rollout
 
 LM = tiny()

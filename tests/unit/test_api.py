@@ -17,11 +17,12 @@ import yaml
 from run_helpers import CHARACTERS, one_stage, prepare, sums, tiny_model, two_stages, write_rows
 
 import opd
-from opd import models
 from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
-from opd.loading import character_tokenizer, load_model
+from opd.models import language_model
+from opd.models.loading import character_tokenizer, load_model
 from opd.parallel import World
-from opd.recipe import ModelSpec, load_recipe, parse_recipe
+from opd.recipe.load import load_recipe, parse_recipe
+from opd.recipe.schema import ModelSpec
 from opd.types import Prompt
 
 PROMPTS = [row["prompt"] for row in sums(0, 6)]
@@ -119,7 +120,7 @@ def test_the_same_call_is_the_same_run_and_another_seed_another():
 
 def test_paths(work: Path):
     for name, seed in (("student", 2), ("teacher", 1)):
-        models.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
+        language_model.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
     run = distill(student="./student", teacher=work / "teacher", tokenizer=None, prompts="train.jsonl")
     assert run.metrics == distill(prompts="train.jsonl").metrics
     assert run.recipe.models["student"].path == "./student"
@@ -416,7 +417,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]):
 
 
 def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
-    models.save(load_model(ModelSpec(**tiny_model(2)), name="student"), work / "student")
+    language_model.save(load_model(ModelSpec(**tiny_model(2)), name="student"), work / "student")
     capfd.readouterr()
     distill(student="./student")
     said = capfd.readouterr()

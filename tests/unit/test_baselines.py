@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from opd import baselines, contexts, keep, methods, signals, weights
+from opd import methods
 from opd.api import distill
 from opd.errors import ConfigError
+from opd.pieces import baselines, contexts, filters, signals, weights
 from opd.types import Tokens
 
 
@@ -136,7 +137,7 @@ def weighted(piece: str) -> object:
     method = methods.build("vopd", {"k": 3})
     if piece == "weight":
         return replace(method, weight=weights.times(weights.mask_tokens(["1"]), weights.every_token()))
-    return replace(method, keep=keep.in_turn(keep.without_tokens(["1"])))
+    return replace(method, keep=filters.in_turn(filters.without_tokens(["1"])))
 
 
 @pytest.mark.parametrize("piece", ["weight", "keep"])
@@ -151,7 +152,7 @@ def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
     ("pieces", "message"),
     [
         (
-            {"keep": keep.first_passing(keep.clean())},
+            {"keep": filters.first_passing(filters.clean())},
             "its keep chooses responses by what stands in them: .* Leave it out",
         ),
         (

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from opd import checkpoint
-from opd.checkpoint import Checkpoint, latest, load, save, size_of, sweep
 from opd.errors import RunError
+from opd.stage import checkpoint
+from opd.stage.checkpoint import Checkpoint, latest, load, save, size_of, sweep
 
 # The files of `write`: one process, two groups of tensors.
 MOMENTS, STUDENT = "shard-00001-model-00001-of-00002.safetensors", "shard-00001-model-00002-of-00002.safetensors"
@@ -281,8 +281,8 @@ def full_disk_in_rust(*_: object, **__: object) -> None:
     [
         ("safetensors.torch.save", full_disk_in_rust),
         ("torch.distributed.checkpoint.filesystem.os.fsync", full_disk),
-        ("opd.checkpoint.write_tensors", full_disk),
-        ("opd.checkpoint.fsync_path", full_disk),
+        ("opd.stage.checkpoint.write_tensors", full_disk),
+        ("opd.stage.checkpoint.fsync_path", full_disk),
     ],
 )
 def test_a_full_disk_says_what_is_still_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function, failure):

@@ -14,15 +14,15 @@ from helpers import double, full_logits, prompts_of, rollout_of, sampler, tiny
 from run_helpers import one_stage, prepare
 
 import opd
-import opd.score
-from opd.buckets import Buckets
-from opd.compare import BY_REPETITION, Comparison, compare
-from opd.contexts import same_prompt
+import opd.models.head
 from opd.errors import ConfigError
-from opd.metrics import merged
-from opd.models import LanguageModel, frozen_copy
-from opd.render import render
-from opd.teachers import external
+from opd.evaluation.buckets import Buckets
+from opd.evaluation.compare import BY_REPETITION, Comparison, compare
+from opd.maths.metrics import merged
+from opd.models.language_model import LanguageModel, frozen_copy
+from opd.models.render import render
+from opd.pieces.contexts import same_prompt
+from opd.pieces.teacher_rules import external
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import Prompt, Rollout
 
@@ -109,8 +109,8 @@ def test_every_column_is_that_of_the_models_themselves(
     entries: int,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", entries // 2)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", entries // 2)
     contexts = [replace(r.prompt, content=f"h{r.prompt.content}") for r in rollouts]
     found = compare(
         student, teacher, rollouts, contexts, k=K, temperature=temperature, micro_batch_tokens=micro_batch_tokens

@@ -11,11 +11,12 @@ from helpers import byte_tokenizer, rollout_of, tiny
 from run_helpers import one_stage, prepare, tiny_model, write_rows
 
 import opd
-from opd import contexts, methods
+from opd import methods
 from opd.errors import ConfigError, DataError
-from opd.needs import needs_of
-from opd.render import render
-from opd.solutions import from_peers
+from opd.models.render import render
+from opd.pieces import contexts
+from opd.pieces.needs import needs_of
+from opd.pieces.solutions import from_peers
 from opd.types import Prompt, Rollout
 
 LM = tiny()

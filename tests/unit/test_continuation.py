@@ -8,12 +8,12 @@ import pytest
 import torch
 from helpers import chain, policy, prompts_of, rollout_of, tiny
 
-from opd.continuation import Transitions, continuation, prefix_of
 from opd.errors import ConfigError, DataError
-from opd.models import LanguageModel
+from opd.evaluation.continuation import Transitions, continuation, prefix_of
+from opd.maths.statistics import wilson
+from opd.models.language_model import LanguageModel
+from opd.pieces.teacher_rules import external
 from opd.samplers.hf import TransformersSampler
-from opd.statistics import wilson
-from opd.teachers import external
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import NOTHING_MORE, Prompt, Record, Rollout, Sampling
 

@@ -19,15 +19,16 @@ from helpers import tiny
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import opd.score
-from opd import signals, supports
-from opd.collate import MicroBatch
-from opd.loading import character_tokenizer
-from opd.loss import loss_at
+import opd.models.head
+from opd.loss.collate import MicroBatch
+from opd.loss.token_loss import loss_at
 from opd.method import Method
+from opd.models.head import Head
+from opd.models.loading import character_tokenizer
+from opd.pieces import signals, supports
 from opd.samplers import draw, hf
 from opd.samplers.hf import TransformersSampler
-from opd.score import Head, teacher_scores
+from opd.teachers.scoring import teacher_scores
 from opd.types import NOTHING_MORE, Prompt, Record, Sampling, Signal, Support
 
 SLACK = 0.1  # of what was measured
@@ -88,8 +89,8 @@ CHUNKS, TILES = 2, 8  # of the loss below
 
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", N * V // CHUNKS)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", N * V // TILES)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", N * V // CHUNKS)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", N * V // TILES)
 
 
 def micro_batch(support: Support) -> MicroBatch:

@@ -15,21 +15,24 @@ from helpers import Gradient, batch_of, double, full_logits, prompts_of, rollout
 from pair_helpers import byte_bpe, ids_of, renumbered, sentence_piece
 from torch import Tensor
 
-import opd.score
-from opd import diagnostics, divergences, keep, methods, signals, supports
-from opd.alignment import pair_of, reread
-from opd.buckets import Buckets
-from opd.collate import attach, has_trained, split
+import opd.models.head
+from opd import methods
 from opd.errors import AlignmentError, ConfigError, TrainingError
-from opd.loss import loss_of
+from opd.evaluation import diagnostics
+from opd.evaluation.buckets import Buckets
+from opd.loss.collate import attach, has_trained, split
+from opd.loss.token_loss import loss_of
+from opd.loss.unit_loss import Cut, whole_chunks
+from opd.maths import divergences
 from opd.method import Method
-from opd.models import LanguageModel
+from opd.models.alignment import pair_of, reread
+from opd.models.language_model import LanguageModel
+from opd.models.render import render
 from opd.parallel import ALONE
-from opd.render import render
+from opd.pieces import filters, signals, supports
 from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, comparable
 from opd.teachers.local import LocalTeacher
-from opd.types import Rollout
-from opd.units import Cut, Shared, whole_chunks
+from opd.types import Rollout, Shared
 
 SMALL = ("a", "b", "c", "d")
 EXACT = 1e-6
@@ -187,9 +190,9 @@ def test_the_gradient_of_a_span_reaches_all_its_positions():
     assert batch.units.size[0].tolist() == [1, 2, 0]
     (micro,) = split(batch, method.normalise(batch), 10**6)
     hidden: list[Tensor] = []
-    import opd.loss
+    import opd.loss.token_loss
 
-    kept = opd.loss.hidden_of
+    kept = opd.loss.token_loss.hidden_of
 
     def recorded(lm: LanguageModel, one: Any) -> Tensor:
         hidden.append(kept(lm, one))
@@ -197,7 +200,7 @@ def test_the_gradient_of_a_span_reaches_all_its_positions():
         return hidden[-1]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(opd.loss, "hidden_of", recorded)
+        patch.setattr(opd.loss.token_loss, "hidden_of", recorded)
         loss, _ = loss_of(method, OURS, micro, 3.0, teacher.head())
     loss.backward()
     OURS.model.zero_grad(set_to_none=True)
@@ -240,7 +243,7 @@ def test_a_step_does_not_depend_on_its_chunks_and_micro_batches(entries: int, mo
         method, teacher = taught(name)
         whole = step(method, OURS, teacher, list(SPANS))
         with monkeypatch.context() as patch:
-            patch.setattr(opd.score, "CHUNK_ENTRIES", entries)
+            patch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
             for micro_batch_tokens in (1, 10**6):
                 parts = step(method, OURS, teacher, list(SPANS), micro_batch_tokens)
                 assert parts.loss == pytest.approx(whole.loss, rel=EXACT)
@@ -305,7 +308,7 @@ def test_a_unit_with_a_token_that_is_not_trained_is_left_out_and_counted():
 
 
 def test_tokens_that_a_keep_takes_out_take_their_units_along():
-    method = replace(methods.build("simct", {}), keep=keep.without_tokens(["b"])).bound(STUDENT)
+    method = replace(methods.build("simct", {}), keep=filters.without_tokens(["b"])).bound(STUDENT)
     rows = method.keep([response("a", "b", "cd", "d")])
     batch = batch_of(method, OURS, teacher_of(method, OURS, THEIRS), rows)
     assert batch.units is not None

@@ -10,7 +10,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd.data import DataSpec, load_prompts, shuffled
+from opd.data.order import shuffled
+from opd.data.prompts import DataSpec, load_prompts
 from opd.errors import ConfigError, DataError
 from opd.types import Prompt
 

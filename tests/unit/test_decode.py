@@ -12,7 +12,7 @@ import torch
 from helpers import FAMILIES, policy, prompts_of, same, sampler, tiny
 from torch import Tensor
 
-from opd.models import LanguageModel
+from opd.models.language_model import LanguageModel
 from opd.samplers import hf
 from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout
 

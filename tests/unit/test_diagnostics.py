@@ -15,17 +15,18 @@ import pytest
 import torch
 from helpers import prompts_of, tiny, writers_of
 
-from opd import diagnostics, supports
-from opd.buckets import Buckets
-from opd.collate import collate
-from opd.compare import Comparison
+from opd.evaluation import diagnostics
+from opd.evaluation.buckets import Buckets
+from opd.evaluation.compare import Comparison
+from opd.loss.collate import collate
+from opd.maths.metrics import Metrics, merged
 from opd.method import Method
 from opd.methods import build
-from opd.metrics import Metrics, merged
-from opd.models import LanguageModel
-from opd.needs import needing
-from opd.signals import nll
-from opd.teachers import no_teacher
+from opd.models.language_model import LanguageModel
+from opd.pieces import supports
+from opd.pieces.needs import needing
+from opd.pieces.signals import nll
+from opd.pieces.teacher_rules import no_teacher
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.train import unscored
 from opd.types import Batch, Record, Rollout, Sampling

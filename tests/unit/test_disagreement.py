@@ -11,12 +11,12 @@ import pytest
 import torch
 from helpers import double, full_logits, prompts_of, rollout_of, tiny
 
-import opd.score
-from opd.disagreement import disagreement, mean_disagreement, pi_disagreement
+import opd.models.head
 from opd.errors import ConfigError
-from opd.models import LanguageModel
-from opd.render import render
-from opd.teachers import external
+from opd.evaluation.disagreement import disagreement, mean_disagreement, pi_disagreement
+from opd.models.language_model import LanguageModel
+from opd.models.render import render
+from opd.pieces.teacher_rules import external
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import Prompt, Rollout
 
@@ -92,8 +92,8 @@ def wanted(judge: LanguageModel, rollout: Rollout, contexts: list[Prompt], tempe
 def test_a_teacher_under_several_contexts(
     judge: LanguageModel, entries: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", entries // 2)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", entries // 2)
     contexts = prompts_of("ab", "hgfe", "c")
     rollout = rollout_of(judge, Prompt(id=0, content="ab"), [3, 4, 2, 5, 6], trained=[True, False, True, True, True])
     found = disagreement(teacher_of(judge), rollout, contexts, temperature=temperature)

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd import divergences, signals
-from opd.divergences import forward_kl, generalised_jsd, on_support, reverse_kl, skew_kl
 from opd.errors import ConfigError
+from opd.maths import divergences
+from opd.maths.divergences import forward_kl, generalised_jsd, on_support, reverse_kl, skew_kl
+from opd.pieces import signals
 from opd.types import Tokens
 
 FORMS = ("raw", "stop_gradient", "renormalised", "tail")

@@ -19,10 +19,10 @@ from doctor_helpers import (
 )
 from helpers import build, parameters_of, tiny
 
-from opd import models
-from opd.doctor.findings import Report, as_json, as_text
-from opd.loading import character_tokenizer
-from opd.models import LanguageModel
+from opd.commands.doctor.findings import Report, as_json, as_text
+from opd.models import language_model
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer
 from opd.types import Prompt
 
 ENOUGH, HALFWAY = 150, 28  # steps until a model knows all sums, and until it knows some
@@ -167,8 +167,8 @@ def test_the_same_seed_gives_the_same_numbers(healthy, learner, known):
 def test_adapters_are_off_in_their_own_teacher():
     """With LoRA the teacher is the base model: trained adapters differ from it, fresh ones do not."""
     tokenizer = character_tokenizer("abcdefgh0123456789=;")
-    model = models.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
-    student = models.wrap(model, tokenizer, name="student")
+    model = language_model.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
+    student = language_model.wrap(model, tokenizer, name="student")
     options = {"template": "{prompt}", "k": 4, "by": "teacher", "form": "tail"}
     looked_at = {"method": "context_distillation", "options": options, "reward": None, "looked_at": 4}
     fresh = diagnosis({"student": student}, letters(), **looked_at)

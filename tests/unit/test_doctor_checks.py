@@ -15,21 +15,21 @@ from doctor_helpers import CHAT, all_positions, characters, chatting, check_expe
 from helpers import byte_tokenizer, prompts_of, rollout_of, tiny
 from run_helpers import command, one_stage, prepare, self_taught, two_stages
 
-from opd.compare import compare
-from opd.continuation import Depth, Transitions
-from opd.doctor import bias, cost, examine, headroom, information, signal, special, tokens
-from opd.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
-from opd.doctor.pair import SAMPLES, Pair, stage_to_examine
+from opd.commands.doctor import bias, cost, examine, headroom, information, signal, special_tokens, tokenizers
+from opd.commands.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
+from opd.commands.doctor.subject import SAMPLES, Pair, stage_to_examine
 from opd.errors import ConfigError
-from opd.evaluate import HeldOut
-from opd.models import LanguageModel
-from opd.prepare import Given
-from opd.render import turn_end
-from opd.rewards import load_reward
-from opd.statistics import Interval
-from opd.studies import STUDIES
+from opd.evaluation.compare import compare
+from opd.evaluation.continuation import Depth, Transitions
+from opd.evaluation.evaluate import HeldOut
+from opd.maths.statistics import Interval
+from opd.models.language_model import LanguageModel
+from opd.models.render import turn_end
+from opd.rewards.registry import load_reward
+from opd.run.prepare import Given
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Sampling
+from opd_studies import STUDIES
 
 
 @pytest.fixture(scope="module")
@@ -88,26 +88,26 @@ def test_a_report_puts_what_asks_for_action_first():
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-def side(lm: LanguageModel) -> tokens.Side:
-    return tokens.Side.of(lm, lm.name)
+def side(lm: LanguageModel) -> tokenizers.Side:
+    return tokenizers.Side.of(lm, lm.name)
 
 
 def test_other_maps_stop_and_say_which_tokens():
-    from opd.loading import character_tokenizer
+    from opd.models.loading import character_tokenizer
 
-    found = tokens.same_map(character_tokenizer("abc"), character_tokenizer("acb"), ("small", "large"))
+    found = tokenizers.same_map(character_tokenizer("abc"), character_tokenizer("acb"), ("small", "large"))
     assert found.level == "stop"
     assert "2 tokens have another id ('b', 'c')" in found.says
     assert "models.large.path" in found.remedy
-    assert tokens.same_map(character_tokenizer("abc"), character_tokenizer("abc"), ("a", "b")).level == "ok"
+    assert tokenizers.same_map(character_tokenizer("abc"), character_tokenizer("abc"), ("a", "b")).level == "ok"
 
 
 def test_a_template_is_compared_on_the_same_prompt():
     prompt = Prompt(id=3, content=({"role": "user", "content": "1+1="},))
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, template=CHAT.replace("<user>", "Q"))
-    assert tokens.templates(side(student), side(teacher), [prompt]).level == "ok"
+    assert tokenizers.templates(side(student), side(teacher), [prompt]).level == "ok"
     other = chatting("teacher", seed=0, template=CHAT.replace("<assistant>", "A:"))
-    found = tokens.templates(side(student), side(other), [prompt])
+    found = tokenizers.templates(side(student), side(other), [prompt])
     assert found.level == "change"
     assert found.numbers == {"prompts": 1, "different": 1, "first_prompt": 3, "first_token": 5}
     assert "'<assistant>' for the student and 'A:' for the teacher" in found.says
@@ -118,7 +118,7 @@ def test_a_template_is_compared_on_the_same_prompt():
     [("<user>2", "outside"), ("<user>2<think>", "inside"), ("2<think></think>\n", "behind"), ("</think>", "behind")],
 )
 def test_where_a_prompt_leaves_the_model(text, state):
-    assert tokens.think_state(text) == state
+    assert tokenizers.think_state(text) == state
 
 
 def test_thinking_has_to_be_the_same_for_both():
@@ -126,24 +126,24 @@ def test_thinking_has_to_be_the_same_for_both():
     student = chatting("student", seed=0, template=thinks)
     teacher = replace(chatting("teacher", seed=0, template=thinks), template_options={"enable_thinking": True})
     prompt = Prompt(id=0, content=({"role": "user", "content": "1"},))
-    found = tokens.thinking(side(student), side(teacher), [prompt])
+    found = tokenizers.thinking(side(student), side(teacher), [prompt])
     assert found.level == "change"
     assert found.numbers == {"student": "outside", "teacher": "inside"}
     assert "models.teacher.template_options to the same enable_thinking" in found.remedy
-    assert tokens.thinking(side(teacher), side(teacher), [prompt]).level == "ok"
-    assert tokens.thinking(side(student), side(student), prompts_of("1")).level == "skipped"
+    assert tokenizers.thinking(side(teacher), side(teacher), [prompt]).level == "ok"
+    assert tokenizers.thinking(side(student), side(student), prompts_of("1")).level == "skipped"
 
 
 def test_what_ends_a_turn():
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, end="<end>")
     assert turn_end(student.tokenizer) == student.tokenizer.eos_token_id
-    assert tokens.endings(side(student), side(student), chat=True).level == "ok"
+    assert tokenizers.endings(side(student), side(student), chat=True).level == "ok"
     end = student.tokenizer.eos_token_id
-    paired = tokens.paired_endings(side(student), side(teacher), {end: teacher.tokenizer.eos_token_id})
+    paired = tokenizers.paired_endings(side(student), side(teacher), {end: teacher.tokenizer.eos_token_id})
     assert paired.level == "ok"
     assert paired.says == "The teacher reads the end of the student's responses as its own: '<eos>' as '<end>'."
-    assert tokens.paired_endings(side(student), side(teacher), {}).level == "change"
-    found = tokens.endings(side(student), side(teacher), chat=True)
+    assert tokenizers.paired_endings(side(student), side(teacher), {}).level == "change"
+    found = tokenizers.endings(side(student), side(teacher), chat=True)
     assert found.level == "change"
     assert found.says == (
         "The teacher ends its turn with '<end>', and the student's response goes on after it. The student ends its "
@@ -151,17 +151,17 @@ def test_what_ends_a_turn():
     )
     assert "sampling.stop to ['<end>']" in found.remedy
     bare = chatting("teacher", seed=0, template=CHAT.replace("END", ""))
-    assert tokens.endings(side(student), side(bare), chat=True).level == "skipped"
-    assert tokens.endings(side(student), side(bare), chat=False).level == "ok"
+    assert tokenizers.endings(side(student), side(bare), chat=True).level == "skipped"
+    assert tokenizers.endings(side(student), side(bare), chat=False).level == "ok"
 
 
 def test_markers_that_are_cut_otherwise_are_named():
     student, teacher = byte_tokenizer(), byte_tokenizer()
-    ours = tokens.Side(name="student", tokenizer=student, options={}, stops=frozenset({1}))
+    ours = tokenizers.Side(name="student", tokenizer=student, options={}, stops=frozenset({1}))
     theirs = replace(ours, name="teacher", tokenizer=teacher)
-    assert tokens.splits(ours, theirs, ["<think>"]).level == "ok"
+    assert tokenizers.splits(ours, theirs, ["<think>"]).level == "ok"
     teacher.add_tokens(["<think>"])
-    found = tokens.splits(ours, theirs, ["one", "<think>two"])
+    found = tokenizers.splits(ours, theirs, ["one", "<think>two"])
     assert found.level == "change"
     assert found.numbers["markers_cut_otherwise"] == ["<think>"]
     assert found.numbers["responses_cut_otherwise"] == 1
@@ -253,7 +253,7 @@ def test_the_kinds_of_tokens():
     prompt = sums(1)[0]
     finished = rollout_of(lm, prompt, [5, 1, 6, 1])
     cut = replace(rollout_of(lm, prompt, [1, 7], trained=[True, False]), finished=False)
-    ends, others = special.kinds_of([finished, cut], frozenset({0, 1}))
+    ends, others = special_tokens.kinds_of([finished, cut], frozenset({0, 1}))
     assert ends.tolist() == [False, False, False, True, False]
     assert others.tolist() == [False, True, False, False, True]
 
@@ -261,26 +261,26 @@ def test_the_kinds_of_tokens():
 @pytest.mark.parametrize(("alike", "level"), [(0.0, "stop"), (None, "change"), (0.5, "ok")])
 def test_an_improbable_end_is_broken_if_the_teacher_ends_otherwise(pair, monkeypatch, alike, level):
     comparison = signal.compared(pair)
-    ends, _ = special.kinds_of(pair.firsts, frozenset())
+    ends, _ = special_tokens.kinds_of(pair.firsts, frozenset())
     assert bool(ends.any()), "the fixture needs a finished response"
     sure = replace(comparison, student_logp=torch.zeros(len(ends)))
     broken = replace(sure, teacher_logp=torch.where(ends, -58.0, -0.5))
-    monkeypatch.setattr(special, "ends_alike", lambda pair: alike)
-    found = special.special_tokens(pair, broken)
+    monkeypatch.setattr(special_tokens, "ends_alike", lambda pair: alike)
+    found = special_tokens.special_tokens(pair, broken)
     assert found.level == level
     assert found.numbers["end"] == pytest.approx(-58.0)
     fine = replace(sure, teacher_logp=torch.full((len(ends),), -0.5))
-    assert special.special_tokens(pair, fine).level == "ok"
+    assert special_tokens.special_tokens(pair, fine).level == "ok"
     unsure = replace(broken, student_logp=torch.full((len(ends),), -3.0))
-    assert "end" not in special.special_tokens(pair, unsure).numbers
+    assert "end" not in special_tokens.special_tokens(pair, unsure).numbers
 
 
 def test_how_the_teacher_ends_is_read_from_its_own_responses(pair):
-    assert special.ends_alike(pair) in (None, 1.0)  # both stop at <eos>
+    assert special_tokens.ends_alike(pair) in (None, 1.0)  # both stop at <eos>
     other = replace(pair, student=replace(pair.student, stop_ids=frozenset({0})))
-    assert special.ends_alike(other) in (None, 0.0)
+    assert special_tokens.ends_alike(other) in (None, 0.0)
     talks = pair_of(chain(pair), chain(pair), sums(2))
-    assert special.ends_alike(talks) == 1.0
+    assert special_tokens.ends_alike(talks) == 1.0
 
 
 def chain(pair: Pair) -> LanguageModel:
@@ -495,7 +495,7 @@ def test_a_step_is_scaled_to_the_recipe(pair, monkeypatch):
 
 
 def test_the_first_stage_with_a_teacher_is_examined(tmp_path):
-    from opd.recipe import parse_recipe
+    from opd.recipe.load import parse_recipe
 
     recipe = parse_recipe(two_stages())
     assert stage_to_examine(recipe, None, Given()).name == "distil"
@@ -541,7 +541,7 @@ def test_other_tokens_stop_before_a_weight_is_loaded(work, monkeypatch):
     recipe = one_stage()
     recipe["models"]["teacher"] = tiny_model(1, characters="0123456789+=")
     prepare(work, recipe)
-    forbid(monkeypatch, "opd.stages.load_model")
+    forbid(monkeypatch, "opd.run.build.load_model")
     ended = command("doctor", "recipe.yaml")
     assert ended.code == 3
     assert ended.out.startswith("tiny, stage distil: STOP")

@@ -10,18 +10,18 @@ import pytest
 from doctor_helpers import characters, check_expected_gradient, diagnosis, finding, letters, pair_of, sums
 from helpers import tiny
 
-from opd.doctor import bias, headroom, information, signal
-from opd.doctor.findings import Report
-from opd.doctor.pair import Pair
+from opd.commands.doctor import bias, headroom, information, signal
+from opd.commands.doctor.findings import Report
+from opd.commands.doctor.subject import Pair
 from opd.errors import ConfigError
-from opd.loading import character_tokenizer
-from opd.models import LanguageModel
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer
 
 GROUP = {"max_completion_length": 4, "n": 4}
 JUDGED = {
     "name": "rubric",
     "author": {"lm": "teacher", "max_tokens": 8},
-    "judge": {"function": "opd.studies.graders:grader"},
+    "judge": {"function": "opd_studies.worlds.graders:grader"},
 }
 EXACT = {"name": "exact"}
 SHOWN = "{privileged_context};{prompt}"

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import opd.score
+import opd.models.head
 from opd.samplers.draw import BLOCK, draw, invert, largest, nucleus, sums_of_blocks
 
 BELOW_ONE = float(np.nextafter(1.0, 0.0))
@@ -288,7 +288,7 @@ def test_a_tile_boundary_between_rows_changes_nothing(
     whole = draw(logits, uniforms, entropy=True, **options)
     assert whole.entropy is not None
     for rows in (1, 2, 3):
-        monkeypatch.setattr(opd.score, "TILE_ENTRIES", rows * logits.shape[1])
+        monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", rows * logits.shape[1])
         got = draw(logits, uniforms, entropy=True, **options)
         assert got.entropy is not None
         assert torch.equal(got.ids, whole.ids)

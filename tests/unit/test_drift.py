@@ -15,18 +15,20 @@ from run_helpers import CHARACTERS, sums, tiny_model
 from torch import Tensor
 
 import opd
-from opd import contexts, drift, methods, signals, sources, supports, weights
-from opd.check import check_recipe
-from opd.check_method import check_pieces
-from opd.collate import collate
-from opd.drift import Budget, Drift
+from opd import methods
+from opd.commands.check import check_recipe
 from opd.errors import ConfigError
-from opd.loading import character_tokenizer, load_model
+from opd.loss.collate import collate
 from opd.method import Method
-from opd.models import LanguageModel
-from opd.recipe import ModelSpec, parse_recipe
-from opd.teachers import external
-from opd.teachers.along import reading_along
+from opd.methods.coherence import check_pieces
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer, load_model
+from opd.pieces import contexts, drift, signals, sources, supports, weights
+from opd.pieces.drift import Budget, Drift
+from opd.pieces.teacher_rules import external
+from opd.recipe.load import parse_recipe
+from opd.recipe.schema import ModelSpec
+from opd.teachers.incremental import reading_along
 from opd.types import Batch, Rollout, Sampling
 
 K = 4
@@ -525,7 +527,7 @@ def recipe(**stage: Any) -> Any:
         "train": "student",
         "teacher": "teacher",
         "method": "prune_opd",
-        "data": {"path": "opd.tasks:addition", "options": {"count": 4, "digits": 1}},
+        "data": {"path": "opd.data.toy:addition", "options": {"count": 4, "digits": 1}},
         "steps": 1,
         **stage,
     }

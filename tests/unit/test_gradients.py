@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from opd import divergences, gradients, signals
 from opd.errors import ConfigError
-from opd.gradients import CLOSED, closed_form
+from opd.maths import closed_forms, divergences
+from opd.maths.closed_forms import CLOSED, closed_form
+from opd.pieces import signals
 
 FUNCTIONS: list[Callable[..., Tensor]] = [
     divergences.reverse_kl,
@@ -195,7 +196,7 @@ def test_options_are_bound_to_the_closed_form_too():
         signals.divergence("generalised_jsd", beta=0.2).divergence,  # type: ignore[attr-defined]
     ):
         value, grad = closed(function, student, teacher)
-        expected = gradients.generalised_jsd(student.log_softmax(-1), teacher.log_softmax(-1), beta=0.2)
+        expected = closed_forms.generalised_jsd(student.log_softmax(-1), teacher.log_softmax(-1), beta=0.2)
         assert torch.equal(value, expected[0])
         assert torch.equal(grad, expected[1])
 

@@ -1,9 +1,11 @@
-"""The house rules that a program can check: direction of imports, sizes, generated pages, recipes."""
+"""The house rules that a program can check: the rooms and their imports, sizes, generated pages, recipes."""
 
 import ast
 import re
 import subprocess
 import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -11,86 +13,131 @@ import pytest
 from opd.errors import ConfigError
 from opd.methods import METHODS, build
 from opd.methods.describe import markdown, recipes_of
-from opd.recipe import load_recipe
+from opd.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-SOURCE = ROOT / "src" / "opd"
+SOURCE = ROOT / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
-PIECES = {
-    "baselines",
-    "contexts",
-    "credit",
-    "gates",
-    "drift",
-    "keep",
-    "normalise",
-    "observers",
-    "signals",
-    "sources",
-    "supports",
-    "updates",
-    "weights",
-    "teachers",
-    "method",
+
+# Each room, in the one order, and the rooms above it that it may import. Every room may import the ground.
+GROUND = ("errors", "types", "messages", "files", "plugins", "parallel")
+ABOVE: dict[str, tuple[str, ...]] = {
+    "ground": (),
+    "recipe": (),
+    "maths": (),
+    "pieces": ("maths",),
+    "method": ("maths", "pieces"),
+    "methods": ("recipe", "pieces", "method"),
+    "data": ("recipe",),
+    "models": ("recipe", "maths"),
+    "loss": ("maths", "pieces", "method", "models"),
+    "samplers": ("recipe", "pieces", "models"),
+    "teachers": ("maths", "pieces", "models"),
+    "rewards": ("recipe", "pieces", "models", "samplers"),
+    "evaluation": (
+        *("recipe", "maths", "pieces", "method", "methods", "models", "loss", "samplers", "teachers", "rewards"),
+    ),
 }
-PURE = {
-    "binding",
-    "divergences",
-    "errors",
-    "filters",
-    "needs",
-    "overlap",
-    "packed",
-    "remembered",
-    "sequences",
-    "solutions",
-    "templates",
-    "types",
-    "units",
+ABOVE["stage"] = tuple(ABOVE)
+ABOVE["train"] = tuple(ABOVE)
+ABOVE["run"] = tuple(ABOVE)
+ABOVE["commands"] = tuple(room for room in ABOVE if room != "train")
+ABOVE["studies"] = tuple(room for room in ABOVE if room != "train")
+ROOT_FILES = {
+    *("train.py", "types.py", "method.py"),  # what to read first
+    *("api.py", "cli.py", "__init__.py", "__main__.py", "errors.py", "messages.py", "files.py", "plugins.py"),
+    "parallel.py",
 }
+# `opd study` is a command of the library whose code is in a package beside it, found when the command runs.
+EXCEPT = {("opd.cli", "opd_studies.page.command")}
+# Edges from before the rooms, each to be mended.
+EXCEPT |= {("opd.teachers.incremental", "opd.method"), ("opd.rewards.base", "opd.method")}
 
 
-def imports_of(file: Path) -> set[str]:
-    """Modules of opd that a file imports at its top level, as the first name below opd."""
+def module_of(file: Path) -> str:
+    parts = file.relative_to(SOURCE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(file): file for file in FILES}
+
+
+def room_of(module: str) -> str:
+    package, *inside = module.split(".")
+    if package == "opd_studies":
+        return "studies"
+    if not inside or inside[0] in ("api", "cli", "__main__"):
+        return "commands"
+    return "ground" if inside[0] in GROUND else inside[0]
+
+
+@cache
+def imports_of(module: str) -> frozenset[str]:
+    """Modules of this repository that a file imports anywhere: in functions and under TYPE_CHECKING, too."""
     found: set[str] = set()
-    for node in ast.parse(file.read_text()).body:
-        if isinstance(node, ast.ImportFrom) and node.module == "opd":
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("opd."):
-            found.add(str(node.module).split(".")[1])
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("opd", "opd_studies"):
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                found.add(inside if inside in MODULES else str(node.module))
         elif isinstance(node, ast.Import):
-            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("opd.")}
-    return found
+            found |= {alias.name for alias in node.names if alias.name.split(".")[0] in ("opd", "opd_studies")}
+    return frozenset(found)
 
 
-@pytest.mark.parametrize("name", sorted(METHODS))
-def test_a_method_imports_pieces_alone(name):
-    assert imports_of(SOURCE / "methods" / f"{name}.py") <= PIECES | PURE
+@pytest.mark.parametrize("room", ABOVE)
+def test_a_room_imports_only_rooms_above_it(room):
+    modules = [module for module in MODULES if room_of(module) == room]
+    assert modules
+    edges = {(module, other) for module in modules for other in imports_of(module)} - EXCEPT
+    wrong = {(module, other) for module, other in edges if room_of(other) not in (room, "ground", *ABOVE[room])}
+    assert not wrong
 
 
-@pytest.mark.parametrize("name", sorted(PIECES - {"teachers", "method"}))
-def test_a_piece_imports_maths_and_records_alone(name):
-    assert imports_of(SOURCE / f"{name}.py") <= PURE
+def test_every_file_is_in_a_room():
+    assert {room_of(module) for module in MODULES} == set(ABOVE)
+    assert {file.name for file in (SOURCE / "opd").glob("*.py")} == ROOT_FILES
 
 
-def test_pure_maths_imports_torch_alone():
-    for name in ("divergences", "signals"):
-        modules = re.findall(r"^(?:from|import) (\w+)", (SOURCE / f"{name}.py").read_text(), re.MULTILINE)
-        assert set(modules) <= {"__future__", "collections", "functools", "math", "typing", "torch", "opd"}
+def test_every_room_states_its_contract():
+    rooms = [file for file in SOURCE.rglob("__init__.py") if file.parent.parent == SOURCE / "opd"]
+    assert all(ast.get_docstring(ast.parse(file.read_text())) for file in rooms)
 
 
-def test_nothing_imports_the_loop_but_what_builds_stages():
-    assert [f.name for f in FILES if "train" in imports_of(f)] == ["stages.py"]
+def test_no_import_is_part_of_a_circle():
+    try:
+        TopologicalSorter({module: imports_of(module) - {module} for module in MODULES}).prepare()
+    except CycleError as error:
+        if set(error.args[1]) != {"opd.data.prompts", "opd.data.selection"}:  # to be mended
+            pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
 
 
-def test_torch_distributed_stays_out():
-    assert not [f for f in FILES if "torch.distributed" in f.read_text() and f.name != "parallel.py"]
+def test_the_loop_is_imported_by_run_stages_alone():
+    assert [module for module in MODULES if "opd.train" in imports_of(module)] == ["opd.run.stages"]
+
+
+def test_maths_imports_torch_and_numpy_alone():
+    allowed = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing", "torch", "numpy"}
+    for module in MODULES:
+        if room_of(module) == "maths":
+            names = re.findall(r"^(?:from|import) (\w+)", MODULES[module].read_text(), re.MULTILINE)
+            assert set(names) <= allowed | {"opd", "triton"}, module
+
+
+def test_claims_of_studies_do_not_import_each_other():
+    claims = [module for module in MODULES if module.startswith("opd_studies.claims.")]
+    old = {"control_variate", "signal_shares", "prune", "one_token", "top_p", "estimators"}  # to be mended
+    assert {a.split(".")[-1] for a in claims for b in imports_of(a) if b in claims} <= old
+
+
+def test_torch_distributed_stays_in_parallel():
+    assert [f.name for f in FILES if "torch.distributed" in f.read_text()] == ["parallel.py"]
 
 
 def test_files_and_functions_are_short():
     for file in FILES:
         text = file.read_text()
-        assert text.count("\n") <= 300, file
+        assert text.count("\n") <= 600, file
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
                 limit = 150 if file.name == "train.py" else 60
@@ -133,19 +180,6 @@ def test_no_two_files_of_tests_share_a_name():
     assert sorted(names) == sorted(set(names))
 
 
-def test_the_layout_on_the_page_of_design_is_the_tree():
-    """Every file has its place in the block, but those of methods/ and studies/, which are one each."""
-    block = (ROOT / "docs" / "design.md").read_text().partition("## The layout")[2].split("```")[1]
-    named = set(re.findall(r"\w+\.py\b", block))
-    several = {"methods", "studies"}
-    files = {f.name for f in FILES if f.parent.name not in several and f.name != "__init__.py"}
-    assert not files - named, "name them in docs/design.md"
-    assert not named - {f.name for f in FILES}, "they are no longer there"
-    folders = {f.parent.name for f in FILES} - {"opd"}
-    assert folders == set(re.findall(r"^  (\w+)/", block, re.MULTILINE))
-    assert max(map(len, block.splitlines())) <= 120
-
-
 def test_the_page_of_methods_of_ones_own_names_every_need():
     page = (ROOT / "docs" / "adding_a_method.md").read_text()
     named = {name for row in re.findall(r"^\| (`.*?) \|", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)}
@@ -162,5 +196,7 @@ def test_the_page_of_methods_of_ones_own_names_every_need():
 
 
 def test_help_imports_no_torch():
-    code = "import sys, opd, opd.cli, opd.recipe; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    code = (
+        "import sys, opd, opd.cli, opd.recipe.load; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -17,13 +17,13 @@ from helpers import byte_tokenizer, tiny
 from judge_server import SECRET, Said, Server, completion, serving
 
 from opd.errors import ConfigError, RunError, TrainingError
-from opd.judges.asking import Asking, Kept
-from opd.judges.base import Failure, Question, Reply, UnreadableError
-from opd.judges.build import judge_of
-from opd.judges.endpoint import Endpoint
-from opd.judges.local import LocalJudge
-from opd.judges.program import Program
-from opd.judges.section import JudgeSection, check_judge
+from opd.recipe.schema import JudgeSection
+from opd.samplers.asked.build import check_judge, judge_of
+from opd.samplers.asked.cache import Asking, Kept
+from opd.samplers.asked.endpoint import Endpoint
+from opd.samplers.asked.local import LocalJudge
+from opd.samplers.asked.program import Program
+from opd.samplers.asked.protocol import Failure, Question, Reply, UnreadableError
 
 
 def question(text: str = "?", **fields: Any) -> Question:

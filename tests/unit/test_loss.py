@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import opd.score
-from opd import divergences, signals, supports
-from opd.collate import MicroBatch
-from opd.loss import loss_at
+import opd.models.head
+from opd.loss.collate import MicroBatch
+from opd.loss.token_loss import loss_at
+from opd.maths import divergences
 from opd.method import Method
-from opd.score import Head
+from opd.models.head import Head
+from opd.pieces import signals, supports
 from opd.types import Signal, Support, Tokens
 
 N, V, H, K = 11, 17, 6, 5
@@ -196,8 +197,8 @@ def assert_same(got: Outcome, expected: Outcome, tolerance: float = 1e-5) -> Non
 
 
 def set_sizes(monkeypatch: pytest.MonkeyPatch, chunk: int, tile: int) -> None:
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", chunk)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", tile)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
 
 
 # --- the signals -----------------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from opd.data.toy import addition, sorting
 from opd.errors import ConfigError
-from opd.tasks import addition, sorting
 
 
 def test_sums_are_right_and_worked_out_column_by_column():

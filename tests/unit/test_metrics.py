@@ -18,7 +18,8 @@ import pytest
 
 from opd.errors import ConfigError, RunError, TrainingError
 from opd.files import append_line, check_finite, read_lines
-from opd.metrics import Metrics, ReportWriter, check_report_to, merged
+from opd.maths.metrics import Metrics, merged
+from opd.stage.trackers import ReportWriter, check_report_to
 
 
 def test_a_mean_is_the_sum_of_totals_over_the_sum_of_counts():

@@ -13,16 +13,17 @@ from run_helpers import CHARACTERS, sums, tiny_model
 from torch import Tensor
 
 import opd
-from opd import models, signals, sources, supports
-from opd.credit import group_reward, no_credit
-from opd.loading import character_tokenizer, load_model
 from opd.method import Method
-from opd.models import LanguageModel
-from opd.needs import needing, reads
-from opd.normalise import per_constant, per_sequence, per_token
-from opd.recipe import ModelSpec
+from opd.models import language_model
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer, load_model
+from opd.pieces import signals, sources, supports
+from opd.pieces.credit import group_reward, no_credit
+from opd.pieces.needs import needing, reads
+from opd.pieces.normalise import per_constant, per_sequence, per_token
+from opd.pieces.weights import every_token, times
+from opd.recipe.schema import ModelSpec
 from opd.types import Batch, Denominator, Record, Rollout, Source, Support
-from opd.weights import every_token, times
 
 PADDED = 3  # length of the longest response below
 
@@ -37,7 +38,7 @@ def model(seed: int) -> Any:
 
 
 def wrapped(seed: int) -> LanguageModel:
-    return models.wrap(model(seed), character_tokenizer(CHARACTERS))
+    return language_model.wrap(model(seed), character_tokenizer(CHARACTERS))
 
 
 @dataclass

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from opd import checkpoint, optim
-from opd.optim import Optimiser, factor
-from opd.recipe import OptimizerSection
+from opd.recipe.schema import OptimizerSection
+from opd.stage import checkpoint, optimisation
+from opd.stage.optimisation import Optimiser, factor
 
 
 def section(**settings: Any) -> OptimizerSection:
@@ -66,14 +66,14 @@ def test_short_stages_have_a_rate_at_every_step(schedule: str, warmup: int, step
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_every_update_uses_the_rate_that_it_reports(schedule: str):
     settings = section(schedule=schedule, warmup_steps=3)
-    optimiser = optim.build(parameters(), settings, 10)
+    optimiser = optimisation.build(parameters(), settings, 10)
     expected = [settings.learning_rate * factor(settings, 10)(i) for i in range(10)]
     assert [update(optimiser, i) for i in range(10)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_first_update_moves_by_its_rate():
     """Adam's first step is rate x sign(gradient), whatever the gradient's size."""
-    optimiser = optim.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
+    optimiser = optimisation.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
     before = optimiser.parameters["a"].detach().clone()
     assert update(optimiser, 0) == pytest.approx(0.025)
     moved = optimiser.parameters["a"].detach() - before
@@ -82,7 +82,7 @@ def test_the_first_update_moves_by_its_rate():
 
 def test_the_recipes_numbers_reach_adamw():
     settings = section(betas=(0.8, 0.95), eps=1e-5, weight_decay=0.3, learning_rate=0.2)
-    group = optim.build(parameters(), settings, 10).adamw.param_groups[0]
+    group = optimisation.build(parameters(), settings, 10).adamw.param_groups[0]
     assert group["betas"] == (0.8, 0.95)
     assert group["eps"] == 1e-5
     assert group["weight_decay"] == 0.3
@@ -93,7 +93,7 @@ def test_the_recipes_numbers_reach_adamw():
 
 
 def test_clipping_is_by_the_norm_over_all_parameters_and_reports_it_as_it_was():
-    optimiser = optim.build(parameters(), section(max_grad_norm=1.0), 10)
+    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 2.0)
     norm = math.sqrt(2 * 12 * 4.0)
@@ -105,7 +105,7 @@ def test_clipping_is_by_the_norm_over_all_parameters_and_reports_it_as_it_was():
 
 
 def test_a_small_gradient_is_left_alone():
-    optimiser = optim.build(parameters(), section(max_grad_norm=1.0), 10)
+    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.01)
     optimiser.clip()
@@ -115,14 +115,14 @@ def test_a_small_gradient_is_left_alone():
 
 
 def test_a_norm_that_is_not_finite_is_reported():
-    optimiser = optim.build(parameters(), section(), 10)
+    optimiser = optimisation.build(parameters(), section(), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, torch.nan)
     assert math.isnan(optimiser.clip())
 
 
 def test_a_step_clears_the_gradient():
-    optimiser = optim.build(parameters(), section(), 10)
+    optimiser = optimisation.build(parameters(), section(), 10)
     update(optimiser, 0)
     assert all(parameter.grad is None for parameter in optimiser.parameters.values())
 
@@ -134,16 +134,16 @@ def test_a_step_clears_the_gradient():
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
 def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path: Path, schedule: str, stop: int):
     settings = section(schedule=schedule, warmup_steps=4, weight_decay=0.01)
-    whole = optim.build(parameters(), settings, 10)
+    whole = optimisation.build(parameters(), settings, 10)
     rates = [update(whole, i) for i in range(10)]
 
-    first = optim.build(parameters(), settings, 10)
+    first = optimisation.build(parameters(), settings, 10)
     assert [update(first, i) for i in range(stop)] == rates[:stop]
     saved = checkpoint.save(tmp_path, stop, tensors=first.tensors(), state={"updates": first.updates})
     weights = {name: p.detach().clone() for name, p in first.parameters.items()}
     update(first, 99)  # what happens after the checkpoint is lost
 
-    second = optim.build({name: nn.Parameter(value) for name, value in weights.items()}, settings, 10)
+    second = optimisation.build({name: nn.Parameter(value) for name, value in weights.items()}, settings, 10)
     loaded = checkpoint.load(saved)
     second.restore(loaded.tensors, loaded.state["updates"])
     assert [update(second, i) for i in range(stop, 10)] == rates[stop:]
@@ -155,7 +155,7 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path: Path, schedule: str,
 
 
 def test_the_state_is_named_by_parameter():
-    optimiser = optim.build(parameters(), section(schedule="linear"), 10)
+    optimiser = optimisation.build(parameters(), section(schedule="linear"), 10)
     assert (optimiser.tensors(), optimiser.updates) == ({}, 0)
     update(optimiser, 0)
     assert {group: sorted(named) for group, named in optimiser.tensors().items()} == {

@@ -6,19 +6,11 @@ import oracle
 import pytest
 import torch
 
-from opd import supports
-from opd.buckets import MOST, Buckets
-from opd.metrics import Metrics
-from opd.overlap import (
-    entropy,
-    overlap_advantage,
-    overlap_mass,
-    overlap_of_support,
-    overlap_ratio,
-    rank,
-    shared,
-)
-from opd.supports import support_tokens
+from opd.evaluation.buckets import MOST, Buckets
+from opd.maths.metrics import Metrics
+from opd.maths.overlap import entropy, overlap_advantage, overlap_mass, overlap_of_support, overlap_ratio, rank, shared
+from opd.pieces import supports
+from opd.pieces.supports import support_tokens
 
 N, V = 40, 12
 

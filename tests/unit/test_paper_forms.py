@@ -13,10 +13,12 @@ import torch
 from helpers import double, full_logits, gradient_of, prompts_of, rollout_of, teacher_of, tiny
 from torch import Tensor
 
-from opd import credit, divergences, methods, normalise, signals
-from opd.collate import attach, collate
-from opd.divergences import on_support
+from opd import methods, types
 from opd.errors import ConfigError
+from opd.loss.collate import attach, collate
+from opd.maths import divergences
+from opd.maths.divergences import on_support
+from opd.pieces import credit, normalise, signals
 from opd.types import Scores, Tokens
 
 EXACT = 1e-12
@@ -56,7 +58,7 @@ def on(student: Tensor, ids: Tensor, exists: Tensor | None = None, sampler_logp:
     )
 
 
-def value_and_gradient(signal: signals.Signal, ids: Tensor, **record: Any) -> tuple[Tensor, Tensor]:
+def value_and_gradient(signal: types.Signal, ids: Tensor, **record: Any) -> tuple[Tensor, Tensor]:
     z = STUDENT.clone().requires_grad_()
     (value,) = signal(on(z, ids, **record))
     (gradient,) = torch.autograd.grad(value, z)

@@ -9,10 +9,10 @@ import torch
 from helpers import FAMILIES, build, byte_tokenizer, prompts_of, sampler, tiny
 from torch import nn
 
-from opd import models
+from opd.models import language_model
+from opd.models.head import Head
 from opd.samplers import prepack
 from opd.samplers.prepack import prepacked
-from opd.score import Head
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch is built without oneDNN")
 PROMPTS = prompts_of("a", "bcdefgh", "hg", "abab")
@@ -48,11 +48,11 @@ def test_logits_and_hidden_states_are_those_of_the_model(family: str, every_size
 
 
 def test_adapters_write_with_their_own_weights(every_size: None, monkeypatch: pytest.MonkeyPatch):
-    adapted = models.add_lora(build(seed=1), rank=4, alpha=8, target_modules="all-linear")
+    adapted = language_model.add_lora(build(seed=1), rank=4, alpha=8, target_modules="all-linear")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    lm = models.wrap(adapted, tiny().tokenizer)
+    lm = language_model.wrap(adapted, tiny().tokenizer)
     packed = sampler(lm)(PROMPTS, seed=(0, 0))
     monkeypatch.setattr(prepack, "SMALLEST", 10**9)
     plain = sampler(lm)(PROMPTS, seed=(0, 0))
@@ -87,7 +87,7 @@ def test_an_error_leaves_the_model_as_it_was(every_size: None):
 
 def test_small_layers_and_other_precisions_are_left_alone():
     small = tiny(tokenizer=byte_tokenizer())
-    half = models.wrap(build().to(torch.bfloat16), tiny().tokenizer)
+    half = language_model.wrap(build().to(torch.bfloat16), tiny().tokenizer)
     for lm in (small, half, replace(small, autocast=True)):
         with prepacked(lm) as logits_of:
             assert swapped(lm.model) == 0

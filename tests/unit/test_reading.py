@@ -9,9 +9,9 @@ import torch
 from helpers import FAMILIES, tiny
 from torch import Tensor
 
-from opd import reading
-from opd.models import LanguageModel
-from opd.reading import batches, read
+from opd.models import forward
+from opd.models.forward import batches, read
+from opd.models.language_model import LanguageModel
 
 SYSTEM = [2, 3, 4, 5, 6, 7, 8, 9] * 3
 OTHER = [*SYSTEM[::-1], 5, 6, 2]
@@ -137,4 +137,4 @@ def test_rows_of_a_group_stay_side_by_side():
     prompts = [[1, *[2] * 30], [3, *[2] * 30]] * 3
     got = batches(prompts, [5, 60, 6, 50, 7, 4], 10**6)
     assert got == [[1, 3, 5, 4, 2, 0]]
-    assert reading.shared_prefixes(prompts) is not None
+    assert forward.shared_prefixes(prompts) is not None

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from opd.errors import ConfigError
-from opd.recipe import (
+from opd.recipe.load import dump, load_recipe, parse_recipe
+from opd.recipe.mistakes import OTHER_NAMES
+from opd.recipe.schema import (
     CheckpointSection,
     DataSection,
     EvaluateSection,
@@ -21,11 +23,7 @@ from opd.recipe import (
     Recipe,
     SamplingSection,
     StageSpec,
-    dump,
-    load_recipe,
-    parse_recipe,
 )
-from opd.recipe_tree import OTHER_NAMES
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])

@@ -9,7 +9,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from transformers import PreTrainedTokenizerFast
 
 from opd.errors import ConfigError, DataError
-from opd.render import conversation, encode_response, render, render_checked, text_or_none
+from opd.messages import conversation, text_or_none
+from opd.models.render import encode_response, render, render_checked
 from opd.types import Prompt
 
 SPECIAL = ["<bos>", "<eos>", "<user>", "<assistant>", "<think>"]

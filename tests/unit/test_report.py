@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 from run_helpers import EVALUATE, command, one_stage, prepare
 
-from opd.recipe import StageSpec, parse_recipe
-from opd.recovery import as_metrics, recovered
-from opd.report import held_out_table, recoveries
-from opd.rundir import StageDir
-from opd.statistics import Recovery, gap_recovery
+from opd.commands.report.console import held_out_table, recoveries
+from opd.evaluation.recovery import as_metrics, recovered
+from opd.maths.statistics import Recovery, gap_recovery
+from opd.recipe.load import parse_recipe
+from opd.recipe.schema import StageSpec
+from opd.stage.folder import StageDir
 
 ROWS = [{"step": 0, "eval/greedy/reward": 0.0}, {"step": 8, "eval/greedy/reward": 0.5}]
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from opd.data import DataSpec, load_prompts
+from opd.data.prompts import DataSpec, load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
-from opd.needs import needs_of
-from opd.rewards import REWARDS, load_reward, score
+from opd.pieces.needs import needs_of
+from opd.rewards.base import score
+from opd.rewards.registry import REWARDS, load_reward
 from opd.types import Prompt, Rollout
 
 

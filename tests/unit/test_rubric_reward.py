@@ -16,18 +16,18 @@ import torch
 from judge_server import SECRET, Said, Server, completion, judging, serving
 from run_helpers import Forks, Strike, assert_same, command, one_stage, prepare, start, sums, write_rows
 
-from opd.collate import collate
-from opd.credit import group_reward
 from opd.errors import ConfigError, DataError, TeacherError
-from opd.group_rewards import GroupReward, asked, check_judged
-from opd.judges.asking import Asking, Kept
-from opd.judges.base import Question
-from opd.judges.program import Program
-from opd.judges.section import JudgeSection
-from opd.recipe import load_recipe
-from opd.rewards import load_reward
-from opd.rubric_reward import rubric
-from opd.rundir import RunDir
+from opd.loss.collate import collate
+from opd.pieces.credit import group_reward
+from opd.recipe.load import load_recipe
+from opd.recipe.schema import JudgeSection
+from opd.rewards.base import GroupReward, asked, check_judged
+from opd.rewards.registry import load_reward
+from opd.rewards.rubric import rubric
+from opd.samplers.asked.cache import Asking, Kept
+from opd.samplers.asked.program import Program
+from opd.samplers.asked.protocol import Question
+from opd.stage.folder import RunDir
 from opd.train import unscored
 from opd.types import Prompt, Rollout
 
@@ -436,7 +436,7 @@ def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_
         assert len(set(once)) == len(once)
         server.requests.clear()
         folder = answered(tmp_path / "killed", recipe)
-        strike = Strike(call="opd.judges.asking.append_row", nth=13)  # in the middle of the fourth step
+        strike = Strike(call="opd.samplers.asked.cache.append_row", nth=13)  # in the middle of the fourth step
         assert forks.start(folder, "train", "recipe.yaml", strike=strike).code == -signal.SIGKILL
         before = len(server.requests)
         assert 12 < before < len(once)

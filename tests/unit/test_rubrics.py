@@ -8,8 +8,7 @@ from typing import Any
 import oracle
 import pytest
 
-from opd.judges.base import UnreadableError
-from opd.rubrics import (
+from opd.rewards.rubric_texts import (
     Criterion,
     blind_order,
     read_rubric,
@@ -19,6 +18,7 @@ from opd.rubrics import (
     verdict_question,
     without_thought,
 )
+from opd.samplers.asked.protocol import UnreadableError
 
 RUBRIC = (Criterion("It is short.", 5), Criterion("It has a number.", 2), Criterion("It says why.", 1))
 WRITES = rubric_question("2+2?", ["four", "4"], ["5"], (2, 3), 0.7)

@@ -16,10 +16,10 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from opd import rundir
 from opd.errors import ConfigError, DataError, RunError, TrainingError
 from opd.files import write_atomically
-from opd.rundir import RunDir, StageDir
+from opd.stage import folder
+from opd.stage.folder import RunDir, StageDir
 
 RECIPE = "name: demo\nseed: 0\nstages:\n- name: distil\n  steps: 5\n"
 
@@ -319,7 +319,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(rundir.os, broken, full)
+    monkeypatch.setattr(folder.os, broken, full)
     with pytest.raises(RunError, match=r"x\.json cannot be written \(No space left on device\)\. Free space or allow"):
         write_atomically(file, "new")
     assert file.read_text() == "old"

@@ -38,18 +38,21 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd
-from opd import methods, models, optim, reading
+from opd import methods
 from opd.errors import AlignmentError, ConfigError, DataError, OPDError
-from opd.loading import character_tokenizer
-from opd.models import LanguageModel, frozen_copy
-from opd.reading import shared_prefixes
-from opd.recipe import OptimizerSection
+from opd.models import forward, language_model
+from opd.models.forward import shared_prefixes
+from opd.models.language_model import LanguageModel, frozen_copy
+from opd.models.loading import character_tokenizer
+from opd.models.vocabularies import check_same_tokens
+from opd.pieces.supports import full, sampled, top_k
+from opd.pieces.teacher_rules import external, self_ema, self_frozen, self_live
+from opd.recipe.schema import OptimizerSection
 from opd.samplers import hf
 from opd.samplers.draw import draw
 from opd.samplers.writers import TeacherWriter
-from opd.supports import full, sampled, top_k
-from opd.teachers import external, self_ema, self_frozen, self_live
-from opd.teachers.local import LocalTeacher, check_same_tokens, teacher_for
+from opd.stage import optimisation
+from opd.teachers.local import LocalTeacher, teacher_for
 from opd.types import Prompt, Record, Rollout, Sampling, Scores, TeacherRule
 
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": "all-linear"}
@@ -259,7 +262,7 @@ def test_every_stop_token_of_the_model_ends_a_response():
         "bcd"
     ]
     lm.model.generation_config.eos_token_id = [1, *stop]
-    again = models.wrap(lm.model, lm.tokenizer)
+    again = language_model.wrap(lm.model, lm.tokenizer)
     assert again.stop_ids == {1, *stop}
 
 
@@ -399,7 +402,7 @@ def of_type(model_type: str, **settings: Any) -> LanguageModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.4)
-    return models.wrap(model, tokenizer, name=model_type)
+    return language_model.wrap(model, tokenizer, name=model_type)
 
 
 # --- teachers -------------------------------------------------------------------------------------------------------
@@ -474,7 +477,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
     monkeypatch.setattr(LanguageModel, "forward", counted)
     got = scorer.score(rollouts, contexts, support, 1.0)
     shared, _ = sum(read), read.clear()
-    monkeypatch.setattr(reading, "SHORTEST_SHARED_PREFIX", 10**6)
+    monkeypatch.setattr(forward, "SHORTEST_SHARED_PREFIX", 10**6)
     expected = scorer.score(rollouts, contexts, support, 1.0)
     assert_same_scores(got, expected)
     assert micro_batch_tokens == 1 or shared < sum(read)
@@ -526,8 +529,8 @@ def move(lm: LanguageModel, seed: int, size: float = 0.3) -> None:
 def with_lora(lm: LanguageModel, **settings: Any) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = models.add_lora(copy.deepcopy(lm.model), **{**LORA, **settings})
-    return models.wrap(model.eval(), lm.tokenizer, name="student")
+        model = language_model.add_lora(copy.deepcopy(lm.model), **{**LORA, **settings})
+    return language_model.wrap(model.eval(), lm.tokenizer, name="student")
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -762,31 +765,31 @@ def test_an_architecture_whose_logits_are_something_else_is_refused(monkeypatch:
     with pytest.raises(
         ConfigError, match=r"strange: LlamaForCausalLM makes logits in a way that opd does not know.*up to"
     ):
-        models.wrap(lm.model, lm.tokenizer, name="strange")
+        language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
 
 def test_a_multiplier_that_the_config_does_not_tell_is_refused():
     lm = tiny("cohere", name="strange")
     lm.model.config.logit_scale = 1.0  # the model has kept its own
     with pytest.raises(ConfigError, match="makes logits in a way that opd does not know"):
-        models.wrap(lm.model, lm.tokenizer, name="strange")
+        language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
 
 def test_a_head_with_fewer_rows_than_tokens_is_refused():
     model = tiny(tokenizer=character_tokenizer("abc")).model
     with pytest.raises(ConfigError, match=r"ids up to 9, but the output layer has only 5 rows.*resize_token"):
-        models.wrap(model, character_tokenizer(LETTERS), name="short")
+        language_model.wrap(model, character_tokenizer(LETTERS), name="short")
 
 
 def test_a_tokenizer_is_needed_and_must_have_an_end():
     lm = tiny()
     with pytest.raises(ConfigError, match="pass `tokenizer=`"):
-        models.wrap(lm.model, None)
+        language_model.wrap(lm.model, None)
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.eos_token = None
     lm.model.generation_config.eos_token_id = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
-        models.wrap(lm.model, tokenizer)
+        language_model.wrap(lm.model, tokenizer)
 
 
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
@@ -866,7 +869,7 @@ def test_lora_trains_the_adapters_alone(family: str):
     assert all("lora_" in name for name in student.trainable())
     assert not any("lm_head" in name for name in student.trainable())
     before = parameters_of(student)
-    optimiser = optim.build(student.trainable(), OptimizerSection(learning_rate=0.01), 10)
+    optimiser = optimisation.build(student.trainable(), OptimizerSection(learning_rate=0.01), 10)
     for _ in range(2):
         got = some_step(student)
         for name, parameter in student.trainable().items():
@@ -895,7 +898,7 @@ def test_a_saved_model_loads_with_transformers_and_says_the_same(family: str, lo
     names, before = set(lm.trainable()), parameters_of(lm)
     with torch.no_grad():
         expected = lm.model(input_ids=ids).logits
-    models.save(lm, tmp_path / "saved")
+    language_model.save(lm, tmp_path / "saved")
     assert set(lm.trainable()) == names, "saving leaves the model in training"
     assert all(torch.equal(p, before[name]) for name, p in parameters_of(lm).items())
 
@@ -905,7 +908,7 @@ def test_a_saved_model_loads_with_transformers_and_says_the_same(family: str, lo
     assert tokenizer.get_vocab() == lm.tokenizer.get_vocab()
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, atol=1e-4 if lora else 0.0, rtol=0)
-    assert models.wrap(loaded, tokenizer).vocabulary == lm.vocabulary
+    assert language_model.wrap(loaded, tokenizer).vocabulary == lm.vocabulary
     if lora:
         with lm.model.disable_adapter(), torch.no_grad():
             plain = lm.model(input_ids=ids).logits

@@ -14,16 +14,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import opd.score
-from opd import methods, models
-from opd.collate import attach, split
-from opd.fused import ChunkLoss, fused_loss
-from opd.loading import character_tokenizer
-from opd.loss import loss_of
+import opd.models.head
+from opd import methods
+from opd.loss.collate import attach, split
+from opd.loss.fused import ChunkLoss, fused_loss
+from opd.loss.token_loss import loss_of
 from opd.methods import METHODS
-from opd.models import LanguageModel
-from opd.score import Head, chunks, paired_log_probs, teacher_scores, tiles
-from opd.supports import full, sampled, support_tokens, top_k
+from opd.models import language_model
+from opd.models.head import Head, chunks, paired_log_probs, tiles
+from opd.models.language_model import LanguageModel
+from opd.models.loading import character_tokenizer
+from opd.pieces.supports import full, sampled, support_tokens, top_k
+from opd.teachers.scoring import teacher_scores
 from opd.types import Sampling, Scores, Support
 
 V = 10  # letters, <pad> and <eos>
@@ -125,7 +127,7 @@ def test_heads_of_different_width_compare_the_same_vocabulary():
         for name, parameter in model.named_parameters():
             parameter[: len(state[name])] = state[name]
             parameter[len(state[name]) :] = 40.0
-    teacher = models.wrap(model, student.tokenizer, name="teacher")
+    teacher = language_model.wrap(model, student.tokenizer, name="teacher")
     prompts = prompts_of("ab", "gf")
     sampling = Sampling(max_completion_length=5)
     for name, options in (("reverse_kl", {}), ("topk_reverse_kl", {"k": V}), ("gkd", {"beta": 0.0})):
@@ -160,14 +162,14 @@ def name_of(support: Support) -> str:
 def test_teacher_scores_are_those_of_the_full_logits(
     support: Support, temperature: float, spread: bool, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
     teacher, student = tiny("phi", seed=1, padding_rows=3), tiny(seed=0)
     ids = ids_of(teacher)
     response, t = ids[0, 4:], ids.shape[1] - 4
     hidden = teacher.hidden(ids)[0, 3:-1]
     expected = (own_logits(teacher, ids)[0, 3:-1] / temperature).log_softmax(-1)
     student_top = own_logits(student, ids)[0, 3:-1].topk(3).indices
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", tile)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
     got = teacher_scores(teacher.head(), hidden, response, support, temperature, student_top, entropy=spread)
 
     assert (got.teacher_entropy is not None) == spread
@@ -336,8 +338,8 @@ def test_the_gradient_of_the_fused_loss_is_autograds(
     expected = 3.0 * entropy(logits if ids is None else logits.gather(-1, ids), slice(0, N))
     expected.backward()
 
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", chunk)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", tile)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
     other_hidden, other = leaves(kind)
     got = 3.0 * fused_loss(by_autograd(entropy), other_hidden, other, temperature, ids)
     got.backward()
@@ -418,7 +420,7 @@ def test_a_loss_that_is_a_constant_has_a_gradient_of_zero(kind: str):
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100])
 @pytest.mark.parametrize("entries", [1, 40, 41, 79, 80, 10**6])
 def test_chunks_cover_every_token_once_and_stay_below_the_limit(n: int, entries: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", entries)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
     slices = list(chunks(n, 40, torch.device("cpu")))
     assert [i for rows in slices for i in range(n)[rows]] == list(range(n))
     assert all((rows.stop - rows.start) * 40 <= max(entries, 40) for rows in slices)
@@ -429,7 +431,7 @@ def test_chunks_cover_every_token_once_and_stay_below_the_limit(n: int, entries:
 def test_tiles_cover_every_row_of_a_chunk_once_and_stay_below_the_limit(
     n: int, entries: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", entries)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", entries)
     slices = list(tiles(torch.zeros(n, 40)))
     assert [i for rows in slices for i in range(n)[rows]] == list(range(n))
     assert all((rows.stop - rows.start) * 40 <= max(entries, 40) for rows in slices)
@@ -438,8 +440,8 @@ def test_tiles_cover_every_row_of_a_chunk_once_and_stay_below_the_limit(
 
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4 * V, 2 * V), (2**20, 3 * V), (2**20, 2**20)])
 def test_paired_log_probs_are_those_of_both_heads(chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", chunk)
-    monkeypatch.setattr(opd.score, "TILE_ENTRIES", tile)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
     (hidden, ours), theirs = leaves("everything"), heads()["multiplier"]
     other = torch.randn(N, 6)
     pairs = list(paired_log_probs(ours, hidden, theirs, other, 0.7))
@@ -525,7 +527,7 @@ def test_no_path_of_the_loss_holds_the_logits_of_all_tokens(
     n = sum(len(r.response_ids) for r in rollouts)
     assert n > 60
     chunk = 20 * LARGE
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
     assert student.head().weight.numel() < chunk < n * LARGE / 3
     teacher = teacher_of(method, student, external)
     with at_least(chunk + 1) as trap:
@@ -533,7 +535,7 @@ def test_no_path_of_the_loss_holds_the_logits_of_all_tokens(
     assert got.norm > 0
     assert not trap.caught
 
-    monkeypatch.setattr(opd.score, "CHUNK_ENTRIES", 10**9)
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", 10**9)
     with at_least(n * LARGE) as trap:
         step(method, student, teacher, rollouts)
     reads_all_logits = (name, options.get("form")) not in RENORMALISED

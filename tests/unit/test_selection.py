@@ -15,13 +15,14 @@ from helpers import byte_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from opd.data import DataSpec, _check_spec, load_prompts, load_selected, spec_of
-from opd.encoder import load_encoder
+from opd.data.encoder import load_encoder
+from opd.data.prompts import DataSpec, _check_spec, load_prompts, load_selected, spec_of
+from opd.data.selection import Selection, select
+from opd.data.similarity import grams, nearest_cosine, normalised, repeats
 from opd.errors import ConfigError, DataError
-from opd.recipe import DataSection, parse_recipe, parse_section
-from opd.selection import Selection, select
-from opd.similarity import grams, nearest_cosine, normalised, repeats
-from opd.templates import question_of
+from opd.messages import question_of
+from opd.recipe.load import parse_recipe, parse_section
+from opd.recipe.schema import DataSection
 from opd.types import Prompt
 
 THEIRS = ["What is 2+2?", "Name a prime number above 10.", "Sum the integers from 1 to 100."]
@@ -122,7 +123,7 @@ def test_more_questions_than_fit_into_a_block(monkeypatch: pytest.MonkeyPatch):
         nearest_cosine(grams(texts, "words", 1), grams(THEIRS, "words", 1)),
     )
     assert 0 < whole[0].sum() < 30
-    monkeypatch.setattr("opd.similarity.BLOCK", 4)
+    monkeypatch.setattr("opd.data.similarity.BLOCK", 4)
     assert (repeats(grams(texts, "characters", 2), 0.8) == whole[0]).all()
     blocks = nearest_cosine(grams(texts, "words", 1), grams(THEIRS, "words", 1))
     assert (blocks == whole[1]).all()

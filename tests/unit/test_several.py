@@ -10,15 +10,16 @@ import pytest
 import torch
 from helpers import LETTERS, Gradient, batch_of, parameters_of, rollout_of, sampler, step, tiny
 
-from opd import methods, supports
-from opd.collate import attach, collate, split
+from opd import methods
 from opd.errors import TeacherError
-from opd.loss import loss_of
+from opd.loss.collate import attach, collate, split
+from opd.loss.token_loss import loss_of
 from opd.method import Method
-from opd.models import LanguageModel
-from opd.samplers.by_task import ByTask
+from opd.models.language_model import LanguageModel
+from opd.pieces import supports
+from opd.samplers.writers import ByTask
 from opd.teachers.local import LocalTeacher, with_record
-from opd.teachers.several import SeveralTeachers, heads_of
+from opd.teachers.routed import SeveralTeachers, heads_of
 from opd.types import Prompt, Record, Rollout, Support
 
 TEACHERS = {"small": 8, "large": 24}  # hidden sizes

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.errors import ConfigError, DataError
-from opd.statistics import (
+from opd.maths.statistics import (
     Interval,
     Recovery,
     auroc,
@@ -268,7 +268,7 @@ def test_a_gap_that_may_be_chance_has_no_bounds_and_no_gap_has_no_recovery():
 def test_an_evaluation_of_several_responses_that_are_all_wrong_is_not_certain():
     from helpers import prompts_of, rollout_of, tiny
 
-    from opd.evaluate import summary
+    from opd.evaluation.evaluate import summary
 
     lm = tiny()
     wrong = [rollout_of(lm, prompt, [3], sample=i, reward=0.0) for prompt in prompts_of("a", "b") for i in range(4)]

@@ -17,22 +17,14 @@ from typer.testing import CliRunner
 
 from opd.cli import app
 from opd.errors import ConfigError, DataError
-from opd.statistics import Interval
-from opd.studies import (
-    STUDIES,
-    ablation,
-    distilling,
-    estimators,
-    fixed_points,
-    headline,
-    losses,
-    prefixes,
-    privileged,
-    report,
-)
-from opd.studies import lab as labs
-from opd.studies.lab import Lab, PairSize
-from opd.studies.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short, verdict
+from opd.maths.statistics import Interval
+from opd_studies import STUDIES, headline
+from opd_studies.claims import estimators, fixed_points, losses, prefixes, privileged
+from opd_studies.lab import ablation, distilling
+from opd_studies.lab import lab as labs
+from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short, verdict
 
 ROOT = Path(__file__).parents[2]
 ARXIV = re.compile(r"\b2\d{3}\.\d{5}\b")
@@ -247,7 +239,7 @@ def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
     size = ablation.Size(seeds=(0,), steps=2, prompts_per_step=4, pair=replace(TINY, task=labs.SORTING))
     settings = {
         "raw": ablation.Setting(method="topk_reverse_kl", options={"k": 2, "form": "raw"}),
-        "ours": ablation.Setting(method="opd.studies.methods:differentiated_log_ratio"),
+        "ours": ablation.Setting(method="opd_studies.worlds.methods:differentiated_log_ratio"),
     }
     numbers = ablation.measure(lab, settings, size)
     assert list(numbers) == [ablation.START, ablation.TEACHER, "raw", "ours"]

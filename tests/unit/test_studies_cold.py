@@ -10,10 +10,11 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from opd.errors import ConfigError
-from opd.studies import cold_start, prompts, report
-from opd.studies.kinds import sorting_of_kinds
-from opd.studies.lab import SORTING, Lab, PairSize
-from opd.studies.looking import look
+from opd_studies.claims import cold_start, prompts
+from opd_studies.lab.after_training import look
+from opd_studies.lab.lab import SORTING, Lab, PairSize
+from opd_studies.page import report
+from opd_studies.worlds.sorting_kinds import sorting_of_kinds
 
 TINY = PairSize(
     task=SORTING,
@@ -58,11 +59,13 @@ def test_more_rows_than_a_kind_has_are_refused():
 
 
 def test_a_look_agrees_with_the_models_read_one_response_at_a_time(tmp_path, monkeypatch):
-    import opd.compare
+    import opd.evaluation.compare
 
     kept = []
-    compare = opd.compare.compare
-    monkeypatch.setattr(opd.compare, "compare", lambda *given, **more: kept.append(given[2]) or compare(*given, **more))
+    compare = opd.evaluation.compare.compare
+    monkeypatch.setattr(
+        opd.evaluation.compare, "compare", lambda *given, **more: kept.append(given[2]) or compare(*given, **more)
+    )
     pair = Lab(folder=tmp_path, workers=1).pair(0, TINY)
     data = SORTING.rows(6, part="held_out")
     for writer in ("student", "teacher"):

@@ -7,12 +7,13 @@ from dataclasses import replace
 import pytest
 from study_numbers.rl import choice_numbers, reverse_numbers
 
+from opd.data.toy import sorting
 from opd.errors import ConfigError
-from opd.studies import lab as labs
-from opd.studies import rl_teachers, teacher_choice
-from opd.studies.habits import sorting_both_ways
-from opd.studies.lab import Lab
-from opd.tasks import sorting
+from opd_studies.claims import teacher_choice
+from opd_studies.lab import lab as labs
+from opd_studies.lab import rl_teachers
+from opd_studies.lab.lab import Lab
+from opd_studies.worlds.bad_habit_data import sorting_both_ways
 
 
 def test_a_share_of_the_examples_falls_and_the_answers_stay():

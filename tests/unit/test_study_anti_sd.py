@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from opd.methods.anti_sd import anti_sd
-from opd.studies import anti_sd as study
-from opd.studies import evidence
-from opd.studies.evidence import ANSWERS, GROUP, LONGEST, PROBLEMS, WAIT, Problems
-from opd.studies.lab import Lab
+from opd_studies.claims import anti_sd as study
+from opd_studies.lab.lab import Lab
+from opd_studies.worlds import waiting_world
+from opd_studies.worlds.waiting_world import ANSWERS, GROUP, LONGEST, PROBLEMS, WAIT, Problems
 
 
 def given(count: int, seed: int = 0) -> Problems:
-    made = evidence.problems(count, torch.Generator().manual_seed(seed))
+    made = waiting_world.problems(count, torch.Generator().manual_seed(seed))
     return Problems(evidence=made.evidence.double(), right=made.right)
 
 
 def model(shared: bool) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
-    start = evidence.beginner(shared).double()
+    start = waiting_world.beginner(shared).double()
     return start + 0.3 * torch.rand(start.shape, generator=generator, dtype=torch.float64)
 
 
@@ -33,7 +33,7 @@ def token_logps(made: torch.Tensor, world: Problems, x: int, n: int, knows: bool
     sharpness, patience = (made[0], made[1] - made[2] * n) if made.dim() == 1 else (made[0, n], made[1, n])
     answers = [float(sharpness * world.evidence[x, n, k]) for k in range(ANSWERS)]
     if knows:
-        answers[int(world.right[x])] += evidence.KNOWLEDGE
+        answers[int(world.right[x])] += waiting_world.KNOWLEDGE
     return oracle.log_softmax([*answers, float(patience)])
 
 
@@ -41,7 +41,7 @@ def token_logps(made: torch.Tensor, world: Problems, x: int, n: int, knows: bool
 @pytest.mark.parametrize("knows", [False, True])
 def test_log_probs_are_those_of_the_docstring(shared: bool, knows: bool):
     made, world = model(shared), given(3)
-    got = evidence.log_probs(made, world, knows=knows)
+    got = waiting_world.log_probs(made, world, knows=knows)
     for x, n in itertools.product(range(3), range(LONGEST)):
         assert got[x, n].tolist() == pytest.approx(token_logps(made, world, x, n, knows))
 
@@ -57,26 +57,26 @@ def test_accuracy_and_length_are_sums_over_all_responses(shared: bool):
             accuracy += waited * p[int(world.right[x])] / 4
             length += waited / 4
             waited *= p[WAIT]
-    got = evidence.examined(made, world)
+    got = waiting_world.examined(made, world)
     assert (got.accuracy, got.length) == (pytest.approx(accuracy), pytest.approx(length))
 
 
 def test_knowing_the_solution_makes_waiting_less_likely_and_the_right_answer_more():
-    made, world = evidence.beginner(False), given(50)
-    gap = evidence.log_probs(made, world, knows=True) - evidence.log_probs(made, world)
+    made, world = waiting_world.beginner(False), given(50)
+    gap = waiting_world.log_probs(made, world, knows=True) - waiting_world.log_probs(made, world)
     assert bool((gap[..., WAIT] < 0).all())
     assert bool((gap.gather(2, world.right[:, None, None].expand(-1, LONGEST, 1)) > 0).all())
 
 
 def test_responses_are_drawn_as_the_model_says_and_rewarded_when_right():
     made, world = (
-        evidence.beginner(True).requires_grad_(),
-        evidence.problems(PROBLEMS, torch.Generator().manual_seed(1)),
+        waiting_world.beginner(True).requires_grad_(),
+        waiting_world.problems(PROBLEMS, torch.Generator().manual_seed(1)),
     )
     generator = torch.Generator().manual_seed(2)
     rewards, lengths = [], []
     for _ in range(60):
-        batch, student_logp = evidence.written(made, world, generator)
+        batch, student_logp = waiting_world.written(made, world, generator)
         assert student_logp.requires_grad
         assert len(batch.rollouts) == PROBLEMS * GROUP
         rewards += batch.reward.tolist()
@@ -87,7 +87,7 @@ def test_responses_are_drawn_as_the_model_says_and_rewarded_when_right():
         tokens = batch.response_ids[row, :n].tolist()
         assert all(token == WAIT for token in tokens[:-1])
         assert float(batch.reward[row]) == float(tokens[-1] == int(world.right[row // GROUP]))
-    exact = evidence.examined(made.detach(), world)
+    exact = waiting_world.examined(made.detach(), world)
     spread = (exact.accuracy * (1 - exact.accuracy) / len(rewards)) ** 0.5
     assert sum(rewards) / len(rewards) == pytest.approx(exact.accuracy, abs=4 * spread)
     assert sum(lengths) / len(lengths) == pytest.approx(exact.length, rel=0.05)
@@ -95,13 +95,13 @@ def test_responses_are_drawn_as_the_model_says_and_rewarded_when_right():
 
 def test_an_update_is_the_methods_formula():
     made = model(False).float().requires_grad_()
-    world = evidence.problems(PROBLEMS, torch.Generator().manual_seed(4))
-    batch, student_logp = evidence.written(made, world, torch.Generator().manual_seed(5))
-    evidence.update(anti_sd(gate=False), batch, student_logp)
+    world = waiting_world.problems(PROBLEMS, torch.Generator().manual_seed(4))
+    batch, student_logp = waiting_world.written(made, world, torch.Generator().manual_seed(5))
+    waiting_world.update(anti_sd(gate=False), batch, student_logp)
     assert made.grad is not None
     loss = torch.zeros(())
     shown = world.repeated(GROUP)
-    logp = evidence.log_probs(fresh := made.detach().clone().requires_grad_(), shown)
+    logp = waiting_world.log_probs(fresh := made.detach().clone().requires_grad_(), shown)
     for row in range(len(batch.mask)):
         first = row // GROUP * GROUP
         advantage = oracle.group_advantage(batch.reward[first : first + GROUP].tolist())[row - first]
@@ -116,8 +116,8 @@ def test_an_update_is_the_methods_formula():
 
 def test_a_course_is_the_same_twice_and_other_methods_meet_the_same_problems():
     settings = {"seed": 3, "rate": 0.1, "shared": False, "steps": 3, "every": 2}
-    one, again = (evidence.train(study.METHODS[study.AWAY], **settings) for _ in range(2))
-    other = evidence.train(study.METHODS[study.TOWARDS], **settings)
+    one, again = (waiting_world.train(study.METHODS[study.AWAY], **settings) for _ in range(2))
+    other = waiting_world.train(study.METHODS[study.TOWARDS], **settings)
     assert one == again
     assert list(one.exams) == [0, 2, 3]
     assert one.exams[0] == other.exams[0]
@@ -127,7 +127,7 @@ def test_a_course_is_the_same_twice_and_other_methods_meet_the_same_problems():
 def test_updates_are_counted_until_a_level_is_reached():
     assert study.first_at({0: 0.1, 10: 0.5, 20: 0.4, 30: 0.6}, 0.5) == 10.0
     assert study.first_at({0: 0.1, 10: 0.2}, 0.5) == math.inf
-    course = evidence.Course(
+    course = waiting_world.Course(
         exams={}, logged=[{"gate/teacher_entropy": v, "gate/warm_entropy": 2.0} for v in range(20)]
     )
     assert study.entropy_left(course) == pytest.approx(14.5 / 2)

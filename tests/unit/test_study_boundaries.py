@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from opd.errors import ConfigError
-from opd.studies import boundaries, distilling, estimators, length, signal_depth, signal_shares, special_tokens
-from opd.studies.ablation import START
-from opd.studies.lab import Lab, PairSize
 from opd.types import Prompt
+from opd_studies.claims import estimators, length, special_tokens
+from opd_studies.lab import distilling, signal_depth, signal_shares
+from opd_studies.lab.ablation import START
+from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.worlds import boundaries
 
 TINY = PairSize(
     teacher={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},

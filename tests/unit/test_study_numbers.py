@@ -8,7 +8,8 @@ import oracle
 import pytest
 import torch
 
-from opd.studies import estimators, fixed_points, forms, losses, one_token, privileged, supports, walks
+from opd_studies.claims import estimators, fixed_points, losses, one_token, privileged, supports
+from opd_studies.worlds import gaussian_walks, truncated_forms
 
 
 def random_pair(seed: int, vocabulary: int = 6, rows: int = 3) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,12 +19,12 @@ def random_pair(seed: int, vocabulary: int = 6, rows: int = 3) -> tuple[torch.Te
     return student, teacher.log_softmax(-1)
 
 
-@pytest.mark.parametrize("form", forms.FORMS)
+@pytest.mark.parametrize("form", truncated_forms.FORMS)
 def test_forms_have_the_oracles_gradient(form):
     student, teacher = random_pair(3)
     inside = torch.tensor([True, False, True, True, False, False]).expand(3, 6)
     z = student.clone().requires_grad_()
-    (grad,) = torch.autograd.grad(forms.on_support(form, z.log_softmax(-1), teacher, inside).sum(), z)
+    (grad,) = torch.autograd.grad(truncated_forms.on_support(form, z.log_softmax(-1), teacher, inside).sum(), z)
     written = {
         "raw": oracle.grad_topk_raw,
         "stop_gradient": oracle.grad_topk_stop_gradient,
@@ -37,9 +38,9 @@ def test_forms_have_the_oracles_gradient(form):
 
 
 def test_identities_hold_and_notice_a_wrong_form(monkeypatch):
-    assert max(forms.identity_errors(0).values()) < 1e-12
-    monkeypatch.setitem(forms.divergences.FORMS, "stop_gradient", forms.divergences.FORMS["raw"])
-    wrong = forms.identity_errors(0)
+    assert max(truncated_forms.identity_errors(0).values()) < 1e-12
+    monkeypatch.setitem(truncated_forms.divergences.FORMS, "stop_gradient", truncated_forms.divergences.FORMS["raw"])
+    wrong = truncated_forms.identity_errors(0)
     assert wrong["raw - stop-gradient = grad P_S"] > 1e-3
     assert wrong["released code = stop-gradient / P_S"] > 1e-3
 
@@ -61,7 +62,7 @@ def test_raw_descends_to_q_over_e_and_tail_to_q():
 def test_discounted_sums():
     values = torch.tensor([[[1.0, -2.0, 3.0]], [[0.5, 4.0, -1.0]]])
     gamma_of_row = torch.tensor([0.5, 1.0])
-    got = walks.discounted(values, gamma_of_row)
+    got = gaussian_walks.discounted(values, gamma_of_row)
     for r, g in enumerate((0.5, 1.0)):
         row = values[r, 0].tolist()
         expected = [sum(g ** (j - t) * row[j] for j in range(t, 3)) for t in range(3)]
@@ -69,35 +70,37 @@ def test_discounted_sums():
 
 
 def test_densities_and_walks():
-    network = walks.new_network([1, 2], 5)
+    network = gaussian_walks.new_network([1, 2], 5)
     floor = torch.tensor([-1.0, -5.0])
-    states, steps = walks.rollout(network, floor, 1, 4, walks.generator_of(0, 1))
-    assert states.shape == (2, 4, walks.HORIZON + 1, 3)
-    assert torch.equal(states[:, :, 0, 1], torch.full((2, 4), walks.STARTS[1]))
+    states, steps = gaussian_walks.rollout(network, floor, 1, 4, gaussian_walks.generator_of(0, 1))
+    assert states.shape == (2, 4, gaussian_walks.HORIZON + 1, 3)
+    assert torch.equal(states[:, :, 0, 1], torch.full((2, 4), gaussian_walks.STARTS[1]))
     assert torch.allclose(states[:, :, 1:, 1], states[:, :, :-1, 1] + steps)
-    out = walks.outputs(network, states[:, :, :-1])[1]
-    got = walks.log_prob(out, steps, floor)
+    out = gaussian_walks.outputs(network, states[:, :, :-1])[1]
+    got = gaussian_walks.log_prob(out, steps, floor)
     for r, t in ((0, 0), (1, 7)):
         mean, log_sigma = out[r, 2, t].tolist()
-        sigma = math.exp(max(min(log_sigma, walks.LARGEST_LOG_SIGMA), floor[r].item()))
+        sigma = math.exp(max(min(log_sigma, gaussian_walks.LARGEST_LOG_SIGMA), floor[r].item()))
         z = (steps[r, 2, t].item() - mean) / sigma
         expected = -z * z / 2 - math.log(sigma) - math.log(2 * math.pi) / 2
         assert got[r, 2, t].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_variance_between_micro_batches_is_that_of_their_gradients():
-    network = [w.double().requires_grad_() for w in walks.new_network([3], 4)]
+    network = [w.double().requires_grad_() for w in gaussian_walks.new_network([3], 4)]
     floor = torch.tensor([-1.0])
-    states, steps = walks.rollout([w.detach().float() for w in network], floor, 0, 8, walks.generator_of(1))
+    states, steps = gaussian_walks.rollout(
+        [w.detach().float() for w in network], floor, 0, 8, gaussian_walks.generator_of(1)
+    )
     weight = torch.linspace(-1, 1, 8, dtype=torch.float64)[None, :, None]
 
     def per_walk() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        hidden, out = walks.outputs(network, states[:, :, :-1].double())
-        return hidden, out, (weight * walks.log_prob(out, steps.double(), floor.double())).sum(2)
+        hidden, out = gaussian_walks.outputs(network, states[:, :, :-1].double())
+        return hidden, out, (weight * gaussian_walks.log_prob(out, steps.double(), floor.double())).sum(2)
 
     hidden, out, losses_of_walks = per_walk()
     (at_output,) = torch.autograd.grad(losses_of_walks.mean(1).sum(), out)
-    got = walks.between_micro_batches(hidden.detach(), at_output * 8, 4)
+    got = gaussian_walks.between_micro_batches(hidden.detach(), at_output * 8, 4)
     grads = []
     for m in range(4):
         part = per_walk()[2][:, 2 * m : 2 * m + 2].mean(1).sum()

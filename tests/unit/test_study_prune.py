@@ -9,8 +9,9 @@ import pytest
 from study_numbers import spread
 from study_numbers.drifting import prune_numbers
 
-from opd.studies import prune
-from opd.studies.distilling import Trained
+from opd_studies.claims import prune
+from opd_studies.lab import ablation
+from opd_studies.lab.distilling import Trained
 
 
 def test_what_a_run_cost(tmp_path: Path):
@@ -20,7 +21,7 @@ def test_what_a_run_cost(tmp_path: Path):
     timings = "".join(json.dumps({"step": i, "cpu": 0.5 * i, "total": 99.0}) + "\n" for i in range(1, 4))
     (stage / "timings.jsonl").write_text(timings)
     trained = Trained(model=stage / "model", before={}, after={}, last={}, rows=rows, evaluations=[])
-    size = prune.Size(prompts_per_step=10)
+    size = ablation.Size(prompts_per_step=10)
     assert prune.cost(trained, size) == pytest.approx({"tokens": 10 * (4 + 5 + 6), "seconds": 3.0, "lost": 0.4})
     plain = [{name: value for name, value in row.items() if "lost" not in name} for row in rows]
     unwatched = Trained(model=stage / "model", before={}, after={}, last={}, rows=plain, evaluations=[])

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from opd.judges.base import Question
-from opd.rubrics import Criterion, read_rubric, read_verdicts, rubric_question, verdict_question
-from opd.studies.graders import ALPHABET, STATEMENTS, grader
-from opd.studies.rubric_table import Table, advantage_of, arms_of, judged_by, played, spearman
+from opd.rewards.rubric_texts import Criterion, read_rubric, read_verdicts, rubric_question, verdict_question
+from opd.samplers.asked.protocol import Question
+from opd_studies.worlds.graders import ALPHABET, STATEMENTS, grader
+from opd_studies.worlds.rubric_table import Table, advantage_of, arms_of, judged_by, played, spearman
 
 RIGHT = ["01234", "01234"]
 WRONG = ["43210", "3142"]

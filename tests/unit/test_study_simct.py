@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd.loading import character_tokenizer
-from opd.studies import simct
-from opd.studies.ablation import Size
-from opd.studies.distilling import Trained
-from opd.studies.lab import student_recipe, teacher_recipe
+from opd.models.loading import character_tokenizer
+from opd_studies.claims import simct
+from opd_studies.lab.ablation import Size
+from opd_studies.lab.distilling import Trained
+from opd_studies.lab.lab import student_recipe, teacher_recipe
 
 
 def test_setting_b_has_the_merges_of_a_and_more():

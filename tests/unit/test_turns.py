@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from opd.turns import Order, turns
+from opd.data.order import Order, turns
 from opd.types import Prompt
 
 

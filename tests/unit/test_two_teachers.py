@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 from study_numbers.multi import two_teacher_numbers
 
-from opd.prepare import Given, prepare
-from opd.recipe import parse_recipe
-from opd.studies import two_teachers
-from opd.studies.ablation import START, TEACHER
-from opd.studies.lab import SORTERS, Lab
-from opd.studies.two_tasks import TASKS, Setting, Size, distillation, models_of
+from opd.recipe.load import parse_recipe
+from opd.run.prepare import Given, prepare
+from opd_studies.claims import two_teachers
+from opd_studies.lab.ablation import START, TEACHER
+from opd_studies.lab.lab import SORTERS, Lab
+from opd_studies.lab.two_tasks import TASKS, Setting, Size, distillation, models_of
 
 TINY = replace(
     SORTERS,

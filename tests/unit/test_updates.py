@@ -14,9 +14,9 @@ from torch import Tensor
 
 from opd.api import distill
 from opd.errors import ConfigError
-from opd.loading import character_tokenizer, load_model
-from opd.recipe import ModelSpec
-from opd.updates import Extrapolation
+from opd.models.loading import character_tokenizer, load_model
+from opd.pieces.updates import Extrapolation
+from opd.recipe.schema import ModelSpec
 
 CHARACTERS = "0123456789+coretinwg"
 WEIGHT, EMBEDDING, NORM = "layers.0.weight", "embed_tokens.weight", "norm.weight"

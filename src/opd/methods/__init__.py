@@ -8,10 +8,10 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
-from opd.combine import combined
 from opd.errors import ConfigError, nearest
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
+from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
 from opd.methods.eff_opd import eff_opd
 from opd.methods.gkd import gkd

@@ -30,9 +30,9 @@ read; it is said to gate on perplexity, with a lambda in between.
 
 from typing import Literal
 
-from opd import contexts, credit, normalise, observers, signals, solutions, teachers
-from opd.gates import EntropyGate
 from opd.method import Method
+from opd.pieces import contexts, credit, memory, normalise, signals, solutions, teacher_rules
+from opd.pieces.gates import EntropyGate
 
 
 def anti_sd(
@@ -55,8 +55,8 @@ def anti_sd(
     ascent = credit.away_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
     return Method(
         context=contexts.privileged(template=words, solutions=found),
-        teacher=teachers.self_live(),
-        observe=observers.all_of(solutions.counted(found), entropy),
+        teacher=teacher_rules.self_live(),
+        observe=memory.all_of(solutions.counted(found), entropy),
         credit=credit.add(credit.group_reward(), credit.scale(entropy.factor, ascent) if gate else ascent),
         signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

@@ -29,9 +29,9 @@ read with its prompt alone and counted (`context/unsolved`).
 
 from typing import Literal
 
-from opd import contexts, normalise, observers, signals, solutions, supports, teachers
 from opd.errors import ConfigError
 from opd.method import Method
+from opd.pieces import contexts, memory, normalise, signals, solutions, supports, teacher_rules
 from opd.types import Context
 
 
@@ -52,12 +52,16 @@ def context_distillation(
     temperature: float = 1.0,
 ) -> Method:
     """Teach a model to do without its prompt what it does with it; `k=None` is the whole vocabulary."""
-    rules = {"frozen": teachers.self_frozen(), "live": teachers.self_live(), "ema": teachers.self_ema(decay)}
+    rules = {
+        "frozen": teacher_rules.self_frozen(),
+        "live": teacher_rules.self_live(),
+        "ema": teacher_rules.self_ema(decay),
+    }
     found = solutions.from_peers() if peers else None
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
         context=_context(system, examples, template, prefill, information, found),
-        observe=observers.nothing() if found is None else solutions.counted(found),
+        observe=memory.nothing() if found is None else solutions.counted(found),
         teacher=rules[teacher],
         support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from opd.combine import apart
 from opd.errors import ConfigError
 from opd.methods import METHODS, build, function_of
+from opd.methods.combine import apart
 
 # Rows of the table of pairs beside the methods' defaults: what a method cannot be built without, and the settings in
 # which it leaves room for others.
@@ -72,7 +72,7 @@ def pairs() -> list[str]:
     return [
         "## Two methods in one",
         "",
-        "`method: vopd+eff_opd` with `options: {vopd: {...}, eff_opd: {...}}` is one method of both (`opd.combine`):",
+        "`method: vopd+eff_opd` with `options: {vopd: {...}, eff_opd: {...}}` is one method of both:",
         "what one of them decides is taken from it, weights multiply, filters run one after the other, and what both",
         "decide keeps them apart. Options can change that. With their defaults, or with what the row says:",
         "",
@@ -87,7 +87,7 @@ def recipes_of(folder: Path) -> dict[str, list[str]]:
 
     Raises ConfigError for a method that no recipe uses, and for a recipe that is not valid.
     """
-    from opd.recipe import load_recipe
+    from opd.recipe.load import load_recipe
 
     used = {
         file.stem: {name for stage in load_recipe(file).stages for name in stage.method.split("+")}

@@ -23,9 +23,9 @@ product BA of extrapolated factors is not the extrapolated product: it has a sec
 
 from typing import Literal
 
-from opd import normalise, signals
 from opd.method import Method
-from opd.updates import Extrapolation
+from opd.pieces import normalise, signals
+from opd.pieces.updates import Extrapolation
 
 
 def eff_opd(

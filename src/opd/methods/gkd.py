@@ -17,8 +17,8 @@ Differs from the paper: at beta = 0 and 1 the divergence is the limit divided by
 own use of the two KLs. Default `on_policy_share` 1, the paper's on-policy GKD; TRL's default is 0.5.
 """
 
-from opd import signals, sources, supports
 from opd.method import Method
+from opd.pieces import signals, sources, supports
 from opd.types import Signal
 
 

@@ -18,9 +18,9 @@ that clipping binds only where truncated sampling makes the ratio differ from 1.
 
 from typing import Literal
 
-from opd import credit, normalise, signals, supports, teachers
 from opd.errors import ConfigError
 from opd.method import Method
+from opd.pieces import credit, normalise, signals, supports, teacher_rules
 
 
 def grpo(
@@ -34,7 +34,7 @@ def grpo(
     if variant == "dr_grpo" and length is None:
         raise ConfigError("dr_grpo divides by a constant number of tokens: set `length`, e.g. max_completion_length.")
     return Method(
-        teacher=teachers.no_teacher(),
+        teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
         credit=credit.group_reward(divide_by_std=variant == "grpo"),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),

@@ -30,9 +30,9 @@ sequence has to stand in the response.
 
 from typing import Literal
 
-from opd import keep, normalise, signals, supports
 from opd.errors import ConfigError
 from opd.method import Method
+from opd.pieces import filters, normalise, signals, supports
 
 
 def local_support_matching(
@@ -53,7 +53,7 @@ def local_support_matching(
             f"{sampled_token!r}, which has none; got {list(ratio_bounds)}. Set sampled_token: tail, or leave them out."
         )
     return Method(
-        keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
+        keep=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
         support=supports.for_shape(supports.top_k(k, by=by, with_sampled=sampled_token != "left_out")),
         signal=signals.reverse_kl_with_sampled_tail(ratio_bounds) if tail else signals.divergence(form="renormalised"),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

@@ -29,8 +29,8 @@ it; on policy they are equal up to rounding. With gamma > 0 it is the record: th
 
 from typing import Literal
 
-from opd import credit, keep, normalise, signals
 from opd.method import Method
+from opd.pieces import credit, filters, normalise, signals
 
 
 def opd(
@@ -45,7 +45,7 @@ def opd(
     advantage = signals.log_ratio if gamma == 0.0 else signals.credit
     plain = gamma == 0.0 and not importance
     return Method(
-        keep=keep.without_tokens(mask_tokens, mask) if mask_tokens else keep.everything(),
+        keep=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
         credit=credit.no_credit() if gamma == 0.0 else credit.discounted(gamma),
         signal=signals.sampled_reverse_kl() if plain else signals.policy_gradient(advantage, importance=importance),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

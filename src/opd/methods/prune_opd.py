@@ -28,8 +28,8 @@ ends whole batches by the budget.
 
 from typing import Any, Literal
 
-from opd import drift, normalise, signals, sources, supports
 from opd.method import Method
+from opd.pieces import drift, normalise, signals, sources, supports
 
 
 def prune_opd(

@@ -26,9 +26,9 @@ paper sums over a response's tokens, and its code averages by micro-batch.
 
 from typing import Literal
 
-from opd import normalise, signals, supports
 from opd.errors import ConfigError
 from opd.method import Method
+from opd.pieces import normalise, signals, supports
 from opd.types import Signal
 
 

@@ -16,8 +16,8 @@ Differs from the paper: nothing.
 
 from typing import Literal
 
-from opd import normalise, signals, supports
 from opd.method import Method
+from opd.pieces import normalise, signals, supports
 
 
 def reverse_kl(average: Literal["token", "sequence"] = "sequence", temperature: float = 1.0) -> Method:

@@ -24,9 +24,9 @@ binds only where truncated sampling makes rho differ from 1, and no further cap 
 
 from typing import Literal
 
-from opd import credit, normalise, signals, supports, teachers
 from opd.method import Method
-from opd.needs import needing, needs_of
+from opd.pieces import credit, normalise, signals, supports, teacher_rules
+from opd.pieces.needs import needing, needs_of
 
 
 def ropd(
@@ -39,7 +39,7 @@ def ropd(
     """Reinforcement learning from a rubric of a teacher's texts, each response against its group."""
     against_group = credit.group_reward(divide_by_std=advantage == "standardised")
     return Method(
-        teacher=teachers.no_teacher(),
+        teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
         credit=needing(against_group, *needs_of(against_group), "judge"),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),

@@ -20,10 +20,10 @@ All attempts are written at once, and filtered step by step while the student tr
 
 from typing import Literal
 
-from opd import normalise, signals, sources, supports, teachers
 from opd.errors import ConfigError
-from opd.keep import clean, correct, everything, first_passing
 from opd.method import Method
+from opd.pieces import normalise, signals, sources, supports, teacher_rules
+from opd.pieces.filters import clean, correct, everything, first_passing
 from opd.types import Keep
 
 
@@ -39,7 +39,7 @@ def sft(
     return Method(
         source=sources.dataset() if source == "dataset" else sources.teacher_writes(),
         keep=_keep(keep, must_contain),
-        teacher=teachers.no_teacher(),
+        teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
         signal=signals.nll(),
         normalise=normalise.per_token(),

@@ -28,8 +28,8 @@ on which the teacher has less than half of its mass: `least_mass=0.5`.
 
 from typing import Literal
 
-from opd import normalise, signals, supports, teachers
 from opd.method import Method
+from opd.pieces import normalise, signals, supports, teacher_rules
 
 
 def simct(
@@ -40,7 +40,7 @@ def simct(
 ) -> Method:
     """Units of both tokenizers; without `spans` only those that are one token of both vocabularies."""
     return Method(
-        teacher=teachers.external(tokenizer="any"),
+        teacher=teacher_rules.external(tokenizer="any"),
         support=supports.units("column" if spans else "none", least_mass=least_mass),
         signal=signals.divergence("reverse_kl", form="renormalised"),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

@@ -24,8 +24,8 @@ Differs from the paper: `tail` is not in it. Positions whose intersection is emp
 import warnings
 from typing import Literal
 
-from opd import normalise, signals, supports
 from opd.method import Method
+from opd.pieces import normalise, signals, supports
 
 
 def topk_reverse_kl(

@@ -20,8 +20,8 @@ student tokens, where GOLD takes the mean over the units of each response.
 
 from typing import Literal
 
-from opd import normalise, signals, supports, teachers
 from opd.method import Method
+from opd.pieces import normalise, signals, supports, teacher_rules
 
 
 def uld(
@@ -31,7 +31,7 @@ def uld(
 ) -> Method:
     """Sorted probabilities of both models; `matched` compares the tokens of both vocabularies directly."""
     return Method(
-        teacher=teachers.external(tokenizer="any"),
+        teacher=teacher_rules.external(tokenizer="any"),
         support=supports.units("product"),
         signal=signals.by_rank(None if matched == "none" else matched),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

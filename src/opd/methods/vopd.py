@@ -26,8 +26,8 @@ method's, and weights that look at the sampled token, are refused: with them the
 
 from typing import Literal
 
-from opd import baselines, credit, normalise, signals, supports
 from opd.method import Method
+from opd.pieces import baselines, credit, normalise, signals, supports
 
 
 def vopd(

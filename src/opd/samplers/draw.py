@@ -8,10 +8,14 @@ import torch
 from torch import Tensor
 
 from opd.errors import NotFiniteError
-from opd.score import tiles
+from opd.models.head import tiles
 
 BLOCK = 128  # tokens whose mass is added up before the block is chosen, and the token in it
+
+
 SORTED = 4096  # a vocabulary of at most this many is sorted
+
+
 BINS = (0x3F800000 >> 16) + 1  # float32 bit patterns from 0 to 1, by their upper 16 bits
 
 

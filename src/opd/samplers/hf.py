@@ -9,18 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from opd.models import LanguageModel, evaluating
-from opd.reading import SHORTEST_SHARED_PREFIX, common_prefix, left_padded
-from opd.render import render_checked
+from opd.models.forward import prefill
+from opd.models.language_model import LanguageModel, evaluating
+from opd.models.render import render_checked
+from opd.pieces.supports import check_fits
 from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
-from opd.supports import check_fits
 from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout, Sampling
 
 ROWS = 64  # rows decoded together; more is faster until the cache no longer fits
@@ -189,45 +188,6 @@ class TransformersSampler:
             sampler_version=self.version,
             sampling=self.sampling,
         )
-
-
-def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
-    """Read prompts: equal ones once, and once what all begin with, such as a system prompt.
-
-    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if no prompt is shorter than
-    another: a model without a mask is faster), and the last positions [b, 1].
-    """
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
-    shared = prefix_of(different) if lm.sees_everything else ()
-    cache = None
-    if shared:
-        cache = lm.forward(torch.tensor([shared], device=lm.device), use_cache=True).past_key_values
-        cache.batch_select_indices(torch.zeros(len(different), dtype=torch.long, device=lm.device))
-    input_ids, mask, positions = left_padded([prompt[len(shared) :] for prompt in different], lm.device)
-    padded = not bool(mask.all())
-    mask = torch.cat([mask.new_ones(len(different), len(shared)), mask], 1)
-    positions = positions + len(shared)
-    out = lm.forward(
-        input_ids,
-        attention_mask=mask if padded else None,
-        position_ids=positions if padded else None,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    hidden, cache, last = out.last_hidden_state[:, -1], out.past_key_values, positions[:, -1:]
-    if len(different) < len(prompts):
-        place = {prompt: i for i, prompt in enumerate(different)}
-        index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
-        cache.batch_select_indices(index)
-        hidden, mask, last = hidden[index], mask[index], last[index]
-    return hidden, cache, mask if padded else None, last
-
-
-def prefix_of(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What prompts share at their start, up to each one's last token; nothing if too short to pay off."""
-    shared = common_prefix(*(prompt[:-1] for prompt in prompts)) if len(prompts) > 1 else ()
-    return shared if len(shared) >= SHORTEST_SHARED_PREFIX else ()
 
 
 def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int) -> Tensor:

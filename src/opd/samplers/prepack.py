@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from opd.models import LanguageModel
-from opd.score import Head
+from opd.models.head import Head
+from opd.models.language_model import LanguageModel
 
 SMALLEST = 2**17  # entries of a weight; below, the call costs more than the layout saves
 

@@ -10,14 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from opd.alignment import Pair, Reading, pair_of, reread
 from opd.errors import ConfigError
-from opd.models import LanguageModel
-from opd.score import Head
-from opd.supports import full
+from opd.models.alignment import Pair, Reading, pair_of, reread
+from opd.models.head import Head
+from opd.models.language_model import LanguageModel
+from opd.pieces.supports import full
 from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Rollout, Scores, Support, TeacherRule
-from opd.units import Shared, Units
+from opd.types import Prompt, Rollout, Scores, Shared, Support, TeacherRule, Units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.errors import AlignmentError, ConfigError
-from opd.models import LanguageModel, evaluating, frozen_copy
+from opd.errors import ConfigError
+from opd.models.forward import batches, read
+from opd.models.head import Head
+from opd.models.language_model import LanguageModel, evaluating, frozen_copy
+from opd.models.render import render
+from opd.models.vocabularies import check_same_tokens
 from opd.parallel import full
-from opd.reading import batches, read
-from opd.render import render
-from opd.score import Head, teacher_scores
-from opd.supports import sampled, top_k
+from opd.pieces.supports import sampled, top_k
+from opd.teachers.scoring import teacher_scores
 from opd.types import Prompt, Record, Rollout, Scores, Support, TeacherRule
 
 
@@ -196,37 +198,6 @@ def teacher_for(
     if rule.kind == "self_frozen" and student.adapters:
         return LocalTeacher(lm=student, base=True, **common)
     return LocalTeacher(lm=frozen_copy(student), follows=student, decay=rule.decay, **common)
-
-
-def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the student", "the teacher")) -> None:
-    """Same token, same id, in both tokenizers, or AlignmentError with how many differ and which.
-
-    The heads may differ in width: rows beyond the tokenizer's largest id are padding on either side.
-    """
-    ours, theirs = student.get_vocab(), teacher.get_vocab()
-    moved = [t for t, i in _by_id(ours) if t in theirs and theirs[t] != i]
-    only_student = [t for t, _ in _by_id(ours) if t not in theirs]
-    only_teacher = [t for t, _ in _by_id(theirs) if t not in ours]
-    if not (moved or only_student or only_teacher):
-        return
-    parts = [
-        f"{len(tokens)} tokens {what} ({', '.join(repr(t) for t in tokens[:3])}{', ...' if len(tokens) > 3 else ''})"
-        for tokens, what in (
-            (moved, "have another id"),
-            (only_student, "exist only in the student"),
-            (only_teacher, "exist only in the teacher"),
-        )
-        if tokens
-    ]
-    raise AlignmentError(
-        f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)}) differ: "
-        f"{'; '.join(parts)}. Token by token their distributions cannot be compared. Use a teacher of the student's "
-        "family, give both the same tokenizer files, or use a method for two tokenizers, such as simct."
-    )
-
-
-def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:
-    return sorted(vocabulary.items(), key=lambda item: item[1])
 
 
 def _to(scores: Scores, device: torch.device) -> Scores:

@@ -1,0 +1,1 @@
+"""One file or folder a command. Nothing below imports this room."""

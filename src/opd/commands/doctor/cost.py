@@ -1,0 +1,156 @@
+"""What a step costs: one is made, as the loop makes it, up to the gradient. No weight is changed."""
+
+from __future__ import annotations
+
+import os
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+
+from opd.commands.doctor.findings import Finding
+from opd.commands.doctor.subject import DOCTOR_STEP, Pair
+from opd.data.order import shuffled
+from opd.files import GIB
+from opd.loss.collate import attach, check_responses, collate, has_trained, split
+from opd.loss.token_loss import loss_of
+from opd.messages import is_chat
+from opd.parallel import ALONE
+from opd.stage.checkpoint import size_of
+from opd.teachers.cross_tokenizer import by_rule
+from opd.teachers.local import with_record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step without its update: seconds of its parts, tokens, and the norm of the gradient."""
+
+    prompts: int
+    tokens: int
+    generate: float
+    score: float
+    train: float
+    grad_norm: float
+
+
+def cost(pair: Pair) -> Finding:
+    """Time of a step, scaled in proportion to the recipe's prompts a step, and memory with AdamW's two moments.
+
+    The scaling overstates sampling, which is cheaper a prompt in larger batches; the first step warms up what later
+    ones have warm. On a CPU the peak is that of this process, on a GPU that of torch's allocations.
+    """
+    spec, device = pair.spec, pair.student.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step = one_step(pair)
+    peak = peak_bytes(device)
+    moments = 2 * size_of(pair.student.trainable())
+    there = total_bytes(device)
+    factor = spec.prompts_per_step / step.prompts
+    seconds = factor * (step.generate + step.score + step.train)
+    numbers = {
+        "measured_prompts": step.prompts,
+        "measured_tokens": step.tokens,
+        "generate_s": factor * step.generate,
+        "score_s": factor * step.score,
+        "train_s": factor * step.train,
+        "step_s": seconds,
+        "stage_s": seconds * spec.steps,
+        "grad_norm": step.grad_norm,
+        "peak_bytes": peak,
+        "adamw_bytes": moments,
+        "memory_bytes": there,
+    }
+    says = (
+        f"A step of {spec.prompts_per_step} prompts takes about {seconds:.1f} s (writing {numbers['generate_s']:.1f}, "
+        f"scoring {numbers['score_s']:.1f}, gradient {numbers['train_s']:.1f}; measured on {step.prompts}), all "
+        f"{spec.steps} about {numbers['stage_s'] / 60:.0f} minutes; {(peak + moments) / GIB:.1f} GiB of memory at the "
+        f"peak with AdamW, of {there / GIB:.0f}."
+    )
+    if peak + moments <= there:
+        return Finding(name="cost/step", level="ok", says=says, numbers=numbers)
+    return Finding(
+        name="cost/step",
+        level="change",
+        says=f"{says} That does not fit.",
+        numbers=numbers,
+        remedy=f"Set a smaller micro_batch_tokens (now {spec.micro_batch_tokens}), models.{spec.train}.lora, "
+        f"gradient_checkpointing: true, or models.{pair.teacher_name}.offload: true.",
+        study="docs/performance.md: what holds the memory of a step",
+    )
+
+
+def one_step(pair: Pair) -> Step:
+    """The loop's lines 1 to 8 on a few of the recipe's prompts; gradients are dropped again.
+
+    Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
+    """
+    spec, method, student = pair.spec, pair.method, pair.student
+    teacher = by_rule(method.teacher, student, pair.teacher, chat=is_chat(pair.prompts))
+    assert teacher is not None
+    count = min(spec.prompts_per_step, len(pair.prompts))
+    prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
+    started = _now(pair)
+    rollouts = method.source(prompts, pair.writers(), (pair.seed, DOCTOR_STEP), method.record())
+    check_responses(rollouts)
+    rollouts = with_record(
+        student,
+        method.keep(pair.rewarded(rollouts)),
+        method.record(),
+        temperature=lambda rollout: pair.sampling.temperature or 1.0,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+    wrote = _now(pair)
+    scores = teacher.score(
+        rollouts,
+        method.context(rollouts),
+        method.support,
+        method.temperature,
+        sampled=method.reads("teacher_logp"),
+        entropy=method.reads("teacher_entropy"),
+        top_k=method.top_k,
+    )
+    batch = collate(rollouts, scores, student.device)
+    has_trained(batch, method, ALONE)
+    batch = attach(batch, method)
+    denominator = method.normalise(batch)
+    head = teacher.head() if method.support.reads_states else None
+    scored = _now(pair)
+    student.model.train()
+    try:
+        for micro in split(batch, denominator, spec.micro_batch_tokens, shares=student.caches):
+            part, _ = loss_of(method, student, micro, denominator.count, head)
+            part.backward()
+        squares = [p.grad.double().square().sum().item() for p in student.trainable().values() if p.grad is not None]
+    finally:
+        student.model.eval()
+        student.model.zero_grad(set_to_none=True)
+    return Step(
+        prompts=count,
+        tokens=int(batch.mask.sum()),
+        generate=wrote - started,
+        score=scored - wrote,
+        train=_now(pair) - scored,
+        grad_norm=sum(squares) ** 0.5,
+    )
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory that was in use: of this process on a CPU, of torch's allocations on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def total_bytes(device: torch.device) -> int:
+    """The memory that there is, whoever uses it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _now(pair: Pair) -> float:
+    if pair.student.device.type == "cuda":
+        torch.cuda.synchronize(pair.student.device)
+    return time.perf_counter()

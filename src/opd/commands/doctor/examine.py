@@ -1,0 +1,194 @@
+"""All checks of one stage, in the order in which a later one needs an earlier one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+from opd.commands.doctor import bias, cost, headroom, information, signal, special_tokens, tokenizers
+from opd.commands.doctor.findings import Finding, Report, skipped
+from opd.commands.doctor.subject import Pair, load, pair_up, stage_to_examine
+from opd.errors import ConfigError
+from opd.messages import is_chat
+from opd.models.alignment import pair_of
+from opd.models.language_model import LanguageModel
+from opd.models.preview import tokenizer_of
+from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.run.prepare import Given, Prepared, prepare
+from opd.run.tokenizers import check_tokenizers
+
+
+def examine(
+    recipe: Recipe,
+    *,
+    stage: str | None = None,
+    task: str | None = None,
+    prompts: int = 16,
+    seed: int | None = None,
+    given: Given | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Will this teacher teach this student? One stage of a recipe, before its first step; no weight is changed.
+
+    `stage` is the first with a teacher (the student itself included) by default, `task` one of its tasks, `prompts` how
+    many of its own are looked at, `seed` the recipe's by default. `say` hears what is being done. Raises what
+    `opd check` raises, and ConfigError for a stage without a teacher or whose models an earlier stage has yet to make.
+    """
+    if prompts < 1:
+        raise ConfigError(f"opd doctor looks at a sample of the prompts, at least 1; got --prompts {prompts}.")
+    started, given = time.perf_counter(), given or Given()
+    seed = recipe.seed if seed is None else seed
+    spec = stage_to_examine(recipe, stage, given, task)
+    prepared = prepare(spec, given, recipe.seed)
+    return Report(
+        recipe=recipe.name,
+        stage=spec.name if task is None else f"{spec.name}, task {task}",
+        prompts=min(prompts, len(prepared.tasks[None].prompts)),
+        seed=seed,
+        findings=tuple(findings(recipe, spec, prepared, given, prompts, seed, say)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def findings(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    prompts: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Finding]:
+    """What all checks found. Where positions cannot be compared, no weight is loaded if that can be known without."""
+    say("tokenizers")
+    if prepared.method.teacher.tokenizer == "any":
+        return of_two_tokenizers(recipe, spec, prepared, given, prompts, seed, say)
+    found = map_without_weights(recipe, spec, given)
+    student: LanguageModel | None = None
+    external: LanguageModel | None = None
+    if not found:
+        check_tokenizers(recipe, spec, prepared, given.models)
+        say("models")
+        student, external = load(recipe, spec, given)
+        if external is not None:
+            found = [tokenizers.same_map(student.tokenizer, external.tokenizer, (spec.train, str(spec.teacher)))]
+    if found and found[0].level == "stop":
+        return [*found, skipped("everything else", "Position by position, different tokens cannot be compared.")]
+    if student is None:
+        check_tokenizers(recipe, spec, prepared, given.models)
+        say("models")
+        student, external = load(recipe, spec, given)
+    lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
+    check_tokenizers(recipe, spec, prepared, lms)
+    say("the student's responses")
+    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    found += of_tokens(pair)
+    found += of_signal(pair, say)
+    found += of_knowledge(pair, say)
+    say("one step")
+    return [*found, cost.cost(pair)]
+
+
+def of_two_tokenizers(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    prompts: int,
+    seed: int,
+    say: Callable[[str], None],
+) -> list[Finding]:
+    """What can be said of a teacher with a tokenizer of its own: rewards of texts, and the cost of a step."""
+    check_tokenizers(recipe, spec, prepared, given.models)
+    say("models")
+    student, external = load(recipe, spec, given)
+    say("the student's responses")
+    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    say("rewards of both")
+    judgement = headroom.judged(pair)
+    assert external is not None, "a tokenizer of its own is that of another model"
+    sides = tokenizers.Side.of(student, spec.train), tokenizers.Side.of(external, str(spec.teacher))
+    aligned = pair_of(
+        student.tokenizer,
+        external.tokenizer,
+        chat=is_chat(pair.prompts),
+        options=(student.template_options, external.template_options),
+    )
+    found = [
+        tokenizers.paired_endings(*sides, aligned.ends),
+        headroom.headroom(pair, judgement),
+        information.transfer(pair, judgement),
+    ]
+    why = "The teacher has a tokenizer of its own, and these checks compare position by position."
+    found += [
+        skipped(
+            "tokens",
+            f"{why} But for endings: `opd check` says how many tokens both share; units/coverage is in the metrics.",
+        ),
+        skipped("signal", why),
+        skipped(
+            "headroom/continuation", "A teacher with a tokenizer of its own cannot go on from the student's tokens."
+        ),
+        skipped("information/disagreement", why),
+    ]
+    say("one step")
+    return [*found, cost.cost(pair)]
+
+
+def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[Finding]:
+    """The comparison of both tokenizers where they can be had without their models; nothing where not."""
+    if spec.teacher is None or spec.teacher == spec.train:
+        return []
+    both: list[Any] = []
+    for name in (spec.train, spec.teacher):
+        lm: LanguageModel | None = given.models.get(name)
+        both.append(lm.tokenizer if lm is not None else tokenizer_of(origin_of(recipe, name), name))
+    return [] if None in both else [tokenizers.same_map(both[0], both[1], (spec.train, spec.teacher))]
+
+
+def of_tokens(pair: Pair) -> list[Finding]:
+    """What tokenizers, templates and output layers say."""
+    lm, other = pair.student, pair.external
+    widths = tokenizers.head_widths(lm.vocabulary, len(lm.head().weight), len((other or lm).head().weight))
+    if other is None:
+        one = "The student is its own teacher: one tokenizer, one template, one ending."
+        return [widths, Finding(name="tokens/same", level="ok", says=one)]
+    ours, theirs = tokenizers.Side.of(lm, pair.spec.train), tokenizers.Side.of(other, pair.teacher_name)
+    chat = is_chat(pair.prompts)
+    return [
+        widths,
+        tokenizers.templates(ours, theirs, pair.prompts),
+        tokenizers.thinking(ours, theirs, pair.prompts),
+        tokenizers.endings(ours, theirs, chat=chat),
+        tokenizers.splits(ours, theirs, [rollout.text for rollout in pair.firsts]),
+    ]
+
+
+def of_signal(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+    """What the measured log-probs say."""
+    say("self-test and repeatability")
+    found = [signal.self_test(pair), signal.repeatability(pair)]
+    if found[-1].numbers.get("not_finite"):
+        return [*found, skipped("signal/comparison", "The teacher's scores are no numbers.")]
+    say("student and teacher, token by token")
+    comparison = signal.compared(pair)
+    return [
+        *found,
+        signal.strength(pair, comparison),
+        signal.overlap(pair, comparison),
+        signal.by_position(comparison),
+        special_tokens.special_tokens(pair, comparison),
+        bias.truncation(pair),
+    ]
+
+
+def of_knowledge(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+    """Who knows what: rewards of both, continuations, and what the teacher alone reads."""
+    say("rewards of both")
+    judgement = headroom.judged(pair)
+    found = [headroom.headroom(pair, judgement)]
+    say("continuations")
+    found.append(headroom.probe(pair, judgement))
+    say("privileged information")
+    return [*found, information.disagreement(pair), information.transfer(pair, judgement)]

@@ -1,0 +1,256 @@
+"""Does the teacher know what the student does not, and how deep into the student's responses can it still help?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from opd.commands.doctor.findings import Finding, skipped
+from opd.commands.doctor.subject import Pair, sample_of
+from opd.data.prompts import COLUMNS
+from opd.evaluation.continuation import Continuation, Depth, continuation
+from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
+from opd.models.render import render
+from opd.pieces.needs import needs_of
+from opd.rewards.base import RewardFn, rewarded
+from opd.types import Prompt, Rollout
+
+# arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and .02 over the student behind 1K, 4K, 8K and 16K of its tokens.
+# Shares of the limit, ours, and a gain below a tenth of that from the prompt is gone (there: .02 / .37 = 6 %).
+DEPTHS = (1 / 16, 1 / 4, 1 / 2, 3 / 4)
+
+
+GONE = 0.1
+
+
+FEWEST = 4  # responses that reach a depth; fewer say nothing
+
+
+WORTH_CUTTING = 0.1  # of the student's tokens: a limit that cuts fewer is no change; ours
+
+
+NEW_KNOWLEDGE = (
+    "`opd study teacher_choice` and `reverse`; arXiv 2604.13016 sections 3.2 and 3.3: a teacher without new knowledge "
+    "closed 5 to 16 % of the gap, and a weaker one pulled the student down to its own level"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """Responses of both to the same prompts, with rewards; those of one prompt stand together."""
+
+    reward: RewardFn
+    student: list[Rollout]
+    teacher: list[Rollout]
+
+    @property
+    def binary(self) -> bool:
+        return all(r.reward in (0.0, 1.0) for r in (*self.student, *self.teacher))
+
+
+def judged(pair: Pair) -> Judged | str:
+    """Both models' responses with rewards, or why nobody can judge them.
+
+    The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
+    have (a reward need not say what it reads), or on as many held-out ones.
+    """
+    if pair.drives_away:
+        return "The method drives the student away from its teacher, which has to know nothing better."
+    if "attempt" in needs_of(pair.method.context):
+        return "The teacher reads the response that it scores, and so has no responses of its own."
+    prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
+    reward = pair.reward
+    if reward is None:
+        if held_out is None or held_out.reward is None:
+            return (
+                "The stage's reward asks a judge, whom the doctor does not ask, and its evaluation has no reward."
+                if pair.asks_a_judge
+                else "The stage has no reward, and neither has its evaluation: nobody can say what is right."
+            )
+        reward = held_out.reward
+        if missing_for(needs_of(reward) | filled_in(held_out.prompts), prompts):
+            prompts = sample_of(held_out.prompts, len(prompts), pair.seed)
+            if missing := missing_for(needs_of(pair.method.context) & frozenset(COLUMNS), prompts):
+                return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
+            rollouts = pair.written(prompts)
+    return Judged(reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, pair.taught(prompts)))
+
+
+def filled_in(prompts: Sequence[Prompt]) -> frozenset[str]:
+    """The answer and the columns of the metadata, where every prompt has them."""
+    names = {"answer", *(name for prompt in prompts for name in prompt.metadata)}
+    return frozenset(names) - frozenset(missing_for(frozenset(names), prompts))
+
+
+def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]:
+    """Which of the columns some prompt does not have."""
+
+    def has(prompt: Prompt, name: str) -> bool:
+        return getattr(prompt, name, None) is not None or prompt.metadata.get(name) is not None
+
+    return sorted(name for name in columns if not all(has(prompt, name) for prompt in prompts))
+
+
+def headroom(pair: Pair, judgement: Judged | str) -> Finding:
+    """The teacher's mean reward against the student's, with intervals over prompts, and pass@k of the student.
+
+    Levels go by the paired difference: none or a negative one stops, one whose interval holds 0 asks for a look.
+    """
+    if isinstance(judgement, str):
+        return skipped("headroom/accuracy", judgement)
+    ours, theirs = by_prompt(judgement.student), by_prompt(judgement.teacher)
+    student, teacher = (_interval(scores, judgement.binary) for scores in (ours, theirs))
+    gaps = [sum(t) / len(t) - sum(s) / len(s) for s, t in zip(ours, theirs, strict=True)]
+    gap = Interval(math.fsum(gaps) / len(gaps), *bootstrap_mean(gaps))
+    numbers = {
+        "prompts": len(gaps),
+        "responses_a_prompt": len(ours[0]),
+        **bounds("student", student),
+        **bounds("teacher", teacher),
+        **bounds("gap", gap),
+    }
+    says = f"Mean reward of the student {student}, of the teacher {teacher}, paired difference {gap}"
+    if judgement.binary and (k := len(ours[0])) > 1:
+        numbers[f"student_pass@{k}"] = sum(pass_at_k(k, int(sum(s)), k) for s in ours) / len(ours)
+        numbers["only_teacher"] = sum(any(t) and not any(s) for s, t in zip(ours, theirs, strict=True))
+        says += (
+            f"; pass@{k} of the student {numbers[f'student_pass@{k}']:.2f}, and {numbers['only_teacher']} of "
+            f"{len(gaps)} prompts only the teacher solved"
+        )
+    if gap.mean <= 0:
+        return Finding(
+            name="headroom/accuracy",
+            level="stop",
+            says=f"{says}. The teacher is no better than the student.",
+            numbers=numbers,
+            remedy=_better_teacher(pair),
+            study=NEW_KNOWLEDGE,
+        )
+    if gap.low <= 0:
+        return Finding(
+            name="headroom/accuracy",
+            level="change",
+            says=f"{says}. It may be no better than the student: {len(gaps)} prompts cannot tell.",
+            numbers=numbers,
+            remedy=f"Ask again with a larger --prompts, or: {_better_teacher(pair)}",
+            study=NEW_KNOWLEDGE,
+        )
+    return Finding(name="headroom/accuracy", level="ok", says=f"{says}.", numbers=numbers)
+
+
+def probe(pair: Pair, judgement: Judged | str) -> Finding:
+    """What the teacher gains behind the student's own prefixes, by depth, and the response limit that follows."""
+    name = "headroom/continuation"
+    if isinstance(judgement, str):
+        return skipped(name, judgement)
+    if not judgement.binary:
+        return skipped(name, "The probe counts right and wrong responses, and this reward is neither 0 nor 1.")
+    rollouts = [rollout for rollout in judgement.student if rollout.sample == 0]
+    found = probed(pair, rollouts, judgement.reward)
+    depths = [depth for one in found for depth in one.depths if depth.responses >= FEWEST]
+    if not depths:
+        return skipped(name, f"Fewer than {FEWEST} responses reach a depth of the probe.")
+    cap = pair.sampling.max_completion_length
+    wanted = quantile([len(r.response_ids) for r in judgement.teacher], 0.9)
+    first = found[0].alone.mean - found[0].student.mean
+    limit = response_limit(first, depths, wanted)
+    rows = [
+        {"depth": d.depth, "responses": d.responses, "gain": d.gain, "continuing": d.continuing.mean,
+         "low": d.continuing.low, "high": d.continuing.high, "student": d.student.mean,
+         "right_wrong": d.transitions.right_wrong, "wrong_right": d.transitions.wrong_right}
+        for d in depths
+    ]  # fmt: skip
+    behind = 0.0 if limit is None else share_behind(rollouts, limit)
+    numbers: dict[str, object] = {"gain_alone": first, "depths": rows, "teacher_length_p90": wanted, "limit": cap}
+    says = f"The teacher gains {first:+.2f} over the student from the prompt"
+    says += "".join(f", {depth.gain:+.2f} behind {depth.depth} of its tokens" for depth in depths)
+    if limit is None or behind < WORTH_CUTTING:
+        return Finding(name=name, level="ok", says=f"{says}.", numbers=numbers)
+    return Finding(
+        name=name,
+        level="change",
+        says=f"{says}: behind token {limit} of {cap}, where {behind:.0%} of the student's tokens are, it is of no "
+        f"help, and 90 % of its own responses end by token {wanted}.",
+        numbers={**numbers, "recommended": limit, "behind": behind},
+        remedy=f"Set sampling.max_completion_length to {limit}.",
+        study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
+        "and longer responses collapse late",
+    )
+
+
+def probed(pair: Pair, rollouts: Sequence[Rollout], reward: RewardFn) -> list[Continuation]:
+    """The continuation probe at `DEPTHS` of the limit, in as few calls as the teacher's positions allow."""
+    cap = pair.sampling.max_completion_length
+    contexts = pair.contexts(rollouts)
+    lm = pair.teacher.lm
+    longest = max(len(render(context, lm.tokenizer, lm.template_options)) for context in contexts)
+    by_room: dict[int, list[int]] = {}
+    for depth in sorted({max(1, round(share * cap)) for share in DEPTHS}):
+        room = int(min(cap, lm.positions - longest - depth))
+        if room > 0:
+            by_room.setdefault(room, []).append(depth)
+    found: list[Continuation] = []
+    with pair.at_work():
+        for room, depths in by_room.items():
+            sampling = replace(pair.sampling, n=1, max_completion_length=room)
+            found.append(
+                continuation(
+                    pair.teacher, rollouts, depths, reward, sampling=sampling, contexts=contexts, seed=pair.seed
+                )
+            )
+    return found
+
+
+def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> int | None:
+    """The depth in tokens at which the teacher's gain is gone for good, but never less than the teacher itself needs.
+
+    None when the teacher gains nothing even from the prompt, or still gains at the deepest depth.
+    """
+    if gain_alone <= 0:
+        return None
+    alive = [depth.depth for depth in depths if depth.gain >= GONE * gain_alone]
+    beyond = [depth.depth for depth in depths if not alive or depth.depth > max(alive)]
+    return max(int(min(beyond)), wanted) if beyond else None
+
+
+def share_behind(rollouts: Sequence[Rollout], limit: int) -> float:
+    """The share of all tokens of the responses that a limit on their length would cut off."""
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    return sum(max(length - limit, 0) for length in lengths) / sum(lengths)
+
+
+def bounds(name: str, interval: Interval) -> dict[str, float]:
+    """An interval as three numbers of a finding."""
+    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
+
+
+def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
+    """Rewards in groups of one prompt, in order."""
+    groups: dict[int, list[float]] = {}
+    for rollout in rollouts:
+        assert rollout.reward is not None
+        groups.setdefault(rollout.prompt.id, []).append(rollout.reward)
+    return list(groups.values())
+
+
+def quantile(lengths: Sequence[int], share: float) -> int:
+    """The smallest of the lengths that at least `share` of them do not exceed."""
+    return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
+
+
+def _interval(scores: Sequence[Sequence[float]], binary: bool) -> Interval:
+    """The mean over prompts with its 95 % interval: Wilson's over prompts for right and wrong, else a bootstrap."""
+    means = [sum(group) / len(group) for group in scores]
+    total = math.fsum(means)
+    ends = wilson(min(total, len(means)), len(means)) if binary else bootstrap_mean(means)
+    return Interval(total / len(means), *ends)
+
+
+def _better_teacher(pair: Pair) -> str:
+    if pair.self_taught:
+        return "Give the teacher more than the student reads (options.system, examples or template), or another method."
+    return (
+        f"Set the stage's teacher (now {pair.teacher_name!r}) to a model that has learned something new, e.g. "
+        f"{pair.spec.train} itself after a stage of method: grpo."
+    )

@@ -1,0 +1,168 @@
+"""Privileged information: one rule for all prompts, or a fact about each? Only a rule can be internalised.
+
+arXiv 2605.11182 eq. 10-11 and Fig. 3: over contexts I of one prompt the student is driven to the normalised geometric
+mean of the teachers, and keeps the loss -log Z. To see that on one context a prompt, each prompt is also read with the
+privileged columns of other prompts: what those change is the part of the teacher that belongs to the instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from opd.commands.doctor.findings import Finding, skipped
+from opd.commands.doctor.headroom import Judged, bounds, by_prompt
+from opd.commands.doctor.subject import Pair
+from opd.evaluation.compare import compare
+from opd.evaluation.disagreement import mean_disagreement
+from opd.maths.statistics import Interval, bootstrap_mean
+from opd.pieces.needs import needs_of
+from opd.rewards.base import rewarded
+from opd.types import Context, Prompt, Rollout
+
+OTHERS = 3  # other prompts whose columns each prompt is read with
+
+
+# Shares of the loss that no student can remove. arXiv 2605.11182 gives no number: a rule (Fig. 5 to 7) has 0, and an
+# answer (Fig. 3) has most of it. Ours.
+MOSTLY_SHARED = 0.1
+
+
+MOSTLY_INSTANCE = 0.5
+
+
+REMEDY = (
+    "Put a rule that holds for all prompts into options.system or examples and leave {privileged_context} out of "
+    "options.template, or set the stage's teacher to a model trained on the task (method: grpo)."
+)
+
+
+STUDY = (
+    "`opd study privileged`; arXiv 2605.11182 eq. 10-11, Fig. 3 and 5 to 7: fixed rules are internalised, answers and "
+    "solutions are not"
+)
+
+
+def disagreement(pair: Pair) -> Finding:
+    """-log Z a token between each prompt's own privileged columns and those of other prompts, beside the loss.
+
+    The loss is the mean KL(student || teacher) over the same contexts: -log Z is its smallest possible value, so that
+    their ratio is the share that stays however long one trains.
+    """
+    name = "information/disagreement"
+    why, rows, swapped = privileged_rows(pair)
+    if why:
+        return skipped(name, why)
+    if all(_shown(each) == _shown(pair.contexts(rows)) for each in swapped):
+        return _the_same(name, pair, rows)
+    contexts = [list(several) for several in zip(pair.contexts(rows), *swapped, strict=True)]
+    method, tokens = pair.method, pair.spec.micro_batch_tokens
+    floor = max(
+        mean_disagreement(pair.teacher, rows, contexts, temperature=method.temperature), 0.0
+    )  # rounding may leave it below
+    losses = [
+        compare(
+            pair.student, pair.teacher, rows, each, k=1, temperature=method.temperature, micro_batch_tokens=tokens
+        ).reverse_kl
+        for each in zip(*contexts, strict=True)
+    ]
+    loss = sum(values.double().mean().item() for values in losses) / len(losses)
+    share = min(floor / loss, 1.0) if loss > 0 else 0.0
+    numbers = {"contexts": len(contexts[0]), "minus_log_z": floor, "loss": loss, "share": share}
+    says = (
+        f"With the privileged information of {len(contexts[0]) - 1} other prompts in turn, -log Z is {floor:.3g} of "
+        f"the loss's {loss:.3g} nats a token: {share:.0%} cannot be learned"
+    )
+    if share < MOSTLY_INSTANCE:
+        kind = "a rule that prompts share" if share < MOSTLY_SHARED else "partly a shared rule, partly a fact a prompt"
+        return Finding(name=name, level="ok", says=f"{says}. It is {kind}.", numbers=numbers)
+    return Finding(
+        name=name,
+        level="change",
+        says=f"{says}. It is a fact about each prompt.",
+        numbers=numbers,
+        remedy=REMEDY,
+        study=STUDY,
+    )
+
+
+def transfer(pair: Pair, judgement: Judged | str) -> Finding:
+    """Whether the teacher is as good with another prompt's privileged columns: then it brings what a student can learn.
+
+    Reward of the teacher's responses with their own context, with another prompt's, and of the student.
+    """
+    name = "information/transfer"
+    if isinstance(judgement, str):
+        return skipped(name, judgement)
+    why, rows, swapped = privileged_rows(pair)
+    if why:
+        return skipped(name, why)
+    if [r.prompt for r in judgement.student if r.sample == 0] != [row.prompt for row in rows]:
+        return skipped(name, "Rewards are of held-out prompts, whose privileged information is not the stage's.")
+    if _shown(swapped[0]) == _shown(pair.contexts(rows)):
+        return _the_same(name, pair, rows)
+    elsewhere = by_prompt(rewarded(judgement.reward, pair.taught([r.prompt for r in rows], fixed(swapped[0]))))
+    own, ours = by_prompt(judgement.teacher), by_prompt(judgement.student)
+    own_gain, other_gain = (_gain(scores, ours) for scores in (own, elsewhere))
+    numbers = {**bounds("own_gain", own_gain), **bounds("other_gain", other_gain)}
+    says = f"The teacher gains {own_gain} over the student with a prompt's own information, {other_gain} with another's"
+    lost = own_gain.low > 0 and other_gain.high < own_gain.mean and other_gain.mean < 0.5 * own_gain.mean
+    if not lost:
+        return Finding(name=name, level="ok", says=f"{says}.", numbers=numbers)
+    return Finding(
+        name=name,
+        level="stop",
+        says=f"{says}: it knows the answer, not how to find it.",
+        numbers=numbers,
+        remedy=REMEDY,
+        study=STUDY,
+    )
+
+
+def _the_same(name: str, pair: Pair, rows: Sequence[Rollout]) -> Finding:
+    if "attempt" in needs_of(pair.method.context):
+        return skipped(name, "The teacher reads the student's attempt alone, and no column that a prompt could lend.")
+    says = "Every prompt has the same privileged information: -log Z is 0, and it transfers by construction."
+    return Finding(name=name, level="ok", says=says, numbers={"prompts": len(rows)})
+
+
+def privileged_rows(pair: Pair) -> tuple[str, list[Rollout], list[list[Prompt]]]:
+    """Why there is nothing to measure (or nothing), the responses, and their contexts with others' columns in turn."""
+    rows = pair.firsts
+    if pair.drives_away:
+        return "The method drives the student away from its teacher: no loss is to be removed.", rows, []
+    if "group" in needs_of(pair.method.context):
+        return "The teacher reads other responses to its prompt, which other prompts cannot lend.", rows, []
+    if _shown(pair.contexts(rows)) == _shown([row.prompt for row in rows]):
+        return "The teacher reads what the student reads: there is no privileged information.", rows, []
+    if len(rows) < 2:
+        return "Privileged information is compared between prompts, and there is one.", rows, []
+    others = range(1, min(OTHERS, len(rows) - 1) + 1)
+    return "", rows, [pair.contexts(with_columns_of(rows, shift)) for shift in others]
+
+
+def with_columns_of(rows: Sequence[Rollout], shift: int) -> list[Rollout]:
+    """The responses as if each prompt had the privileged columns of the one `shift` places further."""
+    out: list[Rollout] = []
+    for i, row in enumerate(rows):
+        other = rows[(i + shift) % len(rows)].prompt
+        columns = {name: getattr(other, name) for name in ("privileged_context", "answer", "response")}
+        out.append(replace(row, prompt=replace(row.prompt, **columns)))
+    return out
+
+
+def fixed(contexts: Sequence[Prompt]) -> Context:
+    """A context that is known for each prompt, by its id."""
+    by_id = {context.id: context for context in contexts}
+    return lambda rollouts: [by_id[rollout.prompt.id] for rollout in rollouts]
+
+
+def _shown(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts without the columns that no model reads."""
+    return [replace(prompt, answer=None, response=None, privileged_context=None, metadata={}) for prompt in prompts]
+
+
+def _gain(scores: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Interval:
+    """Mean difference of two sets of rewards over the same prompts, with its 95 % interval."""
+    gains = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(scores, base, strict=True)]
+    return Interval(sum(gains) / len(gains), *bootstrap_mean(gains))

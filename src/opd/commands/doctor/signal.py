@@ -1,0 +1,257 @@
+"""Is there a signal, is it computed right, and where in the response does it live?"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opd.commands.doctor.findings import Finding, skipped
+from opd.commands.doctor.subject import Pair
+from opd.evaluation.buckets import Buckets
+from opd.evaluation.compare import Comparison, compare
+from opd.models.language_model import LanguageModel
+from opd.pieces.supports import sampled
+from opd.teachers.local import LocalTeacher
+
+K = 16  # most likely tokens of each model: arXiv 2604.13016 section 3
+
+
+# Two ways to the same log-prob differ by rounding alone. Ours: hundreds of times what float32 rounds on logits of 30,
+# and what bfloat16's 8 bits leave of them.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+
+
+FEW = 4  # prompts, where more would only repeat what they show
+
+
+# arXiv 2604.13016 section 3.2: the pairs that were studied begin at overlap ratios of 70.3 % to 75.7 %, a successful
+# one goes from 72 % to 91 % (section 4.2), and the tokens of the overlap hold 97 to 99 % of both masses (Fig. 18).
+LOWEST_OVERLAP = 0.70
+
+
+LOWEST_MASS = 0.97
+
+
+# arXiv 2604.13016 section 4.1: a small loss with a small gradient is nothing to learn, not success. Nats a token; ours.
+NOTHING_TO_LEARN = 1e-3
+
+
+# A position whose divergence is below a tenth of the strongest bucket's teaches little; ours, for arXiv 2604.13016
+# section 6.1.
+FADED = 0.1
+
+
+BUCKET = 16  # tokens, doubled until sixteen buckets are enough
+
+
+def compared(pair: Pair) -> Comparison:
+    """Student and teacher at every token of one response a prompt."""
+    firsts = pair.firsts
+    return compare(
+        pair.student,
+        pair.teacher,
+        firsts,
+        pair.contexts(firsts),
+        k=min(K, pair.student.vocabulary),
+        temperature=pair.method.temperature,
+        micro_batch_tokens=pair.spec.micro_batch_tokens,
+    )
+
+
+def tolerance(lm: LanguageModel) -> float:
+    """Nats by which two computations of one log-prob may differ in the arithmetic of `lm`."""
+    half = lm.autocast or next(lm.model.parameters()).dtype == torch.bfloat16
+    return TOLERANCE["bfloat16" if half else "float32"]
+
+
+def self_test(pair: Pair) -> Finding:
+    """With the student as its own teacher on the same prompt every log-ratio and every divergence is zero.
+
+    The teacher's path renders the prompt again and reads in batches of its own, so that a response that is aligned to
+    the wrong tokens shows. The sampler's own record is compared too, where it drew at a temperature above 0.
+    """
+    rows, lm = pair.firsts[:FEW], pair.student
+    temperature = pair.sampling.temperature
+    itself = LocalTeacher(lm=lm, micro_batch_tokens=pair.spec.micro_batch_tokens, student_device=lm.device)
+    got = compare(
+        lm, itself, rows, [row.prompt for row in rows], k=1, temperature=temperature or 1.0, micro_batch_tokens=1
+    )
+    limit = tolerance(lm)
+    numbers = {
+        "tokens": len(got.step),
+        "log_ratio_max": _largest(got.teacher_logp - got.student_logp),
+        "reverse_kl_max": _largest(got.reverse_kl),
+        "tolerance": limit,
+    }
+    recorded = [row.policy_logp for row in rows if row.policy_logp is not None]
+    if temperature > 0 and len(recorded) == len(rows):
+        numbers["sampler_difference_max"] = _largest(torch.cat(recorded) - got.student_logp)
+    worst = max(value for name, value in numbers.items() if name.endswith("_max"))
+    says = (
+        f"Student as its own teacher: log-ratios up to {numbers['log_ratio_max']:.2g}, exact KL up to "
+        f"{numbers['reverse_kl_max']:.2g} nats over {numbers['tokens']} tokens"
+    )
+    if "sampler_difference_max" in numbers:
+        says += f", the sampler's record {numbers['sampler_difference_max']:.2g} apart"
+    if worst <= limit:
+        return Finding(name="signal/self_test", level="ok", says=f"{says} (tolerance {limit:g}).", numbers=numbers)
+    return Finding(
+        name="signal/self_test",
+        level="stop",
+        says=f"{says}, and rounding explains {limit:g}: scores do not belong to the tokens that were written.",
+        numbers=numbers,
+        remedy=f"Set models.{pair.spec.train}.attn_implementation: eager and dtype: float32; report the model if that "
+        "does not mend it.",
+        study="arXiv 2605.11182 eq. 1: value and gradient are zero at q = p",
+    )
+
+
+def repeatability(pair: Pair) -> Finding:
+    """The teacher's scores of the same responses are the same again, and with other batches."""
+    rows = pair.firsts[:FEW]
+    contexts, temperature = pair.contexts(rows), pair.method.temperature
+
+    def scores(teacher: LocalTeacher) -> Tensor:
+        return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, sampled(), temperature)])
+
+    first, again = scores(pair.teacher), scores(pair.teacher)
+    alone = scores(replace(pair.teacher, micro_batch_tokens=1))  # a row a batch
+    limit = tolerance(pair.teacher.lm)
+    numbers = {
+        "tokens": len(first),
+        "not_finite": int((~first.isfinite()).sum()),
+        "tolerance": limit,
+    }
+    if numbers["not_finite"]:
+        says = f"{numbers['not_finite']} of {len(first)} of the teacher's log-probs are not finite"
+    else:
+        numbers |= {"again_max": _largest(again - first), "other_batches_max": _largest(alone - first)}
+        says = (
+            f"The teacher's scores of {len(rows)} responses: {numbers['again_max']:.2g} nats apart when scored again, "
+            f"{numbers['other_batches_max']:.2g} in batches of one"
+        )
+        if max(numbers["again_max"], numbers["other_batches_max"]) <= limit:
+            text = f"{says} (tolerance {limit:g})."
+            return Finding(name="signal/repeatability", level="ok", says=text, numbers=numbers)
+    return Finding(
+        name="signal/repeatability",
+        level="stop",
+        says=f"{says} (tolerance {limit:g}): the student would learn noise.",
+        numbers=numbers,
+        remedy=f"Set models.{pair.teacher_name}.dtype: float32 and attn_implementation: eager; a model that routes "
+        "tokens by their batch cannot be a teacher.",
+        study="docs/numerics.md: a step does not depend on how it is split",
+    )
+
+
+def strength(pair: Pair, comparison: Comparison) -> Finding:
+    """How far the teacher is from the student on the student's own tokens."""
+    log_ratio = comparison.teacher_logp - comparison.student_logp
+    numbers = {
+        "tokens": len(comparison.step),
+        "reverse_kl": _mean(comparison.reverse_kl),
+        "forward_kl": _mean(comparison.forward_kl),
+        "log_ratio": _mean(log_ratio),
+        "negative_share": _mean((log_ratio < 0).float()),
+        "entropy_gap": _mean((comparison.teacher_entropy - comparison.student_entropy).abs()),
+    }
+    says = (
+        f"Exact reverse KL {numbers['reverse_kl']:.3g} nats a token over {numbers['tokens']} tokens, entropy gap "
+        f"{numbers['entropy_gap']:.3g} nats, {numbers['negative_share']:.0%} of the one-token rewards negative."
+    )
+    if numbers["reverse_kl"] >= NOTHING_TO_LEARN:
+        return Finding(name="signal/strength", level="ok", says=says, numbers=numbers)
+    if pair.drives_away:
+        return Finding(
+            name="signal/strength",
+            level="change",
+            says=f"{says} There is nothing to drive the student away from: what is left is the reward.",
+            numbers=numbers,
+            remedy="Let the teacher read something: a larger sampling.n, for a right response among a prompt's others, "
+            "or the data's column that options.solution names.",
+            study="arXiv 2605.11609 eq. 6: the push is made of what a solution changes",
+        )
+    return Finding(
+        name="signal/strength",
+        level="stop",
+        says=f"{says} The teacher says what the student says already.",
+        numbers=numbers,
+        remedy=f"Set the stage's teacher to a model that differs from {pair.spec.train}, or give its context more.",
+        study="arXiv 2604.13016 section 4.1: a small loss with a small gradient is nothing to learn",
+    )
+
+
+def overlap(pair: Pair, comparison: Comparison) -> Finding:
+    """Whether both models look at the same tokens, against the range of pairs in which distillation was studied."""
+    if pair.drives_away:
+        return skipped("signal/overlap", "The method drives the student away from its teacher: no overlap is to grow.")
+    if pair.student.vocabulary <= 2 * K:
+        return skipped(
+            "signal/overlap",
+            f"Of a vocabulary of {pair.student.vocabulary} tokens the {K} most likely ones of any two models overlap.",
+        )
+    numbers = {
+        "k": comparison.k,
+        "overlap_ratio": _mean(comparison.overlap / comparison.k),
+        "student_mass_on_overlap": _mean(comparison.student_mass_on_overlap),
+        "teacher_mass_on_overlap": _mean(comparison.teacher_mass_on_overlap),
+        "sampled_outside_teacher_top": _mean(comparison.outside_teacher_top.float()),
+    }
+    mass = min(numbers["student_mass_on_overlap"], numbers["teacher_mass_on_overlap"])
+    says = (
+        f"{numbers['overlap_ratio']:.0%} of the top {K} tokens are shared; they hold "
+        f"{numbers['student_mass_on_overlap']:.1%} of the student's and {numbers['teacher_mass_on_overlap']:.1%} of "
+        f"the teacher's mass (pairs that were studied: from {LOWEST_OVERLAP:.0%}, masses from {LOWEST_MASS:.0%})."
+    )
+    # A low ratio over tokens that nobody would write is noise: the masses have to miss too (2604.13016 app. C.2).
+    if numbers["overlap_ratio"] >= LOWEST_OVERLAP or mass >= LOWEST_MASS:
+        return Finding(name="signal/overlap", level="ok", says=says, numbers=numbers)
+    return Finding(
+        name="signal/overlap",
+        level="change",
+        says=says,
+        numbers=numbers,
+        remedy="Put a stage before this one, method: sft with options.source: teacher on other prompts, and ask again.",
+        study="`opd study cold_start`; arXiv 2604.13016 sections 3.2, 4.2 and 5.1: a cold start on teacher responses "
+        "raises a low overlap",
+    )
+
+
+def by_position(comparison: Comparison) -> Finding:
+    """Reverse KL by position in the response, and from where on it has faded. No verdict: the probe has the last word.
+
+    A student that has gone wrong early cannot be told from one that is done, so that `continuation` decides.
+    """
+    buckets = Buckets.over(BUCKET, int(comparison.step.max()) + 1)
+    bucket = buckets.of(comparison.step)
+    rows = [
+        {"from": b * buckets.width, "tokens": int(chosen.sum()), "reverse_kl": _mean(comparison.reverse_kl[chosen])}
+        for b in range(buckets.count)
+        if bool((chosen := bucket == b).any())
+    ]
+    strongest = max(row["reverse_kl"] for row in rows)
+    alive = [row for row in rows if row["reverse_kl"] >= FADED * strongest]
+    numbers: dict[str, object] = {"buckets": rows}
+    says = f"Reverse KL by position, in buckets of {buckets.width}: "
+    says += ", ".join(f"{row['reverse_kl']:.2g}" for row in rows) + " nats"
+    if alive[-1] is rows[-1]:
+        return Finding(name="signal/by_position", level="ok", says=f"{says}; alive to the end.", numbers=numbers)
+    faded_from = alive[-1]["from"] + buckets.width
+    numbers["faded_from"] = faded_from
+    return Finding(
+        name="signal/by_position",
+        level="ok",
+        says=f"{says}; below a tenth of its height from token {faded_from} on.",
+        numbers=numbers,
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+def _largest(values: Tensor) -> float:
+    """The largest absolute value; a NaN wins."""
+    return values.double().abs().max().item()

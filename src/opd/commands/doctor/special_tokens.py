@@ -1,0 +1,96 @@
+"""Special tokens and endings in the measured scores: a few tokens on which the teacher was never asked.
+
+arXiv 2603.25562 section 4.3: the student is sure of a token (-0.07 and 0.00 nats), the teacher never writes it there
+(-19.16 and -58.71), and these few tokens carry most of the signal.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from opd.commands.doctor.findings import Finding
+from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.tokenizers import SPECIAL_TOKENS, special_ids
+from opd.evaluation.compare import Comparison
+from opd.types import Rollout
+
+# Ordinary log-ratios lie between -1.2 and 0.2 nats in the paper, those of broken tokens at -19 and -58: between. Ours.
+SUSPECT_LOG_RATIO = -5.0
+
+
+BROKEN_LOG_RATIO = -10.0
+
+
+SURE = math.log(0.5)  # of a token that it was unsure of, a weak student can be told that it is wrong; ours
+
+
+FEW = 4  # prompts that the teacher answers to show how it ends
+
+
+def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
+    """The log-ratio on special tokens and ends that the student is sure of, against that of all other tokens.
+
+    Where ends are improbable to the teacher it writes a few responses itself: if they end with the student's tokens,
+    the student ends at the wrong place, which is a lesson; if they do not, the student would be taught never to end.
+    """
+    log_ratio = comparison.teacher_logp - comparison.student_logp
+    ends, special = kinds_of(pair.firsts, special_ids(pair.student.tokenizer))
+    sure = comparison.student_logp >= SURE
+    groups = {"end": log_ratio[ends & sure], "special": log_ratio[special & sure], "rest": log_ratio[~ends & ~special]}
+    numbers = {name: float(values.double().median()) for name, values in groups.items() if len(values)}
+    numbers |= {f"{name}_tokens": len(values) for name, values in groups.items()}
+    measured = [f"{name} {numbers[name]:.2f}" for name in groups if name in numbers]
+    says = f"Median log-ratio in nats: {', '.join(measured)}."
+    least = SUSPECT_LOG_RATIO + min(numbers.get("rest", 0.0), 0.0)
+    low = [name for name in ("end", "special") if numbers.get(name, 0.0) <= least]
+    alike = None
+    if "end" in low:
+        alike = ends_alike(pair)
+        if alike is not None:
+            numbers["teacher_ends_alike"] = alike
+            says += f" Of the teacher's own responses {alike:.0%} end with a token that ends the student's."
+        if alike:
+            low.remove("end")
+            says += " The student ends at the wrong place, which it can be taught."
+    if not low:
+        return Finding(name="signal/special_tokens", level="ok", says=says, numbers=numbers)
+    broken = alike == 0.0 and numbers["end"] <= BROKEN_LOG_RATIO
+    return Finding(
+        name="signal/special_tokens",
+        level="stop" if broken else "change",
+        says=says
+        + (" The student would be taught never to end." if broken else " Few tokens would carry most of the signal."),
+        numbers=numbers,
+        remedy=f"Give models.{pair.spec.train} and models.{pair.teacher_name} one chat_template and one "
+        "end-of-sequence token, or use local_support_matching with options.mask_tokens for them.",
+        study=SPECIAL_TOKENS,
+    )
+
+
+def ends_alike(pair: Pair) -> float | None:
+    """Of a few responses that the teacher writes and finishes, the share whose last token ends the student's too.
+
+    None if it finishes none within the limit.
+    """
+    finished = [rollout for rollout in pair.taught(pair.prompts[:FEW]) if rollout.finished]
+    if not finished:
+        return None
+    return sum(int(rollout.response_ids[-1]) in pair.student.stop_ids for rollout in finished) / len(finished)
+
+
+def kinds_of(rollouts: Sequence[Rollout], special: frozenset[int]) -> tuple[Tensor, Tensor]:
+    """Of all trained tokens, in order, [N] bool each: the last of a finished response; other special tokens."""
+    ends, others = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
+    known = torch.tensor(sorted(special), dtype=torch.long)
+    for rollout in rollouts:
+        ids = rollout.response_ids.cpu()
+        last = torch.arange(len(ids)) == len(ids) - 1
+        end = last if rollout.finished else torch.zeros_like(last)
+        trained = rollout.trained.cpu()
+        ends.append(end[trained])
+        others.append((torch.isin(ids, known) & ~end)[trained])
+    return torch.cat(ends), torch.cat(others)

@@ -1,0 +1,245 @@
+"""The pair that is examined: a stage's student and teacher as they stand before its first step."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opd.data.order import shuffled
+from opd.errors import ConfigError, nearest
+from opd.evaluation.evaluate import HeldOut
+from opd.method import Method
+from opd.methods import build as build_method
+from opd.models.language_model import LanguageModel
+from opd.pieces.needs import needs_of
+from opd.pieces.supports import check_fits
+from opd.recipe.schema import Recipe, StageSpec
+from opd.rewards.base import GroupReward, RewardFn, rewarded
+from opd.run.build import model_for, writers_of
+from opd.run.prepare import Given, Prepared, sampling_of
+from opd.samplers.hf import TransformersSampler
+from opd.samplers.writers import TeacherWriter
+from opd.stage.folder import RunDir
+from opd.teachers.local import LocalTeacher, placed, teacher_for
+from opd.types import Context, Prompt, Rollout, Sampling, Writers
+
+# Its responses must not repeat those of training or evaluation: they live at a "step" of their own.
+DOCTOR_STEP = 2**31 - 2
+
+
+SAMPLES = 4  # responses a prompt, for pass@k
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """What the checks look at. `prompts` are a sample of the stage's own, and `rollouts` the student's to them.
+
+    `rollouts` holds `Pair.sampling.n` responses a prompt, in order; `firsts` are the first of each.
+    """
+
+    recipe: Recipe
+    spec: StageSpec
+    method: Method
+    reward: RewardFn | None
+    held_out: HeldOut | None
+    student: LanguageModel
+    external: LanguageModel | None
+    teacher: LocalTeacher
+    prompts: Sequence[Prompt]
+    seed: int
+    rollouts: Sequence[Rollout] = ()
+    asks_a_judge: bool = False  # the stage's reward; the doctor does not
+
+    @property
+    def self_taught(self) -> bool:
+        return self.external is None
+
+    @property
+    def teacher_name(self) -> str:
+        """The teacher's name in the recipe; the student's where it is its own."""
+        return self.spec.teacher or self.spec.train
+
+    @property
+    def sampling(self) -> Sampling:
+        return sampling_for(self.spec, self.method)
+
+    @property
+    def firsts(self) -> list[Rollout]:
+        return [rollout for rollout in self.rollouts if rollout.sample == 0]
+
+    @property
+    def drives_away(self) -> bool:
+        """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
+        return "ascends" in self.method.needs()
+
+    @property
+    def scored(self) -> Sequence[Rollout]:
+        """What a check of the method's loss looks at: `firsts`, or whole groups where a piece compares responses."""
+        return self.rollouts if "group" in self.method.needs() else self.firsts
+
+    def contexts(self, rollouts: Sequence[Rollout]) -> list[Prompt]:
+        """What the teacher reads, one a rollout, its place in its group of responses included."""
+        if "group" not in needs_of(self.method.context):
+            return self.method.context(rollouts)
+        asked = {(one.prompt.id, one.sample) for one in rollouts}
+        peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in asked]
+        return self.method.context([*rollouts, *peers])[: len(rollouts)]
+
+    def writers(self) -> Writers:
+        """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
+        externals = {} if self.external is None else {self.teacher_name: self.external}
+        samplers: dict[str | None, TransformersSampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
+        return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers)
+
+    def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The student's responses, `sampling.n` a prompt."""
+        return self._sampler(self.sampling)(prompts, seed=(self.seed, DOCTOR_STEP))
+
+    def _sampler(self, sampling: Sampling) -> TransformersSampler:
+        return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
+
+    def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The responses with the stage's reward, if it has one; unjudged where a judge would have to be asked."""
+        if self.asks_a_judge:
+            return [replace(rollout, unjudged="the doctor asks no judge") for rollout in rollouts]
+        return rewarded(self.reward, rollouts)
+
+    def taught(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
+        """The teacher's own responses, with its context (or another), drawn as the student's were."""
+        writer = TeacherWriter(
+            teacher=self.teacher.lm,
+            student=self.student,
+            sampling=self.sampling,
+            context=context or self.method.context,
+            base=self.teacher.base,
+            max_prompt_length=self.spec.max_prompt_length,
+        )
+        with self.at_work():
+            return writer(prompts, seed=(self.seed, DOCTOR_STEP))
+
+    def at_work(self) -> contextlib.AbstractContextManager[Any]:
+        """The teacher on the device where it works: an offloaded one is elsewhere between its turns."""
+        if not self.teacher.offload:
+            return contextlib.nullcontext()
+        return placed(self.teacher.lm, self.teacher.student_device)
+
+
+def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str | None = None) -> StageSpec:
+    """The stage called `name`, or the first that has a teacher, the student itself included; of its tasks, one.
+
+    Raises ConfigError.
+    """
+    names = [stage.name for stage in recipe.stages]
+    if name is not None and name not in names:
+        raise ConfigError(f"There is no stage {name!r} in {recipe.name}. Its stages: {', '.join(names)}.")
+    for stage in recipe.stages if name is None else [recipe.stage(name)]:
+        method = given.method or build_method(stage.method, stage.options)
+        if method.teacher.kind != "none":
+            return part_to_examine(stage, task)
+    raise ConfigError(
+        f"opd doctor asks whether a teacher will teach a student, and in {recipe.name} "
+        + (f"no stage ({', '.join(names)}) has" if name is None else f"stage {name!r} does not have")
+        + " a teacher that scores. Choose a stage or a method with one."
+    )
+
+
+def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
+    """The stage, or the task of it that is asked for, as a stage of its own. Raises ConfigError for another task."""
+    if not stage.tasks and task is None:
+        return stage
+    if task not in stage.tasks:
+        raise ConfigError(
+            f"Stage {stage.name!r} "
+            + (f"has the tasks {', '.join(stage.tasks)}, each a pair of its own" if stage.tasks else "has no tasks")
+            + (f"; got --task {task}.{nearest(task, stage.tasks)}" if task is not None else ". Choose one with --task.")
+        )
+    return stage.only(str(task))
+
+
+def sampling_for(spec: StageSpec, method: Method) -> Sampling:
+    """The stage's own sampling, with `SAMPLES` responses a prompt (one where they would all be equal).
+
+    Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
+    """
+    sampling = sampling_of(spec.sampling)
+    several = max(SAMPLES, sampling.n) if "group" in needs_of(method.context) else SAMPLES
+    return replace(sampling, n=several if sampling.temperature > 0 else 1)
+
+
+def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, LanguageModel | None]:
+    """Student and external teacher (None for a student that teaches itself) as they stand when the stage begins.
+
+    The run's folder is read, never written. Raises ConfigError where an earlier stage has yet to make a model.
+    """
+    directory = RunDir(recipe.folder, False)
+    before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
+    external = spec.teacher if spec.teacher != spec.train else None
+    for name in (spec.train, external):
+        if name is None or name in given.models:
+            continue
+        made_by = [stage.name for stage in before if stage.train == name]
+        origin = made_by[-1] if made_by else recipe.models[name].from_stage
+        if origin is not None and not directory.stage(origin).model.exists():
+            raise ConfigError(
+                f"Stage {spec.name!r} begins with model {name!r} as stage {origin!r} leaves it, and "
+                f"{directory.stage(origin).model} is not there yet. Run `opd train` until that stage is done, or "
+                "choose an earlier stage with --stage."
+            )
+    student = model_for(recipe, spec, spec.train, given, directory)
+    return student, None if external is None else model_for(recipe, spec, external, given, directory)
+
+
+def pair_up(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    student: LanguageModel,
+    external: LanguageModel | None,
+    *,
+    prompts: int,
+    seed: int,
+) -> Pair:
+    """The teacher by the method's rule, a sample of the prompts, and the student's responses to them.
+
+    Raises ConfigError for a support that does not fit the vocabulary and for a teacher that reads what a judge says,
+    AlignmentError for tokenizers that differ.
+    """
+    check_fits(prepared.method.support.k, student.vocabulary)
+    teacher = teacher_for(
+        prepared.method.teacher,
+        student,
+        external,
+        micro_batch_tokens=spec.micro_batch_tokens,
+        offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
+    )
+    assert teacher is not None, "a stage without a teacher is refused before this"
+    part = prepared.tasks[None]
+    chosen = sample_of(part.prompts, prompts, seed)
+    reward = None if isinstance(part.reward, GroupReward) else part.reward
+    if isinstance(part.reward, GroupReward) and "reward" in needs_of(prepared.method.context):
+        raise ConfigError(
+            f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
+            "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
+            f"`stages.{spec.name}.reward={{name: exact}}`."
+        )
+    pair = Pair(
+        recipe=recipe,
+        spec=spec,
+        method=prepared.method.bound(student.tokenizer),
+        reward=reward,
+        held_out=part.held_out,
+        student=student,
+        external=external,
+        teacher=teacher,
+        prompts=chosen,
+        seed=seed,
+        asks_a_judge=isinstance(part.reward, GroupReward),
+    )
+    return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
+
+
+def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
+    """`count` different prompts (or all, if there are fewer), the same for the same seed."""
+    return shuffled(prompts, first=0, count=min(count, len(prompts)), seed=seed)

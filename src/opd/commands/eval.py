@@ -1,0 +1,75 @@
+"""TODO: opd/commands/eval.py"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from opd.data.prompts import load_prompts, spec_of
+from opd.errors import ConfigError
+from opd.evaluation.divergence import exact_divergence
+from opd.evaluation.evaluate import HeldOut, measure, student_samplers
+from opd.models.loading import load_model
+from opd.models.paths import resolved_path
+from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import needs_of
+from opd.recipe.load import parse_section
+from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
+from opd.rewards.base import GroupReward, unread_answers, unread_line
+from opd.rewards.registry import load_reward
+from opd.teachers.local import teacher_for
+from opd.types import Sampling, TeacherRule
+
+
+def evaluate_model(
+    model: str,
+    *,
+    data: Mapping[str, Any],
+    reward: Mapping[str, Any] | None = None,
+    sampling: Mapping[str, Any] | None = None,
+    teacher: str | None = None,
+    seed: int = 0,
+    micro_batch_tokens: int = 4096,
+    say: Callable[[str], None] | None = None,
+) -> dict[str, float]:
+    """`opd eval`: a model by path on held-out prompts; with `teacher`, also the exact divergence from it.
+
+    `data`, `reward` and `sampling` are sections of a recipe. `say` gets what `opd check` would say of the data. Raises
+    the kinds of `opd.errors`.
+    """
+    section = parse_section(SamplingSection, sampling or {}, "sampling")
+    settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
+    judged_by = None if reward is None else load_reward(**reward)
+    if isinstance(judged_by, GroupReward):
+        raise ConfigError(
+            f"The reward {judged_by.name!r} makes its yardstick from the responses that it grades, and compares "
+            "them with each other. Measure with a reward that checks a response by itself."
+        )
+    data_section = parse_section(DataSection, data, "data")
+    prompts = load_prompts(
+        spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
+    )
+    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
+        if path is not None:
+            resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
+    if say is not None and (count := unread_answers(prompts, None, judged_by)):
+        say(unread_line(count, "held-out"))
+    lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
+    held_out = HeldOut(
+        prompts=prompts,
+        sampling={"sampled": settings},
+        reward=judged_by,
+        seed=seed,
+        pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= settings.n],
+        limited_by="--max-completion-length",
+    )
+    measured = measure(held_out, student_samplers(held_out, lm))
+    metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
+    if teacher is not None:
+        other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
+        scorer = teacher_for(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
+        assert scorer is not None
+        metrics |= exact_divergence(
+            lm, scorer, measured.rollouts["sampled"], same_prompt(), micro_batch_tokens=micro_batch_tokens
+        )
+    return metrics

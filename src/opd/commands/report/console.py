@@ -1,0 +1,142 @@
+"""What a finished run shows: held-out numbers of each stage side by side, and a few responses before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from opd.evaluation.recovery import recovered
+from opd.recipe.schema import Recipe, StageSpec
+from opd.stage.folder import RunDir, StageDir
+
+# What a table shows of each sampling setting, in this order: key, label, share (shown in per cent).
+ROWS = (
+    ("reward", "reward", True),
+    ("length", "tokens", False),
+    ("cut_share", "cut at limit", True),
+    ("distinct_share", "distinct", True),
+    ("repeat_ratio", "repetition", True),
+    ("empty_share", "empty", True),
+)
+
+
+def print_report(recipe: Recipe, console: Console) -> None:
+    """The tables of all stages that measured something, and where the models are."""
+    directory = RunDir(recipe.folder)
+    for spec in recipe.stages:
+        folder = directory.stage(spec.name)
+        metrics = folder.read_metrics()
+        for task, part in spec.parts.items():
+            rows = of_task(metrics, task)
+            if rows and part.evaluate is not None:
+                name = spec.name if task is None else f"{spec.name}, {task}"
+                named = spec.model_copy(update={"name": name, "evaluate": part.evaluate})
+                console.print(held_out_table(named, rows, recoveries(named, folder, task, rows)))
+                _print_responses(folder, task, rows, console)
+    last = directory.stage(recipe.stages[-1].name)
+    console.print("The model, ready to load in one line:", highlight=False)
+    console.print(
+        f'  AutoModelForCausalLM.from_pretrained("{last.model}")', highlight=False, markup=False, soft_wrap=True
+    )
+
+
+def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
+    """The evaluations of a task (or of a stage without tasks), named as if there were no other: eval/..."""
+    prefix = "eval/" if task is None else f"eval/{task}/"
+    rows: list[dict[str, Any]] = []
+    for row in metrics:
+        own = {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items() if key.startswith(prefix)}
+        rows += [{"step": row["step"], **own}] if own else []
+    return rows
+
+
+def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Sequence[str] = ()) -> Table:
+    """One column a measurement: the student before, the teacher, the student after (and in between, if measured).
+
+    `lines` stand below it.
+    """
+    assert spec.evaluate is not None
+    columns = columns_of(rows)
+    table = Table(title=f"{spec.name} ({spec.method}), held-out prompts")
+    table.add_column("", no_wrap=True)
+    for name in columns:
+        table.add_column(name, justify="right")
+    for sampling in spec.evaluate.sampling:
+        rows_here = [*ROWS, *((f"pass@{k}", f"pass@{k}", True) for k in spec.evaluate.pass_at)]
+        for key, label, share in rows_here:
+            _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share)
+        table.add_section()
+    for key in ("reverse_kl", "forward_kl"):
+        _add(table, columns, f"eval/{key}", f"{key}, nats a token", digits=3)
+    table.caption = "\n".join(lines)
+    return table
+
+
+def _add(
+    table: Table,
+    columns: Mapping[str, Mapping[str, float]],
+    key: str,
+    label: str,
+    *,
+    share: bool = False,
+    digits: int = 1,
+) -> None:
+    """A row, if anything in it was measured."""
+    cells = [_cell(column, key, share, digits) for column in columns.values()]
+    if any(cells):
+        table.add_row(label, *cells)
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Measurements by column name; the teacher's own stand in the row of step 0."""
+    first, last = rows[0], rows[-1]
+    columns: dict[str, dict[str, float]] = {}
+    if first["step"] == 0:
+        before = {k: v for k, v in first.items() if k.startswith("eval/") and not k.startswith("eval/teacher/")}
+        taught = {k.replace("eval/teacher/", "eval/"): v for k, v in first.items() if k.startswith("eval/teacher/")}
+        columns |= {name: c for name, c in (("before", before), ("teacher", taught)) if c}
+    for row in rows:
+        if row["step"] > 0:
+            columns["after" if row is last else f"step {row['step']}"] = dict(row)
+    return columns
+
+
+def recoveries(spec: StageSpec, folder: StageDir, task: str | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How much of the teacher's gap in a task was recovered, a line for each sampling setting in which it is ahead.
+
+    From the held-out responses before, of the teacher and after, with Fieller's 95 % interval over their prompts
+    (`recovery.recovered`). Nothing is said of a setting in which one of the three was not measured.
+    """
+    assert spec.evaluate is not None
+    before, teacher, after = map(folder.read_held_out, ("before", "teacher", f"step_{rows[-1]['step']:06d}"))
+    lines: list[str] = []
+    for sampling, found in recovered(before, teacher, after, task, spec.evaluate.sampling).items():
+        what = f"{sampling}: {found.share:.0%} of the teacher's gap recovered"
+        low_high = found.bounds and "[{:.0%}, {:.0%}]".format(*found.bounds)
+        lines.append(f"{what} {low_high or '(no interval: the lead of the teacher may be chance)'}")
+    return lines
+
+
+def _cell(column: Mapping[str, float], key: str, share: bool, digits: int) -> str:
+    if key not in column:
+        return ""
+    text = f"{column[key]:.0%}" if share else f"{column[key]:.{digits}f}"
+    if f"{key}_low" in column:
+        text += f" [{column[f'{key}_low']:.0%}, {column[f'{key}_high']:.0%}]"
+    return text
+
+
+def _print_responses(
+    folder: StageDir, task: str | None, rows: Sequence[Mapping[str, Any]], console: Console, count: int = 2
+) -> None:
+    before, after = (
+        [row for row in folder.read_held_out(when) if row["task"] == task]
+        for when in ("before", f"step_{rows[-1]['step']:06d}")
+    )
+    for old, new in list(zip(before, after, strict=False))[:count]:
+        console.print(f"  {old['prompt']}", highlight=False, markup=False, style="bold")
+        console.print(f"    before: {old['response']!r}", highlight=False, markup=False)
+        console.print(f"    after:  {new['response']!r}", highlight=False, markup=False)

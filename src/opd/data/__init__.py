@@ -1,0 +1,1 @@
+"""Rows from any source become prompts: loaded, chosen and ordered."""

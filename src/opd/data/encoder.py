@@ -1,0 +1,105 @@
+"""Texts -> vectors of length 1, with a text encoder of transformers: the mean of its last states over the tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.data.similarity import Embeddings
+from opd.errors import ConfigError
+
+BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoder:
+    """A text encoder. Make it with `load_encoder`."""
+
+    tokenizer: Any
+    model: Any
+    limit: int  # most tokens of a text that are read
+
+    def embed(self, texts: Sequence[str]) -> tuple[Embeddings, int]:
+        """(vectors [n, H], how many texts are longer than the limit and are known by their beginning).
+
+        The states of all tokens but padding are averaged, and divided by the length of the mean. Texts of similar
+        length are read together; what a text is read with changes its vector by the rounding of padding alone.
+        """
+        assert texts
+        lengths = [len(ids) for ids in self.tokenizer(list(texts)).input_ids]
+        order = sorted(range(len(texts)), key=lambda i: lengths[i])
+        found: list[np.ndarray] = []
+        for start in range(0, len(order), BATCH):
+            found.append(self._batch([texts[i] for i in order[start : start + BATCH]]))
+        values = np.concatenate(found)[np.argsort(order)]
+        return Embeddings(values), sum(length > self.limit for length in lengths)
+
+    @torch.inference_mode()
+    def _batch(self, texts: list[str]) -> np.ndarray:
+        """[n, H]"""
+        read = self.tokenizer(texts, padding=True, truncation=True, max_length=self.limit, return_tensors="pt")
+        read = read.to(self.model.device)
+        states = self.model(**read).last_hidden_state.float()  # [n, T, H]
+        mask = read["attention_mask"][..., None].float()  # [n, T, 1]
+        return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1).cpu().numpy()
+
+
+def load_encoder(path: str) -> Encoder:
+    """The encoder of a folder or hub id, as sentence-transformers would use all-mpnet-base-v2.
+
+    At most `max_seq_length` tokens of a text are read, where the folder names it. Weights come from safetensors, and
+    code in the folder is not run. Raises ConfigError for what is no encoder, or one that is made for another pooling
+    than the mean.
+    """
+    from transformers import AutoModel, AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ConfigError(
+            f"`select.encoder`: {path} could not be loaded as a text encoder: {error} Give the folder or hub id of "
+            "one, such as sentence-transformers/all-mpnet-base-v2, or measure words or characters."
+        ) from error
+    pooling = _settings(path, "1_Pooling/config.json")
+    if not pooling.get("pooling_mode_mean_tokens", True):
+        asked = [name for name, value in pooling.items() if value is True and name.startswith("pooling_mode")]
+        raise ConfigError(
+            f"`select.encoder`: {path} is made for {', '.join(asked) or 'another pooling'}, and here states are "
+            "averaged over tokens. Give an encoder that is made for the mean."
+        )
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"`select.encoder`: the tokenizer of {path} has no token to pad with. Set its pad_token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    limits = (
+        tokenizer.model_max_length,
+        getattr(model.config, "max_position_embeddings", None),
+        _settings(path, "sentence_bert_config.json").get("max_seq_length"),
+    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Encoder(
+        tokenizer=tokenizer,
+        model=model.eval().to(device),
+        limit=min(int(limit) for limit in limits if limit is not None),
+    )
+
+
+def _settings(path: str, file: str) -> dict[str, Any]:
+    """A file of settings that folders of sentence-transformers have, and others do not."""
+    from transformers.utils.hub import cached_file
+
+    try:
+        found = cached_file(path, file)
+    except OSError:
+        return {}
+    if found is None:
+        return {}
+    with open(str(found), encoding="utf-8") as stream:
+        return json.load(stream)

@@ -1,0 +1,181 @@
+"""Which rows of a data section are kept: by the questions of another data set, and without repeats.
+
+Teacher-aligned prompts of arXiv 2604.13016 5.2: `near` keeps what is like the teacher's own training prompts; `far`
+leaves it out, which is the paper's de-duplication (App. C.3: equal text, then a cosine of at least 0.6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repeats
+from opd.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    from opd.data.prompts import DataSpec
+
+THRESHOLD = 0.6  # arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
+
+
+GRAM = 3
+
+
+MEASURES = ("exact", "words", "characters", "encoder")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which rows are kept. Questions are compared as they stand in the data, without template and system message."""
+
+    by: DataSpec | None = None  # another data set, e.g. the prompts that the teacher was trained on
+    keep: Literal["near", "far"] | None = None  # of `by`
+    distinct: bool = False  # leave out questions that are like an earlier one
+    measure: Literal["exact", "words", "characters", "encoder"] = "exact"
+    threshold: float | None = None  # the least cosine of two that are alike; default THRESHOLD. Equal ones are alike
+    n: int | None = None  # of the n-grams of words or characters; default GRAM
+    encoder: str | None = None  # folder or hub id of a text encoder
+    limit: int | None = None  # of the rows that are left, the first
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selected:
+    """What became of the rows of `source`: `kept` of `read`; the others by reason."""
+
+    source: str
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    cut: int = 0  # questions longer than the encoder reads
+
+    def __str__(self) -> str:
+        reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+        said = f"{self.source}: {self.kept} of {self.read} rows selected" + (f" ({reasons})" if reasons else "")
+        return said + (f"; the encoder read the beginning alone of {self.cut} questions" if self.cut else "")
+
+
+def check_selection(selection: Selection) -> None:
+    """Raise ConfigError for settings that contradict each other, or would do nothing."""
+    s = selection
+    if s.measure not in MEASURES:
+        raise ConfigError(
+            f"`select.measure: {s.measure}` is unknown.{nearest(str(s.measure), MEASURES)} There are: "
+            f"{', '.join(MEASURES)}."
+        )
+    if (s.by is None) != (s.keep is None):
+        has, lacks = ("by", "keep") if s.keep is None else ("keep", "by")
+        raise ConfigError(
+            f"`select` has `{has}` and no `{lacks}`. Give both: `by` is the data set to compare with, `keep` is `near` "
+            "for what is like it, or `far` for what is not."
+        )
+    if s.by is None and not s.distinct:
+        raise ConfigError("`select` selects nothing. Give `by` and `keep`, or `distinct: true`.")
+    if s.threshold is not None and (s.measure == "exact" or not 0 < s.threshold <= 1):
+        raise ConfigError(
+            f"`select.threshold` is the least cosine of two questions that are alike, above 0 and at most 1, and "
+            f"`measure: exact` has none; got {s.threshold} with `measure: {s.measure}`. Correct it, or leave it out."
+        )
+    if s.n is not None and (s.measure not in ("words", "characters") or s.n < 1):
+        raise ConfigError(
+            f"`select.n` is the length of n-grams of words or characters, at least 1; got {s.n} with "
+            f"`measure: {s.measure}`. Correct it, or leave it out."
+        )
+    if (s.encoder is None) == (s.measure == "encoder"):
+        raise ConfigError(
+            f"`select.encoder` is the model of `measure: encoder`; got {s.encoder!r} with `measure: {s.measure}`. "
+            "Give both, or neither."
+        )
+    if s.limit is not None and s.limit < 1:
+        raise ConfigError(f"`select.limit` is a number of rows, at least 1, got {s.limit}. Leave it out to keep all.")
+
+
+def select(
+    questions: Sequence[str], others: Sequence[str] | None, selection: Selection, source: str
+) -> tuple[list[int], Selected]:
+    """(positions of the questions that are kept, in their order; what became of the others).
+
+    First `keep` by `others`, then `distinct` among what is left, then `limit`. Raises DataError when nothing is left.
+    """
+    texts = [normalised(question) for question in questions]
+    compare = _Comparison(selection, texts)
+    kept, dropped = list(range(len(texts))), dict[str, int]()
+    how = "equal text" if selection.measure == "exact" else f"{selection.measure}, cosine {compare.threshold:g}"
+    closest = np.zeros(0)
+    if others is not None and selection.by is not None:
+        near, closest = compare.near([normalised(other) for other in others])
+        kept = [i for i in kept if bool(near[i]) == (selection.keep == "near")]
+        what = "not near" if selection.keep == "near" else "near"
+        dropped[f"{what} those of {selection.by.path} by {how}"] = len(texts) - len(kept)
+    if selection.distinct:
+        again = compare.again(kept)
+        kept = [i for i, repeated in zip(kept, again, strict=True) if not repeated]
+        dropped[f"like an earlier one by {how}"] = int(again.sum())
+    if not kept:
+        lowest, middle, highest = np.quantile(closest, (0, 0.5, 1)).tolist()
+        raise DataError(
+            f"`select` leaves nothing of {source}: {'; '.join(f'{count} {why}' for why, count in dropped.items())}. "
+            f"The nearest cosines of its questions are {lowest:.2f} to {highest:.2f}, half of them below {middle:.2f}. "
+            "Change `threshold`, `measure` or `keep`."
+        )
+    if selection.limit is not None and len(kept) > selection.limit:
+        dropped["beyond the limit"] = len(kept) - selection.limit
+        kept = kept[: selection.limit]
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    return kept, Selected(source=source, read=len(texts), kept=len(kept), dropped=dropped, cut=compare.cut)
+
+
+class _Comparison:
+    """Questions with their vectors, which are made once."""
+
+    def __init__(self, selection: Selection, texts: Sequence[str]) -> None:
+        self.texts = texts
+        self.threshold = selection.threshold or THRESHOLD
+        self.cut = 0
+        self._vectors_of = self._maker(selection)
+        self._vectors = None if self._vectors_of is None else self._vectors_of(texts)
+
+    def near(self, others: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """([n] bool: equal to one of the others, or as near as the threshold; [n] the nearest cosine)."""
+        known = set(others)
+        equal = np.array([text in known for text in self.texts])
+        if self._vectors_of is None or self._vectors is None:
+            return equal, equal.astype(np.float64)
+        cosine = nearest_cosine(self._vectors, self._vectors_of(others))
+        return equal | (cosine >= self.threshold), cosine
+
+    def again(self, rows: Sequence[int]) -> np.ndarray:
+        """[rows] bool: equal to an earlier one of them, or as near as the threshold to an earlier one that is kept."""
+        seen = set[str]()
+        different: list[int] = []  # positions in `rows`
+        for at, i in enumerate(rows):
+            if self.texts[i] not in seen:
+                different.append(at)
+            seen.add(self.texts[i])
+        out = np.ones(len(rows), dtype=bool)
+        out[different] = False
+        if self._vectors is not None:
+            out[different] = repeats(self._vectors.take([rows[at] for at in different]), self.threshold)
+        return out
+
+    def _maker(self, selection: Selection) -> Callable[[Sequence[str]], Vectors] | None:
+        """Texts -> vectors; None where only equal texts are alike."""
+        if selection.measure == "exact":
+            return None
+        if selection.measure != "encoder":
+            unit, n = selection.measure, selection.n or GRAM
+            return lambda texts: grams(texts, unit, n)
+
+        from opd.data.encoder import load_encoder
+
+        assert selection.encoder is not None
+        encoder = load_encoder(selection.encoder)
+
+        def encoded(texts: Sequence[str]) -> Vectors:
+            vectors, cut = encoder.embed(texts)
+            self.cut += cut
+            return vectors
+
+        return encoded

@@ -1,0 +1,101 @@
+"""Tasks made on the spot, with answers that can be checked: data functions for recipes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
+from opd.errors import ConfigError
+
+HELD_OUT_SHARE = 0.1
+
+
+Part: TypeAlias = Literal["train", "held_out"]
+
+
+Numbers: TypeAlias = tuple[int, ...]
+
+
+def addition(count: int, digits: int = 3, seed: int = 0, part: Part = "train") -> Iterator[dict[str, Any]]:
+    """`count` different sums of two numbers of `digits` digits, with a chain of thought from the last digit up.
+
+    {"prompt": "347+285=", "response": "7+5+0=12,4+8+1=13,3+2+1=06;632", "answer": "632"}: each column adds two digits
+    and the carry. Which part a sum belongs to depends on its numbers alone, so the parts never share one, whatever the
+    seed. Raises ConfigError when a part has fewer than `count` sums.
+    """
+    low, high = 10 ** (digits - 1), 10**digits
+    sums = different(
+        count,
+        lambda rng: tuple(int(n) for n in rng.integers(low, high, 2)),
+        seed=seed,
+        part=part,
+        total=(high - low) ** 2,
+        what=f"sums of {digits} digits",
+    )
+    for a, b in sums:
+        yield {"prompt": f"{a}+{b}=", "response": f"{worked(a, b)};{a + b}", "answer": str(a + b)}
+
+
+def worked(a: int, b: int) -> str:
+    """The columns of a + b from the last digit up, with carries."""
+    columns: list[str] = []
+    carry = 0
+    for x, y in zip(reversed(str(a)), reversed(str(b)), strict=True):
+        total = int(x) + int(y) + carry
+        columns.append(f"{x}+{y}+{carry}={total:02d}")
+        carry = total // 10
+    return ",".join(columns)
+
+
+def sorting(
+    count: int,
+    digits: int = 5,
+    seed: int = 0,
+    part: Part = "train",
+    descending: bool = False,
+    knowing: float = 0.0,
+) -> Iterator[dict[str, Any]]:
+    """`count` different rows of `digits` digits to put in order.
+
+    {"prompt": "58142>", "response": "12458", "answer": "12458"}, or descending {"prompt": "58142<", "response":
+    "85421", ...}: the sign tells the task from others. A share `knowing` of the prompts, drawn by row, begins with the
+    solution, "12458;58142>": whoever imitates them learns to read one. Parts as in `addition`, the same for both
+    orders. Raises ConfigError when a part has fewer than `count` rows.
+    """
+    rows = different(
+        count,
+        lambda rng: tuple(int(n) for n in rng.integers(0, 10, digits)),
+        seed=seed,
+        part=part,
+        total=10**digits,
+        what=f"rows of {digits} digits",
+    )
+    rng = np.random.default_rng((seed, count))
+    for row in rows:
+        answer = "".join(map(str, sorted(row, reverse=descending)))
+        shown = f"{answer};" if rng.random() < knowing else ""
+        prompt = shown + "".join(map(str, row)) + ("<" if descending else ">")
+        yield {"prompt": prompt, "response": answer, "answer": answer}
+
+
+def different(
+    count: int, draw: Callable[[np.random.Generator], Numbers], *, seed: int, part: Part, total: int, what: str
+) -> Iterator[Numbers]:
+    """`count` different draws, of `total` that there are, that belong to the part: 10 % are held out, by their numbers.
+
+    Raises ConfigError when `count` is more than half of what the part has.
+    """
+    share = HELD_OUT_SHARE if part == "held_out" else 1 - HELD_OUT_SHARE
+    if count > 0.5 * share * total:
+        raise ConfigError(f"{part} has about {share * total:.0f} {what}; {count} are too many.")
+    rng = np.random.default_rng(seed)
+    seen: set[Numbers] = set()
+    while len(seen) < count:
+        numbers = draw(rng)
+        held_out = np.random.default_rng(numbers).random() < HELD_OUT_SHARE
+        if numbers in seen or held_out != (part == "held_out"):
+            continue
+        seen.add(numbers)
+        yield numbers

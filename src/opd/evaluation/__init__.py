@@ -1,0 +1,1 @@
+"""Measurements of models and responses. Nothing here changes a model."""

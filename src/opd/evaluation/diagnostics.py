@@ -1,0 +1,230 @@
+"""What a batch of phase A says about the step, at no further cost, and now and then a full comparison of the models.
+
+docs/diagnostics.md has every name with its formula, the range that the papers saw, and what to do about it. A number
+that the method does not make is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.evaluation.buckets import Buckets, starting_at
+from opd.evaluation.compare import compare
+from opd.maths.metrics import Columns, Metrics
+from opd.maths.overlap import overlap_of_support
+from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
+from opd.method import Method
+from opd.models.language_model import LanguageModel
+from opd.pieces.packed import valid
+from opd.recipe.schema import StageSpec
+from opd.teachers.cross_tokenizer import OneTeacher, comparable
+from opd.teachers.routed import SeveralTeachers, shares_of
+from opd.types import Batch, Prompt, Rollout, Units
+
+PERCENTILES = (1, 5, 50, 95, 99)
+
+
+def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
+    """Lengths, endings, rewards, and what the teacher says about the sampled tokens.
+
+    `version` is the number of updates behind the student. Where a filter chooses among responses, `rollout/kept_share`
+    is the share of prompts with one that is trained. On a full support the teacher says something of the sampled tokens
+    only if the method reads it: that they are scored for a sample file changes no number.
+    """
+    metrics = Metrics()
+    n = len(batch.rollouts)
+    lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
+    metrics.mean("rollout/length", sum(lengths), n)
+    metrics.max("rollout/length_max", max(lengths))
+    metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
+    metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
+    metrics.sum("train/tokens", float(batch.mask.sum()))
+    if "filtered" in method.needs():
+        kept = batch.mask.any(1)
+        metrics.mean("rollout/kept_share", float(kept.sum()), sum(rollout.sample == 0 for rollout in batch.rollouts))
+    rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
+    if rewards:
+        metrics.mean("rollout/reward", sum(rewards), len(rewards))
+    metrics.merge(of_judges(batch))
+    written = [rollout for rollout in batch.rollouts if rollout.sampler_logp is not None]
+    if written:
+        metrics.max("rollout/staleness_max", max(version - rollout.sampler_version for rollout in written))
+    if batch.support_mask is not None:
+        ratio = overlap_of_support(method.support, valid(batch.support_mask, batch.mask))
+        if ratio is not None:
+            metrics.mean("support/overlap_ratio", ratio.sum().item(), len(ratio))
+    if batch.units is not None:
+        _units(metrics, batch, batch.units)
+    if len(written) == n:
+        policy = valid(batch.policy_logp, batch.mask)
+        metrics.mean("rollout/policy_nll", -policy.sum().item(), len(policy))
+        if all(_drawn_at(r) == method.temperature for r in written):
+            _entropies(metrics, batch)
+            full = method.support.kind == "full"
+            if method.reads("teacher_logp") if full else method.support.kind != "none":
+                _log_ratios(metrics, batch, buckets, full=full)
+    metrics.merge(by_task(batch, method))
+    return metrics
+
+
+def of_judges(batch: Batch) -> Metrics:
+    """judge/...: what they say of a response besides its reward, and the share of responses to which they gave none."""
+    metrics = Metrics()
+    for rollout in batch.rollouts:
+        if rollout.judged or rollout.unjudged is not None:
+            metrics.mean("judge/failed_share", rollout.unjudged is not None, 1)
+        for name, value in rollout.judged.items():
+            metrics.mean(f"judge/{name}", value, 1)
+    return metrics
+
+
+def _units(metrics: Metrics, batch: Batch, units: Units) -> None:
+    """How much of the student's text carries a signal where the teacher has tokens of its own.
+
+    Shares are of trained tokens and their bytes, those that the teacher could not score included.
+    """
+    trained = torch.zeros_like(batch.mask)
+    for i, rollout in enumerate(batch.rollouts):
+        trained[i, : len(rollout.trained)] = rollout.trained
+    count, text = int(trained.sum()), int(units.bytes[trained].sum())
+    metrics.mean("units/coverage", int(units.bytes[trained & units.inside].sum()), text)
+    metrics.mean("units/shared_coverage", int(units.bytes[trained & units.inside & units.shared].sum()), text)
+    metrics.mean("units/per_token", int((units.size > 0).sum()), count)
+    metrics.mean("units/unscored_share", int((trained & ~batch.mask).sum()), count)
+    metrics.mean("units/not_compared_share", int((batch.mask & ~units.inside).sum()), count)
+
+
+def by_task(batch: Batch, method: Method) -> Metrics:
+    """task/NAME/... for every task of the step: reward, length and cut_share by response, log_ratio by token.
+
+    The log-ratio, log q - log p of the sampled token, is left out where a response was not drawn at the temperature of
+    the method; on a full support it comes with the loss, which has the teacher's probabilities.
+    """
+    metrics = Metrics()
+    for i, rollout in enumerate(batch.rollouts):
+        if rollout.prompt.task is None:
+            continue
+        name = f"task/{rollout.prompt.task}"
+        metrics.mean(f"{name}/length", len(rollout.response_ids), 1)
+        metrics.mean(f"{name}/cut_share", not rollout.finished, 1)
+        if rollout.reward is not None:
+            metrics.mean(f"{name}/reward", rollout.reward, 1)
+        compared = method.support.kind not in ("none", "full") and _drawn_at(rollout) == method.temperature
+        if compared and rollout.policy_logp is not None:
+            ratio = valid(batch.teacher_logp[i] - batch.policy_logp[i], batch.mask[i])
+            metrics.mean(f"{name}/log_ratio", ratio.sum().item(), len(ratio))
+    return metrics
+
+
+def compared(
+    spec: StageSpec,
+    method: Method,
+    student: LanguageModel,
+    teacher: OneTeacher | SeveralTeachers | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    step: int,
+) -> Metrics:
+    """The full comparison on the step's own responses, as compare/..., in every `diagnostics.every`-th step."""
+    every = spec.diagnostics.every
+    if not every or step % every:
+        return Metrics()
+    assert teacher is not None, "a recipe without a teacher is refused before this"
+    metrics = Metrics()
+    for one, rows in shares_of(teacher, rollouts):
+        comparison = compare(
+            student,
+            comparable(one),
+            [rollouts[i] for i in rows],
+            [contexts[i] for i in rows],
+            k=spec.diagnostics.k,
+            temperature=method.temperature,
+            micro_batch_tokens=spec.micro_batch_tokens,
+        )
+        metrics.merge(comparison.metrics(buckets_of(spec), prefix="compare/"))
+    return metrics
+
+
+def buckets_of(spec: StageSpec) -> Buckets:
+    """The buckets of positions of a stage's metrics."""
+    longest = max(part.sampling.max_completion_length for part in spec.parts.values())
+    return Buckets.over(spec.diagnostics.bucket, longest)
+
+
+def _log_ratios(metrics: Metrics, batch: Batch, buckets: Buckets, *, full: bool) -> None:
+    """What the log-ratios log q(y) - log p(y) of the step say, token by token and response by response."""
+    log_ratio = batch.teacher_logp - batch.policy_logp  # [B, T]
+    values = valid(log_ratio, batch.mask)  # [N]
+    count = len(values)
+    if not full:  # there it is that of the update's own log-probs, from phase B
+        metrics.mean("teacher/log_ratio", values.sum().item(), count)
+    metrics.mean("teacher/negative_share", (values < 0).sum().item(), count)
+    metrics.mean("teacher/win_rate", (values > 0).sum().item(), count)
+    metrics.rows(_of_tokens, log_ratio=values.cpu().numpy())
+    step = batch.mask.nonzero()[:, 1]
+    buckets.add_means(metrics, "teacher/log_ratio", values, step)
+    if buckets.count > 1:
+        start = buckets.of(step) * buckets.width
+        metrics.rows(_of_buckets, start=start.int().cpu().numpy(), log_ratio=values.cpu().numpy())
+    trained = batch.mask.any(1)
+    lengths = batch.mask.sum(1)[trained]
+    sums = log_ratio.masked_fill(~batch.mask, 0.0).double().sum(1)[trained]  # [B]
+    metrics.mean("teacher/sequence_log_weight", sums.sum().item(), len(sums))
+    metrics.rows(_of_sequences, log_weight=sums.cpu().numpy())
+    judged = torch.tensor([r.reward is not None for r in batch.rollouts], device=trained.device)[trained]
+    metrics.rows(
+        _of_judged,
+        log_ratio=(sums / lengths)[judged].cpu().numpy(),
+        reward=batch.reward[trained][judged].double().cpu().numpy(),
+    )
+
+
+def _entropies(metrics: Metrics, batch: Batch) -> None:
+    """The entropies that a piece of the method had made, and the gap between them where it had both."""
+    known: dict[str, Tensor | None] = {"student": batch.student_entropy, "teacher": batch.teacher_entropy}
+    values = {name: valid(entropy, batch.mask) for name, entropy in known.items() if entropy is not None}
+    for name, entropy in values.items():
+        metrics.mean(f"{name}/entropy", entropy.sum().item(), len(entropy))
+    if len(values) == 2:
+        gap = (values["teacher"] - values["student"]).abs()
+        metrics.mean("teacher/entropy_gap", gap.sum().item(), len(gap))
+
+
+def _of_tokens(columns: Columns) -> dict[str, float]:
+    """Of all tokens' log-ratios: percentiles, and how few tokens hold the positive reward (2603.25562)."""
+    log_ratio = columns["log_ratio"].astype(np.float64)
+    places = np.quantile(log_ratio, [percentile / 100 for percentile in PERCENTILES])
+    numbers = {f"teacher/log_ratio_p{p:02d}": float(v) for p, v in zip(PERCENTILES, places, strict=True)}
+    held = top_share(log_ratio)
+    return numbers if held is None else numbers | {"teacher/positive_reward_in_top_5_percent": held}
+
+
+def _of_buckets(columns: Columns) -> dict[str, float]:
+    """The lower tail of the log-ratios by position, which widens where the teacher gets lost (2603.25562)."""
+    return {
+        f"teacher/log_ratio_p05/{starting_at(start)}": float(
+            np.quantile(columns["log_ratio"][columns["start"] == start].astype(np.float64), 0.05)
+        )
+        for start in np.unique(columns["start"]).tolist()
+    }
+
+
+def _of_sequences(columns: Columns) -> dict[str, float]:
+    """Of all responses' log-weights log q(response) - log p(response): 2605.11182, released off-policy report."""
+    return {"teacher/effective_sample_share": effective_share(columns["log_weight"])}
+
+
+def _of_judged(columns: Columns) -> dict[str, float]:
+    """Of responses with a reward that is 0 or 1: whether the mean log-ratio tells right from wrong (2604.13016 6.2)."""
+    reward = columns["reward"]
+    area = auroc(columns["log_ratio"], reward == 1) if np.isin(reward, (0, 1)).all() else None
+    return {} if area is None else {"teacher/reward_auroc": area}
+
+
+def _drawn_at(rollout: Rollout) -> float | None:
+    """The temperature behind `policy_logp`: a log-ratio of two temperatures is no estimate of anything."""
+    return None if rollout.sampling is None else rollout.sampling.temperature

@@ -1,0 +1,66 @@
+"""TODO: opd/evaluation/divergence.py"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from opd.loss.collate import attach, collate, split
+from opd.loss.token_loss import hidden_of
+from opd.maths.divergences import DIVERGENCES
+from opd.methods.reverse_kl import reverse_kl
+from opd.models.head import paired_log_probs
+from opd.models.language_model import LanguageModel, evaluating
+from opd.parallel import ALONE, World
+from opd.teachers.local import LocalTeacher
+from opd.types import Context, Rollout
+
+
+def exact_divergence(
+    student: LanguageModel,
+    teacher: LocalTeacher,
+    rollouts: Sequence[Rollout],
+    context: Context,
+    *,
+    micro_batch_tokens: int,
+    names: Sequence[str] = ("reverse_kl", "forward_kl"),
+    world: World = ALONE,
+) -> dict[str, float]:
+    """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary.
+
+    All processes have the same rollouts; each looks at some of them.
+    """
+    # A prompt's responses stay together: a context may look at all of them.
+    mine = [rollouts[i] for i in world.positions([rollout.prompt.id for rollout in rollouts])]
+    totals, count = dict.fromkeys(names, 0.0), 0.0
+    if mine:
+        totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names)
+    count = world.sum(count)
+    return {name: world.sum(total) / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def _divergence_sums(
+    student: LanguageModel,
+    teacher: LocalTeacher,
+    rollouts: Sequence[Rollout],
+    context: Context,
+    micro_batch_tokens: int,
+    names: Sequence[str],
+) -> tuple[dict[str, float], float]:
+    """(sums over tokens by name, number of tokens)."""
+    method = reverse_kl(average="token")
+    scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature, sampled=False)
+    batch = attach(collate(rollouts, scores, student.device), method)
+    denominator = method.normalise(batch)
+    student_head, teacher_head = student.head(), teacher.head()
+    totals = dict.fromkeys(names, 0.0)
+    with evaluating(student.model):
+        for micro in split(batch, denominator, micro_batch_tokens):
+            hidden_NH = hidden_of(student, micro)
+            assert micro.teacher_hidden is not None
+            for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
+                for name in names:
+                    totals[name] += DIVERGENCES[name](*pair).sum().item()
+    return totals, denominator.count

@@ -1,0 +1,151 @@
+"""The loss and its gradient made together, chunk by chunk, inside the forward.
+
+Phase A has fixed weights and denominator before the student runs, so the loss of a chunk is final when its logits are
+there, and its gradient can be taken at once: into the hidden states and into the output layer. Nothing of size [N, V]
+is kept, nothing is recomputed, and each position costs three products with the output layer: one forward, two back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd.models.head import Head, chunks
+
+# Logits [n, C] of some rows, after temperature -> the chunk's part of the loss; overwrites them with its gradient.
+ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
+
+
+def fused_loss(
+    chunk_loss: ChunkLoss,
+    hidden: Tensor,
+    head: Head,
+    temperature: float = 1.0,
+    ids: Tensor | None = None,
+    parts: Sequence[slice] | None = None,
+) -> Tensor:
+    """Sum of `chunk_loss(logits, rows)` over chunks of `hidden` [N, H], a scalar that backpropagates.
+
+    C is the vocabulary; with `ids` [N, K] it is K, and only these rows of the output layer are read. `parts`
+    are the chunks of a loss that may not be cut everywhere. The gradient goes into `hidden` and into `head.weight` and
+    `head.bias` where they train; sums over chunks run in float32.
+    """
+    return _Fused.apply(hidden, head.weight, head.bias, head, chunk_loss, temperature, ids, parts)  # type: ignore[no-any-return]
+
+
+class _Fused(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        chunk_loss: ChunkLoss,
+        temperature: float,
+        ids: Tensor | None,
+        parts: Sequence[slice] | None,
+    ) -> Tensor:
+        """The loss; the gradients of hidden [N, H], weight [>= V, H] and bias are made here and kept for `backward`."""
+        head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
+        grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        width = head.vocabulary if ids is None else ids.shape[1] * weight.shape[1]  # of _Rows: [n, K, H] is gathered
+        parts = parts or list(chunks(len(hidden), width, hidden.device))
+        longest = max((part.stop - part.start for part in parts), default=0)
+        layer = _Rows(head, ids) if ids is not None else _Whole(head, torch.empty(longest, width, device=hidden.device))
+        for rows in parts:
+            piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
+            logits = layer.project(piece, rows)
+            slope = head.finish_(logits, temperature)
+            total += chunk_loss(logits, rows)
+            grad = logits if head.multiplier == temperature else logits.mul_(head.multiplier / temperature)
+            if slope is not None:
+                grad.mul_(slope)
+            layer.add_gradients(grads, grad, piece, rows)
+        ctx.grads = grads
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        """Hand on what `forward` made, times the gradient of the loss; once."""
+        (upstream,) = grad_outputs
+        grads: _Gradients = ctx.grads
+        ctx.grads = None
+        return (*grads.times(upstream), None, None, None, None, None)
+
+
+@dataclass(slots=True)
+class _Gradients:
+    """What has been collected for each input that trains; None for one that does not."""
+
+    hidden: Tensor | None
+    weight: Tensor | None  # float32
+    bias: Tensor | None  # float32
+    dtypes: tuple[torch.dtype, torch.dtype]
+
+    @classmethod
+    def like(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> _Gradients:
+        return cls(
+            hidden=torch.zeros_like(hidden) if needed[0] else None,
+            weight=torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            bias=torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
+            dtypes=(weight.dtype, weight.dtype if bias is None else bias.dtype),
+        )
+
+    def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """In place and in the inputs' own types: what is returned is given away."""
+        weight = None if self.weight is None else self.weight.mul_(upstream).to(self.dtypes[0])
+        bias = None if self.bias is None else self.bias.mul_(upstream).to(self.dtypes[1])
+        return None if self.hidden is None else self.hidden.mul_(upstream), weight, bias
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """All V rows of the output layer; the logits of one chunk lie where those of the chunk before lay."""
+
+    head: Head
+    memory: Tensor
+
+    def project(self, hidden: Tensor, rows: slice) -> Tensor:
+        return self.head.project_into(self.memory, hidden)
+
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+        weight = self.head.weight[: self.head.vocabulary]
+        small = grad.to(weight.dtype)
+        if grads.hidden is not None:
+            grads.hidden[rows] = small @ weight
+        if grads.weight is not None and weight.dtype == torch.float32:
+            grads.weight[: self.head.vocabulary].addmm_(grad.t(), hidden)
+        elif grads.weight is not None:  # the product in the weight's own type, the sum over chunks in float32
+            grads.weight[: self.head.vocabulary] += small.t() @ hidden
+        if grads.bias is not None:
+            grads.bias[: self.head.vocabulary] += grad.sum(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """K rows of the output layer at each position, by `ids` [N, K]."""
+
+    head: Head
+    ids: Tensor
+
+    def project(self, hidden: Tensor, rows: slice) -> Tensor:
+        ids = self.ids[rows]
+        logits = torch.einsum("nkh,nh->nk", self.head.weight[ids], hidden).float()
+        return logits if self.head.bias is None else logits + self.head.bias[ids]
+
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+        ids = self.ids[rows]
+        if grads.hidden is not None:
+            picked = self.head.weight[ids]
+            grads.hidden[rows] = torch.einsum("nk,nkh->nh", grad.to(picked.dtype), picked)
+        if grads.weight is not None:
+            outer = grad[:, :, None] * hidden[:, None, :].float()
+            grads.weight.index_add_(0, ids.flatten(), outer.flatten(0, 1))
+        if grads.bias is not None:
+            grads.bias.index_add_(0, ids.flatten(), grad.flatten())

@@ -1,0 +1,245 @@
+"""Pack -> signal -> weight -> sum / count: the only reduction in the library.
+
+Per tile: the student's log-probs on the scored tokens become leaves, the method's signal is differentiated with respect
+to them alone, and the softmax behind them is differentiated by hand:
+
+    d/dz_j = g_j - p_j sum_v g_v        with g = d loss / d log p, zero off the scored tokens
+
+so that one path serves every signal, and a signal stays a pure function. Where a closed form of the whole gradient is
+written (`gradients.CLOSED`), that is used; where the signal does not depend on the softmax's normaliser
+(`signals.divergence` of the renormalised form), the vocabulary is not read at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opd.loss.collate import MicroBatch
+from opd.loss.fused import ChunkLoss, fused_loss
+from opd.loss.unit_loss import on_units, unit_chunks
+from opd.maths import kernels
+from opd.maths.closed_forms import closed_form
+from opd.maths.metrics import Metrics
+from opd.method import Method
+from opd.models.forward import read
+from opd.models.head import Head, buffer, into_probabilities, log_normaliser, tiles
+from opd.models.language_model import LanguageModel
+from opd.types import Tokens
+
+
+def loss_of(
+    method: Method, student: LanguageModel, micro: MicroBatch, count: float, teacher_head: Head | None = None
+) -> tuple[Tensor, Metrics]:
+    """This micro-batch's part of the step's loss, (1 / count) sum_i share_i weight_i signal_i, and its metrics.
+
+    `count` is the step's one denominator, over all micro-batches and ranks, so that parts add up to the same gradient
+    however the step is split. `backward()` on the scalar only hands on a gradient that is already made.
+    """
+    return loss_at(method, hidden_of(student, micro), student.head(), micro, count, teacher_head)
+
+
+def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
+    """The states [N, H] that predict a micro-batch's trained tokens; no other position reaches the output layer."""
+    prompts = [rollout.prompt_ids for rollout in micro.rollouts]
+    return read(lm, prompts, [rollout.response_ids.tolist() for rollout in micro.rollouts]).at(micro.row, micro.step)
+
+
+def loss_at(
+    method: Method, hidden: Tensor, head: Head, micro: MicroBatch, count: float, teacher_head: Head | None = None
+) -> tuple[Tensor, Metrics]:
+    """`loss_of` from the hidden states [N, H] that predict the micro-batch's tokens."""
+    observed = _Observed()
+    weight = micro.weight * micro.share / count  # [N]
+    support = method.support
+    ids = parts = None
+    if support.kind == "units":
+        assert teacher_head is not None
+        chunk_loss = on_units(method, micro, weight, teacher_head, observed.add)
+        parts = unit_chunks(micro, head, teacher_head)
+    elif support.kind == "full":
+        assert teacher_head is not None
+        chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
+    elif support.kind == "top_k" and getattr(method.signal, "shift_invariant", False):
+        ids = _scored_ids(micro, slice(None))
+        chunk_loss = _on_rows(method, micro, weight, observed)
+    else:
+        chunk_loss = _on_selected(method, micro, weight, observed)
+    loss = fused_loss(chunk_loss, hidden, head, method.temperature, ids, parts)
+    return loss, observed.metrics(len(hidden))
+
+
+def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
+    """The whole vocabulary: both models' log-probs on all of it."""
+    closed = closed_form(getattr(method.signal, "divergence", None))
+    memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
+        assert micro.teacher_hidden is not None
+        teacher_logits = teacher_head.project_into(memory, micro.teacher_hidden[rows])
+        teacher_head.finish_(teacher_logits, method.temperature)
+        total = torch.zeros((), device=logits.device)
+        for tile in tiles(logits):
+            at = slice(rows.start + tile.start, rows.start + tile.stop)
+            w, y = weight[at], micro.token_ids[at, None]
+            student = grad = None
+            if closed is not None:
+                into_gradient = kernels.on(logits.device).into_gradient
+                per_token, student_logp, teacher_logp = into_gradient(logits[tile], teacher_logits[tile], y, w, closed)
+            else:
+                student = logits[tile].log_softmax(-1)  # [n, V]
+                teacher = teacher_logits[tile].log_softmax(-1)
+                student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
+                per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w)
+            total += (per_token * w).sum()
+            observed.add("train/signal", per_token)
+            observed.add("train/student_nll", -student_logp)
+            observed.add("teacher/log_ratio", teacher_logp - student_logp)
+            if micro.task is not None:
+                observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
+            if student is not None and grad is not None:
+                # Last: what a signal returned may be a view of the log-probs that this overwrites.
+                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
+        return total
+
+    return chunk_loss
+
+
+def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
+    """The sampled token and those of a top-k support, if there are any; of the rest only the normaliser is kept."""
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
+        w, ids = weight[rows], _scored_ids(micro, rows)
+        log_z = log_normaliser(logits)
+        selected = logits.gather(-1, ids) - log_z  # [n, 1 + K]
+        per_token, grad = _differentiated(
+            method, lambda p: _with_support(_tokens(micro, rows, p[:, 0]), micro, rows, p[:, 1:]), selected, w
+        )
+        into_probabilities(logits, log_z, -grad.sum(-1, keepdim=True))
+        logits.scatter_add_(-1, ids, grad)
+        observed.add("train/signal", per_token)
+        observed.add("train/student_nll", -selected[:, 0])
+        observed.support(micro, rows, selected[:, 1:])
+        return (per_token * w).sum()
+
+    return chunk_loss
+
+
+def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
+    """The scored tokens alone, as logits: the signal reads the shape of the distribution on the support, no more.
+
+    The normaliser is not computed. For what the sampler has just recorded at the same temperature it is known all the
+    same, from the sampled token's logit and log-prob, so that the mass on the support can be watched.
+    """
+    drawn_at = {None if r.sampling is None else r.sampling.temperature for r in micro.rollouts}
+    known = drawn_at == {method.temperature} and not bool(micro.policy_logp.isnan().any())
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        """[n, 1 + K] logits of the scored tokens at `rows`: their part of the loss, and its gradient in their place."""
+        w, policy_logp = weight[rows], micro.policy_logp[rows]
+        per_token, grad = _differentiated(
+            method,
+            lambda z: _with_support(_tokens(micro, rows, torch.full_like(w, torch.nan)), micro, rows, z),
+            logits[:, 1:],
+            w,
+        )
+        observed.add("train/signal", per_token)
+        if known:
+            observed.add("train/student_nll", -policy_logp)
+        log_z = logits[:, :1] - policy_logp[:, None]
+        observed.support(micro, rows, logits[:, 1:] - log_z if known else None)
+        logits[:, :1] = 0.0
+        logits[:, 1:] = grad
+        return (per_token * w).sum()
+
+    return chunk_loss
+
+
+def _scored_ids(micro: MicroBatch, rows: slice) -> Tensor:
+    """[n, 1 + K]: the sampled token, then the support."""
+    sampled = micro.token_ids[rows, None]
+    return sampled if micro.support_ids is None else torch.cat([sampled, micro.support_ids[rows]], 1)
+
+
+def _differentiated(
+    method: Method, tokens_of: Callable[[Tensor], Tokens], values: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The signal [n] of `tokens_of(values)`, and the gradient of its weighted sum with respect to `values`."""
+    with torch.enable_grad():
+        leaf = values.detach().requires_grad_()
+        per_token = method.signal(tokens_of(leaf))
+        loss = (per_token * weight).sum()
+    if not loss.requires_grad:
+        return per_token.detach(), torch.zeros_like(values)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    return per_token.detach(), grad
+
+
+def _tokens(micro: MicroBatch, at: slice, student_logp: Tensor) -> Tokens:
+    return Tokens(
+        student_logp=student_logp,
+        sampler_logp=micro.sampler_logp[at],
+        teacher_logp=micro.teacher_logp[at],
+        advantage=micro.advantage[at],
+        weight=micro.weight[at],
+    )
+
+
+def _full_tokens(micro: MicroBatch, at: slice, teacher: Tensor) -> Callable[[Tensor], Tokens]:
+    """The student's log-probs [n, V] -> Tokens, with the teacher's beside them."""
+    y = micro.token_ids[at, None]
+
+    def tokens_of(student: Tensor) -> Tokens:
+        tokens = _tokens(micro, at, student.gather(-1, y)[:, 0])
+        teacher_logp = teacher.gather(-1, y)[:, 0]
+        return replace(tokens, teacher_logp=teacher_logp, student_support_logp=student, teacher_support_logp=teacher)
+
+    return tokens_of
+
+
+def _with_support(tokens: Tokens, micro: MicroBatch, at: slice, student_support_logp: Tensor) -> Tokens:
+    if micro.support_mask is None or micro.teacher_support_logp is None:
+        return tokens
+    return replace(
+        tokens,
+        student_support_logp=student_support_logp,
+        teacher_support_logp=micro.teacher_support_logp[at],
+        support_mask=micro.support_mask[at],
+    )
+
+
+class _Observed:
+    """Sums over tokens, on the device until the micro-batch is done."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}  # of what is not a mean over tokens
+
+    def add(self, name: str, per_token: Tensor, over: int | None = None) -> None:
+        """Add values; `over` is how many they are, where that is not the number of tokens."""
+        total = per_token.sum()
+        self._sums[name] = total if name not in self._sums else self._sums[name] + total
+        if over is not None:
+            self._counts[name] = self._counts.get(name, 0) + over
+
+    def support(self, micro: MicroBatch, at: slice, student_logp: Tensor | None) -> None:
+        """Both models' masses on the support, if there is one."""
+        if micro.support_mask is None or micro.teacher_support_logp is None:
+            return
+        exists = micro.support_mask[at]
+        if student_logp is not None:
+            self.add("support/student_mass", student_logp.exp().masked_fill(~exists, 0.0))
+        self.add("support/teacher_mass", micro.teacher_support_logp[at].exp().masked_fill(~exists, 0.0))
+        self.add("support/empty_share", (~exists.any(-1)).float())
+
+    def metrics(self, tokens: int) -> Metrics:
+        """Means over the micro-batch's tokens, or what else was counted."""
+        metrics = Metrics()
+        for name, total in self._sums.items():
+            metrics.mean(name, total.item(), self._counts.get(name, tokens))
+        return metrics

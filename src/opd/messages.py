@@ -1,0 +1,120 @@
+"""Texts with fields in braces, and the message of a conversation that they rewrite. Pure."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from opd.errors import ConfigError, DataError
+from opd.types import Message, Prompt
+
+
+def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
+    """The fields of a pattern. Raises ConfigError for one that is not known, or without the needed one."""
+    listed = ", ".join(f"{{{name}}}" + (" (needed)" if name == needed else "") for name in known)
+    try:
+        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+    except ValueError as error:
+        raise ConfigError(
+            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Write a brace of the text "
+            f"as two. It has the fields {listed}."
+        ) from error
+    if fields - set(known) or (needed is not None and needed not in fields):
+        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Write a brace of the text as two.")
+    return fields
+
+
+def with_question(
+    content: str | tuple[Message, ...], rewrite: Callable[[str], str], where: str
+) -> str | tuple[Message, ...]:
+    """The prompt with its text, or its last user message, rewritten.
+
+    Raises DataError, beginning with `where`, when no user speaks in it, or in parts (images) instead of a text.
+    """
+    if isinstance(content, str):
+        return rewrite(content)
+    messages = list(content)
+    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not asked or not isinstance(messages[asked[-1]]["content"], str):
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"{where} has no text of a user that a template could rewrite (roles: {roles}). Leave the template out, "
+            "or give a prompt whose last user message is text."
+        )
+    last = asked[-1]
+    messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}
+    return tuple(messages)
+
+
+def question_of(content: str | tuple[Message, ...]) -> str:
+    """What the user says in a prompt: its text, or the texts of all user messages, a line each."""
+    if isinstance(content, str):
+        return content
+    texts: list[str] = []
+    for message in content:
+        if message["role"] != "user":
+            continue
+        said: Any = message["content"]
+        parts: list[Any] = [{"text": said}] if isinstance(said, str) else list(said or ())
+        texts += [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "\n".join(texts)
+
+
+def conversation(value: Any, where: str, *, chat: bool = False, system: str | None = None) -> str | tuple[Message, ...]:
+    """A data row's prompt, checked: text, or messages with `role` and `content` (text, or parts such as images).
+
+    `chat` makes text one user message; `system` is put before the messages and implies `chat`. Raises DataError,
+    beginning with `where`, for another type, an empty prompt, a message with other keys or a second system message.
+    """
+    if isinstance(value, str) and value.strip():
+        if not chat and system is None:
+            return value
+        value = [{"role": "user", "content": value}]
+    if not isinstance(value, Sequence) or isinstance(value, bytes) or not value or isinstance(value, str):
+        problem = (
+            "is empty" if isinstance(value, (str, list, tuple)) else f"is a {type(value).__name__}, got {value!r:.80}"
+        )
+        raise DataError(f"{where} {problem}. A prompt is text, or a list of messages with `role` and `content`.")
+    messages = tuple(_message(message, f"{where}, message {i}") for i, message in enumerate(value))
+    if system is None:
+        return messages
+    if messages[0]["role"] == "system":
+        raise DataError(f"{where} begins with a system message, and `system` would put a second one. Leave one out.")
+    return ({"role": "system", "content": system}, *messages)
+
+
+def text_or_none(value: Any, where: str) -> str | None:
+    """A data row's text column, checked. TRL's conversational completion, one assistant message, becomes its text.
+
+    Raises DataError, beginning with `where`, for anything else.
+    """
+    if value is None or isinstance(value, str):
+        return value
+    message = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else None
+    if isinstance(message, Mapping) and message.get("role") == "assistant" and isinstance(message.get("content"), str):
+        return message["content"]
+    raise DataError(f"{where} is a {type(value).__name__}, got {value!r:.80}. It holds text, or one assistant message.")
+
+
+def is_chat(prompts: Sequence[Prompt]) -> bool:
+    """Whether there are conversations among the prompts: responses are turns then, and not continuations of a text."""
+    return any(not isinstance(prompt.content, str) for prompt in prompts)
+
+
+def _message(message: Any, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(f"{where} is a {type(message).__name__}, got {message!r:.80}. It has `role` and `content`.")
+    if "role" not in message or "content" not in message:
+        hint = " ShareGPT's `from` is `role`, its `value` is `content`." if "from" in message else ""
+        raise DataError(f"{where} has the keys {sorted(map(str, message))}, and needs `role` and `content`.{hint}")
+    role, content = message["role"], message["content"]
+    if not isinstance(role, str) or not role:
+        raise DataError(f"{where} has the role {role!r}. A role is text such as 'user'.")
+    parts = isinstance(content, (list, tuple)) and content and all(isinstance(part, Mapping) for part in content)
+    if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+        raise DataError(
+            f"{where} has a content of type {type(content).__name__}, got {content!r:.80}. It is text or parts."
+        )
+    # Arrow fills the keys that only some messages have with None.
+    return {str(key): value for key, value in message.items() if value is not None or key == "content"}

@@ -1,0 +1,56 @@
+"""Two published methods in one: what one of them decides is taken from it, what both decide composes or is refused.
+
+Plain on-policy distillation is the middle. A field that a method leaves as it is there is free for the other. Weights
+multiply, filters run one after the other, what states learn from a step is learned by both. Of every other field one
+alone may decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+from opd.errors import ConfigError
+from opd.method import Method
+from opd.methods.coherence import incoherence
+from opd.pieces import filters, memory, signals, weights
+
+PLAIN = Method(signal=signals.sampled_reverse_kl())
+
+
+TOGETHER: dict[str, Callable[..., Any]] = {
+    "weight": weights.times,
+    "keep": filters.in_turn,
+    "observe": memory.all_of,
+}
+
+
+def combined(first: Method, second: Method, names: tuple[str, str] = ("the first", "the second")) -> Method:
+    """One method of two. Raises ConfigError with what keeps them apart."""
+    if why := apart(first, second):
+        raise ConfigError(f"Methods {names[0]} and {names[1]} do not go together: {why}.")
+    return _together(first, second)[0]
+
+
+def apart(first: Method, second: Method) -> str | None:
+    """What keeps two methods apart, in words, or None."""
+    method, torn = _together(first, second)
+    return f"both decide {', '.join(torn)}" if torn else incoherence(method)
+
+
+def _together(first: Method, second: Method) -> tuple[Method, list[str]]:
+    """The fields of both, and the names of those that both decide, which are the first one's."""
+    torn = [f"state {name!r}" for name in first.state.keys() & second.state.keys()]
+    chosen: dict[str, Any] = {"state": {**first.state, **second.state}}
+    for name in (field.name for field in fields(Method) if field.name != "state"):
+        one, other, plain = getattr(first, name), getattr(second, name), getattr(PLAIN, name)
+        if other == plain or one == other:
+            chosen[name] = one
+        elif one == plain:
+            chosen[name] = other
+        elif name in TOGETHER:
+            chosen[name] = TOGETHER[name](one, other)
+        else:
+            torn.append(name)
+    return replace(first, **chosen), torn

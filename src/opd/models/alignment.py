@@ -1,0 +1,220 @@
+"""Two tokenisations of one text: where each token lies in its bytes, and the smallest pieces that both cut out.
+
+In bytes, because tokens need not end between characters: an emoji may be four tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Any
+
+from opd.errors import AlignmentError
+from opd.models.vocabularies import Vocabulary, ends_of, name_of, shared_tokens, vocabulary_of
+
+UNREADABLE = "\ufffd"  # what a teacher reads where bytes are no text
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece that both tokenisations cut out: which student tokens it is, and which teacher tokens."""
+
+    student: range
+    teacher: range
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A response in the teacher's tokens, and the units of both, in order. A token may be in none."""
+
+    teacher_ids: tuple[int, ...]
+    units: tuple[Unit, ...]
+    student_bytes: tuple[int, ...]  # of text, in each student token
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Two vocabularies, and how the teacher's tokenizer writes a text."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+    shared: Mapping[int, int]  # student id -> id of the same token in the teacher's vocabulary
+    ends: Mapping[int, int]  # of these, the tokens that end a response
+    same: bool  # every token has the same id in both
+    write: Callable[[str], Sequence[int]]
+
+    def shares(self, unit: Unit, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> bool:
+        """Whether a unit is one token on either side, and the same one."""
+        one = len(unit.student) == len(unit.teacher) == 1
+        return one and self.shared.get(student_ids[unit.student[0]]) == teacher_ids[unit.teacher[0]]
+
+
+def pair_of(
+    student: Any, teacher: Any, *, chat: bool = False, options: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
+) -> Pair:
+    """Two tokenizers, compared token by token.
+
+    `chat` and the templates' `options` say what ends a response: `vocabularies.ends_of`. Raises AlignmentError for a
+    tokenizer whose tokens' bytes cannot be told, and for two without a common token.
+    """
+    ends = ends_of(student, teacher, chat=chat, options=options)
+    ours, theirs = vocabulary_of(student, ends), vocabulary_of(teacher, ends.values())
+    same = student.get_vocab() == teacher.get_vocab() and all(end == its for end, its in ends.items())
+    shared = {i: i for i in (*ours.pieces, *ours.special)} if same else shared_tokens(ours, theirs, ends)
+    if not any(i in ours.pieces for i in shared):
+        raise AlignmentError(
+            f"The tokenizers {name_of(student)} ({len(ours.pieces)} tokens of text) and {name_of(teacher)} "
+            f"({len(theirs.pieces)}) have no token of text in common, so there is nothing on which to compare student "
+            "and teacher. Use a teacher that writes the same language in the same script."
+        )
+
+    def write(text: str) -> Sequence[int]:
+        """Ids of a text; what looks like a special token in it is text."""
+        return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
+
+    return Pair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
+
+
+def units_of(student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
+    """The smallest pieces that both tokenisations of one text cut out, from the bytes of their tokens, in order.
+
+    A cut is every offset at which both have a token's end (arXiv 2605.07711). A token of no bytes goes with what
+    follows it. Raises AlignmentError when the texts have different lengths.
+    """
+    if sum(student) != sum(teacher):
+        raise AlignmentError(
+            f"The student's tokens have {sum(student)} bytes and the teacher's {sum(teacher)}: they are not two "
+            "tokenisations of the same text. Encode the text of the response with the teacher's tokenizer."
+        )
+    ours, theirs = _offsets(student), _offsets(teacher)
+    return _between(sorted({*ours} & {*theirs}), ours[:-1], theirs[:-1])
+
+
+def reread(ids: Sequence[int], pair: Pair) -> Reading:
+    """A response of the student in the teacher's tokens, with the units of both.
+
+    Bytes that are no UTF-8, and what of a text the teacher's tokenizer changes, are shown to the teacher as it writes
+    them, and no unit reaches into them. A special token that only the student has is not shown to it.
+    """
+    widths = [len(pair.student.pieces.get(i, b"")) for i in ids]
+    if pair.same:
+        each = tuple(Unit(range(t, t + 1), range(t, t + 1)) for t in range(len(ids)))
+        return Reading(teacher_ids=tuple(ids), units=each, student_bytes=tuple(widths))
+    ours = _offsets([w if i in pair.student.pieces else 1 for i, w in zip(ids, widths, strict=True)])
+    teacher_ids: list[int] = []
+    starts: list[int] = []
+    bounds, blocked, at = {0}, list[tuple[int, int]](), 0
+    for part in _parts(ids, pair):
+        teacher_ids += part.ids
+        places = [at + w for w in _offsets(part.widths)]
+        starts += places[:-1]
+        bounds |= {*places, at + part.width}
+        if not part.comparable:
+            blocked.append((at, at + part.width))
+        at += part.width
+    units = _between(sorted({*ours} & bounds), ours[:-1], starts)
+    found = [
+        unit
+        for unit in units
+        if unit.teacher and not any(a < ours[unit.student.stop] and ours[unit.student.start] < b for a, b in blocked)
+    ]
+    return Reading(teacher_ids=tuple(teacher_ids), units=tuple(found), student_bytes=tuple(widths))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A stretch of the response, special tokens counted as one byte, and how the teacher reads it."""
+
+    width: int
+    ids: Sequence[int]
+    widths: Sequence[int]  # of the teacher's tokens
+    comparable: bool
+
+
+def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:
+    run = b""
+    for i in ids:
+        if i in pair.student.pieces:
+            run += pair.student.pieces[i]
+            continue
+        yield from _of_text(run, pair)
+        run = b""
+        if i in pair.shared:
+            yield _Part(1, [pair.shared[i]], [1], True)
+        else:
+            yield _Part(1, [], [], False)
+    yield from _of_text(run, pair)
+
+
+def _of_text(data: bytes, pair: Pair) -> Iterator[_Part]:
+    for text, width, readable in _readable(data):
+        ids, given = pair.write(text), text.encode()
+        pieces = [pair.teacher.pieces.get(i, b"") for i in ids]
+        if not readable:
+            yield _Part(width, ids, [0] * len(ids), False)
+            continue
+        if b"".join(pieces).startswith(b" ") and (b"".join(pieces) == b" " + given or given[:1] != b" "):
+            pieces[0] = pieces[0][1:]  # SentencePiece's space before a text
+        yield from _as_written(given, ids, pieces)
+
+
+def _as_written(given: bytes, ids: Sequence[int], pieces: Sequence[bytes]) -> Iterator[_Part]:
+    """A text and the teacher's tokens of it, from either end as far as they agree. What its tokenizer changed, such as
+    a letter and its accent into one character, lies between, and cannot be compared."""
+    ends, written = _offsets([len(piece) for piece in pieces]), b"".join(pieces)
+    if written == given:
+        yield _Part(len(given), ids, [len(piece) for piece in pieces], True)
+        return
+    same = _agree(written, given)
+    first = next(k for k in reversed(range(len(ends))) if ends[k] <= same)
+    first = ends.index(ends[first])  # a token of no bytes, such as an unknown one, is none that agrees
+    same = min(_agree(written[::-1], given[::-1]), len(written) - ends[first], len(given) - ends[first])
+    last = next(k for k in range(len(ends)) if len(written) - ends[k] <= same)
+    last = len(ends) - 1 - ends[::-1].index(ends[last])
+    rest = len(written) - ends[last]
+    for start, stop, width, comparable in (
+        (0, first, ends[first], True),
+        (first, last, len(given) - ends[first] - rest, False),
+        (last, len(ids), rest, True),
+    ):
+        widths = [len(piece) if comparable else 0 for piece in pieces[start:stop]]
+        yield _Part(width, ids[start:stop], widths, comparable)
+
+
+def _agree(one: bytes, other: bytes) -> int:
+    """How many bytes are the same from the start on."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _readable(data: bytes) -> Iterator[tuple[str, int, bool]]:
+    """(text, its bytes, whether they are that text) of consecutive stretches; what is no UTF-8 is U+FFFD."""
+    while data:
+        try:
+            text, bad = data.decode(), range(len(data), len(data))
+        except UnicodeDecodeError as error:
+            text, bad = data[: error.start].decode(), range(error.start, error.end)
+        if text:
+            yield text, bad.start, True
+        if bad:
+            yield UNREADABLE, len(bad), False
+        data = data[bad.stop :]
+
+
+def _offsets(widths: Sequence[int]) -> list[int]:
+    return list(accumulate(widths, initial=0))
+
+
+def _between(cuts: Sequence[int], student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
+    """The tokens between consecutive cuts, from where tokens start; those of no bytes at the end go with the last."""
+    units: list[Unit] = []
+    i = j = 0
+    for _, stop in pairwise(cuts):
+        last = stop == cuts[-1]
+        first, other = i, j
+        while i < len(student) and (last or student[i] < stop):
+            i += 1
+        while j < len(teacher) and (last or teacher[j] < stop):
+            j += 1
+        units.append(Unit(range(first, i), range(other, j)))
+    return units

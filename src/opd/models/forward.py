@@ -1,0 +1,203 @@
+"""Reading: the hidden states that predict the tokens of responses, with little computed twice or for padding.
+
+Three layouts of the same rows, prompt and response each:
+
+    padded   one row a sequence, ends padded; batches hold rows of similar length
+    shared   what rows have in common at their start is read once, and its cache repeated: a system prompt, or the
+             prompt of a group of responses
+    packed   all sequences in one row, one behind the other, where the attention keeps them apart by their positions
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from opd.models.language_model import LanguageModel
+
+SHORTEST_SHARED_PREFIX = 16  # tokens, on average; below this, repeating a cache costs more than it saves
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Hidden states [b, L, H]; the one that predicts token t of response i is `hidden[row[i], first[i] + t]`."""
+
+    hidden: Tensor
+    row: Tensor  # [n]
+    first: Tensor  # [n]
+
+    def at(self, row: Tensor, step: Tensor) -> Tensor:
+        """[N, H]: the states that predict the tokens `step` [N] of the responses `row` [N]."""
+        return self.hidden[self.row[row], self.first[row] + step]
+
+    def of(self, i: int, tokens: int) -> Tensor:
+        """[tokens, H]: the states that predict the first `tokens` of response i."""
+        start = int(self.first[i])
+        return self.hidden[int(self.row[i]), start : start + tokens]
+
+
+def read(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Read:
+    """Read prompts and responses together. A response's last token predicts nothing, so it is not read."""
+    rows = [(*prompt, *response[:-1]) for prompt, response in zip(prompts, responses, strict=True)]
+    before = [len(prompt) - 1 for prompt in prompts]  # the position that predicts the first token of the response
+    if lm.packs:
+        return _packed(lm, rows, before)
+    prefixes = shared_prefixes(prompts) if lm.caches else None
+    if prefixes is not None:
+        return _after_prefixes(lm, rows, before, prefixes)
+    device = lm.device
+    return Read(
+        lm.forward(right_padded(rows, device), use_cache=False).last_hidden_state,
+        torch.arange(len(rows), device=device),
+        torch.tensor(before, device=device),
+    )
+
+
+def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
+    """The part of each row that is read once for all rows that begin with it; None if too little is shared to pay off.
+
+    Either every prompt up to its last token, shared by the rows of a group, or what all rows begin with: whichever
+    leaves fewer tokens to read. The last token of a prompt is never in it: it predicts.
+    """
+    if not prompts:  # a filter left no response of this step
+        return None
+    by_group = [tuple(prompt[:-1]) for prompt in prompts]
+    everyone = common_prefix(by_group[0], *by_group[1:])
+    best: list[tuple[int, ...]] | None = None
+    saved = 0
+    for prefixes in (by_group, [everyone] * len(prompts)):
+        different = set(prefixes)
+        spared = sum(map(len, prefixes)) - sum(map(len, different))
+        pays = spared > 0 and spared >= SHORTEST_SHARED_PREFIX * (len(prefixes) - len(different))
+        if pays and spared > saved and () not in different:
+            best, saved = prefixes, spared
+    return best
+
+
+def common_prefix(*rows: tuple[int, ...]) -> tuple[int, ...]:
+    """The leading tokens that all rows share."""
+    first, last = min(rows), max(rows)
+    n = 0
+    while n < min(len(first), len(last)) and first[n] == last[n]:
+        n += 1
+    return first[:n]
+
+
+def _after_prefixes(
+    lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int], prefixes: list[tuple[int, ...]]
+) -> Read:
+    """Read the different prefixes, repeat their cache, and read on. Gradients flow back through the cache."""
+    device = lm.device
+    different = list(dict.fromkeys(prefixes))
+    place = {prefix: i for i, prefix in enumerate(different)}
+    ids, mask, positions = left_padded(different, device)
+    padded = len({len(prefix) for prefix in different}) > 1
+    cache = lm.forward(
+        ids, attention_mask=mask if padded else None, position_ids=positions if padded else None, use_cache=True
+    ).past_key_values
+    index = torch.tensor([place[prefix] for prefix in prefixes], device=device)
+    cache.batch_select_indices(index)
+    own = right_padded([row[len(prefix) :] for row, prefix in zip(rows, prefixes, strict=True)], device)
+    lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
+    out = lm.forward(
+        own,
+        attention_mask=torch.cat([mask[index], torch.ones_like(own)], 1) if padded else None,
+        position_ids=lengths[:, None] + torch.arange(own.shape[1], device=device) if padded else None,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    return Read(
+        out.last_hidden_state, torch.arange(len(rows), device=device), torch.tensor(before, device=device) - lengths
+    )
+
+
+def _packed(lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int]) -> Read:
+    device = lm.device
+    starts = torch.tensor([0, *(len(row) for row in rows[:-1])], device=device).cumsum(0)
+    ids = torch.tensor([[token for row in rows for token in row]], device=device)
+    positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
+    hidden = lm.forward(ids, position_ids=positions, use_cache=False).last_hidden_state
+    return Read(hidden, torch.zeros_like(starts), starts + torch.tensor(before, device=device))
+
+
+def batches(
+    prompts: Sequence[Sequence[int]], responses: Sequence[int], tokens: int, *, shares: bool = True
+) -> list[list[int]]:
+    """Row indices in batches that read at most `tokens` tokens, padding included (and at least one row).
+
+    `responses` are lengths. Rows of similar length go together, and, unless nothing is shared anyway, rows with the
+    same prefix, which counts once.
+    """
+    prefixes = (shared_prefixes(prompts) if shares else None) or [()] * len(prompts)
+    own = [len(p) + r - len(prefix) for p, r, prefix in zip(prompts, responses, prefixes, strict=True)]
+    group: dict[tuple[int, ...], int] = {}
+    for i, prefix in enumerate(prefixes):
+        group[prefix] = max(own[i], group.get(prefix, 0))
+    order = sorted(range(len(own)), key=lambda i: (-group[prefixes[i]], prefixes[i], -own[i]))
+    out: list[list[int]] = []
+    for i in order:
+        grown = [*out[-1], i] if out else [i]
+        different = {prefixes[j] for j in grown}
+        size = max(map(len, different)) * len(different) + max(own[j] for j in grown) * len(grown)
+        if out and size <= tokens:
+            out[-1].append(i)
+        else:
+            out.append([i])
+    return out
+
+
+def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
+    """[b, L] ids, zeros behind each row's end: a causal model's valid positions never see them."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=device)
+
+
+def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(input_ids, attention_mask, position_ids), each [b, L], the rows' ends aligned."""
+    longest = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (longest - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
+    """Read prompts: equal ones once, and once what all begin with, such as a system prompt.
+
+    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if no prompt is shorter than
+    another: a model without a mask is faster), and the last positions [b, 1].
+    """
+    different = list(dict.fromkeys(map(tuple, prompts)))
+    lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
+    shared = prefix_of(different) if lm.sees_everything else ()
+    cache = None
+    if shared:
+        cache = lm.forward(torch.tensor([shared], device=lm.device), use_cache=True).past_key_values
+        cache.batch_select_indices(torch.zeros(len(different), dtype=torch.long, device=lm.device))
+    input_ids, mask, positions = left_padded([prompt[len(shared) :] for prompt in different], lm.device)
+    padded = not bool(mask.all())
+    mask = torch.cat([mask.new_ones(len(different), len(shared)), mask], 1)
+    positions = positions + len(shared)
+    out = lm.forward(
+        input_ids,
+        attention_mask=mask if padded else None,
+        position_ids=positions if padded else None,
+        past_key_values=cache,
+        use_cache=True,
+    )
+    hidden, cache, last = out.last_hidden_state[:, -1], out.past_key_values, positions[:, -1:]
+    if len(different) < len(prompts):
+        place = {prompt: i for i, prompt in enumerate(different)}
+        index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
+        cache.batch_select_indices(index)
+        hidden, mask, last = hidden[index], mask[index], last[index]
+    return hidden, cache, mask if padded else None, last
+
+
+def prefix_of(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """What prompts share at their start, up to each one's last token; nothing if too short to pay off."""
+    shared = common_prefix(*(prompt[:-1] for prompt in prompts)) if len(prompts) > 1 else ()
+    return shared if len(shared) >= SHORTEST_SHARED_PREFIX else ()

@@ -1,0 +1,139 @@
+"""Hidden states -> log-probs: the output layer, chunk by chunk; no path holds the logits of more than one chunk.
+
+A chunk is what one matmul makes: large, so that the output layer is read few times. On a CPU the arithmetic on a chunk
+goes tile by tile, so that the dozen passes of a softmax and a divergence run in the cache and not in main memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd.maths import kernels
+from opd.types import Shared
+
+# Entries of one chunk's logits: 2^25 float32 are 128 MiB. A chunk of 150,000 tokens of vocabulary then holds 220
+# positions; below about 200 the matmul of a CPU is limited by reading the output layer, and below about 800 that of a
+# GPU, where a chunk is larger by GPU_FACTOR.
+CHUNK_ENTRIES = 2**25
+
+
+GPU_FACTOR = 4
+
+
+# Entries of one tile, 2 MiB: a tile and its temporaries stay in the cache.
+TILE_ENTRIES = 2**19
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """How a model turns its last hidden state into logits.
+
+    `vocabulary` is V, the number of real tokens: rows of `weight` beyond it are padding. They are no tokens, so they
+    are never sampled and have no share in any softmax.
+    """
+
+    weight: Tensor  # [>= V, H]
+    bias: Tensor | None  # [>= V]
+    vocabulary: int
+    multiplier: float = 1.0
+    softcap: float | None = None
+    shared: Shared | None = None  # of a teacher with a tokenizer of its own: the tokens that the student has too
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in float32."""
+        logits = self.project(hidden)
+        if self.multiplier != 1.0:
+            logits = logits * self.multiplier
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V] in float32: the matrix and the bias alone."""
+        bias = None if self.bias is None else self.bias[: self.vocabulary]
+        weight = self.weight[: self.vocabulary]
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+
+    def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
+
+        For a constant head: memory that is used again costs no page faults.
+        """
+        rows = out[: len(hidden)]
+        if self.weight.dtype != torch.float32 or self.bias is not None:
+            return rows.copy_(self.project(hidden))
+        return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
+
+    def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
+        """Multiplier, soft cap and temperature on projected logits, in place; the soft cap's derivative, if any."""
+        if self.softcap is None:
+            if self.multiplier != temperature:
+                logits.mul_(self.multiplier / temperature)
+            return None
+        capped = logits.mul_(self.multiplier / self.softcap).tanh_()
+        slope = 1.0 - capped.square()
+        logits.mul_(self.softcap / temperature)
+        return slope
+
+    def detached(self) -> Head:
+        """The same head as a constant."""
+        return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
+
+
+def chunk_entries(device: torch.device) -> int:
+    """How many entries a chunk's logits may have on this device."""
+    return CHUNK_ENTRIES if device.type == "cpu" else GPU_FACTOR * CHUNK_ENTRIES
+
+
+def chunks(n: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices of 0..n such that a slice's rows of `width` have at most `chunk_entries` (and at least one row)."""
+    return _slices(n, chunk_entries(device) // width)
+
+
+def buffer(n: int, width: int, device: torch.device) -> Tensor:
+    """Memory for the logits of the largest of `chunks(n, width, device)`."""
+    return torch.empty(next(chunks(n, width, device), slice(0, 0)).stop, width, device=device)
+
+
+def tiles(chunk: Tensor) -> Iterator[slice]:
+    """Slices of the rows of a chunk [n, V]: a few on a CPU, all at once elsewhere."""
+    return _slices(len(chunk), TILE_ENTRIES // chunk.shape[1] if chunk.device.type == "cpu" else len(chunk))
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """log sum exp of a chunk's rows, [n, V] -> [n, 1], tile by tile."""
+    return torch.cat(
+        [kernels.on(logits.device).log_normaliser(logits[tile]) for tile in tiles(logits)] or [logits[:, :1]]
+    )
+
+
+def into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> None:
+    """A chunk's logits [n, V] <- softmax times `factor` [n, 1], in place, tile by tile; `log_z` [n, 1]."""
+    for tile in tiles(logits):
+        kernels.on(logits.device).into_probabilities(logits[tile], log_z[tile], factor[tile])
+
+
+def _slices(n: int, size: int) -> Iterator[slice]:
+    size = max(1, size)
+    for start in range(0, n, size):
+        yield slice(start, min(start + size, n))
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits divided by the temperature; at 1, themselves."""
+    return logits if temperature == 1.0 else logits / temperature
+
+
+@torch.no_grad()
+def paired_log_probs(
+    student: Head, student_hidden: Tensor, teacher: Head, teacher_hidden: Tensor, temperature: float = 1.0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both models' log-probs [n, V] at hidden states [N, H] of the same positions, a tile at a time, in order."""
+    for rows in chunks(len(student_hidden), student.vocabulary, student_hidden.device):
+        ours, theirs = student.logits(student_hidden[rows]), teacher.logits(teacher_hidden[rows])
+        for tile in tiles(ours):
+            yield tempered(ours[tile], temperature).log_softmax(-1), tempered(theirs[tile], temperature).log_softmax(-1)

@@ -1,0 +1,289 @@
+"""Causal language models: load, build, and look inside. Weights come from safetensors (or GGUF, converted once)."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from opd.errors import ConfigError, DataError
+from opd.models.head import Head
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanguageModel:
+    """A model, its tokenizer, and what scoring and sampling have to know about both."""
+
+    model: nn.Module  # a transformers causal LM, or one wrapped by peft
+    tokenizer: Any
+    vocabulary: int  # V: the largest id of a real token, plus one
+    stop_ids: frozenset[int]
+    template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    autocast: bool = False  # bfloat16 compute over the weights' own type
+    name: str = "model"
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def causal_lm(self) -> nn.Module:
+        """The transformers model; with peft, the one that carries the adapter layers."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
+
+    @property
+    def adapters(self) -> bool:
+        return hasattr(self.model, "disable_adapter")
+
+    def head(self) -> Head:
+        """The output layer, with the multiplier and soft cap of the model's config."""
+        layer = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        if not isinstance(getattr(layer, "weight", None), Tensor) or hasattr(layer, "lora_A"):
+            raise ConfigError(
+                f"{self.name}: the output layer is a {type(layer).__name__}, and opd reads it as one weight matrix. "
+                "Leave the output layer out of the LoRA target modules."
+            )
+        config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+        multiplier = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
+        return Head(
+            weight=layer.weight,
+            bias=getattr(layer, "bias", None),
+            vocabulary=self.vocabulary,
+            multiplier=multiplier / float(getattr(config, "logits_scaling", None) or 1.0),
+            softcap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """The model without its output layer: `last_hidden_state` [b, L, H] and, if asked for, the cache."""
+        lm = self.causal_lm
+        backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
+        with self.compute():
+            return backbone(input_ids=input_ids, **kwargs)
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [b, L, H] of right-padded rows.
+
+        No attention mask: a causal model's valid positions never see what is to their right.
+        """
+        return self.forward(input_ids, use_cache=False).last_hidden_state
+
+    @property
+    def packs(self) -> bool:
+        """Whether attention keeps sequences of one row apart by their positions at no cost: FlashAttention does."""
+        return "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
+
+    @property
+    def sharded(self) -> bool:
+        """Whether processes hold shards of the weights (`parallel.World.shard`)."""
+        return any(hasattr(module, "unshard") for module in self.model.modules())
+
+    @property
+    def caches(self) -> bool:
+        """Whether a forward may use a cache.
+
+        Not in training under gradient checkpointing, nor on shards: there each forward is one of all processes, and
+        how many a micro-batch takes must not depend on what its rows share.
+        """
+        new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # transformers has renamed it
+        checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
+        return not (self.model.training and (checkpointing or self.sharded))
+
+    @property
+    def sees_everything(self) -> bool:
+        """Whether every layer attends to all positions before it: a window is counted in places of the cache, so that
+        padding between a shared prefix and the rest would shift it."""
+        config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+        kinds = getattr(config, "layer_types", None)
+        if kinds:
+            return set(kinds) == {"full_attention"}
+        return getattr(config, "sliding_window", None) is None
+
+    @property
+    def positions(self) -> float:
+        """How many positions the model knows; infinite if it does not say."""
+        return positions_of(self.causal_lm.config)
+
+    def check_length(self, tokens: int, remedy: str) -> None:
+        """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
+        check_positions(self.name, tokens, self.positions, remedy)
+
+    def compute(self) -> contextlib.AbstractContextManager[Any]:
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+    @contextlib.contextmanager
+    def casting_once(self) -> Iterator[None]:
+        """While the weights stay as they are: forwards inside share autocast's bfloat16 copies of what trains.
+
+        Autocast drops them at the end of its outermost block, which without this one is each forward.
+        """
+        if not self.autocast:
+            yield
+            return
+        kind = self.device.type
+        with torch.autocast(kind, dtype=torch.bfloat16), torch.autocast(kind, enabled=False):
+            yield
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that training moves, by name; with LoRA the adapters alone."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that transformers keeps together on one device, in order; empty if it names none."""
+        kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
+        return [module for module in self.causal_lm.modules() if type(module).__name__ in kinds]
+
+
+def positions_of(config: Any) -> float:
+    """How many positions a model of this transformers config knows; infinite if the config does not say."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) else math.inf
+
+
+def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:
+    """Raise DataError when a sequence of `tokens` has more than the `positions` that the model knows."""
+    if tokens > positions:
+        raise DataError(f"{name} would read {tokens} tokens in all, but it knows {positions} positions. {remedy}")
+
+
+class Root(nn.Module):
+    """A model whose forward runs any function over its weights.
+
+    Our losses call the backbone and read the head's weight, never the model itself. Sharded weights are gathered by the
+    forward of a module that has them all, and their gradients reduced after its backward: this one.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
+        return function(*arguments)
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """eval() for a while: a model with gradient checkpointing cannot use its cache in train()."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
+    """A model and tokenizer as a LanguageModel: dropout off, head verified. Raises ConfigError if it cannot be read.
+
+    Dropout is off because the distribution that is trained must be the one that writes.
+    """
+    if tokenizer is None:
+        raise ConfigError(f"{name}: a model object needs its tokenizer too; pass `tokenizer=`.")
+    disable_dropout(model)
+    stop = {tokenizer.eos_token_id} | _as_set(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    lm = LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        stop_ids=frozenset(i for i in stop if i is not None),
+        name=name,
+        **options,
+    )
+    if not lm.stop_ids:
+        raise ConfigError(
+            f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
+        )
+    check_attention(lm)
+    verify_head(lm)
+    return lm
+
+
+def check_attention(lm: LanguageModel) -> None:
+    """Refuse a model that keeps a recurrent state: sampling pads on the left and drops rows, which its state cannot."""
+    config = lm.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
+    if kinds or getattr(lm.causal_lm, "_is_stateful", False):
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} has layers with a recurrent state "
+            f"({', '.join(sorted(kinds)) or 'stateful'}), which opd does not sample from yet. "
+            "Use a model with attention in every layer."
+        )
+
+
+@torch.no_grad()
+def verify_head(lm: LanguageModel) -> None:
+    """Refuse an architecture whose logits are not `head(hidden)` as `LanguageModel` reads them, on four tokens."""
+    head = lm.head()
+    if head.weight.shape[0] < lm.vocabulary:
+        raise ConfigError(
+            f"{lm.name}: the tokenizer has ids up to {lm.vocabulary - 1}, but the output layer has only "
+            f"{head.weight.shape[0]} rows. Use the model's own tokenizer, or resize_token_embeddings."
+        )
+    ids = torch.arange(4, device=lm.device)[None] % lm.vocabulary
+    with evaluating(lm.model), lm.compute():
+        expected = lm.causal_lm(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
+        got = head.logits(lm.hidden(ids))
+    worst = (got - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    if not worst <= 2e-2 * scale + 1e-4:
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} makes logits in a way that opd does not know: they differ from "
+            f"head(hidden) by up to {worst:.3g} (largest logit {scale:.3g}). Please report the architecture."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in the modules and, for models that read it there, in the config."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # passed to functional dropout in the forward
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name, value in vars(config).items() if config is not None else ():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def frozen_copy(lm: LanguageModel) -> LanguageModel:
+    """A copy that never trains. Parameters that do not train in the original are shared, not copied."""
+    shared = {id(p): p for p in lm.model.parameters() if not p.requires_grad}
+    model = copy.deepcopy(lm.model, shared).requires_grad_(False).eval()
+    return replace(lm, model=model, name=f"{lm.name} (copy)")
+
+
+def add_lora(model: nn.Module, *, rank: int, alpha: float, target_modules: str | list[str]) -> nn.Module:
+    """The model with trainable low-rank adapters (arXiv 2106.09685) and everything else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    targets: Any = target_modules
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")  # type: ignore[arg-type]
+    return get_peft_model(model, config)  # type: ignore[arg-type]
+
+
+def merged_state(lm: LanguageModel) -> nn.Module:
+    """A transformers model that loads anywhere: adapters merged into a copy, or the model itself."""
+    if not lm.adapters:
+        return lm.causal_lm
+    return copy.deepcopy(lm.model).merge_and_unload()  # type: ignore[operator]
+
+
+def save(lm: LanguageModel, folder: Path) -> None:
+    """Safetensors, config and tokenizer: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
+    merged_state(lm).save_pretrained(folder)  # type: ignore[operator]
+    lm.tokenizer.save_pretrained(folder)
+
+
+def _as_set(value: int | list[int] | None) -> set[int | None]:
+    return set(value) if isinstance(value, list) else {value}

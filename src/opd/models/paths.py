@@ -1,0 +1,85 @@
+"""Where a model's path points: a folder, a GGUF file, a packaged file, a hub id; what is said where it is none.
+
+`where` is what a message calls the path: the recipe's key, or the argument of a command.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from opd.errors import ConfigError, nearest
+from opd.plugins import packaged
+from opd.recipe.schema import ModelSpec
+
+
+def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:
+    """An existing folder or GGUF file, or a hub id. Raises ConfigError or DataError."""
+    assert spec.path is not None
+    asked = where or f"models.{name}.path"
+    path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
+    local = Path(path).expanduser()
+    if local.is_file() and local.suffix == ".gguf":
+        return local
+    if local.is_dir():
+        if (local / "config.json").exists():
+            key = f"models.{name}.trust_remote_code: true"
+            _check_folder(local, spec, asked, f"set {key}" if where is None else f"measure it in a recipe with {key}")
+            return local
+        files = sorted(local.glob("*.gguf"))
+        if len(files) != 1:
+            remedy = _models_of_its_run(local) or "Give a Hugging Face model folder, or one GGUF file."
+            raise ConfigError(
+                f"{asked}: {local} has no config.json and {len(files)} GGUF files, so no model can be loaded from it. "
+                f"{remedy}"
+            )
+        return files[0]
+    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
+    if looks_local or local.suffix == ".gguf" or local.exists():
+        problem = f"{local} is no model folder" if local.exists() else f"there is nothing at {local}"
+        raise ConfigError(f"{asked}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
+    return str(path)
+
+
+def near_path(path: Path) -> str:
+    """` Did you mean 'x'?` for a path of which a part is misspelt, or the empty string."""
+    if path.exists():
+        return ""
+    part = path
+    while not part.parent.exists():
+        part = part.parent
+    if not part.parent.is_dir():
+        return ""
+    there = sorted(one.name for one in part.parent.iterdir() if one.is_dir() or one.suffix == ".gguf")
+    return nearest(part.name, there)
+
+
+def _models_of_its_run(folder: Path) -> str:
+    """The models that a run left, where the folder is one's, or a part of one; else the empty string."""
+    parts = [folder, *folder.parents][:4]  # a checkpoint, `checkpoints`, the stage, the run
+    run = next((p for p in parts if (p / "recipe.yaml").exists() and (p / "environment.json").exists()), None)
+    if run is None:
+        return ""
+    found = sorted(file.parent for file in run.glob("*/model/config.json"))
+    its_own = [model for model in found if model.parent in parts]
+    if not found:
+        return "It belongs to a run of which no stage has finished: a stage leaves its model when it ends."
+    return f"It belongs to a run, and its stages leave their models apart: {', '.join(map(str, its_own or found))}."
+
+
+def _check_folder(folder: Path, spec: ModelSpec, asked: str, remedy: str) -> None:
+    """Refuse pickled weights and a folder's own code before either is touched. Raises ConfigError."""
+    if not any(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
+        raise ConfigError(
+            f"{asked}: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
+            "it is read. opd loads safetensors only: load the model where you trust it and call save_pretrained."
+        )
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise ConfigError(f"{asked}: {folder / 'config.json'} is not valid JSON: {error}") from error
+    if "auto_map" in config and not spec.trust_remote_code:
+        raise ConfigError(
+            f"{asked}: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
+            f"unless asked for. If you trust it, {remedy}."
+        )

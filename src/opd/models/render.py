@@ -1,0 +1,153 @@
+"""Prompts and responses -> token ids, with the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from opd.errors import ConfigError, DataError, nearest
+from opd.types import Prompt
+
+# Decided by this file. Templates may mention them, so that the check by name alone would let them pass.
+RESERVED = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
+
+
+_SET_TEMPLATE = "set the model's template, `models.NAME.chat_template`"
+
+
+def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}) -> list[int]:
+    """The ids that the model reads before it writes. [prompt tokens]
+
+    Text is encoded with the tokenizer's own special tokens, without an end-of-sequence token that it appends, and
+    `template_options` do not concern it. Messages go through the chat template, with `add_generation_prompt`; the
+    template writes its own special tokens, so none are added, and `template_options` are its variables. A `prefill`
+    stands behind either, encoded together with it.
+
+    Raises DataError for messages without a chat template or ones that the template refuses, ConfigError for an option
+    that the template does not mention (jinja would ignore it).
+    """
+    if isinstance(prompt.content, str):
+        return _encode_text(prompt.content + prompt.prefill, tokenizer)
+    template = _template(prompt, tokenizer, template_options)
+    _check_options(template, tokenizer, template_options)
+    messages = [dict(message) for message in prompt.content]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_options)
+    except (TemplateError, TypeError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages)
+        raise DataError(
+            f"The chat template of {_name(tokenizer)} refused prompt {prompt.id} (roles: {roles}): {error}. "
+            f"Change the messages, or {_SET_TEMPLATE}."
+        ) from error
+    return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
+
+
+def render_checked(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    *,
+    max_prompt_length: int | None,
+    template_options: Mapping[str, Any] = {},
+) -> list[list[int]]:
+    """`render` for each prompt; `max_prompt_length` is in tokens, None for no limit.
+
+    Raises DataError for a prompt of zero tokens or longer than the limit, and what `render` raises.
+    """
+    rendered = [render(prompt, tokenizer, template_options) for prompt in prompts]
+    for prompt, ids in zip(prompts, rendered, strict=True):
+        if not ids:
+            raise DataError(
+                f"Prompt {prompt.id} renders to zero tokens with {_name(tokenizer)}, and a model reads at least one. "
+                "Remove the row, or use a tokenizer that knows its characters."
+            )
+    if max_prompt_length is None:
+        return rendered
+    lengths = {prompt.id: len(ids) for prompt, ids in zip(prompts, rendered, strict=True)}
+    too_long = [key for key, length in lengths.items() if length > max_prompt_length]
+    if too_long:
+        raise DataError(
+            f"Prompt {too_long[0]} has {lengths[too_long[0]]} tokens, and `max_prompt_length` is {max_prompt_length}; "
+            f"{len(too_long)} of these {len(prompts)} prompts are longer, the longest has {max(lengths.values())}. "
+            "Prompts are never cut: raise `max_prompt_length`, or filter the data."
+        )
+    return rendered
+
+
+def encode_response(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a response that somebody wrote down, and the end-of-sequence id once at the end. [response tokens]
+
+    Raises DataError when the text has no tokens, ConfigError when the tokenizer has no end-of-sequence token.
+    """
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ConfigError(
+            f"{_name(tokenizer)} has no end-of-sequence token, so no response can end. Set its eos_token."
+        )
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = ids[: len(ids) - _ends(ids, end)]
+    if not ids:
+        raise DataError(
+            f"The response {text!r:.80} has zero tokens with {_name(tokenizer)} besides the end-of-sequence token. "
+            "Remove the row, or use a tokenizer that knows its characters."
+        )
+    return [*ids, end]
+
+
+def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | None:
+    """The first id that the template writes after an assistant's words; None if it refuses, or writes nothing there."""
+    words = "answer"
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
+    if not tokenizer.chat_template:
+        return None
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_options)
+    except (TemplateError, TypeError):
+        return None
+    ids = tokenizer(text.rpartition(words)[2], add_special_tokens=False).input_ids
+    return ids[0] if ids else None
+
+
+def _encode_text(text: str, tokenizer: Any) -> list[int]:
+    ids = tokenizer(text).input_ids
+    end = tokenizer.eos_token_id
+    if end is None or not ids or ids[-1] != end:
+        return ids
+    # An end that the text itself spells stays; only what the tokenizer appends goes.
+    appended = _ends(ids, end) - _ends(tokenizer(text, add_special_tokens=False).input_ids, end)
+    return ids[: len(ids) - appended]
+
+
+def _ends(ids: Sequence[int], end: int) -> int:
+    """How many `end` ids stand at the end."""
+    return next((i for i, token in enumerate(reversed(ids)) if token != end), len(ids))
+
+
+def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str:
+    remedy = f"Give `prompt` as text (and no `chat` or `system`), or {_SET_TEMPLATE}."
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"Prompt {prompt.id} is a list of messages, and {_name(tokenizer)} has no chat template. {remedy}"
+        )
+    try:
+        return tokenizer.get_chat_template(tools=options.get("tools"))
+    except ValueError as error:  # several templates, none of them the default
+        raise DataError(f"Prompt {prompt.id} cannot be rendered with {_name(tokenizer)}: {error} {remedy}") from error
+
+
+def _check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
+    for name in options:
+        if name in RESERVED:
+            raise ConfigError(f"`template_options` cannot set {name!r}: rendering a prompt decides it. Remove it.")
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            known = set(re.findall(r"\b[a-z]\w*_\w+\b", template)) - set(RESERVED)
+            raise ConfigError(
+                f"The chat template of {_name(tokenizer)} does not mention the option {name!r}, so it would do nothing."
+                f"{nearest(name, known)} Remove it from `template_options`, or {_SET_TEMPLATE}."
+            )
+
+
+def _name(tokenizer: Any) -> str:
+    return f"tokenizer {tokenizer.name_or_path!r}" if tokenizer.name_or_path else type(tokenizer).__name__

@@ -1,0 +1,157 @@
+"""What the tokens of a tokenizer stand for, in bytes, and which of them two tokenizers share.
+
+Bytes, because tokens need not end between characters: an emoji may be four tokens. What a token's bytes are is read
+from the tokenizer's own decoder, never found by decoding a token alone, which turns half of a character into U+FFFD.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from opd.errors import AlignmentError
+from opd.models.render import turn_end
+
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+
+
+# GPT-2's printable stand-ins for bytes, as characters of a byte-level vocabulary.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+
+
+_OTHERS = [b for b in range(0x100) if b not in _PRINTABLE]
+
+
+BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enumerate(_OTHERS)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Vocabulary:
+    """What the tokens of a tokenizer stand for, by id."""
+
+    pieces: Mapping[int, bytes]  # tokens of text
+    special: Mapping[int, str]  # tokens of no text, by name
+    written_as: Mapping[bytes, int]  # the token for these bytes: of several, not the one of a byte fallback
+
+
+def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
+    """The bytes of each token; `ends` are no text.
+
+    Raises AlignmentError for a tokenizer that does not say what its tokens stand for.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = getattr(core, "decoder", None)
+    if decoder is None:
+        raise AlignmentError(
+            f"The tokenizer {name_of(tokenizer)} has no decoder of the `tokenizers` library, so the bytes of its "
+            "tokens cannot be told. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
+        )
+    read = _reader(json.loads(decoder.__getstate__()), tokenizer)
+    added = tokenizer.added_tokens_decoder
+    special = {i: token.content for i, token in added.items() if token.special or i in ends}
+    pieces: dict[int, bytes] = {}
+    written_as: dict[bytes, int] = {}
+    fallback: dict[bytes, int] = {}
+    for token, i in sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]):
+        if i not in special:
+            pieces[i] = token.encode() if i in added else read(token)
+            (fallback if BYTE.fullmatch(token) else written_as).setdefault(pieces[i], i)
+    return Vocabulary(pieces=pieces, special=special, written_as={**fallback, **written_as})
+
+
+def ends_of(
+    student: Any, teacher: Any, *, chat: bool, options: tuple[Mapping[str, Any], Mapping[str, Any]]
+) -> dict[int, int]:
+    """What ends a response, student id -> teacher id: the same token, whatever its names.
+
+    The end-of-sequence tokens, and before these, where responses are turns of a `chat`, the tokens with which the
+    templates, with their `options`, end a turn.
+    """
+    turns = [_turn_end(one, given) if chat else None for one, given in zip((student, teacher), options, strict=True)]
+    ends: dict[int, int] = {}
+    for end, its in (turns, (student.eos_token_id, teacher.eos_token_id)):
+        if end is not None and its is not None and end not in ends and its not in ends.values():
+            ends[end] = its
+    return ends
+
+
+def _turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
+    """The token that ends a turn; None where the template ends it with mere text, such as a line's end."""
+    end = turn_end(tokenizer, options)
+    return end if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id else None
+
+
+def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, int]) -> dict[int, int]:
+    """Student id -> teacher id of tokens of the same bytes, of special tokens of the same name, and of the `ends`."""
+    names = {name: i for i, name in teacher.special.items() if i not in ends.values()}
+    named = {i: names[name] for i, name in student.special.items() if i not in ends and name in names}
+    text = {i: teacher.written_as[b] for b, i in student.written_as.items() if b in teacher.written_as}
+    return dict(sorted({**text, **named, **ends}.items()))
+
+
+Reader: TypeAlias = Callable[[str], bytes]
+
+
+def _reader(decoder: Mapping[str, Any], tokenizer: Any) -> Reader:
+    """How a decoder of the `tokenizers` library turns one token into bytes."""
+    steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    spaces = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
+    for step in steps:
+        if step["type"] == "Replace" and "String" in step["pattern"]:
+            spaces.append((step["pattern"]["String"], step["content"]))
+        elif step["type"] not in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse", "Strip"):
+            raise AlignmentError(
+                f"The tokenizer {name_of(tokenizer)} decodes with {step['type']}, which joins tokens in a way that "
+                "hides what each stands for. Tokens of byte-level BPE, SentencePiece and characters can be aligned; "
+                "use a model with such a tokenizer."
+            )
+    kinds = {step["type"] for step in steps}
+
+    def read(token: str) -> bytes:
+        if "ByteLevel" in kinds:  # a token with other characters stands for itself, as in the library's decoder
+            return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
+        if "ByteFallback" in kinds and (match := BYTE.fullmatch(token)):
+            return bytes([int(match[1], 16)])
+        for mark, text in spaces:
+            token = token.replace(mark, text)
+        return token.encode()
+
+    return read
+
+
+def name_of(tokenizer: Any) -> str:
+    return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"({type(tokenizer).__name__})"
+
+
+def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the student", "the teacher")) -> None:
+    """Same token, same id, in both tokenizers, or AlignmentError with how many differ and which.
+
+    The heads may differ in width: rows beyond the tokenizer's largest id are padding on either side.
+    """
+    ours, theirs = student.get_vocab(), teacher.get_vocab()
+    moved = [t for t, i in _by_id(ours) if t in theirs and theirs[t] != i]
+    only_student = [t for t, _ in _by_id(ours) if t not in theirs]
+    only_teacher = [t for t, _ in _by_id(theirs) if t not in ours]
+    if not (moved or only_student or only_teacher):
+        return
+    parts = [
+        f"{len(tokens)} tokens {what} ({', '.join(repr(t) for t in tokens[:3])}{', ...' if len(tokens) > 3 else ''})"
+        for tokens, what in (
+            (moved, "have another id"),
+            (only_student, "exist only in the student"),
+            (only_teacher, "exist only in the teacher"),
+        )
+        if tokens
+    ]
+    raise AlignmentError(
+        f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)}) differ: "
+        f"{'; '.join(parts)}. Token by token their distributions cannot be compared. Use a teacher of the student's "
+        "family, give both the same tokenizer files, or use a method for two tokenizers, such as simct."
+    )
+
+
+def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(vocabulary.items(), key=lambda item: item[1])

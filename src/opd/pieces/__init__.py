@@ -1,0 +1,1 @@
+"""The decisions that a paper makes, each a pure function of a record."""

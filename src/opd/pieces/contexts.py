@@ -1,0 +1,179 @@
+"""What the teacher reads. A context returns one `Prompt` a rollout; the teacher renders it with its own template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache
+
+from opd.errors import ConfigError, DataError
+from opd.messages import fields_of, with_question
+from opd.pieces.filters import PASS
+from opd.pieces.needs import needing
+from opd.pieces.solutions import Solutions, showing
+from opd.types import Context, Message, Prompt, Rollout
+
+VERDICTS = ("correct", "incorrect")
+
+
+FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")
+
+
+# The kinds of privileged information of arXiv 2605.11182 that differ from prompt to prompt, as arguments of
+# `privileged`. What they say is the paper's, the wording ours. (A rule that all prompts share is its `system`.) A chat
+# template that opens the think block itself wants a `prefill` of its own, without the first tag.
+INFORMATION: Mapping[str, Mapping[str, str]] = {
+    "answer": {
+        "template": "{prompt}\n\nThe final answer is known to be: {answer}\nSolve the problem yourself, step by step, "
+        "and arrive at this answer."
+    },
+    "solution": {
+        "template": "{prompt}\n\nA reference solution:\n{privileged_context}\n\nOnce you see why each of its steps is "
+        "there, derive the same answer again in your own steps."
+    },
+    "hint": {"prefill": "<think>\nThe answer to this problem is {answer}.\n</think>\n\n"},
+    "history": {
+        "template": "{prompt}\n\nEarlier attempts at this problem, in summary:\n{privileged_context}\n\nKeep what led "
+        "somewhere, avoid what did not, and solve the problem."
+    },
+    "feedback": {
+        "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
+        "right in it, correct what is not, and solve the problem."
+    },
+    # Of arXiv 2605.11609 (App. C), in its words: a solution that is not the response's own, and what became of that.
+    "verified": {
+        "template": "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is "
+        "{verdict}.\n\nNow solve this problem step by step."
+    },
+}
+
+
+@cache
+def same_prompt() -> Context:
+    """The teacher reads what the student read."""
+    return lambda rollouts: [rollout.prompt for rollout in rollouts]
+
+
+def privileged(
+    *,
+    system: str | None = None,
+    examples: Sequence[tuple[str, str]] = (),
+    template: str | None = None,
+    prefill: str | None = None,
+    verdicts: tuple[str, str] = VERDICTS,
+    solutions: Solutions | None = None,
+) -> Context:
+    """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this one.
+
+    `system` replaces the system message, `examples` are exchanges (user, assistant) put before the conversation,
+    `template` rewrites the last user message, and `prefill` follows the generation prompt, as if the teacher had begun
+    to answer with it. Both have fields:
+
+        {prompt}               the user's message; needed in a template, and not in a prefill
+        {privileged_context}   the data's column, e.g. a solution
+        {answer}               the data's column
+        {attempt}              the response that the student has just written, which the teacher scores
+        {verdict}              `verdicts[0]` where the stage's reward is at least `filters.PASS`, else `verdicts[1]`
+
+    `solutions`, where given, finds what stands in {privileged_context}, one text a response; a response without one is
+    read with its prompt alone.
+
+    Raises ConfigError when nothing is given, for an unknown field, or where solutions are found and not shown.
+    """
+    if system is None and not examples and template is None and prefill is None:
+        raise ConfigError(
+            "A privileged context needs something that the student does not read: give `system`, `examples`, "
+            "`template` or `prefill`."
+        )
+    fields = set[str]()
+    if template is not None:
+        fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
+    if prefill is not None:
+        fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
+    if solutions is not None and "privileged_context" not in fields:
+        raise ConfigError(
+            "The solution found for a response stands in {privileged_context}, and neither the template nor the "
+            f"prefill shows it; got template {template!r:.80} and prefill {prefill!r:.80}. Put it where it belongs."
+        )
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        read = rollouts if solutions is None else showing(rollouts, solutions(rollouts))
+        return [
+            rollout.prompt if one is None else _enriched(one, system, examples, template, prefill, verdicts)
+            for rollout, one in zip(rollouts, read, strict=True)
+        ]
+
+    needs = fields & {"privileged_context", "answer"}
+    if solutions is not None:
+        needs = needs - {"privileged_context"} | {"reward", "group", "attempt"}
+    if fields & {"attempt", "verdict"}:
+        needs |= {"attempt"}
+    if "verdict" in fields:
+        needs |= {"reward"}
+    return needing(context, *needs)
+
+
+def _enriched(
+    rollout: Rollout,
+    system: str | None,
+    examples: Sequence[tuple[str, str]],
+    template: str | None,
+    prefill: str | None,
+    verdicts: tuple[str, str],
+) -> Prompt:
+    prompt = rollout.prompt
+    if prefill is not None:
+        prompt = replace(prompt, prefill=_filled(prefill, rollout, verdicts))
+    if isinstance(prompt.content, str):
+        if examples:
+            raise DataError(
+                f"Worked examples are exchanges of a conversation, but prompt {prompt.id} is plain text. "
+                "Set `chat: true` in the data section, or write the examples into `system`."
+            )
+        text = prompt.content if template is None else _filled(template, rollout, verdicts, prompt.content)
+        return replace(prompt, content=text if system is None else f"{system}\n\n{text}")
+    messages = prompt.content
+    if template is not None:
+        messages = with_question(
+            messages, lambda text: _filled(template, rollout, verdicts, text), f"Prompt {prompt.id}"
+        )
+        assert not isinstance(messages, str)
+    head = [message for message in messages[:1] if message["role"] == "system"]
+    rest = messages[len(head) :]
+    if system is not None:
+        head = [{"role": "system", "content": system}]
+    shown: list[Message] = []
+    for user, assistant in examples:
+        shown += [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+    return replace(prompt, content=(*head, *shown, *rest))
+
+
+def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str = "") -> str:
+    """The pattern with its fields' values; what stands in braces in a value stays as it is."""
+    values: dict[str, str] = {"prompt": text, "attempt": rollout.text}
+    for name in ("privileged_context", "answer"):
+        if f"{{{name}}}" in pattern:
+            values[name] = _column(name, rollout.prompt)
+    if "{verdict}" in pattern:
+        if rollout.reward is None:
+            remedy = "Set the stage's `reward`, or leave {verdict} out."
+            if rollout.unjudged is not None:
+                remedy = (
+                    f"Its judge failed ({rollout.unjudged}). The same command asks again, from the last checkpoint on; "
+                    "a reward that is a function does not fail."
+                )
+            raise DataError(
+                f"The response to prompt {rollout.prompt.id} has no reward, and the context tells the teacher its "
+                f"verdict. {remedy}"
+            )
+        values["verdict"] = verdicts[0] if rollout.reward >= PASS else verdicts[1]
+    return pattern.format(**values)
+
+
+def _column(name: str, prompt: Prompt) -> str:
+    value = getattr(prompt, name)
+    if value is None:
+        raise DataError(
+            f"Prompt {prompt.id} has no `{name}`, which the context asks for. Fill the column, or leave the field out."
+        )
+    return str(value)

@@ -1,0 +1,202 @@
+"""How far a response has drifted from what its teacher knows, and what follows: a weight, a budget, an early end.
+
+Prune-OPD, arXiv 2605.07804, as its released code has it. Positions are tokens of a response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from opd.errors import ConfigError
+from opd.maths.overlap import shared
+from opd.pieces.memory import Remembered
+from opd.pieces.needs import needing
+from opd.types import Batch, Gather, Look, Observe, Rollout, Scores, Watch, Weight, Writers
+
+ALIVE = 1e-8  # a trust above this is not 0, as in the released code
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drift:
+    """Where the teacher is lost, and the trust W_t = clip(1 - drop sum_{j <= t} lost_j, 0, 1) that is left in it.
+
+    `overlap`: lost where the k most likely tokens of student and teacher have less than the share `threshold` in
+    common, which is settled before y_t is drawn. `teacher_top_p_accept`: lost where y_t lies outside the smallest set
+    of the teacher's most likely tokens with at least the mass `threshold`; never where its k do not hold that mass.
+
+    Raises ConfigError for k < 1, and for a threshold or a drop outside [0, 1].
+    """
+
+    metric: Literal["overlap", "teacher_top_p_accept"] = "overlap"
+    k: int = 16
+    threshold: float = 0.7
+    drop: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or not (0.0 <= self.threshold <= 1.0 and 0.0 <= self.drop <= 1.0):
+            raise ConfigError(
+                "Drift compares the k most likely tokens, k at least 1, with a threshold from 0 to 1, and takes a drop "
+                f"from 0 to 1 off the trust; got k {self.k}, threshold {self.threshold} and drop {self.drop}."
+            )
+
+    @property
+    def looks(self) -> tuple[str, ...]:
+        """What a piece that goes by this declares (`needs.needing`)."""
+        return ("teacher",) if self.metric == "overlap" else ("teacher", "sampled_token")
+
+    def lost(self, ids: Tensor, student_top: Tensor, teacher_top: Tensor, teacher_top_logp: Tensor) -> Tensor:
+        """[..., T] bool, from sampled ids [..., T], top ids and log-probs [..., T, at least k] in falling order."""
+        teacher = teacher_top[..., : self.k]
+        if self.metric == "overlap":
+            return shared(student_top[..., : self.k], teacher).double().mean(-1) < self.threshold
+        mass = teacher_top_logp[..., : self.k].double().exp()
+        up_to = mass.cumsum(-1)
+        before = up_to.roll(1, -1)
+        before[..., 0] = 0.0
+        inside = ((teacher == ids[..., None]) & (before < self.threshold)).any(-1)
+        return ~inside & (up_to[..., -1] >= self.threshold)
+
+    def trust(self, lost: Tensor) -> Tensor:
+        """W [..., T] in float64 of `lost` [..., T]: from 1 down to 0, never up."""
+        return (1.0 - self.drop * lost.double().cumsum(-1)).clamp(0.0, 1.0)
+
+    def of(self, rollout: Rollout, scores: Scores) -> Tensor:
+        """W [T] of a response as it was written, recorded and scored with top ids; every token counts as trained."""
+        student, teacher, logp = rollout.student_top_ids, scores.teacher_top_ids, scores.teacher_top_logp
+        assert student is not None, "the sampler was not asked for top ids"
+        assert teacher is not None, "the teacher was not asked for top ids"
+        assert logp is not None
+        return self.trust(self.lost(rollout.response_ids, student, teacher.cpu(), logp.cpu()))
+
+
+def lost_tokens(drift: Drift, batch: Batch) -> Tensor:
+    """The trained tokens that the teacher has lost, [B, T] bool. Raises ConfigError where nobody made the top ids."""
+    student, teacher, logp = batch.student_top_ids, batch.teacher_top_ids, batch.teacher_top_logp
+    if student is None or teacher is None or logp is None or teacher.shape[-1] < drift.k:
+        raise ConfigError(
+            f"Drift reads the {drift.k} most likely tokens of both models, and the batch has "
+            f"{0 if teacher is None else teacher.shape[-1]}. Declare them on the piece that calls it: "
+            f"needing(piece, top_k={drift.k})."
+        )
+    return drift.lost(batch.response_ids, student, teacher, logp) & batch.mask
+
+
+def trusted(drift: Drift, base: float = 0.5) -> Weight:
+    """omega_t = W_t + base: what has drifted away still weighs `base`. Raises ConfigError for a base below 0."""
+    if base < 0.0:
+        raise ConfigError(f"What is added to the trust of every token is at least 0, got base {base}.")
+
+    def weight(batch: Batch) -> Tensor:
+        return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
+
+    return needing(weight, *drift.looks, "trusts", top_k=drift.k)
+
+
+def ends_drifted(drift: Drift, every: int) -> Watch:
+    """Every `every` tokens the teacher scores what is being written, and what has a trust of 0 ends there, unfinished.
+
+    Raises ConfigError for `every` below 1.
+    """
+    if every < 1:
+        raise ConfigError(f"The teacher looks every so many tokens, at least 1, got {every}.")
+
+    def watch(writers: Writers) -> Look:
+        assert writers.reader is not None, "a method without a teacher is refused before this"
+        score = writers.reader()
+
+        def goes_on(shown: Sequence[Rollout]) -> list[bool]:
+            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(shown, score(shown), strict=True)]
+
+        return Look(every=every, goes_on=goes_on)
+
+    return needing(watch, "teacher", "unfinished", top_k=drift.k, first_look=every)
+
+
+class Budget:
+    """How long responses may be, in tokens: longer where enough of them keep some trust to the end of it, else shorter.
+
+    With B the budget and L_i = #{t : W_t > 0} the effective length of response i,
+
+        hit = mean_i [L_i >= max(least, B - margin)]
+        hit >= hit_share: B <- min(B + step, most); after `patience` steps in a row without: B <- max(B - step, least)
+
+    Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense.
+    """
+
+    def __init__(
+        self, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
+    ) -> None:
+        if not (1 <= least <= initial <= most):
+            raise ConfigError(
+                f"A budget starts between its least and its most, which are at least 1 token; got {initial} between "
+                f"{least} and {most}."
+            )
+        if step < 1 or margin < 0 or patience < 1 or not 0.0 <= hit_share <= 1.0:
+            raise ConfigError(
+                "A budget moves by at least 1 token after at least 1 step, and compares a share from 0 to 1 with a "
+                f"margin of 0 tokens or more; got step {step}, patience {patience}, hit share {hit_share} and margin "
+                f"{margin}."
+            )
+        self.least, self.most, self.step, self.margin = least, most, step, margin
+        self.hit_share, self.patience = hit_share, patience
+        self.length = initial  # of the next responses
+        self.misses = 0  # steps in a row
+
+    def memory(self) -> Remembered:
+        """Its `State`."""
+        return Remembered(self, ("length", "misses"))
+
+    def advance(self, effective: Sequence[int]) -> dict[str, float]:
+        """Learn from a step's effective lengths; the metrics of it."""
+        reached = max(self.least, self.length - self.margin)
+        hit = sum(length >= reached for length in effective) / len(effective)
+        self.misses = 0 if hit >= self.hit_share else self.misses + 1
+        if self.misses == 0:
+            self.length = min(self.length + self.step, self.most)
+        elif self.misses >= self.patience:
+            self.length, self.misses = max(self.length - self.step, self.least), 0
+        return {"budget/tokens": float(self.length), "budget/hit_share": hit}
+
+
+def within(budget: Budget) -> Watch:
+    """A response that has as many tokens as the budget ends there, unfinished; nobody is asked."""
+
+    def watch(writers: Writers) -> Look:
+        return Look(every=budget.length, goes_on=lambda shown: [False] * len(shown))
+
+    return needing(watch, response_tokens=budget.most)
+
+
+def measured(drift: Drift, budget: Budget | None = None) -> Observe:
+    """What drift does to a step, and the budget's lesson, over the responses of all processes with a trained token.
+
+    drift/lost_share of the trained tokens; drift/effective_length, mean #{t : W_t > 0} in tokens; drift/ended_share,
+    of all responses: ended neither by themselves nor by sampling.max_completion_length; drift/tokens, generated.
+    """
+
+    def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
+        """The metrics of a step; the budget, if there is one, has learned from it."""
+        lost = lost_tokens(drift, batch)
+        alive = ((drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
+        ended = [
+            not r.finished and r.sampling is not None and len(r.response_ids) < r.sampling.max_completion_length
+            for r in batch.rollouts
+        ]
+        tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
+        parts = gather(
+            ([int(length) for length in alive], int(lost.sum()), int(batch.mask.sum()), sum(ended), len(ended), tokens)
+        )
+        effective = [length for part in parts for length in part[0]]
+        lost_all, trained, ended_all, responses, tokens_all = (sum(part[i] for part in parts) for i in range(1, 6))
+        metrics = {"drift/tokens": float(tokens_all), "drift/ended_share": ended_all / responses}
+        if not effective:  # a filter left nothing of the step
+            return metrics
+        metrics["drift/effective_length"] = sum(effective) / len(effective)
+        metrics["drift/lost_share"] = lost_all / trained
+        return metrics | ({} if budget is None else budget.advance(effective))
+
+    return needing(observe, *drift.looks, top_k=drift.k)

@@ -1,0 +1,229 @@
+"""Signals: Tokens -> loss per token [N], to be descended. Pure; gradient flows through `student_*` only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from opd.errors import ConfigError, nearest
+from opd.maths import divergences
+from opd.pieces.needs import needing, needs_of, turned
+from opd.pieces.packed import support_of
+from opd.types import Advantage, Signal, Tokens
+
+# An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
+# gradient of exactly zero instead of 0 x inf.
+LARGEST_LOG_RATIO = 60.0
+
+
+# Two probabilities closer than this share of the larger one are the same number computed twice in float32.
+RANK_ROUNDING = 1e-5
+
+
+def divergence(
+    name: str | divergences.Divergence = "reverse_kl", *, form: str = "tail", **options: float | str
+) -> Signal:
+    """A divergence over the scored support, in one of the forms of `opd.maths.divergences`.
+
+    Direction by name, `reverse_kl` = KL(student||teacher). On full support every form is the exact divergence.
+    """
+    if form not in divergences.FORMS:
+        raise ConfigError(
+            f"There is no form {form!r}.{nearest(form, divergences.FORMS)} Known: {', '.join(divergences.FORMS)}."
+        )
+    function = divergences.named(name, **options)
+
+    def signal(tokens: Tokens) -> Tensor:
+        student, teacher = support_of(tokens)
+        if tokens.support_mask is None:  # the whole vocabulary: every form is the exact divergence
+            return function(student, teacher)
+        return divergences.on_support(function, student, teacher, form, tokens.support_mask)
+
+    # What `loss.py` may use: the gradient on the whole vocabulary in closed form, and that a constant added to a
+    # position's log-probs changes nothing, so that unnormalised logits do.
+    signal.divergence = function  # type: ignore[attr-defined]
+    signal.shift_invariant = form == "renormalised"  # type: ignore[attr-defined]
+    return needing(signal, "imitates")
+
+
+def nll() -> Signal:
+    """-log p(y_t): supervised fine-tuning on whatever the source wrote."""
+    return lambda tokens: -tokens.student_logp
+
+
+def credit(tokens: Tokens) -> Tensor:
+    """The advantage that phase A computed, e.g. from rewards, [N]."""
+    return tokens.advantage.detach()
+
+
+def log_ratio(tokens: Tokens) -> Tensor:
+    """sg[log q(y_t) - log p(y_t)], [N]: the one-sample estimate of -KL(p||q) at this position.
+
+    Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
+    """
+    return (tokens.teacher_logp - tokens.student_logp).detach()
+
+
+needing(log_ratio, "imitates")
+
+
+def policy_gradient(
+    advantage: Advantage = credit, *, importance: bool = False, clip: tuple[float, float] | None = None
+) -> Signal:
+    """-A log p(y_t), or -A r with the importance ratio r = p(y_t) / mu(y_t), optionally clipped as in PPO.
+
+    `clip = (low, high)` keeps r in [1 - low, 1 + high] from the side that the advantage pushes to
+    (arXiv 1707.06347 eq. 7; two bounds: DAPO, arXiv 2503.14476) and implies `importance`.
+    On policy and after one update r = 1, and all three have the same gradient.
+    """
+    if clip is not None and not (clip[0] >= 0 and clip[1] >= 0):
+        raise ConfigError(f"clip takes two distances from 1 that are not negative, (low, high); got {clip}.")
+
+    def signal(tokens: Tokens) -> Tensor:
+        a = advantage(tokens).detach()
+        if clip is None and not importance:
+            return -a * tokens.student_logp
+        ratio = (tokens.student_logp - tokens.sampler_logp).clamp(max=LARGEST_LOG_RATIO).exp()
+        if clip is None:
+            return -a * ratio
+        return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
+
+    needs = {"policy_temperature"} | ({"sampler_logp"} if importance or clip is not None else set[str]())
+    return needing(signal, *needs, *needs_of(advantage))
+
+
+@cache
+def sampled_reverse_kl() -> Signal:
+    """-sg[log q(y_t) - log p(y_t)] log p(y_t): plain on-policy distillation."""
+    return policy_gradient(log_ratio)
+
+
+def support_policy_gradient(
+    weights: Literal["student", "teacher", "none"] = "student", *, normalised: bool = True
+) -> Signal:
+    """sum_S sg[w(v) (log p(v) - log q(v))] p(v)/sg[p(v)], [N, K] -> [N]: the released code of arXiv 2604.13016.
+
+    w is p, q or 1 (`weights`), divided by its sum over S if `normalised`. The gradient is sum_S w l (1[v = j] - p_j).
+    With student weights that is the stop-gradient form's, divided by P_S if normalised: unlike the paper's eq. 5,
+    `divergence("reverse_kl", form="renormalised")`, it also corrects the mass of the support, by
+    (log P_S/Q_S + D) grad log P_S with D the renormalised divergence. An empty support gives 0.
+    """
+
+    def signal(tokens: Tokens) -> Tensor:
+        """sum_S w (log p - log q), with the gradient through the last factor, which is 1: [N]."""
+        s, t = support_of(tokens)
+        exists = torch.ones_like(s, dtype=torch.bool) if tokens.support_mask is None else tokens.support_mask
+        s, t = s.masked_fill(~exists, 0.0), t.masked_fill(~exists, 0.0)
+        log_w = {"student": s.detach(), "teacher": t, "none": torch.zeros_like(t)}[weights]
+        log_w = log_w.masked_fill(~exists, -torch.inf)
+        w = log_w.softmax(-1).nan_to_num(0.0) if normalised else log_w.exp()  # an empty support has no weight
+        return (w * (s.detach() - t) * (s - s.detach()).exp()).sum(-1)
+
+    return needing(signal, "imitates")
+
+
+def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
+    """sum_S p l + 1[y not in S] s p(y)/sg[p(y)] sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
+
+    s = sg[p(y)/mu(y)], brought between `ratio_bounds` = (low, high) if they are given: (1, 1) leaves it out.
+    The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it.
+
+    Without bounds that bind, its mean over y ~ mu is KL(p||q) on all of S and on what truncation left of the rest: the
+    value is unbiased. The gradient is not. The head is differentiated as it stands, and its +1 has no match in the
+    tail: the mean is that of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`. Raises ConfigError
+    for bounds that are none, and on the whole vocabulary, where nothing is outside.
+    """
+    if ratio_bounds is not None and not 0 <= ratio_bounds[0] <= ratio_bounds[1] < float("inf"):
+        raise ConfigError(
+            f"The bounds of an importance ratio are two numbers (low, high), 0 <= low <= high; got {ratio_bounds}."
+        )
+
+    def signal(tokens: Tokens) -> Tensor:
+        """The head on all columns but the last, and the tail on the last: [N]."""
+        s, t = support_of(tokens)
+        if tokens.support_mask is None:
+            raise ConfigError(
+                "The sampled token stands for what is outside the support, and the support is the whole vocabulary. "
+                "Give the method support=top_k(k, with_sampled=True), or the signal divergence('reverse_kl')."
+            )
+        exists, outside = tokens.support_mask[:, :-1], tokens.support_mask[:, -1]
+        head = divergences.on_support("reverse_kl", s[:, :-1], t[:, :-1], "raw", exists)
+        log_p, log_q = s[:, -1].masked_fill(~outside, 0.0), t[:, -1].masked_fill(~outside, 0.0)
+        log_ratio_to_sampler = (log_p - tokens.sampler_logp.masked_fill(~outside, 0.0)).detach()
+        ratio = log_ratio_to_sampler.clamp(max=LARGEST_LOG_RATIO).exp()
+        if ratio_bounds is not None:
+            ratio = ratio.clamp(*ratio_bounds)
+        one = (log_p - log_p.detach()).exp()  # with the gradient of log p
+        return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
+
+    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last", "imitates")
+
+
+def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
+    """sum_i |p_(i) - q_(i)|, both in falling order, [N, V], [N, V'] -> [N]: it does not ask which token is which.
+
+    Universal logit distillation (arXiv 2402.12030): the Wasserstein distance of two distributions whose tokens are all
+    equally far from each other. The shorter one is filled up with zeros. Differences within rounding count as none: at
+    the teacher itself their signs would be noise.
+
+    With `matched` the tokens of both vocabularies are compared as they are, by that divergence on their probabilities
+    without renormalising, and only the others by rank: the hybrid of TRL's GOLD. The weights are the share of the
+    teacher's tokens that the student has, and the rest. The support is `supports.units("product")`.
+    """
+    function = None if matched is None else divergences.named(matched)
+
+    def signal(tokens: Tokens) -> Tensor:
+        s, t = support_of(tokens)
+        if function is None:
+            return _ranked_distance(s.exp(), t.exp())
+        if tokens.shared is None:
+            raise ConfigError(
+                "`matched` asks which tokens both vocabularies have, and this support has one vocabulary. Give the "
+                "method support=units('product')."
+            )
+        k = tokens.shared
+        share = k / t.shape[-1]
+        return share * function(s[:, :k], t[:, :k]) + (1 - share) * _ranked_distance(s[:, k:].exp(), t[:, k:].exp())
+
+    return signal
+
+
+def _ranked_distance(p: Tensor, q: Tensor) -> Tensor:
+    """sum_i |p_(i) - q_(i)|, [N, V], [N, V'] -> [N]."""
+    p, q = (part.sort(-1, descending=True).values for part in (p, q))
+    k = min(p.shape[-1], q.shape[-1])
+    gap = (p[:, :k] - q[:, :k]).abs()
+    gap = gap.masked_fill(gap <= RANK_ROUNDING * torch.maximum(p[:, :k], q[:, :k]), 0.0)
+    return gap.sum(-1) + p[:, k:].sum(-1) + q[:, k:].sum(-1)
+
+
+def add(*signals: Signal) -> Signal:
+    """The sum of several signals."""
+
+    def signal(tokens: Tokens) -> Tensor:
+        return torch.stack([one(tokens) for one in signals]).sum(0)
+
+    return needing(signal, *needs_of(*signals))
+
+
+def scale(factor: float, signal: Signal) -> Signal:
+    """`factor` times a signal."""
+
+    def scaled(tokens: Tokens) -> Tensor:
+        return factor * signal(tokens)
+
+    needs = needs_of(signal)
+    return needing(scaled, *(turned(needs) if factor < 0 else needs))
+
+
+def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Signal:
+    """`yes` at tokens where `predicate` [N] bool holds, `no` elsewhere; only the chosen one has a gradient there."""
+
+    def signal(tokens: Tokens) -> Tensor:
+        return torch.where(predicate(tokens), yes(tokens), no(tokens))
+
+    return needing(signal, *needs_of(yes, no))

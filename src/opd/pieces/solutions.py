@@ -1,0 +1,74 @@
+"""Verified solutions that a teacher may read: of other responses to the same prompt, else of the data. Pure.
+
+The context that shows a solution, the gate that listens to the teacher and the credit that is made of its scores get
+the same function of the rollouts, so that they agree on which responses have one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from opd.pieces.filters import PASS
+from opd.pieces.needs import needing
+from opd.types import Batch, Gather, Observe, Rollout
+
+Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one a rollout, None where there is none
+
+
+def from_peers(column: str | None = "privileged_context") -> Solutions:
+    """A right response to the same prompt; where no other one is right, the data's `column`, if there is a value.
+
+    Right is a reward of at least `filters.PASS`. Of several it is the next one in the order of samples, the first after
+    the last: samples are alike, so that this is as good as a draw. Never the response itself, nor its twin where a step
+    takes a prompt twice: a teacher that reads what it scores would only copy (the paper does not say). A response
+    whose judge gave no reward has none: there is no verdict to show with it.
+    """
+
+    def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
+        groups: dict[int, list[Rollout]] = {}
+        for rollout in sorted(rollouts, key=lambda one: one.sample):
+            groups.setdefault(rollout.prompt.id, []).append(rollout)
+        found = [_peer(rollout, groups[rollout.prompt.id]) for rollout in rollouts]
+        return [_given(r, column) if peer is None else peer for r, peer in zip(rollouts, found, strict=True)]
+
+    return solutions
+
+
+def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Rollout | None]:
+    """The rollouts with what was found as their prompt's `privileged_context`; None where nothing was."""
+    return [
+        None if text is None else replace(rollout, prompt=replace(rollout.prompt, privileged_context=text))
+        for rollout, text in zip(rollouts, found, strict=True)
+    ]
+
+
+def solved(solutions: Solutions, batch: Batch) -> Tensor:
+    """The responses whose teacher reads a solution, [B] bool."""
+    return torch.tensor([text is not None for text in solutions(batch.rollouts)], device=batch.mask.device)
+
+
+def counted(solutions: Solutions) -> Observe:
+    """context/unsolved: how many responses of the step, in all processes, are read with their prompt alone."""
+
+    def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
+        return {"context/unsolved": float(sum(gather(int((~solved(solutions, batch)).sum()))))}
+
+    return needing(observe)
+
+
+def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:
+    """The text of the next right one; `group` is in the order of samples."""
+    after = [other for other in group if other.sample > rollout.sample]
+    before = [other for other in group if other.sample < rollout.sample]
+    right = (other.text for other in (*after, *before) if other.reward is not None and other.reward >= PASS)
+    return next(right, None)
+
+
+def _given(rollout: Rollout, column: str | None) -> str | None:
+    value = None if column is None or rollout.unjudged is not None else getattr(rollout.prompt, column)
+    return None if value is None else str(value)

@@ -1,0 +1,64 @@
+"""Who writes the responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from opd.errors import ConfigError
+from opd.pieces.needs import needing, needs_of, numbers_of
+from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
+
+
+def on_policy(watch: Watch | None = None) -> Source:
+    """The student, with the weights of this step; `watch` may end its responses while it writes them."""
+    return _watched() if watch is None else needing(_watched(watch), *needs_of(watch), **numbers_of(watch))
+
+
+@cache
+def _watched(watch: Watch | None = None) -> Source:
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        look = None if watch is None else watch(writers)
+        return writers.student(prompts, seed=seed, record=record, look=look)
+
+    return source
+
+
+def dataset() -> Source:
+    """The data's own `response` column."""
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        return writers.reference(prompts, seed=seed, record=record)
+
+    return needing(source, "response", "off_policy")
+
+
+def teacher_writes() -> Source:
+    """The teacher: sequence-level distillation (arXiv 1606.07947)."""
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
+        return writers.teacher(prompts, seed=seed, record=record)
+
+    return needing(source, "teacher_model", "off_policy")
+
+
+def mixture(on_policy_share: float, other: Source) -> Source:
+    """The student with probability `on_policy_share` a step, else the other source (GKD, arXiv 2306.13649 alg. 1).
+
+    The coin of a step comes from (seed, step). Raises ConfigError unless the share lies in [0, 1].
+    """
+    if not 0.0 <= on_policy_share <= 1.0:
+        raise ConfigError(f"The on-policy share is a probability, got {on_policy_share}.")
+    student = on_policy()
+
+    def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        coin = np.random.default_rng((*seed, 0xC01)).random()
+        chosen = student if coin < on_policy_share else other
+        return chosen(prompts, writers, seed, record)
+
+    others = (other,) if on_policy_share < 1 else ()
+    return needing(source, *needs_of(*others), **numbers_of(*others), student_writes=int(on_policy_share > 0))

@@ -1,0 +1,81 @@
+"""Where token sequences stand in a response. Pure Python: ids in, bools out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+from opd.errors import ConfigError
+
+Given: TypeAlias = str | Sequence[int]  # a text, or ids
+
+
+Occurrences: TypeAlias = Literal["first", "every"]
+
+
+def check(sequences: Sequence[Given], occurrences: str) -> None:
+    """Raise ConfigError for an empty sequence, no sequence at all, or another rule than `first` and `every`."""
+    if isinstance(sequences, str) or not sequences:
+        raise ConfigError(f"Token sequences to mask are a list with at least one entry, got {sequences!r}.")
+    if any(len(sequence) == 0 for sequence in sequences):
+        raise ConfigError(f"A token sequence to mask is empty in {list(sequences)!r}. Remove it.")
+    if occurrences not in ("first", "every"):
+        raise ConfigError(f"Token sequences are masked at their 'first' or at 'every' occurrence, got {occurrences!r}.")
+
+
+def encoded(sequences: Sequence[Given], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+    """The ids of each sequence; ids that are given are checked against the tokenizer.
+
+    A text is encoded by itself, without special tokens around it. A tokenizer that writes a piece differently inside a
+    word has other ids there: give those. Raises ConfigError for a text that the tokenizer cannot write, or an id that
+    it does not have.
+    """
+    return tuple(
+        _encoded(sequence, tokenizer) if isinstance(sequence, str) else _known(tuple(sequence), tokenizer)
+        for sequence in sequences
+    )
+
+
+def covered(ids: Sequence[int], sequences: Sequence[Sequence[int]], occurrences: Occurrences) -> list[bool]:
+    """Which of the tokens `ids` belong to the first (or every) occurrence of one of the sequences, [T]."""
+    out = [False] * len(ids)
+    for sequence in sequences:
+        n = len(sequence)
+        wanted = list(sequence)
+        for start in range(len(ids) - n + 1):
+            if list(ids[start : start + n]) == wanted:
+                out[start : start + n] = [True] * n
+                if occurrences == "first":
+                    break
+    return out
+
+
+def covered_tokens(response_ids: Any, sequences: Sequence[Sequence[int]], occurrences: Occurrences) -> list[bool]:
+    """`covered` of a response whose ids are a tensor, [T]."""
+    return covered(response_ids.tolist(), sequences, occurrences)
+
+
+def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
+    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    # An unknown character comes back as an unknown token, as another one, or not at all.
+    back = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
+    if not ids or back.strip() != text.strip():
+        raise ConfigError(
+            f"The tokenizer {_name(tokenizer)} does not know the token to mask {text!r}: it reads it as {back!r}. "
+            "Correct the text, give token ids, or leave it out of the masked tokens."
+        )
+    return ids
+
+
+def _known(ids: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
+    largest = max(tokenizer.get_vocab().values())
+    if bad := [i for i in ids if not 0 <= i <= largest]:
+        raise ConfigError(
+            f"The tokenizer {_name(tokenizer)} has the ids 0 to {largest}, and the tokens to mask name {bad}. "
+            "Correct the ids, or give the text."
+        )
+    return ids
+
+
+def _name(tokenizer: Any) -> str:
+    return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"({type(tokenizer).__name__})"

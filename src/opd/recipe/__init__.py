@@ -1,0 +1,1 @@
+"""A YAML recipe in, a validated frozen value out, every mistake explained. No torch."""

@@ -1,0 +1,135 @@
+"""TODO: opd/recipe/mistakes.py"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from opd.errors import nearest
+
+# What other trainers call a key, and what is said of it here.
+OTHER_NAMES = {
+    "lr": "Here it is `optimizer.learning_rate`.",
+    "learning_rate": "Here it is `optimizer.learning_rate`.",
+    "lr_scheduler_type": "Here it is `optimizer.schedule`.",
+    "warmup_ratio": "Here it is `optimizer.warmup_steps`, a number of steps.",
+    "batch_size": "Here it is `prompts_per_step`, times `sampling.n` responses.",
+    "per_device_train_batch_size": "Here it is `prompts_per_step`, of all devices, times `sampling.n` responses.",
+    "gradient_accumulation_steps": "There is none: `prompts_per_step` is the whole step, and `micro_batch_tokens` what "
+    "is in memory at once.",
+    "epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "num_train_epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "max_steps": "Here it is `steps`.",
+    "save_steps": "Here it is `checkpoint.every`.",
+    "eval_steps": "Here it is `evaluate.every`.",
+    "num_generations": "Here it is `sampling.n`.",
+    "max_new_tokens": "Here it is `sampling.max_completion_length`.",
+    "max_length": "Here it is `sampling.max_completion_length` for responses, `max_prompt_length` for prompts.",
+    "max_seq_length": "Here it is `sampling.max_completion_length` for responses, `max_prompt_length` for prompts.",
+    "temperature": "Here it is `sampling.temperature`.",
+    "model": "Here it is `models.NAME.path`, and `train: NAME`.",
+    "model_name_or_path": "Here it is `models.NAME.path`, and `train: NAME`.",
+    "dataset": "Here it is `data.path`.",
+    "train_dataset": "Here it is `data.path`.",
+    "lora": "Here it is `models.NAME.lora`, e.g. {rank: 16}.",
+    "bf16": "Here it is `models.NAME.autocast`, or `models.NAME.dtype: bfloat16`.",
+    "beta": "There is none: what weighs a divergence is a method's option, if it has one (`opd describe METHOD`). "
+    "AdamW has `optimizer.betas`.",
+    "kl_coef": "There is none: what weighs a divergence is a method's option, if it has one (`opd describe METHOD`).",
+}
+
+
+_NOT_OURS = ("RewardSection", "JudgeSection")  # where these names would mean something else
+
+
+_EXAMPLES = {  # of the shortest section, where a plain value was given
+    "RewardSection": "{{name: {}}}",
+    "DataSection": "{{path: {}}}",
+    "ModelSpec": "{{path: {}}}",
+    "JudgeSection": "{{url: http://localhost:8000/v1, model: NAME}}",
+    "Lora": "{{rank: 16}}, or null for full weights",
+}
+
+
+def explain(
+    error: ValidationError,
+    source: str,
+    section: type[BaseModel],
+    *,
+    stage_keys: Collection[str] = (),
+    overrides: Sequence[str] = (),
+) -> str:
+    """A validation error as lines that say the key, what it got, and the nearest known key.
+
+    The first part of an override's key may be one of `stage_keys`, so that it may also be a misspelt one.
+    """
+    short = {text.partition("=")[0].partition(".")[0] for text in overrides}
+    lines: list[str] = []
+    for one in error.errors():
+        path = ".".join(str(part) for part in one["loc"])
+        if one["type"] == "extra_forbidden":
+            key, top = str(one["loc"][-1]), len(one["loc"]) == 1
+            lines.append(_unknown(path, key, _section_at(one["loc"][:-1], section), stage_keys if top else (), short))
+        elif one["type"] == "missing":
+            lines.append(f"`{path}` is missing")
+        elif one["type"] == "model_type":
+            lines.append(_no_section(path, one["input"], _section_at(one["loc"], section)))
+        else:
+            # A section that its own check refuses is not repeated: it may hold what no log should.
+            own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
+            got = "" if own else f" (got {one['input']!r:.80})"
+            lines.append(f"`{path}`: {one['msg']}{got}")
+    return f"{source} is not valid:\n  " + "\n  ".join(lines)
+
+
+def _unknown(
+    path: str, key: str, section: type[BaseModel] | None, stage_keys: Collection[str], short: Collection[str]
+) -> str:
+    """The line about an unknown key of `section`; there are `stage_keys` only at the top of a recipe."""
+    known = [] if section is None else list(section.model_fields)
+    listed = ", ".join(known)
+    if key in stage_keys:
+        return f"unknown key `{path}`. It is a key of a stage. Known here: {listed}"
+    if key in OTHER_NAMES and section is not None and section.__name__ not in _NOT_OURS:
+        return f"unknown key `{path}`. {OTHER_NAMES[key]} Known here: {listed}"
+    near, also = nearest(key, known), ""
+    if key in short and stage_keys:
+        top, near = near, nearest(key, [*known, *stage_keys])
+        also = "" if near and near == top else f"; of a stage: {', '.join(stage_keys)}"
+    return f"unknown key `{path}`.{near} Known here: {listed}{also}"
+
+
+def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:
+    """The line about a plain value where a section belongs."""
+    line = f"`{path}`: Input should be a valid dictionary (got {got!r:.80})"
+    if section is None:
+        return line
+    example = _EXAMPLES.get(section.__name__)
+    if example is None:
+        return f"{line}. Its keys: {', '.join(section.model_fields)}"
+    return f"{line}. Write {example.format(got if isinstance(got, str) else '...')}"
+
+
+def _section_at(loc: Sequence[int | str], top: type[BaseModel]) -> type[BaseModel] | None:
+    """The section at a location below `top`."""
+    section: Any = top
+    for part in loc:
+        if part == getattr(section, "__name__", None):  # pydantic names the branch of a union
+            continue
+        if isinstance(section, type) and issubclass(section, BaseModel):
+            section = section.model_fields[str(part)].annotation if part in section.model_fields else None
+        else:  # the value of a dict or an item of a list
+            section = get_args(section)[-1] if get_args(section) else section
+        section = _first_section(section)
+    return section if isinstance(section, type) and issubclass(section, BaseModel) else None
+
+
+def _first_section(annotation: Any) -> Any:
+    """`X | None` -> X; containers and sections stay."""
+    options = [a for a in get_args(annotation) if a is not type(None)]
+    if options and not hasattr(annotation, "__origin__"):
+        sections = [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
+        return sections[0] if sections else options[0]
+    return annotation

@@ -1,0 +1,292 @@
+"""The recipe: what a run does, as YAML, validated before anything heavy is imported. No torch here.
+
+Field names follow TRL where the meaning is the same. `key=value` overrides use dotted paths; a stage is named or
+numbered: `stages.distil.steps=5`, and in a recipe of one stage `steps=5` is enough.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, and no unknown key."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+
+
+class Lora(Section):
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    target_modules: str | list[str] = "all-linear"
+
+
+class Characters(Section):
+    """One token a character, and one more for each of `merges`: two tokens that are joined wherever they meet."""
+
+    characters: str
+    merges: list[tuple[str, str]] = []  # in the order in which they are made
+
+
+class ModelSpec(Section):
+    """Where a model comes from: a path, a new one from a config, or what an earlier stage made of it."""
+
+    path: str | None = None  # folder, hub id, GGUF file, or package:NAME/FILE
+    init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
+    from_stage: str | None = None  # the model that this stage leaves
+    tokenizer: str | Characters | None = None  # for `init`
+    seed: int | None = None  # of the random weights; default: from the recipe's seed and the model's name
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    autocast: bool = False  # bfloat16 compute over float32 weights
+    device: str | None = None  # default: cuda if there is one
+    offload: bool = False  # a teacher that stays on the CPU between its turns
+    lora: Lora | None = None
+    gradient_checkpointing: bool = False
+    attn_implementation: str | None = None
+    trust_remote_code: bool = False
+    chat_template: str | None = None  # replaces the tokenizer's
+    template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelSpec:
+        given = [name for name in ("path", "init", "from_stage") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"a model comes from exactly one of path, init, from_stage; got {given or 'none'}")
+        return self
+
+
+class SelectSection(Section):
+    """See `opd.data.selection.Selection`."""
+
+    by: DataSection | None = None
+    keep: Literal["near", "far"] | None = None
+    distinct: bool = False
+    measure: Literal["exact", "words", "characters", "encoder"] = "exact"
+    threshold: float | None = Field(default=None, gt=0, le=1)
+    n: int | None = Field(default=None, ge=1)
+    encoder: str | None = None
+    limit: int | None = Field(default=None, ge=1)
+
+
+class DataSection(Section):
+    """See `opd.data.prompts.DataSpec`."""
+
+    path: str
+    split: str = "train"
+    columns: dict[str, str] = {}
+    options: dict[str, Any] = {}
+    skip: int = Field(default=0, ge=0)
+    limit: int | None = Field(default=None, ge=1)
+    chat: bool = False
+    system: str | None = None
+    template: str | None = None
+    select: SelectSection | None = None
+
+
+SelectSection.model_rebuild()  # a data section stands in it, and it in a data section
+
+
+class SamplingSection(Section):
+    """See `opd.types.Sampling`; n is the number of responses a prompt."""
+
+    max_completion_length: int = Field(default=256, ge=1)
+    temperature: float = Field(default=1.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    n: int = Field(default=1, ge=1)
+    stop: list[str] = []
+
+
+OF_A_SERVER = ("model", "api_key_env", "body", "timeout_s", "patience_s", "concurrency")
+
+
+class JudgeSection(Section):
+    """Somebody who answers a text with a text: exactly one of `url`, `lm` and `function`."""
+
+    url: str | None = None  # of a server that speaks OpenAI's protocol, e.g. http://localhost:8000/v1
+    model: str | None = None  # the server's name of the model
+    api_key_env: str | None = None  # the environment variable that holds the key; the key itself stands nowhere
+    body: dict[str, Any] = {}  # further fields of a request; null takes one of ours back
+    timeout_s: float = Field(default=300.0, gt=0)  # of one request
+    patience_s: float = Field(default=300.0, ge=0)  # of one question, to wait where the server says that it is too busy
+    concurrency: int = Field(default=8, ge=1)  # requests at once
+    lm: str | None = None  # one of the recipe's models, in this process
+    function: str | None = None  # my_package.mine:function, called (question, **options); see `base.Question`
+    options: dict[str, Any] = {}  # of the function
+    max_tokens: int = Field(default=4096, ge=1)  # of an answer; a function is not told
+    retries: int = Field(default=2, ge=0)  # after a request that failed, and as many after an unreadable answer
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> JudgeSection:
+        given = [name for name in ("url", "lm", "function") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"who is asked is exactly one of url, lm, function; given are {given or 'none'}")
+        fields = type(self).model_fields
+        names = [*([] if self.url else OF_A_SERVER), *([] if self.function else ["options"])]
+        unread = [name for name in names if getattr(self, name) != fields[name].default]
+        if unread:
+            raise ValueError(f"`{given[0]}` does not read {', '.join(unread)}: leave it out")
+        if self.url and not self.model:
+            raise ValueError("a server is asked for a model by name: set `model`")
+        return self
+
+
+class Asks(BaseModel):
+    """Those whom a reward asks."""
+
+    judge: JudgeSection | None = None  # writes the rubric
+    verifier: JudgeSection | None = None  # applies it; default: the judge
+    author: JudgeSection | None = None  # writes the teacher's answers; default: the data
+
+    @property
+    def asks(self) -> dict[str, JudgeSection]:
+        """Who is asked, by role."""
+        given = {"judge": self.judge, "verifier": self.verifier, "author": self.author}
+        return {role: section for role, section in given.items() if section is not None}
+
+
+class RewardSection(Section, Asks):
+    """A reward, its options, and those whom it asks, where it asks somebody."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class OptimizerSection(Section):
+    """AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
+
+    learning_rate: float = Field(default=1e-6, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)
+
+
+class EvaluateSection(Section):
+    """Held-out prompts, before and after training and every `every` steps (0: only before and after)."""
+
+    data: DataSection
+    reward: RewardSection | None = None
+    sampling: dict[str, SamplingSection] = {"sampled": SamplingSection()}
+    every: int = Field(default=0, ge=0)
+    before: bool = True
+    teacher: bool = False  # the teacher's own responses, once
+    kl: bool = False  # exact reverse and forward KL on the student's own responses
+    pass_at: list[int] = [1]
+
+
+class DiagnosticsSection(Section):
+    """What a stage measures of its own responses: see docs/diagnostics.md."""
+
+    every: int = Field(default=0, ge=0)  # steps between full comparisons of student and teacher; 0: none
+    k: int = Field(default=16, ge=1)  # most likely tokens of each model that are compared
+    bucket: int = Field(default=64, ge=1)  # tokens in a bucket of positions; doubled until 16 buckets are enough
+
+
+class CheckpointSection(Section):
+    every: int = Field(default=50, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class TaskSection(Section):
+    """One of the tasks of a stage: its prompts, who teaches them, how they are answered and judged.
+
+    What it leaves out of `sampling`, `teacher_sampling` and `evaluate` is the stage's.
+    """
+
+    data: DataSection
+    teacher: str | None = None
+    reward: RewardSection | None = None
+    sampling: SamplingSection = SamplingSection()
+    teacher_sampling: SamplingSection | None = None
+    evaluate: EvaluateSection | None = None
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, against the other tasks'
+
+
+OF_A_TASK = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # or of a stage without tasks
+
+
+class StageSpec(Section):
+    """What is trained, how and on what: `data`, `teacher` and `reward`, or several `tasks`, each with its own."""
+
+    name: Name
+    train: str
+    teacher: str | None = None
+    method: str
+    options: dict[str, Any] = {}
+    data: DataSection | None  # None: the stage has tasks
+    tasks: dict[Name, TaskSection] = {}
+    task_order: Literal["alternate", "mixed"] = "alternate"  # a step takes prompts of one task, or of all
+    reward: RewardSection | None = None
+    sampling: SamplingSection = SamplingSection()
+    teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
+    steps: int = Field(ge=1)
+    seconds_of: str | None = None  # stop early, after as many seconds of training as that stage took
+    prompts_per_step: int = Field(default=16, ge=1)
+    micro_batch_tokens: int = Field(default=4096, ge=1)
+    max_prompt_length: int | None = Field(default=None, ge=1)
+    optimizer: OptimizerSection = OptimizerSection()
+    evaluate: EvaluateSection | None = None
+    diagnostics: DiagnosticsSection = DiagnosticsSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
+
+    @property
+    def parts(self) -> dict[str | None, TaskSection]:
+        """The tasks by name; of a stage without tasks, the whole of it as one part, named None."""
+        if self.data is None:
+            return {**self.tasks}
+        return {None: TaskSection(**{name: getattr(self, name) for name in OF_A_TASK})}
+
+    def only(self, task: str) -> StageSpec:
+        """The stage with one of its tasks alone, as a stage without tasks."""
+        return self.model_copy(update={name: getattr(self.tasks[task], name) for name in OF_A_TASK} | {"tasks": {}})
+
+    @property
+    def teachers(self) -> list[str]:
+        """The models that teach in this stage, the student itself left out."""
+        named = [part.teacher for part in self.parts.values() if part.teacher is not None]
+        return [name for name in dict.fromkeys(named) if name != self.train]
+
+    @property
+    def asked(self) -> list[str]:
+        """The models that its rewards ask for texts."""
+        sections = [one for part in self.parts.values() if part.reward for one in part.reward.asks.values()]
+        return list(dict.fromkeys(one.lm for one in sections if one.lm is not None))
+
+    def where(self, task: str | None) -> str:
+        """The stage, or one of its tasks, at the beginning of a message."""
+        return f"Stage {self.name!r}" + ("" if task is None else f", task {task!r}")
+
+
+class Recipe(Section):
+    name: Name
+    description: str = ""
+    seed: int = Field(default=0, ge=0)
+    output_dir: str | None = None  # default: runs/NAME
+    models: dict[str, ModelSpec]
+    stages: list[StageSpec] = Field(min_length=1)
+    report_to: list[str] = []
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.name}")
+
+    def stage(self, name: str) -> StageSpec:
+        return next(stage for stage in self.stages if stage.name == name)
+
+
+def origin_of(recipe: Recipe, name: str) -> ModelSpec:
+    """The model that `name` goes back to through the stages that made it."""
+    spec = recipe.models[name]
+    while spec.from_stage is not None:
+        spec = recipe.models[recipe.stage(spec.from_stage).train]
+    return spec

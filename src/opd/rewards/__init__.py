@@ -1,0 +1,1 @@
+"""The value of a response: functions of a text, and LLM judges."""

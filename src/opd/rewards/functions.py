@@ -1,0 +1,144 @@
+"""Rewards: (prompt, response text) -> a number, or of a whole group (`group_rewards`).
+
+Ours stand in `REWARDS`, yours is `my_package.mine:function`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from decimal import Decimal
+from typing import Any
+
+from opd.errors import ConfigError, DataError
+from opd.pieces.needs import needing
+from opd.plugins import _import_extra
+from opd.rewards.base import RewardFn
+from opd.types import Prompt
+
+# A sign counts unless it can be a minus between two terms; commas count between groups of three digits.
+NUMBER = re.compile(
+    r"(?:(?<![\w)\]}.])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
+    r"|(?<![\w.])[-+]?\.[0-9]+"
+)
+
+
+def exact(ignore_case: bool = False) -> RewardFn:
+    """1 when response and answer are the same text after stripping white space."""
+
+    def reward(prompt: Prompt, response: str) -> float:
+        one, other = response.strip(), str(_answer(prompt)).strip()
+        return float(one.casefold() == other.casefold() if ignore_case else one == other)
+
+    return needing(reward, "answer")
+
+
+def regex(pattern: str, group: int | str | None = None) -> RewardFn:
+    """1 when `pattern` is found (re.search); with `group`, when that group of the first match is the answer's text."""
+    try:
+        compiled = re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ConfigError(
+            f"The reward 'regex' got the pattern {pattern!r}, which does not compile: {error}."
+        ) from error
+    groups = [*range(compiled.groups + 1), *compiled.groupindex]
+    if group is not None and group not in groups:
+        raise ConfigError(f"The reward 'regex' got `group: {group}`, and the pattern {pattern!r} has only {groups}.")
+
+    def reward(prompt: Prompt, response: str) -> float:
+        match = compiled.search(response)
+        if match is None or group is None:
+            return float(match is not None)
+        return float((match[group] or "").strip() == str(_answer(prompt)).strip())
+
+    return reward if group is None else needing(reward, "answer")
+
+
+def final_number() -> RewardFn:
+    """1 when the last number of the response equals the last number of the answer: `#### 1,234` is `1234.0`.
+
+    Numbers are decimals, compared exactly; of a fraction 1/2 the last number is 2 (`math_verify` reads fractions).
+    """
+
+    def reward(prompt: Prompt, response: str) -> float:
+        wanted = _last_number(str(_answer(prompt)))
+        if wanted is None:
+            raise DataError(f"The answer {prompt.answer!r:.80} of prompt {prompt.id} holds no number.")
+        return float(_last_number(response) == wanted)
+
+    return needing(reward, "answer")
+
+
+def max_words(n: int) -> RewardFn:
+    """1 when the response has at least one and at most `n` words (separated by white space)."""
+    if not isinstance(n, int) or n < 1:
+        raise ConfigError(f"The reward 'max_words' got `n: {n!r}`. Give a number of words, at least 1.")
+    return lambda prompt, response: float(1 <= len(response.split()) <= n)
+
+
+def math_verify(timeout_s: int = 5) -> RewardFn:
+    """1 when math-verify finds the response's final expression equal to the answer, LaTeX or plain mathematics.
+
+    A parse or comparison that takes longer than `timeout_s` whole seconds counts as unequal, and math-verify logs it;
+    0 waits for ever. The timeout is an alarm signal, which only the main thread can set: other threads have none.
+    """
+    if not isinstance(timeout_s, int) or timeout_s < 0:
+        raise ConfigError(f"The reward 'math_verify' got `timeout_s: {timeout_s!r}`. Give whole seconds, 0 for none.")
+    verifier = _import_extra("math_verify", "math")
+
+    def reward(prompt: Prompt, response: str) -> float:
+        alarm = timeout_s if threading.current_thread() is threading.main_thread() else 0
+        text = str(_answer(prompt))
+        # Bare LaTeX is recognised between dollars only.
+        text = text if "$" in text or "\\boxed" in text else f"${text}$"
+        gold = verifier.parse(text, parsing_timeout=alarm)
+        if not gold:
+            raise DataError(
+                f"math-verify finds no expression in the answer {prompt.answer!r:.80} of prompt {prompt.id}."
+            )
+        return float(verifier.verify(gold, verifier.parse(response, parsing_timeout=alarm), timeout_seconds=alarm))
+
+    return needing(reward, "answer")
+
+
+def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> RewardFn:
+    """The score that the row's own reasoning-gym task gives, in [0, 1]; the data is `reasoning_gym:TASK`.
+
+    `tag` scores the text between the last <tag> and </tag> (0 when there is none) instead of the whole response.
+    Some tasks' scorers raise on an answer that they cannot read (prime_factorization on a word): `malformed` is the
+    score of such an answer; without it the error stops the run. The scorer of n_queens evaluates the answer as Python.
+    """
+    gym = _import_extra("reasoning_gym", "gym")
+    from reasoning_gym.utils import extract_answer
+
+    tasks: dict[str, Any] = {}
+
+    def reward(prompt: Prompt, response: str) -> float:
+        """The score of the task's own scorer, whose dataset is made once for each set of options."""
+        origin = prompt.metadata.get("reasoning_gym")
+        if origin is None:
+            raise DataError(f"Prompt {prompt.id} is not a reasoning-gym row. Use data with `path: reasoning_gym:TASK`.")
+        key = origin["task"] + json.dumps(origin["options"], sort_keys=True, default=str)
+        if key not in tasks:
+            tasks[key] = gym.create_dataset(origin["task"], **origin["options"])
+        answer = response.strip() if tag is None else extract_answer(response, tag_name=tag)
+        try:
+            return 0.0 if answer is None else float(tasks[key].score_answer(answer=answer, entry=origin["entry"]))
+        except Exception:  # the scorers raise whatever their parsing raises
+            if malformed is None:
+                raise
+            return malformed
+
+    return reward
+
+
+def _answer(prompt: Prompt) -> Any:
+    if prompt.answer is None:
+        raise DataError(f"Prompt {prompt.id} has no `answer`, which this reward compares with. Fill the column.")
+    return prompt.answer
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = NUMBER.findall(text.replace("$", "").replace("\N{MINUS SIGN}", "-"))
+    return Decimal(found[-1].replace(",", "")) if found else None

@@ -1,0 +1,1 @@
+"""A recipe becomes stages: prepared, checked, built, trained, exported."""

@@ -1,0 +1,80 @@
+"""A judge from its section of a recipe."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from opd.errors import ConfigError
+from opd.models.language_model import LanguageModel
+from opd.plugins import check_options, import_function
+from opd.recipe.schema import JudgeSection
+from opd.samplers.asked.endpoint import Endpoint
+from opd.samplers.asked.local import LocalJudge
+from opd.samplers.asked.program import Program
+from opd.samplers.asked.protocol import Judge
+
+
+def judge_of(
+    section: JudgeSection, models: Mapping[str, LanguageModel], origins: Mapping[str, Mapping[str, Any]]
+) -> Judge:
+    """Who a checked section means: `models` are loaded, `origins` are their sections of the recipe.
+
+    The key is read from the environment here, and is held in memory alone.
+    """
+    if section.url is not None and section.model is not None:
+        return Endpoint(
+            url=section.url,
+            model=section.model,
+            key=None if section.api_key_env is None else os.environ[section.api_key_env],
+            body=section.body,
+            max_tokens=section.max_tokens,
+            retries=section.retries,
+            timeout_s=section.timeout_s,
+            patience_s=section.patience_s,
+            concurrency=section.concurrency,
+        )
+    if section.lm is not None:
+        return LocalJudge(lm=models[section.lm], origin=origins[section.lm], max_tokens=section.max_tokens)
+    assert section.function is not None, "a section that names nobody is refused before this"
+    return Program(function=import_function(section.function), name=section.function, options=section.options)
+
+
+def check_judge(section: JudgeSection, where: str) -> None:
+    """Refuse what cannot be asked: a bad address, a key that is not there, a function that is not. Raises ConfigError.
+
+    No message repeats an address or a name that might hold a secret.
+    """
+    if section.url is not None:
+        parts = urlsplit(section.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(f"{where}: `url` is no address. It begins with http:// or https:// and names a host.")
+        if parts.username or parts.password or parts.query or parts.fragment:
+            raise ConfigError(
+                f"{where}: `url` holds more than an address, and it is written to the run's folder. Put a key into an "
+                "environment variable, and its name into `api_key_env`."
+            )
+    if section.api_key_env is not None:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
+            raise ConfigError(
+                f"{where}: `api_key_env` is not the name of an environment variable (letters, digits and _). It holds "
+                "the name, never the key: recipes are written to the run's folder."
+            )
+        key = os.environ.get(section.api_key_env)
+        if key and not re.fullmatch(r"[!-~]+", key):  # urllib would refuse it too, and show it
+            raise ConfigError(
+                f"{where}: the key in the environment variable {section.api_key_env} holds white space, such as a "
+                "line's end, or another character that no key has. Export the key alone."
+            )
+        if not key:
+            raise ConfigError(
+                f"{where}: the environment variable {section.api_key_env} is not set or empty, and `api_key_env` says "
+                "that it holds the key. Export it, or leave `api_key_env` out for a server without keys."
+            )
+    if section.function is not None:
+        check_options(
+            f"{where}: the function {section.function}", import_function(section.function), section.options, given=1
+        )

@@ -1,0 +1,133 @@
+"""Asking so that nothing is asked twice: answers are kept on disk as they come, and unreadable ones asked for again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypeVar
+
+from opd.errors import RunError
+from opd.files import append_row, read_rows, refused, write_atomically
+from opd.samplers.asked.protocol import Failure, Judge, Question, Reply, UnreadableError
+
+T = TypeVar("T")
+
+
+class Kept:
+    """Answers by the hash of their question, in memory and in `folder`: a file of lines for each process.
+
+    A process reads what all wrote, and adds to its own. A kill leaves at most one partial last line, which is removed.
+    """
+
+    def __init__(self, folder: Path, rank: int = 0) -> None:
+        """Read what is there. Raises RunError when a file cannot be read or written, or a line is damaged."""
+        self.file = folder / f"answers-{rank}.jsonl"
+        self.texts: dict[str, str] = {}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refused(folder, error) from error
+        for file in sorted(folder.glob("answers-*.jsonl")):
+            rows = read_rows(file)
+            try:
+                self.texts |= {row["key"]: str(row["text"]) for _, row in rows}
+            except (KeyError, TypeError) as error:
+                raise RunError(
+                    f"{file} holds a line that is no answer ({error!r}). Remove the file to go on."
+                ) from error
+            if file == self.file:
+                write_atomically(file, b"".join(line for line, _ in rows))
+
+    def add(self, key: str, text: str) -> None:
+        """Keep an answer. Raises RunError when it cannot be written."""
+        append_row(self.file, {"key": key, "text": text}, "an answer")
+        self.texts[key] = text
+
+
+@dataclass(slots=True, kw_only=True)
+class Asking:
+    """A judge, what it has answered so far, and how often an unreadable answer is asked for again.
+
+    `counts`: requests (all that were sent), retries (those beyond the first of a question), unreadable and cached
+    answers, failed questions, and seconds.
+    """
+
+    judge: Judge
+    kept: Kept
+    retries: int
+    counts: dict[str, float] = field(default_factory=dict[str, float])
+
+    def ask(
+        self, questions: Sequence[Question], read: Callable[[Question, str], T], *, whole: bool = False
+    ) -> list[T | Failure]:
+        """What `read` makes of each answer, or why there is none. `read` raises UnreadableError for a bad answer.
+
+        With `whole` an answer that was cut at its largest length is a bad one, however much of it can be read. Only
+        readable answers are kept: what failed is asked again by a run that is started again.
+        """
+        started = time.perf_counter()
+        found: dict[str, T | Failure] = {}
+        pending: dict[str, Question] = {}
+        keys = [self.key(question) for question in questions]
+        for key, question in zip(keys, questions, strict=True):
+            kept = self._kept(key, question, read)
+            if kept is None:
+                pending[key] = question
+            else:
+                found[key] = kept[0]
+        for attempt in range(self.retries + 1):
+            if not pending:
+                break
+            self.count("retries", len(pending) if attempt else 0)
+            asked = [(key, replace(question, attempt=attempt)) for key, question in pending.items()]
+            again: set[str] = set()
+            for i, reply in self.judge.ask([question for _, question in asked]):
+                key, question = asked[i]
+                found[key] = self._read(key, question, reply, read, whole)
+                if isinstance(found[key], Failure) and reply.text is not None:
+                    again.add(key)
+            pending = {key: question for key, question in asked if key in again}
+        self.count("failed", sum(isinstance(one, Failure) for one in found.values()))
+        self.count("seconds", time.perf_counter() - started)
+        return [found[key] for key in keys]
+
+    def key(self, question: Question) -> str:
+        """The hash of who is asked what."""
+        asked = [dict(self.judge.identity), question.content, question.temperature, question.number]
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=dict).encode()).hexdigest()
+
+    def count(self, name: str, number: float) -> None:
+        """Add to a count."""
+        self.counts[name] = self.counts.get(name, 0.0) + number
+
+    def _kept(self, key: str, question: Question, read: Callable[[Question, str], T]) -> tuple[T] | None:
+        """What was kept and can be read, as a tuple of one; None where there is nothing."""
+        if key not in self.kept.texts:
+            return None
+        try:
+            made = read(question, self.kept.texts[key])
+        except UnreadableError:  # kept by other code than this
+            return None
+        self.count("cached", 1)
+        return (made,)
+
+    def _read(
+        self, key: str, question: Question, reply: Reply, read: Callable[[Question, str], T], whole: bool
+    ) -> T | Failure:
+        self.count("requests", reply.requests)
+        self.count("retries", max(0, reply.requests - 1))
+        if reply.text is None:
+            return Failure(reply.failure or "there was no answer")
+        try:
+            if reply.cut and whole:
+                raise UnreadableError("the answer has no end")
+            made = read(question, reply.text)
+        except UnreadableError as error:
+            self.count("unreadable", 1)
+            return Failure(f"{error}" + ("; the answer was cut: raise max_tokens" if reply.cut else ""))
+        self.kept.add(key, reply.text)
+        return made

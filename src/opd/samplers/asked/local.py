@@ -1,0 +1,63 @@
+"""A judge that is a model in this process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd.models.language_model import LanguageModel
+from opd.models.render import render
+from opd.samplers.asked.protocol import Question, Reply
+from opd.samplers.hf import TransformersSampler
+from opd.types import Prompt, Sampling
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalJudge:
+    """Asks a model that nobody trains. What it draws is a function of the question alone."""
+
+    lm: LanguageModel
+    origin: Mapping[str, Any]  # what model it is: its section of the recipe
+    max_tokens: int
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The model's section, and how long an answer may be."""
+        return {"lm": self.lm.name, "origin": dict(self.origin), "max_tokens": self.max_tokens}
+
+    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
+        """All questions of one temperature together. One that is too long for the model is a failure.
+
+        Raises DataError for a conversation and a tokenizer without a chat template.
+        """
+        by_temperature: dict[float, list[int]] = {}
+        for i, question in enumerate(questions):
+            prompt = Prompt(id=number_of(question), content=question.content)
+            length = len(render(prompt, self.lm.tokenizer, self.lm.template_options))
+            if length + self.max_tokens > self.lm.positions:
+                yield (
+                    i,
+                    Reply(
+                        failure=f"the question has {length} tokens and an answer up to {self.max_tokens}, and "
+                        f"{self.lm.name} reads {self.lm.positions:.0f} in all",
+                        requests=0,
+                    ),
+                )
+            else:
+                by_temperature.setdefault(question.temperature, []).append(i)
+        for temperature, rows in by_temperature.items():
+            sampler = TransformersSampler(
+                lm=self.lm, sampling=Sampling(max_completion_length=self.max_tokens, temperature=temperature)
+            )
+            prompts = [Prompt(id=number_of(questions[i]), content=questions[i].content) for i in rows]
+            for i, written in zip(rows, sampler(prompts, seed=(0, 0)), strict=True):
+                yield i, Reply(text=written.text, cut=not written.finished)
+
+
+def number_of(question: Question) -> int:
+    """The question as a number below 2^64, for the random numbers of its answer."""
+    text = json.dumps([question.content, question.number, question.attempt], sort_keys=True, default=dict)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,0 +1,128 @@
+"""The evaluations of a stage: before, during, after, and the teachers' own, on each task's held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from opd.evaluation.divergence import exact_divergence
+from opd.evaluation.evaluate import HeldOut, measure, student_samplers
+from opd.evaluation.recovery import as_metrics, recovered
+from opd.models.language_model import LanguageModel
+from opd.parallel import World
+from opd.stage.folder import StageDir
+from opd.stage.samples import sample_rows
+from opd.teachers.local import LocalTeacher
+from opd.types import Context, Rollout, Sampler
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exam:
+    """What is measured of one task, and when; a stage without tasks has one exam, of no task."""
+
+    held_out: HeldOut
+    every: int
+    measure_before: bool
+    context: Context
+    task: str | None = None
+    teacher_samplers: Mapping[str, Sampler] = field(default_factory=dict[str, Sampler])
+    kl_teacher: LocalTeacher | None = None
+
+    def due(self, done: int) -> bool:
+        """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
+        return self.every > 0 and done % self.every == 0
+
+    def drawn(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
+        """The responses of the first setting that samples: a divergence is an expectation over the student's own."""
+        for name, sampling in self.held_out.sampling.items():
+            if sampling.temperature > 0:
+                return rollouts[name]
+        return next(iter(rollouts.values()))
+
+
+# Metrics, and the responses by sampling setting.
+Measured: TypeAlias = tuple[dict[str, float], dict[str, list[Rollout]]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Examiner:
+    """Measures the student (and once the teachers) on the held-out prompts; keeps the last measurements.
+
+    Metrics are named eval/..., those of a task eval/TASK/..., the teacher's own eval/teacher/... or
+    eval/TASK/teacher/....
+    """
+
+    exams: Sequence[Exam]
+    student: LanguageModel
+    world: World
+    root: nn.Module  # the student's, by which its weights are gathered
+    folder: StageDir
+    micro_batch_tokens: int
+
+    def due(self, done: int) -> bool:
+        """Whether anything is to be measured after `done` updates."""
+        return any(exam.due(done) for exam in self.exams)
+
+    def before(self) -> dict[str, float]:
+        """The teachers' own responses (if asked for) and the untrained student."""
+        with self.world.gathered(self.root):
+            out = self._measure("teacher", [exam for exam in self.exams if exam.teacher_samplers], self._taught)
+            return out | self._measure("before", [exam for exam in self.exams if exam.measure_before], self._student)
+
+    def after(self, done: int, *, finished: bool) -> dict[str, float]:
+        """The student after `done` updates: what is due, and everything at the end."""
+        due = [exam for exam in self.exams if finished or exam.due(done)]
+        when = f"step_{done:06d}"
+        with self.world.gathered(self.root):
+            measured = self._measure(when, due, self._student)
+        return measured | self._recovered(when, due)
+
+    def _recovered(self, when: str, exams: Sequence[Exam]) -> dict[str, float]:
+        """The share of each teacher's lead that was made up, where before and teacher were measured.
+
+        From the files of responses, which outlive a stop; in the process that writes them and the metrics.
+        """
+        if not self.folder.writes:
+            return {}
+        before, teacher, after = map(self.folder.read_held_out, ("before", "teacher", when))
+        out: dict[str, float] = {}
+        for exam in exams:
+            found = recovered(before, teacher, after, exam.task, exam.held_out.sampling)
+            out |= as_metrics(found, exam.task)
+        return out
+
+    def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam], Measured]) -> dict[str, float]:
+        """The numbers of some exams, with the responses of all in one file."""
+        out: dict[str, float] = {}
+        rows: list[dict[str, Any]] = []
+        for exam in exams:
+            metrics, written = how(exam)
+            prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
+            out |= {prefix + key.removeprefix("eval/"): value for key, value in metrics.items()}
+            for name, rollouts in written.items():
+                rows += sample_rows(rollouts, when=when, sampling=name)
+        if rows:
+            self.folder.write_held_out(when, rows)
+        return out
+
+    def _taught(self, exam: Exam) -> Measured:
+        taught = measure(exam.held_out, exam.teacher_samplers, self.world)
+        return {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}, taught.rollouts
+
+    def _student(self, exam: Exam) -> Measured:
+        measured = measure(exam.held_out, student_samplers(exam.held_out, self.student), self.world)
+        metrics = dict(measured.metrics)
+        if exam.kl_teacher is not None:
+            divergences = exact_divergence(
+                self.student,
+                exam.kl_teacher,
+                exam.drawn(measured.rollouts),
+                exam.context,
+                micro_batch_tokens=self.micro_batch_tokens,
+                world=self.world,
+            )
+            metrics |= {f"eval/{name}": value for name, value in divergences.items()}
+        return metrics, measured.rollouts

@@ -1,0 +1,294 @@
+"""One run's folder: what is written where, and how it survives a kill.
+
+    <run>/recipe.yaml           the resolved recipe; the run's identity
+    <run>/environment.json      versions and hardware of the process that opened the run last
+    <run>/<stage>/metrics.jsonl one line a step; the same recipe on the same machine writes the same bytes
+    <run>/<stage>/timings.jsonl seconds of the same steps by the clock, and of CPU, which never repeat
+    <run>/<stage>/samples/step_000012.parquet
+    <run>/<stage>/checkpoints/  see `checkpoint.py`
+    <run>/<stage>/done.json     there once the stage has finished
+
+Whole files are replaced atomically. Lines are appended with one `write` each, so a kill leaves at most one partial last
+line, which reading ignores and `rewind` removes: whoever continues a stage calls `rewind` first. One process writes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from opd.errors import ConfigError, RunError
+from opd.files import GIB, append_line, check_finite, read_lines, read_table, refused, write_atomically, write_table
+from opd.stage.claim import Claim, claim, forget, made_nothing
+
+_RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tensorboard", "wandb"})
+
+
+_DIFF_LINES = 12
+
+
+@dataclass(frozen=True, slots=True)
+class RunDir:
+    """A run's folder. Make it with `RunDir.open`."""
+
+    path: Path
+    writes: bool = True
+    replaced: bool = False  # the recipe of a run that made no step stood here
+    claim: Claim | None = None
+
+    @classmethod
+    def open(cls, path: Path, recipe_yaml: str, *, free_bytes_needed: int = 0) -> RunDir:
+        """Start a run in `path`, or continue the one that is there if its recipe is the same text.
+
+        The recipe of a run that made no step is replaced, unless another process is still at work on it.
+
+        Raises:
+            RunError: `path` is a file, cannot be written to, holds another run or something that is no run, or has
+                less than `free_bytes_needed` free. Nothing that was there is changed.
+        """
+        try:
+            claimed = claim(path) if path.is_dir() else None
+            continues = _holds_this_run(path, recipe_yaml, free=claimed is not None)
+            replaced = not continues and (path / "recipe.yaml").exists()
+            check_space(path, free_bytes_needed)
+            path.mkdir(parents=True, exist_ok=True)
+            claimed = claimed or claim(path)
+            _remove_unfinished(path)
+            if replaced:
+                forget(path)
+        except RunError:
+            raise
+        except OSError as error:
+            raise refused(path, error) from error
+        if not continues:
+            write_atomically(path / "recipe.yaml", recipe_yaml)
+        write_atomically(path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+        return cls(path, replaced=replaced, claim=claimed)
+
+    def stage(self, name: str) -> StageDir:
+        """The folder of one stage, made if needed.
+
+        Raises:
+            ConfigError: the name cannot be a folder here. RunError: the folder cannot be made.
+        """
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in _RESERVED:
+            raise ConfigError(
+                f"A stage cannot be named {name!r}: its folder carries the name. Use letters, digits, '_', '-' and "
+                f"'.', a letter or digit first, and none of {sorted(_RESERVED)}."
+            )
+        stage = StageDir(self.path / name, self.writes)
+        if not self.writes:
+            return stage
+        try:
+            stage.samples.mkdir(parents=True, exist_ok=True)
+            stage.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise refused(stage.path, error) from error
+        return stage
+
+
+@dataclass(frozen=True, slots=True)
+class StageDir:
+    """The files of one stage. Make it with `RunDir.stage`."""
+
+    path: Path
+    writes: bool = True
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def timings(self) -> Path:
+        return self.path / "timings.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        """One line of the numbers that the recipe and seed determine.
+
+        Raises:
+            TrainingError: a metric is NaN or infinite. RunError: the line could not be written.
+        """
+        if self.writes:
+            append_line(self.metrics, step, metrics)
+
+    def append_timings(self, step: int, timings: Mapping[str, float]) -> None:
+        """One line of seconds. Raises as `append_metrics` does."""
+        if self.writes:
+            append_line(self.timings, step, timings)
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All complete lines, each with its `step`. Raises RunError if one is damaged or the file cannot be read."""
+        return [row for _, row in read_lines(self.metrics)]
+
+    def read_timings(self) -> list[dict[str, Any]]:
+        """All complete lines, each with its `step`. Raises RunError as `read_metrics` does."""
+        return [row for _, row in read_lines(self.timings)]
+
+    def rewind(self, step: int) -> None:
+        """Forget everything after `step`, to continue from its checkpoint; -1 forgets everything.
+
+        Raises:
+            RunError: a file cannot be read or written, or a complete line is damaged.
+        """
+        if not self.writes:
+            return
+        for file in (self.metrics, self.timings):
+            if file.exists():
+                kept = [line for line, row in read_lines(file) if row["step"] <= step]
+                write_atomically(file, b"".join(kept))
+        try:
+            for file in list(self.samples.iterdir()):
+                match = re.fullmatch(r"step_(\d{6,})\.parquet", file.name)
+                if match and int(match[1]) > step:
+                    file.unlink()
+            _remove_unfinished(self.path)
+            _remove_unfinished(self.samples)
+        except OSError as error:
+            raise refused(self.path, error) from error
+
+    def write_samples(self, step: int, rows: list[dict[str, Any]]) -> Path:
+        """One parquet file of a step's responses. Every row has the same keys.
+
+        Raises:
+            DataError: a column holds values that have no common type.
+            RunError: the file could not be written.
+        """
+        file = self.samples / f"step_{step:06d}.parquet"
+        return write_table(file, rows) if self.writes else file
+
+    def write_held_out(self, when: str, rows: list[dict[str, Any]]) -> Path:
+        """The responses of one evaluation, to held_out_<when>.parquet. Raises as `write_samples` does."""
+        file = self.path / f"held_out_{when}.parquet"
+        return write_table(file, rows) if self.writes else file
+
+    def read_samples(self) -> list[dict[str, Any]]:
+        """The rows of all sample files, each with its `step`, in order."""
+        return [
+            {"step": int(file.stem.removeprefix("step_")), **row}
+            for file in sorted(self.samples.glob("step_*.parquet"))
+            for row in read_table(file)
+        ]
+
+    def read_held_out(self, when: str) -> list[dict[str, Any]]:
+        """The responses of one evaluation; empty if it was not made."""
+        file = self.path / f"held_out_{when}.parquet"
+        return read_table(file) if file.exists() else []
+
+    def mark_done(self, summary: Mapping[str, Any]) -> None:
+        """Record that the stage has finished.
+
+        Raises:
+            TrainingError: a number of it is NaN or infinite. RunError: the file could not be written.
+        """
+        check_finite("the stage's summary", summary)
+        if not self.writes:
+            return
+        write_atomically(self.path / "done.json", json.dumps(summary, indent=2, sort_keys=True) + "\n")
+
+    def done(self) -> dict[str, Any] | None:
+        """The summary of a finished stage, or None. Raises RunError if done.json cannot be read."""
+        file = self.path / "done.json"
+        try:
+            return json.loads(file.read_bytes()) if file.exists() else None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{file} cannot be read ({error}). Remove it to run the stage again.") from error
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for part in folder.glob(".*.writing-*"):
+        part.unlink(missing_ok=True)
+
+
+def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
+    """True to continue, False to start; the refusals are errors. `free`: no other process is at work there."""
+    if not path.exists():
+        return False
+    if not path.is_dir():
+        raise RunError(f"{path} is a file, and a run needs a folder. Use another output_dir=..., or move the file.")
+    recipe = path / "recipe.yaml"
+    if not recipe.exists():
+        # A first start that was killed leaves only its unfinished recipe, and that is still an empty folder.
+        others = sorted(entry.name for entry in path.iterdir() if ".writing-" not in entry.name)
+        if others:
+            raise RunError(
+                f"{path} is not a run directory: it holds {others[0]!r} and no recipe.yaml ({len(others)} entries). "
+                "Nothing was written. Use another output_dir=..., or empty the folder."
+            )
+        return False
+    there = recipe.read_bytes().decode(errors="replace")
+    if there == recipe_yaml:
+        return True
+    idle = made_nothing(path)
+    if idle and free:
+        return False
+    old, new = there.splitlines(), recipe_yaml.splitlines()
+    lines = list(difflib.unified_diff(old, new, "the run's", "this recipe", n=1, lineterm=""))
+    shown = lines[:_DIFF_LINES] + ["..."] * (len(lines) > _DIFF_LINES)
+    difference = "\n".join(shown) or "(only in line ends)"
+    at_work = "It has made no step, but another process is still at work on it. " if idle else ""
+    raise RunError(
+        f"{path} holds a run of another recipe:\n{difference}\n{at_work}Use another output_dir=... to keep both, or "
+        "remove the folder to start again there."
+    )
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Raise RunError when the disk under `path` has fewer than `needed` bytes free."""
+    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise RunError(
+            f"{path} has {free / GIB:.2f} GiB free, and this run needs about {needed / GIB:.2f} GiB for its "
+            "checkpoints. Free space there, use an output_dir=... on another disk, or keep fewer checkpoints."
+        )
+
+
+def _environment() -> dict[str, Any]:
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "packages": {name: _version(name) for name in ("torch", "transformers", "datasets", "peft", "opd")},
+        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "git_commit": _git_commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of the working directory, or None outside a repository, before its first commit or without git."""
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,187 @@
+"""What an `Update` of a method is handed: the optimiser, the weights, and a way to ask how good they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from opd.errors import NotFiniteError
+from opd.evaluation.divergence import exact_divergence
+from opd.models.language_model import LanguageModel
+from opd.parallel import World, full
+from opd.pieces.needs import needs_of
+from opd.recipe.schema import OptimizerSection
+from opd.rewards.base import AnyReward, rewarded_by_task
+from opd.teachers.cross_tokenizer import OneTeacher, comparable
+from opd.teachers.local import LocalTeacher
+from opd.teachers.routed import SeveralTeachers, shares_of
+from opd.types import Context, Prompt, Rollout, Sampler
+
+VALIDATION_STEP = 2**31 - 2  # no step of training draws with it: all candidates are asked with the same random numbers
+
+
+@dataclass(slots=True, kw_only=True)
+class Moves:
+    """The `Optimisation` of a stage."""
+
+    optimiser: Optimiser
+    student: LanguageModel
+    root: nn.Module
+    teacher: OneTeacher | SeveralTeachers | None
+    writer: Sampler  # the student
+    prompts: Sequence[Prompt]  # of training, all
+    rewards: Mapping[str | None, AnyReward | None]  # by task
+    context: Context
+    world: World
+    seed: int
+    micro_batch_tokens: int
+
+    @property
+    def updates(self) -> int:
+        """Steps of the optimiser so far."""
+        return self.optimiser.updates
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]:
+        """The trained weights by name; sharded where the student is."""
+        return self.optimiser.parameters
+
+    def step(self) -> dict[str, float]:
+        """One step of the optimiser; its metrics."""
+        return self.optimiser.step()
+
+    @torch.no_grad()
+    def set(self, weights: Mapping[str, Tensor]) -> None:
+        """Put `weights` in the place of those that they name."""
+        for name, values in weights.items():
+            self.optimiser.parameters[name].copy_(values)
+
+    def jumped(self, by: Mapping[str, Tensor]) -> None:
+        """The student has moved `by` outside of an optimiser's step: a teacher that follows it moves along."""
+        if isinstance(self.teacher, LocalTeacher):
+            self.teacher.moved(by)
+
+    def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
+        """Mean reward, or minus the exact reverse KL in nats a token, of responses to `prompts` training prompts.
+
+        Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
+        weights that have overflowed, so that no response can be drawn, are worth -inf.
+        """
+        count = min(prompts, len(self.prompts))
+        chosen = np.random.default_rng((self.seed, VALIDATION_STEP)).choice(len(self.prompts), count, replace=False)
+        mine = [self.prompts[chosen[i]] for i in self.world.positions(range(count))]
+        with self.world.gathered(self.root):
+            written: list[Rollout] | None = None
+            with suppress(NotFiniteError):
+                written = self.writer(mine, seed=(self.seed, VALIDATION_STEP)) if mine else []
+            if self.world.any(written is None) or written is None:
+                return -math.inf
+            if by == "reward":
+                rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
+                return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
+            assert self.teacher is not None, "a method without a teacher is refused before this"
+            if "reward" in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+                written = rewarded_by_task(self.rewards, written, self.world)
+            rollouts = [one for part in self.world.gather(written) for one in part]
+            total = tokens = 0.0
+            for teacher, indices in shares_of(self.teacher, rollouts):
+                asked = [rollouts[i] for i in indices]
+                found = exact_divergence(
+                    self.student,
+                    comparable(teacher),
+                    asked,
+                    self.context,
+                    micro_batch_tokens=self.micro_batch_tokens,
+                    names=("reverse_kl",),
+                    world=self.world,
+                )
+                weight = sum(len(one.response_ids) for one in asked)
+                total, tokens = total + weight * found["reverse_kl"], tokens + weight
+            return -total / tokens
+
+
+@dataclass(slots=True)
+class Optimiser:
+    """The trained parameters and what moves them. `grad_norm` is that of the last `clip()`, before clipping."""
+
+    parameters: dict[str, nn.Parameter]
+    adamw: torch.optim.AdamW
+    schedule: torch.optim.lr_scheduler.LambdaLR
+    max_grad_norm: float
+
+    def clip(self) -> float:
+        """Scale the gradient down to `max_grad_norm`; returns the global norm that it had."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        norm = full(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+        return float(norm)
+
+    def step(self) -> dict[str, float]:
+        rate = float(self.schedule.get_last_lr()[0])
+        self.adamw.step()
+        self.schedule.step()
+        self.adamw.zero_grad(set_to_none=True)
+        return {"optim/learning_rate": rate}
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """AdamW's state, by its own name for it and by parameter: moments in shards like the parameters."""
+        groups: dict[str, dict[str, Tensor]] = {}
+        for name, parameter in self.parameters.items():
+            for key, value in self.adamw.state[parameter].items():
+                groups.setdefault(f"adamw.{key}", {})[name] = value
+        return groups
+
+    @property
+    def updates(self) -> int:
+        """How many there have been, as the schedule counts."""
+        return int(self.schedule.last_epoch)
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
+        """Go on from what `tensors` and `updates` were; other groups of `tensors` are ignored."""
+        for group, named in tensors.items():
+            if group.startswith("adamw."):
+                for name, value in named.items():
+                    self.adamw.state[self.parameters[name]][group.removeprefix("adamw.")] = value
+        self.schedule.last_epoch = updates
+        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, self.adamw.param_groups, strict=True)
+        for base, factor_at, group in rates:
+            group["lr"] = base * factor_at(updates)
+        self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
+
+
+def build(parameters: dict[str, nn.Parameter], section: OptimizerSection, steps: int) -> Optimiser:
+    """An Optimiser over named parameters for a stage of `steps` updates."""
+    assert parameters, "a model with nothing to train is refused before this"
+    adamw = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=section.learning_rate,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor(section, steps))
+    return Optimiser(parameters, adamw, schedule, section.max_grad_norm)
+
+
+def factor(section: OptimizerSection, steps: int) -> Callable[[int], float]:
+    """Update number (from 0) -> factor on the learning rate: linear warm-up, then the schedule down to 0."""
+    warmup = section.warmup_steps
+
+    def at(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = (step - warmup) / max(1, steps - warmup)
+        if section.schedule == "linear":
+            return max(0.0, 1.0 - progress)
+        if section.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        return 1.0
+
+    return at

@@ -1,0 +1,98 @@
+"""TODO: opd/teachers/scoring.py"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from opd.maths import kernels
+from opd.models.head import Head, chunks, tempered, tiles
+from opd.pieces.supports import check_fits, support_tokens
+from opd.types import Scores, Support
+
+
+@torch.no_grad()
+def teacher_scores(
+    head: Head,
+    hidden: Tensor,
+    response_ids: Tensor,
+    support: Support,
+    temperature: float = 1.0,
+    student_top_ids: Tensor | None = None,
+    *,
+    sampled: bool = True,
+    entropy: bool = False,
+    top_k: int = 0,
+) -> Scores:
+    """What a teacher says at `hidden` [T, H] about the tokens `response_ids` [T]; everything detached.
+
+    One pass over chunks gives the sampled token's log-prob, the support, and the entropy and the `top_k` most likely
+    tokens if they are asked for. For full support the hidden states are kept instead: V numbers a position are H
+    numbers and a matmul. That matmul is made in phase B; here it is only made if `sampled` (the sampled tokens'
+    log-probs), `entropy` or `top_k` asks for it, else `teacher_logp` is NaN.
+    """
+    assert support.kind != "none", "a method without support asks nobody for scores"
+    check_fits(max(support.k, top_k), head.vocabulary)
+    kept = hidden.detach() if support.kind == "full" else None
+    if kept is not None and not (sampled or entropy or top_k):
+        return Scores(teacher_logp=torch.full(response_ids.shape, torch.nan, device=hidden.device), teacher_hidden=kept)
+    parts: list[Scores] = []
+    for rows in chunks(len(response_ids), head.vocabulary, hidden.device):
+        logits = head.logits(hidden[rows])
+        for tile in tiles(logits):
+            at = slice(rows.start + tile.start, rows.start + tile.stop)
+            student_top = None if student_top_ids is None else student_top_ids[at, : support.k]
+            tile_logits = tempered(logits[tile], temperature)
+            parts.append(_scored(tile_logits, response_ids[at, None], support, student_top, entropy, top_k))
+    return replace(_joined(parts), teacher_hidden=kept)
+
+
+def _scored(
+    logits: Tensor, ids: Tensor, support: Support, student_top: Tensor | None, entropy: bool, top_k: int
+) -> Scores:
+    """The scores of one tile: logits [n, V] after temperature, sampled ids [n, 1]."""
+    log_z = kernels.on(logits.device).log_normaliser(logits)
+    spread = None
+    if entropy:
+        spread = torch.special.entr((logits - log_z).exp()).sum(-1)
+    logp = (logits.gather(-1, ids) - log_z)[:, 0]
+    of_support = support.k if support.kind == "top_k" and support.by != "student" else 0
+    scores = Scores(teacher_logp=logp, teacher_entropy=spread)
+    teacher_top = None
+    if listed := max(of_support, top_k):
+        top = logits.topk(listed, dim=-1)
+        teacher_top = top.indices[:, :of_support] if of_support else None
+        if top_k:
+            logp_of_top = top.values[:, :top_k] - log_z
+            scores = replace(scores, teacher_top_ids=top.indices[:, :top_k], teacher_top_logp=logp_of_top)
+    if support.kind != "top_k":
+        return scores
+    chosen, exists = support_tokens(support, student_top=student_top, teacher_top=teacher_top, sampled=ids)
+    return replace(
+        scores,
+        support_ids=chosen,
+        support_mask=exists,
+        teacher_support_logp=logits.gather(-1, chosen) - log_z,
+    )
+
+
+def _joined(parts: list[Scores]) -> Scores:
+    """Scores of consecutive positions as one."""
+
+    def joined(name: str) -> Tensor | None:
+        values = [value for part in parts if (value := getattr(part, name)) is not None]
+        return torch.cat(values) if values else None
+
+    logp = joined("teacher_logp")
+    assert logp is not None
+    return Scores(
+        teacher_logp=logp,
+        support_ids=joined("support_ids"),
+        support_mask=joined("support_mask"),
+        teacher_support_logp=joined("teacher_support_logp"),
+        teacher_entropy=joined("teacher_entropy"),
+        teacher_top_ids=joined("teacher_top_ids"),
+        teacher_top_logp=joined("teacher_top_logp"),
+    )

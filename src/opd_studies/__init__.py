@@ -1,0 +1,71 @@
+"""Claims of the papers, rerun: one file a study, each a function `run(lab) -> Outcome`. The one registry."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from opd.errors import ConfigError, nearest
+from opd_studies.claims import (
+    anti_sd,
+    cold_start,
+    control_variate,
+    estimators,
+    extrapolation,
+    fixed_points,
+    gamma,
+    length,
+    losses,
+    one_token,
+    prefixes,
+    privileged,
+    prompts,
+    prune,
+    reverse,
+    ropd,
+    simct,
+    special_tokens,
+    supports,
+    teacher_choice,
+    top_p,
+    two_teachers,
+)
+from opd_studies.lab.lab import Lab
+from opd_studies.page.outcome import Outcome
+
+STUDIES: dict[str, Callable[[Lab], Outcome]] = {
+    "fixed_points": fixed_points.run,
+    "estimators": estimators.run,
+    "gamma": gamma.run,
+    "losses": losses.run,
+    "one_token": one_token.run,
+    "top_p": top_p.run,
+    "special_tokens": special_tokens.run,
+    "prefixes": prefixes.run,
+    "privileged": privileged.run,
+    "teacher_choice": teacher_choice.run,
+    "reverse": reverse.run,
+    "cold_start": cold_start.run,
+    "prompts": prompts.run,
+    "supports": supports.run,
+    "length": length.run,
+    "prune": prune.run,
+    "simct": simct.run,
+    "two_teachers": two_teachers.run,
+    "control_variate": control_variate.run,
+    "extrapolation": extrapolation.run,
+    "anti_sd": anti_sd.run,
+    "ropd": ropd.run,
+}
+
+
+def study(name: str) -> Callable[[Lab], Outcome]:
+    """The study called `name`. Raises ConfigError for an unknown one."""
+    if name not in STUDIES:
+        raise ConfigError(f"There is no study {name!r}.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}.")
+    return STUDIES[name]
+
+
+def headline(name: str) -> str:
+    """The first line of the study file's docstring. Raises ConfigError for an unknown study."""
+    return (sys.modules[study(name).__module__].__doc__ or "").splitlines()[0].rstrip(".")

@@ -1,0 +1,268 @@
+"""Truncated losses side by side on a small pair: which forms and supports are stable, and which collapse.
+
+The comparisons of arXiv 2605.11182 (Fig. 4, 11, 15), with the released code of arXiv 2604.13016, the tail form, exact
+forward KL and the sampled token beside them. Each setting distils the same students from the same teachers on the same
+prompts, on policy, for as many updates.
+
+Setting A: supports are the teacher's K likeliest tokens. Setting B: the student's own K, as the released code of
+2605.11182 takes them; for the delay, a quarter of the learning rate. Why the support matters: the stop-gradient form's
+gradient is p_j (l_j 1[j in S] - c), with l = log p/q and c = sum_S p l. A token of S that the teacher finds unlikely
+costs l, one outside of S costs nothing, as if both models agreed on it. Where the student is unsure inside the S of the
+teacher, c is above 0 (the table has it) and descent moves mass out; what has left is sampled, and the teacher is asked
+about prefixes that are no longer its own. The resting point p = q on S is still there, but the path to it leads away
+first. With K = 1 there is no unlikely token in S and c is below 0; in the student's own S whatever grows enters S, and
+is scored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from opd_studies.lab import ablation
+from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.distilling import Trained
+from opd_studies.lab.lab import SORTERS, Lab, optimizer
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
+
+REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step tells its sampled accuracy
+
+
+LONGEST = SORTERS.task.longest
+
+
+# As arXiv 2603.25562 evaluates, beside the usual two.
+SAMPLING = {
+    "sampled": {"temperature": 1, "max_completion_length": LONGEST},
+    "nucleus": {"temperature": 1, "top_p": 0.9, "max_completion_length": LONGEST},
+    "greedy": {"temperature": 0, "max_completion_length": LONGEST},
+}
+
+
+SIZE = Size(steps=100, prompts_per_step=32, evaluate={"sampling": SAMPLING})
+
+
+NUCLEUS = "accuracy at top-p 0.9"
+
+
+GENTLE: dict[str, Any] = {"optimizer": optimizer(5e-4, 10), "steps": 60}  # a quarter of the learning rate
+
+
+SMOOTHED = 10  # steps behind a point of a training curve
+
+
+def truncated(form: str, k: int, by: str = "teacher", **stage: Any) -> Setting:
+    """A truncated reverse KL, the mean over a response's tokens first, as the other methods here."""
+    stage = {**REWARDED, **stage}
+    if form == "released":
+        options = {"k": k, "by": by, "form": form, "average": "sequence"}
+        return Setting(method="rethinking_opd", options=options, stage=stage)
+    return Setting(method="topk_reverse_kl", options={"k": k, "by": by, "form": form.replace("-", "_")}, stage=stage)
+
+
+def on_teachers(form: str, *ks: int) -> dict[str, Setting]:
+    """A form on the teacher's K likeliest tokens, for some K."""
+    return {f"{form}, K={k}": truncated(form, k) for k in ks}
+
+
+def on_students(form: str, *ks: int) -> dict[str, Setting]:
+    """A form on the student's K likeliest tokens, for some K."""
+    return {f"{form}, student's K={k}": truncated(form, k, "student") for k in ks}
+
+
+SETTINGS = {
+    "sampled": Setting(method="opd", stage=REWARDED),
+    "forward KL, exact": Setting(method="gkd", options={"beta": 0.0}, stage=REWARDED),
+    **on_teachers("raw", 1, 2, 4),
+    **on_teachers("stop-gradient", 1, 2, 4),
+    **on_teachers("renormalised", 2, 4),
+    **on_teachers("tail", 4),
+    **on_teachers("released", 4),
+    **on_students("raw", 4),
+    **on_students("stop-gradient", 4, 8),
+    **on_students("renormalised", 4, 8),
+    **{f"raw, K={k}, gentle": truncated("raw", k, **GENTLE) for k in (1, 4)},
+}
+
+
+# Thresholds. Accuracies are of responses sampled at temperature 1.
+COLLAPSE = -0.1  # accuracy against that of the student before
+
+
+LEARNED = 0.0  # the same
+
+
+SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student begins with
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Held-out numbers of every setting, and what the course of training showed; lists hold one number a seed."""
+
+    end: Numbers
+    broken: Mapping[str, Sequence[float]]  # by raw setting: the update after which half of P_S was gone
+    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, a list a seed: training accuracy, smoothed
+
+
+def run(lab: Lab, size: Size | None = None) -> Outcome:
+    """All settings for all seeds; see the file's docstring."""
+    size = size or SIZE
+    measured = read(ablation.train(lab, SETTINGS, size))
+    return Outcome(
+        setup=(
+            f"Sorting five digits, V = 17, so that K = 4 is a quarter of the vocabulary; {len(size.seeds)} pairs of "
+            f"their own seeds, {size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. "
+            "KL(student || teacher) is exact, on sampled responses. Training numbers are means over the last ten "
+            "updates: entropy in nats a token, P_S and Q_S the masses on the support; c is sum_S p log p/q over the "
+            "first ten. Gentle: learning rate 5e-4 instead of 2e-3, 60 updates. With K = 1 the renormalised form is 0 "
+            "whatever the models say, and left out. Setting B of the stable forms is the student's K = 8: with its K = "
+            "4, which was tried first, renormalised is still ahead of stop-gradient."
+        ),
+        findings=judge(measured),
+        figure=draw(measured),
+        table=ablation.table(
+            measured.end,
+            (
+                "sampled accuracy",
+                NUCLEUS,
+                "greedy accuracy",
+                "KL",
+                "entropy",
+                "length",
+                "repeat ratio",
+                "P_S",
+                "Q_S",
+                "c at first",
+                "gradient norm",
+            ),
+        ),
+    )
+
+
+def judge(measured: Measured) -> tuple[Finding, ...]:
+    """The claims against the numbers."""
+    end = measured.end
+    return (
+        finding(
+            "Raw top-K reverse KL collapses",
+            "2605.11182 Fig. 4 and 11",
+            collapses(end, "raw, K=4"),
+            collapses(end, "raw, student's K=4"),
+        ),
+        finding(
+            "Raw is far worse than stop-gradient on the same support",
+            "2605.11182 Fig. 11",
+            [gap(end, "raw, K=4", "stop-gradient, K=4", below=COLLAPSE)],
+            [gap(end, "raw, student's K=4", "stop-gradient, student's K=4", below=COLLAPSE)],
+        ),
+        finding(
+            "Stop-gradient and renormalised top-K are both stable, and similar",
+            "2605.11182 Fig. 11",
+            stable(end, "stop-gradient, K=4", "renormalised, K=4"),
+            stable(end, "stop-gradient, student's K=8", "renormalised, student's K=8"),
+        ),
+        finding(
+            "A larger K delays the collapse of the raw form and does not prevent it",
+            "2605.11182 Fig. 15",
+            delayed(measured, ""),
+            delayed(measured, ", gentle"),
+        ),
+    )
+
+
+def collapses(end: Numbers, name: str) -> list[Check]:
+    """Far worse than the student before, and further from the teacher."""
+    return [gap(end, name, START, below=COLLAPSE), gap(end, name, START, "KL", above=0.0)]
+
+
+def stable(end: Numbers, first: str, second: str) -> list[Check]:
+    """Both better than the student before, and as near to the teacher as each other."""
+    learned = [gap(end, name, START, above=LEARNED) for name in (first, second)]
+    return [*learned, gap(end, first, second, "KL", above=-SIMILAR, below=SIMILAR)]
+
+
+def delayed(measured: Measured, rate: str) -> list[Check]:
+    """Raw is far worse than the student before with K = 1 and with 4, where the mass on the support lasts longer."""
+    longer = doublings(measured.broken[f"raw, K=4{rate}"], measured.broken[f"raw, K=1{rate}"])
+    what = f"log2 of the updates until half of P_S is gone, K=4 over K=1{rate}"
+    gone = [gap(measured.end, f"raw, K={k}{rate}", START, below=COLLAPSE) for k in (1, 4)]
+    return [*gone, Check(what=what, interval=over_seeds(longer), above=0.0)]
+
+
+def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
+    """What the claims are about, of finished distillations."""
+    end = ablation.collect(trained)
+    for name, seeds in trained.items():
+        if name.startswith("stop-gradient"):
+            end[name]["c at first"] = [mean([row["train/signal"] for row in one.rows[:SMOOTHED]]) for one in seeds]
+    curve = {
+        name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
+        for name, seeds in trained.items()
+    }
+    return Measured(
+        end=end,
+        broken={
+            name: [half_life([row["support/student_mass"] for row in one.rows]) for one in seeds]
+            for name, seeds in trained.items()
+            if name.startswith("raw")
+        },
+        curve=curve,
+    )
+
+
+def smoothed(values: Sequence[float], width: int = SMOOTHED) -> list[float]:
+    """Means of `width` neighbours: the first one of the first `width` values."""
+    return [mean(values[end - width : end]) for end in range(width, len(values) + 1)]
+
+
+def half_life(masses: Sequence[float]) -> float:
+    """After how many updates less than half of the first mass is there; as many as there were if it always is."""
+    return float(next((step for step, mass in enumerate(masses) if mass < masses[0] / 2), len(masses)))
+
+
+def doublings(longer: Sequence[float], shorter: Sequence[float]) -> list[float]:
+    """log2 of the ratio, seed by seed."""
+    return [math.log2(a / b) for a, b in zip(longer, shorter, strict=True)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one number."""
+    return math.fsum(values) / len(values)
+
+
+DRAWN = (
+    "sampled",
+    "raw, K=1",
+    "raw, K=4",
+    "stop-gradient, K=4",
+    "stop-gradient, student's K=4",
+)
+
+
+def draw(measured: Measured) -> report.Figure:
+    """Bars of what the settings end with, and the course of some of them."""
+    figure, axes = report.figure(4, width=3.0, height=5.4)
+    ablation.bars(
+        axes[0][:3],
+        measured.end,
+        {
+            "sampled accuracy": "sampled accuracy, share",
+            "KL": "KL(student || teacher), nats",
+            "P_S": "student's mass on S",
+        },
+    )
+    courses(axes[0][3], measured.curve, DRAWN, f"training accuracy, share, mean of {SMOOTHED} updates")
+    return figure
+
+
+def courses(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:
+    """Smoothed training accuracies [seeds][updates] by update: a line a setting, its mean over seeds."""
+    for name, colour in zip(names, report.COLOURS, strict=False):
+        by_seed = curve[name]
+        steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))
+        panel.plot(steps, [mean(values) for values in zip(*by_seed, strict=True)], color=colour, label=name)
+    panel.set(xlabel="update", ylabel=label, ylim=(-0.03, 1.03))
+    panel.legend(fontsize=7)

@@ -1,0 +1,194 @@
+"""What one scored token a position teaches: the sampled one, inside a policy gradient and as a loss, or the likeliest.
+
+Zhu et al., arXiv 2605.11182 Fig. 12 (the log-ratio as a loss, as a policy gradient, and stop-gradient top-1); Fu et
+al., arXiv 2603.25562 Table 1 (teacher top-K, renormalised, against the sampled token); Li et al., arXiv 2604.13016
+section 6.3 (sampled, student's top-1 and top-4, as released). The noise of one token a position falls with the prompts
+of a step: setting A has 32. Setting B has 64 where a claim is that one token is as good as more, or how it behaves, and
+8 where it is that more are better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from opd_studies.claims.losses import (
+    LONGEST,
+    NUCLEUS,
+    REWARDED,
+    SIZE,
+    SMOOTHED,
+    collapses,
+    courses,
+    smoothed,
+    stable,
+    truncated,
+)
+from opd_studies.lab import ablation
+from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.distilling import Trained
+from opd_studies.lab.lab import Lab
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
+
+FEW, MANY = 8, 64  # prompts a step in settings B
+
+
+def with_prompts(setting: Setting, prompts: int) -> Setting:
+    """A setting with another number of prompts a step."""
+    return Setting(method=setting.method, options=setting.options, stage={**setting.stage, "prompts_per_step": prompts})
+
+
+AT_32 = {
+    "sampled": Setting(method="opd", stage=REWARDED),
+    "log-ratio, differentiated": Setting(method="opd_studies.worlds.methods:differentiated_log_ratio", stage=REWARDED),
+    "stop-gradient, K=1": truncated("stop-gradient", 1),
+    "renormalised, K=4": truncated("renormalised", 4),
+    "released, student's K=1": truncated("released", 1, "student"),
+    "released, student's K=4": truncated("released", 4, "student"),
+}
+
+
+OTHERS = {
+    FEW: ("sampled", "renormalised, K=4"),
+    MANY: ("sampled", "stop-gradient, K=1", "released, student's K=1", "released, student's K=4"),
+}
+
+
+SETTINGS = AT_32 | {
+    f"{name}, {prompts} prompts": with_prompts(AT_32[name], prompts)
+    for prompts, names in OTHERS.items()
+    for name in names
+}
+
+
+# Thresholds, beside those of `losses`.
+LEARNED = 0.0  # accuracy of sampled responses against that of the student before
+
+
+BETTER = 0.0  # accuracy
+
+
+FALLS = 0.0  # share of right answers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Held-out numbers, and the course of training; lists hold one number a seed."""
+
+    end: Numbers
+    fall: Mapping[str, Sequence[float]]  # by setting: how far the training accuracy fell below its best before
+    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, a list a seed: training accuracy, smoothed
+
+
+def run(lab: Lab, size: Size | None = None) -> Outcome:
+    """All settings for all seeds; see the file's docstring."""
+    size = size or SIZE
+    measured = read(ablation.train(lab, SETTINGS, size))
+    columns = (
+        "sampled accuracy",
+        NUCLEUS,
+        "greedy accuracy",
+        "KL",
+        "entropy",
+        "length",
+        "repeat ratio",
+        "largest fall",
+        "gradient norm",
+    )
+    return Outcome(
+        setup=(
+            f"Sorting five digits, V = 17, responses of at most {LONGEST} tokens; {len(size.seeds)} pairs of their own "
+            f"seeds, {size.steps} updates of {size.prompts_per_step} responses each unless it says otherwise, 200 "
+            "held-out prompts. KL(student || teacher) is exact, on sampled responses. Largest fall: of the training "
+            f"accuracy, a mean over {SMOOTHED} updates, below its best before."
+        ),
+        findings=judge(measured),
+        figure=draw(measured),
+        table=ablation.table(measured.end, columns),
+    )
+
+
+def judge(measured: Measured) -> tuple[Finding, ...]:
+    """The claims against the numbers."""
+    end, few, many = measured.end, f", {FEW} prompts", f", {MANY} prompts"
+    one, four = (f"released, student's K={k}" for k in (1, 4))
+
+    def more(prompts: str) -> list[Check]:
+        return [gap(end, f"renormalised, K=4{prompts}", f"sampled{prompts}", NUCLEUS, above=BETTER)]
+
+    def falls(prompts: str) -> list[Check]:
+        interval = differences(measured.fall[one + prompts], measured.fall[four + prompts])
+        what = f"largest fall of training accuracy{prompts}, student's K=1 minus K=4"
+        return [Check(what=what, interval=interval, above=FALLS)]
+
+    return (
+        finding(
+            "As a plain loss the sampled log-ratio collapses",
+            "2605.11182 Fig. 12",
+            collapses(end, "log-ratio, differentiated"),
+        ),
+        finding(
+            "Inside a policy gradient the same log-ratio teaches",
+            "2605.11182 Fig. 12",
+            [gap(end, "sampled", START, above=LEARNED)],
+            [gap(end, f"sampled{many}", START, above=LEARNED)],
+        ),
+        finding(
+            "The sampled policy gradient and stop-gradient top-1 learn alike",
+            "2605.11182 Fig. 12",
+            stable(end, "stop-gradient, K=1", "sampled"),
+            stable(end, f"stop-gradient, K=1{many}", f"sampled{many}"),
+        ),
+        finding(
+            "Teacher top-K matching, renormalised, is better than the sampled token",
+            "2603.25562 Table 1",
+            more(""),
+            more(few),
+        ),
+        finding(
+            "The student's likeliest token alone ends worse than its four likeliest",
+            "2604.13016 section 6.3",
+            [gap(end, four, one, above=BETTER)],
+            [gap(end, four + many, one + many, above=BETTER)],
+        ),
+        finding(
+            "The student's likeliest token alone falls back more on the way than its four likeliest",
+            "2604.13016 section 6.3",
+            falls(""),
+            falls(many),
+        ),
+        finding(
+            "The sampled token learns as much as the student's top-K",
+            "2604.13016 section 6.3",
+            stable(end, "sampled", four),
+            stable(end, f"sampled{many}", four + many),
+        ),
+    )
+
+
+def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
+    """What the claims are about, of finished distillations."""
+    end = ablation.collect(trained)
+    curve = {
+        name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
+        for name, seeds in trained.items()
+    }
+    fall = {name: [largest_fall(one) for one in seeds] for name, seeds in curve.items()}
+    for name, values in fall.items():
+        end[name]["largest fall"] = list(values)
+    return Measured(end=end, fall=fall, curve=curve)
+
+
+def largest_fall(values: Sequence[float]) -> float:
+    """How far a value lies below the best one before it, at most; 0 for what only rises or is empty."""
+    return max((max(values[: i + 1]) - value for i, value in enumerate(values)), default=0.0)
+
+
+def draw(measured: Measured) -> report.Figure:
+    """Bars of what the settings end with, and the course of those with the usual number of prompts."""
+    figure, axes = report.figure(3, width=3.2, height=3.6)
+    panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
+    ablation.bars(axes[0][:2], measured.end, panels)
+    courses(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
+    return figure

@@ -1,0 +1,212 @@
+"""Responses that end where the teacher is lost cost fewer tokens and leave the student as near to it.
+
+Prune-OPD, arXiv 2605.07804: weights that fall with every token at which the teacher is lost, and a budget on the length
+of the next step's responses; training takes 37.6 % to 68.0 % less time, at the same accuracy or a better one. Its
+budget is that of a batch; `stop="rollout"` ends each response by itself while it is written.
+
+The student of study `length` that never learned to end: after the answer it goes on with other rows, to 48 tokens,
+about which its teacher knows nothing. Setting A: a token is lost by the overlap of the two models' most likely tokens.
+Setting B: where it lies outside the teacher's top-p. The control that could embarrass is a fixed limit on responses, by
+which about as many tokens are written as by the stop.
+
+A step of decoding costs nearly the same for a few responses as for many, and the teacher's looks cost something: tokens
+that a stop saves are not time that it saves.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd_studies.claims import length
+from opd_studies.lab import ablation
+from opd_studies.lab.ablation import START, Numbers, Setting, Size
+from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
+from opd_studies.lab.lab import Lab, Pair
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
+
+K = 12  # of 17 tokens; with a few the released form runs away (recipe rethinking_opd)
+
+
+LONG = length.LONG
+
+
+SHORT = 12  # tokens; a right response has six
+
+
+BASE = {"k": K}
+
+
+JUDGES: dict[str, dict[str, Any]] = {
+    "A": {"metric": "overlap", "threshold": 0.7, "drop": 0.25},
+    "B": {"metric": "teacher_top_p_accept", "threshold": 0.9, "drop": 0.25},
+}
+
+
+ENDS: dict[str, dict[str, Any]] = {
+    "budget": {
+        "stop": "budget",
+        "budget": LONG // 2,
+        "budget_min": SHORT // 2,
+        "budget_max": LONG,
+        "budget_step": 2,
+        "margin": 2,
+    },
+    "stop": {"stop": "rollout", "every": 4},
+}
+
+
+UNPRUNED = Setting(method="rethinking_opd", options={**BASE, "form": "released"})
+
+
+SETTINGS: dict[str, Setting] = {
+    "unpruned": UNPRUNED,
+    f"cap {SHORT}": Setting(
+        method=UNPRUNED.method, options=UNPRUNED.options, stage={"sampling": {"max_completion_length": SHORT}}
+    ),
+    **{
+        f"{setting}: {name}": Setting(method="prune_opd", options={**BASE, **judge, **ends})
+        for setting, judge in JUDGES.items()
+        for name, ends in ENDS.items()
+        if setting == "A" or name == "stop"
+    },
+}
+
+
+SIZE = Size(seeds=(0, 1, 2, 3, 4), steps=100)
+
+
+# The rules: shares of the unpruned run's tokens and seconds, nats a token, shares of right answers.
+TOKENS = 0.7
+
+
+SECONDS = 1 - 0.376  # the least that the paper saved
+
+
+SAME_KL = 0.05
+
+
+SAME_ACCURACY = -0.05
+
+
+def run(lab: Lab, size: Size | None = None) -> Outcome:
+    """All settings from every pair, and what each cost."""
+    size = size or SIZE
+    numbers = measure(lab, size)
+    return Outcome(
+        setup=(
+            f"Sorting of five digits by a student that goes on to {LONG} tokens, the student's top {K} of 17 tokens, "
+            f"{len(size.seeds)} pairs of their own seeds, {size.steps} updates of {size.prompts_per_step} responses. "
+            f"Tokens are those generated in training, seconds those of CPU in training. Exact reverse KL and "
+            f"accuracy on 200 held-out rows at temperature 1 with at most {LONG} tokens; what follows the first answer "
+            "does not count as wrong, and does count in the KL."
+        ),
+        findings=judge(numbers),
+        figure=draw(numbers),
+        table=ablation.table(numbers, ("KL", "sampled accuracy", "length", "tokens", "seconds", "lost")),
+    )
+
+
+def judge(numbers: Numbers) -> tuple[Finding, ...]:
+    """The claims against the numbers."""
+
+    def share(name: str, what: str, below: float) -> Check:
+        ratios = [a / b for a, b in zip(numbers[name][what], numbers["unpruned"][what], strict=True)]
+        return Check(what=f"{what}, {name} over unpruned", interval=over_seeds(ratios), below=below)
+
+    def saves(name: str) -> list[Check]:
+        return [share(name, "tokens", TOKENS), ablation.gap(numbers, name, "unpruned", "KL", below=SAME_KL)]
+
+    def hastens(name: str) -> list[Check]:
+        kept = ablation.gap(numbers, name, "unpruned", above=SAME_ACCURACY)
+        return [share(name, "seconds", SECONDS), kept]
+
+    return (
+        finding(
+            "Ended while they are written, drifted responses cost 30 % fewer tokens at an equal divergence",
+            "2605.07804, released code, with a stop inside the response",
+            saves("A: stop"),
+            saves("B: stop"),
+        ),
+        finding(
+            "So they do with the budget, which ends all of a step's",
+            "2605.07804, released code",
+            saves("A: budget"),
+        ),
+        finding(
+            "The budget takes 37.6 % off the time of training, and accuracy is kept",
+            "2605.07804, results as reported",
+            hastens("A: budget"),
+        ),
+        finding(
+            "So does the stop inside the response, the teacher's looks included",
+            "2605.07804, results as reported, with a stop inside the response",
+            hastens("A: stop"),
+            hastens("B: stop"),
+        ),
+        finding(
+            "The stop is better than a fixed limit by which as many tokens are written",
+            "2605.07804, released code, with a control",
+            [ablation.gap(numbers, "A: stop", f"cap {SHORT}", "KL", below=0.0)],
+            [ablation.gap(numbers, "B: stop", f"cap {SHORT}", "KL", below=0.0)],
+        ),
+    )
+
+
+def measure(lab: Lab, size: Size) -> Numbers:
+    """By "start" the KL and accuracy that a student begins with, by setting what came of a run and what it cost."""
+    pairs = length.pairs_of(lab, [("B", seed) for seed in size.seeds], size.pair)
+    wanted = [
+        (name, distillation(pair, seed, size, setting, first=name == "unpruned"))
+        for pair, seed in zip(pairs, size.seeds, strict=True)
+        for name, setting in SETTINGS.items()
+    ]
+    numbers: Numbers = {START: {}}
+    for (name, _), trained in zip(wanted, distil_all(lab, [one for _, one in wanted]), strict=True):
+        ablation.append(numbers, START, ablation.held_out_of(trained.before, "eval/"))
+        ablation.append(numbers, name, ablation.numbers_of(trained) | cost(trained, size))
+    return numbers
+
+
+def distillation(pair: Pair, seed: int, size: Size, setting: Setting, *, first: bool) -> Distillation:
+    """One run; the first one of a pair also measures the student before."""
+    sampled: dict[str, Any] = {"sampled": {"temperature": 1, "max_completion_length": LONG}}
+    return Distillation(
+        pair=pair,
+        seed=seed,
+        method=setting.method,
+        task=length.ROWS,
+        options=setting.options,
+        stage={
+            "steps": size.steps,
+            "prompts_per_step": size.prompts_per_step,
+            "sampling": {"max_completion_length": LONG},
+            "evaluate": held_out(length.ROWS, sampling=sampled, before=first),
+            **setting.stage,
+        },
+    )
+
+
+def cost(trained: Trained, size: Size) -> dict[str, float]:
+    """Tokens generated, CPU seconds without evaluations, and the share of tokens at which the teacher was lost."""
+    from opd.stage.folder import RunDir
+
+    timings = RunDir(trained.model.parents[1]).stage(trained.model.parent.name).read_timings()
+    written = sum(row["rollout/length"] for row in trained.rows) * size.prompts_per_step
+    lost = [row["drift/lost_share"] for row in trained.rows if "drift/lost_share" in row]
+    watched = {"lost": sum(lost) / len(lost)} if lost else {}
+    return {"tokens": written, "seconds": sum(row["cpu"] for row in timings), **watched}
+
+
+def draw(numbers: Numbers) -> report.Figure:
+    """What each setting ended at, against what it cost: tokens, and seconds."""
+    figure, axes = report.figure(2, width=4.0, height=3.2)
+    labels = {"tokens": ("thousand tokens generated in training", 1e3), "seconds": ("CPU seconds of training", 1.0)}
+    for panel, (what, (label, unit)) in zip(axes[0], labels.items(), strict=True):
+        for colour, name in zip(report.COLOURS, SETTINGS, strict=False):
+            spent = [value / unit for value in numbers[name][what]]
+            panel.plot(spent, numbers[name]["KL"], "o", color=colour, markersize=4, label=name)
+        panel.set(xlabel=label, xlim=(0, None), ylim=(0, None))
+    axes[0][0].set_ylabel("held-out reverse KL, nats a token")
+    axes[0][1].legend(fontsize=7)
+    return figure

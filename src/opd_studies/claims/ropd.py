@@ -1,0 +1,237 @@
+"""A rubric of a teacher's texts as the reward: how many texts, one rubric or many, a verifier that is blind or not.
+
+arXiv 2605.07396: results and ablations on AIME24. The judge is a program (`opd_studies.worlds.graders`) that misreads a
+tenth of all statements; told whose an answer is, it denies half of what is true of a student's. Setting A sorts digits:
+students that learn from texts of a trained teacher, and a table, a policy over a fixed list of answers whose quality is
+known, with a teacher that is right six times of ten. Setting B is a table of letters
+(`opd_studies.worlds.rubric_table`).
+
+Changed after a look at the table of digits: the judge asked that three quarters of the teacher's texts meet a
+criterion, and one text ranked better than four. It asks for half of them since. Equal texts count once, as in the
+paper, and so 4 texts that sort digits are 2.5 in the table and 1.1 of the trained teacher, where the paper's long ones
+differ: the table of letters was added for that. With 32 tasks a table and five seeds, intervals of quality in B held 0
+for one text and for a verifier that is not blind, and lay above it for rubrics of their own (0.0847 [0.0356, 0.134]);
+tasks were doubled then. The students' learning rate was chosen on seed 0.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from opd_studies.lab import ablation
+from opd_studies.lab.ablation import START, TEACHER, Numbers, Setting, Size, gap
+from opd_studies.lab.lab import SORTING, Lab
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, finding
+from opd_studies.worlds.graders import ALPHABET
+from opd_studies.worlds.rubric_table import Table, played
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
+GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
+
+
+# Of digits only the rewards of first draws are looked at.
+TABLES = {"digits": Table(answers="digits", updates=0), "letters": Table(answers="letters")}
+
+
+RUBRIC, ONE, TOLD, OWN, TEXTS = "rubric", "one text", "not blind", "own rubrics", "sft on the texts"
+
+
+OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    RUBRIC: {},
+    ONE: {"answers": 1},
+    TOLD: {"blind": False},
+    OWN: {"shared": False},
+}
+
+
+# Thresholds.
+LEARNS = 0.1  # sampled accuracy over the student before
+
+
+BETTER = 0.0  # accuracy, quality, rank correlation, variance
+
+
+def trained_by(options: Mapping[str, Any]) -> Setting:
+    """A distillation by `ropd`: 16 prompts of 8 responses, the teacher's texts written when they are asked for."""
+    judge = {"function": "opd_studies.worlds.graders:grader", "options": GRADING}
+    reward = {
+        "name": "rubric",
+        "options": dict(options),
+        "author": {"lm": "teacher", "max_tokens": SORTING.longest},
+        "judge": judge,
+    }
+    sampling = {"n": 8, "max_completion_length": SORTING.longest}
+    return Setting(method="ropd", stage={"reward": reward, "sampling": sampling, "optimizer": OPTIMIZER})
+
+
+OPTIMIZER = {"learning_rate": 5e-4, "betas": [0.9, 0.99], "schedule": "linear", "warmup_steps": 10}
+
+
+SETTINGS = {name: trained_by(options) for name, options in OPTIONS.items()} | {
+    TEXTS: Setting(
+        method="sft",
+        options={"source": "teacher"},
+        stage={"sampling": {"n": 4, "max_completion_length": SORTING.longest}, "optimizer": OPTIMIZER},
+    )
+}
+
+
+SIZE = Size(steps=160, prompts_per_step=16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """Of students held-out numbers; of the tables, by setting and "table: measure", one number a seed."""
+
+    students: Numbers
+    tables: Numbers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much of both settings."""
+
+    students: Size = SIZE
+    tables: Mapping[str, Table] = field(default_factory=lambda: TABLES)
+    table_seeds: Sequence[int] = (0, 1, 2, 3, 4)
+
+
+def run(lab: Lab, size: Sizes | None = None) -> Outcome:
+    """Students and both tables for all seeds; see the file's docstring."""
+    size = size or Sizes()
+    measured = Measured(students=ablation.measure(lab, SETTINGS, size.students), tables=tables(lab, size))
+    digits, letters = size.tables["digits"], size.tables["letters"]
+    return Outcome(
+        setup=(
+            f"A: sorting five digits, {len(size.students.seeds)} pairs of their own seeds, {size.students.steps} "
+            f"updates of {size.students.prompts_per_step} prompts with 8 responses; the teacher writes 4 texts a "
+            "prompt at temperature 1, and is asked for nothing else. SFT gets as many texts and updates, at the same "
+            f"learning rate. Beside it a table of digits: {digits.prompts} tasks with {digits.arms} answers each, "
+            f"{digits.group} draws a task by an untrained policy, {len(size.table_seeds)} seeds, a teacher that is "
+            f"right {digits.right} of the time. B: a table of letters, as large, trained for {letters.updates} "
+            f"updates. A task wants {letters.wanted} of {len(ALPHABET)} letters; each stands in a share of "
+            f"{letters.held} of the teacher's texts, the others in half of them. The judge misreads with probability "
+            f"{GRADING['noise']}, and where it is told the source it denies what is true of a student's answer with "
+            f"probability {GRADING['bias']}. Its criteria are what is true of "
+            "at least half of the teacher's texts and of fewer of the student's; it asked for three quarters until the "
+            "table of digits had been seen, and B was added then. Equal texts count once: 4 that sort digits are 2.5 "
+            "in the table and 1.1 of the trained teacher, those of letters all differ. Tasks were doubled when 32 had "
+            "been seen, with which the claim on a rubric for each response held in B. A policy trained on the table of "
+            "digits ended at a quality of 0.67 with 4 texts, 0.68 with one."
+        ),
+        findings=judge(measured),
+        figure=draw(measured),
+        table=ablation.table(
+            beside(measured),
+            (
+                *("sampled accuracy", "greedy accuracy", "KL"),
+                *("letters: quality", "digits: rank correlation", "letters: rank correlation"),
+            ),
+        ),
+    )
+
+
+def tables(lab: Lab, size: Sizes) -> Numbers:
+    """All tables, by setting; an untrained policy is the setting `START`, the teacher's texts are `TEACHER`."""
+    numbers: Numbers = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for kind, table in size.tables.items():
+            for name, options in OPTIONS.items():
+                lab.note(f"table of {kind}: {name}")
+                for seed in size.table_seeds:
+                    found = played(table, seed, options, GRADING, Path(folder) / kind / name / str(seed))
+                    before, texts = found.pop("quality before"), found.pop("quality of the texts")
+                    ablation.append(numbers, name, {f"{kind}: {what}": value for what, value in found.items()})
+                    if name == RUBRIC:
+                        ablation.append(numbers, START, {f"{kind}: quality": before})
+                        ablation.append(numbers, TEACHER, {f"{kind}: quality": texts})
+    return numbers
+
+
+def judge(measured: Measured) -> tuple[Finding, ...]:
+    """The claims against the numbers."""
+    students, both = measured.students, measured.tables
+
+    def ends(second: str) -> tuple[list[Check], list[Check]]:
+        return (
+            [gap(students, RUBRIC, second, above=BETTER)],
+            [gap(both, RUBRIC, second, "letters: quality", above=BETTER)],
+        )
+
+    def tells(second: str, what: str, **side: float) -> tuple[list[Check], list[Check]]:
+        first, other = (gap(both, RUBRIC, second, f"{kind}: {what}", **side) for kind in TABLES)
+        return [first], [other]
+
+    return (
+        finding(
+            "A rubric of a teacher's texts teaches, without a logit of the teacher",
+            "2605.07396 results",
+            [gap(students, RUBRIC, START, above=LEARNS)],
+            [gap(both, RUBRIC, START, "letters: quality", above=LEARNS)],
+        ),
+        finding(
+            "It teaches more than imitation of the same texts (B: more than the texts' own quality)",
+            "2605.07396 results",
+            [gap(students, RUBRIC, TEXTS, above=BETTER)],
+            [gap(both, RUBRIC, TEACHER, "letters: quality", above=BETTER)],
+        ),
+        finding(
+            "With one text of the teacher instead of four the student ends worse",
+            "2605.07396 ablations",
+            *ends(ONE),
+        ),
+        finding(
+            "A rubric from four texts ranks answers better than one from one text",
+            "2605.07396 ablations",
+            *tells(ONE, "rank correlation", above=BETTER),
+        ),
+        finding(
+            "With a judge that is partial, a verifier that is not blind leaves the student worse",
+            "2605.07396 ablations",
+            *ends(TOLD),
+        ),
+        finding(
+            "With a rubric for each response the student ends worse than with one for all",
+            "2605.07396 ablations",
+            *ends(OWN),
+        ),
+        finding(
+            "One rubric for all gives advantages of less variance over the judge's mistakes than one for each response",
+            "2605.07396 ablations",
+            *tells(OWN, "variance of the advantage", below=BETTER),
+        ),
+    )
+
+
+def beside(measured: Measured) -> Numbers:
+    """Students and tables, by setting."""
+    names = [START, TEACHER, *SETTINGS]
+    return {name: {**measured.students.get(name, {}), **measured.tables.get(name, {})} for name in names}
+
+
+def draw(measured: Measured) -> Figure:
+    """What students and tables end with, and what the tables say of each way to make and apply rubrics."""
+    figure, axes = report.figure(3, 2, width=3.2, height=2.4)
+    shown = beside(measured)
+    told = {
+        "rank correlation": "rank correlation of\nreward and quality",
+        "variance of the advantage": "variance of the",
+    }
+    told["variance of the advantage"] += "\nadvantage over the judge's mistakes"
+    ends = {
+        "sampled accuracy": "students: sampled accuracy, share",
+        "letters: quality": "quality after training, share",
+    }
+    for row, kind, (what, label) in zip(axes, TABLES, ends.items(), strict=True):
+        setting = "A" if kind == "digits" else "B"
+        panels = {what: label} | {f"{kind}: {name}": f"table of {kind}: {text}" for name, text in told.items()}
+        ablation.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
+    return figure

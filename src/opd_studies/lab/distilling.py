@@ -1,0 +1,106 @@
+"""One distillation of a pair as a recipe, and what came of it; many of them at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from opd_studies.lab.lab import ADDITION, Lab, Pair, Task, optimizer
+
+FINAL_STEPS = 10  # a run's own numbers are means over its last steps
+
+
+HELD_OUT = 200  # prompts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """Teacher, student, method with its options, and fields of the recipe's stage that differ from the usual ones."""
+
+    pair: Pair
+    seed: int
+    method: str
+    task: Task = ADDITION
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    stage: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """A recipe of one stage: 64 prompts a step, 150 steps, and an evaluation at the end."""
+        return {
+            "name": f"{self.method.rpartition(':')[2]}-{self.seed}".translate(str.maketrans("_+", "--")),
+            "seed": self.seed,
+            "models": {"teacher": {"path": str(self.pair.teacher)}, "student": {"path": str(self.pair.student)}},
+            "stages": [
+                {
+                    "name": "distil",
+                    "train": "student",
+                    "teacher": "teacher",
+                    "method": self.method,
+                    "options": dict(self.options),
+                    "data": self.task.rows(3000, seed=3),
+                    "checkpoint": {"every": 100_000, "keep": 1},
+                    "samples_every": 0,
+                    "sampling": {"max_completion_length": self.task.longest},
+                    "prompts_per_step": 64,
+                    "steps": 150,
+                    "optimizer": optimizer(2e-3, 10),
+                    "evaluate": held_out(self.task),
+                    **self.stage,
+                }
+            ],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A finished stage: where its model is, and its numbers by metric name."""
+
+    model: Path
+    before: Mapping[str, float]  # held out, empty if it was not measured
+    after: Mapping[str, float]  # held out, empty if it was not measured
+    last: Mapping[str, float]  # training metrics, means over the last steps
+    rows: Sequence[Mapping[str, float]]  # all of them
+    evaluations: Sequence[Mapping[str, float]]  # all of them, `before` too
+
+
+def distil_all(lab: Lab, distillations: Sequence[Distillation]) -> list[Trained]:
+    """Run those that have not been run, as many at once as the lab allows. Raises the kinds of `opd.errors`."""
+    return [read(folder, "distil") for folder in lab.run_all([one.recipe for one in distillations])]
+
+
+def read(folder: Path, stage: str) -> Trained:
+    """The numbers of a finished run's stage. Raises RunError for damaged metrics."""
+    from opd.stage.folder import RunDir
+
+    there = RunDir(folder).stage(stage)
+    rows = there.read_metrics()
+    steps = [row for row in rows if "train/loss" in row]
+    evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]
+    tail = steps[-FINAL_STEPS:]
+    names = set.intersection(*(set(row) for row in tail)) - {"step"}
+    return Trained(
+        model=there.model,
+        before=next((row for row in evaluations if row["step"] == 0), {}),
+        after=evaluations[-1] if evaluations and evaluations[-1]["step"] else {},
+        last={name: sum(row[name] for row in tail) / len(tail) for name in sorted(names)},
+        rows=steps,
+        evaluations=evaluations,
+    )
+
+
+def held_out(task: Task, **more: Any) -> dict[str, Any]:
+    """An evaluate section: held-out prompts, greedy and sampled, and the exact reverse KL on the latter."""
+    return {
+        "data": task.rows(HELD_OUT, part="held_out"),
+        "reward": {"name": task.reward},
+        "sampling": {
+            "sampled": {"temperature": 1, "max_completion_length": task.longest},
+            "greedy": {"temperature": 0, "max_completion_length": task.longest},
+        },
+        "kl": True,
+        "before": False,
+        **more,
+    }

@@ -1,0 +1,246 @@
+"""What studies share: small models on made-up tasks, trained through recipes and kept by the hash of their making.
+
+A pair is a teacher that learned a task from many worked examples, and a smaller student that saw few. Two tasks: sums
+of two numbers with a chain of thought (`opd.data.toy.addition`), and digits to put in order (`opd.data.toy.sorting`),
+whose responses are short, so that a distillation takes seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from opd.models.loading import cache_dir
+
+SOURCE = Path(__file__).parents[2]
+
+
+LONGEST = 28  # tokens of a response to a sum
+
+
+# Of the studies, the files that training depends on.
+TRAINED_WITH = tuple(
+    f"opd_studies/worlds/{name}.py" for name in ("boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods")
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Data made on the spot, how it is rewarded, and how long a response may be."""
+
+    data: str  # a data function, as in a recipe
+    reward: str
+    longest: int  # tokens
+    options: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    characters: str = "0123456789+=,;>"
+
+    def rows(self, count: int, **options: Any) -> dict[str, Any]:
+        """A data section of `count` rows."""
+        return {"path": self.data, "options": {**self.options, "count": count, **options}}
+
+
+ADDITION = Task(
+    data="opd.data.toy:addition",
+    reward="final_number",
+    longest=LONGEST,
+    options={"digits": 2},
+    characters="0123456789+=,;",
+)
+
+
+SORTING = Task(data="opd.data.toy:sorting", reward="exact", longest=12)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Folders of two trained models."""
+
+    teacher: Path
+    student: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairSize:
+    """What a pair learns, how large the models are and how long they learn: how good they are depends on it."""
+
+    task: Task = ADDITION
+    teacher: Mapping[str, int] = field(
+        default_factory=lambda: {"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3}
+    )
+    student: Mapping[str, int] = field(
+        default_factory=lambda: {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2}
+    )
+    teacher_rows: int = 3500
+    teacher_steps: int = 250
+    student_rows: int = 600
+    student_steps: int = 200
+    prompts_per_step: int = 64
+    teacher_merges: Sequence[tuple[str, str]] = ()  # of the tokenizers, where the two differ
+    student_merges: Sequence[tuple[str, str]] = ()
+
+
+SORTERS = PairSize(
+    task=SORTING,
+    teacher={"hidden_size": 80, "intermediate_size": 240, "num_hidden_layers": 3},
+    student={"hidden_size": 48, "intermediate_size": 144, "num_hidden_layers": 2},
+    teacher_rows=20_000,
+    teacher_steps=300,
+    student_rows=128,
+    student_steps=100,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lab:
+    """Where models are kept, how many recipes run at once, and who hears what is going on."""
+
+    folder: Path = field(default_factory=lambda: cache_dir() / "studies")
+    workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
+    note: Callable[[str], None] = lambda text: None
+
+    def run(self, recipe: Mapping[str, Any]) -> Path:
+        """Run a recipe, or find that it has been run; the run's folder. Raises the kinds of `opd.errors`."""
+        return self.run_all([recipe])[0]
+
+    def run_all(self, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """The folders of all `recipes`, in their order; those that have not been run are, `workers` at a time.
+
+        A run's place is the hash of its recipe and of the library's own source, so that no model outlives what made
+        it. Each runs on one thread: these models are too small for more, and one thread gives the same numbers again.
+        Raises the kinds of `opd.errors`.
+        """
+        folders = [self.folder / self.fingerprint(recipe) for recipe in recipes]
+        missing = {
+            folder: recipe for folder, recipe in zip(folders, recipes, strict=True) if not _finished(folder, recipe)
+        }
+        if len(missing) == 1 or self.workers == 1:
+            for folder, recipe in missing.items():
+                self.note(f"training {recipe['name']}")
+                _train(recipe, folder)
+        elif missing:
+            # spawn: a forked copy of a process that has used torch's threads can hang.
+            with ProcessPoolExecutor(min(self.workers, len(missing)), mp_context=get_context("spawn")) as pool:
+                running = {pool.submit(_train, recipe, folder): recipe for folder, recipe in missing.items()}
+                for done, finished in enumerate(as_completed(running), 1):
+                    finished.result()
+                    self.note(f"{done} of {len(missing)}: trained {running[finished]['name']}")
+        return folders
+
+    def fingerprint(self, recipe: Mapping[str, Any]) -> str:
+        """16 hexadecimal digits of a recipe and the library; where the cache itself lies does not count."""
+        text = json.dumps(recipe, sort_keys=True).replace(str(self.folder), "")
+        return hashlib.sha256(f"{text}{library_digest()}".encode()).hexdigest()[:16]
+
+    def pair(self, seed: int, size: PairSize | None = None) -> Pair:
+        """A teacher and a student that knows less, both of their own seed."""
+        return self.pairs([seed], size)[0]
+
+    def pairs(self, seeds: Sequence[int], size: PairSize | None = None) -> list[Pair]:
+        """A pair for each seed."""
+        size = size or PairSize()
+        recipes = [recipe(seed, size) for seed in seeds for recipe in (teacher_recipe, student_recipe)]
+        made = self.run_all(recipes)
+        return [
+            Pair(teacher=teacher / "teacher" / "model", student=student / "warm-up" / "model")
+            for teacher, student in zip(made[::2], made[1::2], strict=True)
+        ]
+
+
+def teacher_recipe(seed: int, size: PairSize) -> dict[str, Any]:
+    """The recipe of a teacher, which sees many worked examples."""
+    data = size.task.rows(size.teacher_rows, seed=1)
+    stage = {"name": "teacher", "train": "teacher", "data": data, "steps": size.teacher_steps}
+    return _warm_up("teacher", seed, new_model(size.teacher, size.task.characters, size.teacher_merges), stage, size)
+
+
+def student_recipe(seed: int, size: PairSize) -> dict[str, Any]:
+    """The recipe of a student, which sees few."""
+    data = size.task.rows(size.student_rows, seed=2)
+    stage = {"name": "warm-up", "train": "student", "data": data, "steps": size.student_steps}
+    return _warm_up("student", seed, new_model(size.student, size.task.characters, size.student_merges), stage, size)
+
+
+def _warm_up(
+    name: str, seed: int, model: Mapping[str, Any], stage: Mapping[str, Any], size: PairSize
+) -> dict[str, Any]:
+    settings = {
+        "method": "sft",
+        "prompts_per_step": size.prompts_per_step,
+        "optimizer": optimizer(3e-3, 20),
+        "checkpoint": {"every": 100_000, "keep": 1},
+        "samples_every": 0,
+    }
+    return {
+        "name": f"{name}-{seed}",
+        "seed": seed,
+        "models": {name: model},
+        "stages": [{**stage, **settings}],
+    }
+
+
+def sums(count: int, **options: Any) -> dict[str, Any]:
+    """A data section of two-digit sums."""
+    return ADDITION.rows(count, **options)
+
+
+def new_model(size: Mapping[str, int], characters: str, merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
+    """A model section: a new small Llama of `size` whose tokens are characters, and what `merges` make of them."""
+    tokenizer: dict[str, Any] = {"characters": characters}
+    if merges:
+        tokenizer["merges"] = [list(merge) for merge in merges]
+    return {
+        "init": {
+            "model_type": "llama",
+            "num_attention_heads": 4,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            **size,
+        },
+        "tokenizer": tokenizer,
+    }
+
+
+def optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
+    """An optimizer section: the rate rises for `warmup` steps and falls as a cosine."""
+    return {"learning_rate": learning_rate, "betas": [0.9, 0.99], "schedule": "cosine", "warmup_steps": warmup}
+
+
+@cache
+def library_digest() -> str:
+    """A hash of the source of all that trains: the library without its commands, and `TRAINED_WITH` of the studies."""
+    digest = hashlib.sha256()
+    for file in sorted(SOURCE.rglob("*.py")):
+        name = file.relative_to(SOURCE).as_posix()
+        if name == "opd/cli.py" or (name.startswith(("opd/commands/", "opd_studies/")) and name not in TRAINED_WITH):
+            continue
+        digest.update(name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
+    return all((folder / stage["name"] / "done.json").exists() for stage in recipe["stages"])
+
+
+def _train(recipe: Mapping[str, Any], folder: Path) -> None:
+    import torch
+
+    from opd.api import run
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with warnings.catch_warnings():
+            # The raw form says that it is biased, and a study that trains with it shows that.
+            warnings.filterwarnings("ignore", message="form='raw' is biased")
+            run({**recipe, "output_dir": str(folder)}, quiet=True)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,52 @@
+"""`opd study`: list, run one, or run all and write the page."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import typer
+
+from opd.errors import ConfigError
+from opd.files import write_atomically
+from opd_studies import STUDIES, headline, study
+from opd_studies.lab.lab import Lab
+from opd_studies.page import report
+
+ALONE, ALL = Path("runs/studies"), Path("docs")  # where results go unless told otherwise
+
+
+def command(name: str | None, every: bool, out: str | None) -> None:
+    """Without a name the list; else run, print, and write under `out`: figure, numbers, and the page of all results.
+
+    Raises ConfigError for an unknown study, a name beside --all, or a missing matplotlib, before anything runs.
+    """
+    if name is not None and every:
+        raise ConfigError(f"`opd study` got both {name!r} and --all. Name one study, or run all of them.")
+    if name is None and not every:
+        width = max(map(len, STUDIES))
+        for one in STUDIES:
+            typer.echo(f"{one:{width}}  {headline(one)}")
+        return
+    names = list(STUDIES) if name is None else [name]
+    for one in names:
+        study(one)
+    report.check_drawing()
+    folder = Path(out) if out is not None else ALL if every else ALONE
+    lab = Lab(note=lambda text: typer.echo(f"  {text}", err=True))
+    for one in names:
+        typer.echo(f"{one}: {headline(one)}")
+        started = cpu_seconds()
+        with report.style():
+            outcome = study(one)(lab)
+            image = report.save(folder, one, outcome, cpu_seconds() - started)
+        for line in (*map(report.plain, outcome.findings), *report.aligned(outcome.table), str(image)):
+            typer.echo(line)
+        headlines = {known: headline(known) for known in STUDIES}
+        write_atomically(folder / "studies.md", report.page(report.load(folder, list(STUDIES)), headlines))
+
+
+def cpu_seconds() -> float:
+    """Seconds of all cores that this process and those that it waited for have used."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system

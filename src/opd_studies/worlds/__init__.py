@@ -1,0 +1,1 @@
+"""Made-up data, rewards and toys that recipes of studies name."""

@@ -1,0 +1,29 @@
+"""Losses that only studies use, named in their recipes as `opd_studies.worlds.methods:NAME`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import Tensor
+
+from opd.method import Method
+from opd.methods.anti_sd import anti_sd
+from opd.pieces import credit
+from opd.types import Tokens
+
+
+def differentiated_log_ratio() -> Method:
+    """log p(y_t) - log q(y_t), differentiated: its expected gradient is zero (arXiv 2605.11182 Fig. 12)."""
+
+    def signal(tokens: Tokens) -> Tensor:
+        return tokens.student_logp - tokens.teacher_logp
+
+    return Method(signal=signal)
+
+
+def self_distillation(strength: float = 0.5, template: str | None = None) -> Method:
+    """The reward plus `strength` times the log-ratio to a self that has read the solution: eq. 2 of arXiv 2605.11609
+    with delta = +u, what `anti_sd` turns round; the gate only listens."""
+    turned = anti_sd(strength, gate=False, template=template)
+    towards = credit.scale(strength, credit.discounted(0.0))
+    return replace(turned, credit=credit.add(credit.group_reward(), towards))
