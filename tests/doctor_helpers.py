@@ -21,8 +21,8 @@ from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import Recipe
-from opd.run.prepare import Given
-from opd.run.prepare import prepare as prepared_of
+from opd.runs.prepare import Given
+from opd.runs.prepare import prepare as prepared_of
 from opd.samplers.writers import ReferenceWriter
 from opd.types import Prompt
 

@@ -13,20 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from opd.loss.collate import attach, collate, split
-from opd.loss.token_loss import loss_of
+from opd.loss.collate import collate
+from opd.loss.step import PhaseA, gradient, scored, written
 from opd.method import Method
 from opd.models import language_model
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
 from opd.pieces.contexts import same_prompt
+from opd.pieces.signals import nll
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
-from opd.teachers.cross_tokenizer import OneTeacher, by_rule
-from opd.teachers.incremental import reading_along
-from opd.teachers.local import teacher_for
-from opd.train import unscored
-from opd.types import Batch, Denominator, Prompt, Rollout, Sampling, Writers
+from opd.teachers.cross_tokenizer import teacher_by_rule
+from opd.teachers.incremental import scoring_along
+from opd.teachers.local import with_record
+from opd.types import Batch, Denominator, NoTeacher, Prompt, Record, Rollout, Sampling, Scores, Teacher, Writers
 
 # Where the models under test are; references are computed on the CPU. `OPD_TEST_DEVICE=cuda` tries the GPU paths.
 DEVICE = torch.device(os.environ.get("OPD_TEST_DEVICE", "cpu"))
@@ -215,9 +215,15 @@ def writers_of(student: LanguageModel, external: LanguageModel | None, sampling:
     teacher = None
     if external is not None:
         teacher = TeacherWriter(teacher=external, student=student, sampling=sampling, context=same_prompt())
+
+    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        temperature = sampling.temperature or 1.0
+        return with_record(student, rollouts, record, temperature=lambda rollout: temperature, micro_batch_tokens=10**6)
+
     return Writers(
         student=TransformersSampler(lm=student, sampling=sampling),
         reference=ReferenceWriter(student=student),
+        complete=complete,
         teacher=teacher,
     )
 
@@ -233,14 +239,15 @@ def write(
     """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
     method = method.bound(student.tokenizer)
     writers = writers_of(student, external, sampling)
-    has_teacher = external is not None or method.teacher.kind != "external"
-    teacher = teacher_of(method, student, external) if has_teacher else None
-    if teacher is not None:
-        writers = replace(writers, reader=reading_along(method, teacher))
-    rollouts = method.source(prompts, writers, seed, method.record())
-    return method.keep(
-        [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]
-    )
+    if external is not None or method.teacher.kind != "external":
+        teacher = teacher_of(method, student, external)
+        writers = replace(writers, scorer=scoring_along(teacher, method.context, method.request()))
+
+    def reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        values = (sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10 for r in rollouts)
+        return [replace(r, reward=value) for r, value in zip(rollouts, values, strict=True)]
+
+    return written(method, prompts, writers, reward, seed)
 
 
 def sampler(lm: LanguageModel, **sampling: Any) -> TransformersSampler:
@@ -294,38 +301,33 @@ class Gradient:
 
 def teacher_of(
     method: Method, student: LanguageModel, external: LanguageModel | None, micro_batch_tokens: int = 64
-) -> OneTeacher | None:
-    teacher = teacher_for(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
-    return by_rule(method.teacher, student, teacher)
+) -> Teacher:
+    return teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
 
 
-def batch_of(method: Method, student: LanguageModel, teacher: OneTeacher | None, rollouts: list[Rollout]) -> Batch:
+def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:
+    """Scores without a teacher: NaN."""
+    return NoTeacher().score(rollouts, [rollout.prompt for rollout in rollouts], Method(signal=nll()).request())
+
+
+def batch_of(method: Method, student: LanguageModel, teacher: Teacher, rollouts: list[Rollout]) -> Batch:
     """Phase A without its end: context, scores, padding."""
-    scores = unscored(rollouts)
-    if teacher is not None:
-        contexts = method.context(rollouts)
-        scores = teacher.score(rollouts, contexts, method.support, method.temperature, top_k=method.top_k)
+    scores = teacher.score(rollouts, method.context(rollouts), replace(method.request(shown=True), entropy=False))
     return collate(rollouts, scores, student.device)
 
 
 def gradient_of(
     method: Method,
     student: LanguageModel,
-    teacher: OneTeacher | None,
+    teacher: Teacher,
     batch: Batch,
     denominator: Denominator,
     micro_batch_tokens: int = 10**6,
 ) -> Gradient:
     """Phase B of a batch whose credit and weight are attached."""
-    head = teacher.head() if teacher is not None and method.support.reads_states else None
+    phase_a = PhaseA(batch=batch, denominator=denominator, count=denominator.count, trains=True, learned={})
     student.model.zero_grad(set_to_none=True)
-    student.model.train()
-    loss = 0.0
-    for micro in split(batch, denominator, micro_batch_tokens):
-        part, _ = loss_of(method, student, micro, denominator.count, head)
-        part.backward()
-        loss += part.item()
-    student.model.eval()
+    loss, _ = gradient(method, student, teacher, phase_a, micro_batch_tokens=micro_batch_tokens)
     grads = {
         name: (torch.zeros_like(p) if p.grad is None else p.grad.detach().clone()).cpu()
         for name, p in student.trainable().items()
@@ -337,10 +339,11 @@ def gradient_of(
 def step(
     method: Method,
     student: LanguageModel,
-    teacher: OneTeacher | None,
+    teacher: Teacher,
     rollouts: list[Rollout],
     micro_batch_tokens: int = 10**6,
 ) -> Gradient:
     """Scores, batch, credit, denominator, micro-batches, loss, gradient: the loop's lines 3 to 8."""
-    batch = attach(batch_of(method, student, teacher, rollouts), method)
-    return gradient_of(method, student, teacher, batch, method.normalise(batch), micro_batch_tokens)
+    contexts = method.context(rollouts)
+    phase_a = scored(method, teacher, rollouts, contexts, method.request(shown=True), device=student.device)
+    return gradient_of(method, student, teacher, phase_a.batch, phase_a.denominator, micro_batch_tokens)

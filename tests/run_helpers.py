@@ -335,7 +335,7 @@ def import_all() -> None:
     """Everything that a run imports, also on first use: saving a model and making an array do that too."""
     distributed = ("fsdp", "device_mesh", "tensor", "rendezvous", "checkpoint.hf_storage")
     for module in (
-        *("opd.run.stages", "opd.commands.report.console", "peft", "pandas", "pyarrow.parquet"),
+        *("opd.runs.stages", "opd.commands.report.console", "peft", "pandas", "pyarrow.parquet"),
         *(f"torch.distributed.{name}" for name in distributed),
     ):
         importlib.import_module(module)

@@ -44,7 +44,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         from rich.console import Console
 
         from opd.commands.report.console import print_report
-        from opd.run.stages import run_recipe
+        from opd.runs.stages import run_recipe
         from opd.stage.progress import Progress
 
         console = Console()

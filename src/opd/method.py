@@ -24,6 +24,7 @@ from opd.types import (
     Normalise,
     Observe,
     Record,
+    ScoreRequest,
     Signal,
     Source,
     State,
@@ -71,8 +72,18 @@ class Method:
         """What the writer of a response has to keep about each token."""
         return Record(top_k=max(self.support.student_top_k, self.top_k), entropy=self.reads("student_entropy"))
 
+    def request(self, *, shown: bool = False) -> ScoreRequest:
+        """What the teacher computes in a step; `shown` adds the sampled tokens' log-probs for a file of samples."""
+        return ScoreRequest(
+            support=self.support,
+            temperature=self.temperature,
+            sampled=shown or self.reads("teacher_logp"),
+            entropy=self.reads("teacher_entropy"),
+            top_k=self.top_k,
+        )
+
     def needs(self) -> frozenset[str]:
-        """What the pieces declare; `opd.run.fit.check_needs` says what each means for a recipe."""
+        """What the pieces declare; `opd.runs.fit.check_needs` says what each means for a recipe."""
         pieces = (getattr(self, name) for name in PIECES)
         return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
 

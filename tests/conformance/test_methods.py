@@ -54,9 +54,9 @@ from opd.recipe.load import load_recipe
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
-from opd.stage.optimisation import Moves
+from opd.stage.optimisation import StageOptimisation
 from opd.teachers.cross_tokenizer import OneTeacher
-from opd.types import Batch, Prompt, Rollout, Sampling
+from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
 
@@ -797,7 +797,9 @@ def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
 
 
 def score_all(method: Method, teacher: OneTeacher, rollouts: list[Rollout]) -> list[Any]:
-    return teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
+    return teacher.score(
+        rollouts, method.context(rollouts), ScoreRequest(support=method.support, temperature=method.temperature)
+    )
 
 
 def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
@@ -995,12 +997,12 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
     target = lesson.external or frozen_copy(lesson.student)
     steps = 80
     section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
-    moves = Moves(
+    moves = StageOptimisation(
         optimiser=optimisation.build(lesson.student.trainable(), section, steps),
         student=lesson.student,
         root=lesson.student.model,
         teacher=teacher,
-        writer=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
+        sampler=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
         prompts=lesson.prompts,
         rewards={None: None},
         context=method.context,
@@ -1016,8 +1018,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
             parameter.grad = got.grads[key].to(parameter.device)
         moves.optimiser.clip()
         method.update(moves)
-        if teacher is not None:
-            teacher.after_step()
+        teacher.after_step()
     after = lesson.kl(target)
     assert before > 0.3
     assert after < before / 10, f"KL {before:.3f} -> {after:.3f}"

@@ -72,7 +72,7 @@ def main(folders: Sequence[str]) -> None:
 
     from opd.parallel import join
     from opd.recipe.load import load_recipe
-    from opd.run.stages import run_recipe
+    from opd.runs.stages import run_recipe
     from opd.stage.progress import Progress, quiet_libraries
 
     quiet_libraries()

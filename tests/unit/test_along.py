@@ -14,10 +14,10 @@ from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.pieces import contexts, signals, supports
 from opd.pieces.needs import needing
-from opd.teachers.incremental import ReadsAlong, reading_along
+from opd.teachers.incremental import IncrementalScorer, scoring_along
 from opd.teachers.local import LocalTeacher
-from opd.teachers.routed import SeveralTeachers
-from opd.types import Rollout
+from opd.teachers.routed import RoutedTeacher
+from opd.types import Rollout, ScoreRequest
 
 LOOKS = {2: 9, 5: 6, 6: 6, 11: 3}  # tokens so far: how many responses are still being written
 
@@ -40,7 +40,11 @@ def so_far(rollout: Rollout, tokens: int) -> Rollout:
 
 
 def assert_whole(got: list[Any], teacher: Any, rollouts: list[Rollout], on: Method) -> None:
-    expected = teacher.score(rollouts, on.context(rollouts), supports.sampled(), on.temperature, top_k=on.top_k)
+    expected = teacher.score(
+        rollouts,
+        on.context(rollouts),
+        ScoreRequest(support=supports.sampled(), temperature=on.temperature, top_k=on.top_k),
+    )
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one.teacher_logp, other.teacher_logp, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(one.teacher_top_logp, other.teacher_top_logp, atol=1e-5, rtol=1e-5)
@@ -54,7 +58,7 @@ def test_it_says_what_it_says_of_the_whole(family: str, temperature: float):
     student, external = tiny(), tiny(family, seed=1, hidden=24, padding_rows=5)
     on = method(temperature=temperature)
     teacher = teacher_of(on, student, external)
-    score = reading_along(on, teacher)()  # type: ignore[arg-type]
+    score = scoring_along(teacher, on.context, on.request())()  # type: ignore[arg-type]
     rollouts = long_ones(student)
     for tokens, left in LOOKS.items():
         shown = [so_far(r, tokens) for r in rollouts[9 - left :]]
@@ -70,7 +74,7 @@ def test_a_prompt_that_is_taken_twice_is_scored_twice():
     student, external = tiny(), tiny(seed=1)
     on = method()
     teacher = teacher_of(on, student, external)
-    score = reading_along(on, teacher)()  # type: ignore[arg-type]
+    score = scoring_along(teacher, on.context, on.request())()  # type: ignore[arg-type]
     one, other, third = long_ones(student)[2:5]
     for tokens, shown in ((2, [one, other, one, third]), (5, [one, other, one, third]), (9, [one, one, third])):
         rows = [so_far(r, tokens) for r in shown]
@@ -89,7 +93,7 @@ def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch):
         return forward(self, ids, **rest)
 
     rollouts = long_ones(student)
-    score = reading_along(on, teacher)()  # type: ignore[arg-type]
+    score = scoring_along(teacher, on.context, on.request())()  # type: ignore[arg-type]
     monkeypatch.setattr(LanguageModel, "forward", counted)
     for tokens, left in LOOKS.items():
         score([so_far(r, tokens) for r in rollouts[9 - left :]])
@@ -102,7 +106,7 @@ def test_a_reading_reads_the_teachers_context():
     on = method(context=contexts.privileged(template="{privileged_context}{prompt}"))
     teacher = teacher_of(on, student, external)
     rollouts = [replace(r, prompt=replace(r.prompt, privileged_context="cab")) for r in long_ones(student)]
-    score = reading_along(on, teacher)()  # type: ignore[arg-type]
+    score = scoring_along(teacher, on.context, on.request())()  # type: ignore[arg-type]
     for tokens in (4, 8):
         shown = [so_far(r, tokens) for r in rollouts]
         assert_whole(score(shown), teacher, shown, on)
@@ -114,13 +118,13 @@ def test_each_teacher_reads_its_own():
     teachers = {
         name: LocalTeacher(lm=lm, micro_batch_tokens=64, student_device=student.device) for name, lm in lms.items()
     }
-    teacher = SeveralTeachers(teachers=teachers)
+    teacher = RoutedTeacher(teachers=teachers)
     rollouts = [
         replace(r, prompt=replace(r.prompt, teacher_id="two" if r.prompt.id == 1 else "one"))
         for r in long_ones(student)
     ]
     on = method()
-    score = reading_along(on, teacher)()
+    score = scoring_along(teacher, on.context, on.request())()
     for tokens in (4, 8):
         shown = [so_far(r, tokens) for r in rollouts]
         assert_whole(score(shown), teacher, shown, on)
@@ -131,7 +135,7 @@ def test_a_response_too_long_for_the_teacher_is_refused():
     on = method()
     teacher = teacher_of(on, student, external)
     assert teacher is not None
-    reader = ReadsAlong(teacher=teacher, context=on.context, temperature=1.0, top_k=3)
+    reader = IncrementalScorer(teacher=teacher, context=on.context, request=on.request())
     shown = [so_far(r, 7) for r in long_ones(student)]
     with pytest.raises(OPDError, match=r"Lower sampling.max_completion_length"):
         reader(shown)

@@ -23,7 +23,7 @@ from opd.models.language_model import LanguageModel, frozen_copy
 from opd.models.render import render
 from opd.pieces.contexts import same_prompt
 from opd.pieces.teacher_rules import external
-from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.local import LocalTeacher, local_teacher
 from opd.types import Prompt, Rollout
 
 K = 3
@@ -40,7 +40,7 @@ def teacher(student: LanguageModel) -> LocalTeacher:
 
 
 def made(student: LanguageModel, other: LanguageModel) -> LocalTeacher:
-    teacher = teacher_for(external(), student, other, micro_batch_tokens=64)
+    teacher = local_teacher(external(), student, other, micro_batch_tokens=64)
     assert teacher is not None
     return teacher
 

@@ -14,14 +14,14 @@ from opd.maths.statistics import wilson
 from opd.models.language_model import LanguageModel
 from opd.pieces.teacher_rules import external
 from opd.samplers.hf import TransformersSampler
-from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.local import LocalTeacher, local_teacher
 from opd.types import NOTHING_MORE, Prompt, Record, Rollout, Sampling
 
 GREEDY = Sampling(temperature=0.0, max_completion_length=12)
 
 
 def teacher_of(lm: LanguageModel) -> LocalTeacher:
-    made = teacher_for(external(), lm, lm, micro_batch_tokens=64)
+    made = local_teacher(external(), lm, lm, micro_batch_tokens=64)
     assert made is not None
     return made
 

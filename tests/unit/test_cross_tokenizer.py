@@ -20,6 +20,7 @@ from opd import methods
 from opd.errors import AlignmentError, ConfigError, TrainingError
 from opd.evaluation import diagnostics
 from opd.evaluation.buckets import Buckets
+from opd.evaluation.compare import check_comparable
 from opd.loss.collate import attach, has_trained, split
 from opd.loss.token_loss import loss_of
 from opd.loss.unit_loss import Cut, whole_chunks
@@ -30,9 +31,8 @@ from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.parallel import ALONE
 from opd.pieces import filters, signals, supports
-from opd.teachers.cross_tokenizer import CrossTokenizerTeacher, comparable
-from opd.teachers.local import LocalTeacher
-from opd.types import Rollout, Shared
+from opd.teachers.cross_tokenizer import CrossTokenizerTeacher
+from opd.types import Rollout, ScoreRequest, Shared
 
 SMALL = ("a", "b", "c", "d")
 EXACT = 1e-6
@@ -300,7 +300,7 @@ def test_a_unit_with_a_token_that_is_not_trained_is_left_out_and_counted():
     assert batch.units is not None
     assert batch.units.size[0].tolist() == [1, 0, 0, 1]
     assert batch.units.inside[0].tolist() == [True, False, False, True]
-    found = diagnostics.of(batch, method, 0, buckets=BUCKETS).reduce()
+    found = diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS).reduce()
     assert found["units/not_compared_share"] == pytest.approx(1 / 3)
     assert found["units/coverage"] == pytest.approx(2 / 4)  # of a, cd and d
     expected = 4 / 3 * step(weighted([1, 0, 0, 1]), OURS, teacher, whole).loss  # of three tokens, not four
@@ -332,7 +332,7 @@ def test_coverage_is_reported_beside_that_of_shared_tokens():
     rows = [response("ab", "cd", "c", "<eos>")]  # abcd is one unit, c another
     for options, coverage in (({}, 1.0), ({"spans": False}, 1 / 5)):
         method, teacher = taught("simct", options)
-        found = diagnostics.of(batch_of(method, OURS, teacher, rows), method, 0, buckets=BUCKETS).reduce()
+        found = diagnostics.step_metrics(batch_of(method, OURS, teacher, rows), method, 0, buckets=BUCKETS).reduce()
         assert found["units/coverage"] == pytest.approx(coverage)
         assert found["units/shared_coverage"] == pytest.approx(1 / 5)
         assert found["units/per_token"] == pytest.approx((3 if coverage == 1 else 2) / 4)
@@ -379,7 +379,7 @@ def test_bytes_that_are_no_text_are_dropped_and_counted_and_the_rest_is_trained(
     batch = batch_of(method, BYTES, teacher, rows)
     assert batch.mask.tolist() == [[True, True, True, False, False, True], [False] * 6]
     assert bool(batch.teacher_logp[~batch.mask].isnan().all())
-    found = diagnostics.of(batch, method, 0, buckets=BUCKETS).reduce()
+    found = diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS).reduce()
     assert found["units/unscored_share"] == pytest.approx(4 / 8)
     assert found["units/coverage"] == pytest.approx(4 / 6)
     got = step(method, BYTES, teacher, rows)
@@ -399,7 +399,9 @@ def test_a_step_of_which_nothing_can_be_scored_says_so():
 def test_an_entropy_is_that_before_the_unit():
     method, teacher = taught("simct")
     rollout = response("ab", "cd", "c")
-    scores = teacher.score([rollout], [rollout.prompt], method.support, 1.0, entropy=True)[0]
+    scores = teacher.score(
+        [rollout], [rollout.prompt], ScoreRequest(support=method.support, temperature=1.0, entropy=True)
+    )[0]
     reading = reread(rollout.response_ids.tolist(), teacher.pair)
     logits = full_logits(
         double(THEIRS), render(rollout.prompt, TEACHER), torch.tensor(reading.teacher_ids), THEIRS.vocabulary
@@ -415,16 +417,16 @@ def test_an_entropy_is_that_before_the_unit():
 def test_a_support_of_tokens_is_refused_where_the_teacher_has_its_own():
     _, teacher = taught("simct")
     rollout = SPANS[0]
-    with pytest.raises(ConfigError, match=r"support of this method is 'top_k'.* Give the method support=units\(\)"):
-        teacher.score([rollout], [rollout.prompt], supports.top_k(3), 1.0)
+    with pytest.raises(ConfigError, match=r"the support is 'top_k'.* Give the method support=units\(\)"):
+        teacher.score([rollout], [rollout.prompt], ScoreRequest(support=supports.top_k(3), temperature=1.0))
 
 
 def test_a_comparison_token_by_token_is_refused():
     _, teacher = taught("simct")
     assert isinstance(teacher, CrossTokenizerTeacher)
-    with pytest.raises(ConfigError, match=r"teacher is asked .*\(evaluate\.kl, diagnostics\.every\)"):
-        comparable(teacher)
-    assert isinstance(comparable(teacher.local), LocalTeacher)
+    with pytest.raises(ConfigError, match=r"evaluate\.kl compares .*another tokenizer.* Turn the comparison off"):
+        check_comparable(teacher, "evaluate.kl")
+    check_comparable(teacher.local, "evaluate.kl")
 
 
 def test_the_other_methods_still_refuse_two_tokenizers_and_name_one_that_does_not():

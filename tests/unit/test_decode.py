@@ -13,8 +13,8 @@ from helpers import FAMILIES, policy, prompts_of, same, sampler, tiny
 from torch import Tensor
 
 from opd.models.language_model import LanguageModel
-from opd.samplers import hf
-from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout
+from opd.models import forward
+from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout
 
 PROMPTS = prompts_of("a", "bcdefgh", "hg", "abab")
 
@@ -121,7 +121,7 @@ def test_what_all_prompts_begin_with_is_read_once(family: str, monkeypatch: pyte
     assert lm.sees_everything != windows
     assert counted.prefill == ([(3, len(rule) + beyond)] if windows else [(1, len(rule)), (3, beyond)])
     assert counted.steps == [(8, 1)] * 5
-    monkeypatch.setattr(hf, "SHORTEST_SHARED_PREFIX", 1000)
+    monkeypatch.setattr(forward, "SHORTEST_SHARED_PREFIX", 1000)
     whole = sampler(lm, n=2, max_completion_length=6)(prompts, seed=(0, 0), record=Record(top_k=2))
     assert all(same(a, b) for a, b in zip(shared, whole, strict=True))
 
@@ -162,7 +162,7 @@ class Watcher:
     limits: dict[tuple[int, int], int] = field(default_factory=dict)
     shown: list[list[Rollout]] = field(default_factory=list)
 
-    def goes_on(self, rollouts: Sequence[Rollout]) -> list[bool]:
+    def keeps_going(self, rollouts: Sequence[Rollout]) -> list[bool]:
         self.shown.append(list(rollouts))
         return [len(r.response_ids) < self.limits.get((r.prompt.id, r.sample), 10**9) for r in rollouts]
 
@@ -170,7 +170,9 @@ class Watcher:
 def looked_at(
     lm: LanguageModel, watcher: Watcher, every: int, record: Record = NOTHING_MORE, **sampling: Any
 ) -> list[Rollout]:
-    return sampler(lm, **sampling)(PROMPTS, seed=(0, 0), record=record, look=Look(every=every, goes_on=watcher.goes_on))
+    return sampler(lm, **sampling)(
+        PROMPTS, seed=(0, 0), record=record, stop=EarlyStop(every=every, keeps_going=watcher.keeps_going)
+    )
 
 
 def begins(whole: Rollout, part: Rollout) -> bool:
@@ -259,4 +261,4 @@ def test_a_stopped_row_leaves_the_batch(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_look_that_answers_for_other_rows_is_an_error():
     with pytest.raises(ValueError, match="zip"):
-        sampler(endless(tiny()))(PROMPTS, seed=(0, 0), look=Look(every=1, goes_on=lambda rollouts: [True]))
+        sampler(endless(tiny()))(PROMPTS, seed=(0, 0), stop=EarlyStop(every=1, keeps_going=lambda rollouts: [True]))

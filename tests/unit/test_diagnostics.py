@@ -13,7 +13,7 @@ from pathlib import Path
 import oracle
 import pytest
 import torch
-from helpers import prompts_of, tiny, writers_of
+from helpers import prompts_of, tiny, unscored, writers_of
 
 from opd.evaluation import diagnostics
 from opd.evaluation.buckets import Buckets
@@ -27,9 +27,8 @@ from opd.pieces import supports
 from opd.pieces.needs import needing
 from opd.pieces.signals import nll
 from opd.pieces.teacher_rules import no_teacher
-from opd.teachers.local import LocalTeacher, teacher_for
-from opd.train import unscored
-from opd.types import Batch, Record, Rollout, Sampling
+from opd.teachers.local import LocalTeacher, local_teacher
+from opd.types import Batch, Record, Rollout, Sampling, ScoreRequest
 
 BUCKETS = Buckets.over(2, 8)
 PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
@@ -54,18 +53,20 @@ class Pair:
 
     def teacher(self) -> LocalTeacher:
         rule = Method(signal=nll()).teacher
-        made = teacher_for(rule, self.student, self.external, micro_batch_tokens=64)
+        made = local_teacher(rule, self.student, self.external, micro_batch_tokens=64)
         assert made is not None
         return made
 
     def batch(self, method: Method, rollouts: list[Rollout], *, entropy: bool = False) -> Batch:
         contexts = method.context(rollouts)
-        scores = self.teacher().score(rollouts, contexts, method.support, method.temperature, entropy=entropy)
+        scores = self.teacher().score(
+            rollouts, contexts, ScoreRequest(support=method.support, temperature=method.temperature, entropy=entropy)
+        )
         return collate(rollouts, scores, self.student.device)
 
 
 def of(method: Method, batch: Batch) -> dict[str, float]:
-    return diagnostics.of(batch, method, 0, buckets=BUCKETS).reduce()
+    return diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS).reduce()
 
 
 def ratios(batch: Batch) -> list[list[float]]:
@@ -144,7 +145,7 @@ def test_two_processes_log_what_one_does(cut: int):
     whole = of(method, pair.batch(method, rollouts))
     parts = [rollouts[cut:], rollouts[:cut]]  # and in another order
     batches = [pair.batch(method, part) for part in parts]
-    made = [diagnostics.of(batch, method, 0, buckets=BUCKETS) for batch in batches]
+    made = [diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS) for batch in batches]
     sent: list[Metrics] = pickle.loads(pickle.dumps(made))  # as processes hand them to each other
     together = merged(sent).reduce()
     assert together.keys() == whole.keys()

@@ -17,7 +17,7 @@ from opd.evaluation.disagreement import disagreement, mean_disagreement, pi_disa
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.pieces.teacher_rules import external
-from opd.teachers.local import LocalTeacher, teacher_for
+from opd.teachers.local import LocalTeacher, local_teacher
 from opd.types import Prompt, Rollout
 
 
@@ -65,7 +65,7 @@ def judge() -> LanguageModel:
 
 
 def teacher_of(judge: LanguageModel) -> LocalTeacher:
-    made = teacher_for(external(), tiny(), judge, micro_batch_tokens=64)
+    made = local_teacher(external(), tiny(), judge, micro_batch_tokens=64)
     assert made is not None
     return made
 

@@ -26,7 +26,7 @@ from opd.maths.statistics import Interval
 from opd.models.language_model import LanguageModel
 from opd.models.render import turn_end
 from opd.rewards.registry import load_reward
-from opd.run.prepare import Given
+from opd.runs.prepare import Given
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Sampling
 from opd_studies import STUDIES
@@ -541,7 +541,7 @@ def test_other_tokens_stop_before_a_weight_is_loaded(work, monkeypatch):
     recipe = one_stage()
     recipe["models"]["teacher"] = tiny_model(1, characters="0123456789+=")
     prepare(work, recipe)
-    forbid(monkeypatch, "opd.run.build.load_model")
+    forbid(monkeypatch, "opd.runs.build.load_model")
     ended = command("doctor", "recipe.yaml")
     assert ended.code == 3
     assert ended.out.startswith("tiny, stage distil: STOP")

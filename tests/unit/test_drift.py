@@ -28,8 +28,8 @@ from opd.pieces.drift import Budget, Drift
 from opd.pieces.teacher_rules import external
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import ModelSpec
-from opd.teachers.incremental import reading_along
-from opd.types import Batch, Rollout, Sampling
+from opd.teachers.incremental import scoring_along
+from opd.types import Batch, Rollout, Sampling, ScoreRequest
 
 K = 4
 
@@ -154,7 +154,9 @@ def scene(judged: Drift, support: Any = None, seed: int = 0) -> tuple[LanguageMo
     teacher = teacher_of(method, student, external)
     assert teacher is not None
     contexts = method.context(rollouts)
-    scores = teacher.score(rollouts, contexts, method.support, 1.0, sampled=False, top_k=method.top_k)
+    scores = teacher.score(
+        rollouts, contexts, ScoreRequest(support=method.support, temperature=1.0, sampled=False, top_k=method.top_k)
+    )
     return student, external, collate(rollouts, scores, student.device), method
 
 
@@ -213,7 +215,11 @@ def test_the_support_is_the_same_whatever_else_is_looked_at():
         rollouts = write(plain, student, external, prompts_of("a", "bcd"), Sampling(max_completion_length=8, n=3))
         teacher = teacher_of(plain, student, external)
         assert teacher is not None
-        alone = collate(rollouts, teacher.score(rollouts, plain.context(rollouts), support, 1.0), student.device)
+        alone = collate(
+            rollouts,
+            teacher.score(rollouts, plain.context(rollouts), ScoreRequest(support=support, temperature=1.0)),
+            student.device,
+        )
         assert batch.support_ids is not None
         assert alone.support_ids is not None
         assert torch.equal(batch.support_ids, alone.support_ids)
@@ -458,7 +464,7 @@ def test_a_teacher_that_is_the_student_ends_nothing():
     writers = writers_of(student, None, sampling)
     teacher = teacher_of(replace(method, teacher=opd.method.TeacherRule(kind="self_live")), student, None)
     assert teacher is not None
-    writers = replace(writers, reader=reading_along(method, teacher))
+    writers = replace(writers, scorer=scoring_along(teacher, method.context, method.request()))
     plain = writers.student(prompts_of("a", "bcd"), seed=(0, 0), record=method.record())
     watched = method.source(prompts_of("a", "bcd"), writers, (0, 0), method.record())
     assert [r.text for r in watched] == [r.text for r in plain]

@@ -40,7 +40,7 @@ ABOVE: dict[str, tuple[str, ...]] = {
 }
 ABOVE["stage"] = tuple(ABOVE)
 ABOVE["train"] = tuple(ABOVE)
-ABOVE["run"] = tuple(ABOVE)
+ABOVE["runs"] = tuple(ABOVE)
 ABOVE["commands"] = tuple(room for room in ABOVE if room != "train")
 ABOVE["studies"] = tuple(room for room in ABOVE if room != "train")
 ROOT_FILES = {
@@ -113,7 +113,7 @@ def test_no_import_is_part_of_a_circle():
 
 
 def test_the_loop_is_imported_by_run_stages_alone():
-    assert [module for module in MODULES if "opd.train" in imports_of(module)] == ["opd.run.stages"]
+    assert [module for module in MODULES if "opd.train" in imports_of(module)] == ["opd.runs.stages"]
 
 
 def test_maths_imports_torch_and_numpy_alone():

@@ -361,7 +361,7 @@ def longer(spec: dict[str, Any]) -> dict[str, Any]:
 def test_a_mask_token_that_the_tokenizer_does_not_know_is_refused_before_weights(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    forbid(monkeypatch, "opd.run.build.load_model")
+    forbid(monkeypatch, "opd.runs.build.load_model")
     options = {"k": 4, "mask_tokens": ["<think>"]}
     recipe = one_stage(method="local_support_matching", options=options)
     (work / "recipe.yaml").write_text(json.dumps(recipe))

@@ -19,7 +19,7 @@ from opd.loss.collate import attach, collate
 from opd.maths import divergences
 from opd.maths.divergences import on_support
 from opd.pieces import credit, normalise, signals
-from opd.types import Scores, Tokens
+from opd.types import ScoreRequest, Scores, Tokens
 
 EXACT = 1e-12
 V, K = 12, 4
@@ -331,7 +331,7 @@ def test_the_sum_over_the_future_is_the_gradient_of_the_kl_between_whole_respons
     ]
     teacher = teacher_of(method, student, external)
     assert teacher is not None
-    scores = teacher.score(rollouts, method.context(rollouts), method.support, 1.0)
+    scores = teacher.score(rollouts, method.context(rollouts), ScoreRequest(support=method.support, temperature=1.0))
     batch = attach(collate(rollouts, scores, student.device), method)
     got = gradient_of(method, student, teacher, batch, method.normalise(batch))
     square = sum(float((got.grads[n].double() - p.grad).square().sum()) for n, p in exact.named_parameters())

@@ -13,6 +13,7 @@ from typing import Any
 import oracle
 import pytest
 import torch
+from helpers import unscored
 from judge_server import SECRET, Said, Server, completion, judging, serving
 from run_helpers import Forks, Strike, assert_same, command, one_stage, prepare, start, sums, write_rows
 
@@ -28,7 +29,6 @@ from opd.samplers.asked.cache import Asking, Kept
 from opd.samplers.asked.program import Program
 from opd.samplers.asked.protocol import Question
 from opd.stage.folder import RunDir
-from opd.train import unscored
 from opd.types import Prompt, Rollout
 
 TEACHER = ["<think>hm</think>ab", "abc", "ab", "abcd", "b"]

@@ -52,8 +52,8 @@ from opd.samplers import hf
 from opd.samplers.draw import draw
 from opd.samplers.writers import TeacherWriter
 from opd.stage import optimisation
-from opd.teachers.local import LocalTeacher, teacher_for
-from opd.types import Prompt, Record, Rollout, Sampling, Scores, TeacherRule
+from opd.teachers.local import LocalTeacher, local_teacher
+from opd.types import Prompt, Record, Rollout, Sampling, ScoreRequest, Scores, TeacherRule
 
 LORA: dict[str, Any] = {"rank": 2, "alpha": 4.0, "target_modules": "all-linear"}
 
@@ -384,8 +384,11 @@ def test_a_model_with_a_recurrent_state_is_decoded_right_or_refused(model_type: 
     rollouts = written(student, "a", "bcdefghab", "hg")
     contexts = [replace(r.prompt, content=LETTERS * 3 + str(r.prompt.content)) for r in rollouts]
     scorer = teacher(external(), student, lm)
-    together = scorer.score(rollouts, contexts, sampled(), 1.0)
-    alone = [scorer.score([r], [c], sampled(), 1.0)[0] for r, c in zip(rollouts, contexts, strict=True)]
+    together = scorer.score(rollouts, contexts, ScoreRequest(support=sampled(), temperature=1.0))
+    alone = [
+        scorer.score([r], [c], ScoreRequest(support=sampled(), temperature=1.0))[0]
+        for r, c in zip(rollouts, contexts, strict=True)
+    ]
     assert_same_scores(together, alone)
 
 
@@ -432,7 +435,7 @@ def scores_of(teacher: LocalTeacher | None, rollouts: list[Rollout], support: An
 def teacher(
     rule: TeacherRule, student: LanguageModel, model: LanguageModel | None = None, **options: Any
 ) -> LocalTeacher:
-    built = teacher_for(rule, student, model, **{"micro_batch_tokens": 60, **options})
+    built = local_teacher(rule, student, model, **{"micro_batch_tokens": 60, **options})
     assert built is not None
     return built
 
@@ -443,7 +446,7 @@ def test_scores_are_those_of_the_models_own_forward(family: str, support: Any):
     student, model = tiny(), tiny(family, seed=1, padding_rows=3)
     rollouts = written(student, "a", "bcdefghab", "hg")
     contexts = [replace(r.prompt, content="gg" + str(r.prompt.content)) for r in rollouts]
-    got = teacher(external(), student, model).score(rollouts, contexts, support, 2.0)
+    got = teacher(external(), student, model).score(rollouts, contexts, ScoreRequest(support=support, temperature=2.0))
     for rollout, context, scores in zip(rollouts, contexts, got, strict=True):
         read = model.tokenizer(context.content).input_ids
         with torch.no_grad():
@@ -475,10 +478,10 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
         return original(lm, input_ids, **kwargs)
 
     monkeypatch.setattr(LanguageModel, "forward", counted)
-    got = scorer.score(rollouts, contexts, support, 1.0)
+    got = scorer.score(rollouts, contexts, ScoreRequest(support=support, temperature=1.0))
     shared, _ = sum(read), read.clear()
     monkeypatch.setattr(forward, "SHORTEST_SHARED_PREFIX", 10**6)
-    expected = scorer.score(rollouts, contexts, support, 1.0)
+    expected = scorer.score(rollouts, contexts, ScoreRequest(support=support, temperature=1.0))
     assert_same_scores(got, expected)
     assert micro_batch_tokens == 1 or shared < sum(read)
 
@@ -741,7 +744,7 @@ def test_two_tokenizers_with_the_same_tokens_are_one_vocabulary():
 
 def test_a_rule_without_its_model_is_refused():
     with pytest.raises(ConfigError, match=r"the stage names none\. Set the stage's `teacher`"):
-        teacher_for(external(), tiny(), None, micro_batch_tokens=8)
+        local_teacher(external(), tiny(), None, micro_batch_tokens=8)
     with pytest.raises(ConfigError, match=r"lies between 0 \(live\) and 1 \(frozen\), got 1.1"):
         self_ema(1.1)
 
@@ -751,7 +754,7 @@ def test_a_context_beyond_the_teachers_positions_is_refused():
     rollout = rollout_of(student, Prompt(id=0, content="ab"), [2, 3, 1])
     scorer = teacher(external(), student, model)
     with pytest.raises(DataError, match=r"would read 27 tokens .*but it knows 24 positions"):
-        scorer.score([rollout], [Prompt(id=0, content=LETTERS * 3)], sampled(), 1.0)
+        scorer.score([rollout], [Prompt(id=0, content=LETTERS * 3)], ScoreRequest(support=sampled(), temperature=1.0))
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
 from opd.pieces.supports import full, sampled, support_tokens, top_k
 from opd.teachers.scoring import teacher_scores
-from opd.types import Sampling, Scores, Support
+from opd.types import Sampling, ScoreRequest, Scores, Support
 
 V = 10  # letters, <pad> and <eos>
 SETS = ("teacher", "student", "intersection", "union", "symmetric_difference")
@@ -575,7 +575,9 @@ def test_phase_a_of_full_support_makes_no_product_with_the_teachers_head_unless_
     teacher = teacher_of(method, student, external)
     assert teacher is not None
     with as_long_as_the_vocabulary(teacher.head()) as trap:
-        scores = teacher.score(rollouts, [r.prompt for r in rollouts], full(), 1.0, sampled=sampled_too)
+        scores = teacher.score(
+            rollouts, [r.prompt for r in rollouts], ScoreRequest(support=full(), temperature=1.0, sampled=sampled_too)
+        )
     assert bool(trap.caught) == sampled_too
     for rollout, score in zip(rollouts, scores, strict=True):
         assert score.teacher_logp.shape == rollout.response_ids.shape

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from helpers import LETTERS, Gradient, batch_of, parameters_of, rollout_of, sampler, step, tiny
+from helpers import LETTERS, Gradient, batch_of, parameters_of, rollout_of, sampler, step, tiny, unscored
 
 from opd import methods
 from opd.errors import TeacherError
 from opd.loss.collate import attach, collate, split
-from opd.loss.token_loss import loss_of
+from opd.loss.step import heads_of
 from opd.method import Method
 from opd.models.language_model import LanguageModel
-from opd.pieces import supports
-from opd.samplers.writers import ByTask
+from opd.pieces import signals, supports
+from opd.samplers.writers import SamplerByTask
 from opd.teachers.local import LocalTeacher, with_record
-from opd.teachers.routed import SeveralTeachers, heads_of
-from opd.types import Prompt, Record, Rollout, Support
+from opd.teachers.routed import RoutedTeacher
+from opd.types import NoTeacher, Prompt, Record, Rollout, ScoreRequest, Support
 
 TEACHERS = {"small": 8, "large": 24}  # hidden sizes
 
@@ -30,8 +29,8 @@ def models() -> tuple[LanguageModel, dict[str, LanguageModel]]:
     return student, {name: tiny(seed=i, hidden=h, name=name) for i, (name, h) in enumerate(TEACHERS.items(), start=2)}
 
 
-def several(student: LanguageModel, lms: dict[str, LanguageModel], **options: Any) -> SeveralTeachers:
-    return SeveralTeachers(
+def several(student: LanguageModel, lms: dict[str, LanguageModel], **options: Any) -> RoutedTeacher:
+    return RoutedTeacher(
         teachers={
             name: LocalTeacher(lm=lm, micro_batch_tokens=40, student_device=student.device, **options)
             for name, lm in lms.items()
@@ -51,25 +50,6 @@ def rows(student: LanguageModel, count: int = 7) -> list[Rollout]:
     return made
 
 
-def gradient(
-    method: Method, student: LanguageModel, teacher: SeveralTeachers, rollouts: Sequence[Rollout], tokens: int = 10**6
-) -> Gradient:
-    """The step of the loop's lines 3 to 8, with the heads that it picks."""
-    scores = teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
-    batch = attach(collate(rollouts, scores, student.device), method)
-    denominator = method.normalise(batch)
-    heads = heads_of(teacher, student, method.support, rollouts)
-    student.model.zero_grad(set_to_none=True)
-    total = 0.0
-    for micro in split(batch, denominator, tokens):
-        loss, _ = loss_of(method, student, micro, denominator.count, heads.get(micro.teacher_id))
-        loss.backward()
-        total += loss.item()
-    grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in student.trainable().items()}
-    student.model.zero_grad(set_to_none=True)
-    return Gradient(loss=total, grads=grads)
-
-
 METHODS = {
     "the whole vocabulary, closed form": methods.build("reverse_kl", {"average": "token"}),
     "the whole vocabulary": methods.build("gkd", {"beta": 0.3, "on_policy_share": 1.0}),
@@ -82,7 +62,7 @@ def test_a_step_is_the_sum_of_the_steps_of_each_teacher_alone(method: Method):
     """By linearity: every row's loss is that with its own teacher, and the denominator is that of all rows."""
     student, lms = models()
     rollouts = rows(student)
-    together = gradient(method, student, several(student, lms), rollouts)
+    together = step(method, student, several(student, lms), rollouts)
     batch = batch_of(method, student, several(student, lms), rollouts)  # type: ignore[arg-type]
     count = method.normalise(attach(batch, method)).count
 
@@ -106,9 +86,9 @@ def test_a_step_is_the_sum_of_the_steps_of_each_teacher_alone(method: Method):
 def test_how_rows_are_split_and_ordered_changes_nothing(method: Method, tokens: int):
     student, lms = models()
     rollouts = rows(student)
-    whole = gradient(method, student, several(student, lms), rollouts)
-    parts = gradient(method, student, several(student, lms), rollouts, tokens)
-    turned = gradient(method, student, several(student, lms), rollouts[::-1], tokens)
+    whole = step(method, student, several(student, lms), rollouts)
+    parts = step(method, student, several(student, lms), rollouts, tokens)
+    turned = step(method, student, several(student, lms), rollouts[::-1], tokens)
     assert parts.distance(whole) < 1e-5
     assert turned.distance(whole) < 1e-5
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
@@ -121,7 +101,7 @@ def test_another_teachers_rows_would_give_another_gradient():
     other = {"small": "large", "large": "small"}
     swapped = [replace(r, prompt=replace(r.prompt, teacher_id=other[str(r.prompt.teacher_id)])) for r in rollouts]
     method = METHODS["the whole vocabulary, closed form"]
-    right, wrong = (gradient(method, student, several(student, lms), which) for which in (rollouts, swapped))
+    right, wrong = (step(method, student, several(student, lms), which) for which in (rollouts, swapped))
     assert wrong.distance(right) > 0.1
 
 
@@ -130,11 +110,13 @@ def test_scores_are_those_of_each_rows_own_teacher_in_order(support: Support):
     student, lms = models()
     rollouts = rows(student)
     contexts = [r.prompt for r in rollouts]
-    scores = several(student, lms).score(rollouts, contexts, support, 0.7, entropy=True)
+    scores = several(student, lms).score(
+        rollouts, contexts, ScoreRequest(support=support, temperature=0.7, entropy=True)
+    )
     for rollout, context, score in zip(rollouts, contexts, scores, strict=True):
         lm = lms[str(rollout.prompt.teacher_id)]
         alone = LocalTeacher(lm=lm, micro_batch_tokens=40, student_device=student.device)
-        (expected,) = alone.score([rollout], [context], support, 0.7, entropy=True)
+        (expected,) = alone.score([rollout], [context], ScoreRequest(support=support, temperature=0.7, entropy=True))
         torch.testing.assert_close(score.teacher_logp, expected.teacher_logp, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(score.teacher_entropy, expected.teacher_entropy, atol=1e-5, rtol=1e-5)
         if support.kind == "full":
@@ -148,12 +130,14 @@ def test_a_teacher_reads_the_context_of_its_own_rows():
     student, lms = models()
     rollouts = rows(student)
     contexts = [replace(r.prompt, content=f"{r.prompt.content}{LETTERS[i % 8]}") for i, r in enumerate(rollouts)]
-    scores = several(student, lms).score(rollouts, contexts, supports.sampled(), 1.0)
-    plain = several(student, lms).score(rollouts, [r.prompt for r in rollouts], supports.sampled(), 1.0)
+    scores = several(student, lms).score(rollouts, contexts, ScoreRequest(support=supports.sampled(), temperature=1.0))
+    plain = several(student, lms).score(
+        rollouts, [r.prompt for r in rollouts], ScoreRequest(support=supports.sampled(), temperature=1.0)
+    )
     for i, rollout in enumerate(rollouts):
         lm = lms[str(rollout.prompt.teacher_id)]
         alone = LocalTeacher(lm=lm, micro_batch_tokens=40, student_device=student.device)
-        (expected,) = alone.score([rollout], [contexts[i]], supports.sampled(), 1.0)
+        (expected,) = alone.score([rollout], [contexts[i]], ScoreRequest(support=supports.sampled(), temperature=1.0))
         torch.testing.assert_close(scores[i].teacher_logp, expected.teacher_logp, atol=1e-5, rtol=1e-5)
     assert any(not torch.allclose(a.teacher_logp, b.teacher_logp) for a, b in zip(scores, plain, strict=True))
 
@@ -163,7 +147,9 @@ def test_micro_batches_are_of_one_task_on_a_full_support_alone():
     rollouts = rows(student)
     teacher = several(student, lms)
     for name, method in METHODS.items():
-        scores = teacher.score(rollouts, [r.prompt for r in rollouts], method.support, 1.0)
+        scores = teacher.score(
+            rollouts, [r.prompt for r in rollouts], ScoreRequest(support=method.support, temperature=1.0)
+        )
         batch = attach(collate(rollouts, scores, student.device), method)
         micros = split(batch, method.normalise(batch), 10**6)
         found = [{r.prompt.teacher_id for r in micro.rollouts} for micro in micros]
@@ -183,7 +169,9 @@ def test_the_states_of_a_micro_batch_are_those_of_its_trained_tokens():
     student, lms = models()
     rollouts = rows(student)
     method = METHODS["the whole vocabulary"]
-    scores = several(student, lms).score(rollouts, [r.prompt for r in rollouts], method.support, 1.0)
+    scores = several(student, lms).score(
+        rollouts, [r.prompt for r in rollouts], ScoreRequest(support=method.support, temperature=1.0)
+    )
     batch = attach(collate(rollouts, scores, student.device), method)
     for micro in split(batch, method.normalise(batch), 30):
         assert micro.teacher_hidden is not None
@@ -199,7 +187,9 @@ def test_a_row_of_an_unknown_teacher_is_an_error():
     rollout = rows(student, 1)[0]
     rollout = replace(rollout, prompt=replace(rollout.prompt, teacher_id="smal"))
     with pytest.raises(TeacherError, match=r"`teacher_id` is 'smal', and the teachers are small, large. Did you mean"):
-        several(student, lms).score([rollout], [rollout.prompt], supports.sampled(), 1.0)
+        several(student, lms).score(
+            [rollout], [rollout.prompt], ScoreRequest(support=supports.sampled(), temperature=1.0)
+        )
 
 
 def test_states_of_all_teachers_come_back_to_their_own():
@@ -220,15 +210,17 @@ def test_states_of_all_teachers_come_back_to_their_own():
     )
 
 
-def test_heads_are_made_for_the_teachers_of_the_step_alone():
+def test_heads_of_gives_the_heads_of_the_step_alone():
     student, lms = models()
     teacher = several(student, lms)
     small = [r for r in rows(student) if r.prompt.teacher_id == "small"]
-    assert set(heads_of(teacher, student, supports.full(), small)) == {"small"}
-    assert heads_of(teacher, student, supports.top_k(3), small) == {}
-    itself = LocalTeacher(lm=student, micro_batch_tokens=8, student_device=student.device)
-    assert heads_of(itself, student, supports.full(), small) == {}
-    assert heads_of(None, student, supports.full(), small) == {}
+    full, top = (Method(support=support, signal=signals.nll()) for support in (supports.full(), supports.top_k(3)))
+    batch = collate(small, unscored(small), student.device)
+    assert set(heads_of(full, teacher, batch)) == {"small"}
+    assert heads_of(top, teacher, batch) == {}
+    itself = LocalTeacher(lm=student, micro_batch_tokens=8, student_device=student.device, is_student=True)
+    assert heads_of(full, itself, batch) == {}
+    assert heads_of(replace(full, support=supports.sampled()), NoTeacher(), batch) == {}
 
 
 # --- who writes ------------------------------------------------------------------------------------------------------
@@ -239,7 +231,7 @@ def test_a_response_depends_on_its_own_task_and_prompt_alone():
     lm = tiny(seed=4)
     short = sampler(lm, max_completion_length=2, n=2)
     long = sampler(lm, max_completion_length=9, n=2, temperature=0.8)
-    both = ByTask(writers={"short": short, "long": long})
+    both = SamplerByTask(samplers={"short": short, "long": long})
     prompts = [Prompt(id=i, content=LETTERS[i], task=("short", "long", "long", "short")[i % 4]) for i in range(8)]
     written = both(prompts, seed=(0, 3), record=Record(top_k=2))
     assert [r.prompt.id for r in written] == [i for i in range(8) for _ in range(2)]

@@ -9,7 +9,7 @@ import pytest
 from study_numbers.multi import two_teacher_numbers
 
 from opd.recipe.load import parse_recipe
-from opd.run.prepare import Given, prepare
+from opd.runs.prepare import Given, prepare
 from opd_studies.claims import two_teachers
 from opd_studies.lab.ablation import START, TEACHER
 from opd_studies.lab.lab import SORTERS, Lab

@@ -17,7 +17,7 @@ from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
 from opd.rewards.base import GroupReward, unread_answers, unread_line
 from opd.rewards.registry import load_reward
-from opd.teachers.local import teacher_for
+from opd.teachers.local import local_teacher
 from opd.types import Sampling, TeacherRule
 
 
@@ -67,7 +67,7 @@ def evaluate_model(
     metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
     if teacher is not None:
         other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
-        scorer = teacher_for(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
+        scorer = local_teacher(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
         assert scorer is not None
         metrics |= exact_divergence(
             lm, scorer, measured.rollouts["sampled"], same_prompt(), micro_batch_tokens=micro_batch_tokens

@@ -21,14 +21,13 @@ from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.pieces.packed import valid
 from opd.recipe.schema import StageSpec
-from opd.teachers.cross_tokenizer import OneTeacher, comparable
-from opd.teachers.routed import SeveralTeachers, shares_of
-from opd.types import Batch, Prompt, Rollout, Units
+from opd.teachers.routed import routed
+from opd.types import Batch, Prompt, Rollout, Teacher, Units
 
 PERCENTILES = (1, 5, 50, 95, 99)
 
 
-def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
+def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
     """Lengths, endings, rewards, and what the teacher says about the sampled tokens.
 
     `version` is the number of updates behind the student. Where a filter chooses among responses, `rollout/kept_share`
@@ -124,21 +123,16 @@ def compared(
     spec: StageSpec,
     method: Method,
     student: LanguageModel,
-    teacher: OneTeacher | SeveralTeachers | None,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
-    step: int,
 ) -> Metrics:
-    """The full comparison on the step's own responses, as compare/..., in every `diagnostics.every`-th step."""
-    every = spec.diagnostics.every
-    if not every or step % every:
-        return Metrics()
-    assert teacher is not None, "a recipe without a teacher is refused before this"
+    """Both models at every token of a step's own responses, as compare/...."""
     metrics = Metrics()
-    for one, rows in shares_of(teacher, rollouts):
+    for one, rows in routed(teacher, rollouts):
         comparison = compare(
             student,
-            comparable(one),
+            one,
             [rollouts[i] for i in rows],
             [contexts[i] for i in rows],
             k=spec.diagnostics.k,

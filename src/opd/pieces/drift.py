@@ -15,7 +15,7 @@ from opd.errors import ConfigError
 from opd.maths.overlap import shared
 from opd.pieces.memory import Remembered
 from opd.pieces.needs import needing
-from opd.types import Batch, Gather, Look, Observe, Rollout, Scores, Watch, Weight, Writers
+from opd.types import Batch, EarlyStop, Gather, Observe, Rollout, Scores, Watch, Weight, Writers
 
 ALIVE = 1e-8  # a trust above this is not 0, as in the released code
 
@@ -104,14 +104,14 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
     if every < 1:
         raise ConfigError(f"The teacher looks every so many tokens, at least 1, got {every}.")
 
-    def watch(writers: Writers) -> Look:
-        assert writers.reader is not None, "a method without a teacher is refused before this"
-        score = writers.reader()
+    def watch(writers: Writers) -> EarlyStop:
+        assert writers.scorer is not None, "a method without a teacher is refused before this"
+        score = writers.scorer()
 
-        def goes_on(shown: Sequence[Rollout]) -> list[bool]:
-            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(shown, score(shown), strict=True)]
+        def keeps_going(unfinished: Sequence[Rollout]) -> list[bool]:
+            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(unfinished, score(unfinished), strict=True)]
 
-        return Look(every=every, goes_on=goes_on)
+        return EarlyStop(every=every, keeps_going=keeps_going)
 
     return needing(watch, "teacher", "unfinished", top_k=drift.k, first_look=every)
 
@@ -165,8 +165,8 @@ class Budget:
 def within(budget: Budget) -> Watch:
     """A response that has as many tokens as the budget ends there, unfinished; nobody is asked."""
 
-    def watch(writers: Writers) -> Look:
-        return Look(every=budget.length, goes_on=lambda shown: [False] * len(shown))
+    def watch(writers: Writers) -> EarlyStop:
+        return EarlyStop(every=budget.length, keeps_going=lambda unfinished: [False] * len(unfinished))
 
     return needing(watch, response_tokens=budget.most)
 

@@ -21,8 +21,8 @@ def on_policy(watch: Watch | None = None) -> Source:
 def _watched(watch: Watch | None = None) -> Source:
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        look = None if watch is None else watch(writers)
-        return writers.student(prompts, seed=seed, record=record, look=look)
+        stop = None if watch is None else watch(writers)
+        return writers.student(prompts, seed=seed, record=record, stop=stop)
 
     return source
 
@@ -31,7 +31,7 @@ def dataset() -> Source:
     """The data's own `response` column."""
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        return writers.reference(prompts, seed=seed, record=record)
+        return writers.reference(prompts, seed=seed)
 
     return needing(source, "response", "off_policy")
 
@@ -41,7 +41,7 @@ def teacher_writes() -> Source:
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
-        return writers.teacher(prompts, seed=seed, record=record)
+        return writers.teacher(prompts, seed=seed)
 
     return needing(source, "teacher_model", "off_policy")
 

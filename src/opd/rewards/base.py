@@ -81,7 +81,7 @@ def check_judged(reward: GroupReward, rollouts: Sequence[Rollout], gather: Gathe
     )
 
 
-def asked(rewards: Mapping[str | None, Any], gather: Gather) -> dict[str, float]:
+def judge_requests(rewards: Mapping[str | None, Any], gather: Gather) -> dict[str, float]:
     """judge/ROLE_..., what was asked since the last call, of all processes; empty where nobody is asked.
 
     These are no metrics: a run that is started again finds on disk what it asked before.

@@ -37,12 +37,12 @@ def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float
     from opd.recipe.schema import ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
-    from opd.teachers.local import teacher_for
+    from opd.teachers.local import local_teacher
     from opd.types import Sampling, TeacherRule
 
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     other = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    teacher = teacher_for(TeacherRule(kind="external"), student, other, micro_batch_tokens=4096)
+    teacher = local_teacher(TeacherRule(kind="external"), student, other, micro_batch_tokens=4096)
     assert teacher is not None
     prompts = load_prompts(DataSpec(**task.rows(HELD_OUT, part="held_out")))
     sampling = Sampling(max_completion_length=longest, n=SAMPLES)

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Pair
-from opd.loss.collate import MicroBatch, attach, collate, split
+from opd.evaluation.compare import whole
+from opd.loss.collate import MicroBatch, split
+from opd.loss.step import scored
 from opd.loss.token_loss import hidden_of
 from opd.maths.divergences import Divergence, reverse_kl
 from opd.method import Method
 from opd.models.language_model import evaluating
 from opd.pieces.needs import needs_of
-from opd.pieces.supports import full
-from opd.teachers.local import with_record
 from opd.types import Rollout, Signal, Tokens
 
 POSITIONS = 64
@@ -119,23 +119,10 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
 def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
     """`Pair.scored`, scored as the loop does, in micro-batches."""
     method, spec = pair.method, pair.spec
-    rollouts = with_record(
-        pair.student,
-        method.keep(pair.scored),
-        method.record(),
-        temperature=lambda rollout: pair.sampling.temperature or 1.0,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
-    scores = pair.teacher.score(
-        rollouts,
-        pair.contexts(rollouts),
-        method.support,
-        method.temperature,
-        entropy=method.reads("teacher_entropy"),
-        top_k=method.top_k,
-    )
-    batch = attach(collate(rollouts, scores, pair.student.device), method)
-    return rollouts, split(batch, method.normalise(batch), spec.micro_batch_tokens)
+    rollouts = pair.writers().complete(method.keep(pair.scored), method.record())
+    request = method.request(shown=True)
+    phase = scored(method, pair.teacher, rollouts, pair.contexts(rollouts), request, device=pair.student.device)
+    return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)
 
 
 @torch.no_grad()
@@ -143,7 +130,7 @@ def positions(pair: Pair, rollouts: list[Rollout], micros: list[MicroBatch]) -> 
     """`POSITIONS` trained tokens, chosen by the seed, `TILE` at a time."""
     teacher, temperature = pair.teacher, pair.method.temperature
     contexts = pair.contexts(rollouts)
-    scores = teacher.score(rollouts, contexts, full(), temperature, sampled=False)
+    scores = teacher.score(rollouts, contexts, whole(temperature))
     hidden = {key_of(rollout): score.teacher_hidden for rollout, score in zip(rollouts, scores, strict=True)}
     heads = pair.student.head().detached(), teacher.head()
     total = sum(len(micro.token_ids) for micro in micros)

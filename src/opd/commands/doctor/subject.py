@@ -10,6 +10,7 @@ from typing import Any
 from opd.data.order import shuffled
 from opd.errors import ConfigError, nearest
 from opd.evaluation.evaluate import HeldOut
+from opd.messages import is_chat
 from opd.method import Method
 from opd.methods import build as build_method
 from opd.models.language_model import LanguageModel
@@ -17,13 +18,14 @@ from opd.pieces.needs import needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import GroupReward, RewardFn, rewarded
-from opd.run.build import model_for, writers_of
-from opd.run.prepare import Given, Prepared, sampling_of
+from opd.runs.build import model_for, writers_of
+from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
-from opd.teachers.local import LocalTeacher, placed, teacher_for
-from opd.types import Context, Prompt, Rollout, Sampling, Writers
+from opd.teachers.cross_tokenizer import by_rule
+from opd.teachers.local import LocalTeacher, local_teacher, placed
+from opd.types import Context, Prompt, Rollout, Sampler, Sampling, Teacher, Writers
 
 # Its responses must not repeat those of training or evaluation: they live at a "step" of their own.
 DOCTOR_STEP = 2**31 - 2
@@ -46,7 +48,8 @@ class Pair:
     held_out: HeldOut | None
     student: LanguageModel
     external: LanguageModel | None
-    teacher: LocalTeacher
+    teacher: LocalTeacher  # in its own tokens
+    step_teacher: Teacher  # as a step of training asks it: by the method's rule on tokenizers
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
@@ -90,8 +93,8 @@ class Pair:
     def writers(self) -> Writers:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
-        samplers: dict[str | None, TransformersSampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
-        return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers)
+        samplers: dict[str | None, Sampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
+        return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers)
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
@@ -207,16 +210,16 @@ def pair_up(
     AlignmentError for tokenizers that differ.
     """
     check_fits(prepared.method.support.k, student.vocabulary)
-    teacher = teacher_for(
-        prepared.method.teacher,
+    part = prepared.tasks[None]
+    chosen = sample_of(part.prompts, prompts, seed)
+    rule = prepared.method.teacher
+    teacher = local_teacher(
+        rule,
         student,
         external,
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
-    assert teacher is not None, "a stage without a teacher is refused before this"
-    part = prepared.tasks[None]
-    chosen = sample_of(part.prompts, prompts, seed)
     reward = None if isinstance(part.reward, GroupReward) else part.reward
     if isinstance(part.reward, GroupReward) and "reward" in needs_of(prepared.method.context):
         raise ConfigError(
@@ -233,6 +236,7 @@ def pair_up(
         student=student,
         external=external,
         teacher=teacher,
+        step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,
         asks_a_judge=isinstance(part.reward, GroupReward),

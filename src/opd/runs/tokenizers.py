@@ -10,12 +10,12 @@ from opd.messages import is_chat
 from opd.method import Method
 from opd.models.preview import tokenizer_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
-from opd.run.lengths import check_lengths
+from opd.runs.lengths import check_lengths
 from opd.types import Prompt, TeacherRule
 
 if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel
-    from opd.run.prepare import Prepared
+    from opd.runs.prepare import Prepared
 
 
 def check_tokenizers(

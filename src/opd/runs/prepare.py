@@ -19,7 +19,7 @@ from opd.pieces.needs import needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward, RewardFn, unread_answers, unread_line
 from opd.rewards.registry import load_reward
-from opd.run.fit import check_diagnostics, check_evaluate, check_needs
+from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
 from opd.types import Prompt, Sampling
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare

@@ -12,11 +12,11 @@ from opd.models.loading import load_model
 from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
-from opd.run.build import build
-from opd.run.export import finish
-from opd.run.fit import check_processes
-from opd.run.prepare import Given, prepare
-from opd.run.tokenizers import check_template_options, check_tokenizers
+from opd.runs.build import build
+from opd.runs.export import finish
+from opd.runs.fit import check_processes
+from opd.runs.prepare import Given, prepare
+from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import stopped_after
 from opd.stage.progress import Progress
@@ -96,7 +96,7 @@ def run_recipe(
 def check_learned(stage: Stage) -> None:
     """Say how many steps made no update, because a filter left nothing of them. Raises TrainingError if none did."""
     skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
-    if stage.moves.updates == 0:
+    if stage.optimisation.updates == 0:
         raise TrainingError(
             f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed what the "
             f"method keeps, and the student is as it was. The responses are in {stage.folder.samples}. Loosen the "

@@ -1,15 +1,15 @@
-"""Who takes part in a stage: the teachers that score, everybody who writes, and who is examined on what."""
+"""From a prepared stage to a `Stage`: models, teacher, writers, rewards, evaluations, optimiser."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from opd.errors import ConfigError
-from opd.evaluation.compare import check_k
+from opd.evaluation.compare import check_comparable, check_k
 from opd.method import Method
 from opd.models.language_model import LanguageModel, Root
 from opd.models.loading import load_model
@@ -19,21 +19,21 @@ from opd.pieces.contexts import same_prompt
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward
-from opd.run.prepare import Given, Prepared, sampling_of
+from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
-from opd.samplers.writers import ReferenceWriter, TeacherWriter, by_task
+from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import checkpoint, optimisation
-from opd.stage.exams import Exam, Examiner
+from opd.stage.exams import Exam, Exams
 from opd.stage.folder import RunDir, StageDir, check_space
-from opd.stage.optimisation import Moves
+from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
-from opd.teachers.cross_tokenizer import OneTeacher, by_rule, comparable
-from opd.teachers.incremental import reading_along
-from opd.teachers.local import LocalTeacher, teacher_for
-from opd.teachers.routed import SeveralTeachers
-from opd.types import Sampler, TeacherRule, Writers
+from opd.teachers.cross_tokenizer import teacher_by_rule
+from opd.teachers.incremental import scoring_along
+from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.routed import RoutedTeacher
+from opd.types import Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
 
 def teacher_of(
@@ -44,26 +44,29 @@ def teacher_of(
     externals: Mapping[str, LanguageModel],
     *,
     chat: bool = False,
-) -> OneTeacher | SeveralTeachers | None:
-    """Whom the method compares the student with; the teachers of all tasks as one. `externals` are by model name.
+) -> Teacher:
+    """The stage's teacher; the teachers of all tasks as one. `externals` are by model name.
 
     `chat` says that prompts are conversations, for a teacher with a tokenizer of its own.
     """
 
-    def one(name: str | None) -> OneTeacher | None:
-        external = None if name is None else externals.get(name)
-        offload = name is not None and recipe.models[name].offload
-        teacher = teacher_for(rule, student, external, micro_batch_tokens=spec.micro_batch_tokens, offload=offload)
-        return by_rule(rule, student, teacher, chat=chat)
+    def one(name: str | None) -> Teacher:
+        return teacher_by_rule(
+            rule,
+            student,
+            None if name is None else externals.get(name),
+            micro_batch_tokens=spec.micro_batch_tokens,
+            offload=name is not None and recipe.models[name].offload,
+            chat=chat,
+        )
 
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
-    teachers = {name: teacher for name in spec.teachers if (teacher := one(name)) is not None}
-    return SeveralTeachers(teachers=teachers)
+    return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, TransformersSampler]:
-    """The student as a writer, for each task with the task's own sampling settings."""
+def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, Sampler]:
+    """The student's samplers by task, each with the task's own settings."""
     return {
         name: TransformersSampler(
             lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
@@ -76,12 +79,12 @@ def writers_of(
     spec: StageSpec,
     method: Method,
     student: LanguageModel,
-    teacher: OneTeacher | SeveralTeachers | None,
+    teacher: Teacher,
     externals: Mapping[str, LanguageModel],
-    samplers: Mapping[str | None, TransformersSampler],
+    samplers: Mapping[str | None, Sampler],
 ) -> Writers:
-    """Everyone who can write a response in this stage, and who scores it meanwhile; a method's source picks."""
-    teachers: dict[str | None, Sampler] = {}
+    """What can write a response in this stage, complete its record, and score it meanwhile; a method's source picks."""
+    teachers: dict[str | None, Writer] = {}
     for name, part in spec.parts.items():
         if part.teacher is not None and part.teacher in externals:
             teachers[name] = TeacherWriter(
@@ -92,11 +95,22 @@ def writers_of(
                 max_prompt_length=spec.max_prompt_length,
             )
     reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
+
+    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        return with_record(
+            student,
+            rollouts,
+            record,
+            temperature=lambda rollout: samplers[None if None in samplers else rollout.prompt.task].temperature,
+            micro_batch_tokens=spec.micro_batch_tokens,
+        )
+
     return Writers(
-        student=by_task(samplers),
+        student=sampler_by_task(samplers),
         reference=reference,
-        teacher=by_task(teachers) if teachers else None,
-        reader=None if teacher is None else reading_along(method, teacher),
+        complete=complete,
+        teacher=writer_by_task(teachers) if teachers else None,
+        scorer=None if method.teacher.kind == "none" else scoring_along(teacher, method.context, method.request()),
     )
 
 
@@ -120,7 +134,7 @@ def exams_of(
     spec: StageSpec,
     prepared: Prepared,
     student: LanguageModel,
-    teacher: OneTeacher | SeveralTeachers | None,
+    teacher: Teacher,
     externals: Mapping[str, LanguageModel],
 ) -> list[Exam]:
     """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
@@ -129,10 +143,15 @@ def exams_of(
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
-        scorer = scorer_of(spec, part, student, teacher, externals)
-        samplers: dict[str, Sampler] = {}
+        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals)
+        writers: dict[str, Writer] = {}
         if part.evaluate.teacher and scorer is not None:
-            samplers = {
+            if scorer.lm is None:
+                raise ConfigError(
+                    f"{spec.where(name)}: evaluate.teacher lets the teacher write responses, and {scorer.name} only "
+                    "scores: it has no model in this process. Set evaluate.teacher to false."
+                )
+            writers = {
                 setting: TeacherWriter(
                     teacher=scorer.lm,
                     student=student,
@@ -143,6 +162,8 @@ def exams_of(
                 )
                 for setting, sampling in held_out.sampling.items()
             }
+        if part.evaluate.kl and scorer is not None:
+            check_comparable(scorer, f"{spec.where(name)}: evaluate.kl")
         exams.append(
             Exam(
                 task=name,
@@ -150,8 +171,8 @@ def exams_of(
                 every=part.evaluate.every,
                 measure_before=part.evaluate.before,
                 context=prepared.method.context,
-                teacher_samplers=samplers,
-                kl_teacher=comparable(scorer) if part.evaluate.kl and scorer is not None else None,
+                teacher_writers=writers,
+                kl_teacher=scorer if part.evaluate.kl else None,
             )
         )
     return exams
@@ -159,21 +180,22 @@ def exams_of(
 
 def scorer_of(
     spec: StageSpec,
+    method: Method,
     part: TaskSection,
     student: LanguageModel,
-    teacher: OneTeacher | SeveralTeachers | None,
+    teacher: Teacher,
     externals: Mapping[str, LanguageModel],
-) -> OneTeacher | None:
-    """With whom an evaluation compares the student: the task's teacher, also where the method asks none."""
-    if isinstance(teacher, SeveralTeachers):
+) -> Teacher | None:
+    """The teacher of a task's evaluation: the task's own, also where the method has none; None without one."""
+    if method.teacher.kind != "none":
         return teacher.of(part.teacher)
-    if teacher is None and part.teacher is not None and part.teacher in externals:
+    if part.teacher is not None and part.teacher in externals:
         return LocalTeacher(
             lm=externals[part.teacher],
             micro_batch_tokens=spec.micro_batch_tokens,
             student_device=student.device,
         )
-    return teacher
+    return None
 
 
 def build(
@@ -199,12 +221,12 @@ def build(
     exams = exams_of(spec, prepared, student, teacher, externals)
     writers = writers_of(spec, method, student, teacher, externals, samplers)
     rewards = rewards_of(recipe, prepared, judges, folder.path, world)
-    moves = Moves(
+    moved = StageOptimisation(
         optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
         student=student,
         root=root,
         teacher=teacher,
-        writer=writers.student,
+        sampler=writers.student,
         prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
         rewards=rewards,
         context=method.context,
@@ -220,15 +242,14 @@ def build(
         student=student,
         root=root,
         teacher=teacher,
-        samplers=samplers,
         writers=writers,
         order=prepared.order,
         rewards=rewards,
-        moves=moves,
-        examiner=examiner_of(exams, spec, student, root, folder, world) if exams else None,
+        optimisation=moved,
+        exams=exams_in(exams, spec, student, root, folder, world) if exams else None,
         folder=folder,
         progress=progress,
-        report=report,
+        trackers=report,
         seconds_limit=seconds_limit(spec, directory),
     )
 
@@ -255,11 +276,11 @@ def loaded(
     return student, externals, judges
 
 
-def examiner_of(
+def exams_in(
     exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
-) -> Examiner:
-    """Who measures the student of a stage on its held-out prompts."""
-    return Examiner(
+) -> Exams:
+    """The stage's evaluations, with the folder that they are written to."""
+    return Exams(
         exams=exams,
         student=student,
         world=world,

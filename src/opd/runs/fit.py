@@ -1,4 +1,4 @@
-"""TODO: opd/run/fit.py"""
+"""TODO: opd/runs/fit.py"""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, o
 from opd.types import Prompt
 
 if TYPE_CHECKING:
-    from opd.run.prepare import Prepared
+    from opd.runs.prepare import Prepared
 
 
 # --- how long it gets ------------------------------------------------------------------------------------------------

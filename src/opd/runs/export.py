@@ -14,8 +14,8 @@ from opd.models import language_model
 from opd.models.language_model import LanguageModel
 from opd.parallel import full
 from opd.recipe.schema import Recipe, StageSpec
-from opd.run.build import model_for
-from opd.run.prepare import Given
+from opd.runs.build import model_for
+from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
 from opd.stage.stage import Stage
 
