@@ -55,8 +55,7 @@ from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
 from opd.stage.optimisation import StageOptimisation
-from opd.teachers.cross_tokenizer import OneTeacher
-from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest
+from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest, Teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
 
@@ -515,7 +514,7 @@ class Scene:
 
     method: Method
     student: LanguageModel
-    teacher: OneTeacher | None
+    teacher: Teacher
     rollouts: list[Rollout]
 
     def step(self, micro_batch_tokens: int = 10**6) -> Gradient:
@@ -796,7 +795,7 @@ def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
     assert step(method, student, teacher, rollouts).norm > 1e-3
 
 
-def score_all(method: Method, teacher: OneTeacher, rollouts: list[Rollout]) -> list[Any]:
+def score_all(method: Method, teacher: Teacher, rollouts: list[Rollout]) -> list[Any]:
     return teacher.score(
         rollouts, method.context(rollouts), ScoreRequest(support=method.support, temperature=method.temperature)
     )

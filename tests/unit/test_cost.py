@@ -29,7 +29,7 @@ from opd.pieces import signals, supports
 from opd.samplers import draw, hf
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.scoring import teacher_scores
-from opd.types import NOTHING_MORE, Prompt, Record, Sampling, Signal, Support
+from opd.types import NOTHING_MORE, Prompt, Record, Sampling, ScoreRequest, Signal, Support
 
 SLACK = 0.1  # of what was measured
 HALF_A_PASS = 0.5  # of passes, where that is less than SLACK
@@ -227,7 +227,7 @@ def test_the_cost_of_a_teachers_scores(name: str, sizes: None):
     support, options, cost = SCORES[name]
     teacher, hidden, ids = head().detached(), torch.randn(N, H), torch.randint(0, V, (N,))
     with Count() as count:
-        teacher_scores(teacher, hidden, ids, support, **options)
+        teacher_scores(teacher, hidden, ids, ScoreRequest(support=support, **options))
     cost.check(*in_passes(count))
 
 

@@ -12,8 +12,9 @@ import torch
 from helpers import FAMILIES, policy, prompts_of, same, sampler, tiny
 from torch import Tensor
 
-from opd.models.language_model import LanguageModel
 from opd.models import forward
+from opd.models.language_model import LanguageModel
+from opd.samplers import hf
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout
 
 PROMPTS = prompts_of("a", "bcdefgh", "hg", "abab")

@@ -170,7 +170,13 @@ def test_teacher_scores_are_those_of_the_full_logits(
     expected = (own_logits(teacher, ids)[0, 3:-1] / temperature).log_softmax(-1)
     student_top = own_logits(student, ids)[0, 3:-1].topk(3).indices
     monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
-    got = teacher_scores(teacher.head(), hidden, response, support, temperature, student_top, entropy=spread)
+    got = teacher_scores(
+        teacher.head(),
+        hidden,
+        response,
+        ScoreRequest(support=support, temperature=temperature, entropy=spread),
+        student_top,
+    )
 
     assert (got.teacher_entropy is not None) == spread
     if got.teacher_entropy is not None:
