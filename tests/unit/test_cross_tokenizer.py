@@ -31,6 +31,8 @@ from opd.teachers.local import LocalTeacher
 from opd.types import Rollout
 from opd.units import Cut, Shared, whole_chunks
 
+pytestmark = pytest.mark.numeric
+
 SMALL = ("a", "b", "c", "d")
 EXACT = 1e-6
 ROUNDING = 2e-5

@@ -20,6 +20,8 @@ from opd.divergences import forward_kl, generalised_jsd, on_support, reverse_kl,
 from opd.errors import ConfigError
 from opd.types import Tokens
 
+pytestmark = pytest.mark.numeric
+
 FORMS = ("raw", "stop_gradient", "renormalised", "tail")
 EXACT = 1e-12  # float64 autograd against a closed form
 FINITE_DIFFERENCE = 1e-8

@@ -18,6 +18,8 @@ from torch import Tensor
 from opd import divergences, kernels
 from opd.gradients import CLOSED, closed_form
 
+pytestmark = pytest.mark.numeric
+
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or (DEVICE.type == "cpu" and torch.cuda.is_available()),
     reason="Triton is not installed, or it compiles and OPD_TEST_DEVICE=cuda is not set",

@@ -19,6 +19,8 @@ from opd.divergences import on_support
 from opd.errors import ConfigError
 from opd.types import Scores, Tokens
 
+pytestmark = pytest.mark.numeric
+
 EXACT = 1e-12
 V, K = 12, 4
 

@@ -26,6 +26,8 @@ from opd.score import Head, chunks, paired_log_probs, teacher_scores, tiles
 from opd.supports import full, sampled, support_tokens, top_k
 from opd.types import Sampling, Scores, Support
 
+pytestmark = pytest.mark.numeric
+
 V = 10  # letters, <pad> and <eos>
 SETS = ("teacher", "student", "intersection", "union", "symmetric_difference")
 
