@@ -611,6 +611,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     return Gradient(loss=loss, grads=grads)
 
 
+@pytest.mark.numeric
 @every()
 def test_value_and_gradient_are_the_papers(name: str, one: Case):
     on = scene(name, one)

@@ -34,6 +34,8 @@ from opd.pieces import filters, signals, supports
 from opd.teachers.cross_tokenizer import CrossTokenizerTeacher
 from opd.types import Rollout, ScoreRequest, Shared
 
+pytestmark = pytest.mark.numeric
+
 SMALL = ("a", "b", "c", "d")
 EXACT = 1e-6
 ROUNDING = 2e-5

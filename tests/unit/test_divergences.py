@@ -21,6 +21,8 @@ from opd.maths.divergences import forward_kl, generalised_jsd, on_support, rever
 from opd.pieces import signals
 from opd.types import Tokens
 
+pytestmark = pytest.mark.numeric
+
 FORMS = ("raw", "stop_gradient", "renormalised", "tail")
 EXACT = 1e-12  # float64 autograd against a closed form
 FINITE_DIFFERENCE = 1e-8

@@ -59,7 +59,8 @@ def test_the_exact_kl_falls(minimal: ModuleType):
     history = minimal.main([*SMALL, "--steps", "50"])
     assert len(history) == 50
     assert all(value >= 0 for value in history)
-    assert sum(history[-5:]) < 0.6 * sum(history[:5])
+    # Of three seeds the worst leaves 0.54 of it: far enough from the limit for a processor that rounds otherwise.
+    assert sum(history[-5:]) < 0.8 * sum(history[:5])
 
 
 def test_the_size_of_a_micro_batch_changes_nothing(minimal: ModuleType):

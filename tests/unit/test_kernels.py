@@ -18,6 +18,8 @@ from torch import Tensor
 from opd.maths import divergences, kernels
 from opd.maths.closed_forms import CLOSED, closed_form
 
+pytestmark = pytest.mark.numeric
+
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None or (DEVICE.type == "cpu" and torch.cuda.is_available()),
     reason="Triton is not installed, or it compiles and OPD_TEST_DEVICE=cuda is not set",

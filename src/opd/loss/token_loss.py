@@ -102,8 +102,11 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             if micro.task is not None:
                 observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
             if student is not None and grad is not None:
-                # Last: what a signal returned may be a view of the log-probs that this overwrites.
-                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
+                # Last: what a signal returned may be a view of the log-probs that this overwrites. Divided by the sum
+                # of p, which is not 1 in float32 (see the closed forms), so that a row of the gradient sums to 0.
+                p = student.exp_()
+                p.mul_(grad.sum(-1, keepdim=True) / p.sum(-1, keepdim=True))
+                torch.sub(grad, p, out=logits[tile])
         return total
 
     return chunk_loss
