@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import DOCTOR_STEP, Pair
+from opd.commands.doctor.subject import Pair
 from opd.data.order import shuffled
 from opd.files import GIB
 from opd.loss.collate import attach, check_responses, collate, has_trained, split
@@ -20,6 +20,7 @@ from opd.parallel import ALONE
 from opd.stage.checkpoint import size_of
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import with_record
+from opd.types import ReservedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def one_step(pair: Pair) -> Step:
     count = min(spec.prompts_per_step, len(pair.prompts))
     prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
     started = _now(pair)
-    rollouts = method.source(prompts, pair.writers(), (pair.seed, DOCTOR_STEP), method.record())
+    rollouts = method.source(prompts, pair.writers(), (pair.seed, ReservedStep.DOCTOR), method.record())
     check_responses(rollouts)
     rollouts = with_record(
         student,
