@@ -26,6 +26,7 @@ class Said:
     wait_s: float = 0.0  # before the first byte
     trickle_s: float = 0.0  # between bytes
     hang_up: bool = False
+    then_close: bool = False  # the connection, without a word in the answer
 
 
 def completion(text: Any, finish: str = "stop") -> Said:
@@ -41,14 +42,17 @@ class Server:
     script: list[Said] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    targets: list[str] = field(default_factory=list)  # paths, or whole addresses where this is a proxy
+    connections: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
     at_once: int = 0
     most_at_once: int = 0
 
-    def answer(self, request: dict[str, Any], headers: dict[str, str]) -> Said:
+    def answer(self, request: dict[str, Any], headers: dict[str, str], target: str) -> Said:
         with self.lock:
             self.requests.append(request)
             self.headers.append(headers)
+            self.targets.append(target)
             if self.script:
                 return self.script.pop(0)
         return self.rule(request["messages"][-1]["content"])
@@ -69,27 +73,36 @@ def judging(text: str) -> Said:
 
 
 @contextmanager
-def serving(rule: Rule = judging) -> Iterator[Server]:
+def serving(rule: Rule = judging, *, keeps_connections: bool = False) -> Iterator[Server]:
     """A server on a port of its own, in a thread, until the block ends."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1" if keeps_connections else "HTTP/1.0"
+
+        def setup(self) -> None:
+            super().setup()
+            with server.lock:
+                server.connections += 1
+
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path == "/v1/chat/completions"
+            assert self.path.endswith("/v1/chat/completions")
             with server.lock:
                 server.at_once += 1
                 server.most_at_once = max(server.most_at_once, server.at_once)
             try:
-                said = server.answer(json.loads(body), dict(self.headers))
+                said = server.answer(json.loads(body), dict(self.headers), self.path)
                 time.sleep(said.wait_s)
             finally:  # before the answer goes out: a client that has it may ask again before this thread runs on
                 with server.lock:
                     server.at_once -= 1
             with suppress(BrokenPipeError, ConnectionResetError):  # a client that has given up
                 self._say(said)
+            self.close_connection |= said.then_close
 
         def _say(self, said: Said) -> None:
             if said.hang_up:
+                self.close_connection = True
                 self.connection.close()
                 return
             body = said.body if isinstance(said.body, bytes) else json.dumps(said.body).encode()

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import IntEnum
 from typing import Any, Literal, Protocol, TypeAlias
 
 import torch
@@ -60,6 +61,17 @@ class Sampling:
     top_k: int = 0
     n: int = 1
     stop: tuple[str, ...] = ()
+
+
+class ReservedStep(IntEnum):
+    """Numbers in the place of the step, in a seed (seed, step), for responses that are drawn outside of training.
+
+    No step of training has one, so that none of these responses repeats another's random numbers.
+    """
+
+    EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training differ by the weights alone
+    VALIDATION = 2**31 - 2  # of an update's candidates: all are asked with the same random numbers
+    DOCTOR = 2**31 - 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

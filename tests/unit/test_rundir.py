@@ -35,7 +35,7 @@ def names(folder: Path) -> list[str]:
 
 def test_a_new_run_has_its_recipe_and_environment(tmp_path: Path):
     run = RunDir.open(tmp_path / "deep" / "run", RECIPE)
-    assert names(run.path) == ["environment.json", "recipe.yaml"]
+    assert names(run.path) == [".lock", "environment.json", "recipe.yaml"]
     assert (run.path / "recipe.yaml").read_bytes() == RECIPE.encode()
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["python"] == sys.version.split()[0]
@@ -107,22 +107,62 @@ def test_a_run_that_made_something_keeps_its_recipe(tmp_path: Path, made: str):
 
 
 def test_a_run_at_work_keeps_its_recipe_until_its_process_ends(tmp_path: Path):
+    other = at_work(tmp_path)
+    with pytest.raises(RunError, match=r"It has made no step, but another process is still at work on it\. Use"):
+        RunDir.open(tmp_path, OTHER)
+    other.kill()
+    other.communicate()
+    assert RunDir.open(tmp_path, OTHER).replaced
+
+
+def at_work(path: Path) -> subprocess.Popen[str]:
+    """A process that has opened the run, and holds it until it is killed."""
     code = f"""
 import sys
 from pathlib import Path
-from opd.rundir import RunDir
-run = RunDir.open(Path({str(tmp_path)!r}), {RECIPE!r})
+from opd.stage.folder import RunDir
+run = RunDir.open(Path({str(path)!r}), {RECIPE!r})
 print("open", flush=True)
 sys.stdin.read()
 """
     other = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert other.stdout is not None
     assert other.stdout.readline() == "open\n"
-    with pytest.raises(RunError, match=r"It has made no step, but another process is still at work on it\. Use"):
-        RunDir.open(tmp_path, OTHER)
-    other.kill()
-    other.communicate()
-    assert RunDir.open(tmp_path, OTHER).replaced
+    return other
+
+
+def another_process_may_lock(path: Path) -> bool:
+    code = """
+import sys
+from pathlib import Path
+from opd.stage.claim import lock_folder
+sys.exit(lock_folder(Path(sys.argv[1])) is None)
+"""
+    return subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 0
+
+
+def test_open_locks_until_the_last_run_of_the_process_ends(tmp_path: Path):
+    first, second = RunDir.open(tmp_path, RECIPE), RunDir.open(tmp_path, OTHER)
+    assert second.lock is first.lock
+    del first
+    assert not another_process_may_lock(tmp_path)
+    del second
+    assert another_process_may_lock(tmp_path)
+
+
+def test_open_locks_anew_when_the_folder_was_removed(tmp_path: Path):
+    first = RunDir.open(tmp_path / "run", RECIPE)
+    shutil.rmtree(tmp_path / "run")
+    second = RunDir.open(tmp_path / "run", OTHER)
+    assert second.lock is first.lock
+    assert not another_process_may_lock(tmp_path / "run")
+
+
+def test_open_goes_on_when_there_can_be_no_lock(tmp_path: Path):
+    (tmp_path / ".lock").mkdir()
+    run = RunDir.open(tmp_path, RECIPE)
+    assert run.lock is not None
+    assert not run.lock.is_locked
 
 
 def test_another_recipe_is_refused_with_the_difference(tmp_path: Path):
@@ -162,9 +202,10 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path):
 
 
 def test_a_first_start_that_was_killed_is_an_empty_folder(tmp_path: Path):
+    (tmp_path / ".lock").touch()
     (tmp_path / ".recipe.yaml.writing-17").write_text("name")
     RunDir.open(tmp_path, RECIPE)
-    assert names(tmp_path) == ["environment.json", "recipe.yaml"]
+    assert names(tmp_path) == [".lock", "environment.json", "recipe.yaml"]
 
 
 def test_a_path_that_is_no_folder_or_cannot_be_one(tmp_path: Path):
@@ -184,7 +225,7 @@ def test_a_folder_that_refuses_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Path, "write_bytes", refuse)
     with pytest.raises(RunError, match=r"recipe\.yaml cannot be written \(Permission denied\)\. Free space or allow"):
         RunDir.open(tmp_path, RECIPE)
-    assert names(tmp_path) == []
+    assert names(tmp_path) == [".lock"]
 
 
 def test_too_little_space_is_refused_before_anything_is_made(tmp_path: Path):
@@ -259,7 +300,7 @@ def test_rewind_of_a_stage_that_has_written_nothing(stage: StageDir):
 def test_a_kill_leaves_at_most_one_partial_line(stage: StageDir):
     code = """
 import sys, pathlib
-from opd.rundir import StageDir
+from opd.stage.folder import StageDir
 stage = StageDir(pathlib.Path(sys.argv[1]))
 step = 0
 while True:

@@ -10,11 +10,7 @@ from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
 from opd.rewards.base import RewardFn, rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Rollout, Sampler, Sampling, Writer
-
-# Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
-# so that before and after differ by the weights alone.
-EVALUATION_STEP = 2**31 - 1
+from opd.types import Prompt, ReservedStep, Rollout, Sampler, Sampling, Writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +41,9 @@ def measure(held_out: HeldOut, writers: Mapping[str, Writer], world: World = ALO
     positions = world.positions(range(len(held_out.prompts)))
     prompts = [held_out.prompts[i] for i in positions]
     for name, writer in writers.items():
-        mine = rewarded(held_out.reward, writer(prompts, seed=(held_out.seed, EVALUATION_STEP))) if prompts else []
+        mine = (
+            rewarded(held_out.reward, writer(prompts, seed=(held_out.seed, ReservedStep.EVALUATION))) if prompts else []
+        )
         written = rollouts[name] = world.in_order(positions, mine)
         metrics |= {f"eval/{name}/{key}": value for key, value in summary(written, held_out.pass_at).items()}
     return Measurement(metrics=metrics, rollouts=rollouts)

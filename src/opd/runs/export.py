@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import ModelCard, ModelCardData
 
 from opd.models import language_model
 from opd.models.language_model import LanguageModel
@@ -23,10 +24,10 @@ from opd.stage.stage import Stage
 def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[Mapping[str, Any]]) -> None:
     """README.md with the stage's settings and its held-out numbers."""
     measured = [row for row in metrics if any(key.startswith("eval/") for key in row)]
+    metadata = ModelCardData(library_name="transformers", tags=["on-policy-distillation", "opd"])
     lines = [
         "---",
-        "library_name: transformers",
-        "tags: [on-policy-distillation, opd]",
+        metadata.to_yaml(),
         "---",
         "",
         f"# {recipe.name}: {spec.name}",
@@ -53,7 +54,7 @@ def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[
         "stage": spec.model_dump(mode="json", exclude_defaults=True),
     }
     lines += ["```yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
-    (folder / "README.md").write_text("\n".join(lines))
+    ModelCard("\n".join(lines)).save(folder / "README.md")
 
 
 def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:

@@ -20,9 +20,7 @@ from opd.pieces.needs import needs_of
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import AnyReward, rewarded_by_task
 from opd.teachers.routed import routed
-from opd.types import Context, Prompt, Rollout, Sampler, Teacher
-
-VALIDATION_STEP = 2**31 - 2  # no step of training draws with it: all candidates are asked with the same random numbers
+from opd.types import Context, Prompt, ReservedStep, Rollout, Sampler, Teacher
 
 
 @dataclass(slots=True, kw_only=True)
@@ -71,14 +69,14 @@ class StageOptimisation:
         Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
         weights that have overflowed, so that no response can be drawn, are worth -inf.
         """
-        count = min(prompts, len(self.prompts))
-        chosen = np.random.default_rng((self.seed, VALIDATION_STEP)).choice(len(self.prompts), count, replace=False)
+        count, seed = min(prompts, len(self.prompts)), (self.seed, ReservedStep.VALIDATION)
+        chosen = np.random.default_rng(seed).choice(len(self.prompts), count, replace=False)
         mine = [self.prompts[chosen[i]] for i in self.world.positions(range(count))]
         with self.world.gathered(self.root):
             written: list[Rollout] | None = None
             with suppress(NotFiniteError):
                 self.sampler.sync(self.updates)
-                written = self.sampler(mine, seed=(self.seed, VALIDATION_STEP)) if mine else []
+                written = self.sampler(mine, seed=(self.seed, ReservedStep.VALIDATION)) if mine else []
             if self.world.any(written is None) or written is None:
                 return -math.inf
             if by == "reward":

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import DOCTOR_STEP, Pair
+from opd.commands.doctor.subject import Pair
 from opd.data.order import shuffled
 from opd.files import GIB
 from opd.loss.step import gradient, scored, written
 from opd.stage.checkpoint import size_of
+from opd.types import ReservedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,7 +86,7 @@ def one_step(pair: Pair) -> Step:
     count = min(spec.prompts_per_step, len(pair.prompts))
     prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
     started = _now(pair)
-    rollouts = written(method, prompts, pair.writers(), pair.rewarded, (pair.seed, DOCTOR_STEP))
+    rollouts = written(method, prompts, pair.writers(), pair.rewarded, (pair.seed, ReservedStep.DOCTOR))
     wrote = _now(pair)
     phase_a = scored(method, teacher, rollouts, method.context(rollouts), method.request(), device=student.device)
     rated = _now(pair)

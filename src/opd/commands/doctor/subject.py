@@ -25,11 +25,7 @@ from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
-from opd.types import Context, Prompt, Rollout, Sampler, Sampling, Teacher, Writers
-
-# Its responses must not repeat those of training or evaluation: they live at a "step" of their own.
-DOCTOR_STEP = 2**31 - 2
-
+from opd.types import Context, Prompt, ReservedStep, Rollout, Sampler, Sampling, Teacher, Writers
 
 SAMPLES = 4  # responses a prompt, for pass@k
 
@@ -98,7 +94,7 @@ class Pair:
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
-        return self._sampler(self.sampling)(prompts, seed=(self.seed, DOCTOR_STEP))
+        return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def _sampler(self, sampling: Sampling) -> TransformersSampler:
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
@@ -120,7 +116,7 @@ class Pair:
             max_prompt_length=self.spec.max_prompt_length,
         )
         with self.at_work():
-            return writer(prompts, seed=(self.seed, DOCTOR_STEP))
+            return writer(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def at_work(self) -> contextlib.AbstractContextManager[Any]:
         """The teacher on the device where it works: an offloaded one is elsewhere between its turns."""
