@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opd.data.order import Order
+from opd.data.order import PromptOrder
 from opd.method import Method
 from opd.models.language_model import LanguageModel, Root
 from opd.parallel import World
@@ -36,7 +36,7 @@ class Stage:
     teacher: OneTeacher | SeveralTeachers | None
     samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
     writers: Writers
-    order: Order  # of the prompts
+    order: PromptOrder  # of the prompts
     rewards: Mapping[str | None, AnyReward | None]  # by task
     moves: Moves  # the optimiser, and what else an update may touch
     examiner: Examiner | None

@@ -172,16 +172,16 @@ def distilled(lab: Lab, size: Size) -> list[Batch]:
 
 def batch_of(pair: Pair, seed: int, task: Task, responses: int) -> Batch:
     """Responses of a pair's student, and both models' distributions at every token of them."""
-    from opd.data.prompts import DataSpec, load_prompts
+    from opd.data.prompts import load_prompts
     from opd.models.forward import read
     from opd.models.loading import load_model
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.samplers.hf import TransformersSampler
     from opd.types import Sampling
 
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    prompts = load_prompts(DataSpec(**task.rows(responses, seed=3)))
+    prompts = load_prompts(DataSection(**task.rows(responses, seed=3)))
     sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=task.longest))
     rollouts = sampler(prompts, seed=(seed, 0))
     states: list[Tensor] = []

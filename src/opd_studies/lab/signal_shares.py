@@ -22,18 +22,18 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
 
     Also the accuracies of the student, and of the teacher when it goes on after the student's marker, both sampled.
     """
-    from opd.data.prompts import DataSpec, load_prompts
+    from opd.data.prompts import load_prompts
     from opd.models.forward import read
     from opd.models.loading import load_model
     from opd.pieces.token_sequences import covered
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.types import Sampling
 
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    prompts = load_prompts(DataSpec(**task.rows(HELD_OUT, part="held_out")))
+    prompts = load_prompts(DataSection(**task.rows(HELD_OUT, part="held_out")))
     sampling = Sampling(max_completion_length=task.longest)
     written = TransformersSampler(lm=student, sampling=sampling)(prompts, seed=(seed, 0))
     spelled = student.tokenizer(marker, add_special_tokens=False).input_ids
