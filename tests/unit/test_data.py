@@ -1,4 +1,4 @@
-"""Every form of `DataSpec.path`, the shuffled order, and what each mistake in the data is told."""
+"""Every form of `DataSection.path`, the shuffled order, and what each mistake in the data is told."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from opd.data.order import shuffled
-from opd.data.prompts import DataSpec, load_prompts
+from opd.data.prompts import load_prompts, prompts_of_rows
 from opd.errors import ConfigError, DataError
+from opd.recipe.load import parse_section
+from opd.recipe.schema import DataSection
 from opd.types import Prompt
 
 ROWS = [
@@ -41,8 +43,8 @@ def write(folder: Path, ending: str, rows: list[dict]) -> Path:
     return path
 
 
-def load(path: Path | str, *, require: tuple[str, ...] = (), **spec) -> list[Prompt]:
-    return load_prompts(DataSpec(path=str(path), **spec), require=require)
+def load(path: Path | str, *, require: tuple[str, ...] = (), **fields) -> list[Prompt]:
+    return load_prompts(parse_section(DataSection, {"path": path, **fields}, "data"), require=require)
 
 
 @pytest.fixture
@@ -175,7 +177,7 @@ def test_a_skip_that_leaves_nothing(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match=r"`skip: 3` leaves nothing of .*: it has no row 3 \(counted from 0\)\. Lower"):
         load(path, skip=3)
-    with pytest.raises(ConfigError, match="`skip` is a number of rows, at least 0, got -1"):
+    with pytest.raises(ConfigError, match=r"data is not valid:\n  `skip`: .* greater than or equal to 0 \(got -1\)"):
         load(path, skip=-1)
 
 
@@ -193,6 +195,14 @@ def test_function_rows_take_options_and_may_be_endless_under_a_limit(user_module
         "    return ({'prompt': str(i)} for i in itertools.count(start, step))"
     )
     assert [p.content for p in load(f"{name}:rows", options={"start": 3, "step": 2}, limit=3)] == ["3", "5", "7"]
+
+
+def test_load_prompts_keeps_the_options_of_the_section(user_module):
+    name = user_module("def rows(texts):\n    while texts:\n        yield {'prompt': texts.pop()}")
+    section = DataSection(path=f"{name}:rows", options={"texts": ["a", "b"]})
+    assert [p.content for p in load_prompts(section)] == ["b", "a"]
+    assert load_prompts(section) == load_prompts(section)
+    assert section.options == {"texts": ["a", "b"]}
 
 
 def test_saved_data_set_folder_with_and_without_splits(tmp_path):
@@ -374,8 +384,13 @@ def test_settings_that_would_do_nothing_are_refused(tmp_path):
         load(path, options={"seed": 1})
     with pytest.raises(ConfigError, match=r"`split: test`: .*rows.jsonl has no splits"):
         load(path, split="test")
-    with pytest.raises(ConfigError, match="`limit` is a number of rows, at least 1, got 0"):
+    with pytest.raises(ConfigError, match=r"data is not valid:\n  `limit`: .* greater than or equal to 1 \(got 0\)"):
         load(path, limit=0)
+
+
+def test_prompts_of_rows_raises_when_chat_is_no_boolean():
+    with pytest.raises(ConfigError, match=r"prompts is not valid:\n  `chat`: Input should be a valid boolean"):
+        prompts_of_rows(["a"], chat="maybe")
 
 
 def test_unknown_file_ending(tmp_path):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from opd.data.prompts import DataSpec, load_prompts
+from opd.data.prompts import load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
 from opd.pieces.needs import needs_of
+from opd.recipe.schema import DataSection
 from opd.rewards.base import score
 from opd.rewards.registry import REWARDS, load_reward
 from opd.types import Prompt, Rollout
@@ -124,7 +125,7 @@ def test_math_verify_works_in_another_thread():
 
 def test_reasoning_gym_scores_with_the_rows_own_task():
     pytest.importorskip("reasoning_gym")
-    tasks = [load_prompts(DataSpec(path=f"reasoning_gym:{task}", limit=3)) for task in ("chain_sum", "leg_counting")]
+    tasks = [load_prompts(DataSection(path=f"reasoning_gym:{task}", limit=3)) for task in ("chain_sum", "leg_counting")]
     whole, tagged = load_reward("reasoning_gym", {}), load_reward("reasoning_gym", {"tag": "answer"})
     for row in [row for rows in tasks for row in rows]:
         assert whole(row, f" {row.answer}\n") == 1.0
@@ -137,7 +138,7 @@ def test_reasoning_gym_scores_with_the_rows_own_options():
     pytest.importorskip("reasoning_gym")
     reward = load_reward("reasoning_gym", {})
     narrow = {"size": 1, "min_value": 1, "max_value": 6}
-    [row] = load_prompts(DataSpec(path="reasoning_gym:puzzle24", options=narrow))
+    [row] = load_prompts(DataSection(path="reasoning_gym:puzzle24", options=narrow))
     assert reward(row, row.answer) == 1.0
     origin = row.metadata["reasoning_gym"]
     strict = {**origin, "options": {"size": 1, "min_value": 9, "max_value": 9}}
@@ -146,7 +147,7 @@ def test_reasoning_gym_scores_with_the_rows_own_options():
 
 def test_reasoning_gym_answer_that_the_scorer_cannot_read():
     pytest.importorskip("reasoning_gym")
-    [row] = load_prompts(DataSpec(path="reasoning_gym:prime_factorization", limit=1))
+    [row] = load_prompts(DataSection(path="reasoning_gym:prime_factorization", limit=1))
     with pytest.raises(ValueError, match="invalid literal"):
         load_reward("reasoning_gym", {})(row, "two and two")
     assert load_reward("reasoning_gym", {"malformed": 0.0})(row, "two and two") == 0.0

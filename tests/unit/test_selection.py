@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.data.encoder import load_encoder
-from opd.data.prompts import DataSpec, _check_spec, load_prompts, load_selected, spec_of
-from opd.data.selection import Selection, select
+from opd.data.prompts import check_data, load_prompts, load_selected
+from opd.data.selection import select
 from opd.data.similarity import grams, nearest_cosine, normalised, repeats
 from opd.errors import ConfigError, DataError
 from opd.messages import question_of
 from opd.recipe.load import parse_recipe, parse_section
-from opd.recipe.schema import DataSection
+from opd.recipe.schema import DataSection, SelectSection
 from opd.types import Prompt
 
 THEIRS = ["What is 2+2?", "Name a prime number above 10.", "Sum the integers from 1 to 100."]
@@ -48,6 +48,10 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(Path("theirs.jsonl"), THEIRS)
 
 
+def section(**fields: Any) -> DataSection:
+    return parse_section(DataSection, fields, "data")
+
+
 def chosen(**select: Any) -> list[int]:
     return [prompt.id for prompt in loaded(**select)[0]]
 
@@ -55,7 +59,7 @@ def chosen(**select: Any) -> list[int]:
 def loaded(path: str = "ours.jsonl", **select: Any) -> tuple[list[Prompt], list[str]]:
     if select.get("keep") and "by" not in select:
         select["by"] = {"path": "theirs.jsonl"}
-    prompts, selected = load_selected(spec_of({"path": path, "select": select}))
+    prompts, selected = load_selected(section(path=path, select=select))
     return prompts, [str(one) for one in selected]
 
 
@@ -251,29 +255,29 @@ def test_near_and_far_share_the_rows_and_can_be_mixed(files: None):
 def test_questions_are_compared_without_template_system_message_and_form(files: None):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}]
     write(Path("ours.jsonl"), [messages, "Who?"])
-    spec = {"path": "ours.jsonl", "chat": True, "template": "{prompt} Answer in \\boxed{{}}."}
+    ours = {"path": "ours.jsonl", "chat": True, "template": "{prompt} Answer in \\boxed{{}}."}
     by = {"path": "theirs.jsonl", "template": "Question: {prompt}"}
-    (prompt,) = load_prompts(spec_of({**spec, "select": {"by": by, "keep": "near"}}))
+    (prompt,) = load_prompts(section(**ours, select={"by": by, "keep": "near"}))
     assert prompt.content == (messages[0], {"role": "user", "content": "What is 2+2? Answer in \\boxed{}."})
 
 
 def test_the_other_data_set_may_select_too(files: None):
     by = {"path": "theirs.jsonl", "limit": 2, "select": {"by": {"path": "ours.jsonl", "limit": 1}, "keep": "far"}}
-    write(Path("asked.jsonl"), THEIRS)
-    prompts, lines = loaded("asked.jsonl", by=by, keep="near")
+    write(Path("mine.jsonl"), THEIRS)
+    prompts, lines = loaded("mine.jsonl", by=by, keep="near")
     assert [p.content for p in prompts] == THEIRS[1:2]
     assert lines == [
         "theirs.jsonl: 1 of 2 rows selected (1 near those of ours.jsonl by equal text)",
-        "asked.jsonl: 1 of 3 rows selected (2 not near those of theirs.jsonl by equal text)",
+        "mine.jsonl: 1 of 3 rows selected (2 not near those of theirs.jsonl by equal text)",
     ]
 
 
 def test_columns_are_required_of_what_is_kept(files: None):
     rows = [{"prompt": "What is 2+2?", "answer": 4}, {"prompt": "Who?"}]
     Path("ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    near = spec_of({"path": "ours.jsonl", "select": {"by": {"path": "theirs.jsonl"}, "keep": "near"}})
+    near = section(path="ours.jsonl", select={"by": {"path": "theirs.jsonl"}, "keep": "near"})
     assert len(load_prompts(near, require=["answer"])) == 1
-    far = spec_of({"path": "ours.jsonl", "select": {"by": {"path": "theirs.jsonl"}, "keep": "far"}})
+    far = section(path="ours.jsonl", select={"by": {"path": "theirs.jsonl"}, "keep": "far"})
     with pytest.raises(DataError, match=r"needs `answer` in every row, and 1 of 1 rows of ours.jsonl .* \(rows 1\)"):
         load_prompts(far, require=["answer"])
 
@@ -285,21 +289,24 @@ def test_columns_are_required_of_what_is_kept(files: None):
     ("settings", "message"),
     [
         ({}, r"`select` selects nothing\. Give `by` and `keep`, or `distinct: true`"),
-        ({"by": DataSpec(path="theirs.jsonl")}, r"`select` has `by` and no `keep`\. Give both"),
+        ({"by": {"path": "theirs.jsonl"}}, r"`select` has `by` and no `keep`\. Give both"),
         ({"keep": "near"}, r"`select` has `keep` and no `by`\. Give both"),
-        ({"distinct": True, "measure": "word"}, r"`select.measure: word` is unknown\. Did you mean 'words'\?"),
+        ({"distinct": True, "measure": "word"}, r"`select.measure`: Input should be 'exact', .* \(got 'word'\)"),
         ({"distinct": True, "threshold": 0.6}, r"`measure: exact` has none; got 0\.6 with `measure: exact`"),
-        ({"distinct": True, "measure": "words", "threshold": 1.5}, r"above 0 and at most 1.*got 1\.5"),
+        (
+            {"distinct": True, "measure": "words", "threshold": 1.5},
+            r"`select.threshold`: .* less than or equal to 1 \(got 1\.5\)",
+        ),
         ({"distinct": True, "n": 2}, r"`select.n` is the length of n-grams .* got 2 with `measure: exact`"),
-        ({"distinct": True, "measure": "words", "n": 0}, r"at least 1; got 0"),
+        ({"distinct": True, "measure": "words", "n": 0}, r"`select.n`: .* greater than or equal to 1 \(got 0\)"),
         ({"distinct": True, "measure": "encoder"}, r"got None with `measure: encoder`\. Give both, or neither"),
         ({"distinct": True, "encoder": "x"}, r"got 'x' with `measure: exact`\. Give both, or neither"),
-        ({"distinct": True, "limit": 0}, r"`select.limit` is a number of rows, at least 1, got 0"),
+        ({"distinct": True, "limit": 0}, r"`select.limit`: .* greater than or equal to 1 \(got 0\)"),
     ],
 )
 def test_settings_that_contradict_each_other(files: None, settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
-        load_prompts(DataSpec(path="ours.jsonl", select=Selection(**settings)))
+        load_prompts(section(path="ours.jsonl", select=settings))
 
 
 def test_nothing_is_left(files: None):
@@ -315,7 +322,7 @@ def test_nothing_is_left(files: None):
 
 
 def test_select_alone():
-    kept, what = select(["a", "b"], ["A"], Selection(by=DataSpec(path="x"), keep="far"), "rows")
+    kept, what = select(["a", "b"], ["A"], SelectSection(by=DataSection(path="x"), keep="far"), "rows")
     assert (kept, what.dropped, what.read, what.kept) == ([1], {"near those of x by equal text": 1}, 2, 1)
 
 
@@ -324,8 +331,7 @@ def test_the_page_shows_settings_that_are_valid():
     blocks = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
     assert len(blocks) == 3
     for block in blocks[:2]:
-        section = parse_section(DataSection, block["data"], "docs")
-        _check_spec(spec_of(section.model_dump()))
+        check_data(section(**block["data"]))
     (stage,) = blocks[2]
     models = {name: {"path": f"./{name}"} for name in ("student", "teacher")}
     recipe = parse_recipe({"name": "docs", "models": models, "stages": [stage]})
@@ -333,8 +339,8 @@ def test_the_page_shows_settings_that_are_valid():
 
 
 def test_a_question_is_what_users_say():
-    asked = [{"type": "image"}, {"type": "text", "text": "what?"}]
-    content = ({"role": "system", "content": "s"}, {"role": "user", "content": asked})
+    parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
+    content = ({"role": "system", "content": "s"}, {"role": "user", "content": parts})
     assert question_of(content) == "what?"
     said = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"})
     assert question_of(said) == "a\nc"

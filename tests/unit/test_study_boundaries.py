@@ -11,10 +11,11 @@ import torch
 
 from opd.errors import ConfigError
 from opd.types import Prompt
-from opd_studies.claims import estimators, length, special_tokens
+from opd_studies.claims import length, special_tokens
 from opd_studies.lab import distilling, signal_depth, signal_shares
 from opd_studies.lab.ablation import START
 from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.lab.on_policy_batch import OnPolicyBatch
 from opd_studies.worlds import boundaries
 
 TINY = PairSize(
@@ -73,7 +74,7 @@ def test_the_first_answer_counts(response: str, reward: float):
 def test_shares_are_those_of_a_loop_over_tokens():
     generator = torch.Generator().manual_seed(0)
     n, v, k = 6, 5, 2
-    batch = estimators.Batch(
+    batch = OnPolicyBatch(
         student=torch.randn(n, v, generator=generator, dtype=torch.float64),
         teacher=torch.randn(n, v, generator=generator, dtype=torch.float64).log_softmax(-1),
         hidden=torch.randn(n, 3, generator=generator, dtype=torch.float64),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from opd_studies.claims import estimators, fixed_points, losses, one_token, privileged, supports
+from opd_studies.lab import ablation
+from opd_studies.lab.on_policy_batch import OnPolicyBatch, output_norm
 from opd_studies.worlds import gaussian_walks, truncated_forms
 
 
@@ -128,7 +130,7 @@ def test_share_kept():
 
 def test_estimators_by_enumeration():
     student, teacher = random_pair(5)
-    batch = estimators.Batch(student=student, teacher=teacher, hidden=torch.eye(3, dtype=torch.float64))
+    batch = OnPolicyBatch(student=student, teacher=teacher, hidden=torch.eye(3, dtype=torch.float64))
     (mean, variance), (wrong, _) = estimators.sampled_gradients(batch)
     for row in range(3):
         z, t = student[row].tolist(), teacher[row].tolist()
@@ -140,14 +142,14 @@ def test_estimators_by_enumeration():
         assert variance[row].item() == pytest.approx(expected)
     assert wrong.abs().max() < 1e-12
     # hidden states that are unit vectors keep positions apart: the output layer's gradient is that of the logits
-    assert estimators.output_norm(mean, batch) == pytest.approx(float(mean.norm()))
+    assert output_norm(mean, batch) == pytest.approx(float(mean.norm()))
 
 
 def test_measured_bias_and_noise_against_plain_python(monkeypatch):
     monkeypatch.setattr(estimators, "KS", (2, 6))
     student, teacher = random_pair(7, rows=2)
     hidden = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
-    numbers = estimators.measure([estimators.Batch(student=student, teacher=teacher, hidden=hidden)])
+    numbers = estimators.measure([OnPolicyBatch(student=student, teacher=teacher, hidden=hidden)])
 
     def norm(gradients: list[list[float]]) -> float:
         rows = list(zip(gradients, hidden.tolist(), strict=True))
@@ -168,8 +170,8 @@ def test_measured_bias_and_noise_against_plain_python(monkeypatch):
 
 
 def test_what_a_course_of_training_shows():
-    assert losses.smoothed([1.0, 2.0, 6.0, 0.0], 2) == [1.5, 4.0, 3.0]
-    assert losses.smoothed([1.0], 2) == []
+    assert ablation.smoothed([1.0, 2.0, 6.0, 0.0], 2) == [1.5, 4.0, 3.0]
+    assert ablation.smoothed([1.0], 2) == []
     assert one_token.largest_fall([0.2, 0.5, 0.4, 0.6, 0.1]) == pytest.approx(0.5)
     assert one_token.largest_fall([0.1, 0.2, 0.3]) == 0.0
     assert losses.half_life([0.9, 0.5, 0.46, 0.44, 0.8]) == 3.0

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from opd.data.order import Order, turns
+from opd.data.order import PromptOrder, interleave
 from opd.types import Prompt
 
 
@@ -38,15 +38,15 @@ SHARES = [
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_turns_from_anywhere_are_those_of_the_whole_sequence(shares: list[float]):
     whole = played(shares, 150)
-    assert turns(shares, first=0, count=150) == whole
+    assert interleave(shares, first=0, count=150) == whole
     for first in range(0, 140, 7):
-        assert turns(shares, first=first, count=9) == whole[first : first + 9]
+        assert interleave(shares, first=first, count=9) == whole[first : first + 9]
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
 def test_every_task_has_had_its_share_at_any_time(shares: list[float]):
     had: Counter[int] = Counter()
-    for number, (task, earlier) in enumerate(turns(shares, first=0, count=400), start=1):
+    for number, (task, earlier) in enumerate(interleave(shares, first=0, count=400), start=1):
         assert earlier == had[task]
         had[task] += 1
         for other, share in enumerate(shares):
@@ -54,15 +54,15 @@ def test_every_task_has_had_its_share_at_any_time(shares: list[float]):
 
 
 def test_equal_shares_alternate_in_the_order_of_the_recipe():
-    assert [task for task, _ in turns([1.0, 1.0], first=0, count=6)] == [0, 1, 0, 1, 0, 1]
-    assert [task for task, _ in turns([5.0, 5.0, 5.0], first=0, count=6)] == [0, 1, 2, 0, 1, 2]
+    assert [task for task, _ in interleave([1.0, 1.0], first=0, count=6)] == [0, 1, 0, 1, 0, 1]
+    assert [task for task, _ in interleave([5.0, 5.0, 5.0], first=0, count=6)] == [0, 1, 2, 0, 1, 2]
 
 
-def order(*sizes: int, count: int = 4, mixed: bool = False, shares: tuple[float, ...] = ()) -> Order:
+def order(*sizes: int, count: int = 4, mixed: bool = False, shares: tuple[float, ...] = ()) -> PromptOrder:
     """Prompts with unique ids, their task's number as content."""
     ids = itertools.count()
     prompts = tuple([Prompt(id=next(ids), content=str(task)) for _ in range(size)] for task, size in enumerate(sizes))
-    return Order(prompts=prompts, shares=shares or (1.0,) * len(sizes), count=count, seed=3, mixed=mixed)
+    return PromptOrder(prompts=prompts, shares=shares or (1.0,) * len(sizes), count=count, seed=3, mixed=mixed)
 
 
 def test_a_step_takes_prompts_of_one_task_and_the_tasks_take_turns():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd.data.prompts import load_prompts, spec_of
+from opd.data.prompts import load_prompts
 from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
@@ -46,9 +46,7 @@ def evaluate_model(
             "them with each other. Measure with a reward that checks a response by itself."
         )
     data_section = parse_section(DataSection, data, "data")
-    prompts = load_prompts(
-        spec_of(data_section.model_dump()), require=[] if judged_by is None else sorted(needs_of(judged_by))
-    )
+    prompts = load_prompts(data_section, require=[] if judged_by is None else sorted(needs_of(judged_by)))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from opd.data.order import Order
+from opd.data.order import PromptOrder
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import check_baseline, check_comparison, check_pieces
@@ -88,7 +88,7 @@ def check_diagnostics(spec: StageSpec, method: Method) -> None:
         check_comparison(method, f"Stage {spec.name!r}", "diagnostics.every", "Set it to 0")
 
 
-def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Order, size: int) -> None:
+def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: PromptOrder, size: int) -> None:
     """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
     if size == 1:
         return

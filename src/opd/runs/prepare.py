@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd import methods
-from opd.data.order import Order
-from opd.data.prompts import load_selected, require_columns, spec_of
+from opd.data.order import PromptOrder
+from opd.data.prompts import load_selected, require_columns
 from opd.data.selection import Selected
 from opd.errors import ConfigError, DataError
 from opd.evaluation.evaluate import HeldOut
@@ -58,7 +58,7 @@ class Prepared:
 
     method: Method
     tasks: Mapping[str | None, Task]
-    order: Order
+    order: PromptOrder
 
     @property
     def chat(self) -> bool:
@@ -108,7 +108,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             selected=tuple(selected),
             unread_answers={which: count for which, count in unread.items() if count},
         )
-    order = Order(
+    order = PromptOrder(
         prompts=tuple(task.prompts for task in tasks.values()),
         shares=tuple(part.share for part in spec.parts.values()),
         count=spec.prompts_per_step,
@@ -180,7 +180,7 @@ def read(
     their responses would be one group, drawn alike.
     """
     if given is None:
-        return load_selected(spec_of(section.model_dump()), require=sorted(require))
+        return load_selected(section, require=sorted(require))
     require_columns(given, sorted(require), source="the prompts given in Python")
     twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
     if twice:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
-from opd.data.order import Order
+from opd.data.order import PromptOrder
 from opd.errors import TrainingError
 from opd.evaluation import diagnostics
 from opd.loss.step import PhaseA
@@ -51,7 +51,7 @@ class Stage:
     # what
     spec: StageSpec
     method: Method
-    order: Order  # of the prompts
+    order: PromptOrder  # of the prompts
     seed: int
     # how
     world: World

@@ -58,7 +58,7 @@ class Size:
 class Numbers:
     """Lists hold one number a seed."""
 
-    seen: dict[str, dict[str, list[float]]]  # by model, what `looking.look` measures of its own held-out responses
+    seen: dict[str, dict[str, list[float]]]  # by model, `after_training.look` on its own held-out responses
     teacher_nll: dict[str, list[float]]  # by model, nats a token of the teacher's held-out responses
     accuracy: dict[str, dict[int, list[float]]]  # by model, by updates in total
     overlap: dict[str, dict[int, list[float]]]  # the ratio on the step's responses, by model, by updates in total

@@ -19,7 +19,7 @@ from opd_studies.lab.ablation import START, TEACHER, Numbers
 from opd_studies.lab.distilling import HELD_OUT, read
 from opd_studies.lab.lab import Lab
 from opd_studies.lab.two_tasks import CHARACTERS, OTHER, TASKS, Setting, Size, distillation, models_of
-from opd_studies.page import report
+from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -68,7 +68,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         ),
         findings=judge(numbers),
         figure=draw(numbers),
-        table=ablation.table(
+        table=comparison.table(
             numbers,
             ("both", "ascending", "descending", "both, top-p 1", "KL ascending", "KL descending"),
         ),

@@ -33,7 +33,7 @@ def marked(
 
     With `read`, every second prompt goes on with the beginning of a response whose markers are spelled `read`:
     "58142>[b:" -> "12458". What is read is not trained, so the model knows how to go on after that spelling, as one
-    does that knows the text by other tokens, and never writes it. Raises ConfigError as `tasks.sorting` does.
+    does that knows the text by other tokens, and never writes it. Raises ConfigError as `toy.sorting` does.
     """
     cuts = CUTS[times]
     for i, row in enumerate(sorting(count, digits=digits, seed=seed, part=part)):
@@ -56,10 +56,10 @@ needing(beside_markers, "answer")
 def rambling(
     count: int, longest: int, digits: int = 5, seed: int = 0, part: Part = "train"
 ) -> Iterator[dict[str, Any]]:
-    """`tasks.sorting` with responses that do not end at the answer but go on with other rows, to `longest` tokens.
+    """`toy.sorting` with responses that do not end at the answer but go on with other rows, to `longest` tokens.
 
     "58142>" -> "12458;90210>00129;3...": what a model does that never learned to stop. Raises ConfigError as
-    `tasks.sorting` does.
+    `toy.sorting` does.
     """
     rng = np.random.default_rng((seed, 1))  # another stream than that of the rows
     for row in sorting(count, digits=digits, seed=seed, part=part):
