@@ -104,6 +104,49 @@ def test_every_room_states_its_contract():
     assert all(ast.get_docstring(ast.parse(file.read_text())) for file in rooms)
 
 
+def contract_of(package: Path) -> str:
+    """The first sentence of a package's docstring."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def rooms_of_the_page() -> dict[str, list[str]]:
+    """Room -> its row in the table of docs/design.md: files, contract, what it may import."""
+    section = (ROOT / "docs" / "design.md").read_text().partition("## The rooms")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    named = {re.sub(r"\W.*", "", row[0].strip("`")): row for row in rows[2:]}
+    return {name.removeprefix("opd_"): row for name, row in named.items()}
+
+
+def test_design_page_lists_the_rooms_in_order():
+    assert list(rooms_of_the_page()) == list(ABOVE)
+    assert tuple(re.findall(r"`(\w+)`", rooms_of_the_page()["ground"][0])) == GROUND
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_design_page_states_what_a_room_may_import(room):
+    names = list(ABOVE)
+    said = rooms_of_the_page()[room][2]
+    listed = set(re.findall(r"`(\w+)`", said))
+    if said.startswith("all above"):
+        listed = set(names[: names.index(room)]) - listed
+    assert listed - {"ground"} == set(ABOVE[room]) - {"ground"}
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_design_page_quotes_the_contract_of_a_room(room):
+    package = SOURCE / "opd_studies" if room == "studies" else SOURCE / "opd" / room
+    if package.is_dir():
+        assert rooms_of_the_page()[room][1] == contract_of(package)
+
+
+def test_public_names_of_a_room_are_its_files():
+    for file in (SOURCE / "opd").glob("*/__init__.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                assert {f"opd.{file.parent.name}.{name}" for name in ast.literal_eval(node.value)} <= set(MODULES)
+
+
 def test_no_import_is_part_of_a_circle():
     try:
         TopologicalSorter({module: imports_of(module) - {module} for module in MODULES}).prepare()
