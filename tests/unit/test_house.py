@@ -9,10 +9,12 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from opd.errors import ConfigError
 from opd.methods import METHODS, build
 from opd.methods.describe import markdown, recipes_of
+from opd.recipe import schema
 from opd.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -236,6 +238,18 @@ def test_the_page_of_methods_of_ones_own_names_every_need():
         for name in re.findall(r'"(\w+)"', call)
     }
     assert not said - named
+
+
+def test_page_of_recipes_names_every_key():
+    page = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "recipes.md").read_text()))
+    sections = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
+    keys = {key for section in sections for key in section.model_fields}
+    assert not keys - page
+
+
+def test_readme_and_design_stay_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 150
+    assert (ROOT / "docs" / "design.md").read_text().count("\n") <= 80
 
 
 def test_help_imports_no_torch():
