@@ -28,6 +28,12 @@ from opd_studies.lab.lab import SORTERS, Lab, optimizer
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
 
+USE = (
+    "Take `form: tail`, which ended nearest to the teacher; never `raw`. With the teacher's 2 or 4 likeliest "
+    "tokens `stop_gradient` collapsed too; with the student's own 8 it and `renormalised` were equally good."
+)
+
+
 REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step tells its sampled accuracy
 
 

@@ -21,6 +21,12 @@ from opd_studies.lab.lab import Lab
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
 
+USE = (
+    "Do not score the overlap alone (`by: intersection`, released form): accuracy fell to nearly nothing. Score "
+    "the student's whole top-k, with a k that holds nearly all of its mass."
+)
+
+
 K, LARGER = 4, 8  # of setting A and B
 
 
