@@ -1,6 +1,7 @@
 """The house rules that a program can check: the rooms and their imports, sizes, generated pages, recipes."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -245,6 +246,61 @@ def test_page_of_recipes_names_every_key():
     sections = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
     keys = {key for section in sections for key in section.model_fields}
     assert not keys - page
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_WORDS = {  # before a dot on a page: keys of a recipe, records, other packages' objects
+    *("data", "diagnostics", "evaluate", "models", "options", "sampling"),
+    *("batch", "method", "tokens", "model", "torch"),
+}
+
+
+def code_spans(page: Path) -> list[str]:
+    """The texts in single backticks of a page."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+
+
+def has_attribute(module: str, names: str) -> bool:
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_named_on_a_page_exist(page):
+    for path in {path for text in code_spans(page) for path in re.findall(r"[\w/.<>]+\.py\b", text)}:
+        if not path.startswith(("my_", "test_", "tests/", "recipes/")) and path != "src/opd/methods/skew_kl.py":
+            assert any((root / path).exists() for root in (ROOT, SOURCE / "opd", SOURCE / "opd" / "methods")), path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "methods"], ids=lambda page: page.stem)
+def test_names_of_the_library_on_a_page_exist(page):
+    """`opd.a.b` in full, and `file.name` of a file in a room."""
+    files = {module.rpartition(".")[2]: module for module in MODULES if module.startswith("opd.")}
+    for text in code_spans(page):
+        if full := re.match(r"opd(?:_studies)?(?:[.:][A-Za-z_]\w*)+", text):
+            name = full[0].replace(":", ".")
+            module = max((m for m in MODULES if f"{name}.".startswith(f"{m}.")), key=len)
+            assert name == module or has_attribute(module, name[len(module) + 1 :]), text
+        elif short := re.fullmatch(r"([a-z_]+)\.(\w+)(\(.*\))?", text):
+            if short[1] not in OTHER_WORDS and short[2] not in ("py", "md", "json", "jsonl", "txt", "yaml"):
+                assert short[1] in files, text
+                assert has_attribute(files[short[1]], short[2]), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert link.startswith("http") or target.exists(), link
+        if anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in made, link
 
 
 def test_readme_and_design_stay_short():
