@@ -5,13 +5,20 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import string
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
+from run_helpers import tiny_model
 
-MINIMAL = Path(__file__).parents[2] / "examples" / "minimal.py"
+from opd.models.loading import load_model
+from opd.recipe.schema import ModelSpec
+
+ROOT = Path(__file__).parents[2]
+MINIMAL = ROOT / "examples" / "minimal.py"
 # Fewer responses and a teacher that has learned less than by default: seconds, and the same path.
 SMALL = ["--batch", "32", "--micro-batch", "32", "--teacher-steps", "60"]
 
@@ -95,15 +102,31 @@ def test_half_of_ones_own_is_refused(minimal: ModuleType, capsys: pytest.Capture
     assert "go together" in capsys.readouterr().err
 
 
-def test_the_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_pages_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """In order, as a reader would: a block that begins with a file's name is that file, which later ones import."""
     monkeypatch.syspath_prepend(tmp_path)
-    docs = MINIMAL.parents[1] / "docs"
-    pages = (docs / "adding_a_method.md", docs / "judges.md", docs / "diagnostics.md")
+    docs = ROOT / "docs"
+    pages = (ROOT / "README.md", docs / "adding_a_method.md", docs / "judges.md", docs / "diagnostics.md")
     blocks = [block for page in pages for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
     for block in blocks:
-        if block.startswith('"skew_kl": ['):  # a row of a dictionary
+        if block.startswith('"skew_kl": [') or "path/to/" in block:  # a row of a dictionary; models, see below
             continue
         if block.startswith("# my_"):
             (tmp_path / block.split()[1]).write_text(block)
         exec(compile(block, "page", "exec"), {"__name__": "page"})
+
+
+def test_readme_distils_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """With small models at the two paths, and one step."""
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(import opd\n.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    for seed, name in enumerate(("student", "teacher")):
+        spec = tiny_model(seed, characters=string.printable[:72])
+        made = load_model(ModelSpec(**spec), name=name)
+        made.model.save_pretrained(tmp_path / "path" / "to" / name)
+        made.tokenizer.save_pretrained(tmp_path / "path" / "to" / name)
+    assert "steps=100," in block
+    block = block.replace("steps=100,", "steps=1, sampling={'max_completion_length': 4}, quiet=True,")
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(block, "README.md", "exec"), names)
+    assert len(names["run"].metrics) == 1

@@ -1,6 +1,7 @@
 """The house rules that a program can check: the rooms and their imports, sizes, generated pages, recipes."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
 from opd.errors import ConfigError
 from opd.methods import METHODS, build
 from opd.methods.describe import markdown, recipes_of
+from opd.recipe import schema
 from opd.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +114,49 @@ def test_every_room_states_its_contract():
     assert all(ast.get_docstring(ast.parse(file.read_text())) for file in rooms)
 
 
+def contract_of(package: Path) -> str:
+    """The first sentence of a package's docstring."""
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text())) or ""
+    return " ".join(text.split("\n\n")[0].split()).split(". ")[0].rstrip(".")
+
+
+def rooms_of_the_page() -> dict[str, list[str]]:
+    """Room -> its row in the table of docs/design.md: files, contract, what it may import."""
+    section = (ROOT / "docs" / "design.md").read_text().partition("## The rooms")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line[:1] == "|"]
+    named = {re.sub(r"\W.*", "", row[0].strip("`")): row for row in rows[2:]}
+    return {name.removeprefix("opd_"): row for name, row in named.items()}
+
+
+def test_design_page_lists_the_rooms_in_order():
+    assert list(rooms_of_the_page()) == list(ABOVE)
+    assert tuple(re.findall(r"`(\w+)`", rooms_of_the_page()["ground"][0])) == GROUND
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_design_page_states_what_a_room_may_import(room):
+    names = list(ABOVE)
+    said = rooms_of_the_page()[room][2]
+    listed = set(re.findall(r"`(\w+)`", said))
+    if said.startswith("all above"):
+        listed = set(names[: names.index(room)]) - listed
+    assert listed - {"ground"} == set(ABOVE[room]) - {"ground"}
+
+
+@pytest.mark.parametrize("room", ABOVE)
+def test_design_page_quotes_the_contract_of_a_room(room):
+    package = SOURCE / "opd_studies" if room == "studies" else SOURCE / "opd" / room
+    if package.is_dir():
+        assert rooms_of_the_page()[room][1] == contract_of(package)
+
+
+def test_public_names_of_a_room_are_its_files():
+    for file in (SOURCE / "opd").glob("*/__init__.py"):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                assert {f"opd.{file.parent.name}.{name}" for name in ast.literal_eval(node.value)} <= set(MODULES)
+
+
 def test_no_import_is_part_of_a_circle():
     try:
         TopologicalSorter({module: imports_of(module) - {module} for module in MODULES}).prepare()
@@ -204,6 +250,72 @@ def test_the_page_of_methods_of_ones_own_names_every_need():
         for name in re.findall(r'"(\w+)"', call)
     }
     assert not said - named
+
+
+def test_page_of_recipes_names_every_key():
+    page = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "recipes.md").read_text()))
+    sections = [one for one in vars(schema).values() if isinstance(one, type) and issubclass(one, BaseModel)]
+    keys = {key for section in sections for key in section.model_fields}
+    assert not keys - page
+
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHER_WORDS = {  # before a dot on a page: keys of a recipe, records, other packages' objects
+    *("data", "diagnostics", "evaluate", "models", "options", "sampling"),
+    *("batch", "method", "tokens", "model", "torch"),
+}
+
+
+def code_spans(page: Path) -> list[str]:
+    """The texts in single backticks of a page."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))
+
+
+def has_attribute(module: str, names: str) -> bool:
+    found = importlib.import_module(module)
+    for name in names.split("."):
+        if not hasattr(found, name):
+            return False
+        found = getattr(found, name)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_files_named_on_a_page_exist(page):
+    for path in {path for text in code_spans(page) for path in re.findall(r"[\w/.<>]+\.py\b", text)}:
+        if not path.startswith(("my_", "test_", "tests/", "recipes/")) and path != "src/opd/methods/skew_kl.py":
+            assert any((root / path).exists() for root in (ROOT, SOURCE / "opd", SOURCE / "opd" / "methods")), path
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "methods"], ids=lambda page: page.stem)
+def test_names_of_the_library_on_a_page_exist(page):
+    """`opd.a.b` in full, and `file.name` of a file in a room."""
+    for text in code_spans(page):
+        if full := re.match(r"opd(?:_studies)?(?:[.:][A-Za-z_]\w*)+", text):
+            name = full[0].replace(":", ".")
+            module = max((m for m in MODULES if f"{name}.".startswith(f"{m}.")), key=len)
+            assert name == module or has_attribute(module, name[len(module) + 1 :]), text
+        elif (short := re.fullmatch(r"([a-z_]+)\.(\w+)(\(.*\))?", text)) and short[1] not in OTHER_WORDS:
+            if short[2] in ("json", "jsonl", "md", "py", "txt", "yaml"):
+                continue
+            assert any(has_attribute(m, short[2]) for m in MODULES if m.endswith(f".{short[1]}")), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_links_of_a_page_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert link.startswith("http") or target.exists(), link
+        if anchor and target.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), re.MULTILINE)
+            made = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+            assert anchor in made, link
+
+
+def test_readme_and_design_stay_short():
+    assert (ROOT / "README.md").read_text().count("\n") <= 150
+    assert (ROOT / "docs" / "design.md").read_text().count("\n") <= 80
 
 
 def test_help_imports_no_torch():

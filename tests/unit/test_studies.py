@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from opd.cli import app
 from opd.errors import ConfigError, DataError
 from opd.maths.statistics import Interval
-from opd_studies import STUDIES, headline
+from opd_studies import STUDIES, headline, use
 from opd_studies.claims import estimators, fixed_points, prefixes, privileged
 from opd_studies.lab import ablation, distilling
 from opd_studies.lab import lab as labs
@@ -122,6 +122,7 @@ def test_a_study_says_what_it_reruns(name):
     module = module_of(name)
     assert module.__name__ == f"opd_studies.claims.{name}"
     assert headline(name)
+    assert re.fullmatch(r"[A-Z`][^\n]{40,300}\.", use(name))
     assert ARXIV.search(module.__doc__ or ""), "the docstring cites the paper"
     for one in module.judge(NUMBERS[name][0]):
         assert ARXIV.search(one.citation)
@@ -281,11 +282,15 @@ def test_results_are_saved_and_make_the_page(tmp_path):
     assert image.read_bytes().startswith(b"\x89PNG")
     results = report.load(tmp_path, ["fixed_points", "gamma"])
     assert list(results) == ["gamma"]
-    page = report.page(results, {"gamma": "About gamma"})
-    assert "| [gamma](#gamma) | a \\| b | 2605.11182 eq. 1 | x 1 [0, 2] | **does not hold** |" in page
-    assert "## gamma\n\nAbout gamma.\n\nthree seeds\n" in page
+    pages = report.pages(results, {"gamma": "About gamma"}, {"gamma": "Use it."})
+    assert list(pages) == ["studies.md", "studies/gamma.md"]
+    assert "| [gamma](studies/gamma.md) | Use it. |" in pages["studies.md"]
+    assert "| [gamma](studies/gamma.md) | a \\| b | 2605.11182 eq. 1 | **does not hold** |" in pages["studies.md"]
+    page = pages["studies/gamma.md"]
+    assert page.startswith("# gamma\n\nAbout gamma.\n\n**What you do with it.** Use it.\n\n## Setting\n\nthree seeds\n")
+    assert "| a \\| b | 2605.11182 eq. 1 | x 1 [0, 2] | **does not hold** |" in page
     assert "| 1 | 2 |" in page
-    assert "![gamma](figures/studies/gamma.png)" in page
+    assert "![gamma](../figures/studies/gamma.png)" in page
     assert "\n12 s of CPU time" in page
 
 
@@ -331,14 +336,18 @@ def test_a_study_from_the_command_to_the_page(tmp_path, monkeypatch):
     assert [one["verdict"] for one in result["findings"]] == ["holds"] * 3
     assert "KL(student || geometric mean), nats" in result["findings"][0]["measured"]
     assert (tmp_path / "figures" / "studies" / "privileged.png").stat().st_size > 5000
-    assert "## privileged" in (tmp_path / "studies.md").read_text()
+    assert "[privileged](studies/privileged.md)" in (tmp_path / "studies.md").read_text()
+    assert "# privileged" in (tmp_path / "studies" / "privileged.md").read_text()
 
 
-def test_the_page_in_docs_is_made_of_the_results_of_all_studies():
-    results = report.load(ROOT / "docs", list(STUDIES))
+def test_pages_in_docs_are_made_of_the_results_of_all_studies():
+    docs = ROOT / "docs"
+    results = report.load(docs, list(STUDIES))
     assert list(results) == list(STUDIES), "run `opd study NAME --out docs` for the missing ones"
-    page = (ROOT / "docs" / "studies.md").read_text()
-    assert page == report.page(results, {name: headline(name) for name in STUDIES})
-    assert "?.\n" not in page, "a question is no sentence with a full stop"
-    for name in STUDIES:
-        assert (ROOT / "docs" / "figures" / "studies" / f"{name}.png").exists()
+    made = report.pages(results, {name: headline(name) for name in STUDIES}, {name: use(name) for name in STUDIES})
+    written = [docs / "studies.md", *sorted((docs / "studies").glob("*.md"))]
+    assert {file.relative_to(docs).as_posix(): file.read_text() for file in written} == made
+    for name, page in made.items():
+        assert "?.\n" not in page, "a question is no sentence with a full stop"
+        for link in re.findall(r"\]\(([^)#]+)", page):
+            assert ((docs / name).parent / link).exists(), link

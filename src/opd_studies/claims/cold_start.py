@@ -21,6 +21,12 @@ from opd_studies.lab.lab import SORTERS, Lab, Pair, PairSize, optimizer
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "Begin with `sft` on the teacher's filtered responses where the student starts near zero, and compare with "
+    "as many updates of `sft` alone, which on-policy distillation after the cold start did not beat here."
+)
+
+
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {"A": ("rethinking_opd", {"k": 4}), "B": ("reverse_kl", {})}
 
 

@@ -24,6 +24,12 @@ from opd_studies.lab.signal_depth import PARTS, by_depth
 from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
 
+USE = (
+    "Set `sampling.max_completion_length` a little above what a right response needs. Shorter limits taught "
+    "almost nothing; a much longer one did no clear harm at equal updates and lost at equal tokens (B)."
+)
+
+
 ENOUGH = SORTING.longest  # tokens; evaluations have this cap whatever the training had
 
 

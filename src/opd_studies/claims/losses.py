@@ -31,6 +31,11 @@ from opd_studies.page import comparison, report
 from opd_studies.page.comparison import COLLAPSE, collapses, gap, stable
 from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
 
+USE = (
+    "Take `form: tail`, which ended nearest to the teacher; never `raw`. With the teacher's 2 or 4 likeliest "
+    "tokens `stop_gradient` collapsed too; with the student's own 8 it and `renormalised` were equally good."
+)
+
 GENTLE: dict[str, Any] = {"optimizer": optimizer(5e-4, 10), "steps": 60}  # a quarter of the learning rate
 
 

@@ -21,6 +21,13 @@ from opd_studies.page import comparison, report
 from opd_studies.page.comparison import collapses, gap, stable
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
 
+USE = (
+    "Use the sampled token inside a policy gradient (method `opd`) and with many prompts per step; with few, "
+    "score several tokens. Never differentiate the log-ratio itself, and never score the student's likeliest "
+    "token alone."
+)
+
+
 FEW, MANY = 8, 64  # prompts a step in settings B
 
 

@@ -16,6 +16,12 @@ from opd_studies.lab.lab import LONGEST, Lab, PairSize, sums
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "A teacher is worse after a student's prefix than alone. Let `opd doctor` measure how deep it still gains "
+    "(`headroom/continuation`) and set `sampling.max_completion_length` there."
+)
+
+
 TEMPERATURES = {"A": 1.0, "B": 0.0}  # of the student
 
 

@@ -25,6 +25,13 @@ from opd_studies.lab.rambling_students import LONG, ROWS, pairs_of
 from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
 
+USE = (
+    "Try a fixed `sampling.max_completion_length` first: at about as many tokens the stop of `prune_opd` was "
+    "not better. Where no limit is known, its budget or stop saves tokens at no loss; time is saved mostly by "
+    "the budget."
+)
+
+
 K = 12  # of 17 tokens; with a few the released form runs away (recipe rethinking_opd)
 
 

@@ -34,6 +34,13 @@ from opd_studies.worlds.rubric_table import Table, played
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+USE = (
+    "Where you may train on the teacher's texts, compare with `sft` on them, which did better. With the reward "
+    "`rubric` keep `blind` and `shared` on; four texts rank answers better than one, and the student ended no "
+    "better."
+)
+
+
 # Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
 GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
 

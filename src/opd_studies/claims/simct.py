@@ -34,6 +34,12 @@ from opd_studies.page import comparison
 from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, finding
 
+USE = (
+    "Take `simct` for a teacher with another tokenizer: matching shared tokens alone (`spans: false`), `uld` "
+    "and the hybrid of GOLD taught less."
+)
+
+
 FEW, MANY = 10, 20  # merges of the teacher's tokenizer in settings A and B
 
 

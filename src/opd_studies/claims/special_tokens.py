@@ -24,6 +24,12 @@ from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
 from opd_studies.worlds.boundaries import CHARACTERS, SPELLINGS
 
+USE = (
+    "Let `opd doctor` look for markers that both templates write differently, and mask them with `mask_tokens`, "
+    "for the sampled token and for top-k matching alike: without a mask both lost most of their accuracy."
+)
+
+
 K = 8  # of local support matching, of 18 tokens
 
 

@@ -22,6 +22,12 @@ from opd_studies.page import comparison, report
 from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
 
+USE = (
+    "Do not score the overlap alone (`by: intersection`, released form): accuracy fell to nearly nothing. Score "
+    "the student's whole top-k, with a k that holds nearly all of its mass."
+)
+
+
 K, LARGER = 4, 8  # of setting A and B
 
 

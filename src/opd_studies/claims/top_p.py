@@ -17,6 +17,12 @@ from opd_studies.page import comparison
 from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
 
+USE = (
+    "With `local_support_matching` take the larger k; between rollouts at `top_p: 0.9` and 1 no difference "
+    "showed. Keep `top_p: 1` with the sampled token, whose mean accuracy fell below it."
+)
+
+
 TOP_PS = (1.0, 0.9, 0.8)
 
 

@@ -22,6 +22,12 @@ from opd_studies.lab.two_tasks import CHARACTERS, OTHER, TASKS, Setting, Size, d
 from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
 
+USE = (
+    "Give each task its own teacher in one stage (`tasks`), with top-k matching and as many updates per task as "
+    "it would get alone. Training on one task alone loses the other; `task_order` matters little."
+)
+
+
 METHODS: dict[str, dict[str, Any]] = {
     "sampled": {"method": "opd"},
     "matching": {"method": "local_support_matching", "options": {"k": 8}, "top_p": 0.9},
