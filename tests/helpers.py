@@ -236,7 +236,7 @@ def write(
     has_teacher = external is not None or method.teacher.kind != "external"
     teacher = teacher_of(method, student, external) if has_teacher else None
     if teacher is not None:
-        writers = replace(writers, reader=reading_along(method, teacher))
+        writers = replace(writers, reader=reading_along(method, teacher), memory=method.make_memory())
     rollouts = method.source(prompts, writers, seed, method.record())
     return method.keep(
         [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]
@@ -305,7 +305,7 @@ def batch_of(method: Method, student: LanguageModel, teacher: OneTeacher | None,
     if teacher is not None:
         contexts = method.context(rollouts)
         scores = teacher.score(rollouts, contexts, method.support, method.temperature, top_k=method.top_k)
-    return collate(rollouts, scores, student.device)
+    return replace(collate(rollouts, scores, student.device), memory=method.make_memory())
 
 
 def gradient_of(

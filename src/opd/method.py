@@ -9,7 +9,6 @@ from typing import Any
 from opd.pieces.contexts import same_prompt
 from opd.pieces.credit import no_credit
 from opd.pieces.filters import everything
-from opd.pieces.memory import nothing
 from opd.pieces.needs import bound, needs_of, numbers_of, reads
 from opd.pieces.normalise import per_sequence
 from opd.pieces.sources import on_policy
@@ -21,19 +20,19 @@ from opd.types import (
     Context,
     Credit,
     Keep,
+    MakeMemory,
+    Memory,
     Normalise,
-    Observe,
     Record,
     Signal,
     Source,
-    State,
     Support,
     TeacherRule,
     Update,
     Weight,
 )
 
-PIECES = ("source", "keep", "context", "observe", "credit", "weight", "signal", "normalise", "update")
+PIECES = ("source", "keep", "context", "credit", "weight", "signal", "normalise", "update")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,23 +47,22 @@ class Method:
     context: Context = same_prompt()  # what the teacher reads
     teacher: TeacherRule = external()  # whose distribution the student is compared with
     support: Support = sampled()  # which tokens are scored
-    observe: Observe = nothing()  # what the method's state learns from the step, of all processes, before it is used
     credit: Credit = no_credit()  # phase A: Batch -> advantage [B, T]
     weight: Weight = every_token()  # phase A: Batch -> weight [B, T], >= 0
     signal: Signal  # phase B: Tokens -> loss [N]; gradient through student_* only
     normalise: Normalise = per_sequence()  # the one denominator, counted after generation
     update: Update = optimizer_step()  # what follows the gradient
-    state: Mapping[str, State] = field(default_factory=dict[str, State])  # what the pieces remember, by name
+    memory: Mapping[str, MakeMemory] = field(default_factory=dict[str, MakeMemory])  # makers of what pieces remember
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
 
     def reads(self, name: str) -> bool:
         """Whether phase A reads a number of the batch that costs something to make; see `needs.needing`."""
-        return any(reads(piece, name) for piece in (self.observe, self.credit, self.weight, self.normalise))
+        return any(reads(piece, name) for piece in (*self.memory.values(), self.credit, self.weight, self.normalise))
 
     @property
     def top_k(self) -> int:
         """How many of each model's most likely tokens the pieces ask for, whatever the support is."""
-        pieces = (self.source, self.observe, self.credit, self.weight, self.normalise)
+        pieces = (self.source, *self.memory.values(), self.credit, self.weight, self.normalise)
         return numbers_of(*pieces).get("top_k", 0)
 
     def record(self) -> Record:
@@ -73,8 +71,15 @@ class Method:
 
     def needs(self) -> frozenset[str]:
         """What the pieces declare; `opd.run.fit.check_needs` says what each means for a recipe."""
-        pieces = (getattr(self, name) for name in PIECES)
-        return needs_of(*pieces) | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
+        declared = needs_of(*(getattr(self, name) for name in PIECES), *self.memory.values())
+        return declared | frozenset({"teacher_model"} if self.teacher.kind == "external" else ())
+
+    def make_memory(self) -> dict[str, Memory]:
+        """What the pieces remember in a run, as it is before the first step; a stage keeps it and hands it to them.
+
+        It stands in `Batch.memory`, `Writers.memory` and `Optimisation.memory`, by the names that it has here.
+        """
+        return {name: make() for name, make in self.memory.items()}
 
     def bound(self, tokenizer: Any) -> Method:
         """The method with the student's tokenizer handed to the pieces that ask for it (`opd.pieces.needs`).

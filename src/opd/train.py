@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from opd.maths.metrics import Metrics, merged
 from opd.method import Method
 from opd.models.head import Head
 from opd.parallel import World
+from opd.pieces.memory import observed as learned_from
 from opd.rewards import base
 from opd.rewards.base import rewarded_by_task
 from opd.stage.interrupt import Interrupt, stopped_after
@@ -84,9 +85,9 @@ def train(stage: Stage) -> Outcome:
                 looked = time.perf_counter()
                 compared = diagnostics.compared(spec, method, student, teacher, rollouts, contexts, step)
                 diagnosed = time.perf_counter() - looked  # counted apart: it is no part of training
-            batch = collate(rollouts, scores, student.device)  # 4 Batch [B, T]
+            batch = replace(collate(rollouts, scores, student.device), memory=stage.memory)  # 4 Batch [B, T]
             trains = has_trained(batch, method, world)  # False: a filter left nothing, and no update is made
-            learned = method.observe(batch, world.gather)  # 5 what a method remembers; then credit and weight
+            learned = learned_from(batch, world.gather)  # 5 what a method remembers; then credit and weight
             batch = attach(batch, method)
             denominator = method.normalise(batch)
             count = world.sum(denominator.count)  # 6 the one denominator: the end of phase A

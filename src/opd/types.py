@@ -137,6 +137,7 @@ class Batch:
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
     units: Units | None = None  # [B, T]
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -249,6 +250,7 @@ class Writers:
     reference: Sampler  # the data's own responses
     teacher: Sampler | None = None
     reader: Callable[[], Callable[[Sequence[Rollout]], list[Scores]]] | None = None  # of what is being written
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 
 
 class Optimisation(Protocol):
@@ -260,6 +262,9 @@ class Optimisation(Protocol):
     @property
     def parameters(self) -> Mapping[str, Tensor]: ...
 
+    @property
+    def memory(self) -> Mapping[str, Memory]: ...  # of the method in this run, by name
+
     def step(self) -> dict[str, float]: ...
 
     def set(self, weights: Mapping[str, Tensor]) -> None: ...
@@ -269,8 +274,13 @@ class Optimisation(Protocol):
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float: ...  # higher is better
 
 
-class State(Protocol):
-    """What a method remembers from step to step: built by its function once a run, saved in every checkpoint."""
+class Memory(Protocol):
+    """What a method remembers from step to step. Its maker is called once a run; every checkpoint saves what it gives.
+
+    `opd.pieces.memory.SavedAttributes` is one of a few numbers, or of none: then it only measures.
+    """
+
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]: ...  # before credit and weight; metrics
 
     def state_dict(self) -> dict[str, Any]: ...  # what JSON can hold
 
@@ -309,7 +319,7 @@ Normalise: TypeAlias = Callable[[Batch], Denominator]
 Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
 
 
-Observe: TypeAlias = Callable[[Batch, Gather], Mapping[str, float]]
+MakeMemory: TypeAlias = Callable[[], Memory]
 
 
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]

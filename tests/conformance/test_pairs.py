@@ -102,4 +102,4 @@ def test_options_of_several_methods_are_given_by_method():
 def test_three_methods_in_one():
     method = methods.build("opd+vopd+eff_opd", {"vopd": {"k": 3}})
     assert method.support.k == 3
-    assert "extrapolation" in method.state
+    assert "extrapolation" in method.memory

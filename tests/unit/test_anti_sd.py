@@ -258,7 +258,7 @@ def alone(value: Any) -> list[Any]:
 def run_gate(gate: EntropyGate, medians: Sequence[float]) -> list[float]:
     strengths: list[float] = []
     for median in medians:
-        metrics = gate(entropies(median - 0.125, median, median + 0.5), alone)
+        metrics = gate.observe(entropies(median - 0.125, median, median + 0.5), alone)
         assert metrics["gate/open"] == gate.factor()
         assert metrics["gate/teacher_entropy"] == pytest.approx(median)
         strengths.append(gate.factor())
@@ -283,13 +283,14 @@ def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
     assert {*expected[4:]} == {0.0, 1.0} or seed not in (0, 1)
     first, second = (EntropyGate(ALL, closes_below=0.9, warm_up=4) for _ in range(2))
     before = run_gate(first, medians[:stop])
-    second.memory().load_state_dict(first.memory().state_dict(), first.memory().tensors())
+    second.load_state_dict(first.state_dict(), first.tensors())
     assert before + run_gate(second, medians[stop:]) == expected
 
 
 def test_without_a_gate_the_strength_is_whole_from_the_first_step():
     free, gated = (methods.build("anti_sd", {"gate": gate, "strength": 0.5}) for gate in (False, True))
     batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
+    batch = replace(batch, memory=gated.make_memory())
     pushed = free.credit(batch) - gated.credit(batch)
     assert torch.equal(gated.credit(batch), credit.group_reward()(batch))
     assert pushed == pytest.approx(credit.away_from_teacher(0.5, from_peers())(batch))
@@ -302,15 +303,15 @@ def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solutio
     mine = batch_of(nothing, nothing, mask=mask, entropy=rows)
     theirs = torch.tensor([0.3, 0.25, 6.0])
     gate = EntropyGate(lambda rollouts: ["x", "x", None], closes_below=0.93, warm_up=1)
-    metrics = gate(mine, lambda value: [theirs, value])
+    metrics = gate.observe(mine, lambda value: [theirs, value])
     expected = oracle.lower_median([0.1, 0.9, 0.4, 0.2, 0.3, 0.25, 6.0])
     assert metrics["gate/teacher_entropy"] == pytest.approx(expected)
 
 
 def test_who_read_no_solution_is_counted_in_all_processes():
     nothing = torch.zeros(3, 2)
-    counted = solutions.counted(lambda rollouts: ["x", None, None])
-    assert counted(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
+    counted = solutions.Unsolved(lambda rollouts: ["x", None, None])
+    assert counted.observe(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
 
 
 def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
@@ -318,13 +319,13 @@ def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
     gate = EntropyGate(lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
     run_gate(gate, [1.0])
     solved = False
-    metrics = gate(entropies(0.1), alone)
+    metrics = gate.observe(entropies(0.1), alone)
     assert "gate/teacher_entropy" not in metrics
     assert metrics["gate/open"] == 0.0
     solved = True
     assert run_gate(gate, [1.0, 1.0, 0.5]) == [0.0, 1.0, 0.0]
     solved = False
-    assert gate(entropies(9.0), alone)["gate/open"] == 0.0
+    assert gate.observe(entropies(9.0), alone)["gate/open"] == 0.0
 
 
 @pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])

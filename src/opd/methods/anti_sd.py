@@ -31,8 +31,7 @@ read; it is said to gate on perplexity, with a lambda in between.
 from typing import Literal
 
 from opd.method import Method
-from opd.pieces import contexts, credit, memory, normalise, signals, solutions, teacher_rules
-from opd.pieces.gates import EntropyGate
+from opd.pieces import contexts, credit, gates, normalise, signals, solutions, teacher_rules
 
 
 def anti_sd(
@@ -51,15 +50,16 @@ def anti_sd(
     """GRPO with a bounded push away from the solution-reading self; `solution` is the column where no peer is right."""
     words = contexts.INFORMATION["verified"]["template"] if template is None else template
     found = solutions.from_peers(solution)
-    entropy = EntropyGate(found, closes_below=closes_below, warm_up=warm_up)
     ascent = credit.away_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
     return Method(
         context=contexts.privileged(template=words, solutions=found),
         teacher=teacher_rules.self_live(),
-        observe=memory.all_of(solutions.counted(found), entropy),
-        credit=credit.add(credit.group_reward(), credit.scale(entropy.factor, ascent) if gate else ascent),
+        memory={
+            "unsolved": solutions.counted(found),
+            "gate": gates.entropy_gate(found, closes_below=closes_below, warm_up=warm_up),
+        },
+        credit=credit.add(credit.group_reward(), credit.scale(gates.factor, ascent) if gate else ascent),
         signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        state={"gate": entropy.memory()},
         temperature=temperature,
     )

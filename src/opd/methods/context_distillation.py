@@ -31,7 +31,7 @@ from typing import Literal
 
 from opd.errors import ConfigError
 from opd.method import Method
-from opd.pieces import contexts, memory, normalise, signals, solutions, supports, teacher_rules
+from opd.pieces import contexts, normalise, signals, solutions, supports, teacher_rules
 from opd.types import Context
 
 
@@ -61,7 +61,7 @@ def context_distillation(
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
         context=_context(system, examples, template, prefill, information, found),
-        observe=memory.nothing() if found is None else solutions.counted(found),
+        memory={} if found is None else {"unsolved": solutions.counted(found)},
         teacher=rules[teacher],
         support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),

@@ -24,8 +24,7 @@ product BA of extrapolated factors is not the extrapolated product: it has a sec
 from typing import Literal
 
 from opd.method import Method
-from opd.pieces import normalise, signals
-from opd.pieces.updates import Extrapolation
+from opd.pieces import normalise, signals, updates
 
 
 def eff_opd(
@@ -38,13 +37,12 @@ def eff_opd(
     temperature: float = 1.0,
 ) -> Method:
     """The sampled log-ratio as the advantage, and jumps of the weights that a validation accepts."""
-    jumps = Extrapolation(
-        by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
-    )
     return Method(
         signal=signals.sampled_reverse_kl(),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=jumps,
-        state={"extrapolation": jumps},
+        update=updates.Extrapolation(
+            by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
+        ),
+        memory={"extrapolation": updates.kept_weights()},
         temperature=temperature,
     )

@@ -54,10 +54,10 @@ def prune_opd(
     """A reverse KL on the student's top-k, weighed and cut by drift; `budget`... are of `stop="budget"`, `every` of
     `stop="rollout"`."""
     judged = drift.Drift(metric=metric, k=k, threshold=threshold, drop=drop)
-    allowed = None
-    ends: dict[str, Any] = {}
+    ends: dict[str, Any] = {"memory": {"drift": drift.measured(judged)}}
     if stop == "budget":
-        allowed = drift.Budget(
+        allowed = drift.budget(
+            judged,
             initial=budget,
             least=budget_min,
             most=budget_max,
@@ -66,12 +66,11 @@ def prune_opd(
             hit_share=hit_share,
             patience=patience,
         )
-        ends = {"source": sources.on_policy(drift.within(allowed)), "state": {"budget": allowed.memory()}}
+        ends = {"source": sources.on_policy(drift.within_budget(budget_max)), "memory": {"budget": allowed}}
     elif stop == "rollout":
-        ends = {"source": sources.on_policy(drift.ends_drifted(judged, every))}
+        ends["source"] = sources.on_policy(drift.ends_drifted(judged, every))
     return Method(
         support=supports.top_k(k, by="student") if loss == "top_k" else supports.sampled(),
-        observe=drift.measured(judged, allowed),
         weight=drift.trusted(judged, base),
         signal=signals.support_policy_gradient("student") if loss == "top_k" else signals.sampled_reverse_kl(),
         normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),

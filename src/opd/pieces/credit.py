@@ -112,9 +112,9 @@ def add(*parts: Credit) -> Credit:
     return needing(credit, *needs_of(*parts), *unsaid)
 
 
-def scale(factor: float | Callable[[], float], credit: Credit) -> Credit:
-    """`factor` times a credit; where something says it of the step that was observed last, it is at least 0."""
+def scale(factor: float | Callable[[Batch], float], credit: Credit) -> Credit:
+    """`factor` times a credit; one that is a function of the batch, such as `gates.factor`, is at least 0."""
     needs = needs_of(credit) | ({"teacher_logp"} if reads(credit, "teacher_logp") else frozenset[str]())
     if callable(factor):
-        return needing(lambda batch: factor() * credit(batch), *needs)
+        return needing(lambda batch: factor(batch) * credit(batch), *needs)
     return needing(lambda batch: factor * credit(batch), *(turned(needs) if factor < 0 else needs))

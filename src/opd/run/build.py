@@ -33,7 +33,7 @@ from opd.teachers.cross_tokenizer import OneTeacher, by_rule, comparable
 from opd.teachers.incremental import reading_along
 from opd.teachers.local import LocalTeacher, teacher_for
 from opd.teachers.routed import SeveralTeachers
-from opd.types import Sampler, TeacherRule, Writers
+from opd.types import Memory, Sampler, TeacherRule, Writers
 
 
 def teacher_of(
@@ -79,6 +79,7 @@ def writers_of(
     teacher: OneTeacher | SeveralTeachers | None,
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, TransformersSampler],
+    memory: Mapping[str, Memory],
 ) -> Writers:
     """Everyone who can write a response in this stage, and who scores it meanwhile; a method's source picks."""
     teachers: dict[str | None, Sampler] = {}
@@ -97,6 +98,7 @@ def writers_of(
         reference=reference,
         teacher=by_task(teachers) if teachers else None,
         reader=None if teacher is None else reading_along(method, teacher),
+        memory=memory,
     )
 
 
@@ -189,6 +191,7 @@ def build(
     """Load the models as they stand and put the stage together."""
     student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
     method = prepared.method.bound(student.tokenizer)
+    memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=prepared.chat)
@@ -197,7 +200,7 @@ def build(
     samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    writers = writers_of(spec, method, student, teacher, externals, samplers)
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory)
     rewards = rewards_of(recipe, prepared, judges, folder.path, world)
     moves = Moves(
         optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
@@ -208,6 +211,7 @@ def build(
         prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
         rewards=rewards,
         context=method.context,
+        memory=memory,
         world=world,
         seed=recipe.seed,
         micro_batch_tokens=spec.micro_batch_tokens,
@@ -217,6 +221,7 @@ def build(
         seed=recipe.seed,
         world=world,
         method=method,
+        memory=memory,
         student=student,
         root=root,
         teacher=teacher,

@@ -22,7 +22,7 @@ from opd.rewards.base import AnyReward, rewarded_by_task
 from opd.teachers.cross_tokenizer import OneTeacher, comparable
 from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import SeveralTeachers, shares_of
-from opd.types import Context, Prompt, Rollout, Sampler
+from opd.types import Context, Memory, Prompt, Rollout, Sampler
 
 VALIDATION_STEP = 2**31 - 2  # no step of training draws with it: all candidates are asked with the same random numbers
 
@@ -39,6 +39,7 @@ class Moves:
     prompts: Sequence[Prompt]  # of training, all
     rewards: Mapping[str | None, AnyReward | None]  # by task
     context: Context
+    memory: Mapping[str, Memory]
     world: World
     seed: int
     micro_batch_tokens: int

@@ -28,7 +28,7 @@ def resume(stage: Stage) -> tuple[int, float]:
         stage.folder.rewind(-1)
         return 0, 0.0
     trained = stage.student.trainable()
-    sharded = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in stage.method.state)]
+    sharded = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in stage.memory)]
     saved = checkpoint.load(last, like=dict.fromkeys(sharded, trained))
     with torch.no_grad():
         for name, parameter in trained.items():
@@ -36,8 +36,8 @@ def resume(stage: Stage) -> tuple[int, float]:
     if stage.teacher is not None:
         stage.teacher.load_state_dict(saved.tensors.get("teacher", {}))
     stage.moves.optimiser.restore(saved.tensors, saved.state["updates"])
-    for name, state in stage.method.state.items():
-        state.load_state_dict(saved.state["method"][name], saved.tensors.get(f"method.{name}", {}))
+    for name, memory in stage.memory.items():
+        memory.load_state_dict(saved.state["method"].get(name, {}), saved.tensors.get(f"method.{name}", {}))
     stage.folder.rewind(saved.step)
     stage.progress.note(f"{stage.spec.name}: going on after step {saved.step} of {stage.spec.steps}")
     rows = stage.folder.read_metrics() if world.main else []
@@ -60,7 +60,7 @@ def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
     """A checkpoint after `step` updates; the step's metrics are on disk before it, its evaluation comes after."""
     tensors = {"student": {name: p.detach() for name, p in stage.student.trainable().items()}}
     tensors |= stage.moves.optimiser.tensors()
-    tensors |= {f"method.{name}": dict(state.tensors()) for name, state in stage.method.state.items()}
+    tensors |= {f"method.{name}": dict(memory.tensors()) for name, memory in stage.memory.items()}
     if stage.teacher is not None and (state := stage.teacher.state_dict()):
         tensors["teacher"] = state
     checkpoint.save(
@@ -71,7 +71,7 @@ def save(stage: Stage, step: int, seconds: float, finished: bool) -> None:
             "seconds": seconds,
             "finished": finished,
             "updates": stage.moves.updates,
-            "method": {name: one.state_dict() for name, one in stage.method.state.items()},
+            "method": {name: state for name, memory in stage.memory.items() if (state := memory.state_dict())},
         },
         keep=stage.spec.checkpoint.keep,
         world=stage.world,

@@ -20,7 +20,7 @@ from opd.stage.progress import Progress
 from opd.stage.trackers import ReportWriter
 from opd.teachers.cross_tokenizer import OneTeacher
 from opd.teachers.routed import SeveralTeachers
-from opd.types import Writers
+from opd.types import Memory, Writers
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,6 +31,7 @@ class Stage:
     seed: int
     world: World
     method: Method
+    memory: Mapping[str, Memory]  # what the method's pieces remember in this run
     student: LanguageModel
     root: Root  # of the student: what runs its forward and backward
     teacher: OneTeacher | SeveralTeachers | None

@@ -7,7 +7,7 @@ and so is the exact divergence over the whole vocabulary. Nothing else differs b
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -134,7 +134,8 @@ def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
         entropy=method.reads("teacher_entropy"),
         top_k=method.top_k,
     )
-    batch = attach(collate(rollouts, scores, pair.student.device), method)
+    batch = replace(collate(rollouts, scores, pair.student.device), memory=method.make_memory())
+    batch = attach(batch, method)
     return rollouts, split(batch, method.normalise(batch), spec.micro_batch_tokens)
 
 

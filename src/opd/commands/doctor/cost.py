@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -111,7 +111,7 @@ def one_step(pair: Pair) -> Step:
         entropy=method.reads("teacher_entropy"),
         top_k=method.top_k,
     )
-    batch = collate(rollouts, scores, student.device)
+    batch = replace(collate(rollouts, scores, student.device), memory=method.make_memory())
     has_trained(batch, method, ALONE)
     batch = attach(batch, method)
     denominator = method.normalise(batch)

@@ -91,7 +91,8 @@ class Pair:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
         samplers: dict[str | None, TransformersSampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
-        return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers)
+        memory = self.method.make_memory()
+        return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers, memory)
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
