@@ -20,6 +20,7 @@ from opd.models import language_model
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
 from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import needs_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.cross_tokenizer import OneTeacher, by_rule
@@ -231,14 +232,14 @@ def write(
     seed: tuple[int, int] = (0, 0),
 ) -> list[Rollout]:
     """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
-    method = method.bound(student.tokenizer)
+    method = method.with_tokenizer(student.tokenizer)
     writers = writers_of(student, external, sampling)
     has_teacher = external is not None or method.teacher.kind != "external"
     teacher = teacher_of(method, student, external) if has_teacher else None
     if teacher is not None:
         writers = replace(writers, reader=reading_along(method, teacher), memory=method.make_memory())
     rollouts = method.source(prompts, writers, seed, method.record())
-    return method.keep(
+    return method.filter(
         [replace(r, reward=sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10) for r in rollouts]
     )
 
@@ -262,6 +263,12 @@ def same(a: Rollout, b: Rollout) -> bool:
     assert b.policy_logp is not None
     close = torch.allclose(a.policy_logp, b.policy_logp, atol=1e-5)
     return a.response_ids.tolist() == b.response_ids.tolist() and a.finished == b.finished and close
+
+
+def said(*pieces: Any) -> set[str]:
+    """What pieces declare, as text; numbers apart."""
+    needs = needs_of(*pieces)
+    return {*needs.columns, *needs.inputs, *needs.batch, *needs.traits}
 
 
 # --- one step -------------------------------------------------------------------------------------------------------

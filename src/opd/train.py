@@ -21,6 +21,7 @@ from opd.method import Method
 from opd.models.head import Head
 from opd.parallel import World
 from opd.pieces.memory import observed as learned_from
+from opd.pieces.needs import Input, Reads, Trait
 from opd.rewards import base
 from opd.rewards.base import rewarded_by_task
 from opd.stage.interrupt import Interrupt, stopped_after
@@ -61,7 +62,7 @@ def train(stage: Stage) -> Outcome:
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
-                rollouts = method.keep(rewarded_by_task(stage.rewards, rollouts, world))
+                rollouts = method.filter(rewarded_by_task(stage.rewards, rollouts, world))
                 rollouts = with_record(
                     student,
                     rollouts,
@@ -78,8 +79,8 @@ def train(stage: Stage) -> Outcome:
                         contexts,
                         method.support,
                         method.temperature,
-                        sampled=shown or method.reads("teacher_logp"),
-                        entropy=method.reads("teacher_entropy"),
+                        sampled=shown or method.reads(Reads.TEACHER_LOGP),
+                        entropy=method.reads(Reads.TEACHER_ENTROPY),
                         top_k=method.top_k,
                     )
                 looked = time.perf_counter()
@@ -114,7 +115,7 @@ def train(stage: Stage) -> Outcome:
             seconds = world.max(seconds + (ended - started - diagnosed))
             metrics.value("train/loss", loss)
             metrics.value("optim/grad_norm", grad_norm)
-            if "filtered" in method.needs():
+            if Trait.FILTERS in method.needs:
                 metrics.value("train/update_skipped", float(not trains))
             for name, value in {**learned, **rates}.items():
                 metrics.value(name, value)
@@ -153,7 +154,7 @@ def train(stage: Stage) -> Outcome:
 
 def sharing_keys(method: Method, prompts: list[Prompt]) -> list[int]:
     """What has to stay in one process: a prompt that a step takes twice is one group to a method that needs groups."""
-    return [prompt.id if "group" in method.needs() else i for i, prompt in enumerate(prompts)]
+    return [prompt.id if Input.GROUP in method.needs else i for i, prompt in enumerate(prompts)]
 
 
 def even(micros: list[MicroBatch], world: World) -> list[MicroBatch | None]:

@@ -31,6 +31,8 @@ import torch
 from torch import Tensor
 
 Message: TypeAlias = Mapping[str, Any]
+Average: TypeAlias = Literal["token", "sequence"]  # what every one of has the same say
+ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]  # whose top k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,7 +173,7 @@ class Support:
 
     kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher"
+    by: ChosenBy = "teacher"
     with_sampled: bool = False
     span: Literal["column", "none", "product"] = "column"  # what a unit of several tokens adds; see `supports.units`
     least_mass: float = 0.0
@@ -298,7 +300,7 @@ Watch: TypeAlias = Callable[[Writers], Look]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 
 
-Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
+Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 
 
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]

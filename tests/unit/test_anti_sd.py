@@ -24,6 +24,7 @@ from opd.method import Method
 from opd.methods.coherence import check_signs
 from opd.pieces import contexts, credit, signals, solutions, supports
 from opd.pieces.gates import EntropyGate
+from opd.pieces.needs import Input, Reads, needs_of
 from opd.pieces.solutions import Solutions, from_peers
 from opd.types import Batch, Prompt, Rollout
 
@@ -67,7 +68,7 @@ def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
 
 
 def ascent(strength: float = 1.0, shape: Literal["jsd", "reverse_kl"] = "jsd") -> Any:
-    return credit.away_from_teacher(strength, ALL, shape=shape)
+    return credit.diverge_from_teacher(strength, ALL, shape=shape)
 
 
 def of_ratio(u: Tensor, **settings: Any) -> Tensor:
@@ -133,7 +134,7 @@ def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
     teacher[0, 3] = policy[0, 3] = math.nan  # padding
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 3] = mask[1, 1] = False
-    only = credit.away_from_teacher(0.5, lambda rollouts: ["x", "x", None])
+    only = credit.diverge_from_teacher(0.5, lambda rollouts: ["x", "x", None])
     got = only(batch_of(teacher, policy, mask=mask))
     assert got[~mask].tolist() == [0.0, 0.0]
     assert got[2].tolist() == [0.0] * 4
@@ -154,13 +155,14 @@ def test_credits_add_up_and_are_scaled():
         for row in range(2)
     ]
     assert both(batch).tolist() == [pytest.approx(row) for row in expected]
-    assert both.needs >= {"reward", "group", "teacher_logp", "policy_logp"}
+    needs = needs_of(both)
+    assert all(one in needs for one in (Input.REWARD, Input.GROUP, Reads.TEACHER_LOGP, Reads.POLICY_LOGP))
 
 
 def test_a_credit_that_declares_nothing_gets_the_teachers_log_probs_inside_of_others():
     undeclared = lambda batch: batch.teacher_logp  # noqa: E731
     for made in (credit.add(credit.group_reward(), undeclared), credit.scale(2.0, undeclared)):
-        assert "teacher_logp" in made.needs
+        assert needs_of(made).reads(Reads.TEACHER_LOGP)
 
 
 # --- solutions -------------------------------------------------------------------------------------------------------
@@ -293,7 +295,7 @@ def test_without_a_gate_the_strength_is_whole_from_the_first_step():
     batch = replace(batch, memory=gated.make_memory())
     pushed = free.credit(batch) - gated.credit(batch)
     assert torch.equal(gated.credit(batch), credit.group_reward()(batch))
-    assert pushed == pytest.approx(credit.away_from_teacher(0.5, from_peers())(batch))
+    assert pushed == pytest.approx(credit.diverge_from_teacher(0.5, from_peers())(batch))
 
 
 def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solution():
@@ -342,8 +344,8 @@ def test_a_strength_that_makes_no_sense_is_refused(strength: float):
 
 # --- two that pull against each other --------------------------------------------------------------------------------
 
-AWAY = credit.away_from_teacher(0.5, ALL)
-ALLOWED = credit.away_from_teacher(0.5, ALL, allow_sign_conflict=True)
+AWAY = credit.diverge_from_teacher(0.5, ALL)
+ALLOWED = credit.diverge_from_teacher(0.5, ALL, allow_sign_conflict=True)
 PG = signals.policy_gradient(signals.credit)
 KL = signals.divergence("reverse_kl")
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from opd.api import distill
 from opd.errors import ConfigError
 from opd.models.loading import character_tokenizer, load_model
-from opd.pieces.updates import Extrapolation, KeptWeights
+from opd.pieces import updates
+from opd.pieces.updates import KeptWeights
 from opd.recipe.schema import ModelSpec
-from opd.types import Memory
+from opd.types import Memory, Update
 
 CHARACTERS = "0123456789+coretinwg"
 WEIGHT, EMBEDDING, NORM = "layers.0.weight", "embed_tokens.weight", "norm.weight"
@@ -64,8 +65,8 @@ class Walk:
         return self.judge(self.place)
 
 
-def extrapolation(**settings: Any) -> Extrapolation:
-    return Extrapolation(
+def extrapolation(**settings: Any) -> Update:
+    return updates.extrapolation(
         **{"by": "reward", "prompts": 7, "candidates": 5, "ties": False, "matrices": False, **settings}
     )
 

@@ -21,7 +21,7 @@ PLAIN = Method(signal=signals.sampled_reverse_kl())
 
 TOGETHER: dict[str, Callable[..., Any]] = {
     "weight": weights.times,
-    "keep": filters.in_turn,
+    "filter": filters.in_turn,
 }
 
 

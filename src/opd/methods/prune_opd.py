@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from opd.method import Method
 from opd.pieces import drift, normalise, signals, sources, supports
+from opd.types import Average
 
 
 def prune_opd(
@@ -48,7 +49,7 @@ def prune_opd(
     hit_share: float = 0.1,
     patience: int = 3,
     every: int = 256,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """A reverse KL on the student's top-k, weighed and cut by drift; `budget`... are of `stop="budget"`, `every` of
@@ -73,7 +74,7 @@ def prune_opd(
         support=supports.top_k(k, by="student") if loss == "top_k" else supports.sampled(),
         weight=drift.trusted(judged, base),
         signal=signals.support_policy_gradient("student") if loss == "top_k" else signals.sampled_reverse_kl(),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
         **ends,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 from opd.errors import ConfigError
 from opd.maths.overlap import shared
 from opd.pieces.memory import SavedAttributes, recalled
-from opd.pieces.needs import needing
+from opd.pieces.needs import Input, Need, Trait, needing
 from opd.types import Batch, Gather, Look, MakeMemory, Rollout, Scores, Watch, Weight, Writers
 
 ALIVE = 1e-8  # a trust above this is not 0, as in the released code
@@ -45,9 +45,9 @@ class Drift:
             )
 
     @property
-    def looks(self) -> tuple[str, ...]:
-        """What a piece that goes by this declares (`needs.needing`)."""
-        return ("teacher",) if self.metric == "overlap" else ("teacher", "sampled_token")
+    def looks(self) -> tuple[Need, ...]:
+        """What a piece that goes by this declares, beside `top_k`."""
+        return (Input.TEACHER,) if self.metric == "overlap" else (Input.TEACHER, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
     def lost(self, ids: Tensor, student_top: Tensor, teacher_top: Tensor, teacher_top_logp: Tensor) -> Tensor:
         """[..., T] bool, from sampled ids [..., T], top ids and log-probs [..., T, at least k] in falling order."""
@@ -94,7 +94,7 @@ def trusted(drift: Drift, base: float = 0.5) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
 
-    return needing(weight, *drift.looks, "trusts", top_k=drift.k)
+    return needing(weight, *drift.looks, Trait.WEIGHS_BY_TRUST, top_k=drift.k)
 
 
 def ends_drifted(drift: Drift, every: int) -> Watch:
@@ -114,7 +114,7 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
 
         return Look(every=every, goes_on=goes_on)
 
-    return needing(watch, "teacher", "unfinished", top_k=drift.k, first_look=every)
+    return needing(watch, Input.TEACHER, Trait.SCORES_UNFINISHED, top_k=drift.k, first_look=every)
 
 
 class Drifted(SavedAttributes):

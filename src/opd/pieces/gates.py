@@ -13,7 +13,7 @@ from torch import Tensor
 
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
-from opd.pieces.needs import needing
+from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Gather, MakeMemory
@@ -72,7 +72,7 @@ def entropy_gate(solutions: Solutions, *, closes_below: float, warm_up: int) -> 
             f"least one step; got closes_below {closes_below} and warm_up {warm_up}."
         )
     made = partial(EntropyGate, solutions, closes_below=closes_below, warm_up=warm_up)
-    return needing(made, "teacher_entropy", "reward", "group")
+    return needing(made, Reads.TEACHER_ENTROPY, Input.REWARD, Input.GROUP)
 
 
 def factor(batch: Batch) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
-from opd.pieces.needs import needing
+from opd.pieces.needs import Input, needing
 from opd.types import MakeMemory, Optimisation, Update
 
 # Parts of the names of embeddings and output layers: `wte` and `wpe` are those of GPT-2 and its like.
@@ -21,7 +20,7 @@ NO_LAYERS = ("embed", "wte", "wpe", "lm_head")
 @cache
 def optimizer_step() -> Update:
     """Clip, step, schedule."""
-    return lambda optimisation: optimisation.step()
+    return needing(lambda optimisation: optimisation.step())
 
 
 class KeptWeights(SavedAttributes):
@@ -47,8 +46,9 @@ def kept_weights() -> MakeMemory:
     return needing(lambda: KeptWeights())
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Extrapolation:
+def extrapolation(
+    *, by: Literal["reward", "teacher_kl"], prompts: int, candidates: int, ties: bool, matrices: bool
+) -> Update:
     """The optimiser's step, and after 1, 2, 4, 8, ... of them a jump along what has changed (arXiv 2605.11739).
 
     At update 2^n, with D = W - W' and W' the weights kept at update 2^(n-1) (the first ones for n = 0), the candidates
@@ -57,53 +57,39 @@ class Extrapolation:
     optimiser's moments stay as they are.
 
     `matrices` moves matrices alone, the stacks of them that a layer of experts is included, and neither embeddings nor
-    the output layer, as the released code does. It is an `Update`, and reads the memory `extrapolation`, which holds a
+    the output layer, as the released code does. It reads the memory `extrapolation` (`kept_weights`), which holds a
     copy of the weights that it moves; there are three while it tries.
     Raises ConfigError for fewer than one candidate or prompt.
     """
+    if candidates < 1 or prompts < 1:
+        raise ConfigError(
+            f"An extrapolation tries at least one candidate on at least one prompt, got candidates {candidates} and "
+            f"prompts {prompts}."
+        )
 
-    by: Literal["reward", "teacher_kl"]
-    prompts: int
-    candidates: int
-    ties: bool
-    matrices: bool
-
-    def __post_init__(self) -> None:
-        if self.candidates < 1 or self.prompts < 1:
-            raise ConfigError(
-                "An extrapolation tries at least one candidate on at least one prompt, got candidates "
-                f"{self.candidates} and prompts {self.prompts}."
-            )
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `needs.needing`."""
-        return frozenset({"weight_copy", "reward" if self.by == "reward" else "teacher"})
-
-    def __call__(self, optimisation: Optimisation) -> dict[str, float]:
+    def update(optimisation: Optimisation) -> dict[str, float]:
         """Step, and jump when it is due; metrics of both."""
         kept = recalled(optimisation.memory, "extrapolation", KeptWeights)
         if not kept.weights:
-            kept.weights = self._moved(optimisation)
+            kept.weights = _moved(optimisation, matrices)
         metrics = optimisation.step()
         if optimisation.updates != kept.due:
             return metrics
-        here = self._moved(optimisation)
+        here = _moved(optimisation, matrices)
         change = {name: here[name] - before for name, before in kept.weights.items()}
-        value = first = optimisation.validate(self.by, self.prompts)
+        value = first = optimisation.validate(by, prompts)
         best = tried = 0
-        for k in range(1, self.candidates + 1):
+        for k in range(1, candidates + 1):
             optimisation.set(_along(here, change, 2.0 * k))
-            tried, found = k, optimisation.validate(self.by, self.prompts)
-            if not (found > value or (self.ties and found == value)):
+            tried, found = k, optimisation.validate(by, prompts)
+            if not (found > value or (ties and found == value)):
                 break
             best, value = k, found
         if best < tried:
             optimisation.set(_along(here, change, 2.0 * best))
         if best:
             optimisation.jumped({name: 2.0 * best * one for name, one in change.items()})
-        kept.weights = self._moved(optimisation)
-        kept.due *= 2
+        kept.weights, kept.due = _moved(optimisation, matrices), 2 * kept.due
         return metrics | {
             "extrapolation/factor": 2.0 * best,
             "extrapolation/tried": float(tried),
@@ -111,13 +97,16 @@ class Extrapolation:
             "extrapolation/value_after": value,
         }
 
-    def _moved(self, optimisation: Optimisation) -> dict[str, Tensor]:
-        """Copies of the weights that jump."""
-        return {
-            name: parameter.detach().clone()
-            for name, parameter in optimisation.parameters.items()
-            if not self.matrices or (parameter.dim() >= 2 and not any(word in name for word in NO_LAYERS))
-        }
+    return needing(update, Input.WEIGHT_COPY, Input.REWARD if by == "reward" else Input.TEACHER)
+
+
+def _moved(optimisation: Optimisation, matrices: bool) -> dict[str, Tensor]:
+    """Copies of the weights that jump."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in optimisation.parameters.items()
+        if not matrices or (parameter.dim() >= 2 and not any(word in name for word in NO_LAYERS))
+    }
 
 
 def _along(here: Mapping[str, Tensor], change: Mapping[str, Tensor], factor: float) -> Mapping[str, Tensor]:

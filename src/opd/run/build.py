@@ -16,6 +16,7 @@ from opd.models.loading import load_model
 from opd.models.vocabularies import check_same_tokens
 from opd.parallel import World
 from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import Input
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward
@@ -190,7 +191,7 @@ def build(
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
     student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
-    method = prepared.method.bound(student.tokenizer)
+    method = prepared.method.with_tokenizer(student.tokenizer)
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
@@ -314,6 +315,6 @@ def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int
     """Bytes that a stage writes at its peak: checkpoints (weights, two moments, a copy of the weights where the method
     keeps one; one checkpoint more than are kept), the model."""
     trained = checkpoint.size_of(student.trainable())
-    return (3 + ("weight_copy" in method.needs())) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
+    return (3 + (Input.WEIGHT_COPY in method.needs)) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
         dict(student.model.named_parameters())
     )

@@ -16,7 +16,7 @@ from opd.errors import NotFiniteError
 from opd.evaluation.divergence import exact_divergence
 from opd.models.language_model import LanguageModel
 from opd.parallel import World, full
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import AnyReward, rewarded_by_task
 from opd.teachers.cross_tokenizer import OneTeacher, comparable
@@ -88,7 +88,7 @@ class Moves:
                 rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
             assert self.teacher is not None, "a method without a teacher is refused before this"
-            if "reward" in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+            if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
                 written = rewarded_by_task(self.rewards, written, self.world)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0

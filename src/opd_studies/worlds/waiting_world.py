@@ -140,7 +140,7 @@ def _rollout(place: int, reward: float) -> Rollout:
 def update(method: Method, batch: Batch, student_logp: Tensor) -> dict[str, float]:
     """Backward of one step's loss, by the method's own pieces; what its memory logs."""
     logged = observed(batch, lambda value: [value])
-    denominator = normalise.per_sequence()(batch)
+    denominator = normalise.per("sequence")(batch)
     tokens = Tokens(
         student_logp=student_logp,
         sampler_logp=valid(batch.sampler_logp, batch.mask),

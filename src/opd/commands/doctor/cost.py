@@ -17,6 +17,7 @@ from opd.loss.collate import attach, check_responses, collate, has_trained, spli
 from opd.loss.token_loss import loss_of
 from opd.messages import is_chat
 from opd.parallel import ALONE
+from opd.pieces.needs import Reads
 from opd.stage.checkpoint import size_of
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import with_record
@@ -96,7 +97,7 @@ def one_step(pair: Pair) -> Step:
     check_responses(rollouts)
     rollouts = with_record(
         student,
-        method.keep(pair.rewarded(rollouts)),
+        method.filter(pair.rewarded(rollouts)),
         method.record(),
         temperature=lambda rollout: pair.sampling.temperature or 1.0,
         micro_batch_tokens=spec.micro_batch_tokens,
@@ -107,8 +108,8 @@ def one_step(pair: Pair) -> Step:
         method.context(rollouts),
         method.support,
         method.temperature,
-        sampled=method.reads("teacher_logp"),
-        entropy=method.reads("teacher_entropy"),
+        sampled=method.reads(Reads.TEACHER_LOGP),
+        entropy=method.reads(Reads.TEACHER_ENTROPY),
         top_k=method.top_k,
     )
     batch = replace(collate(rollouts, scores, student.device), memory=method.make_memory())
