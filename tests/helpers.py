@@ -20,6 +20,7 @@ from opd.models import language_model
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
 from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import needs_of
 from opd.pieces.signals import nll
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
@@ -237,11 +238,12 @@ def write(
     seed: tuple[int, int] = (0, 0),
 ) -> list[Rollout]:
     """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
-    method = method.bound(student.tokenizer)
+    method = method.with_tokenizer(student.tokenizer)
     writers = writers_of(student, external, sampling)
     if external is not None or method.teacher.kind != "external":
         teacher = teacher_of(method, student, external)
-        writers = replace(writers, scorer=scoring_along(teacher, method.context, method.request()))
+        scorer = scoring_along(teacher, method.context, method.request())
+        writers = replace(writers, scorer=scorer, memory=method.make_memory())
 
     def reward(rollouts: Sequence[Rollout]) -> list[Rollout]:
         values = (sum((t + 1) * v for t, v in enumerate(r.response_ids.tolist())) % 11 / 10 for r in rollouts)
@@ -269,6 +271,12 @@ def same(a: Rollout, b: Rollout) -> bool:
     assert b.policy_logp is not None
     close = torch.allclose(a.policy_logp, b.policy_logp, atol=1e-5)
     return a.response_ids.tolist() == b.response_ids.tolist() and a.finished == b.finished and close
+
+
+def said(*pieces: Any) -> set[str]:
+    """What pieces declare, as text; numbers apart."""
+    needs = needs_of(*pieces)
+    return {*needs.columns, *needs.inputs, *needs.batch, *needs.traits}
 
 
 # --- one step -------------------------------------------------------------------------------------------------------
@@ -313,7 +321,7 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:
 def batch_of(method: Method, student: LanguageModel, teacher: Teacher, rollouts: list[Rollout]) -> Batch:
     """Phase A without its end: context, scores, padding."""
     scores = teacher.score(rollouts, method.context(rollouts), replace(method.request(shown=True), entropy=False))
-    return collate(rollouts, scores, student.device)
+    return replace(collate(rollouts, scores, student.device), memory=method.make_memory())
 
 
 def gradient_of(

@@ -25,7 +25,14 @@ def train(stage: Stage) -> Outcome:
             time.lap("generate")
             contexts = method.context(rollouts)  # 3 what the teacher reads
             phase_a = scored(  # 4, 5, 6 Batch [B, T], credit and weight, the one denominator
-                method, teacher, rollouts, contexts, stage.request(step), device=student.device, world=world
+                method,
+                teacher,
+                rollouts,
+                contexts,
+                stage.request(step),
+                device=student.device,
+                memory=stage.memory,
+                world=world,
             )
             time.lap("score")
             compared = stage.compare(step, rollouts, contexts)

@@ -34,6 +34,8 @@ from torch import Tensor
 from opd.errors import TeacherError
 
 Message: TypeAlias = Mapping[str, Any]
+Average: TypeAlias = Literal["token", "sequence"]  # what every one of has the same say
+ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]  # whose top k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,6 +153,7 @@ class Batch:
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
     units: Units | None = None  # [B, T]
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -184,7 +187,7 @@ class Support:
 
     kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher"
+    by: ChosenBy = "teacher"
     with_sampled: bool = False
     span: Literal["column", "none", "product"] = "column"  # what a unit of several tokens adds; see `supports.units`
     least_mass: float = 0.0
@@ -333,6 +336,7 @@ class Writers:
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     teacher: Writer | None = None
     scorer: Callable[[], Scorer] | None = None
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 
 
 class Optimisation(Protocol):
@@ -344,6 +348,9 @@ class Optimisation(Protocol):
     @property
     def parameters(self) -> Mapping[str, Tensor]: ...
 
+    @property
+    def memory(self) -> Mapping[str, Memory]: ...  # of the method in this run, by name
+
     def step(self) -> dict[str, float]: ...
 
     def set(self, weights: Mapping[str, Tensor]) -> None: ...
@@ -353,8 +360,13 @@ class Optimisation(Protocol):
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float: ...  # higher is better
 
 
-class State(Protocol):
-    """What a method remembers from step to step: built by its function once a run, saved in every checkpoint."""
+class Memory(Protocol):
+    """What a method remembers from step to step. Its maker is called once a run; every checkpoint saves what it gives.
+
+    `opd.pieces.memory.SavedAttributes` is one of a few numbers, or of none: then it only measures.
+    """
+
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]: ...  # before credit and weight; metrics
 
     def state_dict(self) -> dict[str, Any]: ...  # what JSON can hold
 
@@ -366,14 +378,14 @@ class State(Protocol):
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
 Watch: TypeAlias = Callable[[Writers], EarlyStop]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
-Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
+Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
 Normalise: TypeAlias = Callable[[Batch], Denominator]
 Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
-Observe: TypeAlias = Callable[[Batch, Gather], Mapping[str, float]]
+MakeMemory: TypeAlias = Callable[[], Memory]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
 

@@ -1006,6 +1006,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
         prompts=lesson.prompts,
         rewards={None: None},
         context=method.context,
+        memory=method.make_memory(),
         world=ALONE,
         seed=0,
         micro_batch_tokens=10**4,

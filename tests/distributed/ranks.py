@@ -16,7 +16,7 @@ import torch
 from opd import methods
 from opd.method import Method
 from opd.pieces import sources
-from opd.pieces.updates import Extrapolation
+from opd.pieces.updates import extrapolation, kept_weights
 from opd.types import Prompt, Rollout, Source, Writers
 
 
@@ -46,8 +46,9 @@ def all_masked() -> Method:
 def jumping_average() -> Method:
     """A student taught by its own moving average, which follows its jumps."""
     options = {"k": None, "template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
-    jumps = Extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False, matrices=False)
-    return replace(methods.build("context_distillation", options), update=jumps, state={"jumps": jumps})
+    jumps = extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False, matrices=False)
+    method = methods.build("context_distillation", options)
+    return replace(method, update=jumps, memory={"extrapolation": kept_weights()})
 
 
 calls = 0

@@ -24,6 +24,7 @@ from opd.method import Method
 from opd.methods.coherence import check_signs
 from opd.pieces import contexts, credit, signals, solutions, supports
 from opd.pieces.gates import EntropyGate
+from opd.pieces.needs import Input, Reads, needs_of
 from opd.pieces.solutions import Solutions, from_peers
 from opd.types import Batch, Prompt, Rollout
 
@@ -67,7 +68,7 @@ def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
 
 
 def ascent(strength: float = 1.0, shape: Literal["jsd", "reverse_kl"] = "jsd") -> Any:
-    return credit.away_from_teacher(strength, ALL, shape=shape)
+    return credit.diverge_from_teacher(strength, ALL, shape=shape)
 
 
 def of_ratio(u: Tensor, **settings: Any) -> Tensor:
@@ -133,7 +134,7 @@ def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
     teacher[0, 3] = policy[0, 3] = math.nan  # padding
     mask = torch.ones(3, 4, dtype=torch.bool)
     mask[0, 3] = mask[1, 1] = False
-    only = credit.away_from_teacher(0.5, lambda rollouts: ["x", "x", None])
+    only = credit.diverge_from_teacher(0.5, lambda rollouts: ["x", "x", None])
     got = only(batch_of(teacher, policy, mask=mask))
     assert got[~mask].tolist() == [0.0, 0.0]
     assert got[2].tolist() == [0.0] * 4
@@ -154,13 +155,14 @@ def test_credits_add_up_and_are_scaled():
         for row in range(2)
     ]
     assert both(batch).tolist() == [pytest.approx(row) for row in expected]
-    assert both.needs >= {"reward", "group", "teacher_logp", "policy_logp"}
+    needs = needs_of(both)
+    assert all(one in needs for one in (Input.REWARD, Input.GROUP, Reads.TEACHER_LOGP, Reads.POLICY_LOGP))
 
 
 def test_a_credit_that_declares_nothing_gets_the_teachers_log_probs_inside_of_others():
     undeclared = lambda batch: batch.teacher_logp  # noqa: E731
     for made in (credit.add(credit.group_reward(), undeclared), credit.scale(2.0, undeclared)):
-        assert "teacher_logp" in made.needs
+        assert needs_of(made).reads(Reads.TEACHER_LOGP)
 
 
 # --- solutions -------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def alone(value: Any) -> list[Any]:
 def run_gate(gate: EntropyGate, medians: Sequence[float]) -> list[float]:
     strengths: list[float] = []
     for median in medians:
-        metrics = gate(entropies(median - 0.125, median, median + 0.5), alone)
+        metrics = gate.observe(entropies(median - 0.125, median, median + 0.5), alone)
         assert metrics["gate/open"] == gate.factor()
         assert metrics["gate/teacher_entropy"] == pytest.approx(median)
         strengths.append(gate.factor())
@@ -283,16 +285,17 @@ def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
     assert {*expected[4:]} == {0.0, 1.0} or seed not in (0, 1)
     first, second = (EntropyGate(ALL, closes_below=0.9, warm_up=4) for _ in range(2))
     before = run_gate(first, medians[:stop])
-    second.memory().load_state_dict(first.memory().state_dict(), first.memory().tensors())
+    second.load_state_dict(first.state_dict(), first.tensors())
     assert before + run_gate(second, medians[stop:]) == expected
 
 
 def test_without_a_gate_the_strength_is_whole_from_the_first_step():
     free, gated = (methods.build("anti_sd", {"gate": gate, "strength": 0.5}) for gate in (False, True))
     batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
+    batch = replace(batch, memory=gated.make_memory())
     pushed = free.credit(batch) - gated.credit(batch)
     assert torch.equal(gated.credit(batch), credit.group_reward()(batch))
-    assert pushed == pytest.approx(credit.away_from_teacher(0.5, from_peers())(batch))
+    assert pushed == pytest.approx(credit.diverge_from_teacher(0.5, from_peers())(batch))
 
 
 def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solution():
@@ -302,15 +305,15 @@ def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solutio
     mine = batch_of(nothing, nothing, mask=mask, entropy=rows)
     theirs = torch.tensor([0.3, 0.25, 6.0])
     gate = EntropyGate(lambda rollouts: ["x", "x", None], closes_below=0.93, warm_up=1)
-    metrics = gate(mine, lambda value: [theirs, value])
+    metrics = gate.observe(mine, lambda value: [theirs, value])
     expected = oracle.lower_median([0.1, 0.9, 0.4, 0.2, 0.3, 0.25, 6.0])
     assert metrics["gate/teacher_entropy"] == pytest.approx(expected)
 
 
 def test_who_read_no_solution_is_counted_in_all_processes():
     nothing = torch.zeros(3, 2)
-    counted = solutions.counted(lambda rollouts: ["x", None, None])
-    assert counted(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
+    counted = solutions.Unsolved(lambda rollouts: ["x", None, None])
+    assert counted.observe(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
 
 
 def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
@@ -318,13 +321,13 @@ def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
     gate = EntropyGate(lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
     run_gate(gate, [1.0])
     solved = False
-    metrics = gate(entropies(0.1), alone)
+    metrics = gate.observe(entropies(0.1), alone)
     assert "gate/teacher_entropy" not in metrics
     assert metrics["gate/open"] == 0.0
     solved = True
     assert run_gate(gate, [1.0, 1.0, 0.5]) == [0.0, 1.0, 0.0]
     solved = False
-    assert gate(entropies(9.0), alone)["gate/open"] == 0.0
+    assert gate.observe(entropies(9.0), alone)["gate/open"] == 0.0
 
 
 @pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])
@@ -341,8 +344,8 @@ def test_a_strength_that_makes_no_sense_is_refused(strength: float):
 
 # --- two that pull against each other --------------------------------------------------------------------------------
 
-AWAY = credit.away_from_teacher(0.5, ALL)
-ALLOWED = credit.away_from_teacher(0.5, ALL, allow_sign_conflict=True)
+AWAY = credit.diverge_from_teacher(0.5, ALL)
+ALLOWED = credit.diverge_from_teacher(0.5, ALL, allow_sign_conflict=True)
 PG = signals.policy_gradient(signals.credit)
 KL = signals.divergence("reverse_kl")
 

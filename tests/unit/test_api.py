@@ -341,7 +341,7 @@ def test_what_is_missing_for_a_method():
 
 def test_a_method_of_ones_own_from_the_working_directory(work: Path):
     (work / "mine.py").write_text(
-        "from opd import signals, supports\n"
+        "from opd.pieces import signals, supports\n"
         "from opd.method import Method\n\n\n"
         "def method(strength: float = 1.0) -> Method:\n"
         '    signal = signals.scale(strength, signals.divergence("reverse_kl"))\n'

@@ -14,6 +14,7 @@ from opd import methods
 from opd.api import distill
 from opd.errors import ConfigError
 from opd.pieces import baselines, contexts, filters, signals, weights
+from opd.pieces.needs import Trait, needs_of
 from opd.types import Tokens
 
 
@@ -137,10 +138,10 @@ def weighted(piece: str) -> object:
     method = methods.build("vopd", {"k": 3})
     if piece == "weight":
         return replace(method, weight=weights.times(weights.mask_tokens(["1"]), weights.every_token()))
-    return replace(method, keep=filters.in_turn(filters.without_tokens(["1"])))
+    return replace(method, filter=filters.in_turn(filters.without_tokens(["1"])))
 
 
-@pytest.mark.parametrize("piece", ["weight", "keep"])
+@pytest.mark.parametrize("piece", ["weight", "filter"])
 def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
     with pytest.raises(
         ConfigError, match=rf"its {piece} looks at the sampled token: .* Leave it out, or use method opd"
@@ -152,8 +153,8 @@ def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
     ("pieces", "message"),
     [
         (
-            {"keep": filters.first_passing(filters.clean())},
-            "its keep chooses responses by what stands in them: .* Leave it out",
+            {"filter": filters.first_passing(filters.clean())},
+            "its filter chooses responses by what stands in them: .* Leave it out",
         ),
         (
             {"context": contexts.privileged(template="{prompt}{attempt}")},
@@ -168,6 +169,6 @@ def test_what_looks_at_the_whole_response_is_refused_beside_a_baseline(pieces: d
 
 
 def test_a_signal_says_that_it_has_a_baseline():
-    assert "unbiased_baseline" in methods.build("vopd", {}).needs()
+    assert Trait.UNBIASED_BASELINE in methods.build("vopd", {}).needs
     centred = signals.policy_gradient(baselines.against(baselines.expected_log_ratio, signals.log_ratio))
-    assert "unbiased_baseline" in signals.add(centred, signals.nll()).needs
+    assert Trait.UNBIASED_BASELINE in needs_of(signals.add(centred, signals.nll()))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import byte_tokenizer, rollout_of, tiny
+from helpers import byte_tokenizer, rollout_of, said, tiny
 from run_helpers import one_stage, prepare, tiny_model, write_rows
 
 import opd
@@ -15,7 +15,6 @@ from opd import methods
 from opd.errors import ConfigError, DataError
 from opd.models.render import render
 from opd.pieces import contexts
-from opd.pieces.needs import needs_of
 from opd.pieces.solutions import from_peers
 from opd.types import Prompt, Rollout
 
@@ -109,15 +108,15 @@ def test_a_hint_is_hidden_in_the_think_block():
         ({"information": "answer"}, {"answer"}),
         ({"information": "solution"}, {"privileged_context"}),
         ({"information": "hint"}, {"answer"}),
-        ({"information": "feedback"}, {"attempt", "reward"}),
-        ({"information": "verified"}, {"attempt", "reward", "privileged_context"}),
-        ({"information": "solution", "peers": True}, {"attempt", "reward", "group"}),
-        ({"template": "{prompt}{attempt}"}, {"attempt"}),
+        ({"information": "feedback"}, {"reads_attempt", "reward"}),
+        ({"information": "verified"}, {"reads_attempt", "reward", "privileged_context"}),
+        ({"information": "solution", "peers": True}, {"reads_attempt", "reward", "group"}),
+        ({"template": "{prompt}{attempt}"}, {"reads_attempt"}),
         ({"system": "s", "prefill": "{privileged_context}"}, {"privileged_context"}),
     ],
 )
 def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
-    assert needs_of(methods.build("context_distillation", options).context) == needs
+    assert said(methods.build("context_distillation", options).context) == needs
 
 
 @pytest.mark.parametrize(
@@ -152,9 +151,8 @@ def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):
 def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
     with pytest.raises(ConfigError, match=f"has a `{twice}` of its own, and the options give another"):
         methods.build("context_distillation", options)
-    assert methods.build("context_distillation", {"information": "hint", "template": "{prompt}"}).context.needs == {
-        "answer"
-    }
+    one = methods.build("context_distillation", {"information": "hint", "template": "{prompt}"})
+    assert said(one.context) == {"answer"}
 
 
 @pytest.mark.parametrize("column", ["answer", "privileged_context"])

@@ -310,8 +310,8 @@ def test_a_unit_with_a_token_that_is_not_trained_is_left_out_and_counted():
 
 
 def test_tokens_that_a_keep_takes_out_take_their_units_along():
-    method = replace(methods.build("simct", {}), keep=filters.without_tokens(["b"])).bound(STUDENT)
-    rows = method.keep([response("a", "b", "cd", "d")])
+    method = replace(methods.build("simct", {}), filter=filters.without_tokens(["b"])).with_tokenizer(STUDENT)
+    rows = method.filter([response("a", "b", "cd", "d")])
     batch = batch_of(method, OURS, teacher_of(method, OURS, THEIRS), rows)
     assert batch.units is not None
     assert batch.mask[0].tolist() == [True, False, True, True]

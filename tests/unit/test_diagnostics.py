@@ -24,7 +24,7 @@ from opd.method import Method
 from opd.methods import build
 from opd.models.language_model import LanguageModel
 from opd.pieces import supports
-from opd.pieces.needs import needing
+from opd.pieces.needs import Reads, needing
 from opd.pieces.signals import nll
 from opd.pieces.teacher_rules import no_teacher
 from opd.teachers.local import LocalTeacher, local_teacher
@@ -200,7 +200,7 @@ def test_the_overlap_is_not_there_when_one_model_chose(by: str):
 
 def test_entropies_are_there_when_a_piece_had_them_made():
     pair = Pair()
-    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), "student_entropy", "teacher_entropy")
+    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
     method = replace(build("opd", {}), weight=reader)
     batch = pair.batch(method, pair.write(method.record()), entropy=True)
     got = of(method, batch)
@@ -243,7 +243,7 @@ def test_without_a_teacher_nothing_is_said_of_one():
 def logged(lm: LanguageModel) -> set[str]:
     """Every name that a step can log before its update, without the position."""
     pair = Pair()
-    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), "student_entropy", "teacher_entropy")
+    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
     method = replace(build("topk_reverse_kl", {"k": 3, "by": "union"}), weight=reader)
     numbers = of(method, pair.batch(method, pair.write(method.record()), entropy=True))
     one = torch.ones(1, dtype=torch.long)

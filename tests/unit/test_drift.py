@@ -127,7 +127,7 @@ def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], messag
 
 def test_defaults_are_those_of_the_scripts():
     method = methods.build("prune_opd", {})
-    budget = method.state["budget"].of
+    budget = method.make_memory()["budget"]
     assert isinstance(budget, Budget)
     assert (budget.length, budget.least, budget.most, budget.step) == (2048, 1024, 12288, 100)
     assert (budget.margin, budget.patience, budget.hit_share) == (100, 3, 0.1)
@@ -313,8 +313,8 @@ def with_last(rollout: Rollout, token: int) -> Tensor:
 # --- the budget ------------------------------------------------------------------------------------------------------
 
 
-def budget_of(**settings: Any) -> Budget:
-    return Budget(**{
+def budget_of(judged: Drift = JUDGES[0], **settings: Any) -> Budget:
+    return Budget(judged, **{
         "initial": 20, "least": 10, "most": 32, "step": 4, "margin": 3, "hit_share": 0.5, "patience": 2, **settings
     })  # fmt: skip
 
@@ -356,8 +356,8 @@ def test_a_budget_goes_the_way_of_the_paper(seed: int):
 def test_a_budget_is_what_it_was_when_it_comes_back():
     budget, again = budget_of(), budget_of(initial=12)
     budget.advance([0])
-    again.memory().load_state_dict(budget.memory().state_dict(), {})
-    assert budget.memory().state_dict() == {"length": 20, "misses": 1}
+    again.load_state_dict(budget.state_dict(), {})
+    assert budget.state_dict() == {"length": 20, "misses": 1}
     assert [again.advance([0]), again.advance([20])] == [budget.advance([0]), budget.advance([20])]
 
 
@@ -367,12 +367,12 @@ def test_a_budget_learns_from_the_responses_of_all_processes():
     _, _, other, _ = scene(judged, seed=5)
     gathered: list[Any] = []
     for one in (batch, other):
-        drift.measured(judged)(one, lambda part: gathered.append(part) or [part])
+        drift.Drifted(judged).observe(one, lambda part: gathered.append(part) or [part])
     both, swapped = budget_of(initial=10, least=1), budget_of(initial=10, least=1)
-    here = drift.measured(judged, both)(batch, lambda part: [part, gathered[1]])
-    there = drift.measured(judged, swapped)(other, lambda part: [gathered[0], part])
+    here = both.observe(batch, lambda part: [part, gathered[1]])
+    there = swapped.observe(other, lambda part: [gathered[0], part])
     assert here == there
-    assert both.memory().state_dict() == swapped.memory().state_dict()
+    assert both.state_dict() == swapped.state_dict()
     lengths = [n for part in gathered for n in part[0]]
     assert here["drift/effective_length"] == pytest.approx(sum(lengths) / len(lengths))
 
@@ -382,7 +382,7 @@ def test_what_is_logged_is_counted_by_hand(judged: Drift):
     student, external, batch, _ = scene(judged)
     spare = batch.rollouts[2]
     batch = replace(batch, mask=batch.mask & (torch.arange(6) != 2)[:, None])  # a filter left this one out
-    got = drift.measured(judged)(batch, lambda part: [part])
+    got = drift.Drifted(judged).observe(batch, lambda part: [part])
     lost, trained, effective = 0, 0, []
     for i, rollout in enumerate(batch.rollouts):
         if i == 2:
@@ -406,27 +406,28 @@ def test_a_step_of_which_nothing_is_left_teaches_the_budget_nothing():
     judged = JUDGES[0]
     _, _, batch, _ = scene(judged)
     budget = budget_of()
-    got = drift.measured(judged, budget)(replace(batch, mask=torch.zeros_like(batch.mask)), lambda part: [part])
+    got = budget.observe(replace(batch, mask=torch.zeros_like(batch.mask)), lambda part: [part])
     assert set(got) == {"drift/tokens", "drift/ended_share"}
-    assert budget.memory().state_dict() == {"length": 20, "misses": 0}
+    assert budget.state_dict() == {"length": 20, "misses": 0}
 
 
 # --- responses that end while they are written -----------------------------------------------------------------------
 
 
-def written(source: Any) -> tuple[LanguageModel, LanguageModel, list[Rollout]]:
+def written(source: Any, **memory: Any) -> tuple[LanguageModel, LanguageModel, list[Rollout]]:
     """The models, and what the student writes: 12 responses of up to 12 tokens."""
     student, external = tiny(padding_rows=3, spread=0.3), tiny(seed=1, hidden=24, padding_rows=5, spread=0.3)
-    method = Method(source=source, weight=drift.trusted(Drift(k=K)), signal=signals.nll())
+    method = Method(source=source, weight=drift.trusted(Drift(k=K)), signal=signals.nll(), memory=memory)
     sampling = Sampling(max_completion_length=12, n=4)
     return student, external, write(method, student, external, prompts_of("a", "bcd", "hg"), sampling)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 40])
 def test_a_budget_ends_the_same_responses_sooner(tokens: int):
-    budget = budget_of(initial=tokens, least=1, most=50)
     _, _, whole = written(sources.on_policy())
-    _, _, cut = written(sources.on_policy(drift.within(budget)))
+    _, _, cut = written(
+        sources.on_policy(drift.within_budget(50)), budget=lambda: budget_of(initial=tokens, least=1, most=50)
+    )
     assert max(len(r.response_ids) for r in whole) == 12
     for full, short in zip(whole, cut, strict=True):
         n = min(tokens, len(full.response_ids))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import LETTERS, batch_of, prompts_of, rollout_of, teacher_of, tiny
+from helpers import LETTERS, batch_of, prompts_of, rollout_of, said, teacher_of, tiny
 from run_helpers import CHARACTERS, command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
@@ -21,7 +21,7 @@ from opd.method import Method
 from opd.models import language_model
 from opd.models.loading import character_tokenizer, load_model
 from opd.pieces import filters, normalise, token_sequences, weights
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Needs, Trait
 from opd.pieces.signals import divergence
 from opd.pieces.supports import top_k
 from opd.recipe.schema import ModelSpec
@@ -132,26 +132,26 @@ def test_a_clean_response_contains_what_it_must():
 
 
 def test_what_the_filters_declare():
-    assert needs_of(filters.everything()) == set()
-    assert needs_of(filters.first_passing(filters.correct())) == {"filtered", "reward"}
-    assert needs_of(filters.first_passing(filters.clean())) == {"filtered"}
-    assert needs_of(filters.in_turn(filters.first_passing(filters.correct()), filters.everything())) == {
-        "filtered",
-        "reward",
-    }
+    correct = filters.first_passing(filters.correct())
+    assert said(filters.everything()) == set()
+    assert said(correct) == {"filters", "reward"}
+    assert said(filters.first_passing(filters.clean())) == {"filters"}
+    assert said(filters.in_turn(correct, filters.everything())) == {"filters", "reward"}
 
 
 @pytest.mark.parametrize(
     ("options", "needs"),
     [
         ({}, set()),
-        ({"keep": "clean", "must_contain": "boxed"}, {"filtered"}),
-        ({"keep": "correct"}, {"filtered", "reward"}),
-        ({"keep": "both"}, {"filtered", "reward"}),
+        ({"keep": "clean", "must_contain": "boxed"}, {"filters"}),
+        ({"keep": "correct"}, {"filters", "reward"}),
+        ({"keep": "both"}, {"filters", "reward"}),
     ],
 )
 def test_what_sft_asks_for(options: dict[str, Any], needs: set[str]):
-    assert methods.build("sft", options).needs() - {"response", "off_policy"} == needs
+    method = methods.build("sft", options)
+    assert said(method.source) == {"response", "off_policy"}
+    assert said(method.filter, method.signal) == needs
 
 
 @pytest.mark.parametrize("what", ["all", "correct"])
@@ -197,13 +197,15 @@ def test_sequences_that_make_no_sense(piece: Any):
 
 @pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
 def test_a_piece_without_its_tokenizer_says_so(piece: Any):
-    with pytest.raises(ConfigError, match=rf"{piece.__name__} asks for the student's tokenizer .* method.bound"):
+    with pytest.raises(ConfigError, match=rf"{piece.__name__} asks for the student's tokenizer .* method.with_tok"):
         piece(["a"])([])
 
 
 def masked_method(**pieces: Any) -> Method:
-    method = Method(support=top_k(3), signal=divergence(form="renormalised"), normalise=normalise.per_token(), **pieces)
-    return method.bound(LM.tokenizer)
+    method = Method(
+        support=top_k(3), signal=divergence(form="renormalised"), normalise=normalise.per("token"), **pieces
+    )
+    return method.with_tokenizer(LM.tokenizer)
 
 
 def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
@@ -214,8 +216,8 @@ def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
     ]
     teacher = teacher_of(masked_method(), LM, tiny(seed=1))
     for occurrences, expected in (("first", [[0, 1, 1, 1], [1, 0, 1]]), ("every", [[0, 1, 0, 1], [1, 0, 1]])):
-        out = masked_method(keep=filters.without_tokens(["a", "hh"], occurrences))
-        rows = out.keep(rollouts)
+        out = masked_method(filter=filters.without_tokens(["a", "hh"], occurrences))
+        rows = out.filter(rollouts)
         assert [r.trained.int().tolist() for r in rows] == expected
         batch = batch_of(out, LM, teacher, rows)
         assert out.normalise(batch).count == sum(map(sum, expected))
@@ -232,20 +234,25 @@ def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
 def test_combinations_hand_the_tokenizer_on():
     two = weights.times(weights.every_token(), weights.mask_tokens(["b"]))
     method = masked_method(
-        weight=two, keep=filters.in_turn(filters.without_tokens(["a"]), filters.without_tokens([[4]]))
+        weight=two, filter=filters.in_turn(filters.without_tokens(["a"]), filters.without_tokens([[4]]))
     )
     (prompt,) = prompts_of("a")
-    rows = method.keep([rollout_of(LM, prompt, [2, 3, 4, 5])])
+    rows = method.filter([rollout_of(LM, prompt, [2, 3, 4, 5])])
     assert rows[0].trained.tolist() == [False, True, False, True]
     batch = batch_of(method, LM, teacher_of(method, LM, tiny(seed=1)), rows)
     assert method.weight(batch).tolist() == [[1.0, 0.0, 1.0, 1.0]]
-    assert method.needs() == {"teacher_model", "sampled_token", "imitates"}
+    assert method.needs == Needs(
+        inputs=frozenset({Input.TEACHER_MODEL}),
+        traits=frozenset({Trait.LOOKS_AT_SAMPLED_TOKEN, Trait.MINIMISES_DIVERGENCE}),
+    )
 
 
 def test_the_method_of_the_paper_masks_the_first_of_each():
-    method = methods.build("local_support_matching", {"k": 3, "mask_tokens": ["a", "bc", [5]]}).bound(LM.tokenizer)
+    method = methods.build("local_support_matching", {"k": 3, "mask_tokens": ["a", "bc", [5]]}).with_tokenizer(
+        LM.tokenizer
+    )
     (prompt,) = prompts_of("a")
-    rows = method.keep([rollout_of(LM, prompt, [2, 3, 4, 5, 2, 3, 4, 5])])
+    rows = method.filter([rollout_of(LM, prompt, [2, 3, 4, 5, 2, 3, 4, 5])])
     assert rows[0].trained.tolist() == [False] * 4 + [True] * 4
 
 
@@ -391,7 +398,7 @@ def test_a_method_that_masks_trains(work: Path):
 
 def test_a_sampled_tail_without_the_sampled_token_is_refused(work: Path):
     (work / "mine2.py").write_text(
-        "from opd import signals, supports\nfrom opd.method import Method\n\n\ndef method():\n"
+        "from opd.pieces import signals, supports\nfrom opd.method import Method\n\n\ndef method():\n"
         "    return Method(support=supports.top_k(3), signal=signals.reverse_kl_with_sampled_tail())\n"
     )
     with pytest.raises(ConfigError, match=r"last token of the support for the sampled one.*with_sampled=True"):

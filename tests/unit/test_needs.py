@@ -13,14 +13,26 @@ from run_helpers import CHARACTERS, sums, tiny_model
 from torch import Tensor
 
 import opd
+from opd.errors import ConfigError
 from opd.method import Method
 from opd.models import language_model
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer, load_model
 from opd.pieces import signals, sources, supports
 from opd.pieces.credit import group_reward, no_credit
-from opd.pieces.needs import needing, reads
-from opd.pieces.normalise import per_constant, per_sequence, per_token
+from opd.pieces.needs import (
+    Input,
+    Need,
+    Needs,
+    Piece,
+    Reads,
+    Trait,
+    needing,
+    needing_tokenizer,
+    needs_of,
+    with_tokenizer,
+)
+from opd.pieces.normalise import per
 from opd.pieces.weights import every_token, times
 from opd.recipe.schema import ModelSpec
 from opd.types import Batch, Denominator, Record, Rollout, Source, Support
@@ -45,7 +57,7 @@ def wrapped(seed: int) -> LanguageModel:
 class Reader:
     """A weight (or credit, or normalisation) that keeps the batches that it is given; `declares` None: nothing said."""
 
-    declares: tuple[str, ...] | None = None
+    declares: tuple[Reads, ...] | None = None
     batches: list[Batch] = field(default_factory=list)
 
     def weight(self) -> Any:
@@ -136,8 +148,8 @@ every_place = pytest.mark.parametrize("place", PLACES)
 
 
 @every_place
-@pytest.mark.parametrize("declares", [None, ("teacher_logp",), ("teacher_logp", "teacher_entropy")])
-def test_on_full_support_who_reads_the_teachers_log_probs_gets_them(place: str, declares: tuple[str, ...] | None):
+@pytest.mark.parametrize("declares", [None, (Reads.TEACHER_LOGP,), (Reads.TEACHER_LOGP, Reads.TEACHER_ENTROPY)])
+def test_on_full_support_who_reads_the_teachers_log_probs_gets_them(place: str, declares: tuple[Reads, ...] | None):
     """A piece that says nothing is a user's, and may read them."""
     reader = Reader(declares)
     train(method_of(supports.full(), **PLACES[place](reader)))
@@ -145,17 +157,17 @@ def test_on_full_support_who_reads_the_teachers_log_probs_gets_them(place: str, 
 
 
 @every_place
-@pytest.mark.parametrize("declares", [(), ("student_entropy",)])
-def test_on_full_support_nobody_else_pays_for_them(place: str, declares: tuple[str, ...]):
+@pytest.mark.parametrize("declares", [(), (Reads.STUDENT_ENTROPY,)])
+def test_on_full_support_nobody_else_pays_for_them(place: str, declares: tuple[Reads, ...]):
     reader = Reader(declares)
     train(method_of(supports.full(), **PLACES[place](reader)))
     assert bool(reader.batch.teacher_logp.isnan().all())
     assert reader.batch.teacher_entropy is None
-    assert (reader.batch.student_entropy is None) == ("student_entropy" not in declares)
+    assert (reader.batch.student_entropy is None) == (Reads.STUDENT_ENTROPY not in declares)
 
 
 def test_on_full_support_the_teachers_entropy_brings_them_along():
-    reader = Reader(("teacher_entropy",))
+    reader = Reader((Reads.TEACHER_ENTROPY,))
     train(method_of(supports.full(), weight=reader.weight()))
     assert_sampled(reader.batch)
 
@@ -176,38 +188,105 @@ def test_a_sample_file_has_them_and_changes_no_number():
     assert [bool(batch.teacher_logp.isnan().all()) for batch in reader.batches] == [False, False, True, True]
 
 
-def test_what_a_piece_reads():
-    plain, needy, silent = (lambda batch: batch.mask.float(), needing(lambda batch: 1, "x"), needing(lambda batch: 1))
-    table = [
-        (plain, {"teacher_logp"}),
-        (needy, {"x"}),
-        (silent, set()),
+LOGP, MINE, THEIRS = Reads.TEACHER_LOGP, Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY
+
+
+def plain(batch: Batch) -> Tensor:
+    """A bare function, as users write them."""
+    return batch.mask.float()
+
+
+NEEDY, SILENT = needing(plain, THEIRS), needing(plain)
+
+
+@pytest.mark.parametrize(
+    ("piece", "expected"),
+    [
+        (plain, {LOGP}),
+        (NEEDY, {THEIRS}),
+        (SILENT, set()),
         (every_token(), set()),
         (no_credit(), set()),
-        (group_reward(), {"reward", "group"}),
-        (per_token(), set()),
-        (per_sequence(), set()),
-        (per_constant(3), set()),
+        (group_reward(), set()),
+        (per("token"), set()),
+        (per("sequence"), set()),
+        (per(3), set()),
         (times(), set()),
-        (times(plain), {"teacher_logp"}),
-        (times(every_token(), plain), {"teacher_logp"}),
-        (times(times(plain), needy), {"teacher_logp", "x"}),
-        (times(silent, every_token()), set()),
-        (times(needing(lambda batch: 1, "student_entropy"), needy), {"student_entropy", "x"}),
-    ]
-    names = {"teacher_logp", "student_entropy", "teacher_entropy", "reward", "group", "x"}
-    for piece, expected in table:
-        assert {name for name in names if reads(piece, name)} == expected
+        (times(plain), {LOGP}),
+        (times(every_token(), plain), {LOGP}),
+        (times(times(plain), NEEDY), {LOGP, THEIRS}),
+        (times(SILENT, every_token()), set()),
+        (times(needing(plain, MINE), NEEDY), {MINE, THEIRS}),
+    ],
+)
+def test_what_a_piece_of_phase_a_reads(piece: Any, expected: set[Reads]):
+    assert {number for number in (LOGP, MINE, THEIRS) if needs_of(piece).reads(number)} == expected
 
 
 def test_a_method_records_what_its_pieces_read():
     silent = method_of(supports.full())
     assert silent.record() == Record()
-    assert not any(silent.reads(name) for name in ("teacher_logp", "student_entropy", "teacher_entropy"))
-    needy = needing(lambda batch: torch.ones(batch.mask.shape), "student_entropy")
-    for pieces in ({"weight": times(needy)}, {"credit": needy}, {"normalise": needy}):
+    assert not any(silent.reads(number) for number in (LOGP, MINE, THEIRS))
+    needy = needing(lambda batch: torch.ones(batch.mask.shape), MINE)
+    for pieces in ({"weight": times(needy)}, {"credit": needy}, {"normalise": needy}, {"memory": {"needy": needy}}):
         method = method_of(supports.top_k(4, by="union"), **pieces)
         assert method.record() == Record(top_k=4, entropy=True)
+
+
+# --- what a piece declares -------------------------------------------------------------------------------------------
+
+
+def test_needs_unite_and_of_numbers_the_larger_counts():
+    one = Needs(columns=frozenset({"answer"}), inputs=frozenset({Input.REWARD}), top_k=3, first_look=2)
+    other = Needs(inputs=frozenset({Input.GROUP}), traits=frozenset({Trait.FILTERS}), top_k=5, student_writes=True)
+    both = Needs(
+        columns=frozenset({"answer"}),
+        inputs=frozenset({Input.REWARD, Input.GROUP}),
+        traits=frozenset({Trait.FILTERS}),
+        top_k=5,
+        first_look=2,
+        student_writes=True,
+    )
+    assert one | other == other | one == both
+    assert one | Needs() == one
+
+
+def test_needing_sorts_its_members():
+    piece = needing(plain, Input.REWARD, LOGP, Trait.FILTERS, columns=["answer"], top_k=2, response_tokens=9)
+    assert piece.needs == Needs(
+        columns=frozenset({"answer"}),
+        inputs=frozenset({Input.REWARD}),
+        batch=frozenset({LOGP}),
+        traits=frozenset({Trait.FILTERS}),
+        top_k=2,
+        response_tokens=9,
+    )
+    assert piece.call is plain
+    assert needing(plain, "reward").needs == needing(plain, Input.REWARD).needs  # type: ignore[arg-type]
+    members: list[Need] = [*Input, *Reads, *Trait]
+    assert all(one in needing(plain, one).needs for one in members)
+
+
+@pytest.mark.parametrize(("name", "near"), [("rewrad", "reward"), ("teacher_entrpy", "teacher_entropy")])
+def test_needing_refuses_what_is_no_member(name: Any, near: str):
+    with pytest.raises(ConfigError, match=rf"declares '{name}', which is no member .* Did you mean '{near}'\? Columns"):
+        needing(plain, name)
+
+
+def test_a_piece_times_a_negative_number_pulls_the_other_way():
+    towards = needing(plain, Trait.MINIMISES_DIVERGENCE, Trait.FILTERS, top_k=2).needs
+    assert towards.turned() == needing(plain, Trait.MAXIMISES_DIVERGENCE, Trait.FILTERS, top_k=2).needs
+    assert towards.turned().turned() == towards
+
+
+def test_needing_tokenizer_is_refused_before_it_has_one():
+    piece = needing_tokenizer("mine", lambda tokenizer: lambda batch: tokenizer, Trait.LOOKS_AT_SAMPLED_TOKEN)
+    with pytest.raises(ConfigError, match=r"^mine asks for the student's tokenizer .* method\.with_tokenizer\(tok"):
+        piece(None)
+    assert Trait.LOOKS_AT_SAMPLED_TOKEN in piece.needs
+    assert with_tokenizer(piece, "tokens")(None) == "tokens"
+    assert with_tokenizer(plain, "tokens") is plain
+    assert isinstance(with_tokenizer(SILENT, "tokens"), Piece)
 
 
 # --- entropies ------------------------------------------------------------------------------------------------------
@@ -224,7 +303,7 @@ every_source = pytest.mark.parametrize("source", SOURCES)
 @every_source
 @every_place
 def test_entropies_are_those_of_the_full_distributions(source: str, place: str):
-    reader = Reader(("student_entropy", "teacher_entropy"))
+    reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     train(method_of(supports.full(), source=SOURCES[source], **PLACES[place](reader)))
     batch = reader.batch
     assert_column(batch.student_entropy, batch, entropies(wrapped(2), batch))
@@ -238,7 +317,7 @@ def test_entropies_are_those_of_the_full_distributions(source: str, place: str):
     ids=lambda s: f"{s.kind}-{s.by}",
 )
 def test_entropies_stand_beside_any_support(source: str, support: Support):
-    reader = Reader(("student_entropy", "teacher_entropy"))
+    reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     train(method_of(support, source=SOURCES[source], weight=reader.weight()))
     batch = reader.batch
     assert_column(batch.student_entropy, batch, entropies(wrapped(2), batch))
@@ -258,16 +337,16 @@ def test_entropies_stand_beside_any_support(source: str, support: Support):
 @pytest.mark.parametrize("support", [supports.sampled(), supports.top_k(3, by="student")], ids=lambda s: s.kind)
 def test_only_what_is_declared_is_made(source: str, support: Support):
     """Also where the student's top tokens have to be found for a response that it did not write."""
-    for declares in (("student_entropy",), ("teacher_entropy",)):
+    for declares in ((Reads.STUDENT_ENTROPY,), (Reads.TEACHER_ENTROPY,)):
         reader = Reader(declares)
         train(method_of(support, source=SOURCES[source], weight=reader.weight()))
-        assert (reader.batch.student_entropy is not None) == ("student_entropy" in declares)
-        assert (reader.batch.teacher_entropy is not None) == ("teacher_entropy" in declares)
+        assert (reader.batch.student_entropy is not None) == (Reads.STUDENT_ENTROPY in declares)
+        assert (reader.batch.teacher_entropy is not None) == (Reads.TEACHER_ENTROPY in declares)
 
 
 @every_source
 def test_entropies_are_after_temperature(source: str):
-    reader = Reader(("student_entropy", "teacher_entropy"))
+    reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     method = method_of(supports.full(), source=SOURCES[source], weight=reader.weight(), temperature=2.0)
     train(method, sampling={"max_completion_length": PADDED, "temperature": 2.0})
     batch = reader.batch
@@ -284,7 +363,7 @@ def test_the_students_entropy_does_not_depend_on_who_wrote_the_response():
 
     seen: list[Tensor] = []
     for source in (on_policy, forgetful):
-        reader = Reader(("student_entropy",))
+        reader = Reader((Reads.STUDENT_ENTROPY,))
         train(
             method_of(supports.full(), source=source, weight=reader.weight()),
             sampling={"max_completion_length": PADDED, "temperature": 0.5},

@@ -324,7 +324,7 @@ def test_the_sum_over_the_future_is_the_gradient_of_the_kl_between_whole_respons
     built = methods.build("opd", {"gamma": gamma})
     method = replace(  # the mean over responses of the sum over tokens
         built,
-        normalise=normalise.per_constant(1),
+        normalise=normalise.per(1),
         weight=lambda batch: batch.policy_logp.nansum(1, keepdim=True).exp().expand(batch.mask.shape) * len(responses),
     )
     rollouts = [

@@ -12,7 +12,7 @@ import torch
 
 from opd.data.prompts import load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import columns_of
 from opd.recipe.schema import DataSection
 from opd.rewards.base import score
 from opd.rewards.registry import REWARDS, load_reward
@@ -154,11 +154,11 @@ def test_reasoning_gym_answer_that_the_scorer_cannot_read():
 
 
 def test_rewards_declare_the_columns_they_read():
-    assert needs_of(load_reward("exact", {})) == {"answer"}
-    assert needs_of(load_reward("final_number", {})) == {"answer"}
-    assert needs_of(load_reward("max_words", {"n": 1})) == set()
-    assert needs_of(load_reward("regex", {"pattern": "a"})) == set()
-    assert needs_of(load_reward("regex", {"pattern": "(a)", "group": 1})) == {"answer"}
+    assert columns_of(load_reward("exact", {})) == {"answer"}
+    assert columns_of(load_reward("final_number", {})) == {"answer"}
+    assert columns_of(load_reward("max_words", {"n": 1})) == set()
+    assert columns_of(load_reward("regex", {"pattern": "a"})) == set()
+    assert columns_of(load_reward("regex", {"pattern": "(a)", "group": 1})) == {"answer"}
 
 
 def test_a_users_function_with_and_without_options(user_module):

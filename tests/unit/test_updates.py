@@ -15,8 +15,10 @@ from torch import Tensor
 from opd.api import distill
 from opd.errors import ConfigError
 from opd.models.loading import character_tokenizer, load_model
-from opd.pieces.updates import Extrapolation
+from opd.pieces import updates
+from opd.pieces.updates import KeptWeights
 from opd.recipe.schema import ModelSpec
+from opd.types import Memory, Update
 
 CHARACTERS = "0123456789+coretinwg"
 WEIGHT, EMBEDDING, NORM = "layers.0.weight", "embed_tokens.weight", "norm.weight"
@@ -34,6 +36,7 @@ class Walk:
     updates: int = 0
     asked: list[float] = field(default_factory=list[float])  # where it was judged
     jumps: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]])
+    memory: Mapping[str, Memory] = field(default_factory=lambda: {"extrapolation": KeptWeights()})
 
     @property
     def parameters(self) -> Mapping[str, Tensor]:
@@ -62,8 +65,8 @@ class Walk:
         return self.judge(self.place)
 
 
-def extrapolation(**settings: Any) -> Extrapolation:
-    return Extrapolation(
+def extrapolation(**settings: Any) -> Update:
+    return updates.extrapolation(
         **{"by": "reward", "prompts": 7, "candidates": 5, "ties": False, "matrices": False, **settings}
     )
 
@@ -189,16 +192,16 @@ def test_a_candidate_that_overflows_is_not_taken(by: str):
 
 @pytest.mark.parametrize("stop", range(1, 9))
 def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
-    whole, walk = extrapolation(candidates=1), Walk(judge=lambda place: place)
+    jump, walk, again = extrapolation(candidates=1), Walk(judge=lambda place: place), Walk(judge=lambda place: place)
     for _ in range(9):
-        whole(walk)
-    first, again = extrapolation(candidates=1), Walk(judge=lambda place: place)
+        jump(walk)
     for _ in range(stop):
-        first(again)
-    second = extrapolation(candidates=1)
+        jump(again)
+    first, second = again.memory["extrapolation"], KeptWeights()
     second.load_state_dict(first.state_dict(), {name: value.clone() for name, value in first.tensors().items()})
+    again.memory = {"extrapolation": second}
     for _ in range(stop, 9):
-        second(again)
+        jump(again)
     assert again.asked == walk.asked
     assert again.place == walk.place
 

@@ -12,7 +12,7 @@ from opd.evaluation.evaluate import HeldOut, measure, student_samplers
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
 from opd.pieces.contexts import same_prompt
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import columns_of
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
 from opd.rewards.base import GroupReward, unread_answers, unread_line
@@ -46,7 +46,7 @@ def evaluate_model(
             "them with each other. Measure with a reward that checks a response by itself."
         )
     data_section = parse_section(DataSection, data, "data")
-    prompts = load_prompts(data_section, require=[] if judged_by is None else sorted(needs_of(judged_by)))
+    prompts = load_prompts(data_section, require=[] if judged_by is None else sorted(columns_of(judged_by)))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled

@@ -19,6 +19,7 @@ from opd.maths.overlap import overlap_of_support
 from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
 from opd.method import Method
 from opd.models.language_model import LanguageModel
+from opd.pieces.needs import Reads, Trait
 from opd.pieces.packed import valid
 from opd.recipe.schema import StageSpec
 from opd.teachers.routed import routed
@@ -42,7 +43,7 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
     metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
     metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
     metrics.sum("train/tokens", float(batch.mask.sum()))
-    if "filtered" in method.needs():
+    if Trait.FILTERS in method.needs:
         kept = batch.mask.any(1)
         metrics.mean("rollout/kept_share", float(kept.sum()), sum(rollout.sample == 0 for rollout in batch.rollouts))
     rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
@@ -64,7 +65,7 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
         if all(_drawn_at(r) == method.temperature for r in written):
             _entropies(metrics, batch)
             full = method.support.kind == "full"
-            if method.reads("teacher_logp") if full else method.support.kind != "none":
+            if method.reads(Reads.TEACHER_LOGP) if full else method.support.kind != "none":
                 _log_ratios(metrics, batch, buckets, full=full)
     metrics.merge(by_task(batch, method))
     return metrics

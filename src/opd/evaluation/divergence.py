@@ -14,7 +14,7 @@ from opd.method import Method
 from opd.models.head import paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.parallel import ALONE, World
-from opd.pieces.normalise import per_token
+from opd.pieces.normalise import per
 from opd.pieces.signals import divergence
 from opd.pieces.supports import full
 from opd.types import Context, Rollout, Teacher
@@ -53,7 +53,7 @@ def _divergence_sums(
     names: Sequence[str],
 ) -> tuple[dict[str, float], float]:
     """(sums over tokens by name, number of tokens)."""
-    method = Method(support=full(), signal=divergence(reverse_kl), normalise=per_token())
+    method = Method(support=full(), signal=divergence(reverse_kl), normalise=per("token"))
     phase_a = scored(method, teacher, rollouts, context(rollouts), method.request(), device=student.device)
     student_head, teacher_head = student.head(), teacher.head()
     totals = dict.fromkeys(names, 0.0)

@@ -7,7 +7,7 @@ changes nothing, because weights and denominator are fixed before.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ from opd.method import Method
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel, Root
 from opd.parallel import ALONE, World
-from opd.types import Batch, Denominator, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.pieces.memory import observed
+from opd.types import Batch, Denominator, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
 
 def written(
@@ -35,7 +36,7 @@ def written(
     """
     rollouts = method.source(prompts, writers, seed, method.record())
     check_responses(rollouts)
-    return writers.complete(method.keep(reward(rollouts)), method.record())
+    return writers.complete(method.filter(reward(rollouts)), method.record())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,16 +58,19 @@ def scored(
     request: ScoreRequest,
     *,
     device: torch.device,
+    memory: Mapping[str, Memory] | None = None,
     world: World = ALONE,
 ) -> PhaseA:
     """The teacher's scores, the batch with credit and weight, and the denominator: the end of phase A.
 
-    `device` is the student's. Every process of `world` calls it with its own rollouts. Raises TrainingError on every
-    process if no token of the step is trained and the method does not filter; DataError and TeacherError as `collate`.
+    `device` is the student's; `memory` is that of the run, a new one by default. Every process of `world` calls it with
+    its own rollouts. Raises TrainingError on every process if no token of the step is trained and the method does not
+    filter; DataError and TeacherError as `collate`.
     """
-    batch = collate(rollouts, teacher.score(rollouts, contexts, request), device)
+    memory = method.make_memory() if memory is None else memory
+    batch = replace(collate(rollouts, teacher.score(rollouts, contexts, request), device), memory=memory)
     trains = has_trained(batch, method, world)
-    learned = method.observe(batch, world.gather)  # before credit and weight, which read what the method remembers
+    learned = observed(batch, world.gather)  # before credit and weight, which read what the method remembers
     batch = attach(batch, method)
     denominator = method.normalise(batch)
     count = world.sum(denominator.count)
@@ -95,10 +99,10 @@ def gradient(
     try:
         micros = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
         for micro in even(micros, world):
-            part, observed = root(loss_part, method, student, teacher, micro, phase_a.count, heads)
+            part, more = root(loss_part, method, student, teacher, micro, phase_a.count, heads)
             part.backward()
             loss += part.item()
-            metrics.merge(observed)
+            metrics.merge(more)
     finally:
         student.model.eval()
     return loss, metrics

@@ -15,7 +15,7 @@ from opd.errors import ConfigError, TeacherError, TrainingError
 from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import columns_of
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.build import judge_of
 from opd.samplers.asked.cache import Asking, Kept
@@ -175,7 +175,7 @@ def unread_answers(prompts: Sequence[Prompt], method: Method | None, *rewards: A
     """
     given = [reward for reward in rewards if reward is not None]
     own = any(":" in getattr(reward, "name", ":") for reward in given)
-    if own or "answer" in needs_of(*given) | (frozenset() if method is None else method.needs()):
+    if own or "answer" in columns_of(*given) | (frozenset() if method is None else method.needs.columns):
         return 0
     return sum(prompt.answer is not None for prompt in prompts)
 

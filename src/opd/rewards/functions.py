@@ -31,7 +31,7 @@ def exact(ignore_case: bool = False) -> RewardFn:
         one, other = response.strip(), str(_answer(prompt)).strip()
         return float(one.casefold() == other.casefold() if ignore_case else one == other)
 
-    return needing(reward, "answer")
+    return needing(reward, columns=["answer"])
 
 
 def regex(pattern: str, group: int | str | None = None) -> RewardFn:
@@ -52,7 +52,7 @@ def regex(pattern: str, group: int | str | None = None) -> RewardFn:
             return float(match is not None)
         return float((match[group] or "").strip() == str(_answer(prompt)).strip())
 
-    return reward if group is None else needing(reward, "answer")
+    return reward if group is None else needing(reward, columns=["answer"])
 
 
 def final_number() -> RewardFn:
@@ -67,7 +67,7 @@ def final_number() -> RewardFn:
             raise DataError(f"The answer {prompt.answer!r:.80} of prompt {prompt.id} holds no number.")
         return float(_last_number(response) == wanted)
 
-    return needing(reward, "answer")
+    return needing(reward, columns=["answer"])
 
 
 def max_words(n: int) -> RewardFn:
@@ -99,7 +99,7 @@ def math_verify(timeout_s: int = 5) -> RewardFn:
             )
         return float(verifier.verify(gold, verifier.parse(response, parsing_timeout=alarm), timeout_seconds=alarm))
 
-    return needing(reward, "answer")
+    return needing(reward, columns=["answer"])
 
 
 def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> RewardFn:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from opd.errors import ConfigError, nearest
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import Asks
 from opd.rewards.base import AnyReward, GroupReward, Reward, RewardFn
@@ -17,14 +17,14 @@ from opd.rewards.rubric import rubric
 def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
     """A reward of `REWARDS`, or a user's `package.module:function`, which is called (prompt, response, **options).
 
-    The parameters of a built-in reward's function are its options. `opd.pieces.needs.needs_of(reward)` says which data
-    columns it reads. Raises ConfigError for an unknown name or option, or when a package is not installed.
+    The parameters of a built-in reward's function are its options. `opd.pieces.needs.columns_of(reward)` says which
+    data columns it reads. Raises ConfigError for an unknown name or option, or when a package is not installed.
     """
     if ":" in name:
         function = import_function(name)
         check_options(f"The reward {name!r}", function, options, given=2)
         return Reward(
-            name=name, function=lambda prompt, text: function(prompt, text, **options), needs=needs_of(function)
+            name=name, function=lambda prompt, text: function(prompt, text, **options), needs=columns_of(function)
         )
     if name not in REWARDS:
         raise ConfigError(
@@ -35,7 +35,7 @@ def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
     made = REWARDS[name](**options)
     if isinstance(made, GroupReward):
         return made
-    return Reward(name=name, function=made, needs=needs_of(made))
+    return Reward(name=name, function=made, needs=columns_of(made))
 
 
 def one_by_one(name: str) -> RewardFn:

@@ -16,6 +16,7 @@ from opd.models.loading import load_model
 from opd.models.vocabularies import check_same_tokens
 from opd.parallel import World
 from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import Input
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward
@@ -33,7 +34,7 @@ from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import LocalTeacher, with_record
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
 
 def teacher_of(
@@ -82,6 +83,7 @@ def writers_of(
     teacher: Teacher,
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, Sampler],
+    memory: Mapping[str, Memory],
 ) -> Writers:
     """What can write a response in this stage, complete its record, and score it meanwhile; a method's source picks."""
     teachers: dict[str | None, Writer] = {}
@@ -111,6 +113,7 @@ def writers_of(
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
         scorer=None if method.teacher.kind == "none" else scoring_along(teacher, method.context, method.request()),
+        memory=memory,
     )
 
 
@@ -210,7 +213,8 @@ def build(
 ) -> Stage:
     """Load the models as they stand and put the stage together."""
     student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
-    method = prepared.method.bound(student.tokenizer)
+    method = prepared.method.with_tokenizer(student.tokenizer)
+    memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=prepared.chat)
@@ -219,7 +223,7 @@ def build(
     samplers = samplers_of(spec, student)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    writers = writers_of(spec, method, student, teacher, externals, samplers)
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory)
     rewards = rewards_of(recipe, prepared, judges, folder.path, world)
     moved = StageOptimisation(
         optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
@@ -230,6 +234,7 @@ def build(
         prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
         rewards=rewards,
         context=method.context,
+        memory=memory,
         world=world,
         seed=recipe.seed,
         micro_batch_tokens=spec.micro_batch_tokens,
@@ -239,6 +244,7 @@ def build(
         seed=recipe.seed,
         world=world,
         method=method,
+        memory=memory,
         student=student,
         root=root,
         teacher=teacher,
@@ -330,6 +336,6 @@ def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int
     """Bytes that a stage writes at its peak: checkpoints (weights, two moments, a copy of the weights where the method
     keeps one; one checkpoint more than are kept), the model."""
     trained = checkpoint.size_of(student.trainable())
-    return (3 + ("weight_copy" in method.needs())) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
+    return (3 + (Input.WEIGHT_COPY in method.needs)) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
         dict(student.model.named_parameters())
     )

@@ -6,15 +6,15 @@ from opd.data.order import PromptOrder
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import check_baseline, check_comparison, check_pieces
-from opd.pieces.needs import needs_of, numbers_of
+from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
 
 REMEDIES = {
-    "reward": "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
-    "group": "several responses to a prompt: set sampling.n to 2 or more",
-    "judge": "a reward that asks a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
+    Input.REWARD: "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
+    Input.GROUP: "several responses to a prompt: set sampling.n to 2 or more",
+    Input.JUDGE: "a reward that asks a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
     "http://localhost:8000/v1, model: NAME}}}}",
-    "teacher_model": "a teacher model: set the {owner}'s `teacher` to one of the models",
+    Input.TEACHER_MODEL: "a teacher model: set the {owner}'s `teacher` to one of the models",
 }
 
 
@@ -23,50 +23,53 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
 
     `asks` says that the reward asks somebody (`group_rewards`).
     """
-    needs = method.needs()
+    needs = method.needs
     part, where = spec.parts[task], spec.where(task)
     given = {
-        "reward": has_reward,
-        "group": part.sampling.n >= 2,
-        "judge": asks,
-        "teacher_model": part.teacher is not None and part.teacher != spec.train,
+        Input.REWARD: has_reward,
+        Input.GROUP: part.sampling.n >= 2,
+        Input.JUDGE: asks,
+        Input.TEACHER_MODEL: part.teacher is not None and part.teacher != spec.train,
     }
     owner = "stage" if task is None else "task"
-    without = {need for need in needs if not given.get(need, True)}
-    without -= {"reward"} if "judge" in without else set()  # the judge's is one, and another would be refused next
+    without = {need for need in needs.inputs if not given.get(need, True)}
+    if Input.JUDGE in without:  # the judge's reward is one, and another would be refused next
+        without -= {Input.REWARD}
+
     missing = [REMEDIES[need].format(owner=owner) for need in sorted(without)]
-    if "attempt" in needs and part.evaluate is not None and part.evaluate.teacher:
+    if Trait.READS_ATTEMPT in needs and part.evaluate is not None and part.evaluate.teacher:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
             "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
         )
-    if "policy_temperature" in needs and "off_policy" not in needs and method.temperature != part.sampling.temperature:
+    on_policy = Trait.OFF_POLICY not in needs
+    if Trait.POLICY_GRADIENT in needs and on_policy and method.temperature != part.sampling.temperature:
         raise ConfigError(
             f"{where}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
     check_pieces(method, f"{where}: method {spec.method!r}")
-    if asks and "reward" in needs_of(method.update):
+    if asks and Input.REWARD in needs_of(method.update):
         raise ConfigError(
             f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
             "anew from the responses that it grades. Use a reward that checks responses one by one."
         )
-    longest = numbers_of(method.source).get("response_tokens", 0)
+    longest = needs_of(method.source).response_tokens
     if longest > part.sampling.max_completion_length:
         raise ConfigError(
             f"{where}: method {spec.method!r} has a budget of up to {longest} tokens a response, and "
             f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
             "the largest budget among the method's options."
         )
-    first_look = numbers_of(method.source).get("first_look", 0)
+    first_look = needs_of(method.source).first_look
     if first_look >= part.sampling.max_completion_length:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the teacher looks at a response every {first_look} tokens, and "
             f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end sooner. "
             "Lower `every` among the method's options, or let responses be longer."
         )
-    if "unbiased_baseline" in needs:
+    if Trait.UNBIASED_BASELINE in needs:
         check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:
         raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
@@ -105,7 +108,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
                 f"models.{name}.device is {device!r}, and {size} processes were started: each has a GPU of its own. "
                 f"Leave models.{name}.device out."
             )
-    if "group" not in method.needs():
+    if Input.GROUP not in method.needs:
         return
     for step in range(spec.steps):
         if order.different_at_least(step) >= size:

@@ -12,7 +12,7 @@ from opd.models.language_model import LanguageModel, check_positions
 from opd.models.preview import known_positions
 from opd.models.render import render
 from opd.pieces.contexts import same_prompt
-from opd.pieces.needs import needs_of, numbers_of
+from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
 from opd.types import Prompt
 
@@ -88,14 +88,14 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
     """
     method, left = prepared.method, iter(lengths)
     of_training = {name: list(islice(left, len(task.prompts))) for name, task in prepared.tasks.items()}
-    needs, numbers = needs_of(method.source), numbers_of(method.source)
-    student_writes = "off_policy" not in needs or numbers.get("student_writes", 0) > 0
+    needs = needs_of(method.source)
+    student_writes = Trait.OFF_POLICY not in needs or needs.student_writes
     same = method.context is same_prompt() and method.teacher.tokenizer == "students"
     for name, part in spec.parts.items():
         prompts, where = prepared.tasks[name].prompts, spec.where(name)
         scorer = _scorer(spec, part, method.teacher.kind)
         if student_writes:
-            tokens = min(part.sampling.max_completion_length, numbers.get("response_tokens", math.inf))
+            tokens = min(part.sampling.max_completion_length, needs.response_tokens or math.inf)
             about: dict[str, Any] = {
                 "where": where,
                 "key": "sampling.max_completion_length",
@@ -106,7 +106,7 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
             yield Reading(model=spec.train, writes=True, **about)
             if same and scorer is not None:
                 yield Reading(model=scorer, writes=False, **about)
-        if "teacher_model" in needs and part.teacher is not None and method.teacher.tokenizer == "students":
+        if Input.TEACHER_MODEL in needs and part.teacher is not None and method.teacher.tokenizer == "students":
             section = part.teacher_sampling or part.sampling
             yield Reading(
                 model=part.teacher,

@@ -15,7 +15,7 @@ from opd.evaluation.evaluate import HeldOut
 from opd.messages import is_chat
 from opd.method import Method
 from opd.models.language_model import LanguageModel
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Needs, columns_of, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward, RewardFn, unread_answers, unread_line
 from opd.rewards.registry import load_reward
@@ -87,7 +87,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             asks=given.reward is None and part.reward is not None and bool(part.reward.asks),
         )
         reward = given.reward or reward_of(part.reward)
-        columns = PROMPT_COLUMNS & method.needs()
+        columns = PROMPT_COLUMNS & method.needs.columns
         prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
@@ -135,13 +135,13 @@ def held_out_of(
                 "that checks a response by itself, or leave evaluate.reward out."
             )
         judged_by = None
-    if evaluate.kl and judged_by is None and "reward" in needs_of(method.context):
+    if evaluate.kl and judged_by is None and Input.REWARD in needs_of(method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and no "
             "reward looks at the held-out ones: that of the stage asks a judge. Set evaluate.reward to one that checks "
             "a response by itself, or evaluate.kl to false."
         )
-    read_by_teacher = needs_of(method.context) if evaluate.teacher or evaluate.kl else frozenset[str]()
+    read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
     prompts, selected = read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
         prompts=prompts,
@@ -193,7 +193,7 @@ def read(
 
 
 def needs_of_reward(reward: AnyReward | None) -> frozenset[str]:
-    return frozenset() if reward is None else needs_of(reward)
+    return frozenset() if reward is None else columns_of(reward)
 
 
 def sampling_of(section: SamplingSection) -> Sampling:

@@ -47,7 +47,7 @@ def check_tokenizers(
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
-        method.bound(tokenizers[spec.train])
+        method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
     taught_by = {task: part.teacher for task, part in spec.parts.items()}
     for name in spec.teachers:

@@ -16,11 +16,11 @@ from opd.errors import NotFiniteError
 from opd.evaluation.divergence import exact_divergence
 from opd.models.language_model import LanguageModel
 from opd.parallel import World, full
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import AnyReward, rewarded_by_task
 from opd.teachers.routed import routed
-from opd.types import Context, Prompt, ReservedStep, Rollout, Sampler, Teacher
+from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, Teacher
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,6 +35,7 @@ class StageOptimisation:
     prompts: Sequence[Prompt]  # of training, all
     rewards: Mapping[str | None, AnyReward | None]  # by task
     context: Context
+    memory: Mapping[str, Memory]
     world: World
     seed: int
     micro_batch_tokens: int
@@ -82,7 +83,7 @@ class StageOptimisation:
             if by == "reward":
                 rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
-            if "reward" in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+            if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
                 written = rewarded_by_task(self.rewards, written, self.world)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0

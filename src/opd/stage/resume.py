@@ -13,7 +13,7 @@ from opd.parallel import World
 from opd.stage import checkpoint
 from opd.stage.checkpoint import Checkpoint
 from opd.stage.optimisation import StageOptimisation
-from opd.types import State, Teacher
+from opd.types import Memory, Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,13 +23,13 @@ class Trained:
     student: LanguageModel
     teacher: Teacher
     optimisation: StageOptimisation
-    memory: Mapping[str, State]  # what the method remembers, by name
+    memory: Mapping[str, Memory]  # what the method remembers, by name
 
     def save(self, folder: Path, step: int, *, seconds: float, finished: bool, keep: int, world: World) -> None:
         """A checkpoint after `step` updates, with the `seconds` of training so far; the newest `keep` ones stay."""
         tensors = {"student": {name: p.detach() for name, p in self.student.trainable().items()}}
         tensors |= self.optimisation.optimiser.tensors()
-        tensors |= {f"method.{name}": dict(state.tensors()) for name, state in self.memory.items()}
+        tensors |= {f"method.{name}": dict(one.tensors()) for name, one in self.memory.items()}
         if state := self.teacher.state_dict():
             tensors["teacher"] = state
         checkpoint.save(
@@ -40,7 +40,7 @@ class Trained:
                 "seconds": seconds,
                 "finished": finished,
                 "updates": self.optimisation.updates,
-                "method": {name: one.state_dict() for name, one in self.memory.items()},
+                "method": {name: state for name, one in self.memory.items() if (state := one.state_dict())},
             },
             keep=keep,
             world=world,
@@ -62,6 +62,6 @@ class Trained:
                 parameter.copy_(saved.tensors["student"][name])
         self.teacher.load_state_dict(saved.tensors.get("teacher", {}))
         self.optimisation.optimiser.restore(saved.tensors, saved.state["updates"])
-        for name, state in self.memory.items():
-            state.load_state_dict(saved.state["method"][name], saved.tensors.get(f"method.{name}", {}))
+        for name, one in self.memory.items():
+            one.load_state_dict(saved.state["method"].get(name, {}), saved.tensors.get(f"method.{name}", {}))
         return saved

@@ -15,6 +15,7 @@ from opd.maths.metrics import Metrics, merged
 from opd.method import Method
 from opd.models.language_model import LanguageModel, Root
 from opd.parallel import World
+from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import AnyReward, judge_requests, rewarded_by_task
 from opd.stage import checkpoint
@@ -27,7 +28,7 @@ from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
 from opd.stage.stopwatch import Stopwatch
 from opd.stage.trackers import ReportWriter
-from opd.types import Batch, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.types import Batch, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class Stage:
     # what
     spec: StageSpec
     method: Method
+    memory: Mapping[str, Memory]  # of the method in this run, by name
     order: PromptOrder  # of the prompts
     seed: int
     # how
@@ -144,7 +146,7 @@ class Stage:
         self.writers.student.sync(step + 1)
         metrics.value("train/loss", loss)
         metrics.value("optim/grad_norm", grad_norm)
-        if "filtered" in self.method.needs():
+        if Trait.FILTERS in self.method.needs:
             metrics.value("train/update_skipped", float(not phase_a.trains))
         for name, value in {**phase_a.learned, **rates}.items():
             metrics.value(name, value)
@@ -164,9 +166,7 @@ class Stage:
 
     @property
     def _trained(self) -> Trained:
-        return Trained(
-            student=self.student, teacher=self.teacher, optimisation=self.optimisation, memory=self.method.state
-        )
+        return Trained(student=self.student, teacher=self.teacher, optimisation=self.optimisation, memory=self.memory)
 
     def _resume(self) -> int:
         """The first step to make, with the last checkpoint restored; 0 without one."""
@@ -214,7 +214,7 @@ class Stage:
 
         To a method that compares the responses to a prompt, a prompt that a step takes twice is one group.
         """
-        groups = "group" in self.method.needs()
+        groups = Input.GROUP in self.method.needs
         return self.world.positions([prompt.id if groups else i for i, prompt in enumerate(self.order.take(step))])
 
     def _check_finite(self, step: int, batch: Batch, loss: float, grad_norm: float) -> None:

@@ -22,7 +22,8 @@ from opd.loss.token_loss import hidden_of
 from opd.maths.divergences import Divergence, reverse_kl
 from opd.method import Method
 from opd.models.language_model import evaluating
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Trait, needs_of
+from opd.pieces.signals import divergence_of
 from opd.types import Rollout, Signal, Tokens
 
 POSITIONS = 64
@@ -64,10 +65,10 @@ def truncation(pair: Pair) -> Finding:
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
     rollouts, micros = phase_a(pair)
-    unasked = pair.asks_a_judge and "reward" in needs_of(method.credit)
+    unasked = pair.asks_a_judge and Input.REWARD in needs_of(method.credit)
     if in_expectation(method) and (unasked or any(bool((micro.advantage != 0).any()) for micro in micros)):
         return skipped(name, "The signal of a token depends on the whole response (a credit), not on the token alone.")
-    exact = getattr(method.signal, "divergence", None) or reverse_kl
+    exact = divergence_of(method.signal) or reverse_kl
     pairs: list[tuple[Tensor, Tensor]] = []
     for at in positions(pair, rollouts, micros):
         gradient = expected_gradient if in_expectation(method) else support_gradient
@@ -77,7 +78,7 @@ def truncation(pair: Pair) -> Finding:
 
 def in_expectation(method: Method) -> bool:
     """Whether the signal is of the sampled token: then a support, if there is one, is what its baseline reads."""
-    return method.support.kind == "sampled" or "unbiased_baseline" in needs_of(method.signal)
+    return method.support.kind == "sampled" or Trait.UNBIASED_BASELINE in needs_of(method.signal)
 
 
 def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
@@ -119,7 +120,7 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
 def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
     """`Pair.scored`, scored as the loop does, in micro-batches."""
     method, spec = pair.method, pair.spec
-    rollouts = pair.writers().complete(method.keep(pair.scored), method.record())
+    rollouts = pair.writers().complete(method.filter(pair.scored), method.record())
     request = method.request(shown=True)
     phase = scored(method, pair.teacher, rollouts, pair.contexts(rollouts), request, device=pair.student.device)
     return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)

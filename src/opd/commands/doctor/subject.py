@@ -14,7 +14,7 @@ from opd.messages import is_chat
 from opd.method import Method
 from opd.methods import build as build_method
 from opd.models.language_model import LanguageModel
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Trait, needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import GroupReward, RewardFn, rewarded
@@ -71,16 +71,16 @@ class Pair:
     @property
     def drives_away(self) -> bool:
         """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
-        return "ascends" in self.method.needs()
+        return Trait.MAXIMISES_DIVERGENCE in self.method.needs
 
     @property
     def scored(self) -> Sequence[Rollout]:
         """What a check of the method's loss looks at: `firsts`, or whole groups where a piece compares responses."""
-        return self.rollouts if "group" in self.method.needs() else self.firsts
+        return self.rollouts if Input.GROUP in self.method.needs else self.firsts
 
     def contexts(self, rollouts: Sequence[Rollout]) -> list[Prompt]:
         """What the teacher reads, one a rollout, its place in its group of responses included."""
-        if "group" not in needs_of(self.method.context):
+        if Input.GROUP not in needs_of(self.method.context):
             return self.method.context(rollouts)
         asked = {(one.prompt.id, one.sample) for one in rollouts}
         peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in asked]
@@ -90,7 +90,8 @@ class Pair:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
         samplers: dict[str | None, Sampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
-        return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers)
+        memory = self.method.make_memory()
+        return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers, memory)
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
@@ -163,7 +164,7 @@ def sampling_for(spec: StageSpec, method: Method) -> Sampling:
     Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
     """
     sampling = sampling_of(spec.sampling)
-    several = max(SAMPLES, sampling.n) if "group" in needs_of(method.context) else SAMPLES
+    several = max(SAMPLES, sampling.n) if Input.GROUP in needs_of(method.context) else SAMPLES
     return replace(sampling, n=several if sampling.temperature > 0 else 1)
 
 
@@ -217,7 +218,7 @@ def pair_up(
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
     reward = None if isinstance(part.reward, GroupReward) else part.reward
-    if isinstance(part.reward, GroupReward) and "reward" in needs_of(prepared.method.context):
+    if isinstance(part.reward, GroupReward) and Input.REWARD in needs_of(prepared.method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
             "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
@@ -226,7 +227,7 @@ def pair_up(
     pair = Pair(
         recipe=recipe,
         spec=spec,
-        method=prepared.method.bound(student.tokenizer),
+        method=prepared.method.with_tokenizer(student.tokenizer),
         reward=reward,
         held_out=part.held_out,
         student=student,
