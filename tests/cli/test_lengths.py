@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_helpers import command, forbid, one_stage, prepare, sums, tiny_model, write_rows
+from support.runs import command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
 from opd.commands.check import check_recipe

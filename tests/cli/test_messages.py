@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_helpers import (
+from support.runs import (
     CHARACTERS,
     ENVIRONMENT,
     Ended,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import (
+from support.runs import (
     Forks,
     Strike,
     assert_same,

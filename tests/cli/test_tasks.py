@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from run_helpers import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
+from support.runs import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
 
 import opd
 from opd.commands.doctor.subject import stage_to_examine

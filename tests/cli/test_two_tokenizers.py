@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import one_stage, prepare, tiny_model
+from support.runs import one_stage, prepare, tiny_model
 
 import opd
 from opd.commands.check import check_recipe

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import oracle
 import pytest
 import torch
-from helpers import (
+from support.models import (
     LETTERS,
     Gradient,
     batch_of,

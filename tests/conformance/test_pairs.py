@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import CHARACTERS, sums, tiny_model
+from support.runs import CHARACTERS, sums, tiny_model
 
 import opd
 from opd import methods

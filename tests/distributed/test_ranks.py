@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
-from run_helpers import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
+from support import ranks
+from support.runs import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
 from torch import Tensor
 
 from opd.stage import checkpoint
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
 STEPS = 20
 CLOSE = 1e-5

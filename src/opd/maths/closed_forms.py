@@ -2,7 +2,7 @@
 
 Each function takes student and teacher log-probs [n, V] and gives the divergence [n], equal to that of
 `opd.maths.divergences`, and its derivative with respect to the student's logits [n, V], equal to what autograd makes of
-it. Autograd makes more passes over [n, V] (tests/unit/test_cost.py counts them). p student, q teacher, l = log p - log
+it. Autograd makes more passes over [n, V] (tests/loss/test_cost.py counts them). p student, q teacher, l = log p - log
 q.
 
 In float32 p does not sum to 1. `log_softmax` on a CPU adds a row's exp up in as many float32 sums as a vector register
