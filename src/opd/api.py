@@ -20,7 +20,7 @@ from opd.rewards.base import RewardFn
 from opd.runs.prepare import Given
 from opd.runs.stages import Run, run_recipe
 from opd.stage.progress import Progress, quiet_libraries
-from opd.types import Prompt
+from opd.types import Prompt, Sampler, Teacher
 
 
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
@@ -44,6 +44,7 @@ def distill(
     method: str | Method | Callable[..., Method] = "reverse_kl",
     steps: int,
     teacher: Any = None,
+    sampler: str | Callable[..., Sampler] | None = None,
     options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     teacher_tokenizer: Any = None,
@@ -57,7 +58,9 @@ def distill(
     """One stage of distillation.
 
     `student` and `teacher` are paths, hub ids, transformers models or peft models; objects need `tokenizer` (the
-    teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `prompts`
+    teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `teacher`
+    may also be an object with the methods of `opd.types.Teacher`, or the name of what makes one, "my_module:MyTeacher",
+    called (student). `sampler`, or its name, is called (student, sampling) and gives a `opd.types.Sampler`. `prompts`
     is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
     such), or `Prompt`s. `method` is a name, a function that returns a Method (with `options`), or a Method; further
     keywords are fields of a recipe's stage:
@@ -67,8 +70,14 @@ def distill(
     if quiet:
         quiet_libraries()
     given: dict[str, LanguageModel] = {}
-    specs = {"student": _model(student, "student", tokenizer, given)}
-    if teacher is not None:
+    specs: dict[str, dict[str, Any]] = {"student": _model(student, "student", tokenizer, given)}
+    scorers: dict[str, Teacher] = {}
+    if isinstance(teacher, str) and ":" in teacher and not teacher.startswith("package:"):
+        specs["teacher"] = {"scorer": teacher}
+    elif hasattr(teacher, "score"):
+        scorers["teacher"] = teacher
+        specs["teacher"] = {"scorer": f"(a {type(teacher).__name__} given in Python)"}
+    elif teacher is not None:
         specs["teacher"] = _model(teacher, "teacher", teacher_tokenizer or tokenizer, given)
     rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
     function = reward if callable(reward) else None
@@ -84,6 +93,8 @@ def distill(
         "steps": steps,
         **stage,
     }
+    if sampler is not None:
+        described["sampler"] = sampler if isinstance(sampler, str) else f"({sampler.__name__} given in Python)"
     recipe = parse_recipe(
         {
             "name": "distill",
@@ -95,7 +106,12 @@ def distill(
         source="distill(...)",
     )
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
-    return _start(recipe, Given(models=given, prompts=rows, reward=function, method=made), quiet)
+    own = None if isinstance(sampler, str) else sampler
+    return _start(
+        recipe,
+        Given(models=given, prompts=rows, reward=function, method=made, teachers=scorers, sampler=own),
+        quiet,
+    )
 
 
 def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:

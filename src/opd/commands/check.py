@@ -17,6 +17,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises the errors that `opd train` would raise before it loads weights.
     """
+    from opd.runs.own import check_own
     from opd.runs.prepare import Given, prepare
 
     check_report_to(recipe.report_to)
@@ -25,6 +26,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     for spec in recipe.stages:
         of_stage = prepared[spec.name] = prepare(spec, Given(), recipe.seed)
         lines += described(spec, of_stage)
+        lines += [f"  {line}" for line in check_own(recipe, spec, of_stage, Given())]
         lines += [f"  {line}" for line in check_tokenizers(recipe, spec, of_stage)]
     check_template_options(recipe, prepared)
     return lines

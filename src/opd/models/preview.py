@@ -1,4 +1,4 @@
-"""TODO: opd/models/preview.py"""
+"""What is known of a recipe's model before its weights are loaded: its tokenizer, its positions."""
 
 from __future__ import annotations
 
@@ -11,9 +11,14 @@ from opd.recipe.schema import ModelSpec
 
 
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
-    """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet."""
+    """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet.
+
+    None, too, for a scorer of the user's.
+    """
     from opd.models.loading import load_tokenizer, new_config, new_tokenizer
 
+    if spec.scorer is not None:
+        return None
     if spec.init is not None:
         tokenizer = new_tokenizer(spec, name)
         new_config(spec, name, tokenizer)

@@ -40,6 +40,8 @@ class ModelSpec(Section):
     path: str | None = None  # folder, hub id, GGUF file, or package:NAME/FILE
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
     from_stage: str | None = None  # the model that this stage leaves
+    scorer: str | None = None  # a teacher of your own, my_module:MyTeacher, called (student, **options)
+    options: dict[str, Any] = {}  # of `scorer`
     tokenizer: str | Characters | None = None  # for `init`
     seed: int | None = None  # of the random weights; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -55,9 +57,11 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
-        given = [name for name in ("path", "init", "from_stage") if getattr(self, name) is not None]
+        given = [name for name in ("path", "init", "from_stage", "scorer") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a model comes from exactly one of path, init, from_stage; got {given or 'none'}")
+            raise ValueError(f"a model comes from exactly one of path, init, from_stage, scorer; got {given or 'none'}")
+        if self.options and self.scorer is None:
+            raise ValueError("`options` are those of `scorer`, and there is none: leave them out")
         return self
 
 
@@ -237,6 +241,8 @@ class StageSpec(Section):
     task_order: Literal["alternate", "mixed"] = "alternate"  # a step takes prompts of one task, or of all
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
+    sampler: str | None = None  # of your own for training, my_module:MySampler, called (student, sampling, **options)
+    sampler_options: dict[str, Any] = {}
     teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
     steps: int = Field(ge=1)
     seconds_of: str | None = None  # stop early, after as many seconds of training as that stage took

@@ -20,6 +20,7 @@ from opd.pieces.needs import Input
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
 from opd.rewards.base import AnyReward, GroupReward
+from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
@@ -43,6 +44,7 @@ def teacher_of(
     rule: TeacherRule,
     student: LanguageModel,
     externals: Mapping[str, LanguageModel],
+    given: Given,
     *,
     chat: bool = False,
 ) -> Teacher:
@@ -52,6 +54,8 @@ def teacher_of(
     """
 
     def one(name: str | None) -> Teacher:
+        if rule.kind == "external" and name is not None and recipe.models[name].scorer is not None:
+            return own_teacher(name, recipe.models[name], student, given)
         return teacher_by_rule(
             rule,
             student,
@@ -66,8 +70,12 @@ def teacher_of(
     return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, Sampler]:
+def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
     """The student's samplers by task, each with the task's own settings."""
+    if spec.sampler is not None:
+        return {
+            name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.parts.items()
+        }
     return {
         name: TransformersSampler(
             lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
@@ -217,10 +225,16 @@ def build(
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
-    teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=prepared.chat)
+    teacher = teacher_of(recipe, spec, method.teacher, student, externals, given, chat=prepared.chat)
+    if why := None if method.teacher.kind == "none" else teacher.refuses(method.request(shown=True)):
+        raise ConfigError(
+            f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
+        )
+    if spec.diagnostics.every and method.teacher.kind != "none":
+        check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
     root = Root(student.model)
     world.shard(root, student.blocks())
-    samplers = samplers_of(spec, student)
+    samplers = samplers_of(spec, student, given)
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory)
@@ -274,7 +288,8 @@ def loaded(
         student = model_for(recipe, spec, spec.train, given, directory)
         check_student(spec, method, student, progress)
         check_space(directory.path, space_needed(spec, method, student))
-        externals = {name: model_for(recipe, spec, name, given, directory) for name in spec.teachers}
+        taught_by = [name for name in spec.teachers if recipe.models[name].scorer is None]
+        externals = {name: model_for(recipe, spec, name, given, directory) for name in taught_by}
         if method.teacher.tokenizer == "students":
             for name, external in externals.items():
                 check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))

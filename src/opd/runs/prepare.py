@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from opd import methods
@@ -20,7 +20,7 @@ from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, Sampl
 from opd.rewards.base import AnyReward, GroupReward, RewardFn, unread_answers, unread_line
 from opd.rewards.registry import load_reward
 from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
-from opd.types import Prompt, Sampling
+from opd.types import Prompt, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
 
@@ -33,6 +33,8 @@ class Given:
     prompts: list[Prompt] | None = None
     reward: RewardFn | None = None
     method: Method | None = None
+    teachers: Mapping[str, Teacher] = field(default_factory=dict[str, Teacher])
+    sampler: Callable[..., Sampler] | None = None  # called (student, sampling, **options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

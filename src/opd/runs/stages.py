@@ -15,6 +15,7 @@ from opd.recipe.schema import Recipe
 from opd.runs.build import build
 from opd.runs.export import finish
 from opd.runs.fit import check_processes
+from opd.runs.own import check_own
 from opd.runs.prepare import Given, prepare
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import RunDir
@@ -48,6 +49,7 @@ def run_recipe(
     with world.main_first():
         prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
         for spec in recipe.stages:  # the rest of what can fail without weights
+            check_own(recipe, spec, prepared[spec.name], given)
             check_tokenizers(recipe, spec, prepared[spec.name], given.models)
             check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
         check_template_options(recipe, prepared)

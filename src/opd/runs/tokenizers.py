@@ -34,6 +34,8 @@ def check_tokenizers(
     for name in (spec.train, *spec.teachers):
         there = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if there is None else there.tokenizer
+        if recipe.models[name].scorer is not None:
+            continue
         if tokenizer is None:
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:

@@ -1,0 +1,75 @@
+"""A user's own teacher (`models.NAME.scorer`) and sampler (`stages.NAME.sampler`), by name or given in Python."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from opd.errors import ConfigError
+from opd.models.language_model import LanguageModel
+from opd.pieces.needs import Input, needs_of
+from opd.plugins import check_options, import_function
+from opd.recipe.schema import ModelSpec, Recipe, StageSpec
+from opd.runs.prepare import Given, Prepared
+from opd.types import Sampler, Sampling, Teacher
+
+
+def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given) -> list[str]:
+    """Import the stage's own teachers and sampler, and check their options, before any weight is loaded.
+
+    A line for each. Raises ConfigError.
+    """
+    lines: list[str] = []
+    if spec.sampler is not None and given.sampler is None:
+        function = import_function(spec.sampler)
+        check_options(f"{spec.where(None)}: sampler {spec.sampler}", function, spec.sampler_options, given=2)
+        lines.append(f"responses are sampled by {spec.sampler}")
+    for name in (spec.train, *spec.teachers):
+        scorer = recipe.models[name].scorer
+        if scorer is None:
+            continue
+        if name == spec.train:
+            raise ConfigError(
+                f"{spec.where(None)}: `train: {name}`, and models.{name}.scorer makes a teacher, which has no weights "
+                "to train. Train a model with a path or an init."
+            )
+        if Input.TEACHER_MODEL in needs_of(prepared.method.source).inputs:
+            raise ConfigError(
+                f"{spec.where(None)}: in method {spec.method!r} the teacher writes responses, and models.{name}.scorer "
+                "makes one that only scores. Use a method whose responses are the student's, or a teacher with a path."
+            )
+        if name not in given.teachers:
+            what = f"models.{name}.scorer {scorer}"
+            check_options(what, import_function(scorer), recipe.models[name].options, given=1)
+        lines.append(f"teacher {name}: scored by {scorer}, which is called when the stage begins")
+    return lines
+
+
+def own_teacher(name: str, section: ModelSpec, student: LanguageModel, given: Given) -> Teacher:
+    """The teacher that the user made, or that `scorer(student, **options)` makes. Raises ConfigError if it is none."""
+    assert section.scorer is not None
+    found = given.teachers.get(name)
+    if found is None:
+        found = import_function(section.scorer)(student, **section.options)
+    return checked(found, Teacher, f"models.{name}.scorer {section.scorer}")
+
+
+def own_sampler(spec: StageSpec, student: LanguageModel, sampling: Sampling, given: Given) -> Sampler:
+    """What `sampler(student, sampling, **sampler_options)` makes. Raises ConfigError if it is no sampler."""
+    assert spec.sampler is not None
+    function = given.sampler or import_function(spec.sampler)
+    return checked(function(student, sampling, **spec.sampler_options), Sampler, f"{spec.where(None)}: {spec.sampler}")
+
+
+def checked(found: Any, protocol: Any, what: str) -> Any:
+    """`found`, if it has everything that `protocol` has. Raises ConfigError."""
+    needed = {name for name in dir(protocol) if not name.startswith("_")} | set(protocol.__annotations__)
+    needed |= {"__call__"} if "__call__" in vars(protocol) else set()
+    if missing := sorted(
+        name for name in needed if name[:2] == "__" and not callable(found) or not hasattr(found, name)
+    ):
+        raise ConfigError(
+            f"{what} gave a {type(found).__name__}, which is no {protocol.__name__}: it lacks {', '.join(missing)}. "
+            f"Derive its class from opd.types.{protocol.__name__}, which has defaults for all but "
+            f"{'`score`' if protocol is Teacher else '`__call__`'}."
+        )
+    return found

@@ -1,0 +1,173 @@
+"""A user's own teacher and sampler: named in a recipe, given in Python, and what an object that is none is told."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from support.models import prompts_of, tiny
+
+import opd
+from opd.errors import ConfigError
+from opd.models.language_model import LanguageModel
+from opd.samplers.hf import TransformersSampler
+from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, ScoreRequest, Scores
+
+MINE = '''
+import torch
+from opd.models.render import render
+from opd.types import Scores, Teacher
+from support.models import tiny
+
+
+class Plain(Teacher):
+    """The sampled tokens' log-probs by a forward of transformers, row by row."""
+
+    name = "mine"
+
+    def __init__(self, student, seed=0):
+        self.model, self.tokenizer = tiny(seed=seed).model, student.tokenizer
+
+    def refuses(self, request):
+        return None if request.support.kind == "sampled" else f"it scores sampled tokens, not {request.support.kind}"
+
+    @torch.no_grad()
+    def score(self, rollouts, contexts, request):
+        return [self.one(r, render(c, self.tokenizer), request.temperature) for r, c in zip(rollouts, contexts)]
+
+    def one(self, rollout, prompt, temperature):
+        row = torch.tensor([[*prompt, *rollout.response_ids.tolist()]])
+        logp = (self.model(input_ids=row).logits[0, len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+        return Scores(teacher_logp=logp.gather(1, rollout.response_ids[:, None])[:, 0])
+
+
+def none(student):
+    return object()
+'''
+
+
+class Counting(Sampler):
+    """The library's sampler, with a list of the versions that it was told."""
+
+    versions: ClassVar[list[int]] = []
+
+    def __init__(self, student: LanguageModel, sampling: Sampling, *, limit: int = 99) -> None:
+        assert sampling.max_completion_length < limit
+        self.inner = TransformersSampler(lm=student, sampling=sampling)
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        stop: EarlyStop | None = None,
+    ) -> list[Rollout]:
+        return self.inner(prompts, seed=seed, record=record, stop=stop)
+
+    def sync(self, version: int) -> None:
+        self.versions.append(version)
+        self.inner.sync(version)
+
+
+class NoSync:
+    """A sampler that lacks `sync` and `temperature`."""
+
+    def __init__(self, student: LanguageModel, sampling: Sampling) -> None:
+        pass
+
+    def __call__(self, prompts: Sequence[Prompt], **options: Any) -> list[Rollout]:
+        return []
+
+
+class Mute:
+    """A teacher that has `score` alone."""
+
+    def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
+        return []
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_teacher.py").write_text(MINE)
+    return tmp_path
+
+
+def distill(**changes: Any) -> opd.Run:
+    student = tiny()
+    arguments: dict[str, Any] = {
+        "student": student.model,
+        "tokenizer": student.tokenizer,
+        "prompts": prompts_of("ab", "cde"),
+        "method": "opd",
+        "steps": 3,
+        "sampling": {"max_completion_length": 6},
+        "quiet": True,
+        "samples_every": 0,
+    }
+    return opd.distill(**{**arguments, **changes})
+
+
+def losses(run: opd.Run) -> list[float]:
+    return [row["train/loss"] for row in run.metrics]
+
+
+def built_in() -> list[float]:
+    teacher = tiny(seed=4)
+    return losses(distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer))
+
+
+def test_own_teacher_gives_the_local_ones_losses_when_named():
+    named = distill(teacher="my_teacher:Plain")
+    assert losses(named) != built_in()
+    recipe = named.recipe.model_dump(mode="json")
+    recipe["models"]["teacher"]["options"] = {"seed": 4}
+    recipe["models"]["student"] = {"path": "start"}
+    tiny().model.save_pretrained("start")
+    tiny().tokenizer.save_pretrained("start")
+    recipe["stages"][0]["data"] = {"path": "rows.jsonl"}
+    Path("rows.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "cde"}\n')
+    again = opd.run({**recipe, "output_dir": "again"}, quiet=True)
+    assert losses(again) == pytest.approx(built_in(), abs=1e-5)
+
+
+def test_own_teacher_may_be_an_object(work: Path):
+    import importlib
+
+    plain = importlib.import_module("my_teacher").Plain(tiny(), seed=4)
+    assert losses(distill(teacher=plain)) == pytest.approx(built_in(), abs=1e-5)
+
+
+def test_own_teacher_is_refused_before_training_when_it_refuses():
+    with pytest.raises(
+        ConfigError, match=r"'mine' cannot score method 'reverse_kl': it scores sampled tokens, not full"
+    ):
+        distill(teacher="my_teacher:Plain", method="reverse_kl")
+
+
+def test_own_teacher_that_is_none_is_told_so():
+    with pytest.raises(
+        ConfigError, match=r"scorer my_teacher:none gave a object, which is no Teacher: it lacks after_step"
+    ):
+        distill(teacher="my_teacher:none")
+    with pytest.raises(ConfigError, match=r"gave a Mute, which is no Teacher: it lacks after_step, .*Derive its class"):
+        distill(teacher=Mute())
+    with pytest.raises(ConfigError, match=r"my_teacher:Nobody: 'Nobody' does not exist"):
+        distill(teacher="my_teacher:Nobody")
+
+
+def test_own_sampler_is_synced_before_and_after_each_step():
+    Counting.versions.clear()
+    teacher = tiny(seed=4)
+    run = distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=Counting)
+    assert losses(run) == built_in()
+    assert Counting.versions == [0, 1, 2, 3]
+
+
+def test_own_sampler_that_is_none_is_told_so():
+    teacher = tiny(seed=4)
+    with pytest.raises(ConfigError, match=r"gave a NoSync, which is no Sampler: it lacks sync, temperature\. Derive"):
+        distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=NoSync)
