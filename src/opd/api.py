@@ -63,22 +63,16 @@ def distill(
     called (student). `sampler`, or its name, is called (student, sampling) and gives a `opd.types.Sampler`. `prompts`
     is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
     such), or `Prompt`s. `method` is a name, a function that returns a Method (with `options`), or a Method; further
-    keywords are fields of a recipe's stage:
-    `sampling={...}`, `optimizer={...}`, `prompts_per_step=16`, `evaluate={...}`. The run is written to `output_dir`
-    (default: a new folder under runs/). Raises the kinds of `opd.errors`.
+    keywords are fields of a recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written
+    to `output_dir` (default: a new folder under runs/). Raises the kinds of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
-    given: dict[str, LanguageModel] = {}
-    specs: dict[str, dict[str, Any]] = {"student": _model(student, "student", tokenizer, given)}
+    models: dict[str, LanguageModel] = {}
     scorers: dict[str, Teacher] = {}
-    if isinstance(teacher, str) and ":" in teacher and not teacher.startswith("package:"):
-        specs["teacher"] = {"scorer": teacher}
-    elif hasattr(teacher, "score"):
-        scorers["teacher"] = teacher
-        specs["teacher"] = {"scorer": f"(a {type(teacher).__name__} given in Python)"}
-    elif teacher is not None:
-        specs["teacher"] = _model(teacher, "teacher", teacher_tokenizer or tokenizer, given)
+    specs = {"student": _model(student, "student", tokenizer, models)}
+    if teacher is not None:
+        specs["teacher"] = _teacher(teacher, teacher_tokenizer or tokenizer, models, scorers)
     rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
     function = reward if callable(reward) else None
     named = reward if function is None else None
@@ -86,6 +80,7 @@ def distill(
         "name": "distill",
         "train": "student",
         "teacher": "teacher" if teacher is not None else None,
+        "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
         "data": {"path": str(prompts) if rows is None else _described(rows), "chat": chat},
@@ -93,25 +88,12 @@ def distill(
         "steps": steps,
         **stage,
     }
-    if sampler is not None:
-        described["sampler"] = sampler if isinstance(sampler, str) else f"({sampler.__name__} given in Python)"
-    recipe = parse_recipe(
-        {
-            "name": "distill",
-            "seed": seed,
-            "output_dir": str(output_dir or _new_folder()),
-            "models": specs,
-            "stages": [described],
-        },
-        source="distill(...)",
-    )
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
+    recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
-    return _start(
-        recipe,
-        Given(models=given, prompts=rows, reward=function, method=made, teachers=scorers, sampler=own),
-        quiet,
-    )
+    given = Given(models=models, prompts=rows, reward=function, method=made, teachers=scorers, sampler=own)
+    return _start(recipe, given, quiet)
 
 
 def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
@@ -122,6 +104,23 @@ def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
                 "its path."
             )
         return run_recipe(recipe, given, Progress(quiet=quiet), world)
+
+
+def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
+    """What stands for a sampler in the recipe."""
+    return sampler if sampler is None or isinstance(sampler, str) else f"({sampler.__name__} given in Python)"
+
+
+def _teacher(
+    teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
+) -> dict[str, Any]:
+    """The model section of a teacher: a path, a model object, a `Teacher`, or the name of what makes one."""
+    if isinstance(teacher, str) and ":" in teacher and not teacher.startswith("package:"):
+        return {"scorer": teacher}
+    if hasattr(teacher, "score"):
+        scorers["teacher"] = teacher
+        return {"scorer": f"(a {type(teacher).__name__} given in Python)"}
+    return _model(teacher, "teacher", tokenizer, given)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

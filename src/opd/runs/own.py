@@ -62,11 +62,10 @@ def own_sampler(spec: StageSpec, student: LanguageModel, sampling: Sampling, giv
 
 def checked(found: Any, protocol: Any, what: str) -> Any:
     """`found`, if it has everything that `protocol` has. Raises ConfigError."""
-    needed = {name for name in dir(protocol) if not name.startswith("_")} | set(protocol.__annotations__)
-    needed |= {"__call__"} if "__call__" in vars(protocol) else set()
-    if missing := sorted(
-        name for name in needed if name[:2] == "__" and not callable(found) or not hasattr(found, name)
-    ):
+    missing = sorted(name for name in dir(protocol) if not name.startswith("_") and not hasattr(found, name))
+    if "__call__" in vars(protocol) and not callable(found):
+        missing.append("__call__")
+    if missing:
         raise ConfigError(
             f"{what} gave a {type(found).__name__}, which is no {protocol.__name__}: it lacks {', '.join(missing)}. "
             f"Derive its class from opd.types.{protocol.__name__}, which has defaults for all but "
