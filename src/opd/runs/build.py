@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -209,50 +210,38 @@ def scorer_of(
     return None
 
 
-def build(
-    recipe: Recipe,
-    spec: StageSpec,
-    prepared: Prepared,
-    given: Given,
-    directory: RunDir,
-    progress: Progress,
-    report: ReportWriter,
-    world: World,
-) -> Stage:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Session:
+    """What all stages of a run share."""
+
+    recipe: Recipe
+    given: Given
+    directory: RunDir
+    progress: Progress
+    trackers: ReportWriter
+    world: World
+
+    def model(self, spec: StageSpec, name: str) -> LanguageModel:
+        """A model as it stands when stage `spec` begins."""
+        return model_for(self.recipe, spec, name, self.given, self.directory)
+
+
+def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     """Load the models as they stand and put the stage together."""
-    student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
+    recipe, given, world = session.recipe, session.given, session.world
+    student, externals, judges = loaded(session, spec, prepared.method)
     method = prepared.method.with_tokenizer(student.tokenizer)
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before the student is sharded: a copy of it is whole, in every process.
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, given, chat=prepared.chat)
-    if why := None if method.teacher.kind == "none" else teacher.refuses(method.request(shown=True)):
-        raise ConfigError(
-            f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
-        )
-    if spec.diagnostics.every and method.teacher.kind != "none":
-        check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
+    check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
-    samplers = samplers_of(spec, student, given)
-    folder = directory.stage(spec.name)
+    folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
-    writers = writers_of(spec, method, student, teacher, externals, samplers, memory)
+    writers = writers_of(spec, method, student, teacher, externals, samplers_of(spec, student, given), memory)
     rewards = rewards_of(recipe, prepared, judges, folder.path, world)
-    moved = StageOptimisation(
-        optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
-        student=student,
-        root=root,
-        teacher=teacher,
-        sampler=writers.student,
-        prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
-        rewards=rewards,
-        context=method.context,
-        memory=memory,
-        world=world,
-        seed=recipe.seed,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
     return Stage(
         spec=spec,
         seed=recipe.seed,
@@ -265,36 +254,55 @@ def build(
         writers=writers,
         order=prepared.order,
         rewards=rewards,
-        optimisation=moved,
+        optimisation=StageOptimisation(
+            optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
+            student=student,
+            root=root,
+            teacher=teacher,
+            sampler=writers.student,
+            prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
+            rewards=rewards,
+            context=method.context,
+            memory=memory,
+            world=world,
+            seed=recipe.seed,
+            micro_batch_tokens=spec.micro_batch_tokens,
+        ),
         exams=exams_in(exams, spec, student, root, folder, world) if exams else None,
         folder=folder,
-        progress=progress,
-        trackers=report,
-        seconds_limit=seconds_limit(spec, directory),
+        progress=session.progress,
+        trackers=session.trackers,
+        seconds_limit=seconds_limit(spec, session.directory),
     )
 
 
 def loaded(
-    recipe: Recipe,
-    spec: StageSpec,
-    method: Method,
-    given: Given,
-    directory: RunDir,
-    progress: Progress,
-    world: World,
+    session: Session, spec: StageSpec, method: Method
 ) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
-    """The student; the teachers, and the models that rewards ask, by name. Raises ConfigError and AlignmentError."""
-    with world.main_first():
-        student = model_for(recipe, spec, spec.train, given, directory)
-        check_student(spec, method, student, progress)
-        check_space(directory.path, space_needed(spec, method, student))
-        taught_by = [name for name in spec.teachers if recipe.models[name].scorer is None]
-        externals = {name: model_for(recipe, spec, name, given, directory) for name in taught_by}
+    """The student; the teachers, and the models that judge, by name. Raises ConfigError and AlignmentError."""
+    with session.world.main_first():
+        student = session.model(spec, spec.train)
+        check_student(spec, method, student, session.progress)
+        check_space(session.directory.path, space_needed(spec, method, student))
+        taught_by = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
+        externals = {name: session.model(spec, name) for name in taught_by}
         if method.teacher.tokenizer == "students":
             for name, external in externals.items():
                 check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
-        judges = {name: externals.get(name) or model_for(recipe, spec, name, given, directory) for name in spec.asked}
+        judges = {name: externals.get(name) or session.model(spec, name) for name in spec.asked}
     return student, externals, judges
+
+
+def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
+    """Refuse a teacher that cannot compute what the stage reads of it. Raises ConfigError."""
+    if method.teacher.kind == "none":
+        return
+    if why := teacher.refuses(method.request(shown=True)):
+        raise ConfigError(
+            f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
+        )
+    if spec.diagnostics.every:
+        check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
 
 
 def exams_in(

@@ -12,7 +12,7 @@ from opd.models.loading import load_model
 from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
-from opd.runs.build import build
+from opd.runs.build import Session, build
 from opd.runs.export import finish
 from opd.runs.fit import check_processes
 from opd.runs.own import check_own
@@ -54,7 +54,7 @@ def run_recipe(
             check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
         check_template_options(recipe, prepared)
         directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
-    report = ReportWriter(
+    trackers = ReportWriter(
         recipe.report_to if world.main else (),
         folder=directory.path,
         name=recipe.name,
@@ -64,6 +64,9 @@ def run_recipe(
     with progress if progress and world.main else Progress(quiet=not world.main) as shown:
         if directory.replaced:
             shown.note(f"{directory.path}: a run of another recipe was here that made no step; this one replaces it")
+        session = Session(
+            recipe=recipe, given=given, directory=directory, progress=shown, trackers=trackers, world=world
+        )
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
             if folder.done() is not None:
@@ -73,15 +76,15 @@ def run_recipe(
             for name, task in prepared[spec.name].tasks.items():
                 for line in task.notes:
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
-            stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report, world)
-            student = stage.student if world.size == 1 else None  # a sharded one is of use to nobody
+            stage = build(session, spec, prepared[spec.name])
+            student = stage.student if world.size == 1 else None  # a sharded one is in pieces
             outcome = train(stage)
             check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory)
             world.wait()
             if outcome.asked_to_stop and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
-    report.close()
+    trackers.close()
     last = recipe.stages[-1]
     if student is None:
         student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)
