@@ -15,7 +15,7 @@ from opd.commands.doctor.examine import examine
 from opd.errors import AlignmentError, ConfigError
 from opd.method import Method
 from opd.methods import METHODS
-from opd.methods.coherence import check_units
+from opd.methods.coherence import Facts, check_coherence
 from opd.models.loading import character_tokenizer
 from opd.pieces.signals import divergence
 from opd.pieces.supports import full, top_k, units
@@ -108,13 +108,14 @@ def test_a_comparison_token_by_token_is_refused_before_any_weight_is_made(
 )
 def test_units_and_a_tokenizer_of_its_own_go_together(make: Callable[[], Method], said: str):
     with pytest.raises(ConfigError, match=said):
-        check_units(make(), "Stage 'distil': method 'mine:method'")
+        check_coherence(Facts(method=make()), "Stage 'distil': method 'mine:method'")
 
 
 def test_the_other_methods_go_together_with_themselves():
     for name, function in METHODS.items():
-        check_units(function(**({"template": "{prompt}"} if name == "context_distillation" else {})), name)
-    check_units(Method(support=full(), signal=divergence()), "full")
+        method = function(**({"template": "{prompt}"} if name == "context_distillation" else {}))
+        check_coherence(Facts(method=method), name)
+    check_coherence(Facts(method=Method(support=full(), signal=divergence())), "full")
 
 
 def test_the_doctor_says_what_it_cannot_examine(work: Path):

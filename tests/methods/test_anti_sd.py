@@ -21,7 +21,7 @@ from opd import methods
 from opd.errors import ConfigError, DataError
 from opd.maths import divergences
 from opd.method import Method
-from opd.methods.coherence import check_signs
+from opd.methods.coherence import Facts, check_coherence
 from opd.pieces import contexts, credit, signals, solutions, supports
 from opd.pieces.gates import EntropyGate
 from opd.pieces.needs import Input, Reads, needs_of
@@ -363,10 +363,10 @@ KL = signals.divergence("reverse_kl")
 def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any], towards: str, away: str):
     with pytest.raises(
         ConfigError,
-        match=rf"^Here draws the student towards its teacher \(its {towards}\) and drives it away from the teacher "
+        match=rf"^Here: a piece draws the student towards its teacher \(its {towards}\) and one drives it away "
         rf"\(its {away}\).*Leave one of the two out, or .* allow_sign_conflict",
     ):
-        check_signs(Method(support=supports.top_k(3), **pieces), "Here")
+        check_coherence(Facts(method=Method(support=supports.top_k(3), **pieces)), "Here")
 
 
 @pytest.mark.parametrize(
@@ -379,7 +379,7 @@ def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any],
     ],
 )
 def test_what_pulls_one_way_or_is_meant_is_not(pieces: dict[str, Any]):
-    check_signs(Method(support=supports.top_k(3), **pieces), "Here")
+    check_coherence(Facts(method=Method(support=supports.top_k(3), **pieces)), "Here")
 
 
 def test_no_method_of_the_library_is_in_conflict_with_itself():
@@ -389,7 +389,7 @@ def test_no_method_of_the_library_is_in_conflict_with_itself():
             "local_support_matching": {"k": 3},
             "context_distillation": {"system": "s"},
         }
-        check_signs(function(**needed.get(name, {})), name)
+        check_coherence(Facts(method=function(**needed.get(name, {}))), name)
 
 
 def both_ways(allow: bool = False) -> Method:
@@ -466,7 +466,7 @@ def test_a_recipe_in_conflict_with_itself_is_refused_before_anything_is_loaded(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "both_ways": both_ways})
-    with pytest.raises(ConfigError, match=r"method 'both_ways' draws the student towards its teacher \(its signal\)"):
+    with pytest.raises(ConfigError, match=r"'both_ways': a piece draws the student towards its teacher \(its signal\)"):
         opd.run(stage(method="both_ways", options={}), quiet=True)
     assert not Path("run").exists()
     allowed = opd.run(stage(method="both_ways", options={"allow": True}, steps=2), quiet=True)

@@ -20,7 +20,7 @@ from opd.commands.check import check_recipe
 from opd.errors import ConfigError
 from opd.loss.collate import collate
 from opd.method import Method
-from opd.methods.coherence import check_pieces
+from opd.methods.coherence import Facts, check_coherence
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer, load_model
 from opd.pieces import contexts, drift, signals, sources, supports, weights
@@ -275,7 +275,7 @@ def centred(metric: Any) -> Method:
 
 
 def test_a_weight_that_looks_at_the_sampled_token_is_refused_beside_a_baseline():
-    with pytest.raises(ConfigError, match="its weight looks at the sampled token"):
+    with pytest.raises(ConfigError, match="the weight looks at the sampled token"):
         opd.distill(
             student="nowhere", teacher="nowhere", prompts=["1"], method=centred("teacher_top_p_accept"), steps=1
         )
@@ -579,7 +579,7 @@ def test_a_k_beyond_the_vocabulary_is_refused():
 
 def test_drift_without_a_teacher_is_refused():
     grpo = methods.build("grpo", {})
-    with pytest.raises(ConfigError, match="asks how far the student is from its teacher, and has none"):
+    with pytest.raises(ConfigError, match="a piece reads what the teacher says, and there is no teacher"):
         opd.distill(
             student="nowhere",
             prompts=["1"],
@@ -614,5 +614,5 @@ def test_how_far_a_teacher_is_trusted_does_not_weigh_a_reward():
     with pytest.raises(ConfigError, match=r"do not go together: the weight says how far to trust the teacher, and"):
         methods.build("vopd+prune_opd", options)
     weighed = replace(methods.build("grpo", {}), weight=drift.trusted(Drift(k=4)))
-    with pytest.raises(ConfigError, match=r"has a weight that says how far to trust the teacher, and a reward in its"):
-        check_pieces(replace(weighed, teacher=external()), "here")
+    with pytest.raises(ConfigError, match=r"how far to trust .*, and would weigh a reward with it\. .* Leave one"):
+        check_coherence(Facts(method=replace(weighed, teacher=external())), "here")

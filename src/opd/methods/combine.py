@@ -13,7 +13,7 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.method import Method
-from opd.methods.coherence import incoherence
+from opd.methods.coherence import Facts, broken
 from opd.pieces import filters, signals, weights
 
 PLAIN = Method(signal=signals.sampled_reverse_kl())
@@ -35,7 +35,10 @@ def combined(first: Method, second: Method, names: tuple[str, str] = ("the first
 def apart(first: Method, second: Method) -> str | None:
     """What keeps two methods apart, in words, or None."""
     method, torn = _together(first, second)
-    return f"both decide {', '.join(torn)}" if torn else incoherence(method)
+    if torn:
+        return f"both decide {', '.join(torn)}"
+    rule = broken(Facts(method=method))
+    return None if rule is None else rule.what
 
 
 def _together(first: Method, second: Method) -> tuple[Method, list[str]]:

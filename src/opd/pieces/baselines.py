@@ -47,5 +47,8 @@ def least_variance(tokens: Tokens) -> Tensor:
 
 def against(baseline: Baseline, advantage: Advantage) -> Advantage:
     """`advantage` less the baseline, [N]."""
-    unbiased = Needs(traits=frozenset({Trait.UNBIASED_BASELINE}))
-    return Piece(lambda tokens: advantage(tokens) - baseline(tokens).detach(), needs_of(advantage) | unbiased)
+
+    def less(tokens: Tokens) -> Tensor:
+        return advantage(tokens) - baseline(tokens).detach()
+
+    return Piece(less, needs_of(advantage) | Needs(traits=frozenset({Trait.UNBIASED_BASELINE})))

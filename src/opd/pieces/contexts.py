@@ -51,7 +51,11 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
 @cache
 def same_prompt() -> Context:
     """The teacher reads what the student read."""
-    return needing(lambda rollouts: [rollout.prompt for rollout in rollouts])
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        return [rollout.prompt for rollout in rollouts]
+
+    return needing(context)
 
 
 def privileged(

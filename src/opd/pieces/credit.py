@@ -20,7 +20,11 @@ from opd.types import Batch, Credit
 @cache
 def no_credit() -> Credit:
     """Zero everywhere: the signal does not look at it."""
-    return needing(lambda batch: torch.zeros_like(batch.teacher_logp))
+
+    def credit(batch: Batch) -> Tensor:
+        return torch.zeros_like(batch.teacher_logp)
+
+    return needing(credit)
 
 
 def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit:
@@ -114,7 +118,9 @@ def add(*parts: Credit) -> Credit:
 
 def scale(factor: float | Callable[[Batch], float], credit: Credit) -> Credit:
     """`factor` times a credit; one that is a function of the batch, such as `gates.factor`, is at least 0."""
+
+    def scaled(batch: Batch) -> Tensor:
+        return (factor(batch) if callable(factor) else factor) * credit(batch)
+
     needs = needs_of(credit)
-    if callable(factor):
-        return Piece(lambda batch: factor(batch) * credit(batch), needs)
-    return Piece(lambda batch: factor * credit(batch), needs.turned() if factor < 0 else needs)
+    return Piece(scaled, needs if callable(factor) or factor >= 0 else needs.turned())

@@ -23,7 +23,11 @@ Test: TypeAlias = Callable[[Rollout], bool]
 @cache
 def everything() -> Filter:
     """What was written is trained."""
-    return needing(lambda rollouts: list(rollouts))
+
+    def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return list(rollouts)
+
+    return needing(keep)
 
 
 def first_passing(*tests: Test) -> Filter:
@@ -48,7 +52,11 @@ def first_passing(*tests: Test) -> Filter:
 
 def correct() -> Test:
     """The reward is a pass: at least `PASS` (arXiv 2605.11182 App. A.23)."""
-    return needing(lambda rollout: rollout.reward is not None and rollout.reward >= PASS, Input.REWARD)
+
+    def test(rollout: Rollout) -> bool:
+        return rollout.reward is not None and rollout.reward >= PASS
+
+    return needing(test, Input.REWARD)
 
 
 def clean(must_contain: str | None = None) -> Test:

@@ -90,8 +90,10 @@ class Needs:
 
     def turned(self) -> Needs:
         """Of the piece times a negative number: it pulls the other way."""
-        sides = (Trait.MINIMISES_DIVERGENCE, Trait.MAXIMISES_DIVERGENCE)
-        other = dict(zip(sides, reversed(sides), strict=True))
+        other: dict[Trait, Trait] = {
+            Trait.MINIMISES_DIVERGENCE: Trait.MAXIMISES_DIVERGENCE,
+            Trait.MAXIMISES_DIVERGENCE: Trait.MINIMISES_DIVERGENCE,
+        }
         return replace(self, traits=frozenset(other.get(trait, trait) for trait in self.traits))
 
 
@@ -154,9 +156,8 @@ def needing_tokenizer(name: str, make: Callable[[Any], Callable[P, R]], *needs: 
 
 def with_tokenizer(piece: Callable[P, R], tokenizer: Any) -> Callable[P, R]:
     """The piece with the tokenizer, if it asks for one; else itself. Raises what its `make` raises."""
-    if not isinstance(piece, Piece) or piece.with_tokenizer is None:
-        return piece
-    return piece.with_tokenizer(tokenizer)
+    make: Callable[[Any], Callable[P, R]] | None = getattr(piece, "with_tokenizer", None)
+    return piece if make is None else make(tokenizer)
 
 
 def needs_of(*pieces: Callable[..., Any]) -> Needs:

@@ -71,7 +71,11 @@ def divergence(
 
 def nll() -> Signal:
     """-log p(y_t): supervised fine-tuning on whatever the source wrote."""
-    return needing(lambda tokens: -tokens.student_logp)
+
+    def signal(tokens: Tokens) -> Tensor:
+        return -tokens.student_logp
+
+    return needing(signal)
 
 
 def credit(tokens: Tokens) -> Tensor:

@@ -20,7 +20,11 @@ NO_LAYERS = ("embed", "wte", "wpe", "lm_head")
 @cache
 def optimizer_step() -> Update:
     """Clip, step, schedule."""
-    return needing(lambda optimisation: optimisation.step())
+
+    def update(optimisation: Optimisation) -> dict[str, float]:
+        return optimisation.step()
+
+    return needing(update)
 
 
 class KeptWeights(SavedAttributes):
@@ -43,7 +47,7 @@ class KeptWeights(SavedAttributes):
 
 def kept_weights() -> MakeMemory:
     """A maker of `KeptWeights`."""
-    return needing(lambda: KeptWeights())
+    return needing(KeptWeights)
 
 
 def extrapolation(

@@ -16,7 +16,11 @@ from opd.types import Batch, Weight
 @cache
 def every_token() -> Weight:
     """1 for every trained token."""
-    return needing(lambda batch: torch.ones_like(batch.teacher_logp))
+
+    def weight(batch: Batch) -> Tensor:
+        return torch.ones_like(batch.teacher_logp)
+
+    return needing(weight)
 
 
 def mask_tokens(

@@ -1,11 +1,11 @@
-"""TODO: opd/runs/fit.py"""
+"""Whether a stage, or a task of it, gives what its method asks for; nothing is loaded for that."""
 
 from __future__ import annotations
 
 from opd.data.order import PromptOrder
 from opd.errors import ConfigError
 from opd.method import Method
-from opd.methods.coherence import check_baseline, check_comparison, check_pieces
+from opd.methods.coherence import Facts, check_coherence
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
 
@@ -49,12 +49,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
-    check_pieces(method, f"{where}: method {spec.method!r}")
-    if asks and Input.REWARD in needs_of(method.update):
-        raise ConfigError(
-            f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
-            "anew from the responses that it grades. Use a reward that checks responses one by one."
-        )
+    check_coherence(Facts(method=method, sampling=part.sampling, asks=asks), f"{where}: method {spec.method!r}")
     longest = needs_of(method.source).response_tokens
     if longest > part.sampling.max_completion_length:
         raise ConfigError(
@@ -69,8 +64,6 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end sooner. "
             "Lower `every` among the method's options, or let responses be longer."
         )
-    if Trait.UNBIASED_BASELINE in needs:
-        check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
     if missing:
         raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
     if part.teacher is not None and method.teacher.kind.startswith("self_"):
@@ -89,6 +82,15 @@ def check_diagnostics(spec: StageSpec, method: Method) -> None:
         )
     if spec.diagnostics.every:
         check_comparison(method, f"Stage {spec.name!r}", "diagnostics.every", "Set it to 0")
+
+
+def check_comparison(method: Method, where: str, setting: str, remedy: str) -> None:
+    """Refuse a `setting` that compares both distributions at each token. Raises ConfigError."""
+    if method.teacher.tokenizer == "any":
+        raise ConfigError(
+            f"{where}: {setting} compares student and teacher token by token, and in this method the teacher has a "
+            f"tokenizer of its own. {remedy}; the metric units/signal is the divergence on units."
+        )
 
 
 def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: PromptOrder, size: int) -> None:
