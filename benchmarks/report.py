@@ -24,10 +24,11 @@ from tables import (
     scaling_section,
     step_section,
     table,
+    waiting_section,
 )
 
 PAGE = HERE.parent / "docs" / "performance.md"
-BENCHMARKS = ("step", "loss", "generate", "scaling", "limits", "quickstart")
+BENCHMARKS = ("step", "loss", "generate", "scaling", "limits", "quickstart", "waiting")
 
 
 def load() -> dict[str, Record]:
@@ -194,6 +195,7 @@ def page(results: dict[str, Record]) -> str:
         "scaling": scaling_section,
         "quickstart": quickstart_section,
         "limits": limits_section,
+        "waiting": waiting_section,
     }
     for name, section in sections.items():
         if name in results:

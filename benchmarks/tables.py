@@ -12,6 +12,7 @@ import loss
 import quickstart
 import scaling
 import step
+import waiting
 from common import GIB, Record
 
 QUALITY = ("before", "teacher", "after", "gap")
@@ -184,3 +185,36 @@ def quickstart_section(result: Record) -> list[str]:
         "",
         *table(["", "before", "teacher", "after", "of the gap"], shares),
     ]
+
+
+def waiting_section(result: Record) -> list[str]:
+    body: list[list[str]] = []
+    rows = {waiting.kind(row): row for row in result["rows"]}
+    for model in waiting.ROUNDS:
+        for policy in waiting.POLICIES:
+            cells = [waiting_cell(rows.get((model, condition, policy))) for condition in waiting.CONDITIONS]
+            body.append([model, policy, *cells])
+    said = [f"* {row['model']}, {row['condition']}: {line}" for row in result["rows"] for line in row.get("said", ())]
+    ratios = [
+        [row["model"], row["condition"], row["over"], f"{row['ratio']:.2f}"] for row in waiting.ratios(result["rows"])
+    ]
+    return [
+        *section("How threads wait", waiting),
+        "Seconds of a step by the clock:",
+        "",
+        *table(["", "", *waiting.CONDITIONS], body),
+        "",
+        "What the command line said:",
+        "",
+        *said,
+        "",
+        "`chosen` against `default` on a quiet machine and against `passive` on a busy one:",
+        "",
+        *table(["", "", "against", "of its time"], ratios),
+    ]
+
+
+def waiting_cell(row: Record | None) -> str:
+    if row is None:
+        return "not measured"
+    return f"none in {row['none_in']}" if "none_in" in row else spread_text(row["wall"])

@@ -48,7 +48,7 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
         console = Console()
         progress = Progress(console=console)
-        set_waiting(progress.note, resolved.models.values())  # before torch loads: the two below bring it
+        set_waiting(progress.note)  # before torch loads: the two below bring it
         from opd.commands.report.console import print_report
         from opd.runs.stages import run_recipe
 
@@ -93,7 +93,7 @@ def doctor(
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
-    set_waiting(say, resolved.models.values())
+    set_waiting(say)
     from opd.commands.doctor.examine import examine
     from opd.commands.doctor.findings import as_json, as_text
 
@@ -127,13 +127,12 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
     from opd.commands.waiting import set_waiting
-    from opd.recipe.schema import ModelSpec
 
     def say(text: str) -> None:
         typer.echo(f"eval: {text}", err=True)
 
     quiet_libraries()
-    set_waiting(say, [ModelSpec(path=path) for path in (model, teacher) if path is not None])
+    set_waiting(say)
     from opd.commands.eval import evaluate_model
     from opd.recipe.tree import parse_value
 
@@ -192,7 +191,7 @@ def study(
     if name is not None or every:  # the list loads no model
         from opd.commands.waiting import set_waiting
 
-        set_waiting(lambda text: typer.echo(f"study: {text}", err=True))  # their models are small
+        set_waiting(lambda text: typer.echo(f"study: {text}", err=True))
     try:
         from opd_studies.page.command import command
     except ModuleNotFoundError as error:

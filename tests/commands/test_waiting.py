@@ -1,7 +1,6 @@
 """How threads wait: what is chosen, that the user's word counts, and that it is set before torch loads."""
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -10,37 +9,31 @@ import pytest
 from support.runs import ENVIRONMENT, tiny_model
 
 from opd.commands import waiting
-from opd.commands.waiting import Load, choose, largest, load_between, parameters_of, settled, threads
-from opd.recipe.schema import ModelSpec
+from opd.commands.waiting import Load, choose, load_between, settled, threads
 
 QUIET, BUSY = Load(0.05, 2), Load(1.0, 2)
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nothing is chosen")
 
 
-def test_choose_spins_when_small_and_quiet():
-    choice = choose(5e6, QUIET, threads=2)
+def test_choose_spins_when_quiet():
+    choice = choose(QUIET, threads=2)
     assert not choice.passive
-    assert choice.line == "threads wait spinning: the machine is quiet (0.1 of 2 cores in use) and the models are small"
+    assert choice.line == "threads wait spinning: the machine is quiet (0.1 of 2 cores in use)"
 
 
 def test_choose_sleeps_when_busy():
-    choice = choose(5e6, BUSY, threads=2)
+    choice = choose(BUSY, threads=2)
     assert choice.passive
     assert choice.line == "threads wait asleep: the machine is busy (1.0 of 2 cores in use)"
 
 
-@pytest.mark.parametrize("load", [QUIET, BUSY, None])
-def test_choose_sleeps_when_large(load):
-    assert choose(1.35e8, load, threads=2).passive
-
-
 def test_choose_sleeps_when_load_is_unknown():
-    assert choose(5e6, None, threads=2).passive
+    assert choose(None, threads=2).passive
 
 
 def test_choose_spins_when_others_leave_cores():
-    assert not choose(5e6, Load(1.0, 4), threads=3).passive
-    assert choose(5e6, Load(1.3, 4), threads=3).passive
+    assert not choose(Load(1.0, 4), threads=3).passive
+    assert choose(Load(1.3, 4), threads=3).passive
 
 
 @pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
@@ -88,41 +81,6 @@ def test_load_between_is_none_when_no_time_has_passed():
 def test_measured_load_is_none_when_there_is_no_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(waiting, "STAT", tmp_path / "stat")
     assert waiting.measured_load(0) is None
-
-
-def test_parameters_of_a_folder_follow_its_files(tmp_path):
-    for name, dtype in (("whole", "float32"), ("half", "bfloat16")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps({"dtype": dtype}))
-        (tmp_path / name / "model.safetensors").write_bytes(bytes(800))
-    assert parameters_of(ModelSpec(path=str(tmp_path / "whole"))) == 200
-    assert parameters_of(ModelSpec(path=str(tmp_path / "half"))) == 400
-
-
-def test_parameters_of_a_gguf_file_follow_its_size(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(bytes(500))
-    assert parameters_of(ModelSpec(path=str(tmp_path / "model.gguf"))) == 800
-
-
-def test_parameters_of_a_config_count_embedding_and_layers():
-    spec = ModelSpec(init={"hidden_size": 96, "num_hidden_layers": 4, "vocab_size": 49152}, tokenizer="any/folder")
-    assert parameters_of(spec) == 49152 * 96 + 12 * 4 * 96**2
-    assert parameters_of(ModelSpec(**tiny_model())) < 10_000
-
-
-def test_parameters_of_a_config_are_many_when_left_out():
-    assert parameters_of(ModelSpec(init={"model_type": "llama"}, tokenizer="any/folder")) == math.inf
-
-
-@pytest.mark.parametrize("spec", [{"path": "/no/such/folder"}, {"path": "package:no_such_package/file"}])
-def test_parameters_of_raises_nothing_when_a_path_is_wrong(spec):
-    assert parameters_of(ModelSpec(**spec)) == 0
-
-
-def test_largest_leaves_out_what_a_stage_leaves():
-    assert largest([ModelSpec(from_stage="teacher"), ModelSpec(path="org/a-hub-id")]) == math.inf
-    assert largest([ModelSpec(from_stage="teacher")]) == 0
-    assert largest([]) == 0
 
 
 def started(folder, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
