@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import re
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from opd.recipe.load import load_recipe
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src"
 FILES = sorted(SOURCE.rglob("*.py"))
+BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Each room, in the one order, and the rooms above it that it may import. Every room may import the ground.
 GROUND = ("errors", "types", "messages", "files", "plugins", "parallel")
@@ -163,6 +166,32 @@ def test_no_import_is_part_of_a_circle():
         TopologicalSorter({module: imports_of(module) - {module} for module in MODULES}).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' -> '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("file", [*BENCHMARKS, *EXAMPLES], ids=lambda file: file.name)
+def test_benchmarks_and_examples_import_what_exists(file):
+    """No test runs them, and a name that moved would show on the day of a benchmark."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("opd", "opd_studies"):
+            module = importlib.import_module(str(node.module))
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                assert hasattr(module, alias.name) or importlib.util.find_spec(inside), f"{file.name}: {inside}"
+
+
+def test_classes_of_teachers_and_samplers_are_told_apart_inside_their_rooms():
+    """Elsewhere a teacher is a `Teacher` and a sampler a `Sampler`: a user's own is as good."""
+    classes: set[str] = {"NoTeacher"}
+    for module, file in MODULES.items():
+        if room_of(module) in ("teachers", "samplers"):
+            classes |= {node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)}
+    for module, file in MODULES.items():
+        if room_of(module) in ("teachers", "samplers"):
+            continue
+        for call in ast.walk(ast.parse(file.read_text())):
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "isinstance":
+                named = {node.id for node in ast.walk(call.args[1]) if isinstance(node, ast.Name)}
+                assert not named & classes, f"{module}: isinstance of {named & classes}"
 
 
 def test_the_loop_is_imported_by_run_stages_alone():

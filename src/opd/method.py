@@ -59,7 +59,7 @@ class Method:
 
     @property
     def needs(self) -> Needs:
-        """What the pieces declare, all together; `opd.run.fit.check_needs` says what each means for a recipe."""
+        """What the pieces declare, all together; `opd.runs.fit.check_needs` says what each means for a recipe."""
         declared = needs_of(*(getattr(self, name) for name in PIECES), *self.memory.values())
         return declared | Needs(inputs=frozenset({Input.TEACHER_MODEL} if self.teacher.kind == "external" else ()))
 

@@ -4,7 +4,7 @@
         def weight(batch: Batch) -> Tensor: ...
         return needing(weight, Reads.TEACHER_ENTROPY)
 
-`Method.needs` is the union over its pieces. `opd check` compares it with the recipe (`opd.run.fit`) and with itself
+`Method.needs` is the union over its pieces. `opd check` compares it with the recipe (`opd.runs.fit`) and with itself
 (`opd.methods.coherence`); the numbers of a batch that no piece declares are not made.
 """
 
