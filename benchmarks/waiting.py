@@ -58,10 +58,9 @@ VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THRE
 
 def worker(policy: str, recipe_file: str) -> None:
     """A run that makes one step a request, and answers with its seconds by the clock and of CPU."""
-    from opd.stage.progress import Progress
-
     from opd.commands.waiting import set_waiting
     from opd.recipe.load import load_recipe
+    from opd.stage.progress import Progress
 
     recipe = load_recipe(recipe_file, [f"output_dir={Path(recipe_file).parent / policy}"])
     said: list[str] = []
@@ -70,6 +69,7 @@ def worker(policy: str, recipe_file: str) -> None:
     if policy == "chosen":
         set_waiting(said.append)
     from common import Channel
+
     from opd.runs.stages import run_recipe
 
     channel = Channel()
