@@ -228,10 +228,10 @@ def test_a_folder_that_refuses_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert names(tmp_path) == [".lock"]
 
 
-def test_too_little_space_is_refused_before_anything_is_made(tmp_path: Path):
+def test_check_space_refuses_when_too_little_is_free(tmp_path: Path):
     with pytest.raises(RunError, match=r"run has \d+\.\d\d GiB free, and this run needs about 1048576\.00 GiB for its"):
-        RunDir.open(tmp_path / "run", RECIPE, free_bytes_needed=1 << 50)
-    assert names(tmp_path) == []
+        folder.check_space(tmp_path / "run", 1 << 50)
+    folder.check_space(tmp_path / "run", 1)
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "recipe.yaml", "tensorboard"])

@@ -1,6 +1,6 @@
 """Numbers of a step with the way they are put together, the lines they are kept in, and the one writer to trackers.
 
-A metric is a mean, a sum, a maximum, a minimum or a single value, and says so when it is recorded: micro-batches and
+A metric is a mean, a sum, a maximum or a single value, and says so when it is recorded: micro-batches and
 processes then combine to the same number however the batch was split. What is none of these, such as a percentile, is
 made at the end from rows that all of them hand in. Names are `namespace/name`.
 """
@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias
 
 import numpy as np
 
-Kind: TypeAlias = Literal["mean", "sum", "max", "min", "value"]
+Kind: TypeAlias = Literal["mean", "sum", "max", "value"]
 
 
 Columns: TypeAlias = Mapping[str, np.ndarray]  # of equal length: a row is one token, or one response
@@ -41,10 +41,6 @@ class Metrics:
     def max(self, name: str, value: float) -> None:
         """The largest value; NaN wins, so that it is seen."""
         self._add(name, "max", float(value))
-
-    def min(self, name: str, value: float) -> None:
-        """The smallest value; NaN wins, so that it is seen."""
-        self._add(name, "min", float(value))
 
     def value(self, name: str, value: float) -> None:
         """A scalar of the whole step, known in one place and set once."""
@@ -112,4 +108,4 @@ def _combined(kind: Kind, a: float, b: float) -> float:
         return a + b
     if math.isnan(a) or math.isnan(b):
         return math.nan
-    return max(a, b) if kind == "max" else min(a, b)
+    return max(a, b)

@@ -76,23 +76,11 @@ def pair_of(
     return Pair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
 
 
-def units_of(student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
-    """The smallest pieces that both tokenisations of one text cut out, from the bytes of their tokens, in order.
-
-    A cut is every offset at which both have a token's end (arXiv 2605.07711). A token of no bytes goes with what
-    follows it. Raises AlignmentError when the texts have different lengths.
-    """
-    if sum(student) != sum(teacher):
-        raise AlignmentError(
-            f"The student's tokens have {sum(student)} bytes and the teacher's {sum(teacher)}: they are not two "
-            "tokenisations of the same text. Encode the text of the response with the teacher's tokenizer."
-        )
-    ours, theirs = _offsets(student), _offsets(teacher)
-    return _between(sorted({*ours} & {*theirs}), ours[:-1], theirs[:-1])
-
-
 def reread(ids: Sequence[int], pair: Pair) -> Reading:
     """A response of the student in the teacher's tokens, with the units of both.
+
+    Units are the smallest pieces of the text that both cut out: between offsets, in bytes, at which both have a token's
+    end (arXiv 2605.07711). A token of no bytes goes with what follows it, at the end with what is before.
 
     Bytes that are no UTF-8, and what of a text the teacher's tokenizer changes, are shown to the teacher as it writes
     them, and no unit reaches into them. A special token that only the student has is not shown to it.

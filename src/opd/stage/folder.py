@@ -50,20 +50,19 @@ class RunDir:
     lock: BaseFileLock | None = None
 
     @classmethod
-    def open(cls, path: Path, recipe_yaml: str, *, free_bytes_needed: int = 0) -> RunDir:
+    def open(cls, path: Path, recipe_yaml: str) -> RunDir:
         """Start a run in `path`, or continue the one that is there if its recipe is the same text.
 
         The recipe of a run that made no step is replaced, unless another process is still at work on it.
 
         Raises:
-            RunError: `path` is a file, cannot be written to, holds another run or something that is no run, or has
-                less than `free_bytes_needed` free. Nothing that was there is changed.
+            RunError: `path` is a file, cannot be written to, or holds another run or something that is no run.
+                Nothing that was there is changed.
         """
         try:
             lock = lock_folder(path) if (path / "recipe.yaml").exists() else None
             continues = _holds_this_run(path, recipe_yaml, free=lock is not None)
             replaced = not continues and (path / "recipe.yaml").exists()
-            check_space(path, free_bytes_needed)
             path.mkdir(parents=True, exist_ok=True)
             lock = lock or lock_folder(path)
             _remove_unfinished(path)
