@@ -25,26 +25,13 @@ def train(stage: Stage) -> Outcome:
             time.lap("generate")
             contexts = method.context(rollouts)  # 3 what the teacher reads
             phase_a = scored(  # 4, 5, 6 Batch [B, T], credit and weight, the one denominator
-                method,
-                teacher,
-                rollouts,
-                contexts,
-                stage.request(step),
-                device=student.device,
-                memory=stage.memory,
-                world=world,
+                method, teacher, rollouts, contexts, stage.request(step), student.device, stage.memory, world
             )
             time.lap("score")
             compared = stage.compare(step, rollouts, contexts)
             time.lap("diagnose")
         loss, observed = gradient(  # 7, 8 the formula, by micro-batches
-            method,
-            student,
-            teacher,
-            phase_a,
-            micro_batch_tokens=stage.spec.micro_batch_tokens,
-            root=stage.root,
-            world=world,
+            method, student, teacher, phase_a, stage.spec.micro_batch_tokens, stage.root, world
         )
         metrics = stage.update(step, phase_a, loss, [compared, observed])  # 9, 10 clip, update, sync, EMA
         time.lap("train")

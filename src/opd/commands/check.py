@@ -1,4 +1,4 @@
-"""TODO: opd/commands/check.py"""
+"""`opd check`: everything about a recipe that can be known before weights are loaded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: opd/commands/eval.py"""
+"""`opd eval`: one model on held-out prompts, with the exact divergence from a teacher."""
 
 from __future__ import annotations
 

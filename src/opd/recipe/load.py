@@ -1,4 +1,4 @@
-"""TODO: opd/recipe/load.py"""
+"""From a YAML file, a mapping or a command line to a validated `Recipe`, and back to YAML."""
 
 from __future__ import annotations
 

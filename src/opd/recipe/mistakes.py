@@ -1,4 +1,4 @@
-"""TODO: opd/recipe/mistakes.py"""
+"""Explanations of what a recipe gets wrong: unknown keys with their nearest match, wrong values, names of other trainers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TODO: opd/stage/samples.py"""
+"""Responses with their per-token numbers as rows of a Parquet file."""
 
 from __future__ import annotations
 

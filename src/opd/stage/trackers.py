@@ -1,4 +1,4 @@
-"""TODO: opd/stage/trackers.py"""
+"""Metrics to tensorboard, wandb and trackio."""
 
 from __future__ import annotations
 
