@@ -1,4 +1,4 @@
-"""Explanations of what a recipe gets wrong: unknown keys with their nearest match, wrong values, names of other trainers."""
+"""Explanations of a recipe's mistakes: unknown keys with their nearest match, wrong values, names of other trainers."""
 
 from __future__ import annotations
 
