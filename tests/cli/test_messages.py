@@ -522,7 +522,7 @@ from dataclasses import replace
 
 import torch
 
-from opd import signals, sources, supports
+from opd.pieces import signals, sources, supports
 from opd.method import Method
 
 calls = 0

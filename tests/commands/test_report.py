@@ -79,7 +79,7 @@ def test_without_a_reward_or_a_lead_nothing_is_said(spec: StageSpec, folder: Sta
 
 def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(
-        prepare(tmp_path / "work", one_stage(evaluate=EVALUATE | {"reward": {"name": "test_report:even"}}))
+        prepare(tmp_path / "work", one_stage(evaluate=EVALUATE | {"reward": {"name": "support.named:even"}}))
     )
     ended = command("train", "recipe.yaml")
     assert ended.code == 0, ended.err
@@ -99,10 +99,6 @@ def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch:
             assert mine[0].split(" (no")[0] in ended.out.replace("\n", " ")
 
 
-def even(prompt: object, response: str) -> float:
-    return float(len(response) % 2 == 0)
-
-
 # --- in the metrics, at every evaluation -----------------------------------------------------------------------------
 
 LEAD = ("models.teacher.seed=4", "evaluate.every=1", "optimizer.learning_rate=0.03", "steps=3")
@@ -110,7 +106,7 @@ LEAD = ("models.teacher.seed=4", "evaluate.every=1", "optimizer.learning_rate=0.
 
 def test_every_evaluation_has_the_gap_recovery_of_its_own_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Against plain arithmetic on the rewards of the same rows; in a setting without a lead there is none."""
-    recipe = one_stage(evaluate=EVALUATE | {"reward": {"name": "test_report:even"}})
+    recipe = one_stage(evaluate=EVALUATE | {"reward": {"name": "support.named:even"}})
     monkeypatch.chdir(prepare(tmp_path / "work", recipe))
     ended = command("train", "recipe.yaml", *LEAD)
     assert ended.code == 0, ended.err

@@ -567,7 +567,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     """The step in float64: logits of unpadded rows from the models themselves, then the paper's formula a token."""
     method, student = on.method, on.student
     learner = double(student)
-    judge = None if on.teacher is None else double(on.teacher.lm)
+    judge = None if on.teacher.lm is None else double(on.teacher.lm)
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
     credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int))

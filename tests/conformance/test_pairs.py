@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -39,15 +38,7 @@ def options_of(row: str) -> dict[str, Any]:
     return {**SMALL.get(name, {}), **masks}
 
 
-def judge(question: Any) -> str:
-    """Criteria are letters, and an answer meets those that it has."""
-    if question.about["ask"] == "rubric":
-        return json.dumps({"criteria": [{"criterion": f"has {c}", "points": 2} for c in "1234"]})
-    met = [[int(c[-1] in text) for c in question.about["criteria"]] for text in question.about["answers"]]
-    return json.dumps({"verdicts": met})
-
-
-JUDGED = {"name": "rubric", "judge": {"function": "test_pairs:judge"}}
+JUDGED = {"name": "rubric", "judge": {"function": "support.named:judge"}}
 
 
 def reward_of(needs: Needs) -> Any:

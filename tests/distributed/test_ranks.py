@@ -367,7 +367,7 @@ def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
 def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Forks):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
-    strike = Strike(call="opd.loss.step.attach", nth=5, when="after", signals=("SIGINT",))
+    strike = Strike(call="opd.train.gradient", nth=5, when="after", signals=("SIGINT",))
     stopped = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
     assert stopped.code in (1, 130)
     assert stopped.err.count("Stopped after step 5 of 20 of stage 'distil'; everything is saved.") == 1

@@ -179,7 +179,7 @@ def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: P
 
 def test_no_tracker_imports_and_writes_nothing(tmp_path: Path):
     code = (
-        "import sys, pathlib; from opd.metrics import ReportWriter; "
+        "import sys, pathlib; from opd.stage.trackers import ReportWriter; "
         "w = ReportWriter([], folder=pathlib.Path(sys.argv[1]) / 'run', name='n'); "
         "w.log('s', 0, {'a/b': 1.0}); w.close(); "
         "print(sorted({'torch', 'tensorboard', 'wandb', 'trackio'} & set(sys.modules)))"

@@ -254,8 +254,8 @@ def test_too_many_failures_end_the_run_in_every_process(tmp_path: Path):
 def test_counts_are_those_since_the_last_call(tmp_path: Path):
     reward = reward_of(tmp_path, Letters())
     reward(group("a", "b"))
-    counts = judge_requests({None: reward, "other": None}, lambda mine: [mine, {"judge/asked": 5.0}])
-    assert counts["judge/asked"] == 6
+    counts = judge_requests({None: reward, "other": None}, lambda mine: [mine, {"judge/judge_requests": 5.0}])
+    assert counts["judge/judge_requests"] == 6
     assert counts["judge/verifier_requests"] == 1
     assert judge_requests({None: reward}, lambda mine: [mine]) == {}
 
@@ -504,7 +504,7 @@ def test_two_processes_judge_their_own_groups_and_make_the_same_run(tmp_path: Pa
         assert {k: theirs[k] for k in mine} == pytest.approx(mine, rel=1e-4, abs=1e-6)
     names = sorted(file.name for file in (two / "run/distil/judges").iterdir())
     assert names == ["answers-0.jsonl", "answers-1.jsonl"]
-    assert sum(row["judge/asked"] for row in timings_of(two / "run")) == 8
+    assert sum(row["judge/judge_requests"] for row in timings_of(two / "run")) == 8
 
 
 def test_one_process_without_answers_stops_both(tmp_path: Path, forks: Forks):

@@ -341,7 +341,7 @@ def test_a_teachers_response_is_a_rollout_of_the_student():
         sampling=Sampling(max_completion_length=8, n=2),
         context=lambda rollouts: [replace(r.prompt, content="b") for r in rollouts],
     )
-    rollouts = writer(prompts_of("h", "ga"), seed=(0, 0), record=Record(top_k=3))
+    rollouts = writer(prompts_of("h", "ga"), seed=(0, 0))
     assert [r.text for r in rollouts] == ["cdef"] * 4
     assert [r.prompt.content for r in rollouts] == ["h", "h", "ga", "ga"]
     assert [list(r.prompt_ids) for r in rollouts] == [student.tokenizer(x).input_ids for x in ("h", "h", "ga", "ga")]
@@ -429,7 +429,8 @@ def assert_same_scores(got: Sequence[Scores], expected: Sequence[Scores], atol: 
 
 def scores_of(teacher: LocalTeacher | None, rollouts: list[Rollout], support: Any = None) -> list[Scores]:
     assert teacher is not None
-    return teacher.score(rollouts, [r.prompt for r in rollouts], support or top_k(3, by="union"), 1.0)
+    request = ScoreRequest(support=support or top_k(3, by="union"))
+    return teacher.score(rollouts, [r.prompt for r in rollouts], request)
 
 
 def teacher(

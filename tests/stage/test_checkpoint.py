@@ -184,8 +184,8 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 import safetensors.torch, torch
-from opd import checkpoint
-from opd.checkpoint import save
+from opd.stage import checkpoint
+from opd.stage.checkpoint import save
 
 torch.set_num_threads(1)
 root, call, kills, first, second = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), int(sys.argv[5])
