@@ -157,11 +157,11 @@ def test_misspelt_option_of_a_new_model(no_weights: None):
         ),
         (
             lambda r: r["models"]["student"].update(path="./x"),
-            ["`models.student`", "exactly one of path, init, from_stage; got ['path', 'init']"],
+            ["`models.student`", "exactly one of path, init, from_stage, scorer; got ['path', 'init']"],
         ),
         (
             lambda r: r["models"].update(student={}),
-            ["`models.student`", "exactly one of path, init, from_stage; got none"],
+            ["`models.student`", "exactly one of path, init, from_stage, scorer; got none"],
         ),
         (lambda r: r.update(defaults=5), ["`defaults`", "(got 5)"]),
     ],

@@ -311,7 +311,7 @@ def test_trackio_keeps_every_point_of_every_stage(tmp_path: Path):
     # A process of its own: trackio reads TRACKIO_DIR when it is imported.
     code = """
 import sys, pathlib, sqlite3
-from opd.metrics import ReportWriter
+from opd.stage.trackers import ReportWriter
 folder = pathlib.Path(sys.argv[1])
 for first in (0, 2):
     writer = ReportWriter(["trackio"], folder=folder / "run", name="demo", config={"seed": 1})

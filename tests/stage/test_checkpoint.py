@@ -318,7 +318,7 @@ def test_a_file_system_that_refuses_more_bytes(tmp_path: Path, limit: int):
 import resource, sys
 from pathlib import Path
 import torch
-from opd.checkpoint import latest, save
+from opd.stage.checkpoint import latest, save
 from opd.errors import RunError
 folder, limit = Path(sys.argv[1]), int(sys.argv[2])
 save(folder, 1, tensors={}, state={})

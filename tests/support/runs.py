@@ -197,7 +197,7 @@ class Strike:
     `when` is before or after the call, or half: a write or a folder of weight files that is only begun.
     """
 
-    call: str  # where it is looked up, e.g. opd.checkpoint.os.rename
+    call: str  # where it is looked up, e.g. opd.stage.checkpoint.os.rename
     nth: int = 1
     when: str = "before"
     like: str = ""
