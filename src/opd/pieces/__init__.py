@@ -3,8 +3,6 @@
 The names in `__all__` are for methods of your own; the other files serve single published methods.
 """
 
-# Files of this folder, imported when used.
-# pyright: reportUnsupportedDunderAll=false
 __all__ = [
     "contexts",
     "credit",
