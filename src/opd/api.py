@@ -17,10 +17,11 @@ from opd.parallel import join
 from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import Recipe
 from opd.rewards.base import RewardFn
+from opd.rewards.registry import as_reward
 from opd.run.prepare import Given
 from opd.run.stages import Run, run_recipe
 from opd.stage.progress import Progress, quiet_libraries
-from opd.types import Prompt
+from opd.types import Prompt, Reward
 
 
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
@@ -47,7 +48,7 @@ def distill(
     options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     teacher_tokenizer: Any = None,
-    reward: str | Mapping[str, Any] | RewardFn | None = None,
+    reward: str | Mapping[str, Any] | RewardFn | Reward | None = None,
     chat: bool = False,
     output_dir: str | Path | None = None,
     seed: int = 0,
@@ -59,7 +60,8 @@ def distill(
     `student` and `teacher` are paths, hub ids, transformers models or peft models; objects need `tokenizer` (the
     teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `prompts`
     is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
-    such), or `Prompt`s. `method` is a name, a function that returns a Method (with `options`), or a Method; further
+    such), or `Prompt`s. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a
+    `Reward`. `method` is a name, a function that returns a Method (with `options`), or a Method; further
     keywords are fields of a recipe's stage:
     `sampling={...}`, `optimizer={...}`, `prompts_per_step=16`, `evaluate={...}`. The run is written to `output_dir`
     (default: a new folder under runs/). Raises the kinds of `opd.errors`.
@@ -71,8 +73,8 @@ def distill(
     if teacher is not None:
         specs["teacher"] = _model(teacher, "teacher", teacher_tokenizer or tokenizer, given)
     rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
-    function = reward if callable(reward) else None
-    named = reward if function is None else None
+    by_section = reward is None or isinstance(reward, (str, Mapping))
+    given_reward = None if by_section else as_reward(reward, "The `reward` of opd.distill")
     described = {
         "name": "distill",
         "train": "student",
@@ -80,7 +82,7 @@ def distill(
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
         "data": {"path": str(prompts) if rows is None else _described(rows), "chat": chat},
-        "reward": {"name": named} if isinstance(named, str) else named,
+        "reward": {"name": reward} if isinstance(reward, str) else reward if by_section else None,
         "steps": steps,
         **stage,
     }
@@ -95,7 +97,7 @@ def distill(
         source="distill(...)",
     )
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
-    return _start(recipe, Given(models=given, prompts=rows, reward=function, method=made), quiet)
+    return _start(recipe, Given(models=given, prompts=rows, reward=given_reward, method=made), quiet)
 
 
 def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:

@@ -20,8 +20,6 @@ from opd.maths.metrics import Metrics, merged
 from opd.method import Method
 from opd.models.head import Head
 from opd.parallel import World
-from opd.rewards import base
-from opd.rewards.base import rewarded_by_task
 from opd.stage.interrupt import Interrupt, stopped_after
 from opd.stage.resume import check_finite, examine, resume, save, write
 from opd.stage.samples import rows_of
@@ -60,7 +58,7 @@ def train(stage: Stage) -> Outcome:
             with world.gathered(stage.root):
                 rollouts = method.source(prompts, stage.writers, (stage.seed, step), method.record())  # 2 list[Rollout]
                 check_responses(rollouts)
-                rollouts = method.keep(rewarded_by_task(stage.rewards, rollouts, world))
+                rollouts = method.keep(stage.reward(rollouts))
                 rollouts = with_record(
                     student,
                     rollouts,
@@ -128,7 +126,7 @@ def train(stage: Stage) -> Outcome:
                     "diagnose": diagnosed,
                     "train": ended - scored,
                     "total": ended - started,
-                    **base.asked(stage.rewards, world.gather),
+                    **stage.reward.pop_requests(),
                     "cpu": time.process_time() - worked,
                 },
             )

@@ -49,7 +49,7 @@ def test_markers_stand_where_they_should_and_what_is_read_is_in_the_prompt():
     [("<a:12458", 1), ("[b:124[b:58", 1), ("12458", 1), ("a:12458<a", 1), ("<a:12485", 0), ("<a:124581", 0)],
 )
 def test_the_reward_does_not_see_markers(response: str, reward: float):
-    assert boundaries.beside_markers(Prompt(id=0, content="58142>", answer="12458"), response) == reward
+    assert boundaries.beside_markers.function(Prompt(id=0, content="58142>", answer="12458"), response) == reward
 
 
 def test_rambling_goes_on_with_other_rows_to_its_length():
@@ -67,7 +67,7 @@ def test_rambling_goes_on_with_other_rows_to_its_length():
     [("12458;90210>0", 1), ("12458", 1), ("12458 ;", 1), ("1245", 0), ("124588;", 0), ("", 0), (";12458", 0)],
 )
 def test_the_first_answer_counts(response: str, reward: float):
-    assert boundaries.first_answer(Prompt(id=0, content="58142>", answer="12458"), response) == reward
+    assert boundaries.first_answer.function(Prompt(id=0, content="58142>", answer="12458"), response) == reward
 
 
 def test_shares_are_those_of_a_loop_over_tokens():

@@ -14,10 +14,10 @@ from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.maths.statistics import Interval, mean_interval
-from opd.rewards.base import RewardFn, score
+from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Rollout, Sampling
+from opd.types import Prompt, Reward, Rollout, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ def continuation(
     teacher: LocalTeacher,
     rollouts: Sequence[Rollout],
     depths: Sequence[int | float],
-    reward: RewardFn,
+    reward: Reward,
     *,
     sampling: Sampling,
     contexts: Sequence[Prompt] | None = None,
@@ -182,8 +182,8 @@ def _continued(
     return [replace(one, prompt=rollouts[i].prompt) for i, one in zip(prefixes, written, strict=True)]
 
 
-def _right(reward: RewardFn, rollouts: Sequence[Rollout]) -> list[bool]:
-    values = score(reward, rollouts)
+def _right(reward: Reward, rollouts: Sequence[Rollout]) -> list[bool]:
+    values = [rollout.reward for rollout in rewarded(reward, rollouts)]
     for rollout, value in zip(rollouts, values, strict=True):
         if value not in (0.0, 1.0):
             raise ConfigError(

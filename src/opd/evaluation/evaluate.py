@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from opd.maths.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
-from opd.rewards.base import RewardFn, rewarded
+from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Rollout, Sampler, Sampling
+from opd.types import Prompt, Reward, Rollout, Sampler, Sampling
 
 # Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
 # so that before and after differ by the weights alone.
@@ -23,7 +23,7 @@ class HeldOut:
 
     prompts: Sequence[Prompt]
     sampling: Mapping[str, Sampling]
-    reward: RewardFn | None
+    reward: Reward | None
     seed: int
     pass_at: Sequence[int] = (1,)
     max_prompt_length: int | None = None

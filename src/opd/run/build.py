@@ -18,7 +18,7 @@ from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
-from opd.rewards.base import AnyReward, GroupReward
+from opd.rewards.base import StageRewards
 from opd.run.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, by_task
@@ -102,18 +102,17 @@ def writers_of(
 
 def rewards_of(
     recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
-) -> dict[str | None, AnyReward | None]:
-    """The rewards by task, ready for those that ask somebody: `judges` are the models asked, `folder` keeps answers.
+) -> StageRewards:
+    """The rewards of all tasks, with their judges ready: `judges` are loaded models; answers are kept in `folder`.
 
-    Raises RunError when what is kept cannot be read.
+    Raises RunError if the answers that are kept cannot be read.
     """
     origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}
-    return {
-        name: task.reward.bound(judges, origins, folder / "judges", world.rank)
-        if isinstance(task.reward, GroupReward)
-        else task.reward
+    by_task = {
+        name: None if task.reward is None else task.reward.for_stage(judges, origins, folder / "judges", world.rank)
         for name, task in prepared.tasks.items()
     }
+    return StageRewards(by_task=by_task, gather=world.gather)
 
 
 def exams_of(
@@ -198,7 +197,7 @@ def build(
     folder = directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
     writers = writers_of(spec, method, student, teacher, externals, samplers)
-    rewards = rewards_of(recipe, prepared, judges, folder.path, world)
+    reward = rewards_of(recipe, prepared, judges, folder.path, world)
     moves = Moves(
         optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
         student=student,
@@ -206,7 +205,7 @@ def build(
         teacher=teacher,
         writer=writers.student,
         prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
-        rewards=rewards,
+        reward=reward,
         context=method.context,
         world=world,
         seed=recipe.seed,
@@ -223,7 +222,7 @@ def build(
         samplers=samplers,
         writers=writers,
         order=prepared.order,
-        rewards=rewards,
+        reward=reward,
         moves=moves,
         examiner=examiner_of(exams, spec, student, root, folder, world) if exams else None,
         folder=folder,

@@ -11,7 +11,7 @@ from opd.method import Method
 from opd.models.language_model import LanguageModel, Root
 from opd.parallel import World
 from opd.recipe.schema import StageSpec
-from opd.rewards.base import AnyReward
+from opd.rewards.base import StageRewards
 from opd.samplers.hf import TransformersSampler
 from opd.stage.exams import Examiner
 from opd.stage.folder import StageDir
@@ -37,7 +37,7 @@ class Stage:
     samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
     writers: Writers
     order: Order  # of the prompts
-    rewards: Mapping[str | None, AnyReward | None]  # by task
+    reward: StageRewards
     moves: Moves  # the optimiser, and what else an update may touch
     examiner: Examiner | None
     folder: StageDir

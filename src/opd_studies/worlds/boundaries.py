@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opd.data.toy import Part, sorting
-from opd.pieces.needs import needing
+from opd.rewards.base import FunctionReward
 from opd.types import Prompt
 
 SPELLINGS = {"student": "<a:", "teacher": "[b:"}
@@ -45,12 +45,12 @@ def marked(
         yield {"prompt": row["prompt"] + begun, "response": rest, "answer": row["answer"]}
 
 
-def beside_markers(prompt: Prompt, response: str) -> float:
+def _beside_markers(prompt: Prompt, response: str) -> float:
     """1 when the digits of the response are the answer: markers, whole or in pieces, do not count."""
     return float("".join(c for c in response if c.isdigit()) == prompt.answer)
 
 
-needing(beside_markers, "answer")
+beside_markers = FunctionReward(name="beside_markers", function=_beside_markers, needs=frozenset({"answer"}))
 
 
 def rambling(
@@ -70,9 +70,9 @@ def rambling(
         yield {**row, "response": text[:longest]}
 
 
-def first_answer(prompt: Prompt, response: str) -> float:
+def _first_answer(prompt: Prompt, response: str) -> float:
     """1 when what stands before the first semicolon, or the end, is the answer: what follows does not count."""
     return float(response.partition(";")[0].strip() == prompt.answer)
 
 
-needing(first_answer, "answer")
+first_answer = FunctionReward(name="first_answer", function=_first_answer, needs=frozenset({"answer"}))

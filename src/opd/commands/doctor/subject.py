@@ -16,14 +16,14 @@ from opd.models.language_model import LanguageModel
 from opd.pieces.needs import needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
-from opd.rewards.base import GroupReward, RewardFn, rewarded
+from opd.rewards.base import rewarded
 from opd.run.build import model_for, writers_of
 from opd.run.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.local import LocalTeacher, placed, teacher_for
-from opd.types import Context, Prompt, Rollout, Sampling, Writers
+from opd.types import Context, Prompt, Reward, Rollout, Sampling, Writers
 
 # Its responses must not repeat those of training or evaluation: they live at a "step" of their own.
 DOCTOR_STEP = 2**31 - 2
@@ -42,7 +42,7 @@ class Pair:
     recipe: Recipe
     spec: StageSpec
     method: Method
-    reward: RewardFn | None
+    reward: Reward | None
     held_out: HeldOut | None
     student: LanguageModel
     external: LanguageModel | None
@@ -50,7 +50,7 @@ class Pair:
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
-    asks_a_judge: bool = False  # the stage's reward; the doctor does not
+    asks_a_judge: bool = False  # the stage's reward does; the doctor asks none, and has no reward then
 
     @property
     def self_taught(self) -> bool:
@@ -217,8 +217,8 @@ def pair_up(
     assert teacher is not None, "a stage without a teacher is refused before this"
     part = prepared.tasks[None]
     chosen = sample_of(part.prompts, prompts, seed)
-    reward = None if isinstance(part.reward, GroupReward) else part.reward
-    if isinstance(part.reward, GroupReward) and "reward" in needs_of(prepared.method.context):
+    asks_a_judge = part.reward is not None and bool(part.reward.asks)
+    if part.reward is not None and asks_a_judge and "reward" in needs_of(prepared.method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
             "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
@@ -228,14 +228,14 @@ def pair_up(
         recipe=recipe,
         spec=spec,
         method=prepared.method.bound(student.tokenizer),
-        reward=reward,
+        reward=None if asks_a_judge else part.reward,
         held_out=part.held_out,
         student=student,
         external=external,
         teacher=teacher,
         prompts=chosen,
         seed=seed,
-        asks_a_judge=isinstance(part.reward, GroupReward),
+        asks_a_judge=asks_a_judge,
     )
     return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
 
