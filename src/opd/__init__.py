@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import distill, run
-    from opd.run.stages import Run
+    from opd.runs.stages import Run
 
 __version__ = "0.1.0"
 
@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 __all__ = ["Run", "distill", "run"]
 
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.run.stages"}
+_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
 
 
 def __getattr__(name: str) -> Any:

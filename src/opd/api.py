@@ -18,8 +18,8 @@ from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import Recipe
 from opd.rewards.base import RewardFn
 from opd.rewards.registry import as_reward
-from opd.run.prepare import Given
-from opd.run.stages import Run, run_recipe
+from opd.runs.prepare import Given
+from opd.runs.stages import Run, run_recipe
 from opd.stage.progress import Progress, quiet_libraries
 from opd.types import Prompt, Reward
 

@@ -43,13 +43,17 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         resolved = load_recipe(recipe, overrides or [])
         from rich.console import Console
 
-        from opd.commands.report.console import print_report
-        from opd.run.stages import run_recipe
+        from opd.commands.waiting import set_waiting
         from opd.stage.progress import Progress
 
         console = Console()
+        progress = Progress(console=console)
+        set_waiting(progress.note, resolved.models.values())  # before torch loads: the two below bring it
+        from opd.commands.report.console import print_report
+        from opd.runs.stages import run_recipe
+
         try:
-            run_recipe(resolved, progress=Progress(console=console), world=world)
+            run_recipe(resolved, progress=progress, world=world)
         except KeyboardInterrupt:
             raise Stopped("Stopped at once. The same command goes on from the last checkpoint.") from None
         if world.main:
@@ -81,10 +85,15 @@ def doctor(
     json: Annotated[bool, typer.Option("--json", help="The same, machine-readable")] = False,
 ) -> None:
     """Before a run: will this teacher teach this student? Verdict, reasons, remedies. Exit status 3 for stop."""
+    from opd.commands.waiting import set_waiting
     from opd.recipe.load import load_recipe
+
+    def say(text: str) -> None:
+        typer.echo(f"doctor: {text}", err=True)
 
     resolved = load_recipe(recipe, overrides or [])
     quiet_libraries()
+    set_waiting(say, resolved.models.values())
     from opd.commands.doctor.examine import examine
     from opd.commands.doctor.findings import as_json, as_text
 
@@ -94,7 +103,7 @@ def doctor(
         task=task,
         prompts=prompts,
         seed=seed,
-        say=lambda text: typer.echo(f"doctor: {text}", err=True),
+        say=say,
     )
     typer.echo(as_json(report) if json else as_text(report))
     if report.verdict == "stop":
@@ -117,7 +126,14 @@ def evaluate(
     seed: Annotated[int, typer.Option()] = 0,
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
+    from opd.commands.waiting import set_waiting
+    from opd.recipe.schema import ModelSpec
+
+    def say(text: str) -> None:
+        typer.echo(f"eval: {text}", err=True)
+
     quiet_libraries()
+    set_waiting(say, [ModelSpec(path=path) for path in (model, teacher) if path is not None])
     from opd.commands.eval import evaluate_model
     from opd.recipe.tree import parse_value
 
@@ -140,7 +156,7 @@ def evaluate(
         },
         teacher=teacher,
         seed=seed,
-        say=lambda text: typer.echo(f"eval: {text}", err=True),
+        say=say,
     )
     for name, value in metrics.items():
         typer.echo(f"{name:24} {value:.4g}")
@@ -173,6 +189,10 @@ def study(
 ) -> None:
     """Rerun a paper's claims on small models: what was measured, with intervals, a verdict and a figure."""
     quiet_libraries()
+    if name is not None or every:  # the list loads no model
+        from opd.commands.waiting import set_waiting
+
+        set_waiting(lambda text: typer.echo(f"study: {text}", err=True))  # their models are small
     try:
         from opd_studies.page.command import command
     except ModuleNotFoundError as error:

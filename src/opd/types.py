@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -32,7 +33,11 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from opd.errors import TeacherError
+
 Message: TypeAlias = Mapping[str, Any]
+Average: TypeAlias = Literal["token", "sequence"]  # what every one of has the same say
+ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]  # whose top k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +65,17 @@ class Sampling:
     top_k: int = 0
     n: int = 1
     stop: tuple[str, ...] = ()
+
+
+class ReservedStep(IntEnum):
+    """Numbers in the place of the step, in a seed (seed, step), for responses that are drawn outside of training.
+
+    No step of training has one, so that none of these responses repeats another's random numbers.
+    """
+
+    EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training differ by the weights alone
+    VALIDATION = 2**31 - 2  # of an update's candidates: all are asked with the same random numbers
+    DOCTOR = 2**31 - 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +155,7 @@ class Batch:
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
     units: Units | None = None  # [B, T]
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -172,7 +189,7 @@ class Support:
 
     kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher"
+    by: ChosenBy = "teacher"
     with_sampled: bool = False
     span: Literal["column", "none", "product"] = "column"  # what a unit of several tokens adds; see `supports.units`
     least_mass: float = 0.0
@@ -198,18 +215,32 @@ class TeacherRule:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Look:
-    """Somebody who looks at responses while they are written, every `every` tokens, and says which go on.
+class EarlyStop:
+    """Ends responses during sampling.
 
-    `goes_on` gets the unfinished ones as rollouts of what is there so far.
+    Every `every` tokens `keeps_going` gets the unfinished responses, as rollouts of the tokens so far, and returns
+    which of them continue.
     """
 
     every: int
-    goes_on: Callable[[Sequence[Rollout]], Sequence[bool]]
+    keeps_going: Callable[[Sequence[Rollout]], Sequence[bool]]
+
+
+class Writer(Protocol):
+    """Writes responses to prompts: the teacher's, or the data's own."""
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
+        """Responses in the order of the prompts, equally many to each. `seed` is (seed of the run, step)."""
+        ...
 
 
 class Sampler(Protocol):
-    """Writes responses with some model's current weights."""
+    """Samples the student's responses. Subclass it to inherit `sync` and `temperature`."""
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of the softmax that responses are drawn from; 1 for greedy decoding."""
+        return 1.0
 
     def __call__(
         self,
@@ -217,40 +248,97 @@ class Sampler(Protocol):
         *,
         seed: tuple[int, int],
         record: Record = NOTHING_MORE,
-        look: Look | None = None,  # of the student's responses alone
-    ) -> list[Rollout]: ...
+        stop: EarlyStop | None = None,
+    ) -> list[Rollout]:
+        """Responses in the order of the prompts, equally many to each.
+
+        `seed` is (seed of the run, step). `record` names what each rollout records about its tokens.
+        """
+        ...
+
+    def sync(self, version: int) -> None:
+        """Sample with the student's weights of now, and record `version`, the step, in the rollouts."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoreRequest:
+    """What a teacher computes for each response. `Method.request` makes the one of a training step."""
+
+    support: Support
+    temperature: float = 1.0  # divides the teacher's logits
+    sampled: bool = True  # the log-probs of the sampled tokens; without them `teacher_logp` may be NaN
+    entropy: bool = False  # of the teacher's distribution
+    top_k: int = 0  # how many of the teacher's most likely tokens, with their log-probs
 
 
 class Teacher(Protocol):
-    """Scores responses that somebody else wrote."""
+    """Scores the student's tokens. A subclass inherits everything but `score`: a teacher whose weights stay fixed."""
 
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        contexts: Sequence[Prompt],
-        support: Support,
-        temperature: float,
-        *,
-        sampled: bool = True,
-        entropy: bool = False,
-        top_k: int = 0,
-    ) -> list[Scores]: ...
+    name: str = "teacher"  # for messages
+    lm: Any = None  # the `LanguageModel` of this process that scores; None: it cannot write responses here
+    base: bool = False  # `lm` scores and writes with its adapter off
+    is_student: bool = False  # its weights are the student's own: sharded ones are whole only inside a forward
 
-    def after_step(self) -> None: ...
+    def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
+        """Scores aligned to each rollout's response tokens, with the fields that `request` names.
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+        `contexts` has one prompt per rollout: what the teacher reads before the response.
+        """
+        ...
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    def refuses(self, request: ScoreRequest) -> str | None:
+        """Why this teacher cannot compute `request`; None if it can. Called before training."""
+        return None
+
+    def head(self, teacher_id: str | None = None) -> Any:
+        """The `Head` that goes with `Scores.teacher_hidden`, for a support that reads hidden states."""
+        raise TeacherError(f"The teacher {self.name!r} has no output layer in this process.")
+
+    def of(self, teacher_id: str | None) -> Teacher:
+        """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it routes."""
+        return self
+
+    def after_step(self) -> None:
+        """Called after each update; a teacher that averages the student's weights follows here."""
+
+    def jumped(self, by: Mapping[str, Tensor]) -> None:
+        """Apply the same jump to a teacher that averages the student's weights. `by` is the change, by parameter."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that a checkpoint has to save."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `state_dict` gave."""
+
+
+class NoTeacher(Teacher):
+    """The teacher of a method without one: its scores are NaN, and no piece reads them."""
+
+    name = "none"
+
+    def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
+        return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
+
+
+# Scores of responses that are being written, from call to call.
+Scorer: TypeAlias = Callable[[Sequence[Rollout]], list[Scores]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writers:
-    """Everyone who can write a response; a `Source` picks."""
+    """What can write a response in a stage; a `Source` picks.
+
+    `complete` adds what a `Record` names to rollouts that lack it, because the student did not write them. `scorer`
+    begins a scoring of responses that are being written.
+    """
 
     student: Sampler
-    reference: Sampler  # the data's own responses
-    teacher: Sampler | None = None
-    reader: Callable[[], Callable[[Sequence[Rollout]], list[Scores]]] | None = None  # of what is being written
+    reference: Writer  # the data's own responses
+    complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
+    teacher: Writer | None = None
+    scorer: Callable[[], Scorer] | None = None
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 
 
 class Optimisation(Protocol):
@@ -262,11 +350,14 @@ class Optimisation(Protocol):
     @property
     def parameters(self) -> Mapping[str, Tensor]: ...
 
+    @property
+    def memory(self) -> Mapping[str, Memory]: ...  # of the method in this run, by name
+
     def step(self) -> dict[str, float]: ...
 
     def set(self, weights: Mapping[str, Tensor]) -> None: ...
 
-    def jumped(self, by: Mapping[str, Tensor]) -> None: ...  # a teacher that follows the student follows this too
+    def jumped(self, by: Mapping[str, Tensor]) -> None: ...  # an EMA teacher makes the same jump
 
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float: ...  # higher is better
 
@@ -310,8 +401,13 @@ class Reward(Protocol):
         return {}
 
 
-class State(Protocol):
-    """What a method remembers from step to step: built by its function once a run, saved in every checkpoint."""
+class Memory(Protocol):
+    """What a method remembers from step to step. Its maker is called once a run; every checkpoint saves what it gives.
+
+    `opd.pieces.memory.SavedAttributes` is one of a few numbers, or of none: then it only measures.
+    """
+
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]: ...  # before credit and weight; metrics
 
     def state_dict(self) -> dict[str, Any]: ...  # what JSON can hold
 
@@ -321,38 +417,16 @@ class State(Protocol):
 
 
 Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record], list[Rollout]]
-
-
-Watch: TypeAlias = Callable[[Writers], Look]
-
-
+Watch: TypeAlias = Callable[[Writers], EarlyStop]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
-
-
-Keep: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
-
-
+Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
 Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
-
-
 Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
-
-
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
-
-
 Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
-
-
 Normalise: TypeAlias = Callable[[Batch], Denominator]
-
-
 Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
-
-
-Observe: TypeAlias = Callable[[Batch, Gather], Mapping[str, float]]
-
-
+MakeMemory: TypeAlias = Callable[[], Memory]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
 

@@ -1,9 +1,13 @@
-"""Claims of the papers, rerun: one file a study, each a function `run(lab) -> Outcome`. The one registry."""
+"""Claims of the papers, rerun: one file a study, each a function `run(lab) -> Outcome`. The one registry.
+
+A study's file has its claims in `judge`, thresholds as constants, and in `USE` what a user does with the results.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
@@ -68,4 +72,14 @@ def study(name: str) -> Callable[[Lab], Outcome]:
 
 def headline(name: str) -> str:
     """The first line of the study file's docstring. Raises ConfigError for an unknown study."""
-    return (sys.modules[study(name).__module__].__doc__ or "").splitlines()[0].rstrip(".")
+    return (_file(name).__doc__ or "").splitlines()[0].rstrip(".")
+
+
+def use(name: str) -> str:
+    """What a user does with the study's results, `USE` of its file. Raises ConfigError for an unknown study."""
+    return _file(name).USE
+
+
+def _file(name: str) -> ModuleType:
+    study(name)
+    return sys.modules[f"{__name__}.claims.{name}"]

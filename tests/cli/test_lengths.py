@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from run_helpers import command, forbid, one_stage, prepare, sums, tiny_model, write_rows
+from support.runs import command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
 from opd.commands.check import check_recipe
@@ -121,7 +121,7 @@ def test_nobody_samples_where_the_data_have_the_responses():
 
 @pytest.mark.parametrize("what", ["check", "train", "doctor"])
 def test_it_is_said_before_weights(monkeypatch: pytest.MonkeyPatch, what: str):
-    forbid(monkeypatch, "opd.run.build.load_model")
+    forbid(monkeypatch, "opd.runs.build.load_model")
     ended = _command(what, recipe(knowing(16), sampling={"max_completion_length": 20}))
     assert ended.code == 2
     assert "DataError: Stage 'distil': student would read 23 tokens in all" in ended.err
@@ -157,7 +157,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_correcte
     monkeypatch: pytest.MonkeyPatch,
 ):
     with monkeypatch.context() as patch:
-        forbid(patch, "opd.run.build.load_model")
+        forbid(patch, "opd.runs.build.load_model")
         with pytest.raises(AssertionError):
             _command("train", one_stage())
     ended = _command("train", one_stage(steps=1))

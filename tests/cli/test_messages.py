@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from run_helpers import (
+from support.runs import (
     CHARACTERS,
     ENVIRONMENT,
     Ended,
@@ -54,7 +54,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 @pytest.fixture
 def no_weights(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    forbid(monkeypatch, "opd.run.build.load_model")
+    forbid(monkeypatch, "opd.runs.build.load_model")
 
 
 def opd(what: str, recipe: Any, *overrides: str) -> Ended:

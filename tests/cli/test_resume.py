@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import (
+from support.runs import (
     Forks,
     Strike,
     assert_same,
@@ -57,19 +57,19 @@ def kill(call: str, nth: int = 1, when: str = "before", like: str = "", goes_on:
 
 # Stage `teach` has 4 steps, `distil` 8; checkpoints after every second one, evaluations of `distil` after every third.
 KILLS = [
-    kill("opd.train.loss_of", 2, goes_on="teach: 4 steps"),
-    kill("opd.train.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
-    kill("opd.run.export.language_model.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
+    kill("opd.loss.step.loss_of", 2, goes_on="teach: 4 steps"),
+    kill("opd.loss.step.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
+    kill("opd.runs.export.language_model.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
     kill("opd.stage.folder.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
-    kill("opd.run.build.teacher_for", 2, goes_on="teach: done before\ndistil: 8 steps"),
+    kill("opd.runs.build.teacher_by_rule", 2, goes_on="teach: done before\ndistil: 8 steps"),
     kill("opd.stage.exams.exact_divergence", 1, goes_on="distil: after step 0"),
-    kill("opd.train.loss_of", 5, goes_on="distil: after step 0"),
+    kill("opd.loss.step.loss_of", 5, goes_on="distil: after step 0"),
     kill("opd.stage.exams.measure", 3, goes_on="distil: going on after step 2 of 8"),
     kill("opd.stage.exams.exact_divergence", 2, goes_on="distil: going on after step 2 of 8"),
     kill("opd.files.os.write", 1, "half", '"step": 5', goes_on="distil: going on after step 4 of 8"),
     kill("opd.stage.folder.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
     kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.run.export.language_model.save", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.runs.export.language_model.save", 2, goes_on="distil: going on after step 8 of 8"),
     kill("opd.stage.folder.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
     for nth in (3, 5, 3, 3):
-        assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=nth)).code == -signal.SIGKILL
+        assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
     again = start(folder, *TRAIN)
     assert again.code == 0, again.err
     assert "distil: going on after step 6 of 8" in again.out
@@ -153,7 +153,7 @@ def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, mod
     assert forks.start(whole, *TRAIN).code == 0
 
     folder = prepare(tmp_path / "killed", self_taught(**model))
-    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=4)).code == -signal.SIGKILL
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=4)).code == -signal.SIGKILL
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
     assert forks.start(folder, *TRAIN).code == 0
     assert_same(folder / "run", whole / "run")
@@ -175,7 +175,7 @@ def test_what_a_method_remembers_is_restored(tmp_path: Path, forks: Forks, stage
     assert forks.start(whole, *TRAIN).code == 0
 
     folder = prepare(tmp_path / "killed", recipe)
-    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=6)).code == -signal.SIGKILL
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=6)).code == -signal.SIGKILL
     spoilt = shutil.copytree(folder, tmp_path / "spoilt")
     assert forks.start(folder, *TRAIN).code == 0
     assert_same(folder / "run", whole / "run")
@@ -199,7 +199,7 @@ def interrupt(call: str, nth: int, times: int = 1) -> Strike:
 
 @pytest.mark.parametrize(
     "strike",
-    [interrupt("opd.train.loss_of", 7), interrupt("opd.stage.exams.measure", 3)],
+    [interrupt("opd.loss.step.loss_of", 7), interrupt("opd.stage.exams.measure", 3)],
     ids=["in a step", "in an evaluation"],
 )
 def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
@@ -224,7 +224,7 @@ def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
 
 def test_a_second_sigint_stops_at_once(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
-    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.train.loss_of", 7, times=2))
+    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 7, times=2))
     assert stopped.code == 130
     assert "Traceback" not in stopped.err
     saved = checkpoint.latest(folder / "run/distil/checkpoints")
@@ -236,7 +236,7 @@ def test_a_second_sigint_stops_at_once(tmp_path: Path, forks: Forks, uninterrupt
 
 def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
-    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.train.loss_of", 4))
+    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 4))
     assert "Stopping after this step" in stopped.out
     assert not (folder / "run/distil/metrics.jsonl").exists(), "the next stage was started"
     assert stopped.code == 130
@@ -247,7 +247,7 @@ def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path
 
 @pytest.mark.parametrize(
     "strike",
-    [interrupt("opd.run.build.load_model", 2), interrupt("opd.stage.exams.measure", 2)],
+    [interrupt("opd.runs.build.load_model", 2), interrupt("opd.stage.exams.measure", 2)],
     ids=["while a model is loaded", "in the evaluation before training"],
 )
 def test_sigint_outside_the_steps_says_how_to_go_on(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
@@ -325,7 +325,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_model(*_: object, **__: object) -> None:
         raise AssertionError("a model was loaded")
 
-    forbid(monkeypatch, "opd.run.build.load_model")
+    forbid(monkeypatch, "opd.runs.build.load_model")
 
 
 @pytest.fixture
@@ -352,7 +352,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused_before_any_weight(fresh: P
 def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, (1 << 40) - 1000, 1000))
-    forbid(monkeypatch, "opd.run.stages.train")
+    forbid(monkeypatch, "opd.runs.stages.train")
     refused = command(*TRAIN)
     assert refused.code == 1
     assert refused.err.startswith("RunError: run has 0.00 GiB free, and this run needs about")

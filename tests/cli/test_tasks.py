@@ -11,13 +11,13 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from run_helpers import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
+from support.runs import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
 
 import opd
 from opd.commands.doctor.subject import stage_to_examine
 from opd.errors import ConfigError, DataError
 from opd.recipe.load import dump, parse_recipe
-from opd.run.prepare import Given
+from opd.runs.prepare import Given
 from opd.stage.folder import StageDir
 from opd.types import Prompt
 
@@ -225,7 +225,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, forks: Forks, runs: dict[str, Path], name: str, nth: int
 ):
     folder = with_echoes(tmp_path / "work", RUNS[name])
-    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.train.loss_of", nth=nth)).code == -signal.SIGKILL
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
     again = forks.start(folder, *TRAIN)
     assert again.code == 0, again.err
     assert "going on after step" in again.out

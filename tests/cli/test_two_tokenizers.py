@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import one_stage, prepare, tiny_model
+from support.runs import one_stage, prepare, tiny_model
 
 import opd
 from opd.commands.check import check_recipe
@@ -21,8 +21,8 @@ from opd.pieces.signals import divergence
 from opd.pieces.supports import full, top_k, units
 from opd.pieces.teacher_rules import external
 from opd.recipe.load import parse_recipe
-from opd.run.prepare import Given
-from opd.run.prepare import prepare as prepared
+from opd.runs.prepare import Given
+from opd.runs.prepare import prepare as prepared
 
 MERGES = [["1", "+"], ["=", "1"]]
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import oracle
 import pytest
 import torch
-from helpers import (
+from support.models import (
     LETTERS,
     Gradient,
     batch_of,
@@ -55,9 +55,8 @@ from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import StageRewards
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
-from opd.stage.optimisation import Moves
-from opd.teachers.cross_tokenizer import OneTeacher
-from opd.types import Batch, Prompt, Rollout, Sampling
+from opd.stage.optimisation import StageOptimisation
+from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest, Teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
 
@@ -516,7 +515,7 @@ class Scene:
 
     method: Method
     student: LanguageModel
-    teacher: OneTeacher | None
+    teacher: Teacher
     rollouts: list[Rollout]
 
     def step(self, micro_batch_tokens: int = 10**6) -> Gradient:
@@ -613,6 +612,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     return Gradient(loss=loss, grads=grads)
 
 
+@pytest.mark.numeric
 @every()
 def test_value_and_gradient_are_the_papers(name: str, one: Case):
     on = scene(name, one)
@@ -797,8 +797,10 @@ def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
     assert step(method, student, teacher, rollouts).norm > 1e-3
 
 
-def score_all(method: Method, teacher: OneTeacher, rollouts: list[Rollout]) -> list[Any]:
-    return teacher.score(rollouts, method.context(rollouts), method.support, method.temperature)
+def score_all(method: Method, teacher: Teacher, rollouts: list[Rollout]) -> list[Any]:
+    return teacher.score(
+        rollouts, method.context(rollouts), ScoreRequest(support=method.support, temperature=method.temperature)
+    )
 
 
 def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
@@ -996,15 +998,16 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
     target = lesson.external or frozen_copy(lesson.student)
     steps = 80
     section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
-    moves = Moves(
+    moves = StageOptimisation(
         optimiser=optimisation.build(lesson.student.trainable(), section, steps),
         student=lesson.student,
         root=lesson.student.model,
         teacher=teacher,
-        writer=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
+        sampler=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
         prompts=lesson.prompts,
         reward=StageRewards(by_task={None: None}),
         context=method.context,
+        memory=method.make_memory(),
         world=ALONE,
         seed=0,
         micro_batch_tokens=10**4,
@@ -1017,8 +1020,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
             parameter.grad = got.grads[key].to(parameter.device)
         moves.optimiser.clip()
         method.update(moves)
-        if teacher is not None:
-            teacher.after_step()
+        teacher.after_step()
     after = lesson.kl(target)
     assert before > 0.3
     assert after < before / 10, f"KL {before:.3f} -> {after:.3f}"

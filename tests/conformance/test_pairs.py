@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from run_helpers import CHARACTERS, sums, tiny_model
+from support.runs import CHARACTERS, sums, tiny_model
 
 import opd
 from opd import methods
@@ -16,6 +16,7 @@ from opd.errors import ConfigError
 from opd.methods.combine import PLAIN, apart, combined
 from opd.methods.describe import ROWS
 from opd.models.loading import character_tokenizer, load_model
+from opd.pieces.needs import Input, Needs
 from opd.recipe.schema import ModelSpec
 
 # What tiny vocabularies and a few prompts ask for, beside the row's own options.
@@ -49,6 +50,12 @@ def judge(question: Any) -> str:
 JUDGED = {"name": "rubric", "judge": {"function": "test_pairs:judge"}}
 
 
+def reward_of(needs: Needs) -> Any:
+    if Input.JUDGE in needs:
+        return JUDGED
+    return "exact" if needs.inputs & {Input.REWARD, Input.GROUP} else None
+
+
 def tiny(seed: int) -> Any:
     return load_model(ModelSpec(**tiny_model(seed)), name="tiny").model
 
@@ -76,7 +83,7 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
         prompts=rows,
         method="+".join(names),
         options=given,
-        reward=JUDGED if "judge" in method.needs() else "exact" if method.needs() & {"reward", "group"} else None,
+        reward=reward_of(method.needs),
         sampling={"n": 2, "max_completion_length": 4},
         steps=2,
         output_dir=tmp_path / "run",
@@ -102,4 +109,4 @@ def test_options_of_several_methods_are_given_by_method():
 def test_three_methods_in_one():
     method = methods.build("opd+vopd+eff_opd", {"vopd": {"k": 3}})
     assert method.support.k == 3
-    assert "extrapolation" in method.state
+    assert "extrapolation" in method.memory

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import ranks
-from run_helpers import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
+from support import ranks
+from support.runs import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
 from torch import Tensor
 
 from opd.stage import checkpoint
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1] / "support"
 PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
 STEPS = 20
 CLOSE = 1e-5
@@ -344,7 +344,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs
 @pytest.mark.parametrize(
     ("strike", "goes_on"),
     [
-        (Strike(call="opd.train.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
+        (Strike(call="opd.loss.step.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
         (Strike(call="safetensors.torch.save", nth=5), "distil: going on after step 10 of 20"),
     ],
     ids=["in a step", "writing its shard of the second checkpoint"],
@@ -367,7 +367,7 @@ def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
 def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Forks):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
-    strike = Strike(call="opd.train.attach", nth=5, when="after", signals=("SIGINT",))
+    strike = Strike(call="opd.loss.step.attach", nth=5, when="after", signals=("SIGINT",))
     stopped = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
     assert stopped.code in (1, 130)
     assert stopped.err.count("Stopped after step 5 of 20 of stage 'distil'; everything is saved.") == 1

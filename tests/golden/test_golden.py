@@ -12,6 +12,8 @@ import pytest
 
 import opd
 
+pytestmark = pytest.mark.numeric
+
 VALUES = Path(__file__).with_name("values.json")
 STEPS = 20
 RECORDED = ("train/loss", "optim/grad_norm", "rollout/length")

@@ -1,1 +1,1 @@
-"""One file or folder a command. Nothing below imports this room."""
+"""The commands of `opd`, one file or folder each. No other room imports this one."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd.recipe.schema import Recipe, StageSpec
-from opd.run.tokenizers import check_template_options, check_tokenizers
+from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.trackers import check_report_to
 
 if TYPE_CHECKING:
-    from opd.run.prepare import Prepared
+    from opd.runs.prepare import Prepared
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -17,7 +17,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises the errors that `opd train` would raise before it loads weights.
     """
-    from opd.run.prepare import Given, prepare
+    from opd.runs.prepare import Given, prepare
 
     check_report_to(recipe.report_to)
     lines: list[str] = []

@@ -1,11 +1,11 @@
-"""`opd eval`: a model on held-out prompts, and its exact divergence from a teacher."""
+"""TODO: opd/commands/eval.py"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd.data.prompts import load_prompts, spec_of
+from opd.data.prompts import load_prompts
 from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
@@ -16,7 +16,7 @@ from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
 from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import load_reward
-from opd.teachers.local import teacher_for
+from opd.teachers.local import local_teacher
 from opd.types import Sampling, TeacherRule
 
 
@@ -44,9 +44,7 @@ def evaluate_model(
             f"The reward is {measured_by.name!r}, {unfit}. Measure with a reward that checks a response by itself."
         )
     data_section = parse_section(DataSection, data, "data")
-    prompts = load_prompts(
-        spec_of(data_section.model_dump()), require=[] if measured_by is None else sorted(measured_by.needs)
-    )
+    prompts = load_prompts(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
@@ -65,7 +63,7 @@ def evaluate_model(
     metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
     if teacher is not None:
         other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
-        scorer = teacher_for(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
+        scorer = local_teacher(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
         assert scorer is not None
         metrics |= exact_divergence(
             lm, scorer, measured.rollouts["sampled"], same_prompt(), micro_batch_tokens=micro_batch_tokens

@@ -1,1 +1,1 @@
-"""Rows from any source become prompts: loaded, chosen and ordered."""
+"""Rows from any source become prompts: loaded, selected and ordered."""

@@ -68,9 +68,9 @@ def load_encoder(path: str) -> Encoder:
         ) from error
     pooling = _settings(path, "1_Pooling/config.json")
     if not pooling.get("pooling_mode_mean_tokens", True):
-        asked = [name for name, value in pooling.items() if value is True and name.startswith("pooling_mode")]
+        modes = [name for name, value in pooling.items() if value is True and name.startswith("pooling_mode")]
         raise ConfigError(
-            f"`select.encoder`: {path} is made for {', '.join(asked) or 'another pooling'}, and here states are "
+            f"`select.encoder`: {path} is made for {', '.join(modes) or 'another pooling'}, and here states are "
             "averaged over tokens. Give an encoder that is made for the mean."
         )
     if tokenizer.pad_token is None:

@@ -1,4 +1,4 @@
-"""TODO: opd/data/gym.py"""
+"""Data sets of reasoning-gym, by the name of a task and its options."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Order:
+class PromptOrder:
     """The prompts of every step of a stage; a stage without tasks has one.
 
     A step takes `count` prompts of one task, and the tasks take turns by their shares (arXiv 2603.25562, Table A1: 200
     steps of mathematics and 200 of ALFWorld, alternating); or, `mixed`, the prompts of a step take those turns. Each
-    task goes through its own prompts in the order of `data.shuffled`, however often the others have theirs.
+    task goes through its own prompts in the order of `shuffled`, however often the others have theirs.
     """
 
     prompts: tuple[Sequence[Prompt], ...]  # of each task
@@ -47,10 +47,10 @@ class Order:
     def spans(self, step: int) -> list[Span]:
         """What a step takes of each task that it takes from."""
         if not self.mixed:
-            ((task, earlier),) = turns(self.shares, first=step, count=1)
+            ((task, earlier),) = interleave(self.shares, first=step, count=1)
             return [Span(task, earlier * self.count, self.count)]
         firsts: dict[int, list[int]] = {}
-        for task, earlier in turns(self.shares, first=step * self.count, count=self.count):
+        for task, earlier in interleave(self.shares, first=step * self.count, count=self.count):
             firsts.setdefault(task, []).append(earlier)
         return [Span(task, earlier[0], len(earlier)) for task, earlier in sorted(firsts.items())]
 
@@ -68,7 +68,7 @@ def _of_one_pass(span: Span, size: int) -> int:
     return max(of_first, min(span.count - of_first, size))
 
 
-def turns(shares: Sequence[float], *, first: int, count: int) -> list[tuple[int, int]]:
+def interleave(shares: Sequence[float], *, first: int, count: int) -> list[tuple[int, int]]:
     """Turns number `first` to `first + count` of an endless sequence: (task, how many turns it had before).
 
     Turn k of a task that has the part p of all shares lies at the time (k + 1/2) / p. Turns follow each other in the

@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
-    """The rows of `source`, in the forms of `DataSpec.path`. Raises ConfigError or DataError."""
+    """The rows of `source`, in the forms of `DataSection.path`. Raises ConfigError or DataError."""
     path = Path(source).expanduser()
     if source.startswith("package:"):
         return _file_rows(packaged(source))

@@ -8,37 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repeats
-from opd.errors import ConfigError, DataError, nearest
+from opd.errors import ConfigError, DataError
+from opd.recipe.schema import SelectSection
 
-if TYPE_CHECKING:
-    from opd.data.prompts import DataSpec
-
-THRESHOLD = 0.6  # arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
+THRESHOLD = 0.6  # where the section names none: arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
 
 
-GRAM = 3
-
-
-MEASURES = ("exact", "words", "characters", "encoder")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Selection:
-    """Which rows are kept. Questions are compared as they stand in the data, without template and system message."""
-
-    by: DataSpec | None = None  # another data set, e.g. the prompts that the teacher was trained on
-    keep: Literal["near", "far"] | None = None  # of `by`
-    distinct: bool = False  # leave out questions that are like an earlier one
-    measure: Literal["exact", "words", "characters", "encoder"] = "exact"
-    threshold: float | None = None  # the least cosine of two that are alike; default THRESHOLD. Equal ones are alike
-    n: int | None = None  # of the n-grams of words or characters; default GRAM
-    encoder: str | None = None  # folder or hub id of a text encoder
-    limit: int | None = None  # of the rows that are left, the first
+GRAM = 3  # words or characters of an n-gram, where the section names no `n`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,14 +37,9 @@ class Selected:
         return said + (f"; the encoder read the beginning alone of {self.cut} questions" if self.cut else "")
 
 
-def check_selection(selection: Selection) -> None:
-    """Raise ConfigError for settings that contradict each other, or would do nothing."""
+def check_selection(selection: SelectSection) -> None:
+    """Raise ConfigError for fields that contradict each other, or would do nothing."""
     s = selection
-    if s.measure not in MEASURES:
-        raise ConfigError(
-            f"`select.measure: {s.measure}` is unknown.{nearest(str(s.measure), MEASURES)} There are: "
-            f"{', '.join(MEASURES)}."
-        )
     if (s.by is None) != (s.keep is None):
         has, lacks = ("by", "keep") if s.keep is None else ("keep", "by")
         raise ConfigError(
@@ -73,12 +48,12 @@ def check_selection(selection: Selection) -> None:
         )
     if s.by is None and not s.distinct:
         raise ConfigError("`select` selects nothing. Give `by` and `keep`, or `distinct: true`.")
-    if s.threshold is not None and (s.measure == "exact" or not 0 < s.threshold <= 1):
+    if s.threshold is not None and s.measure == "exact":
         raise ConfigError(
             f"`select.threshold` is the least cosine of two questions that are alike, above 0 and at most 1, and "
             f"`measure: exact` has none; got {s.threshold} with `measure: {s.measure}`. Correct it, or leave it out."
         )
-    if s.n is not None and (s.measure not in ("words", "characters") or s.n < 1):
+    if s.n is not None and s.measure not in ("words", "characters"):
         raise ConfigError(
             f"`select.n` is the length of n-grams of words or characters, at least 1; got {s.n} with "
             f"`measure: {s.measure}`. Correct it, or leave it out."
@@ -88,12 +63,10 @@ def check_selection(selection: Selection) -> None:
             f"`select.encoder` is the model of `measure: encoder`; got {s.encoder!r} with `measure: {s.measure}`. "
             "Give both, or neither."
         )
-    if s.limit is not None and s.limit < 1:
-        raise ConfigError(f"`select.limit` is a number of rows, at least 1, got {s.limit}. Leave it out to keep all.")
 
 
 def select(
-    questions: Sequence[str], others: Sequence[str] | None, selection: Selection, source: str
+    questions: Sequence[str], others: Sequence[str] | None, selection: SelectSection, source: str
 ) -> tuple[list[int], Selected]:
     """(positions of the questions that are kept, in their order; what became of the others).
 
@@ -130,7 +103,7 @@ def select(
 class _Comparison:
     """Questions with their vectors, which are made once."""
 
-    def __init__(self, selection: Selection, texts: Sequence[str]) -> None:
+    def __init__(self, selection: SelectSection, texts: Sequence[str]) -> None:
         self.texts = texts
         self.threshold = selection.threshold or THRESHOLD
         self.cut = 0
@@ -160,7 +133,7 @@ class _Comparison:
             out[different] = repeats(self._vectors.take([rows[at] for at in different]), self.threshold)
         return out
 
-    def _maker(self, selection: Selection) -> Callable[[Sequence[str]], Vectors] | None:
+    def _maker(self, selection: SelectSection) -> Callable[[Sequence[str]], Vectors] | None:
         """Texts -> vectors; None where only equal texts are alike."""
         if selection.measure == "exact":
             return None

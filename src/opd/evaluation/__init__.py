@@ -1,1 +1,1 @@
-"""Measurements of models and responses. Nothing here changes a model."""
+"""Measurements of models and responses; no model is changed."""

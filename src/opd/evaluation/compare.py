@@ -24,8 +24,7 @@ from opd.models.forward import batches, read
 from opd.models.head import Head, paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.pieces.supports import full
-from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Rollout
+from opd.types import Prompt, Rollout, ScoreRequest, Teacher
 
 # Numbers that looping text changes, so that their means are also given for repeated tokens and for the others
 # (arXiv 2605.11182, released diagnostics).
@@ -112,10 +111,25 @@ def check_k(k: int, vocabulary: int) -> None:
         )
 
 
+def whole(temperature: float = 1.0) -> ScoreRequest:
+    """The teacher's whole distribution at each token."""
+    return ScoreRequest(support=full(), temperature=temperature, sampled=False)
+
+
+def check_comparable(teacher: Teacher, setting: str) -> None:
+    """Raise ConfigError for a teacher that does not give its whole distribution, which `setting` compares."""
+    if why := teacher.refuses(whole()):
+        raise ConfigError(
+            f"{setting} compares student and teacher over the whole vocabulary at each of the student's tokens, and "
+            f"{teacher.name} cannot be compared so: {why}. Turn the comparison off, or use a teacher of the student's "
+            "family and another method."
+        )
+
+
 @torch.no_grad()
 def compare(
     student: LanguageModel,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
     *,
@@ -134,7 +148,7 @@ def compare(
     if not indices:
         return _joined([], k)
     chosen = [rollouts[i] for i in indices]
-    scores = teacher.score(chosen, [contexts[i] for i in indices], full(), temperature, sampled=False)
+    scores = teacher.score(chosen, [contexts[i] for i in indices], whole(temperature))
     heads = student.head().detached(), teacher.head()
     parts: list[dict[str, Tensor]] = []
     for batch, student_NH in _read(student, chosen, micro_batch_tokens):

@@ -16,8 +16,7 @@ from opd.errors import ConfigError, DataError
 from opd.maths.statistics import Interval, mean_interval
 from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Reward, Rollout, Sampling
+from opd.types import Prompt, Reward, Rollout, Sampling, Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,7 @@ class Continuation:
 
 
 def continuation(
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     depths: Sequence[int | float],
     reward: Reward,
@@ -166,7 +165,7 @@ def _check(rollouts: Sequence[Rollout], depths: Sequence[int | float], sampling:
 
 
 def _continued(
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
     prefixes: Mapping[int, tuple[int, ...]],

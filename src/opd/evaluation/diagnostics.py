@@ -19,16 +19,16 @@ from opd.maths.overlap import overlap_of_support
 from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
 from opd.method import Method
 from opd.models.language_model import LanguageModel
+from opd.pieces.needs import Reads, Trait
 from opd.pieces.packed import valid
 from opd.recipe.schema import StageSpec
-from opd.teachers.cross_tokenizer import OneTeacher, comparable
-from opd.teachers.routed import SeveralTeachers, shares_of
-from opd.types import Batch, Prompt, Rollout, Units
+from opd.teachers.routed import routed
+from opd.types import Batch, Prompt, Rollout, Teacher, Units
 
 PERCENTILES = (1, 5, 50, 95, 99)
 
 
-def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
+def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
     """Lengths, endings, rewards, and what the teacher says about the sampled tokens.
 
     `version` is the number of updates behind the student. Where a filter chooses among responses, `rollout/kept_share`
@@ -43,7 +43,7 @@ def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metri
     metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
     metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
     metrics.sum("train/tokens", float(batch.mask.sum()))
-    if "filtered" in method.needs():
+    if Trait.FILTERS in method.needs:
         kept = batch.mask.any(1)
         metrics.mean("rollout/kept_share", float(kept.sum()), sum(rollout.sample == 0 for rollout in batch.rollouts))
     rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
@@ -65,7 +65,7 @@ def of(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metri
         if all(_drawn_at(r) == method.temperature for r in written):
             _entropies(metrics, batch)
             full = method.support.kind == "full"
-            if method.reads("teacher_logp") if full else method.support.kind != "none":
+            if method.reads(Reads.TEACHER_LOGP) if full else method.support.kind != "none":
                 _log_ratios(metrics, batch, buckets, full=full)
     metrics.merge(by_task(batch, method))
     return metrics
@@ -124,21 +124,16 @@ def compared(
     spec: StageSpec,
     method: Method,
     student: LanguageModel,
-    teacher: OneTeacher | SeveralTeachers | None,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
-    step: int,
 ) -> Metrics:
-    """The full comparison on the step's own responses, as compare/..., in every `diagnostics.every`-th step."""
-    every = spec.diagnostics.every
-    if not every or step % every:
-        return Metrics()
-    assert teacher is not None, "a recipe without a teacher is refused before this"
+    """Both models at every token of a step's own responses, as compare/...."""
     metrics = Metrics()
-    for one, rows in shares_of(teacher, rollouts):
+    for one, rows in routed(teacher, rollouts):
         comparison = compare(
             student,
-            comparable(one),
+            one,
             [rollouts[i] for i in rows],
             [contexts[i] for i in rows],
             k=spec.diagnostics.k,

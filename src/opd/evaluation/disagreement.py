@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
+from opd.evaluation.compare import whole
 from opd.models.head import Head, chunks, tempered, tiles
-from opd.pieces.supports import full
-from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Rollout
+from opd.types import Prompt, Rollout, Teacher
 
 
 def pi_disagreement(log_probs: Tensor) -> Tensor:
@@ -47,7 +46,7 @@ class Disagreement:
 
 @torch.no_grad()
 def disagreement(
-    teacher: LocalTeacher, rollout: Rollout, contexts: Sequence[Prompt], *, temperature: float = 1.0
+    teacher: Teacher, rollout: Rollout, contexts: Sequence[Prompt], *, temperature: float = 1.0
 ) -> Disagreement:
     """-log Z of the teacher at each trained token of one response, under several contexts of its prompt.
 
@@ -65,7 +64,7 @@ def disagreement(
             f"The response to prompt {rollout.prompt.id} has no trained token, so there is nothing to measure. Leave "
             "it out."
         )
-    scores = teacher.score([rollout] * len(contexts), contexts, full(), temperature, sampled=False)
+    scores = teacher.score([rollout] * len(contexts), contexts, whole(temperature))
     hidden: list[Tensor] = []
     for score in scores:
         assert score.teacher_hidden is not None
@@ -75,7 +74,7 @@ def disagreement(
 
 
 def mean_disagreement(
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     contexts: Sequence[Sequence[Prompt]],
     *,

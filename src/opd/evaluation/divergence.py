@@ -1,4 +1,4 @@
-"""TODO: opd/evaluation/divergence.py"""
+"""The exact divergence of two models per token of given responses, over the whole vocabulary."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 import torch
 
-from opd.loss.collate import attach, collate, split
+from opd.loss.collate import split
+from opd.loss.step import scored
 from opd.loss.token_loss import hidden_of
-from opd.maths.divergences import DIVERGENCES
-from opd.methods.reverse_kl import reverse_kl
+from opd.maths.divergences import DIVERGENCES, reverse_kl
+from opd.method import Method
 from opd.models.head import paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.parallel import ALONE, World
-from opd.teachers.local import LocalTeacher
-from opd.types import Context, Rollout
+from opd.pieces.normalise import per
+from opd.pieces.signals import divergence
+from opd.pieces.supports import full
+from opd.types import Context, Rollout, Teacher
 
 
 def exact_divergence(
     student: LanguageModel,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     context: Context,
     *,
@@ -43,24 +46,22 @@ def exact_divergence(
 @torch.no_grad()
 def _divergence_sums(
     student: LanguageModel,
-    teacher: LocalTeacher,
+    teacher: Teacher,
     rollouts: Sequence[Rollout],
     context: Context,
     micro_batch_tokens: int,
     names: Sequence[str],
 ) -> tuple[dict[str, float], float]:
     """(sums over tokens by name, number of tokens)."""
-    method = reverse_kl(average="token")
-    scores = teacher.score(rollouts, context(rollouts), method.support, method.temperature, sampled=False)
-    batch = attach(collate(rollouts, scores, student.device), method)
-    denominator = method.normalise(batch)
+    method = Method(support=full(), signal=divergence(reverse_kl), normalise=per("token"))
+    phase_a = scored(method, teacher, rollouts, context(rollouts), method.request(), device=student.device)
     student_head, teacher_head = student.head(), teacher.head()
     totals = dict.fromkeys(names, 0.0)
     with evaluating(student.model):
-        for micro in split(batch, denominator, micro_batch_tokens):
+        for micro in split(phase_a.batch, phase_a.denominator, micro_batch_tokens):
             hidden_NH = hidden_of(student, micro)
             assert micro.teacher_hidden is not None
             for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
                 for name in names:
                     totals[name] += DIVERGENCES[name](*pair).sum().item()
-    return totals, denominator.count
+    return totals, phase_a.count

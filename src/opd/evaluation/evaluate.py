@@ -10,11 +10,7 @@ from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
 from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Reward, Rollout, Sampler, Sampling
-
-# Held-out sampling must not repeat the training seeds: it lives at its own "step", the same one at every evaluation,
-# so that before and after differ by the weights alone.
-EVALUATION_STEP = 2**31 - 1
+from opd.types import Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,14 +34,16 @@ class Measurement:
     rollouts: dict[str, list[Rollout]]
 
 
-def measure(held_out: HeldOut, samplers: Mapping[str, Sampler], world: World = ALONE) -> Measurement:
+def measure(held_out: HeldOut, writers: Mapping[str, Writer], world: World = ALONE) -> Measurement:
     """Sample every held-out prompt with each setting and summarise; every process samples some, and has all."""
     metrics: dict[str, float] = {}
     rollouts: dict[str, list[Rollout]] = {}
     positions = world.positions(range(len(held_out.prompts)))
     prompts = [held_out.prompts[i] for i in positions]
-    for name, sampler in samplers.items():
-        mine = rewarded(held_out.reward, sampler(prompts, seed=(held_out.seed, EVALUATION_STEP))) if prompts else []
+    for name, writer in writers.items():
+        mine = (
+            rewarded(held_out.reward, writer(prompts, seed=(held_out.seed, ReservedStep.EVALUATION))) if prompts else []
+        )
         written = rollouts[name] = world.in_order(positions, mine)
         metrics |= {f"eval/{name}/{key}": value for key, value in summary(written, held_out.pass_at).items()}
     return Measurement(metrics=metrics, rollouts=rollouts)

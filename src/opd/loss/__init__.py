@@ -1,1 +1,1 @@
-"""Records in, one scalar with its gradient out. The only place that sums or divides."""
+"""Rollouts and scores become one batch, one loss and its gradient: the only reduction."""

@@ -12,6 +12,7 @@ from opd.errors import DataError, TeacherError, TrainingError
 from opd.method import Method
 from opd.models.forward import batches
 from opd.parallel import World
+from opd.pieces.needs import Trait
 from opd.pieces.packed import valid
 from opd.types import Batch, Denominator, Rollout, Scores, Units
 
@@ -92,7 +93,7 @@ def has_trained(batch: Batch, method: Method, world: World) -> bool:
     """
     if world.any(bool(batch.mask.any())):
         return True
-    if "filtered" in method.needs():
+    if Trait.FILTERS in method.needs:
         return False
     ids = [i for part in world.gather([rollout.prompt.id for rollout in batch.rollouts]) for i in part]
     raise TrainingError(

@@ -28,6 +28,7 @@ from opd.method import Method
 from opd.models.forward import read
 from opd.models.head import Head, buffer, into_probabilities, log_normaliser, tiles
 from opd.models.language_model import LanguageModel
+from opd.pieces.signals import divergence_of, shift_invariant
 from opd.types import Tokens
 
 
@@ -63,7 +64,7 @@ def loss_at(
     elif support.kind == "full":
         assert teacher_head is not None
         chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
-    elif support.kind == "top_k" and getattr(method.signal, "shift_invariant", False):
+    elif support.kind == "top_k" and shift_invariant(method.signal):
         ids = _scored_ids(micro, slice(None))
         chunk_loss = _on_rows(method, micro, weight, observed)
     else:
@@ -74,7 +75,7 @@ def loss_at(
 
 def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
     """The whole vocabulary: both models' log-probs on all of it."""
-    closed = closed_form(getattr(method.signal, "divergence", None))
+    closed = closed_form(divergence_of(method.signal))
     memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
@@ -102,8 +103,11 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             if micro.task is not None:
                 observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
             if student is not None and grad is not None:
-                # Last: what a signal returned may be a view of the log-probs that this overwrites.
-                torch.sub(grad, student.exp_().mul_(grad.sum(-1, keepdim=True)), out=logits[tile])
+                # Last: what a signal returned may be a view of the log-probs that this overwrites. Divided by the sum
+                # of p, which is not 1 in float32 (see the closed forms), so that a row of the gradient sums to 0.
+                p = student.exp_()
+                p.mul_(grad.sum(-1, keepdim=True) / p.sum(-1, keepdim=True))
+                torch.sub(grad, p, out=logits[tile])
         return total
 
     return chunk_loss

@@ -1,1 +1,4 @@
-"""Tensors and numbers in, tensors and numbers out. Imports torch, numpy, and of this library errors and types alone."""
+"""Pure functions of tensors and numbers: divergences, closed forms, overlap, statistics, metrics.
+
+Imports torch and numpy, and of this library `errors` and `types` alone.
+"""

@@ -1,4 +1,7 @@
-"""The one registry. A method is a function that returns a `Method`; its signature is the schema of its options."""
+"""Published methods, one file each, and the one registry.
+
+A method is a function that returns a `Method`; its signature is the schema of its options.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
 | pi_S, pi_T | p, the student, and q, the student that also reads c (`teachers.self_live`) |
 | c: a right response of the group, else the data's solution, and the verdict | `contexts.INFORMATION`, `solution` |
 | A^seq | `credit.group_reward` |
-| -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.away_from_teacher`, `shape` |
+| -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.diverge_from_teacher`, `shape` |
 | lambda_max, W, 0.93 | `strength`, `warm_up`, `closes_below` |
 | g, H, H_warm | `gates.EntropyGate`; with `gate=False`, the paper's "no gate", it is only logged |
 | GRPO's loss, clip ratio 0.2 | `signals.policy_gradient`, `clip` |
@@ -31,8 +31,8 @@ read; it is said to gate on perplexity, with a lambda in between.
 from typing import Literal
 
 from opd.method import Method
-from opd.pieces import contexts, credit, memory, normalise, signals, solutions, teacher_rules
-from opd.pieces.gates import EntropyGate
+from opd.pieces import contexts, credit, gates, normalise, signals, solutions, teacher_rules
+from opd.types import Average
 
 
 def anti_sd(
@@ -44,22 +44,23 @@ def anti_sd(
     solution: Literal["privileged_context", "answer"] | None = "privileged_context",
     template: str | None = None,
     clip: float = 0.2,
-    average: Literal["token", "sequence"] = "sequence",
+    average: Average = "sequence",
     temperature: float = 1.0,
     allow_sign_conflict: bool = False,
 ) -> Method:
     """GRPO with a bounded push away from the solution-reading self; `solution` is the column where no peer is right."""
     words = contexts.INFORMATION["verified"]["template"] if template is None else template
     found = solutions.from_peers(solution)
-    entropy = EntropyGate(found, closes_below=closes_below, warm_up=warm_up)
-    ascent = credit.away_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
+    ascent = credit.diverge_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
     return Method(
         context=contexts.privileged(template=words, solutions=found),
         teacher=teacher_rules.self_live(),
-        observe=memory.all_of(solutions.counted(found), entropy),
-        credit=credit.add(credit.group_reward(), credit.scale(entropy.factor, ascent) if gate else ascent),
+        memory={
+            "unsolved": solutions.counted(found),
+            "gate": gates.entropy_gate(found, closes_below=closes_below, warm_up=warm_up),
+        },
+        credit=credit.add(credit.group_reward(), credit.scale(gates.factor, ascent) if gate else ascent),
         signal=signals.policy_gradient(signals.credit, clip=(clip, clip)),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        state={"gate": entropy.memory()},
+        normalise=normalise.per(average),
         temperature=temperature,
     )

@@ -4,36 +4,36 @@ from __future__ import annotations
 
 from opd.errors import ConfigError
 from opd.method import PIECES, Method
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Reads, Trait, needs_of
 from opd.recipe.schema import SamplingSection
 from opd.types import Sampling
 
 
 def check_pieces(method: Method, where: str) -> None:
     """Refuse pieces that do not fit together, whatever the recipe gives. Raises ConfigError."""
-    needs = method.needs()
-    if needs & {"sampler_logp", "policy_logp"} and "off_policy" in needs:
+    needs = method.needs
+    if needs.batch & {Reads.SAMPLER_LOGP, Reads.POLICY_LOGP} and Trait.OFF_POLICY in needs:
         raise ConfigError(
             f"{where} reads the probability with which the student wrote each "
             "token, and its source is not the student. Use an on-policy source, a signal without importance ratio, or "
             "another credit."
         )
-    if "sampled_last" in needs and not method.support.with_sampled:
+    if Trait.SAMPLED_TOKEN_LAST in needs and not method.support.with_sampled:
         raise ConfigError(
             f"{where} has a signal that takes the last token of the support for the "
             "sampled one, and the support does not add it. Build the support with top_k(k, with_sampled=True)."
         )
-    if {"attempt", "unfinished"} <= needs:
+    if {Trait.READS_ATTEMPT, Trait.SCORES_UNFINISHED} <= needs.traits:
         raise ConfigError(
             f"{where}: the teacher reads the student's attempt, and scores it while it is "
             "being written. Use a context without the attempt, or a source that nobody watches."
         )
-    if "teacher" in needs and method.teacher.kind == "none":
+    if Input.TEACHER in needs and method.teacher.kind == "none":
         raise ConfigError(
             f"{where} asks how far the student is from its teacher, and has none. Use a method "
             "with a teacher, or validate by the reward."
         )
-    if "trusts" in needs and "reward" in needs_of(method.credit):
+    if Trait.WEIGHS_BY_TRUST in needs and Input.REWARD in needs_of(method.credit):
         raise ConfigError(
             f"{where} has a weight that says how far to trust the teacher, and a reward in its credit that it would "
             "weigh too, though the teacher has no part in that. Leave one of the two out."
@@ -45,20 +45,23 @@ def check_pieces(method: Method, where: str) -> None:
 def check_signs(method: Method, where: str) -> None:
     """Refuse a method that draws the student towards its teacher and drives it away at once. Raises ConfigError."""
     declared = {name: needs_of(getattr(method, name)) for name in PIECES}
-    towards, away = ([name for name, needs in declared.items() if side in needs] for side in ("imitates", "ascends"))
-    if towards and away and "sign_conflict" not in method.needs():
+    towards, away = (
+        [name for name, needs in declared.items() if side in needs]
+        for side in (Trait.MINIMISES_DIVERGENCE, Trait.MAXIMISES_DIVERGENCE)
+    )
+    if towards and away and Trait.ALLOWS_SIGN_CONFLICT not in method.needs:
         raise ConfigError(
             f"{where} draws the student towards its teacher (its {' and '.join(towards)}) and drives it away from the "
             f"teacher (its {' and '.join(away)}): one undoes the other. Leave one of the two out, or say that "
-            "this is meant, with allow_sign_conflict (an option of method anti_sd, and of credit.away_from_teacher)."
+            "this is meant, with allow_sign_conflict (an option of method anti_sd, and of credit.diverge_from_teacher)."
         )
 
 
 def check_baseline(method: Method, sampling: Sampling | SamplingSection, where: str) -> None:
     """Refuse what makes a baseline biased: E_y[b grad log p(y)] = 0 for y ~ p alone. Raises ConfigError."""
-    looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
+    looking = [name for name in ("weight", "filter") if Trait.LOOKS_AT_SAMPLED_TOKEN in needs_of(getattr(method, name))]
     reasons = [
-        ("off_policy" in method.needs(), "its responses are not the student's", "Use an on-policy source"),
+        (Trait.OFF_POLICY in method.needs, "its responses are not the student's", "Use an on-policy source"),
         (
             sampling.top_p < 1 or sampling.top_k > 0,
             f"responses are drawn with top_p {sampling.top_p} and top_k {sampling.top_k}, from a part of the student's "
@@ -67,12 +70,12 @@ def check_baseline(method: Method, sampling: Sampling | SamplingSection, where: 
         ),
         (bool(looking), f"its {' and '.join(looking)} looks at the sampled token", "Leave it out, or use method opd"),
         (
-            "filtered" in method.needs(),
-            "its keep chooses responses by what stands in them",
+            Trait.FILTERS in method.needs,
+            "its filter chooses responses by what stands in them",
             "Leave it out, or use method opd",
         ),
         (
-            "attempt" in method.needs(),
+            Trait.READS_ATTEMPT in method.needs,
             "its teacher reads the response that it scores, and so does the baseline",
             "Use a context without the attempt and the verdict on it, or method opd",
         ),
@@ -100,7 +103,7 @@ def check_units(method: Method, where: str) -> None:
             f"{where} compares the most likely tokens of student and teacher, and the teacher has a tokenizer of its "
             "own. Leave out the piece that does, or use a method whose teacher has the student's tokenizer."
         )
-    if "teacher" in needs_of(method.update):
+    if Input.TEACHER in needs_of(method.update):
         check_comparison(method, where, "validation by teacher_kl", "Validate by the reward")
 
 
@@ -113,42 +116,44 @@ def check_comparison(method: Method, where: str, setting: str, remedy: str) -> N
         )
 
 
-TEACHERS = frozenset({"teacher", "teacher_logp", "teacher_entropy"})  # needs that only a teacher meets
+SIDES = frozenset({Trait.MINIMISES_DIVERGENCE, Trait.MAXIMISES_DIVERGENCE})
+TEACHERS = frozenset({Reads.TEACHER_LOGP, Reads.TEACHER_ENTROPY})  # needs that only a teacher meets
 
 
 def incoherence(method: Method) -> str | None:
     """Why the pieces of a method do not fit together, whatever recipe it stands in; None if they do."""
-    needs = method.needs()
-    looking = [name for name in ("weight", "keep") if "sampled_token" in needs_of(getattr(method, name))]
-    baseline = "unbiased_baseline" in needs
+    needs = method.needs
+    looking = [name for name in ("weight", "filter") if Trait.LOOKS_AT_SAMPLED_TOKEN in needs_of(getattr(method, name))]
+    baseline = Trait.UNBIASED_BASELINE in needs
     obstacles = [
         (
-            method.teacher.kind == "none" and bool(method.top_k or needs & TEACHERS),
+            method.teacher.kind == "none" and bool(method.top_k or needs.batch & TEACHERS or Input.TEACHER in needs),
             "a piece reads what the teacher says, and there is no teacher",
         ),
         (
-            "off_policy" in needs and bool(needs & {"sampler_logp", "policy_logp"}),
+            Trait.OFF_POLICY in needs and bool(needs.batch & {Reads.SAMPLER_LOGP, Reads.POLICY_LOGP}),
             "a piece reads with which probability the student wrote, and the student does not write",
         ),
-        (baseline and "off_policy" in needs, "a baseline is biased for responses that the student did not write"),
+        (baseline and Trait.OFF_POLICY in needs, "a baseline is biased for responses that the student did not write"),
         (
             baseline and bool(looking),
             f"the {' and '.join(looking)} looks at the sampled token, which biases a baseline",
         ),
         (
-            method.teacher.tokenizer == "any" and (bool(method.top_k) or "teacher" in needs_of(method.update)),
+            method.teacher.tokenizer == "any" and (bool(method.top_k) or Input.TEACHER in needs_of(method.update)),
             "a piece compares the models token by token, and the teacher has a tokenizer of its own",
         ),
         (
-            {"imitates", "ascends"} <= needs and "sign_conflict" not in needs,
+            {Trait.MINIMISES_DIVERGENCE, Trait.MAXIMISES_DIVERGENCE} <= needs.traits
+            and Trait.ALLOWS_SIGN_CONFLICT not in needs,
             "one draws the student towards its teacher, the other drives it away",
         ),
         (
-            "trusts" in needs and "reward" in needs_of(method.credit),
+            Trait.WEIGHS_BY_TRUST in needs and Input.REWARD in needs_of(method.credit),
             "the weight says how far to trust the teacher, and would weigh a reward with it",
         ),
         (
-            "judge" in needs and "reward" in needs_of(method.update),
+            Input.JUDGE in needs and Input.REWARD in needs_of(method.update),
             "the update compares weights by a reward whose yardstick is made anew from the responses it grades",
         ),
     ]

@@ -1,8 +1,8 @@
 """Two published methods in one: what one of them decides is taken from it, what both decide composes or is refused.
 
 Plain on-policy distillation is the middle. A field that a method leaves as it is there is free for the other. Weights
-multiply, filters run one after the other, what states learn from a step is learned by both. Of every other field one
-alone may decide.
+multiply, filters run one after the other, and each keeps the memory that it has. Of every other field one alone may
+decide.
 """
 
 from __future__ import annotations
@@ -14,15 +14,14 @@ from typing import Any
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import incoherence
-from opd.pieces import filters, memory, signals, weights
+from opd.pieces import filters, signals, weights
 
 PLAIN = Method(signal=signals.sampled_reverse_kl())
 
 
 TOGETHER: dict[str, Callable[..., Any]] = {
     "weight": weights.times,
-    "keep": filters.in_turn,
-    "observe": memory.all_of,
+    "filter": filters.in_turn,
 }
 
 
@@ -41,9 +40,9 @@ def apart(first: Method, second: Method) -> str | None:
 
 def _together(first: Method, second: Method) -> tuple[Method, list[str]]:
     """The fields of both, and the names of those that both decide, which are the first one's."""
-    torn = [f"state {name!r}" for name in first.state.keys() & second.state.keys()]
-    chosen: dict[str, Any] = {"state": {**first.state, **second.state}}
-    for name in (field.name for field in fields(Method) if field.name != "state"):
+    torn = [f"memory {name!r}" for name in first.memory if name in second.memory]
+    chosen: dict[str, Any] = {"memory": {**first.memory, **second.memory}}
+    for name in (field.name for field in fields(Method) if field.name != "memory"):
         one, other, plain = getattr(first, name), getattr(second, name), getattr(PLAIN, name)
         if other == plain or one == other:
             chosen[name] = one

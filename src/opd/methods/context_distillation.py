@@ -31,8 +31,8 @@ from typing import Literal
 
 from opd.errors import ConfigError
 from opd.method import Method
-from opd.pieces import contexts, memory, normalise, signals, solutions, supports, teacher_rules
-from opd.types import Context
+from opd.pieces import contexts, normalise, signals, solutions, supports, teacher_rules
+from opd.types import Average, ChosenBy, Context
 
 
 def context_distillation(
@@ -46,9 +46,9 @@ def context_distillation(
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
     k: int | None = 20,
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "intersection",
+    by: ChosenBy = "intersection",
     form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "renormalised",
-    average: Literal["token", "sequence"] = "sequence",
+    average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
     """Teach a model to do without its prompt what it does with it; `k=None` is the whole vocabulary."""
@@ -61,11 +61,11 @@ def context_distillation(
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
         context=_context(system, examples, template, prefill, information, found),
-        observe=memory.nothing() if found is None else solutions.counted(found),
+        memory={} if found is None else {"unsolved": solutions.counted(found)},
         teacher=rules[teacher],
-        support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
+        support=supports.for_renormalised(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )
 

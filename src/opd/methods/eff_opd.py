@@ -24,8 +24,8 @@ product BA of extrapolated factors is not the extrapolated product: it has a sec
 from typing import Literal
 
 from opd.method import Method
-from opd.pieces import normalise, signals
-from opd.pieces.updates import Extrapolation
+from opd.pieces import normalise, signals, updates
+from opd.types import Average
 
 
 def eff_opd(
@@ -34,17 +34,16 @@ def eff_opd(
     validate_by: Literal["reward", "teacher_kl"] = "reward",
     move: Literal["all", "matrices"] = "all",
     ties: bool = False,
-    average: Literal["token", "sequence"] = "sequence",
+    average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
     """The sampled log-ratio as the advantage, and jumps of the weights that a validation accepts."""
-    jumps = Extrapolation(
-        by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
-    )
     return Method(
         signal=signals.sampled_reverse_kl(),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
-        update=jumps,
-        state={"extrapolation": jumps},
+        normalise=normalise.per(average),
+        update=updates.extrapolation(
+            by=validate_by, prompts=prompts, candidates=candidates, ties=ties, matrices=move == "matrices"
+        ),
+        memory={"extrapolation": updates.kept_weights()},
         temperature=temperature,
     )

@@ -38,6 +38,6 @@ def grpo(
         support=supports.no_support(),
         credit=credit.group_reward(divide_by_std=variant == "grpo"),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
-        normalise=normalise.per_constant(length) if variant == "dr_grpo" and length else normalise.per_sequence(),
+        normalise=normalise.per(length if variant == "dr_grpo" and length else "sequence"),
         temperature=temperature,
     )

@@ -33,6 +33,7 @@ from typing import Literal
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.pieces import filters, normalise, signals, supports
+from opd.types import Average
 
 
 def local_support_matching(
@@ -42,7 +43,7 @@ def local_support_matching(
     ratio_bounds: tuple[float, float] | None = None,
     mask_tokens: tuple[str | tuple[int, ...], ...] = (),
     mask: Literal["first", "every"] = "first",
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """The shape of the teacher's k most likely tokens; `mask_tokens` are texts or lists of ids that are not trained."""
@@ -53,9 +54,9 @@ def local_support_matching(
             f"{sampled_token!r}, which has none; got {list(ratio_bounds)}. Set sampled_token: tail, or leave them out."
         )
     return Method(
-        keep=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
-        support=supports.for_shape(supports.top_k(k, by=by, with_sampled=sampled_token != "left_out")),
+        filter=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
+        support=supports.for_renormalised(supports.top_k(k, by=by, with_sampled=sampled_token != "left_out")),
         signal=signals.reverse_kl_with_sampled_tail(ratio_bounds) if tail else signals.divergence(form="renormalised"),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

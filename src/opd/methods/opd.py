@@ -31,10 +31,11 @@ from typing import Literal
 
 from opd.method import Method
 from opd.pieces import credit, filters, normalise, signals
+from opd.types import Average
 
 
 def opd(
-    average: Literal["token", "sequence"] = "sequence",
+    average: Average = "sequence",
     importance: bool = False,
     gamma: float = 0.0,
     mask_tokens: tuple[str | tuple[int, ...], ...] = (),
@@ -45,9 +46,9 @@ def opd(
     advantage = signals.log_ratio if gamma == 0.0 else signals.credit
     plain = gamma == 0.0 and not importance
     return Method(
-        keep=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
+        filter=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),
         credit=credit.no_credit() if gamma == 0.0 else credit.discounted(gamma),
         signal=signals.sampled_reverse_kl() if plain else signals.policy_gradient(advantage, importance=importance),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from opd.method import Method
 from opd.pieces import drift, normalise, signals, sources, supports
+from opd.types import Average
 
 
 def prune_opd(
@@ -48,16 +49,16 @@ def prune_opd(
     hit_share: float = 0.1,
     patience: int = 3,
     every: int = 256,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """A reverse KL on the student's top-k, weighed and cut by drift; `budget`... are of `stop="budget"`, `every` of
     `stop="rollout"`."""
     judged = drift.Drift(metric=metric, k=k, threshold=threshold, drop=drop)
-    allowed = None
-    ends: dict[str, Any] = {}
+    ends: dict[str, Any] = {"memory": {"drift": drift.measured(judged)}}
     if stop == "budget":
-        allowed = drift.Budget(
+        allowed = drift.budget(
+            judged,
             initial=budget,
             least=budget_min,
             most=budget_max,
@@ -66,15 +67,14 @@ def prune_opd(
             hit_share=hit_share,
             patience=patience,
         )
-        ends = {"source": sources.on_policy(drift.within(allowed)), "state": {"budget": allowed.memory()}}
+        ends = {"source": sources.on_policy(drift.within_budget(budget_max)), "memory": {"budget": allowed}}
     elif stop == "rollout":
-        ends = {"source": sources.on_policy(drift.ends_drifted(judged, every))}
+        ends["source"] = sources.on_policy(drift.ends_drifted(judged, every))
     return Method(
         support=supports.top_k(k, by="student") if loss == "top_k" else supports.sampled(),
-        observe=drift.measured(judged, allowed),
         weight=drift.trusted(judged, base),
         signal=signals.support_policy_gradient("student") if loss == "top_k" else signals.sampled_reverse_kl(),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
         **ends,
     )

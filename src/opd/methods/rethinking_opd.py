@@ -29,24 +29,24 @@ from typing import Literal
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.pieces import normalise, signals, supports
-from opd.types import Signal
+from opd.types import Average, ChosenBy, Signal
 
 
 def rethinking_opd(
     k: int = 16,
-    by: Literal["student", "teacher", "intersection", "union", "symmetric_difference"] = "student",
+    by: ChosenBy = "student",
     form: Literal["paper", "released"] = "paper",
     weights: Literal["student", "teacher", "none"] = "student",
     normalised: bool | None = None,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """A truncated reverse KL; `weights` and `normalised` are of the released form (None: as in the released code)."""
     scored = supports.top_k(k, by=by)
     return Method(
-        support=supports.for_shape(scored, ", or form: released") if form == "paper" else scored,
+        support=supports.for_renormalised(scored, ", or form: released") if form == "paper" else scored,
         signal=_paper(weights, normalised) if form == "paper" else _released(by, weights, normalised),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )
 

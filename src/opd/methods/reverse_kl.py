@@ -14,17 +14,16 @@ On-Policy Distillation", arXiv 2604.13016, eq. 4.
 Differs from the paper: nothing.
 """
 
-from typing import Literal
-
 from opd.method import Method
 from opd.pieces import normalise, signals, supports
+from opd.types import Average
 
 
-def reverse_kl(average: Literal["token", "sequence"] = "sequence", temperature: float = 1.0) -> Method:
+def reverse_kl(average: Average = "sequence", temperature: float = 1.0) -> Method:
     """Exact and of the lowest variance; the teacher's whole distribution at the student's own tokens."""
     return Method(
         support=supports.full(),
         signal=signals.divergence("reverse_kl"),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

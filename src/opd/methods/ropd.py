@@ -26,14 +26,15 @@ from typing import Literal
 
 from opd.method import Method
 from opd.pieces import credit, normalise, signals, supports, teacher_rules
-from opd.pieces.needs import needing, needs_of
+from opd.pieces.needs import Input, Needs, Piece, needs_of
+from opd.types import Average
 
 
 def ropd(
     advantage: Literal["standardised", "centred"] = "standardised",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """Reinforcement learning from a rubric of a teacher's texts, each response against its group."""
@@ -41,8 +42,8 @@ def ropd(
     return Method(
         teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
-        credit=needing(against_group, *needs_of(against_group), "judge"),
+        credit=Piece(against_group, needs_of(against_group) | Needs(inputs=frozenset({Input.JUDGE}))),
         signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

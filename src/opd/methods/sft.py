@@ -24,7 +24,7 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.pieces import normalise, signals, sources, supports, teacher_rules
 from opd.pieces.filters import clean, correct, everything, first_passing
-from opd.types import Keep
+from opd.types import Filter
 
 
 def sft(
@@ -38,15 +38,15 @@ def sft(
     """
     return Method(
         source=sources.dataset() if source == "dataset" else sources.teacher_writes(),
-        keep=_keep(keep, must_contain),
+        filter=_filter(keep, must_contain),
         teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
         signal=signals.nll(),
-        normalise=normalise.per_token(),
+        normalise=normalise.per("token"),
     )
 
 
-def _keep(keep: str, must_contain: str | None) -> Keep:
+def _filter(keep: str, must_contain: str | None) -> Filter:
     if must_contain is not None and keep not in ("clean", "both"):
         raise ConfigError(
             f"`must_contain: {must_contain}` is a condition on clean responses, and `keep: {keep}` does not ask for "

@@ -26,16 +26,15 @@ loses the last one, and has a column for every span of the response, all but the
 on which the teacher has less than half of its mass: `least_mass=0.5`.
 """
 
-from typing import Literal
-
 from opd.method import Method
 from opd.pieces import normalise, signals, supports, teacher_rules
+from opd.types import Average
 
 
 def simct(
     spans: bool = True,
     least_mass: float = 0.0,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """Units of both tokenizers; without `spans` only those that are one token of both vocabularies."""
@@ -43,6 +42,6 @@ def simct(
         teacher=teacher_rules.external(tokenizer="any"),
         support=supports.units("column" if spans else "none", least_mass=least_mass),
         signal=signals.divergence("reverse_kl", form="renormalised"),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

@@ -26,14 +26,15 @@ from typing import Literal
 
 from opd.method import Method
 from opd.pieces import normalise, signals, supports
+from opd.types import Average, ChosenBy
 
 
 def topk_reverse_kl(
     k: int = 20,
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "intersection",
+    by: ChosenBy = "intersection",
     form: Literal["raw", "stop_gradient", "renormalised", "tail"] = "renormalised",
     with_sampled: bool = False,
-    average: Literal["token", "sequence"] = "sequence",
+    average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
     """A truncated reverse KL: K numbers a position instead of V."""
@@ -45,8 +46,8 @@ def topk_reverse_kl(
         )
     scored = supports.top_k(k, by=by, with_sampled=with_sampled)
     return Method(
-        support=supports.for_shape(scored, ", or form: tail") if form == "renormalised" else scored,
+        support=supports.for_renormalised(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence("reverse_kl", form=form),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

@@ -22,11 +22,12 @@ from typing import Literal
 
 from opd.method import Method
 from opd.pieces import normalise, signals, supports, teacher_rules
+from opd.types import Average
 
 
 def uld(
     matched: Literal["none", "generalised_jsd", "reverse_kl", "forward_kl"] = "none",
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """Sorted probabilities of both models; `matched` compares the tokens of both vocabularies directly."""
@@ -34,6 +35,6 @@ def uld(
         teacher=teacher_rules.external(tokenizer="any"),
         support=supports.units("product"),
         signal=signals.by_rank(None if matched == "none" else matched),
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

@@ -12,7 +12,7 @@
 | pi_theta, pi_T | p `student_*`, q `teacher_*` |
 | V(c_t), whole vocabulary | `baseline="full"`, `baselines.expected_log_ratio` |
 | V(c_t) on TopK_S, renormalised | `baseline="top_k"`, `k` |
-| m_t, sum m_t | trained tokens, `normalise.per_token` |
+| m_t, sum m_t | trained tokens, `normalise.per("token")` |
 | A_group + A_t, with a task's reward | `task_reward`, `credit.group_reward` |
 
 E_y[V grad log p] = 0, so that every baseline that does not look at y leaves the expected gradient that of KL(p||q), and
@@ -28,13 +28,14 @@ from typing import Literal
 
 from opd.method import Method
 from opd.pieces import baselines, credit, normalise, signals, supports
+from opd.types import Average
 
 
 def vopd(
     baseline: Literal["top_k", "full", "optimal"] = "top_k",
     k: int = 100,
     task_reward: bool = False,
-    average: Literal["token", "sequence"] = "token",
+    average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
     """The log-ratio of each sampled token less its expectation; `k` is of the baseline on the student's top-k."""
@@ -44,6 +45,6 @@ def vopd(
         support=supports.top_k(k, by="student") if baseline == "top_k" else supports.full(),
         credit=credit.group_reward() if task_reward else credit.no_credit(),
         signal=signals.add(distilled, signals.policy_gradient(signals.credit)) if task_reward else distilled,
-        normalise=normalise.per_token() if average == "token" else normalise.per_sequence(),
+        normalise=normalise.per(average),
         temperature=temperature,
     )

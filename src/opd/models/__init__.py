@@ -1,1 +1,1 @@
-"""A transformers model and its tokenizer: found, built, rendered to ids, run to hidden states, its output layer."""
+"""Transformers models and tokenizers: loading, rendering to ids, forward passes, the output layer."""

@@ -1,1 +1,20 @@
-"""The decisions that a paper makes, each a pure function of a record."""
+"""The decisions of a method, one file for each kind, as functions of a record.
+
+The names in `__all__` are for methods of your own; the other files serve single published methods.
+"""
+
+__all__ = [
+    "contexts",
+    "credit",
+    "filters",
+    "memory",
+    "needs",
+    "normalise",
+    "packed",
+    "signals",
+    "sources",
+    "supports",
+    "teacher_rules",
+    "updates",
+    "weights",
+]

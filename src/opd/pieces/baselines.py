@@ -2,8 +2,8 @@
 
 A number b that depends on the prefix alone may be taken from every token's advantage: E_y[b grad log p(y)] = 0 over
 y ~ p. What it does to the variance is the point. It holds only where y is drawn from p itself, all of it, at the
-temperature at which it is compared, and where no weight looks at y: `opd check` refuses the rest (`needing`,
-"unbiased_baseline").
+temperature at which it is compared, and where no weight looks at y: `opd check` refuses the rest
+(`Trait.UNBIASED_BASELINE`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from opd.pieces.needs import needing, needs_of
+from opd.pieces.needs import Needs, Piece, Trait, needs_of
 from opd.pieces.packed import support_of
 from opd.types import Advantage, Tokens
 
@@ -47,6 +47,5 @@ def least_variance(tokens: Tokens) -> Tensor:
 
 def against(baseline: Baseline, advantage: Advantage) -> Advantage:
     """`advantage` less the baseline, [N]."""
-    return needing(
-        lambda tokens: advantage(tokens) - baseline(tokens).detach(), "unbiased_baseline", *needs_of(advantage)
-    )
+    unbiased = Needs(traits=frozenset({Trait.UNBIASED_BASELINE}))
+    return Piece(lambda tokens: advantage(tokens) - baseline(tokens).detach(), needs_of(advantage) | unbiased)

@@ -9,7 +9,7 @@ from functools import cache
 from opd.errors import ConfigError, DataError
 from opd.messages import fields_of, with_question
 from opd.pieces.filters import PASS
-from opd.pieces.needs import needing
+from opd.pieces.needs import Input, Need, Trait, needing
 from opd.pieces.solutions import Solutions, showing
 from opd.types import Context, Message, Prompt, Rollout
 
@@ -51,7 +51,7 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
 @cache
 def same_prompt() -> Context:
     """The teacher reads what the student read."""
-    return lambda rollouts: [rollout.prompt for rollout in rollouts]
+    return needing(lambda rollouts: [rollout.prompt for rollout in rollouts])
 
 
 def privileged(
@@ -103,14 +103,15 @@ def privileged(
             for rollout, one in zip(rollouts, read, strict=True)
         ]
 
-    needs = fields & {"privileged_context", "answer"}
+    needs = set[Need]()
     if solutions is not None:
-        needs = needs - {"privileged_context"} | {"reward", "group", "attempt"}
+        needs |= {Input.REWARD, Input.GROUP, Trait.READS_ATTEMPT}
     if fields & {"attempt", "verdict"}:
-        needs |= {"attempt"}
+        needs |= {Trait.READS_ATTEMPT}
     if "verdict" in fields:
-        needs |= {"reward"}
-    return needing(context, *needs)
+        needs |= {Input.REWARD}
+    columns = fields & ({"answer"} if solutions is not None else {"answer", "privileged_context"})
+    return needing(context, *needs, columns=columns)
 
 
 def _enriched(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from opd.errors import ConfigError
-from opd.pieces.needs import needing, needs_of, reads, turned
+from opd.pieces.needs import Input, Need, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Credit
 
@@ -46,7 +46,7 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
             advantage[rows] = centred
         return advantage[:, None].expand(batch.mask.shape).clone()
 
-    return needing(credit, "reward", "group")
+    return needing(credit, Input.REWARD, Input.GROUP)
 
 
 def discounted(gamma: float) -> Credit:
@@ -69,10 +69,10 @@ def discounted(gamma: float) -> Credit:
             advantage[:, t] = following
         return advantage
 
-    return needing(credit, "teacher_logp", "policy_logp", "imitates")
+    return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Trait.MINIMISES_DIVERGENCE)
 
 
-def away_from_teacher(
+def diverge_from_teacher(
     strength: float, found: Solutions, *, shape: Literal["jsd", "reverse_kl"] = "jsd", allow_sign_conflict: bool = False
 ) -> Credit:
     """-strength phi(u), u = log q(y) - log p(y): the ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
@@ -98,8 +98,9 @@ def away_from_teacher(
         advantage = -strength * phi(batch.teacher_logp - batch.policy_logp)
         return advantage.masked_fill(~(solved(found, batch)[:, None] & batch.mask), 0.0)
 
-    allowed = ["sign_conflict"] if allow_sign_conflict else []
-    return needing(credit, "teacher_logp", "policy_logp", "reward", "group", "ascends", *allowed)
+    both = {Reads.TEACHER_LOGP, Reads.POLICY_LOGP}
+    allowed = {Trait.ALLOWS_SIGN_CONFLICT} if allow_sign_conflict else set[Need]()
+    return needing(credit, *both, Input.REWARD, Input.GROUP, Trait.MAXIMISES_DIVERGENCE, *allowed)
 
 
 def add(*parts: Credit) -> Credit:
@@ -108,13 +109,12 @@ def add(*parts: Credit) -> Credit:
     def credit(batch: Batch) -> Tensor:
         return torch.stack([one(batch) for one in parts]).sum(0)
 
-    unsaid = {"teacher_logp"} if any(reads(one, "teacher_logp") for one in parts) else set[str]()
-    return needing(credit, *needs_of(*parts), *unsaid)
+    return Piece(credit, needs_of(*parts))
 
 
-def scale(factor: float | Callable[[], float], credit: Credit) -> Credit:
-    """`factor` times a credit; where something says it of the step that was observed last, it is at least 0."""
-    needs = needs_of(credit) | ({"teacher_logp"} if reads(credit, "teacher_logp") else frozenset[str]())
+def scale(factor: float | Callable[[Batch], float], credit: Credit) -> Credit:
+    """`factor` times a credit; one that is a function of the batch, such as `gates.factor`, is at least 0."""
+    needs = needs_of(credit)
     if callable(factor):
-        return needing(lambda batch: factor() * credit(batch), *needs)
-    return needing(lambda batch: factor * credit(batch), *(turned(needs) if factor < 0 else needs))
+        return Piece(lambda batch: factor(batch) * credit(batch), needs)
+    return Piece(lambda batch: factor * credit(batch), needs.turned() if factor < 0 else needs)

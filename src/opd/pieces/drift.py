@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 from torch import Tensor
 
 from opd.errors import ConfigError
 from opd.maths.overlap import shared
-from opd.pieces.memory import Remembered
-from opd.pieces.needs import needing
-from opd.types import Batch, Gather, Look, Observe, Rollout, Scores, Watch, Weight, Writers
+from opd.pieces.memory import SavedAttributes, recalled
+from opd.pieces.needs import Input, Need, Trait, needing
+from opd.types import Batch, EarlyStop, Gather, MakeMemory, Rollout, Scores, Watch, Weight, Writers
 
 ALIVE = 1e-8  # a trust above this is not 0, as in the released code
 
@@ -44,9 +45,9 @@ class Drift:
             )
 
     @property
-    def looks(self) -> tuple[str, ...]:
-        """What a piece that goes by this declares (`needs.needing`)."""
-        return ("teacher",) if self.metric == "overlap" else ("teacher", "sampled_token")
+    def looks(self) -> tuple[Need, ...]:
+        """What a piece that goes by this declares, beside `top_k`."""
+        return (Input.TEACHER,) if self.metric == "overlap" else (Input.TEACHER, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
     def lost(self, ids: Tensor, student_top: Tensor, teacher_top: Tensor, teacher_top_logp: Tensor) -> Tensor:
         """[..., T] bool, from sampled ids [..., T], top ids and log-probs [..., T, at least k] in falling order."""
@@ -93,7 +94,7 @@ def trusted(drift: Drift, base: float = 0.5) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
 
-    return needing(weight, *drift.looks, "trusts", top_k=drift.k)
+    return needing(weight, *drift.looks, Trait.WEIGHS_BY_TRUST, top_k=drift.k)
 
 
 def ends_drifted(drift: Drift, every: int) -> Watch:
@@ -104,51 +105,96 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
     if every < 1:
         raise ConfigError(f"The teacher looks every so many tokens, at least 1, got {every}.")
 
-    def watch(writers: Writers) -> Look:
-        assert writers.reader is not None, "a method without a teacher is refused before this"
-        score = writers.reader()
+    def watch(writers: Writers) -> EarlyStop:
+        assert writers.scorer is not None, "a method without a teacher is refused before this"
+        score = writers.scorer()
 
-        def goes_on(shown: Sequence[Rollout]) -> list[bool]:
-            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(shown, score(shown), strict=True)]
+        def keeps_going(unfinished: Sequence[Rollout]) -> list[bool]:
+            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(unfinished, score(unfinished), strict=True)]
 
-        return Look(every=every, goes_on=goes_on)
+        return EarlyStop(every=every, keeps_going=keeps_going)
 
-    return needing(watch, "teacher", "unfinished", top_k=drift.k, first_look=every)
+    return needing(watch, Input.TEACHER, Trait.SCORES_UNFINISHED, top_k=drift.k, first_look=every)
 
 
-class Budget:
+class Drifted(SavedAttributes):
+    """What drift does to a step, over the responses of all processes with a trained token; nothing is remembered.
+
+    drift/lost_share of the trained tokens; drift/effective_length, mean #{t : W_t > 0} in tokens; drift/ended_share,
+    of all responses: ended neither by themselves nor by sampling.max_completion_length; drift/tokens, generated.
+    """
+
+    def __init__(self, drift: Drift) -> None:
+        self.drift = drift
+
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
+        """The metrics of a step."""
+        return self.looked_at(batch, gather)[0]
+
+    def looked_at(self, batch: Batch, gather: Gather) -> tuple[dict[str, float], list[int]]:
+        """The metrics of a step, and the effective lengths L_i = #{t : W_t > 0} of all responses with a trained token.
+
+        Without lengths there are two metrics: a filter left nothing of the step.
+        """
+        lost = lost_tokens(self.drift, batch)
+        alive = ((self.drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
+        ended = [
+            not r.finished and r.sampling is not None and len(r.response_ids) < r.sampling.max_completion_length
+            for r in batch.rollouts
+        ]
+        tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
+        parts = gather(
+            ([int(length) for length in alive], int(lost.sum()), int(batch.mask.sum()), sum(ended), len(ended), tokens)
+        )
+        effective = [length for part in parts for length in part[0]]
+        lost_all, trained, ended_all, responses, tokens_all = (sum(part[i] for part in parts) for i in range(1, 6))
+        metrics = {"drift/tokens": float(tokens_all), "drift/ended_share": ended_all / responses}
+        if effective:
+            metrics["drift/effective_length"] = sum(effective) / len(effective)
+            metrics["drift/lost_share"] = lost_all / trained
+        return metrics, effective
+
+
+def measured(drift: Drift) -> MakeMemory:
+    """A maker of `Drifted`."""
+    return needing(lambda: Drifted(drift), *drift.looks, top_k=drift.k)
+
+
+class Budget(Drifted):
     """How long responses may be, in tokens: longer where enough of them keep some trust to the end of it, else shorter.
 
-    With B the budget and L_i = #{t : W_t > 0} the effective length of response i,
+    With B the budget and L_i the effective length of response i,
 
         hit = mean_i [L_i >= max(least, B - margin)]
         hit >= hit_share: B <- min(B + step, most); after `patience` steps in a row without: B <- max(B - step, least)
 
-    Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense.
+    It logs what `Drifted` does, from the same look at the step.
     """
 
+    saved = ("length", "misses")
+
     def __init__(
-        self, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
+        self,
+        drift: Drift,
+        *,
+        initial: int,
+        least: int,
+        most: int,
+        step: int,
+        margin: int,
+        hit_share: float,
+        patience: int,
     ) -> None:
-        if not (1 <= least <= initial <= most):
-            raise ConfigError(
-                f"A budget starts between its least and its most, which are at least 1 token; got {initial} between "
-                f"{least} and {most}."
-            )
-        if step < 1 or margin < 0 or patience < 1 or not 0.0 <= hit_share <= 1.0:
-            raise ConfigError(
-                "A budget moves by at least 1 token after at least 1 step, and compares a share from 0 to 1 with a "
-                f"margin of 0 tokens or more; got step {step}, patience {patience}, hit share {hit_share} and margin "
-                f"{margin}."
-            )
+        super().__init__(drift)
         self.least, self.most, self.step, self.margin = least, most, step, margin
         self.hit_share, self.patience = hit_share, patience
         self.length = initial  # of the next responses
         self.misses = 0  # steps in a row
 
-    def memory(self) -> Remembered:
-        """Its `State`."""
-        return Remembered(self, ("length", "misses"))
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
+        """Learn from a step's effective lengths, if it has any; the metrics of both."""
+        metrics, effective = self.looked_at(batch, gather)
+        return metrics | (self.advance(effective) if effective else {})
 
     def advance(self, effective: Sequence[int]) -> dict[str, float]:
         """Learn from a step's effective lengths; the metrics of it."""
@@ -162,41 +208,43 @@ class Budget:
         return {"budget/tokens": float(self.length), "budget/hit_share": hit}
 
 
-def within(budget: Budget) -> Watch:
-    """A response that has as many tokens as the budget ends there, unfinished; nobody is asked."""
+def budget(
+    drift: Drift, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
+) -> MakeMemory:
+    """A maker of `Budget`. Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense."""
+    if not (1 <= least <= initial <= most):
+        raise ConfigError(
+            f"A budget starts between its least and its most, which are at least 1 token; got {initial} between "
+            f"{least} and {most}."
+        )
+    if step < 1 or margin < 0 or patience < 1 or not 0.0 <= hit_share <= 1.0:
+        raise ConfigError(
+            "A budget moves by at least 1 token after at least 1 step, and compares a share from 0 to 1 with a "
+            f"margin of 0 tokens or more; got step {step}, patience {patience}, hit share {hit_share} and margin "
+            f"{margin}."
+        )
+    made = partial(
+        Budget,
+        drift,
+        initial=initial,
+        least=least,
+        most=most,
+        step=step,
+        margin=margin,
+        hit_share=hit_share,
+        patience=patience,
+    )
+    return needing(made, *drift.looks, top_k=drift.k)
 
-    def watch(writers: Writers) -> Look:
-        return Look(every=budget.length, goes_on=lambda shown: [False] * len(shown))
 
-    return needing(watch, response_tokens=budget.most)
+def within_budget(most: int) -> Watch:
+    """A response that has as many tokens as the memory `budget` allows, at most `most`, ends there, unfinished.
 
-
-def measured(drift: Drift, budget: Budget | None = None) -> Observe:
-    """What drift does to a step, and the budget's lesson, over the responses of all processes with a trained token.
-
-    drift/lost_share of the trained tokens; drift/effective_length, mean #{t : W_t > 0} in tokens; drift/ended_share,
-    of all responses: ended neither by themselves nor by sampling.max_completion_length; drift/tokens, generated.
+    The teacher is not asked. Raises ConfigError, when it is called, where the method has no such memory.
     """
 
-    def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
-        """The metrics of a step; the budget, if there is one, has learned from it."""
-        lost = lost_tokens(drift, batch)
-        alive = ((drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
-        ended = [
-            not r.finished and r.sampling is not None and len(r.response_ids) < r.sampling.max_completion_length
-            for r in batch.rollouts
-        ]
-        tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
-        parts = gather(
-            ([int(length) for length in alive], int(lost.sum()), int(batch.mask.sum()), sum(ended), len(ended), tokens)
-        )
-        effective = [length for part in parts for length in part[0]]
-        lost_all, trained, ended_all, responses, tokens_all = (sum(part[i] for part in parts) for i in range(1, 6))
-        metrics = {"drift/tokens": float(tokens_all), "drift/ended_share": ended_all / responses}
-        if not effective:  # a filter left nothing of the step
-            return metrics
-        metrics["drift/effective_length"] = sum(effective) / len(effective)
-        metrics["drift/lost_share"] = lost_all / trained
-        return metrics | ({} if budget is None else budget.advance(effective))
+    def watch(writers: Writers) -> EarlyStop:
+        allowed = recalled(writers.memory, "budget", Budget).length
+        return EarlyStop(every=allowed, keeps_going=lambda unfinished: [False] * len(unfinished))
 
-    return needing(observe, *drift.looks, top_k=drift.k)
+    return needing(watch, response_tokens=most)

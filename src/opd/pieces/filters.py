@@ -1,4 +1,4 @@
-"""Keep: rollouts -> rollouts, some of them not trained. After the rewards, before the teacher scores.
+"""Filters: rollouts -> rollouts, some of them not trained. After the rewards, before the teacher scores.
 
 A response or token that is not kept has `trained` False: it has no gradient and counts in no denominator.
 """
@@ -13,20 +13,20 @@ from typing import TypeAlias
 
 import torch
 
-from opd.pieces import filters, token_sequences
-from opd.pieces.needs import binding, bound, needing, needs_of, unbound
-from opd.types import Keep, Rollout
+from opd.pieces import token_sequences
+from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
+from opd.types import Filter, Rollout
 
 Test: TypeAlias = Callable[[Rollout], bool]
 
 
 @cache
-def everything() -> Keep:
+def everything() -> Filter:
     """What was written is trained."""
     return needing(lambda rollouts: list(rollouts))
 
 
-def first_passing(*tests: Test) -> Keep:
+def first_passing(*tests: Test) -> Filter:
     """Of the responses to a prompt, the first that passes all tests is trained, the others are not.
 
     The number of attempts is the writer's `sampling.n`. Where none passes the prompt teaches nothing in this step; a
@@ -43,16 +43,16 @@ def first_passing(*tests: Test) -> Keep:
             out.append(rollout if passed else replace(rollout, trained=torch.zeros_like(rollout.trained)))
         return out
 
-    return needing(keep, "filtered", *needs_of(*tests))
+    return Piece(keep, needs_of(*tests) | Needs(traits=frozenset({Trait.FILTERS})))
 
 
 def correct() -> Test:
-    """The reward is a pass: at least `filters.PASS` (arXiv 2605.11182 App. A.23)."""
-    return needing(lambda rollout: rollout.reward is not None and rollout.reward >= filters.PASS, "reward")
+    """The reward is a pass: at least `PASS` (arXiv 2605.11182 App. A.23)."""
+    return needing(lambda rollout: rollout.reward is not None and rollout.reward >= PASS, Input.REWARD)
 
 
 def clean(must_contain: str | None = None) -> Test:
-    """The response ended by itself, does not run in circles, and contains `must_contain`: `filters.degenerate`.
+    """The response ended by itself, does not run in circles, and contains `must_contain`: `degenerate`.
 
     arXiv 2604.13016 App. C.1 and its released filters, where `must_contain` is a backslash and "boxed".
     """
@@ -60,24 +60,24 @@ def clean(must_contain: str | None = None) -> Test:
     def test(rollout: Rollout) -> bool:
         if not rollout.finished or (must_contain is not None and must_contain not in rollout.text):
             return False
-        return not filters.degenerate(rollout.text)
+        return not degenerate(rollout.text)
 
     return needing(test)
 
 
 def without_tokens(
     sequences: Sequence[token_sequences.Given], occurrences: token_sequences.Occurrences = "first"
-) -> Keep:
+) -> Filter:
     """The tokens of given sequences (texts, or lists of ids) are not trained: arXiv 2603.25562 section 4.
 
     `first` takes the first occurrence of each sequence in a response, as the paper's released code does, `every` all of
-    them. They count in no denominator; with `weights.mask_tokens` they do. The piece has to be bound to a tokenizer
-    (`Method.bound`) before it is called. Raises ConfigError for an empty sequence, and when it is bound for one that
-    the tokenizer does not know.
+    them. They count in no denominator; with `weights.mask_tokens` they do. The piece needs the student's tokenizer
+    (`Method.with_tokenizer`) before it is called. Raises ConfigError for an empty sequence, and when it gets the
+    tokenizer for one that it does not know.
     """
     token_sequences.check(sequences, occurrences)
 
-    def bind(tokenizer: object) -> Keep:
+    def make(tokenizer: object) -> Filter:
         ids = token_sequences.encoded(sequences, tokenizer)
 
         def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -87,23 +87,24 @@ def without_tokens(
                 for r, row in zip(rollouts, masked, strict=True)
             ]
 
-        return needing(keep, "sampled_token")
+        return needing(keep, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
-    return binding(needing(unbound("keep.without_tokens"), "sampled_token"), bind)
+    return needing_tokenizer("filters.without_tokens", make, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
 
-def in_turn(*keeps: Keep) -> Keep:
+def in_turn(*filters: Filter) -> Filter:
     """One after the other."""
 
     def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
         kept = list(rollouts)
-        for one in keeps:
+        for one in filters:
             kept = one(kept)
         return kept
 
-    return binding(
-        needing(keep, *needs_of(*keeps)), lambda tokenizer: in_turn(*(bound(one, tokenizer) for one in keeps))
-    )
+    def make(tokenizer: object) -> Filter:
+        return in_turn(*(with_tokenizer(one, tokenizer) for one in filters))
+
+    return Piece(keep, needs_of(*filters), make)
 
 
 PASS = 1.0  # the least reward that counts as correct; the verifiers in `rewards` give 0 or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from opd.errors import ConfigError, nearest
 from opd.maths import divergences
-from opd.pieces.needs import needing, needs_of, turned
+from opd.pieces.needs import Needs, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.packed import support_of
 from opd.types import Advantage, Signal, Tokens
 
@@ -24,9 +25,31 @@ LARGEST_LOG_RATIO = 60.0
 RANK_ROUNDING = 1e-5
 
 
+IMITATES = Needs(traits=frozenset({Trait.MINIMISES_DIVERGENCE}))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DivergencePiece(Piece[[Tokens], Tensor]):
+    """A signal that is a divergence. The loss has its gradient on the whole vocabulary in closed form."""
+
+    divergence: divergences.Divergence
+    # A constant added to a position's log-probs changes nothing, so that unnormalised logits do.
+    shift_invariant: bool
+
+
+def divergence_of(signal: Signal) -> divergences.Divergence | None:
+    """The divergence that a signal is; None for any other signal, sums and multiples of divergences included."""
+    return signal.divergence if isinstance(signal, DivergencePiece) else None
+
+
+def shift_invariant(signal: Signal) -> bool:
+    """Whether a signal is known not to depend on the normaliser of the student's softmax."""
+    return isinstance(signal, DivergencePiece) and signal.shift_invariant
+
+
 def divergence(
     name: str | divergences.Divergence = "reverse_kl", *, form: str = "tail", **options: float | str
-) -> Signal:
+) -> DivergencePiece:
     """A divergence over the scored support, in one of the forms of `opd.maths.divergences`.
 
     Direction by name, `reverse_kl` = KL(student||teacher). On full support every form is the exact divergence.
@@ -43,16 +66,12 @@ def divergence(
             return function(student, teacher)
         return divergences.on_support(function, student, teacher, form, tokens.support_mask)
 
-    # What `loss.py` may use: the gradient on the whole vocabulary in closed form, and that a constant added to a
-    # position's log-probs changes nothing, so that unnormalised logits do.
-    signal.divergence = function  # type: ignore[attr-defined]
-    signal.shift_invariant = form == "renormalised"  # type: ignore[attr-defined]
-    return needing(signal, "imitates")
+    return DivergencePiece(signal, IMITATES, divergence=function, shift_invariant=form == "renormalised")
 
 
 def nll() -> Signal:
     """-log p(y_t): supervised fine-tuning on whatever the source wrote."""
-    return lambda tokens: -tokens.student_logp
+    return needing(lambda tokens: -tokens.student_logp)
 
 
 def credit(tokens: Tokens) -> Tensor:
@@ -60,7 +79,7 @@ def credit(tokens: Tokens) -> Tensor:
     return tokens.advantage.detach()
 
 
-def log_ratio(tokens: Tokens) -> Tensor:
+def _log_ratio(tokens: Tokens) -> Tensor:
     """sg[log q(y_t) - log p(y_t)], [N]: the one-sample estimate of -KL(p||q) at this position.
 
     Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
@@ -68,7 +87,7 @@ def log_ratio(tokens: Tokens) -> Tensor:
     return (tokens.teacher_logp - tokens.student_logp).detach()
 
 
-needing(log_ratio, "imitates")
+log_ratio = needing(_log_ratio, Trait.MINIMISES_DIVERGENCE)
 
 
 def policy_gradient(
@@ -92,8 +111,8 @@ def policy_gradient(
             return -a * ratio
         return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
 
-    needs = {"policy_temperature"} | ({"sampler_logp"} if importance or clip is not None else set[str]())
-    return needing(signal, *needs, *needs_of(advantage))
+    reads = [Reads.SAMPLER_LOGP] if importance or clip is not None else []
+    return Piece(signal, needing(signal, Trait.POLICY_GRADIENT, *reads).needs | needs_of(advantage))
 
 
 @cache
@@ -123,7 +142,7 @@ def support_policy_gradient(
         w = log_w.softmax(-1).nan_to_num(0.0) if normalised else log_w.exp()  # an empty support has no weight
         return (w * (s.detach() - t) * (s - s.detach()).exp()).sum(-1)
 
-    return needing(signal, "imitates")
+    return Piece(signal, IMITATES)
 
 
 def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
@@ -160,7 +179,8 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
         one = (log_p - log_p.detach()).exp()  # with the gradient of log p
         return head + (ratio * one * (log_p - log_q).detach()).masked_fill(~outside, 0.0)
 
-    return needing(signal, "policy_temperature", "sampler_logp", "sampled_last", "imitates")
+    needs = (Trait.POLICY_GRADIENT, Reads.SAMPLER_LOGP, Trait.SAMPLED_TOKEN_LAST, Trait.MINIMISES_DIVERGENCE)
+    return needing(signal, *needs)
 
 
 def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
@@ -189,7 +209,7 @@ def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
         share = k / t.shape[-1]
         return share * function(s[:, :k], t[:, :k]) + (1 - share) * _ranked_distance(s[:, k:].exp(), t[:, k:].exp())
 
-    return signal
+    return needing(signal)
 
 
 def _ranked_distance(p: Tensor, q: Tensor) -> Tensor:
@@ -207,7 +227,7 @@ def add(*signals: Signal) -> Signal:
     def signal(tokens: Tokens) -> Tensor:
         return torch.stack([one(tokens) for one in signals]).sum(0)
 
-    return needing(signal, *needs_of(*signals))
+    return Piece(signal, needs_of(*signals))
 
 
 def scale(factor: float, signal: Signal) -> Signal:
@@ -217,7 +237,7 @@ def scale(factor: float, signal: Signal) -> Signal:
         return factor * signal(tokens)
 
     needs = needs_of(signal)
-    return needing(scaled, *(turned(needs) if factor < 0 else needs))
+    return Piece(scaled, needs.turned() if factor < 0 else needs)
 
 
 def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Signal:
@@ -226,4 +246,4 @@ def switch(predicate: Callable[[Tokens], Tensor], yes: Signal, no: Signal) -> Si
     def signal(tokens: Tokens) -> Tensor:
         return torch.where(predicate(tokens), yes(tokens), no(tokens))
 
-    return needing(signal, *needs_of(yes, no))
+    return Piece(signal, needs_of(yes, no))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from opd.pieces.filters import PASS
+from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import needing
-from opd.types import Batch, Gather, Observe, Rollout
+from opd.types import Batch, Gather, MakeMemory, Rollout
 
 Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one a rollout, None where there is none
 
@@ -52,13 +53,20 @@ def solved(solutions: Solutions, batch: Batch) -> Tensor:
     return torch.tensor([text is not None for text in solutions(batch.rollouts)], device=batch.mask.device)
 
 
-def counted(solutions: Solutions) -> Observe:
+class Unsolved(SavedAttributes):
     """context/unsolved: how many responses of the step, in all processes, are read with their prompt alone."""
 
-    def observe(batch: Batch, gather: Gather) -> Mapping[str, float]:
-        return {"context/unsolved": float(sum(gather(int((~solved(solutions, batch)).sum()))))}
+    def __init__(self, solutions: Solutions) -> None:
+        self.solutions = solutions
 
-    return needing(observe)
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
+        """Count; nothing is remembered."""
+        return {"context/unsolved": float(sum(gather(int((~solved(self.solutions, batch)).sum()))))}
+
+
+def counted(solutions: Solutions) -> MakeMemory:
+    """A maker of `Unsolved`."""
+    return needing(lambda: Unsolved(solutions))
 
 
 def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:

@@ -8,32 +8,28 @@ from functools import cache
 import numpy as np
 
 from opd.errors import ConfigError
-from opd.pieces.needs import needing, needs_of, numbers_of
+from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needs_of
 from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
 
 
+@cache
 def on_policy(watch: Watch | None = None) -> Source:
     """The student, with the weights of this step; `watch` may end its responses while it writes them."""
-    return _watched() if watch is None else needing(_watched(watch), *needs_of(watch), **numbers_of(watch))
-
-
-@cache
-def _watched(watch: Watch | None = None) -> Source:
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        look = None if watch is None else watch(writers)
-        return writers.student(prompts, seed=seed, record=record, look=look)
+        stop = None if watch is None else watch(writers)
+        return writers.student(prompts, seed=seed, record=record, stop=stop)
 
-    return source
+    return Piece(source, Needs() if watch is None else needs_of(watch))
 
 
 def dataset() -> Source:
     """The data's own `response` column."""
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        return writers.reference(prompts, seed=seed, record=record)
+        return writers.reference(prompts, seed=seed)
 
-    return needing(source, "response", "off_policy")
+    return needing(source, Trait.OFF_POLICY, columns=["response"])
 
 
 def teacher_writes() -> Source:
@@ -41,9 +37,9 @@ def teacher_writes() -> Source:
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
-        return writers.teacher(prompts, seed=seed, record=record)
+        return writers.teacher(prompts, seed=seed)
 
-    return needing(source, "teacher_model", "off_policy")
+    return needing(source, Input.TEACHER_MODEL, Trait.OFF_POLICY)
 
 
 def mixture(on_policy_share: float, other: Source) -> Source:
@@ -61,4 +57,4 @@ def mixture(on_policy_share: float, other: Source) -> Source:
         return chosen(prompts, writers, seed, record)
 
     others = (other,) if on_policy_share < 1 else ()
-    return needing(source, *needs_of(*others), **numbers_of(*others), student_writes=int(on_policy_share > 0))
+    return Piece(source, needs_of(*others) | Needs(student_writes=on_policy_share > 0))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
-from opd.types import Support
+from opd.types import ChosenBy, Support
 
 
 def no_support() -> Support:
@@ -24,7 +24,7 @@ def sampled() -> Support:
 def top_k(
     k: int,
     *,
-    by: Literal["teacher", "student", "intersection", "union", "symmetric_difference"] = "teacher",
+    by: ChosenBy = "teacher",
     with_sampled: bool = False,
 ) -> Support:
     """The k most likely tokens of the teacher or the student, or a set made of both; optionally the sampled token too.
@@ -36,7 +36,7 @@ def top_k(
     return Support(kind="top_k", k=k, by=by, with_sampled=with_sampled)
 
 
-def for_shape(support: Support, otherwise: str = "") -> Support:
+def for_renormalised(support: Support, otherwise: str = "") -> Support:
     """The support, for a renormalised loss. Raises ConfigError if it is of one token: the loss would always be 0."""
     if support.k == 1 and support.by in ("teacher", "student", "intersection") and not support.with_sampled:
         raise ConfigError(

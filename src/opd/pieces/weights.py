@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from opd.pieces import token_sequences
-from opd.pieces.needs import binding, bound, needing, needs_of, numbers_of, reads, unbound
+from opd.pieces.needs import Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
 from opd.types import Batch, Weight
 
 
@@ -25,13 +25,13 @@ def mask_tokens(
     """0 on the tokens of given sequences (texts, or lists of ids), 1 on all others: arXiv 2603.25562 section 4.
 
     `first` takes the first occurrence of each sequence in a response, as the paper's released code does, `every` all of
-    them. A masked token has no gradient and still counts in the denominator; `keep.without_tokens` takes it out of
-    both, as the paper does. The piece has to be bound to a tokenizer (`Method.bound`) before it is called.
-    Raises ConfigError for an empty sequence, and when it is bound for one that the tokenizer does not know.
+    them. A masked token has no gradient and still counts in the denominator; `filters.without_tokens` takes it out of
+    both, as the paper does. The piece needs the student's tokenizer (`Method.with_tokenizer`) before it is called.
+    Raises ConfigError for an empty sequence, and when it gets the tokenizer for one that it does not know.
     """
     token_sequences.check(sequences, occurrences)
 
-    def bind(tokenizer: object) -> Weight:
+    def make(tokenizer: object) -> Weight:
         ids = token_sequences.encoded(sequences, tokenizer)
 
         def weight(batch: Batch) -> Tensor:
@@ -41,9 +41,9 @@ def mask_tokens(
                 out[row, : len(masked)].masked_fill_(torch.tensor(masked, device=out.device), 0.0)
             return out
 
-        return needing(weight, "sampled_token")
+        return needing(weight, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
-    return binding(needing(unbound("weights.mask_tokens"), "sampled_token"), bind)
+    return needing_tokenizer("weights.mask_tokens", make, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
 
 def times(*weights: Weight) -> Weight:
@@ -52,8 +52,7 @@ def times(*weights: Weight) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return torch.stack([one(batch) for one in weights]).prod(0)
 
-    unsaid = {"teacher_logp"} if any(reads(one, "teacher_logp") for one in weights) else set[str]()
-    return binding(
-        needing(weight, *needs_of(*weights), *unsaid, **numbers_of(*weights)),
-        lambda tokenizer: times(*(bound(one, tokenizer) for one in weights)),
-    )
+    def make(tokenizer: object) -> Weight:
+        return times(*(with_tokenizer(one, tokenizer) for one in weights))
+
+    return Piece(weight, needs_of(*weights), make)

@@ -1,1 +1,1 @@
-"""A YAML recipe in, a validated frozen value out, every mistake explained. No torch."""
+"""YAML in, a validated frozen recipe out, with an explanation of every mistake; no torch."""

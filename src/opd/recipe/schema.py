@@ -62,31 +62,41 @@ class ModelSpec(Section):
 
 
 class SelectSection(Section):
-    """See `opd.data.selection.Selection`."""
+    """Which rows are kept. Questions are compared as they stand in the data, without template and system message.
 
-    by: DataSection | None = None
-    keep: Literal["near", "far"] | None = None
-    distinct: bool = False
+    `opd.data.selection` has the defaults of `threshold` and `n`, and checks what one field asks of another.
+    """
+
+    by: DataSection | None = None  # another data set, e.g. the prompts that the teacher was trained on
+    keep: Literal["near", "far"] | None = None  # of `by`
+    distinct: bool = False  # leave out questions that are like an earlier one
     measure: Literal["exact", "words", "characters", "encoder"] = "exact"
-    threshold: float | None = Field(default=None, gt=0, le=1)
-    n: int | None = Field(default=None, ge=1)
-    encoder: str | None = None
-    limit: int | None = Field(default=None, ge=1)
+    threshold: float | None = Field(default=None, gt=0, le=1)  # the least cosine of two that are alike; equal ones are
+    n: int | None = Field(default=None, ge=1)  # of the n-grams of words or characters
+    encoder: str | None = None  # folder or hub id of a text encoder
+    limit: int | None = Field(default=None, ge=1)  # of the rows that are left, the first
 
 
 class DataSection(Section):
-    """See `opd.data.prompts.DataSpec`."""
+    """Where prompts come from. `path` is one of
+
+    - a file that ends with .json (a list of objects), .jsonl, .parquet or .csv (an empty cell is no value)
+    - `package:NAME/FILE`, such a file inside an installed package, which is not imported
+    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
+    - `package.module:function`, rows of `function(**options)`, an iterable of dicts
+    - a folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`
+    """
 
     path: str
-    split: str = "train"
-    columns: dict[str, str] = {}
+    split: str = "train"  # of a folder or a hub name
+    columns: dict[str, str] = {}  # our name -> the file's column
     options: dict[str, Any] = {}
-    skip: int = Field(default=0, ge=0)
-    limit: int | None = Field(default=None, ge=1)
-    chat: bool = False
-    system: str | None = None
-    template: str | None = None
-    select: SelectSection | None = None
+    skip: int = Field(default=0, ge=0)  # rows left out at the beginning, e.g. those of an earlier stage
+    limit: int | None = Field(default=None, ge=1)  # rows, from the first that is not skipped
+    chat: bool = False  # a text prompt becomes one user message
+    system: str | None = None  # a system message before the messages; implies chat
+    template: str | None = None  # rewrites the text, or the last user message: what stands there is {prompt}
+    select: SelectSection | None = None  # which of these rows are kept
 
 
 SelectSection.model_rebuild()  # a data section stands in it, and it in a data section

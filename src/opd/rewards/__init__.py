@@ -1,1 +1,8 @@
-"""The value of a response: functions of a text, and LLM judges."""
+"""The number that a response earns: by a function of its text, or by LLM judges."""
+
+__all__ = [
+    "base",
+    "functions",
+    "registry",
+    "rubric",
+]

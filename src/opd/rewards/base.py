@@ -33,7 +33,7 @@ class FunctionReward(Reward):
     name: str
     function: RewardFn
     needs: frozenset[str] = frozenset()
-    undeclared: bool = False  # a user's function: it may read any column, and `needs` does not say which
+    undeclared: bool = False  # a user's function: it may read other columns than `needs`
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Raises TrainingError if the function raises (its error is the cause) or returns no finite number."""

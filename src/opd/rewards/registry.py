@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard
 
 from opd.errors import ConfigError, nearest
+from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import Asks
 from opd.rewards.base import FunctionReward, RewardFn
@@ -54,7 +55,7 @@ def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> 
         return given
     if _is_function(given):
         own_name = getattr(given, "__name__", type(given).__name__)
-        return FunctionReward(name=name or own_name, function=given, undeclared=True)
+        return FunctionReward(name=name or own_name, function=given, needs=columns_of(given), undeclared=True)
     got = f"the class {given.__name__}" if inspect.isclass(given) else f"{given!r:.80} ({type(given).__name__})"
     lacks = [member for member in MEMBERS if not hasattr(given, member)]
     raise ConfigError(
@@ -89,7 +90,12 @@ def _users(name: str, options: Mapping[str, Any]) -> Reward:
         check_options(what, found, options)
         return as_reward(found(**options), f"{what} has no parameters but its options, and what it made of them", name)
     check_options(what, found, options, given=2)
-    return FunctionReward(name=name, function=lambda prompt, text: found(prompt, text, **options), undeclared=True)
+    return FunctionReward(
+        name=name,
+        function=lambda prompt, text: found(prompt, text, **options),
+        needs=columns_of(found),
+        undeclared=True,
+    )
 
 
 def _has_open_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:

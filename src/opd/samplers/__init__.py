@@ -1,1 +1,7 @@
-"""Text written with a model: rollouts token by token, and answers to questions (`asked`)."""
+"""Text with its token ids: rollouts by a model, a teacher or the data; answers of LLM judges (`asked`)."""
+
+__all__ = [
+    "asked",
+    "hf",
+    "writers",
+]

@@ -20,7 +20,7 @@ from opd.models.render import render_checked
 from opd.pieces.supports import check_fits
 from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
-from opd.types import NOTHING_MORE, Look, Prompt, Record, Rollout, Sampling
+from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
 ROWS = 64  # rows decoded together; more is faster until the cache no longer fits
 
@@ -49,14 +49,23 @@ class _Row:
 
 
 @dataclass(slots=True, kw_only=True)
-class TransformersSampler:
+class TransformersSampler(Sampler):
     """Writes responses with a model's current weights; a `Sampler`."""
 
     lm: LanguageModel
     sampling: Sampling
     max_prompt_length: int | None = None
     limited_by: str = "sampling.max_completion_length"  # what a user sets to make responses shorter
-    version: int = 0  # optimiser steps behind the weights, recorded in every rollout
+    version: int = 0  # the step that the weights are of, recorded in every rollout
+
+    @property
+    def temperature(self) -> float:
+        """The temperature that `policy_logp` and recorded entropies are of."""
+        return self.sampling.temperature or 1.0
+
+    def sync(self, version: int) -> None:
+        """The weights are the student's own already: record the version."""
+        self.version = version
 
     def __call__(
         self,
@@ -64,10 +73,10 @@ class TransformersSampler:
         *,
         seed: tuple[int, int],
         record: Record = NOTHING_MORE,
-        look: Look | None = None,
+        stop: EarlyStop | None = None,
         prefixes: Sequence[Sequence[int]] | None = None,
     ) -> list[Rollout]:
-        """`sampling.n` responses to each prompt, in order. `look` may end responses while they are written.
+        """`sampling.n` responses to each prompt, in order. `stop` may end responses during sampling.
 
         `prefixes`, one a prompt, are token ids that its responses begin with. They are read as they are, never encoded
         again; they are not trained and have no log-probs (NaN), and the limit on the length counts what is written.
@@ -93,11 +102,11 @@ class TransformersSampler:
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         with evaluating(self.lm.model), self.lm.casting_once(), prepacked(self.lm) as logits_of, free:
             for start in range(0, len(rows), ROWS):
-                self._decode(by_length[start : start + ROWS], logits_of, record, look)
+                self._decode(by_length[start : start + ROWS], logits_of, record, stop)
         return [self._rollout(row) for row in rows]
 
     def _decode(
-        self, rows: list[_Row], logits_of: Callable[[Tensor], Tensor], record: Record, look: Look | None
+        self, rows: list[_Row], logits_of: Callable[[Tensor], Tensor], record: Record, stop: EarlyStop | None
     ) -> None:
         lm = self.lm
         known = lm.positions
@@ -105,8 +114,8 @@ class TransformersSampler:
         hidden, cache, mask, positions = prefill(lm, [row.read for row in rows])
         for t in range(self.sampling.max_completion_length):
             ids = self._write(active, logits_of(hidden), t, record)
-            if look is not None and (t + 1) % look.every == 0:
-                self._show(look, active)
+            if stop is not None and (t + 1) % stop.every == 0:
+                self._end_early(stop, active)
             keep = [i for i, row in enumerate(active) if not row.ended]
             if not keep or t + 1 == self.sampling.max_completion_length:
                 return
@@ -151,15 +160,15 @@ class TransformersSampler:
             row.finished = row.ended = token in self.lm.stop_ids or self._stopped(row)
         return drawn.ids
 
-    def _show(self, look: Look, active: list[_Row]) -> None:
-        """Let `look` see the responses that are not finished; those that it does not keep end here."""
-        shown = [row for row in active if not row.ended]
-        if not shown:
+    def _end_early(self, stop: EarlyStop, active: list[_Row]) -> None:
+        """End the unfinished responses that `stop` does not continue."""
+        unfinished = [row for row in active if not row.ended]
+        if not unfinished:
             return
         with torch.inference_mode(False), torch.no_grad():  # what it makes of them may meet a gradient later
-            keeps = look.goes_on([self._rollout(row) for row in shown])
-        for row, goes_on in zip(shown, keeps, strict=True):
-            row.ended = not goes_on
+            keeps = stop.keeps_going([self._rollout(row) for row in unfinished])
+        for row, keeps_going in zip(unfinished, keeps, strict=True):
+            row.ended = not keeps_going
 
     def _stopped(self, row: _Row) -> bool:
         """Whether the text ends with a stop string; a token holds at least one byte, which bounds the look back."""

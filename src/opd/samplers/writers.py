@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +12,11 @@ import torch
 from opd.models.language_model import LanguageModel
 from opd.models.render import encode_response, render_checked
 from opd.samplers.hf import TransformersSampler
-from opd.types import NOTHING_MORE, Context, Look, Prompt, Record, Rollout, Sampler, Sampling
+from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Writer
 
 
 @dataclass(slots=True, kw_only=True)
-class TeacherWriter:
+class TeacherWriter(Writer):
     """Responses of a teacher that reads `context`, as rollouts of a student that reads the prompt alone.
 
     They have no `sampler_logp`: the weights that wrote them are not the student's. What a teacher with a tokenizer of
@@ -30,15 +30,7 @@ class TeacherWriter:
     base: bool = False
     max_prompt_length: int | None = None
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seed: tuple[int, int],
-        record: Record = NOTHING_MORE,
-        look: Look | None = None,
-    ) -> list[Rollout]:
-        assert look is None, "only the student is looked at while it writes"
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
         contexts = self.context(bare)
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
@@ -67,21 +59,13 @@ class TeacherWriter:
 
 
 @dataclass(slots=True, kw_only=True)
-class ReferenceWriter:
+class ReferenceWriter(Writer):
     """The data's own `response` column, ended by the end-of-sequence token."""
 
     student: LanguageModel
     max_prompt_length: int | None = None
 
-    def __call__(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        seed: tuple[int, int],
-        record: Record = NOTHING_MORE,
-        look: Look | None = None,
-    ) -> list[Rollout]:
-        assert look is None, "only the student is looked at while it writes"
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         read = render_checked(
             prompts,
             self.student.tokenizer,
@@ -123,10 +107,20 @@ def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ByTask:
-    """A `Sampler` that hands each prompt to the writer of its task, and returns the responses in the prompts' order."""
+class WriterByTask(Writer):
+    """Passes each prompt to the writer of its task; responses come in the order of the prompts."""
 
-    writers: Mapping[str | None, Sampler]
+    writers: Mapping[str | None, Writer]
+
+    def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
+        return in_prompts_order(prompts, lambda task, mine: self.writers[task](mine, seed=seed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerByTask(Sampler):
+    """Passes each prompt to the sampler of its task; responses come in the order of the prompts."""
+
+    samplers: Mapping[str | None, Sampler]
 
     def __call__(
         self,
@@ -134,21 +128,39 @@ class ByTask:
         *,
         seed: tuple[int, int],
         record: Record = NOTHING_MORE,
-        look: Look | None = None,
+        stop: EarlyStop | None = None,
     ) -> list[Rollout]:
-        """Every response is what its task's writer makes of its prompt alone, whatever else is asked for with it."""
-        places: dict[str | None, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(prompt.task, []).append(i)
-        found: dict[int, list[Rollout]] = {}
-        for task, indices in places.items():
-            written = self.writers[task]([prompts[i] for i in indices], seed=seed, record=record, look=look)
-            each = len(written) // len(indices)
-            assert each * len(indices) == len(written), f"{len(written)} responses to {len(indices)} prompts"
-            found |= {at: written[k * each : (k + 1) * each] for k, at in enumerate(indices)}
-        return [rollout for i in range(len(prompts)) for rollout in found[i]]
+        return in_prompts_order(
+            prompts, lambda task, mine: self.samplers[task](mine, seed=seed, record=record, stop=stop)
+        )
+
+    def sync(self, version: int) -> None:
+        """Call it on each."""
+        for sampler in self.samplers.values():
+            sampler.sync(version)
 
 
-def by_task(writers: Mapping[str | None, Sampler]) -> Sampler:
-    """The writers of a stage's tasks as one; the only one of a stage without tasks as it is."""
-    return writers[None] if None in writers else ByTask(writers=writers)
+def in_prompts_order(
+    prompts: Sequence[Prompt], write: Callable[[str | None, list[Prompt]], list[Rollout]]
+) -> list[Rollout]:
+    """`write(task, its prompts)` for each task of the prompts; the responses in the order of `prompts`."""
+    places: dict[str | None, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt.task, []).append(i)
+    found: dict[int, list[Rollout]] = {}
+    for task, indices in places.items():
+        responses = write(task, [prompts[i] for i in indices])
+        each = len(responses) // len(indices)
+        assert each * len(indices) == len(responses), f"{len(responses)} responses to {len(indices)} prompts"
+        found |= {at: responses[k * each : (k + 1) * each] for k, at in enumerate(indices)}
+    return [rollout for i in range(len(prompts)) for rollout in found[i]]
+
+
+def writer_by_task(writers: Mapping[str | None, Writer]) -> Writer:
+    """The writers of a stage's tasks as one; of a stage without tasks, its only one."""
+    return writers[None] if None in writers else WriterByTask(writers=writers)
+
+
+def sampler_by_task(samplers: Mapping[str | None, Sampler]) -> Sampler:
+    """The samplers of a stage's tasks as one; of a stage without tasks, its only one."""
+    return samplers[None] if None in samplers else SamplerByTask(samplers=samplers)

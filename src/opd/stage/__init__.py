@@ -1,1 +1,1 @@
-"""What one stage owns while it trains: the step's parts, its folder, checkpoints, evaluations and display."""
+"""The state of one stage while it trains: optimiser, folder, checkpoints, evaluations, samples, display."""

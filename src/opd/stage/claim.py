@@ -1,59 +1,43 @@
-"""A run that made no step may give its folder to another recipe, unless its process is still at work there."""
+"""One process works in a run's folder at a time, and a run that made no step may leave its folder to another recipe."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
-from weakref import WeakValueDictionary
 
+from filelock import BaseFileLock, FileLock, Timeout
+
+LOCK = ".lock"  # a file of every run's folder, empty
 NO_STAGES = frozenset({"tensorboard", "wandb"})  # folders of a run that are no stage's
 
 
-class Claim:
-    """That this process works in a folder; ends with the object, or with the process however that ends."""
+def lock_folder(folder: Path) -> BaseFileLock | None:
+    """The lock on a folder that exists; None where another process holds it.
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __del__(self) -> None:
-        os.close(self._descriptor)
-
-
-_CLAIMS: WeakValueDictionary[tuple[int, int], Claim] = WeakValueDictionary()  # of this process, by device and inode
-
-
-def claim(folder: Path) -> Claim | None:
-    """The claim on a folder that exists; None where another process has it.
-
-    Nothing is written. A file system or operating system without locks has nobody in any folder.
+    It is held while the object lives, and no longer than the process. A second run of one process, e.g. in a notebook
+    after the first has failed, gets the same lock. Where the file of the lock cannot be opened, or the file system has
+    no locks, the lock is returned unheld and keeps no process out.
     """
-    status = folder.stat()
-    key = status.st_dev, status.st_ino
-    mine = _CLAIMS.get(key)
-    if mine is not None:  # a second run of one process, e.g. in a notebook after the first has failed
-        return mine
-    descriptor = os.open(folder, os.O_RDONLY)
+    file = folder.resolve() / LOCK
+    lock = FileLock(file, blocking=False, thread_local=False, is_singleton=True, fallback_to_soft=False)
+    if lock.is_locked and not file.exists():  # the folder was removed, and is another one now
+        lock.release(force=True)
     try:
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
+        lock.acquire()
+    except Timeout:
         return None
-    except (ImportError, OSError):
+    except OSError:
         pass
-    mine = _CLAIMS[key] = Claim(descriptor)
-    return mine
+    return lock
 
 
-def made_nothing(run: Path) -> bool:
-    """Whether no stage in a run's folder has a row of metrics, a checkpoint, a model, or the mark that it is done."""
-    return not any(_made_something(stage) for stage in _stages(run))
+def made_progress(run: Path) -> bool:
+    """Whether a stage in a run's folder has a row of metrics, a checkpoint, a model, or the mark that it is done."""
+    return any(_made_something(stage) for stage in _stages(run))
 
 
-def forget(run: Path) -> None:
-    """Remove what a run that made nothing has left and another recipe's would read: its evaluations, its tracker's
+def clear(run: Path) -> None:
+    """Remove what a run without progress has left and another recipe's would read: its evaluations, its tracker's
     name. Judges' answers stay: each carries its question."""
     for stage in _stages(run):
         for file in stage.glob("held_out_*.parquet"):

@@ -15,21 +15,20 @@ from opd.models.language_model import LanguageModel
 from opd.parallel import World
 from opd.stage.folder import StageDir
 from opd.stage.samples import sample_rows
-from opd.teachers.local import LocalTeacher
-from opd.types import Context, Rollout, Sampler
+from opd.types import Context, Rollout, Teacher, Writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exam:
-    """What is measured of one task, and when; a stage without tasks has one exam, of no task."""
+    """One task's evaluation: what and when. A stage without tasks has a single exam with task None."""
 
     held_out: HeldOut
     every: int
     measure_before: bool
     context: Context
     task: str | None = None
-    teacher_samplers: Mapping[str, Sampler] = field(default_factory=dict[str, Sampler])
-    kl_teacher: LocalTeacher | None = None
+    teacher_writers: Mapping[str, Writer] = field(default_factory=dict[str, Writer])
+    kl_teacher: Teacher | None = None
 
     def due(self, done: int) -> bool:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
@@ -48,8 +47,8 @@ Measured: TypeAlias = tuple[dict[str, float], dict[str, list[Rollout]]]
 
 
 @dataclass(slots=True, kw_only=True)
-class Examiner:
-    """Measures the student (and once the teachers) on the held-out prompts; keeps the last measurements.
+class Exams:
+    """Measures the student, and once the teachers, on the held-out prompts.
 
     Metrics are named eval/..., those of a task eval/TASK/..., the teacher's own eval/teacher/... or
     eval/TASK/teacher/....
@@ -69,7 +68,7 @@ class Examiner:
     def before(self) -> dict[str, float]:
         """The teachers' own responses (if asked for) and the untrained student."""
         with self.world.gathered(self.root):
-            out = self._measure("teacher", [exam for exam in self.exams if exam.teacher_samplers], self._taught)
+            out = self._measure("teacher", [exam for exam in self.exams if exam.teacher_writers], self._taught)
             return out | self._measure("before", [exam for exam in self.exams if exam.measure_before], self._student)
 
     def after(self, done: int, *, finished: bool) -> dict[str, float]:
@@ -109,7 +108,7 @@ class Examiner:
         return out
 
     def _taught(self, exam: Exam) -> Measured:
-        taught = measure(exam.held_out, exam.teacher_samplers, self.world)
+        taught = measure(exam.held_out, exam.teacher_writers, self.world)
         return {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}, taught.rollouts
 
     def _student(self, exam: Exam) -> Measured:

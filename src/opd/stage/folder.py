@@ -2,6 +2,7 @@
 
     <run>/recipe.yaml           the resolved recipe; the run's identity
     <run>/environment.json      versions and hardware of the process that opened the run last
+    <run>/.lock                 held by the process that works on the run
     <run>/<stage>/metrics.jsonl one line a step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl seconds of the same steps by the clock, and of CPU, which never repeat
     <run>/<stage>/samples/step_000012.parquet
@@ -27,9 +28,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock
+
 from opd.errors import ConfigError, RunError
 from opd.files import GIB, append_line, check_finite, read_lines, read_table, refused, write_atomically, write_table
-from opd.stage.claim import Claim, claim, forget, made_nothing
+from opd.stage.claim import LOCK, clear, lock_folder, made_progress
 
 _RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tensorboard", "wandb"})
 
@@ -44,7 +47,7 @@ class RunDir:
     path: Path
     writes: bool = True
     replaced: bool = False  # the recipe of a run that made no step stood here
-    claim: Claim | None = None
+    lock: BaseFileLock | None = None
 
     @classmethod
     def open(cls, path: Path, recipe_yaml: str, *, free_bytes_needed: int = 0) -> RunDir:
@@ -57,15 +60,15 @@ class RunDir:
                 less than `free_bytes_needed` free. Nothing that was there is changed.
         """
         try:
-            claimed = claim(path) if path.is_dir() else None
-            continues = _holds_this_run(path, recipe_yaml, free=claimed is not None)
+            lock = lock_folder(path) if (path / "recipe.yaml").exists() else None
+            continues = _holds_this_run(path, recipe_yaml, free=lock is not None)
             replaced = not continues and (path / "recipe.yaml").exists()
             check_space(path, free_bytes_needed)
             path.mkdir(parents=True, exist_ok=True)
-            claimed = claimed or claim(path)
+            lock = lock or lock_folder(path)
             _remove_unfinished(path)
             if replaced:
-                forget(path)
+                clear(path)
         except RunError:
             raise
         except OSError as error:
@@ -73,7 +76,7 @@ class RunDir:
         if not continues:
             write_atomically(path / "recipe.yaml", recipe_yaml)
         write_atomically(path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
-        return cls(path, replaced=replaced, claim=claimed)
+        return cls(path, replaced=replaced, lock=lock)
 
     def stage(self, name: str) -> StageDir:
         """The folder of one stage, made if needed.
@@ -229,8 +232,9 @@ def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
         raise RunError(f"{path} is a file, and a run needs a folder. Use another output_dir=..., or move the file.")
     recipe = path / "recipe.yaml"
     if not recipe.exists():
-        # A first start that was killed leaves only its unfinished recipe, and that is still an empty folder.
-        others = sorted(entry.name for entry in path.iterdir() if ".writing-" not in entry.name)
+        # A first start that was killed leaves its lock and its unfinished recipe, and that is still an empty folder.
+        entries = [entry.name for entry in path.iterdir()]
+        others = sorted(name for name in entries if name != LOCK and ".writing-" not in name)
         if others:
             raise RunError(
                 f"{path} is not a run directory: it holds {others[0]!r} and no recipe.yaml ({len(others)} entries). "
@@ -240,7 +244,7 @@ def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
     there = recipe.read_bytes().decode(errors="replace")
     if there == recipe_yaml:
         return True
-    idle = made_nothing(path)
+    idle = not made_progress(path)
     if idle and free:
         return False
     old, new = there.splitlines(), recipe_yaml.splitlines()

@@ -1,4 +1,4 @@
-"""What an `Update` of a method is handed: the optimiser, the weights, and a way to ask how good they are."""
+"""The optimiser of a stage, and the view of it that an `Update` gets: weights, jumps, validation."""
 
 from __future__ import annotations
 
@@ -16,29 +16,26 @@ from opd.errors import NotFiniteError
 from opd.evaluation.divergence import exact_divergence
 from opd.models.language_model import LanguageModel
 from opd.parallel import World, full
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import StageRewards
-from opd.teachers.cross_tokenizer import OneTeacher, comparable
-from opd.teachers.local import LocalTeacher
-from opd.teachers.routed import SeveralTeachers, shares_of
-from opd.types import Context, Prompt, Rollout, Sampler
-
-VALIDATION_STEP = 2**31 - 2  # no step of training draws with it: all candidates are asked with the same random numbers
+from opd.teachers.routed import routed
+from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, Teacher
 
 
 @dataclass(slots=True, kw_only=True)
-class Moves:
+class StageOptimisation:
     """The `Optimisation` of a stage."""
 
     optimiser: Optimiser
     student: LanguageModel
     root: nn.Module
-    teacher: OneTeacher | SeveralTeachers | None
-    writer: Sampler  # the student
+    teacher: Teacher
+    sampler: Sampler  # of the student
     prompts: Sequence[Prompt]  # of training, all
     reward: StageRewards
     context: Context
+    memory: Mapping[str, Memory]
     world: World
     seed: int
     micro_batch_tokens: int
@@ -64,9 +61,8 @@ class Moves:
             self.optimiser.parameters[name].copy_(values)
 
     def jumped(self, by: Mapping[str, Tensor]) -> None:
-        """The student has moved `by` outside of an optimiser's step: a teacher that follows it moves along."""
-        if isinstance(self.teacher, LocalTeacher):
-            self.teacher.moved(by)
+        """Apply the jump `by` of the student's weights to an EMA teacher."""
+        self.teacher.jumped(by)
 
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
         """Mean reward, or minus the exact reverse KL in nats a token, of responses to `prompts` training prompts.
@@ -74,35 +70,35 @@ class Moves:
         Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
         weights that have overflowed, so that no response can be drawn, are worth -inf.
         """
-        count = min(prompts, len(self.prompts))
-        chosen = np.random.default_rng((self.seed, VALIDATION_STEP)).choice(len(self.prompts), count, replace=False)
+        count, seed = min(prompts, len(self.prompts)), (self.seed, ReservedStep.VALIDATION)
+        chosen = np.random.default_rng(seed).choice(len(self.prompts), count, replace=False)
         mine = [self.prompts[chosen[i]] for i in self.world.positions(range(count))]
         with self.world.gathered(self.root):
             written: list[Rollout] | None = None
             with suppress(NotFiniteError):
-                written = self.writer(mine, seed=(self.seed, VALIDATION_STEP)) if mine else []
+                self.sampler.sync(self.updates)
+                written = self.sampler(mine, seed=(self.seed, ReservedStep.VALIDATION)) if mine else []
             if self.world.any(written is None) or written is None:
                 return -math.inf
             if by == "reward":
                 rewards = [one.reward or 0.0 for one in self.reward(written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
-            assert self.teacher is not None, "a method without a teacher is refused before this"
-            if "reward" in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+            if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
                 written = self.reward(written)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0
-            for teacher, indices in shares_of(self.teacher, rollouts):
-                asked = [rollouts[i] for i in indices]
+            for teacher, indices in routed(self.teacher, rollouts):
+                theirs = [rollouts[i] for i in indices]
                 found = exact_divergence(
                     self.student,
-                    comparable(teacher),
-                    asked,
+                    teacher,
+                    theirs,
                     self.context,
                     micro_batch_tokens=self.micro_batch_tokens,
                     names=("reverse_kl",),
                     world=self.world,
                 )
-                weight = sum(len(one.response_ids) for one in asked)
+                weight = sum(len(one.response_ids) for one in theirs)
                 total, tokens = total + weight * found["reverse_kl"], tokens + weight
             return -total / tokens
 

@@ -1,46 +1,228 @@
-"""TODO: opd/stage/stage.py"""
+"""One stage while it trains: the models, the pieces and the files of its loop, and the cadence around a step."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 
-from opd.data.order import Order
+from opd.data.order import PromptOrder
+from opd.errors import TrainingError
+from opd.evaluation import diagnostics
+from opd.loss.step import PhaseA
+from opd.maths.metrics import Metrics, merged
 from opd.method import Method
 from opd.models.language_model import LanguageModel, Root
 from opd.parallel import World
+from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import StageRewards
-from opd.samplers.hf import TransformersSampler
-from opd.stage.exams import Examiner
+from opd.stage import checkpoint
+from opd.stage.exams import Exams
 from opd.stage.folder import StageDir
-from opd.stage.optimisation import Moves
+from opd.stage.interrupt import Interrupt, stopped_after
+from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
+from opd.stage.resume import Trained
+from opd.stage.samples import rows_of
+from opd.stage.stopwatch import Stopwatch
 from opd.stage.trackers import ReportWriter
-from opd.teachers.cross_tokenizer import OneTeacher
-from opd.teachers.routed import SeveralTeachers
-from opd.types import Writers
+from opd.types import Batch, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """`seconds` of training, without evaluations and comparisons; whether SIGINT arrived during the last step."""
+
+    seconds: float
+    asked_to_stop: bool
 
 
 @dataclass(slots=True, kw_only=True)
 class Stage:
-    """Everything that a stage needs, built."""
+    """Everything that a stage needs, built by `opd.runs.build`, and where it stands."""
 
-    spec: StageSpec
-    seed: int
-    world: World
-    method: Method
+    # who
     student: LanguageModel
     root: Root  # of the student: what runs its forward and backward
-    teacher: OneTeacher | SeveralTeachers | None
-    samplers: Mapping[str | None, TransformersSampler]  # the student as a writer, by task
+    teacher: Teacher
     writers: Writers
-    order: Order  # of the prompts
     reward: StageRewards
-    moves: Moves  # the optimiser, and what else an update may touch
-    examiner: Examiner | None
+    # what
+    spec: StageSpec
+    method: Method
+    memory: Mapping[str, Memory]  # of the method in this run, by name
+    order: PromptOrder  # of the prompts
+    seed: int
+    # how
+    world: World
+    optimisation: StageOptimisation
+    exams: Exams | None
+    seconds_limit: float = math.inf
+    # where it is written
     folder: StageDir
     progress: Progress
-    report: ReportWriter
-    seconds_limit: float = math.inf
+    trackers: ReportWriter
+    # where it stands
+    seconds: float = field(default=0.0, init=False)  # of training so far, the most of all processes
+    finished: bool = field(default=False, init=False)  # by its steps or its time
+    asked_to_stop: bool = field(default=False, init=False)
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, from 0. After each: save, measure held-out prompts, and stop, when due.
+
+        Continues from the last checkpoint. Raises Stopped after SIGINT, with everything saved.
+        """
+        first = self._resume()
+        if self.exams is not None and first == 0 and (measured := self.exams.before()):
+            self._write(0, measured)
+        self.writers.student.sync(first)
+        with Interrupt(speaks=self.world.main) as interrupt:
+            for step in range(first, self.spec.steps):
+                yield step
+                done = step + 1  # updates so far
+                asked = self.world.any(interrupt.asked)
+                saved = done % self.spec.checkpoint.every == 0 or self.finished or asked
+                if saved:
+                    self._save(done)
+                if self.finished or not asked:
+                    self._examine(done)
+                asked = self.world.any(interrupt.asked)
+                if self.finished:
+                    break
+                if asked:  # a resumed run makes up for an evaluation that was left out
+                    if not saved:
+                        self._save(done)
+                    raise stopped_after(self.spec.name, done, self.spec.steps)
+        self.asked_to_stop = self.world.any(interrupt.asked)
+
+    @property
+    def outcome(self) -> Outcome:
+        """Of a stage whose steps have all been made."""
+        return Outcome(seconds=self.seconds, asked_to_stop=self.asked_to_stop)
+
+    # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
+
+    def prompts(self, step: int) -> list[Prompt]:
+        """The step's prompts of this process."""
+        step_prompts = self.order.take(step)
+        return [step_prompts[i] for i in self._positions(step)]
+
+    def whole_weights(self) -> AbstractContextManager[None]:
+        """The student's weights whole in every process, for what runs outside of `root`."""
+        return self.world.gathered(self.root)
+
+    def request(self, step: int) -> ScoreRequest:
+        """What the teacher computes in this step."""
+        return self.method.request(shown=self._shown(step))
+
+    def compare(self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[Prompt]) -> Metrics:
+        """In every `diagnostics.every`-th step, both models at every token, before the update: compare/...."""
+        spec = self.spec
+        if not spec.diagnostics.every or step % spec.diagnostics.every:
+            return Metrics()
+        return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
+
+    def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
+        """The method's update with the gradient that is there, and what follows it; all metrics of the step.
+
+        Raises TrainingError, before the update, if the loss or the gradient is not finite.
+        """
+        metrics = diagnostics.step_metrics(phase_a.batch, self.method, step, buckets=diagnostics.buckets_of(self.spec))
+        for more in observed:
+            metrics.merge(more)
+        grad_norm = self.optimisation.optimiser.clip()
+        loss, metrics = self.world.sum(loss), merged(self.world.gather(metrics))
+        self._check_finite(step, phase_a.batch, loss, grad_norm)
+        rates: Mapping[str, float] = {}
+        if phase_a.trains:
+            rates = self.method.update(self.optimisation)
+            self.teacher.after_step()
+        self.writers.student.sync(step + 1)
+        metrics.value("train/loss", loss)
+        metrics.value("optim/grad_norm", grad_norm)
+        if Trait.FILTERS in self.method.needs:
+            metrics.value("train/update_skipped", float(not phase_a.trains))
+        for name, value in {**phase_a.learned, **rates}.items():
+            metrics.value(name, value)
+        return metrics.reduce()
+
+    def log(self, step: int, batch: Batch, metrics: Mapping[str, float], time: Stopwatch) -> None:
+        """Metrics, timings and samples of a step to the stage's folder, the trackers and the display."""
+        done = step + 1
+        self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
+        self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
+        self._write(done, metrics)
+        self.folder.append_timings(done, time.row(self.reward.pop_requests()))
+        if self._shown(step) or (self.spec.samples_every and self.finished):
+            self.folder.write_samples(done, self.world.in_order(self._positions(step), rows_of(batch)))
+
+    # --- around a step -----------------------------------------------------------------------------------------------
+
+    @property
+    def _trained(self) -> Trained:
+        return Trained(student=self.student, teacher=self.teacher, optimisation=self.optimisation, memory=self.memory)
+
+    def _resume(self) -> int:
+        """The first step to make, with the last checkpoint restored; 0 without one."""
+        saved = self._trained.restore(self.folder.checkpoints, self.world)
+        if saved is None:
+            self.folder.rewind(-1)
+            return 0
+        self.seconds, self.finished = float(saved.state["seconds"]), bool(saved.state["finished"])
+        self.folder.rewind(saved.step)
+        self.progress.note(f"{self.spec.name}: going on after step {saved.step} of {self.spec.steps}")
+        rows = self.folder.read_metrics() if self.world.main else []
+        evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
+        if not self.world.any(evaluated):
+            self._examine(saved.step)  # the run was killed between the checkpoint and its evaluation
+        return self.spec.steps if self.finished else saved.step
+
+    def _save(self, done: int) -> None:
+        """A checkpoint. The step's metrics are on disk before it, its evaluation comes after."""
+        self._trained.save(
+            self.folder.checkpoints,
+            done,
+            seconds=self.seconds,
+            finished=self.finished,
+            keep=self.spec.checkpoint.keep,
+            world=self.world,
+        )
+
+    def _examine(self, done: int) -> None:
+        """Measure the held-out prompts when due; the end of a stage always is."""
+        if self.exams is not None and (self.finished or self.exams.due(done)):
+            self._write(done, self.exams.after(done, finished=self.finished))
+
+    def _write(self, done: int, metrics: Mapping[str, float]) -> None:
+        self.folder.append_metrics(done, metrics)
+        self.trackers.log(self.spec.name, done, metrics)
+        self.progress.step(self.spec.name, done, metrics)
+
+    def _shown(self, step: int) -> bool:
+        """Whether the step's responses are written to a file of samples."""
+        every = self.spec.samples_every
+        return bool(every) and (step % every == 0 or step + 1 == self.spec.steps)
+
+    def _positions(self, step: int) -> list[int]:
+        """The places of this process's prompts among the step's.
+
+        To a method that compares the responses to a prompt, a prompt that a step takes twice is one group.
+        """
+        groups = Input.GROUP in self.method.needs
+        return self.world.positions([prompt.id if groups else i for i, prompt in enumerate(self.order.take(step))])
+
+    def _check_finite(self, step: int, batch: Batch, loss: float, grad_norm: float) -> None:
+        """Stop before the update when the loss or the gradient is not finite: the weights are still good."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            return
+        last = checkpoint.latest(self.folder.checkpoints)
+        rows = self.world.in_order(self._positions(step), rows_of(batch))
+        responses = self.folder.write_samples(step + 1, rows)
+        raise TrainingError(
+            f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was not "
+            f"made. Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
+            f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
+            "Usual causes: too large a learning rate, bfloat16 weights, a teacher that gives NaN."
+        )

@@ -1,1 +1,8 @@
-"""Scores of the student's tokens, by one teacher, a routed one, or one with another tokenizer."""
+"""Scores of the student's tokens: by one teacher, a teacher per row, or one with another tokenizer."""
+
+__all__ = [
+    "cross_tokenizer",
+    "incremental",
+    "local",
+    "routed",
+]

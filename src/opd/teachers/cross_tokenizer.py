@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,12 +14,12 @@ from opd.models.alignment import Pair, Reading, pair_of, reread
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import full
-from opd.teachers.local import LocalTeacher
-from opd.types import Prompt, Rollout, Scores, Shared, Support, TeacherRule, Units
+from opd.teachers.local import LocalTeacher, local_teacher
+from opd.types import NoTeacher, Prompt, Rollout, ScoreRequest, Scores, Shared, Support, Teacher, TeacherRule, Units
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CrossTokenizerTeacher:
+class CrossTokenizerTeacher(Teacher):
     """A `Teacher` around another one, whose tokens are not the student's.
 
     Its scores have a row for each student token all the same: the teacher's log-prob of a unit, shared out evenly among
@@ -37,9 +36,20 @@ class CrossTokenizerTeacher:
         return self.local.lm
 
     @property
-    def base(self) -> bool:
-        """Whether an adapter is switched off while it scores."""
-        return self.local.base
+    def name(self) -> str:
+        """The model's name in the recipe."""
+        return self.local.name
+
+    def refuses(self, request: ScoreRequest) -> str | None:
+        """Why it cannot compute `request`: it scores units, and lists no top tokens of the student's vocabulary."""
+        if request.top_k:
+            return "the method compares the most likely tokens of both models, and the teacher has another tokenizer"
+        if request.support.kind != "units":
+            return (
+                f"the support is {request.support.kind!r}, of the student's tokens, and the teacher has another "
+                "tokenizer. Give the method support=units()"
+            )
+        return None
 
     def head(self, teacher_id: str | None = None) -> Head:
         """The output layer that goes with the hidden states, and which of its tokens are the student's too."""
@@ -48,33 +58,19 @@ class CrossTokenizerTeacher:
         return replace(head, shared=Shared(student=ids[:, 0].contiguous(), teacher=ids[:, 1].contiguous()))
 
     @torch.no_grad()
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        contexts: Sequence[Prompt],
-        support: Support,
-        temperature: float,
-        *,
-        sampled: bool = True,
-        entropy: bool = False,
-        top_k: int = 0,
-    ) -> list[Scores]:
+    def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
         """Scores by the student's tokens; what is sampled is always scored, because units are made of it.
 
         Raises ConfigError for a support that is not of units.
         """
-        assert not top_k, "a method that compares top tokens of two vocabularies is refused before this"
-        if support.kind != "units":
-            raise ConfigError(
-                f"The support of this method is {support.kind!r}, of the student's tokens, and its teacher has another "
-                "tokenizer. Give the method support=units()."
-            )
+        if why := self.refuses(request):
+            raise ConfigError(f"The teacher {self.name!r} cannot score this: {why}.")
+        support, entropy = request.support, request.entropy
+        whole = replace(request, support=full(), sampled=True)
         readings = [reread(rollout.response_ids.tolist(), self.pair) for rollout in rollouts]
         read = [i for i, reading in enumerate(readings) if reading.teacher_ids]
-        asked = [replace(rollouts[i], response_ids=torch.tensor(readings[i].teacher_ids)) for i in read]
-        found = (
-            self.local.score(asked, [contexts[i] for i in read], full(), temperature, entropy=entropy) if read else []
-        )
+        theirs = [replace(rollouts[i], response_ids=torch.tensor(readings[i].teacher_ids)) for i in read]
+        found = self.local.score(theirs, [contexts[i] for i in read], whole) if read else []
         of = dict(zip(read, found, strict=True))
         return [
             by_unit(reading, of[i], rollout, self.pair, support) if i in of else self._nothing(rollout, entropy)
@@ -82,7 +78,7 @@ class CrossTokenizerTeacher:
         ]
 
     def _nothing(self, rollout: Rollout, entropy: bool) -> Scores:
-        """Scores of a response that shows the teacher nothing, special tokens of the student alone: none is scored."""
+        """Scores of a response that is empty to the teacher (special tokens of the student alone): none is scored."""
         n, device = len(rollout.response_ids), self.local.student_device
         unknown = torch.full((n,), torch.nan, device=device)
         columns = _Columns(n)
@@ -165,29 +161,29 @@ class _Columns:
         )
 
 
-OneTeacher: TypeAlias = LocalTeacher | CrossTokenizerTeacher
-
-
-def by_rule(
-    rule: TeacherRule, student: LanguageModel, teacher: LocalTeacher | None, *, chat: bool = False
-) -> OneTeacher | None:
-    """The teacher as the method's rule wants it: with tokens of its own, or as it is. Raises AlignmentError.
+def teacher_by_rule(
+    rule: TeacherRule,
+    student: LanguageModel,
+    external: LanguageModel | None,
+    *,
+    micro_batch_tokens: int,
+    offload: bool = False,
+    chat: bool = False,
+) -> Teacher:
+    """The teacher of a method's rule: none, local, or with a tokenizer of its own. Raises ConfigError, AlignmentError.
 
     `chat` says that responses are turns of a conversation, for `alignment.pair_of`.
     """
-    if teacher is None or rule.tokenizer == "students":
-        return teacher
-    options = (student.template_options, teacher.lm.template_options)
-    pair = pair_of(student.tokenizer, teacher.lm.tokenizer, chat=chat, options=options)
-    return CrossTokenizerTeacher(local=teacher, pair=pair)
+    if rule.kind == "none":
+        return NoTeacher()
+    local = local_teacher(rule, student, external, micro_batch_tokens=micro_batch_tokens, offload=offload)
+    return by_rule(rule, student, local, chat=chat)
 
 
-def comparable(teacher: OneTeacher) -> LocalTeacher:
-    """The teacher, where all its tokens are the student's. Raises ConfigError for one with tokens of its own."""
-    if isinstance(teacher, LocalTeacher):
-        return teacher
-    raise ConfigError(
-        f"{teacher.lm.name} is asked for its distribution at each of the student's tokens, and it reads the text in "
-        "tokens of its own. Turn the comparison off (evaluate.kl, diagnostics.every), or use a teacher of the "
-        "student's family and another method."
-    )
+def by_rule(rule: TeacherRule, student: LanguageModel, local: LocalTeacher, *, chat: bool = False) -> Teacher:
+    """A local teacher as the method's rule has it: as it is, or scoring units of two tokenizers."""
+    if rule.tokenizer == "students":
+        return local
+    options = (student.template_options, local.lm.template_options)
+    pair = pair_of(student.tokenizer, local.lm.tokenizer, chat=chat, options=options)
+    return CrossTokenizerTeacher(local=local, pair=pair)

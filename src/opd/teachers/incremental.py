@@ -1,4 +1,4 @@
-"""A teacher that reads along while responses are written: every token once, however often it is asked."""
+"""Scores of responses while they are written: a local teacher reads every token once, whatever the number of calls."""
 
 from __future__ import annotations
 
@@ -9,35 +9,30 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.method import Method
 from opd.models.forward import prefill
 from opd.models.render import render
 from opd.pieces.supports import sampled
-from opd.teachers.cross_tokenizer import OneTeacher
 from opd.teachers.local import LocalTeacher
-from opd.teachers.routed import SeveralTeachers, shares_of
+from opd.teachers.routed import routed
 from opd.teachers.scoring import teacher_scores
-from opd.types import Context, Rollout, Scores
+from opd.types import Context, Rollout, Scorer, ScoreRequest, Scores, Teacher
 
 
-def reading_along(
-    method: Method, teacher: OneTeacher | SeveralTeachers
-) -> Callable[[], Callable[[Sequence[Rollout]], list[Scores]]]:
-    """Begins a reading: a function of unfinished responses, as they are so far, that gives what the method asks for."""
+def scoring_along(teacher: Teacher, context: Context, request: ScoreRequest) -> Callable[[], Scorer]:
+    """A function that begins a scoring of responses while they are written.
 
-    def begin() -> Callable[[Sequence[Rollout]], list[Scores]]:
-        """A reading with nothing read yet; each teacher of several has its own."""
-        readers: dict[int, ReadsAlong] = {}
+    A scoring is called with unfinished responses as they are so far, and gives their scores. A local teacher reads each
+    token once; another one scores the whole responses at each call.
+    """
+
+    def begin() -> Scorer:
+        scorers: dict[int, Scorer] = {}  # each teacher has its own
 
         def score(rollouts: Sequence[Rollout]) -> list[Scores]:
             found: dict[int, Scores] = {}
-            for one, rows in shares_of(teacher, rollouts):
-                assert isinstance(one, LocalTeacher), "top tokens of two vocabularies are refused before this"
-                reader = readers.setdefault(
-                    id(one),
-                    ReadsAlong(teacher=one, context=method.context, temperature=method.temperature, top_k=method.top_k),
-                )
-                found |= dict(zip(rows, reader([rollouts[i] for i in rows]), strict=True))
+            for one, rows in routed(teacher, rollouts):
+                scorer = scorers.setdefault(id(one), _scorer(one, context, request))
+                found |= dict(zip(rows, scorer([rollouts[i] for i in rows]), strict=True))
             return [found[i] for i in range(len(rollouts))]
 
         return score
@@ -45,18 +40,25 @@ def reading_along(
     return begin
 
 
-@dataclass(slots=True, kw_only=True)
-class ReadsAlong:
-    """Scores of responses that grow from call to call, all by as many tokens, and of which some end.
+def _scorer(teacher: Teacher, context: Context, request: ScoreRequest) -> Scorer:
+    if isinstance(teacher, LocalTeacher):
+        return IncrementalScorer(
+            teacher=teacher, context=context, request=replace(request, support=sampled(), entropy=False)
+        )
+    return lambda rollouts: teacher.score(rollouts, context(rollouts), request)
 
-    It holds the teacher's cache of those that it was asked about last, as much as the sampler holds of the student's.
-    One that it does not know begins anew, with all that are asked about then. A context is that of the first time.
+
+@dataclass(slots=True, kw_only=True)
+class IncrementalScorer:
+    """Scores of responses that grow from call to call, all by equally many tokens, and of which some end.
+
+    Keeps the teacher's KV cache for the responses of the last call, as large as the sampler's of the student. A
+    response that is not cached restarts the cache for all. A context is rendered once, when the cache starts.
     """
 
     teacher: LocalTeacher
     context: Context
-    temperature: float
-    top_k: int
+    request: ScoreRequest
     places: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])  # of responses in the cache
     scores: list[Scores] = field(default_factory=list[Scores])  # of the tokens that were read, by place
     read: int = 0  # tokens of each response
@@ -69,7 +71,7 @@ class ReadsAlong:
         keys = [(rollout.prompt.id, rollout.sample) for rollout in rollouts]
         (length,) = {len(rollout.response_ids) for rollout in rollouts}
         lm = self.teacher.lm
-        with self.teacher.asked() as head:
+        with self.teacher.at_work() as head:
             if length <= self.read or not all(key in self.places for key in keys):
                 self._begin(rollouts)
             else:  # a prompt that a step takes twice has the same responses twice: one place is enough
@@ -82,12 +84,10 @@ class ReadsAlong:
             positions = last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
             out = lm.forward(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             states = torch.cat([hidden[:, None], out.last_hidden_state[:, :-1]], 1)  # [b, n, H] predict `ids`
-            flat = teacher_scores(
-                head, states.flatten(0, 1), ids.flatten(), sampled(), self.temperature, top_k=self.top_k
-            )
+            flat = teacher_scores(head, states.flatten(0, 1), ids.flatten(), self.request)
         self.state = out.last_hidden_state[:, -1], out.past_key_values, mask, positions[:, -1:]
         new = [_rows(flat, slice(i * ids.shape[1], (i + 1) * ids.shape[1])) for i in range(len(rollouts))]
-        self.scores = [_behind(old, one) for old, one in zip(self.scores, new, strict=True)] if self.scores else new
+        self.scores = [_joined(old, one) for old, one in zip(self.scores, new, strict=True)] if self.scores else new
         self.places, self.read = {key: i for i, key in enumerate(keys)}, length
         return self.scores
 
@@ -98,7 +98,7 @@ class ReadsAlong:
         self.scores, self.read, self.longest = [], 0, max(map(len, prompts))
 
     def _keep(self, rows: list[int]) -> None:
-        """Of the state and the scores those places alone."""
+        """Keep those places of the state and of the scores."""
         assert self.state is not None
         hidden, cache, mask, last = self.state
         if rows == list(range(len(hidden))):
@@ -118,8 +118,8 @@ def _rows(scores: Scores, rows: slice) -> Scores:
     )
 
 
-def _behind(old: Scores, new: Scores) -> Scores:
-    """Both, one after the other."""
+def _joined(old: Scores, new: Scores) -> Scores:
+    """`old`, then `new`."""
 
     def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else torch.cat([a, b])

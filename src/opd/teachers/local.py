@@ -20,11 +20,11 @@ from opd.models.vocabularies import check_same_tokens
 from opd.parallel import full
 from opd.pieces.supports import sampled, top_k
 from opd.teachers.scoring import teacher_scores
-from opd.types import Prompt, Record, Rollout, Scores, Support, TeacherRule
+from opd.types import Prompt, Record, Rollout, ScoreRequest, Scores, Teacher, TeacherRule
 
 
 @dataclass(slots=True, kw_only=True)
-class LocalTeacher:
+class LocalTeacher(Teacher):
     """A `Teacher` over a model in this process.
 
     `follows` is the student whose weights the teacher averages after each step (`decay` of the old, the rest new);
@@ -39,7 +39,13 @@ class LocalTeacher:
     decay: float = 1.0
     base: bool = False
     offload: bool = False
+    is_student: bool = False
     average: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    @property
+    def name(self) -> str:
+        """The model's name in the recipe."""
+        return self.lm.name
 
     def head(self, teacher_id: str | None = None) -> Head:
         """The teacher's head, on the device where the student's loss is computed; the same for every row."""
@@ -48,20 +54,10 @@ class LocalTeacher:
         return replace(head, weight=head.weight.to(self.student_device), bias=bias)
 
     @torch.no_grad()
-    def score(
-        self,
-        rollouts: Sequence[Rollout],
-        contexts: Sequence[Prompt],
-        support: Support,
-        temperature: float,
-        *,
-        sampled: bool = True,
-        entropy: bool = False,
-        top_k: int = 0,
-    ) -> list[Scores]:
+    def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
         """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template.
 
-        `sampled`, `entropy` and `top_k` say what else is read before phase B; see `score.teacher_scores`.
+        Raises DataError for a row that the model has no positions for.
         """
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
         responses = [rollout.response_ids.tolist() for rollout in rollouts]
@@ -71,29 +67,20 @@ class LocalTeacher:
             "Let responses be shorter (max_completion_length), or shorten what the teacher reads before them.",
         )
         scores: list[Scores | None] = [None] * len(rollouts)
-        with self.asked() as head:
+        with self.at_work() as head:
             device = self.lm.device
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
                 states = read(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
                 for place, i in enumerate(indices):
                     ids = rollouts[i].response_ids.to(device)
                     top = rollouts[i].student_top_ids
-                    score = teacher_scores(
-                        head,
-                        states.of(place, lengths[i]),
-                        ids,
-                        support,
-                        temperature,
-                        None if top is None else top.to(device),
-                        sampled=sampled,
-                        entropy=entropy,
-                        top_k=top_k,
-                    )
+                    top = None if top is None else top.to(device)
+                    score = teacher_scores(head, states.of(place, lengths[i]), ids, request, top)
                     scores[i] = _to(score, self.student_device)
         return [score for score in scores if score is not None]
 
     @contextlib.contextmanager
-    def asked(self) -> Iterator[Head]:
+    def at_work(self) -> Iterator[Head]:
         """The head, with the model as it scores: on its device, in evaluation, without the student's adapter."""
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
@@ -113,8 +100,8 @@ class LocalTeacher:
             mine[name].copy_(average)
 
     @torch.no_grad()
-    def moved(self, by: Mapping[str, Tensor]) -> None:
-        """The student jumped `by`, outside of a step: an average of its weights goes along, and lags as it did."""
+    def jumped(self, by: Mapping[str, Tensor]) -> None:
+        """Apply the same jump to an EMA teacher, so that it lags the student as it did."""
         if self.follows is None or self.decay == 1.0:
             return
         mine = dict(self.lm.model.named_parameters())
@@ -124,11 +111,12 @@ class LocalTeacher:
             mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What cannot be made again when a run resumes: the average of an EMA teacher, in float32."""
+        """The average of an EMA teacher, in float32; empty for a teacher whose weights stay fixed."""
         return self.average
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore the average, and the weights from it."""
         mine = dict(self.lm.model.named_parameters())
         self.average = {name: value.to(mine[name].device) for name, value in state.items()}
         for name, value in self.average.items():
@@ -143,9 +131,9 @@ def with_record(
     temperature: Callable[[Rollout], float],
     micro_batch_tokens: int,
 ) -> list[Rollout]:
-    """The rollouts with what `record` asks of the student at each token, also where the student did not write.
+    """The rollouts with what `record` names of the student at each token, also where the student did not write.
 
-    `temperature` is the one that the student samples at, as its own records are.
+    `temperature` is the one that the student samples at: its own records are of that temperature.
     """
     missing: defaultdict[float, list[int]] = defaultdict(list)
     for i, rollout in enumerate(rollouts):
@@ -156,7 +144,8 @@ def with_record(
     support = top_k(record.top_k, by="teacher") if record.top_k else sampled()
     for tempered, indices in missing.items():
         absent = [rollouts[i] for i in indices]
-        scores = view.score(absent, [r.prompt for r in absent], support, tempered, entropy=record.entropy)
+        request = ScoreRequest(support=support, temperature=tempered, entropy=record.entropy)
+        scores = view.score(absent, [r.prompt for r in absent], request)
         for i, score in zip(indices, scores, strict=True):
             out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
     return out
@@ -173,18 +162,20 @@ def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
         lm.model.to(home)
 
 
-def teacher_for(
+def local_teacher(
     rule: TeacherRule,
     student: LanguageModel,
     external: LanguageModel | None,
     *,
     micro_batch_tokens: int,
     offload: bool = False,
-) -> LocalTeacher | None:
-    """The teacher that a method's rule asks for, built once a stage, before the first step. None for no teacher."""
+) -> LocalTeacher:
+    """The local teacher of a method's rule, built once per stage, before the first step. Raises ConfigError.
+
+    A rule without a teacher has none: see `cross_tokenizer.teacher_by_rule`.
+    """
     common: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "student_device": student.device}
-    if rule.kind == "none":
-        return None
+    assert rule.kind != "none", "NoTeacher is the teacher of a method without one"
     if rule.kind == "external":
         if external is None:
             raise ConfigError(
@@ -194,9 +185,9 @@ def teacher_for(
             check_same_tokens(student.tokenizer, external.tokenizer, (student.name, external.name))
         return LocalTeacher(lm=external, offload=offload, **common)
     if rule.kind == "self_live":
-        return LocalTeacher(lm=student, **common)
+        return LocalTeacher(lm=student, is_student=True, **common)
     if rule.kind == "self_frozen" and student.adapters:
-        return LocalTeacher(lm=student, base=True, **common)
+        return LocalTeacher(lm=student, is_student=True, base=True, **common)
     return LocalTeacher(lm=frozen_copy(student), follows=student, decay=rule.decay, **common)
 
 

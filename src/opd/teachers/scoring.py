@@ -1,4 +1,4 @@
-"""TODO: opd/teachers/scoring.py"""
+"""From a teacher's hidden states to its scores of one response: one pass over the vocabulary, in chunks and tiles."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from opd.maths import kernels
 from opd.models.head import Head, chunks, tempered, tiles
 from opd.pieces.supports import check_fits, support_tokens
-from opd.types import Scores, Support
+from opd.types import ScoreRequest, Scores, Support
 
 
 @torch.no_grad()
@@ -18,25 +18,21 @@ def teacher_scores(
     head: Head,
     hidden: Tensor,
     response_ids: Tensor,
-    support: Support,
-    temperature: float = 1.0,
+    request: ScoreRequest,
     student_top_ids: Tensor | None = None,
-    *,
-    sampled: bool = True,
-    entropy: bool = False,
-    top_k: int = 0,
 ) -> Scores:
-    """What a teacher says at `hidden` [T, H] about the tokens `response_ids` [T]; everything detached.
+    """The teacher's scores at `hidden` [T, H] of the tokens `response_ids` [T]; everything detached.
 
     One pass over chunks gives the sampled token's log-prob, the support, and the entropy and the `top_k` most likely
-    tokens if they are asked for. For full support the hidden states are kept instead: V numbers a position are H
-    numbers and a matmul. That matmul is made in phase B; here it is only made if `sampled` (the sampled tokens'
-    log-probs), `entropy` or `top_k` asks for it, else `teacher_logp` is NaN.
+    tokens if `request` names them. For full support the hidden states are kept instead: V numbers per position are H
+    numbers and a matmul. Phase B makes that matmul; here it is made only for `sampled`, `entropy` or `top_k`, else
+    `teacher_logp` is NaN.
     """
-    assert support.kind != "none", "a method without support asks nobody for scores"
+    support, entropy, top_k = request.support, request.entropy, request.top_k
+    assert support.kind != "none", "a method without support has no teacher"
     check_fits(max(support.k, top_k), head.vocabulary)
     kept = hidden.detach() if support.kind == "full" else None
-    if kept is not None and not (sampled or entropy or top_k):
+    if kept is not None and not (request.sampled or entropy or top_k):
         return Scores(teacher_logp=torch.full(response_ids.shape, torch.nan, device=hidden.device), teacher_hidden=kept)
     parts: list[Scores] = []
     for rows in chunks(len(response_ids), head.vocabulary, hidden.device):
@@ -44,7 +40,7 @@ def teacher_scores(
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
             student_top = None if student_top_ids is None else student_top_ids[at, : support.k]
-            tile_logits = tempered(logits[tile], temperature)
+            tile_logits = tempered(logits[tile], request.temperature)
             parts.append(_scored(tile_logits, response_ids[at, None], support, student_top, entropy, top_k))
     return replace(_joined(parts), teacher_hidden=kept)
 

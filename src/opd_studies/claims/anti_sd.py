@@ -27,6 +27,12 @@ from opd_studies.page.outcome import Check, Finding, Outcome, differences, findi
 from opd_studies.worlds.methods import self_distillation
 from opd_studies.worlds.waiting_world import ANSWERS, GROUP, HELD_OUT, KNOWLEDGE, LONGEST, PROBLEMS, Course, Made, train
 
+USE = (
+    "With a reward at hand do not imitate the self that has read the solution. `anti_sd` beats `grpo` at one "
+    "small learning rate; tune `grpo`'s rate before you compare. A benefit of the gate did not show."
+)
+
+
 GRPO, TOWARDS, AWAY, UNGATED = "GRPO", "self-distillation", "AntiSD", "AntiSD, no gate"
 
 

@@ -21,6 +21,12 @@ from opd_studies.lab.lab import SORTERS, Lab, Pair, PairSize, optimizer
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "Begin with `sft` on the teacher's filtered responses where the student starts near zero, and compare with "
+    "as many updates of `sft` alone, which on-policy distillation after the cold start did not beat here."
+)
+
+
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {"A": ("rethinking_opd", {"k": 4}), "B": ("reverse_kl", {})}
 
 
@@ -58,7 +64,7 @@ class Size:
 class Numbers:
     """Lists hold one number a seed."""
 
-    seen: dict[str, dict[str, list[float]]]  # by model, what `looking.look` measures of its own held-out responses
+    seen: dict[str, dict[str, list[float]]]  # by model, `after_training.look` on its own held-out responses
     teacher_nll: dict[str, list[float]]  # by model, nats a token of the teacher's held-out responses
     accuracy: dict[str, dict[int, list[float]]]  # by model, by updates in total
     overlap: dict[str, dict[int, list[float]]]  # the ratio on the step's responses, by model, by updates in total

@@ -27,6 +27,12 @@ from opd_studies.lab.lab import SORTERS, Lab
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, short
 
+USE = (
+    "Tune the learning rate before you try `eff_opd`: at the best rate its jumps saved no updates and cost "
+    "validation responses; what they saved at a small rate shrank as the rate grew. They did no harm."
+)
+
+
 PROMPTS = 50  # of a validation
 
 

@@ -22,6 +22,12 @@ from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 from opd_studies.worlds.truncated_forms import FORMS, identity_errors, on_support
 
+USE = (
+    "On a truncated support take `form: tail` or `stop_gradient`. `raw` drives the student's mass off the "
+    "support at every k, and `renormalised` leaves that mass uncontrolled: watch `support/student_mass`."
+)
+
+
 VOCABULARY = 200
 
 

@@ -35,6 +35,12 @@ from opd_studies.worlds.gaussian_walks import (
     rollout,
 )
 
+USE = (
+    "Keep `gamma: 0` in method `opd`. A larger gamma raised the gradient's variance in A and left students far "
+    "from the targets in B; no gamma brought them clearly nearer."
+)
+
+
 FLOORS = {"A": -1.5, "B": -5.0}  # log sigma
 
 

@@ -11,28 +11,26 @@ was asked. Controls: fewer or more updates, so that two caps see as many tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opd_studies.lab import ablation
 from opd_studies.lab.ablation import START, Numbers
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
-from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize, Task, student_recipe, teacher_recipe
+from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize
+from opd_studies.lab.rambling_students import LONG, ROWS, pairs_of
 from opd_studies.lab.signal_depth import PARTS, by_depth
-from opd_studies.page import report
+from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
 
+USE = (
+    "Set `sampling.max_completion_length` a little above what a right response needs. Shorter limits taught "
+    "almost nothing; a much longer one did no clear harm at equal updates and lost at equal tokens (B)."
+)
+
+
 ENOUGH = SORTING.longest  # tokens; evaluations have this cap whatever the training had
-
-
-LONG = 48
-
-
-ROWS = replace(SORTING, reward="opd_studies.worlds.boundaries:first_answer")
-
-
-RAMBLING = replace(ROWS, data="opd_studies.worlds.boundaries:rambling", options={"longest": LONG})
 
 
 # Cap, and updates as a share of the usual number; settings A and B.
@@ -100,7 +98,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         ),
         findings=judge(numbers),
         figure=draw(numbers),
-        table=ablation.table(numbers, ("sampled accuracy", "fall", "tokens", "length", "cut", "entropy", *DEPTHS)),
+        table=comparison.table(numbers, ("sampled accuracy", "fall", "tokens", "length", "cut", "entropy", *DEPTHS)),
     )
 
 
@@ -189,24 +187,6 @@ def measure(lab: Lab, size: Size) -> Numbers:
     for (label, _), trained in zip(wanted, distil_all(lab, [one for _, one in wanted]), strict=True):
         ablation.append(numbers, label, ablation.numbers_of(trained) | over_time(trained))
     return dict(sorted(numbers.items(), key=lambda item: item[0][0]))  # by setting, the start of each first
-
-
-def pairs_of(lab: Lab, keys: Sequence[tuple[str, int]], size: PairSize) -> list[Pair]:
-    """A pair for each setting and seed, both with the same teacher."""
-    learned: Mapping[str, Task] = {"A": SORTING, "B": RAMBLING}
-    recipes = [
-        recipe
-        for setting, seed in keys
-        for recipe in (
-            teacher_recipe(seed, replace(size, task=SORTING)),
-            student_recipe(seed, replace(size, task=learned[setting])),
-        )
-    ]
-    made = lab.run_all(recipes)
-    return [
-        Pair(teacher=teacher / "teacher" / "model", student=student / "warm-up" / "model")
-        for teacher, student in zip(made[::2], made[1::2], strict=True)
-    ]
 
 
 def distillation(pair: Pair, seed: int, size: Size, cap: int, share: float) -> Distillation:

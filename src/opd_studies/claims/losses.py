@@ -19,48 +19,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from opd_studies.lab import ablation
-from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.ablation import NUCLEUS, SMOOTHED, START, Numbers, Setting, Size
 from opd_studies.lab.distilling import Trained
-from opd_studies.lab.lab import SORTERS, Lab, optimizer
-from opd_studies.page import report
+from opd_studies.lab.lab import Lab, optimizer
+from opd_studies.lab.truncated_losses import REWARDED, SAMPLED_TOKEN, SIZE, truncated
+from opd_studies.page import comparison, report
+from opd_studies.page.comparison import COLLAPSE, collapses, gap, stable
 from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds
 
-REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step tells its sampled accuracy
-
-
-LONGEST = SORTERS.task.longest
-
-
-# As arXiv 2603.25562 evaluates, beside the usual two.
-SAMPLING = {
-    "sampled": {"temperature": 1, "max_completion_length": LONGEST},
-    "nucleus": {"temperature": 1, "top_p": 0.9, "max_completion_length": LONGEST},
-    "greedy": {"temperature": 0, "max_completion_length": LONGEST},
-}
-
-
-SIZE = Size(steps=100, prompts_per_step=32, evaluate={"sampling": SAMPLING})
-
-
-NUCLEUS = "accuracy at top-p 0.9"
-
+USE = (
+    "Take `form: tail`, which ended nearest to the teacher; never `raw`. With the teacher's 2 or 4 likeliest "
+    "tokens `stop_gradient` collapsed too; with the student's own 8 it and `renormalised` were equally good."
+)
 
 GENTLE: dict[str, Any] = {"optimizer": optimizer(5e-4, 10), "steps": 60}  # a quarter of the learning rate
-
-
-SMOOTHED = 10  # steps behind a point of a training curve
-
-
-def truncated(form: str, k: int, by: str = "teacher", **stage: Any) -> Setting:
-    """A truncated reverse KL, the mean over a response's tokens first, as the other methods here."""
-    stage = {**REWARDED, **stage}
-    if form == "released":
-        options = {"k": k, "by": by, "form": form, "average": "sequence"}
-        return Setting(method="rethinking_opd", options=options, stage=stage)
-    return Setting(method="topk_reverse_kl", options={"k": k, "by": by, "form": form.replace("-", "_")}, stage=stage)
 
 
 def on_teachers(form: str, *ks: int) -> dict[str, Setting]:
@@ -74,7 +50,7 @@ def on_students(form: str, *ks: int) -> dict[str, Setting]:
 
 
 SETTINGS = {
-    "sampled": Setting(method="opd", stage=REWARDED),
+    "sampled": SAMPLED_TOKEN,
     "forward KL, exact": Setting(method="gkd", options={"beta": 0.0}, stage=REWARDED),
     **on_teachers("raw", 1, 2, 4),
     **on_teachers("stop-gradient", 1, 2, 4),
@@ -86,16 +62,6 @@ SETTINGS = {
     **on_students("renormalised", 4, 8),
     **{f"raw, K={k}, gentle": truncated("raw", k, **GENTLE) for k in (1, 4)},
 }
-
-
-# Thresholds. Accuracies are of responses sampled at temperature 1.
-COLLAPSE = -0.1  # accuracy against that of the student before
-
-
-LEARNED = 0.0  # the same
-
-
-SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student begins with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +89,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         ),
         findings=judge(measured),
         figure=draw(measured),
-        table=ablation.table(
+        table=comparison.table(
             measured.end,
             (
                 "sampled accuracy",
@@ -173,17 +139,6 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
     )
 
 
-def collapses(end: Numbers, name: str) -> list[Check]:
-    """Far worse than the student before, and further from the teacher."""
-    return [gap(end, name, START, below=COLLAPSE), gap(end, name, START, "KL", above=0.0)]
-
-
-def stable(end: Numbers, first: str, second: str) -> list[Check]:
-    """Both better than the student before, and as near to the teacher as each other."""
-    learned = [gap(end, name, START, above=LEARNED) for name in (first, second)]
-    return [*learned, gap(end, first, second, "KL", above=-SIMILAR, below=SIMILAR)]
-
-
 def delayed(measured: Measured, rate: str) -> list[Check]:
     """Raw is far worse than the student before with K = 1 and with 4, where the mass on the support lasts longer."""
     longer = doublings(measured.broken[f"raw, K=4{rate}"], measured.broken[f"raw, K=1{rate}"])
@@ -197,11 +152,7 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
     end = ablation.collect(trained)
     for name, seeds in trained.items():
         if name.startswith("stop-gradient"):
-            end[name]["c at first"] = [mean([row["train/signal"] for row in one.rows[:SMOOTHED]]) for one in seeds]
-    curve = {
-        name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
-        for name, seeds in trained.items()
-    }
+            end[name]["c at first"] = [fmean([row["train/signal"] for row in one.rows[:SMOOTHED]]) for one in seeds]
     return Measured(
         end=end,
         broken={
@@ -209,13 +160,8 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
             for name, seeds in trained.items()
             if name.startswith("raw")
         },
-        curve=curve,
+        curve=ablation.accuracy_curves(trained),
     )
-
-
-def smoothed(values: Sequence[float], width: int = SMOOTHED) -> list[float]:
-    """Means of `width` neighbours: the first one of the first `width` values."""
-    return [mean(values[end - width : end]) for end in range(width, len(values) + 1)]
 
 
 def half_life(masses: Sequence[float]) -> float:
@@ -226,11 +172,6 @@ def half_life(masses: Sequence[float]) -> float:
 def doublings(longer: Sequence[float], shorter: Sequence[float]) -> list[float]:
     """log2 of the ratio, seed by seed."""
     return [math.log2(a / b) for a, b in zip(longer, shorter, strict=True)]
-
-
-def mean(values: Sequence[float]) -> float:
-    """Of at least one number."""
-    return math.fsum(values) / len(values)
 
 
 DRAWN = (
@@ -245,7 +186,7 @@ DRAWN = (
 def draw(measured: Measured) -> report.Figure:
     """Bars of what the settings end with, and the course of some of them."""
     figure, axes = report.figure(4, width=3.0, height=5.4)
-    ablation.bars(
+    comparison.bars(
         axes[0][:3],
         measured.end,
         {
@@ -254,15 +195,5 @@ def draw(measured: Measured) -> report.Figure:
             "P_S": "student's mass on S",
         },
     )
-    courses(axes[0][3], measured.curve, DRAWN, f"training accuracy, share, mean of {SMOOTHED} updates")
+    comparison.curves(axes[0][3], measured.curve, DRAWN, f"training accuracy, share, mean of {SMOOTHED} updates")
     return figure
-
-
-def courses(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:
-    """Smoothed training accuracies [seeds][updates] by update: a line a setting, its mean over seeds."""
-    for name, colour in zip(names, report.COLOURS, strict=False):
-        by_seed = curve[name]
-        steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))
-        panel.plot(steps, [mean(values) for values in zip(*by_seed, strict=True)], color=colour, label=name)
-    panel.set(xlabel="update", ylabel=label, ylim=(-0.03, 1.03))
-    panel.legend(fontsize=7)

@@ -12,24 +12,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from opd_studies.claims.losses import (
-    LONGEST,
-    NUCLEUS,
-    REWARDED,
-    SIZE,
-    SMOOTHED,
-    collapses,
-    courses,
-    smoothed,
-    stable,
-    truncated,
-)
 from opd_studies.lab import ablation
-from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.ablation import NUCLEUS, SMOOTHED, START, Numbers, Setting, Size
 from opd_studies.lab.distilling import Trained
 from opd_studies.lab.lab import Lab
-from opd_studies.page import report
+from opd_studies.lab.truncated_losses import LONGEST, REWARDED, SAMPLED_TOKEN, SIZE, truncated
+from opd_studies.page import comparison, report
+from opd_studies.page.comparison import collapses, gap, stable
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
+
+USE = (
+    "Use the sampled token inside a policy gradient (method `opd`) and with many prompts per step; with few, "
+    "score several tokens. Never differentiate the log-ratio itself, and never score the student's likeliest "
+    "token alone."
+)
+
 
 FEW, MANY = 8, 64  # prompts a step in settings B
 
@@ -40,7 +37,7 @@ def with_prompts(setting: Setting, prompts: int) -> Setting:
 
 
 AT_32 = {
-    "sampled": Setting(method="opd", stage=REWARDED),
+    "sampled": SAMPLED_TOKEN,
     "log-ratio, differentiated": Setting(method="opd_studies.worlds.methods:differentiated_log_ratio", stage=REWARDED),
     "stop-gradient, K=1": truncated("stop-gradient", 1),
     "renormalised, K=4": truncated("renormalised", 4),
@@ -62,7 +59,7 @@ SETTINGS = AT_32 | {
 }
 
 
-# Thresholds, beside those of `losses`.
+# Thresholds, beside those of `comparison`.
 LEARNED = 0.0  # accuracy of sampled responses against that of the student before
 
 
@@ -105,7 +102,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         ),
         findings=judge(measured),
         figure=draw(measured),
-        table=ablation.table(measured.end, columns),
+        table=comparison.table(measured.end, columns),
     )
 
 
@@ -170,10 +167,7 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
 def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
     """What the claims are about, of finished distillations."""
     end = ablation.collect(trained)
-    curve = {
-        name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
-        for name, seeds in trained.items()
-    }
+    curve = ablation.accuracy_curves(trained)
     fall = {name: [largest_fall(one) for one in seeds] for name, seeds in curve.items()}
     for name, values in fall.items():
         end[name]["largest fall"] = list(values)
@@ -189,6 +183,6 @@ def draw(measured: Measured) -> report.Figure:
     """Bars of what the settings end with, and the course of those with the usual number of prompts."""
     figure, axes = report.figure(3, width=3.2, height=3.6)
     panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
-    ablation.bars(axes[0][:2], measured.end, panels)
-    courses(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
+    comparison.bars(axes[0][:2], measured.end, panels)
+    comparison.curves(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
     return figure

@@ -16,6 +16,12 @@ from opd_studies.lab.lab import LONGEST, Lab, PairSize, sums
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "A teacher is worse after a student's prefix than alone. Let `opd doctor` measure how deep it still gains "
+    "(`headroom/continuation`) and set `sampling.max_completion_length` there."
+)
+
+
 TEMPERATURES = {"A": 1.0, "B": 0.0}  # of the student
 
 
@@ -110,9 +116,9 @@ def measure(lab: Lab, size: Size, temperature: float) -> Numbers:
 
 def outcomes(lab: Lab, seed: int, size: Size, temperature: float) -> tuple[list[bool], dict[float, list[bool]]]:
     """Whether each prompt's answer was right: the student's own, and the teacher's by depth."""
-    from opd.data.prompts import DataSpec, load_prompts
+    from opd.data.prompts import load_prompts
     from opd.models.loading import load_model
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.types import Sampling
@@ -121,7 +127,7 @@ def outcomes(lab: Lab, seed: int, size: Size, temperature: float) -> tuple[list[
     student = load_model(ModelSpec(path=str(pair.student)), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher)), name="teacher")
     reward = one_by_one("final_number")
-    prompts = load_prompts(DataSpec(**sums(size.prompts, part="held_out")))
+    prompts = load_prompts(DataSection(**sums(size.prompts, part="held_out")))
     settings = Sampling(max_completion_length=LONGEST, temperature=temperature)
     written = TransformersSampler(lm=student, sampling=settings)(prompts, seed=(seed, 0))
     greedy = TransformersSampler(lm=teacher, sampling=replace(settings, temperature=0.0))

@@ -28,6 +28,12 @@ from opd_studies.lab.lab import Lab
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seeds, short
 
+USE = (
+    "Distil a rule that all prompts share; facts of single prompts are averaged away or do not carry over. `opd "
+    "doctor` tells them apart by -log Z (`information/disagreement`): confirm on held-out prompts."
+)
+
+
 DESIGNS = ("shared", "instance")
 
 

@@ -22,6 +22,12 @@ from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize, Task, stu
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "Distil on prompts in the teacher's own template and content (`data.template`, `data.select`); mix in other "
+    "content where the student's entropy matters (docs/prompts.md)."
+)
+
+
 OWN: dict[str, Any] = {"lowest": 0, "highest": 6, "sign": ">"}
 
 

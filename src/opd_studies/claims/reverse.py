@@ -30,6 +30,12 @@ from opd_studies.lab.rl_teachers import (
 from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
+USE = (
+    "Do not distil a student after reinforcement learning from its older checkpoint, nor from a larger model "
+    "with the same bad habit: it falls towards the teacher's level. A teacher without the habit did no harm."
+)
+
+
 TEACHERS = (BASE, EARLY, LARGER, CLEAN, BASE_RL)
 
 

@@ -23,15 +23,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd_studies.lab import ablation
-from opd_studies.lab.ablation import START, TEACHER, Numbers, Setting, Size, gap
+from opd_studies.lab.ablation import START, TEACHER, Numbers, Setting, Size
 from opd_studies.lab.lab import SORTING, Lab
-from opd_studies.page import report
+from opd_studies.page import comparison, report
+from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, finding
 from opd_studies.worlds.graders import ALPHABET
 from opd_studies.worlds.rubric_table import Table, played
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+USE = (
+    "Where you may train on the teacher's texts, compare with `sft` on them, which did better. With the reward "
+    "`rubric` keep `blind` and `shared` on; four texts rank answers better than one, and the student ended no "
+    "better."
+)
+
 
 # Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
 GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
@@ -129,7 +137,7 @@ def run(lab: Lab, size: Sizes | None = None) -> Outcome:
         ),
         findings=judge(measured),
         figure=draw(measured),
-        table=ablation.table(
+        table=comparison.table(
             beside(measured),
             (
                 *("sampled accuracy", "greedy accuracy", "KL"),
@@ -233,5 +241,5 @@ def draw(measured: Measured) -> Figure:
     for row, kind, (what, label) in zip(axes, TABLES, ends.items(), strict=True):
         setting = "A" if kind == "digits" else "B"
         panels = {what: label} | {f"{kind}: {name}": f"table of {kind}: {text}" for name, text in told.items()}
-        ablation.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
+        comparison.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
     return figure

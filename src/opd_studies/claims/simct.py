@@ -27,10 +27,18 @@ from functools import cache
 from typing import Any
 
 from opd_studies.lab import ablation
-from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.ablation import START, Numbers, Setting, Size
 from opd_studies.lab.distilling import Trained
 from opd_studies.lab.lab import SORTERS, Lab, PairSize, optimizer
+from opd_studies.page import comparison
+from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, finding
+
+USE = (
+    "Take `simct` for a teacher with another tokenizer: matching shared tokens alone (`spans: false`), `uld` "
+    "and the hybrid of GOLD taught less."
+)
+
 
 FEW, MANY = 10, 20  # merges of the teacher's tokenizer in settings A and B
 
@@ -83,7 +91,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             "best of three as it was. Both lack the cross-entropy on data of their papers. See the study's file."
         ),
         findings=judge(numbers),
-        figure=ablation.draw(
+        figure=comparison.draw(
             numbers,
             {
                 "coverage": "coverage, share of bytes",
@@ -92,7 +100,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             },
             height=3.6,
         ),
-        table=ablation.table(
+        table=comparison.table(
             numbers,
             ("sampled accuracy", "greedy accuracy", "KL a response", "coverage", "shared coverage", "units a token"),
         ),

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from opd_studies.claims.losses import LONGEST, NUCLEUS, REWARDED, SIZE, truncated
 from opd_studies.lab import ablation
-from opd_studies.lab.ablation import START, Numbers, Setting, Size, gap
+from opd_studies.lab.ablation import NUCLEUS, START, Numbers, Setting, Size
 from opd_studies.lab.lab import Lab
+from opd_studies.lab.truncated_losses import LONGEST, SAMPLED_TOKEN, SIZE, truncated
+from opd_studies.page import comparison
+from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
+
+USE = (
+    "With `local_support_matching` take the larger k; between rollouts at `top_p: 0.9` and 1 no difference "
+    "showed. Keep `top_p: 1` with the sampled token, whose mean accuracy fell below it."
+)
+
 
 TOP_PS = (1.0, 0.9, 0.8)
 
@@ -29,7 +37,7 @@ def rolled(setting: Setting, top_p: float) -> Setting:
     return replace(setting, stage={**setting.stage, "sampling": sampling})
 
 
-LOSSES = {"sampled": Setting(method="opd", stage=REWARDED), **{f"K={k}": truncated("renormalised", k) for k in KS}}
+LOSSES = {"sampled": SAMPLED_TOKEN, **{f"K={k}": truncated("renormalised", k) for k in KS}}
 
 
 SETTINGS = {f"{name}, top-p {top_p:g}": rolled(setting, top_p) for name, setting in LOSSES.items() for top_p in TOP_PS}
@@ -55,7 +63,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             "is exact, on responses of the whole distribution."
         ),
         findings=judge(numbers),
-        figure=ablation.draw(
+        figure=comparison.draw(
             numbers,
             {
                 NUCLEUS: "accuracy, share\n(evaluated at top-p 0.9)",
@@ -64,7 +72,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             },
             height=3.2,
         ),
-        table=ablation.table(
+        table=comparison.table(
             numbers, (NUCLEUS, "sampled accuracy", "greedy accuracy", "KL", "entropy", "length", "cut", "P_S", "Q_S")
         ),
     )

@@ -19,8 +19,14 @@ from opd_studies.lab.ablation import START, TEACHER, Numbers
 from opd_studies.lab.distilling import HELD_OUT, read
 from opd_studies.lab.lab import Lab
 from opd_studies.lab.two_tasks import CHARACTERS, OTHER, TASKS, Setting, Size, distillation, models_of
-from opd_studies.page import report
+from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds
+
+USE = (
+    "Give each task its own teacher in one stage (`tasks`), with top-k matching and as many updates per task as "
+    "it would get alone. Training on one task alone loses the other; `task_order` matters little."
+)
+
 
 METHODS: dict[str, dict[str, Any]] = {
     "sampled": {"method": "opd"},
@@ -68,7 +74,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         ),
         findings=judge(numbers),
         figure=draw(numbers),
-        table=ablation.table(
+        table=comparison.table(
             numbers,
             ("both", "ascending", "descending", "both, top-p 1", "KL ascending", "KL descending"),
         ),

@@ -1,18 +1,14 @@
-"""Several settings from the same pairs, side by side: training, the numbers that come of it, bars and rows."""
+"""Several settings from the same pairs, side by side: training, and the numbers that come of it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from statistics import fmean
+from typing import Any, TypeAlias
 
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTERS, Lab, PairSize
-from opd_studies.page import report
-from opd_studies.page.outcome import Check, differences, over_seeds, short
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 # By setting, then by what was measured: one number a seed. Shares lie in 0..1, lengths are tokens, entropies and
 # divergences nats a token.
@@ -25,10 +21,13 @@ START = "start"  # the student before any of the settings
 TEACHER = "teacher"
 
 
+NUCLEUS = "accuracy at top-p 0.9"  # of a study whose evaluation has the sampling "nucleus"
+
+
 HELD_OUT = {
     "greedy accuracy": "greedy/reward",
     "sampled accuracy": "sampled/reward",
-    "accuracy at top-p 0.9": "nucleus/reward",  # of a study that asks for it
+    NUCLEUS: "nucleus/reward",
     "length": "sampled/length",
     "cut": "sampled/cut_share",
     "repeat ratio": "sampled/repeat_ratio",
@@ -42,6 +41,9 @@ TRAINING: dict[str, Callable[[Trained], float | None]] = {
     "Q_S": lambda one: one.last.get("support/teacher_mass"),
     "gradient norm": lambda one: one.last.get("optim/grad_norm"),
 }
+
+
+SMOOTHED = 10  # updates in a point of a training curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,46 +124,14 @@ def append(numbers: Numbers, name: str, measured: Mapping[str, float]) -> None:
         numbers.setdefault(name, {}).setdefault(what, []).append(value)
 
 
-def gap(numbers: Numbers, first: str, second: str, name: str = "sampled accuracy", **side: float) -> Check:
-    """What was measured as `name` of one setting minus that of another, seed by seed, against `above` or `below`."""
-    interval = differences(numbers[first][name], numbers[second][name])
-    return Check(what=f"{name}, {first} minus {second}", interval=interval, **side)
+def accuracy_curves(trained: Mapping[str, Sequence[Trained]]) -> dict[str, list[list[float]]]:
+    """By setting, a list a seed: the accuracy in training by update, smoothed. The stages need a reward."""
+    return {
+        name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
+        for name, seeds in trained.items()
+    }
 
 
-def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """A row a setting: means over seeds, the first column with its 95 % interval; empty where nothing was measured."""
-    rows = [("setting", *columns)]
-    for name, measured in numbers.items():
-        cells: list[str] = []
-        for column in columns:
-            if column not in measured:
-                cells.append("")
-                continue
-            one = over_seeds(measured[column])
-            interval = f" [{short(one.low)}, {short(one.high)}]" if column == columns[0] else ""
-            cells.append(short(one.mean) + interval)
-        rows.append((name, *cells))
-    return tuple(rows)
-
-
-def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Figure:
-    """A panel for each of `panels` (what was measured: its axis' label): seeds as points, their mean as a bar."""
-    figure, axes = report.figure(len(panels), width=2.6, height=height)
-    bars(axes[0], numbers, panels)
-    return figure
-
-
-def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
-    """`draw` on axes that are there, one for each of `panels`; the first one names the settings."""
-    names = list(numbers)
-    for panel, (what, label) in zip(axes, panels.items(), strict=True):
-        for place, name in enumerate(names):
-            values = numbers[name].get(what)
-            if values is None:
-                continue
-            colour = report.COLOURS[5] if name.partition(",")[0] in (START, TEACHER) else report.COLOURS[0]
-            panel.barh(place, sum(values) / len(values), color=colour, alpha=0.6)
-            panel.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
-        panel.set_xlabel(label)
-        panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.set_yticks(range(len(names)), names if panel is axes[0] else [""] * len(names))
+def smoothed(values: Sequence[float], width: int = SMOOTHED) -> list[float]:
+    """Means of `width` neighbours: the first one of the first `width` values."""
+    return [fmean(values[end - width : end]) for end in range(width, len(values) + 1)]

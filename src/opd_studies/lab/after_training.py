@@ -35,10 +35,10 @@ def look(
     Beside `COMPARED`: accuracy (share) of the writer, and NLL, that of its tokens under the student in nats a token.
     The overlap is that of the k likeliest tokens of each. Raises the kinds of `opd.errors`.
     """
-    from opd.data.prompts import DataSpec, load_prompts
+    from opd.data.prompts import load_prompts
     from opd.evaluation.compare import compare
     from opd.models.loading import load_model
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.teachers.local import LocalTeacher
@@ -48,7 +48,7 @@ def look(
         name: load_model(ModelSpec(path=str(path), device="cpu"), name=name)
         for name, path in (("student", student), ("teacher", teacher))
     }
-    prompts = load_prompts(DataSpec(**data))
+    prompts = load_prompts(DataSection(**data))
     sampler = TransformersSampler(lm=models[writer], sampling=Sampling(max_completion_length=task.longest))
     written = sampler(prompts, seed=(seed, 0))
     reward = one_by_one(task.reward)

@@ -31,20 +31,20 @@ def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float
 
     `before an error` is what has only right tokens before it, the first wrong one included.
     """
-    from opd.data.prompts import DataSpec, load_prompts
+    from opd.data.prompts import load_prompts
     from opd.evaluation.compare import compare
     from opd.models.loading import load_model
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
-    from opd.teachers.local import teacher_for
+    from opd.teachers.local import local_teacher
     from opd.types import Sampling, TeacherRule
 
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     other = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    teacher = teacher_for(TeacherRule(kind="external"), student, other, micro_batch_tokens=4096)
+    teacher = local_teacher(TeacherRule(kind="external"), student, other, micro_batch_tokens=4096)
     assert teacher is not None
-    prompts = load_prompts(DataSpec(**task.rows(HELD_OUT, part="held_out")))
+    prompts = load_prompts(DataSection(**task.rows(HELD_OUT, part="held_out")))
     sampling = Sampling(max_completion_length=longest, n=SAMPLES)
     written = TransformersSampler(lm=student, sampling=sampling)(prompts, seed=(seed, 0))
     seen = compare(student, teacher, written, [rollout.prompt for rollout in written], k=1)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from opd_studies.claims import estimators
 from opd_studies.lab.lab import Pair, Task
+from opd_studies.lab.on_policy_batch import OnPolicyBatch, batch_at, logit_gradient, output_norm
 
 HELD_OUT = 200  # prompts
 
@@ -22,18 +22,17 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
 
     Also the accuracies of the student, and of the teacher when it goes on after the student's marker, both sampled.
     """
-    from opd.data.prompts import DataSpec, load_prompts
-    from opd.models.forward import read
+    from opd.data.prompts import load_prompts
     from opd.models.loading import load_model
     from opd.pieces.token_sequences import covered
-    from opd.recipe.schema import ModelSpec
+    from opd.recipe.schema import DataSection, ModelSpec
     from opd.rewards.registry import one_by_one
     from opd.samplers.hf import TransformersSampler
     from opd.types import Sampling
 
     student = load_model(ModelSpec(path=str(pair.student), device="cpu"), name="student")
     teacher = load_model(ModelSpec(path=str(pair.teacher), device="cpu"), name="teacher")
-    prompts = load_prompts(DataSpec(**task.rows(HELD_OUT, part="held_out")))
+    prompts = load_prompts(DataSection(**task.rows(HELD_OUT, part="held_out")))
     sampling = Sampling(max_completion_length=task.longest)
     written = TransformersSampler(lm=student, sampling=sampling)(prompts, seed=(seed, 0))
     spelled = student.tokenizer(marker, add_special_tokens=False).input_ids
@@ -41,16 +40,8 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
         prompts, seed=(seed, 1), prefixes=[spelled] * len(prompts)
     )
     reward = one_by_one(task.reward)
+    batch = batch_at(student, teacher, written)
     ids = [rollout.response_ids.tolist() for rollout in written]
-    hidden: list[Tensor] = []
-    for lm in (student, teacher):
-        found = read(lm, [rollout.prompt_ids for rollout in written], ids)
-        hidden.append(torch.cat([found.of(i, len(one)) for i, one in enumerate(ids)]))
-    batch = estimators.Batch(
-        student=student.head().logits(hidden[0]).double(),
-        teacher=teacher.head().logits(hidden[1]).double().log_softmax(-1),
-        hidden=hidden[0].double(),
-    )
     y = torch.tensor([token for one in ids for token in one])
     on_marker = torch.tensor([here for one in ids for here in covered(one, [spelled], "every")])
     return {
@@ -61,7 +52,7 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
     }
 
 
-def shares(batch: estimators.Batch, y: Tensor, on_marker: Tensor, *, first: Tensor, k: int) -> dict[str, float]:
+def shares(batch: OnPolicyBatch, y: Tensor, on_marker: Tensor, *, first: Tensor, k: int) -> dict[str, float]:
     """The numbers of tokens `y` [N], of which `on_marker` [N] and of these `first` [N] (bool) count."""
     logp = batch.student.log_softmax(-1)
     ours, theirs = (values.gather(1, y[:, None])[:, 0] for values in (logp, batch.teacher))
@@ -69,7 +60,7 @@ def shares(batch: estimators.Batch, y: Tensor, on_marker: Tensor, *, first: Tens
     sampled = advantage[:, None] * (logp.exp() - torch.nn.functional.one_hot(y, logp.shape[1]))
     inside = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, batch.teacher.topk(k, dim=-1).indices, True)
     with torch.enable_grad():
-        matched = estimators.logit_gradient("renormalised", batch, inside)
+        matched = logit_gradient("renormalised", batch, inside)
     return {
         "log p": float(ours[first].mean()),
         "log q": float(theirs[first].mean()),
@@ -80,7 +71,7 @@ def shares(batch: estimators.Batch, y: Tensor, on_marker: Tensor, *, first: Tens
     }
 
 
-def _share(grad: Tensor, chosen: Tensor, batch: estimators.Batch) -> float:
+def _share(grad: Tensor, chosen: Tensor, batch: OnPolicyBatch) -> float:
     """Of the output layer's gradient, from that of the logits [N, V]."""
-    inside = estimators.output_norm(grad * chosen[:, None], batch)
-    return inside / (inside + estimators.output_norm(grad * ~chosen[:, None], batch))
+    inside = output_norm(grad * chosen[:, None], batch)
+    return inside / (inside + output_norm(grad * ~chosen[:, None], batch))

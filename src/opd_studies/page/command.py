@@ -1,4 +1,4 @@
-"""`opd study`: list, run one, or run all and write the page."""
+"""`opd study`: list, run one, or run all and write the pages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from opd.errors import ConfigError
 from opd.files import write_atomically
-from opd_studies import STUDIES, headline, study
+from opd_studies import STUDIES, headline, study, use
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
 
@@ -17,7 +17,7 @@ ALONE, ALL = Path("runs/studies"), Path("docs")  # where results go unless told 
 
 
 def command(name: str | None, every: bool, out: str | None) -> None:
-    """Without a name the list; else run, print, and write under `out`: figure, numbers, and the page of all results.
+    """Without a name the list; else run, print, and write under `out`: figure, numbers, and the pages of all results.
 
     Raises ConfigError for an unknown study, a name beside --all, or a missing matplotlib, before anything runs.
     """
@@ -42,8 +42,18 @@ def command(name: str | None, every: bool, out: str | None) -> None:
             image = report.save(folder, one, outcome, cpu_seconds() - started)
         for line in (*map(report.plain, outcome.findings), *report.aligned(outcome.table), str(image)):
             typer.echo(line)
-        headlines = {known: headline(known) for known in STUDIES}
-        write_atomically(folder / "studies.md", report.page(report.load(folder, list(STUDIES)), headlines))
+        write_pages(folder)
+
+
+def write_pages(folder: Path) -> None:
+    """Write studies.md and a page for each study from the results under `folder`, without running any.
+
+    Raises RunError for a damaged result or a page that cannot be written.
+    """
+    results = report.load(folder, list(STUDIES))
+    headlines, uses = ({name: line(name) for name in results} for line in (headline, use))
+    for file, text in report.pages(results, headlines, uses).items():
+        write_atomically(folder / file, text)
 
 
 def cpu_seconds() -> float:

@@ -1,4 +1,4 @@
-"""Results of studies: the folder they lie in, the page made of them, and the look of their figures. No torch here."""
+"""Results of studies: the folder they lie in, the pages made of them, and the look of their figures. No torch here."""
 
 from __future__ import annotations
 
@@ -33,13 +33,20 @@ STYLE: dict[Any, Any] = {
 
 INTRODUCTION = """# Studies
 
-Made by `opd study` from the results in `docs/studies`. Each row is a claim of a paper, rerun on small models
-or tables: what was measured, with 95 % intervals over seeds (Student's t), and the verdict.
+Claims of papers, rerun on small models or tables. Made by `opd study` from the results in `docs/studies`; the page of a
+study has its setting, the measured numbers with 95 % intervals over seeds (Student's t), a table and a figure.
+`opd study NAME` runs one study again.
 
-The rule of each verdict is a threshold in the study's file and stands in brackets behind its number: the whole interval
-has to lie where the claim puts it. "Does not hold" therefore means that the effect did not show at this scale, not that
-it cannot at another. Where a study has two settings, A is the paper's own or the nearest to it, and B another one in
-which the effect should be easier to see. `opd study NAME` runs one study again.
+## What to do with them
+"""
+
+
+RULES = """## Claims
+
+Each verdict follows from a threshold in the study's file, printed beside the number on the study's page: the whole
+interval has to lie where the claim puts it. "Does not hold" means that the effect did not show at this scale; it may
+show at another. Where a study has two settings, A is the paper's own or the nearest to it, and B another one in which
+the effect should be easier to see.
 
 Not everything was fixed before the first look. In `gamma` and `estimators` thresholds were changed after one, in
 `two_teachers` they were set after seed 0; in the others none was moved. Some second settings were added, and some
@@ -147,24 +154,51 @@ def paths(folder: Path, name: str) -> tuple[Path, Path]:
     return folder / "figures" / "studies" / f"{name}.png", folder / "studies" / f"{name}.json"
 
 
-def page(results: Mapping[str, Mapping[str, Any]], headlines: Mapping[str, str]) -> str:
-    """The Markdown of all results: one table of claims, then each study with its set-up, numbers and figure."""
-    lines = [INTRODUCTION, "| study | claim | source | measured | verdict |", "|---|---|---|---|---|"]
+def pages(
+    results: Mapping[str, Mapping[str, Any]], headlines: Mapping[str, str], uses: Mapping[str, str]
+) -> dict[str, str]:
+    """The Markdown of all results, by file under the folder of results: studies.md, and studies/NAME.md for each."""
+    made = {f"studies/{name}.md": page(name, result, headlines[name], uses[name]) for name, result in results.items()}
+    return {"studies.md": index(results, uses), **made}
+
+
+def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> str:
+    """What to do with each study, and one table of all claims with their verdicts."""
+    lines = [INTRODUCTION, "| study | what you do with it |", "|---|---|"]
+    lines += [row((f"[{name}](studies/{name}.md)", uses[name])) for name in results]
+    lines += ["", RULES, "| study | claim | source | verdict |", "|---|---|---|---|"]
     for name, result in results.items():
         for one in result["findings"]:
-            cells = (f"[{name}](#{name})", one["claim"], one["citation"], one["measured"], f"**{one['verdict']}**")
-            lines.append(row(cells))
-    for name, result in results.items():
-        sentence = headlines[name] if headlines[name].endswith("?") else f"{headlines[name]}."
-        lines += ["", f"## {name}", "", sentence, "", result["setup"], ""]
-        if result["table"]:
-            header, *rows = result["table"]
-            lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
-        lines += [f"![{name}](figures/studies/{name}.png)", ""]
-        machine = result["environment"]
-        lines.append(
-            f"{result['cpu_seconds']} s of CPU time, models from the cache not counted; torch {machine['torch']}."
-        )
+            lines.append(row((f"[{name}](studies/{name}.md)", one["claim"], one["citation"], f"**{one['verdict']}**")))
+    return "\n".join(lines) + "\n"
+
+
+def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
+    """One study: what to do with it, its setting, claims with what was measured, numbers and figure."""
+    sentence = headline if headline.endswith("?") else f"{headline}."
+    lines = [
+        f"# {name}",
+        "",
+        sentence,
+        "",
+        f"**What you do with it.** {use}",
+        "",
+        "## Setting",
+        "",
+        result["setup"],
+        "",
+    ]
+    lines += ["## Claims", "", "| claim | source | measured | verdict |", "|---|---|---|---|"]
+    for one in result["findings"]:
+        lines.append(row((one["claim"], one["citation"], one["measured"], f"**{one['verdict']}**")))
+    lines += ["", "## Numbers", ""]
+    if result["table"]:
+        header, *rows = result["table"]
+        lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
+    lines += [f"![{name}](../figures/studies/{name}.png)", ""]
+    machine = result["environment"]
+    seconds = f"{result['cpu_seconds']} s of CPU time, models from the cache not counted; torch {machine['torch']}."
+    lines += [f"{seconds} `opd study {name}` runs it again. [All studies](../studies.md), with the rule of a verdict."]
     return "\n".join(lines) + "\n"
 
 

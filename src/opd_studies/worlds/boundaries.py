@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from opd.data.toy import Part, sorting
-from opd.rewards.base import FunctionReward
+from opd.pieces.needs import needing
 from opd.types import Prompt
 
 SPELLINGS = {"student": "<a:", "teacher": "[b:"}
@@ -33,7 +33,7 @@ def marked(
 
     With `read`, every second prompt goes on with the beginning of a response whose markers are spelled `read`:
     "58142>[b:" -> "12458". What is read is not trained, so the model knows how to go on after that spelling, as one
-    does that knows the text by other tokens, and never writes it. Raises ConfigError as `tasks.sorting` does.
+    does that knows the text by other tokens, and never writes it. Raises ConfigError as `toy.sorting` does.
     """
     cuts = CUTS[times]
     for i, row in enumerate(sorting(count, digits=digits, seed=seed, part=part)):
@@ -50,16 +50,16 @@ def _beside_markers(prompt: Prompt, response: str) -> float:
     return float("".join(c for c in response if c.isdigit()) == prompt.answer)
 
 
-beside_markers = FunctionReward(name="beside_markers", function=_beside_markers, needs=frozenset({"answer"}))
+beside_markers = needing(_beside_markers, columns=["answer"])
 
 
 def rambling(
     count: int, longest: int, digits: int = 5, seed: int = 0, part: Part = "train"
 ) -> Iterator[dict[str, Any]]:
-    """`tasks.sorting` with responses that do not end at the answer but go on with other rows, to `longest` tokens.
+    """`toy.sorting` with responses that do not end at the answer but go on with other rows, to `longest` tokens.
 
     "58142>" -> "12458;90210>00129;3...": what a model does that never learned to stop. Raises ConfigError as
-    `tasks.sorting` does.
+    `toy.sorting` does.
     """
     rng = np.random.default_rng((seed, 1))  # another stream than that of the rows
     for row in sorting(count, digits=digits, seed=seed, part=part):
@@ -75,4 +75,4 @@ def _first_answer(prompt: Prompt, response: str) -> float:
     return float(response.partition(";")[0].strip() == prompt.answer)
 
 
-first_answer = FunctionReward(name="first_answer", function=_first_answer, needs=frozenset({"answer"}))
+first_answer = needing(_first_answer, columns=["answer"])

@@ -15,13 +15,14 @@ waiting less likely, and an early answer more: nobody wrote the shortcut into it
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from opd.method import Method
 from opd.pieces import normalise
+from opd.pieces.memory import observed
 from opd.pieces.packed import valid
 from opd.types import Batch, Prompt, Rollout, Tokens
 
@@ -137,9 +138,9 @@ def _rollout(place: int, reward: float) -> Rollout:
 
 
 def update(method: Method, batch: Batch, student_logp: Tensor) -> dict[str, float]:
-    """Backward of one step's loss, by the method's own pieces; what its state logs."""
-    logged = dict(method.observe(batch, lambda value: [value]))
-    denominator = normalise.per_sequence()(batch)
+    """Backward of one step's loss, by the method's own pieces; what its memory logs."""
+    logged = observed(batch, lambda value: [value])
+    denominator = normalise.per("sequence")(batch)
     tokens = Tokens(
         student_logp=student_logp,
         sampler_logp=valid(batch.sampler_logp, batch.mask),
@@ -157,7 +158,7 @@ Made = Callable[[], Method]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """A training: exams by update, and what the method's state logged, one row an update."""
+    """A training: exams by update, and what the method's memory logged, one row an update."""
 
     exams: dict[int, Examined]
     logged: list[dict[str, float]]
@@ -168,11 +169,13 @@ def train(made: Made, seed: int, rate: float, *, shared: bool, steps: int, every
     drawn, sampled = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
     held_out = problems(HELD_OUT, drawn)
     model, method = beginner(shared).requires_grad_(), made()
+    memory = method.make_memory()
     optimiser = torch.optim.Adam([model], lr=rate)
     exams = {0: examined(model.detach(), held_out)}
     logged: list[dict[str, float]] = []
     for step in range(1, steps + 1):
         batch, student_logp = written(model, problems(PROBLEMS, drawn), sampled)
+        batch = replace(batch, memory=memory)
         optimiser.zero_grad()
         logged.append(update(method, batch, student_logp))
         optimiser.step()

@@ -15,14 +15,15 @@ from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Pair
-from opd.loss.collate import MicroBatch, attach, collate, split
+from opd.evaluation.compare import whole
+from opd.loss.collate import MicroBatch, split
+from opd.loss.step import scored
 from opd.loss.token_loss import hidden_of
 from opd.maths.divergences import Divergence, reverse_kl
 from opd.method import Method
 from opd.models.language_model import evaluating
-from opd.pieces.needs import needs_of
-from opd.pieces.supports import full
-from opd.teachers.local import with_record
+from opd.pieces.needs import Input, Trait, needs_of
+from opd.pieces.signals import divergence_of
 from opd.types import Rollout, Signal, Tokens
 
 POSITIONS = 64
@@ -64,10 +65,10 @@ def truncation(pair: Pair) -> Finding:
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
     rollouts, micros = phase_a(pair)
-    unasked = pair.asks_a_judge and "reward" in needs_of(method.credit)
+    unasked = pair.asks_a_judge and Input.REWARD in needs_of(method.credit)
     if in_expectation(method) and (unasked or any(bool((micro.advantage != 0).any()) for micro in micros)):
         return skipped(name, "The signal of a token depends on the whole response (a credit), not on the token alone.")
-    exact = getattr(method.signal, "divergence", None) or reverse_kl
+    exact = divergence_of(method.signal) or reverse_kl
     pairs: list[tuple[Tensor, Tensor]] = []
     for at in positions(pair, rollouts, micros):
         gradient = expected_gradient if in_expectation(method) else support_gradient
@@ -77,7 +78,7 @@ def truncation(pair: Pair) -> Finding:
 
 def in_expectation(method: Method) -> bool:
     """Whether the signal is of the sampled token: then a support, if there is one, is what its baseline reads."""
-    return method.support.kind == "sampled" or "unbiased_baseline" in needs_of(method.signal)
+    return method.support.kind == "sampled" or Trait.UNBIASED_BASELINE in needs_of(method.signal)
 
 
 def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
@@ -119,23 +120,10 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
 def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
     """`Pair.scored`, scored as the loop does, in micro-batches."""
     method, spec = pair.method, pair.spec
-    rollouts = with_record(
-        pair.student,
-        method.keep(pair.scored),
-        method.record(),
-        temperature=lambda rollout: pair.sampling.temperature or 1.0,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
-    scores = pair.teacher.score(
-        rollouts,
-        pair.contexts(rollouts),
-        method.support,
-        method.temperature,
-        entropy=method.reads("teacher_entropy"),
-        top_k=method.top_k,
-    )
-    batch = attach(collate(rollouts, scores, pair.student.device), method)
-    return rollouts, split(batch, method.normalise(batch), spec.micro_batch_tokens)
+    rollouts = pair.writers().complete(method.filter(pair.scored), method.record())
+    request = method.request(shown=True)
+    phase = scored(method, pair.teacher, rollouts, pair.contexts(rollouts), request, device=pair.student.device)
+    return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)
 
 
 @torch.no_grad()
@@ -143,7 +131,7 @@ def positions(pair: Pair, rollouts: list[Rollout], micros: list[MicroBatch]) -> 
     """`POSITIONS` trained tokens, chosen by the seed, `TILE` at a time."""
     teacher, temperature = pair.teacher, pair.method.temperature
     contexts = pair.contexts(rollouts)
-    scores = teacher.score(rollouts, contexts, full(), temperature, sampled=False)
+    scores = teacher.score(rollouts, contexts, whole(temperature))
     hidden = {key_of(rollout): score.teacher_hidden for rollout, score in zip(rollouts, scores, strict=True)}
     heads = pair.student.head().detached(), teacher.head()
     total = sum(len(micro.token_ids) for micro in micros)

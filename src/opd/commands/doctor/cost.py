@@ -10,16 +10,12 @@ from dataclasses import dataclass
 import torch
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import DOCTOR_STEP, Pair
+from opd.commands.doctor.subject import Pair
 from opd.data.order import shuffled
 from opd.files import GIB
-from opd.loss.collate import attach, check_responses, collate, has_trained, split
-from opd.loss.token_loss import loss_of
-from opd.messages import is_chat
-from opd.parallel import ALONE
+from opd.loss.step import gradient, scored, written
 from opd.stage.checkpoint import size_of
-from opd.teachers.cross_tokenizer import by_rule
-from opd.teachers.local import with_record
+from opd.types import ReservedStep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,52 +82,25 @@ def one_step(pair: Pair) -> Step:
 
     Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
     """
-    spec, method, student = pair.spec, pair.method, pair.student
-    teacher = by_rule(method.teacher, student, pair.teacher, chat=is_chat(pair.prompts))
-    assert teacher is not None
+    spec, method, student, teacher = pair.spec, pair.method, pair.student, pair.step_teacher
     count = min(spec.prompts_per_step, len(pair.prompts))
     prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
     started = _now(pair)
-    rollouts = method.source(prompts, pair.writers(), (pair.seed, DOCTOR_STEP), method.record())
-    check_responses(rollouts)
-    rollouts = with_record(
-        student,
-        method.keep(pair.rewarded(rollouts)),
-        method.record(),
-        temperature=lambda rollout: pair.sampling.temperature or 1.0,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
+    rollouts = written(method, prompts, pair.writers(), pair.rewarded, (pair.seed, ReservedStep.DOCTOR))
     wrote = _now(pair)
-    scores = teacher.score(
-        rollouts,
-        method.context(rollouts),
-        method.support,
-        method.temperature,
-        sampled=method.reads("teacher_logp"),
-        entropy=method.reads("teacher_entropy"),
-        top_k=method.top_k,
-    )
-    batch = collate(rollouts, scores, student.device)
-    has_trained(batch, method, ALONE)
-    batch = attach(batch, method)
-    denominator = method.normalise(batch)
-    head = teacher.head() if method.support.reads_states else None
-    scored = _now(pair)
-    student.model.train()
+    phase_a = scored(method, teacher, rollouts, method.context(rollouts), method.request(), device=student.device)
+    rated = _now(pair)
     try:
-        for micro in split(batch, denominator, spec.micro_batch_tokens, shares=student.caches):
-            part, _ = loss_of(method, student, micro, denominator.count, head)
-            part.backward()
+        gradient(method, student, teacher, phase_a, micro_batch_tokens=spec.micro_batch_tokens)
         squares = [p.grad.double().square().sum().item() for p in student.trainable().values() if p.grad is not None]
     finally:
-        student.model.eval()
         student.model.zero_grad(set_to_none=True)
     return Step(
         prompts=count,
-        tokens=int(batch.mask.sum()),
+        tokens=int(phase_a.batch.mask.sum()),
         generate=wrote - started,
-        score=scored - wrote,
-        train=_now(pair) - scored,
+        score=rated - wrote,
+        train=_now(pair) - rated,
         grad_norm=sum(squares) ** 0.5,
     )
 

@@ -15,8 +15,8 @@ from opd.models.alignment import pair_of
 from opd.models.language_model import LanguageModel
 from opd.models.preview import tokenizer_of
 from opd.recipe.schema import Recipe, StageSpec, origin_of
-from opd.run.prepare import Given, Prepared, prepare
-from opd.run.tokenizers import check_tokenizers
+from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.tokenizers import check_tokenizers
 
 
 def examine(

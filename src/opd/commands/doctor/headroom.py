@@ -8,11 +8,10 @@ from dataclasses import dataclass, replace
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Pair, sample_of
-from opd.data.prompts import COLUMNS
 from opd.evaluation.continuation import Continuation, Depth, continuation
 from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
 from opd.models.render import render
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Trait, needs_of
 from opd.rewards.base import rewarded, unfit_to_measure
 from opd.types import Prompt, Reward, Rollout
 
@@ -57,7 +56,7 @@ def judged(pair: Pair) -> Judged | str:
     """
     if pair.drives_away:
         return "The method drives the student away from its teacher, which has to know nothing better."
-    if "attempt" in needs_of(pair.method.context):
+    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
         return "The teacher reads the response that it scores, and so has no responses of its own."
     prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
     reward = pair.reward
@@ -67,7 +66,7 @@ def judged(pair: Pair) -> Judged | str:
         reward = held_out.reward
         if missing_for(reward.needs | filled_in(held_out.prompts), prompts):
             prompts = sample_of(held_out.prompts, len(prompts), pair.seed)
-            if missing := missing_for(needs_of(pair.method.context) & frozenset(COLUMNS), prompts):
+            if missing := missing_for(needs_of(pair.method.context).columns, prompts):
                 return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
             rollouts = pair.written(prompts)
     return Judged(reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, pair.taught(prompts)))

@@ -16,7 +16,7 @@ from opd.commands.doctor.subject import Pair
 from opd.evaluation.compare import compare
 from opd.evaluation.disagreement import mean_disagreement
 from opd.maths.statistics import Interval, bootstrap_mean
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Trait, needs_of
 from opd.rewards.base import rewarded
 from opd.types import Context, Prompt, Rollout
 
@@ -120,7 +120,7 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
 
 
 def _the_same(name: str, pair: Pair, rows: Sequence[Rollout]) -> Finding:
-    if "attempt" in needs_of(pair.method.context):
+    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
         return skipped(name, "The teacher reads the student's attempt alone, and no column that a prompt could lend.")
     says = "Every prompt has the same privileged information: -log Z is 0, and it transfers by construction."
     return Finding(name=name, level="ok", says=says, numbers={"prompts": len(rows)})
@@ -131,7 +131,7 @@ def privileged_rows(pair: Pair) -> tuple[str, list[Rollout], list[list[Prompt]]]
     rows = pair.firsts
     if pair.drives_away:
         return "The method drives the student away from its teacher: no loss is to be removed.", rows, []
-    if "group" in needs_of(pair.method.context):
+    if Input.GROUP in needs_of(pair.method.context):
         return "The teacher reads other responses to its prompt, which other prompts cannot lend.", rows, []
     if _shown(pair.contexts(rows)) == _shown([row.prompt for row in rows]):
         return "The teacher reads what the student reads: there is no privileged information.", rows, []

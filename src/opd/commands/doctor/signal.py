@@ -14,6 +14,7 @@ from opd.evaluation.compare import Comparison, compare
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled
 from opd.teachers.local import LocalTeacher
+from opd.types import ScoreRequest, Teacher
 
 K = 16  # most likely tokens of each model: arXiv 2604.13016 section 3
 
@@ -113,8 +114,9 @@ def repeatability(pair: Pair) -> Finding:
     rows = pair.firsts[:FEW]
     contexts, temperature = pair.contexts(rows), pair.method.temperature
 
-    def scores(teacher: LocalTeacher) -> Tensor:
-        return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, sampled(), temperature)])
+    def scores(teacher: Teacher) -> Tensor:
+        request = ScoreRequest(support=sampled(), temperature=temperature)
+        return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, request)])
 
     first, again = scores(pair.teacher), scores(pair.teacher)
     alone = scores(replace(pair.teacher, micro_batch_tokens=1))  # a row a batch

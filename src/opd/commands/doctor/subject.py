@@ -10,24 +10,22 @@ from typing import Any
 from opd.data.order import shuffled
 from opd.errors import ConfigError, nearest
 from opd.evaluation.evaluate import HeldOut
+from opd.messages import is_chat
 from opd.method import Method
 from opd.methods import build as build_method
 from opd.models.language_model import LanguageModel
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Input, Trait, needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import rewarded
-from opd.run.build import model_for, writers_of
-from opd.run.prepare import Given, Prepared, sampling_of
+from opd.runs.build import model_for, writers_of
+from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
-from opd.teachers.local import LocalTeacher, placed, teacher_for
-from opd.types import Context, Prompt, Reward, Rollout, Sampling, Writers
-
-# Its responses must not repeat those of training or evaluation: they live at a "step" of their own.
-DOCTOR_STEP = 2**31 - 2
-
+from opd.teachers.cross_tokenizer import by_rule
+from opd.teachers.local import LocalTeacher, local_teacher, placed
+from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers
 
 SAMPLES = 4  # responses a prompt, for pass@k
 
@@ -46,7 +44,8 @@ class Pair:
     held_out: HeldOut | None
     student: LanguageModel
     external: LanguageModel | None
-    teacher: LocalTeacher
+    teacher: LocalTeacher  # in its own tokens
+    step_teacher: Teacher  # as a step of training asks it: by the method's rule on tokenizers
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
@@ -72,16 +71,16 @@ class Pair:
     @property
     def drives_away(self) -> bool:
         """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
-        return "ascends" in self.method.needs()
+        return Trait.MAXIMISES_DIVERGENCE in self.method.needs
 
     @property
     def scored(self) -> Sequence[Rollout]:
         """What a check of the method's loss looks at: `firsts`, or whole groups where a piece compares responses."""
-        return self.rollouts if "group" in self.method.needs() else self.firsts
+        return self.rollouts if Input.GROUP in self.method.needs else self.firsts
 
     def contexts(self, rollouts: Sequence[Rollout]) -> list[Prompt]:
         """What the teacher reads, one a rollout, its place in its group of responses included."""
-        if "group" not in needs_of(self.method.context):
+        if Input.GROUP not in needs_of(self.method.context):
             return self.method.context(rollouts)
         asked = {(one.prompt.id, one.sample) for one in rollouts}
         peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in asked]
@@ -90,12 +89,13 @@ class Pair:
     def writers(self) -> Writers:
         """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
-        samplers: dict[str | None, TransformersSampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
-        return writers_of(self.spec, self.method, self.student, self.teacher, externals, samplers)
+        samplers: dict[str | None, Sampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
+        memory = self.method.make_memory()
+        return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers, memory)
 
     def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
-        return self._sampler(self.sampling)(prompts, seed=(self.seed, DOCTOR_STEP))
+        return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def _sampler(self, sampling: Sampling) -> TransformersSampler:
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
@@ -117,7 +117,7 @@ class Pair:
             max_prompt_length=self.spec.max_prompt_length,
         )
         with self.at_work():
-            return writer(prompts, seed=(self.seed, DOCTOR_STEP))
+            return writer(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def at_work(self) -> contextlib.AbstractContextManager[Any]:
         """The teacher on the device where it works: an offloaded one is elsewhere between its turns."""
@@ -164,7 +164,7 @@ def sampling_for(spec: StageSpec, method: Method) -> Sampling:
     Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
     """
     sampling = sampling_of(spec.sampling)
-    several = max(SAMPLES, sampling.n) if "group" in needs_of(method.context) else SAMPLES
+    several = max(SAMPLES, sampling.n) if Input.GROUP in needs_of(method.context) else SAMPLES
     return replace(sampling, n=several if sampling.temperature > 0 else 1)
 
 
@@ -207,18 +207,18 @@ def pair_up(
     AlignmentError for tokenizers that differ.
     """
     check_fits(prepared.method.support.k, student.vocabulary)
-    teacher = teacher_for(
-        prepared.method.teacher,
+    part = prepared.tasks[None]
+    chosen = sample_of(part.prompts, prompts, seed)
+    rule = prepared.method.teacher
+    teacher = local_teacher(
+        rule,
         student,
         external,
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
-    assert teacher is not None, "a stage without a teacher is refused before this"
-    part = prepared.tasks[None]
-    chosen = sample_of(part.prompts, prompts, seed)
     asks_a_judge = part.reward is not None and bool(part.reward.asks)
-    if part.reward is not None and asks_a_judge and "reward" in needs_of(prepared.method.context):
+    if part.reward is not None and asks_a_judge and Input.REWARD in needs_of(prepared.method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
             "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
@@ -227,12 +227,13 @@ def pair_up(
     pair = Pair(
         recipe=recipe,
         spec=spec,
-        method=prepared.method.bound(student.tokenizer),
+        method=prepared.method.with_tokenizer(student.tokenizer),
         reward=None if asks_a_judge else part.reward,
         held_out=part.held_out,
         student=student,
         external=external,
         teacher=teacher,
+        step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,
         asks_a_judge=asks_a_judge,

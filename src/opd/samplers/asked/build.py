@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
+from opd.models.server import fits_header, proxy_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.endpoint import Endpoint
@@ -64,6 +65,7 @@ def check_judge(section: JudgeSection, where: str) -> None:
                 f"{where}: `url` holds more than an address, and it is written to the run's folder. Put a key into an "
                 "environment variable, and its name into `api_key_env`."
             )
+        proxy_of(section.url)  # refuses one that cannot be used
     if section.api_key_env is not None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
             raise ConfigError(
@@ -71,7 +73,7 @@ def check_judge(section: JudgeSection, where: str) -> None:
                 "the name, never the key: recipes are written to the run's folder."
             )
         key = os.environ.get(section.api_key_env)
-        if key and not re.fullmatch(r"[!-~]+", key):  # urllib would refuse it too, and show it
+        if key and not fits_header(key):  # the HTTP client would refuse it too, and show it
             raise ConfigError(
                 f"{where}: the key in the environment variable {section.api_key_env} holds white space, such as a "
                 "line's end, or another character that no key has. Export the key alone."

@@ -1,0 +1,143 @@
+"""The step, in its three parts: `written`, `scored`, `gradient`. Everything that computes a step calls these.
+
+`written` and `scored` are phase A: the whole batch, without gradient. `gradient` is phase B: micro-batches, whose split
+changes nothing, because weights and denominator are fixed before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_trained, split
+from opd.loss.token_loss import loss_of
+from opd.maths.metrics import Metrics
+from opd.method import Method
+from opd.models.head import Head
+from opd.models.language_model import LanguageModel, Root
+from opd.parallel import ALONE, World
+from opd.pieces.memory import observed
+from opd.types import Batch, Denominator, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+
+
+def written(
+    method: Method,
+    prompts: Sequence[Prompt],
+    writers: Writers,
+    reward: Callable[[Sequence[Rollout]], list[Rollout]],
+    seed: tuple[int, int],
+) -> list[Rollout]:
+    """The step's responses, with rewards, filtered, and with everything that `method.record()` names.
+
+    `seed` is (seed of the run, step). Raises DataError for a response of zero tokens.
+    """
+    rollouts = method.source(prompts, writers, seed, method.record())
+    check_responses(rollouts)
+    return writers.complete(method.filter(reward(rollouts)), method.record())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PhaseA:
+    """Everything that is fixed before the student runs with gradient."""
+
+    batch: Batch  # with credit and weight
+    denominator: Denominator  # of this process
+    count: float  # the one denominator, over all processes
+    trains: bool  # False: a filter left no token of the whole step, and no update is made
+    learned: Mapping[str, float]  # metrics of what the method remembers
+
+
+def scored(
+    method: Method,
+    teacher: Teacher,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    request: ScoreRequest,
+    *,
+    device: torch.device,
+    memory: Mapping[str, Memory] | None = None,
+    world: World = ALONE,
+) -> PhaseA:
+    """The teacher's scores, the batch with credit and weight, and the denominator: the end of phase A.
+
+    `device` is the student's; `memory` is that of the run, a new one by default. Every process of `world` calls it with
+    its own rollouts. Raises TrainingError on every process if no token of the step is trained and the method does not
+    filter; DataError and TeacherError as `collate`.
+    """
+    memory = method.make_memory() if memory is None else memory
+    batch = replace(collate(rollouts, teacher.score(rollouts, contexts, request), device), memory=memory)
+    trains = has_trained(batch, method, world)
+    learned = observed(batch, world.gather)  # before credit and weight, which read what the method remembers
+    batch = attach(batch, method)
+    denominator = method.normalise(batch)
+    count = world.sum(denominator.count)
+    return PhaseA(batch=batch, denominator=denominator, count=count, trains=trains, learned=learned)
+
+
+def gradient(
+    method: Method,
+    student: LanguageModel,
+    teacher: Teacher,
+    phase_a: PhaseA,
+    *,
+    micro_batch_tokens: int,
+    root: Root | None = None,
+    world: World = ALONE,
+) -> tuple[float, Metrics]:
+    """Add the step's gradient to the student's parameters; (this process's part of the loss, metrics of phase B).
+
+    `root` runs the forward of a sharded student. All processes of `world` make equally many micro-batches: each forward
+    and backward is one of all of them.
+    """
+    heads = heads_of(method, teacher, phase_a.batch)
+    root = root or Root(student.model)
+    loss, metrics = 0.0, Metrics()
+    student.model.train()
+    try:
+        micros = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
+        for micro in even(micros, world):
+            part, more = root(loss_part, method, student, teacher, micro, phase_a.count, heads)
+            part.backward()
+            loss += part.item()
+            metrics.merge(more)
+    finally:
+        student.model.eval()
+    return loss, metrics
+
+
+def heads_of(method: Method, teacher: Teacher, batch: Batch) -> dict[str | None, Head]:
+    """The teachers' output layers by `teacher_id`, for a support whose states meet them in phase B.
+
+    A student that teaches itself is left out: sharded weights are whole only inside a forward.
+    """
+    if not method.support.reads_states or teacher.is_student:
+        return {}
+    return {name: teacher.head(name) for name in {rollout.prompt.teacher_id for rollout in batch.rollouts}}
+
+
+def even(micros: list[MicroBatch], world: World) -> list[MicroBatch | None]:
+    """Equally many in every process, filled up with None."""
+    return [*micros, *[None] * (int(world.max(len(micros))) - len(micros))]
+
+
+def loss_part(
+    method: Method,
+    student: LanguageModel,
+    teacher: Teacher,
+    micro: MicroBatch | None,
+    count: float,
+    heads: Mapping[str | None, Head],
+) -> tuple[Tensor, Metrics]:
+    """One micro-batch's part of the step's loss. The part of None is exactly 0, without metrics."""
+    if micro is None:
+        head, hidden = student.head(), student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device))
+        # Empty sums give zero gradients, so that this process joins the others' reductions.
+        nothing = [t[:0].sum() for t in (hidden, head.weight, head.bias) if t is not None]
+        return torch.stack(nothing).sum(), Metrics()
+    teacher_head = heads.get(micro.teacher_id)
+    if micro.teacher_hidden is not None and teacher.is_student:
+        teacher_head = teacher.head(micro.teacher_id)  # the student's own weights: whole in here, sharded outside
+    return loss_of(method, student, micro, count, teacher_head)

@@ -1,0 +1,249 @@
+"""A model behind a server that speaks JSON over HTTP: requests with patience, and a key that no message shows.
+
+What passes (no connection, a time-out, a 5xx, a body that cannot be used) is tried again `retries` times, at growing
+distances. A server that is too busy (429, or 503 with Retry-After) is waited for, as long as it says, up to
+`patience_s` in all; that uses up no retry. Everything else (a wrong key, a bad request) is a failure at once.
+Redirects are not followed: they would carry the key to another host. Cookies are not kept.
+
+A connection is used again only within `IDLE_S` after its last answer, and only if the server has not closed it: the
+client looks before it sends. A connection that is lost later has cost a request that the server may have read, so that
+it counts as one that failed.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import json
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import httpx2
+
+from opd.errors import ConfigError
+
+T = TypeVar("T")
+
+LARGEST_BODY = 64 << 20  # bytes of an answer
+LARGEST_ERROR = 64 << 10  # bytes that are read of an answer that is an error
+SHOWN = 300  # characters of what a server says, in a message
+IDLE_S = 1.0  # servers close idle connections after 5 s (uvicorn) to 75 s (nginx); earlier here, so that none is met
+
+
+class BodyError(Exception):
+    """The body of an answer is not what was asked for; the message says what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer(Generic[T]):
+    """What was read from the body of an answer, or None and why there is none."""
+
+    value: T | None = None
+    failure: str | None = None
+    requests: int = 1  # that it took
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Trouble:
+    """Why a request gave no answer, and what may be done about it."""
+
+    why: str
+    passes: bool = False  # it may work another time
+    busy: bool = False  # it will
+    after_s: float | None = None  # when, if the server says so
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """Where a model answers, and how long it is waited for. Times are in seconds.
+
+    Raises:
+        ConfigError: no header can carry the key.
+    """
+
+    url: str
+    key: str | None = field(default=None, repr=False)
+    retries: int = 2
+    timeout_s: float = 300.0  # of each wait for the server, and of an answer until its last byte
+    patience_s: float = 300.0
+    concurrency: int = 8  # threads that share the connections
+    backoff_s: float = 1.0  # before the first retry, doubled for each that follows; the shortest wait for a busy server
+
+    def __post_init__(self) -> None:
+        if self.key and not fits_header(self.key):
+            raise ConfigError("The key of the server holds white space or a character that no HTTP header can carry.")
+
+    @contextmanager
+    def connected(self) -> Iterator[Connection]:
+        """Connections that `concurrency` threads share, closed at the end of the block.
+
+        Raises:
+            ConfigError: the environment's proxy for this address cannot be used.
+        """
+        headers = {"Accept": "application/json", "Accept-Encoding": "identity", "Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        with httpx2.Client(
+            headers=headers,
+            cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
+            follow_redirects=False,
+            verify=httpx2.create_ssl_context(),
+            proxy=proxy_of(self.url),
+            trust_env=False,
+            timeout=self.timeout_s,  # of each read and write; `_within` has the whole
+            limits=httpx2.Limits(
+                max_connections=self.concurrency, max_keepalive_connections=self.concurrency, keepalive_expiry=IDLE_S
+            ),
+        ) as client:
+            yield Connection(self, client)
+
+    def shown(self, said: bytes) -> str:
+        """The beginning of what a server said, on one line and without the key, which it may repeat."""
+        without = said.replace(self.key.encode(), b"[key]") if self.key else said
+        return self.without_key(" ".join(without[: 4 * SHOWN].decode(errors="replace").split()))[:SHOWN]
+
+    def without_key(self, text: str) -> str:
+        """A text with "[key]" where the key stood."""
+        return text.replace(self.key, "[key]") if self.key else text
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """A server while it is connected. Threads may share it."""
+
+    server: Server
+    client: httpx2.Client = field(repr=False)
+
+    def post(self, path: str, fields: Mapping[str, Any], read: Callable[[bytes], T]) -> Answer[T]:
+        """Send `fields` to URL/path until there is an answer or no hope; `read` makes a value of its body.
+
+        `read` raises BodyError for a body that it cannot use.
+        """
+        server = self.server
+        body = json.dumps(fields).encode()
+        waited, busy, failed = 0.0, 0, 0
+        while True:
+            requests = 1 + busy + failed
+            sent = self._sent(f"{server.url.rstrip('/')}/{path}", body)
+            if isinstance(sent, bytes):
+                try:
+                    return Answer(value=read(sent), requests=requests)
+                except BodyError as error:
+                    sent = _Trouble(why=server.without_key(str(error)), passes=True)
+            if sent.busy and sent.after_s is not None:  # 0, or a date that is past, would use up no patience
+                pause = max(sent.after_s, server.backoff_s)
+            else:
+                pause = server.backoff_s * 2 ** (busy if sent.busy else failed)
+            if sent.busy:
+                if waited + pause > server.patience_s:
+                    why = (
+                        f"{sent.why}; it asks for {pause:.3g} s more, after {waited:.3g} s of `patience_s` "
+                        f"{server.patience_s:.3g}"
+                    )
+                    return Answer(failure=why, requests=requests)
+                waited, busy = waited + pause, busy + 1
+            elif sent.passes and failed < server.retries:
+                failed += 1
+            else:
+                return Answer(failure=sent.why, requests=requests)
+            time.sleep(pause)
+
+    def _sent(self, url: str, body: bytes) -> bytes | _Trouble:
+        """One request: the body of its answer, or what went wrong. The key is in no trouble."""
+        until = time.monotonic() + self.server.timeout_s
+        late = _Trouble(why=f"no answer within {self.server.timeout_s:.3g} s", passes=True)
+        try:
+            with self.client.stream("POST", url, content=body) as response:
+                if not response.is_success:
+                    return self._refused(response, until)
+                parts: list[bytes] = []
+                size = 0
+                for part in _within(response, until):
+                    parts.append(part)
+                    size += len(part)
+                    if size > LARGEST_BODY:
+                        return _Trouble(why=f"the answer has more than {LARGEST_BODY} bytes", passes=True)
+                return b"".join(parts)
+        except (httpx2.TimeoutException, TimeoutError):
+            return late
+        except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, OverflowError) as error:
+            cause = _cause(error)  # UnicodeError and OverflowError: a host or port that cannot be looked up
+            if isinstance(cause, TimeoutError):
+                return late
+            why = self.server.without_key(f"no connection ({type(cause).__name__}: {cause})")[:SHOWN]
+            return _Trouble(why=why, passes=True)
+
+    def _refused(self, response: httpx2.Response, until: float) -> _Trouble:
+        """What a status that is no success means."""
+        said = b""
+        with suppress(httpx2.HTTPError, TimeoutError):  # what has come says enough
+            for part in _within(response, until):
+                said += part
+                if len(said) > LARGEST_ERROR:
+                    break
+        code = response.status_code
+        why = self.server.without_key(f"HTTP {code}: {self.server.shown(said) or response.reason_phrase}")[:SHOWN]
+        after = _seconds(response.headers.get("Retry-After"))
+        busy = code == 429 or (code == 503 and after is not None)
+        return _Trouble(why=why, passes=code >= 500 or code == 408, busy=busy, after_s=after)
+
+
+def fits_header(key: str) -> bool:
+    """Whether an HTTP header can carry a key: printable ASCII without white space."""
+    return re.fullmatch(r"[!-~]+", key) is not None
+
+
+def proxy_of(url: str) -> httpx2.Proxy | None:
+    """The proxy that the environment names for an address: `http_proxy`, `https_proxy` and `no_proxy`.
+
+    Raises:
+        ConfigError: it is no address of an HTTP proxy. The message does not show it: it may hold a password.
+    """
+    parts = urlsplit(url)
+    address = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
+    if not address:
+        return None
+    with suppress(ValueError, httpx2.InvalidURL):  # refused below, without what they show
+        proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
+        if proxy.url.scheme in ("http", "https"):
+            return proxy
+    raise ConfigError(
+        f"The environment variable {parts.scheme}_proxy is no address of an HTTP proxy (http://host:port), and "
+        f"{parts.hostname} would be reached through it. Correct it, or name that host in no_proxy."
+    )
+
+
+def _within(response: httpx2.Response, until: float) -> Iterator[bytes]:
+    """The body as it comes. Raises TimeoutError when it is not there in time, however it trickles."""
+    for part in response.iter_raw():
+        yield part
+        if time.monotonic() > until:
+            raise TimeoutError
+
+
+def _cause(error: BaseException) -> BaseException:
+    """The operating system's error that the client's stands for, if there is one."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OSError):
+        inner = inner.__cause__ or inner.__context__
+    return inner or error
+
+
+def _seconds(header: str | None) -> float | None:
+    """Retry-After in seconds from now: a number, or a date. None where it says neither."""
+    if header is None:
+        return None
+    try:
+        return max(0.0, float(header))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,340 @@
+"""From a prepared stage to a `Stage`: models, teacher, writers, rewards, evaluations, optimiser."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from opd.errors import ConfigError
+from opd.evaluation.compare import check_comparable, check_k
+from opd.method import Method
+from opd.models.language_model import LanguageModel, Root
+from opd.models.loading import load_model
+from opd.models.vocabularies import check_same_tokens
+from opd.parallel import World
+from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import Input
+from opd.pieces.supports import check_fits
+from opd.recipe.schema import Recipe, StageSpec, TaskSection
+from opd.rewards.base import StageRewards
+from opd.runs.prepare import Given, Prepared, sampling_of
+from opd.samplers.hf import TransformersSampler
+from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
+from opd.stage import checkpoint, optimisation
+from opd.stage.exams import Exam, Exams
+from opd.stage.folder import RunDir, StageDir, check_space
+from opd.stage.optimisation import StageOptimisation
+from opd.stage.progress import Progress
+from opd.stage.stage import Stage
+from opd.stage.trackers import ReportWriter
+from opd.teachers.cross_tokenizer import teacher_by_rule
+from opd.teachers.incremental import scoring_along
+from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.routed import RoutedTeacher
+from opd.types import Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+
+
+def teacher_of(
+    recipe: Recipe,
+    spec: StageSpec,
+    rule: TeacherRule,
+    student: LanguageModel,
+    externals: Mapping[str, LanguageModel],
+    *,
+    chat: bool = False,
+) -> Teacher:
+    """The stage's teacher; the teachers of all tasks as one. `externals` are by model name.
+
+    `chat` says that prompts are conversations, for a teacher with a tokenizer of its own.
+    """
+
+    def one(name: str | None) -> Teacher:
+        return teacher_by_rule(
+            rule,
+            student,
+            None if name is None else externals.get(name),
+            micro_batch_tokens=spec.micro_batch_tokens,
+            offload=name is not None and recipe.models[name].offload,
+            chat=chat,
+        )
+
+    if not spec.tasks or rule.kind != "external":
+        return one(spec.teacher)
+    return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
+
+
+def samplers_of(spec: StageSpec, student: LanguageModel) -> dict[str | None, Sampler]:
+    """The student's samplers by task, each with the task's own settings."""
+    return {
+        name: TransformersSampler(
+            lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
+        )
+        for name, part in spec.parts.items()
+    }
+
+
+def writers_of(
+    spec: StageSpec,
+    method: Method,
+    student: LanguageModel,
+    teacher: Teacher,
+    externals: Mapping[str, LanguageModel],
+    samplers: Mapping[str | None, Sampler],
+    memory: Mapping[str, Memory],
+) -> Writers:
+    """What can write a response in this stage, complete its record, and score it meanwhile; a method's source picks."""
+    teachers: dict[str | None, Writer] = {}
+    for name, part in spec.parts.items():
+        if part.teacher is not None and part.teacher in externals:
+            teachers[name] = TeacherWriter(
+                teacher=externals[part.teacher],
+                student=student,
+                sampling=sampling_of(part.teacher_sampling or part.sampling),
+                context=same_prompt(),
+                max_prompt_length=spec.max_prompt_length,
+            )
+    reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
+
+    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        return with_record(
+            student,
+            rollouts,
+            record,
+            temperature=lambda rollout: samplers[None if None in samplers else rollout.prompt.task].temperature,
+            micro_batch_tokens=spec.micro_batch_tokens,
+        )
+
+    return Writers(
+        student=sampler_by_task(samplers),
+        reference=reference,
+        complete=complete,
+        teacher=writer_by_task(teachers) if teachers else None,
+        scorer=None if method.teacher.kind == "none" else scoring_along(teacher, method.context, method.request()),
+        memory=memory,
+    )
+
+
+def rewards_of(
+    recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
+) -> StageRewards:
+    """The rewards of all tasks, with their judges ready: `judges` are loaded models; answers are kept in `folder`.
+
+    Raises RunError if the answers that are kept cannot be read.
+    """
+    origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}
+    by_task = {
+        name: None if task.reward is None else task.reward.for_stage(judges, origins, folder / "judges", world.rank)
+        for name, task in prepared.tasks.items()
+    }
+    return StageRewards(by_task=by_task, gather=world.gather)
+
+
+def exams_of(
+    spec: StageSpec,
+    prepared: Prepared,
+    student: LanguageModel,
+    teacher: Teacher,
+    externals: Mapping[str, LanguageModel],
+) -> list[Exam]:
+    """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
+    exams: list[Exam] = []
+    for name, part in spec.parts.items():
+        held_out = prepared.tasks[name].held_out
+        if part.evaluate is None or held_out is None:
+            continue
+        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals)
+        writers: dict[str, Writer] = {}
+        if part.evaluate.teacher and scorer is not None:
+            if scorer.lm is None:
+                raise ConfigError(
+                    f"{spec.where(name)}: evaluate.teacher lets the teacher write responses, and {scorer.name} only "
+                    "scores: it has no model in this process. Set evaluate.teacher to false."
+                )
+            writers = {
+                setting: TeacherWriter(
+                    teacher=scorer.lm,
+                    student=student,
+                    sampling=sampling,
+                    context=prepared.method.context,
+                    base=scorer.base,
+                    max_prompt_length=spec.max_prompt_length,
+                )
+                for setting, sampling in held_out.sampling.items()
+            }
+        if part.evaluate.kl and scorer is not None:
+            check_comparable(scorer, f"{spec.where(name)}: evaluate.kl")
+        exams.append(
+            Exam(
+                task=name,
+                held_out=held_out,
+                every=part.evaluate.every,
+                measure_before=part.evaluate.before,
+                context=prepared.method.context,
+                teacher_writers=writers,
+                kl_teacher=scorer if part.evaluate.kl else None,
+            )
+        )
+    return exams
+
+
+def scorer_of(
+    spec: StageSpec,
+    method: Method,
+    part: TaskSection,
+    student: LanguageModel,
+    teacher: Teacher,
+    externals: Mapping[str, LanguageModel],
+) -> Teacher | None:
+    """The teacher of a task's evaluation: the task's own, also where the method has none; None without one."""
+    if method.teacher.kind != "none":
+        return teacher.of(part.teacher)
+    if part.teacher is not None and part.teacher in externals:
+        return LocalTeacher(
+            lm=externals[part.teacher],
+            micro_batch_tokens=spec.micro_batch_tokens,
+            student_device=student.device,
+        )
+    return None
+
+
+def build(
+    recipe: Recipe,
+    spec: StageSpec,
+    prepared: Prepared,
+    given: Given,
+    directory: RunDir,
+    progress: Progress,
+    report: ReportWriter,
+    world: World,
+) -> Stage:
+    """Load the models as they stand and put the stage together."""
+    student, externals, judges = loaded(recipe, spec, prepared.method, given, directory, progress, world)
+    method = prepared.method.with_tokenizer(student.tokenizer)
+    memory = method.make_memory()
+    world.agree(student.trainable().values())
+    # Before the student is sharded: a copy of it is whole, in every process.
+    teacher = teacher_of(recipe, spec, method.teacher, student, externals, chat=prepared.chat)
+    root = Root(student.model)
+    world.shard(root, student.blocks())
+    samplers = samplers_of(spec, student)
+    folder = directory.stage(spec.name)
+    exams = exams_of(spec, prepared, student, teacher, externals)
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory)
+    reward = rewards_of(recipe, prepared, judges, folder.path, world)
+    moved = StageOptimisation(
+        optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
+        student=student,
+        root=root,
+        teacher=teacher,
+        sampler=writers.student,
+        prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
+        reward=reward,
+        context=method.context,
+        memory=memory,
+        world=world,
+        seed=recipe.seed,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+    return Stage(
+        spec=spec,
+        seed=recipe.seed,
+        world=world,
+        method=method,
+        memory=memory,
+        student=student,
+        root=root,
+        teacher=teacher,
+        writers=writers,
+        order=prepared.order,
+        reward=reward,
+        optimisation=moved,
+        exams=exams_in(exams, spec, student, root, folder, world) if exams else None,
+        folder=folder,
+        progress=progress,
+        trackers=report,
+        seconds_limit=seconds_limit(spec, directory),
+    )
+
+
+def loaded(
+    recipe: Recipe,
+    spec: StageSpec,
+    method: Method,
+    given: Given,
+    directory: RunDir,
+    progress: Progress,
+    world: World,
+) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
+    """The student; the teachers, and the models that rewards ask, by name. Raises ConfigError and AlignmentError."""
+    with world.main_first():
+        student = model_for(recipe, spec, spec.train, given, directory)
+        check_student(spec, method, student, progress)
+        check_space(directory.path, space_needed(spec, method, student))
+        externals = {name: model_for(recipe, spec, name, given, directory) for name in spec.teachers}
+        if method.teacher.tokenizer == "students":
+            for name, external in externals.items():
+                check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
+        judges = {name: externals.get(name) or model_for(recipe, spec, name, given, directory) for name in spec.asked}
+    return student, externals, judges
+
+
+def exams_in(
+    exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
+) -> Exams:
+    """The stage's evaluations, with the folder that they are written to."""
+    return Exams(
+        exams=exams,
+        student=student,
+        world=world,
+        root=root,
+        folder=folder,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+
+
+def check_student(spec: StageSpec, method: Method, student: LanguageModel, progress: Progress) -> None:
+    """What only the loaded student can tell. Raises ConfigError."""
+    if not student.trainable():
+        raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
+    check_fits(max(method.support.k, method.top_k), student.vocabulary)
+    if spec.diagnostics.every:
+        check_k(spec.diagnostics.k, student.vocabulary)
+    if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
+        progress.note(
+            f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to nothing. Use `dtype: "
+            "float32` with `autocast: true`, or LoRA."
+        )
+
+
+def model_for(
+    recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir, device: str | None = None
+) -> LanguageModel:
+    """A model as it stands when stage `spec` begins: what the last stage that trained it left, else its origin."""
+    if name in given.models:
+        return given.models[name]
+    before = recipe.stages[: [s.name for s in recipe.stages].index(spec.name)]
+    trained = [s.name for s in before if s.train == name]
+    origin = trained[-1] if trained else recipe.models[name].from_stage
+    folder = None if origin is None else directory.stage(origin).model
+    described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
+    return load_model(described, name=name, folder=folder, seed=recipe.seed)
+
+
+def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
+    if spec.seconds_of is None:
+        return math.inf
+    done = directory.stage(spec.seconds_of).done()
+    assert done is not None, "stages run in order"
+    return float(done["seconds"])
+
+
+def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int:
+    """Bytes that a stage writes at its peak: checkpoints (weights, two moments, a copy of the weights where the method
+    keeps one; one checkpoint more than are kept), the model."""
+    trained = checkpoint.size_of(student.trainable())
+    return (3 + (Input.WEIGHT_COPY in method.needs)) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
+        dict(student.model.named_parameters())
+    )

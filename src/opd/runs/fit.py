@@ -1,0 +1,147 @@
+"""TODO: opd/runs/fit.py"""
+
+from __future__ import annotations
+
+from opd.data.order import PromptOrder
+from opd.errors import ConfigError
+from opd.method import Method
+from opd.methods.coherence import check_baseline, check_comparison, check_pieces
+from opd.pieces.needs import Input, Trait, needs_of
+from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
+
+REMEDIES = {
+    Input.REWARD: "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
+    Input.GROUP: "several responses to a prompt: set sampling.n to 2 or more",
+    Input.JUDGE: "a reward that asks a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
+    "http://localhost:8000/v1, model: NAME}}}}",
+    Input.TEACHER_MODEL: "a teacher model: set the {owner}'s `teacher` to one of the models",
+}
+
+
+def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool, asks: bool = False) -> None:
+    """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError.
+
+    `asks` says that the reward asks somebody (`group_rewards`).
+    """
+    needs = method.needs
+    part, where = spec.parts[task], spec.where(task)
+    given = {
+        Input.REWARD: has_reward,
+        Input.GROUP: part.sampling.n >= 2,
+        Input.JUDGE: asks,
+        Input.TEACHER_MODEL: part.teacher is not None and part.teacher != spec.train,
+    }
+    owner = "stage" if task is None else "task"
+    without = {need for need in needs.inputs if not given.get(need, True)}
+    if Input.JUDGE in without:  # the judge's reward is one, and another would be refused next
+        without -= {Input.REWARD}
+
+    missing = [REMEDIES[need].format(owner=owner) for need in sorted(without)]
+    if Trait.READS_ATTEMPT in needs and part.evaluate is not None and part.evaluate.teacher:
+        raise ConfigError(
+            f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
+            "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
+        )
+    on_policy = Trait.OFF_POLICY not in needs
+    if Trait.POLICY_GRADIENT in needs and on_policy and method.temperature != part.sampling.temperature:
+        raise ConfigError(
+            f"{where}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
+            f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
+            "sampling.temperature and the method's `temperature` the same value."
+        )
+    check_pieces(method, f"{where}: method {spec.method!r}")
+    if asks and Input.REWARD in needs_of(method.update):
+        raise ConfigError(
+            f"{where}: method {spec.method!r} compares weights by their rewards, and this reward makes its yardstick "
+            "anew from the responses that it grades. Use a reward that checks responses one by one."
+        )
+    longest = needs_of(method.source).response_tokens
+    if longest > part.sampling.max_completion_length:
+        raise ConfigError(
+            f"{where}: method {spec.method!r} has a budget of up to {longest} tokens a response, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
+            "the largest budget among the method's options."
+        )
+    first_look = needs_of(method.source).first_look
+    if first_look >= part.sampling.max_completion_length:
+        raise ConfigError(
+            f"{where}: in method {spec.method!r} the teacher looks at a response every {first_look} tokens, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end sooner. "
+            "Lower `every` among the method's options, or let responses be longer."
+        )
+    if Trait.UNBIASED_BASELINE in needs:
+        check_baseline(method, part.sampling, f"{where}: method {spec.method!r}")
+    if missing:
+        raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
+    if part.teacher is not None and method.teacher.kind.startswith("self_"):
+        raise ConfigError(
+            f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
+            f"{part.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
+        )
+
+
+def check_diagnostics(spec: StageSpec, method: Method) -> None:
+    """Refuse a comparison with a teacher that the method does not have. Raises ConfigError."""
+    if spec.diagnostics.every and method.teacher.kind == "none":
+        raise ConfigError(
+            f"Stage {spec.name!r}: diagnostics.every is {spec.diagnostics.every}, which compares the student with the "
+            f"teacher, and method {spec.method!r} has none. Set diagnostics.every to 0, or use a method with a teacher."
+        )
+    if spec.diagnostics.every:
+        check_comparison(method, f"Stage {spec.name!r}", "diagnostics.every", "Set it to 0")
+
+
+def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: PromptOrder, size: int) -> None:
+    """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
+    if size == 1:
+        return
+    count = spec.prompts_per_step
+    if count < size:
+        raise ConfigError(
+            f"Stage {spec.name!r}: prompts_per_step is {count}, and {size} processes were started: each needs at least "
+            f"one prompt. Set prompts_per_step to {size} or more, or use a smaller --nproc-per-node."
+        )
+    for name in (spec.train, *spec.teachers):
+        device = recipe.models[name].device
+        if device is not None and ":" in device:
+            raise ConfigError(
+                f"models.{name}.device is {device!r}, and {size} processes were started: each has a GPU of its own. "
+                f"Leave models.{name}.device out."
+            )
+    if Input.GROUP not in method.needs:
+        return
+    for step in range(spec.steps):
+        if order.different_at_least(step) >= size:
+            continue
+        different = len({prompt.id for prompt in order.take(step)})
+        if different < size:
+            of = "each task's prompts" if spec.tasks else "prompts"
+            raise ConfigError(
+                f"Stage {spec.name!r}: step {step + 1} has {different} different prompts ({count} prompts a step, "
+                f"{sum(map(len, order.prompts))} in all), and {size} processes were started: method {spec.method!r} "
+                f"compares the responses to one prompt in one process. Use a prompts_per_step that divides the number "
+                f"of {of}, or a smaller --nproc-per-node."
+            )
+
+
+def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
+    """Refuse an evaluation that asks for what nobody can give. Raises ConfigError.
+
+    Those are a pass@k that no sampling setting has enough responses for, and a teacher where there is none.
+    """
+    most = max(sampling.n for sampling in evaluate.sampling.values())
+    if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
+            f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
+        )
+    asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
+    if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
+        owner = "stage" if task is None else "task"
+        raise ConfigError(
+            f"{spec.where(task)}: it sets {' and '.join(asked)}, and there is no teacher: method {spec.method!r} has "
+            f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
+            f"than {spec.train!r}, or {' and '.join(asked)} to false."
+        )
+    if evaluate.kl:
+        check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")

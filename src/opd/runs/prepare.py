@@ -1,0 +1,199 @@
+"""What a stage needs that can be made without weights, for each task: method, prompts, rewards, held-out prompts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from opd import methods
+from opd.data.order import PromptOrder
+from opd.data.prompts import load_selected, require_columns
+from opd.data.selection import Selected
+from opd.errors import ConfigError, DataError
+from opd.evaluation.evaluate import HeldOut
+from opd.messages import is_chat
+from opd.method import Method
+from opd.models.language_model import LanguageModel
+from opd.pieces.needs import Input, Needs, needs_of
+from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
+from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
+from opd.rewards.registry import load_reward
+from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
+from opd.types import Prompt, Reward, Sampling
+
+PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What a Python caller hands over instead of naming it in the recipe."""
+
+    models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
+    prompts: list[Prompt] | None = None
+    reward: Reward | None = None
+    method: Method | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """One of `StageSpec.parts`: its prompts, and the reward of the responses to them."""
+
+    prompts: list[Prompt]
+    reward: Reward | None
+    held_out: HeldOut | None
+    selected: tuple[Selected, ...] = ()  # what became of the rows where a data section selects, held-out ones last
+    unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
+
+    @property
+    def notes(self) -> list[str]:
+        """Lines that a run prints before it begins: rows that a selection left out, and answers that nothing reads."""
+        unscored = [unscored_line(count, which) for which, count in self.unscored_answers.items()]
+        return [*map(str, self.selected), *unscored]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """What a stage needs and can be made without weights. Prompt ids are unique over all tasks."""
+
+    method: Method
+    tasks: Mapping[str | None, Task]
+    order: PromptOrder
+
+    @property
+    def chat(self) -> bool:
+        """Whether responses are turns of a conversation: those that are trained, whatever the held-out prompts are."""
+        return any(is_chat(task.prompts) for task in self.tasks.values())
+
+    @property
+    def all_prompts(self) -> list[Prompt]:
+        """Those of training and those held out, of every task."""
+        held_out = [task.held_out.prompts for task in self.tasks.values() if task.held_out is not None]
+        return [p for prompts in (*(task.prompts for task in self.tasks.values()), *held_out) for p in prompts]
+
+
+def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
+    """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
+    method = given.method or methods.build(spec.method, spec.options)
+    check_diagnostics(spec, method)
+    tasks: dict[str | None, Task] = {}
+    first, first_held_out = 0, 0
+    for name, part in spec.parts.items():
+        named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
+        check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
+        reward = reward_of(part.reward) if given.reward is None else given.reward
+        columns = PROMPT_COLUMNS & method.needs.columns
+        prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
+        prompts = assigned(prompts, spec, name, part, first)
+        first = 1 + max(prompt.id for prompt in prompts)
+        held_out, unscored = None, dict[str, int]()
+        if part.evaluate is not None:
+            check_evaluate(spec, name, method, part.evaluate)
+            held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
+            measured = assigned(held_out.prompts, spec, name, part, first_held_out)
+            first_held_out = 1 + max(prompt.id for prompt in measured)
+            held_out = replace(held_out, prompts=measured)
+            selected = [*selected, *also]
+            unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
+        unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
+        tasks[name] = Task(
+            prompts=prompts,
+            reward=reward,
+            held_out=held_out,
+            selected=tuple(selected),
+            unscored_answers={which: count for which, count in unscored.items() if count},
+        )
+    order = PromptOrder(
+        prompts=tuple(task.prompts for task in tasks.values()),
+        shares=tuple(part.share for part in spec.parts.values()),
+        count=spec.prompts_per_step,
+        seed=seed,
+        mixed=spec.task_order == "mixed",
+    )
+    return Prepared(method=method, tasks=tasks, order=order)
+
+
+def held_out_of(
+    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
+) -> tuple[HeldOut, list[Selected]]:
+    """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows.
+
+    Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
+    training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
+    such a reward.
+    """
+    own = reward_of(evaluate.reward)
+    if own is not None and (unfit := unfit_to_measure(own)):
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.reward is {own.name!r}, {unfit}. Give a reward that checks a response by "
+            "itself, or leave evaluate.reward out."
+        )
+    fits = reward is not None and not unfit_to_measure(reward)
+    measured_by = own if own is not None else reward if fits else None
+    if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and no "
+            "reward looks at the held-out ones: that of the stage asks a judge. Set evaluate.reward to one that checks "
+            "a response by itself, or evaluate.kl to false."
+        )
+    read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
+    prompts, selected = read(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
+    held_out = HeldOut(
+        prompts=prompts,
+        sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
+        reward=measured_by,
+        seed=seed,
+        pass_at=evaluate.pass_at,
+        max_prompt_length=spec.max_prompt_length,
+    )
+    return held_out, selected
+
+
+def assigned(
+    prompts: Sequence[Prompt], spec: StageSpec, task: str | None, part: TaskSection, first: int
+) -> list[Prompt]:
+    """The prompts with their task and its teacher, and ids that go on from `first`: a data section counts from 0.
+
+    Raises DataError for rows whose `teacher_id` is another teacher than the one that would score them.
+    """
+    others = [p for p in prompts if part.teacher is not None and p.teacher_id not in (None, part.teacher)]
+    if others:
+        raise DataError(
+            f"{spec.where(task)}: {len(others)} of {len(prompts)} prompts have another `teacher_id` (prompt "
+            f"{others[0].id}: {others[0].teacher_id!r}) than the teacher {part.teacher!r} that would score them. Give "
+            "each teacher's prompts a task of their own (`tasks`), or leave the column out."
+        )
+    return [replace(p, id=first + p.id, task=task, teacher_id=part.teacher) for p in prompts]
+
+
+def read(
+    section: DataSection, require: Iterable[str], given: list[Prompt] | None = None
+) -> tuple[list[Prompt], list[Selected]]:
+    """The prompts of a data section, or those given in Python; what became of the rows where some were selected.
+
+    Every prompt has the columns in `require`. Raises DataError, also for given prompts that share an id:
+    their responses would be one group, drawn alike.
+    """
+    if given is None:
+        return load_selected(section, require=sorted(require))
+    require_columns(given, sorted(require), source="the prompts given in Python")
+    twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
+    if twice:
+        raise DataError(
+            f"{len(twice)} ids belong to several of the {len(given)} prompts given in Python (e.g. {twice[0]}). The "
+            "randomness and the group of a response come from its prompt's id: number them through, e.g. with "
+            "dataclasses.replace(prompt, id=...)."
+        )
+    return given, []
+
+
+def needs_of_reward(reward: Reward | None) -> frozenset[str]:
+    return frozenset() if reward is None else reward.needs
+
+
+def sampling_of(section: SamplingSection) -> Sampling:
+    return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
+
+
+def reward_of(section: RewardSection | None) -> Reward | None:
+    return None if section is None else load_reward(section.name, {**section.options, **section.asks})

@@ -1,0 +1,110 @@
+"""Stages of a recipe, one after the other. What has been done is not done again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from opd.errors import TrainingError
+from opd.models.language_model import LanguageModel
+from opd.models.loading import load_model
+from opd.parallel import ALONE, World
+from opd.recipe import load
+from opd.recipe.schema import Recipe
+from opd.runs.build import build
+from opd.runs.export import finish
+from opd.runs.fit import check_processes
+from opd.runs.prepare import Given, prepare
+from opd.runs.tokenizers import check_template_options, check_tokenizers
+from opd.stage.folder import RunDir
+from opd.stage.interrupt import stopped_after
+from opd.stage.progress import Progress
+from opd.stage.stage import Stage
+from opd.stage.trackers import ReportWriter
+from opd.train import train
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run. `metrics` and `samples` are rows, each with its stage; `student` is the last stage's model."""
+
+    folder: Path
+    recipe: Recipe
+    student: Any
+    tokenizer: Any
+    metrics: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+
+
+def run_recipe(
+    recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
+) -> Run:
+    """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`.
+
+    Every process of `world` calls this; one of them writes and shows progress.
+    """
+    given = given or Given()
+    with world.main_first():
+        prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
+        for spec in recipe.stages:  # the rest of what can fail without weights
+            check_tokenizers(recipe, spec, prepared[spec.name], given.models)
+            check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
+        check_template_options(recipe, prepared)
+        directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
+    report = ReportWriter(
+        recipe.report_to if world.main else (),
+        folder=directory.path,
+        name=recipe.name,
+        config=recipe.model_dump(mode="json"),
+    )
+    student: LanguageModel | None = None
+    with progress if progress and world.main else Progress(quiet=not world.main) as shown:
+        if directory.replaced:
+            shown.note(f"{directory.path}: a run of another recipe was here that made no step; this one replaces it")
+        for spec in recipe.stages:
+            folder = directory.stage(spec.name)
+            if folder.done() is not None:
+                shown.note(f"{spec.name}: done before")
+                continue
+            shown.stage(spec.name, spec.steps)
+            for name, task in prepared[spec.name].tasks.items():
+                for line in task.notes:
+                    shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
+            stage = build(recipe, spec, prepared[spec.name], given, directory, shown, report, world)
+            student = stage.student if world.size == 1 else None  # a sharded one is of use to nobody
+            outcome = train(stage)
+            check_learned(stage)
+            finish(recipe, stage, outcome.seconds, given, directory)
+            world.wait()
+            if outcome.asked_to_stop and spec is not recipe.stages[-1]:
+                raise stopped_after(spec.name, spec.steps, spec.steps)
+    report.close()
+    last = recipe.stages[-1]
+    if student is None:
+        student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)
+    return Run(
+        folder=directory.path,
+        recipe=recipe,
+        student=student.model,
+        tokenizer=student.tokenizer,
+        metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
+        samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
+    )
+
+
+def check_learned(stage: Stage) -> None:
+    """Say how many steps made no update, because a filter left nothing of them. Raises TrainingError if none did."""
+    skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
+    if stage.optimisation.updates == 0:
+        raise TrainingError(
+            f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed what the "
+            f"method keeps, and the student is as it was. The responses are in {stage.folder.samples}. Loosen the "
+            "filter among the method's options (keep, must_contain), give more attempts with the n of sampling or "
+            "teacher_sampling, or take prompts that the writer can solve."
+        )
+    if any(skipped):
+        stage.progress.note(
+            f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because a filter left "
+            "nothing of them"
+        )

@@ -1,0 +1,30 @@
+"""Where the seconds of a step go."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+
+class Stopwatch:
+    """Runs from when it is made. `lap` adds the seconds since the last lap to a part of the step."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._worked = time.process_time()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, part: str) -> None:
+        """The time since the last lap belongs to `part`."""
+        now = time.perf_counter()
+        self.laps[part] = self.laps.get(part, 0.0) + now - self._last
+        self._last = now
+
+    @property
+    def total(self) -> float:
+        """Seconds from the start to the last lap."""
+        return self._last - self._started
+
+    def row(self, counts: Mapping[str, float]) -> dict[str, float]:
+        """Seconds by part, in all, `counts`, and the seconds of CPU until now."""
+        return {**self.laps, "total": self.total, **counts, "cpu": time.process_time() - self._worked}

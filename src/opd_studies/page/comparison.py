@@ -1,0 +1,89 @@
+"""Settings of an ablation against each other: the checks of a claim, the rows of a table, bars and training curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from opd_studies.lab.ablation import SMOOTHED, START, TEACHER, Numbers
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, differences, over_seeds, short
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Thresholds of `collapses` and `stable`. Accuracies are of responses sampled at temperature 1.
+COLLAPSE = -0.1  # accuracy against that of the student before
+
+
+LEARNED = 0.0  # the same
+
+
+SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student of the studies of losses begins with
+
+
+def gap(numbers: Numbers, first: str, second: str, name: str = "sampled accuracy", **side: float) -> Check:
+    """What was measured as `name` of one setting minus that of another, seed by seed, against `above` or `below`."""
+    interval = differences(numbers[first][name], numbers[second][name])
+    return Check(what=f"{name}, {first} minus {second}", interval=interval, **side)
+
+
+def collapses(end: Numbers, name: str) -> list[Check]:
+    """Far worse than the student before, and further from the teacher."""
+    return [gap(end, name, START, below=COLLAPSE), gap(end, name, START, "KL", above=0.0)]
+
+
+def stable(end: Numbers, first: str, second: str) -> list[Check]:
+    """Both better than the student before, and as near to the teacher as each other."""
+    learned = [gap(end, name, START, above=LEARNED) for name in (first, second)]
+    return [*learned, gap(end, first, second, "KL", above=-SIMILAR, below=SIMILAR)]
+
+
+def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """A row a setting: means over seeds, the first column with its 95 % interval; empty where nothing was measured."""
+    rows = [("setting", *columns)]
+    for name, measured in numbers.items():
+        cells: list[str] = []
+        for column in columns:
+            if column not in measured:
+                cells.append("")
+                continue
+            one = over_seeds(measured[column])
+            interval = f" [{short(one.low)}, {short(one.high)}]" if column == columns[0] else ""
+            cells.append(short(one.mean) + interval)
+        rows.append((name, *cells))
+    return tuple(rows)
+
+
+def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Figure:
+    """A panel for each of `panels` (what was measured: its axis' label): seeds as points, their mean as a bar."""
+    figure, axes = report.figure(len(panels), width=2.6, height=height)
+    bars(axes[0], numbers, panels)
+    return figure
+
+
+def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
+    """`draw` on axes that are there, one for each of `panels`; the first one names the settings."""
+    names = list(numbers)
+    for panel, (what, label) in zip(axes, panels.items(), strict=True):
+        for place, name in enumerate(names):
+            values = numbers[name].get(what)
+            if values is None:
+                continue
+            colour = report.COLOURS[5] if name.partition(",")[0] in (START, TEACHER) else report.COLOURS[0]
+            panel.barh(place, sum(values) / len(values), color=colour, alpha=0.6)
+            panel.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
+        panel.set_xlabel(label)
+        panel.set_ylim(len(names) - 0.4, -0.6)
+        panel.set_yticks(range(len(names)), names if panel is axes[0] else [""] * len(names))
+
+
+def curves(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:
+    """Smoothed training accuracies [seeds][updates] by update: a line a setting, its mean over seeds."""
+    for name, colour in zip(names, report.COLOURS, strict=False):
+        by_seed = curve[name]
+        steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))
+        panel.plot(steps, [fmean(values) for values in zip(*by_seed, strict=True)], color=colour, label=name)
+    panel.set(xlabel="update", ylabel=label, ylim=(-0.03, 1.03))
+    panel.legend(fontsize=7)

@@ -1,0 +1,433 @@
+"""`opd.distill` and `opd.run` from Python: everything that a caller may hand over, and what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+from support.runs import CHARACTERS, one_stage, prepare, sums, tiny_model, two_stages, write_rows
+
+import opd
+from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
+from opd.models import language_model
+from opd.models.loading import character_tokenizer, load_model
+from opd.parallel import World
+from opd.recipe.load import load_recipe, parse_recipe
+from opd.recipe.schema import ModelSpec
+from opd.types import Prompt
+
+PROMPTS = [row["prompt"] for row in sums(0, 6)]
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The working directory, where a caller's own `mine.py` is found and forgotten afterwards."""
+    monkeypatch.chdir(prepare(tmp_path, one_stage()))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    sys.modules.pop("mine", None)
+    yield tmp_path
+    sys.modules.pop("mine", None)
+
+
+def model(seed: int, **spec: Any) -> Any:
+    """A transformers (or peft) model with random weights; every call makes a new one."""
+    return load_model(ModelSpec(**tiny_model(seed, **spec)), name="tiny").model
+
+
+def weights(of: Any) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in of.named_parameters()}
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
+def distill(**changes: Any) -> opd.Run:
+    """Two steps of reverse KL between two new models; keywords replace arguments."""
+    arguments = {
+        "student": model(2) if "student" not in changes else None,
+        "teacher": model(1) if "teacher" not in changes else None,
+        "tokenizer": character_tokenizer(CHARACTERS),
+        "prompts": PROMPTS,
+        "steps": 2,
+        "prompts_per_step": 2,
+        "sampling": {"max_completion_length": 3},
+        "optimizer": {"learning_rate": 0.01},
+        "quiet": True,
+    }
+    return opd.distill(**{**arguments, **changes})
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+def test_model_objects_the_student_is_trained_in_place_and_the_teacher_is_not():
+    student, teacher = model(2), model(1)
+    before, asked = weights(student), weights(teacher)
+    run = distill(student=student, teacher=teacher)
+    assert run.student is student
+    assert not same(weights(student), before)
+    assert same(weights(teacher), asked)
+    assert run.tokenizer.get_vocab() == character_tokenizer(CHARACTERS).get_vocab()
+    assert run.folder == Path("runs/distill-1")
+
+    saved = load_model(ModelSpec(path=str(run.folder / "distill/model")), name="saved").model
+    assert same(weights(saved), weights(student))
+
+
+def test_metrics_and_samples_of_a_run():
+    run = distill(evaluate={"data": {"path": "held_out.jsonl"}, "kl": True}, steps=3, samples_every=1)
+    lines = (run.folder / "distill/metrics.jsonl").read_text().splitlines()
+    assert run.metrics == [{"stage": "distill", **json.loads(line)} for line in lines]
+    assert [row["step"] for row in run.metrics] == [0, 1, 2, 3, 3]
+    assert all(math.isfinite(row["train/loss"]) for row in run.metrics if "train/loss" in row)
+    assert run.metrics[0]["eval/reverse_kl"] > 0
+
+    assert [row["step"] for row in run.samples] == [1, 1, 2, 2, 3, 3]
+    for row in run.samples:
+        assert row["stage"] == "distill"
+        assert row["prompt"] in PROMPTS
+        assert 1 <= len(row["response_ids"]) <= 3
+        assert len(row["teacher_logp"]) == len(row["sampler_logp"]) == len(row["response_ids"])
+
+
+def test_without_an_evaluation_before_training_there_is_no_row_of_step_0():
+    run = distill(evaluate={"data": {"path": "held_out.jsonl"}, "before": False})
+    assert [row["step"] for row in run.metrics] == [1, 2, 2]
+
+
+def test_a_teacher_can_be_learned():
+    settings = {"prompts_per_step": 6, "optimizer": {"learning_rate": 0.03}}
+    run = distill(steps=40, evaluate={"data": {"path": "held_out.jsonl"}, "kl": True}, samples_every=0, **settings)
+    # Of three seeds the worst leaves 0.5 of it: far enough from the limit for a processor that rounds otherwise.
+    assert run.metrics[-1]["eval/reverse_kl"] < 0.75 * run.metrics[0]["eval/reverse_kl"]
+
+
+def test_the_same_call_is_the_same_run_and_another_seed_another():
+    first, second, third = distill(), distill(), distill(seed=1)
+    assert [run.folder.name for run in (first, second, third)] == ["distill-1", "distill-2", "distill-3"]
+    assert first.metrics == second.metrics != third.metrics
+    assert same(weights(first.student), weights(second.student))
+
+
+def test_paths(work: Path):
+    for name, seed in (("student", 2), ("teacher", 1)):
+        language_model.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
+    run = distill(student="./student", teacher=work / "teacher", tokenizer=None, prompts="train.jsonl")
+    assert run.metrics == distill(prompts="train.jsonl").metrics
+    assert run.recipe.models["student"].path == "./student"
+    again = opd.run(yaml.safe_load((run.folder / "recipe.yaml").read_text()), quiet=True)
+    assert again.metrics == run.metrics
+    assert same(weights(again.student), weights(run.student))
+
+
+def test_a_peft_student_trains_its_adapter_alone():
+    student = model(2, lora={"rank": 2})
+    before = weights(student)
+    run = distill(student=student)
+    assert run.student is student
+    changed = {name for name, value in weights(student).items() if not value.equal(before[name])}
+    assert changed
+    assert changed <= {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name for name in changed)
+    # The folder holds one plain model, the adapter merged in.
+    saved = load_model(ModelSpec(path=str(run.folder / "distill/model")), name="saved").model
+    ids = torch.tensor([[2, 3, 4]])
+    torch.testing.assert_close(saved(ids).logits, student(ids).logits)
+
+
+def test_a_peft_student_that_teaches_itself_without_its_adapter():
+    run = distill(
+        student=model(2, lora={"rank": 2}),
+        teacher=None,
+        method="context_distillation",
+        options={"template": "1+1=2;{prompt}", "k": None},
+    )
+    assert [row["step"] for row in run.metrics] == [1, 2]
+
+
+def test_several_processes_cannot_share_a_model_object(work: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("opd.api.join", lambda: contextlib.nullcontext(World(rank=0, size=2)))
+    with pytest.raises(ConfigError, match=r"student and teacher: 2 processes cannot share a model object\. Save it"):
+        distill()
+    assert not (work / "runs").exists()
+
+
+def test_a_tokenizer_is_needed_for_a_model_object():
+    with pytest.raises(ConfigError, match="student: a model object needs its tokenizer too; pass `tokenizer=`"):
+        distill(tokenizer=None)
+
+
+def test_a_tokenizer_without_an_end():
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.eos_token = None
+    student = model(2)
+    student.generation_config.eos_token_id = None
+    with pytest.raises(ConfigError, match=r"no end-of-sequence token, so no response could end. Set eos_token"):
+        distill(student=student, tokenizer=tokenizer)
+
+
+def test_a_tokenizer_of_another_model():
+    tokenizer = character_tokenizer(CHARACTERS + "abc")
+    with pytest.raises(ConfigError, match=r"ids up to 17, but the output layer has only 15 rows"):
+        distill(tokenizer=tokenizer)
+
+
+def test_a_teacher_with_a_tokenizer_of_its_own():
+    teacher = model(1, characters="1023456789+=;")
+    with pytest.raises(AlignmentError, match="2 tokens have another id"):
+        distill(teacher=teacher, teacher_tokenizer=character_tokenizer("1023456789+=;"))
+
+
+def test_a_frozen_student():
+    with pytest.raises(ConfigError, match="model 'student' has no parameter that requires a gradient"):
+        distill(student=model(2).requires_grad_(False))
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def same_prompts() -> dict[str, Any]:
+    """The same six prompts in every form that is accepted."""
+    return {
+        "list of strings": PROMPTS,
+        "tuple": tuple(PROMPTS),
+        "generator": (prompt for prompt in PROMPTS),
+        "rows": [{"prompt": prompt, "note": "x"} for prompt in PROMPTS],
+        "Dataset": datasets.Dataset.from_dict({"prompt": PROMPTS}),
+        "Prompts": [Prompt(id=i, content=prompt) for i, prompt in enumerate(PROMPTS)],
+        "path": "six.jsonl",
+        "Path": Path("six.jsonl"),
+    }
+
+
+@pytest.mark.parametrize("form", list(same_prompts()))
+def test_prompts_in_every_form_are_the_same_run(work: Path, form: str):
+    write_rows(work / "six.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    run = distill(prompts=same_prompts()[form], samples_every=1)
+    assert [(row["prompt_id"], row["prompt"]) for row in run.samples] == [
+        (index, PROMPTS[index]) for index in (row["prompt_id"] for row in run.samples)
+    ]
+    assert run.metrics == distill().metrics
+
+
+def test_prompts_that_keep_their_id():
+    run = distill(prompts=[Prompt(id=40 + i, content=prompt) for i, prompt in enumerate(PROMPTS)])
+    assert all(row["prompt_id"] >= 40 for row in run.samples)
+
+
+def test_chat_wraps_text_for_the_template():
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.chat_template = "{% for message in messages %};{{ message.content }}{% endfor %}"
+    run = distill(tokenizer=tokenizer, chat=True)
+    assert all(row["prompt"] in PROMPTS for row in run.samples)
+    with pytest.raises(DataError, match=r"Prompt \d is a list of messages.* has no chat template"):
+        distill(chat=True)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ([], "prompts is empty"),
+        (["1+1=", 5], "Row 1 of prompts is a int, got 5"),
+        ([{"question": "1+1="}], "Row 0 of prompts has no column 'prompt'. Its columns: question"),
+        (["1+1=", " "], "Row 1 of prompts: `prompt` is empty"),
+        ("held_ot.jsonl", "There is nothing at held_ot.jsonl. Did you mean 'held_out.jsonl'?"),
+    ],
+)
+def test_prompts_that_cannot_be_used(prompts: Any, message: str):
+    with pytest.raises(DataError) as error:
+        distill(prompts=prompts)
+    assert message in str(error.value)
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("column", "arguments"),
+    [
+        ("response", {"method": "sft"}),
+        (
+            "privileged_context",
+            {"method": "context_distillation", "options": {"template": "{privileged_context}{prompt}", "k": None}},
+        ),
+    ],
+)
+def test_rows_without_what_the_method_needs(column: str, arguments: dict[str, Any]):
+    rows = [{"prompt": "1+1=", column: "2"}, {"prompt": "1+2="}]
+    with pytest.raises(DataError, match=f"needs `{column}` in every row, and 1 of 2 rows"):
+        distill(prompts=rows, teacher=None, **arguments)
+    assert not Path("runs").exists()
+
+
+# --- methods and rewards ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments"),
+    [
+        ("opd", {}),
+        ("gkd", {"options": {"beta": 0.0}}),
+        ("topk_reverse_kl", {"options": {"k": 3, "by": "union"}}),
+        ("sft", {"options": {"source": "teacher"}}),
+        ("sft", {"teacher": None, "prompts": sums(0, 6)}),
+        (
+            "context_distillation",
+            {"teacher": None, "options": {"template": "1+1=2;{prompt}", "teacher": "live", "k": None}},
+        ),
+    ],
+)
+def test_methods_by_name(method: str, arguments: dict[str, Any]):
+    run = distill(method=method, **arguments)
+    assert run.recipe.stages[0].method == method
+    assert [row["step"] for row in run.metrics] == [1, 2]
+
+
+def test_a_reward_function():
+    asked: list[tuple[Prompt, str]] = []
+
+    def even(prompt: Prompt, response: str) -> bool:
+        asked.append((prompt, response))
+        return len(response) % 2 == 0
+
+    run = distill(
+        method="grpo", teacher=None, reward=even, prompts=sums(0, 6), sampling={"n": 4, "max_completion_length": 3}
+    )
+    assert len(asked) == len(run.samples) * len(run.metrics) // 2 == 16
+    assert all(isinstance(prompt, Prompt) and prompt.answer is not None for prompt, _ in asked)
+    assert all(row["reward"] == float(len(row["response"]) % 2 == 0) for row in run.samples)
+    assert all("rollout/reward" in row for row in run.metrics)
+
+
+@pytest.mark.parametrize("reward", ["exact", {"name": "exact", "options": {"ignore_case": True}}])
+def test_a_reward_by_name(reward: Any):
+    run = distill(
+        method="grpo", teacher=None, reward=reward, prompts=sums(0, 6), sampling={"n": 2, "max_completion_length": 8}
+    )
+    assert {row["reward"] for row in run.samples} <= {0.0, 1.0}
+
+
+def test_a_reward_function_that_raises():
+    def broken(prompt: Prompt, response: str) -> float:
+        raise KeyError("answers")
+
+    message = r"The reward 'broken' raised KeyError on prompt \d+, response '.*': 'answers'"
+    with pytest.raises(TrainingError, match=message) as error:
+        distill(method="grpo", teacher=None, reward=broken, sampling={"n": 2, "max_completion_length": 8})
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_what_is_missing_for_a_method():
+    with pytest.raises(ConfigError, match=r"method 'grpo' needs .*sampling\.n.*; a reward"):
+        distill(method="grpo", teacher=None)
+    with pytest.raises(ConfigError, match="method 'reverse_kl' needs a teacher model"):
+        distill(teacher=None)
+    with pytest.raises(ConfigError, match=r"There is no method 'revers_kl'. Did you mean 'reverse_kl'"):
+        distill(method="revers_kl")
+    with pytest.raises(ConfigError, match=r"unknown option `avrage`. Did you mean 'average'"):
+        distill(options={"avrage": "token"})
+    with pytest.raises(ConfigError, match=r"unknown key `stages.0.prompts_per_stp`. Did you mean 'prompts_per_step'"):
+        distill(prompts_per_stp=2)
+    assert not Path("runs").exists()
+
+
+def test_a_method_of_ones_own_from_the_working_directory(work: Path):
+    (work / "mine.py").write_text(
+        "from opd.pieces import signals, supports\n"
+        "from opd.method import Method\n\n\n"
+        "def method(strength: float = 1.0) -> Method:\n"
+        '    signal = signals.scale(strength, signals.divergence("reverse_kl"))\n'
+        "    return Method(support=supports.full(), signal=signal)\n"
+    )
+    run = distill(method="mine:method", options={"strength": 2})
+    plain = distill()
+    assert run.metrics[0]["train/loss"] == pytest.approx(2 * plain.metrics[0]["train/loss"], rel=1e-6)
+    with pytest.raises(ConfigError, match=r"unknown option `strenght`. Did you mean 'strength'"):
+        distill(method="mine:method", options={"strenght": 2})
+
+
+# --- folders ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_output_folder_and_a_run_that_was_done(work: Path):
+    first = distill(output_dir=work / "here")
+    assert first.folder == work / "here"
+    again = distill(output_dir=work / "here")
+    assert again.metrics == first.metrics
+    assert same(weights(again.student), weights(first.student))
+
+
+def test_another_run_in_the_same_folder_is_refused():
+    distill(output_dir="here")
+    with pytest.raises(RunError, match="here holds a run of another recipe"):
+        distill(output_dir="here", seed=1)
+
+
+def test_other_prompts_in_the_same_folder_are_refused():
+    distill(output_dir="here")
+    with pytest.raises(RunError, match="here holds a run of another recipe"):
+        distill(output_dir="here", prompts=PROMPTS[:3])
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_as_a_mapping_a_path_and_an_object():
+    runs = [
+        opd.run(one_stage() | {"output_dir": "one"}, quiet=True),
+        opd.run("recipe.yaml", "output_dir=two", quiet=True),
+        opd.run(Path("recipe.yaml"), "output_dir=three", quiet=True),
+        opd.run(parse_recipe(one_stage() | {"output_dir": "four"}), quiet=True),
+    ]
+    assert [run.folder.name for run in runs] == ["one", "two", "three", "four"]
+    assert all(run.metrics == runs[0].metrics for run in runs)
+    assert all(same(weights(run.student), weights(runs[0].student)) for run in runs)
+
+
+def test_all_stages_of_a_recipe_are_in_its_metrics_and_the_last_ones_model_is_the_student():
+    run = opd.run(two_stages(), "stages.distil.steps=2", "stages.teach.steps=2", quiet=True)
+    assert [(row["stage"], row["step"]) for row in run.metrics] == [
+        *(("teach", 1), ("teach", 2)),
+        *(("distil", 0), ("distil", 1), ("distil", 2), ("distil", 2)),
+    ]
+    assert {row["stage"] for row in run.samples} == {"teach", "distil"}
+    saved = load_model(ModelSpec(path="run/distil/model"), name="saved").model
+    assert same(weights(run.student), weights(saved))
+    again = opd.run(two_stages(), "stages.distil.steps=2", "stages.teach.steps=2", quiet=True)
+    assert again.metrics == run.metrics
+    assert repr(again.samples) == repr(run.samples)  # text: a NaN equals itself
+    assert same(weights(again.student), weights(run.student))
+
+
+def test_overrides_of_a_recipe_object_are_refused():
+    with pytest.raises(ConfigError, match="Overrides apply to a path or a mapping"):
+        opd.run(load_recipe("recipe.yaml"), "seed=1")
+
+
+def test_progress_is_shown(capsys: pytest.CaptureFixture[str]):
+    distill(quiet=False)
+    assert "distill: 2 steps" in capsys.readouterr().out
+
+
+def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
+    language_model.save(load_model(ModelSpec(**tiny_model(2)), name="student"), work / "student")
+    capfd.readouterr()
+    distill(student="./student")
+    said = capfd.readouterr()
+    assert (said.out, said.err) == ("", "")
+
+
+def test_what_the_package_offers():
+    assert sorted(opd.__all__) == ["Run", "distill", "run"]
+    for name in opd.__all__:
+        assert callable(getattr(opd, name))
+    with pytest.raises(AttributeError, match="no attribute 'distil'"):
+        _ = opd.distil  # type: ignore[attr-defined]

@@ -1,0 +1,260 @@
+"""What a step logs for nothing: against loops over its tokens, however the step is split, and only what exists."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from support.models import prompts_of, tiny, unscored, writers_of
+
+from opd.evaluation import diagnostics
+from opd.evaluation.buckets import Buckets
+from opd.evaluation.compare import Comparison
+from opd.loss.collate import collate
+from opd.maths.metrics import Metrics, merged
+from opd.method import Method
+from opd.methods import build
+from opd.models.language_model import LanguageModel
+from opd.pieces import supports
+from opd.pieces.needs import Reads, needing
+from opd.pieces.signals import nll
+from opd.pieces.teacher_rules import no_teacher
+from opd.teachers.local import LocalTeacher, local_teacher
+from opd.types import Batch, Record, Rollout, Sampling, ScoreRequest
+
+BUCKETS = Buckets.over(2, 8)
+PAGE = Path(__file__).parents[2] / "docs" / "diagnostics.md"
+
+
+class Pair:
+    """A student, a teacher, and responses of the student with rewards, some tokens masked."""
+
+    def __init__(self, temperature: float = 1.0) -> None:
+        self.student = tiny(name="student")
+        self.external = tiny(seed=1, hidden=24, name="teacher")
+        self.sampling = Sampling(max_completion_length=8, n=4, temperature=temperature)
+
+    def write(self, record: Record | None = None, reward: Sequence[float | None] = (0.0, 1.0)) -> list[Rollout]:
+        writers = writers_of(self.student, self.external, self.sampling)
+        written = writers.student(prompts_of("ab", "hgf", "c"), seed=(0, 0), record=record or Record())
+        out: list[Rollout] = []
+        for i, rollout in enumerate(written):
+            trained = torch.arange(len(rollout.response_ids)) % 3 != 1
+            out.append(replace(rollout, trained=trained & (i != 5), reward=reward[i % len(reward)]))
+        return out
+
+    def teacher(self) -> LocalTeacher:
+        rule = Method(signal=nll()).teacher
+        made = local_teacher(rule, self.student, self.external, micro_batch_tokens=64)
+        assert made is not None
+        return made
+
+    def batch(self, method: Method, rollouts: list[Rollout], *, entropy: bool = False) -> Batch:
+        contexts = method.context(rollouts)
+        scores = self.teacher().score(
+            rollouts, contexts, ScoreRequest(support=method.support, temperature=method.temperature, entropy=entropy)
+        )
+        return collate(rollouts, scores, self.student.device)
+
+
+def of(method: Method, batch: Batch) -> dict[str, float]:
+    return diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS).reduce()
+
+
+def ratios(batch: Batch) -> list[list[float]]:
+    """log q(y) - log p(y) of each response's trained tokens, by position."""
+    rows: list[list[float]] = []
+    for i, rollout in enumerate(batch.rollouts):
+        t = rollout.trained.nonzero()[:, 0].tolist()
+        rows.append([float(batch.teacher_logp[i, j]) - float(batch.policy_logp[i, j]) for j in t])
+    return rows
+
+
+def test_what_the_sampled_tokens_say():
+    pair, method = Pair(), build("opd", {})
+    batch = pair.batch(method, pair.write())
+    got, rows = of(method, batch), ratios(batch)
+    flat = [value for row in rows for value in row]
+    assert got["teacher/log_ratio"] == pytest.approx(sum(flat) / len(flat), rel=1e-5)
+    assert got["teacher/negative_share"] == sum(v < 0 for v in flat) / len(flat)
+    assert got["teacher/win_rate"] == sum(v > 0 for v in flat) / len(flat)
+    assert 0 < got["teacher/win_rate"] < 1
+    for percentile in (1, 5, 50, 95, 99):
+        wanted = oracle.percentile(flat, percentile / 100)
+        assert got[f"teacher/log_ratio_p{percentile:02d}"] == pytest.approx(wanted, abs=1e-5)
+    assert got["teacher/positive_reward_in_top_5_percent"] == pytest.approx(oracle.top_share(flat, 0.05), rel=1e-5)
+    sums = [sum(row) for row in rows if row]
+    assert len(sums) == len(rows) - 1  # one response has no trained token
+    assert got["teacher/sequence_log_weight"] == pytest.approx(sum(sums) / len(sums), rel=1e-4)
+    wanted = oracle.effective_share([math.exp(value) for value in sums])
+    assert got["teacher/effective_sample_share"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_by_position():
+    pair, method = Pair(), build("opd", {})
+    batch = pair.batch(method, pair.write())
+    got = of(method, batch)
+    values: dict[int, list[float]] = {}
+    for i, rollout in enumerate(batch.rollouts):
+        for t in rollout.trained.nonzero()[:, 0].tolist():
+            values.setdefault(t // 2, []).append(float(batch.teacher_logp[i, t]) - float(batch.policy_logp[i, t]))
+    assert len(values) == 4
+    for bucket, some in values.items():
+        wanted = sum(some) / len(some)
+        assert got[f"teacher/log_ratio/from_{2 * bucket:05d}"] == pytest.approx(wanted, abs=1e-5)
+        lower = oracle.percentile(some, 0.05)
+        assert got[f"teacher/log_ratio_p05/from_{2 * bucket:05d}"] == pytest.approx(lower, abs=1e-5)
+
+
+def test_the_auroc_of_the_mean_reward_against_right_and_wrong():
+    pair, method = Pair(), build("opd", {})
+    batch = pair.batch(method, pair.write(reward=(0.0, 1.0, 1.0)))
+    scores = [(sum(row) / len(row), r.reward == 1) for row, r in zip(ratios(batch), batch.rollouts, strict=True) if row]
+    wanted = oracle.auroc(*zip(*scores, strict=True))
+    assert of(method, batch)["teacher/reward_auroc"] == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("reward", [(None,), (1.0,), (0.0, 0.5, 1.0)])
+def test_without_two_kinds_of_responses_there_is_no_auroc(reward: Sequence[float | None]):
+    pair, method = Pair(), build("opd", {})
+    assert "teacher/reward_auroc" not in of(method, pair.batch(method, pair.write(reward=reward)))
+
+
+def test_some_responses_without_a_reward_are_left_out_of_the_auroc():
+    pair, method = Pair(), build("opd", {})
+    rollouts = pair.write(reward=(0.0, 1.0, None))
+    batch = pair.batch(method, rollouts)
+    rows = zip(ratios(batch), rollouts, strict=True)
+    scores = [(sum(row) / len(row), r.reward == 1) for row, r in rows if row and r.reward is not None]
+    assert of(method, batch)["teacher/reward_auroc"] == pytest.approx(oracle.auroc(*zip(*scores, strict=True)))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 6, 11])
+def test_two_processes_log_what_one_does(cut: int):
+    """Percentiles, the concentration, the effective sample size and the AUROC too: they are made of all rows."""
+    pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": "union"})
+    rollouts = pair.write(method.record())
+    whole = of(method, pair.batch(method, rollouts))
+    parts = [rollouts[cut:], rollouts[:cut]]  # and in another order
+    batches = [pair.batch(method, part) for part in parts]
+    made = [diagnostics.step_metrics(batch, method, 0, buckets=BUCKETS) for batch in batches]
+    sent: list[Metrics] = pickle.loads(pickle.dumps(made))  # as processes hand them to each other
+    together = merged(sent).reduce()
+    assert together.keys() == whole.keys()
+    assert together == pytest.approx(whole, rel=1e-5, abs=1e-6)  # a padded batch rounds differently
+
+
+def test_the_order_of_rows_changes_no_bit():
+    pair, method = Pair(), build("opd", {})
+    batch = pair.batch(method, pair.write())
+    order = torch.randperm(len(batch.rollouts), generator=torch.Generator().manual_seed(1)).tolist()
+    columns = {
+        name: value[order]
+        for name in ("response_ids", "mask", "sampler_logp", "policy_logp", "teacher_logp", "reward", "group")
+        if (value := getattr(batch, name)) is not None
+    }
+    shuffled = replace(batch, rollouts=tuple(batch.rollouts[i] for i in order), **columns)
+    one, other = of(method, batch), of(method, shuffled)
+    ordered = [n for n in one if re.search(r"_p\d\d|top_5|effective|auroc", n)]
+    assert len(ordered) == 8 + 4
+    assert [one[n] for n in ordered] == [other[n] for n in ordered]
+
+
+def test_padding_and_masked_tokens_are_not_read():
+    pair, method = Pair(), build("opd", {})
+    batch = pair.batch(method, pair.write())
+    spoilt = copy.copy(batch.teacher_logp).masked_fill(~batch.mask, torch.nan)
+    far = copy.copy(batch.policy_logp).masked_fill(~batch.mask, 1e6)
+    assert of(method, replace(batch, teacher_logp=spoilt, policy_logp=far)) == of(method, batch)
+
+
+@pytest.mark.parametrize("by", ["intersection", "union", "symmetric_difference"])
+def test_the_overlap_is_there_when_the_support_is_made_of_both(by: str):
+    pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": by})
+    rollouts = pair.write(method.record())
+    batch = pair.batch(method, rollouts)
+    both = pair.batch(build("topk_reverse_kl", {"k": 3, "by": "teacher"}), rollouts)
+    assert both.support_ids is not None
+    found: list[float] = []
+    for i, rollout in enumerate(rollouts):
+        assert rollout.student_top_ids is not None
+        for t in rollout.trained.nonzero()[:, 0].tolist():
+            ours, theirs = set(rollout.student_top_ids[t].tolist()), set(both.support_ids[i, t].tolist())
+            found.append(len(ours & theirs) / 3)
+    assert of(method, batch)["support/overlap_ratio"] == pytest.approx(sum(found) / len(found))
+
+
+@pytest.mark.parametrize("by", ["teacher", "student"])
+def test_the_overlap_is_not_there_when_one_model_chose(by: str):
+    pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": by})
+    assert "support/overlap_ratio" not in of(method, pair.batch(method, pair.write(method.record())))
+
+
+def test_entropies_are_there_when_a_piece_had_them_made():
+    pair = Pair()
+    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
+    method = replace(build("opd", {}), weight=reader)
+    batch = pair.batch(method, pair.write(method.record()), entropy=True)
+    got = of(method, batch)
+    assert batch.student_entropy is not None
+    assert batch.teacher_entropy is not None
+    gap = (batch.teacher_entropy - batch.student_entropy).abs()[batch.mask]
+    assert got["teacher/entropy_gap"] == pytest.approx(gap.double().mean().item(), rel=1e-5)
+    assert got["student/entropy"] == pytest.approx(batch.student_entropy[batch.mask].double().mean().item(), rel=1e-5)
+    without = of(method, pair.batch(build("opd", {}), pair.write()))
+    assert not [name for name in without if "entropy" in name]
+
+
+def test_on_a_full_support_there_is_what_the_method_reads():
+    pair, method = Pair(), build("reverse_kl", {})
+    batch = pair.batch(method, pair.write())
+    reader = replace(method, weight=lambda batch: batch.mask.float())  # says nothing, so it may read them
+    scored, not_scored = of(reader, batch), of(method, batch)
+    assert "teacher/win_rate" in scored
+    assert "teacher/log_ratio" not in scored  # phase B logs that one
+    assert not [name for name in not_scored if name.startswith("teacher/")]
+
+
+def test_another_temperature_gives_no_log_ratio():
+    pair, method = Pair(temperature=0.5), build("opd", {})
+    names = of(method, pair.batch(method, pair.write()))
+    assert not [name for name in names if name.startswith("teacher/")]
+
+
+def test_without_a_teacher_nothing_is_said_of_one():
+    pair = Pair()
+    method = Method(teacher=no_teacher(), support=supports.no_support(), signal=nll())
+    rollouts = pair.write()
+    batch = collate(rollouts, unscored(rollouts), pair.student.device)
+    assert not [name for name in of(method, batch) if name.startswith(("teacher/", "support/"))]
+
+
+# --- the page -------------------------------------------------------------------------------------------------------
+
+
+def logged(lm: LanguageModel) -> set[str]:
+    """Every name that a step can log before its update, without the position."""
+    pair = Pair()
+    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
+    method = replace(build("topk_reverse_kl", {"k": 3, "by": "union"}), weight=reader)
+    numbers = of(method, pair.batch(method, pair.write(method.record()), entropy=True))
+    one = torch.ones(1, dtype=torch.long)
+    columns = Comparison(k=1, **{n: one for n in Comparison.__dataclass_fields__ if n != "k"}).columns()
+    return {name.split("/from_")[0] for name in numbers} | {f"compare/{name}" for name in columns}
+
+
+def test_the_page_has_every_name_and_no_other():
+    names = set(
+        re.findall(r"^\| `((?:rollout|train|teacher|student|support|compare)/\w+)`", PAGE.read_text(), re.MULTILINE)
+    )
+    phase_b = {"train/loss", "train/signal", "train/student_nll"}
+    phase_b |= {"support/student_mass", "support/teacher_mass", "support/empty_share"}
+    assert logged(tiny()) | phase_b == names

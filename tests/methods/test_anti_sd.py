@@ -1,0 +1,480 @@
+"""Away from the teacher: what that ascends, solutions of peers, the gate with its memory, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import oracle
+import pytest
+import torch
+from support.models import rollout_of, tiny
+from support.runs import one_stage, prepare, tiny_model
+from torch import Tensor
+
+import opd
+from opd import methods
+from opd.errors import ConfigError, DataError
+from opd.maths import divergences
+from opd.method import Method
+from opd.methods.coherence import check_signs
+from opd.pieces import contexts, credit, signals, solutions, supports
+from opd.pieces.gates import EntropyGate
+from opd.pieces.needs import Input, Reads, needs_of
+from opd.pieces.solutions import Solutions, from_peers
+from opd.types import Batch, Prompt, Rollout
+
+LM = tiny()
+PROMPT = Prompt(id=4, content="ab", answer=7, privileged_context="hg")
+ALL: Solutions = lambda rollouts: ["x"] * len(rollouts)  # noqa: E731
+
+
+def response(sample: int, reward: float | None, text: str = "", prompt: Prompt = PROMPT) -> Rollout:
+    written = rollout_of(LM, PROMPT, [4, 5], sample=sample, reward=reward)
+    return replace(written, prompt=prompt, text=text or f"r{sample}")
+
+
+def batch_of(
+    teacher_logp: Tensor,
+    policy_logp: Tensor,
+    rewards: Sequence[float] | None = None,
+    mask: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> Batch:
+    """Responses to one prompt, [B, T]."""
+    rewards = [0.0] * len(teacher_logp) if rewards is None else rewards
+    return Batch(
+        rollouts=tuple(response(i, reward) for i, reward in enumerate(rewards)),
+        response_ids=torch.zeros(teacher_logp.shape, dtype=torch.long),
+        mask=torch.ones(teacher_logp.shape, dtype=torch.bool) if mask is None else mask,
+        sampler_logp=policy_logp,
+        policy_logp=policy_logp,
+        teacher_logp=teacher_logp,
+        reward=torch.tensor(rewards, dtype=teacher_logp.dtype),
+        group=torch.zeros(len(rewards), dtype=torch.long),
+        teacher_entropy=entropy,
+    )
+
+
+def logits(seed: int, *shape: int, scale: float = 2.0) -> Tensor:
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# --- the shape -------------------------------------------------------------------------------------------------------
+
+
+def ascent(strength: float = 1.0, shape: Literal["jsd", "reverse_kl"] = "jsd") -> Any:
+    return credit.diverge_from_teacher(strength, ALL, shape=shape)
+
+
+def of_ratio(u: Tensor, **settings: Any) -> Tensor:
+    """The credit of log-ratios u, [n]."""
+    return ascent(**settings)(batch_of(u[:, None], torch.zeros_like(u)[:, None]))[:, 0]
+
+
+@pytest.mark.parametrize("shape", ["jsd", "reverse_kl"])
+def test_the_advantage_is_the_oracles(shape: Literal["jsd", "reverse_kl"]):
+    u = torch.tensor([-1e4, -30.0, -2.0, -1e-3, 0.0, 1e-3, 0.7, 5.0, 60.0, 1e4], dtype=torch.float64)
+    expected = [oracle.anti_advantage(value, 0.0, 0.5, shape) for value in u.tolist()]
+    assert of_ratio(u, strength=0.5, shape=shape).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+def test_it_is_bounded_falls_with_the_ratio_and_keeps_its_sign():
+    """Lemma 5: at most (log 2) / 2, reached where the teacher thinks nothing of a token; -u/4 near 0, -u/2 far out."""
+    u = torch.linspace(-60, 60, 1201, dtype=torch.float64)
+    got = of_ratio(u)
+    assert bool((got.diff() < 0)[u[1:].abs() < 30].all())
+    assert bool((got.sign() == -u.sign())[u.abs() > 1e-9].all())
+    assert float(got.max()) == pytest.approx(math.log(2) / 2, abs=1e-12)
+    assert float(of_ratio(torch.tensor([1e-6], dtype=torch.float64))) == pytest.approx(-0.25e-6, rel=1e-5)
+    assert float(got[-1]) == pytest.approx(-0.5 * (60 - math.log(2)), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", ["jsd", "reverse_kl"])
+def test_its_mean_policy_gradient_ascends_the_divergence(seed: int, shape: Literal["jsd", "reverse_kl"]):
+    """Every token of the vocabulary, weighted by its probability, against autograd in float64 (eq. 3, 5 and 6)."""
+    z, q = logits(seed, 9).requires_grad_(), logits(seed + 50, 9).log_softmax(-1)
+    p = z.log_softmax(-1)
+    advantage = ascent(shape=shape)(batch_of(q[:, None], p.detach()[:, None]))[:, 0]
+    (got,) = torch.autograd.grad((p.detach().exp() * advantage * p).sum(), z, retain_graph=True)
+    if shape == "jsd":
+        value = divergences.generalised_jsd(p, q, beta=0.5)
+        by_hand = oracle.grad_jsd(z.tolist(), q.tolist())
+    else:
+        value = divergences.reverse_kl(p, q)
+        by_hand = oracle.grad_full(z.tolist(), q.tolist())
+    (expected,) = torch.autograd.grad(value, z)
+    torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-10)
+    assert got.tolist() == pytest.approx(by_hand, abs=1e-12)
+
+
+def test_log_ratios_telescope_to_what_the_response_says_about_the_context():
+    """Lemma 3 on a made-up world of 3 contexts and responses of 4 tokens: sum u = log p(c | y) - log p(c)."""
+    contexts_, vocabulary, length = 3, 3, 4
+    joint = logits(7, contexts_, *[vocabulary] * length).flatten().softmax(0)
+    joint = joint.view(contexts_, *[vocabulary] * length)
+    prior = joint.reshape(contexts_, -1).sum(1)
+    for y in itertools.product(range(vocabulary), repeat=length):
+        reached = [joint[(slice(None), *y[:t])].reshape(contexts_, -1).sum(1) for t in range(length + 1)]  # p(c, y_<=t)
+        for c in range(contexts_):
+            teacher = torch.stack([(reached[t + 1][c] / reached[t][c]).log() for t in range(length)])
+            policy = torch.stack([(reached[t + 1].sum() / reached[t].sum()).log() for t in range(length)])
+            u = -ascent(shape="reverse_kl")(batch_of(teacher[None], policy[None]))
+            expected = (reached[length][c] / reached[length].sum()).log() - prior[c].log()
+            assert float(u.sum()) == pytest.approx(float(expected), abs=1e-12)
+
+
+def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
+    teacher, policy = logits(0, 3, 4), logits(1, 3, 4)
+    teacher[0, 3] = policy[0, 3] = math.nan  # padding
+    mask = torch.ones(3, 4, dtype=torch.bool)
+    mask[0, 3] = mask[1, 1] = False
+    only = credit.diverge_from_teacher(0.5, lambda rollouts: ["x", "x", None])
+    got = only(batch_of(teacher, policy, mask=mask))
+    assert got[~mask].tolist() == [0.0, 0.0]
+    assert got[2].tolist() == [0.0] * 4
+    for row, step in ((0, 0), (0, 2), (1, 0), (1, 3)):
+        u = float(teacher[row, step] - policy[row, step])
+        assert float(got[row, step]) == pytest.approx(oracle.anti_advantage(u, 0.0, 0.5))
+
+
+# --- credits that combine --------------------------------------------------------------------------------------------
+
+
+def test_credits_add_up_and_are_scaled():
+    batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
+    both = credit.add(credit.group_reward(), credit.scale(-0.5, credit.discounted(0.0)))
+    reward = oracle.group_advantage([1.0, 0.0])
+    expected = [
+        [reward[row] - 0.5 * float(batch.teacher_logp[row, t] - batch.policy_logp[row, t]) for t in range(3)]
+        for row in range(2)
+    ]
+    assert both(batch).tolist() == [pytest.approx(row) for row in expected]
+    needs = needs_of(both)
+    assert all(one in needs for one in (Input.REWARD, Input.GROUP, Reads.TEACHER_LOGP, Reads.POLICY_LOGP))
+
+
+def test_a_credit_that_declares_nothing_gets_the_teachers_log_probs_inside_of_others():
+    undeclared = lambda batch: batch.teacher_logp  # noqa: E731
+    for made in (credit.add(credit.group_reward(), undeclared), credit.scale(2.0, undeclared)):
+        assert needs_of(made).reads(Reads.TEACHER_LOGP)
+
+
+# --- solutions -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rewards", list(itertools.product([0.0, 0.5, 1.0], repeat=4))[::3])
+def test_the_next_right_response_of_the_group_is_shown_and_never_the_own(rewards: tuple[float, ...]):
+    samples = [2, 0, 3, 1]
+    rollouts = [response(sample, reward) for sample, reward in zip(samples, rewards, strict=True)]
+    expected = [oracle.next_right(samples, rewards, place) for place in range(4)]
+    shown = from_peers()(rollouts)
+    assert shown == ["hg" if peer is None else f"r{samples[peer]}" for peer in expected]
+    assert from_peers()(rollouts[::-1]) == shown[::-1], "the order of rows changes nothing"
+
+
+def test_without_a_right_peer_the_data_has_the_say_or_nobody():
+    alone = [response(0, 1.0), response(1, 0.0)]
+    assert from_peers("privileged_context")(alone) == ["hg", "r0"]
+    assert from_peers("answer")(alone) == ["7", "r0"]
+    assert from_peers(None)(alone) == [None, "r0"]
+    bare = replace(PROMPT, privileged_context=None)
+    assert from_peers()([response(0, 0.0, prompt=bare), response(1, None, prompt=bare)]) == [None, None]
+
+
+def test_another_prompts_response_is_no_peer_and_a_twin_is_not_either():
+    other = replace(PROMPT, id=5, privileged_context=None)
+    rollouts = [response(0, 1.0), response(0, 0.0, prompt=other), response(1, 0.0, prompt=other)]
+    assert from_peers()(rollouts) == ["hg", None, None]
+    twice = [response(0, 1.0), response(1, 0.0)] * 2  # a step took the prompt twice: the same draws
+    assert from_peers(None)(twice) == [None, "r0"] * 2
+
+
+# --- what the teacher reads ------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_reads_the_papers_words():
+    context = methods.build("anti_sd", {}).context
+    read = context([response(0, 1.0, text="a right one"), response(1, 0.0)])
+    assert [prompt.content for prompt in read] == [
+        "ab\n\nYour previous attempt:\nhg\n\nPrevious assessment: Your answer is correct.\n\n"
+        "Now solve this problem step by step.",
+        "ab\n\nYour previous attempt:\na right one\n\nPrevious assessment: Your answer is incorrect.\n\n"
+        "Now solve this problem step by step.",
+    ]
+
+
+def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_solution_reads_its_prompt():
+    chat = replace(PROMPT, content=({"role": "system", "content": "s"}, {"role": "user", "content": "ab"}))
+    template = "{privileged_context}{{}}{prompt}{verdict}"
+    context = contexts.privileged(template=template, solutions=from_peers(None))
+    read = context([response(0, 1.0, text="{x}", prompt=chat), response(1, 0.0, prompt=chat)])
+    assert read[0] == chat
+    assert [m["content"] for m in read[1].content if isinstance(m, dict)] == ["s", "{x}{}abincorrect"]
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{prompt}", r"stands in \{privileged_context\}, and neither .* shows it; got template '\{prompt\}'"),
+        ("{privileged_context}", r"\{prompt\} \(needed\)"),
+        ("{prompt}{solution}{privileged_context}", r"has the fields .*; got \['privileged_context', 'prompt', 'solu"),
+    ],
+)
+def test_a_template_that_shows_no_solution_is_refused(template: str, message: str):
+    with pytest.raises(ConfigError, match=message):
+        methods.build("anti_sd", {"template": template})
+
+
+def test_a_verdict_without_a_reward_is_an_error():
+    with pytest.raises(DataError, match=r"response to prompt 4 has no reward"):
+        methods.build("anti_sd", {}).context([response(0, None)])
+
+
+def test_a_response_whose_judge_failed_is_read_with_its_prompt_alone():
+    failed = replace(response(0, None), unjudged="the server is out")
+    assert from_peers()([failed, response(1, 0.0)]) == [None, "hg"]
+    read = methods.build("anti_sd", {}).context([failed, response(1, 0.0)])
+    assert read[0] == PROMPT
+    assert "is incorrect" in str(read[1].content)
+
+
+# --- the gate --------------------------------------------------------------------------------------------------------
+
+
+def entropies(*values: float) -> Batch:
+    """One response whose tokens have these entropies of the teacher."""
+    row = torch.tensor([values])
+    return batch_of(torch.zeros_like(row), torch.zeros_like(row), entropy=row)
+
+
+def alone(value: Any) -> list[Any]:
+    return [value]
+
+
+def run_gate(gate: EntropyGate, medians: Sequence[float]) -> list[float]:
+    strengths: list[float] = []
+    for median in medians:
+        metrics = gate.observe(entropies(median - 0.125, median, median + 0.5), alone)
+        assert metrics["gate/open"] == gate.factor()
+        assert metrics["gate/teacher_entropy"] == pytest.approx(median)
+        strengths.append(gate.factor())
+    return strengths
+
+
+# Warm-up, mean 1; then: between the thresholds from above, below, between from below, just under H_warm, over, between.
+MEDIANS = [1.0, 1.5, 0.5, 1.25, 0.75, 0.95, 0.94, 0.925, 0.95, 0.99, 1.0, 0.94, 0.5, 2.0]
+
+
+def test_the_gate_warms_up_closes_and_opens_with_hysteresis():
+    expected = oracle.entropy_gate(MEDIANS, most=1.0)
+    assert expected[5:] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
+    assert run_gate(EntropyGate(ALL, closes_below=0.93, warm_up=5), MEDIANS) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("stop", [2, 5, 9, 20])
+def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
+    medians = (1 + 0.1 * logits(seed, 40, scale=1.0).cumsum(0)).abs().float().tolist()
+    expected = oracle.entropy_gate(medians, most=1.0, share=0.9, warm_up=4)
+    assert {*expected[4:]} == {0.0, 1.0} or seed not in (0, 1)
+    first, second = (EntropyGate(ALL, closes_below=0.9, warm_up=4) for _ in range(2))
+    before = run_gate(first, medians[:stop])
+    second.load_state_dict(first.state_dict(), first.tensors())
+    assert before + run_gate(second, medians[stop:]) == expected
+
+
+def test_without_a_gate_the_strength_is_whole_from_the_first_step():
+    free, gated = (methods.build("anti_sd", {"gate": gate, "strength": 0.5}) for gate in (False, True))
+    batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
+    batch = replace(batch, memory=gated.make_memory())
+    pushed = free.credit(batch) - gated.credit(batch)
+    assert torch.equal(gated.credit(batch), credit.group_reward()(batch))
+    assert pushed == pytest.approx(credit.diverge_from_teacher(0.5, from_peers())(batch))
+
+
+def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solution():
+    rows = torch.tensor([[0.1, 0.9, math.nan], [0.4, 5.0, 0.2], [7.0, 8.0, 9.0]])
+    mask = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
+    nothing = torch.zeros_like(rows)
+    mine = batch_of(nothing, nothing, mask=mask, entropy=rows)
+    theirs = torch.tensor([0.3, 0.25, 6.0])
+    gate = EntropyGate(lambda rollouts: ["x", "x", None], closes_below=0.93, warm_up=1)
+    metrics = gate.observe(mine, lambda value: [theirs, value])
+    expected = oracle.lower_median([0.1, 0.9, 0.4, 0.2, 0.3, 0.25, 6.0])
+    assert metrics["gate/teacher_entropy"] == pytest.approx(expected)
+
+
+def test_who_read_no_solution_is_counted_in_all_processes():
+    nothing = torch.zeros(3, 2)
+    counted = solutions.Unsolved(lambda rollouts: ["x", None, None])
+    assert counted.observe(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
+
+
+def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
+    solved = True
+    gate = EntropyGate(lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
+    run_gate(gate, [1.0])
+    solved = False
+    metrics = gate.observe(entropies(0.1), alone)
+    assert "gate/teacher_entropy" not in metrics
+    assert metrics["gate/open"] == 0.0
+    solved = True
+    assert run_gate(gate, [1.0, 1.0, 0.5]) == [0.0, 1.0, 0.0]
+    solved = False
+    assert gate.observe(entropies(9.0), alone)["gate/open"] == 0.0
+
+
+@pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])
+def test_a_gate_that_makes_no_sense_is_refused(options: dict[str, float]):
+    with pytest.raises(ConfigError, match=r"closes below .* got closes_below"):
+        methods.build("anti_sd", options)
+
+
+@pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
+def test_a_strength_that_makes_no_sense_is_refused(strength: float):
+    with pytest.raises(ConfigError, match=r"at least 0 and finite, got"):
+        methods.build("anti_sd", {"strength": strength})
+
+
+# --- two that pull against each other --------------------------------------------------------------------------------
+
+AWAY = credit.diverge_from_teacher(0.5, ALL)
+ALLOWED = credit.diverge_from_teacher(0.5, ALL, allow_sign_conflict=True)
+PG = signals.policy_gradient(signals.credit)
+KL = signals.divergence("reverse_kl")
+
+
+@pytest.mark.parametrize(
+    ("pieces", "towards", "away"),
+    [
+        ({"credit": AWAY, "signal": signals.add(PG, signals.scale(0.3, KL))}, "signal", "credit"),
+        ({"credit": AWAY, "signal": signals.policy_gradient(signals.log_ratio)}, "signal", "credit"),
+        ({"credit": credit.add(AWAY, credit.discounted(0.0)), "signal": PG}, "credit", "credit"),
+        ({"signal": signals.add(KL, signals.scale(-1.0, signals.divergence("forward_kl")))}, "signal", "signal"),
+        ({"credit": credit.discounted(0.0), "signal": signals.add(PG, signals.scale(-0.1, KL))}, "credit", "signal"),
+    ],
+)
+def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any], towards: str, away: str):
+    with pytest.raises(
+        ConfigError,
+        match=rf"^Here draws the student towards its teacher \(its {towards}\) and drives it away from the teacher "
+        rf"\(its {away}\).*Leave one of the two out, or .* allow_sign_conflict",
+    ):
+        check_signs(Method(support=supports.top_k(3), **pieces), "Here")
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        {"credit": ALLOWED, "signal": signals.add(PG, KL)},
+        {"credit": credit.add(AWAY, credit.scale(-1.0, credit.discounted(0.0))), "signal": PG},  # the same way
+        {"credit": credit.add(credit.group_reward(), AWAY), "signal": PG},
+        {"credit": credit.group_reward(), "signal": signals.add(PG, KL)},
+    ],
+)
+def test_what_pulls_one_way_or_is_meant_is_not(pieces: dict[str, Any]):
+    check_signs(Method(support=supports.top_k(3), **pieces), "Here")
+
+
+def test_no_method_of_the_library_is_in_conflict_with_itself():
+    for name, function in methods.METHODS.items():
+        needed = {
+            "topk_reverse_kl": {"k": 3},
+            "local_support_matching": {"k": 3},
+            "context_distillation": {"system": "s"},
+        }
+        check_signs(function(**needed.get(name, {})), name)
+
+
+def both_ways(allow: bool = False) -> Method:
+    """anti_sd with an imitation of the same teacher beside it."""
+    away = methods.build("anti_sd", {"template": "{privileged_context}{prompt}", "allow_sign_conflict": allow})
+    return replace(away, support=supports.top_k(3), signal=signals.add(away.signal, KL))
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(prepare(tmp_path / "work", one_stage()))
+    return tmp_path / "work"
+
+
+def stage(**more: Any) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "method": "anti_sd",
+        "options": {"template": "{privileged_context}{prompt}"},
+        "teacher": None,
+        "reward": {"name": "final_number"},
+        "sampling": {"max_completion_length": 3, "n": 2},
+        "steps": 8,
+        **more,
+    }
+    return one_stage(**settings) | {"models": {"student": tiny_model(2)}}
+
+
+def test_a_run_warms_up_and_then_drives_away(work: Path):
+    """The gate's decisions are the oracle's for the medians that the run logs; the reward alone trains before."""
+    rows = opd.run(stage(), quiet=True).metrics
+    medians = [row["gate/teacher_entropy"] for row in rows]
+    assert [row["gate/open"] for row in rows] == oracle.entropy_gate(medians, most=1.0)
+    assert all(row["context/unsolved"] == 0 for row in rows)
+    assert rows[-1]["gate/warm_entropy"] == pytest.approx(sum(medians[:5]) / 5)
+    plain = opd.run(stage(method="grpo", options={}) | {"output_dir": "plain"}, quiet=True).metrics
+    assert [row["train/loss"] for row in rows[:5]] == [row["train/loss"] for row in plain[:5]]
+    assert any(row["gate/open"] for row in rows)
+    assert [row["optim/grad_norm"] for row in rows] != [row["optim/grad_norm"] for row in plain]
+
+
+def test_responses_without_any_solution_are_counted(work: Path):
+    rows = opd.run(stage(options={"template": "{privileged_context}{prompt}", "solution": None}), quiet=True).metrics
+    assert any(row["context/unsolved"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"reward": None}, r"needs a reward"),
+        ({"sampling": {"max_completion_length": 3}}, r"needs several responses to a prompt"),
+        ({"teacher": "student"}, r"the student is its own teacher"),
+        (
+            {"evaluate": {"data": {"path": "held_out.jsonl"}, "teacher": True}},
+            r"reads the student's attempt, .* Set evaluate.teacher to false",
+        ),
+        (
+            {
+                "reward": {"name": "rubric", "options": {"column": "answer"}, "judge": {"function": "textwrap:dedent"}},
+                "evaluate": {"data": {"path": "held_out.jsonl"}, "kl": True, "reward": None},
+            },
+            r"evaluate.kl compares with a teacher that reads the rewards .* Set evaluate.reward to one that checks",
+        ),
+    ],
+)
+def test_what_a_recipe_has_to_give(work: Path, settings: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=message):
+        opd.run(stage(**settings), quiet=True)
+
+
+def test_a_recipe_in_conflict_with_itself_is_refused_before_anything_is_loaded(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "both_ways": both_ways})
+    with pytest.raises(ConfigError, match=r"method 'both_ways' draws the student towards its teacher \(its signal\)"):
+        opd.run(stage(method="both_ways", options={}), quiet=True)
+    assert not Path("run").exists()
+    allowed = opd.run(stage(method="both_ways", options={"allow": True}, steps=2), quiet=True)
+    assert len(allowed.metrics) == 2
+
+
+def test_the_exact_divergence_of_a_held_out_group_is_measured(work: Path):
+    sampling = {"drawn": {"max_completion_length": 3, "n": 2}}
+    evaluate = {"data": {"path": "held_out.jsonl"}, "kl": True, "sampling": sampling}
+    run = opd.run(stage(steps=1, evaluate=evaluate), quiet=True)
+    assert all(row["eval/reverse_kl"] > 0 for row in run.metrics if "eval/reverse_kl" in row)

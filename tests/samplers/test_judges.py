@@ -1,0 +1,469 @@
+"""Judges: a server that misbehaves in every way, a model, a program; what is kept of their answers and what is not."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.judges import SECRET, Said, Server, completion, serving
+from support.models import byte_tokenizer, tiny
+
+from opd.errors import ConfigError, RunError, TrainingError
+from opd.recipe.schema import JudgeSection
+from opd.samplers.asked.build import check_judge, judge_of
+from opd.samplers.asked.cache import AnswerCache, CachedJudge
+from opd.samplers.asked.endpoint import Endpoint
+from opd.samplers.asked.local import LocalJudge
+from opd.samplers.asked.program import Program
+from opd.samplers.asked.protocol import Failure, Question, Reply, UnreadableError
+
+
+def question(text: str = "?", **fields: Any) -> Question:
+    return Question(**{"content": ({"role": "user", "content": text},), "temperature": 0.5, **fields})
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    with serving(lambda text: completion(f"about {text}")) as one:
+        yield one
+
+
+def endpoint(server: Server, **settings: Any) -> Endpoint:
+    fields = {"timeout_s": 5.0, "patience_s": 5.0, "backoff_s": 0.01, "concurrency": 4, **settings}
+    return Endpoint(url=server.url, model="judge-1", **fields)
+
+
+def one(judge: Any, asked: Question | None = None) -> Reply:
+    ((i, reply),) = judge.ask([asked or question()])
+    assert i == 0
+    return reply
+
+
+# --- a server --------------------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_what_the_protocol_says(server: Server):
+    reply = one(endpoint(server, key=SECRET, max_tokens=7, body={"seed": 3, "stop": None}))
+    assert reply == Reply(text="about ?")
+    (sent,) = server.requests
+    message = {"role": "user", "content": "?"}
+    assert sent == {"model": "judge-1", "messages": [message], "temperature": 0.5, "max_tokens": 7, "seed": 3}
+    (headers,) = server.headers
+    assert headers["Authorization"] == f"Bearer {SECRET}"
+    assert headers["Content-Type"] == "application/json"
+
+
+def test_a_text_is_one_message_of_the_user_and_there_may_be_no_key(server: Server):
+    one(endpoint(server), Question(content="plain", temperature=0.0))
+    assert server.requests[0]["messages"] == [{"role": "user", "content": "plain"}]
+    assert "Authorization" not in server.headers[0]
+
+
+def test_the_body_takes_a_field_back(server: Server):
+    one(endpoint(server, body={"temperature": None, "max_tokens": None, "max_completion_tokens": 9}))
+    assert set(server.requests[0]) == {"model", "messages", "max_completion_tokens"}
+
+
+def test_questions_go_out_together_but_no_more_than_allowed(server: Server):
+    together = threading.Barrier(3, timeout=30)
+
+    def rule(text: str) -> Said:
+        together.wait()
+        return replace(completion(text), wait_s=0.05)
+
+    server.rule = rule
+    replies = dict(endpoint(server, concurrency=3, timeout_s=60).ask([question(str(i)) for i in range(9)]))
+    assert {i: reply.text for i, reply in replies.items()} == {i: str(i) for i in range(9)}
+    assert server.most_at_once == 3
+
+
+def test_answers_come_as_they_are_ready(server: Server):
+    quick_is_here = threading.Event()
+
+    def rule(text: str) -> Said:
+        assert text == "quick" or quick_is_here.wait(timeout=30)
+        return completion(text)
+
+    server.rule = rule
+    order: list[str | None] = []
+    for _, reply in endpoint(server, timeout_s=60).ask([question("slow"), question("quick")]):
+        order.append(reply.text)
+        quick_is_here.set()
+    assert order == ["quick", "slow"]
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        Said(status=500, body={"error": "oh"}),
+        Said(status=502, body=b"<html>bad gateway</html>"),
+        Said(status=503, body=b""),
+        Said(hang_up=True),
+        Said(body=b"<html>a proxy's page</html>"),
+        Said(body={"choices": []}),
+        Said(body={"choices": [{"message": {"content": None, "refusal": "no"}}]}),
+        Said(body=b'{"choices": [{"message": {"cont'),
+        Said(body=b'{"choices": ' + b"[" * 5000),
+        Said(body=b"cut", headers=(("Content-Length", "999"),)),
+    ],
+    ids=lambda said: f"{said.status}-{str(said.body)[:20]}",
+)
+def test_what_passes_is_tried_again(server: Server, trouble: Said):
+    server.script = [trouble, trouble]
+    assert one(endpoint(server, retries=2)) == Reply(text="about ?", requests=3)
+    server.script = [trouble] * 3
+    failed = one(endpoint(server, retries=2))
+    assert failed.text is None
+    assert failed.requests == 3
+    assert failed.failure
+
+
+@pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404, 422])
+def test_what_does_not_pass_is_not_tried_again(server: Server, status: int):
+    server.script = [Said(status=status, body={"error": "not so"}, headers=(("Location", f"{server.url}/other"),))]
+    failed = one(endpoint(server))
+    assert failed.failure is not None
+    assert failed.failure.startswith(f"HTTP {status}")
+    assert len(server.requests) == failed.requests == 1
+
+
+def test_a_server_that_says_nothing_is_given_up_in_time(server: Server):
+    server.script = [Said(wait_s=60.0, body=b"")] * 2
+    started = time.monotonic()
+    failed = one(endpoint(server, timeout_s=0.2, retries=1))
+    assert failed == Reply(failure="no answer within 0.2 s", requests=2)
+    assert time.monotonic() - started < 30
+
+
+def test_a_server_that_trickles_is_given_up_in_time(server: Server):
+    server.script = [replace(completion("x" * 500), trickle_s=0.1)]
+    started = time.monotonic()
+    failed = one(endpoint(server, timeout_s=0.3, retries=0))
+    assert failed.failure == "no answer within 0.3 s"
+    assert time.monotonic() - started < 30
+
+
+def test_nobody_there():
+    with serving() as server:
+        pass
+    failed = one(endpoint(server, retries=1))
+    assert failed.failure is not None
+    assert failed.failure.startswith("no connection (ConnectionRefusedError")
+    assert failed.requests == 2
+
+
+def busy(after: str | None, status: int = 429) -> Said:
+    return Said(status=status, body={"error": "slow down"}, headers=() if after is None else (("Retry-After", after),))
+
+
+@pytest.mark.parametrize(("after", "least"), [("0.2", 0.6), (None, 0.07)], ids=["seconds", "no header"])
+def test_a_busy_server_is_waited_for_and_that_costs_no_retry(server: Server, after: str | None, least: float):
+    server.script = [busy(after)] * 3
+    started = time.monotonic()
+    assert one(endpoint(server, retries=0)) == Reply(text="about ?", requests=4)
+    assert time.monotonic() - started >= least
+
+
+def test_a_busy_server_may_say_a_date(server: Server):
+    soon = (datetime.now(UTC) + timedelta(seconds=2)).replace(microsecond=0)
+    server.script = [busy(format_datetime(soon, usegmt=True), status=503)]
+    assert one(endpoint(server, retries=0)).requests == 2
+    assert datetime.now(UTC) > soon - timedelta(seconds=0.1)
+
+
+def test_a_server_that_stays_busy_is_given_up(server: Server):
+    server.script = [busy("3600")]
+    failed = one(endpoint(server, patience_s=5.0))
+    assert failed.requests == 1
+    assert failed.failure is not None
+    assert failed.failure.startswith("HTTP 429")
+    assert "it asks for 3.6e+03 s more, after 0 s of `patience_s` 5" in failed.failure
+
+
+@pytest.mark.parametrize("after", ["0", "-3", "Wed, 01 Jan 2020 00:00:00 GMT"])
+def test_a_busy_server_that_says_now_is_not_asked_without_end(server: Server, after: str):
+    server.script = [busy(after)] * 50
+    failed = one(endpoint(server, patience_s=0.05))
+    assert failed.requests == 6  # five waits of backoff_s
+    assert "HTTP 429" in str(failed.failure)
+
+
+def test_a_cut_answer_is_an_answer_and_says_so(server: Server):
+    server.script = [completion("{", finish="length")]
+    assert one(endpoint(server)) == Reply(text="{", cut=True)
+
+
+def test_the_key_is_in_no_text_and_no_repr(server: Server):
+    judge = endpoint(server, key=SECRET, retries=0)
+    leaks = [
+        Said(status=401, body={"error": f"Incorrect API key: {SECRET}"}),
+        Said(body={"error": f"Bearer {SECRET}"}),
+        completion(f"your key is {SECRET}"),
+    ]
+    server.script = list(leaks)
+    replies = [one(judge) for _ in leaks]
+    assert "[key]" in str(replies[0].failure)
+    assert replies[2].text == "your key is [key]"
+    assert SECRET not in repr(replies) + repr(judge) + json.dumps(dict(judge.identity))
+
+
+def test_a_redirect_does_not_carry_the_key_to_another_host(server: Server):
+    with serving(lambda text: completion("from elsewhere")) as other:
+        there = (("Location", f"{other.url}/chat/completions"),)
+        server.script = [Said(status=307, body={}, headers=there), Said(status=302, body={}, headers=there)]
+        assert [one(endpoint(server, key=SECRET)).text for _ in range(2)] == [None, None]
+        assert other.requests == []
+
+
+# --- a program -------------------------------------------------------------------------------------------------------
+
+
+def test_a_program_answers_what_the_question_is_about():
+    judge = Program(function=lambda asked, more: f"{asked.about['n']}{more}", name="f", options={"more": "!"})
+    questions = [question(about={"n": n}) for n in range(2)]
+    assert list(judge.ask(questions)) == [(0, Reply(text="0!")), (1, Reply(text="1!"))]
+    assert one(Program(function=lambda asked: None, name="f")).failure == "it had nothing to say"
+
+
+def test_a_program_that_raises_or_returns_something_else_is_an_error():
+    def broken(asked: Question) -> str:
+        raise KeyError("points")
+
+    with pytest.raises(TrainingError, match="The judge mine:f raised KeyError: 'points'"):
+        one(Program(function=broken, name="mine:f"))
+    with pytest.raises(TrainingError, match="The judge mine:f returned a dict"):
+        one(Program(function=lambda asked: {}, name="mine:f"))  # type: ignore[arg-type,return-value]
+
+
+# --- a model ---------------------------------------------------------------------------------------------------------
+
+
+def local(**settings: Any) -> LocalJudge:
+    lm = tiny(tokenizer=byte_tokenizer(), name="judge")
+    return LocalJudge(lm=lm, origin={"path": "here"}, **{"max_tokens": 8, **settings})
+
+
+def test_a_model_answers_as_a_function_of_the_question_alone():
+    judge = local()
+    questions = [question(text, temperature=t) for text in ("a", "longer", "b") for t in (0.0, 1.0)]
+    together = dict(judge.ask(questions))
+    alone = {i: one(judge, asked) for i, asked in enumerate(questions)}
+    assert together == alone
+    again = {i: one(judge, replace(asked, attempt=1)) for i, asked in enumerate(questions)}
+    greedy = [i for i, asked in enumerate(questions) if asked.temperature == 0]
+    assert [again[i].text for i in greedy] == [alone[i].text for i in greedy]
+    assert any(again[i].text != alone[i].text for i in alone)
+    assert one(judge, replace(questions[1], number=1)).text != alone[1].text
+    assert all(reply.cut == (len(str(reply.text).encode()) >= 8) for reply in alone.values() if reply.cut)
+
+
+def test_a_question_that_is_too_long_for_the_model_is_a_failure_of_that_question():
+    judge = local()
+    replies = dict(judge.ask([question("x" * 400), question("short")]))
+    assert replies[1].text is not None
+    assert replies[0].text is None
+    assert "and an answer up to 8, and judge reads 256 in all" in str(replies[0].failure)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """A judge with a list of answers, which remembers what it was asked."""
+
+    identity: dict[str, Any] = {"who": "recorded"}  # noqa: RUF012
+
+    def __init__(self, *answers: str | None) -> None:
+        self.answers = list(answers)
+        self.asked: list[Question] = []
+
+    def ask(self, questions: Any) -> Iterator[tuple[int, Reply]]:
+        for i, asked in reversed(list(enumerate(questions))):  # not in order
+            self.asked.append(asked)
+            text = self.answers.pop(0)
+            yield i, Reply(text=text, failure="down" if text is None else None)
+
+
+def number(asked: Question, text: str) -> int:
+    try:
+        return int(text)
+    except ValueError as error:
+        raise UnreadableError(f"{text!r} is no number") from error
+
+
+def asking(folder: Path, judge: Any, retries: int = 2, rank: int = 0) -> CachedJudge:
+    return CachedJudge(judge=judge, cache=AnswerCache(folder, rank), retries=retries)
+
+
+def test_nothing_is_asked_twice_not_even_after_a_kill(tmp_path: Path):
+    judge = Recorded("2", "1")
+    first = asking(tmp_path, judge)
+    assert first.ask([question("a"), question("b")], number) == [1, 2]
+    assert first.ask([question("b"), question("b")], number) == [2, 2]
+    assert first.counts["cached"] == 2
+
+    file = tmp_path / "answers-0.jsonl"
+    whole = file.read_bytes()
+    file.write_bytes(whole + b'{"key": "half of')  # killed in the middle of a line
+    another = Recorded("3")
+    again = asking(tmp_path, another)
+    assert file.read_bytes() == whole
+    assert again.ask([question("a"), question("b"), question("c")], number) == [1, 2, 3]
+    assert [one.content[0]["content"] for one in another.asked] == ["c"]  # type: ignore[index,union-attr]
+
+
+def test_the_same_question_is_asked_once_in_a_batch(tmp_path: Path):
+    judge = Recorded("1")
+    assert asking(tmp_path, judge).ask([question("a")] * 3, number) == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [question("b"), question("a", temperature=0.0), question("a", number=1), Question(content="a", temperature=0.5)],
+)
+def test_another_question_is_another_question(tmp_path: Path, other: Question):
+    judge = Recorded("1", "2")
+    mine = asking(tmp_path, judge)
+    assert mine.ask([question("a")], number) + mine.ask([other], number) == [1, 2]
+
+
+def test_another_judge_is_asked_anew(tmp_path: Path):
+    assert asking(tmp_path, Recorded("1")).ask([question()], number) == [1]
+    other = Recorded("2")
+    other.identity = {"who": "another"}
+    assert asking(tmp_path, other).ask([question()], number) == [2]
+
+
+def test_where_an_answer_has_to_be_whole_one_that_was_cut_is_none(server: Server, tmp_path: Path):
+    server.script = [completion("1", finish="length"), completion("2")] + [completion("3", finish="length")] * 3
+    mine = asking(tmp_path, endpoint(server), retries=1)
+    assert mine.ask([question("a")], number, whole=True) == [2]
+    (cut,) = mine.ask([question("b")], number, whole=True)
+    assert cut == Failure("the answer has no end; the answer was cut: raise max_tokens")
+    assert mine.counts["unreadable"] == 3
+    assert mine.ask([question("b")], number) == [3]
+
+
+def test_an_unreadable_answer_is_asked_for_again_and_the_readable_one_is_kept(tmp_path: Path):
+    judge = Recorded("x", "y", "3")
+    mine = asking(tmp_path, judge)
+    assert mine.ask([question()], number) == [3]
+    assert [one.attempt for one in judge.asked] == [0, 1, 2]
+    assert mine.counts["unreadable"] == mine.counts["retries"] == 2
+    assert asking(tmp_path, Recorded()).ask([question()], number) == [3]
+
+
+def test_one_unreadable_answer_too_many_is_a_failure_and_is_not_kept(tmp_path: Path):
+    mine = asking(tmp_path, Recorded("x", "y"), retries=1)
+    assert mine.ask([question()], number) == [Failure("'y' is no number")]
+    assert mine.counts["failed"] == 1
+    assert asking(tmp_path, Recorded("3")).ask([question()], number) == [3]
+
+
+def test_no_answer_is_a_failure_at_once(tmp_path: Path):
+    judge = Recorded(None, "1")
+    assert asking(tmp_path, judge).ask([question("a"), question("b")], number) == [1, Failure("down")]
+    assert len(judge.asked) == 2
+
+
+def test_a_cut_answer_says_what_to_do(tmp_path: Path):
+    class Cut(Recorded):
+        def ask(self, questions: Any) -> Iterator[tuple[int, Reply]]:
+            yield 0, Reply(text="12,", cut=True)
+
+    (failure,) = asking(tmp_path, Cut(), retries=0).ask([question()], number)
+    assert failure == Failure("'12,' is no number; the answer was cut: raise max_tokens")
+
+
+def test_answers_are_kept_as_they_come(tmp_path: Path):
+    """A judge that is interrupted between two answers: the first is not lost."""
+
+    class Killed(Recorded):
+        def ask(self, questions: Any) -> Iterator[tuple[int, Reply]]:
+            yield 0, Reply(text="1")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        asking(tmp_path, Killed()).ask([question("a"), question("b")], number)
+    judge = Recorded("2")
+    assert asking(tmp_path, judge).ask([question("a"), question("b")], number) == [1, 2]
+
+
+def test_processes_read_each_others_answers_and_write_their_own(tmp_path: Path):
+    assert asking(tmp_path, Recorded("1"), rank=1).ask([question("a")], number) == [1]
+    alone = asking(tmp_path, Recorded("2"))
+    assert alone.ask([question("a"), question("b")], number) == [1, 2]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["answers-0.jsonl", "answers-1.jsonl"]
+    assert [len((tmp_path / f"answers-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [1, 1]
+
+
+@pytest.mark.parametrize("line", ["{broken}", '{"text": "no key"}', "[]"])
+def test_a_damaged_line_is_an_error(tmp_path: Path, line: str):
+    (tmp_path / "answers-0.jsonl").write_text(line + "\n")
+    with pytest.raises(RunError, match=r"answers-0\.jsonl.*[Rr]emove"):
+        AnswerCache(tmp_path)
+
+
+# --- sections --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({}, "exactly one of url, lm, function; given are none"),
+        ({"lm": "a", "function": "m:f"}, r"given are \['lm', 'function'\]"),
+        ({"url": "http://x/v1"}, "set `model`"),
+        ({"lm": "a", "model": "b", "timeout_s": 3}, "`lm` does not read model, timeout_s: leave it out"),
+        ({"url": "http://x/v1", "model": "m", "options": {"a": 1}}, "`url` does not read options"),
+        ({"lm": "a", "max_tokens": 0}, "greater than or equal to 1"),
+        ({"lm": "a", "api_key": SECRET}, "api_key"),
+    ],
+)
+def test_a_section_that_cannot_be_meant_so(section: dict[str, Any], says: str):
+    with pytest.raises(ValueError, match=says):
+        JudgeSection(**section)
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        ({"url": "localhost:8000", "model": "m"}, "`url` is no address"),
+        ({"url": "ftp://host/v1", "model": "m"}, "`url` is no address"),
+        ({"url": f"https://me:{SECRET}@host/v1", "model": "m"}, "`url` holds more than an address"),
+        ({"url": f"https://host/v1?key={SECRET}", "model": "m"}, "`url` holds more than an address"),
+        ({"url": "https://host/v1", "model": "m", "api_key_env": SECRET}, "is not the name of an environment variable"),
+        ({"url": "https://host/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set or empty"),
+        ({"function": "no_such_module:f"}, "importing 'no_such_module' failed"),
+        ({"function": "textwrap:dedent", "options": {"nonsense": 1}}, "cannot be called with the options"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked(section: dict[str, Any], says: str):
+    with pytest.raises(ConfigError, match=says) as caught:
+        check_judge(JudgeSection(**section), "here")
+    assert SECRET not in str(caught.value)
+
+
+@pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\nX-Other: 1", "{}\N{EURO SIGN}"])
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, around: str):
+    monkeypatch.setenv("ODD_KEY", around.format(SECRET))
+    with pytest.raises(ConfigError, match="ODD_KEY holds white space") as refused:
+        check_judge(JudgeSection(url="https://host/v1", model="m", api_key_env="ODD_KEY"), "reward")
+    assert SECRET not in str(refused.value)
+
+
+def test_a_key_that_is_there_is_looked_at_and_not_repeated(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    section = JudgeSection(url="https://host/v1", model="m", api_key_env="JUDGE_KEY")
+    check_judge(section, "here")
+    judge = judge_of(section, {}, {})
+    assert isinstance(judge, Endpoint)
+    assert judge.key == SECRET
+    assert SECRET not in repr(judge) + section.model_dump_json()

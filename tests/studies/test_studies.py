@@ -1,0 +1,353 @@
+"""Studies: verdicts follow from numbers, measurements agree with plain Python, models are cached, the page is whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from support.study_numbers import collected, first
+from typer.testing import CliRunner
+
+from opd.cli import app
+from opd.errors import ConfigError, DataError
+from opd.maths.statistics import Interval
+from opd_studies import STUDIES, headline, use
+from opd_studies.claims import estimators, fixed_points, prefixes, privileged
+from opd_studies.lab import ablation, distilling
+from opd_studies.lab import lab as labs
+from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short, verdict
+
+ROOT = Path(__file__).parents[2]
+ARXIV = re.compile(r"\b2\d{3}\.\d{5}\b")
+
+
+# --- intervals and verdicts -----------------------------------------------------------------------------------------
+
+
+def student_t_tail(t: float, degrees: int, pieces: int = 20_000) -> float:
+    """P(|T| > t), by the trapezium rule on the density, in plain Python."""
+    factor = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    height = [factor * (1 + (t * i / pieces) ** 2 / degrees) ** (-(degrees + 1) / 2) for i in range(pieces + 1)]
+    return 1 - 2 * (t / pieces) * (math.fsum(height) - (height[0] + height[-1]) / 2)
+
+
+@pytest.mark.parametrize("n", range(3, 21))
+def test_an_interval_over_seeds_is_students_t(n):
+    values = [math.sin(3 * i) for i in range(n)]
+    interval = over_seeds(values)
+    mean = math.fsum(values) / n
+    error = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    assert interval.mean == pytest.approx(mean)
+    assert student_t_tail((interval.high - mean) / error, n - 1) == pytest.approx(0.05, abs=2e-4)
+    assert interval.high - mean == pytest.approx(mean - interval.low)
+
+
+@pytest.mark.parametrize("n", [0, 2, 21])
+def test_too_few_or_too_many_seeds_are_refused(n):
+    with pytest.raises(ConfigError, match=f"needs 3 to 20 seeds, got {n}. Give more seeds"):
+        over_seeds([0.0] * n)
+
+
+def test_differences_pair_the_seeds():
+    assert differences([1.0, 2.0, 3.0], [0.9, 1.9, 2.9]).high == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="shorter"):
+        differences([1.0, 2.0, 3.0], [1.0, 2.0])
+
+
+def check(low: float, high: float, **bounds: float) -> Check:
+    return Check(what="x", interval=Interval((low + high) / 2, low, high), **bounds)
+
+
+def test_a_check_wants_the_whole_interval_on_its_side():
+    assert check(0.2, 0.4, above=0.1).holds
+    assert not check(0.05, 0.4, above=0.1).holds
+    assert check(-0.4, -0.2, below=-0.1).holds
+    assert not check(-0.4, 0.0, below=-0.1).holds
+    assert check(-0.05, 0.05, above=-0.1, below=0.1).holds
+    assert not check(-0.05, 0.2, above=-0.1, below=0.1).holds
+    assert not check(math.nan, math.nan, above=-1.0).holds
+    with pytest.raises(AssertionError, match="cannot fail"):
+        check(0.0, 1.0)
+
+
+def test_a_verdict_needs_all_checks_of_one_setting():
+    yes, no = check(1.0, 2.0, above=0.0), check(-2.0, -1.0, above=0.0)
+    assert verdict([yes, yes], [no]) == "holds"
+    assert verdict([yes, no]) == "does not hold"
+    assert verdict([yes, no], [yes]) == "holds in setting B only"
+    assert verdict([no], [yes, no]) == "does not hold"
+    with pytest.raises(AssertionError):
+        verdict([])
+
+
+def test_a_finding_tells_number_interval_rule_and_both_settings():
+    one = finding("c", "2605.11182", [check(0.1, 0.3, above=0.25)], [check(0.5, 0.7, above=0.25, below=0.9)])
+    assert (
+        one.measured == "A: x 0.2 [0.1, 0.3] (claim: above 0.25). B: x 0.6 [0.5, 0.7] (claim: above 0.25 and below 0.9)"
+    )
+    assert one.verdict == "holds in setting B only"
+
+
+def test_short_numbers():
+    assert [short(v) for v in (0.0, 0.12345, 1234.5, -1e-7, 3.2e8)] == [
+        "0",
+        "0.123",
+        "1.23e+03",
+        "-1.00e-07",
+        "3.20e+08",
+    ]
+
+
+# --- every study's rule: numbers as claimed, and their opposite -----------------------------------------------------
+
+
+NUMBERS, SECOND = collected("NUMBERS"), collected("SECOND")
+
+
+def module_of(name: str) -> ModuleType:
+    return sys.modules[STUDIES[name].__module__]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_says_what_it_reruns(name):
+    module = module_of(name)
+    assert module.__name__ == f"opd_studies.claims.{name}"
+    assert headline(name)
+    assert re.fullmatch(r"[A-Z`][^\n]{40,300}\.", use(name))
+    assert ARXIV.search(module.__doc__ or ""), "the docstring cites the paper"
+    for one in module.judge(NUMBERS[name][0]):
+        assert ARXIV.search(one.citation)
+        assert re.search(
+            r"eq\.|Fig\.|section|appendix|A\.\d|Table|abstract|results|ablation|baseline|released code", one.citation
+        )
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_opposite_numbers_give_the_opposite_verdict(name):
+    as_claimed, opposite = NUMBERS[name]
+    assert [one.verdict for one in module_of(name).judge(as_claimed) if one.verdict != "holds"] == []
+    assert [one.claim for one in module_of(name).judge(opposite) if one.verdict != "does not hold"] == []
+
+
+@pytest.mark.parametrize("name", SECOND)
+def test_a_second_setting_counts_where_the_first_one_fails(name):
+    numbers, places = SECOND[name]
+    verdicts = [one.verdict for one in module_of(name).judge(numbers)]
+    assert [place for place, verdict in enumerate(verdicts) if verdict == "holds in setting B only"] == places
+
+
+def test_a_plateau_lasts_until_nine_tenths():
+    numbers = first.fixed_point_numbers(True)
+    near5, near20 = (start.name for start in fixed_points.STARTS[:2])
+    assert fixed_points.lengths(numbers, near5) == [20.0] * 3
+    assert fixed_points.lengths(numbers, near20) == [150.0] * 3
+
+
+# --- models, kept by what made them ---------------------------------------------------------------------------------
+
+TINY = PairSize(
+    teacher={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
+    student={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
+    teacher_steps=2,
+    student_steps=2,
+    prompts_per_step=4,
+)
+
+
+def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_path, monkeypatch):
+    here, there = Lab(folder=tmp_path / "a"), Lab(folder=tmp_path / "b")
+
+    def recipe(lab: Lab, seed: int) -> dict[str, Any]:
+        made = labs.student_recipe(seed, TINY)
+        return made | {"models": {"student": {"path": str(lab.folder / "x" / "model")}}}
+
+    assert here.fingerprint(recipe(here, 0)) == there.fingerprint(recipe(there, 0))
+    assert here.fingerprint(recipe(here, 0)) != here.fingerprint(recipe(here, 1))
+    longer = replace(TINY, student_steps=3)
+    assert here.fingerprint(labs.student_recipe(0, TINY)) != here.fingerprint(labs.student_recipe(0, longer))
+    before = here.fingerprint(recipe(here, 0))
+    monkeypatch.setattr(labs, "library_digest", lambda: "another library")
+    assert here.fingerprint(recipe(here, 0)) != before
+
+
+def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, monkeypatch):
+    trains = ("opd/train.py", "opd_studies/worlds/methods.py")
+    draws = ("opd/cli.py", "opd/commands/doctor/cost.py", "opd_studies/claims/losses.py", "opd_studies/page/report.py")
+    for name in trains + draws:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("1")
+    monkeypatch.setattr(labs, "SOURCE", tmp_path)
+
+    def changed(name: str) -> bool:
+        labs.library_digest.cache_clear()
+        before = labs.library_digest()
+        (tmp_path / name).write_text((tmp_path / name).read_text() + "2")
+        labs.library_digest.cache_clear()
+        return labs.library_digest() != before
+
+    try:
+        assert [changed(name) for name in trains] == [True, True]
+        assert [changed(name) for name in draws] == [False] * 4
+    finally:
+        labs.library_digest.cache_clear()
+
+
+def test_models_are_trained_once_through_the_recipe_path(tmp_path, monkeypatch):
+    import opd.api
+
+    ran: list[str] = []
+    run = opd.api.run
+    monkeypatch.setattr(opd.api, "run", lambda recipe, **options: ran.append(recipe["name"]) or run(recipe, **options))
+    heard: list[str] = []
+    lab = Lab(folder=tmp_path, workers=1, note=heard.append)
+    pair = lab.pair(0, TINY)
+    assert lab.pair(0, TINY) == pair
+    assert ran == ["teacher-0", "student-0"]
+    assert heard == ["training teacher-0", "training student-0"]
+    assert (pair.teacher / "model.safetensors").exists()
+    assert (pair.student / "model.safetensors").exists()
+    assert (tmp_path / lab.fingerprint(labs.teacher_recipe(0, TINY)) / "recipe.yaml").exists()
+
+
+def test_recipes_run_side_by_side_and_come_back_in_order(tmp_path):
+    heard: list[str] = []
+    lab = Lab(folder=tmp_path, workers=2, note=heard.append)
+    pairs = lab.pairs((0, 1), TINY)
+    assert sorted(line.split()[-1] for line in heard) == ["student-0", "student-1", "teacher-0", "teacher-1"]
+    alone = Lab(folder=tmp_path / "alone", workers=1).pair(1, TINY)
+    assert (alone.student / "model.safetensors").read_bytes() == (pairs[1].student / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_that_fails_beside_others_says_why(tmp_path):
+    lab = Lab(folder=tmp_path, workers=2)
+    bad = labs.teacher_recipe(0, replace(TINY, task=replace(labs.SORTING, options={"digits": 1})))
+    with pytest.raises(DataError, match="rows of 1 digits"):
+        lab.run_all([bad, labs.student_recipe(0, TINY)])
+
+
+def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
+    lab = Lab(folder=tmp_path, workers=1)
+    size = ablation.Size(seeds=(0,), steps=2, prompts_per_step=4, pair=replace(TINY, task=labs.SORTING))
+    settings = {
+        "raw": ablation.Setting(method="topk_reverse_kl", options={"k": 2, "form": "raw"}),
+        "ours": ablation.Setting(method="opd_studies.worlds.methods:differentiated_log_ratio"),
+    }
+    numbers = ablation.measure(lab, settings, size)
+    assert list(numbers) == [ablation.START, ablation.TEACHER, "raw", "ours"]
+    asked_for = set(ablation.HELD_OUT) - {ablation.NUCLEUS}
+    assert set(numbers["raw"]) == asked_for | set(ablation.TRAINING)
+    assert set(numbers["ours"]) == asked_for | {"entropy", "gradient norm"}
+    assert ablation.measure(Lab(folder=tmp_path, note=pytest.fail), settings, size) == numbers
+    one = distilling.read(next(tmp_path.glob("*/distil")).parent, "distil")
+    entropies = [row["rollout/policy_nll"] for row in one.rows]
+    assert len(entropies) == 2
+    assert one.last["rollout/policy_nll"] == pytest.approx(sum(entropies) / 2)
+
+
+def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):
+    """From training to numbers: what the studies of language models do, on three tiny pairs."""
+    lab = Lab(folder=tmp_path)
+    sorters = ablation.Size(steps=1, prompts_per_step=2, pair=replace(TINY, task=labs.SORTING))
+    size = estimators.Size(responses=2, pair=TINY, distilled=sorters)
+    measured = {"A": estimators.measure(estimators.warmed_up(lab, size))}
+    measured["B"] = estimators.measure(estimators.distilled(lab, size))
+    assert max(measured["A"].sampled_bias + measured["B"].sampled_bias) < 1e-9
+    assert len(estimators.judge(measured)) == 5
+    continued = prefixes.measure(lab, prefixes.Size(prompts=3, pair=TINY), temperature=1.0)
+    assert list(continued.continued) == list(prefixes.DEPTHS)
+    assert all(0 <= share <= 1 for shares in continued.continued.values() for share in shares)
+
+
+# --- results, page, command -----------------------------------------------------------------------------------------
+
+
+def outcome(claim: str = "a | b") -> Outcome:
+    made, axes = report.figure(1)
+    axes[0][0].plot([0, 1], [1, 0])
+    one = Finding(claim=claim, citation="2605.11182 eq. 1", measured="x 1 [0, 2]", verdict="does not hold")
+    return Outcome(setup="three seeds", findings=(one,), figure=made, table=(("a", "b"), ("1", "2")))
+
+
+def test_results_are_saved_and_make_the_page(tmp_path):
+    image = report.save(tmp_path, "gamma", outcome(), 12.4)
+    assert image.read_bytes().startswith(b"\x89PNG")
+    results = report.load(tmp_path, ["fixed_points", "gamma"])
+    assert list(results) == ["gamma"]
+    pages = report.pages(results, {"gamma": "About gamma"}, {"gamma": "Use it."})
+    assert list(pages) == ["studies.md", "studies/gamma.md"]
+    assert "| [gamma](studies/gamma.md) | Use it. |" in pages["studies.md"]
+    assert "| [gamma](studies/gamma.md) | a \\| b | 2605.11182 eq. 1 | **does not hold** |" in pages["studies.md"]
+    page = pages["studies/gamma.md"]
+    assert page.startswith("# gamma\n\nAbout gamma.\n\n**What you do with it.** Use it.\n\n## Setting\n\nthree seeds\n")
+    assert "| a \\| b | 2605.11182 eq. 1 | x 1 [0, 2] | **does not hold** |" in page
+    assert "| 1 | 2 |" in page
+    assert "![gamma](../figures/studies/gamma.png)" in page
+    assert "\n12 s of CPU time" in page
+
+
+def test_a_damaged_result_is_an_error(tmp_path):
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "gamma.json").write_text("{")
+    with pytest.raises(OSError, match=r"gamma.json cannot be read .* Run `opd study gamma` again"):
+        report.load(tmp_path, ["gamma"])
+
+
+def test_without_matplotlib_nothing_runs(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(STUDIES, "gamma", lambda lab: pytest.fail("it ran"))
+    with pytest.raises(ConfigError, match=r"matplotlib, which is not installed .*`pip install 'opd\[studies\]'`"):
+        CliRunner().invoke(app, ["study", "gamma"], catch_exceptions=False)
+
+
+def test_the_command_lists_the_studies():
+    listed = CliRunner().invoke(app, ["study"], catch_exceptions=False).stdout.splitlines()
+    assert [line.split()[0] for line in listed] == list(STUDIES)
+    assert all(len(line.split()) > 5 for line in listed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["gama"], r"There is no study 'gama'. Did you mean 'gamma'\? Known: fixed_points"),
+        (["gamma", "--all"], r"got both 'gamma' and --all. Name one study, or run all of them"),
+    ],
+)
+def test_what_the_command_refuses(arguments, message):
+    with pytest.raises(ConfigError, match=message):
+        CliRunner().invoke(app, ["study", *arguments], catch_exceptions=False)
+
+
+def test_a_study_from_the_command_to_the_page(tmp_path, monkeypatch):
+    """The real study at a reduced size: fewer prompts, and steps enough to arrive."""
+    size = privileged.Size(seeds=(0, 1, 2), prompts=4, teachers=4, train_prompts=48, held_out_prompts=32, steps=800)
+    monkeypatch.setitem(STUDIES, "privileged", lambda lab: privileged.run(lab, size))
+    ended = CliRunner().invoke(app, ["study", "privileged", "--out", str(tmp_path)], catch_exceptions=False)
+    assert ended.stdout.count("HOLDS: ") == 3, ended.stdout
+    result = json.loads((tmp_path / "studies" / "privileged.json").read_text())
+    assert [one["verdict"] for one in result["findings"]] == ["holds"] * 3
+    assert "KL(student || geometric mean), nats" in result["findings"][0]["measured"]
+    assert (tmp_path / "figures" / "studies" / "privileged.png").stat().st_size > 5000
+    assert "[privileged](studies/privileged.md)" in (tmp_path / "studies.md").read_text()
+    assert "# privileged" in (tmp_path / "studies" / "privileged.md").read_text()
+
+
+def test_pages_in_docs_are_made_of_the_results_of_all_studies():
+    docs = ROOT / "docs"
+    results = report.load(docs, list(STUDIES))
+    assert list(results) == list(STUDIES), "run `opd study NAME --out docs` for the missing ones"
+    made = report.pages(results, {name: headline(name) for name in STUDIES}, {name: use(name) for name in STUDIES})
+    written = [docs / "studies.md", *sorted((docs / "studies").glob("*.md"))]
+    assert {file.relative_to(docs).as_posix(): file.read_text() for file in written} == made
+    for name, page in made.items():
+        assert "?.\n" not in page, "a question is no sentence with a full stop"
+        for link in re.findall(r"\]\(([^)#]+)", page):
+            assert ((docs / name).parent / link).exists(), link
