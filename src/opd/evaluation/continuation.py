@@ -14,9 +14,9 @@ from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.maths.statistics import Interval, mean_interval
-from opd.rewards.base import RewardFn, score
+from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Rollout, Sampling, Teacher
+from opd.types import Prompt, Reward, Rollout, Sampling, Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def continuation(
     teacher: Teacher,
     rollouts: Sequence[Rollout],
     depths: Sequence[int | float],
-    reward: RewardFn,
+    reward: Reward,
     *,
     sampling: Sampling,
     contexts: Sequence[Prompt] | None = None,
@@ -181,8 +181,8 @@ def _continued(
     return [replace(one, prompt=rollouts[i].prompt) for i, one in zip(prefixes, written, strict=True)]
 
 
-def _right(reward: RewardFn, rollouts: Sequence[Rollout]) -> list[bool]:
-    values = score(reward, rollouts)
+def _right(reward: Reward, rollouts: Sequence[Rollout]) -> list[bool]:
+    values = [rollout.reward for rollout in rewarded(reward, rollouts)]
     for rollout, value in zip(rollouts, values, strict=True):
         if value not in (0.0, 1.0):
             raise ConfigError(
