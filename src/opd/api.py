@@ -117,8 +117,9 @@ def _teacher(
     teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
 ) -> dict[str, Any]:
     """The model section of a teacher: a path, a model object, a `Teacher`, or the name of what makes one."""
-    if isinstance(teacher, str) and ":" in teacher and not teacher.startswith("package:"):
-        return {"scorer": teacher}
+    if isinstance(teacher, str):
+        own = ":" in teacher and not teacher.startswith("package:")
+        return {"scorer": teacher} if own else {"path": teacher}
     if hasattr(teacher, "score"):
         scorers["teacher"] = teacher
         return {"scorer": f"(a {type(teacher).__name__} given in Python)"}

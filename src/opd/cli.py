@@ -139,7 +139,7 @@ def evaluate(
     if options and reward is None:
         raise ConfigError(
             f"opd eval got --option {' --option '.join(options)}, and options are those of a reward: without --reward "
-            "nobody reads them. Name it, e.g. --reward max_words, or leave --option out."
+            "nothing reads them. Name it, e.g. --reward max_words, or leave --option out."
         )
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}

@@ -113,7 +113,7 @@ class Rollout:
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
-    unjudged: str | None = None  # why those whom the reward asks gave none
+    unjudged: str | None = None  # why the judges gave no reward
     judged: Mapping[str, float] = field(default_factory=dict[str, float])  # what else they said, for the metrics
 
 

@@ -81,7 +81,7 @@ def continuation(
     student's token ids. `sampling.max_completion_length` counts what it writes itself, so that a deep cut has no less
     room than a shallow one; n has to be 1. Randomness is a function of (seed, prompt, depth's place in the list).
 
-    Intervals are over prompts: Wilson's for one response a prompt, else a bootstrap (`statistics.mean_interval`).
+    Intervals are over prompts: Wilson's for one response per prompt, else a bootstrap (`statistics.mean_interval`).
     Raises ConfigError for a depth that is none, n > 1, or a reward that is neither 0 nor 1; DataError without rollouts
     or when prefix and continuation have no room in the model.
     """

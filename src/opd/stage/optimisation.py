@@ -65,7 +65,7 @@ class StageOptimisation:
         self.teacher.jumped(by)
 
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
-        """Mean reward, or minus the exact reverse KL in nats a token, of responses to `prompts` training prompts.
+        """Mean reward, or minus the exact reverse KL in nats per token, of responses to `prompts` training prompts.
 
         Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
         weights that have overflowed, so that no response can be drawn, are worth -inf.

@@ -27,14 +27,14 @@ from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
 from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers
 
-SAMPLES = 4  # responses a prompt, for pass@k
+SAMPLES = 4  # responses per prompt, for pass@k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """What the checks look at. `prompts` are a sample of the stage's own, and `rollouts` the student's to them.
 
-    `rollouts` holds `Pair.sampling.n` responses a prompt, in order; `firsts` are the first of each.
+    `rollouts` holds `Pair.sampling.n` responses per prompt, in order; `firsts` are the first of each.
     """
 
     recipe: Recipe
@@ -159,7 +159,7 @@ def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
 
 
 def sampling_for(spec: StageSpec, method: Method) -> Sampling:
-    """The stage's own sampling, with `SAMPLES` responses a prompt (one where they would all be equal).
+    """The stage's own sampling, with `SAMPLES` responses per prompt (one where they would all be equal).
 
     Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
     """
