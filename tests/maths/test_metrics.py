@@ -179,7 +179,7 @@ def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: P
 
 def test_no_tracker_imports_and_writes_nothing(tmp_path: Path):
     code = (
-        "import sys, pathlib; from opd.metrics import ReportWriter; "
+        "import sys, pathlib; from opd.stage.trackers import ReportWriter; "
         "w = ReportWriter([], folder=pathlib.Path(sys.argv[1]) / 'run', name='n'); "
         "w.log('s', 0, {'a/b': 1.0}); w.close(); "
         "print(sorted({'torch', 'tensorboard', 'wandb', 'trackio'} & set(sys.modules)))"
@@ -311,7 +311,7 @@ def test_trackio_keeps_every_point_of_every_stage(tmp_path: Path):
     # A process of its own: trackio reads TRACKIO_DIR when it is imported.
     code = """
 import sys, pathlib, sqlite3
-from opd.metrics import ReportWriter
+from opd.stage.trackers import ReportWriter
 folder = pathlib.Path(sys.argv[1])
 for first in (0, 2):
     writer = ReportWriter(["trackio"], folder=folder / "run", name="demo", config={"seed": 1})
