@@ -133,7 +133,7 @@ def scaling(result: Record) -> Any:
         "tokens": "tokens of the step",
         "vocabulary": "vocabulary, tokens",
         "support": "tokens of the support",
-        "group": "responses a prompt",
+        "group": "responses per prompt",
         "teachers": "teachers (scoring alone)",
     }
     for axes, (axis, rows) in zip(grid, axes_data.items(), strict=True):

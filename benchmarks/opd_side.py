@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from common import Record, timed
 
-from opd.loss.collate import attach, collate, split
-from opd.loss.token_loss import loss_of
+from opd.loss.step import gradient, scored
 from opd.method import Method
-from opd.models.language_model import LanguageModel
-from opd.pieces.needs import Reads
+from opd.models.language_model import LanguageModel, Root
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
@@ -45,29 +44,30 @@ def side(
     )
 
 
+class TimedRoot(Root):
+    """Runs the student's forward and adds its seconds to `parts["loss"]`."""
+
+    def __init__(self, model: Any, parts: Record) -> None:
+        super().__init__(model)
+        self.parts = parts
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with timed(self.parts, "loss"):
+            return super().forward(function, *arguments)
+
+
 def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
     """Phase A after generation, and phase B: the loss. Gradients are left in the student, seconds in `parts`."""
     with timed(parts, "teacher"):
-        scores = s.teacher.score(
-            rollouts,
-            s.method.context(rollouts),
-            s.method.support,
-            s.method.temperature,
-            sampled=s.method.reads(Reads.TEACHER_LOGP),
-        )
-        batch = attach(collate(rollouts, scores, s.student.device), s.method)
-        denominator = s.method.normalise(batch)
-        head = s.teacher.head() if s.method.support.kind == "full" else None
-    total = 0.0
-    s.student.model.train()
-    for micro in split(batch, denominator, MICRO_BATCH_TOKENS, shares=s.student.caches):
-        with timed(parts, "loss"):
-            loss, _ = loss_of(s.method, s.student, micro, denominator.count, head)
-        with timed(parts, "backward"):
-            loss.backward()
-        total += loss.item()
-    s.student.model.eval()
-    return total
+        contexts = s.method.context(rollouts)
+        phase_a = scored(s.method, s.teacher, rollouts, contexts, s.method.request(), s.student.device)
+    before = parts.get("loss", 0.0)
+    both: Record = {}
+    with timed(both, "loss and backward"):
+        root = TimedRoot(s.student.model, parts)
+        loss, _ = gradient(s.method, s.student, s.teacher, phase_a, MICRO_BATCH_TOKENS, root)
+    parts["backward"] = parts.get("backward", 0.0) + both["loss and backward"] - (parts["loss"] - before)
+    return loss
 
 
 def step(s: Side, prompts: Sequence[Prompt], seed: tuple[int, int]) -> Record:

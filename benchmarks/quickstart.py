@@ -30,7 +30,7 @@ BEFORE = "8182c87"  # the last commit before fused scoring
 SEEDS = (0, 1, 2)
 NOW = HERE.parent
 SAMPLING = ("greedy", "sampled")
-KL = "eval/reverse_kl"  # exact, nats a token of the sampled held-out responses
+KL = "eval/reverse_kl"  # exact, nats per token of the sampled held-out responses
 PARTS = ("total", "generate", "score", "train")
 CONVERT = f"import opd.models.loading as l; print(l.__file__); l.convert_gguf(l.packaged({SMOLLM2!r}))"
 

@@ -105,7 +105,7 @@ def score_by_several(side: opd_side.Side, asked: Any, seed: tuple[int, int], tea
     rollouts = side.sampler(asked, seed=seed)
     with timed(out, "teacher"):
         for _ in range(teachers):
-            side.teacher.score(rollouts, side.method.context(rollouts), side.method.support, side.method.temperature)
+            side.teacher.score(rollouts, side.method.context(rollouts), side.method.request(shown=True))
     return out
 
 

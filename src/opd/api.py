@@ -17,10 +17,11 @@ from opd.parallel import join
 from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import Recipe
 from opd.rewards.base import RewardFn
+from opd.rewards.registry import as_reward
 from opd.runs.prepare import Given
 from opd.runs.stages import Run, run_recipe
 from opd.stage.progress import Progress, quiet_libraries
-from opd.types import Prompt, Sampler, Teacher
+from opd.types import Prompt, Reward, Sampler, Teacher
 
 
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
@@ -48,7 +49,7 @@ def distill(
     options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
     teacher_tokenizer: Any = None,
-    reward: str | Mapping[str, Any] | RewardFn | None = None,
+    reward: str | Mapping[str, Any] | RewardFn | Reward | None = None,
     chat: bool = False,
     output_dir: str | Path | None = None,
     seed: int = 0,
@@ -62,9 +63,10 @@ def distill(
     may also be an object with the methods of `opd.types.Teacher`, or the name of what makes one, "my_module:MyTeacher",
     called (student). `sampler`, or its name, is called (student, sampling) and gives a `opd.types.Sampler`. `prompts`
     is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
-    such), or `Prompt`s. `method` is a name, a function that returns a Method (with `options`), or a Method; further
-    keywords are fields of a recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written
-    to `output_dir` (default: a new folder under runs/). Raises the kinds of `opd.errors`.
+    such), or `Prompt`s. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a
+    `Reward`. `method` is a name, a function that returns a Method (with `options`), or a Method; further keywords are
+    fields of a recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to
+    `output_dir` (default: a new folder under runs/). Raises the kinds of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -74,8 +76,8 @@ def distill(
     if teacher is not None:
         specs["teacher"] = _teacher(teacher, teacher_tokenizer or tokenizer, models, scorers)
     rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
-    function = reward if callable(reward) else None
-    named = reward if function is None else None
+    by_section = reward is None or isinstance(reward, (str, Mapping))
+    given_reward = None if by_section else as_reward(reward, "The `reward` of opd.distill")
     described = {
         "name": "distill",
         "train": "student",
@@ -84,7 +86,7 @@ def distill(
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
         "data": {"path": str(prompts) if rows is None else _described(rows), "chat": chat},
-        "reward": {"name": named} if isinstance(named, str) else named,
+        "reward": {"name": reward} if isinstance(reward, str) else reward if by_section else None,
         "steps": steps,
         **stage,
     }
@@ -92,7 +94,7 @@ def distill(
     recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
-    given = Given(models=models, prompts=rows, reward=function, method=made, teachers=scorers, sampler=own)
+    given = Given(models=models, prompts=rows, reward=given_reward, method=made, teachers=scorers, sampler=own)
     return _start(recipe, given, quiet)
 
 
@@ -115,8 +117,9 @@ def _teacher(
     teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
 ) -> dict[str, Any]:
     """The model section of a teacher: a path, a model object, a `Teacher`, or the name of what makes one."""
-    if isinstance(teacher, str) and ":" in teacher and not teacher.startswith("package:"):
-        return {"scorer": teacher}
+    if isinstance(teacher, str):
+        own = ":" in teacher and not teacher.startswith("package:")
+        return {"scorer": teacher} if own else {"path": teacher}
     if hasattr(teacher, "score"):
         scorers["teacher"] = teacher
         return {"scorer": f"(a {type(teacher).__name__} given in Python)"}

@@ -139,7 +139,7 @@ def evaluate(
     if options and reward is None:
         raise ConfigError(
             f"opd eval got --option {' --option '.join(options)}, and options are those of a reward: without --reward "
-            "nobody reads them. Name it, e.g. --reward max_words, or leave --option out."
+            "nothing reads them. Name it, e.g. --reward max_words, or leave --option out."
         )
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
@@ -164,18 +164,17 @@ def evaluate(
 @app.command()
 def methods() -> None:
     """List the methods."""
-    from opd.methods import METHODS
-    from opd.methods.describe import headline
+    from opd.commands.methods import headline, names
 
-    width = max(map(len, METHODS))
-    for name in METHODS:
+    width = max(map(len, names()))
+    for name in names():
         typer.echo(f"{name:{width}}  {headline(name)}")
 
 
 @app.command()
 def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")]) -> None:
     """A method's paper, formula, symbols and options."""
-    from opd.methods.describe import description
+    from opd.commands.methods import description
 
     typer.echo(description(method))
 

@@ -205,7 +205,7 @@ def join() -> Iterator[World]:
         if first != str(rank):
             raise SystemExit(1) from None
         if type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError) and "onnection" in str(error):
-            raise RunError(  # nobody has said why: it was killed
+            raise RunError(  # no message: it was killed
                 f"This process lost another one of the run ({str(error).splitlines()[0]}). The same command goes on "
                 "from the last checkpoint."
             ) from error

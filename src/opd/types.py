@@ -26,7 +26,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
-from typing import Any, Literal, Protocol, TypeAlias
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -111,7 +113,7 @@ class Rollout:
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
-    unjudged: str | None = None  # why those whom the reward asks gave none
+    unjudged: str | None = None  # why the judges gave no reward
     judged: Mapping[str, float] = field(default_factory=dict[str, float])  # what else they said, for the metrics
 
 
@@ -358,6 +360,45 @@ class Optimisation(Protocol):
     def jumped(self, by: Mapping[str, Tensor]) -> None: ...  # an EMA teacher makes the same jump
 
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float: ...  # higher is better
+
+
+@runtime_checkable
+class Reward(Protocol):
+    """Gives responses their rewards. Subclass it to inherit everything but `name` and `__call__`.
+
+    `opd.rewards.base.FunctionReward` makes one of a function (prompt, text) -> float.
+    """
+
+    name: str  # for messages
+    needs: frozenset[str] = frozenset()  # columns of the data that every prompt must have
+    asks: Mapping[str, Any] = MappingProxyType({})  # the judges: by role, their section of the recipe
+    comparable: bool = True  # False: rewards before and after training cannot be compared
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts, in their order, with `reward` set to a finite number, or to None and `unjudged` to the reason.
+
+        All responses to a prompt come in one call.
+        """
+        ...
+
+    def for_stage(
+        self, models: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]], folder: Path, rank: int
+    ) -> Reward:
+        """The reward with its judges ready: `models` are the loaded ones by name, `origins` their recipe sections.
+
+        `folder` keeps the judges' answers; `rank` is that of this process.
+        """
+        return self
+
+    def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
+        """Raise TeacherError, in every process, if too many of a step's responses have no reward.
+
+        Called after `__call__`, in every process, with what it returned.
+        """
+
+    def pop_requests(self) -> dict[str, float]:
+        """What the judges did since the last call, as ROLE_WHAT: requests, retries, seconds, ..."""
+        return {}
 
 
 class Memory(Protocol):

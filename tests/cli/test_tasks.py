@@ -328,7 +328,7 @@ def refused(work: Path, change: Callable[[dict[str, Any]], Any], what: str = "ch
 REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "data and tasks": (
         lambda s: s.update(data={"path": "train.jsonl"}),
-        ["stage 'distil': it has `tasks`, and `data` of its own, which nobody would read: each task has its own."],
+        ["stage 'distil': it has `tasks`, and `data` of its own, which nothing reads: each task has its own."],
     ),
     "a teacher and a reward of the stage": (
         lambda s: s.update(teacher="adder", reward={"name": "exact"}),

@@ -383,7 +383,7 @@ def test_nothing_is_judged_without_a_reward_or_its_column(models):
     bare = [replace(p, answer=None) for p in sums(4)]
     silent = pair_of(*models, bare, reward=None)
     why = headroom.judged(silent)
-    assert why == "The stage has no reward, and neither has its evaluation: nobody can say what is right."
+    assert why == "The stage has no reward, and neither has its evaluation: accuracy cannot be measured."
     for found in (headroom.headroom(silent, why), headroom.probe(silent, why), information.transfer(silent, why)):
         assert (found.level, found.says) == ("skipped", why)
 

@@ -165,7 +165,7 @@ def test_no_judge_is_asked_and_the_step_is_made_without_its_reward(models):
     said = levels(report)
     assert said["cost/step"] == "ok"
     assert said["signal/bias"] == said["headroom/accuracy"] == "skipped"
-    assert "asks a judge, whom the doctor does not ask" in finding(report, "headroom/accuracy").says
+    assert "asks a judge, the doctor asks none" in finding(report, "headroom/accuracy").says
 
 
 def test_a_teacher_that_reads_the_judges_word_is_refused_with_what_to_do(reader, models):

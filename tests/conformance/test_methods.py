@@ -52,6 +52,7 @@ from opd.models.render import render
 from opd.parallel import ALONE
 from opd.recipe.load import load_recipe
 from opd.recipe.schema import OptimizerSection
+from opd.rewards.base import StageRewards
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
 from opd.stage.optimisation import StageOptimisation
@@ -1004,7 +1005,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
         teacher=teacher,
         sampler=TransformersSampler(lm=lesson.student, sampling=lesson.sampling),
         prompts=lesson.prompts,
-        rewards={None: None},
+        reward=StageRewards(by_task={None: None}),
         context=method.context,
         memory=method.make_memory(),
         world=ALONE,

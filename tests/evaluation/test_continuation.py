@@ -13,6 +13,7 @@ from opd.evaluation.continuation import Transitions, continuation, prefix_of
 from opd.maths.statistics import wilson
 from opd.models.language_model import LanguageModel
 from opd.pieces.teacher_rules import external
+from opd.rewards.registry import as_reward
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher, local_teacher
 from opd.types import NOTHING_MORE, Prompt, Record, Rollout, Sampling
@@ -30,6 +31,7 @@ def ids_of(lm: LanguageModel, text: str, *, end: bool = False) -> list[int]:
     return [*lm.tokenizer(text, add_special_tokens=False).input_ids, *([lm.tokenizer.eos_token_id] if end else [])]
 
 
+@as_reward
 def ends_with_h(prompt: Prompt, response: str) -> float:
     return float(response.endswith("h"))
 
@@ -129,6 +131,7 @@ def student_rollouts(lm: LanguageModel) -> list[Rollout]:
     return [replace(rollout, text=text) for rollout, text in zip(made, texts, strict=True)]
 
 
+@as_reward
 def right_length(prompt: Prompt, response: str) -> float:
     """Right when the letters go up by one from the prompt's to h."""
     letters = "abcdefgh"
@@ -179,6 +182,7 @@ def test_contexts_are_read_by_the_teacher_and_the_reward_sees_the_prompt(lm: Lan
     rollouts = [rollout_of(lm, prompt, ids_of(lm, "b"))]
     seen: list[Prompt] = []
 
+    @as_reward
     def reward(prompt: Prompt, response: str) -> float:
         seen.append(prompt)
         return float(response == "fgh")
@@ -195,13 +199,12 @@ def test_the_same_seed_gives_the_same_continuations(lm: LanguageModel):
     rollouts = [rollout_of(other, p, [3, 4, 5, 6]) for p in prompts_of("a", "b", "c", "d", "e", "f")]
     sampling = Sampling(max_completion_length=4)
 
+    @as_reward
     def c_later(prompt: Prompt, response: str) -> float:
         return float("c" in response[2:])
 
     def probe(seed: int):
-        return continuation(
-            teacher_of(other), rollouts, [2], lambda p, text: float("c" in text[2:]), sampling=sampling, seed=seed
-        )
+        return continuation(teacher_of(other), rollouts, [2], c_later, sampling=sampling, seed=seed)
 
     assert probe(3) == probe(3)
     assert len({probe(seed).depths[0].continuing.mean for seed in range(6)}) > 1
@@ -217,7 +220,7 @@ def test_what_cannot_be_probed_is_refused(lm: LanguageModel):
     with pytest.raises(ConfigError, match=r"one continuation a prefix, and sampling\.n is 2"):
         continuation(teacher, rollouts, [1], ends_with_h, sampling=replace(GREEDY, n=2))
     with pytest.raises(ConfigError, match=r"the reward gave 0\.3 on prompt 0. Use a reward that is 0 or 1"):
-        continuation(teacher, rollouts, [1], lambda prompt, response: 0.3, sampling=GREEDY)
+        continuation(teacher, rollouts, [1], as_reward(lambda prompt, response: 0.3), sampling=GREEDY)
     far = [rollout_of(lm, prompts_of("a")[0], [3] * 300)]
     with pytest.raises(DataError, match="would read 301 tokens in all, but it knows 256 positions"):
         continuation(teacher, far, [300], ends_with_h, sampling=GREEDY)

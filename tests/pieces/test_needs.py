@@ -236,6 +236,12 @@ def test_a_method_records_what_its_pieces_read():
 # --- what a piece declares -------------------------------------------------------------------------------------------
 
 
+def test_per_refuses_another_word():
+    word: Any = "tokens"
+    with pytest.raises(ConfigError, match="per token, per sequence or per a number of tokens, got 'tokens'"):
+        per(word)
+
+
 def test_needs_unite_and_of_numbers_the_larger_counts():
     one = Needs(columns=frozenset({"answer"}), inputs=frozenset({Input.REWARD}), top_k=3, first_look=2)
     other = Needs(inputs=frozenset({Input.GROUP}), traits=frozenset({Trait.FILTERS}), top_k=5, student_writes=True)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +15,11 @@ import torch
 
 from opd.data.prompts import load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
-from opd.pieces.needs import columns_of
+from opd.pieces.needs import needing
 from opd.recipe.schema import DataSection
-from opd.rewards.base import score
-from opd.rewards.registry import REWARDS, load_reward
-from opd.types import Prompt, Rollout
+from opd.rewards.base import FunctionReward, RewardFn, StageRewards, unfit_to_measure, unscored_answers
+from opd.rewards.registry import REWARDS, as_reward, load_reward
+from opd.types import Prompt, Reward, Rollout
 
 
 def prompt(answer: Any = None, **fields: Any) -> Prompt:
@@ -35,6 +38,16 @@ def rollout(text: str, answer: Any = None, **fields: Any) -> Rollout:
         finished=True,
         text=text,
     )
+
+
+def function_of(name: str, options: dict[str, Any]) -> RewardFn:
+    reward = load_reward(name, options)
+    assert isinstance(reward, FunctionReward)
+    return reward.function
+
+
+def values_of(reward: Reward, rollouts: list[Rollout]) -> list[float | None]:
+    return [one.reward for one in reward(rollouts)]
 
 
 @pytest.fixture
@@ -71,7 +84,7 @@ def user_module(tmp_path, monkeypatch):
     ],
 )
 def test_text_rewards(name, options, answer, text, value):
-    assert load_reward(name, options)(prompt(answer), text) == value
+    assert function_of(name, options)(prompt(answer), text) == value
 
 
 @pytest.mark.parametrize(
@@ -95,7 +108,7 @@ def test_text_rewards(name, options, answer, text, value):
     ],
 )
 def test_final_number(answer, text, value):
-    assert load_reward("final_number", {})(prompt(answer), text) == value
+    assert function_of("final_number", {})(prompt(answer), text) == value
 
 
 @pytest.mark.parametrize(
@@ -111,13 +124,13 @@ def test_final_number(answer, text, value):
 )
 def test_math_verify(answer, text, value):
     pytest.importorskip("math_verify")
-    assert load_reward("math_verify", {})(prompt(answer), text) == value
+    assert function_of("math_verify", {})(prompt(answer), text) == value
 
 
 def test_math_verify_works_in_another_thread():
     pytest.importorskip("math_verify")
     reward, results = load_reward("math_verify", {}), []
-    thread = threading.Thread(target=lambda: results.append(score(reward, [rollout("\\boxed{4}", "2 + 2")])))
+    thread = threading.Thread(target=lambda: results.append(values_of(reward, [rollout("\\boxed{4}", "2 + 2")])))
     thread.start()
     thread.join()
     assert results == [[1.0]]
@@ -126,7 +139,7 @@ def test_math_verify_works_in_another_thread():
 def test_reasoning_gym_scores_with_the_rows_own_task():
     pytest.importorskip("reasoning_gym")
     tasks = [load_prompts(DataSection(path=f"reasoning_gym:{task}", limit=3)) for task in ("chain_sum", "leg_counting")]
-    whole, tagged = load_reward("reasoning_gym", {}), load_reward("reasoning_gym", {"tag": "answer"})
+    whole, tagged = function_of("reasoning_gym", {}), function_of("reasoning_gym", {"tag": "answer"})
     for row in [row for rows in tasks for row in rows]:
         assert whole(row, f" {row.answer}\n") == 1.0
         assert whole(row, "no number") < 0.5
@@ -136,7 +149,7 @@ def test_reasoning_gym_scores_with_the_rows_own_task():
 
 def test_reasoning_gym_scores_with_the_rows_own_options():
     pytest.importorskip("reasoning_gym")
-    reward = load_reward("reasoning_gym", {})
+    reward = function_of("reasoning_gym", {})
     narrow = {"size": 1, "min_value": 1, "max_value": 6}
     [row] = load_prompts(DataSection(path="reasoning_gym:puzzle24", options=narrow))
     assert reward(row, row.answer) == 1.0
@@ -149,16 +162,16 @@ def test_reasoning_gym_answer_that_the_scorer_cannot_read():
     pytest.importorskip("reasoning_gym")
     [row] = load_prompts(DataSection(path="reasoning_gym:prime_factorization", limit=1))
     with pytest.raises(ValueError, match="invalid literal"):
-        load_reward("reasoning_gym", {})(row, "two and two")
-    assert load_reward("reasoning_gym", {"malformed": 0.0})(row, "two and two") == 0.0
+        function_of("reasoning_gym", {})(row, "two and two")
+    assert function_of("reasoning_gym", {"malformed": 0.0})(row, "two and two") == 0.0
 
 
 def test_rewards_declare_the_columns_they_read():
-    assert columns_of(load_reward("exact", {})) == {"answer"}
-    assert columns_of(load_reward("final_number", {})) == {"answer"}
-    assert columns_of(load_reward("max_words", {"n": 1})) == set()
-    assert columns_of(load_reward("regex", {"pattern": "a"})) == set()
-    assert columns_of(load_reward("regex", {"pattern": "(a)", "group": 1})) == {"answer"}
+    assert load_reward("exact", {}).needs == {"answer"}
+    assert load_reward("final_number", {}).needs == {"answer"}
+    assert load_reward("max_words", {"n": 1}).needs == set()
+    assert load_reward("regex", {"pattern": "a"}).needs == set()
+    assert load_reward("regex", {"pattern": "(a)", "group": 1}).needs == {"answer"}
 
 
 def test_a_users_function_with_and_without_options(user_module):
@@ -166,8 +179,114 @@ def test_a_users_function_with_and_without_options(user_module):
         "def plain(prompt, response):\n    return response == prompt.answer\n"
         "def scaled(prompt, response, *, factor):\n    return factor * len(response)\n"
     )
-    assert score(load_reward(f"{name}:plain", {}), [rollout("a", "a"), rollout("b", "a")]) == [1.0, 0.0]
-    assert score(load_reward(f"{name}:scaled", {"factor": 0.5}), [rollout("abc")]) == [1.5]
+    assert values_of(load_reward(f"{name}:plain", {}), [rollout("a", "a"), rollout("b", "a")]) == [1.0, 0.0]
+    assert values_of(load_reward(f"{name}:scaled", {"factor": 0.5}), [rollout("abc")]) == [1.5]
+
+
+LONGEST = """
+from dataclasses import replace
+
+
+class Longest:
+    needs, asks, comparable = frozenset({"answer"}), {}, False
+
+    def __init__(self, factor=1.0):
+        self.name, self.factor = "longest", factor
+
+    def __call__(self, rollouts):
+        longest = max((len(rollout.text) for rollout in rollouts), default=0)
+        return [replace(one, reward=self.factor * (len(one.text) == longest)) for one in rollouts]
+
+    def for_stage(self, models, origins, folder, rank):
+        return self
+
+    def check_failures(self, rollouts, gather):
+        pass
+
+    def pop_requests(self):
+        return {}
+
+
+def made(factor):
+    return Longest(factor)
+
+
+def function_made(factor):
+    return lambda prompt, text: factor * len(text)
+
+
+halved = Longest(0.5)
+"""
+
+
+def test_load_reward_takes_a_users_reward(user_module):
+    name = user_module(LONGEST)
+    rollouts = [rollout("a"), rollout("abc")]
+    for reward, values in (
+        (load_reward(f"{name}:Longest", {}), [0.0, 1.0]),
+        (load_reward(f"{name}:Longest", {"factor": 2.0}), [0.0, 2.0]),
+        (load_reward(f"{name}:made", {"factor": 3.0}), [0.0, 3.0]),
+        (load_reward(f"{name}:halved", {}), [0.0, 0.5]),
+        (load_reward(f"{name}:function_made", {"factor": 2.0}), [2.0, 6.0]),
+    ):
+        assert isinstance(reward, Reward)
+        assert values_of(reward, rollouts) == values
+    assert load_reward(f"{name}:halved", {}).needs == {"answer"}
+    assert load_reward(f"{name}:function_made", {"factor": 2.0}).name == f"{name}:function_made"
+    with pytest.raises(ConfigError, match=r":halved' is a Reward object, which takes no options, got \['factor'\]"):
+        load_reward(f"{name}:halved", {"factor": 1.0})
+    with pytest.raises(ConfigError, match=r":Longest' cannot be called .*\['factr'\].* Did you mean 'factor'"):
+        load_reward(f"{name}:Longest", {"factr": 1.0})
+
+
+class Zero(Reward):
+    """The smallest Reward of a user."""
+
+    name = "zero"
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return [replace(one, reward=0.0) for one in rollouts]
+
+
+def test_as_reward_keeps_a_reward_and_wraps_a_function():
+    zero = Zero()
+    assert as_reward(zero) is zero
+    assert (zero.needs, dict(zero.asks), zero.comparable, zero.pop_requests()) == (frozenset(), {}, True, {})
+    wrapped = as_reward(len_of)
+    assert (wrapped.name, wrapped.comparable, dict(wrapped.asks)) == ("len_of", True, {})
+    assert wrapped.for_stage({}, {}, Path("nowhere"), 0) is wrapped
+    assert values_of(wrapped, [rollout("abc")]) == [3.0]
+    assert as_reward(needing(len_of, columns=["answer"])).needs == {"answer"}
+
+
+def len_of(prompt: Prompt, text: str) -> float:
+    return len(text)
+
+
+def test_stage_rewards_route_rollouts_by_task():
+    stage = StageRewards(by_task={"a": as_reward(len_of), "b": None, "c": Zero()})
+    rows = [rollout(text, task=task) for task, text in (("c", "xy"), ("a", "xyz"), ("b", "x"), ("a", ""))]
+    assert [one.reward for one in stage(rows)] == [0.0, 3.0, None, 0.0]
+    assert [one.text for one in stage(rows)] == [one.text for one in rows]
+    assert stage.pop_requests() == {}
+
+
+def test_unfit_to_measure_says_why():
+    assert unfit_to_measure(Zero()) is None
+    relative, asking = Zero(), Zero()
+    relative.comparable, asking.asks = False, {"judge": None}
+    assert "cannot be compared" in str(unfit_to_measure(relative))
+    assert "asks judges" in str(unfit_to_measure(asking))
+
+
+def test_unscored_answers_counts_rows_without_a_reader():
+    rows = [prompt("1"), prompt(None), prompt("2")]
+    words, exact = load_reward("max_words", {"n": 1}), load_reward("exact", {})
+    assert unscored_answers(rows, frozenset(), None, words) == 2
+    assert unscored_answers(rows, frozenset({"answer"}), words) == 0
+    assert unscored_answers(rows, frozenset(), words, exact) == 0
+    assert unscored_answers(rows, frozenset(), as_reward(len_of)) == 0  # it may read any column
+    assert unscored_answers(rows, frozenset(), Zero()) == 2  # it declares that it reads none
 
 
 # --- what mistakes are told ----------------------------------------------------------------------------------------
@@ -201,6 +320,55 @@ def test_unknown_and_missing_options(user_module):
         load_reward(f"{name}:absent", {})
 
 
+class Nearly:
+    name, comparable = "nearly", True
+
+    def __call__(self, rollouts: list[Rollout]) -> list[Rollout]:
+        return rollouts
+
+
+@pytest.mark.parametrize(
+    ("given", "got"),
+    [
+        (3, r"is 3 \(int\), which is neither a function \(prompt, text\) -> float nor a Reward\. Give a function, or"),
+        (lambda text: 1.0, r"is .*<lambda> .*\(function\), which is neither a function \(prompt, text\)"),
+        (Zero, r"is the class Zero, which is neither a function"),
+        (
+            Nearly(),
+            r"is .*\(Nearly\), .*: a Reward also has needs, asks, for_stage, check_failures, pop_requests\.",
+        ),
+    ],
+)
+def test_as_reward_refuses_what_is_no_reward(given, got):
+    with pytest.raises(ConfigError, match=f"^The reward {got}"):
+        as_reward(given)
+
+
+def test_load_reward_refuses_what_a_users_function_makes(user_module):
+    name = user_module("def mine(factor=1):\n    return {'factor': factor}\n")
+    message = r":mine' has no parameters but its options, and what it made of them is {'factor': 2} \(dict\), which is"
+    with pytest.raises(ConfigError, match=message):
+        load_reward(f"{name}:mine", {"factor": 2})
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda rollouts: [0.5 for _ in rollouts], r"returned 2, of which 2 have no reward, e\.g\. 0\.5 \(float\)"),
+        (lambda rollouts: [replace(one, reward=1.0) for one in rollouts[1:]], r"got 2 rollouts and returned 1\."),
+        (lambda rollouts: [replace(one, reward=float("nan")) for one in rollouts], "one with reward=nan and"),
+        (lambda rollouts: rollouts, "one with reward=None and unjudged=None"),
+    ],
+)
+def test_a_reward_that_returns_no_rewards_is_told(returned, got):
+    class Wrong(Zero):
+        def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+            return returned(rollouts)
+
+    with pytest.raises(TrainingError, match=rf"The reward 'zero' .*{got}.*A Reward returns the rollouts that it got"):
+        StageRewards(by_task={None: Wrong()})([rollout("a"), rollout("b")])
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -226,23 +394,23 @@ def test_package_that_is_not_installed(monkeypatch, name, extra):
 
 def test_answers_that_cannot_be_compared():
     with pytest.raises(DataError, match="Prompt 4 has no `answer`, which this reward compares with"):
-        load_reward("exact", {})(prompt(id=4), "a")
+        function_of("exact", {})(prompt(id=4), "a")
     with pytest.raises(DataError, match="The answer 'none' of prompt 0 holds no number"):
-        load_reward("final_number", {})(prompt("none"), "1")
+        function_of("final_number", {})(prompt("none"), "1")
     pytest.importorskip("math_verify")
     with pytest.raises(DataError, match="math-verify finds no expression in the answer '' of prompt 0"):
-        load_reward("math_verify", {})(prompt(""), "1")
+        function_of("math_verify", {})(prompt(""), "1")
     pytest.importorskip("reasoning_gym")
     with pytest.raises(
         DataError, match=r"Prompt 0 is not a reasoning-gym row. Use data with `path: reasoning_gym:TASK`"
     ):
-        load_reward("reasoning_gym", {})(prompt("1"), "1")
+        function_of("reasoning_gym", {})(prompt("1"), "1")
 
 
 def test_reward_that_raises(user_module):
     name = user_module("def bad(prompt, response):\n    return {}[response]\n")
     with pytest.raises(TrainingError) as caught:
-        score(load_reward(f"{name}:bad", {}), [rollout("x" * 300, id=12)])
+        values_of(load_reward(f"{name}:bad", {}), [rollout("x" * 300, id=12)])
     message = str(caught.value)
     assert "The reward 'opd_test_rewards:bad' raised KeyError on prompt 12" in message
     assert "x" * 200 in message.split(": ")[0]
@@ -254,7 +422,7 @@ def test_built_in_reward_that_raises_is_told_the_same_way():
     with pytest.raises(
         TrainingError, match="'exact' raised DataError on prompt 5, response 'hi': Prompt 5 has no `answer`"
     ):
-        score(load_reward("exact", {}), [rollout("hi", id=5)])
+        values_of(load_reward("exact", {}), [rollout("hi", id=5)])
 
 
 @pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), 1j, [1.0], np.float32("nan")])
@@ -265,11 +433,11 @@ def test_reward_that_is_no_finite_number(value):
     with pytest.raises(
         TrainingError, match=r"The reward 'mine' returned .* on prompt 3, response 'hi'. Return a finite"
     ):
-        score(mine, [rollout("hi", id=3)])
+        values_of(as_reward(mine), [rollout("hi", id=3)])
 
 
 @pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True)])
 def test_rewards_of_any_number_type_become_floats(value):
-    [result] = score(lambda prompt, response: value, [rollout("hi")])
+    [result] = values_of(as_reward(lambda prompt, response: value), [rollout("hi")])
     assert type(result) is float
     assert result == 1.0

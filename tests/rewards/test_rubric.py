@@ -22,10 +22,10 @@ from opd.loss.collate import collate
 from opd.pieces.credit import group_reward
 from opd.recipe.load import load_recipe
 from opd.recipe.schema import JudgeSection
-from opd.rewards.base import GroupReward, check_judged, judge_requests
+from opd.rewards.base import GroupReward, StageRewards
 from opd.rewards.registry import load_reward
 from opd.rewards.rubric import rubric
-from opd.samplers.asked.cache import Asking, Kept
+from opd.samplers.asked.cache import AnswerCache, CachedJudge
 from opd.samplers.asked.program import Program
 from opd.samplers.asked.protocol import Question
 from opd.stage.folder import RunDir
@@ -80,9 +80,9 @@ class Letters:
 def reward_of(folder: Path, judge: Letters, author: bool = False, **options: Any) -> GroupReward:
     section = JudgeSection(function="textwrap:dedent")
     made = rubric(judge=section, author=section if author else None, **options)
-    kept = Kept(folder)
+    cache = AnswerCache(folder)
     program = Program(function=judge, name="letters")
-    return replace(made, people={role: Asking(judge=program, kept=kept, retries=0) for role in made.asks})
+    return replace(made, judges={role: CachedJudge(judge=program, cache=cache, retries=0) for role in made.asks})
 
 
 # --- who is asked what -----------------------------------------------------------------------------------------------
@@ -238,33 +238,34 @@ def failing(missing: int, groups: int) -> list[Rollout]:
 
 def test_too_many_failures_end_the_run_in_every_process(tmp_path: Path):
     reward = reward_of(tmp_path, Letters())
-    check_judged(reward, failing(4, 10), lambda mine: [mine])
-    check_judged(reward, [], lambda mine: [mine])
+    reward.check_failures(failing(4, 10), lambda mine: [mine])
+    reward.check_failures([], lambda mine: [mine])
     with pytest.raises(TeacherError) as caught:
-        check_judged(reward, failing(5, 10), lambda mine: [mine])
+        reward.check_failures(failing(5, 10), lambda mine: [mine])
     for says in ("'rubric'", "5 of this step's 10 groups", "`max_failed` allows 40%", "Of prompt 0: HTTP 500", "kept"):
         assert says in str(caught.value)
     # Of all processes: none of this one's groups failed, most of the other's did.
     theirs = (9, 10, (77, "no answer within 3 s"))
     with pytest.raises(TeacherError, match=r"9 of this step's 20 groups.*Of prompt 77: no answer"):
-        check_judged(reward, failing(0, 10), lambda mine: [mine, theirs])
-    check_judged(reward, failing(0, 10), lambda mine: [mine, (8, 10, (77, "?"))])
+        reward.check_failures(failing(0, 10), lambda mine: [mine, theirs])
+    reward.check_failures(failing(0, 10), lambda mine: [mine, (8, 10, (77, "?"))])
 
 
 def test_counts_are_those_since_the_last_call(tmp_path: Path):
     reward = reward_of(tmp_path, Letters())
     reward(group("a", "b"))
-    counts = judge_requests({None: reward, "other": None}, lambda mine: [mine, {"judge/judge_requests": 5.0}])
+    both = StageRewards(by_task={None: reward, "other": None}, gather=lambda mine: [mine, {"judge_requests": 5.0}])
+    counts = both.pop_requests()
     assert counts["judge/judge_requests"] == 6
     assert counts["judge/verifier_requests"] == 1
-    assert judge_requests({None: reward}, lambda mine: [mine]) == {}
+    assert StageRewards(by_task={None: reward}).pop_requests() == {}
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
 def test_an_unbound_reward_says_so():
-    with pytest.raises(ConfigError, match="'rubric' asks somebody, which only a stage of a run can lend it"):
+    with pytest.raises(ConfigError, match="'rubric' asks judges, which only a stage of a run starts"):
         rubric(judge=JudgeSection(function="textwrap:dedent"))(group("a"))
 
 

@@ -19,7 +19,7 @@ from support.models import byte_tokenizer, tiny
 from opd.errors import ConfigError, RunError, TrainingError
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.build import check_judge, judge_of
-from opd.samplers.asked.cache import Asking, Kept
+from opd.samplers.asked.cache import AnswerCache, CachedJudge
 from opd.samplers.asked.endpoint import Endpoint
 from opd.samplers.asked.local import LocalJudge
 from opd.samplers.asked.program import Program
@@ -299,8 +299,8 @@ def number(asked: Question, text: str) -> int:
         raise UnreadableError(f"{text!r} is no number") from error
 
 
-def asking(folder: Path, judge: Any, retries: int = 2, rank: int = 0) -> Asking:
-    return Asking(judge=judge, kept=Kept(folder, rank), retries=retries)
+def asking(folder: Path, judge: Any, retries: int = 2, rank: int = 0) -> CachedJudge:
+    return CachedJudge(judge=judge, cache=AnswerCache(folder, rank), retries=retries)
 
 
 def test_nothing_is_asked_twice_not_even_after_a_kill(tmp_path: Path):
@@ -409,7 +409,7 @@ def test_processes_read_each_others_answers_and_write_their_own(tmp_path: Path):
 def test_a_damaged_line_is_an_error(tmp_path: Path, line: str):
     (tmp_path / "answers-0.jsonl").write_text(line + "\n")
     with pytest.raises(RunError, match=r"answers-0\.jsonl.*[Rr]emove"):
-        Kept(tmp_path)
+        AnswerCache(tmp_path)
 
 
 # --- sections --------------------------------------------------------------------------------------------------------

@@ -12,10 +12,9 @@ from opd.evaluation.evaluate import HeldOut, measure, student_samplers
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
 from opd.pieces.contexts import same_prompt
-from opd.pieces.needs import columns_of
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
-from opd.rewards.base import GroupReward, unread_answers, unread_line
+from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import load_reward
 from opd.teachers.local import local_teacher
 from opd.types import Sampling, TeacherRule
@@ -39,24 +38,23 @@ def evaluate_model(
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
-    judged_by = None if reward is None else load_reward(**reward)
-    if isinstance(judged_by, GroupReward):
+    measured_by = None if reward is None else load_reward(**reward)
+    if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
         raise ConfigError(
-            f"The reward {judged_by.name!r} makes its yardstick from the responses that it grades, and compares "
-            "them with each other. Measure with a reward that checks a response by itself."
+            f"The reward is {measured_by.name!r}, {unfit}. Measure with a reward that checks a response by itself."
         )
     data_section = parse_section(DataSection, data, "data")
-    prompts = load_prompts(data_section, require=[] if judged_by is None else sorted(columns_of(judged_by)))
+    prompts = load_prompts(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
-    if say is not None and (count := unread_answers(prompts, None, judged_by)):
-        say(unread_line(count, "held-out"))
+    if say is not None and (count := unscored_answers(prompts, frozenset(), measured_by)):
+        say(unscored_line(count, "held-out"))
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     held_out = HeldOut(
         prompts=prompts,
         sampling={"sampled": settings},
-        reward=judged_by,
+        reward=measured_by,
         seed=seed,
         pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= settings.n],
         limited_by="--max-completion-length",

@@ -3,7 +3,7 @@
     S_p, S_q  the k most likely tokens of student and teacher at a position
     overlap   their intersection
 
-The log-probs of both models meet tile by tile (`score.paired_log_probs`); of each tile a few numbers a token are kept.
+The log-probs of both models meet tile by tile (`score.paired_log_probs`); each tile keeps a few numbers per token.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.maths.statistics import Interval, mean_interval
-from opd.rewards.base import RewardFn, score
+from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Rollout, Sampling, Teacher
+from opd.types import Prompt, Reward, Rollout, Sampling, Teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +68,7 @@ def continuation(
     teacher: Teacher,
     rollouts: Sequence[Rollout],
     depths: Sequence[int | float],
-    reward: RewardFn,
+    reward: Reward,
     *,
     sampling: Sampling,
     contexts: Sequence[Prompt] | None = None,
@@ -81,7 +81,7 @@ def continuation(
     student's token ids. `sampling.max_completion_length` counts what it writes itself, so that a deep cut has no less
     room than a shallow one; n has to be 1. Randomness is a function of (seed, prompt, depth's place in the list).
 
-    Intervals are over prompts: Wilson's for one response a prompt, else a bootstrap (`statistics.mean_interval`).
+    Intervals are over prompts: Wilson's for one response per prompt, else a bootstrap (`statistics.mean_interval`).
     Raises ConfigError for a depth that is none, n > 1, or a reward that is neither 0 nor 1; DataError without rollouts
     or when prefix and continuation have no room in the model.
     """
@@ -181,8 +181,8 @@ def _continued(
     return [replace(one, prompt=rollouts[i].prompt) for i, one in zip(prefixes, written, strict=True)]
 
 
-def _right(reward: RewardFn, rollouts: Sequence[Rollout]) -> list[bool]:
-    values = score(reward, rollouts)
+def _right(reward: Reward, rollouts: Sequence[Rollout]) -> list[bool]:
+    values = [rollout.reward for rollout in rewarded(reward, rollouts)]
     for rollout, value in zip(rollouts, values, strict=True):
         if value not in (0.0, 1.0):
             raise ConfigError(

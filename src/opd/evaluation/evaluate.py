@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from opd.maths.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
-from opd.rewards.base import RewardFn, rewarded
+from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, ReservedStep, Rollout, Sampler, Sampling, Writer
+from opd.types import Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Writer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +19,7 @@ class HeldOut:
 
     prompts: Sequence[Prompt]
     sampling: Mapping[str, Sampling]
-    reward: RewardFn | None
+    reward: Reward | None
     seed: int
     pass_at: Sequence[int] = (1,)
     max_prompt_length: int | None = None

@@ -1,4 +1,4 @@
-"""A method's documentation, from its own file: the docstring is the page."""
+"""docs/methods.md, from the methods' own docstrings and signatures."""
 
 from __future__ import annotations
 
@@ -24,14 +24,6 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
 def headline(name: str) -> str:
     """The first line of the method file's docstring."""
     return _page(name).splitlines()[0].rstrip(".")
-
-
-def description(name: str) -> str:
-    """The page of a method: citation, formula, symbols, differences, and the options with their defaults."""
-    function = function_of(name)
-    options = [f"  {parameter}" for parameter in inspect.signature(function).parameters.values()]
-    lines = [f"{name}", "=" * len(name), "", _page(name).strip(), "", inspect.getdoc(function) or "", ""]
-    return "\n".join([*lines, "Options:" if options else "No options.", *options])
 
 
 def markdown(folder: Path) -> str:

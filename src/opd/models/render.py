@@ -77,7 +77,7 @@ def render_checked(
 
 
 def encode_response(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a response that somebody wrote down, and the end-of-sequence id once at the end. [response tokens]
+    """Ids of a given text as a response, and the end-of-sequence id once at the end. [response tokens]
 
     Raises DataError when the text has no tokens, ConfigError when the tokenizer has no end-of-sequence token.
     """

@@ -75,7 +75,7 @@ class Drift:
 
 
 def lost_tokens(drift: Drift, batch: Batch) -> Tensor:
-    """The trained tokens that the teacher has lost, [B, T] bool. Raises ConfigError where nobody made the top ids."""
+    """The trained tokens that the teacher has lost, [B, T] bool. Raises ConfigError without top ids."""
     student, teacher, logp = batch.student_top_ids, batch.teacher_top_ids, batch.teacher_top_logp
     if student is None or teacher is None or logp is None or teacher.shape[-1] < drift.k:
         raise ConfigError(

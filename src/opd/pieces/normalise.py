@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from opd.errors import ConfigError
 from opd.pieces.needs import needing
 from opd.types import Average, Batch, Denominator, Normalise
 
@@ -16,6 +17,8 @@ def per(what: Average | int) -> Normalise:
     sequence  over responses of the mean over their tokens: every response has the same say
     a number  sum over tokens, divided by responses x that many tokens, whatever was written. Dr.GRPO (arXiv
               2503.20783): dividing by the response's own length rewards long wrong answers
+
+    Raises ConfigError for another word.
     """
 
     def over_tokens(batch: Batch) -> Denominator:
@@ -29,4 +32,9 @@ def per(what: Average | int) -> Normalise:
     def over_constant(batch: Batch) -> Denominator:
         return Denominator(count=float(batch.mask.shape[0] * int(what)), share=batch.mask.float())
 
-    return needing({"token": over_tokens, "sequence": over_sequences}.get(str(what), over_constant))
+    named = {"token": over_tokens, "sequence": over_sequences}
+    if isinstance(what, int):
+        return needing(over_constant)
+    if what not in named:
+        raise ConfigError(f"A mean is per token, per sequence or per a number of tokens, got {what!r}.")
+    return needing(named[what])

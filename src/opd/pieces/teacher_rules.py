@@ -9,7 +9,7 @@ from opd.types import TeacherRule
 
 
 def no_teacher() -> TeacherRule:
-    """Nobody scores: supervised fine-tuning, reinforcement learning."""
+    """No teacher: supervised fine-tuning, reinforcement learning."""
     return TeacherRule(kind="none")
 
 

@@ -53,7 +53,7 @@ def check_tasks(stage: StageSpec, where: str) -> None:
     twice = [f"`{key}`" for key in ("data", "teacher", "reward") if getattr(stage, key) is not None]
     if twice:
         raise ConfigError(
-            f"{where}: it has `tasks`, and {' and '.join(twice)} of its own, which nobody would read: each task has "
+            f"{where}: it has `tasks`, and {' and '.join(twice)} of its own, which nothing reads: each task has "
             f"its own. Move what is meant into the tasks (tasks.{first}), or remove `tasks`; what `defaults` gave is "
             "taken back by null."
         )

@@ -107,7 +107,7 @@ SelectSection.model_rebuild()  # a data section stands in it, and it in a data s
 
 
 class SamplingSection(Section):
-    """See `opd.types.Sampling`; n is the number of responses a prompt."""
+    """See `opd.types.Sampling`; n is the number of responses per prompt."""
 
     max_completion_length: int = Field(default=256, ge=1)
     temperature: float = Field(default=1.0, ge=0)
@@ -121,7 +121,7 @@ OF_A_SERVER = ("model", "api_key_env", "body", "timeout_s", "patience_s", "concu
 
 
 class JudgeSection(Section):
-    """Somebody who answers a text with a text: exactly one of `url`, `lm` and `function`."""
+    """An LLM judge, which answers a text with a text: exactly one of `url`, `lm` and `function`."""
 
     url: str | None = None  # of a server that speaks OpenAI's protocol, e.g. http://localhost:8000/v1
     model: str | None = None  # the server's name of the model
@@ -152,7 +152,7 @@ class JudgeSection(Section):
 
 
 class Asks(BaseModel):
-    """Those whom a reward asks."""
+    """The judges of a reward, by role."""
 
     judge: JudgeSection | None = None  # writes the rubric
     verifier: JudgeSection | None = None  # applies it; default: the judge
@@ -166,7 +166,7 @@ class Asks(BaseModel):
 
 
 class RewardSection(Section, Asks):
-    """A reward, its options, and those whom it asks, where it asks somebody."""
+    """A reward, its options, and its judges where it has some."""
 
     name: str
     options: dict[str, Any] = {}

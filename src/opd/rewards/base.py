@@ -1,4 +1,4 @@
-"""A reward that asks somebody, about all responses to a prompt at once, and may get no answer."""
+"""Rewards: of a function, of LLM judges, and those of all tasks of a stage."""
 
 from __future__ import annotations
 
@@ -12,176 +12,214 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from opd.errors import ConfigError, TeacherError, TrainingError
-from opd.method import Method
 from opd.models.language_model import LanguageModel
-from opd.parallel import ALONE, World
-from opd.pieces.needs import columns_of
+from opd.parallel import ALONE
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.build import judge_of
-from opd.samplers.asked.cache import Asking, Kept
-from opd.types import Gather, Prompt, Rollout
+from opd.samplers.asked.cache import AnswerCache, CachedJudge
+from opd.types import Gather, Prompt, Reward, Rollout
 
-# The responses of a step with their rewards, or with why there is none; every response of a group has one, or none has.
-Judging: TypeAlias = Callable[[Sequence[Rollout], Mapping[str, Asking]], list[Rollout]]
+RewardFn: TypeAlias = Callable[[Prompt, str], float]  # (prompt, text of the response) -> a finite number
+
+# The responses of a step with their rewards, or with the reason why there is none: a group has rewards for all of its
+# responses or for none. Judges are by role.
+Judging: TypeAlias = Callable[[Sequence[Rollout], Mapping[str, CachedJudge]], list[Rollout]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GroupReward:
-    """Asks the people in `asks`, by role, once it is bound to a stage; before that it can only be looked at.
+class FunctionReward(Reward):
+    """The reward of a function (prompt, text) -> float, called for each response alone."""
 
-    A group without a reward has no advantage, is counted, and ends the run where more than `max_failed` of a step's
-    groups have none.
+    name: str
+    function: RewardFn
+    needs: frozenset[str] = frozenset()
+    undeclared: bool = False  # a user's function: it may read other columns than `needs`
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """Raises TrainingError if the function raises (its error is the cause) or returns no finite number."""
+        return [replace(rollout, reward=self._reward(rollout)) for rollout in rollouts]
+
+    def _reward(self, rollout: Rollout) -> float:
+        about = f"on prompt {rollout.prompt.id}, response {rollout.text[:200]!r}"
+        try:
+            value = self.function(rollout.prompt, rollout.text)
+        except Exception as error:  # a user's function may raise anything
+            raise TrainingError(
+                f"The reward {self.name!r} raised {type(error).__name__} {about}: {error}. "
+                "A reward answers every text: correct it, or the row."
+            ) from error
+        if not _is_finite(value):
+            raise TrainingError(
+                f"The reward {self.name!r} returned {value!r:.80} ({type(value).__name__}) {about}. Return a finite "
+                "number."
+            )
+        return float(value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupReward(Reward):
+    """The reward of LLM judges, for all responses to a prompt at once. A judge may fail.
+
+    `asks` maps a role (judge, verifier, author) to the judge's section. Call `for_stage` before use. A group without
+    rewards has no advantage and is counted; more than `max_failed` of a step's groups without rewards end the run. The
+    judges' standard is made from the responses that they grade, so rewards before and after training are not
+    comparable.
     """
 
     name: str
-    needs: frozenset[str]  # columns
-    asks: Mapping[str, JudgeSection]
+    needs: frozenset[str]
+    asks: Mapping[str, JudgeSection] = field()
+    comparable: bool = False
     max_failed: float
     judging: Judging
-    people: Mapping[str, Asking] = field(default_factory=dict[str, Asking])
+    judges: Mapping[str, CachedJudge] = field(default_factory=dict[str, CachedJudge])  # by role
 
-    def bound(
+    def for_stage(
         self,
         models: Mapping[str, LanguageModel],
         origins: Mapping[str, Mapping[str, Any]],
         folder: Path,
         rank: int,
     ) -> GroupReward:
-        """Ready to ask: with the models that it asks, and what is kept in `folder`. Raises RunError as `Kept` does."""
-        kept = Kept(folder, rank)
-        people = {
-            role: Asking(judge=judge_of(section, models, origins), kept=kept, retries=section.retries)
+        """The reward with its judges, whose answers are kept in `folder`. Raises RunError as `AnswerCache` does."""
+        cache = AnswerCache(folder, rank)
+        judges = {
+            role: CachedJudge(judge=judge_of(section, models, origins), cache=cache, retries=section.retries)
             for role, section in self.asks.items()
         }
-        return replace(self, people=people)
+        return replace(self, judges=judges)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The rollouts with their rewards. Raises what the judges raise, and DataError for a row that lacks a text."""
-        if not self.people:
+        """Raises what the judges raise, and DataError for a row that lacks a text."""
+        if not self.judges:
             raise ConfigError(
-                f"The reward {self.name!r} asks somebody, which only a stage of a run can lend it: use it in a stage's "
+                f"The reward {self.name!r} asks judges, which only a stage of a run starts: use it in a stage's "
                 "`reward`, and measure with a reward that checks a response by itself."
             )
-        return self.judging(rollouts, self.people)
+        return self.judging(rollouts, self.judges)
 
+    def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
+        """Raise TeacherError, in every process, if more than `max_failed` of the step's groups have no reward."""
+        failed = {r.prompt.id: r.unjudged for r in rollouts if r.unjudged is not None}
+        counts = gather((len(failed), len({r.prompt.id for r in rollouts}), next(iter(failed.items()), None)))
+        missing, groups = (sum(part[i] for part in counts) for i in (0, 1))
+        if groups == 0 or missing <= self.max_failed * groups:
+            return
+        prompt, why = next(first for _, _, first in counts if first is not None)
+        raise TeacherError(
+            f"The reward {self.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
+            f"`max_failed` allows {self.max_failed:.0%}. Of prompt {prompt}: {why}. The update was not made. What was "
+            "answered is kept: correct what is wrong and start the same command again. With a larger `max_failed` it "
+            "is another run, which needs another output_dir."
+        )
 
-def check_judged(reward: GroupReward, rollouts: Sequence[Rollout], gather: Gather) -> None:
-    """Stop, in every process, where too many of the step's groups have no reward. Raises TeacherError."""
-    failed = {r.prompt.id: r.unjudged for r in rollouts if r.unjudged is not None}
-    counts = gather((len(failed), len({r.prompt.id for r in rollouts}), next(iter(failed.items()), None)))
-    missing, groups = (sum(part[i] for part in counts) for i in (0, 1))
-    if groups == 0 or missing <= reward.max_failed * groups:
-        return
-    prompt, why = next(first for _, _, first in counts if first is not None)
-    raise TeacherError(
-        f"The reward {reward.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
-        f"`max_failed` allows {reward.max_failed:.0%}. Of prompt {prompt}: {why}. The update was not made. What was "
-        "answered is kept: correct what is wrong and start the same command again. With a larger `max_failed` it is "
-        "another run, which needs another output_dir."
-    )
-
-
-def judge_requests(rewards: Mapping[str | None, Any], gather: Gather) -> dict[str, float]:
-    """judge/ROLE_..., what was asked since the last call, of all processes; empty where nobody is asked.
-
-    These are no metrics: a run that is started again finds on disk what it asked before.
-    """
-    found: dict[str, float] = {}
-    for reward in rewards.values():
-        if not isinstance(reward, GroupReward):
-            continue
-        mine = {f"judge/{role}_{name}": n for role, one in reward.people.items() for name, n in one.counts.items()}
-        for one in reward.people.values():
-            one.counts.clear()
-        for part in gather(mine):
-            for name, number in part.items():
-                found[name] = found.get(name, 0.0) + number
-    return found
-
-
-def rewarded(reward: AnyReward | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with their rewards, if there is one. Raises TrainingError when the reward does."""
-    if reward is None:
-        return list(rollouts)
-    if isinstance(reward, GroupReward):
-        return reward(rollouts)
-    return [replace(r, reward=value) for r, value in zip(rollouts, score(reward, rollouts), strict=True)]
-
-
-def rewarded_by_task(
-    rewards: Mapping[str | None, AnyReward | None], rollouts: Sequence[Rollout], world: World = ALONE
-) -> list[Rollout]:
-    """The rollouts with the rewards of their prompts' tasks; a task without one leaves None.
-
-    Raises as `rewarded`, and, in every process of `world`, as `group_rewards.check_judged`.
-    """
-    out = list(rollouts)
-    for task, reward in rewards.items():
-        rows = [i for i, rollout in enumerate(rollouts) if rollout.prompt.task == task]
-        found = rewarded(reward, [rollouts[i] for i in rows])
-        for i, one in zip(rows, found, strict=True):
-            out[i] = one
-        if isinstance(reward, GroupReward):
-            check_judged(reward, found, world.gather)
-    return out
-
-
-RewardFn: TypeAlias = Callable[[Prompt, str], float]
-
-
-AnyReward: TypeAlias = RewardFn | GroupReward
+    def pop_requests(self) -> dict[str, float]:
+        """The judges' counts (`CachedJudge.counts`) since the last call."""
+        found = {f"{role}_{name}": n for role, judge in self.judges.items() for name, n in judge.counts.items()}
+        for judge in self.judges.values():
+            judge.counts.clear()
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reward:
-    """A reward that knows its name, for messages, and the data columns that it reads."""
+class StageRewards:
+    """The rewards of a stage, called as one: each rollout goes to the reward of its prompt's task.
 
-    name: str
-    function: RewardFn
-    needs: frozenset[str]
-
-    def __call__(self, prompt: Prompt, response: str) -> float:
-        return self.function(prompt, response)
-
-
-def score(reward: RewardFn, rollouts: Sequence[Rollout]) -> list[float]:
-    """The reward of each rollout's text. [B]
-
-    Raises TrainingError when the reward raises (the original error is its cause) or its result is no finite number.
+    `by_task` has None for a task without a reward. Every process calls the same methods in the same order.
     """
-    name = getattr(reward, "name", None) or getattr(reward, "__name__", type(reward).__name__)
-    scores: list[float] = []
-    for rollout in rollouts:
-        about = f"on prompt {rollout.prompt.id}, response {rollout.text[:200]!r}"
-        try:
-            value = reward(rollout.prompt, rollout.text)
-        except Exception as error:  # a user's function may raise anything
-            raise TrainingError(
-                f"The reward {name!r} raised {type(error).__name__} {about}: {error}. "
-                "A reward answers every text: correct it, or the row."
-            ) from error
-        if not isinstance(value, (Real, np.bool_)) or not math.isfinite(value):
-            raise TrainingError(
-                f"The reward {name!r} returned {value!r:.80} ({type(value).__name__}) {about}. Return a finite number."
-            )
-        scores.append(float(value))
-    return scores
+
+    by_task: Mapping[str | None, Reward | None]
+    gather: Gather = ALONE.gather
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        """The rollouts, in their order, with the rewards of their tasks.
+
+        Raises as `rewarded`, and, in every process, as `Reward.check_failures`.
+        """
+        out = list(rollouts)
+        for task, reward in self.by_task.items():
+            if reward is None:
+                continue
+            rows = [i for i, rollout in enumerate(rollouts) if rollout.prompt.task == task]
+            found = rewarded(reward, [rollouts[i] for i in rows])
+            for i, one in zip(rows, found, strict=True):
+                out[i] = one
+            reward.check_failures(found, self.gather)
+        return out
+
+    def pop_requests(self) -> dict[str, float]:
+        """judge/ROLE_WHAT: requests to judges since the last call, summed over processes; empty without judges.
+
+        They go into the timings, not into the metrics: a resumed run finds answers on disk and sends fewer requests.
+        """
+        asking = [reward for reward in self.by_task.values() if reward is not None and reward.asks]
+        total: dict[str, float] = {}
+        for reward in asking:
+            for counts in self.gather(reward.pop_requests()):
+                for name, number in counts.items():
+                    total[f"judge/{name}"] = total.get(f"judge/{name}", 0.0) + number
+        return total
 
 
-def unread_answers(prompts: Sequence[Prompt], method: Method | None, *rewards: AnyReward | None) -> int:
-    """How many prompts have an answer that neither the method nor any of the rewards looks at.
+def rewarded(reward: Reward | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with their rewards; unchanged without a reward.
 
-    A function of the user's own that declares no needs may look at everything.
+    Raises what the reward raises, and TrainingError for a user's Reward that returns something else.
+    """
+    if reward is None:
+        return list(rollouts)
+    found = list(reward(rollouts))
+    wrong = [_described(one) for one in found if not _is_rewarded(one)]
+    if wrong or len(found) != len(rollouts):
+        raise TrainingError(
+            f"The reward {reward.name!r} got {len(rollouts)} rollouts and returned {len(found)}"
+            + (f", of which {len(wrong)} have no reward, e.g. {wrong[0]}" if wrong else "")
+            + ". A Reward returns the rollouts that it got, in their order, with a finite number, "
+            "dataclasses.replace(rollout, reward=...), or with the reason why there is none, "
+            "dataclasses.replace(rollout, unjudged=...)."
+        )
+    return found
+
+
+def _is_rewarded(one: Any) -> bool:
+    return isinstance(one, Rollout) and (one.unjudged is not None if one.reward is None else _is_finite(one.reward))
+
+
+def _described(one: Any) -> str:
+    if isinstance(one, Rollout):
+        return f"one with reward={one.reward!r:.80} and unjudged={one.unjudged!r:.80}"
+    return f"{one!r:.80} ({type(one).__name__})"
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (Real, np.bool_)) and math.isfinite(value)
+
+
+def unfit_to_measure(reward: Reward) -> str | None:
+    """Why a reward cannot measure a model outside of training, as a clause; None if it can."""
+    if not reward.comparable:
+        return (
+            "which makes its yardstick anew from the responses that it grades: its numbers before and after training "
+            "cannot be compared"
+        )
+    return "which asks judges, and only the training of a stage starts them" if reward.asks else None
+
+
+def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *rewards: Reward | None) -> int:
+    """How many prompts have an `answer` that neither the method, which reads `columns`, nor a reward reads.
+
+    0 beside a user's function, which may read any column.
     """
     given = [reward for reward in rewards if reward is not None]
-    own = any(":" in getattr(reward, "name", ":") for reward in given)
-    if own or "answer" in columns_of(*given) | (frozenset() if method is None else method.needs.columns):
+    if any(isinstance(reward, FunctionReward) and reward.undeclared for reward in given):
+        return 0
+    if "answer" in columns.union(*(reward.needs for reward in given)):
         return 0
     return sum(prompt.answer is not None for prompt in prompts)
 
 
-def unread_line(count: int, which: str) -> str:
-    """What is said of `count` such rows; `which` is "training" or "held-out"."""
+def unscored_line(count: int, which: str) -> str:
+    """What a run says of `count` such rows; `which` is "training" or "held-out"."""
     return (
         f"{count} {which} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is "
         "measured"

@@ -1,7 +1,4 @@
-"""Rewards: (prompt, response text) -> a number, or of a whole group (`group_rewards`).
-
-Ours stand in `REWARDS`, yours is `my_package.mine:function`.
-"""
+"""The built-in rewards of a response's text alone. `registry.py` names them and those of users."""
 
 from __future__ import annotations
 
@@ -12,10 +9,11 @@ from decimal import Decimal
 from typing import Any
 
 from opd.errors import ConfigError, DataError
-from opd.pieces.needs import needing
 from opd.plugins import _import_extra
-from opd.rewards.base import RewardFn
+from opd.rewards.base import FunctionReward
 from opd.types import Prompt
+
+ANSWER = frozenset({"answer"})  # the column of the data that most rewards read
 
 # A sign counts unless it can be a minus between two terms; commas count between groups of three digits.
 NUMBER = re.compile(
@@ -24,17 +22,17 @@ NUMBER = re.compile(
 )
 
 
-def exact(ignore_case: bool = False) -> RewardFn:
+def exact(ignore_case: bool = False) -> FunctionReward:
     """1 when response and answer are the same text after stripping white space."""
 
     def reward(prompt: Prompt, response: str) -> float:
         one, other = response.strip(), str(_answer(prompt)).strip()
         return float(one.casefold() == other.casefold() if ignore_case else one == other)
 
-    return needing(reward, columns=["answer"])
+    return FunctionReward(name="exact", function=reward, needs=ANSWER)
 
 
-def regex(pattern: str, group: int | str | None = None) -> RewardFn:
+def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
     """1 when `pattern` is found (re.search); with `group`, when that group of the first match is the answer's text."""
     try:
         compiled = re.compile(pattern)
@@ -52,10 +50,10 @@ def regex(pattern: str, group: int | str | None = None) -> RewardFn:
             return float(match is not None)
         return float((match[group] or "").strip() == str(_answer(prompt)).strip())
 
-    return reward if group is None else needing(reward, columns=["answer"])
+    return FunctionReward(name="regex", function=reward, needs=frozenset() if group is None else ANSWER)
 
 
-def final_number() -> RewardFn:
+def final_number() -> FunctionReward:
     """1 when the last number of the response equals the last number of the answer: `#### 1,234` is `1234.0`.
 
     Numbers are decimals, compared exactly; of a fraction 1/2 the last number is 2 (`math_verify` reads fractions).
@@ -67,17 +65,17 @@ def final_number() -> RewardFn:
             raise DataError(f"The answer {prompt.answer!r:.80} of prompt {prompt.id} holds no number.")
         return float(_last_number(response) == wanted)
 
-    return needing(reward, columns=["answer"])
+    return FunctionReward(name="final_number", function=reward, needs=ANSWER)
 
 
-def max_words(n: int) -> RewardFn:
+def max_words(n: int) -> FunctionReward:
     """1 when the response has at least one and at most `n` words (separated by white space)."""
     if not isinstance(n, int) or n < 1:
         raise ConfigError(f"The reward 'max_words' got `n: {n!r}`. Give a number of words, at least 1.")
-    return lambda prompt, response: float(1 <= len(response.split()) <= n)
+    return FunctionReward(name="max_words", function=lambda prompt, text: float(1 <= len(text.split()) <= n))
 
 
-def math_verify(timeout_s: int = 5) -> RewardFn:
+def math_verify(timeout_s: int = 5) -> FunctionReward:
     """1 when math-verify finds the response's final expression equal to the answer, LaTeX or plain mathematics.
 
     A parse or comparison that takes longer than `timeout_s` whole seconds counts as unequal, and math-verify logs it;
@@ -99,10 +97,10 @@ def math_verify(timeout_s: int = 5) -> RewardFn:
             )
         return float(verifier.verify(gold, verifier.parse(response, parsing_timeout=alarm), timeout_seconds=alarm))
 
-    return needing(reward, columns=["answer"])
+    return FunctionReward(name="math_verify", function=reward, needs=ANSWER)
 
 
-def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> RewardFn:
+def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> FunctionReward:
     """The score that the row's own reasoning-gym task gives, in [0, 1]; the data is `reasoning_gym:TASK`.
 
     `tag` scores the text between the last <tag> and </tag> (0 when there is none) instead of the whole response.
@@ -130,7 +128,7 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Rew
                 raise
             return malformed
 
-    return reward
+    return FunctionReward(name="reasoning_gym", function=reward)
 
 
 def _answer(prompt: Prompt) -> Any:

@@ -1,52 +1,21 @@
-"""TODO: opd/rewards/registry.py"""
+"""Rewards by name, and what users give in their place: a function (prompt, text) -> float, or a Reward."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from opd.errors import ConfigError, nearest
 from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import Asks
-from opd.rewards.base import AnyReward, GroupReward, Reward, RewardFn
+from opd.rewards.base import FunctionReward, RewardFn
 from opd.rewards.functions import exact, final_number, math_verify, max_words, reasoning_gym, regex
 from opd.rewards.rubric import rubric
+from opd.types import Reward
 
-
-def load_reward(name: str, options: Mapping[str, Any]) -> AnyReward:
-    """A reward of `REWARDS`, or a user's `package.module:function`, which is called (prompt, response, **options).
-
-    The parameters of a built-in reward's function are its options. `opd.pieces.needs.columns_of(reward)` says which
-    data columns it reads. Raises ConfigError for an unknown name or option, or when a package is not installed.
-    """
-    if ":" in name:
-        function = import_function(name)
-        check_options(f"The reward {name!r}", function, options, given=2)
-        return Reward(
-            name=name, function=lambda prompt, text: function(prompt, text, **options), needs=columns_of(function)
-        )
-    if name not in REWARDS:
-        raise ConfigError(
-            f"There is no reward {name!r}.{nearest(name, REWARDS)} There are: {', '.join(REWARDS)}, "
-            "and your own as `my_package.mine:function`."
-        )
-    check_options(f"The reward {name!r}", REWARDS[name], options, beside=tuple(Asks.model_fields))
-    made = REWARDS[name](**options)
-    if isinstance(made, GroupReward):
-        return made
-    return Reward(name=name, function=made, needs=columns_of(made))
-
-
-def one_by_one(name: str) -> RewardFn:
-    """A reward, with its defaults, that looks at one response at a time. Raises ConfigError for one of whole groups."""
-    reward = load_reward(name, {})
-    if isinstance(reward, GroupReward):
-        raise ConfigError(f"Reward {name!r} grades all responses to a prompt at once. Use one that grades one by one.")
-    return reward
-
-
-REWARDS: dict[str, Callable[..., AnyReward]] = {
+REWARDS: dict[str, Callable[..., Reward]] = {
     "exact": exact,
     "regex": regex,
     "final_number": final_number,
@@ -55,3 +24,104 @@ REWARDS: dict[str, Callable[..., AnyReward]] = {
     "reasoning_gym": reasoning_gym,
     "rubric": rubric,
 }
+MEMBERS = ("name", "needs", "asks", "comparable", "__call__", "for_stage", "check_failures", "pop_requests")
+
+
+def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
+    """A reward of `REWARDS`, or a user's, named `package.module:name`.
+
+    The parameters of a built-in reward are its options. A user's name means one of three: a function, called
+    (prompt, text, **options) for each response; a function or class whose parameters are all options and which makes
+    one of the other two; or a Reward. Raises ConfigError for an unknown name or option, for anything else under a
+    user's name, and when a package is not installed.
+    """
+    if ":" in name:
+        return _users(name, options)
+    if name not in REWARDS:
+        raise ConfigError(
+            f"There is no reward {name!r}.{nearest(name, REWARDS)} There are: {', '.join(REWARDS)}, "
+            "and your own as `my_package.mine:function`."
+        )
+    check_options(f"The reward {name!r}", REWARDS[name], options, beside=tuple(Asks.model_fields))
+    return REWARDS[name](**options)
+
+
+def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> Reward:
+    """A Reward as it is; a function (prompt, text) -> float as a Reward called `name` (default: its own name).
+
+    Raises ConfigError for anything else, with a message that begins with `what`.
+    """
+    if _is_reward(given):
+        return given
+    if _is_function(given):
+        own_name = getattr(given, "__name__", type(given).__name__)
+        return FunctionReward(name=name or own_name, function=given, needs=columns_of(given), undeclared=True)
+    got = f"the class {given.__name__}" if inspect.isclass(given) else f"{given!r:.80} ({type(given).__name__})"
+    lacks = [member for member in MEMBERS if not hasattr(given, member)]
+    raise ConfigError(
+        f"{what} is {got}, which is neither a function (prompt, text) -> float nor a Reward"
+        + (f": a Reward also has {', '.join(lacks)}" if lacks and len(lacks) < len(MEMBERS) - 1 else "")
+        + ". Give a function, or an object of a class that subclasses opd.types.Reward."
+    )
+
+
+def one_by_one(name: str) -> RewardFn:
+    """The function (prompt, text) -> float of a reward, with its defaults.
+
+    Raises ConfigError for a reward that grades whole groups.
+    """
+    reward = load_reward(name, {})
+    if not isinstance(reward, FunctionReward):
+        raise ConfigError(f"Reward {name!r} grades all responses to a prompt at once. Use one that grades one by one.")
+    return reward.function
+
+
+def _users(name: str, options: Mapping[str, Any]) -> Reward:
+    """The reward under a user's name. Raises ConfigError."""
+    what, found = f"The reward {name!r}", import_function(name)
+    if _is_reward(found):
+        if options:
+            raise ConfigError(
+                f"{what} is a Reward object, which takes no options, got {sorted(options)}. Leave them out, or name a "
+                "function that makes the Reward from them."
+            )
+        return found
+    if inspect.isclass(found) or not _has_open_parameters(found, options):
+        check_options(what, found, options)
+        return as_reward(found(**options), f"{what} has no parameters but its options, and what it made of them", name)
+    check_options(what, found, options, given=2)
+    return FunctionReward(
+        name=name,
+        function=lambda prompt, text: found(prompt, text, **options),
+        needs=columns_of(found),
+        undeclared=True,
+    )
+
+
+def _has_open_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:
+    """Whether a function takes positional arguments beside its options: then it is called for each response."""
+    for one in inspect.signature(function).parameters.values():
+        if one.kind is one.VAR_POSITIONAL:
+            return True
+        positional = one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        if positional and one.default is one.empty and one.name not in options:
+            return True
+    return False
+
+
+def _is_reward(given: Any) -> TypeGuard[Reward]:
+    """Whether it is a Reward; a class of Rewards, which has the members too, is none."""
+    return isinstance(given, Reward) and not inspect.isclass(given)
+
+
+def _is_function(given: Any) -> TypeGuard[RewardFn]:
+    """Whether it can be called with (prompt, text); a builtin without a signature is taken to."""
+    if not callable(given) or inspect.isclass(given):
+        return False
+    try:
+        inspect.signature(given).bind(*range(2))
+    except TypeError:
+        return False
+    except ValueError:  # no signature
+        return True
+    return True

@@ -1,4 +1,4 @@
-"""The reward of arXiv 2605.07396: a rubric from the contrast of a teacher's and a student's answers, and its points."""
+"""The reward `rubric` of arXiv 2605.07396: judges write a rubric for each prompt and grade its responses by it."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from opd.rewards.rubric_texts import (
     without_thought,
 )
 from opd.samplers.asked.build import check_judge
-from opd.samplers.asked.cache import Asking
+from opd.samplers.asked.cache import CachedJudge
 from opd.samplers.asked.protocol import Failure, Question
 from opd.types import Message, Prompt, Rollout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How the rubrics are made and applied; see `rubric`."""
+    """How rubrics are written and applied; see `rubric`."""
 
     answers: int
     column: str
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Answers that one rubric is made from and applied to; `rows` are the places of the student's in the step."""
+    """The answers that one rubric is made from and applied to; `rows` are the indices of the student's in the step."""
 
     uid: str
     prompt: str
@@ -62,17 +62,17 @@ def rubric(
 ) -> GroupReward:
     """R_i = sum_k w_k v_ik / sum_k w_k, in [0, 1]: the share of a rubric's points that response i gets.
 
-    The judge reads the prompt, up to `answers` different answers of the teacher and all of the student's, and writes a
-    rubric of `criteria` = (fewest, most) criteria, each with 1 to 5 points; `shared` is one for the whole group, else
-    one for each response. The verifier, the judge itself if none is named, says of all answers, the teacher's too and
-    in an order that says nothing, which criteria they meet; not `blind`, it is told whose they are. The teacher's
-    answers are written by `author`, or stand in the data's `column`, a text or a list of texts. What stands before
-    `</think>` is read by nobody. `temperatures` are those of the author, the judge and the verifier.
+    The judge reads the prompt, up to `answers` different answers of the teacher and all answers of the student, and
+    writes a rubric of `criteria` = (fewest, most) criteria with 1 to 5 points each: one rubric for the whole group if
+    `shared`, else one for each response. The verifier (default: the judge) reads all answers, the teacher's too, in
+    the order of their hashes, and decides which criteria each meets; if not `blind`, it is told which are the
+    teacher's. The teacher's answers come from `author`, or from the data's `column`, a text or a list of texts. Text
+    up to `</think>` is removed from every answer. `temperatures` are those of the author, the judge and the verifier.
 
-    A group for which anybody fails has no reward; `max_failed` is the largest share of such groups in a step. Raises
-    ConfigError for settings that cannot be meant so and judges that cannot be asked.
+    A group has no rewards if one of its questions fails; `max_failed` is the largest share of such groups in a step.
+    Raises ConfigError for settings out of range and for sections that `check_judge` refuses.
     """
-    asks = _people(judge, verifier, author)
+    asks = _judges(judge, verifier, author)
     least, most = _pair(criteria)
     if type(answers) is not int or answers < 1:
         raise ConfigError(f"The reward 'rubric' got `answers: {answers!r}`. Give a number of answers, at least 1.")
@@ -96,14 +96,14 @@ def rubric(
         needs=frozenset() if author is not None else frozenset({column}),
         asks=asks,
         max_failed=max_failed,
-        judging=lambda rollouts, people: judged(rollouts, people, settings),
+        judging=lambda rollouts, judges: judged(rollouts, judges, settings),
     )
 
 
-def _people(
+def _judges(
     judge: JudgeSection | None, verifier: JudgeSection | None, author: JudgeSection | None
 ) -> dict[str, JudgeSection]:
-    """Who is asked, by role. Raises ConfigError without a judge, and for sections that cannot be asked."""
+    """The sections by role. Raises ConfigError without a judge, and for a section that `check_judge` refuses."""
     given = {"judge": judge, "verifier": verifier or judge, "author": author}
     for role, section in given.items():
         if section is not None and not isinstance(section, JudgeSection):
@@ -119,13 +119,13 @@ def _people(
     return asks
 
 
-def judged(rollouts: Sequence[Rollout], people: Mapping[str, Asking], settings: Settings) -> list[Rollout]:
-    """The rollouts with their rewards, or with why their group has none. All groups are asked about at once."""
+def judged(rollouts: Sequence[Rollout], judges: Mapping[str, CachedJudge], settings: Settings) -> list[Rollout]:
+    """The rollouts with their rewards, or with the reason why their group has none. One batch of questions a role."""
     groups: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         groups.setdefault(rollout.prompt.id, []).append(i)
     prompts = {key: rollouts[rows[0]].prompt for key, rows in groups.items()}
-    written = dict(zip(groups, teacher_answers(list(prompts.values()), people.get("author"), settings), strict=True))
+    written = dict(zip(groups, teacher_answers(list(prompts.values()), judges.get("author"), settings), strict=True))
     failures = {key: one.why for key, one in written.items() if isinstance(one, Failure)}
     cases: list[tuple[int, Case]] = []
     for key, rows in groups.items():
@@ -141,7 +141,7 @@ def judged(rollouts: Sequence[Rollout], people: Mapping[str, Asking], settings: 
                 rows=tuple(part),
             )
             cases.append((key, case))
-    scored = points_of([case for _, case in cases], people, settings)
+    scored = points_of([case for _, case in cases], judges, settings)
     out = list(rollouts)
     for (key, case), one in zip(cases, scored, strict=True):
         if isinstance(one, Failure):
@@ -157,19 +157,19 @@ def judged(rollouts: Sequence[Rollout], people: Mapping[str, Asking], settings: 
 
 
 def points_of(
-    cases: Sequence[Case], people: Mapping[str, Asking], settings: Settings
+    cases: Sequence[Case], judges: Mapping[str, CachedJudge], settings: Settings
 ) -> list[tuple[list[float], dict[str, float]] | Failure]:
-    """Of each case the rewards of the student's answers, and numbers for the metrics."""
+    """For each case the rewards of the student's answers and numbers for the metrics, or why there are none."""
     _, warm, cold = settings.temperatures
-    asked = [rubric_question(c.prompt, c.teacher, c.student, settings.criteria, warm) for c in cases]
-    rubrics = people["judge"].ask(asked, read_rubric)
+    about = [rubric_question(c.prompt, c.teacher, c.student, settings.criteria, warm) for c in cases]
+    rubrics = judges["judge"].ask(about, read_rubric)
     found: list[tuple[list[float], dict[str, float]] | Failure] = []
-    questions: list[tuple[Question, list[int]]] = []
+    applied: list[tuple[Question, list[int]]] = []
     for case, made in zip(cases, rubrics, strict=True):
         if not isinstance(made, Failure):
-            questions.append(_blind_question(case, made, settings.blind, cold))
-    verdicts = iter(people["verifier"].ask([question for question, _ in questions], read_verdicts))
-    orders = iter(order for _, order in questions)
+            applied.append(_blind_question(case, made, settings.blind, cold))
+    verdicts = iter(judges["verifier"].ask([question for question, _ in applied], read_verdicts))
+    orders = iter(order for _, order in applied)
     for case, made in zip(cases, rubrics, strict=True):
         if isinstance(made, Failure):
             found.append(Failure(f"the judge wrote no rubric: {made.why}"))
@@ -191,7 +191,7 @@ def points_of(
 
 
 def _blind_question(case: Case, made: Rubric, blind: bool, temperature: float) -> tuple[Question, list[int]]:
-    """What the verifier is asked, and at which place of (teacher's, student's) each answer of its order stands."""
+    """The verifier's question, and the order of its answers as indices into (teacher's, student's)."""
     pooled = [
         *(("teacher", i, text) for i, text in enumerate(case.teacher)),
         *(("student", i, text) for i, text in enumerate(case.student)),
@@ -202,11 +202,11 @@ def _blind_question(case: Case, made: Rubric, blind: bool, temperature: float) -
 
 
 def teacher_answers(
-    prompts: Sequence[Prompt], author: Asking | None, settings: Settings
+    prompts: Sequence[Prompt], author: CachedJudge | None, settings: Settings
 ) -> list[tuple[str, ...] | Failure]:
-    """Up to `settings.answers` different answers to each prompt, from the data or from the author.
+    """Up to `settings.answers` different answers of the teacher to each prompt, from the data or from the author.
 
-    Raises DataError for a row whose column holds none.
+    Raises DataError for a row without an answer in its column.
     """
     if author is None:
         return [_different(_column(prompt, settings.column), settings.answers) for prompt in prompts]
@@ -231,7 +231,7 @@ def teacher_answers(
 
 
 def shown(prompt: Prompt) -> str:
-    """A prompt as the judges read it. Raises DataError for one that is not text alone."""
+    """A prompt as the judges read it. Raises DataError if a part of it is no text."""
     if isinstance(prompt.content, str):
         return prompt.content
     return "\n\n".join(_said(message, prompt.id, alone=len(prompt.content) == 1) for message in prompt.content)

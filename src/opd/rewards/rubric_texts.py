@@ -1,4 +1,4 @@
-"""Rubrics: what is asked of those who write and apply them, what their answers have to be, and the number that follows.
+"""Texts of rubrics: the questions to judges, the parsing of their answers, and the reward that follows from them.
 
 A rubric is a list of criteria with points, made from the contrast of better and worse answers to one prompt
 (arXiv 2605.07396). Pure: texts in, texts and numbers out.
@@ -66,7 +66,7 @@ Reply with JSON alone: {{"verdicts": [[...], ...]}}, one list an answer, in the 
 
 @dataclass(frozen=True, slots=True)
 class Criterion:
-    """A statement about an answer, and what it is worth."""
+    """A statement about an answer, and its points."""
 
     text: str
     points: int
@@ -76,14 +76,14 @@ Rubric: TypeAlias = tuple[Criterion, ...]
 
 
 def without_thought(text: str) -> str:
-    """What follows the last `</think>`, up to a `<think>` that nothing closes, stripped; all of a text without one."""
+    """The text after the last `</think>`, up to a `<think>` that is not closed, stripped; all of it without tags."""
     return text.rpartition(THOUGHT)[2].partition(THINKS)[0].strip()
 
 
 def rubric_question(
     prompt: str, teacher: Sequence[str], student: Sequence[str], bounds: tuple[int, int], temperature: float
 ) -> Question:
-    """Asks for the one rubric of a prompt: at least bounds[0] and at most bounds[1] criteria."""
+    """The question for a prompt's rubric: at least bounds[0] and at most bounds[1] criteria."""
     text = WRITE.format(
         least=bounds[0],
         most=bounds[1],
@@ -98,7 +98,7 @@ def rubric_question(
 
 
 def read_rubric(question: Question, text: str) -> Rubric:
-    """The rubric in an answer to `rubric_question`. Raises UnreadableError for anything that is not one."""
+    """The rubric in an answer to `rubric_question`. Raises UnreadableError for any other text."""
     least, most = question.about["bounds"]
     given = _json(text, "criteria")
     if not least <= len(given) <= most:
@@ -122,7 +122,7 @@ def read_rubric(question: Question, text: str) -> Rubric:
 def verdict_question(
     prompt: str, rubric: Rubric, answers: Sequence[str], sources: Sequence[str] | None, temperature: float
 ) -> Question:
-    """Asks which answers meet which criteria; `sources` says whose each answer is, None to be blind."""
+    """The question which answers meet which criteria; `sources` names the model of each answer, None hides it."""
     titles = [f"## Answer {i}" + (f" (of the {sources[i - 1]})" if sources else "") for i in range(1, len(answers) + 1)]
     text = APPLY.format(
         k=len(rubric),
@@ -142,7 +142,7 @@ def verdict_question(
 
 
 def read_verdicts(question: Question, text: str) -> list[list[bool]]:
-    """[answers][criteria] of an answer to `verdict_question`. Raises UnreadableError for anything else."""
+    """The verdicts [answers][criteria] in an answer to `verdict_question`. Raises UnreadableError for other texts."""
     answers, criteria = len(question.about["answers"]), len(question.about["criteria"])
     given = _json(text, "verdicts")
     if len(given) != answers:
@@ -162,9 +162,9 @@ def share_of_points(rubric: Rubric, met: Sequence[bool]) -> float:
 
 
 def blind_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
-    """The order in which a judge reads `answers`, (source, index, text) each: that of their hashes.
+    """The order in which a judge reads `answers`, each (source, index, text): that of their hashes.
 
-    It says nothing of who wrote them, and is the same again for the same answers.
+    It does not show the source of an answer, and is the same at every call with the same answers.
     """
     hashes = [hashlib.sha256(json.dumps([uid, *answer]).encode()).hexdigest() for answer in answers]
     return sorted(range(len(answers)), key=hashes.__getitem__)
@@ -175,7 +175,7 @@ def _listed(answers: Sequence[str]) -> str:
 
 
 def _json(text: str, name: str) -> list[Any]:
-    """The list called `name` in an object that stands alone, or alone in a fence. Raises UnreadableError."""
+    """The list `name` of the one JSON object in a text, which may stand in a code fence. Raises UnreadableError."""
     body = without_thought(text)
     if body.startswith("```") and body.endswith("```"):
         body = body.removesuffix("```").partition("\n")[2]

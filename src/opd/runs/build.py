@@ -20,7 +20,7 @@ from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
-from opd.rewards.base import AnyReward, GroupReward
+from opd.rewards.base import StageRewards
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
@@ -128,18 +128,17 @@ def writers_of(
 
 def rewards_of(
     recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
-) -> dict[str | None, AnyReward | None]:
-    """The rewards by task, ready for those that ask somebody: `judges` are the models asked, `folder` keeps answers.
+) -> StageRewards:
+    """The rewards of all tasks, with their judges ready: `judges` are loaded models; answers are kept in `folder`.
 
-    Raises RunError when what is kept cannot be read.
+    Raises RunError if the answers that are kept cannot be read.
     """
     origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}
-    return {
-        name: task.reward.bound(judges, origins, folder / "judges", world.rank)
-        if isinstance(task.reward, GroupReward)
-        else task.reward
+    by_task = {
+        name: None if task.reward is None else task.reward.for_stage(judges, origins, folder / "judges", world.rank)
         for name, task in prepared.tasks.items()
     }
+    return StageRewards(by_task=by_task, gather=world.gather)
 
 
 def exams_of(
@@ -241,7 +240,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals)
     writers = writers_of(spec, method, student, teacher, externals, samplers_of(spec, student, given), memory)
-    rewards = rewards_of(recipe, prepared, judges, folder.path, world)
+    reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,
         seed=recipe.seed,
@@ -253,7 +252,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
         teacher=teacher,
         writers=writers,
         order=prepared.order,
-        rewards=rewards,
+        reward=reward,
         optimisation=StageOptimisation(
             optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
             student=student,
@@ -261,7 +260,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
             teacher=teacher,
             sampler=writers.student,
             prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
-            rewards=rewards,
+            reward=reward,
             context=method.context,
             memory=memory,
             world=world,

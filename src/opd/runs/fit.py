@@ -21,7 +21,7 @@ REMEDIES = {
 def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool, asks: bool = False) -> None:
     """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError.
 
-    `asks` says that the reward asks somebody (`group_rewards`).
+    `asks` says that LLM judges give the reward.
     """
     needs = method.needs
     part, where = spec.parts[task], spec.where(task)
@@ -127,7 +127,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
 
 
 def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
-    """Refuse an evaluation that asks for what nobody can give. Raises ConfigError.
+    """Refuse an evaluation that needs what the stage does not have. Raises ConfigError.
 
     Those are a pass@k that no sampling setting has enough responses for, and a teacher where there is none.
     """
@@ -135,7 +135,7 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
     if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
         raise ConfigError(
             f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
-            f"draw at most {most} responses a prompt. Raise n in evaluate.sampling, or lower k."
+            f"draw at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
         )
     asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
     if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):

@@ -1,4 +1,4 @@
-"""What a stage needs that can be made without weights: method, prompts, rewards, held-out prompts, task by task."""
+"""What a stage needs that can be made without weights, for each task: method, prompts, rewards, held-out prompts."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from opd.evaluation.evaluate import HeldOut
 from opd.messages import is_chat
 from opd.method import Method
 from opd.models.language_model import LanguageModel
-from opd.pieces.needs import Input, Needs, columns_of, needs_of
+from opd.pieces.needs import Input, Needs, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
-from opd.rewards.base import AnyReward, GroupReward, RewardFn, unread_answers, unread_line
+from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import load_reward
 from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
-from opd.types import Prompt, Sampler, Sampling, Teacher
+from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
 
@@ -31,7 +31,7 @@ class Given:
 
     models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
     prompts: list[Prompt] | None = None
-    reward: RewardFn | None = None
+    reward: Reward | None = None
     method: Method | None = None
     teachers: Mapping[str, Teacher] = field(default_factory=dict[str, Teacher])
     sampler: Callable[..., Sampler] | None = None  # called (student, sampling, **options)
@@ -39,19 +39,19 @@ class Given:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One of `StageSpec.parts`: its prompts, and who judges the responses to them."""
+    """One of `StageSpec.parts`: its prompts, and the reward of the responses to them."""
 
     prompts: list[Prompt]
-    reward: AnyReward | None
+    reward: Reward | None
     held_out: HeldOut | None
     selected: tuple[Selected, ...] = ()  # what became of the rows where a data section selects, held-out ones last
-    unread_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
+    unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
 
     @property
     def notes(self) -> list[str]:
-        """What a run says about the task's data before it begins: what was left out, and what nobody reads."""
-        unread = [unread_line(count, which) for which, count in self.unread_answers.items()]
-        return [*map(str, self.selected), *unread]
+        """Lines that a run prints before it begins: rows that a selection left out, and answers that nothing reads."""
+        unscored = [unscored_line(count, which) for which, count in self.unscored_answers.items()]
+        return [*map(str, self.selected), *unscored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,19 +81,14 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.parts.items():
-        check_needs(
-            spec,
-            name,
-            method,
-            has_reward=part.reward is not None or given.reward is not None,
-            asks=given.reward is None and part.reward is not None and bool(part.reward.asks),
-        )
-        reward = given.reward or reward_of(part.reward)
+        named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
+        check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
+        reward = reward_of(part.reward) if given.reward is None else given.reward
         columns = PROMPT_COLUMNS & method.needs.columns
         prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
-        held_out, unread = None, dict[str, int]()
+        held_out, unscored = None, dict[str, int]()
         if part.evaluate is not None:
             check_evaluate(spec, name, method, part.evaluate)
             held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
@@ -101,14 +96,14 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             first_held_out = 1 + max(prompt.id for prompt in measured)
             held_out = replace(held_out, prompts=measured)
             selected = [*selected, *also]
-            unread["held-out"] = unread_answers(measured, method, held_out.reward)
-        unread["training"] = unread_answers(prompts, method, reward, held_out and held_out.reward)
+            unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
+        unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
         tasks[name] = Task(
             prompts=prompts,
             reward=reward,
             held_out=held_out,
             selected=tuple(selected),
-            unread_answers={which: count for which, count in unread.items() if count},
+            unscored_answers={which: count for which, count in unscored.items() if count},
         )
     order = PromptOrder(
         prompts=tuple(task.prompts for task in tasks.values()),
@@ -121,34 +116,34 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 
 
 def held_out_of(
-    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: AnyReward | None, seed: int
+    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
 ) -> tuple[HeldOut, list[Selected]]:
     """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows.
 
-    A reward that asks somebody is for training alone: its rubric is made from the responses that it grades, so that its
-    numbers before and after are no comparison. Raises ConfigError where the section asks for one.
+    Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
+    training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
+    such a reward.
     """
-    judged_by = reward_of(evaluate.reward) or reward
-    if isinstance(judged_by, GroupReward):
-        if evaluate.reward is not None:
-            raise ConfigError(
-                f"Stage {spec.name!r}: evaluate.reward is {judged_by.name!r}, whose yardstick is made anew from the "
-                "responses that it grades: its numbers before and after training cannot be compared. Give a reward "
-                "that checks a response by itself, or leave evaluate.reward out."
-            )
-        judged_by = None
-    if evaluate.kl and judged_by is None and Input.REWARD in needs_of(method.context):
+    own = reward_of(evaluate.reward)
+    if own is not None and (unfit := unfit_to_measure(own)):
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.reward is {own.name!r}, {unfit}. Give a reward that checks a response by "
+            "itself, or leave evaluate.reward out."
+        )
+    fits = reward is not None and not unfit_to_measure(reward)
+    measured_by = own if own is not None else reward if fits else None
+    if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and no "
             "reward looks at the held-out ones: that of the stage asks a judge. Set evaluate.reward to one that checks "
             "a response by itself, or evaluate.kl to false."
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
-    prompts, selected = read(evaluate.data, needs_of_reward(judged_by) | (PROMPT_COLUMNS & read_by_teacher))
+    prompts, selected = read(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
         prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
-        reward=judged_by,
+        reward=measured_by,
         seed=seed,
         pass_at=evaluate.pass_at,
         max_prompt_length=spec.max_prompt_length,
@@ -178,7 +173,7 @@ def read(
 ) -> tuple[list[Prompt], list[Selected]]:
     """The prompts of a data section, or those given in Python; what became of the rows where some were selected.
 
-    Every prompt has the columns that somebody will read. Raises DataError, also for given prompts that share an id:
+    Every prompt has the columns in `require`. Raises DataError, also for given prompts that share an id:
     their responses would be one group, drawn alike.
     """
     if given is None:
@@ -194,13 +189,13 @@ def read(
     return given, []
 
 
-def needs_of_reward(reward: AnyReward | None) -> frozenset[str]:
-    return frozenset() if reward is None else columns_of(reward)
+def needs_of_reward(reward: Reward | None) -> frozenset[str]:
+    return frozenset() if reward is None else reward.needs
 
 
 def sampling_of(section: SamplingSection) -> Sampling:
     return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
 
 
-def reward_of(section: RewardSection | None) -> AnyReward | None:
+def reward_of(section: RewardSection | None) -> Reward | None:
     return None if section is None else load_reward(section.name, {**section.options, **section.asks})

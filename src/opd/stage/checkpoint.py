@@ -34,7 +34,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(writing|replaced|removing)-(step_\d{6,})-\d+")
 
 
-# What the readers of both formats raise for bytes that nobody wrote.
+# What the readers of both formats raise for damaged files.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, SafetensorError)
 
 

@@ -18,7 +18,7 @@ from opd.models.language_model import LanguageModel
 from opd.parallel import World, full
 from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import OptimizerSection
-from opd.rewards.base import AnyReward, rewarded_by_task
+from opd.rewards.base import StageRewards
 from opd.teachers.routed import routed
 from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, Teacher
 
@@ -33,7 +33,7 @@ class StageOptimisation:
     teacher: Teacher
     sampler: Sampler  # of the student
     prompts: Sequence[Prompt]  # of training, all
-    rewards: Mapping[str | None, AnyReward | None]  # by task
+    reward: StageRewards
     context: Context
     memory: Mapping[str, Memory]
     world: World
@@ -65,7 +65,7 @@ class StageOptimisation:
         self.teacher.jumped(by)
 
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
-        """Mean reward, or minus the exact reverse KL in nats a token, of responses to `prompts` training prompts.
+        """Mean reward, or minus the exact reverse KL in nats per token, of responses to `prompts` training prompts.
 
         Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
         weights that have overflowed, so that no response can be drawn, are worth -inf.
@@ -81,10 +81,10 @@ class StageOptimisation:
             if self.world.any(written is None) or written is None:
                 return -math.inf
             if by == "reward":
-                rewards = [one.reward or 0.0 for one in rewarded_by_task(self.rewards, written)]
+                rewards = [one.reward or 0.0 for one in self.reward(written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
             if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
-                written = rewarded_by_task(self.rewards, written, self.world)
+                written = self.reward(written)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0
             for teacher, indices in routed(self.teacher, rollouts):

@@ -17,7 +17,7 @@ from opd.models.language_model import LanguageModel, Root
 from opd.parallel import World
 from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
-from opd.rewards.base import AnyReward, judge_requests, rewarded_by_task
+from opd.rewards.base import StageRewards
 from opd.stage import checkpoint
 from opd.stage.exams import Exams
 from opd.stage.folder import StageDir
@@ -48,7 +48,7 @@ class Stage:
     root: Root  # of the student: what runs its forward and backward
     teacher: Teacher
     writers: Writers
-    rewards: Mapping[str | None, AnyReward | None]  # by task
+    reward: StageRewards
     # what
     spec: StageSpec
     method: Method
@@ -113,10 +113,6 @@ class Stage:
         """The student's weights whole in every process, for what runs outside of `root`."""
         return self.world.gathered(self.root)
 
-    def reward(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The responses with their rewards."""
-        return rewarded_by_task(self.rewards, rollouts, self.world)
-
     def request(self, step: int) -> ScoreRequest:
         """What the teacher computes in this step."""
         return self.method.request(shown=self._shown(step))
@@ -158,7 +154,7 @@ class Stage:
         self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
         self._write(done, metrics)
-        self.folder.append_timings(done, time.row(judge_requests(self.rewards, self.world.gather)))
+        self.folder.append_timings(done, time.row(self.reward.pop_requests()))
         if self._shown(step) or (self.spec.samples_every and self.finished):
             self.folder.write_samples(done, self.world.in_order(self._positions(step), rows_of(batch)))
 

@@ -153,7 +153,7 @@ def _text(held: np.ndarray) -> str:
 def judged_by(options: Mapping[str, Any], grading: Mapping[str, Any], folder: Path) -> GroupReward:
     """The reward `rubric` with the program as its judge."""
     judge = JudgeSection(function="opd_studies.worlds.graders:grader", options=dict(grading))
-    return rubric(judge=judge, **options).bound({}, {}, folder, 0)
+    return rubric(judge=judge, **options).for_stage({}, {}, folder, 0)
 
 
 def advantage_of(tasks: list[Arms], drawn: list[np.ndarray], reward: GroupReward) -> tuple[np.ndarray, np.ndarray]:

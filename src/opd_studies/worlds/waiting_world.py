@@ -9,7 +9,7 @@ last token waiting answers nothing. Its logits are
 with numbers to learn that are the same for all problems, so that nothing can be learned by heart: two for each n, or,
 where the model is `shared`, three in all: sharpness_n = sharpness, patience_n = patience - hurry n. A teacher
 that has read the solution is the same model with `KNOWLEDGE` added to the logit of the right answer. That alone makes
-waiting less likely, and an early answer more: nobody wrote the shortcut into it.
+waiting less likely, and an early answer more: the shortcut is not written into it.
 """
 
 from __future__ import annotations

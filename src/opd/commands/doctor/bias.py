@@ -197,7 +197,7 @@ def support_gradient(signal: Signal, at: Positions) -> Tensor:
 def expected_gradient(signal: Signal, at: Positions) -> Tensor:
     """E_{y~p} d/dz of the signal of the sampled token y, exactly, [n, V].
 
-    With c(y) = d signal / d log p(y) it is p_j (c_j - sum_v p c): one number a token and no draw. The token is taken to
+    With c(y) = d signal / d log p(y) it is p_j (c_j - sum_v p c): one number per token, no draw. The token is taken to
     be drawn from p itself, on policy. The support, which a baseline reads, is the same for every y.
     """
     s, t = at.student.detach().log_softmax(-1), at.teacher.log_softmax(-1)

@@ -11,9 +11,9 @@ from opd.commands.doctor.subject import Pair, sample_of
 from opd.evaluation.continuation import Continuation, Depth, continuation
 from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
 from opd.models.render import render
-from opd.pieces.needs import Trait, columns_of, needs_of
-from opd.rewards.base import RewardFn, rewarded
-from opd.types import Prompt, Rollout
+from opd.pieces.needs import Trait, needs_of
+from opd.rewards.base import rewarded, unfit_to_measure
+from opd.types import Prompt, Reward, Rollout
 
 # arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and .02 over the student behind 1K, 4K, 8K and 16K of its tokens.
 # Shares of the limit, ours, and a gain below a tenth of that from the prompt is gone (there: .02 / .37 = 6 %).
@@ -39,7 +39,7 @@ NEW_KNOWLEDGE = (
 class Judged:
     """Responses of both to the same prompts, with rewards; those of one prompt stand together."""
 
-    reward: RewardFn
+    reward: Reward
     student: list[Rollout]
     teacher: list[Rollout]
 
@@ -49,7 +49,7 @@ class Judged:
 
 
 def judged(pair: Pair) -> Judged | str:
-    """Both models' responses with rewards, or why nobody can judge them.
+    """Both models' responses with rewards, or why they have none.
 
     The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
     have (a reward need not say what it reads), or on as many held-out ones.
@@ -60,20 +60,25 @@ def judged(pair: Pair) -> Judged | str:
         return "The teacher reads the response that it scores, and so has no responses of its own."
     prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
     reward = pair.reward
-    if reward is None:
+    if reward is None or unfit_to_measure(reward):
         if held_out is None or held_out.reward is None:
-            return (
-                "The stage's reward asks a judge, whom the doctor does not ask, and its evaluation has no reward."
-                if pair.asks_a_judge
-                else "The stage has no reward, and neither has its evaluation: nobody can say what is right."
-            )
+            return without_reward(pair)
         reward = held_out.reward
-        if missing_for(columns_of(reward) | filled_in(held_out.prompts), prompts):
+        if missing_for(reward.needs | filled_in(held_out.prompts), prompts):
             prompts = sample_of(held_out.prompts, len(prompts), pair.seed)
             if missing := missing_for(needs_of(pair.method.context).columns, prompts):
                 return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
             rollouts = pair.written(prompts)
     return Judged(reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, pair.taught(prompts)))
+
+
+def without_reward(pair: Pair) -> str:
+    """Why accuracy cannot be measured where the evaluation has no reward either."""
+    if pair.asks_a_judge:
+        return "The stage's reward asks a judge, the doctor asks none, and the stage's evaluation has no reward."
+    if pair.reward is not None:
+        return f"The stage's reward is {pair.reward.name!r}, {unfit_to_measure(pair.reward)}. Its evaluation has none."
+    return "The stage has no reward, and neither has its evaluation: accuracy cannot be measured."
 
 
 def filled_in(prompts: Sequence[Prompt]) -> frozenset[str]:
@@ -178,7 +183,7 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
     )
 
 
-def probed(pair: Pair, rollouts: Sequence[Rollout], reward: RewardFn) -> list[Continuation]:
+def probed(pair: Pair, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
     """The continuation probe at `DEPTHS` of the limit, in as few calls as the teacher's positions allow."""
     cap = pair.sampling.max_completion_length
     contexts = pair.contexts(rollouts)

@@ -71,7 +71,7 @@ def disagreement(pair: Pair) -> Finding:
     numbers = {"contexts": len(contexts[0]), "minus_log_z": floor, "loss": loss, "share": share}
     says = (
         f"With the privileged information of {len(contexts[0]) - 1} other prompts in turn, -log Z is {floor:.3g} of "
-        f"the loss's {loss:.3g} nats a token: {share:.0%} cannot be learned"
+        f"the loss's {loss:.3g} nats per token: {share:.0%} cannot be learned"
     )
     if share < MOSTLY_INSTANCE:
         kind = "a rule that prompts share" if share < MOSTLY_SHARED else "partly a shared rule, partly a fact a prompt"

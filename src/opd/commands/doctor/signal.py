@@ -48,7 +48,7 @@ BUCKET = 16  # tokens, doubled until sixteen buckets are enough
 
 
 def compared(pair: Pair) -> Comparison:
-    """Student and teacher at every token of one response a prompt."""
+    """Student and teacher at every token of one response per prompt."""
     firsts = pair.firsts
     return compare(
         pair.student,
@@ -160,7 +160,7 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
         "entropy_gap": _mean((comparison.teacher_entropy - comparison.student_entropy).abs()),
     }
     says = (
-        f"Exact reverse KL {numbers['reverse_kl']:.3g} nats a token over {numbers['tokens']} tokens, entropy gap "
+        f"Exact reverse KL {numbers['reverse_kl']:.3g} nats per token over {numbers['tokens']} tokens, entropy gap "
         f"{numbers['entropy_gap']:.3g} nats, {numbers['negative_share']:.0%} of the one-token rewards negative."
     )
     if numbers["reverse_kl"] >= NOTHING_TO_LEARN:
@@ -207,7 +207,7 @@ def overlap(pair: Pair, comparison: Comparison) -> Finding:
         f"{numbers['student_mass_on_overlap']:.1%} of the student's and {numbers['teacher_mass_on_overlap']:.1%} of "
         f"the teacher's mass (pairs that were studied: from {LOWEST_OVERLAP:.0%}, masses from {LOWEST_MASS:.0%})."
     )
-    # A low ratio over tokens that nobody would write is noise: the masses have to miss too (2604.13016 app. C.2).
+    # A low ratio over improbable tokens is noise: the masses have to miss too (2604.13016 app. C.2).
     if numbers["overlap_ratio"] >= LOWEST_OVERLAP or mass >= LOWEST_MASS:
         return Finding(name="signal/overlap", level="ok", says=says, numbers=numbers)
     return Finding(

@@ -17,7 +17,7 @@ from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
-from opd.rewards.base import GroupReward, RewardFn, rewarded
+from opd.rewards.base import rewarded
 from opd.runs.build import model_for, writers_of
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
@@ -25,22 +25,22 @@ from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
-from opd.types import Context, Prompt, ReservedStep, Rollout, Sampler, Sampling, Teacher, Writers
+from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers
 
-SAMPLES = 4  # responses a prompt, for pass@k
+SAMPLES = 4  # responses per prompt, for pass@k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
     """What the checks look at. `prompts` are a sample of the stage's own, and `rollouts` the student's to them.
 
-    `rollouts` holds `Pair.sampling.n` responses a prompt, in order; `firsts` are the first of each.
+    `rollouts` holds `Pair.sampling.n` responses per prompt, in order; `firsts` are the first of each.
     """
 
     recipe: Recipe
     spec: StageSpec
     method: Method
-    reward: RewardFn | None
+    reward: Reward | None
     held_out: HeldOut | None
     student: LanguageModel
     external: LanguageModel | None
@@ -49,7 +49,7 @@ class Pair:
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
-    asks_a_judge: bool = False  # the stage's reward; the doctor does not
+    asks_a_judge: bool = False  # the stage's reward does; the doctor asks none, and has no reward then
 
     @property
     def self_taught(self) -> bool:
@@ -159,7 +159,7 @@ def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
 
 
 def sampling_for(spec: StageSpec, method: Method) -> Sampling:
-    """The stage's own sampling, with `SAMPLES` responses a prompt (one where they would all be equal).
+    """The stage's own sampling, with `SAMPLES` responses per prompt (one where they would all be equal).
 
     Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
     """
@@ -217,8 +217,8 @@ def pair_up(
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
-    reward = None if isinstance(part.reward, GroupReward) else part.reward
-    if isinstance(part.reward, GroupReward) and Input.REWARD in needs_of(prepared.method.context):
+    asks_a_judge = part.reward is not None and bool(part.reward.asks)
+    if part.reward is not None and asks_a_judge and Input.REWARD in needs_of(prepared.method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
             "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
@@ -228,7 +228,7 @@ def pair_up(
         recipe=recipe,
         spec=spec,
         method=prepared.method.with_tokenizer(student.tokenizer),
-        reward=reward,
+        reward=None if asks_a_judge else part.reward,
         held_out=part.held_out,
         student=student,
         external=external,
@@ -236,7 +236,7 @@ def pair_up(
         step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,
-        asks_a_judge=isinstance(part.reward, GroupReward),
+        asks_a_judge=asks_a_judge,
     )
     return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
 

@@ -70,7 +70,7 @@ def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Se
             _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share)
         table.add_section()
     for key in ("reverse_kl", "forward_kl"):
-        _add(table, columns, f"eval/{key}", f"{key}, nats a token", digits=3)
+        _add(table, columns, f"eval/{key}", f"{key}, nats per token", digits=3)
     table.caption = "\n".join(lines)
     return table
 

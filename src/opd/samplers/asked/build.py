@@ -1,4 +1,4 @@
-"""A judge from its section of a recipe."""
+"""Builds a judge from its section of a recipe, and checks the section."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from opd.samplers.asked.protocol import Judge
 def judge_of(
     section: JudgeSection, models: Mapping[str, LanguageModel], origins: Mapping[str, Mapping[str, Any]]
 ) -> Judge:
-    """Who a checked section means: `models` are loaded, `origins` are their sections of the recipe.
+    """The judge of a section that `check_judge` accepts.
 
-    The key is read from the environment here, and is held in memory alone.
+    `models` are loaded models by name, `origins` their sections of the recipe. A server's key is read from the
+    environment here and stays in memory. Raises ConfigError for a model that is not loaded.
     """
     if section.url is not None and section.model is not None:
         return Endpoint(
@@ -39,13 +40,19 @@ def judge_of(
             concurrency=section.concurrency,
         )
     if section.lm is not None:
+        if section.lm not in models:
+            raise ConfigError(
+                f"A judge is the model {section.lm!r}, which is not loaded. A stage loads the models that the "
+                f"`reward` of its recipe names{': now ' + ', '.join(models) if models else ''}. Name it there, e.g. "
+                f"reward: {{name: ..., judge: {{lm: {section.lm}}}}}."
+            )
         return LocalJudge(lm=models[section.lm], origin=origins[section.lm], max_tokens=section.max_tokens)
-    assert section.function is not None, "a section that names nobody is refused before this"
+    assert section.function is not None, "a section without url, lm or function is refused before this"
     return Program(function=import_function(section.function), name=section.function, options=section.options)
 
 
 def check_judge(section: JudgeSection, where: str) -> None:
-    """Refuse what cannot be asked: a bad address, a key that is not there, a function that is not. Raises ConfigError.
+    """Raise ConfigError for an invalid address, a missing key, or a function that is missing or cannot be called.
 
     No message repeats an address or a name that might hold a secret.
     """

@@ -1,4 +1,4 @@
-"""Asking so that nothing is asked twice: answers are kept on disk as they come, and unreadable ones asked for again."""
+"""A judge with a cache: answers are written to disk as they arrive, and unreadable ones are asked for again."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from opd.samplers.asked.protocol import Failure, Judge, Question, Reply, Unreada
 T = TypeVar("T")
 
 
-class Kept:
-    """Answers by the hash of their question, in memory and in `folder`: a file of lines for each process.
+class AnswerCache:
+    """Answers by the hash of their question, in memory and in `folder`: one JSON Lines file per process.
 
-    A process reads what all wrote, and adds to its own. A kill leaves at most one partial last line, which is removed.
+    A process reads the files of all and appends to its own. A kill leaves at most one partial last line, which is
+    removed.
     """
 
     def __init__(self, folder: Path, rank: int = 0) -> None:
-        """Read what is there. Raises RunError when a file cannot be read or written, or a line is damaged."""
+        """Read the files. Raises RunError if one cannot be read or written, or a line of it is damaged."""
         self.file = folder / f"answers-{rank}.jsonl"
         self.texts: dict[str, str] = {}
         try:
@@ -43,74 +44,74 @@ class Kept:
                 write_atomically(file, b"".join(line for line, _ in rows))
 
     def add(self, key: str, text: str) -> None:
-        """Keep an answer. Raises RunError when it cannot be written."""
+        """Store an answer. Raises RunError if it cannot be written."""
         append_row(self.file, {"key": key, "text": text}, "an answer")
         self.texts[key] = text
 
 
 @dataclass(slots=True, kw_only=True)
-class Asking:
-    """A judge, what it has answered so far, and how often an unreadable answer is asked for again.
+class CachedJudge:
+    """A judge with its cache; an unreadable answer is asked for again up to `retries` times.
 
-    `counts`: requests (all that were sent), retries (those beyond the first of a question), unreadable and cached
+    `counts` has: requests (all that were sent), retries (those after the first for a question), unreadable and cached
     answers, failed questions, and seconds.
     """
 
     judge: Judge
-    kept: Kept
+    cache: AnswerCache
     retries: int
     counts: dict[str, float] = field(default_factory=dict[str, float])
 
     def ask(
         self, questions: Sequence[Question], read: Callable[[Question, str], T], *, whole: bool = False
     ) -> list[T | Failure]:
-        """What `read` makes of each answer, or why there is none. `read` raises UnreadableError for a bad answer.
+        """Each answer as `read` parses it, or the Failure. `read` raises UnreadableError for an answer it rejects.
 
-        With `whole` an answer that was cut at its largest length is a bad one, however much of it can be read. Only
-        readable answers are kept: what failed is asked again by a run that is started again.
+        With `whole`, an answer that was cut at `max_tokens` counts as unreadable. Only readable answers are cached: a
+        resumed run asks the failed questions again. Equal questions are sent once.
         """
         started = time.perf_counter()
         found: dict[str, T | Failure] = {}
         pending: dict[str, Question] = {}
         keys = [self.key(question) for question in questions]
         for key, question in zip(keys, questions, strict=True):
-            kept = self._kept(key, question, read)
-            if kept is None:
+            cached = self._cached(key, question, read)
+            if cached is None:
                 pending[key] = question
             else:
-                found[key] = kept[0]
+                found[key] = cached[0]
         for attempt in range(self.retries + 1):
             if not pending:
                 break
             self.count("retries", len(pending) if attempt else 0)
-            asked = [(key, replace(question, attempt=attempt)) for key, question in pending.items()]
+            batch = [(key, replace(question, attempt=attempt)) for key, question in pending.items()]
             again: set[str] = set()
-            for i, reply in self.judge.ask([question for _, question in asked]):
-                key, question = asked[i]
+            for i, reply in self.judge.ask([question for _, question in batch]):
+                key, question = batch[i]
                 found[key] = self._read(key, question, reply, read, whole)
                 if isinstance(found[key], Failure) and reply.text is not None:
                     again.add(key)
-            pending = {key: question for key, question in asked if key in again}
+            pending = {key: question for key, question in batch if key in again}
         self.count("failed", sum(isinstance(one, Failure) for one in found.values()))
         self.count("seconds", time.perf_counter() - started)
         return [found[key] for key in keys]
 
     def key(self, question: Question) -> str:
-        """The hash of who is asked what."""
-        asked = [dict(self.judge.identity), question.content, question.temperature, question.number]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=dict).encode()).hexdigest()
+        """The hash of the judge's identity and the question."""
+        parts = [dict(self.judge.identity), question.content, question.temperature, question.number]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=dict).encode()).hexdigest()
 
     def count(self, name: str, number: float) -> None:
         """Add to a count."""
         self.counts[name] = self.counts.get(name, 0.0) + number
 
-    def _kept(self, key: str, question: Question, read: Callable[[Question, str], T]) -> tuple[T] | None:
-        """What was kept and can be read, as a tuple of one; None where there is nothing."""
-        if key not in self.kept.texts:
+    def _cached(self, key: str, question: Question, read: Callable[[Question, str], T]) -> tuple[T] | None:
+        """The cached answer as `read` parses it, in a tuple of one; None if there is none that it accepts."""
+        if key not in self.cache.texts:
             return None
         try:
-            made = read(question, self.kept.texts[key])
-        except UnreadableError:  # kept by other code than this
+            made = read(question, self.cache.texts[key])
+        except UnreadableError:  # cached by an earlier version of `read`
             return None
         self.count("cached", 1)
         return (made,)
@@ -129,5 +130,5 @@ class Asking:
         except UnreadableError as error:
             self.count("unreadable", 1)
             return Failure(f"{error}" + ("; the answer was cut: raise max_tokens" if reply.cut else ""))
-        self.kept.add(key, reply.text)
+        self.cache.add(key, reply.text)
         return made

@@ -1,4 +1,4 @@
-"""A judge that is a model in this process."""
+"""A judge that is a model of this process."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from opd.types import Prompt, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalJudge:
-    """Asks a model that nobody trains. What it draws is a function of the question alone."""
+    """A model that is not trained, as a judge. The random numbers of an answer are a function of its question."""
 
     lm: LanguageModel
-    origin: Mapping[str, Any]  # what model it is: its section of the recipe
+    origin: Mapping[str, Any]  # the model's section of the recipe
     max_tokens: int
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The model's section, and how long an answer may be."""
+        """The model's name and section, and the largest length of an answer."""
         return {"lm": self.lm.name, "origin": dict(self.origin), "max_tokens": self.max_tokens}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """All questions of one temperature together. One that is too long for the model is a failure.
+        """Replies, sampled in one batch per temperature. A question that is too long for the model is a failure.
 
-        Raises DataError for a conversation and a tokenizer without a chat template.
+        Raises DataError if a question is a conversation and the tokenizer has no chat template.
         """
         by_temperature: dict[float, list[int]] = {}
         for i, question in enumerate(questions):
@@ -58,6 +58,6 @@ class LocalJudge:
 
 
 def number_of(question: Question) -> int:
-    """The question as a number below 2^64, for the random numbers of its answer."""
+    """A hash of the question below 2^64: the prompt id that seeds its answer."""
     text = json.dumps([question.content, question.number, question.attempt], sort_keys=True, default=dict)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

@@ -1,4 +1,4 @@
-"""A judge that is a function: for studies, and for rules that a program can check."""
+"""A judge that is a Python function: for studies, and for rules that a program can check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd.samplers.asked.protocol import Question, Reply
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """Calls `function(question, **options)`, which returns a text, or None where it has nothing to say."""
+    """Calls `function(question, **options)`, which returns a text, or None for no answer."""
 
     function: Callable[..., str | None]
     name: str
@@ -24,7 +24,7 @@ class Program:
         return {"function": self.name, "options": dict(self.options)}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """One after the other. Raises TrainingError when the function raises, or returns something else."""
+        """Replies in the order of the questions. Raises TrainingError if the function raises or returns no text."""
         for i, question in enumerate(questions):
             try:
                 text = self.function(question, **self.options)

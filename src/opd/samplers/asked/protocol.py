@@ -1,4 +1,4 @@
-"""What is asked, what comes back, and the protocol of those who answer."""
+"""Questions to a judge, its replies, and the protocol of a judge."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from opd.types import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """A text, or a conversation, that somebody goes on with.
+    """A text, or a conversation, that a judge continues.
 
-    `about` says what it is made of in values: a program reads that. `number` tells equal questions apart that want
-    different answers. `attempt` counts from 0 how often an answer to this question could not be read.
+    `about` has the values that the text was made from: a program reads those. `number` distinguishes equal questions
+    that need different answers. `attempt` counts the unreadable answers to this question so far.
     """
 
     content: str | tuple[Message, ...]
@@ -26,31 +26,31 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """A text, or None and why there is none. `cut` says that it had reached the largest length."""
+    """The text, or None and `failure`, the reason. `cut`: the text ended at the judge's `max_tokens`."""
 
     text: str | None = None
     failure: str | None = None
     cut: bool = False
-    requests: int = 1  # that it took
+    requests: int = 1  # that were sent for it
 
 
 class Judge(Protocol):
-    """Somebody who is asked for texts: `endpoint.Endpoint`, `local.LocalJudge`, `program.Program`."""
+    """Answers questions with texts: `endpoint.Endpoint`, `local.LocalJudge`, `program.Program`."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...  # what its answers depend on besides the question; what JSON can hold
+    def identity(self) -> Mapping[str, Any]: ...  # all that its answers depend on beside the question, as JSON values
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """Each question's index and reply, in the order in which they come: what has come is kept, whatever follows."""
+        """(index of the question, reply) in the order of arrival, so that each is cached before the next arrives."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a question has no answer that can be read."""
+    """The reason why a question has no readable answer."""
 
     why: str
 
 
 class UnreadableError(ValueError):
-    """A text that is not what was asked for; the message says what is wrong with it."""
+    """An answer that the question's parser rejects; the message says why."""

@@ -1,0 +1,93 @@
+"""`opd methods` and `opd describe`: the methods' own source, read as text, so that neither command imports torch."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from functools import cache
+from pathlib import Path
+
+from opd.errors import ConfigError, nearest
+
+HERE = Path(__file__).parents[1]
+
+
+@cache
+def names() -> tuple[str, ...]:
+    """The methods' names, in the order of the registry `opd.methods.METHODS`."""
+    tree = ast.parse((HERE / "methods" / "__init__.py").read_text())
+    (registry,) = [
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "METHODS"
+    ]
+    assert isinstance(registry, ast.Dict), "the registry is a literal dict"
+    return tuple(str(ast.literal_eval(key)) for key in registry.keys if key is not None)
+
+
+def headline(name: str) -> str:
+    """The first line of a method's page."""
+    return (ast.get_docstring(_source(name)) or "").splitlines()[0].rstrip(".")
+
+
+def description(name: str) -> str:
+    """The page of a method: citation, formula, symbols, differences, and the options with their defaults.
+
+    A name `my_package.mine:method` is imported. Raises ConfigError for a method that does not exist.
+    """
+    page, summary, options = _imported(name) if ":" in name else _read(name)
+    lines = [name, "=" * len(name), "", page.strip(), "", summary, ""]
+    return "\n".join([*lines, "Options:" if options else "No options.", *(f"  {option}" for option in options)])
+
+
+def _read(name: str) -> tuple[str, str, list[str]]:
+    """(the file's docstring, the function's, its parameters) of a built-in method."""
+    tree = _source(name)
+    (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
+    given = function.args.args
+    defaults = [None] * (len(given) - len(function.args.defaults)) + list(function.args.defaults)
+    options = [_option(one, default) for one, default in zip(given, defaults, strict=True)]
+    return ast.get_docstring(tree) or "", ast.get_docstring(function) or "", options
+
+
+def _option(given: ast.arg, default: ast.expr | None) -> str:
+    kind = "" if given.annotation is None else f": {ast.unparse(_Spelled().visit(given.annotation))}"
+    return f"{given.arg}{kind}" + ("" if default is None else f" = {ast.unparse(default)}")
+
+
+class _Spelled(ast.NodeTransformer):
+    """Replaces the aliases of `opd.types` by what they stand for: a user chooses among their values."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return _aliases().get(node.id, node)
+
+
+@cache
+def _aliases() -> dict[str, ast.expr]:
+    return {
+        node.target.id: node.value
+        for node in ast.parse((HERE / "types.py").read_text()).body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.target, ast.Name)
+        and isinstance(node.value, ast.Subscript)
+        and ast.unparse(node.value.value) == "Literal"
+    }
+
+
+def _source(name: str) -> ast.Module:
+    if name not in names():
+        raise ConfigError(
+            f"There is no method {name!r}.{nearest(name, names())} Known: {', '.join(names())}; your own is named "
+            "my_package.mine:method."
+        )
+    return ast.parse((HERE / "methods" / f"{name}.py").read_text())
+
+
+def _imported(name: str) -> tuple[str, str, list[str]]:
+    """As `_read`, of a method of the user's own."""
+    from opd.plugins import import_function
+
+    function = import_function(name)
+    page = sys.modules[function.__module__].__doc__ or "(no docstring)"
+    return page, inspect.getdoc(function) or "", [str(one) for one in inspect.signature(function).parameters.values()]
