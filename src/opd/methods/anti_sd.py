@@ -10,7 +10,7 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
 
 | paper | here |
 |---|---|
-| pi_S, pi_T | p, the student, and q, the student that also reads c (`teachers.self_live`) |
+| pi_S, pi_T | p, the student, and q, the student that also reads c (`teacher_rules.self_live`) |
 | c: a right response of the group, else the data's solution, and the verdict | `contexts.INFORMATION`, `solution` |
 | A^seq | `credit.group_reward` |
 | -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.diverge_from_teacher`, `shape` |

@@ -9,7 +9,7 @@ On-Policy Distillation", arXiv 2604.13016, eq. 4.
 |---|---|
 | pi_theta, p | `student_support_logp`, all of the vocabulary |
 | pi_T, q | `teacher_support_logp` |
-| d/dz_j = p_j (log p_j - log q_j - KL) | `gradients.reverse_kl`, chunk by chunk in the forward |
+| d/dz_j = p_j (log p_j - log q_j - KL) | `closed_forms.reverse_kl`, chunk by chunk in the forward |
 
 Differs from the paper: nothing.
 """
