@@ -35,14 +35,14 @@ def with_question(
     if isinstance(content, str):
         return rewrite(content)
     messages = list(content)
-    asked = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not asked or not isinstance(messages[asked[-1]]["content"], str):
+    user_turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    if not user_turns or not isinstance(messages[asked[-1]]["content"], str):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"{where} has no text of a user that a template could rewrite (roles: {roles}). Leave the template out, "
             "or give a prompt whose last user message is text."
         )
-    last = asked[-1]
+    last = user_turns[-1]
     messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}
     return tuple(messages)
 

@@ -156,7 +156,7 @@ class World:
 ALONE = World()
 
 
-def full(tensor: Tensor) -> Tensor:
+def whole_tensor(tensor: Tensor) -> Tensor:
     """The whole of a sharded tensor, in every process; another tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 

@@ -46,7 +46,7 @@ from opd.loss.collate import attach
 from opd.maths import divergences
 from opd.method import Method
 from opd.methods import METHODS
-from opd.models.forward import Read, read
+from opd.models.forward import ResponseStates, response_states
 from opd.models.language_model import LanguageModel, frozen_copy
 from opd.models.render import render
 from opd.parallel import ALONE
@@ -654,15 +654,15 @@ def known(values: Tensor | None) -> Tensor:
 @every()
 def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
     on = scene(name, one)
-    seen: list[tuple[list[list[int]], Read]] = []
+    seen: list[tuple[list[list[int]], ResponseStates]] = []
 
-    def recorded(lm: LanguageModel, prompts: Any, responses: list[list[int]]) -> Read:
-        got = read(lm, prompts, responses)
+    def recorded(lm: LanguageModel, prompts: Any, responses: list[list[int]]) -> ResponseStates:
+        got = response_states(lm, prompts, responses)
         got.hidden.retain_grad()
         seen.append((responses, got))
         return got
 
-    monkeypatch.setattr(opd.loss.token_loss, "read", recorded)
+    monkeypatch.setattr(opd.loss.token_loss, "response_states", recorded)
     on.step()
     ((responses, got),) = seen
     hidden = got.hidden

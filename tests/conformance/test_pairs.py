@@ -12,7 +12,7 @@ from support.runs import CHARACTERS, sums, tiny_model
 import opd
 from opd import methods
 from opd.errors import ConfigError
-from opd.methods.combine import PLAIN, apart, combined
+from opd.methods.combine import PLAIN, combined, conflict
 from opd.methods.describe import ROWS
 from opd.models.loading import character_tokenizer, load_model
 from opd.pieces.needs import Input, Needs
@@ -56,7 +56,7 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
     names = (ROWS[one][0], ROWS[other][0])
     given = {names[0]: options_of(one), names[1]: options_of(other)}
     built = [methods.build(name, options) for name, options in given.items()]
-    why = apart(*built)
+    why = conflict(*built)
     if why is not None:
         with pytest.raises(ConfigError) as refused:
             methods.build("+".join(names), given)

@@ -102,7 +102,7 @@ def test_the_programs_know_every_closed_form():
 
 
 def test_a_cpu_runs_what_is_written():
-    assert kernels.on(torch.device("cpu")) is kernels.AS_WRITTEN
+    assert kernels.on(torch.device("cpu")) is kernels.PLAIN
 
 
 def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
@@ -110,6 +110,6 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
     kernels._on_gpu.cache_clear()
     try:
         with pytest.warns(UserWarning, match="Triton is not installed: losses on the GPU take"):
-            assert kernels.on(torch.device("cuda")) is kernels.AS_WRITTEN
+            assert kernels.on(torch.device("cuda")) is kernels.PLAIN
     finally:
         kernels._on_gpu.cache_clear()

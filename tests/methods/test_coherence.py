@@ -10,7 +10,7 @@ from opd import methods
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import RULES, Facts, broken, check_coherence
-from opd.methods.combine import PLAIN, apart, combined
+from opd.methods.combine import PLAIN, combined, conflict
 from opd.pieces import contexts, credit, drift, filters, signals, sources, supports, updates, weights
 from opd.types import Sampling
 
@@ -69,7 +69,7 @@ def test_two_methods_in_one_break_the_same_rules(place: int):
     method, _ = BROKEN[place]
     rule = broken(Facts(method=method))
     assert rule is not None
-    assert apart(PLAIN, method) == rule.what
+    assert conflict(PLAIN, method) == rule.what
 
 
 def test_sampling_is_no_fact_where_it_is_not_known():

@@ -12,7 +12,7 @@ from support.models import byte_tokenizer
 from support.pairs import byte_bpe, ids_of, sentence_piece, trained_bpe, wrapped
 
 from opd.errors import AlignmentError
-from opd.models.alignment import Pair, Reading, Unit, pair_of, reread
+from opd.models.alignment import TeacherTokens, TokenizerPair, Unit, pair_of, retokenise
 from opd.models.loading import character_tokenizer
 from opd.models.vocabularies import Vocabulary, vocabulary_of
 
@@ -25,11 +25,11 @@ def texts(units: list[Unit] | tuple[Unit, ...], pieces: list[bytes]) -> list[byt
     return [b"".join(pieces[i] for i in unit.student) for unit in units]
 
 
-def read(student: Any, teacher: Any, text: str) -> tuple[list[bytes], Reading, Pair]:
+def read(student: Any, teacher: Any, text: str) -> tuple[list[bytes], TeacherTokens, TokenizerPair]:
     """The student's pieces of a text, and its reading by the teacher."""
     pair = pair_of(student, teacher)
     ids = student(text, add_special_tokens=False, split_special_tokens=True).input_ids
-    return [pair.student.pieces[i] for i in ids], reread(ids, pair), pair
+    return [pair.student.pieces[i] for i in ids], retokenise(ids, pair), pair
 
 
 # --- cuts -----------------------------------------------------------------------------------------------------------
@@ -45,8 +45,10 @@ def units(student: list[bytes], teacher: list[bytes]) -> list[tuple[list[int], l
         assert text.encode() == b"".join(student) == b"".join(teacher)
         return range(len(teacher))
 
-    pair = Pair(student=vocabulary(student), teacher=vocabulary(teacher), shared={}, ends={}, same=False, write=write)
-    return [(list(unit.student), list(unit.teacher)) for unit in reread(range(len(student)), pair).units]
+    pair = TokenizerPair(
+        student=vocabulary(student), teacher=vocabulary(teacher), shared={}, ends={}, same=False, write=write
+    )
+    return [(list(unit.student), list(unit.teacher)) for unit in retokenise(range(len(student)), pair).units]
 
 
 def test_a_mismatch_does_not_take_along_what_follows_it():
@@ -136,7 +138,7 @@ def test_tokens_are_shared_by_their_bytes_whatever_marks_them():
     assert pair.shared[a] == b
 
 
-def named(pair: Pair) -> dict[str, str]:
+def named(pair: TokenizerPair) -> dict[str, str]:
     return {
         pair.student.special[s]: pair.teacher.special[t] for s, t in pair.shared.items() if s in pair.student.special
     }
@@ -166,12 +168,12 @@ def test_in_a_chat_what_ends_a_turn_is_shared_before_the_ends_of_sequences(text:
     assert pair.ends == {1: over}
     assert named(pair) == {"<pad>": "<pad>", "<|im_end|>": "<end_of_turn>"}
     assert pair_of(student, teacher).ends == {1: teacher.eos_token_id}
-    reading = reread([*ids_of(student, "h", "i"), 1], pair)
+    reading = retokenise([*ids_of(student, "h", "i"), 1], pair)
     assert reading.teacher_ids[-1] == over
     assert len(reading.units) == 3
     back = pair_of(teacher, student, chat=True)
     assert back.ends == {over: 1}, "nothing is left for the teacher's own end of a sequence"
-    assert reread([*ids_of(teacher, "h", "i"), over], back).teacher_ids[-1] == 1
+    assert retokenise([*ids_of(teacher, "h", "i"), over], back).teacher_ids[-1] == 1
 
 
 def test_a_turn_that_ends_with_mere_text_ends_with_the_sequence():
@@ -245,7 +247,7 @@ def test_bytes_that_are_no_text_are_in_no_unit_and_the_rest_is():
     pair = pair_of(student, teacher)
     alone = {piece: i for i, piece in pair.student.pieces.items()}
     ids = [alone[bytes([b])] for b in b"ab\xf0\x9fc" + "🙂".encode()[:3]]  # half of a character, twice
-    reading = reread(ids, pair)
+    reading = retokenise(ids, pair)
     assert [(list(unit.student), list(unit.teacher)) for unit in reading.units] == [([0, 1], [0]), ([4], [4])]
     assert pair.teacher.pieces[reading.teacher_ids[0]] == b"ab"
     shown = b"".join(pair.teacher.pieces[i] for i in reading.teacher_ids)
@@ -256,7 +258,7 @@ def test_bytes_that_are_no_text_are_in_no_unit_and_the_rest_is():
 def test_a_token_that_is_half_text_is_in_no_unit():
     student, teacher = byte_bpe("a ð"), sentence_piece(characters="ab")
     pair = pair_of(student, teacher)
-    reading = reread(ids_of(student, "b", "að", "b"), pair)
+    reading = retokenise(ids_of(student, "b", "að", "b"), pair)
     assert [list(unit.student) for unit in reading.units] == [[0], [2]]
 
 
@@ -265,7 +267,7 @@ def test_special_tokens_pair_up_or_are_not_shown():
     teacher = byte_bpe("a b", special=("<pad>", "<eos>", "<tool>"), last=True)
     pair = pair_of(student, teacher)
     ids = ids_of(student, "a", "<tool>", "a", "<only>", "b", "<|im_end|>")
-    reading = reread(ids, pair)
+    reading = retokenise(ids, pair)
     assert list(reading.teacher_ids) == ids_of(teacher, "a", "<tool>", "a", "b", "<eos>"), "not joined over <only>"
     assert [(list(u.student), list(u.teacher)) for u in reading.units] == [
         ([i], [j]) for i, j in zip([0, 1, 2, 4, 5], range(5), strict=True)
@@ -328,7 +330,7 @@ def test_units_beside_what_the_teacher_changes_are_the_same_text_on_both_sides(s
 def test_a_response_of_special_tokens_alone_shows_nothing():
     student = byte_bpe(special=("<pad>", "<eos>", "<only>"))
     pair = pair_of(student, byte_bpe(last=True))
-    reading = reread(ids_of(student, "<only>", "<only>"), pair)
+    reading = retokenise(ids_of(student, "<only>", "<only>"), pair)
     assert (reading.teacher_ids, reading.units) == ((), ())
 
 
@@ -336,7 +338,7 @@ def test_one_tokenizer_reads_the_tokens_that_were_written():
     """Not those that it would write itself: here h|a|p, where the tokenizer makes one token."""
     pair = pair_of(HAP_PY, byte_bpe("h a", "ha p", "p y"))
     ids = ids_of(HAP_PY, "h", "a", "p", "<eos>")
-    reading = reread(ids, pair)
+    reading = retokenise(ids, pair)
     assert pair.same
     assert list(reading.teacher_ids) == ids
     assert all(pair.shares(unit, ids, reading.teacher_ids) for unit in reading.units)

@@ -10,7 +10,7 @@ from support.models import FAMILIES, tiny
 from torch import Tensor
 
 from opd.models import forward
-from opd.models.forward import batches, read
+from opd.models.forward import batches, response_states
 from opd.models.language_model import LanguageModel
 
 SYSTEM = [2, 3, 4, 5, 6, 7, 8, 9] * 3
@@ -23,7 +23,7 @@ RESPONSES = [[2, 3, 4], [5], [6, 7, 8, 9, 2, 3], [4, 4]]
 
 def states(lm: LanguageModel, prompts: list[list[int]]) -> Tensor:
     """[sum of lengths, H], response after response."""
-    got = read(lm, prompts, RESPONSES)
+    got = response_states(lm, prompts, RESPONSES)
     return torch.cat([got.of(i, len(response)) for i, response in enumerate(RESPONSES)])
 
 
@@ -80,11 +80,11 @@ def test_a_group_reads_its_prompt_once_and_the_head_sees_responses_alone(monkeyp
         return original(self, input_ids, **kwargs)
 
     monkeypatch.setattr(LanguageModel, "forward", counted)
-    read(lm, GROUPS, RESPONSES)
+    response_states(lm, GROUPS, RESPONSES)
     # Two prompts up to their last token; then that token and each response but its last, which predicts nothing.
     assert tokens == [(2, len(SYSTEM) + 2), (4, 6)]
     tokens.clear()
-    read(lm, SHORT, RESPONSES)
+    response_states(lm, SHORT, RESPONSES)
     assert tokens == [(4, 3 + 6 - 1)]
 
 

@@ -26,7 +26,7 @@ from opd.loss.token_loss import loss_of
 from opd.loss.unit_loss import Cut, whole_chunks
 from opd.maths import divergences
 from opd.method import Method
-from opd.models.alignment import pair_of, reread
+from opd.models.alignment import pair_of, retokenise
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.parallel import ALONE
@@ -404,7 +404,7 @@ def test_an_entropy_is_that_before_the_unit():
     scores = teacher.score(
         [rollout], [rollout.prompt], ScoreRequest(support=method.support, temperature=1.0, entropy=True)
     )[0]
-    reading = reread(rollout.response_ids.tolist(), teacher.pair)
+    reading = retokenise(rollout.response_ids.tolist(), teacher.pair)
     logits = full_logits(
         double(THEIRS), render(rollout.prompt, TEACHER), torch.tensor(reading.teacher_ids), THEIRS.vocabulary
     )

@@ -20,7 +20,7 @@ from opd.maths.divergences import forward_kl, reverse_kl
 from opd.maths.metrics import Metrics
 from opd.maths.overlap import entropy, overlap_advantage, overlap_mass, rank, shared
 from opd.maths.statistics import repeated
-from opd.models.forward import batches, read
+from opd.models.forward import batches, response_states
 from opd.models.head import Head, paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.pieces.supports import full
@@ -184,7 +184,7 @@ def _read(
     lengths = [len(response) for response in responses]
     with evaluating(student.model):
         for batch in batches(prompts, lengths, micro_batch_tokens, shares=student.caches):
-            states = read(student, [prompts[j] for j in batch], [responses[j] for j in batch])
+            states = response_states(student, [prompts[j] for j in batch], [responses[j] for j in batch])
             own = [_at(states.of(place, lengths[j]), _trained_steps(rollouts[j])) for place, j in enumerate(batch)]
             yield batch, torch.cat(own)
 

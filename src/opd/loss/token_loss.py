@@ -25,7 +25,7 @@ from opd.maths import kernels
 from opd.maths.closed_forms import closed_form
 from opd.maths.metrics import Metrics
 from opd.method import Method
-from opd.models.forward import read
+from opd.models.forward import response_states
 from opd.models.head import Head, buffer, into_probabilities, log_normaliser, tiles
 from opd.models.language_model import LanguageModel
 from opd.pieces.signals import divergence_of, shift_invariant
@@ -46,7 +46,8 @@ def loss_of(
 def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
     """The states [N, H] that predict a micro-batch's trained tokens; no other position reaches the output layer."""
     prompts = [rollout.prompt_ids for rollout in micro.rollouts]
-    return read(lm, prompts, [rollout.response_ids.tolist() for rollout in micro.rollouts]).at(micro.row, micro.step)
+    responses = [rollout.response_ids.tolist() for rollout in micro.rollouts]
+    return response_states(lm, prompts, responses).at(micro.row, micro.step)
 
 
 def loss_at(

@@ -63,19 +63,19 @@ class Kernels:
     into_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, WithGradient], tuple[Tensor, Tensor, Tensor]]
 
 
-AS_WRITTEN = Kernels(log_normaliser, into_probabilities, into_gradient)
+PLAIN = Kernels(log_normaliser, into_probabilities, into_gradient)
 
 
 def on(device: torch.device) -> Kernels:
     """The form for tensors on `device`. Warns, once, where a GPU has to do without Triton."""
-    return AS_WRITTEN if device.type == "cpu" else _on_gpu()
+    return PLAIN if device.type == "cpu" else _on_gpu()
 
 
 @cache
 def _on_gpu() -> Kernels:
     if find_spec("triton") is None:
         warnings.warn("Triton is not installed: losses on the GPU take a kernel for every operation.", stacklevel=3)
-        return AS_WRITTEN
+        return PLAIN
     return Kernels(fused_log_normaliser, fused_into_probabilities, fused_into_gradient)
 
 

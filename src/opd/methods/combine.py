@@ -27,12 +27,12 @@ TOGETHER: dict[str, Callable[..., Any]] = {
 
 def combined(first: Method, second: Method, names: tuple[str, str] = ("the first", "the second")) -> Method:
     """One method of two. Raises ConfigError with what keeps them apart."""
-    if why := apart(first, second):
+    if why := conflict(first, second):
         raise ConfigError(f"Methods {names[0]} and {names[1]} do not go together: {why}.")
     return _together(first, second)[0]
 
 
-def apart(first: Method, second: Method) -> str | None:
+def conflict(first: Method, second: Method) -> str | None:
     """What keeps two methods apart, in words, or None."""
     method, torn = _together(first, second)
     if torn:

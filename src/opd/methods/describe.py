@@ -9,7 +9,7 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.methods import METHODS, build, function_of
-from opd.methods.combine import apart
+from opd.methods.combine import conflict
 
 # Rows of the table of pairs beside the methods' defaults: what a method cannot be built without, and the settings in
 # which it leaves room for others.
@@ -55,7 +55,7 @@ def pairs() -> list[str]:
     def cell(one: str, other: str) -> str:
         if ROWS[one][0] == ROWS[other][0]:
             return ""
-        why = apart(methods[one], methods[other])
+        why = conflict(methods[one], methods[other])
         return "yes" if why is None else str(reasons.setdefault(why, len(reasons) + 1))
 
     lines = ["| | " + " | ".join(f"`{row}`" for row in ROWS) + " |", "|---" * (len(ROWS) + 1) + "|"]

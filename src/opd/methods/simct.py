@@ -11,7 +11,7 @@ code sunjie279/SimCT-.
 | paper | here |
 |---|---|
 | pi_S, pi_T | p `student_*`, q `teacher_*` |
-| A | `alignment.reread`; a row of `Tokens` is a unit, and lives at its first student token |
+| A | `alignment.retokenise`; a row of `Tokens` is a unit, and lives at its first student token |
 | V_T and V_S | `Head.shared`: tokens of the same bytes, special tokens of the same name, what ends a response |
 | U at a unit | the shared tokens at its first position, and itself if it is not one of them: `supports.units` |
 | q_S, q_T | form `renormalised` |

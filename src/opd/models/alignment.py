@@ -25,7 +25,7 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class TeacherTokens:
     """A response in the teacher's tokens, and the units of both, in order. A token may be in none."""
 
     teacher_ids: tuple[int, ...]
@@ -34,7 +34,7 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class TokenizerPair:
     """Two vocabularies, and how the teacher's tokenizer writes a text."""
 
     student: Vocabulary
@@ -52,7 +52,7 @@ class Pair:
 
 def pair_of(
     student: Any, teacher: Any, *, chat: bool = False, options: tuple[Mapping[str, Any], Mapping[str, Any]] = ({}, {})
-) -> Pair:
+) -> TokenizerPair:
     """Two tokenizers, compared token by token.
 
     `chat` and the templates' `options` say what ends a response: `vocabularies.ends_of`. Raises AlignmentError for a
@@ -73,10 +73,10 @@ def pair_of(
         """Ids of a text; what looks like a special token in it is text."""
         return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
-    return Pair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
+    return TokenizerPair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
 
 
-def reread(ids: Sequence[int], pair: Pair) -> Reading:
+def retokenise(ids: Sequence[int], pair: TokenizerPair) -> TeacherTokens:
     """A response of the student in the teacher's tokens, with the units of both.
 
     Units are the smallest pieces of the text that both cut out: between offsets, in bytes, at which both have a token's
@@ -88,7 +88,7 @@ def reread(ids: Sequence[int], pair: Pair) -> Reading:
     widths = [len(pair.student.pieces.get(i, b"")) for i in ids]
     if pair.same:
         each = tuple(Unit(range(t, t + 1), range(t, t + 1)) for t in range(len(ids)))
-        return Reading(teacher_ids=tuple(ids), units=each, student_bytes=tuple(widths))
+        return TeacherTokens(teacher_ids=tuple(ids), units=each, student_bytes=tuple(widths))
     ours = _offsets([w if i in pair.student.pieces else 1 for i, w in zip(ids, widths, strict=True)])
     teacher_ids: list[int] = []
     starts: list[int] = []
@@ -107,7 +107,7 @@ def reread(ids: Sequence[int], pair: Pair) -> Reading:
         for unit in units
         if unit.teacher and not any(a < ours[unit.student.stop] and ours[unit.student.start] < b for a, b in blocked)
     ]
-    return Reading(teacher_ids=tuple(teacher_ids), units=tuple(found), student_bytes=tuple(widths))
+    return TeacherTokens(teacher_ids=tuple(teacher_ids), units=tuple(found), student_bytes=tuple(widths))
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ class _Part:
     comparable: bool
 
 
-def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:
+def _parts(ids: Sequence[int], pair: TokenizerPair) -> Iterator[_Part]:
     run = b""
     for i in ids:
         if i in pair.student.pieces:
@@ -135,7 +135,7 @@ def _parts(ids: Sequence[int], pair: Pair) -> Iterator[_Part]:
     yield from _of_text(run, pair)
 
 
-def _of_text(data: bytes, pair: Pair) -> Iterator[_Part]:
+def _of_text(data: bytes, pair: TokenizerPair) -> Iterator[_Part]:
     for text, width, readable in _readable(data):
         ids, given = pair.write(text), text.encode()
         pieces = [pair.teacher.pieces.get(i, b"") for i in ids]

@@ -23,7 +23,7 @@ SHORTEST_SHARED_PREFIX = 16  # tokens, on average; below this, repeating a cache
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ResponseStates:
     """Hidden states [b, L, H]; the one that predicts token t of response i is `hidden[row[i], first[i] + t]`."""
 
     hidden: Tensor
@@ -40,7 +40,9 @@ class Read:
         return self.hidden[int(self.row[i]), start : start + tokens]
 
 
-def read(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Read:
+def response_states(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
+) -> ResponseStates:
     """Read prompts and responses together. A response's last token predicts nothing, so it is not read."""
     rows = [(*prompt, *response[:-1]) for prompt, response in zip(prompts, responses, strict=True)]
     before = [len(prompt) - 1 for prompt in prompts]  # the position that predicts the first token of the response
@@ -50,7 +52,7 @@ def read(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequenc
     if prefixes is not None:
         return _after_prefixes(lm, rows, before, prefixes)
     device = lm.device
-    return Read(
+    return ResponseStates(
         lm.forward(right_padded(rows, device), use_cache=False).last_hidden_state,
         torch.arange(len(rows), device=device),
         torch.tensor(before, device=device),
@@ -89,7 +91,7 @@ def common_prefix(*rows: tuple[int, ...]) -> tuple[int, ...]:
 
 def _after_prefixes(
     lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int], prefixes: list[tuple[int, ...]]
-) -> Read:
+) -> ResponseStates:
     """Read the different prefixes, repeat their cache, and read on. Gradients flow back through the cache."""
     device = lm.device
     different = list(dict.fromkeys(prefixes))
@@ -110,18 +112,18 @@ def _after_prefixes(
         past_key_values=cache,
         use_cache=True,
     )
-    return Read(
+    return ResponseStates(
         out.last_hidden_state, torch.arange(len(rows), device=device), torch.tensor(before, device=device) - lengths
     )
 
 
-def _packed(lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int]) -> Read:
+def _packed(lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int]) -> ResponseStates:
     device = lm.device
     starts = torch.tensor([0, *(len(row) for row in rows[:-1])], device=device).cumsum(0)
     ids = torch.tensor([[token for row in rows for token in row]], device=device)
     positions = torch.cat([torch.arange(len(row), device=device) for row in rows])[None]
     hidden = lm.forward(ids, position_ids=positions, use_cache=False).last_hidden_state
-    return Read(hidden, torch.zeros_like(starts), starts + torch.tensor(before, device=device))
+    return ResponseStates(hidden, torch.zeros_like(starts), starts + torch.tensor(before, device=device))
 
 
 def batches(

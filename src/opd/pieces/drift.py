@@ -45,7 +45,7 @@ class Drift:
             )
 
     @property
-    def looks(self) -> tuple[Need, ...]:
+    def needs(self) -> tuple[Need, ...]:
         """What a piece that goes by this declares, beside `top_k`."""
         return (Input.TEACHER,) if self.metric == "overlap" else (Input.TEACHER, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
@@ -65,7 +65,7 @@ class Drift:
         """W [..., T] in float64 of `lost` [..., T]: from 1 down to 0, never up."""
         return (1.0 - self.drop * lost.double().cumsum(-1)).clamp(0.0, 1.0)
 
-    def of(self, rollout: Rollout, scores: Scores) -> Tensor:
+    def trust_of(self, rollout: Rollout, scores: Scores) -> Tensor:
         """W [T] of a response as it was written, recorded and scored with top ids; every token counts as trained."""
         student, teacher, logp = rollout.student_top_ids, scores.teacher_top_ids, scores.teacher_top_logp
         assert student is not None, "the sampler was not asked for top ids"
@@ -94,7 +94,7 @@ def trusted(drift: Drift, base: float = 0.5) -> Weight:
     def weight(batch: Batch) -> Tensor:
         return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
 
-    return needing(weight, *drift.looks, Trait.WEIGHS_BY_TRUST, top_k=drift.k)
+    return needing(weight, *drift.needs, Trait.WEIGHS_BY_TRUST, top_k=drift.k)
 
 
 def ends_drifted(drift: Drift, every: int) -> Watch:
@@ -110,7 +110,7 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
         score = writers.scorer()
 
         def keeps_going(unfinished: Sequence[Rollout]) -> list[bool]:
-            return [bool(drift.of(r, s)[-1] > ALIVE) for r, s in zip(unfinished, score(unfinished), strict=True)]
+            return [bool(drift.trust_of(r, s)[-1] > ALIVE) for r, s in zip(unfinished, score(unfinished), strict=True)]
 
         return EarlyStop(every=every, keeps_going=keeps_going)
 
@@ -129,9 +129,9 @@ class Drifted(SavedAttributes):
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
         """The metrics of a step."""
-        return self.looked_at(batch, gather)[0]
+        return self.measure(batch, gather)[0]
 
-    def looked_at(self, batch: Batch, gather: Gather) -> tuple[dict[str, float], list[int]]:
+    def measure(self, batch: Batch, gather: Gather) -> tuple[dict[str, float], list[int]]:
         """The metrics of a step, and the effective lengths L_i = #{t : W_t > 0} of all responses with a trained token.
 
         Without lengths there are two metrics: a filter left nothing of the step.
@@ -157,7 +157,7 @@ class Drifted(SavedAttributes):
 
 def measured(drift: Drift) -> MakeMemory:
     """A maker of `Drifted`."""
-    return needing(lambda: Drifted(drift), *drift.looks, top_k=drift.k)
+    return needing(lambda: Drifted(drift), *drift.needs, top_k=drift.k)
 
 
 class Budget(Drifted):
@@ -193,7 +193,7 @@ class Budget(Drifted):
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
         """Learn from a step's effective lengths, if it has any; the metrics of both."""
-        metrics, effective = self.looked_at(batch, gather)
+        metrics, effective = self.measure(batch, gather)
         return metrics | (self.advance(effective) if effective else {})
 
     def advance(self, effective: Sequence[int]) -> dict[str, float]:
@@ -234,7 +234,7 @@ def budget(
         hit_share=hit_share,
         patience=patience,
     )
-    return needing(made, *drift.looks, top_k=drift.k)
+    return needing(made, *drift.needs, top_k=drift.k)
 
 
 def within_budget(most: int) -> Watch:

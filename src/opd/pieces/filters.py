@@ -74,7 +74,7 @@ def clean(must_contain: str | None = None) -> Test:
 
 
 def without_tokens(
-    sequences: Sequence[token_sequences.Given], occurrences: token_sequences.Occurrences = "first"
+    sequences: Sequence[token_sequences.TokenSequence], occurrences: token_sequences.Occurrences = "first"
 ) -> Filter:
     """The tokens of given sequences (texts, or lists of ids) are not trained: arXiv 2603.25562 section 4.
 

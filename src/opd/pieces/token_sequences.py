@@ -7,13 +7,13 @@ from typing import Any, Literal, TypeAlias
 
 from opd.errors import ConfigError
 
-Given: TypeAlias = str | Sequence[int]  # a text, or ids
+TokenSequence: TypeAlias = str | Sequence[int]  # a text, or ids
 
 
 Occurrences: TypeAlias = Literal["first", "every"]
 
 
-def check(sequences: Sequence[Given], occurrences: str) -> None:
+def check(sequences: Sequence[TokenSequence], occurrences: str) -> None:
     """Raise ConfigError for an empty sequence, no sequence at all, or another rule than `first` and `every`."""
     if isinstance(sequences, str) or not sequences:
         raise ConfigError(f"Token sequences to mask are a list with at least one entry, got {sequences!r}.")
@@ -23,7 +23,7 @@ def check(sequences: Sequence[Given], occurrences: str) -> None:
         raise ConfigError(f"Token sequences are masked at their 'first' or at 'every' occurrence, got {occurrences!r}.")
 
 
-def encoded(sequences: Sequence[Given], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
+def encoded(sequences: Sequence[TokenSequence], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The ids of each sequence; ids that are given are checked against the tokenizer.
 
     A text is encoded by itself, without special tokens around it. A tokenizer that writes a piece differently inside a

@@ -24,7 +24,7 @@ def every_token() -> Weight:
 
 
 def mask_tokens(
-    sequences: Sequence[token_sequences.Given], occurrences: token_sequences.Occurrences = "first"
+    sequences: Sequence[token_sequences.TokenSequence], occurrences: token_sequences.Occurrences = "first"
 ) -> Weight:
     """0 on the tokens of given sequences (texts, or lists of ids), 1 on all others: arXiv 2603.25562 section 4.
 

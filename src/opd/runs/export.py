@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from opd.models import language_model
 from opd.models.language_model import LanguageModel
-from opd.parallel import full
+from opd.parallel import whole_tensor
 from opd.recipe.schema import Recipe, StageSpec
 from opd.runs.build import model_for
 from opd.runs.prepare import Given
@@ -84,7 +84,7 @@ def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir)
         return stage.student
     trained: dict[str, torch.Tensor] = {}
     for name, parameter in stage.student.trainable().items():
-        values = full(parameter.detach())  # with all others
+        values = whole_tensor(parameter.detach())  # with all others
         if world.main:
             trained[name] = values.cpu()
     if not world.main:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from opd.errors import NotFiniteError
 from opd.evaluation.divergence import exact_divergence
 from opd.models.language_model import LanguageModel
-from opd.parallel import World, full
+from opd.parallel import World, whole_tensor
 from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import StageRewards
@@ -115,7 +115,7 @@ class Optimiser:
     def clip(self) -> float:
         """Scale the gradient down to `max_grad_norm`; returns the global norm that it had."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = full(nn.utils.get_total_norm(gradients))
+        norm = whole_tensor(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
         return float(norm)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
-from opd.models.alignment import Pair, Reading, pair_of, reread
+from opd.models.alignment import TeacherTokens, TokenizerPair, pair_of, retokenise
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import full
@@ -28,7 +28,7 @@ class CrossTokenizerTeacher(Teacher):
     """
 
     local: LocalTeacher
-    pair: Pair
+    pair: TokenizerPair
 
     @property
     def lm(self) -> LanguageModel:
@@ -67,14 +67,14 @@ class CrossTokenizerTeacher(Teacher):
             raise ConfigError(f"The teacher {self.name!r} cannot score this: {why}.")
         support, entropy = request.support, request.entropy
         whole = replace(request, support=full(), sampled=True)
-        readings = [reread(rollout.response_ids.tolist(), self.pair) for rollout in rollouts]
-        read = [i for i, reading in enumerate(readings) if reading.teacher_ids]
-        theirs = [replace(rollouts[i], response_ids=torch.tensor(readings[i].teacher_ids)) for i in read]
+        retokenised = [retokenise(rollout.response_ids.tolist(), self.pair) for rollout in rollouts]
+        read = [i for i, tokens in enumerate(retokenised) if tokens.teacher_ids]
+        theirs = [replace(rollouts[i], response_ids=torch.tensor(retokenised[i].teacher_ids)) for i in read]
         found = self.local.score(theirs, [contexts[i] for i in read], whole) if read else []
         of = dict(zip(read, found, strict=True))
         return [
-            by_unit(reading, of[i], rollout, self.pair, support) if i in of else self._nothing(rollout, entropy)
-            for i, (reading, rollout) in enumerate(zip(readings, rollouts, strict=True))
+            by_unit(tokens, of[i], rollout, self.pair, support) if i in of else self._nothing(rollout, entropy)
+            for i, (tokens, rollout) in enumerate(zip(retokenised, rollouts, strict=True))
         ]
 
     def _nothing(self, rollout: Rollout, entropy: bool) -> Scores:
@@ -103,7 +103,7 @@ class CrossTokenizerTeacher(Teacher):
         self.local.load_state_dict(state)
 
 
-def by_unit(reading: Reading, scores: Scores, rollout: Rollout, pair: Pair, support: Support) -> Scores:
+def by_unit(tokens: TeacherTokens, scores: Scores, rollout: Rollout, pair: TokenizerPair, support: Support) -> Scores:
     """The teacher's scores of its own tokens [T'] as scores by the student's tokens [T].
 
     A unit with a token that is not trained is not compared, nor, without spans, one that is not one token of both.
@@ -112,11 +112,11 @@ def by_unit(reading: Reading, scores: Scores, rollout: Rollout, pair: Pair, supp
     ids, logp = rollout.response_ids.tolist(), scores.teacher_logp.tolist()
     trained, columns = rollout.trained.tolist(), _Columns(len(ids))
     first = [0] * len(ids)
-    for unit in reading.units:
-        at, tokens = unit.student, logp[unit.teacher.start : unit.teacher.stop]
-        shared = pair.shares(unit, ids, reading.teacher_ids)
+    for unit in tokens.units:
+        at, unit_logp = unit.student, logp[unit.teacher.start : unit.teacher.stop]
+        shared = pair.shares(unit, ids, tokens.teacher_ids)
         compared = all(trained[at.start : at.stop]) and (shared or support.span != "none")
-        columns.put(at, tokens, shared=shared, compared=compared)
+        columns.put(at, unit_logp, shared=shared, compared=compared)
         first[at.start : at.stop] = [unit.teacher.start] * len(at)
     device, spread = scores.teacher_logp.device, scores.teacher_entropy
     before = torch.tensor(first, device=device)
@@ -125,7 +125,7 @@ def by_unit(reading: Reading, scores: Scores, rollout: Rollout, pair: Pair, supp
         teacher_hidden=scores.teacher_hidden[before],
         teacher_entropy=None if spread is None else spread[before],
         scored=torch.tensor(columns.scored, device=device),
-        units=columns.units(reading.student_bytes, device),
+        units=columns.units(tokens.student_bytes, device),
     )
 
 

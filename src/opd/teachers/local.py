@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
-from opd.models.forward import batches, read
+from opd.models.forward import batches, response_states
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel, evaluating, frozen_copy
 from opd.models.render import render
 from opd.models.vocabularies import check_same_tokens
-from opd.parallel import full
+from opd.parallel import whole_tensor
 from opd.pieces.supports import sampled, top_k
 from opd.teachers.scoring import teacher_scores
 from opd.types import Prompt, Record, Rollout, ScoreRequest, Scores, Teacher, TeacherRule
@@ -70,7 +70,7 @@ class LocalTeacher(Teacher):
         with self.at_work() as head:
             device = self.lm.device
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
-                states = read(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
+                states = response_states(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
                 for place, i in enumerate(indices):
                     ids = rollouts[i].response_ids.to(device)
                     top = rollouts[i].student_top_ids
@@ -96,7 +96,7 @@ class LocalTeacher(Teacher):
         mine = dict(self.lm.model.named_parameters())
         for name, parameter in self.follows.trainable().items():
             average = self.average.setdefault(name, mine[name].float().clone())
-            average.lerp_(full(parameter.detach()).float(), 1.0 - self.decay)
+            average.lerp_(whole_tensor(parameter.detach()).float(), 1.0 - self.decay)
             mine[name].copy_(average)
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class LocalTeacher(Teacher):
         mine = dict(self.lm.model.named_parameters())
         for name, change in by.items():
             average = self.average.setdefault(name, mine[name].float().clone())
-            average.add_(full(change).float())
+            average.add_(whole_tensor(change).float())
             mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:

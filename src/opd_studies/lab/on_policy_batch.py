@@ -48,12 +48,12 @@ def write_batch(pair: Pair, seed: int, task: Task, responses: int) -> OnPolicyBa
 @torch.no_grad()
 def batch_at(student: LanguageModel, teacher: LanguageModel, rollouts: Sequence[Rollout]) -> OnPolicyBatch:
     """Both models at every token of the responses."""
-    from opd.models.forward import read
+    from opd.models.forward import response_states
 
     ids = [rollout.response_ids.tolist() for rollout in rollouts]
     states: list[Tensor] = []
     for lm in (student, teacher):
-        found = read(lm, [rollout.prompt_ids for rollout in rollouts], ids)
+        found = response_states(lm, [rollout.prompt_ids for rollout in rollouts], ids)
         states.append(torch.cat([found.of(i, len(one)) for i, one in enumerate(ids)]))
     return OnPolicyBatch(
         student=student.head().logits(states[0]).double(),
