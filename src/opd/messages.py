@@ -36,7 +36,7 @@ def with_question(
         return rewrite(content)
     messages = list(content)
     user_turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not user_turns or not isinstance(messages[asked[-1]]["content"], str):
+    if not user_turns or not isinstance(messages[user_turns[-1]]["content"], str):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"{where} has no text of a user that a template could rewrite (roles: {roles}). Leave the template out, "

@@ -16,7 +16,7 @@ from opd.recipe.schema import ModelSpec
 def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:
     """An existing folder or GGUF file, or a hub id. Raises ConfigError or DataError."""
     assert spec.path is not None
-    path_name = where or f"models.{name}.path"
+    label = where or f"models.{name}.path"
     path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
     local = Path(path).expanduser()
     if local.is_file() and local.suffix == ".gguf":
@@ -24,22 +24,20 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
     if local.is_dir():
         if (local / "config.json").exists():
             key = f"models.{name}.trust_remote_code: true"
-            _check_folder(
-                local, spec, path_name, f"set {key}" if where is None else f"measure it in a recipe with {key}"
-            )
+            _check_folder(local, spec, label, f"set {key}" if where is None else f"measure it in a recipe with {key}")
             return local
         files = sorted(local.glob("*.gguf"))
         if len(files) != 1:
             remedy = _models_of_its_run(local) or "Give a Hugging Face model folder, or one GGUF file."
             raise ConfigError(
-                f"{path_name}: {local} has no config.json and {len(files)} GGUF files, so no model can be loaded from it. "
+                f"{label}: {local} has no config.json and {len(files)} GGUF files, so no model can be loaded from it. "
                 f"{remedy}"
             )
         return files[0]
     looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
     if looks_local or local.suffix == ".gguf" or local.exists():
         problem = f"{local} is no model folder" if local.exists() else f"there is nothing at {local}"
-        raise ConfigError(f"{path_name}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
+        raise ConfigError(f"{label}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
     return str(path)
 
 
@@ -69,19 +67,19 @@ def _models_of_its_run(folder: Path) -> str:
     return f"It belongs to a run, and its stages leave their models apart: {', '.join(map(str, its_own or found))}."
 
 
-def _check_folder(folder: Path, spec: ModelSpec, path_name: str, remedy: str) -> None:
+def _check_folder(folder: Path, spec: ModelSpec, label: str, remedy: str) -> None:
     """Refuse pickled weights and a folder's own code before either is touched. Raises ConfigError."""
     if not any(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
         raise ConfigError(
-            f"{path_name}: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
+            f"{label}: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
             "it is read. opd loads safetensors only: load the model where you trust it and call save_pretrained."
         )
     try:
         config = json.loads((folder / "config.json").read_text())
     except ValueError as error:
-        raise ConfigError(f"{path_name}: {folder / 'config.json'} is not valid JSON: {error}") from error
+        raise ConfigError(f"{label}: {folder / 'config.json'} is not valid JSON: {error}") from error
     if "auto_map" in config and not spec.trust_remote_code:
         raise ConfigError(
-            f"{path_name}: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
+            f"{label}: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
             f"unless asked for. If you trust it, {remedy}."
         )
