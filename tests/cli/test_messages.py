@@ -616,7 +616,7 @@ def test_a_batch_without_a_trained_token(mine: None):
 
 def test_a_response_of_zero_tokens(mine: None):
     said = refusal(one_stage(method="mine:without_tokens"))
-    assert_says(said, "DataError: The response to prompt ", "has zero tokens, so there is nothing to train on")
+    assert_says(said, "DataError: The response to prompt ", "has zero tokens, so it cannot be trained on")
 
 
 def test_a_signal_without_its_support(mine: None):

@@ -109,7 +109,7 @@ def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     kernels._on_gpu.cache_clear()
     try:
-        with pytest.warns(UserWarning, match="Triton is not installed: losses on the GPU take"):
+        with pytest.warns(UserWarning, match="Triton is not installed: losses on the GPU launch"):
             assert kernels.on(torch.device("cuda")) is kernels.PLAIN
     finally:
         kernels._on_gpu.cache_clear()

@@ -138,7 +138,7 @@ def test_equal_scores_have_no_spread_to_resample():
 
 
 def test_mean_interval_needs_a_prompt():
-    with pytest.raises(DataError, match=r"at least one prompt, and there is none\. Check the evaluation data"):
+    with pytest.raises(DataError, match=r"at least one prompt, got none\. Check the evaluation data"):
         mean_interval([], binary=True)
     with pytest.raises(AssertionError, match=r"lies in \[0, 1\]"):
         mean_interval([2.0], binary=True)

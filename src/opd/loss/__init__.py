@@ -1,1 +1,1 @@
-"""Rollouts and scores become one batch, one loss and its gradient: the only reduction."""
+"""From rollouts and scores to one batch, one loss and its gradient: the only reduction."""

@@ -35,13 +35,13 @@ class MicroBatch:
     support_mask: Tensor | None  # [N, K]
     teacher_support_logp: Tensor | None  # [N, K]
     teacher_hidden: Tensor | None  # [N, H]
-    teacher_id: str | None = None  # whose states `teacher_hidden` are
-    task: str | None = None  # of all rows, where there is `teacher_hidden`
+    teacher_id: str | None = None  # the teacher of `teacher_hidden`
+    task: str | None = None  # of all rows, if `teacher_hidden` is set
     units: Units | None = None  # [N]
 
 
 def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
-    """Pad to [B, T]. Padding of floating-point fields is NaN: a path that reads it shows at once.
+    """Pad to [B, T]. Floating-point fields are padded with NaN, so that code that reads padding fails visibly.
 
     Raises DataError for a response of zero tokens, TeacherError when scores do not fit their response.
     """
@@ -81,15 +81,15 @@ def check_responses(rollouts: Sequence[Rollout]) -> None:
     for rollout in rollouts:
         if len(rollout.response_ids) == 0:
             raise DataError(
-                f"The response to prompt {rollout.prompt.id} has zero tokens, so there is nothing to train on. "
+                f"The response to prompt {rollout.prompt.id} has zero tokens, so it cannot be trained on. "
                 "Drop the row, or let its writer end with the end-of-sequence token."
             )
 
 
 def has_trained(batch: Batch, method: Method, world: World) -> bool:
-    """Whether a token of the whole step is trained, in any process; False only for a method that filters responses.
+    """Whether any process trains a token in this step; False only for a method that filters responses.
 
-    Raises TrainingError, in every process, when none is and nothing of the method may leave out all.
+    Raises TrainingError on every rank if no token is trained and the method does not filter.
     """
     if world.any(bool(batch.mask.any())):
         return True
@@ -103,16 +103,16 @@ def has_trained(batch: Batch, method: Method, world: World) -> bool:
 
 
 def attach(batch: Batch, method: Method) -> Batch:
-    """The end of phase A: credit and weight, detached."""
+    """The batch with credit and weight, detached: the end of phase A."""
     return replace(batch, advantage=method.credit(batch).detach(), weight=method.weight(batch).detach())
 
 
 def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int, *, shares: bool = True) -> list[MicroBatch]:
     """Micro-batches of rows of similar length, each at most `micro_batch_tokens` tokens with padding, or one row.
 
-    `shares` says that a prompt is read once for its group (`reading.batches`). Rows without a trained token are left
-    out: they have no gradient. On a full support, where a teacher's output layer is applied in phase B, the rows of a
-    micro-batch are of one task, and so of one teacher.
+    `shares`: the prompt of a group is read once (`forward.batches`). Rows without a trained token are left out: they
+    have no gradient. On a full support, phase B applies the teacher's output layer, so all rows of a micro-batch belong
+    to one task and one teacher.
     """
     trained = [i for i in range(len(batch.rollouts)) if bool(batch.mask[i].any())]
     together: dict[tuple[str | None, str | None] | None, list[int]] = {}
@@ -169,7 +169,7 @@ def _micro(
 
 
 def pad(rows: Sequence[Tensor], value: float | bool, device: torch.device) -> Tensor:
-    """[T_i, ...] rows -> [B, T, ...], filled with `value` behind each row's end."""
+    """[T_i, ...] rows -> [B, T, ...], filled with `value` after each row's end."""
     longest = max(len(row) for row in rows)
     out = torch.full((len(rows), longest, *rows[0].shape[1:]), value, dtype=rows[0].dtype, device=device)
     for i, row in enumerate(rows):
@@ -178,7 +178,7 @@ def pad(rows: Sequence[Tensor], value: float | bool, device: torch.device) -> Te
 
 
 def _student_top(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[Tensor | None]:
-    """The student's most likely tokens, as many as there are of the teacher's; a support alone needs none here."""
+    """The student's most likely tokens, as many as the teacher's; None for responses without either."""
     out: list[Tensor | None] = []
     for rollout, score in zip(rollouts, scores, strict=True):
         mine, theirs = rollout.student_top_ids, score.teacher_top_ids
@@ -187,18 +187,18 @@ def _student_top(rollouts: Sequence[Rollout], scores: Sequence[Scores]) -> list[
 
 
 def _trained(rollout: Rollout, scores: Scores) -> Tensor:
-    """[T] bool: what a teacher could not score is not trained."""
+    """[T] bool: trained, and scored by the teacher."""
     return rollout.trained if scores.scored is None else rollout.trained & scores.scored.to(rollout.trained.device)
 
 
 def _why(batch: Batch) -> str:
-    """What a step without a trained token is put down to."""
+    """Why no token of the step is trained, and the remedy."""
     if not any(bool(rollout.trained.any()) for rollout in batch.rollouts):
         return "Check the source's masks."
     text = batch.rollouts[0].text
     return (
-        "The teacher, with a tokenizer of its own, could score none of their tokens: it changes their text, or it is "
-        f"none. The first response: {text!r:.200}. Use a teacher whose tokenizer keeps what it reads."
+        "The teacher has another tokenizer and could score none of their tokens: its tokenizer changes their text, or "
+        f"the responses have no text. The first response: {text!r:.200}. Use a teacher whose tokenizer keeps the text."
     )
 
 
@@ -216,7 +216,7 @@ def _pad_all(rows: Sequence[Tensor | None], value: float | bool, device: torch.d
 
 
 def _all(rows: Sequence[Tensor | None], device: torch.device) -> tuple[Tensor, ...] | None:
-    """What every row has, or None."""
+    """The tensors of all rows, or None if no row has one."""
     present = [row for row in rows if row is not None]
     assert len(present) in (0, len(rows)), "some responses of a step have a support and some do not"
     return tuple(row.to(device) for row in present) or None

@@ -1,8 +1,8 @@
-"""The loss and its gradient made together, chunk by chunk, inside the forward.
+"""The loss and its gradient computed together, chunk by chunk, inside the forward.
 
-Phase A has fixed weights and denominator before the student runs, so the loss of a chunk is final when its logits are
-there, and its gradient can be taken at once: into the hidden states and into the output layer. Nothing of size [N, V]
-is kept, nothing is recomputed, and each position costs three products with the output layer: one forward, two back.
+Phase A fixes weights and denominator before the student runs. So the loss of a chunk is final once its logits are
+computed, and its gradient goes at once into the hidden states and the output layer. No [N, V] tensor is kept or
+recomputed. Each position costs three products with the output layer: one forward, two backward.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.models.head import Head, chunks
 
-# Logits [n, C] of some rows, after temperature -> the chunk's part of the loss; overwrites them with its gradient.
+# Logits [n, C] of some rows, after temperature -> the chunk's loss; overwrites the logits with its gradient.
 ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
 
 
@@ -30,9 +30,9 @@ def fused_loss(
 ) -> Tensor:
     """Sum of `chunk_loss(logits, rows)` over chunks of `hidden` [N, H], a scalar that backpropagates.
 
-    C is the vocabulary; with `ids` [N, K] it is K, and only these rows of the output layer are read. `parts`
-    are the chunks of a loss that may not be cut everywhere. The gradient goes into `hidden` and into `head.weight` and
-    `head.bias` where they train; sums over chunks run in float32.
+    C is the vocabulary, or K with `ids` [N, K], where only these rows of the output layer are read. `parts` sets the
+    chunks, for a loss that cannot be cut at every token. The gradient goes into `hidden`, and into `head.weight` and
+    `head.bias` if they train. Sums over chunks run in float32.
     """
     return _Fused.apply(hidden, head.weight, head.bias, head, chunk_loss, temperature, ids, parts)  # type: ignore[no-any-return]
 
@@ -50,7 +50,7 @@ class _Fused(torch.autograd.Function):
         ids: Tensor | None,
         parts: Sequence[slice] | None,
     ) -> Tensor:
-        """The loss; the gradients of hidden [N, H], weight [>= V, H] and bias are made here and kept for `backward`."""
+        """The loss. Computes the gradients of hidden [N, H], weight [>= V, H] and bias; `backward` returns them."""
         head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
         grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -72,7 +72,7 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        """Hand on what `forward` made, times the gradient of the loss; once."""
+        """Return the gradients from `forward` times the gradient of the loss. Works once."""
         (upstream,) = grad_outputs
         grads: _Gradients = ctx.grads
         ctx.grads = None
@@ -81,7 +81,7 @@ class _Fused(torch.autograd.Function):
 
 @dataclass(slots=True)
 class _Gradients:
-    """What has been collected for each input that trains; None for one that does not."""
+    """The gradient sum of each input; None for an input that does not train."""
 
     hidden: Tensor | None
     weight: Tensor | None  # float32
@@ -98,7 +98,7 @@ class _Gradients:
         )
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """In place and in the inputs' own types: what is returned is given away."""
+        """The gradients times `upstream`, computed in place, in the inputs' dtypes."""
         weight = None if self.weight is None else self.weight.mul_(upstream).to(self.dtypes[0])
         bias = None if self.bias is None else self.bias.mul_(upstream).to(self.dtypes[1])
         return None if self.hidden is None else self.hidden.mul_(upstream), weight, bias
@@ -106,7 +106,7 @@ class _Gradients:
 
 @dataclass(frozen=True, slots=True)
 class _Whole:
-    """All V rows of the output layer; the logits of one chunk lie where those of the chunk before lay."""
+    """All V rows of the output layer; every chunk's logits use the same memory."""
 
     head: Head
     memory: Tensor
@@ -121,7 +121,7 @@ class _Whole:
             grads.hidden[rows] = small @ weight
         if grads.weight is not None and weight.dtype == torch.float32:
             grads.weight[: self.head.vocabulary].addmm_(grad.t(), hidden)
-        elif grads.weight is not None:  # the product in the weight's own type, the sum over chunks in float32
+        elif grads.weight is not None:  # the product in the weight's dtype, the sum over chunks in float32
             grads.weight[: self.head.vocabulary] += small.t() @ hidden
         if grads.bias is not None:
             grads.bias[: self.head.vocabulary] += grad.sum(0)

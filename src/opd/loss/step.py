@@ -1,7 +1,7 @@
-"""The step, in its three parts: `written`, `scored`, `gradient`. Everything that computes a step calls these.
+"""The step in three parts: `written`, `scored`, `gradient`. All code that computes a step calls these.
 
-`written` and `scored` are phase A: the whole batch, without gradient. `gradient` is phase B: micro-batches, whose split
-changes nothing, because weights and denominator are fixed before.
+`written` and `scored` are phase A: the whole batch, without gradient. `gradient` is phase B, in micro-batches. The
+split does not change the result, because weights and denominator are already fixed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def written(
     reward: Callable[[Sequence[Rollout]], list[Rollout]],
     seed: tuple[int, int],
 ) -> list[Rollout]:
-    """The step's responses, with rewards, filtered, and with everything that `method.record()` names.
+    """The step's responses, rewarded and filtered, with all fields that `method.record()` names.
 
     `seed` is (seed of the run, step). Raises DataError for a response of zero tokens.
     """
@@ -41,13 +41,13 @@ def written(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PhaseA:
-    """Everything that is fixed before the student runs with gradient."""
+    """All values that are fixed before the student runs with gradient."""
 
     batch: Batch  # with credit and weight
     denominator: Denominator  # of this process
     count: float  # the one denominator, over all processes
-    trains: bool  # False: a filter left no token of the whole step, and no update is made
-    learned: Mapping[str, float]  # metrics of what the method remembers
+    trains: bool  # False: the filter left no token in the whole step, so no update is made
+    learned: Mapping[str, float]  # metrics of the method's memory
 
 
 def scored(
@@ -62,14 +62,14 @@ def scored(
 ) -> PhaseA:
     """The teacher's scores, the batch with credit and weight, and the denominator: the end of phase A.
 
-    `device` is the student's; `memory` is that of the run, a new one by default. Every process of `world` calls it with
-    its own rollouts. Raises TrainingError on every process if no token of the step is trained and the method does not
+    `device` is the student's. `memory` is the run's memory; default: a new one. Every process of `world` calls this
+    with its own rollouts. Raises TrainingError on every rank if no token of the step is trained and the method does not
     filter; DataError and TeacherError as `collate`.
     """
     memory = method.make_memory() if memory is None else memory
     batch = replace(collate(rollouts, teacher.score(rollouts, contexts, request), device), memory=memory)
     trains = has_trained(batch, method, world)
-    learned = observed(batch, world.gather)  # before credit and weight, which read what the method remembers
+    learned = observed(batch, world.gather)  # before credit and weight, which read the memory
     batch = attach(batch, method)
     denominator = method.normalise(batch)
     count = world.sum(denominator.count)
@@ -85,10 +85,10 @@ def gradient(
     root: Root | None = None,
     world: World = ALONE,
 ) -> tuple[float, Metrics]:
-    """Add the step's gradient to the student's parameters; (this process's part of the loss, metrics of phase B).
+    """Add the step's gradient to the student's parameters; returns (this process's part of the loss, phase B metrics).
 
-    `root` runs the forward of a sharded student. All processes of `world` make equally many micro-batches: each forward
-    and backward is one of all of them.
+    `root` runs the forward of a sharded student. All processes of `world` run equally many micro-batches, because each
+    forward and backward is collective.
     """
     heads = heads_of(method, teacher, phase_a.batch)
     root = root or Root(student.model)
@@ -107,9 +107,9 @@ def gradient(
 
 
 def heads_of(method: Method, teacher: Teacher, batch: Batch) -> dict[str | None, Head]:
-    """The teachers' output layers by `teacher_id`, for a support whose states meet them in phase B.
+    """The teachers' output layers by `teacher_id`, for a support that applies them in phase B.
 
-    A student that teaches itself is left out: sharded weights are whole only inside a forward.
+    Empty if the student is its own teacher: sharded weights are whole only inside a forward.
     """
     if not method.support.reads_states or teacher.is_student:
         return {}
@@ -117,7 +117,7 @@ def heads_of(method: Method, teacher: Teacher, batch: Batch) -> dict[str | None,
 
 
 def even(micros: list[MicroBatch], world: World) -> list[MicroBatch | None]:
-    """Equally many in every process, filled up with None."""
+    """The micro-batches, padded with None to the same number on every process."""
     return [*micros, *[None] * (int(world.max(len(micros))) - len(micros))]
 
 
@@ -129,7 +129,7 @@ def loss_part(
     count: float,
     heads: Mapping[str | None, Head],
 ) -> tuple[Tensor, Metrics]:
-    """One micro-batch's part of the step's loss. The part of None is exactly 0, without metrics."""
+    """One micro-batch's part of the step's loss, and its metrics. For None: exactly 0, without metrics."""
     if micro is None:
         head, hidden = student.head(), student.hidden(torch.zeros(1, 1, dtype=torch.long, device=student.device))
         # Empty sums give zero gradients, so that this process joins the others' reductions.
@@ -137,5 +137,5 @@ def loss_part(
         return torch.stack(nothing).sum(), Metrics()
     teacher_head = heads.get(micro.teacher_id)
     if micro.teacher_hidden is not None and teacher.is_student:
-        teacher_head = teacher.head(micro.teacher_id)  # the student's own weights: whole in here, sharded outside
+        teacher_head = teacher.head(micro.teacher_id)  # the student's weights, which are whole inside this forward
     return loss_of(method, student, micro, count, teacher_head)

@@ -1,13 +1,13 @@
 """Pack -> signal -> weight -> sum / count: the only reduction in the library.
 
-Per tile: the student's log-probs on the scored tokens become leaves, the method's signal is differentiated with respect
-to them alone, and the softmax behind them is differentiated by hand:
+Per tile: the student's log-probs on the scored tokens are autograd leaves, autograd differentiates the method's signal
+with respect to them, and the softmax before them is differentiated by hand:
 
     d/dz_j = g_j - p_j sum_v g_v        with g = d loss / d log p, zero off the scored tokens
 
-so that one path serves every signal, and a signal stays a pure function. Where a closed form of the whole gradient is
-written (`gradients.CLOSED`), that is used; where the signal does not depend on the softmax's normaliser
-(`signals.divergence` of the renormalised form), the vocabulary is not read at all.
+So one path serves every signal, and a signal stays a pure function. A signal with a closed-form gradient
+(`closed_forms.CLOSED`) uses that. A signal that does not depend on the softmax's normaliser (`signals.divergence` of
+the renormalised form) reads only the scored tokens, not the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def loss_of(
 ) -> tuple[Tensor, Metrics]:
     """This micro-batch's part of the step's loss, (1 / count) sum_i share_i weight_i signal_i, and its metrics.
 
-    `count` is the step's one denominator, over all micro-batches and ranks, so that parts add up to the same gradient
-    however the step is split. `backward()` on the scalar only hands on a gradient that is already made.
+    `count` is the step's one denominator, over all micro-batches and ranks, so that the sum of the parts does not
+    depend on the split. `backward()` on the scalar only passes on the gradient that the forward computed.
     """
     return loss_at(method, hidden_of(student, micro), student.head(), micro, count, teacher_head)
 
 
 def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
-    """The states [N, H] that predict a micro-batch's trained tokens; no other position reaches the output layer."""
+    """The states [N, H] that predict a micro-batch's trained tokens; only these reach the output layer."""
     prompts = [rollout.prompt_ids for rollout in micro.rollouts]
     responses = [rollout.response_ids.tolist() for rollout in micro.rollouts]
     return response_states(lm, prompts, responses).at(micro.row, micro.step)
@@ -75,7 +75,7 @@ def loss_at(
 
 
 def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
-    """The whole vocabulary: both models' log-probs on all of it."""
+    """The loss on the whole vocabulary: both models' log-probs of all tokens."""
     closed = closed_form(divergence_of(method.signal))
     memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
 
@@ -104,8 +104,8 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
             if micro.task is not None:
                 observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
             if student is not None and grad is not None:
-                # Last: what a signal returned may be a view of the log-probs that this overwrites. Divided by the sum
-                # of p, which is not 1 in float32 (see the closed forms), so that a row of the gradient sums to 0.
+                # Last, because the signal's result may be a view of the log-probs that this overwrites. Divide by the
+                # sum of p, which is not 1 in float32 (see closed_forms), so that each row of the gradient sums to 0.
                 p = student.exp_()
                 p.mul_(grad.sum(-1, keepdim=True) / p.sum(-1, keepdim=True))
                 torch.sub(grad, p, out=logits[tile])
@@ -115,7 +115,7 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
 
 
 def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
-    """The sampled token and those of a top-k support, if there are any; of the rest only the normaliser is kept."""
+    """The loss on the sampled token and the top-k support, if any; other tokens enter through the normaliser only."""
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
@@ -136,10 +136,10 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
 
 
 def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:
-    """The scored tokens alone, as logits: the signal reads the shape of the distribution on the support, no more.
+    """The loss on the logits of the scored tokens, for a signal that reads only the shape on the support.
 
-    The normaliser is not computed. For what the sampler has just recorded at the same temperature it is known all the
-    same, from the sampled token's logit and log-prob, so that the mass on the support can be watched.
+    The normaliser is not computed. If the sampler recorded log-probs at the same temperature, the normaliser follows
+    from the sampled token's logit and log-prob, and the mass on the support is logged.
     """
     drawn_at = {None if r.sampling is None else r.sampling.temperature for r in micro.rollouts}
     known = drawn_at == {method.temperature} and not bool(micro.policy_logp.isnan().any())
@@ -174,7 +174,7 @@ def _scored_ids(micro: MicroBatch, rows: slice) -> Tensor:
 def _differentiated(
     method: Method, tokens_of: Callable[[Tensor], Tokens], values: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The signal [n] of `tokens_of(values)`, and the gradient of its weighted sum with respect to `values`."""
+    """The signal [n] at `tokens_of(values)`, and the gradient of its weighted sum with respect to `values`."""
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
         per_token = method.signal(tokens_of(leaf))
@@ -196,7 +196,7 @@ def _tokens(micro: MicroBatch, at: slice, student_logp: Tensor) -> Tokens:
 
 
 def _full_tokens(micro: MicroBatch, at: slice, teacher: Tensor) -> Callable[[Tensor], Tokens]:
-    """The student's log-probs [n, V] -> Tokens, with the teacher's beside them."""
+    """A function from the student's log-probs [n, V] to Tokens that also hold the teacher's."""
     y = micro.token_ids[at, None]
 
     def tokens_of(student: Tensor) -> Tokens:
@@ -219,21 +219,21 @@ def _with_support(tokens: Tokens, micro: MicroBatch, at: slice, student_support_
 
 
 class _Observed:
-    """Sums over tokens, on the device until the micro-batch is done."""
+    """Sums over tokens, kept on the device until the micro-batch ends."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # of what is not a mean over tokens
+        self._counts: dict[str, int] = {}  # for means over something other than tokens
 
     def add(self, name: str, per_token: Tensor, over: int | None = None) -> None:
-        """Add values; `over` is how many they are, where that is not the number of tokens."""
+        """Add values; `over` is their count if it differs from the number of tokens."""
         total = per_token.sum()
         self._sums[name] = total if name not in self._sums else self._sums[name] + total
         if over is not None:
             self._counts[name] = self._counts.get(name, 0) + over
 
     def support(self, micro: MicroBatch, at: slice, student_logp: Tensor | None) -> None:
-        """Both models' masses on the support, if there is one."""
+        """Add both models' masses on the support, if the method has a support."""
         if micro.support_mask is None or micro.teacher_support_logp is None:
             return
         exists = micro.support_mask[at]
@@ -243,7 +243,7 @@ class _Observed:
         self.add("support/empty_share", (~exists.any(-1)).float())
 
     def metrics(self, tokens: int) -> Metrics:
-        """Means over the micro-batch's tokens, or what else was counted."""
+        """Means over the micro-batch's tokens, or over the count given to `add`."""
         metrics = Metrics()
         for name, total in self._sums.items():
             metrics.mean(name, total.item(), self._counts.get(name, tokens))

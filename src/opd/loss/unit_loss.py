@@ -1,8 +1,8 @@
-"""The loss of units: what `loss.py` does for tokens, where student and teacher have a tokenizer each.
+"""The loss of units: as `token_loss.py`, for a student and a teacher with different tokenizers.
 
-A row of `Tokens` is a unit. Its support are entries that both models have: tokens of both vocabularies at the unit's
-first position, and what `Support.span` adds. The log-probs of its other tokens are leaves too, so that the gradient
-reaches all its positions:
+A row of `Tokens` is a unit. Its support has entries that both models have: the tokens of both vocabularies at the
+unit's first position, and the entry that `Support.span` adds. The log-probs of the unit's other tokens are leaves too,
+so that the gradient reaches all positions:
 
     d/dz_j = g_j - p_j sum_v g_v        at each position, with g = d loss / d log p there
 """
@@ -22,21 +22,21 @@ from opd.models import head
 from opd.models.head import Head, into_probabilities, log_normaliser
 from opd.types import Shared, Support, Tokens, Units
 
-Observe = Callable[[str, Tensor, int | None], None]  # name, values, of how many they are the mean (None: all tokens)
+Observe = Callable[[str, Tensor, int | None], None]  # name, values, their count (None: the number of tokens)
 
 
 def unit_chunks(micro: MicroBatch, student: Head, teacher: Head) -> list[slice]:
-    """Chunks of the micro-batch's tokens that cut no unit and hold either model's logits and an entry more."""
+    """Chunks of the micro-batch's tokens that cut no unit, sized for either model's logits plus one entry."""
     assert micro.units is not None
     width = max(student.vocabulary, teacher.vocabulary) + 1
     return whole_chunks(micro.units.size, max(1, head.chunk_entries(micro.token_ids.device) // width))
 
 
 def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, observe: Observe) -> ChunkLoss:
-    """A chunk's loss is the sum over its units of the signal, times the mean of `weight` [N] over a unit's tokens."""
+    """A chunk's loss: the sum over its units of signal times the mean of `weight` [N] over the unit's tokens."""
     units, shared = micro.units, teacher.shared
     assert units is not None
-    assert shared is not None, "only a teacher with a tokenizer of its own scores units"
+    assert shared is not None, "only a teacher with another tokenizer scores units"
     both = len(shared.student)
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
@@ -66,14 +66,14 @@ def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, o
 
 
 def _columns(support: Support, shared: Shared, student: int, teacher: int) -> tuple[Tensor, Tensor]:
-    """The columns of both vocabularies that are read: the shared ones, or all with the shared ones first."""
+    """The columns to read of both vocabularies: the shared tokens, or all tokens with the shared ones first."""
     if support.span != "product":
         return shared.student, shared.teacher
     return shared.first(shared.student, student), shared.first(shared.teacher, teacher)
 
 
 def _teacher_columns(micro: MicroBatch, head: Head, temperature: float, rows: slice, cut: Cut, ids: Tensor) -> Tensor:
-    """[u, C]: the teacher's log-probs, of its whole vocabulary, at the units' first positions."""
+    """[u, C]: the teacher's full-vocabulary log-probs at the units' first positions."""
     assert micro.teacher_hidden is not None
     logits = head.project(micro.teacher_hidden[rows][cut.start])
     head.finish_(logits, temperature)
@@ -92,9 +92,9 @@ def _tokens(
     says: Tensor,
     shared: int,
 ) -> Tokens:
-    """The units as rows, from the student's leaves: `columns` [u, C] and the log-probs `logp` [n] of its tokens.
+    """The units as rows. The student's leaves are `columns` [u, C] and its tokens' log-probs `logp` [n].
 
-    `shared` is how many tokens both vocabularies have.
+    `shared` is the number of tokens in both vocabularies.
     """
     joint, teacher_joint = cut.sum(logp), at.first_logp + at.rest_logp
     mask: Tensor | None = torch.ones_like(columns, dtype=torch.bool)
@@ -121,7 +121,7 @@ def _tokens(
 
 
 def _gradients(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Of the loss with respect to the leaves; zeros for a signal that reads neither."""
+    """The gradient of the loss with respect to the leaves; zeros for a signal that reads neither."""
     if not loss.requires_grad:
         return torch.zeros_like(leaves[0]), torch.zeros_like(leaves[1])
     columns, logp = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
@@ -129,7 +129,7 @@ def _gradients(loss: Tensor, leaves: tuple[Tensor, Tensor]) -> tuple[Tensor, Ten
 
 
 def _into(logits: Tensor, log_z: Tensor, start: Tensor, ids: Tensor, y: Tensor, columns: Tensor, logp: Tensor) -> None:
-    """Put the gradient with respect to the logits [n, V] in their place, from that with respect to log-probs."""
+    """Overwrite the logits [n, V] with their gradient, given the gradient with respect to the log-probs."""
     total = logp.index_add(0, start, columns.sum(-1))[:, None]  # [n, 1]
     into_probabilities(logits, log_z, -total)
     logits.scatter_add_(-1, y, logp[:, None])
@@ -150,16 +150,16 @@ def _observe(observe: Observe, tokens: Tokens, per_unit: Tensor) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The units of a chunk of n tokens that cuts none of them: m of the tokens are in u units."""
+    """The u units of a chunk of n tokens, none of them cut; m of the tokens belong to units."""
 
-    start: Tensor  # [u] where each begins
+    start: Tensor  # [u] the first token of each unit
     size: Tensor  # [u]
-    token: Tensor  # [m] the tokens of units
-    of: Tensor  # [m] whose
+    token: Tensor  # [m] the tokens in units
+    of: Tensor  # [m] the unit of each of these tokens
 
     @classmethod
     def at(cls, size: Tensor) -> Cut:
-        """From the sizes [n] at the units' first tokens."""
+        """The units from `size` [n]: the unit's size at its first token, 0 elsewhere."""
         start = size.nonzero()[:, 0]
         sizes = size[start]
         of = torch.repeat_interleave(torch.arange(len(start), device=size.device), sizes)
@@ -176,9 +176,9 @@ class Cut:
 
 
 def whole_chunks(size: Tensor, most: int) -> list[slice]:
-    """Slices of N tokens, each of at most `most`, that cut no unit; one that is longer has a slice of its own.
+    """Slices of N tokens, each of at most `most`, that cut no unit; a longer unit has a slice of its own.
 
-    `size` [N] is that of the unit that begins at each token, 0 where none does.
+    `size` [N] is the size of the unit that begins at each token, 0 if none begins there.
     """
     out: list[slice] = []
     begin = end = reach = 0  # the slice so far is begin..end, and no cut is allowed before `reach`

@@ -1,14 +1,13 @@
 """Divergences on the whole vocabulary with their gradients in closed form.
 
-Each function takes student and teacher log-probs [n, V] and gives the divergence [n], equal to that of
-`opd.maths.divergences`, and its derivative with respect to the student's logits [n, V], equal to what autograd makes of
-it. Autograd makes more passes over [n, V] (tests/loss/test_cost.py counts them). p student, q teacher, l = log p - log
-q.
+Each function takes student and teacher log-probs [n, V] and returns the divergence [n] and its derivative with respect
+to the student's logits [n, V]. Values equal those of `opd.maths.divergences`, derivatives those of autograd, which
+makes more passes over [n, V] (tests/loss/test_cost.py counts them). p student, q teacher, l = log p - log q.
 
-In float32 p does not sum to 1. `log_softmax` on a CPU adds a row's exp up in as many float32 sums as a vector register
-has lanes (8 with AVX2, 16 with AVX-512), which lose small terms: over 150,000 tokens p sums to 1 + 1e-5, always more.
-h_j - p_j sum_v h_v then sums to -1e-5 sum_v h_v, and where the divergence is larger than its gradient (p and q far
-apart, as the generalised JSD near log 2) that is a visible part of the gradient. `_centred` divides by the sum of p.
+In float32 p does not sum to 1. `log_softmax` on a CPU keeps one float32 sum of exp per vector lane (8 with AVX2, 16
+with AVX-512), and these sums lose small terms: over 150,000 tokens p sums to 1 + 1e-5, always more than 1. Then
+h_j - p_j sum_v h_v sums to -1e-5 sum_v h_v. This error is a visible part of the gradient where the divergence is larger
+than its gradient (p and q far apart, such as the generalised JSD near log 2). `_centred` divides by the sum of p.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tens
 
 
 def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:
-    """KL(q||p) and p_j - q_j, [n, V] -> [n], [n, V]. It has no product with the divergence, so it is not centred."""
+    """KL(q||p) and p_j - q_j, [n, V] -> [n], [n, V]. No term with the divergence, so no centring."""
     q = teacher_logp.exp()
     value = (teacher_logp - student_logp).mul_(q).sum(-1)
     return value, student_logp.exp().sub_(q)
@@ -44,7 +43,7 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tens
 def generalised_jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> tuple[Tensor, Tensor]:
     """beta KL(q||m) + (1 - beta) KL(p||m) and (1 - beta) p_j (log(p_j / m_j) - KL(p||m)), m = beta q + (1 - beta) p.
 
-    [n, V] -> [n], [n, V]. The derivative through m vanishes: beta q + (1 - beta) p = m there.
+    [n, V] -> [n], [n, V]. The derivative through m vanishes because m = beta q + (1 - beta) p.
     """
     log_m = torch.logaddexp(teacher_logp + math.log(beta), student_logp + math.log1p(-beta))
     p = student_logp.exp()
@@ -55,9 +54,9 @@ def generalised_jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float =
 
 
 def _centred(h: Tensor, p: Tensor, total: Tensor) -> Tensor:
-    """h_j - p_j total / sum_v p_v, [n, V], in the place of h; total [n] = sum_v h_v, so that a row sums to 0.
+    """h_j - p_j total / sum_v p_v, [n, V], with total [n] = sum_v h_v, so that each row sums to 0.
 
-    p is overwritten.
+    The result overwrites h; p is overwritten too.
     """
     return h.sub_(p.mul_((total / p.sum(-1))[:, None]))
 
@@ -70,9 +69,9 @@ CLOSED: Mapping[Callable[..., Tensor], Callable[..., tuple[Tensor, Tensor]]] = {
 
 
 def closed_form(divergence: Callable[..., Tensor] | None) -> WithGradient | None:
-    """The closed form of a divergence, with its options bound; None if none is written.
+    """The closed form of a divergence, with its options bound; None if it has no closed form.
 
-    Raises ConfigError for options that the divergence refuses.
+    Raises ConfigError for invalid options.
     """
     options: Mapping[str, Any] = {}
     if isinstance(divergence, partial) and not divergence.args:

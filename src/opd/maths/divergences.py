@@ -4,8 +4,8 @@ Every divergence is a sum over the last axis of a pointwise contribution c(p, q)
 log-prob tensors and works with all forms below. `forward_kl = KL(q||p)`, `reverse_kl = KL(p||q)`. Computed in float32
 (float64 stays float64), never in place; log-probs must be finite.
 
-A truncated support S holds only part of the mass (P_S of the student, Q_S of the teacher). What is done about the rest
-is the *form*, and each has a name, an exact identity and a bias (z: student logits, l = log p - log q):
+A truncated support S holds only part of the mass (P_S of the student, Q_S of the teacher). The *form* decides how the
+rest counts. Each form has a name, an exact identity and a bias (z: student logits, l = log p - log q):
 
     raw            sum_S c(p, q), gradient through everything. For reverse KL the gradient is that of `stop_gradient`
                    plus grad P_S, which pushes mass out of S; the minimum is p = q/e on S (arXiv 2605.11182 eq. 6-9).
@@ -13,10 +13,10 @@ is the *form*, and each has a name, an exact identity and a bias (z: student log
                    sum_S c(p, q) - c'(q, q) (p - q), which is zero exactly at p = q on S. For reverse KL this is
                    sum_S p (sg[log p] - log q) (arXiv 2605.11182 eq. 12-13): p_j (l_j 1[j in S] - sum_S p l).
     renormalised   the divergence of p / P_S and q / Q_S (arXiv 2605.11182 eq. 14-16, 2603.25562 eq. 6-8). Zero gradient
-                   outside S: the shape inside S is learned, the mass P_S is left wherever the dynamics put it.
-    tail           one more entry with the remaining masses: the exact divergence of a coarser vocabulary, never
+                   outside S: the shape inside S is learned, the mass P_S is not controlled.
+    tail           adds one entry for the remaining masses: the exact divergence of a coarser vocabulary, never
                    negative, and a lower bound of the full one. Shape and mass of S are learned. The rest 1 - P_S comes
-                   from float32 log-probs: below about 1e-6 forward KL's pull on it is rounded away.
+                   from float32 log-probs: below about 1e-6, rounding removes forward KL's gradient on it.
 
 With S = V all four have the value and the gradient of the full divergence.
 """
@@ -86,7 +86,10 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 
 
 def named(divergence: str | Divergence, **options: float | str) -> Divergence:
-    """The divergence called `divergence` with its options bound; a function is taken as it is. Raises ConfigError."""
+    """The divergence of that name, or the given function, with options bound.
+
+    Raises ConfigError for an unknown name or invalid options.
+    """
     if callable(divergence):
         return partial(divergence, **options) if options else divergence
     if divergence not in DIVERGENCES:
@@ -96,7 +99,7 @@ def named(divergence: str | Divergence, **options: float | str) -> Divergence:
         )
     function = partial(DIVERGENCES[divergence], **options) if options else DIVERGENCES[divergence]
     try:
-        function(torch.zeros(1), torch.zeros(1))  # options that cannot work are refused here, not in the first step
+        function(torch.zeros(1), torch.zeros(1))  # refuses invalid options here, not in the first step
     except TypeError as error:
         raise ConfigError(f"{divergence} does not take these options: {error}.") from error
     return function
@@ -109,17 +112,17 @@ def on_support(
     form: str = "tail",
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The divergence on a truncated support, [..., K] -> [...]; the module's docstring has the forms.
+    """The divergence on a truncated support, [..., K] -> [...]. The module's docstring lists the forms.
 
-    Both log-probs are full-vocabulary ones, at the same tokens; `mask` [..., K] says which entries exist (None: all).
-    A position whose support is empty gives 0. Raises ConfigError for an unknown divergence or form.
+    Both log-probs are full-vocabulary log-probs of the same tokens. `mask` [..., K] marks the existing entries (None:
+    all). An empty support gives 0. Raises ConfigError for an unknown divergence or form.
     """
     if form not in FORMS:
         raise ConfigError(f"There is no form {form!r}.{nearest(form, FORMS)} Known: {', '.join(FORMS)}.")
     s, t = _at_least_float32(student_support_logp, teacher_support_logp)
     if mask is None:
         mask = torch.ones_like(s, dtype=torch.bool)
-    # A masked entry may hold anything: it is replaced before any arithmetic, so that its NaN cannot reach a gradient.
+    # Masked entries may be NaN. Replace them before any arithmetic, so that no NaN reaches a gradient.
     s, t = s.masked_fill(~mask, 0.0), t.masked_fill(~mask, 0.0)
     return FORMS[form](named(divergence), s, t, mask)
 
@@ -134,7 +137,7 @@ def _stop_gradient(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -
 
 
 def _renormalised(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    # Masked entries again: 0 minus the log of a tiny mass is large, and its exp would overflow.
+    # Mask again: at masked entries 0 minus the log of a tiny mass is large, and its exp would overflow.
     s = (s - _log_mass(s, mask)).masked_fill(~mask, 0.0)
     t = (t - _log_mass(t, mask)).masked_fill(~mask, 0.0)
     return _pointwise(divergence, s, t, mask).sum(-1)
@@ -150,9 +153,9 @@ FORMS = {"raw": _raw, "stop_gradient": _stop_gradient, "renormalised": _renormal
 
 
 def slope_at_equality(divergence: Divergence) -> float:
-    """d c(p, q) / dp at p = q: 1 for reverse KL, -1 for forward KL, 0 for JSD. It is what `raw` is biased by.
+    """d c(p, q) / dp at p = q: 1 for reverse KL, -1 for forward KL, 0 for JSD. The bias of `raw`.
 
-    A constant for every f-divergence, c(p, q) = q f(p / q); of a user's own divergence that is assumed.
+    Constant for every f-divergence, c(p, q) = q f(p / q); assumed constant for a user's divergence.
     """
     with torch.inference_mode(False), torch.enable_grad():
         s = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # p = q = 1, where d/dp = d/dlog p
@@ -161,18 +164,18 @@ def slope_at_equality(divergence: Divergence) -> float:
 
 
 def _pointwise(divergence: Divergence, s: Tensor, t: Tensor, mask: Tensor) -> Tensor:
-    """c(p, q) of every entry, [..., K] -> [..., K]: the divergence of single entries; 0 where there is none."""
+    """c(p, q) of each entry, [..., K] -> [..., K]; 0 at masked entries."""
     return divergence(s[..., None], t[..., None]).masked_fill(~mask, 0.0)
 
 
 def _log_mass(logp: Tensor, mask: Tensor) -> Tensor:
-    """log of the mass on the support, [..., K] -> [..., 1]; an empty support counts as if all of it existed."""
+    """log of the mass on the support, [..., K] -> [..., 1]; for an empty support, of all entries."""
     exists = mask | ~mask.any(-1, keepdim=True)
     return logp.masked_fill(~exists, -torch.inf).logsumexp(-1, keepdim=True)
 
 
 def _log_rest(log_mass: Tensor) -> Tensor:
-    """log(1 - exp(log_mass)); a rest below rounding is taken as one unit of rounding, with zero gradient."""
+    """log(1 - exp(log_mass)); a rest below the dtype's eps counts as eps, with zero gradient."""
     a = log_mass.clamp(max=-torch.finfo(log_mass.dtype).eps)
     near_zero = a > -math.log(2.0)
     large = torch.log(-torch.expm1(a.masked_fill(~near_zero, -1.0)))

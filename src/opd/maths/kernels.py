@@ -1,8 +1,8 @@
-"""Arithmetic on logits [n, V] that a GPU would read a dozen times, as Triton kernels that read them a few times.
+"""Arithmetic on logits [n, V], in plain torch for CPUs and as Triton kernels for GPUs.
 
-On a GPU a loss over the vocabulary costs what reading and writing [n, V] costs, so each function here has two forms:
-as it is written, for CPUs, where a tile stays in the cache; and one program a row, which goes over it in blocks that
-stay in registers. `on(device)` gives the form for a device; both compute the same in float32.
+On a GPU the cost is the memory traffic of [n, V]: plain torch reads the logits a dozen times, the kernels a few times.
+A kernel runs one program per row, in blocks that stay in registers. On a CPU a tile stays in the cache. `on(device)`
+returns the form for a device. Both forms compute the same in float32.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> None:
 def into_gradient(
     logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: WithGradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """A divergence with a closed form (`gradients.CLOSED`) at logits [n, V] of both models.
+    """A divergence with a closed form (`closed_forms.CLOSED`) at logits [n, V] of both models.
 
-    Returns its value and both models' log-probs of the `sampled` tokens [n, 1], student's first: [n] each. `logits`
-    are overwritten with the gradient of the values' sum, each weighted by `weight` [n].
+    Returns [n] each: the value, and the student's and the teacher's log-probs of the `sampled` tokens [n, 1].
+    Overwrites `logits` with the gradient of sum_i weight_i value_i, `weight` [n].
     """
     student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     student_logp, teacher_logp = student.gather(-1, sampled)[:, 0], teacher.gather(-1, sampled)[:, 0]
@@ -67,20 +67,20 @@ PLAIN = Kernels(log_normaliser, into_probabilities, into_gradient)
 
 
 def on(device: torch.device) -> Kernels:
-    """The form for tensors on `device`. Warns, once, where a GPU has to do without Triton."""
+    """The form for tensors on `device`. Warns once for a GPU without Triton."""
     return PLAIN if device.type == "cpu" else _on_gpu()
 
 
 @cache
 def _on_gpu() -> Kernels:
     if find_spec("triton") is None:
-        warnings.warn("Triton is not installed: losses on the GPU take a kernel for every operation.", stacklevel=3)
+        warnings.warn("Triton is not installed: losses on the GPU launch one kernel per operation.", stacklevel=3)
         return PLAIN
     return Kernels(fused_log_normaliser, fused_into_probabilities, fused_into_gradient)
 
 
 def fused_log_normaliser(logits: Tensor) -> Tensor:
-    """`log_normaliser` in one reading of the logits."""
+    """`log_normaliser` that reads the logits once."""
     from opd.maths import triton_kernels
 
     _check_rows(logits)
@@ -90,7 +90,7 @@ def fused_log_normaliser(logits: Tensor) -> Tensor:
 
 
 def fused_into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> None:
-    """`into_probabilities` in one reading and one writing."""
+    """`into_probabilities` that reads and writes the logits once."""
     from opd.maths import triton_kernels
 
     _check_rows(logits)
@@ -102,7 +102,7 @@ def fused_into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> N
 def fused_into_gradient(
     logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: WithGradient
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`into_gradient` in three readings of both models' logits and one writing."""
+    """`into_gradient` that reads both models' logits three times and writes once."""
     from opd.maths import triton_kernels
 
     form, beta = _form_of(closed)
@@ -131,7 +131,7 @@ FORMS = {closed_forms.reverse_kl: 0, closed_forms.forward_kl: 1, closed_forms.ge
 
 
 def _form_of(closed: WithGradient) -> tuple[int, float]:
-    """Which divergence the kernel computes, and beta, which only the generalised JSD reads."""
+    """The number of the divergence in the kernel, and beta (used by the generalised JSD only)."""
     if isinstance(closed, partial):
         return FORMS[closed.func], closed.keywords.get("beta", 0.5)
     return FORMS[closed], 0.5
@@ -144,4 +144,4 @@ def _launch(**constants: int) -> dict[str, Any]:
 def _check_rows(*tensors: Tensor) -> None:
     for tensor in tensors:
         assert tensor.dtype == torch.float32, tensor.dtype
-        assert tensor.stride(1) == 1, "a row is read as it lies"
+        assert tensor.stride(1) == 1, "the entries of a row must be adjacent"

@@ -1,8 +1,8 @@
-"""Numbers of a step with the way they are put together, the lines they are kept in, and the one writer to trackers.
+"""The metrics of a step, combined over micro-batches and processes.
 
-A metric is a mean, a sum, a maximum or a single value, and says so when it is recorded: micro-batches and
-processes then combine to the same number however the batch was split. What is none of these, such as a percentile, is
-made at the end from rows that all of them hand in. Names are `namespace/name`.
+A metric is recorded as a mean, a sum, a maximum or a single value, so that the result does not depend on how the batch
+was split. Other metrics, such as percentiles, are computed at the end of the step from the rows of all processes. Names
+are `namespace/name`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ Summary: TypeAlias = Callable[[Columns], dict[str, float]]
 
 
 class Metrics:
-    """Collects the numbers of one step, from any number of micro-batches and processes."""
+    """The metrics of one step, from any number of micro-batches and processes."""
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[Kind, float, float]] = {}
         self._rows: dict[Summary, list[dict[str, np.ndarray]]] = {}
 
     def mean(self, name: str, total: float, count: float) -> None:
-        """A weighted mean: the sum of all totals over the sum of all counts. Left out while that count is 0."""
+        """A weighted mean: sum of totals / sum of counts. Left out if the sum of counts is 0."""
         assert count >= 0, f"{name}: a mean over {count} things"
         self._add(name, "mean", float(total), float(count))
 
@@ -39,32 +39,32 @@ class Metrics:
         self._add(name, "sum", float(value))
 
     def max(self, name: str, value: float) -> None:
-        """The largest value; NaN wins, so that it is seen."""
+        """The largest value; NaN if any value is NaN."""
         self._add(name, "max", float(value))
 
     def value(self, name: str, value: float) -> None:
-        """A scalar of the whole step, known in one place and set once."""
+        """A scalar of the whole step, set once, by one process."""
         self._add(name, "value", float(value))
 
     def rows(self, summary: Summary, **columns: Sequence[float] | np.ndarray) -> None:
-        """Rows from which `summary` makes names and numbers once all rows of the step are there.
+        """Rows for `summary`, which computes metrics by name from all rows of the step.
 
-        It gets them sorted, so that what it makes does not depend on who had which. It is a function of a module:
-        processes send it to each other. Nothing is made of no rows.
+        `summary` gets the rows sorted, so that the result does not depend on their order or process. It must be a
+        module-level function, because processes pickle it. It is not called without rows.
         """
         arrays = {name: np.asarray(column) for name, column in columns.items()}
         assert len({array.shape for array in arrays.values()}) == 1, "columns of one table have one length"
         self._rows.setdefault(summary, []).append(arrays)
 
     def merge(self, other: Metrics) -> None:
-        """Take in another micro-batch's or process's numbers."""
+        """Add the numbers of another micro-batch or process."""
         for name, (kind, number, count) in other._entries.items():
             self._add(name, kind, number, count)
         for summary, tables in other._rows.items():
             self._rows.setdefault(summary, []).extend(tables)
 
     def reduce(self) -> dict[str, float]:
-        """One number a name, sorted by name."""
+        """One number per name, sorted by name."""
         numbers = {
             name: number / count if kind == "mean" else number
             for name, (kind, number, count) in self._entries.items()
@@ -89,7 +89,7 @@ class Metrics:
 
 
 def merged(parts: Iterable[Metrics]) -> Metrics:
-    """The numbers of several processes, put together."""
+    """The metrics of several processes, combined."""
     whole = Metrics()
     for part in parts:
         whole.merge(part)
@@ -97,7 +97,7 @@ def merged(parts: Iterable[Metrics]) -> Metrics:
 
 
 def _sorted_rows(tables: Sequence[Columns]) -> dict[str, np.ndarray]:
-    """All rows of several tables, in the order of their values, the first column first."""
+    """All rows of several tables, sorted by value, the first column first."""
     joined = {name: np.concatenate([table[name] for table in tables]) for name in tables[0]}
     order = np.lexsort(list(joined.values())[::-1])
     return {name: column[order] for name, column in joined.items()}

@@ -1,4 +1,4 @@
-"""How far two models look at the same tokens, position by position: pure, on ids and log-probs of their top k.
+"""How much the top k tokens of two models overlap at each position. Pure functions of ids and log-probs.
 
 S_p and S_q are the k most likely tokens of student and teacher at a position (arXiv 2604.13016; k = 16 there,
 20 in arXiv 2605.11182). Natural logs; log-probs are full-vocabulary ones.
@@ -14,7 +14,7 @@ from opd.types import Support
 
 
 def shared(student_top: Tensor, teacher_top: Tensor) -> Tensor:
-    """Which of the student's tokens the teacher has too: ids [..., k] and [..., k'] -> [..., k] bool."""
+    """Which of the student's top tokens are also the teacher's: ids [..., k] and [..., k'] -> [..., k] bool."""
     return (student_top[..., :, None] == teacher_top[..., None, :]).any(-1)
 
 
@@ -34,9 +34,9 @@ def overlap_mass(logp: Tensor, in_both: Tensor) -> Tensor:
 def overlap_advantage(student_logp: Tensor, teacher_logp: Tensor, in_both: Tensor) -> Tensor:
     """(1 / |S|) sum_S bar-p (log bar-q - log bar-p) on the shared tokens S, [..., k] -> [...] (arXiv 2604.13016 eq. 7).
 
-    bar-p and bar-q are renormalised on S, so it is -KL(bar-p || bar-q) / |S|: never above 0, and 0 when the shared
-    tokens are weighed alike, whatever mass the teacher has elsewhere. Read it beside `overlap_mass`. A position without
-    shared tokens has none and gives 0: leave it out of a mean.
+    bar-p and bar-q are renormalised on S, so the value is -KL(bar-p || bar-q) / |S|: never above 0, and 0 where both
+    models agree on S, whatever mass they have outside. Read it together with `overlap_mass`. A position without shared
+    tokens gives 0: leave it out of a mean.
     """
     divergence = divergences.on_support("reverse_kl", student_logp, teacher_logp, "renormalised", in_both)
     return -divergence / in_both.sum(-1).clamp(min=1)
@@ -48,7 +48,7 @@ def entropy(logp: Tensor) -> Tensor:
 
 
 def rank(ids: Tensor, top: Tensor) -> Tensor:
-    """Place of the tokens `ids` [...] among the top k in falling order, [..., k]: 1 for the first, k + 1 if not there.
+    """Rank of the tokens `ids` [...] in `top` [..., k], most likely first: 1 to k, or k + 1 if absent.
 
     `teacher_rank` of the released code of arXiv 2605.11182.
     """
@@ -57,15 +57,15 @@ def rank(ids: Tensor, top: Tensor) -> Tensor:
 
 
 def overlap_of_support(support: Support, exists: Tensor) -> Tensor | None:
-    """|S_p and S_q| / k from the mask [..., K] of a scored support, [...]; None if it was not made of both top k.
+    """|S_p and S_q| / k from the mask [..., K] of a scored support, [...]; None if it is not built from both top k.
 
-    The order of the columns is that of `supports.support_tokens`.
+    Columns are ordered as in `supports.support_tokens`.
     """
     if support.kind != "top_k" or support.by in ("teacher", "student"):
         return None
     k = support.k
     if support.by == "intersection":
-        return overlap_ratio(exists[..., :k])  # the student's, where the teacher has them
+        return overlap_ratio(exists[..., :k])  # the student's top k that are also the teacher's
     if support.by == "union":
-        return overlap_ratio(~exists[..., k : 2 * k])  # the teacher's, where the student has them listed already
-    return overlap_ratio(~exists[..., :k])  # the student's, where the teacher does not have them, are left
+        return overlap_ratio(~exists[..., k : 2 * k])  # the teacher's top k that are also the student's
+    return overlap_ratio(~exists[..., :k])  # here the existing entries are the student's only

@@ -1,6 +1,6 @@
-"""Estimates with their uncertainty, for evaluation. numpy and the standard library only.
+"""Estimates and their intervals, for evaluation. numpy and the standard library only.
 
-The unit of resampling is the prompt, never the token or the sample: samples of one prompt are not independent.
+Resampling is over prompts, never over tokens or samples: samples of one prompt are not independent.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Interval:
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
-    """Unbiased estimate of the chance that at least one of k samples is right, when c of n drawn samples were.
+    """Unbiased estimate of the probability that at least one of k samples is correct, given c correct of n samples.
 
-    Chen et al. 2021, arXiv 2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k), as a product of n, c, k sized numbers
-    because the binomials overflow.
+    Chen et al. 2021, arXiv 2107.03374, section 2.1: 1 - C(n - c, k) / C(n, k), computed as a product because the
+    binomials overflow.
 
     Raises:
-        ConfigError: k < 1, or k > n (k samples cannot be picked out of fewer).
+        ConfigError: k < 1, or k > n.
     """
     assert 0 <= c <= n, f"{c} right of {n} samples"
     if not 1 <= k <= n:
         raise ConfigError(
-            f"pass@{k} cannot be estimated from {n} samples a prompt: k has to be at least 1 and at most the number "
-            f"of samples. Draw at least {max(k, 1)} samples a prompt, or ask for a k in 1..{n}."
+            f"pass@{k} cannot be estimated from {n} samples per prompt: k must be at least 1 and at most the number "
+            f"of samples. Draw at least {max(k, 1)} samples per prompt, or use a k in 1..{n}."
         )
     if n - c < k:
         return 1.0
@@ -50,9 +50,9 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson score interval of a proportion: (low, high) in [0, 1], never of zero width.
+    """Wilson score interval of a proportion: (low, high) in [0, 1], wider than 0.
 
-    `successes` may be fractional: the sum of shares, for prompts with several samples.
+    `successes` may be fractional: a sum of shares over prompts with several samples.
     """
     assert 0 <= successes <= n != 0, f"{successes} successes of {n}"
     assert 0 < confidence < 1, f"confidence {confidence}"
@@ -60,7 +60,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    # At 0 and n the bound is exactly 0 or 1, which rounding misses.
+    # At 0 and n successes one bound is exactly 0 or 1; rounding would miss it.
     low = 0.0 if successes == 0 else centre - half
     high = 1.0 if successes == n else centre + half
     return max(low, 0.0), min(high, 1.0)
@@ -71,8 +71,7 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Percentile bootstrap of the mean over prompts: (low, high), in the unit of the values.
 
-    The same values and seed give the same bounds. Equal values, and a single one, give an interval of zero width: a
-    resample cannot show what was never drawn.
+    The same values and seed give the same bounds. Equal values, or a single value, give an interval of zero width.
     """
     data = np.asarray(values, dtype=np.float64)
     assert data.ndim == 1, f"values of shape {data.shape}"
@@ -93,18 +92,16 @@ def bootstrap_mean(
 def mean_interval(per_prompt: Sequence[float], binary: bool) -> Interval:
     """The mean over prompts with its 95% interval.
 
-    `per_prompt` holds one number a prompt: its score, or the mean score of its samples. `binary` says that a single
-    sample is right or wrong. Wilson when every prompt has one such sample (all values are 0 or 1), and whenever all
-    values of binary data are equal, where a bootstrap would claim certainty; a bootstrap over prompts otherwise.
+    `per_prompt` holds one number per prompt: its score, or the mean score of its samples. `binary`: each sample is
+    right or wrong. Wilson if every prompt has one binary sample (all values are 0 or 1), or if all values of binary
+    data are equal, where a bootstrap would have zero width. Otherwise a bootstrap over prompts.
 
     Raises:
-        DataError: no prompt at all.
+        DataError: no prompts.
     """
     n = len(per_prompt)
     if n == 0:
-        raise DataError(
-            "A mean needs at least one prompt, and there is none. Check the evaluation data and its filter."
-        )
+        raise DataError("A mean needs at least one prompt, got none. Check the evaluation data and its filter.")
     total = math.fsum(per_prompt)
     if binary:
         assert all(0 <= value <= 1 for value in per_prompt), "the share of right samples lies in [0, 1]"
@@ -114,7 +111,7 @@ def mean_interval(per_prompt: Sequence[float], binary: bool) -> Interval:
 
 
 def repeated(ids: Sequence[int], n: int = 3) -> list[bool]:
-    """For each token of a response, whether the n-gram ending there already occurred in the same response.
+    """For each token of a response, whether the n-gram that ends there occurred earlier in the response.
 
     arXiv 2605.11182, released diagnostics (n = 3).
     """
@@ -129,9 +126,9 @@ def repeated(ids: Sequence[int], n: int = 3) -> list[bool]:
 
 
 def repeat_ratio(ids: Sequence[int], n: int = 3) -> float:
-    """Share of a response's tokens that repeat: the n-gram ending there already occurred in the same response.
+    """Share of a response's tokens at which `repeated` holds.
 
-    0.0 for a response shorter than n; close to 1.0 for one that loops.
+    0.0 for a response shorter than n; close to 1.0 for a response that loops.
     """
     return sum(repeated(ids, n)) / len(ids) if len(ids) else 0.0
 
@@ -143,9 +140,9 @@ def distinct_share(texts: Sequence[str]) -> float:
 
 
 def auroc(scores: Sequence[float] | np.ndarray, right: Sequence[bool] | np.ndarray) -> float | None:
-    """Chance that a right response has a higher score than a wrong one, ties counted half; None without both kinds.
+    """Probability that a right response scores higher than a wrong one, ties count half; None without both kinds.
 
-    The area under the ROC curve as Mann and Whitney's U (1947): 0.5 for scores that say nothing.
+    The area under the ROC curve as Mann and Whitney's U (1947): 0.5 for uninformative scores.
     """
     values, labels = np.asarray(scores, dtype=np.float64), np.asarray(right, dtype=bool)
     assert values.shape == labels.shape, f"{values.shape} scores of {labels.shape} responses"
@@ -169,9 +166,9 @@ def effective_share(log_weights: Sequence[float] | np.ndarray) -> float:
 
 
 def top_share(values: Sequence[float] | np.ndarray, share: float = 0.05) -> float | None:
-    """Share of the sum of all positive values that the largest `share` of all values (rounded up) hold.
+    """Share of the sum of positive values that the largest `share` of all values (rounded up) holds.
 
-    None if no value is positive. 1.0 says that the others hold nothing.
+    None if no value is positive. 1.0: the other values add nothing.
     """
     assert 0 < share <= 1
     data = np.sort(np.asarray(values, dtype=np.float64))[::-1].clip(min=0.0)
@@ -181,7 +178,7 @@ def top_share(values: Sequence[float] | np.ndarray, share: float = 0.05) -> floa
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Share of a gap that was closed; no bounds where the gap itself may be nothing."""
+    """Share of a gap that was closed; without bounds if the gap may be 0."""
 
     share: float
     bounds: tuple[float, float] | None
@@ -192,11 +189,11 @@ def gap_recovery(
 ) -> Recovery | None:
     """(after - before) / (teacher - before) of means over the same prompts, in the same order, with its interval.
 
-    The gap recovery rate of arXiv 2604.13016. None unless the teacher's mean is above the one before. The interval is
+    The gap recovery rate of arXiv 2604.13016. None unless the teacher's mean is above the mean before. The interval is
     Fieller's (1954) for a ratio of means, from the prompts' paired differences: all r for which the mean of after -
-    before - r (teacher - before) lies within z standard errors of 0. It is bounded only if the gap itself is that far
-    from 0; otherwise, and for a single prompt, there are no bounds. Differences that are equal on all prompts give an
-    interval of zero width.
+    before - r (teacher - before) lies within z standard errors of 0. It is bounded only if the gap is more than z
+    standard errors from 0. Otherwise, and for a single prompt, there are no bounds. Equal differences on all prompts
+    give an interval of zero width.
     """
     b, t, a = (np.asarray(values, dtype=np.float64) for values in (before, teacher, after))
     assert b.shape == t.shape == a.shape, f"{b.shape}, {t.shape} and {a.shape} prompts"

@@ -1,6 +1,6 @@
-"""The programs of `opd.maths.kernels`: one a row of logits, in blocks of BLOCK entries, all arithmetic in float32.
+"""The Triton kernels of `opd.maths.kernels`: one program per row of logits, in blocks of BLOCK entries, in float32.
 
-Sums run in BLOCK lanes that are added up at the end, so that rounding over 150,000 tokens stays that of a short sum.
+Each of BLOCK lanes keeps its own sum, so that rounding over 150,000 tokens stays that of a short sum.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-NOTHING = tl.constexpr(-1e30)  # behind the end of a row: below every logit, and finite, so that no lane makes 0 / 0
+NOTHING = tl.constexpr(-1e30)  # past the end of a row: below every logit, and finite, so that no lane computes 0 / 0
 
 
 @triton.jit
 def _log_z(row, width, BLOCK: tl.constexpr):
-    """log sum exp of a row, in one reading: each lane keeps its largest logit and its sum relative to it."""
+    """log sum exp of a row in one pass: each lane keeps its largest logit and its sum relative to that logit."""
     lane = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], NOTHING, tl.float32)
     mass = tl.zeros([BLOCK], tl.float32)
@@ -46,7 +46,7 @@ def into_probabilities(logits, log_z, factor, width, stride, BLOCK: tl.constexpr
 
 @triton.jit
 def _terms(a, b, log_beta, log_rest, FORM: tl.constexpr):
-    """A token's part of the divergence, and h, such that its gradient in the logits is h_j - p_j sum_v h_v.
+    """A token's part of the divergence, and h: the gradient in the logits is h_j - p_j sum_v h_v.
 
     a = log p of the student, b = log q of the teacher. h is the part's derivative in log p, up to a multiple of p.
     """
@@ -83,7 +83,7 @@ def into_gradient(
     FORM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """student [n, width] <- weight times the gradient; value and both log-probs [n] as `opd.maths.kernels` says."""
+    """student [n, width] <- weight times the gradient; value and both log-probs [n] as in `opd.maths.kernels`."""
     row = tl.program_id(0).to(tl.int64)
     ours, theirs = student + row * student_stride, teacher + row * teacher_stride
     our_z, their_z = _log_z(ours, width, BLOCK), _log_z(theirs, width, BLOCK)
@@ -93,7 +93,7 @@ def into_gradient(
 
     total = tl.zeros([BLOCK], tl.float32)
     slope = tl.zeros([BLOCK], tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)  # of the student: 1 but for the rounding of our_z
+    mass = tl.zeros([BLOCK], tl.float32)  # of the student: 1 up to the rounding of our_z
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         a = tl.load(ours + at, mask=at < width, other=0.0) - our_z
@@ -104,7 +104,7 @@ def into_gradient(
         mass += tl.where(at < width, tl.exp(a), 0.0)
     tl.store(value + row, tl.sum(total, 0))
 
-    w, all_h = tl.load(weight + row), tl.sum(slope / tl.sum(mass, 0), 0)  # so that a row sums to 0
+    w, all_h = tl.load(weight + row), tl.sum(slope / tl.sum(mass, 0), 0)  # makes each row of the gradient sum to 0
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
         a = tl.load(ours + at, mask=at < width, other=0.0) - our_z
