@@ -188,7 +188,7 @@ def test_every_mistake_of_a_recipe_is_told_at_once(no_weights: None):
         ("topk_reverse_kl", {"k": "many"}, ["Method 'topk_reverse_kl':", "option `k`", "integer", "(got 'many')"]),
         ("topk_reverse_kl", {"k": 0}, ["top-k", "k of at least 1, got 0"]),
         ("topk_reverse_kl", {"form": "tial"}, ["option `form`", "'renormalised' or 'tail'", "(got 'tial')"]),
-        ("gkd", {"on_policy_share": 2}, ["on-policy share", "probability", "got 2.0"]),
+        ("gkd", {"on_policy_share": 2}, ["on_policy_share", "probability", "got 2.0"]),
         ("context_distillation", {"template": "{question}"}, ["{prompt}", "{privileged_context}", "got ['question']"]),
         ("mine:method", {}, ["mine:method: importing 'mine' failed with ModuleNotFoundError", "where its file is"]),
         ("grpo", {"variant": "dr_grpo"}, ["dr_grpo", "set `length`"]),

@@ -221,7 +221,10 @@ def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_sol
 @pytest.mark.parametrize(
     ("template", "message"),
     [
-        ("{prompt}", r"stands in \{privileged_context\}, and neither .* shows it; got template '\{prompt\}'"),
+        (
+            "{prompt}",
+            r"fill the field \{privileged_context\}, but neither .* has this field; got template '\{prompt\}'",
+        ),
         ("{privileged_context}", r"\{prompt\} \(needed\)"),
         ("{prompt}{solution}{privileged_context}", r"has the fields .*; got \['privileged_context', 'prompt', 'solu"),
     ],
@@ -332,7 +335,7 @@ def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
 
 @pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])
 def test_a_gate_that_makes_no_sense_is_refused(options: dict[str, float]):
-    with pytest.raises(ConfigError, match=r"closes below .* got closes_below"):
+    with pytest.raises(ConfigError, match=r"needs closes_below .* got closes_below"):
         methods.build("anti_sd", options)
 
 

@@ -158,7 +158,7 @@ def test_the_symmetric_difference_has_raw_weights_by_default_as_in_the_released_
 
 
 def test_rethinking_says_what_its_paper_form_cannot():
-    with pytest.raises(ConfigError, match=r"on one token the loss is 0.*k to 2 or more, or form: released"):
+    with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*k to 2 or more, or form: released"):
         rethinking(k=1)
     with pytest.raises(ConfigError, match=r"no other weights.*weights='teacher', normalised=None\. Set form: released"):
         rethinking(weights="teacher")
@@ -226,7 +226,7 @@ def test_bounds_clip_the_ratio_to_the_sampler_and_nothing_else(bounds: tuple[flo
 
 @pytest.mark.parametrize("bounds", [(1.0, 0.5), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)], ids=str)
 def test_bounds_that_are_none(bounds: tuple[float, float]):
-    with pytest.raises(ConfigError, match=r"two numbers \(low, high\), 0 <= low <= high; got \("):
+    with pytest.raises(ConfigError, match=r"ratio are \(low, high\) with 0 <= low <= high; got \("):
         signals.reverse_kl_with_sampled_tail(bounds)
 
 
@@ -261,13 +261,13 @@ def test_sampled_tail_needs_something_outside():
 @pytest.mark.parametrize("name", ["topk_reverse_kl", "context_distillation"])
 def test_renormalising_on_one_token_is_refused_by_default_too(name):
     template = {"template": "{prompt}"} if name == "context_distillation" else {}
-    with pytest.raises(ConfigError, match=r"on one token the loss is 0.*Set k to 2 or more, or form: tail"):
+    with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*Set k to 2 or more, or form: tail"):
         methods.build(name, {"k": 1, **template})
     assert methods.build(name, {"k": 1, "form": "tail", **template}).support.k == 1
 
 
 def test_local_support_matching_needs_two_tokens():
-    with pytest.raises(ConfigError, match=r"on one token the loss is 0.*Set k to 2 or more"):
+    with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*Set k to 2 or more"):
         methods.build("local_support_matching", {"k": 1})
     assert methods.build("local_support_matching", {"k": 1, "sampled_token": "tail"}).support.with_sampled
 

@@ -125,7 +125,7 @@ def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
         ({}, r"give `system`, `examples`, `template` or `prefill`"),
         (
             {"system": "s", "solutions": from_peers()},
-            r"neither the template nor the prefill shows it; got template None",
+            r"neither the template nor the prefill has this field; got template None",
         ),
         (
             {"template": "{question}{prompt}"},
@@ -157,17 +157,17 @@ def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
 
 @pytest.mark.parametrize("column", ["answer", "privileged_context"])
 def test_a_row_without_its_column(column: str):
-    with pytest.raises(DataError, match=f"Prompt 4 has no `{column}`, which the context asks for. Fill the column"):
+    with pytest.raises(DataError, match=f"Prompt 4 has no `{column}`, which the context shows. Fill the column"):
         read(replace(PROMPT, **{column: None}), template=f"{{prompt}}{{{column}}}")
 
 
 def test_a_verdict_without_a_reward():
     with pytest.raises(
-        DataError, match=r"response to prompt 4 has no reward, and the context .* Set the stage's `reward`"
+        DataError, match=r"response to prompt 4 has no reward, but the context .* Set the stage's `reward`"
     ):
         read(reward=None, template="{prompt}{verdict}")
     with pytest.raises(
-        DataError, match=r"no reward, and .* Its judge failed \(timed out\)\. The same command asks again"
+        DataError, match=r"no reward, but .* Its judge failed \(timed out\)\. Run the same command again"
     ):
         read(reward=None, unjudged="timed out", template="{prompt}{verdict}")
 

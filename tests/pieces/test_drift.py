@@ -107,17 +107,17 @@ def test_trust_falls_and_never_rises(drop: float):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"k": 0}, r"k at least 1.* got k 0, threshold 0.7 and drop 0.01"),
-        ({"threshold": 1.2}, r"a threshold from 0 to 1.*threshold 1.2"),
-        ({"drop": -0.1}, r"a drop from 0 to 1 off the trust.*drop -0.1"),
-        ({"base": -1.0}, r"added to the trust of every token is at least 0, got base -1.0"),
-        ({"stop": "rollout", "every": 0}, r"looks every so many tokens, at least 1, got 0"),
-        ({"budget": 100}, r"starts between its least and its most.*got 100 between 1024 and 12288"),
-        ({"budget_min": 0, "budget": 5}, r"at least 1 token; got 5 between 0"),
-        ({"patience": 0}, r"after at least 1 step, .*got step 100, patience 0, hit share 0.1 and margin 100"),
-        ({"hit_share": 2.0}, r"a share from 0 to 1 .*hit share 2.0"),
-        ({"budget_step": 0}, r"moves by at least 1 token.*got step 0"),
-        ({"margin": -1}, r"margin of 0 tokens or more.*margin -1"),
+        ({"k": 0}, r"needs k of at least 1.* got k 0, threshold 0.7 and drop 0.01"),
+        ({"threshold": 1.2}, r"a threshold and a drop between 0 and 1.*threshold 1.2"),
+        ({"drop": -0.1}, r"a threshold and a drop between 0 and 1.*drop -0.1"),
+        ({"base": -1.0}, r"`base` that is added to the trust must be at least 0, got -1.0"),
+        ({"stop": "rollout", "every": 0}, r"`every`, .* must be at least 1, got 0"),
+        ({"budget": 100}, r"needs 1 <= least <= initial <= most.*got least 1024, initial 100 and most 12288"),
+        ({"budget_min": 0, "budget": 5}, r"1 <= least <= initial <= most, in tokens; got least 0, initial 5"),
+        ({"patience": 0}, r"a patience of at least 1, .*got step 100, patience 0, hit share 0.1 and margin 100"),
+        ({"hit_share": 2.0}, r"a hit share between 0 and 1, .*hit share 2.0"),
+        ({"budget_step": 0}, r"needs a step and a patience of at least 1.*got step 0"),
+        ({"margin": -1}, r"a margin of at least 0.*margin -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str):

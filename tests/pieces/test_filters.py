@@ -177,9 +177,11 @@ def test_what_the_tokenizer_does_not_know():
     tokenizer = character_tokenizer(LETTERS)
     assert token_sequences.encoded(["ab", [3, 2]], tokenizer) == ((2, 3), (3, 2))
     assert token_sequences.encoded(["<eos>"], tokenizer) == ((1,),)
-    with pytest.raises(ConfigError, match=r"does not know the token to mask 'a!': .* or leave it out of the masked"):
+    with pytest.raises(ConfigError, match=r"cannot encode the text to mask 'a!': .* or leave it out of the masked"):
         token_sequences.encoded(["a!"], tokenizer)
-    with pytest.raises(ConfigError, match=r"has the ids 0 to 9, and the tokens to mask name \[10\]\. Correct the ids"):
+    with pytest.raises(
+        ConfigError, match=r"has the ids 0 to 9, but the tokens to mask include \[10\]\. Correct the ids"
+    ):
         token_sequences.encoded([[3, 10]], tokenizer)
 
 
@@ -197,7 +199,7 @@ def test_sequences_that_make_no_sense(piece: Any):
 
 @pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
 def test_a_piece_without_its_tokenizer_says_so(piece: Any):
-    with pytest.raises(ConfigError, match=rf"{piece.__name__} asks for the student's tokenizer .* method.with_tok"):
+    with pytest.raises(ConfigError, match=rf"{piece.__name__} needs the student's tokenizer, .* method.with_tok"):
         piece(["a"])([])
 
 
@@ -376,7 +378,7 @@ def test_a_mask_token_that_the_tokenizer_does_not_know_is_refused_before_weights
         ended = command(what, "recipe.yaml")
         assert ended.code == 2
         assert "ConfigError: The tokenizer " in ended.err
-        assert "does not know the token to mask '<think>'" in ended.err
+        assert "cannot encode the text to mask '<think>'" in ended.err
         assert "Correct the text, give token ids, or leave it out of the masked tokens." in ended.err
 
 

@@ -238,7 +238,7 @@ def test_a_method_records_what_its_pieces_read():
 
 def test_per_refuses_another_word():
     word: Any = "tokens"
-    with pytest.raises(ConfigError, match="per token, per sequence or per a number of tokens, got 'tokens'"):
+    with pytest.raises(ConfigError, match="per 'token', per 'sequence' or per a number of tokens, got 'tokens'"):
         per(word)
 
 
@@ -275,7 +275,9 @@ def test_needing_sorts_its_members():
 
 @pytest.mark.parametrize(("name", "near"), [("rewrad", "reward"), ("teacher_entrpy", "teacher_entropy")])
 def test_needing_refuses_what_is_no_member(name: Any, near: str):
-    with pytest.raises(ConfigError, match=rf"declares '{name}', which is no member .* Did you mean '{near}'\? Columns"):
+    with pytest.raises(
+        ConfigError, match=rf"declares '{name}', which is not a member .* Did you mean '{near}'\? Declare columns"
+    ):
         needing(plain, name)
 
 
@@ -287,7 +289,7 @@ def test_a_piece_times_a_negative_number_pulls_the_other_way():
 
 def test_needing_tokenizer_is_refused_before_it_has_one():
     piece = needing_tokenizer("mine", lambda tokenizer: lambda batch: tokenizer, Trait.LOOKS_AT_SAMPLED_TOKEN)
-    with pytest.raises(ConfigError, match=r"^mine asks for the student's tokenizer .* method\.with_tokenizer\(tok"):
+    with pytest.raises(ConfigError, match=r"^mine needs the student's tokenizer, .* method\.with_tokenizer\(tok"):
         piece(None)
     assert Trait.LOOKS_AT_SAMPLED_TOKEN in piece.needs
     assert with_tokenizer(piece, "tokens")(None) == "tokens"

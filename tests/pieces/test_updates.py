@@ -208,7 +208,7 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
 
 @pytest.mark.parametrize("settings", [{"candidates": 0}, {"prompts": 0}])
 def test_nothing_to_try_is_refused(settings: dict[str, int]):
-    with pytest.raises(ConfigError, match="tries at least one candidate on at least one prompt, got candidates"):
+    with pytest.raises(ConfigError, match="needs at least one candidate and one prompt, got candidates"):
         extrapolation(**settings)
 
 

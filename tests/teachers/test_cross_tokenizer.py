@@ -439,7 +439,7 @@ def test_the_other_methods_still_refuse_two_tokenizers_and_name_one_that_does_no
 def test_a_hybrid_needs_two_vocabularies():
     method = Method(support=supports.full(), signal=signals.by_rank("reverse_kl"))
     same = tiny(tokenizer=STUDENT, seed=2)
-    with pytest.raises(ConfigError, match=r"`matched` asks which tokens both vocabularies have"):
+    with pytest.raises(ConfigError, match=r"`matched` compares the tokens of two vocabularies"):
         step(method, OURS, teacher_of(method, OURS, same), list(SPANS))
 
 

@@ -1,6 +1,6 @@
-"""The decisions of a method, one file for each kind, as functions of a record.
+"""The pieces of a method, one file per kind, as functions of a record.
 
-The names in `__all__` are for methods of your own; the other files serve single published methods.
+Use the names in `__all__` for your own methods. The other files serve single published methods.
 """
 
 # Strict files take no rules from pyproject.toml. The names are files of this folder, imported when used.

@@ -1,9 +1,8 @@
-"""Baselines: what a sampled token's advantage is compared with, in closed form: Tokens -> [N]. Pure, detached, phase B.
+"""Baselines of a sampled token's advantage, in closed form: Tokens -> [N]. Pure, detached, phase B.
 
-A number b that depends on the prefix alone may be taken from every token's advantage: E_y[b grad log p(y)] = 0 over
-y ~ p. What it does to the variance is the point. It holds only where y is drawn from p itself, all of it, at the
-temperature at which it is compared, and where no weight looks at y: `opd check` refuses the rest
-(`Trait.UNBIASED_BASELINE`).
+A number b that depends only on the prefix may be subtracted from the advantage, to reduce its variance:
+E_y[b grad log p(y)] = 0 over y ~ p. This requires that y is drawn from the whole distribution p, at the temperature at
+which it is scored, and that no weight depends on y. `opd check` refuses other cases (`Trait.UNBIASED_BASELINE`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 def expected_log_ratio(tokens: Tokens) -> Tensor:
     """E_{y~p} log q(y)/p(y) = -KL(p||q), [N]: the value of the prefix (arXiv 2605.07865).
 
-    On a top-k support both distributions are renormalised on it; an empty one gives 0.
+    Both distributions are renormalised on a top-k support; an empty support gives 0.
     """
     s, t = (part.detach() for part in support_of(tokens))
     if tokens.support_mask is not None:
@@ -35,10 +34,10 @@ def expected_log_ratio(tokens: Tokens) -> Tensor:
 
 
 def least_variance(tokens: Tokens) -> Tensor:
-    """E_{y~p} ||e_y - p||^2 log q(y)/p(y) / E_{y~p} ||e_y - p||^2, [N]: what minimises the variance of the gradient
-    with respect to the logits; the whole vocabulary is needed."""
+    """E_{y~p} ||e_y - p||^2 log q(y)/p(y) / E_{y~p} ||e_y - p||^2, [N]: the baseline of least variance of the
+    gradient with respect to the logits. Needs the whole vocabulary."""
     s, t = (part.detach() for part in support_of(tokens))
-    assert tokens.support_mask is None, "a support of a few tokens does not give this expectation"
+    assert tokens.support_mask is None, "this expectation needs the whole vocabulary"
     p = s.exp()
     squares = 1.0 - 2.0 * p + p.square().sum(-1, keepdim=True)  # ||e_y - p||^2, [N, V]
     squares = p * squares.clamp(min=0.0)
@@ -46,7 +45,7 @@ def least_variance(tokens: Tokens) -> Tensor:
 
 
 def against(baseline: Baseline, advantage: Advantage) -> Advantage:
-    """`advantage` less the baseline, [N]."""
+    """`advantage` minus the baseline, [N]."""
 
     def less(tokens: Tokens) -> Tensor:
         return advantage(tokens) - baseline(tokens).detach()

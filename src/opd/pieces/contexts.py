@@ -1,4 +1,7 @@
-"""What the teacher reads. A context returns one `Prompt` a rollout; the teacher renders it with its own template."""
+"""Contexts: the prompts that the teacher reads. A context returns one `Prompt` per rollout.
+
+The teacher renders it with its own chat template.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,9 @@ VERDICTS = ("correct", "incorrect")
 FIELDS = ("prompt", "privileged_context", "answer", "attempt", "verdict")
 
 
-# The kinds of privileged information of arXiv 2605.11182 that differ from prompt to prompt, as arguments of
-# `privileged`. What they say is the paper's, the wording ours. (A rule that all prompts share is its `system`.) A chat
-# template that opens the think block itself wants a `prefill` of its own, without the first tag.
+# Arguments of `privileged`: the kinds of privileged information of arXiv 2605.11182 that differ between prompts. The
+# content follows the paper, the wording is ours. (For a rule that all prompts share, use `system`.) For a chat template
+# that opens the think block itself, pass a `prefill` without the opening tag.
 INFORMATION: Mapping[str, Mapping[str, str]] = {
     "answer": {
         "template": "{prompt}\n\nThe final answer is known to be: {answer}\nSolve the problem yourself, step by step, "
@@ -40,7 +43,7 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
         "right in it, correct what is not, and solve the problem."
     },
-    # Of arXiv 2605.11609 (App. C), in its words: a solution that is not the response's own, and what became of that.
+    # arXiv 2605.11609 (App. C), in its words: another response's solution, and its verdict.
     "verified": {
         "template": "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is "
         "{verdict}.\n\nNow solve this problem step by step."
@@ -50,7 +53,7 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
 
 @cache
 def same_prompt() -> Context:
-    """The teacher reads what the student read."""
+    """The teacher reads the student's prompt."""
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
         return [rollout.prompt for rollout in rollouts]
@@ -67,26 +70,26 @@ def privileged(
     verdicts: tuple[str, str] = VERDICTS,
     solutions: Solutions | None = None,
 ) -> Context:
-    """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this one.
+    """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this prompt.
 
-    `system` replaces the system message, `examples` are exchanges (user, assistant) put before the conversation,
-    `template` rewrites the last user message, and `prefill` follows the generation prompt, as if the teacher had begun
-    to answer with it. Both have fields:
+    `system` replaces the system message. `examples` are (user, assistant) exchanges put before the conversation.
+    `template` rewrites the last user message. `prefill` follows the generation prompt, as the beginning of the
+    teacher's answer. Template and prefill have fields:
 
-        {prompt}               the user's message; needed in a template, and not in a prefill
+        {prompt}               the user's message; required in a template, not allowed in a prefill
         {privileged_context}   the data's column, e.g. a solution
         {answer}               the data's column
-        {attempt}              the response that the student has just written, which the teacher scores
-        {verdict}              `verdicts[0]` where the stage's reward is at least `filters.PASS`, else `verdicts[1]`
+        {attempt}              the student's response, which the teacher scores
+        {verdict}              `verdicts[0]` if the stage's reward is at least `filters.PASS`, else `verdicts[1]`
 
-    `solutions`, where given, finds what stands in {privileged_context}, one text a response; a response without one is
-    read with its prompt alone.
+    `solutions`, if given, returns the text of {privileged_context} for each response. For a response without a solution
+    the teacher reads the prompt alone.
 
-    Raises ConfigError when nothing is given, for an unknown field, or where solutions are found and not shown.
+    Raises ConfigError without any argument, for an unknown field, and for solutions that neither text shows.
     """
     if system is None and not examples and template is None and prefill is None:
         raise ConfigError(
-            "A privileged context needs something that the student does not read: give `system`, `examples`, "
+            "A privileged context must add text that the student does not read: give `system`, `examples`, "
             "`template` or `prefill`."
         )
     fields = set[str]()
@@ -96,8 +99,8 @@ def privileged(
         fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
     if solutions is not None and "privileged_context" not in fields:
         raise ConfigError(
-            "The solution found for a response stands in {privileged_context}, and neither the template nor the "
-            f"prefill shows it; got template {template!r:.80} and prefill {prefill!r:.80}. Put it where it belongs."
+            "Solutions fill the field {privileged_context}, but neither the template nor the prefill has this field; "
+            f"got template {template!r:.80} and prefill {prefill!r:.80}. Add the field to one of them."
         )
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
@@ -132,7 +135,7 @@ def _enriched(
     if isinstance(prompt.content, str):
         if examples:
             raise DataError(
-                f"Worked examples are exchanges of a conversation, but prompt {prompt.id} is plain text. "
+                f"Worked examples need a conversation, but prompt {prompt.id} is plain text. "
                 "Set `chat: true` in the data section, or write the examples into `system`."
             )
         text = prompt.content if template is None else _filled(template, rollout, verdicts, prompt.content)
@@ -154,7 +157,7 @@ def _enriched(
 
 
 def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str = "") -> str:
-    """The pattern with its fields' values; what stands in braces in a value stays as it is."""
+    """The pattern with its fields filled; braces inside a value stay unchanged."""
     values: dict[str, str] = {"prompt": text, "attempt": rollout.text}
     for name in ("privileged_context", "answer"):
         if f"{{{name}}}" in pattern:
@@ -164,11 +167,11 @@ def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str
             remedy = "Set the stage's `reward`, or leave {verdict} out."
             if rollout.unjudged is not None:
                 remedy = (
-                    f"Its judge failed ({rollout.unjudged}). The same command asks again, from the last checkpoint on; "
-                    "a reward that is a function does not fail."
+                    f"Its judge failed ({rollout.unjudged}). Run the same command again: it continues from the last "
+                    "checkpoint and queries the judge again. Or use a function as the reward."
                 )
             raise DataError(
-                f"The response to prompt {rollout.prompt.id} has no reward, and the context tells the teacher its "
+                f"The response to prompt {rollout.prompt.id} has no reward, but the context shows the teacher its "
                 f"verdict. {remedy}"
             )
         values["verdict"] = verdicts[0] if rollout.reward >= PASS else verdicts[1]
@@ -179,6 +182,6 @@ def _column(name: str, prompt: Prompt) -> str:
     value = getattr(prompt, name)
     if value is None:
         raise DataError(
-            f"Prompt {prompt.id} has no `{name}`, which the context asks for. Fill the column, or leave the field out."
+            f"Prompt {prompt.id} has no `{name}`, which the context shows. Fill the column, or leave the field out."
         )
     return str(value)

@@ -1,4 +1,4 @@
-"""Credit: Batch -> advantage [B, T], in phase A, from numbers that need the whole batch."""
+"""Credit: Batch -> advantage [B, T], in phase A, where the whole batch is known."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from opd.types import Batch, Credit
 
 @cache
 def no_credit() -> Credit:
-    """Zero everywhere: the signal does not look at it."""
+    """Zero everywhere, for a signal that does not read the advantage."""
 
     def credit(batch: Batch) -> Tensor:
         return torch.zeros_like(batch.teacher_logp)
@@ -28,15 +28,15 @@ def no_credit() -> Credit:
 
 
 def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit:
-    """GRPO's advantage: the reward against its group of responses to the same prompt (arXiv 2402.03300 eq. 3).
+    """GRPO's advantage: the reward relative to the responses to the same prompt (arXiv 2402.03300 eq. 3).
 
-    A = (r - mean) / (std + epsilon), one number for all tokens of a response; std has the unbiased divisor n - 1, as in
-    the released implementations. `divide_by_std=False` is Dr.GRPO (arXiv 2503.20783): A = r - mean. A group of one has
-    A = 0: nothing to compare with; so has one of which a response has no reward, because a judge failed.
+    A = (r - mean) / (std + epsilon), the same for all tokens of a response. std has the unbiased divisor n - 1, as in
+    the released implementations. `divide_by_std=False` is Dr.GRPO (arXiv 2503.20783): A = r - mean. A = 0 in a group of
+    one response, and in a group in which a response has no reward because a judge failed.
     """
 
     def credit(batch: Batch) -> Tensor:
-        """[B, T], the same along a response."""
+        """[B, T], constant along a response."""
         advantage = torch.zeros_like(batch.reward)
         unjudged = torch.tensor([one.unjudged is not None for one in batch.rollouts], device=batch.group.device)
         for group in range(int(batch.group.max()) + 1):
@@ -54,15 +54,15 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
 
 
 def discounted(gamma: float) -> Credit:
-    """A_t = sum_{t' >= t} gamma^(t' - t) (log q - log p)(y_t'): future rewards coupled in (arXiv 2603.25562 eq. 3).
+    """A_t = sum_{t' >= t} gamma^(t' - t) (log q - log p)(y_t'): discounted future rewards (arXiv 2603.25562 eq. 3).
 
-    p is the policy that wrote the response, as recorded. gamma = 0 is the token-level estimator, with a variance of at
-    most order T^2; gamma = 1 is the causal sequence-level one, of at most order T^4: the mean of sum_t A_t grad log p
-    is then the gradient of -KL(p||q) between whole responses. Tokens that are not trained are skipped: they add
-    nothing, and t' - t counts trained tokens. Raises ConfigError unless 0 <= gamma <= 1.
+    log p is the log-prob recorded during sampling. gamma = 0 is the token-level estimator, with a variance of at most
+    order T^2. gamma = 1 is the causal sequence-level estimator, with a variance of at most order T^4: the mean of
+    sum_t A_t grad log p is the gradient of -KL(p||q) between whole responses. Untrained tokens are skipped: they add 0,
+    and t' - t counts trained tokens. Raises ConfigError unless 0 <= gamma <= 1.
     """
     if not 0.0 <= gamma <= 1.0:
-        raise ConfigError(f"The discount gamma lies between 0 (this token alone) and 1 (all that follow), got {gamma}.")
+        raise ConfigError(f"The discount gamma lies between 0 (this token only) and 1 (all later tokens), got {gamma}.")
 
     def credit(batch: Batch) -> Tensor:
         reward = (batch.teacher_logp - batch.policy_logp).masked_fill(~batch.mask, 0.0)  # [B, T]
@@ -79,19 +79,19 @@ def discounted(gamma: float) -> Credit:
 def diverge_from_teacher(
     strength: float, found: Solutions, *, shape: Literal["jsd", "reverse_kl"] = "jsd", allow_sign_conflict: bool = False
 ) -> Credit:
-    """-strength phi(u), u = log q(y) - log p(y): the ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
+    """-strength phi(u), u = log q(y) - log p(y): ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
 
-    jsd         phi(u) = (softplus(u) - log 2) / 2: the mean of -phi(u) grad log p is the gradient of JSD(p||q); A is at
-                most strength (log 2) / 2, for tokens of which the teacher thinks nothing, and about -u/2 at large u
-    reverse_kl  phi(u) = u: that of KL(p||q), without a bound
+    jsd         phi(u) = (softplus(u) - log 2) / 2: the mean of -phi(u) grad log p is the gradient of JSD(p||q). A is at
+                most strength (log 2) / 2, as q(y) -> 0, and about -strength u / 2 at large u
+    reverse_kl  phi(u) = u: the mean is the gradient of KL(p||q); A has no bound
 
-    p is the policy that wrote the response, as recorded. 0 in a response without a solution (`found`), whose
-    teacher has read nothing that the student has not. A method that also draws the student towards its teacher is
-    refused by `opd check` unless `allow_sign_conflict` says that this is meant. Raises ConfigError for a strength below
-    0, which would draw it there too.
+    log p is the log-prob recorded during sampling. A = 0 in a response without a solution (`found`): its teacher read
+    only the student's prompt. `opd check` refuses a method that also moves the student towards its teacher, unless
+    `allow_sign_conflict` is set. Raises ConfigError for a strength below 0, which would move the student towards the
+    teacher.
     """
     if not 0 <= strength < math.inf:
-        raise ConfigError(f"The strength of the way from the teacher is at least 0 and finite, got {strength}.")
+        raise ConfigError(f"`strength` of diverge_from_teacher must be at least 0 and finite, got {strength}.")
     phis: dict[str, Callable[[Tensor], Tensor]] = {
         "jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)),
         "reverse_kl": lambda u: u,
@@ -117,7 +117,7 @@ def add(*parts: Credit) -> Credit:
 
 
 def scale(factor: float | Callable[[Batch], float], credit: Credit) -> Credit:
-    """`factor` times a credit; one that is a function of the batch, such as `gates.factor`, is at least 0."""
+    """`factor` times a credit. A factor that is a function of the batch, such as `gates.factor`, must be at least 0."""
 
     def scaled(batch: Batch) -> Tensor:
         return (factor(batch) if callable(factor) else factor) * credit(batch)

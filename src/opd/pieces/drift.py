@@ -1,6 +1,6 @@
-"""How far a response has drifted from what its teacher knows, and what follows: a weight, a budget, an early end.
+"""Teacher-student overlap along a response, and its uses: a token weight, a length budget, an early stop.
 
-Prune-OPD, arXiv 2605.07804, as its released code has it. Positions are tokens of a response.
+Prune-OPD, arXiv 2605.07804, as in its released code. Positions are tokens of a response.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Need, Trait, needing
 from opd.types import Batch, EarlyStop, Gather, MakeMemory, Rollout, Scores, Watch, Weight, Writers
 
-ALIVE = 1e-8  # a trust above this is not 0, as in the released code
+ALIVE = 1e-8  # a trust above this counts as positive, as in the released code
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drift:
-    """Where the teacher is lost, and the trust W_t = clip(1 - drop sum_{j <= t} lost_j, 0, 1) that is left in it.
+    """Lost tokens, and the remaining trust in the teacher, W_t = clip(1 - drop sum_{j <= t} lost_j, 0, 1).
 
-    `overlap`: lost where the k most likely tokens of student and teacher have less than the share `threshold` in
-    common, which is settled before y_t is drawn. `teacher_top_p_accept`: lost where y_t lies outside the smallest set
-    of the teacher's most likely tokens with at least the mass `threshold`; never where its k do not hold that mass.
+    `overlap`: a token is lost if the k most likely tokens of student and teacher share less than `threshold`. This does
+    not depend on y_t. `teacher_top_p_accept`: a token y_t is lost if it lies outside the smallest set of the teacher's
+    most likely tokens with at least the mass `threshold`; never if the teacher's top k hold less than that mass.
 
     Raises ConfigError for k < 1, and for a threshold or a drop outside [0, 1].
     """
@@ -40,13 +40,13 @@ class Drift:
     def __post_init__(self) -> None:
         if self.k < 1 or not (0.0 <= self.threshold <= 1.0 and 0.0 <= self.drop <= 1.0):
             raise ConfigError(
-                "Drift compares the k most likely tokens, k at least 1, with a threshold from 0 to 1, and takes a drop "
-                f"from 0 to 1 off the trust; got k {self.k}, threshold {self.threshold} and drop {self.drop}."
+                "Drift needs k of at least 1, and a threshold and a drop between 0 and 1; "
+                f"got k {self.k}, threshold {self.threshold} and drop {self.drop}."
             )
 
     @property
     def needs(self) -> tuple[Need, ...]:
-        """What a piece that goes by this declares, beside `top_k`."""
+        """The needs of a piece that uses this, besides `top_k`."""
         return (Input.TEACHER,) if self.metric == "overlap" else (Input.TEACHER, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
     def lost(self, ids: Tensor, student_top: Tensor, teacher_top: Tensor, teacher_top_logp: Tensor) -> Tensor:
@@ -62,20 +62,20 @@ class Drift:
         return ~inside & (up_to[..., -1] >= self.threshold)
 
     def trust(self, lost: Tensor) -> Tensor:
-        """W [..., T] in float64 of `lost` [..., T]: from 1 down to 0, never up."""
+        """W [..., T] in float64, from `lost` [..., T]: never increasing, between 1 and 0."""
         return (1.0 - self.drop * lost.double().cumsum(-1)).clamp(0.0, 1.0)
 
     def trust_of(self, rollout: Rollout, scores: Scores) -> Tensor:
-        """W [T] of a response as it was written, recorded and scored with top ids; every token counts as trained."""
+        """W [T] of a response recorded and scored with top ids; every token counts as trained."""
         student, teacher, logp = rollout.student_top_ids, scores.teacher_top_ids, scores.teacher_top_logp
-        assert student is not None, "the sampler was not asked for top ids"
-        assert teacher is not None, "the teacher was not asked for top ids"
+        assert student is not None, "the sampler did not record top ids"
+        assert teacher is not None, "the teacher did not return top ids"
         assert logp is not None
         return self.trust(self.lost(rollout.response_ids, student, teacher.cpu(), logp.cpu()))
 
 
 def lost_tokens(drift: Drift, batch: Batch) -> Tensor:
-    """The trained tokens that the teacher has lost, [B, T] bool. Raises ConfigError without top ids."""
+    """The trained tokens that are lost, [B, T] bool. Raises ConfigError without top ids."""
     student, teacher, logp = batch.student_top_ids, batch.teacher_top_ids, batch.teacher_top_logp
     if student is None or teacher is None or logp is None or teacher.shape[-1] < drift.k:
         raise ConfigError(
@@ -87,9 +87,9 @@ def lost_tokens(drift: Drift, batch: Batch) -> Tensor:
 
 
 def trusted(drift: Drift, base: float = 0.5) -> Weight:
-    """omega_t = W_t + base: what has drifted away still weighs `base`. Raises ConfigError for a base below 0."""
+    """omega_t = W_t + base: a token without trust still weighs `base`. Raises ConfigError for a base below 0."""
     if base < 0.0:
-        raise ConfigError(f"What is added to the trust of every token is at least 0, got base {base}.")
+        raise ConfigError(f"The weight `base` that is added to the trust must be at least 0, got {base}.")
 
     def weight(batch: Batch) -> Tensor:
         return ((drift.trust(lost_tokens(drift, batch)) + base) * batch.mask).to(batch.teacher_logp.dtype)
@@ -98,15 +98,15 @@ def trusted(drift: Drift, base: float = 0.5) -> Weight:
 
 
 def ends_drifted(drift: Drift, every: int) -> Watch:
-    """Every `every` tokens the teacher scores what is being written, and what has a trust of 0 ends there, unfinished.
+    """Every `every` tokens the teacher scores the unfinished responses. A response with a trust of 0 ends, unfinished.
 
     Raises ConfigError for `every` below 1.
     """
     if every < 1:
-        raise ConfigError(f"The teacher looks every so many tokens, at least 1, got {every}.")
+        raise ConfigError(f"`every`, the tokens between two scorings by the teacher, must be at least 1, got {every}.")
 
     def watch(writers: Writers) -> EarlyStop:
-        assert writers.scorer is not None, "a method without a teacher is refused before this"
+        assert writers.scorer is not None, "methods without a teacher are refused earlier"
         score = writers.scorer()
 
         def keeps_going(unfinished: Sequence[Rollout]) -> list[bool]:
@@ -118,10 +118,11 @@ def ends_drifted(drift: Drift, every: int) -> Watch:
 
 
 class Drifted(SavedAttributes):
-    """What drift does to a step, over the responses of all processes with a trained token; nothing is remembered.
+    """Drift metrics of a step, over the responses of all processes with a trained token. Saves nothing.
 
-    drift/lost_share of the trained tokens; drift/effective_length, mean #{t : W_t > 0} in tokens; drift/ended_share,
-    of all responses: ended neither by themselves nor by sampling.max_completion_length; drift/tokens, generated.
+    drift/lost_share: share of the trained tokens. drift/effective_length: mean #{t : W_t > 0} in tokens.
+    drift/ended_share: share of all responses that ended early, neither finished nor at sampling.max_completion_length.
+    drift/tokens: tokens generated.
     """
 
     def __init__(self, drift: Drift) -> None:
@@ -134,7 +135,7 @@ class Drifted(SavedAttributes):
     def measure(self, batch: Batch, gather: Gather) -> tuple[dict[str, float], list[int]]:
         """The metrics of a step, and the effective lengths L_i = #{t : W_t > 0} of all responses with a trained token.
 
-        Without lengths there are two metrics: a filter left nothing of the step.
+        If a filter left no response, there are no lengths and only two metrics.
         """
         lost = lost_tokens(self.drift, batch)
         alive = ((self.drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
@@ -161,14 +162,14 @@ def measured(drift: Drift) -> MakeMemory:
 
 
 class Budget(Drifted):
-    """How long responses may be, in tokens: longer where enough of them keep some trust to the end of it, else shorter.
+    """The response length limit, in tokens: grows while enough responses keep some trust up to it, else shrinks.
 
     With B the budget and L_i the effective length of response i,
 
         hit = mean_i [L_i >= max(least, B - margin)]
         hit >= hit_share: B <- min(B + step, most); after `patience` steps in a row without: B <- max(B - step, least)
 
-    It logs what `Drifted` does, from the same look at the step.
+    It also logs the metrics of `Drifted`.
     """
 
     saved = ("length", "misses")
@@ -188,16 +189,16 @@ class Budget(Drifted):
         super().__init__(drift)
         self.least, self.most, self.step, self.margin = least, most, step, margin
         self.hit_share, self.patience = hit_share, patience
-        self.length = initial  # of the next responses
-        self.misses = 0  # steps in a row
+        self.length = initial  # limit of the next responses
+        self.misses = 0  # steps in a row below `hit_share`
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
-        """Learn from a step's effective lengths, if it has any; the metrics of both."""
+        """Update the budget from a step's effective lengths, if any; drift and budget metrics."""
         metrics, effective = self.measure(batch, gather)
         return metrics | (self.advance(effective) if effective else {})
 
     def advance(self, effective: Sequence[int]) -> dict[str, float]:
-        """Learn from a step's effective lengths; the metrics of it."""
+        """Update the budget from a step's effective lengths; its metrics."""
         reached = max(self.least, self.length - self.margin)
         hit = sum(length >= reached for length in effective) / len(effective)
         self.misses = 0 if hit >= self.hit_share else self.misses + 1
@@ -211,17 +212,16 @@ class Budget(Drifted):
 def budget(
     drift: Drift, *, initial: int, least: int, most: int, step: int, margin: int, hit_share: float, patience: int
 ) -> MakeMemory:
-    """A maker of `Budget`. Raises ConfigError unless 1 <= least <= initial <= most, and the rest makes sense."""
+    """A maker of `Budget`. Raises ConfigError unless 1 <= least <= initial <= most, and for other invalid settings."""
     if not (1 <= least <= initial <= most):
         raise ConfigError(
-            f"A budget starts between its least and its most, which are at least 1 token; got {initial} between "
-            f"{least} and {most}."
+            f"A budget needs 1 <= least <= initial <= most, in tokens; got least {least}, initial {initial} and most "
+            f"{most}."
         )
     if step < 1 or margin < 0 or patience < 1 or not 0.0 <= hit_share <= 1.0:
         raise ConfigError(
-            "A budget moves by at least 1 token after at least 1 step, and compares a share from 0 to 1 with a "
-            f"margin of 0 tokens or more; got step {step}, patience {patience}, hit share {hit_share} and margin "
-            f"{margin}."
+            "A budget needs a step and a patience of at least 1, a hit share between 0 and 1, and a margin of at least "
+            f"0; got step {step}, patience {patience}, hit share {hit_share} and margin {margin}."
         )
     made = partial(
         Budget,
@@ -238,9 +238,9 @@ def budget(
 
 
 def within_budget(most: int) -> Watch:
-    """A response that has as many tokens as the memory `budget` allows, at most `most`, ends there, unfinished.
+    """A response ends, unfinished, at the length of the memory `budget`, at most `most` tokens.
 
-    The teacher is not asked. Raises ConfigError, when it is called, where the method has no such memory.
+    The teacher is not called. When called, raises ConfigError if the method has no such memory.
     """
 
     def watch(writers: Writers) -> EarlyStop:

@@ -1,6 +1,6 @@
-"""Filters: rollouts -> rollouts, some of them not trained. After the rewards, before the teacher scores.
+"""Filters: rollouts -> rollouts, some of them untrained. Called after the rewards and before the teacher scores.
 
-A response or token that is not kept has `trained` False: it has no gradient and counts in no denominator.
+A filtered response or token has `trained` False: it has no gradient and is not counted in the denominator.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Test: TypeAlias = Callable[[Rollout], bool]
 
 @cache
 def everything() -> Filter:
-    """What was written is trained."""
+    """All responses are trained."""
 
     def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
         return list(rollouts)
@@ -31,10 +31,10 @@ def everything() -> Filter:
 
 
 def first_passing(*tests: Test) -> Filter:
-    """Of the responses to a prompt, the first that passes all tests is trained, the others are not.
+    """The first response to a prompt that passes all tests is trained, the others are not.
 
-    The number of attempts is the writer's `sampling.n`. Where none passes the prompt teaches nothing in this step; a
-    step in which nothing passes makes no update and is counted (`train/update_skipped`).
+    The number of attempts is the writer's `sampling.n`. A prompt without a passing response trains no token. A step
+    without a passing response makes no update and is counted (`train/update_skipped`).
     """
 
     def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -51,7 +51,7 @@ def first_passing(*tests: Test) -> Filter:
 
 
 def correct() -> Test:
-    """The reward is a pass: at least `PASS` (arXiv 2605.11182 App. A.23)."""
+    """The reward is at least `PASS` (arXiv 2605.11182 App. A.23)."""
 
     def test(rollout: Rollout) -> bool:
         return rollout.reward is not None and rollout.reward >= PASS
@@ -60,7 +60,7 @@ def correct() -> Test:
 
 
 def clean(must_contain: str | None = None) -> Test:
-    """The response ended by itself, does not run in circles, and contains `must_contain`: `degenerate`.
+    """The response is finished, is not `degenerate`, and contains `must_contain`.
 
     arXiv 2604.13016 App. C.1 and its released filters, where `must_contain` is a backslash and "boxed".
     """
@@ -78,10 +78,10 @@ def without_tokens(
 ) -> Filter:
     """The tokens of given sequences (texts, or lists of ids) are not trained: arXiv 2603.25562 section 4.
 
-    `first` takes the first occurrence of each sequence in a response, as the paper's released code does, `every` all of
-    them. They count in no denominator; with `weights.mask_tokens` they do. The piece needs the student's tokenizer
-    (`Method.with_tokenizer`) before it is called. Raises ConfigError for an empty sequence, and when it gets the
-    tokenizer for one that it does not know.
+    `first`: the first occurrence of each sequence in a response, as in the paper's released code; `every`: all
+    occurrences. Masked tokens are not counted in the denominator; with `weights.mask_tokens` they are. The piece needs
+    the student's tokenizer (`Method.with_tokenizer`) before it is called. Raises ConfigError for an empty sequence,
+    and, given the tokenizer, for a sequence that it does not know.
     """
     token_sequences.check(sequences, occurrences)
 
@@ -101,7 +101,7 @@ def without_tokens(
 
 
 def in_turn(*filters: Filter) -> Filter:
-    """One after the other."""
+    """Several filters, one after another."""
 
     def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
         kept = list(rollouts)
@@ -119,7 +119,7 @@ PASS = 1.0  # the least reward that counts as correct; the verifiers in `rewards
 
 
 def repeats_a_line(text: str, *, length: int = 20, times: int = 5) -> bool:
-    """A line of at least `length` characters, white space around it apart, occurs `times` times or more."""
+    """A line of at least `length` characters, stripped, occurs `times` times or more."""
     lines = Counter(line.strip() for line in text.splitlines() if len(line.strip()) >= length)
     return any(count >= times for count in lines.values())
 
@@ -127,15 +127,15 @@ def repeats_a_line(text: str, *, length: int = 20, times: int = 5) -> bool:
 def repeats_a_window(text: str, *, size: int = 100, stride: int = 10, times: int = 3) -> bool:
     """A window of `size` characters, taken every `stride`, occurs `times` times or more.
 
-    A repetition whose period is no multiple of `stride` is seen where the windows meet it again: every `stride`
-    periods at the latest.
+    A repetition whose period is not a multiple of `stride` is found where windows align with it again: after at most
+    `stride` periods.
     """
     windows = Counter(text[start : start + size] for start in range(0, len(text) - size + 1, stride))
     return any(count >= times for count in windows.values())
 
 
 def repeats_a_block(text: str, *, beyond: int = 5000, size: int = 50, times: int = 3) -> bool:
-    """In a text longer than `beyond`: a block of `size` characters stands `times` times in a row."""
+    """In a text longer than `beyond`: a block of `size` characters occurs `times` times in a row."""
     if len(text) <= beyond:
         return False
     run = 0  # how many characters in a row equal the one `size` before them
@@ -147,5 +147,5 @@ def repeats_a_block(text: str, *, beyond: int = 5000, size: int = 50, times: int
 
 
 def degenerate(text: str) -> bool:
-    """Any of the three, or nothing but white space."""
+    """Any of the three repetitions, or only white space."""
     return not text.strip() or repeats_a_line(text) or repeats_a_window(text) or repeats_a_block(text)

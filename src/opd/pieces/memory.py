@@ -1,4 +1,4 @@
-"""What a method remembers in a run. A Method holds makers of it, so that it is a value: two runs share nothing."""
+"""The memory of a method during a run. A Method holds only makers of memory, so two runs share no state."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ Kind = TypeVar("Kind", bound=Memory)
 
 
 class SavedAttributes:
-    """A `Memory` of a few numbers: the attributes `saved`, each of a type that JSON keeps; none of the weights' size.
+    """A `Memory` of a few numbers: the attributes named in `saved`, each of a JSON type, and no tensors.
 
-    A class that derives from it says in `observe` what it learns from a step; one without `saved` only measures.
-    A saved state that lacks an attribute raises KeyError.
+    A subclass overrides `observe` to learn from a step. Without `saved` it only measures. A saved state that lacks an
+    attribute raises KeyError.
     """
 
     saved: ClassVar[tuple[str, ...]] = ()
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
-        """Learn from a step, of all processes, before credit and weight read it; metrics. Here: nothing."""
+        """Learn from a step of all processes, before credit and weight read the memory; metrics. Here: no effect."""
         return {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -31,26 +31,26 @@ class SavedAttributes:
         return {name: getattr(self, name) for name in self.saved}
 
     def tensors(self) -> Mapping[str, Tensor]:
-        """None."""
+        """Empty: no tensors."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
+        """Restore the saved attributes."""
         for name in self.saved:
             setattr(self, name, state[name])
 
 
 def observed(batch: Batch, gather: Gather) -> dict[str, float]:
-    """The metrics of a step, from which each memory of the batch has learned, in the order of `Method.memory`."""
+    """Let each memory of the batch learn from the step, in the order of `Method.memory`; their metrics."""
     return {name: value for one in batch.memory.values() for name, value in one.observe(batch, gather).items()}
 
 
 def recalled(memory: Mapping[str, Memory], name: str, kind: type[Kind]) -> Kind:
-    """The memory that a piece reads. Raises ConfigError where the method has none of that name and kind."""
+    """The memory that a piece reads. Raises ConfigError if the method has no memory of that name and kind."""
     found = memory.get(name)
     if not isinstance(found, kind):
         raise ConfigError(
-            f"A piece of the method reads the memory {name!r}, a {kind.__name__}, and the method has "
+            f"A piece of the method reads the memory {name!r}, a {kind.__name__}, but the method has "
             + (f"a {type(found).__name__} of that name" if found is not None else "no memory of that name")
             + ". Give its maker to Method(memory={...}) under that name."
         )

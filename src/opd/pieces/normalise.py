@@ -1,4 +1,4 @@
-"""The one denominator of a step, counted from the mask after generation."""
+"""The denominator of a step, counted from the mask after generation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from opd.types import Average, Batch, Denominator, Normalise
 
 @cache
 def per(what: Average | int) -> Normalise:
-    """The mean over what has the same say.
+    """The kind of mean that the loss is.
 
-    token     over all trained tokens of the step: a long response has more say than a short one
-    sequence  over responses of the mean over their tokens: every response has the same say
-    a number  sum over tokens, divided by responses x that many tokens, whatever was written. Dr.GRPO (arXiv
+    token     the mean over all trained tokens of the step: a long response weighs more than a short one
+    sequence  the mean over responses of each response's mean over tokens: all responses weigh the same
+    a number  the sum over tokens, divided by responses x that number, whatever their length. Dr.GRPO (arXiv
               2503.20783): dividing by the response's own length rewards long wrong answers
 
     Raises ConfigError for another word.
@@ -36,5 +36,5 @@ def per(what: Average | int) -> Normalise:
     if isinstance(what, int):
         return needing(over_constant)
     if what not in named:
-        raise ConfigError(f"A mean is per token, per sequence or per a number of tokens, got {what!r}.")
+        raise ConfigError(f"A mean is per 'token', per 'sequence' or per a number of tokens, got {what!r}.")
     return needing(named[what])

@@ -1,4 +1,4 @@
-"""What arithmetic may see of a record: trained tokens without padding, and the scored support if there is one."""
+"""Packed values of a record: trained tokens without padding, and the scored support."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from opd.types import Tokens
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:
-    """`values[mask]`, so that padding can never reach arithmetic (a NaN there poisons gradients through `where`)."""
+    """`values[mask]`: padding never reaches arithmetic (through `where`, its NaN would reach gradients)."""
     assert mask.dtype is torch.bool
     assert values.shape[: mask.dim()] == mask.shape
     return values[mask]
 
 
 def support_of(tokens: Tokens) -> tuple[Tensor, Tensor]:
-    """Student and teacher log-probs on the support, [N, K] each; an error of the method's author if it has none."""
+    """Student and teacher log-probs on the support, [N, K] each. Raises ConfigError for a method without a support."""
     if tokens.student_support_logp is None or tokens.teacher_support_logp is None:
         raise ConfigError(
-            "This signal compares distributions, but the method's support is `sampled` or none, which scores one token "
-            "a position. Give the method support=top_k(k) or support=full()."
+            "This signal compares distributions, but the method's support is `sampled` or none, with at most one token "
+            "per position. Give the method support=top_k(k) or support=full()."
         )
     return tokens.student_support_logp, tokens.teacher_support_logp

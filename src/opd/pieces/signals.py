@@ -1,4 +1,4 @@
-"""Signals: Tokens -> loss per token [N], to be descended. Pure; gradient flows through `student_*` only."""
+"""Signals: Tokens -> loss per token [N], to be minimised. Pure; gradient flows through `student_*` only."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from opd.pieces.needs import Needs, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.packed import support_of
 from opd.types import Advantage, Signal, Tokens
 
-# An importance ratio above e^60 is a broken run; below it nothing overflows float32, so that a clipped token keeps its
-# gradient of exactly zero instead of 0 x inf.
+# Importance ratios are clamped at e^60, below the overflow of float32, so that a clipped token has a gradient of
+# exactly 0, not 0 x inf. A larger ratio means a broken run.
 LARGEST_LOG_RATIO = 60.0
 
 
-# Two probabilities closer than this share of the larger one are the same number computed twice in float32.
+# Two probabilities that differ by less than this share of the larger one count as equal: float32 rounding.
 RANK_ROUNDING = 1e-5
 
 
@@ -30,20 +30,20 @@ IMITATES = Needs(traits=frozenset({Trait.MINIMISES_DIVERGENCE}))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DivergencePiece(Piece[[Tokens], Tensor]):
-    """A signal that is a divergence. The loss has its gradient on the whole vocabulary in closed form."""
+    """A signal that is a divergence, so that the loss can use its closed-form gradient on the whole vocabulary."""
 
     divergence: divergences.Divergence
-    # A constant added to a position's log-probs changes nothing, so that unnormalised logits do.
+    # Adding a constant to a position's log-probs changes nothing, so unnormalised logits suffice.
     shift_invariant: bool
 
 
 def divergence_of(signal: Signal) -> divergences.Divergence | None:
-    """The divergence that a signal is; None for any other signal, sums and multiples of divergences included."""
+    """The divergence of a `DivergencePiece`; None for any other signal, such as sums and multiples of divergences."""
     return signal.divergence if isinstance(signal, DivergencePiece) else None
 
 
 def shift_invariant(signal: Signal) -> bool:
-    """Whether a signal is known not to depend on the normaliser of the student's softmax."""
+    """Whether a signal is known to be independent of the normaliser of the student's softmax."""
     return isinstance(signal, DivergencePiece) and signal.shift_invariant
 
 
@@ -52,7 +52,7 @@ def divergence(
 ) -> DivergencePiece:
     """A divergence over the scored support, in one of the forms of `opd.maths.divergences`.
 
-    Direction by name, `reverse_kl` = KL(student||teacher). On full support every form is the exact divergence.
+    The name gives the direction: `reverse_kl` = KL(student||teacher). On a full support every form is exact.
     """
     if form not in divergences.FORMS:
         raise ConfigError(
@@ -70,7 +70,7 @@ def divergence(
 
 
 def nll() -> Signal:
-    """-log p(y_t): supervised fine-tuning on whatever the source wrote."""
+    """-log p(y_t): supervised fine-tuning on the responses of the source."""
 
     def signal(tokens: Tokens) -> Tensor:
         return -tokens.student_logp
@@ -86,7 +86,7 @@ def credit(tokens: Tokens) -> Tensor:
 def _log_ratio(tokens: Tokens) -> Tensor:
     """sg[log q(y_t) - log p(y_t)], [N]: the one-sample estimate of -KL(p||q) at this position.
 
-    Differentiating it instead would give a gradient of expectation zero (arXiv 2605.11182 Fig. 12).
+    Its own gradient would have expectation zero (arXiv 2605.11182 Fig. 12), hence the sg.
     """
     return (tokens.teacher_logp - tokens.student_logp).detach()
 
@@ -99,12 +99,12 @@ def policy_gradient(
 ) -> Signal:
     """-A log p(y_t), or -A r with the importance ratio r = p(y_t) / mu(y_t), optionally clipped as in PPO.
 
-    `clip = (low, high)` keeps r in [1 - low, 1 + high] from the side that the advantage pushes to
-    (arXiv 1707.06347 eq. 7; two bounds: DAPO, arXiv 2503.14476) and implies `importance`.
-    On policy and after one update r = 1, and all three have the same gradient.
+    `clip = (low, high)` clips r to [1 - low, 1 + high] where that lowers A r (arXiv 1707.06347 eq. 7; two bounds: DAPO,
+    arXiv 2503.14476) and implies `importance`. On policy, with one update per batch, r = 1 and all three have the same
+    gradient.
     """
     if clip is not None and not (clip[0] >= 0 and clip[1] >= 0):
-        raise ConfigError(f"clip takes two distances from 1 that are not negative, (low, high); got {clip}.")
+        raise ConfigError(f"clip is (low, high), two distances from 1 of at least 0; got {clip}.")
 
     def signal(tokens: Tokens) -> Tensor:
         a = advantage(tokens).detach()
@@ -131,8 +131,8 @@ def support_policy_gradient(
     """sum_S sg[w(v) (log p(v) - log q(v))] p(v)/sg[p(v)], [N, K] -> [N]: the released code of arXiv 2604.13016.
 
     w is p, q or 1 (`weights`), divided by its sum over S if `normalised`. The gradient is sum_S w l (1[v = j] - p_j).
-    With student weights that is the stop-gradient form's, divided by P_S if normalised: unlike the paper's eq. 5,
-    `divergence("reverse_kl", form="renormalised")`, it also corrects the mass of the support, by
+    With student weights it is the gradient of the stop-gradient form, divided by P_S if normalised. Unlike the paper's
+    eq. 5, `divergence("reverse_kl", form="renormalised")`, it also corrects the mass of the support, by
     (log P_S/Q_S + D) grad log P_S with D the renormalised divergence. An empty support gives 0.
     """
 
@@ -152,17 +152,17 @@ def support_policy_gradient(
 def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
     """sum_S p l + 1[y not in S] s p(y)/sg[p(y)] sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
 
-    s = sg[p(y)/mu(y)], brought between `ratio_bounds` = (low, high) if they are given: (1, 1) leaves it out.
+    s = sg[p(y)/mu(y)], clipped to `ratio_bounds` = (low, high) if given: (1, 1) sets s = 1.
     The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it.
 
-    Without bounds that bind, its mean over y ~ mu is KL(p||q) on all of S and on what truncation left of the rest: the
-    value is unbiased. The gradient is not. The head is differentiated as it stands, and its +1 has no match in the
-    tail: the mean is that of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`. Raises ConfigError
-    for bounds that are none, and on the whole vocabulary, where nothing is outside.
+    While the bounds do not bind, the mean over y ~ mu is KL(p||q) on S and on the tokens outside S that truncation
+    kept: the value is unbiased. The gradient is biased: the head is differentiated in full, and its +1 has no counterpart in
+    the tail. Its mean is the gradient of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`. Raises
+    ConfigError for invalid bounds, and on the whole vocabulary, which has no tokens outside S.
     """
     if ratio_bounds is not None and not 0 <= ratio_bounds[0] <= ratio_bounds[1] < float("inf"):
         raise ConfigError(
-            f"The bounds of an importance ratio are two numbers (low, high), 0 <= low <= high; got {ratio_bounds}."
+            f"ratio_bounds of an importance ratio are (low, high) with 0 <= low <= high; got {ratio_bounds}."
         )
 
     def signal(tokens: Tokens) -> Tensor:
@@ -170,7 +170,7 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
         s, t = support_of(tokens)
         if tokens.support_mask is None:
             raise ConfigError(
-                "The sampled token stands for what is outside the support, and the support is the whole vocabulary. "
+                "The sampled token represents the tokens outside the support, but the support is the whole vocabulary. "
                 "Give the method support=top_k(k, with_sampled=True), or the signal divergence('reverse_kl')."
             )
         exists, outside = tokens.support_mask[:, :-1], tokens.support_mask[:, -1]
@@ -188,15 +188,15 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
 
 
 def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
-    """sum_i |p_(i) - q_(i)|, both in falling order, [N, V], [N, V'] -> [N]: it does not ask which token is which.
+    """sum_i |p_(i) - q_(i)|, both in falling order, [N, V], [N, V'] -> [N]: tokens are not matched by identity.
 
     Universal logit distillation (arXiv 2402.12030): the Wasserstein distance of two distributions whose tokens are all
-    equally far from each other. The shorter one is filled up with zeros. Differences within rounding count as none: at
-    the teacher itself their signs would be noise.
+    equally far from each other. The shorter one is padded with zeros. Differences within rounding count as 0: where the
+    student equals the teacher, their signs would be noise.
 
-    With `matched` the tokens of both vocabularies are compared as they are, by that divergence on their probabilities
-    without renormalising, and only the others by rank: the hybrid of TRL's GOLD. The weights are the share of the
-    teacher's tokens that the student has, and the rest. The support is `supports.units("product")`.
+    With `matched`, tokens of both vocabularies are compared by that divergence, without renormalising, and only the
+    others by rank: the hybrid of TRL's GOLD. The weights are the share of the teacher's tokens that the student has,
+    and 1 minus that share. The support is `supports.units("product")`.
     """
     function = None if matched is None else divergences.named(matched)
 
@@ -206,7 +206,7 @@ def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
             return _ranked_distance(s.exp(), t.exp())
         if tokens.shared is None:
             raise ConfigError(
-                "`matched` asks which tokens both vocabularies have, and this support has one vocabulary. Give the "
+                "`matched` compares the tokens of two vocabularies, but this support has one vocabulary. Give the "
                 "method support=units('product')."
             )
         k = tokens.shared

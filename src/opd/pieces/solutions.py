@@ -1,7 +1,7 @@
-"""Verified solutions that a teacher may read: of other responses to the same prompt, else of the data. Pure.
+"""Verified solutions that a teacher may read: from other responses to the same prompt, else from the data. Pure.
 
-The context that shows a solution, the gate that listens to the teacher and the credit that is made of its scores get
-the same function of the rollouts, so that they agree on which responses have one.
+The context that shows a solution, the gate on the teacher's entropy and the credit from the teacher's scores use the
+same function of the rollouts, so that they agree on which responses have a solution.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import needing
 from opd.types import Batch, Gather, MakeMemory, Rollout
 
-Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one a rollout, None where there is none
+Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one per rollout, None without a solution
 
 
 def from_peers(column: str | None = "privileged_context") -> Solutions:
-    """A right response to the same prompt; where no other one is right, the data's `column`, if there is a value.
+    """Another right response to the same prompt; without one, the value of the data's `column`, if any.
 
-    Right is a reward of at least `filters.PASS`. Of several it is the next one in the order of samples, the first after
-    the last: samples are alike, so that this is as good as a draw. Never the response itself, nor its twin where a step
-    takes a prompt twice: a teacher that reads what it scores would only copy (the paper does not say). A response
-    whose judge gave no reward has none: there is no verdict to show with it.
+    Right: a reward of at least `filters.PASS`. Of several, the next right sample in order, cyclically; samples are
+    exchangeable, so this is as good as a random choice. Never the response itself, nor its copy if a step takes a
+    prompt twice: a teacher that reads the response that it scores would copy it (the paper does not say). A response
+    without a reward, because its judge failed, has no solution: there is no verdict to show.
     """
 
     def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
@@ -41,7 +41,7 @@ def from_peers(column: str | None = "privileged_context") -> Solutions:
 
 
 def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Rollout | None]:
-    """The rollouts with what was found as their prompt's `privileged_context`; None where nothing was."""
+    """The rollouts with their solution as the prompt's `privileged_context`; None without a solution."""
     return [
         None if text is None else replace(rollout, prompt=replace(rollout.prompt, privileged_context=text))
         for rollout, text in zip(rollouts, found, strict=True)
@@ -54,13 +54,13 @@ def solved(solutions: Solutions, batch: Batch) -> Tensor:
 
 
 class Unsolved(SavedAttributes):
-    """context/unsolved: how many responses of the step, in all processes, are read with their prompt alone."""
+    """context/unsolved: the number of responses of the step, in all processes, whose teacher reads the prompt alone."""
 
     def __init__(self, solutions: Solutions) -> None:
         self.solutions = solutions
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
-        """Count; nothing is remembered."""
+        """The metric of a step. Saves nothing."""
         return {"context/unsolved": float(sum(gather(int((~solved(self.solutions, batch)).sum()))))}
 
 
@@ -70,7 +70,7 @@ def counted(solutions: Solutions) -> MakeMemory:
 
 
 def _peer(rollout: Rollout, group: Sequence[Rollout]) -> str | None:
-    """The text of the next right one; `group` is in the order of samples."""
+    """The text of the next right response; `group` is in the order of samples."""
     after = [other for other in group if other.sample > rollout.sample]
     before = [other for other in group if other.sample < rollout.sample]
     right = (other.text for other in (*after, *before) if other.reward is not None and other.reward >= PASS)

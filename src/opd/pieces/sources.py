@@ -1,4 +1,4 @@
-"""Who writes the responses."""
+"""Sources: the writers of the responses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
 
 @cache
 def on_policy(watch: Watch | None = None) -> Source:
-    """The student, with the weights of this step; `watch` may end its responses while it writes them."""
+    """The student, with this step's weights; `watch` may end responses during sampling."""
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         stop = None if watch is None else watch(writers)
@@ -24,7 +24,7 @@ def on_policy(watch: Watch | None = None) -> Source:
 
 
 def dataset() -> Source:
-    """The data's own `response` column."""
+    """The data's `response` column."""
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
         return writers.reference(prompts, seed=seed)
@@ -36,19 +36,19 @@ def teacher_writes() -> Source:
     """The teacher: sequence-level distillation (arXiv 1606.07947)."""
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
-        assert writers.teacher is not None, "a recipe without a teacher model is refused before this"
+        assert writers.teacher is not None, "recipes without a teacher model are refused earlier"
         return writers.teacher(prompts, seed=seed)
 
     return needing(source, Input.TEACHER_MODEL, Trait.OFF_POLICY)
 
 
 def mixture(on_policy_share: float, other: Source) -> Source:
-    """The student with probability `on_policy_share` a step, else the other source (GKD, arXiv 2306.13649 alg. 1).
+    """In each step the student with probability `on_policy_share`, else the other source.
 
-    The coin of a step comes from (seed, step). Raises ConfigError unless the share lies in [0, 1].
+    GKD, arXiv 2306.13649 alg. 1. The choice depends on (seed, step). Raises ConfigError unless the share lies in [0, 1].
     """
     if not 0.0 <= on_policy_share <= 1.0:
-        raise ConfigError(f"The on-policy share is a probability, got {on_policy_share}.")
+        raise ConfigError(f"`on_policy_share` is a probability between 0 and 1, got {on_policy_share}.")
     student = on_policy()
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:

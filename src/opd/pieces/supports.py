@@ -1,4 +1,4 @@
-"""Which tokens are scored at each position."""
+"""Supports: the tokens that are scored at each position."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from opd.types import ChosenBy, Support
 
 
 def no_support() -> Support:
-    """Nothing is asked of a teacher: supervised fine-tuning and reinforcement learning."""
+    """No token: the teacher scores nothing. For supervised fine-tuning and reinforcement learning."""
     return Support(kind="none")
 
 
 def sampled() -> Support:
-    """The token that was written, alone."""
+    """The sampled token only."""
     return Support(kind="sampled")
 
 
@@ -27,9 +27,9 @@ def top_k(
     by: ChosenBy = "teacher",
     with_sampled: bool = False,
 ) -> Support:
-    """The k most likely tokens of the teacher or the student, or a set made of both; optionally the sampled token too.
+    """The k most likely tokens of the teacher or the student, or a set built from both; optionally the sampled token.
 
-    The student's k are those of the weights that wrote the response. Raises ConfigError for k < 1.
+    The student's k are from the weights that wrote the response. Raises ConfigError for k < 1.
     """
     if k < 1:
         raise ConfigError(f"A top-k support needs k of at least 1, got {k}.")
@@ -37,44 +37,45 @@ def top_k(
 
 
 def for_renormalised(support: Support, otherwise: str = "") -> Support:
-    """The support, for a renormalised loss. Raises ConfigError if it is of one token: the loss would always be 0."""
+    """The support, for a renormalised loss. Raises ConfigError for one token, where the loss is always 0."""
     if support.k == 1 and support.by in ("teacher", "student", "intersection") and not support.with_sampled:
         raise ConfigError(
-            "Renormalised on one token the loss is 0, whatever the models say: nothing would be learned. "
+            "Renormalised on one token, the loss is always 0: the student would learn nothing. "
             f"Set k to 2 or more{otherwise}."
         )
     return support
 
 
 def full() -> Support:
-    """The whole vocabulary: exact. The teacher's hidden states are kept, never its logits."""
+    """The whole vocabulary: exact. The teacher's hidden states are kept, not its logits."""
     return Support(kind="full")
 
 
 def units(span: Literal["column", "none", "product"] = "column", *, least_mass: float = 0.0) -> Support:
-    """Pieces that student and teacher both cut out of the response, with a tokenizer each; a row for each piece.
+    """Units: the smallest pieces of text that end at a token end of both tokenizers. One row per unit.
 
-    All but "product" compare on the tokens of both vocabularies, at the piece's first position. One that is not one
-    token of both is one more entry with the mean log-prob of its tokens ("column", arXiv 2605.07711), or is left out
-    ("none": shared-token matching). "product" gives each model's whole vocabulary, the shared tokens first, times the
-    probability of the piece's tokens behind the first, as TRL's GOLD merges them; then K differs between the two.
+    "column" and "none" compare the tokens of both vocabularies at the unit's first position. A unit that is not one
+    token of both adds an entry with the mean log-prob of its tokens ("column", arXiv 2605.07711), or is left out
+    ("none": shared-token matching). "product" takes each model's whole vocabulary, shared tokens first, times the
+    probability of the unit's tokens after the first, as TRL's GOLD merges them; K then differs between the models.
 
-    The teacher has to be `teachers.external(tokenizer="any")`. A row on whose entries it has less than `least_mass` in
-    all is empty (the released code of 2605.07711: 0.5). Raises ConfigError for a mass outside 0..1, and for products.
+    The teacher must be `teacher_rules.external(tokenizer="any")`. A row in which the teacher's mass is below
+    `least_mass` is empty (the released code of 2605.07711: 0.5). Raises ConfigError for a mass outside [0, 1], and for
+    a mass with "product".
     """
     if not 0.0 <= least_mass <= 1.0 or (least_mass and span == "product"):
         raise ConfigError(
-            f"The least mass of a row is a probability between 0 and 1, got {least_mass} with span {span!r}; a product "
-            "has all of both vocabularies, and none."
+            f"`least_mass` is a probability between 0 and 1, got {least_mass} with span {span!r}; span 'product' has "
+            "the whole vocabularies and takes no least mass."
         )
     return Support(kind="units", span=span, least_mass=least_mass)
 
 
 def check_fits(k: int, vocabulary: int) -> None:
-    """Raise ConfigError for a top-k, of the support or of another piece, of more tokens than there are."""
+    """Raise ConfigError for a top-k, of the support or of another piece, larger than the vocabulary."""
     if k > vocabulary:
         raise ConfigError(
-            f"The method's support has k = {k}, and the vocabulary has only {vocabulary} tokens. Lower k, or use "
+            f"The method's support has k = {k}, but the vocabulary has only {vocabulary} tokens. Lower k, or use "
             "a method on the full vocabulary."
         )
 
@@ -82,10 +83,10 @@ def check_fits(k: int, vocabulary: int) -> None:
 def support_tokens(
     support: Support, *, student_top: Tensor | None, teacher_top: Tensor | None, sampled: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The token ids [n, K'] of a top-k support, and which of them exist [n, K'] bool.
+    """The token ids [n, K'] of a top-k support, and a mask [n, K'] of the existing entries.
 
-    `student_top` and `teacher_top` [n, k] are ids in falling order of probability, `sampled` [n, 1]. Every token that
-    exists is listed once.
+    `student_top` and `teacher_top` [n, k] are ids in falling order of probability, `sampled` [n, 1]. Each existing
+    token is listed once.
     """
     if support.by == "teacher":
         assert teacher_top is not None

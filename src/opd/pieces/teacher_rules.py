@@ -1,4 +1,4 @@
-"""Whose distribution the student is compared with: the rules that a method names."""
+"""Teacher rules: the model that the student is compared with."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ def no_teacher() -> TeacherRule:
 
 
 def external(tokenizer: Literal["students", "any"] = "students") -> TeacherRule:
-    """The model that the recipe's stage calls `teacher`.
+    """The stage's `teacher` in the recipe.
 
-    Its tokenizer is the student's, or "any": then it reads the text of a response in tokens of its own, and the support
-    is `supports.units`.
+    It has the student's tokenizer, or with "any" another one: then the teacher reads the response's text in its own
+    tokens, and the support is `supports.units`.
     """
     return TeacherRule(kind="external", tokenizer=tokenizer)
 
 
 def self_frozen() -> TeacherRule:
-    """The student as it stood when the stage began. With LoRA that is the base model with the adapter off."""
+    """The student at the start of the stage. With LoRA: the base model without the adapter."""
     return TeacherRule(kind="self_frozen")
 
 
 def self_live() -> TeacherRule:
-    """The student as it stands, without gradient."""
+    """The current student, without gradient."""
     return TeacherRule(kind="self_live", decay=0.0)
 
 
 def self_ema(decay: float) -> TeacherRule:
-    """A moving average of the student: after every step, teacher <- decay teacher + (1 - decay) student.
+    """A moving average of the student: after each step, teacher <- decay teacher + (1 - decay) student.
 
     arXiv 2605.11182 App. A.3. Raises ConfigError unless 0 <= decay <= 1.
     """

@@ -1,4 +1,4 @@
-"""Where token sequences stand in a response. Pure Python: ids in, bools out."""
+"""Finds token sequences in a response. Pure Python: ids in, bools out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Occurrences: TypeAlias = Literal["first", "every"]
 def check(sequences: Sequence[TokenSequence], occurrences: str) -> None:
     """Raise ConfigError for an empty sequence, no sequence at all, or another rule than `first` and `every`."""
     if isinstance(sequences, str) or not sequences:
-        raise ConfigError(f"Token sequences to mask are a list with at least one entry, got {sequences!r}.")
+        raise ConfigError(f"Token sequences to mask must be a list with at least one entry, got {sequences!r}.")
     if any(len(sequence) == 0 for sequence in sequences):
         raise ConfigError(f"A token sequence to mask is empty in {list(sequences)!r}. Remove it.")
     if occurrences not in ("first", "every"):
@@ -24,11 +24,10 @@ def check(sequences: Sequence[TokenSequence], occurrences: str) -> None:
 
 
 def encoded(sequences: Sequence[TokenSequence], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
-    """The ids of each sequence; ids that are given are checked against the tokenizer.
+    """The ids of each sequence; given ids are checked against the tokenizer.
 
-    A text is encoded by itself, without special tokens around it. A tokenizer that writes a piece differently inside a
-    word has other ids there: give those. Raises ConfigError for a text that the tokenizer cannot write, or an id that
-    it does not have.
+    A text is encoded alone, without special tokens. Inside a word some tokenizers use other ids for it: give these ids
+    instead. Raises ConfigError for a text that the tokenizer cannot encode, or an id that it does not have.
     """
     return tuple(
         _encoded(sequence, tokenizer) if isinstance(sequence, str) else _known(tuple(sequence), tokenizer)
@@ -37,7 +36,7 @@ def encoded(sequences: Sequence[TokenSequence], tokenizer: Any) -> tuple[tuple[i
 
 
 def covered(ids: Sequence[int], sequences: Sequence[Sequence[int]], occurrences: Occurrences) -> list[bool]:
-    """Which of the tokens `ids` belong to the first (or every) occurrence of one of the sequences, [T]."""
+    """Whether each of the tokens `ids` is in the first (or any) occurrence of one of the sequences, [T]."""
     out = [False] * len(ids)
     for sequence in sequences:
         n = len(sequence)
@@ -57,11 +56,11 @@ def covered_tokens(response_ids: Any, sequences: Sequence[Sequence[int]], occurr
 
 def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
     ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
-    # An unknown character comes back as an unknown token, as another one, or not at all.
+    # An unknown character decodes to the unknown token, to another token, or to nothing.
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
     if not ids or back.strip() != text.strip():
         raise ConfigError(
-            f"The tokenizer {_name(tokenizer)} does not know the token to mask {text!r}: it reads it as {back!r}. "
+            f"The tokenizer {_name(tokenizer)} cannot encode the text to mask {text!r}: it decodes to {back!r}. "
             "Correct the text, give token ids, or leave it out of the masked tokens."
         )
     return ids
@@ -71,7 +70,7 @@ def _known(ids: tuple[int, ...], tokenizer: Any) -> tuple[int, ...]:
     largest = max(tokenizer.get_vocab().values())
     if bad := [i for i in ids if not 0 <= i <= largest]:
         raise ConfigError(
-            f"The tokenizer {_name(tokenizer)} has the ids 0 to {largest}, and the tokens to mask name {bad}. "
+            f"The tokenizer {_name(tokenizer)} has the ids 0 to {largest}, but the tokens to mask include {bad}. "
             "Correct the ids, or give the text."
         )
     return ids

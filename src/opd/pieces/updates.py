@@ -1,4 +1,4 @@
-"""What follows the gradient."""
+"""Updates: what the step does with the gradient."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, needing
 from opd.types import MakeMemory, Optimisation, Update
 
-# Parts of the names of embeddings and output layers: `wte` and `wpe` are those of GPT-2 and its like.
+# Parts of the parameter names of embeddings and output layers; `wte` and `wpe` are GPT-2's.
 NO_LAYERS = ("embed", "wte", "wpe", "lm_head")
 
 
 @cache
 def optimizer_step() -> Update:
-    """Clip, step, schedule."""
+    """Clip the gradient, step the optimiser, step the schedule."""
 
     def update(optimisation: Optimisation) -> dict[str, float]:
         return optimisation.step()
@@ -28,20 +28,20 @@ def optimizer_step() -> Update:
 
 
 class KeptWeights(SavedAttributes):
-    """What an extrapolation remembers: the weights that the next change is measured from, and when that is due."""
+    """The memory of an extrapolation: the kept weights W', and the update after which the next jump is tried."""
 
     saved = ("due",)
 
     def __init__(self) -> None:
-        self.weights: dict[str, Tensor] = {}  # none before the first update
-        self.due = 1  # the update after which the next jump is tried
+        self.weights: dict[str, Tensor] = {}  # empty before the first update
+        self.due = 1  # number of the update after which the next jump is tried
 
     def tensors(self) -> Mapping[str, Tensor]:
         """The weights, sharded as the student's are."""
         return self.weights
 
     def load_state_dict(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what both were."""
+        """Restore both."""
         self.due, self.weights = int(state["due"]), dict(tensors)
 
 
@@ -53,26 +53,25 @@ def kept_weights() -> MakeMemory:
 def extrapolation(
     *, by: Literal["reward", "teacher_kl"], prompts: int, candidates: int, ties: bool, matrices: bool
 ) -> Update:
-    """The optimiser's step, and after 1, 2, 4, 8, ... of them a jump along what has changed (arXiv 2605.11739).
+    """The optimiser's step, and after updates 1, 2, 4, 8, ... a jump along the weights' change (arXiv 2605.11739).
 
-    At update 2^n, with D = W - W' and W' the weights kept at update 2^(n-1) (the first ones for n = 0), the candidates
-    W + 2kD, k = 1, 2, ..., `candidates`, are tried in turn. The first that does not validate better than the best so
-    far ends it, and the best stays; if that is W, it is back bit by bit. `ties` takes an equal one as better. The
-    optimiser's moments stay as they are.
+    At update 2^n let D = W - W', with W' the weights kept at update 2^(n-1) (the initial weights for n = 0). The
+    candidates W + 2kD, k = 1, 2, ..., `candidates`, are validated in turn, until one is not better than the best so
+    far. The best stays; if that is W, it is restored exactly. With `ties`, an equal candidate counts as better. The
+    optimiser's moments do not change.
 
-    `matrices` moves matrices alone, the stacks of them that a layer of experts is included, and neither embeddings nor
-    the output layer, as the released code does. It reads the memory `extrapolation` (`kept_weights`), which holds a
-    copy of the weights that it moves; there are three while it tries.
-    Raises ConfigError for fewer than one candidate or prompt.
+    `matrices` moves only matrices, including a layer's stacks of experts, and neither embeddings nor the output layer,
+    as in the released code. The memory `extrapolation` (`kept_weights`) holds a copy of the moved weights; during the
+    trials there are three copies. Raises ConfigError for fewer than one candidate or prompt.
     """
     if candidates < 1 or prompts < 1:
         raise ConfigError(
-            f"An extrapolation tries at least one candidate on at least one prompt, got candidates {candidates} and "
+            f"An extrapolation needs at least one candidate and one prompt, got candidates {candidates} and "
             f"prompts {prompts}."
         )
 
     def update(optimisation: Optimisation) -> dict[str, float]:
-        """Step, and jump when it is due; metrics of both."""
+        """Step, and jump if due; metrics of both."""
         kept = recalled(optimisation.memory, "extrapolation", KeptWeights)
         if not kept.weights:
             kept.weights = _moved(optimisation, matrices)
@@ -105,7 +104,7 @@ def extrapolation(
 
 
 def _moved(optimisation: Optimisation, matrices: bool) -> dict[str, Tensor]:
-    """Copies of the weights that jump."""
+    """Copies of the weights that the jump moves."""
     return {
         name: parameter.detach().clone()
         for name, parameter in optimisation.parameters.items()

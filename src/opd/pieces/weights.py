@@ -26,12 +26,12 @@ def every_token() -> Weight:
 def mask_tokens(
     sequences: Sequence[token_sequences.TokenSequence], occurrences: token_sequences.Occurrences = "first"
 ) -> Weight:
-    """0 on the tokens of given sequences (texts, or lists of ids), 1 on all others: arXiv 2603.25562 section 4.
+    """0 on the tokens of given sequences (texts, or lists of ids), 1 on all other tokens: arXiv 2603.25562 section 4.
 
-    `first` takes the first occurrence of each sequence in a response, as the paper's released code does, `every` all of
-    them. A masked token has no gradient and still counts in the denominator; `filters.without_tokens` takes it out of
-    both, as the paper does. The piece needs the student's tokenizer (`Method.with_tokenizer`) before it is called.
-    Raises ConfigError for an empty sequence, and when it gets the tokenizer for one that it does not know.
+    `first`: the first occurrence of each sequence in a response, as in the paper's released code; `every`: all
+    occurrences. A masked token has no gradient but is counted in the denominator; `filters.without_tokens` removes it
+    from both, as in the paper. The piece needs the student's tokenizer (`Method.with_tokenizer`) before it is called.
+    Raises ConfigError for an empty sequence, and, given the tokenizer, for a sequence that it does not know.
     """
     token_sequences.check(sequences, occurrences)
 
