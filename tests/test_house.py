@@ -296,7 +296,7 @@ def test_a_method_is_used_by_a_recipe_that_says_what_it_gave(name):
 
 def test_a_method_without_a_recipe_has_no_page(tmp_path):
     (tmp_path / "opd.yaml").write_text((ROOT / "recipes" / "opd.yaml").read_text())
-    with pytest.raises(ConfigError, match=r"uses grpo, gkd, .*Write one, recipes/grpo.yaml, or run this where"):
+    with pytest.raises(ConfigError, match=r"uses grpo, gkd, .*Write recipes/grpo.yaml, or run this in the folder"):
         recipes_of(tmp_path)
 
 

@@ -204,7 +204,7 @@ def test_method_and_its_options(no_weights: None, method: str, options: dict[str
         ("def methd(): ...", "mine:method", ["'method' does not exist in 'mine'. Did you mean 'methd'?"]),
         ("method = 5", "mine:method", ["'method' is not a function in 'mine'. Its functions: none."]),
         ("1 / 0", "mine:method", ["importing 'mine' failed with ZeroDivisionError: division by zero"]),
-        ("def method(): return 5", "mine:method", ["returned a int; it has to return an opd.method.Method"]),
+        ("def method(): return 5", "mine:method", ["returned a int; it must return an opd.method.Method"]),
     ],
 )
 def test_a_method_file_of_ones_own(work: Path, no_weights: None, code: str, name: str, parts: list[str]):

@@ -60,7 +60,7 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
     if why is not None:
         with pytest.raises(ConfigError) as refused:
             methods.build("+".join(names), given)
-        assert str(refused.value) == f"Methods {names[0]} and {names[1]} do not go together: {why}."
+        assert str(refused.value) == f"Methods {names[0]} and {names[1]} cannot be combined: {why}."
         return
     method = combined(*built)
     rows = [
@@ -91,7 +91,7 @@ def test_plain_distillation_changes_nothing():
 
 
 def test_options_of_several_methods_are_given_by_method():
-    with pytest.raises(ConfigError, match=r"several methods.*given by method; got k\..*options: \{vopd: "):
+    with pytest.raises(ConfigError, match=r"several methods.*options by method; got k\..*options: \{vopd: "):
         methods.build("vopd+eff_opd", {"k": 4})
     with pytest.raises(ConfigError, match=r"no method 'vopt'.*Did you mean 'vopd'"):
         methods.build("eff_opd+vopt", {})

@@ -366,8 +366,8 @@ KL = signals.divergence("reverse_kl")
 def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any], towards: str, away: str):
     with pytest.raises(
         ConfigError,
-        match=rf"^Here: a piece draws the student towards its teacher \(its {towards}\) and one drives it away "
-        rf"\(its {away}\).*Leave one of the two out, or .* allow_sign_conflict",
+        match=rf"^Here: a piece moves the student towards its teacher \(the {towards}\) and a piece moves it away "
+        rf"\(the {away}\).*Leave one of the two out, or set allow_sign_conflict",
     ):
         check_coherence(Facts(method=Method(support=supports.top_k(3), **pieces)), "Here")
 
@@ -469,7 +469,7 @@ def test_a_recipe_in_conflict_with_itself_is_refused_before_anything_is_loaded(
     work: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "both_ways": both_ways})
-    with pytest.raises(ConfigError, match=r"'both_ways': a piece draws the student towards its teacher \(its signal\)"):
+    with pytest.raises(ConfigError, match=r"'both_ways': a piece moves the student towards its teacher \(the signal\)"):
         opd.run(stage(method="both_ways", options={}), quiet=True)
     assert not Path("run").exists()
     allowed = opd.run(stage(method="both_ways", options={"allow": True}, steps=2), quiet=True)

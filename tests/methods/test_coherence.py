@@ -87,14 +87,17 @@ def test_a_reward_that_asks_judges_is_no_yardstick_of_an_update():
 @pytest.mark.parametrize(
     ("other", "why"),
     [
-        (replace(PLAIN, context=ATTEMPT), "the teacher reads the response that it scores, and so does the baseline"),
-        (replace(PLAIN, filter=filters.first_passing(filters.clean())), "the filter chooses responses by what"),
+        (replace(PLAIN, context=ATTEMPT), "the teacher reads the response that it scores, which biases a baseline"),
+        (
+            replace(PLAIN, filter=filters.first_passing(filters.clean())),
+            "the filter selects responses by their content",
+        ),
     ],
     ids=["attempt", "filter"],
 )
 def test_a_baseline_is_refused_beside_what_reads_the_response(other: Method, why: str):
     for one, two in ((VOPD, other), (other, VOPD)):
-        with pytest.raises(ConfigError, match=f"do not go together: {why}"):
+        with pytest.raises(ConfigError, match=f"cannot be combined: {why}"):
             combined(one, two)
     pieces = {name: getattr(other, name) for name in ("context", "filter")}
     with pytest.raises(ConfigError, match=f"^Here: {why}"):

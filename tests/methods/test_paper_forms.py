@@ -160,7 +160,7 @@ def test_the_symmetric_difference_has_raw_weights_by_default_as_in_the_released_
 def test_rethinking_says_what_its_paper_form_cannot():
     with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*k to 2 or more, or form: released"):
         rethinking(k=1)
-    with pytest.raises(ConfigError, match=r"no other weights.*weights='teacher', normalised=None\. Set form: released"):
+    with pytest.raises(ConfigError, match=r"fixed weights.*weights='teacher', normalised=None\. Set form: released"):
         rethinking(weights="teacher")
     with pytest.raises(ConfigError, match=r"normalised=False"):
         rethinking(normalised=False)
@@ -232,7 +232,7 @@ def test_bounds_that_are_none(bounds: tuple[float, float]):
 
 def test_bounds_are_of_the_sampled_token_in_the_tail():
     with pytest.raises(
-        ConfigError, match=r"sampled_token is 'left_out', which has none; got \[0\.5, 2\.0\]\. Set sampled"
+        ConfigError, match=r"sampled_token is 'left_out', without a ratio; got \[0\.5, 2\.0\]\. Set sampled"
     ):
         methods.build("local_support_matching", {"ratio_bounds": [0.5, 2]})
     tail = methods.build("local_support_matching", {"sampled_token": "tail", "k": 3, "ratio_bounds": [1, 1]})

@@ -144,7 +144,7 @@ def weighted(piece: str) -> object:
 @pytest.mark.parametrize("piece", ["weight", "filter"])
 def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
     with pytest.raises(
-        ConfigError, match=rf"the {piece} looks at the sampled token, .* Leave it out, or use method opd"
+        ConfigError, match=rf"the {piece} depends on the sampled token, .* Leave it out, or use method opd"
     ):
         distill(student="nowhere", teacher="nowhere", prompts=["1"], method=weighted(piece), steps=1)
 
@@ -154,7 +154,7 @@ def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
     [
         (
             {"filter": filters.first_passing(filters.clean())},
-            "the filter chooses responses by what stands in them, .* Leave it out",
+            "the filter selects responses by their content, .* Leave it out",
         ),
         (
             {"context": contexts.privileged(template="{prompt}{attempt}")},

@@ -149,7 +149,7 @@ def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):
     ],
 )
 def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
-    with pytest.raises(ConfigError, match=f"has a `{twice}` of its own, and the options give another"):
+    with pytest.raises(ConfigError, match=f"sets `{twice}`, but the options set it too"):
         methods.build("context_distillation", options)
     one = methods.build("context_distillation", {"information": "hint", "template": "{prompt}"})
     assert said(one.context) == {"answer"}

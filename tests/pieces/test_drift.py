@@ -275,7 +275,7 @@ def centred(metric: Any) -> Method:
 
 
 def test_a_weight_that_looks_at_the_sampled_token_is_refused_beside_a_baseline():
-    with pytest.raises(ConfigError, match="the weight looks at the sampled token"):
+    with pytest.raises(ConfigError, match="the weight depends on the sampled token"):
         opd.distill(
             student="nowhere", teacher="nowhere", prompts=["1"], method=centred("teacher_top_p_accept"), steps=1
         )
@@ -579,7 +579,7 @@ def test_a_k_beyond_the_vocabulary_is_refused():
 
 def test_drift_without_a_teacher_is_refused():
     grpo = methods.build("grpo", {})
-    with pytest.raises(ConfigError, match="a piece reads what the teacher says, and there is no teacher"):
+    with pytest.raises(ConfigError, match="a piece reads the teacher's scores, but the method has no teacher"):
         opd.distill(
             student="nowhere",
             prompts=["1"],
@@ -593,9 +593,7 @@ def test_drift_without_a_teacher_is_refused():
 def test_a_context_of_the_attempt_is_refused_while_it_is_being_written():
     method = methods.build("prune_opd", {"k": 3, "stop": "rollout"})
     attempt = contexts.privileged(template="{prompt}{attempt}")
-    with pytest.raises(
-        ConfigError, match=r"reads the student.s attempt, and scores it while it is being written\. Use"
-    ):
+    with pytest.raises(ConfigError, match=r"reads the student.s attempt, but scores it before it is finished\. Use"):
         opd.distill(
             student="nowhere", teacher="nowhere", prompts=["1"], method=replace(method, context=attempt), steps=1
         )
@@ -611,8 +609,10 @@ def test_weights_fall_along_a_response():
 
 def test_how_far_a_teacher_is_trusted_does_not_weigh_a_reward():
     options = {"vopd": {"task_reward": True, "k": 4}, "prune_opd": {"loss": "sampled", "k": 4}}
-    with pytest.raises(ConfigError, match=r"do not go together: the weight says how far to trust the teacher, and"):
+    with pytest.raises(ConfigError, match=r"cannot be combined: the weight measures the trust in the teacher, but"):
         methods.build("vopd+prune_opd", options)
     weighed = replace(methods.build("grpo", {}), weight=drift.trusted(Drift(k=4)))
-    with pytest.raises(ConfigError, match=r"how far to trust .*, and would weigh a reward with it\. .* Leave one"):
+    with pytest.raises(
+        ConfigError, match=r"the trust in the teacher, but it would weigh a reward\. .* Leave the weight"
+    ):
         check_coherence(Facts(method=replace(weighed, teacher=external())), "here")

@@ -156,7 +156,9 @@ def test_what_sft_asks_for(options: dict[str, Any], needs: set[str]):
 
 @pytest.mark.parametrize("what", ["all", "correct"])
 def test_a_condition_on_clean_responses_needs_them(what: str):
-    with pytest.raises(ConfigError, match=rf"`must_contain: x` .* and `keep: {what}` does not ask .* Set keep: clean"):
+    with pytest.raises(
+        ConfigError, match=rf"`must_contain: x` .* but `keep: {what}` does not select .* Set keep: clean"
+    ):
         methods.build("sft", {"keep": what, "must_contain": "x"})
 
 
@@ -403,5 +405,5 @@ def test_a_sampled_tail_without_the_sampled_token_is_refused(work: Path):
         "from opd.pieces import signals, supports\nfrom opd.method import Method\n\n\ndef method():\n"
         "    return Method(support=supports.top_k(3), signal=signals.reverse_kl_with_sampled_tail())\n"
     )
-    with pytest.raises(ConfigError, match=r"last token of the support for the sampled one.*with_sampled=True"):
+    with pytest.raises(ConfigError, match=r"last token of the support as the sampled token.*with_sampled=True"):
         opd.run(one_stage(method="mine2:method"), quiet=True)

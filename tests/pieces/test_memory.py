@@ -143,7 +143,7 @@ def test_a_piece_without_its_memory_is_an_error(tmp_path: Path):
 
 def test_two_methods_with_one_name_of_memory_are_refused():
     one, other = (Method(signal=signals.sampled_reverse_kl(), memory={"steps": Steps}) for _ in range(2))
-    with pytest.raises(ConfigError, match="do not go together: both decide memory 'steps'"):
+    with pytest.raises(ConfigError, match="cannot be combined: both set memory 'steps'"):
         combined(one, other)
     both = combined(one, Method(signal=signals.sampled_reverse_kl(), memory={"more": Silent}))
     assert list(both.memory) == ["steps", "more"]

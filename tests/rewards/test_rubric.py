@@ -372,7 +372,7 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         ),
         (
             with_judge(URL, method="eff_opd", teacher="teacher"),
-            ["compares weights by a reward", "yardstick is made anew"],
+            ["compares weights by a judge's reward", "rubric is rebuilt"],
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Published methods, one file each, and the one registry.
+"""Published methods, one file each, and their registry.
 
 A method is a function that returns a `Method`; its signature is the schema of its options.
 """
@@ -53,22 +53,22 @@ METHODS: dict[str, Callable[..., Method]] = {
 
 
 def function_of(name: str) -> Callable[..., Method]:
-    """The function behind a method's name, or behind `my_package.mine:method`. Raises ConfigError."""
+    """The function of a method's name, or of `my_package.mine:method`. Raises ConfigError."""
     if ":" in name:
         return import_function(name)
     if name not in METHODS:
         raise ConfigError(
-            f"There is no method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}; your own is named "
+            f"There is no method {name!r}.{nearest(name, METHODS)} Known: {', '.join(METHODS)}; name your own as "
             "my_package.mine:method."
         )
     return METHODS[name]
 
 
 def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Method:
-    """The Method called `name`, or made by a function, with options checked against the signature.
+    """The Method of that name, or of a function, with options checked against the signature.
 
-    Several names with `+` between them are one method of all of them, with options by name:
-    `build("vopd+eff_opd", {"vopd": {"k": 20}})`. Raises ConfigError, also for methods that do not go together.
+    Names joined by `+` combine methods, with options by name: `build("vopd+eff_opd", {"vopd": {"k": 20}})`. Raises
+    ConfigError for an unknown name, invalid options, and methods that cannot be combined.
     """
     if isinstance(name, str) and "+" in name:
         return _combination(name, options)
@@ -87,7 +87,7 @@ def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Meth
         raise ConfigError(_explain(name, error, list(fields))) from error
     method: Any = function(**{key: getattr(checked, key) for key in fields})
     if not isinstance(method, Method):
-        raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it has to return an opd.method.Method.")
+        raise ConfigError(f"Method {name!r} returned a {type(method).__name__}; it must return an opd.method.Method.")
     return method
 
 
@@ -95,7 +95,7 @@ def _combination(name: str, options: Mapping[str, Any]) -> Method:
     names = [part.strip() for part in name.split("+")]
     if unknown := [key for key in options if key not in names]:
         raise ConfigError(
-            f"Method {name!r} is several methods, and its options are given by method; got {', '.join(unknown)}. "
+            f"Method {name!r} combines several methods and takes its options by method; got {', '.join(unknown)}. "
             f"Write e.g. options: {{{names[0]}: {{...}}}}."
         )
     method = build(names[0], options.get(names[0]) or {})

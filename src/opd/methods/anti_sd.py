@@ -1,4 +1,4 @@
-"""Anti-self-distillation: away from what the model itself would write if it had read the solution, and towards reward.
+"""Anti-self-distillation: towards the reward, and away from the same model reading the solution.
 
 Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Information", arXiv 2605.11609, eq. 2 and
 4-7, Algorithm 1, App. B and C.
@@ -18,14 +18,14 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
 | g, H, H_warm | `gates.EntropyGate`; with `gate=False`, the paper's "no gate", it is only logged |
 | GRPO's loss, clip ratio 0.2 | `signals.policy_gradient`, `clip` |
 
-Self-distillation, A^seq + lambda u, rewards what the solution makes likelier and punishes "wait" and "maybe". The sign
-is turned here, and phi bounds what a token can gain to (log 2) / 2. Sums of u over a response telescope to
+Self-distillation, A^seq + lambda u, rewards tokens that the solution makes likelier and punishes "wait" and "maybe".
+Here the sign is reversed, and phi bounds a token's gain by (log 2) / 2. Sums of u over a response telescope to
 log p(c | x, y) - log p(c | x) (Lemma 3).
 
-Differs from the paper: it does not say how H_warm is made of the five steps' medians (here their mean), how the gate
-begins (open), and how the context breaks its lines. The solution is never the response itself. A response without any
-solution, a right peer's or the data's, has A^seq alone and is counted (`context/unsolved`). The released code was not
-read; it is said to gate on perplexity, with a lambda in between.
+Differs from the paper: it does not specify how H_warm follows from the five steps' medians (here: their mean), the
+gate's first state (here: open), or the line breaks of the context. The solution is never the response itself. A
+response without a solution, from a right peer or the data, has only A^seq and is counted (`context/unsolved`). The
+released code was not read; it reportedly gates on perplexity, with intermediate lambdas.
 """
 
 from typing import Literal
@@ -48,7 +48,7 @@ def anti_sd(
     temperature: float = 1.0,
     allow_sign_conflict: bool = False,
 ) -> Method:
-    """GRPO with a bounded push away from the solution-reading self; `solution` is the column where no peer is right."""
+    """GRPO with a bounded move away from the solution-reading self; `solution` names the fallback column."""
     words = contexts.INFORMATION["verified"]["template"] if template is None else template
     found = solutions.from_peers(solution)
     ascent = credit.diverge_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)

@@ -1,7 +1,7 @@
-"""Which pieces do not fit together: one table of rules.
+"""The rules for pieces that do not fit together, in one table.
 
-`opd check` refuses a method of which one holds, with its remedy; `combine` refuses two methods of whose combination one
-holds; the table of pairs in docs/methods.md names it.
+`opd check` refuses a method for which a rule holds, with the rule's remedy. `combine` refuses two methods if
+a rule holds for their combination. The table of pairs in docs/methods.md names the rule.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from opd.types import Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
-    """What rules are about: a method, and of the recipe what is known; `sampling` None: nothing."""
+    """The input of a rule: a method, and the known parts of the recipe. `sampling` None: unknown."""
 
     method: Method
     sampling: Sampling | SamplingSection | None = None
-    asks: bool = False  # the recipe's reward asks judges
+    asks: bool = False  # the recipe's reward uses judges
 
     @property
     def needs(self) -> Needs:
-        """Of all pieces together."""
+        """The needs of all pieces together."""
         return self.method.needs
 
     @property
@@ -36,79 +36,79 @@ class Facts:
 
     @property
     def baseline(self) -> bool:
-        """Whether the advantage has a baseline, which has to be unbiased."""
+        """Whether the advantage has a baseline, which must be unbiased."""
         return Trait.UNBIASED_BASELINE in self.needs
 
     @property
     def truncated(self) -> bool:
-        """Whether responses are known to be drawn from a part of the student's distribution."""
+        """Whether responses are known to be drawn with top-p or top-k."""
         return self.sampling is not None and (self.sampling.top_p < 1 or self.sampling.top_k > 0)
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether a piece says that it reads what a teacher says."""
+        """Whether a piece declares that it reads the teacher."""
         numbers = self.needs.batch & {Reads.TEACHER_LOGP, Reads.TEACHER_ENTROPY}
         return bool(numbers) or Input.TEACHER in self.needs or self.needs.top_k > 0
 
     @property
     def two_tokenizers(self) -> bool:
-        """Whether the teacher's tokenizer may be another than the student's."""
+        """Whether the teacher's tokenizer may differ from the student's."""
         return self.method.teacher.tokenizer == "any"
 
     def update_needs(self, need: Need) -> bool:
-        """Whether the update declares it."""
+        """Whether the update declares `need`."""
         return need in needs_of(self.method.update)
 
     def pieces(self, need: Need) -> str:
-        """The fields of the method whose pieces declare it, in words; empty where none does."""
+        """The fields of the method whose pieces declare `need`, in words; empty if none does."""
         return " and ".join(name for name in PIECES if need in needs_of(getattr(self.method, name)))
 
     @property
     def looking(self) -> str:
-        """The pieces that look at the sampled token."""
+        """The pieces that depend on the sampled token."""
         return self.pieces(Trait.LOOKS_AT_SAMPLED_TOKEN)
 
     @property
     def towards(self) -> str:
-        """The pieces that draw the student towards its teacher."""
+        """The pieces that move the student towards its teacher."""
         return self.pieces(Trait.MINIMISES_DIVERGENCE)
 
     @property
     def away(self) -> str:
-        """The pieces that drive the student away from its teacher."""
+        """The pieces that move the student away from its teacher."""
         return self.pieces(Trait.MAXIMISES_DIVERGENCE)
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """`what` is wrong where `when` holds, a clause without an end, and the `remedy`, sentences; {f...} are Facts."""
+    """If `when` holds, `what` is wrong (a clause), and `remedy` helps (sentences). {f...} are fields of Facts."""
 
     when: Callable[[Facts], bool]
     what: str
     remedy: str
 
 
-WHY = "A baseline leaves the gradient's mean as it is only where each token is drawn from the student's distribution."
+WHY = "A baseline keeps the gradient's mean only if each token is drawn from the student's whole distribution."
 
 RULES: tuple[Rule, ...] = (
     Rule(
         lambda f: f.method.teacher.kind == "none" and f.reads_teacher,
-        "a piece reads what the teacher says, and there is no teacher",
+        "a piece reads the teacher's scores, but the method has no teacher",
         "Use a method with a teacher, or leave that piece out; an update can validate by the reward.",
     ),
     Rule(
         lambda f: bool(f.needs.batch & {Reads.SAMPLER_LOGP, Reads.POLICY_LOGP}) and Trait.OFF_POLICY in f.needs,
-        "a piece reads with which probability the student wrote, and the student does not write",
+        "a piece reads the student's log-probs of its responses, but the student does not write them",
         "Use an on-policy source, a signal without importance ratio, or another credit.",
     ),
     Rule(
         lambda f: Trait.SAMPLED_TOKEN_LAST in f.needs and not f.method.support.with_sampled,
-        "the signal takes the last token of the support for the sampled one, and the support does not add it",
+        "the signal reads the last token of the support as the sampled token, but the support does not add it",
         "Build the support with top_k(k, with_sampled=True).",
     ),
     Rule(
         lambda f: {Trait.READS_ATTEMPT, Trait.SCORES_UNFINISHED} <= f.needs.traits,
-        "the teacher reads the student's attempt, and scores it while it is being written",
+        "the teacher reads the student's attempt, but scores it before it is finished",
         "Use a context without the attempt, or a source whose responses the teacher does not end.",
     ),
     Rule(
@@ -124,58 +124,58 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda f: f.baseline and bool(f.looking),
-        "the {f.looking} looks at the sampled token, which biases a baseline",
+        "the {f.looking} depends on the sampled token, which biases a baseline",
         f"{WHY} Leave it out, or use method opd.",
     ),
     Rule(
         lambda f: f.baseline and Trait.FILTERS in f.needs,
-        "the filter chooses responses by what stands in them, which biases a baseline",
+        "the filter selects responses by their content, which biases a baseline",
         f"{WHY} Leave it out, or use method opd.",
     ),
     Rule(
         lambda f: f.baseline and Trait.READS_ATTEMPT in f.needs,
-        "the teacher reads the response that it scores, and so does the baseline, which is biased",
-        f"{WHY} Use a context without the attempt and the verdict on it, or method opd.",
+        "the teacher reads the response that it scores, which biases a baseline",
+        f"{WHY} Use a context without the attempt and its verdict, or method opd.",
     ),
     Rule(
         lambda f: f.two_tokenizers != (f.method.support.kind == "units"),
         "the teacher's tokenizer is {f.method.teacher.tokenizer!r} and the support {f.method.support.kind!r}",
-        "Units are for a teacher with a tokenizer of its own, and it for units: give both "
+        "A teacher with another tokenizer needs units, and units need such a teacher: give both "
         "teacher=external(tokenizer='any') and support=units(), or neither.",
     ),
     Rule(
         lambda f: f.two_tokenizers and f.needs.top_k > 0,
-        "a piece compares the models token by token, and the teacher has a tokenizer of its own",
-        "It reads the most likely tokens of both. Leave it out, or use a method whose teacher has the student's "
+        "a piece compares the models token by token, but the teacher has another tokenizer",
+        "The piece reads the most likely tokens of both. Leave it out, or use a method whose teacher has the student's "
         "tokenizer.",
     ),
     Rule(
         lambda f: f.two_tokenizers and f.update_needs(Input.TEACHER),
-        "a piece compares the models token by token, and the teacher has a tokenizer of its own",
-        "It is the validation by teacher_kl. Validate by the reward; the metric units/signal is the divergence on "
-        "units.",
+        "a piece compares the models token by token, but the teacher has another tokenizer",
+        "The piece is the validation by teacher_kl. Validate by the reward; the metric units/signal is the divergence "
+        "on units.",
     ),
     Rule(
         lambda f: bool(f.towards and f.away) and Trait.ALLOWS_SIGN_CONFLICT not in f.needs,
-        "a piece draws the student towards its teacher (its {f.towards}) and one drives it away (its {f.away})",
-        "One undoes the other. Leave one of the two out, or say that this is meant, with allow_sign_conflict (an "
-        "option of method anti_sd, and of credit.diverge_from_teacher).",
+        "a piece moves the student towards its teacher (the {f.towards}) and a piece moves it away (the {f.away})",
+        "One undoes the other. Leave one of the two out, or set allow_sign_conflict (an option of method anti_sd and "
+        "of credit.diverge_from_teacher).",
     ),
     Rule(
         lambda f: Trait.WEIGHS_BY_TRUST in f.needs and Input.REWARD in needs_of(f.method.credit),
-        "the weight says how far to trust the teacher, and would weigh a reward with it",
-        "The teacher has no part in the reward of the credit. Leave one of the two out.",
+        "the weight measures the trust in the teacher, but it would weigh a reward",
+        "The reward does not depend on the teacher. Leave the weight or the reward out.",
     ),
     Rule(
         lambda f: f.judged and f.update_needs(Input.REWARD),
-        "the update compares weights by a reward whose yardstick is made anew from the responses it grades",
+        "the update compares weights by a judge's reward, whose rubric is rebuilt from the responses that it grades",
         "Use a reward that checks responses one by one.",
     ),
 )
 
 
 def broken(facts: Facts) -> Rule | None:
-    """The first rule that holds, with its fields filled in; None where the pieces fit together."""
+    """The first rule that holds, with its fields filled in; None if the pieces fit together."""
     for rule in RULES:
         if rule.when(facts):
             return Rule(rule.when, rule.what.format(f=facts), rule.remedy)
@@ -183,6 +183,6 @@ def broken(facts: Facts) -> Rule | None:
 
 
 def check_coherence(facts: Facts, where: str) -> None:
-    """Refuse pieces that do not fit together; `where` begins the message. Raises ConfigError."""
+    """Raise ConfigError, beginning with `where`, for pieces that do not fit together."""
     if (rule := broken(facts)) is not None:
         raise ConfigError(f"{where}: {rule.what}. {rule.remedy}")

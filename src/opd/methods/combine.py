@@ -1,8 +1,8 @@
-"""Two published methods in one: what one of them decides is taken from it, what both decide composes or is refused.
+"""Combines two published methods, field by field.
 
-Plain on-policy distillation is the middle. A field that a method leaves as it is there is free for the other. Weights
-multiply, filters run one after the other, and each keeps the memory that it has. Of every other field one alone may
-decide.
+A method sets a field if it differs from plain on-policy distillation (`PLAIN`). A field that one method sets is taken
+from it. If both set it, weights multiply, filters run one after another, and memories are kept side by side; any other
+field is a conflict.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ TOGETHER: dict[str, Callable[..., Any]] = {
 
 
 def combined(first: Method, second: Method, names: tuple[str, str] = ("the first", "the second")) -> Method:
-    """One method of two. Raises ConfigError with what keeps them apart."""
+    """The combination of two methods. Raises ConfigError with the conflict."""
     if why := conflict(first, second):
-        raise ConfigError(f"Methods {names[0]} and {names[1]} do not go together: {why}.")
+        raise ConfigError(f"Methods {names[0]} and {names[1]} cannot be combined: {why}.")
     return _together(first, second)[0]
 
 
 def conflict(first: Method, second: Method) -> str | None:
-    """What keeps two methods apart, in words, or None."""
+    """Why two methods cannot be combined, as a clause; None if they can."""
     method, torn = _together(first, second)
     if torn:
-        return f"both decide {', '.join(torn)}"
+        return f"both set {', '.join(torn)}"
     rule = broken(Facts(method=method))
     return None if rule is None else rule.what
 
 
 def _together(first: Method, second: Method) -> tuple[Method, list[str]]:
-    """The fields of both, and the names of those that both decide, which are the first one's."""
+    """The combined method, and the names of conflicting fields, which keep the first method's value."""
     torn = [f"memory {name!r}" for name in first.memory if name in second.memory]
     chosen: dict[str, Any] = {"memory": {**first.memory, **second.memory}}
     for name in (field.name for field in fields(Method) if field.name != "memory"):

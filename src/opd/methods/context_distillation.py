@@ -1,4 +1,4 @@
-"""On-policy self-distillation (OPSD): the teacher is the student itself, reading privileged information.
+"""On-policy self-distillation (OPSD): the teacher is the student itself, given privileged information.
 
 Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 with I, and App. A.3 (teachers).
 
@@ -7,7 +7,7 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 | paper | here |
 |---|---|
 | I, a rule that all prompts share: system prompt, constitution, preference | `system`, `examples` |
-| I, the final answer alone | `information="answer"`, from the data's `answer` |
+| I, only the final answer | `information="answer"`, from the data's `answer` |
 | I, the full solution | `information="solution"`, from the data's `privileged_context` |
 | I, a hint in the think block | `information="hint"`, a `prefill` of the teacher's answer |
 | I, a summarised history | `information="history"`, from the data's `privileged_context`: earlier attempts in summary |
@@ -15,16 +15,16 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 | I in other words | `template`, `prefill`, with the fields of `contexts.privileged` |
 | theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
 | l_t | `divergence` in `form` on the `k` most likely tokens (20 in Table 1) `by` intersection, teacher, student |
-| l_t on the whole vocabulary | `k=None`: exact, and what we would take, since the teacher is in this process |
+| l_t on the whole vocabulary | `k=None`: exact, and our recommendation, since the teacher is in this process |
 
-An I that is the same rule for every prompt can be internalised; with an I of its own for every prompt the optimum is
-the normalised geometric mean of the teachers (eq. 10-11), which may obey none of them.
+An I that is the same rule for every prompt can be internalised. With a different I for every prompt the optimum is the
+normalised geometric mean of the teachers (eq. 10-11), which may follow none of them.
 
-Differs from the paper: positions whose intersection is empty have no loss and stay in the mean. The words of
-`information` are ours (`contexts.INFORMATION`). With feedback the teacher reads what it scores.
-`information="verified"` and `peers` are the context of arXiv 2605.11609, whose control learns towards it: with `peers`
-the `privileged_context` is a right response of the group where there is one; a response for which there is neither is
-read with its prompt alone and counted (`context/unsolved`).
+Differs from the paper: positions with an empty intersection have no loss and stay in the mean. The texts of
+`information` are ours (`contexts.INFORMATION`). With feedback the teacher reads the response that it scores.
+`information="verified"` and `peers` are the context of arXiv 2605.11609, whose control trains towards it: with `peers`
+the `privileged_context` is a right response of the group, if any, else the data's. Without either, the teacher reads
+the prompt alone and the response is counted (`context/unsolved`).
 """
 
 from typing import Literal
@@ -51,7 +51,7 @@ def context_distillation(
     average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
-    """Teach a model to do without its prompt what it does with it; `k=None` is the whole vocabulary."""
+    """Train a model to behave without the information as it does with it; `k=None` is the whole vocabulary."""
     rules = {
         "frozen": teacher_rules.self_frozen(),
         "live": teacher_rules.self_live(),
@@ -83,8 +83,7 @@ def _context(
         twice = [name for name, value in (("template", template), ("prefill", prefill)) if value and name in words]
         if twice:
             raise ConfigError(
-                f"`information: {information}` has a `{twice[0]}` of its own, and the options give another. "
-                "Leave one of the two out."
+                f"`information: {information}` sets `{twice[0]}`, but the options set it too. Leave one of the two out."
             )
         template, prefill = words.get("template", template), words.get("prefill", prefill)
     return contexts.privileged(

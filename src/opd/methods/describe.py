@@ -11,8 +11,7 @@ from opd.errors import ConfigError
 from opd.methods import METHODS, build, function_of
 from opd.methods.combine import conflict
 
-# Rows of the table of pairs beside the methods' defaults: what a method cannot be built without, and the settings in
-# which it leaves room for others.
+# Rows of the table of pairs besides the defaults: required options, and settings that allow more combinations.
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in METHODS},
     "context_distillation": ("context_distillation", {"system": "Answer briefly."}),
@@ -27,13 +26,13 @@ def headline(name: str) -> str:
 
 
 def markdown(folder: Path) -> str:
-    """docs/methods.md, whole; `folder` holds the recipes. Raises ConfigError for a method that none of them uses."""
+    """The text of docs/methods.md; `folder` holds the recipes. Raises ConfigError for a method without a recipe."""
     shown = recipes_of(folder)
     parts = [
         "# Methods",
         "",
-        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. What a recipe gave",
-        "stands in its header.",
+        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. A recipe's results",
+        "are in its header.",
         "",
     ]
     parts += ["| method | what it is | file | recipe |", "|---|---|---|---|"]
@@ -48,7 +47,7 @@ def markdown(folder: Path) -> str:
 
 
 def pairs() -> list[str]:
-    """The table of pairs: which go together as `method: a+b`, and what keeps the others apart."""
+    """The table of pairs: which methods combine as `method: a+b`, and why the others do not."""
     methods = {row: build(name, options) for row, (name, options) in ROWS.items()}
     reasons: dict[str, int] = {}
 
@@ -64,9 +63,9 @@ def pairs() -> list[str]:
     return [
         "## Two methods in one",
         "",
-        "`method: vopd+eff_opd` with `options: {vopd: {...}, eff_opd: {...}}` is one method of both:",
-        "what one of them decides is taken from it, weights multiply, filters run one after the other, and what both",
-        "decide keeps them apart. Options can change that. With their defaults, or with what the row says:",
+        "`method: vopd+eff_opd` with `options: {vopd: {...}, eff_opd: {...}}` combines two methods. A part that only",
+        "one method sets is taken from it, weights multiply, and filters run one after another. Methods that set the",
+        "same other part cannot be combined. Options can change that. With the defaults, or with the row's options:",
         "",
         *lines,
         "",
@@ -75,7 +74,7 @@ def pairs() -> list[str]:
 
 
 def recipes_of(folder: Path) -> dict[str, list[str]]:
-    """By method, the recipe in `folder` that has its name; where there is none, those with a stage that uses it.
+    """By method, the recipe in `folder` of its name; without one, all recipes with a stage that uses the method.
 
     Raises ConfigError for a method that no recipe uses, and for a recipe that is not valid.
     """
@@ -88,8 +87,8 @@ def recipes_of(folder: Path) -> dict[str, list[str]]:
     found = {name: [recipe for recipe, methods in used.items() if name in methods] for name in METHODS}
     if missing := [name for name, recipes in found.items() if not recipes]:
         raise ConfigError(
-            f"No recipe in {folder.resolve()} uses {', '.join(missing)}. Write one, recipes/{missing[0]}.yaml, or run "
-            "this where the folder `recipes` is."
+            f"No recipe in {folder.resolve()} uses {', '.join(missing)}. Write recipes/{missing[0]}.yaml, or run this "
+            "in the folder that holds `recipes`."
         )
     return {name: [name] if name in recipes else recipes for name, recipes in found.items()}
 
@@ -100,7 +99,7 @@ def _page(name: str) -> str:
 
 
 def _fenced(text: str) -> str:
-    """Indented formulas as code blocks, tables and prose as they are."""
+    """The text with indented formulas as code blocks."""
     out: list[str] = []
     inside = False
     for line in text.splitlines():

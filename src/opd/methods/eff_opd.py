@@ -3,22 +3,22 @@
 "Learning to Foresee", arXiv 2605.11739, EffOPD; released code caiyuchen-ustc/EffOPD.
 
     D_n = W_{2^n} - W_{2^(n-1)},   D_0 = W_1 - W_init
-    candidates W_{2^n} + 2k D_n, k = 1..5, in turn; the first that does not validate better ends it, and the best stays
+    candidates W_{2^n} + 2k D_n, k = 1..5, in turn, until one does not validate better; the best stays
 
 | paper | here |
 |---|---|
-| W | the trained weights; with LoRA the factors A and B, each by itself |
+| W | the trained weights; with LoRA the factors A and B separately |
 | 2k, k = 1..5 | `candidates` |
 | val: reward on 50 training prompts | `validate_by="reward"`, `prompts`; `teacher_kl` is minus the exact reverse KL |
-| attention and MLP matrices alone (released code) | `move="matrices"` |
+| only attention and MLP matrices (released code) | `move="matrices"` |
 | val(candidate) >= val(best) (the formula; prose and code: strictly better) | `ties` |
 | OPD | the sampled-token policy gradient, as in method `opd` |
 
-The coefficient is 2k, not 2^k. W_{2^(n-1)} is what was kept there, jump included. How much it saves falls with the
-learning rate: compare with a tuned one.
+The coefficient is 2k, not 2^k. W_{2^(n-1)} are the weights kept there, after the jump. A higher learning rate leaves
+less to save: compare at a tuned learning rate.
 
-Differs from the paper: an equal candidate is not taken unless `ties` is set, as in its prose and code. With LoRA the
-product BA of extrapolated factors is not the extrapolated product: it has a second-order term.
+Differs from the paper: an equal candidate is not taken unless `ties` is set, as in its prose and code, unlike its
+formula. With LoRA the product BA of extrapolated factors differs from the extrapolated product by a second-order term.
 """
 
 from typing import Literal
@@ -37,7 +37,7 @@ def eff_opd(
     average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
-    """The sampled log-ratio as the advantage, and jumps of the weights that a validation accepts."""
+    """The sampled log-ratio as the advantage, and jumps of the weights that validation accepts."""
     return Method(
         signal=signals.sampled_reverse_kl(),
         normalise=normalise.per(average),

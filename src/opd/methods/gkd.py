@@ -4,7 +4,7 @@ Agarwal et al., "On-Policy Distillation of Language Models", arXiv 2306.13649, e
 
     m = beta q + (1 - beta) p
     L = (1/B) sum_i (1/T_i) sum_t [ beta KL(q || m) + (1 - beta) KL(p || m) ]
-    y ~ p with probability lambda a step, otherwise y from the data
+    in each step y ~ p with probability lambda, otherwise y from the data
 
 | paper | here |
 |---|---|

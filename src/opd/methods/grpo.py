@@ -1,4 +1,4 @@
-"""GRPO: reinforcement learning from a reward, each response against its group.
+"""GRPO: reinforcement learning from a reward, each response relative to its group.
 
 Shao et al., "DeepSeekMath", arXiv 2402.03300, eq. 3. Dr.GRPO: Liu et al., arXiv 2503.20783, section 3.2.
 
@@ -12,8 +12,8 @@ Shao et al., "DeepSeekMath", arXiv 2402.03300, eq. 3. Dr.GRPO: Liu et al., arXiv
 | e, e' | `clip_low`, `clip_high` |
 | Dr.GRPO: no std, constant length | `variant="dr_grpo"`, `length` |
 
-Differs from the paper: no KL to a reference model (its coefficient is 0 in DAPO and Dr.GRPO); one update a batch, so
-that clipping binds only where truncated sampling makes the ratio differ from 1.
+Differs from the paper: no KL to a reference model (its coefficient is 0 in DAPO and Dr.GRPO); one update per batch, so
+that clipping binds only if truncated sampling makes the ratio differ from 1.
 """
 
 from typing import Literal

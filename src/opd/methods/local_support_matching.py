@@ -14,18 +14,17 @@ Fu et al., "Revisiting On-Policy Distillation: Empirical Failure Modes and Simpl
 | V2, V3: the sampled token joins S | `sampled_token="in_support"` with `by="student"`, `by="teacher"` |
 | V4, V5: EMA-PG, no renormalisation | `sampled_token="tail"` with `by="student"`, `by="teacher"` |
 | r, s (App. G.3) | p/sg[p] and sg[p/mu] in `signals.reverse_kl_with_sampled_tail` |
-| s clipped | `ratio_bounds`, of s itself; not clipped by default, and `(1, 1)` is the code without `use_kl_iw` |
+| s clipped | `ratio_bounds` of s; not clipped by default; `(1, 1)` is the code without `use_kl_iw` |
 | special-token mask, off by default | `mask_tokens`; the paper's are "<", "think", "<\\|im_end\\|>" |
 | top-p 0.9 of the rollouts, G = 8 | the recipe's `sampling: {top_p: 0.9, n: 8}` |
 
 Masked tokens leave the loss and its denominator, as in the released code; `weights.mask_tokens` would keep them in the
-denominator. P_S is not controlled (eq. 6-8 have no gradient outside S): watch support/student_mass. V4 and V5 are
-unbiased in value, without bounds; their gradient has grad P_S too much, which pushes mass out of S.
+denominator. P_S is not controlled (eq. 6-8 have no gradient outside S): watch support/student_mass. V4 and V5 without
+bounds have an unbiased value; their gradient has the extra term grad P_S, which pushes mass out of S.
 
-Differs from the paper: sampling is the recipe's, so top-p 0.9 has to be set there. The released code averages by
-response where eq. 8 averages over tokens (`average="sequence"` is the code's), makes two updates a batch where one is
-made here, and masks each id of a text that is several tokens by itself, where here the whole
-sequence has to stand in the response.
+Differs from the paper: the recipe sets the sampling, so set top-p 0.9 there. The released code averages by response
+where eq. 8 averages over tokens (`average="sequence"` follows the code), and makes two updates per batch, here one. It
+masks each id of a text of several tokens separately; here only the whole sequence is masked.
 """
 
 from typing import Literal
@@ -46,12 +45,12 @@ def local_support_matching(
     average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
-    """The shape of the teacher's k most likely tokens; `mask_tokens` are texts or lists of ids that are not trained."""
+    """Match the shape on the teacher's k most likely tokens; `mask_tokens` are texts or ids that are not trained."""
     tail = sampled_token == "tail"
     if ratio_bounds is not None and not tail:
         raise ConfigError(
-            f"`ratio_bounds` clip the importance ratio of the sampled token in the tail, and sampled_token is "
-            f"{sampled_token!r}, which has none; got {list(ratio_bounds)}. Set sampled_token: tail, or leave them out."
+            f"`ratio_bounds` clip the importance ratio of the sampled token in the tail, but sampled_token is "
+            f"{sampled_token!r}, without a ratio; got {list(ratio_bounds)}. Set sampled_token: tail, or leave them out."
         )
     return Method(
         filter=filters.without_tokens(mask_tokens, mask) if mask_tokens else filters.everything(),

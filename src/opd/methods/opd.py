@@ -16,15 +16,15 @@ arXiv 2603.25562 eq. 2 (the token-level estimator) and eq. 3 (with discounted fu
 | sampled token + mask (2603.25562 Table 1) | `mask_tokens`, texts or lists of ids; see `local_support_matching` |
 | 1/T_i (2605.11182 eq. 1), 1/sum T_i (2603.25562 eq. 8) | `average`: sequence, token |
 
-The expected gradient over y_t is exactly that of KL(p||q) at the prefix, with the variance of one sample. Rollouts with
-top-p < 1 are drawn from another distribution than p; `importance=True` multiplies by p(y_t) / mu(y_t), which restores
-the gradient on the tokens that truncation left.
+The expected gradient over y_t is exactly the gradient of KL(p||q) at the prefix, with the variance of one sample.
+Rollouts with top-p < 1 are not drawn from p; `importance=True` multiplies by p(y_t) / mu(y_t), which restores the
+gradient on the tokens that truncation kept.
 
 With gamma = 1 and a sum over tokens the expected gradient is that of the KL between whole responses: an early token
-pays for what follows it. The variance grows with the length (2603.25562 eq. 1-3).
+gets credit for all later tokens. The variance grows with the length (2603.25562 eq. 1-3).
 
-Differs from the paper: with gamma = 0, p in A_t is the student of the update itself, not the rollout engine's record of
-it; on policy they are equal up to rounding. With gamma > 0 it is the record: the sum needs the whole response.
+Differs from the paper: with gamma = 0, p in A_t is the student during the update, not the log-prob recorded during
+sampling; on policy they are equal up to rounding. With gamma > 0 it is the record: the sum needs the whole response.
 """
 
 from typing import Literal
@@ -42,7 +42,7 @@ def opd(
     mask: Literal["first", "every"] = "first",
     temperature: float = 1.0,
 ) -> Method:
-    """The teacher's log-ratio of each sampled token as its advantage; `gamma` couples in those of later tokens."""
+    """The log-ratio of each sampled token as its advantage; `gamma` adds the discounted log-ratios of later tokens."""
     advantage = signals.log_ratio if gamma == 0.0 else signals.credit
     plain = gamma == 0.0 and not importance
     return Method(

@@ -1,6 +1,6 @@
-"""Top-k policy gradient whose tokens weigh less, and whose responses end sooner, where the teacher is lost.
+"""Top-k policy gradient with lower token weights and shorter responses where teacher and student overlap too little.
 
-"Prune-OPD", arXiv 2605.07804; the authors' release. Formulas are those of the code.
+"Prune-OPD", arXiv 2605.07804, and the authors' released code, which the formulas follow.
 
     r_tv    = sg[(log q(v) - log p(v)) p~(v)],   p~ = p / P_S on S = TopK(p_t)
     lost_t  = 1[|TopK(p_t) and TopK(q_t)| / K < tau]
@@ -16,14 +16,14 @@
 | B, B_min, B_max | `budget`, `budget_min`, `budget_max`, in tokens, of the next step's responses; `drift.Budget` |
 | step, margin, rho, patience | `budget_step`, `margin`, `hit_share`, `patience` |
 
-`stop="rollout"` has no budget: the teacher scores a response every `every` tokens while it is written, and one whose
-W_t has reached 0 ends there. `stop="none"` keeps the weights alone. `loss="sampled"` weighs the sampled token instead
-of the top-k, which leaves the loss to another method: `method: vopd+prune_opd`. The largest budget may not be above
-sampling.max_completion_length. With the metric `overlap` the weight is settled before y_t is drawn, so that a baseline
-stays unbiased beside it.
+`stop="rollout"` has no budget: the teacher scores a response every `every` tokens during sampling, and a response whose
+W_t has reached 0 ends. `stop="none"` only sets the weights. `loss="sampled"` weighs the sampled token instead of the
+top-k, which leaves the loss to another method: `method: vopd+prune_opd`. The largest budget must not exceed
+sampling.max_completion_length. With the metric `overlap` the weight does not depend on y_t, so a baseline stays
+unbiased.
 
-Differs from the paper: no PPO clip, which never binds at one update a batch; `stop="rollout"` is not in the code, which
-ends whole batches by the budget.
+Differs from the paper: no PPO clip, which never binds with one update per batch; `stop="rollout"` is not in the code,
+which ends whole batches by the budget.
 """
 
 from typing import Any, Literal
@@ -52,7 +52,7 @@ def prune_opd(
     average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
-    """A reverse KL on the student's top-k, weighed and cut by drift; `budget`... are of `stop="budget"`, `every` of
+    """A reverse KL on the student's top-k, weighted and cut by drift; `budget`... belong to `stop="budget"`, `every` to
     `stop="rollout"`."""
     judged = drift.Drift(metric=metric, k=k, threshold=threshold, drop=drop)
     ends: dict[str, Any] = {"memory": {"drift": drift.measured(judged)}}

@@ -16,12 +16,12 @@ Li et al., "Rethinking On-Policy Distillation of Large Language Models", arXiv 2
 | overlap, non-overlap tokens (section 4.2) | `by="intersection"`, `by="symmetric_difference"` |
 | sampled token (eq. 3) | method `opd` with `average="token"` |
 
-The two forms differ in what they do about the mass on S: the gradient of `released` is that of `paper` plus
+The two forms treat the mass on S differently: the gradient of `released` is that of `paper` plus
 (log P_S/Q_S + D) grad log P_S, with D the value of eq. 5. With one token eq. 5 is identically 0.
 
-Differs from the paper: no PPO clip, which never binds at one update a batch. As in the released code, weights on the
-symmetric difference are not divided by their sum unless `normalised=True`. The mean is over the tokens of the step; the
-paper sums over a response's tokens, and its code averages by micro-batch.
+Differs from the paper: no PPO clip, which never binds with one update per batch. As in the released code, weights on
+the symmetric difference are not divided by their sum unless `normalised=True`. The mean is over the tokens of the step;
+the paper sums over a response's tokens, and its code averages by micro-batch.
 """
 
 from typing import Literal
@@ -41,7 +41,7 @@ def rethinking_opd(
     average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
-    """A truncated reverse KL; `weights` and `normalised` are of the released form (None: as in the released code)."""
+    """A truncated reverse KL; `weights` and `normalised` are for the released form (None: as in its code)."""
     scored = supports.top_k(k, by=by)
     return Method(
         support=supports.for_renormalised(scored, ", or form: released") if form == "paper" else scored,
@@ -54,7 +54,7 @@ def rethinking_opd(
 def _paper(weights: str, normalised: bool | None) -> Signal:
     if weights != "student" or normalised is False:
         raise ConfigError(
-            f"Eq. 5 has no other weights than the renormalised student, and got weights={weights!r}, "
+            f"The paper's form has fixed weights, those of the renormalised student, but got weights={weights!r}, "
             f"normalised={normalised}. Set form: released, or leave both out."
         )
     return signals.divergence("reverse_kl", form="renormalised")

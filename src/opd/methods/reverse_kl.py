@@ -20,7 +20,7 @@ from opd.types import Average
 
 
 def reverse_kl(average: Average = "sequence", temperature: float = 1.0) -> Method:
-    """Exact and of the lowest variance; the teacher's whole distribution at the student's own tokens."""
+    """The exact divergence, with the lowest variance: the teacher's whole distribution at every position."""
     return Method(
         support=supports.full(),
         signal=signals.divergence("reverse_kl"),

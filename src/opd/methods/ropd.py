@@ -1,4 +1,4 @@
-"""ROPD: a teacher that only gives texts. Its answers and the student's are contrasted in a rubric, which is the reward.
+"""ROPD: a teacher that only gives texts. A rubric that contrasts its answers with the student's is the reward.
 
 arXiv 2605.07396, eq. 4 and 6; released code Peregrine123/ROPD_official.
 
@@ -9,17 +9,17 @@ arXiv 2605.07396, eq. 4 and 6; released code Peregrine123/ROPD_official.
 
 | paper | here |
 |---|---|
-| Y_T, m answers of the teacher | reward `rubric`: `answers`, from its `author` or the data's column |
+| Y_T, m answers of the teacher | reward `rubric`: `answers`, from its `author` or a column of the data |
 | Y_S, n responses | `sampling.n` of the recipe |
 | Rubricator, Verifier, blind order | reward `rubric`: its `judge` and `verifier`, `blind`, `shared` |
 | a judge that fails: A = 0 for the group; its largest rate | `credit.group_reward`; reward `rubric`: `max_failed` |
 | A_i of the released code: no std | `advantage="centred"` |
 | e_low, e_high | `clip_low`, `clip_high` |
 
-A is the same whatever constant is taken off the group's rewards, the teacher's own reward for one. No KL term.
+Subtracting a constant from the group's rewards, such as the teacher's own reward, does not change A. No KL term.
 
-Differs from the paper: R has no epsilon under it, since points are at least 1; one update a batch, so that clipping
-binds only where truncated sampling makes rho differ from 1, and no further cap on rho is needed.
+Differs from the paper: no epsilon in the denominator of R, since points are at least 1; one update per batch, so that
+clipping binds only if truncated sampling makes rho differ from 1, and rho needs no further cap.
 """
 
 from typing import Literal
@@ -37,7 +37,7 @@ def ropd(
     average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
-    """Reinforcement learning from a rubric of a teacher's texts, each response against its group."""
+    """Reinforcement learning from a rubric built on a teacher's texts, each response relative to its group."""
     against_group = credit.group_reward(divide_by_std=advantage == "standardised")
     return Method(
         teacher=teacher_rules.no_teacher(),

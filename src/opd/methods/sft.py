@@ -1,8 +1,8 @@
 """Supervised fine-tuning, and sequence-level distillation when the teacher writes the responses.
 
 Kim and Rush, "Sequence-Level Knowledge Distillation", arXiv 1606.07947, eq. 7 (teacher's responses). Filters of the
-teacher's responses: Zhu et al., arXiv 2605.11182 App. A.23 (correct ones); Li et al., arXiv 2604.13016 App. C.1 and
-released code (ones that end and do not run in circles), both before on-policy distillation on other prompts.
+teacher's responses: Zhu et al., arXiv 2605.11182 App. A.23 (correct responses); Li et al., arXiv 2604.13016 App. C.1
+and released code (finished responses without loops). Both precede on-policy distillation on other prompts.
 
     L = -(1/N) sum_t log p(y_t | x, y_<t)          y from the data, or y ~ q(. | x)
 
@@ -14,8 +14,8 @@ released code (ones that end and do not run in circles), both before on-policy d
 | correct (2605.11182); not degenerate, with a boxed answer (2604.13016) | `keep`, `must_contain` |
 | prompts of this stage and of the next | `data: {skip, limit}` |
 
-Differs from the paper: the teacher's responses are sampled by `teacher_sampling`, where 1606.07947 uses beam search.
-All attempts are written at once, and filtered step by step while the student trains.
+Differs from the paper: `teacher_sampling` samples the teacher's responses; 1606.07947 uses beam search. All attempts at
+a prompt are written together and filtered in the step that trains them.
 """
 
 from typing import Literal
@@ -32,9 +32,9 @@ def sft(
     keep: Literal["all", "correct", "clean", "both"] = "all",
     must_contain: str | None = None,
 ) -> Method:
-    """Learn given responses token by token: `source` is the data's `response` column, or the stage's teacher.
+    """Train on given responses: `source` is the data's `response` column, or the stage's teacher.
 
-    `keep` says which responses may be learned; `must_contain` is a text that a clean one has, e.g. "boxed".
+    `keep` selects the responses to train on; `must_contain` is a text that a clean response contains, e.g. "boxed".
     """
     return Method(
         source=sources.dataset() if source == "dataset" else sources.teacher_writes(),
@@ -49,8 +49,8 @@ def sft(
 def _filter(keep: str, must_contain: str | None) -> Filter:
     if must_contain is not None and keep not in ("clean", "both"):
         raise ConfigError(
-            f"`must_contain: {must_contain}` is a condition on clean responses, and `keep: {keep}` does not ask for "
-            "them. Set keep: clean or keep: both."
+            f"`must_contain: {must_contain}` is a condition on clean responses, but `keep: {keep}` does not select "
+            "clean responses. Set keep: clean or keep: both."
         )
     if keep == "all":
         return everything()

@@ -15,10 +15,10 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 6-
 | stop-gradient and renormalised together (Table 1) | `form="renormalised"`, where the stop-gradient changes nothing |
 | P_S, Q_S | masses on the support, logged as support/student_mass and support/teacher_mass |
 
-The defaults are those of its Table 1 and eq. 17. What we would take is `by="teacher", form="tail"`: the only form that
-keeps the sign of the mass on the support, which nothing in the renormalised one holds (study `losses`).
+The defaults are those of its Table 1 and eq. 17. We recommend `by="teacher", form="tail"`: the only form whose gradient
+has the right sign for the mass on the support; the renormalised form does not control this mass (study `losses`).
 
-Differs from the paper: `tail` is not in it. Positions whose intersection is empty have no loss and stay in the mean.
+Differs from the paper: `tail` is not in it. Positions with an empty intersection have no loss and stay in the mean.
 """
 
 import warnings
@@ -37,7 +37,7 @@ def topk_reverse_kl(
     average: Average = "sequence",
     temperature: float = 1.0,
 ) -> Method:
-    """A truncated reverse KL: K numbers a position instead of V."""
+    """A truncated reverse KL: K numbers per position instead of V."""
     if form == "raw":
         warnings.warn(
             "form='raw' is biased: its gradient pushes the student's mass out of the support (arXiv 2605.11182, "

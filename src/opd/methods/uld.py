@@ -1,4 +1,4 @@
-"""Universal logit distillation: two tokenizers, and distributions that are compared by rank.
+"""Universal logit distillation: two tokenizers, with distributions compared by rank.
 
 "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs", arXiv 2402.12030; on-policy and
 with merged tokens: GOLD, in TRL (huggingface/trl, experimental/gold).
@@ -7,15 +7,15 @@ with merged tokens: GOLD, in TRL (huggingface/trl, experimental/gold).
 
 | paper | here |
 |---|---|
-| p, q, in falling order | p `student_*`, q `teacher_*`; the shorter one is filled up with zeros |
+| p, q, in falling order | p `student_*`, q `teacher_*`; the shorter one is padded with zeros |
 | a merged group of tokens (GOLD) | a unit: the first position's distribution times the other tokens' probabilities |
 | `use_extended_uld` (GOLD) | always: units are cut as in method `simct` |
 | `uld_use_hybrid_loss`, `beta` (GOLD) | `matched`: shared tokens by a divergence, the others by rank |
 
-It does not say which token is which: the teacher's distribution over other tokens is as good.
+The loss ignores the identity of tokens: the same probabilities on other tokens give the same loss.
 
-Differs from the paper: no cross-entropy on data beside it, and responses are the student's own. Units are counted by
-student tokens, where GOLD takes the mean over the units of each response.
+Differs from the paper: no cross-entropy on data, and the student writes the responses. Units are counted by student
+tokens, where GOLD takes the mean over the units of each response.
 """
 
 from typing import Literal

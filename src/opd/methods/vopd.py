@@ -1,4 +1,4 @@
-"""The sampled-token policy gradient with a control variate: the reverse KL itself, in closed form, as its baseline.
+"""The sampled-token policy gradient with a control variate: the reverse KL, in closed form, as its baseline.
 
 "vOPD", arXiv 2605.07865, eq. 9-15; released code holi-lab/vOPD.
 
@@ -15,13 +15,14 @@
 | m_t, sum m_t | trained tokens, `normalise.per("token")` |
 | A_group + A_t, with a task's reward | `task_reward`, `credit.group_reward` |
 
-E_y[V grad log p] = 0, so that every baseline that does not look at y leaves the expected gradient that of KL(p||q), and
-a small `k` costs variance alone. That is so for `average="token"`; the 1/T_i of `"sequence"` depends on what is drawn,
-and there a baseline changes the mean too. The value is not the scalar of least variance: that is E ||e_y - p||^2 r / E
-||e_y - p||^2, `baseline="optimal"`, and where a confident student is wrong the value can be worse than none.
+E_y[V grad log p] = 0: with any baseline that does not depend on y the expected gradient is that of KL(p||q), and a
+small `k` only costs variance. This holds for `average="token"`. The 1/T_i of `"sequence"` depends on the sampled
+tokens, so there a baseline changes the mean too. The value is not the scalar of least variance, which is
+E ||e_y - p||^2 r / E ||e_y - p||^2, `baseline="optimal"`. Where a confident student is wrong, the value can be worse
+than no baseline.
 
-Differs from the paper: nothing in the formula. Responses with top-p < 1, top-k > 0 or another temperature than the
-method's, and weights that look at the sampled token, are refused: with them the baseline is biased.
+Differs from the paper: the formula is the same. Responses drawn with top-p < 1, top-k > 0 or another temperature than
+the method's are refused, and so are weights that depend on the sampled token: they bias the baseline.
 """
 
 from typing import Literal
@@ -38,7 +39,7 @@ def vopd(
     average: Average = "token",
     temperature: float = 1.0,
 ) -> Method:
-    """The log-ratio of each sampled token less its expectation; `k` is of the baseline on the student's top-k."""
+    """The log-ratio of each sampled token minus its expectation; `k` belongs to the baseline on the student's top-k."""
     value = baselines.least_variance if baseline == "optimal" else baselines.expected_log_ratio
     distilled = signals.policy_gradient(baselines.against(value, signals.log_ratio))
     return Method(

@@ -156,9 +156,9 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
     The support is `with_sampled`: its last column is the sampled token, and exists where S does not list it.
 
     While the bounds do not bind, the mean over y ~ mu is KL(p||q) on S and on the tokens outside S that truncation
-    kept: the value is unbiased. The gradient is biased: the head is differentiated in full, and its +1 has no counterpart in
-    the tail. Its mean is the gradient of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`. Raises
-    ConfigError for invalid bounds, and on the whole vocabulary, which has no tokens outside S.
+    kept: the value is unbiased. The gradient is biased: the head is differentiated in full, and its +1 has no
+    counterpart in the tail. Its mean is the gradient of KL(p||q) plus grad P_S, which pushes mass out of S as in `raw`.
+    Raises ConfigError for invalid bounds, and on the whole vocabulary, which has no tokens outside S.
     """
     if ratio_bounds is not None and not 0 <= ratio_bounds[0] <= ratio_bounds[1] < float("inf"):
         raise ConfigError(

@@ -45,7 +45,7 @@ def teacher_writes() -> Source:
 def mixture(on_policy_share: float, other: Source) -> Source:
     """In each step the student with probability `on_policy_share`, else the other source.
 
-    GKD, arXiv 2306.13649 alg. 1. The choice depends on (seed, step). Raises ConfigError unless the share lies in [0, 1].
+    GKD, arXiv 2306.13649 alg. 1. The choice depends on (seed, step). Raises ConfigError for a share outside [0, 1].
     """
     if not 0.0 <= on_policy_share <= 1.0:
         raise ConfigError(f"`on_policy_share` is a probability between 0 and 1, got {on_policy_share}.")
