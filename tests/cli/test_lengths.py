@@ -52,7 +52,7 @@ def refused(made: dict[str, Any]) -> str:
 def test_no_prompt_has_room_for_a_whole_response():
     said = refused(recipe(knowing(16), sampling={"max_completion_length": 20}))
     assert said == (
-        "Stage 'distil': student would read 23 tokens in all, but it knows 16 positions. 12 of 12 prompts are too long "
+        "Stage 'distil': student would read 23 tokens in all, but has only 16 positions. 12 of 12 prompts are too long "
         "for responses of up to 20 tokens (sampling.max_completion_length); even the shortest has 4. Lower "
         "sampling.max_completion_length to 13, or use a model that knows more positions."
     )
@@ -61,7 +61,7 @@ def test_no_prompt_has_room_for_a_whole_response():
 
 def test_the_longest_prompts_alone_have_none():
     said = refused(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 8}))
-    assert "would read 17 tokens in all, but it knows 16 positions. 1 of 4 prompts are too long" in said
+    assert "would read 17 tokens in all, but has only 16 positions. 1 of 4 prompts are too long" in said
     assert "the longest has 10. Lower sampling.max_completion_length to 7, or leave out the longest prompts" in said
     check_recipe(parse_recipe(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 7})))
 
@@ -104,7 +104,7 @@ def test_each_task_has_a_limit_of_its_own():
 
 def test_a_teacher_of_fewer_positions():
     said = refused(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 13}))
-    assert said.startswith("Stage 'distil': teacher would read 17 tokens in all, but it knows 16 positions.")
+    assert said.startswith("Stage 'distil': teacher would read 17 tokens in all, but has only 16 positions.")
     check_recipe(parse_recipe(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 12})))
     writes = {"method": "sft", "options": {"source": "teacher"}, "teacher_sampling": {"max_completion_length": 14}}
     said = refused(recipe(knowing(512), knowing(16, 1), **writes))
@@ -129,7 +129,7 @@ def test_it_is_said_before_weights(monkeypatch: pytest.MonkeyPatch, what: str):
 
 def test_a_model_object_has_a_config_too(work: Path):
     lm = load_model(ModelSpec(**knowing(16)), name="student")
-    with pytest.raises(DataError, match="student would read 23 tokens in all, but it knows 16 positions"):
+    with pytest.raises(DataError, match="student would read 23 tokens in all, but has only 16 positions"):
         opd.distill(
             student=lm.model,
             teacher=lm.model,

@@ -163,7 +163,7 @@ def test_several_processes_cannot_share_a_model_object(work: Path, monkeypatch: 
 
 
 def test_a_tokenizer_is_needed_for_a_model_object():
-    with pytest.raises(ConfigError, match="student: a model object needs its tokenizer too; pass `tokenizer=`"):
+    with pytest.raises(ConfigError, match="student: a model object needs its tokenizer; pass `tokenizer=`"):
         distill(tokenizer=None)
 
 

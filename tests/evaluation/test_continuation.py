@@ -222,5 +222,5 @@ def test_what_cannot_be_probed_is_refused(lm: LanguageModel):
     with pytest.raises(ConfigError, match=r"the reward gave 0\.3 on prompt 0. Use a reward that is 0 or 1"):
         continuation(teacher, rollouts, [1], as_reward(lambda prompt, response: 0.3), sampling=GREEDY)
     far = [rollout_of(lm, prompts_of("a")[0], [3] * 300)]
-    with pytest.raises(DataError, match="would read 301 tokens in all, but it knows 256 positions"):
+    with pytest.raises(DataError, match="would read 301 tokens in all, but has only 256 positions"):
         continuation(teacher, far, [300], ends_with_h, sampling=GREEDY)

@@ -754,7 +754,7 @@ def test_a_context_beyond_the_teachers_positions_is_refused():
     student, model = tiny(), tiny(seed=1, max_position_embeddings=24)
     rollout = rollout_of(student, Prompt(id=0, content="ab"), [2, 3, 1])
     scorer = teacher(external(), student, model)
-    with pytest.raises(DataError, match=r"would read 27 tokens .*but it knows 24 positions"):
+    with pytest.raises(DataError, match=r"would read 27 tokens .*but has only 24 positions"):
         scorer.score([rollout], [Prompt(id=0, content=LETTERS * 3)], ScoreRequest(support=sampled(), temperature=1.0))
 
 
@@ -767,7 +767,7 @@ def test_an_architecture_whose_logits_are_something_else_is_refused(monkeypatch:
     original = head.forward
     monkeypatch.setattr(head, "forward", lambda hidden: original(hidden) * 1.2)
     with pytest.raises(
-        ConfigError, match=r"strange: LlamaForCausalLM makes logits in a way that opd does not know.*up to"
+        ConfigError, match=r"strange: LlamaForCausalLM computes logits in a way that opd does not support.*up to"
     ):
         language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
@@ -775,7 +775,7 @@ def test_an_architecture_whose_logits_are_something_else_is_refused(monkeypatch:
 def test_a_multiplier_that_the_config_does_not_tell_is_refused():
     lm = tiny("cohere", name="strange")
     lm.model.config.logit_scale = 1.0  # the model has kept its own
-    with pytest.raises(ConfigError, match="makes logits in a way that opd does not know"):
+    with pytest.raises(ConfigError, match="computes logits in a way that opd does not support"):
         language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
 

@@ -186,7 +186,7 @@ def test_a_row_of_an_unknown_teacher_is_an_error():
     student, lms = models()
     rollout = rows(student, 1)[0]
     rollout = replace(rollout, prompt=replace(rollout.prompt, teacher_id="smal"))
-    with pytest.raises(TeacherError, match=r"`teacher_id` is 'smal', and the teachers are small, large. Did you mean"):
+    with pytest.raises(TeacherError, match=r"`teacher_id` is 'smal', but the teachers are small, large. Did you mean"):
         several(student, lms).score(
             [rollout], [rollout.prompt], ScoreRequest(support=supports.sampled(), temperature=1.0)
         )

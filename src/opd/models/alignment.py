@@ -1,6 +1,6 @@
-"""Two tokenisations of one text: where each token lies in its bytes, and the smallest pieces that both cut out.
+"""Aligns two tokenisations of one text by byte offsets, into the smallest pieces that both share.
 
-In bytes, because tokens need not end between characters: an emoji may be four tokens.
+Bytes, because tokens need not end between characters: an emoji may be four tokens.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from opd.errors import AlignmentError
 from opd.models.vocabularies import Vocabulary, ends_of, name_of, shared_tokens, vocabulary_of
 
-UNREADABLE = "\ufffd"  # what a teacher reads where bytes are no text
+UNREADABLE = "\ufffd"  # replaces bytes that are not UTF-8 in the teacher's input
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """A piece that both tokenisations cut out: which student tokens it is, and which teacher tokens."""
+    """A piece of text that ends at a token end in both tokenisations: its student tokens and its teacher tokens."""
 
     student: range
     teacher: range
@@ -26,26 +26,26 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherTokens:
-    """A response in the teacher's tokens, and the units of both, in order. A token may be in none."""
+    """A response in the teacher's tokens, and its units in order. A token may belong to no unit."""
 
     teacher_ids: tuple[int, ...]
     units: tuple[Unit, ...]
-    student_bytes: tuple[int, ...]  # of text, in each student token
+    student_bytes: tuple[int, ...]  # bytes of text in each student token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenizerPair:
-    """Two vocabularies, and how the teacher's tokenizer writes a text."""
+    """Two vocabularies, and the teacher's encoding of a text."""
 
     student: Vocabulary
     teacher: Vocabulary
     shared: Mapping[int, int]  # student id -> id of the same token in the teacher's vocabulary
-    ends: Mapping[int, int]  # of these, the tokens that end a response
+    ends: Mapping[int, int]  # the tokens of `shared` that end a response
     same: bool  # every token has the same id in both
     write: Callable[[str], Sequence[int]]
 
     def shares(self, unit: Unit, student_ids: Sequence[int], teacher_ids: Sequence[int]) -> bool:
-        """Whether a unit is one token on either side, and the same one."""
+        """Whether a unit is one token in both vocabularies, and the same token."""
         one = len(unit.student) == len(unit.teacher) == 1
         return one and self.shared.get(student_ids[unit.student[0]]) == teacher_ids[unit.teacher[0]]
 
@@ -55,8 +55,8 @@ def pair_of(
 ) -> TokenizerPair:
     """Two tokenizers, compared token by token.
 
-    `chat` and the templates' `options` say what ends a response: `vocabularies.ends_of`. Raises AlignmentError for a
-    tokenizer whose tokens' bytes cannot be told, and for two without a common token.
+    `chat` and the templates' `options` determine the tokens that end a response: `vocabularies.ends_of`. Raises
+    AlignmentError for a tokenizer whose tokens' bytes are unknown, and for two tokenizers without a common token.
     """
     ends = ends_of(student, teacher, chat=chat, options=options)
     ours, theirs = vocabulary_of(student, ends), vocabulary_of(teacher, ends.values())
@@ -65,25 +65,25 @@ def pair_of(
     if not any(i in ours.pieces for i in shared):
         raise AlignmentError(
             f"The tokenizers {name_of(student)} ({len(ours.pieces)} tokens of text) and {name_of(teacher)} "
-            f"({len(theirs.pieces)}) have no token of text in common, so there is nothing on which to compare student "
-            "and teacher. Use a teacher that writes the same language in the same script."
+            f"({len(theirs.pieces)}) have no token of text in common, so student and teacher cannot be compared. "
+            "Use a teacher that writes the same language in the same script."
         )
 
     def write(text: str) -> Sequence[int]:
-        """Ids of a text; what looks like a special token in it is text."""
+        """Ids of a text; the spelling of a special token in it counts as text."""
         return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
 
     return TokenizerPair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
 
 
 def retokenise(ids: Sequence[int], pair: TokenizerPair) -> TeacherTokens:
-    """A response of the student in the teacher's tokens, with the units of both.
+    """A response of the student in the teacher's tokens, with its units.
 
-    Units are the smallest pieces of the text that both cut out: between offsets, in bytes, at which both have a token's
-    end (arXiv 2605.07711). A token of no bytes goes with what follows it, at the end with what is before.
+    Units are the smallest pieces of text between byte offsets at which both tokenisations have a token end (arXiv
+    2605.07711). A token without bytes joins the next unit, at the end of the response the last one.
 
-    Bytes that are no UTF-8, and what of a text the teacher's tokenizer changes, are shown to the teacher as it writes
-    them, and no unit reaches into them. A special token that only the student has is not shown to it.
+    The teacher reads bytes that are not UTF-8, and text that its tokenizer changes, as its tokenizer writes them; no
+    unit covers them. It does not read special tokens that only the student has.
     """
     widths = [len(pair.student.pieces.get(i, b"")) for i in ids]
     if pair.same:
@@ -112,7 +112,7 @@ def retokenise(ids: Sequence[int], pair: TokenizerPair) -> TeacherTokens:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A stretch of the response, special tokens counted as one byte, and how the teacher reads it."""
+    """A stretch of the response, with its teacher tokens. A special token counts as one byte."""
 
     width: int
     ids: Sequence[int]
@@ -143,20 +143,20 @@ def _of_text(data: bytes, pair: TokenizerPair) -> Iterator[_Part]:
             yield _Part(width, ids, [0] * len(ids), False)
             continue
         if b"".join(pieces).startswith(b" ") and (b"".join(pieces) == b" " + given or given[:1] != b" "):
-            pieces[0] = pieces[0][1:]  # SentencePiece's space before a text
+            pieces[0] = pieces[0][1:]  # the space that SentencePiece adds before a text
         yield from _as_written(given, ids, pieces)
 
 
 def _as_written(given: bytes, ids: Sequence[int], pieces: Sequence[bytes]) -> Iterator[_Part]:
-    """A text and the teacher's tokens of it, from either end as far as they agree. What its tokenizer changed, such as
-    a letter and its accent into one character, lies between, and cannot be compared."""
+    """A text and its teacher tokens, compared from both ends as far as they agree. The part in between, which the
+    tokenizer changed (such as a letter and its accent into one character), is not comparable."""
     ends, written = _offsets([len(piece) for piece in pieces]), b"".join(pieces)
     if written == given:
         yield _Part(len(given), ids, [len(piece) for piece in pieces], True)
         return
     same = _agree(written, given)
     first = next(k for k in reversed(range(len(ends))) if ends[k] <= same)
-    first = ends.index(ends[first])  # a token of no bytes, such as an unknown one, is none that agrees
+    first = ends.index(ends[first])  # a token without bytes, such as the unknown token, does not agree
     same = min(_agree(written[::-1], given[::-1]), len(written) - ends[first], len(given) - ends[first])
     last = next(k for k in range(len(ends)) if len(written) - ends[k] <= same)
     last = len(ends) - 1 - ends[::-1].index(ends[last])
@@ -171,12 +171,12 @@ def _as_written(given: bytes, ids: Sequence[int], pieces: Sequence[bytes]) -> It
 
 
 def _agree(one: bytes, other: bytes) -> int:
-    """How many bytes are the same from the start on."""
+    """The number of equal bytes at the start."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def _readable(data: bytes) -> Iterator[tuple[str, int, bool]]:
-    """(text, its bytes, whether they are that text) of consecutive stretches; what is no UTF-8 is U+FFFD."""
+    """(text, number of bytes, whether the bytes are UTF-8) of consecutive stretches; other bytes become U+FFFD."""
     while data:
         try:
             text, bad = data.decode(), range(len(data), len(data))
@@ -194,7 +194,7 @@ def _offsets(widths: Sequence[int]) -> list[int]:
 
 
 def _between(cuts: Sequence[int], student: Sequence[int], teacher: Sequence[int]) -> list[Unit]:
-    """The tokens between consecutive cuts, from where tokens start; those of no bytes at the end go with the last."""
+    """The units between consecutive cuts, given the tokens' starts. Final tokens without bytes join the last unit."""
     units: list[Unit] = []
     i = j = 0
     for _, stop in pairwise(cuts):

@@ -1,11 +1,11 @@
-"""Reading: the hidden states that predict the tokens of responses, with little computed twice or for padding.
+"""Forward passes: the hidden states that predict the tokens of responses, with little repeated work or padding.
 
 Three layouts of the same rows, prompt and response each:
 
-    padded   one row a sequence, ends padded; batches hold rows of similar length
-    shared   what rows have in common at their start is read once, and its cache repeated: a system prompt, or the
-             prompt of a group of responses
-    packed   all sequences in one row, one behind the other, where the attention keeps them apart by their positions
+    padded   one row per sequence, ends padded; batches hold rows of similar length
+    shared   a common prefix is read once and its cache repeated: a system prompt, or the prompt of a group of
+             responses
+    packed   all sequences in one row, one after another, if the attention separates them by their positions
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from opd.models.language_model import LanguageModel
 
-SHORTEST_SHARED_PREFIX = 16  # tokens, on average; below this, repeating a cache costs more than it saves
+SHORTEST_SHARED_PREFIX = 16  # tokens, on average; a shorter prefix costs more in cache copies than it saves
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseStates:
-    """Hidden states [b, L, H]; the one that predicts token t of response i is `hidden[row[i], first[i] + t]`."""
+    """Hidden states [b, L, H]; `hidden[row[i], first[i] + t]` predicts token t of response i."""
 
     hidden: Tensor
     row: Tensor  # [n]
@@ -43,7 +43,7 @@ class ResponseStates:
 def response_states(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> ResponseStates:
-    """Read prompts and responses together. A response's last token predicts nothing, so it is not read."""
+    """The states of prompts and responses. A response's last token is not read, because it predicts nothing."""
     rows = [(*prompt, *response[:-1]) for prompt, response in zip(prompts, responses, strict=True)]
     before = [len(prompt) - 1 for prompt in prompts]  # the position that predicts the first token of the response
     if lm.packs:
@@ -60,10 +60,10 @@ def response_states(
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
-    """The part of each row that is read once for all rows that begin with it; None if too little is shared to pay off.
+    """The prefix of each row that is read once for all rows that share it; None if sharing would not pay off.
 
-    Either every prompt up to its last token, shared by the rows of a group, or what all rows begin with: whichever
-    leaves fewer tokens to read. The last token of a prompt is never in it: it predicts.
+    Either every prompt up to its last token, shared by the rows of a group, or the common prefix of all rows: whichever
+    leaves fewer tokens to read. The last token of a prompt is never included, because its state predicts.
     """
     if not prompts:  # a filter left no response of this step
         return None
@@ -92,7 +92,7 @@ def common_prefix(*rows: tuple[int, ...]) -> tuple[int, ...]:
 def _after_prefixes(
     lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int], prefixes: list[tuple[int, ...]]
 ) -> ResponseStates:
-    """Read the different prefixes, repeat their cache, and read on. Gradients flow back through the cache."""
+    """Read each distinct prefix once, repeat its cache, then read the rest. Gradients flow through the cache."""
     device = lm.device
     different = list(dict.fromkeys(prefixes))
     place = {prefix: i for i, prefix in enumerate(different)}
@@ -129,10 +129,10 @@ def _packed(lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int
 def batches(
     prompts: Sequence[Sequence[int]], responses: Sequence[int], tokens: int, *, shares: bool = True
 ) -> list[list[int]]:
-    """Row indices in batches that read at most `tokens` tokens, padding included (and at least one row).
+    """Row indices in batches of at most `tokens` tokens, padding included (and at least one row).
 
-    `responses` are lengths. Rows of similar length go together, and, unless nothing is shared anyway, rows with the
-    same prefix, which counts once.
+    `responses` are lengths. A batch has rows of similar length, and with `shares` rows of the same prefix, which counts
+    once.
     """
     prefixes = (shared_prefixes(prompts) if shares else None) or [()] * len(prompts)
     own = [len(p) + r - len(prefix) for p, r, prefix in zip(prompts, responses, prefixes, strict=True)]
@@ -153,7 +153,7 @@ def batches(
 
 
 def right_padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """[b, L] ids, zeros behind each row's end: a causal model's valid positions never see them."""
+    """[b, L] ids, zeros after each row's end, which a causal model's valid positions never see."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *([0] * (longest - len(row)))] for row in rows], device=device)
 
@@ -167,10 +167,10 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 
 def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
-    """Read prompts: equal ones once, and once what all begin with, such as a system prompt.
+    """Read prompts: equal prompts once, and their common prefix, such as a system prompt, once.
 
-    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if no prompt is shorter than
-    another: a model without a mask is faster), and the last positions [b, 1].
+    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if all prompts have the same
+    length: without a mask the model is faster), and the last positions [b, 1].
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
     lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
@@ -200,6 +200,6 @@ def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, An
 
 
 def prefix_of(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """What prompts share at their start, up to each one's last token; nothing if too short to pay off."""
+    """The common prefix of prompts without their last tokens; empty if too short to pay off."""
     shared = common_prefix(*(prompt[:-1] for prompt in prompts)) if len(prompts) > 1 else ()
     return shared if len(shared) >= SHORTEST_SHARED_PREFIX else ()

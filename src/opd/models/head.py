@@ -1,7 +1,7 @@
-"""Hidden states -> log-probs: the output layer, chunk by chunk; no path holds the logits of more than one chunk.
+"""Hidden states -> log-probs: the output layer, chunk by chunk. The logits of at most one chunk are in memory.
 
-A chunk is what one matmul makes: large, so that the output layer is read few times. On a CPU the arithmetic on a chunk
-goes tile by tile, so that the dozen passes of a softmax and a divergence run in the cache and not in main memory.
+A chunk is the output of one matmul. It is large, so that the output layer is read few times. On a CPU the arithmetic on
+a chunk runs tile by tile, so that the dozen passes of a softmax and a divergence stay in the cache.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from torch import Tensor
 from opd.maths import kernels
 from opd.types import Shared
 
-# Entries of one chunk's logits: 2^25 float32 are 128 MiB. A chunk of 150,000 tokens of vocabulary then holds 220
-# positions; below about 200 the matmul of a CPU is limited by reading the output layer, and below about 800 that of a
-# GPU, where a chunk is larger by GPU_FACTOR.
+# Entries of one chunk's logits: 2^25 float32 are 128 MiB, or 220 positions of a vocabulary of 150,000 tokens. Below
+# about 200 positions the matmul of a CPU is bound by reading the output layer; on a GPU below about 800, so chunks are
+# larger there by GPU_FACTOR.
 CHUNK_ENTRIES = 2**25
 
 
@@ -30,10 +30,10 @@ TILE_ENTRIES = 2**19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
-    """How a model turns its last hidden state into logits.
+    """The output layer: last hidden state -> logits.
 
-    `vocabulary` is V, the number of real tokens: rows of `weight` beyond it are padding. They are no tokens, so they
-    are never sampled and have no share in any softmax.
+    `vocabulary` is V, the number of real tokens. Rows of `weight` beyond it are padding: they are never sampled and
+    have no share in any softmax.
     """
 
     weight: Tensor  # [>= V, H]
@@ -41,7 +41,7 @@ class Head:
     vocabulary: int
     multiplier: float = 1.0
     softcap: float | None = None
-    shared: Shared | None = None  # of a teacher with a tokenizer of its own: the tokens that the student has too
+    shared: Shared | None = None  # for a teacher with another tokenizer: the tokens that the student has too
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32."""
@@ -53,7 +53,7 @@ class Head:
         return logits
 
     def project(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V] in float32: the matrix and the bias alone."""
+        """[..., H] -> [..., V] in float32: only the matrix and the bias."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
         return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
@@ -61,7 +61,7 @@ class Head:
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
 
-        For a constant head: memory that is used again costs no page faults.
+        For a constant head. Reused memory costs no page faults.
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
@@ -69,7 +69,7 @@ class Head:
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 
     def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
-        """Multiplier, soft cap and temperature on projected logits, in place; the soft cap's derivative, if any."""
+        """Apply multiplier, soft cap and temperature to logits in place; returns the soft cap's derivative, if any."""
         if self.softcap is None:
             if self.multiplier != temperature:
                 logits.mul_(self.multiplier / temperature)
@@ -85,7 +85,7 @@ class Head:
 
 
 def chunk_entries(device: torch.device) -> int:
-    """How many entries a chunk's logits may have on this device."""
+    """The most entries of a chunk's logits on this device."""
     return CHUNK_ENTRIES if device.type == "cpu" else GPU_FACTOR * CHUNK_ENTRIES
 
 
@@ -100,7 +100,7 @@ def buffer(n: int, width: int, device: torch.device) -> Tensor:
 
 
 def tiles(chunk: Tensor) -> Iterator[slice]:
-    """Slices of the rows of a chunk [n, V]: a few on a CPU, all at once elsewhere."""
+    """Slices of the rows of a chunk [n, V]: a few rows each on a CPU, one slice of all rows elsewhere."""
     return _slices(len(chunk), TILE_ENTRIES // chunk.shape[1] if chunk.device.type == "cpu" else len(chunk))
 
 
@@ -124,7 +124,7 @@ def _slices(n: int, size: int) -> Iterator[slice]:
 
 
 def tempered(logits: Tensor, temperature: float) -> Tensor:
-    """Logits divided by the temperature; at 1, themselves."""
+    """Logits divided by the temperature; unchanged at 1."""
     return logits if temperature == 1.0 else logits / temperature
 
 
@@ -132,7 +132,7 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 def paired_log_probs(
     student: Head, student_hidden: Tensor, teacher: Head, teacher_hidden: Tensor, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both models' log-probs [n, V] at hidden states [N, H] of the same positions, a tile at a time, in order."""
+    """Both models' log-probs [n, V] at hidden states [N, H] of the same positions, tile by tile, in order."""
     for rows in chunks(len(student_hidden), student.vocabulary, student_hidden.device):
         ours, theirs = student.logits(student_hidden[rows]), teacher.logits(teacher_hidden[rows])
         for tile in tiles(ours):

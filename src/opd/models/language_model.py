@@ -1,4 +1,4 @@
-"""Causal language models: load, build, and look inside. Weights come from safetensors (or GGUF, converted once)."""
+"""Causal language models with their tokenizers: output layer, forward, adapters, saving."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModel:
-    """A model, its tokenizer, and what scoring and sampling have to know about both."""
+    """A model and its tokenizer, with the properties that scoring and sampling need."""
 
     model: nn.Module  # a transformers causal LM, or one wrapped by peft
     tokenizer: Any
     vocabulary: int  # V: the largest id of a real token, plus one
     stop_ids: frozenset[int]
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    autocast: bool = False  # bfloat16 compute over the weights' own type
+    autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
     name: str = "model"
 
     @property
@@ -37,7 +37,7 @@ class LanguageModel:
 
     @property
     def causal_lm(self) -> nn.Module:
-        """The transformers model; with peft, the one that carries the adapter layers."""
+        """The transformers model; with peft, the wrapped model with its adapter layers."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model  # type: ignore[operator]
 
     @property
@@ -49,7 +49,7 @@ class LanguageModel:
         layer = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
         if not isinstance(getattr(layer, "weight", None), Tensor) or hasattr(layer, "lora_A"):
             raise ConfigError(
-                f"{self.name}: the output layer is a {type(layer).__name__}, and opd reads it as one weight matrix. "
+                f"{self.name}: the output layer is a {type(layer).__name__}, but opd needs one weight matrix. "
                 "Leave the output layer out of the LoRA target modules."
             )
         config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
@@ -63,7 +63,7 @@ class LanguageModel:
         )
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
-        """The model without its output layer: `last_hidden_state` [b, L, H] and, if asked for, the cache."""
+        """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
         lm = self.causal_lm
         backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
         with self.compute():
@@ -72,13 +72,13 @@ class LanguageModel:
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [b, L, H] of right-padded rows.
 
-        No attention mask: a causal model's valid positions never see what is to their right.
+        No attention mask: a causal model's valid positions never see positions to their right.
         """
         return self.forward(input_ids, use_cache=False).last_hidden_state
 
     @property
     def packs(self) -> bool:
-        """Whether attention keeps sequences of one row apart by their positions at no cost: FlashAttention does."""
+        """Whether attention separates sequences of one row by position at no cost, as FlashAttention does."""
         return "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
 
     @property
@@ -90,17 +90,17 @@ class LanguageModel:
     def caches(self) -> bool:
         """Whether a forward may use a cache.
 
-        Not in training under gradient checkpointing, nor on shards: there each forward is one of all processes, and
-        how many a micro-batch takes must not depend on what its rows share.
+        Not in training with gradient checkpointing, nor with sharded weights: there each forward is collective, and the
+        number of forwards must not depend on the prefixes that rows share.
         """
-        new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # transformers has renamed it
+        new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed by transformers
         checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
         return not (self.model.training and (checkpointing or self.sharded))
 
     @property
     def sees_everything(self) -> bool:
-        """Whether every layer attends to all positions before it: a window is counted in places of the cache, so that
-        padding between a shared prefix and the rest would shift it."""
+        """Whether every layer attends to all earlier positions. A sliding window counts places of the cache, so padding
+        between a shared prefix and the rest would shift it."""
         config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
         kinds = getattr(config, "layer_types", None)
         if kinds:
@@ -109,11 +109,11 @@ class LanguageModel:
 
     @property
     def positions(self) -> float:
-        """How many positions the model knows; infinite if it does not say."""
+        """The model's number of positions; infinite if its config does not say."""
         return positions_of(self.causal_lm.config)
 
     def check_length(self, tokens: int, remedy: str) -> None:
-        """Raise DataError when a sequence of `tokens` has more positions than the model knows."""
+        """Raise DataError for a sequence of more `tokens` than the model has positions."""
         check_positions(self.name, tokens, self.positions, remedy)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
@@ -123,9 +123,9 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def casting_once(self) -> Iterator[None]:
-        """While the weights stay as they are: forwards inside share autocast's bfloat16 copies of what trains.
+        """Forwards inside share autocast's bfloat16 copies of the trained weights, which must not change meanwhile.
 
-        Autocast drops them at the end of its outermost block, which without this one is each forward.
+        Autocast drops the copies at the end of its outermost block, otherwise after each forward.
         """
         if not self.autocast:
             yield
@@ -135,32 +135,32 @@ class LanguageModel:
             yield
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that training moves, by name; with LoRA the adapters alone."""
+        """The trained parameters by name; with LoRA only the adapters."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
     def blocks(self) -> list[nn.Module]:
-        """The layers that transformers keeps together on one device, in order; empty if it names none."""
+        """The layers that transformers keeps on one device, in order; empty if the model names none."""
         kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
         return [module for module in self.causal_lm.modules() if type(module).__name__ in kinds]
 
 
 def positions_of(config: Any) -> float:
-    """How many positions a model of this transformers config knows; infinite if the config does not say."""
+    """The number of positions in this transformers config; infinite if it does not say."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     return limit if isinstance(limit, int) else math.inf
 
 
 def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:
-    """Raise DataError when a sequence of `tokens` has more than the `positions` that the model knows."""
+    """Raise DataError for a sequence of more `tokens` than the model has `positions`."""
     if tokens > positions:
-        raise DataError(f"{name} would read {tokens} tokens in all, but it knows {positions} positions. {remedy}")
+        raise DataError(f"{name} would read {tokens} tokens in all, but has only {positions} positions. {remedy}")
 
 
 class Root(nn.Module):
     """A model whose forward runs any function over its weights.
 
-    Our losses call the backbone and read the head's weight, never the model itself. Sharded weights are gathered by the
-    forward of a module that has them all, and their gradients reduced after its backward: this one.
+    The losses call the backbone and read the head's weight, but not the model itself. FSDP gathers sharded weights in
+    the forward of the module that holds them all, and reduces their gradients after its backward. This is that module.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -173,7 +173,7 @@ class Root(nn.Module):
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """eval() for a while: a model with gradient checkpointing cannot use its cache in train()."""
+    """eval() inside the block: a model with gradient checkpointing cannot use its cache in train()."""
     was_training = model.training
     model.eval()
     try:
@@ -183,12 +183,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
-    """A model and tokenizer as a LanguageModel: dropout off, head verified. Raises ConfigError if it cannot be read.
+    """A model and tokenizer as a LanguageModel: dropout off, head verified. Raises ConfigError for an unfit model.
 
-    Dropout is off because the distribution that is trained must be the one that writes.
+    Dropout is off because the trained distribution must be the distribution that writes.
     """
     if tokenizer is None:
-        raise ConfigError(f"{name}: a model object needs its tokenizer too; pass `tokenizer=`.")
+        raise ConfigError(f"{name}: a model object needs its tokenizer; pass `tokenizer=`.")
     disable_dropout(model)
     stop = {tokenizer.eos_token_id} | _as_set(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     lm = LanguageModel(
@@ -209,7 +209,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
 
 
 def check_attention(lm: LanguageModel) -> None:
-    """Refuse a model that keeps a recurrent state: sampling pads on the left and drops rows, which its state cannot."""
+    """Raise ConfigError for a recurrent state, which cannot follow sampling's left padding and dropped rows."""
     config = lm.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
     kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
     if kinds or getattr(lm.causal_lm, "_is_stateful", False):
@@ -222,7 +222,7 @@ def check_attention(lm: LanguageModel) -> None:
 
 @torch.no_grad()
 def verify_head(lm: LanguageModel) -> None:
-    """Refuse an architecture whose logits are not `head(hidden)` as `LanguageModel` reads them, on four tokens."""
+    """Raise ConfigError if the model's logits differ from `head(hidden)`; checked on four tokens."""
     head = lm.head()
     if head.weight.shape[0] < lm.vocabulary:
         raise ConfigError(
@@ -237,13 +237,13 @@ def verify_head(lm: LanguageModel) -> None:
     scale = expected.abs().max().item()
     if not worst <= 2e-2 * scale + 1e-4:
         raise ConfigError(
-            f"{lm.name}: {type(lm.causal_lm).__name__} makes logits in a way that opd does not know: they differ from "
-            f"head(hidden) by up to {worst:.3g} (largest logit {scale:.3g}). Please report the architecture."
+            f"{lm.name}: {type(lm.causal_lm).__name__} computes logits in a way that opd does not support: they differ "
+            f"from head(hidden) by up to {worst:.3g} (largest logit {scale:.3g}). Please report the architecture."
         )
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in the modules and, for models that read it there, in the config."""
+    """Set every dropout probability to 0, in the modules and in the config, which some models read."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -257,7 +257,7 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def frozen_copy(lm: LanguageModel) -> LanguageModel:
-    """A copy that never trains. Parameters that do not train in the original are shared, not copied."""
+    """A copy that never trains. Parameters that are frozen in the original are shared, not copied."""
     shared = {id(p): p for p in lm.model.parameters() if not p.requires_grad}
     model = copy.deepcopy(lm.model, shared).requires_grad_(False).eval()
     return replace(lm, model=model, name=f"{lm.name} (copy)")
@@ -273,7 +273,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, target_modules: str |
 
 
 def merged_state(lm: LanguageModel) -> nn.Module:
-    """A transformers model that loads anywhere: adapters merged into a copy, or the model itself."""
+    """A plain transformers model: a copy with the adapters merged, or the model itself."""
     if not lm.adapters:
         return lm.causal_lm
     return copy.deepcopy(lm.model).merge_and_unload()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A teacher with a tokenizer of its own: it reads the text of a response in its own tokens."""
+"""A teacher with another tokenizer, which reads the text of a response in its own tokens."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from opd.types import NoTeacher, Prompt, Rollout, ScoreRequest, Scores, Shared, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CrossTokenizerTeacher(Teacher):
-    """A `Teacher` around another one, whose tokens are not the student's.
+    """A `Teacher` that wraps a local teacher with another tokenizer.
 
-    Its scores have a row for each student token all the same: the teacher's log-prob of a unit, shared out evenly among
-    the unit's student tokens, so that sums over units and responses are what the teacher says of that text. Its
-    entropy and its hidden state are those before the unit's first token. A token in no unit is not scored.
+    Its scores have one row per student token: the teacher's log-prob of the token's unit, divided evenly among the
+    unit's student tokens, so that sums over units and responses are the teacher's log-probs of the text. Entropy and
+    hidden state are those before the unit's first token. A token outside all units is not scored.
     """
 
     local: LocalTeacher
@@ -41,27 +41,27 @@ class CrossTokenizerTeacher(Teacher):
         return self.local.name
 
     def refuses(self, request: ScoreRequest) -> str | None:
-        """Why it cannot compute `request`: it scores units, and lists no top tokens of the student's vocabulary."""
+        """Why it cannot compute `request`: it scores only units, without top tokens of the student's vocabulary."""
         if request.top_k:
-            return "the method compares the most likely tokens of both models, and the teacher has another tokenizer"
+            return "the method compares the most likely tokens of both models, but the teacher has another tokenizer"
         if request.support.kind != "units":
             return (
-                f"the support is {request.support.kind!r}, of the student's tokens, and the teacher has another "
+                f"the support {request.support.kind!r} has the student's tokens, but the teacher has another "
                 "tokenizer. Give the method support=units()"
             )
         return None
 
     def head(self, teacher_id: str | None = None) -> Head:
-        """The output layer that goes with the hidden states, and which of its tokens are the student's too."""
+        """The output layer for the hidden states, with the tokens that the student shares."""
         head = self.local.head(teacher_id)
         ids = torch.tensor(list(self.pair.shared.items()), device=head.weight.device)  # [K, 2]
         return replace(head, shared=Shared(student=ids[:, 0].contiguous(), teacher=ids[:, 1].contiguous()))
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
-        """Scores by the student's tokens; what is sampled is always scored, because units are made of it.
+        """Scores by the student's tokens. The sampled tokens are always scored, because units consist of them.
 
-        Raises ConfigError for a support that is not of units.
+        Raises ConfigError for a support other than units.
         """
         if why := self.refuses(request):
             raise ConfigError(f"The teacher {self.name!r} cannot score this: {why}.")
@@ -73,12 +73,12 @@ class CrossTokenizerTeacher(Teacher):
         found = self.local.score(theirs, [contexts[i] for i in read], whole) if read else []
         of = dict(zip(read, found, strict=True))
         return [
-            by_unit(tokens, of[i], rollout, self.pair, support) if i in of else self._nothing(rollout, entropy)
+            by_unit(tokens, of[i], rollout, self.pair, support) if i in of else self._unscored(rollout, entropy)
             for i, (tokens, rollout) in enumerate(zip(retokenised, rollouts, strict=True))
         ]
 
-    def _nothing(self, rollout: Rollout, entropy: bool) -> Scores:
-        """Scores of a response that is empty to the teacher (special tokens of the student alone): none is scored."""
+    def _unscored(self, rollout: Rollout, entropy: bool) -> Scores:
+        """Scores of a response without teacher tokens (only special tokens of the student): no token is scored."""
         n, device = len(rollout.response_ids), self.local.student_device
         unknown = torch.full((n,), torch.nan, device=device)
         columns = _Columns(n)
@@ -91,22 +91,22 @@ class CrossTokenizerTeacher(Teacher):
         )
 
     def after_step(self) -> None:
-        """The teacher is another model, and stays as it is."""
+        """Passes the call on to the local teacher."""
         self.local.after_step()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What has to be saved of the teacher."""
+        """The tensors that a checkpoint saves."""
         return self.local.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """What `state_dict` gave."""
+        """Restore what `state_dict` returned."""
         self.local.load_state_dict(state)
 
 
 def by_unit(tokens: TeacherTokens, scores: Scores, rollout: Rollout, pair: TokenizerPair, support: Support) -> Scores:
     """The teacher's scores of its own tokens [T'] as scores by the student's tokens [T].
 
-    A unit with a token that is not trained is not compared, nor, without spans, one that is not one token of both.
+    A unit with an untrained token is not compared. Without spans, only units that are one token of both are compared.
     """
     assert scores.teacher_hidden is not None
     ids, logp = rollout.response_ids.tolist(), scores.teacher_logp.tolist()
@@ -130,7 +130,7 @@ def by_unit(tokens: TeacherTokens, scores: Scores, rollout: Rollout, pair: Token
 
 
 class _Columns:
-    """The fields of `Units` by student token, filled unit by unit; NaN where there is none. Lists: few and short."""
+    """The fields of `Units` by student token, filled unit by unit; NaN outside units. Lists, because they are short."""
 
     def __init__(self, tokens: int) -> None:
         self.size, self.teacher_size = [0] * tokens, [0] * tokens
@@ -138,7 +138,7 @@ class _Columns:
         self.shared, self.inside, self.scored = ([False] * tokens for _ in range(3))
 
     def put(self, at: range, logp: Sequence[float], *, shared: bool, compared: bool) -> None:
-        """A unit of the student tokens `at`, and the log-probs of its teacher tokens."""
+        """Add a unit of the student tokens `at`, with the log-probs of its teacher tokens."""
         if compared:
             self.size[at.start] = len(at)
         rest = math.fsum(logp[1:])
@@ -149,7 +149,7 @@ class _Columns:
             self.shared[token], self.inside[token], self.scored[token] = shared, compared, True
 
     def units(self, widths: Sequence[int], device: torch.device) -> Units:
-        """As a record."""
+        """The fields as a `Units` record."""
         return Units(
             size=torch.tensor(self.size, device=device),
             teacher_size=torch.tensor(self.teacher_size, device=device),
@@ -170,9 +170,9 @@ def teacher_by_rule(
     offload: bool = False,
     chat: bool = False,
 ) -> Teacher:
-    """The teacher of a method's rule: none, local, or with a tokenizer of its own. Raises ConfigError, AlignmentError.
+    """The teacher of a method's rule: none, local, or with another tokenizer. Raises ConfigError, AlignmentError.
 
-    `chat` says that responses are turns of a conversation, for `alignment.pair_of`.
+    `chat`: responses are turns of a conversation (see `alignment.pair_of`).
     """
     if rule.kind == "none":
         return NoTeacher()
@@ -181,7 +181,7 @@ def teacher_by_rule(
 
 
 def by_rule(rule: TeacherRule, student: LanguageModel, local: LocalTeacher, *, chat: bool = False) -> Teacher:
-    """A local teacher as the method's rule has it: as it is, or scoring units of two tokenizers."""
+    """The local teacher, wrapped if the method's rule allows another tokenizer."""
     if rule.tokenizer == "students":
         return local
     options = (student.template_options, local.lm.template_options)

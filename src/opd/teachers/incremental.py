@@ -1,4 +1,4 @@
-"""Scores of responses while they are written: a local teacher reads every token once, whatever the number of calls."""
+"""Scores of responses during sampling: a local teacher reads every token once, however often it is called."""
 
 from __future__ import annotations
 
@@ -19,14 +19,13 @@ from opd.types import Context, Rollout, Scorer, ScoreRequest, Scores, Teacher
 
 
 def scoring_along(teacher: Teacher, context: Context, request: ScoreRequest) -> Callable[[], Scorer]:
-    """A function that begins a scoring of responses while they are written.
+    """A function that returns a new `Scorer`: unfinished responses -> their scores so far.
 
-    A scoring is called with unfinished responses as they are so far, and gives their scores. A local teacher reads each
-    token once; another one scores the whole responses at each call.
+    A local teacher reads each token once; any other teacher scores the whole responses at each call.
     """
 
     def begin() -> Scorer:
-        scorers: dict[int, Scorer] = {}  # each teacher has its own
+        scorers: dict[int, Scorer] = {}  # by teacher
 
         def score(rollouts: Sequence[Rollout]) -> list[Scores]:
             found: dict[int, Scores] = {}
@@ -50,9 +49,9 @@ def _scorer(teacher: Teacher, context: Context, request: ScoreRequest) -> Scorer
 
 @dataclass(slots=True, kw_only=True)
 class IncrementalScorer:
-    """Scores of responses that grow from call to call, all by equally many tokens, and of which some end.
+    """Scores responses that grow by equally many tokens from call to call; some may end in between.
 
-    Keeps the teacher's KV cache for the responses of the last call, as large as the sampler's of the student. A
+    Keeps the teacher's KV cache for the responses of the last call, as large as the sampler's cache of the student. A
     response that is not cached restarts the cache for all. A context is rendered once, when the cache starts.
     """
 
@@ -60,21 +59,21 @@ class IncrementalScorer:
     context: Context
     request: ScoreRequest
     places: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])  # of responses in the cache
-    scores: list[Scores] = field(default_factory=list[Scores])  # of the tokens that were read, by place
-    read: int = 0  # tokens of each response
-    longest: int = 0  # tokens of a prompt
-    state: tuple[Tensor, Any, Tensor | None, Tensor] | None = None  # as of `prefill`, further on
+    scores: list[Scores] = field(default_factory=list[Scores])  # of the tokens read so far, by place
+    read: int = 0  # tokens read of each response
+    longest: int = 0  # tokens of the longest prompt
+    state: tuple[Tensor, Any, Tensor | None, Tensor] | None = None  # as returned by `prefill`, after `read` tokens
 
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Scores]:
-        """The sampled tokens' log-probs, and `top_k` of the teacher's most likely tokens, at all tokens so far."""
+        """The sampled tokens' log-probs and the teacher's `top_k` most likely tokens, at all tokens so far."""
         keys = [(rollout.prompt.id, rollout.sample) for rollout in rollouts]
         (length,) = {len(rollout.response_ids) for rollout in rollouts}
         lm = self.teacher.lm
         with self.teacher.at_work() as head:
             if length <= self.read or not all(key in self.places for key in keys):
                 self._begin(rollouts)
-            else:  # a prompt that a step takes twice has the same responses twice: one place is enough
+            else:  # a prompt that a step takes twice has equal responses: they share a place
                 self._keep([self.places[key] for key in keys])
             assert self.state is not None
             hidden, cache, mask, last = self.state
@@ -98,7 +97,7 @@ class IncrementalScorer:
         self.scores, self.read, self.longest = [], 0, max(map(len, prompts))
 
     def _keep(self, rows: list[int]) -> None:
-        """Keep those places of the state and of the scores."""
+        """Keep these places of the state and the scores; drop the others."""
         assert self.state is not None
         hidden, cache, mask, last = self.state
         if rows == list(range(len(hidden))):
@@ -119,7 +118,7 @@ def _rows(scores: Scores, rows: slice) -> Scores:
 
 
 def _joined(old: Scores, new: Scores) -> Scores:
-    """`old`, then `new`."""
+    """`old` and `new`, concatenated."""
 
     def joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
         return None if a is None or b is None else torch.cat([a, b])

@@ -27,9 +27,8 @@ from opd.types import Prompt, Record, Rollout, ScoreRequest, Scores, Teacher, Te
 class LocalTeacher(Teacher):
     """A `Teacher` over a model in this process.
 
-    `follows` is the student whose weights the teacher averages after each step (`decay` of the old, the rest new);
-    `base` scores with the student's own model, its adapter switched off; `offload` keeps the weights on the CPU between
-    calls.
+    `follows`: the student whose weights the teacher averages after each step, with `decay`. `base`: score with the
+    student's model, its adapter switched off. `offload`: keep the weights on the CPU between calls.
     """
 
     lm: LanguageModel
@@ -48,7 +47,7 @@ class LocalTeacher(Teacher):
         return self.lm.name
 
     def head(self, teacher_id: str | None = None) -> Head:
-        """The teacher's head, on the device where the student's loss is computed; the same for every row."""
+        """The teacher's head, on the student's device; the same for every row."""
         head = self.lm.head().detached()
         bias = None if head.bias is None else head.bias.to(self.student_device)
         return replace(head, weight=head.weight.to(self.student_device), bias=bias)
@@ -57,14 +56,14 @@ class LocalTeacher(Teacher):
     def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
         """Scores aligned to each rollout's response tokens; `contexts` are rendered with the teacher's own template.
 
-        Raises DataError for a row that the model has no positions for.
+        Raises DataError for a row longer than the model's positions.
         """
         prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
         responses = [rollout.response_ids.tolist() for rollout in rollouts]
         lengths = [len(response) for response in responses]
         self.lm.check_length(
             max(len(ids) + length for ids, length in zip(prompt_ids, lengths, strict=True)),
-            "Let responses be shorter (max_completion_length), or shorten what the teacher reads before them.",
+            "Lower max_completion_length, or shorten the teacher's context.",
         )
         scores: list[Scores | None] = [None] * len(rollouts)
         with self.at_work() as head:
@@ -81,16 +80,16 @@ class LocalTeacher(Teacher):
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[Head]:
-        """The head, with the model as it scores: on its device, in evaluation, without the student's adapter."""
+        """The head, with the model ready to score: on its device, in eval mode, without the student's adapter."""
         adapter_off: Any = self.lm.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
-        # A model that stays is not touched: `to` would take the gathered weights of a sharded one apart.
+        # Do not call `to` on a model that stays: it would break the gathered weights of a sharded model.
         moved = placed(self.lm, self.student_device) if self.offload else contextlib.nullcontext()
         with evaluating(self.lm.model), adapter_off, moved:
             yield self.lm.head()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """teacher <- decay teacher + (1 - decay) student, kept in float32: in bfloat16 the steps would round away."""
+        """teacher <- decay teacher + (1 - decay) student, in float32: in bfloat16 rounding would lose small steps."""
         if self.follows is None or self.decay == 1.0:
             return
         mine = dict(self.lm.model.named_parameters())
@@ -131,9 +130,9 @@ def with_record(
     temperature: Callable[[Rollout], float],
     micro_batch_tokens: int,
 ) -> list[Rollout]:
-    """The rollouts with what `record` names of the student at each token, also where the student did not write.
+    """The rollouts with the student's values named in `record` at each token, also for responses of other writers.
 
-    `temperature` is the one that the student samples at: its own records are of that temperature.
+    `temperature` is the student's sampling temperature, as in the sampler's records.
     """
     missing: defaultdict[float, list[int]] = defaultdict(list)
     for i, rollout in enumerate(rollouts):
@@ -153,7 +152,7 @@ def with_record(
 
 @contextlib.contextmanager
 def placed(lm: LanguageModel, device: torch.device) -> Iterator[None]:
-    """The model on `device` for a while, and back where it was, whatever happens."""
+    """Move the model to `device`, and back afterwards, also after an error."""
     home = lm.device
     lm.model.to(device)
     try:
@@ -172,14 +171,14 @@ def local_teacher(
 ) -> LocalTeacher:
     """The local teacher of a method's rule, built once per stage, before the first step. Raises ConfigError.
 
-    A rule without a teacher has none: see `cross_tokenizer.teacher_by_rule`.
+    Not for a rule without a teacher: see `cross_tokenizer.teacher_by_rule`.
     """
     common: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "student_device": student.device}
     assert rule.kind != "none", "NoTeacher is the teacher of a method without one"
     if rule.kind == "external":
         if external is None:
             raise ConfigError(
-                "This method's teacher is another model, and the stage names none. Set the stage's `teacher`."
+                "This method needs another model as its teacher, but the stage names none. Set the stage's `teacher`."
             )
         if rule.tokenizer == "students":
             check_same_tokens(student.tokenizer, external.tokenizer, (student.name, external.name))

@@ -1,4 +1,4 @@
-"""Several teachers in one stage: each row is scored by the teacher that it names."""
+"""Several teachers in one stage: each row names its teacher."""
 
 from __future__ import annotations
 
@@ -14,34 +14,33 @@ from opd.types import Prompt, Rollout, ScoreRequest, Scores, Teacher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoutedTeacher(Teacher):
-    """A `Teacher` that passes each row to the teacher that its prompt names (`Prompt.teacher_id`).
+    """A `Teacher` that routes each row to the teacher that its prompt names (`Prompt.teacher_id`).
 
-    The teachers may differ in size, in chat template, and in offloading; their tokens are the student's, or the method
-    allows a tokenizer of their own.
+    The teachers may differ in size, chat template and offloading, and in their tokenizer if the method allows it.
     """
 
     teachers: Mapping[str, Teacher]
 
     @property
     def name(self) -> str:
-        """The names of all."""
+        """The names of all teachers."""
         return ", ".join(self.teachers)
 
     def of(self, teacher_id: str | None) -> Teacher:
-        """The teacher of that name. Raises TeacherError for one that is not here."""
+        """The teacher of that name. Raises TeacherError for an unknown name."""
         if teacher_id not in self.teachers:
             raise TeacherError(
-                f"A prompt's `teacher_id` is {teacher_id!r}, and the teachers are {', '.join(self.teachers)}."
-                f"{nearest(str(teacher_id), self.teachers)} Each row is scored by the teacher that it names."
+                f"A prompt's `teacher_id` is {teacher_id!r}, but the teachers are {', '.join(self.teachers)}."
+                f"{nearest(str(teacher_id), self.teachers)} Each row must name one of them."
             )
         return self.teachers[str(teacher_id)]
 
     def head(self, teacher_id: str | None = None) -> Any:
-        """The output layer that goes with the hidden states of that teacher's rows."""
+        """The output layer of that teacher."""
         return self.of(teacher_id).head(teacher_id)
 
     def refuses(self, request: ScoreRequest) -> str | None:
-        """The first refusal."""
+        """The first teacher's refusal, if any."""
         refusals = (teacher.refuses(request) for teacher in self.teachers.values())
         return next((why for why in refusals if why is not None), None)
 
@@ -64,19 +63,19 @@ class RoutedTeacher(Teacher):
             teacher.jumped(by)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The states of all, each under its teacher's name."""
+        """The states of all teachers, under their names."""
         states = {name: teacher.state_dict() for name, teacher in self.teachers.items()}
         return {f"{name}/{key}": value for name, state in states.items() for key, value in state.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave, each teacher its own part."""
+        """Restore each teacher's part of what `state_dict` returned."""
         for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
             teacher.load_state_dict(own)
 
 
 def routed(teacher: Teacher, rollouts: Sequence[Rollout]) -> list[tuple[Teacher, list[int]]]:
-    """Each teacher with the indices of its rows, in the order of their first rows."""
+    """Each teacher with the indices of its rows; teachers in the order of their first rows."""
     rows: dict[int, tuple[Teacher, list[int]]] = {}
     for i, rollout in enumerate(rollouts):
         one = teacher.of(rollout.prompt.teacher_id)

@@ -21,15 +21,15 @@ def teacher_scores(
     request: ScoreRequest,
     student_top_ids: Tensor | None = None,
 ) -> Scores:
-    """The teacher's scores at `hidden` [T, H] of the tokens `response_ids` [T]; everything detached.
+    """The teacher's scores at `hidden` [T, H] of the tokens `response_ids` [T], detached.
 
-    One pass over chunks gives the sampled token's log-prob, the support, and the entropy and the `top_k` most likely
-    tokens if `request` names them. For full support the hidden states are kept instead: V numbers per position are H
-    numbers and a matmul. Phase B makes that matmul; here it is made only for `sampled`, `entropy` or `top_k`, else
-    `teacher_logp` is NaN.
+    One pass over chunks computes the sampled token's log-prob, the support, and, if requested, the entropy and the
+    `top_k` most likely tokens. For a full support the hidden states are kept instead: H numbers per position, not V.
+    The matmul is left to phase B. Here it runs only for `sampled`, `entropy` or `top_k`, otherwise `teacher_logp` is
+    NaN.
     """
     support, entropy, top_k = request.support, request.entropy, request.top_k
-    assert support.kind != "none", "a method without support has no teacher"
+    assert support.kind != "none", "a method without a support has no teacher"
     check_fits(max(support.k, top_k), head.vocabulary)
     kept = hidden.detach() if support.kind == "full" else None
     if kept is not None and not (request.sampled or entropy or top_k):
@@ -75,7 +75,7 @@ def _scored(
 
 
 def _joined(parts: list[Scores]) -> Scores:
-    """Scores of consecutive positions as one."""
+    """Scores of consecutive positions, concatenated."""
 
     def joined(name: str) -> Tensor | None:
         values = [value for part in parts if (value := getattr(part, name)) is not None]
