@@ -230,7 +230,7 @@ def test_a_model_that_cannot_be_made(work: Path, change: Change, parts: list[str
 @pytest.mark.parametrize(
     ("path", "parts"),
     [
-        ("./studnt", ["models.student.path: there is nothing at studnt. Give an existing folder"]),
+        ("./studnt", ["models.student.path: studnt does not exist. Give an existing folder"]),
         ("studnt", ["models.student.path", "studnt"]),
         ("./train.jsonl", ["models.student.path", "train.jsonl"]),
         (".", ["models.student.path: . has no config.json and 0 GGUF files", "Give a Hugging Face model folder"]),
@@ -317,10 +317,10 @@ def test_a_short_override_of_several_stages(no_weights: None):
 @pytest.mark.parametrize(
     ("file", "text", "parts"),
     [
-        ("trian.jsonl", None, ["There is nothing at trian.jsonl. Did you mean 'train.jsonl'?", "Correct `path`"]),
+        ("trian.jsonl", None, ["trian.jsonl does not exist. Did you mean 'train.jsonl'?", "Correct `path`"]),
         ("mine.jsonl", "", ["mine.jsonl is empty", "at least one row"]),
         ("mine.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["Line 2 of mine.jsonl is not valid JSON", "got '{"]),
-        ("mine.jsonl", '{"prompt": "1+1="}\n5\n', ["Line 2 of mine.jsonl is a int, got 5", "A row is an object"]),
+        ("mine.jsonl", '{"prompt": "1+1="}\n5\n', ["Line 2 of mine.jsonl is a int, got 5", "A row must be an object"]),
         ("mine.csv", 'prompt,answer\n1+1=,2\n"1+2=,3\n', ["Line 3 of mine.csv is not valid CSV", "Quote a cell"]),
         (
             "mine.jsonl",
@@ -349,14 +349,14 @@ LONG = [*sums(0, 3), {"prompt": "1+1+1+1+1="}]
 def test_a_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
     write_rows(work / "long.jsonl", LONG)
     said = refusal(one_stage(data={"path": "long.jsonl"}, max_prompt_length=6), what=what)
-    assert_says(said, "DataError: Prompt 3 has 10 tokens, and `max_prompt_length` is 6", "raise `max_prompt_length`")
+    assert_says(said, "DataError: Prompt 3 has 10 tokens, but `max_prompt_length` is 6", "raise `max_prompt_length`")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
 def test_a_held_out_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
     write_rows(work / "long.jsonl", LONG)
     said = refusal(one_stage(evaluate={"data": {"path": "long.jsonl"}}, max_prompt_length=6), what=what)
-    assert_says(said, "DataError: Prompt 3 has 10 tokens, and `max_prompt_length` is 6", "raise `max_prompt_length`")
+    assert_says(said, "DataError: Prompt 3 has 10 tokens, but `max_prompt_length` is 6", "raise `max_prompt_length`")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
@@ -456,7 +456,7 @@ def test_what_a_recipe_lacks_for_its_method(no_weights: None, changes: dict[str,
 def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: dict[str, Any]):
     write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
     said = refusal(one_stage(data={"path": "mine.jsonl"}, **changes))
-    assert_says(said, f"DataError: This run needs `{column}` in every row, and 2 of 3 rows of mine.jsonl have none")
+    assert_says(said, f"DataError: This run needs `{column}` in every row, but 2 of 3 rows of mine.jsonl have none")
     assert_says(said, "(rows 1, 2). Its columns", "Fill it, or map it with `columns:`")
 
 
@@ -786,7 +786,7 @@ def test_privileged_information_that_some_rows_lack(work: Path, no_weights: None
     options = {"information": information}
     recipe = one_stage(method="context_distillation", teacher=None, options=options, data=data)
     said = refusal(recipe, what=what)
-    assert_says(said, "DataError: This run needs `privileged_context` in every row, and 2 of 3 rows of mine.jsonl have")
+    assert_says(said, "DataError: This run needs `privileged_context` in every row, but 2 of 3 rows of mine.jsonl have")
     assert_says(said, "none (rows 1, 2)", "Its columns: prompt, summary. Fill it, or map it with `columns:`")
 
 
@@ -857,7 +857,7 @@ def test_a_selection_that_cannot_be_meant(no_weights: None):
     assert_says(refusal(one_stage(data=data)), "unknown key `stages.0.data.select.by.lmit`. Did you mean 'limit'?")
     data["select"] = {"by": {"path": "held_out.jsonl"}, "keep": "near"}
     said = refusal(one_stage(data={**data, "limit": 3}), what="check")
-    assert_says(said, "DataError: `select` leaves nothing of train.jsonl: 3 not near those of held_out.jsonl", "Change")
+    assert_says(said, "DataError: `select` leaves no row of train.jsonl: 3 not near those of held_out.jsonl", "Change")
 
 
 # --- what is said when nothing is wrong ------------------------------------------------------------------------------
@@ -902,14 +902,14 @@ def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (("./modl", "held_out.jsonl"), ["opd eval MODEL: there is nothing at modl. Did you mean 'model'?"]),
+        (("./modl", "held_out.jsonl"), ["opd eval MODEL: modl does not exist. Did you mean 'model'?"]),
         ((".", "held_out.jsonl"), ["opd eval MODEL: . has no config.json and 0 GGUF files"]),
-        (("model", "held_out.jsonl", "--teacher", "./modl"), ["opd eval --teacher: there is nothing at modl"]),
+        (("model", "held_out.jsonl", "--teacher", "./modl"), ["opd eval --teacher: modl does not exist"]),
         (
             ("model", "held_out.jsonl", "--option", "n=1"),
             ["ConfigError: opd eval got --option n=1", "without --reward"],
         ),
-        (("model", "held_ot.jsonl"), ["There is nothing at held_ot.jsonl. Did you mean 'held_out.jsonl'?"]),
+        (("model", "held_ot.jsonl"), ["held_ot.jsonl does not exist. Did you mean 'held_out.jsonl'?"]),
         (("model", "held_out.jsonl", "--reward", "exct"), ["There is no reward 'exct'. Did you mean 'exact'?"]),
         (("model", "held_out.jsonl", "--n", "0"), ["n", "1"]),
         (("model", "held_out.jsonl", "--temperature", "-1"), ["temperature", "-1"]),

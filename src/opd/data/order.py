@@ -1,4 +1,4 @@
-"""Which task a step takes, and which of its prompts: a function of (seed, step), so that the step alone resumes it."""
+"""The tasks and prompts of each step: a function of (seed, step), so that resuming needs only the step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Span:
 class PromptOrder:
     """The prompts of every step of a stage; a stage without tasks has one.
 
-    A step takes `count` prompts of one task, and the tasks take turns by their shares (arXiv 2603.25562, Table A1: 200
-    steps of mathematics and 200 of ALFWorld, alternating); or, `mixed`, the prompts of a step take those turns. Each
-    task goes through its own prompts in the order of `shuffled`, however often the others have theirs.
+    A step takes `count` prompts of one task, and the tasks alternate by their shares (arXiv 2603.25562, Table A1: 200
+    steps of mathematics and 200 of ALFWorld, alternating). With `mixed`, the prompts within a step alternate. Each task
+    takes its prompts in the order of `shuffled`, independently of the other tasks.
     """
 
     prompts: tuple[Sequence[Prompt], ...]  # of each task
     shares: tuple[float, ...]  # of each task, above 0; only their proportions matter
-    count: int  # prompts a step
+    count: int  # prompts per step
     seed: int
     mixed: bool = False
 
@@ -45,7 +45,7 @@ class PromptOrder:
         ]
 
     def spans(self, step: int) -> list[Span]:
-        """What a step takes of each task that it takes from."""
+        """The spans of a step, one per task that it takes prompts from."""
         if not self.mixed:
             ((task, earlier),) = interleave(self.shares, first=step, count=1)
             return [Span(task, earlier * self.count, self.count)]
@@ -55,33 +55,33 @@ class PromptOrder:
         return [Span(task, earlier[0], len(earlier)) for task, earlier in sorted(firsts.items())]
 
     def different_at_least(self, step: int) -> int:
-        """How many prompts of a step are certainly different, without a look at their order.
+        """The number of prompts of a step that are certainly different, computed without their order.
 
-        All of them, unless the step goes past the end of a task's prompts: then those of one pass through them.
+        All, unless the step passes the end of a task's prompts: then only those of one pass.
         """
         return sum(_of_one_pass(span, len(self.prompts[span.task])) for span in self.spans(step))
 
 
 def _of_one_pass(span: Span, size: int) -> int:
-    """The most prompts of a span that belong to one pass through a task's `size` prompts."""
+    """The largest number of the span's prompts within one pass through a task's `size` prompts."""
     of_first = min(span.count, size - span.first % size)
     return max(of_first, min(span.count - of_first, size))
 
 
 def interleave(shares: Sequence[float], *, first: int, count: int) -> list[tuple[int, int]]:
-    """Turns number `first` to `first + count` of an endless sequence: (task, how many turns it had before).
+    """Turns `first` to `first + count` of an endless sequence, as (task, number of its earlier turns).
 
-    Turn k of a task that has the part p of all shares lies at the time (k + 1/2) / p. Turns follow each other in the
-    order of these times, at the same time in the order of the tasks. So equal shares alternate, and after m turns every
-    task has had m p of them to within (number of tasks + 1) / 2. Exact arithmetic, no state.
+    Turn k of a task with the fraction p of all shares has the time (k + 1/2) / p. Turns are ordered by time, ties by
+    task. So tasks of equal shares alternate, and after m turns every task has had m p of them, to within (number of
+    tasks + 1) / 2. Exact arithmetic, no state.
     """
     fractions = [Fraction(share) for share in shares]
     scale = lcm(*(fraction.denominator for fraction in fractions))
-    parts = [int(fraction * scale) for fraction in fractions]  # whole numbers in the proportions of the shares
+    parts = [int(fraction * scale) for fraction in fractions]  # integers in the proportions of the shares
     whole = sum(parts)
     start = max(first - len(parts), 0)  # at most `first` turns lie before this time
     had = [max(0, -((whole - 2 * start * part) // (2 * whole))) for part in parts]  # ceil(start p - 1/2)
-    between = [lcm(*parts) // part for part in parts]  # two turns of a task, in a unit in which all are whole
+    between = [lcm(*parts) // part for part in parts]  # time between a task's turns, as integers
     found: list[tuple[int, int]] = []
     while len(found) < count:
         task = min(range(len(parts)), key=lambda i: ((2 * had[i] + 1) * between[i], i))
@@ -94,8 +94,7 @@ def interleave(shares: Sequence[float], *, first: int, count: int) -> list[tuple
 def shuffled(prompts: Sequence[Prompt], *, first: int, count: int, seed: int) -> list[Prompt]:
     """`count` prompts from position `first` of their endless order, a pure function of the seed.
 
-    Epoch e is the permutation of `numpy.random.default_rng((seed, e))`: no prompt comes twice before its end, and it is
-    followed by the next epoch's beginning.
+    Epoch e is the permutation of `numpy.random.default_rng((seed, e))`. So no prompt repeats within an epoch.
     """
     assert prompts
     assert first >= 0 < count

@@ -1,4 +1,4 @@
-"""A data section -> `Prompt`s: its rows as they are read, checked and selected."""
+"""From a data section to `Prompt`s: reads, checks and selects its rows."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "
 
 
 def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list[Prompt]:
-    """All rows that are kept as prompts, with id = index of the row, skipped ones counted.
+    """The selected rows as prompts; a prompt's id is the index of its row, skipped rows included.
 
-    `require` names columns to be filled.
+    `require` names columns that must be filled.
 
-    Read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row without one,
-    TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A reasoning-gym row
-    keeps {task, options, entry} under metadata["reasoning_gym"], so that the reward of that name can score it. The same
+    The columns read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row
+    without it, TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A
+    reasoning-gym row keeps {task, options, entry} in metadata["reasoning_gym"], for the reward of that name. The same
     options give the same rows in every process, except for tasks that iterate over Python sets (word_ladder,
-    knight_swap, ransom_note, isomorphic_strings, polynomial_multiplication): those also need a fixed PYTHONHASHSEED.
+    knight_swap, ransom_note, isomorphic_strings, polynomial_multiplication): these also need a fixed PYTHONHASHSEED.
 
-    Raises ConfigError when the section cannot be meant so, DataError when a file or a row cannot be used.
+    Raises ConfigError for contradicting fields, DataError for an unusable file or row.
     """
     return load_selected(section, require=require)[0]
 
 
 def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tuple[list[Prompt], list[Selected]]:
-    """`load_prompts`, and what became of the rows where some were selected. Raises as `load_prompts` does."""
+    """`load_prompts`, and a report of each selection. Raises as `load_prompts`."""
     prompts, selected, columns = _selected_prompts(section)
     require_columns(prompts, require, source=section.path, seen=columns)
     if section.template is not None:
@@ -54,10 +54,10 @@ def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tup
 
 
 def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Selected], list[str]]:
-    """(the prompts that are kept, before the template; what was left out; the data's columns)."""
+    """(the selected prompts, before the template; the selection's report; the data's columns)."""
     check_data(section)
     stop = None if section.limit is None else section.skip + section.limit
-    options = deepcopy(section.options)  # a function of the user's may change what it is given
+    options = deepcopy(section.options)  # a user's function may change its options
     rows = rows_of(section.path, split=section.split, options=options, limit=stop)
     prompts, columns = _prompts(list(islice(rows, section.skip, stop)), section)
     if section.select is None:
@@ -71,9 +71,9 @@ def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Selected
 
 
 def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: bool = False) -> list[Prompt]:
-    """Rows that a Python caller has: strings, mappings with `prompt`, or Prompts (which keep their id).
+    """Rows given in Python as prompts: strings, mappings with `prompt`, or Prompts (which keep their id).
 
-    Raises DataError as `load_prompts` does, and ConfigError for a `chat` that is no boolean.
+    Raises DataError as `load_prompts`, and ConfigError for a `chat` that is not a boolean.
     """
     given = list(rows)
     if given and all(isinstance(row, Prompt) for row in given):
@@ -87,16 +87,16 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
     """All rows as prompts, and the names of their columns."""
     if not rows and section.skip:
         raise DataError(
-            f"`skip: {section.skip}` leaves nothing of {section.path}: it has no row {section.skip} (counted from 0). "
+            f"`skip: {section.skip}` leaves no row of {section.path}: it has no row {section.skip} (counted from 0). "
             "Lower `skip`."
         )
     if not rows:
-        raise DataError(f"{section.path} is empty: it has no rows. Give data with at least one row.")
+        raise DataError(f"{section.path} has no rows. Give data with at least one row.")
     for where, row in rows:
         if not isinstance(row, Mapping):
             raise DataError(
                 f"{where} is a {type(row).__name__}, got {reprlib.repr(row)}. "
-                'A row is an object with a `prompt`, e.g. {"prompt": "..."}.'
+                'A row must be an object with a `prompt`, e.g. {"prompt": "..."}.'
             )
     seen = list(dict.fromkeys(str(column) for _, row in rows for column in row))
     for name, column in section.columns.items():
@@ -109,12 +109,13 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
 
 
 def check_data(section: DataSection) -> None:
-    """Raise ConfigError for fields that contradict each other, or would do nothing."""
+    """Raise ConfigError for fields that contradict each other or have no effect."""
     for name in section.columns:
         if name not in COLUMNS:
             raise ConfigError(
-                f"`columns` maps our names to the file's, and {name!r} is none of ours.{nearest(name, COLUMNS)} "
-                f"Known: {', '.join(COLUMNS)}. Other columns go to the metadata under their own name."
+                f"`columns` maps opd's column names to the file's, but opd has no column {name!r}."
+                f"{nearest(name, COLUMNS)} Known: {', '.join(COLUMNS)}. "
+                "Other columns go to the metadata under their own name."
             )
     if section.template is not None:
         fields_of("The `template` of a data section", section.template, ("prompt",), needed="prompt")
@@ -122,11 +123,11 @@ def check_data(section: DataSection) -> None:
         check_selection(section.select)
     is_file = section.path.startswith("package:") or Path(section.path).suffix.lower() in READERS
     if is_file and section.options:
-        raise ConfigError(f"A file has no options, and {section.path} got {sorted(section.options)}. Remove `options`.")
+        raise ConfigError(f"The file {section.path} takes no options, got {sorted(section.options)}. Remove `options`.")
     generated = section.path.startswith("reasoning_gym:") or FUNCTION.fullmatch(section.path)
     if section.split != "train" and (is_file or generated):
         raise ConfigError(
-            f"`split: {section.split}`: {section.path} has no splits. Give the path of that split's own data."
+            f"`split: {section.split}`: {section.path} has no splits. Give the path of that split's data."
         )
 
 
@@ -154,7 +155,7 @@ def _prompt(index: int, where: str, row: Mapping[str, Any], section: DataSection
 
 
 def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
-    """Raise DataError unless every prompt has all of the columns `names`, saying how many have not."""
+    """Raise DataError, with the number of rows, if prompts lack one of the columns `names`."""
     for name in names:
         values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
         empty = [p.id for p, value in zip(prompts, values, strict=True) if value is None or value == ""]
@@ -163,6 +164,6 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
             columns = f" Its columns: {', '.join(seen)}." if seen else ""
             meant = "" if name in seen else nearest(name, seen)
             raise DataError(
-                f"This run needs `{name}` in every row, and {len(empty)} of {len(prompts)} rows of {source} have none "
+                f"This run needs `{name}` in every row, but {len(empty)} of {len(prompts)} rows of {source} have none "
                 f"(rows {which}).{meant}{columns} Fill it, or map it with `columns:`."
             )

@@ -15,7 +15,7 @@ from opd.data.gym import gym_task
 from opd.errors import ConfigError, DataError, nearest
 from opd.plugins import check_options, import_function, packaged
 
-Row: TypeAlias = tuple[str, Any]  # where it stands, for messages; what stands there
+Row: TypeAlias = tuple[str, Any]  # the row's place, for messages; its content
 
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -42,8 +42,8 @@ def _file_rows(path: Path) -> Iterator[Row]:
     ending = path.suffix.lower()
     if ending not in READERS:
         raise ConfigError(
-            f"{path} ends with {ending!r}, which is not read.{nearest(ending, READERS)} "
-            f"Files end with {', '.join(READERS)}; a function `package.module:function` can read anything else."
+            f"{path} ends with {ending!r}, which opd does not read.{nearest(ending, READERS)} "
+            f"Files end with {', '.join(READERS)}; a function `package.module:function` can read any other file."
         )
     if not path.is_file():
         raise _missing(path)
@@ -54,7 +54,7 @@ def _missing(path: Path) -> DataError:
     there = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     listed = ", ".join(there[:10]) or ("nothing" if path.parent.is_dir() else "no such folder")
     near = nearest(path.name, there)
-    return DataError(f"There is nothing at {path}.{near} In {path.parent.resolve()}: {listed}. Correct `path`.")
+    return DataError(f"{path} does not exist.{near} In {path.parent.resolve()}: {listed}. Correct `path`.")
 
 
 def _read_text(path: Path) -> str:
@@ -84,14 +84,14 @@ def _json_rows(path: Path) -> Iterator[Row]:
     try:
         rows = json.loads(text) if text.strip() else []
     except json.JSONDecodeError as error:
-        hint = " One object a line is the format of a .jsonl file: rename it." if error.msg == "Extra data" else ""
+        hint = " One object per line is the format of a .jsonl file: rename it." if error.msg == "Extra data" else ""
         raise DataError(
             f"Line {error.lineno} of {path} is not valid JSON: {error.msg} at column {error.colno}.{hint} "
             "A .json file holds a list of objects."
         ) from error
     if not isinstance(rows, list):
         raise DataError(
-            f"{path} holds a {type(rows).__name__}, and a .json file holds a list of objects. Wrap it in []."
+            f"{path} holds a {type(rows).__name__}, but a .json file must hold a list of objects. Wrap it in []."
         )
     yield from ((f"Row {index} of {path}", row) for index, row in enumerate(rows))
 
@@ -144,7 +144,7 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
     try:
         rows = function(**options)
         if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
-            raise TypeError(f"it returned a {type(rows).__name__}, and rows are an iterable of dicts")
+            raise TypeError(f"it returned a {type(rows).__name__}, but must return an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
     except Exception as error:  # any line of the user's function may raise
         why = str(error).removesuffix(".")
@@ -158,7 +158,9 @@ def _datasets_rows(source: str, folder: Path, split: str, options: Mapping[str, 
         raise _missing(folder)
     saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
     if saved and options:
-        raise ConfigError(f"{folder} was written by save_to_disk and has no options, got {sorted(options)}.")
+        raise ConfigError(
+            f"{folder} was written by save_to_disk and takes no options, got {sorted(options)}. Remove `options`."
+        )
     try:
         if saved:
             data = datasets.load_from_disk(str(folder))
@@ -169,7 +171,7 @@ def _datasets_rows(source: str, folder: Path, split: str, options: Mapping[str, 
         else:
             path = str(folder) if folder.is_dir() else source
             data = datasets.load_dataset(path, split=split, **options)
-    except Exception as error:  # the library raises many types, not all of them documented
+    except Exception as error:  # the library raises many undocumented types
         what = "folder" if folder.is_dir() else "hub name (there is no such local file or folder)"
         raise DataError(
             f"`datasets` could not load the split {split!r} of the {what} {source}: {type(error).__name__}: "

@@ -1,7 +1,7 @@
-"""Which rows of a data section are kept: by the questions of another data set, and without repeats.
+"""Selects rows of a data section by similarity to another data set, and removes repeats.
 
-Teacher-aligned prompts of arXiv 2604.13016 5.2: `near` keeps what is like the teacher's own training prompts; `far`
-leaves it out, which is the paper's de-duplication (App. C.3: equal text, then a cosine of at least 0.6).
+Teacher-aligned prompts of arXiv 2604.13016 5.2: `near` keeps questions similar to the teacher's training prompts. `far`
+removes them: the paper's de-duplication (App. C.3: equal text, then a cosine of at least 0.6).
 """
 
 from __future__ import annotations
@@ -15,43 +15,43 @@ from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repe
 from opd.errors import ConfigError, DataError
 from opd.recipe.schema import SelectSection
 
-THRESHOLD = 0.6  # where the section names none: arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
+THRESHOLD = 0.6  # default of `threshold`: arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
 
 
-GRAM = 3  # words or characters of an n-gram, where the section names no `n`
+GRAM = 3  # default of `n`: words or characters per n-gram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selected:
-    """What became of the rows of `source`: `kept` of `read`; the others by reason."""
+    """The selection from `source`: `kept` of `read` rows, and the number dropped for each reason."""
 
     source: str
     read: int
     kept: int
     dropped: dict[str, int]
-    cut: int = 0  # questions longer than the encoder reads
+    cut: int = 0  # questions longer than the encoder's limit
 
     def __str__(self) -> str:
         reasons = "; ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         said = f"{self.source}: {self.kept} of {self.read} rows selected" + (f" ({reasons})" if reasons else "")
-        return said + (f"; the encoder read the beginning alone of {self.cut} questions" if self.cut else "")
+        return said + (f"; the encoder read only the beginning of {self.cut} questions" if self.cut else "")
 
 
 def check_selection(selection: SelectSection) -> None:
-    """Raise ConfigError for fields that contradict each other, or would do nothing."""
+    """Raise ConfigError for fields that contradict each other or have no effect."""
     s = selection
     if (s.by is None) != (s.keep is None):
         has, lacks = ("by", "keep") if s.keep is None else ("keep", "by")
         raise ConfigError(
-            f"`select` has `{has}` and no `{lacks}`. Give both: `by` is the data set to compare with, `keep` is `near` "
-            "for what is like it, or `far` for what is not."
+            f"`select` has `{has}` but not `{lacks}`. Give both: `by` is the data set to compare with, `keep` is "
+            "`near` for similar questions, or `far` for the others."
         )
     if s.by is None and not s.distinct:
         raise ConfigError("`select` selects nothing. Give `by` and `keep`, or `distinct: true`.")
     if s.threshold is not None and s.measure == "exact":
         raise ConfigError(
-            f"`select.threshold` is the least cosine of two questions that are alike, above 0 and at most 1, and "
-            f"`measure: exact` has none; got {s.threshold} with `measure: {s.measure}`. Correct it, or leave it out."
+            f"`select.threshold` is the least cosine of similar questions, above 0 and at most 1, and `measure: exact` "
+            f"takes none; got {s.threshold} with `measure: {s.measure}`. Correct it, or leave it out."
         )
     if s.n is not None and s.measure not in ("words", "characters"):
         raise ConfigError(
@@ -68,9 +68,9 @@ def check_selection(selection: SelectSection) -> None:
 def select(
     questions: Sequence[str], others: Sequence[str] | None, selection: SelectSection, source: str
 ) -> tuple[list[int], Selected]:
-    """(positions of the questions that are kept, in their order; what became of the others).
+    """(positions of the kept questions, in order; the report of the selection).
 
-    First `keep` by `others`, then `distinct` among what is left, then `limit`. Raises DataError when nothing is left.
+    First `keep` by `others`, then `distinct` among the rest, then `limit`. Raises DataError if no question is left.
     """
     texts = [normalised(question) for question in questions]
     compare = _Comparison(selection, texts)
@@ -89,7 +89,7 @@ def select(
     if not kept:
         lowest, middle, highest = np.quantile(closest, (0, 0.5, 1)).tolist()
         raise DataError(
-            f"`select` leaves nothing of {source}: {'; '.join(f'{count} {why}' for why, count in dropped.items())}. "
+            f"`select` leaves no row of {source}: {'; '.join(f'{count} {why}' for why, count in dropped.items())}. "
             f"The nearest cosines of its questions are {lowest:.2f} to {highest:.2f}, half of them below {middle:.2f}. "
             "Change `threshold`, `measure` or `keep`."
         )
@@ -101,7 +101,7 @@ def select(
 
 
 class _Comparison:
-    """Questions with their vectors, which are made once."""
+    """Questions with their vectors, computed once."""
 
     def __init__(self, selection: SelectSection, texts: Sequence[str]) -> None:
         self.texts = texts
@@ -111,7 +111,7 @@ class _Comparison:
         self._vectors = None if self._vectors_of is None else self._vectors_of(texts)
 
     def near(self, others: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """([n] bool: equal to one of the others, or as near as the threshold; [n] the nearest cosine)."""
+        """([n] bool: equal to one of the others, or within the threshold; [n] the largest cosine)."""
         known = set(others)
         equal = np.array([text in known for text in self.texts])
         if self._vectors_of is None or self._vectors is None:
@@ -120,7 +120,7 @@ class _Comparison:
         return equal | (cosine >= self.threshold), cosine
 
     def again(self, rows: Sequence[int]) -> np.ndarray:
-        """[rows] bool: equal to an earlier one of them, or as near as the threshold to an earlier one that is kept."""
+        """[rows] bool: equal to an earlier row, or within the threshold of an earlier kept row."""
         seen = set[str]()
         different: list[int] = []  # positions in `rows`
         for at, i in enumerate(rows):
@@ -134,7 +134,7 @@ class _Comparison:
         return out
 
     def _maker(self, selection: SelectSection) -> Callable[[Sequence[str]], Vectors] | None:
-        """Texts -> vectors; None where only equal texts are alike."""
+        """A function from texts to vectors; None if only equal texts count as similar."""
         if selection.measure == "exact":
             return None
         if selection.measure != "encoder":

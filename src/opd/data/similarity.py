@@ -1,6 +1,6 @@
-"""How alike questions are: equal texts, cosines of n-gram counts, cosines of an encoder's states. numpy alone here.
+"""Similarity of questions: equal texts, cosines of n-gram counts, cosines of an encoder's states. Only numpy.
 
-Vectors of both kinds have length 1, so that a product is a cosine.
+Vectors of both kinds have norm 1, so that a product is a cosine.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 
-BLOCK = 256  # questions that are compared at once
+BLOCK = 256  # questions compared at once
 
 
 Unit: TypeAlias = Literal["words", "characters"]
@@ -25,7 +25,7 @@ Cosines: TypeAlias = Callable[["Vectors"], np.ndarray]
 
 
 class Vectors(Protocol):
-    """One vector a question."""
+    """One vector per question."""
 
     def __len__(self) -> int: ...
 
@@ -35,16 +35,16 @@ class Vectors(Protocol):
 
 
 def normalised(text: str) -> str:
-    """The text in one form of Unicode (NFKC), without case, with single blanks.
+    """The text in Unicode form NFKC, without case, with single blanks.
 
-    Punctuation stays: `2+2` and `2-2` are two questions.
+    Punctuation stays: `2+2` and `2-2` are different questions.
     """
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 @dataclass(frozen=True, slots=True)
 class Grams:
-    """Counts of n-grams, divided by their norm: one mapping a question."""
+    """Counts of n-grams, divided by their norm: one mapping per question."""
 
     rows: Sequence[dict[str, float]]
 
@@ -56,7 +56,7 @@ class Grams:
         return Grams([self.rows[i] for i in rows])
 
     def cosines(self) -> Cosines:
-        """A function of other vectors [n]: the cosines [n, M] with these, of which an index by n-gram is made once."""
+        """A function from other vectors [n] to their cosines [n, M] with these, through an index by n-gram."""
         listed: dict[str, tuple[list[int], list[float]]] = {}
         for i, row in enumerate(self.rows):
             for gram, weight in row.items():
@@ -93,7 +93,7 @@ class Embeddings:
         return Embeddings(self.values[np.asarray(rows, dtype=np.int64)])
 
     def cosines(self) -> Cosines:
-        """A function of other vectors [n]: the cosines [n, M] with these."""
+        """A function from other vectors [n] to their cosines [n, M] with these."""
 
         def cosines(others: Vectors) -> np.ndarray:
             """[n, M]"""
@@ -104,9 +104,9 @@ class Embeddings:
 
 
 def grams(texts: Sequence[str], unit: Unit, n: int) -> Grams:
-    """The n-grams of texts: of characters, or of words, where a sign such as + is a word of its own.
+    """The n-grams of texts, of characters or of words; a sign such as + counts as a word.
 
-    A text with fewer than n units is one n-gram, the whole of it.
+    A text with fewer than n units is one n-gram.
     """
     assert n >= 1
     rows: list[dict[str, float]] = []
@@ -119,7 +119,7 @@ def grams(texts: Sequence[str], unit: Unit, n: int) -> Grams:
 
 
 def nearest_cosine(questions: Vectors, others: Vectors) -> np.ndarray:
-    """[n]: the largest cosine of each question with any of the others."""
+    """[n]: the largest cosine of each question with any of `others`."""
     assert len(others) > 0
     compare = others.cosines()
     blocks = [compare(questions.take(rows)).max(axis=1) for rows in _blocks(len(questions))]
@@ -127,7 +127,7 @@ def nearest_cosine(questions: Vectors, others: Vectors) -> np.ndarray:
 
 
 def repeats(questions: Vectors, threshold: float) -> np.ndarray:
-    """[n] bool: whose cosine with an earlier question that is itself no repeat is at least `threshold`."""
+    """[n] bool: repeats, whose cosine with an earlier question that is not a repeat is at least `threshold`."""
     compare = questions.cosines()
     first = np.zeros(len(questions), dtype=bool)
     for rows in _blocks(len(questions)):

@@ -1,4 +1,4 @@
-"""Tasks made on the spot, with answers that can be checked: data functions for recipes."""
+"""Generated toy tasks with checkable answers: data functions for recipes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def addition(count: int, digits: int = 3, seed: int = 0, part: Part = "train") -
     """`count` different sums of two numbers of `digits` digits, with a chain of thought from the last digit up.
 
     {"prompt": "347+285=", "response": "7+5+0=12,4+8+1=13,3+2+1=06;632", "answer": "632"}: each column adds two digits
-    and the carry. Which part a sum belongs to depends on its numbers alone, so the parts never share one, whatever the
-    seed. Raises ConfigError when a part has fewer than `count` sums.
+    and the carry. The part of a sum depends only on its numbers, so the parts never share a sum, whatever the seed.
+    Raises ConfigError if a part has too few sums for `count`.
     """
     low, high = 10 ** (digits - 1), 10**digits
     sums = different(
@@ -60,9 +60,9 @@ def sorting(
     """`count` different rows of `digits` digits to put in order.
 
     {"prompt": "58142>", "response": "12458", "answer": "12458"}, or descending {"prompt": "58142<", "response":
-    "85421", ...}: the sign tells the task from others. A share `knowing` of the prompts, drawn by row, begins with the
-    solution, "12458;58142>": whoever imitates them learns to read one. Parts as in `addition`, the same for both
-    orders. Raises ConfigError when a part has fewer than `count` rows.
+    "85421", ...}: the sign names the task. A share `knowing` of the prompts, drawn by row, begins with the solution,
+    "12458;58142>", so that a model trained on them learns to read it. Parts as in `addition`, the same for both orders.
+    Raises ConfigError if a part has too few rows for `count`.
     """
     rows = different(
         count,
@@ -83,13 +83,15 @@ def sorting(
 def different(
     count: int, draw: Callable[[np.random.Generator], Numbers], *, seed: int, part: Part, total: int, what: str
 ) -> Iterator[Numbers]:
-    """`count` different draws, of `total` that there are, that belong to the part: 10 % are held out, by their numbers.
+    """`count` different draws of the part, out of `total` possible draws; 10 % are held out, by their numbers.
 
-    Raises ConfigError when `count` is more than half of what the part has.
+    Raises ConfigError if `count` is more than half of the part.
     """
     share = HELD_OUT_SHARE if part == "held_out" else 1 - HELD_OUT_SHARE
     if count > 0.5 * share * total:
-        raise ConfigError(f"{part} has about {share * total:.0f} {what}; {count} are too many.")
+        raise ConfigError(
+            f"The part {part} has about {share * total:.0f} {what}; {count} are too many. Use at most half of them."
+        )
     rng = np.random.default_rng(seed)
     seen: set[Numbers] = set()
     while len(seen) < count:

@@ -24,18 +24,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def load_model(
     spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0, where: str | None = None
 ) -> LanguageModel:
-    """Load what a recipe describes; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
+    """Load the model of a recipe; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
 
-    `seed` is the recipe's: with the model's name it determines the random weights of a new model that names no seed,
-    and those of new adapters. `where` is what messages call the path; default: the recipe's key.
+    The recipe's `seed` and the model's name determine the random weights of new adapters, and of a new model without a
+    seed. `where` is the name of the path in messages; default: the recipe's key.
     """
     try:
         model, tokenizer = _load(spec, name, folder, seed, where)
     except OPDError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:  # the libraries' own words, with the place
+    except (OSError, ValueError, RuntimeError, ImportError) as error:  # adds the place to the libraries' messages
         origin = folder or spec.path or "init"
-        raise ConfigError(f"{where or f'models.{name}'}: {origin} could not be made into a model: {error}") from error
+        raise ConfigError(f"{where or f'models.{name}'}: {origin} could not be loaded as a model: {error}") from error
     return language_model.wrap(
         model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
     )
@@ -52,7 +52,7 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str
         path = folder or resolve(spec, name, where)
         tokenizer = load_tokenizer(path, spec, name, where)
         attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
-        # Weights load from safetensors alone: a pickle can run code.
+        # Only safetensors: a pickle can run code.
         model = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[spec.dtype],
@@ -64,14 +64,14 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
     if spec.autocast and device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # what autocast leaves in float32, the output layer, in TF32
+        torch.set_float32_matmul_precision("high")  # the output layer, which autocast leaves in float32, uses TF32
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if spec.lora is not None:
         if spec.gradient_checkpointing:
             model.enable_input_require_grads()
         with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))  # the adapters' own, whatever came before
+            torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))  # independent of earlier random numbers
             model = language_model.add_lora(model, **spec.lora.model_dump())
     return model, tokenizer
 
@@ -83,7 +83,7 @@ def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | No
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
-        taken = "a folder" if isinstance(path, Path) else "no local folder, so it was taken for a hub id"
+        taken = "a folder" if isinstance(path, Path) else "not a local folder and so used as a hub id"
         near = "" if isinstance(path, Path) else near_path(Path(path))
         raise ConfigError(
             f"{where or f'models.{name}.path'}: no tokenizer could be loaded from {path}, which is {taken}."
@@ -102,16 +102,16 @@ def cache_dir() -> Path:
 
 
 def cached_gguf(file: Path) -> Path:
-    """Where the conversion of a GGUF file is kept, made or not."""
+    """The folder for the conversion of a GGUF file, which may not exist yet."""
     key = hashlib.sha256(f"{file.name}-{file.stat().st_size}".encode()).hexdigest()[:12]
     return cache_dir() / f"{file.stem}-{key}"
 
 
 def convert_gguf(file: Path) -> Path:
-    """A clean safetensors folder with the file's de-quantised weights (float32), made once in the cache.
+    """A safetensors folder with the file's de-quantised weights (float32), written once into the cache.
 
-    A model that transformers loads from GGUF keeps a quantizer, which stops `save_pretrained` and training: its weights
-    go into a fresh model whose config knows no quantization.
+    A model that transformers loads from GGUF keeps a quantizer, which prevents `save_pretrained` and training. So its
+    weights are copied into a new model without quantization in its config.
     """
     target = cached_gguf(file)
     if (target / "config.json").exists():
@@ -132,7 +132,7 @@ def convert_gguf(file: Path) -> Path:
         clean = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     clean.to_empty(device="cpu").load_state_dict(loaded.state_dict())
     clean.tie_weights()
-    # A file's own name for its origin is no place to load from.
+    # Remove the name of the file's origin: nothing can be loaded from it.
     clean.config._name_or_path = str(target)
     clean.generation_config = loaded.generation_config
     partial = target.with_name(f"{target.name}.writing-{os.getpid()}")
@@ -148,7 +148,7 @@ def convert_gguf(file: Path) -> Path:
 def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
     """A randomly initialised model from `init` (a transformers config, with `model_type`) and `tokenizer`.
 
-    The tokenizer is {characters: "..."}, one token a character, or the path of one.
+    The tokenizer is {characters: "..."}, one token per character, or a path.
     """
     from transformers import AutoModelForCausalLM
 
@@ -179,7 +179,7 @@ def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
 
 
 def new_tokenizer(spec: ModelSpec, name: str) -> Any:
-    """The tokenizer of a new model. Raises ConfigError when the recipe names none."""
+    """The tokenizer of a new model. Raises ConfigError if the recipe names none."""
     from transformers import AutoTokenizer
 
     if spec.tokenizer is None:
@@ -190,9 +190,9 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
 
 
 def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ()) -> Any:
-    """One token a character, after <pad> (0) and <eos> (1), and then one for each of `merges` (byte-pair encoding).
+    """<pad> (0), <eos> (1), then one token per character and one per merge of `merges` (byte-pair encoding).
 
-    Raises ConfigError for a merge of tokens that are not there.
+    Raises ConfigError for a merge of unknown tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as token_models
@@ -203,7 +203,7 @@ def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ())
         if missing := [part for part in (left, right) if part not in vocabulary]:
             raise ConfigError(
                 f"The tokenizer's merge {left!r} + {right!r} joins {missing[0]!r}, which is neither a character nor "
-                "made by an earlier merge. Correct the order of `merges`, or add the characters."
+                "the result of an earlier merge. Correct the order of `merges`, or add the characters."
             )
         vocabulary.setdefault(left + right, len(vocabulary))
     if merges:
@@ -217,7 +217,7 @@ def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ())
 
 
 def _pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
-    """Byte-pair encoding of characters; what is no character of it reads as padding, as without merges."""
+    """Byte-pair encoding of characters. As without merges, an unknown character becomes padding."""
     from tokenizers import Tokenizer, decoders
     from tokenizers import models as token_models
 

@@ -1,6 +1,6 @@
-"""Where a model's path points: a folder, a GGUF file, a packaged file, a hub id; what is said where it is none.
+"""Resolves a model's path: a folder, a GGUF file, a packaged file or a hub id, with messages for anything else.
 
-`where` is what a message calls the path: the recipe's key, or the argument of a command.
+`where` is the name of the path in messages: the recipe's key, or the argument of a command.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
         return files[0]
     looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
     if looks_local or local.suffix == ".gguf" or local.exists():
-        problem = f"{local} is no model folder" if local.exists() else f"there is nothing at {local}"
+        problem = f"{local} is not a model folder" if local.exists() else f"{local} does not exist"
         raise ConfigError(f"{label}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
     return str(path)
 
 
 def near_path(path: Path) -> str:
-    """` Did you mean 'x'?` for a path of which a part is misspelt, or the empty string."""
+    """` Did you mean 'x'?` for a path with a misspelt part, else the empty string."""
     if path.exists():
         return ""
     part = path
@@ -55,7 +55,7 @@ def near_path(path: Path) -> str:
 
 
 def _models_of_its_run(folder: Path) -> str:
-    """The models that a run left, where the folder is one's, or a part of one; else the empty string."""
+    """A remedy that names the models of a run, if the folder belongs to one; else the empty string."""
     parts = [folder, *folder.parents][:4]  # a checkpoint, `checkpoints`, the stage, the run
     run = next((p for p in parts if (p / "recipe.yaml").exists() and (p / "environment.json").exists()), None)
     if run is None:
@@ -63,16 +63,16 @@ def _models_of_its_run(folder: Path) -> str:
     found = sorted(file.parent for file in run.glob("*/model/config.json"))
     its_own = [model for model in found if model.parent in parts]
     if not found:
-        return "It belongs to a run of which no stage has finished: a stage leaves its model when it ends."
-    return f"It belongs to a run, and its stages leave their models apart: {', '.join(map(str, its_own or found))}."
+        return "It belongs to a run without a finished stage: a stage writes its model when it ends."
+    return f"It belongs to a run, whose stages write their models to: {', '.join(map(str, its_own or found))}."
 
 
 def _check_folder(folder: Path, spec: ModelSpec, label: str, remedy: str) -> None:
-    """Refuse pickled weights and a folder's own code before either is touched. Raises ConfigError."""
+    """Raise ConfigError for pickled weights and for code in the folder, before either is loaded."""
     if not any(folder.glob("*.safetensors")) and (pickled := [*folder.glob("*.bin"), *folder.glob("*.pt")]):
         raise ConfigError(
-            f"{label}: {folder} has its weights as {pickled[0].name}, a pickle, which can run code when "
-            "it is read. opd loads safetensors only: load the model where you trust it and call save_pretrained."
+            f"{label}: {folder} has its weights in {pickled[0].name}, a pickle, which can run code when "
+            "loaded. opd loads only safetensors: load the model where you trust it and call save_pretrained."
         )
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -80,6 +80,6 @@ def _check_folder(folder: Path, spec: ModelSpec, label: str, remedy: str) -> Non
         raise ConfigError(f"{label}: {folder / 'config.json'} is not valid JSON: {error}") from error
     if "auto_map" in config and not spec.trust_remote_code:
         raise ConfigError(
-            f"{label}: {folder} brings its own Python code ({sorted(config['auto_map'])}), which is not run "
-            f"unless asked for. If you trust it, {remedy}."
+            f"{label}: {folder} has its own Python code ({sorted(config['auto_map'])}), which opd does not run "
+            f"by default. If you trust it, {remedy}."
         )

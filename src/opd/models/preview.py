@@ -1,4 +1,4 @@
-"""What is known of a recipe's model before its weights are loaded: its tokenizer, its positions."""
+"""The tokenizer and the number of positions of a recipe's model, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from opd.recipe.schema import ModelSpec
 
 
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
-    """The tokenizer of a folder or a new model; None where it comes with weights that have not been made yet.
+    """The tokenizer of a folder or a new model; None if it comes with weights that do not exist yet.
 
-    None, too, for a scorer of the user's.
+    Also None for a user's scorer.
     """
     from opd.models.loading import load_tokenizer, new_config, new_tokenizer
 
@@ -33,7 +33,7 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
-    """How many positions a model of a recipe knows; infinite if its config does not say, or cannot be read yet."""
+    """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
     from transformers import AutoConfig
 
     from opd.models.loading import new_config
@@ -45,7 +45,7 @@ def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
         return math.inf
     try:
         return positions_of(AutoConfig.from_pretrained(path, trust_remote_code=spec.trust_remote_code))
-    except (OSError, ValueError, KeyError):  # loading the model will say what is wrong with it
+    except (OSError, ValueError, KeyError):  # loading the model will report the error
         return math.inf
 
 

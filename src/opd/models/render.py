@@ -11,7 +11,7 @@ from jinja2 import TemplateError
 from opd.errors import ConfigError, DataError, nearest
 from opd.types import Prompt
 
-# Decided by this file. Templates may mention them, so that the check by name alone would let them pass.
+# Set by this file. Templates may mention them, so the check of option names would not refuse them.
 RESERVED = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
 
 
@@ -21,13 +21,13 @@ _SET_TEMPLATE = "set the model's template, `models.NAME.chat_template`"
 def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}) -> list[int]:
     """The ids that the model reads before it writes. [prompt tokens]
 
-    Text is encoded with the tokenizer's own special tokens, without an end-of-sequence token that it appends, and
-    `template_options` do not concern it. Messages go through the chat template, with `add_generation_prompt`; the
-    template writes its own special tokens, so none are added, and `template_options` are its variables. A `prefill`
-    stands behind either, encoded together with it.
+    Text is encoded with the tokenizer's special tokens, but without an appended end-of-sequence token;
+    `template_options` have no effect on it. Messages go through the chat template with `add_generation_prompt`. The
+    template writes its own special tokens, so none are added, and `template_options` are its variables. A `prefill` is
+    appended and encoded together with the prompt.
 
-    Raises DataError for messages without a chat template or ones that the template refuses, ConfigError for an option
-    that the template does not mention (jinja would ignore it).
+    Raises DataError for messages without a chat template and for messages that the template refuses, ConfigError for an
+    option that the template does not mention (jinja would ignore it).
     """
     if isinstance(prompt.content, str):
         return _encode_text(prompt.content + prompt.prefill, tokenizer)
@@ -54,13 +54,13 @@ def render_checked(
 ) -> list[list[int]]:
     """`render` for each prompt; `max_prompt_length` is in tokens, None for no limit.
 
-    Raises DataError for a prompt of zero tokens or longer than the limit, and what `render` raises.
+    Raises DataError for a prompt of zero tokens or longer than the limit, and the errors of `render`.
     """
     rendered = [render(prompt, tokenizer, template_options) for prompt in prompts]
     for prompt, ids in zip(prompts, rendered, strict=True):
         if not ids:
             raise DataError(
-                f"Prompt {prompt.id} renders to zero tokens with {_name(tokenizer)}, and a model reads at least one. "
+                f"Prompt {prompt.id} renders to zero tokens with {_name(tokenizer)}, but a model needs at least one. "
                 "Remove the row, or use a tokenizer that knows its characters."
             )
     if max_prompt_length is None:
@@ -69,7 +69,7 @@ def render_checked(
     too_long = [key for key, length in lengths.items() if length > max_prompt_length]
     if too_long:
         raise DataError(
-            f"Prompt {too_long[0]} has {lengths[too_long[0]]} tokens, and `max_prompt_length` is {max_prompt_length}; "
+            f"Prompt {too_long[0]} has {lengths[too_long[0]]} tokens, but `max_prompt_length` is {max_prompt_length}; "
             f"{len(too_long)} of these {len(prompts)} prompts are longer, the longest has {max(lengths.values())}. "
             "Prompts are never cut: raise `max_prompt_length`, or filter the data."
         )
@@ -77,9 +77,9 @@ def render_checked(
 
 
 def encode_response(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a given text as a response, and the end-of-sequence id once at the end. [response tokens]
+    """The ids of a text as a response, with one end-of-sequence id at the end. [response tokens]
 
-    Raises DataError when the text has no tokens, ConfigError when the tokenizer has no end-of-sequence token.
+    Raises DataError if the text has no tokens, ConfigError if the tokenizer has no end-of-sequence token.
     """
     end = tokenizer.eos_token_id
     if end is None:
@@ -97,7 +97,7 @@ def encode_response(text: str, tokenizer: Any) -> list[int]:
 
 
 def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | None:
-    """The first id that the template writes after an assistant's words; None if it refuses, or writes nothing there."""
+    """The first id that the template writes after an assistant's text; None if it refuses or writes nothing there."""
     words = "answer"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
     if not tokenizer.chat_template:
@@ -115,21 +115,21 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
     end = tokenizer.eos_token_id
     if end is None or not ids or ids[-1] != end:
         return ids
-    # An end that the text itself spells stays; only what the tokenizer appends goes.
+    # Remove only the end token that the tokenizer appends, not one that the text spells.
     appended = _ends(ids, end) - _ends(tokenizer(text, add_special_tokens=False).input_ids, end)
     return ids[: len(ids) - appended]
 
 
 def _ends(ids: Sequence[int], end: int) -> int:
-    """How many `end` ids stand at the end."""
+    """The number of `end` ids at the end."""
     return next((i for i, token in enumerate(reversed(ids)) if token != end), len(ids))
 
 
 def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str:
-    remedy = f"Give `prompt` as text (and no `chat` or `system`), or {_SET_TEMPLATE}."
+    remedy = f"Give `prompt` as text (without `chat` and `system`), or {_SET_TEMPLATE}."
     if not tokenizer.chat_template:
         raise DataError(
-            f"Prompt {prompt.id} is a list of messages, and {_name(tokenizer)} has no chat template. {remedy}"
+            f"Prompt {prompt.id} is a list of messages, but {_name(tokenizer)} has no chat template. {remedy}"
         )
     try:
         return tokenizer.get_chat_template(tools=options.get("tools"))
@@ -140,11 +140,11 @@ def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str
 def _check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
     for name in options:
         if name in RESERVED:
-            raise ConfigError(f"`template_options` cannot set {name!r}: rendering a prompt decides it. Remove it.")
+            raise ConfigError(f"`template_options` cannot set {name!r}: opd sets it when it renders. Remove it.")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             known = set(re.findall(r"\b[a-z]\w*_\w+\b", template)) - set(RESERVED)
             raise ConfigError(
-                f"The chat template of {_name(tokenizer)} does not mention the option {name!r}, so it would do nothing."
+                f"The chat template of {_name(tokenizer)} does not mention the option {name!r}, so it has no effect."
                 f"{nearest(name, known)} Remove it from `template_options`, or {_SET_TEMPLATE}."
             )
 

@@ -1,13 +1,13 @@
-"""A model behind a server that speaks JSON over HTTP: requests with patience, and a key that no message shows.
+"""An HTTP client for a model on a JSON server: retries, waits, and no message that shows the key.
 
-What passes (no connection, a time-out, a 5xx, a body that cannot be used) is tried again `retries` times, at growing
-distances. A server that is too busy (429, or 503 with Retry-After) is waited for, as long as it says, up to
-`patience_s` in all; that uses up no retry. Everything else (a wrong key, a bad request) is a failure at once.
-Redirects are not followed: they would carry the key to another host. Cookies are not kept.
+Transient failures (no connection, a time-out, a 5xx, an unusable body) are retried `retries` times, at growing
+intervals. A busy server (429, or 503 with Retry-After) is waited for, as long as it says, up to `patience_s` in total;
+waits do not count as retries. Other failures (a wrong key, a bad request) are final. Redirects are not followed: they
+would send the key to another host. Cookies are not kept.
 
-A connection is used again only within `IDLE_S` after its last answer, and only if the server has not closed it: the
-client looks before it sends. A connection that is lost later has cost a request that the server may have read, so that
-it counts as one that failed.
+A connection is reused only within `IDLE_S` after its last answer, and only if the server has not closed it, which the
+client checks before it sends. If a connection is lost later, the server may have read the request, so the request
+counts as failed.
 """
 
 from __future__ import annotations
@@ -31,53 +31,53 @@ from opd.errors import ConfigError
 T = TypeVar("T")
 
 LARGEST_BODY = 64 << 20  # bytes of an answer
-LARGEST_ERROR = 64 << 10  # bytes that are read of an answer that is an error
-SHOWN = 300  # characters of what a server says, in a message
-IDLE_S = 1.0  # servers close idle connections after 5 s (uvicorn) to 75 s (nginx); earlier here, so that none is met
+LARGEST_ERROR = 64 << 10  # bytes read of an error's body
+SHOWN = 300  # characters of a server's text in a message
+IDLE_S = 1.0  # below the 5 s (uvicorn) to 75 s (nginx) after which servers close idle connections
 
 
 class BodyError(Exception):
-    """The body of an answer is not what was asked for; the message says what is wrong with it."""
+    """The body of an answer cannot be used; the message says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(Generic[T]):
-    """What was read from the body of an answer, or None and why there is none."""
+    """The value read from an answer's body, or None and the reason."""
 
     value: T | None = None
     failure: str | None = None
-    requests: int = 1  # that it took
+    requests: int = 1  # requests sent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Trouble:
-    """Why a request gave no answer, and what may be done about it."""
+    """Why a request got no answer, and whether to try again."""
 
     why: str
-    passes: bool = False  # it may work another time
-    busy: bool = False  # it will
-    after_s: float | None = None  # when, if the server says so
+    passes: bool = False  # transient: retry
+    busy: bool = False  # the server is busy: wait
+    after_s: float | None = None  # seconds to wait, if the server says so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """Where a model answers, and how long it is waited for. Times are in seconds.
+    """The address of a model, with retries and time limits. Times are in seconds.
 
     Raises:
-        ConfigError: no header can carry the key.
+        ConfigError: the key does not fit into an HTTP header.
     """
 
     url: str
     key: str | None = field(default=None, repr=False)
     retries: int = 2
-    timeout_s: float = 300.0  # of each wait for the server, and of an answer until its last byte
+    timeout_s: float = 300.0  # for each wait for the server, and for a whole answer
     patience_s: float = 300.0
     concurrency: int = 8  # threads that share the connections
-    backoff_s: float = 1.0  # before the first retry, doubled for each that follows; the shortest wait for a busy server
+    backoff_s: float = 1.0  # before the first retry, then doubled; also the shortest wait for a busy server
 
     def __post_init__(self) -> None:
         if self.key and not fits_header(self.key):
-            raise ConfigError("The key of the server holds white space or a character that no HTTP header can carry.")
+            raise ConfigError("The key of the server has white space or a character that an HTTP header cannot hold.")
 
     @contextmanager
     def connected(self) -> Iterator[Connection]:
@@ -96,7 +96,7 @@ class Server:
             verify=httpx2.create_ssl_context(),
             proxy=proxy_of(self.url),
             trust_env=False,
-            timeout=self.timeout_s,  # of each read and write; `_within` has the whole
+            timeout=self.timeout_s,  # for each read and write; `_within` limits the whole
             limits=httpx2.Limits(
                 max_connections=self.concurrency, max_keepalive_connections=self.concurrency, keepalive_expiry=IDLE_S
             ),
@@ -104,24 +104,24 @@ class Server:
             yield Connection(self, client)
 
     def shown(self, said: bytes) -> str:
-        """The beginning of what a server said, on one line and without the key, which it may repeat."""
+        """The beginning of a server's text, on one line and without the key, which it may repeat."""
         without = said.replace(self.key.encode(), b"[key]") if self.key else said
         return self.without_key(" ".join(without[: 4 * SHOWN].decode(errors="replace").split()))[:SHOWN]
 
     def without_key(self, text: str) -> str:
-        """A text with "[key]" where the key stood."""
+        """The text with the key replaced by "[key]"."""
         return text.replace(self.key, "[key]") if self.key else text
 
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """A server while it is connected. Threads may share it."""
+    """A connected server. Threads may share it."""
 
     server: Server
     client: httpx2.Client = field(repr=False)
 
     def post(self, path: str, fields: Mapping[str, Any], read: Callable[[bytes], T]) -> Answer[T]:
-        """Send `fields` to URL/path until there is an answer or no hope; `read` makes a value of its body.
+        """Send `fields` to URL/path until an answer or a final failure; `read` parses the body.
 
         `read` raises BodyError for a body that it cannot use.
         """
@@ -136,14 +136,14 @@ class Connection:
                     return Answer(value=read(sent), requests=requests)
                 except BodyError as error:
                     sent = _Trouble(why=server.without_key(str(error)), passes=True)
-            if sent.busy and sent.after_s is not None:  # 0, or a date that is past, would use up no patience
+            if sent.busy and sent.after_s is not None:  # at least backoff_s: 0 or a past date would use no patience
                 pause = max(sent.after_s, server.backoff_s)
             else:
                 pause = server.backoff_s * 2 ** (busy if sent.busy else failed)
             if sent.busy:
                 if waited + pause > server.patience_s:
                     why = (
-                        f"{sent.why}; it asks for {pause:.3g} s more, after {waited:.3g} s of `patience_s` "
+                        f"{sent.why}; it requests {pause:.3g} s more, after {waited:.3g} s of `patience_s` "
                         f"{server.patience_s:.3g}"
                     )
                     return Answer(failure=why, requests=requests)
@@ -155,7 +155,7 @@ class Connection:
             time.sleep(pause)
 
     def _sent(self, url: str, body: bytes) -> bytes | _Trouble:
-        """One request: the body of its answer, or what went wrong. The key is in no trouble."""
+        """Send one request: the body of its answer, or the trouble, whose text never holds the key."""
         until = time.monotonic() + self.server.timeout_s
         late = _Trouble(why=f"no answer within {self.server.timeout_s:.3g} s", passes=True)
         try:
@@ -173,16 +173,16 @@ class Connection:
         except (httpx2.TimeoutException, TimeoutError):
             return late
         except (httpx2.HTTPError, httpx2.InvalidURL, OSError, UnicodeError, OverflowError) as error:
-            cause = _cause(error)  # UnicodeError and OverflowError: a host or port that cannot be looked up
+            cause = _cause(error)  # UnicodeError and OverflowError: an invalid host or port
             if isinstance(cause, TimeoutError):
                 return late
             why = self.server.without_key(f"no connection ({type(cause).__name__}: {cause})")[:SHOWN]
             return _Trouble(why=why, passes=True)
 
     def _refused(self, response: httpx2.Response, until: float) -> _Trouble:
-        """What a status that is no success means."""
+        """The trouble of a status other than success."""
         said = b""
-        with suppress(httpx2.HTTPError, TimeoutError):  # what has come says enough
+        with suppress(httpx2.HTTPError, TimeoutError):  # the part received is enough
             for part in _within(response, until):
                 said += part
                 if len(said) > LARGEST_ERROR:
@@ -195,32 +195,32 @@ class Connection:
 
 
 def fits_header(key: str) -> bool:
-    """Whether an HTTP header can carry a key: printable ASCII without white space."""
+    """Whether a key fits into an HTTP header: printable ASCII without white space."""
     return re.fullmatch(r"[!-~]+", key) is not None
 
 
 def proxy_of(url: str) -> httpx2.Proxy | None:
-    """The proxy that the environment names for an address: `http_proxy`, `https_proxy` and `no_proxy`.
+    """The environment's proxy for an address: `http_proxy`, `https_proxy` and `no_proxy`.
 
     Raises:
-        ConfigError: it is no address of an HTTP proxy. The message does not show it: it may hold a password.
+        ConfigError: not the address of an HTTP proxy. The message does not show it, since it may hold a password.
     """
     parts = urlsplit(url)
     address = None if proxy_bypass(parts.netloc) else getproxies().get(parts.scheme)
     if not address:
         return None
-    with suppress(ValueError, httpx2.InvalidURL):  # refused below, without what they show
+    with suppress(ValueError, httpx2.InvalidURL):  # refused below; these errors would show the address
         proxy = httpx2.Proxy(address if "://" in address else f"http://{address}")
         if proxy.url.scheme in ("http", "https"):
             return proxy
     raise ConfigError(
-        f"The environment variable {parts.scheme}_proxy is no address of an HTTP proxy (http://host:port), and "
-        f"{parts.hostname} would be reached through it. Correct it, or name that host in no_proxy."
+        f"The environment variable {parts.scheme}_proxy is not the address of an HTTP proxy (http://host:port), but "
+        f"requests to {parts.hostname} would use it. Correct it, or add that host to no_proxy."
     )
 
 
 def _within(response: httpx2.Response, until: float) -> Iterator[bytes]:
-    """The body as it comes. Raises TimeoutError when it is not there in time, however it trickles."""
+    """The body in parts. Raises TimeoutError if the whole body has not arrived by `until`."""
     for part in response.iter_raw():
         yield part
         if time.monotonic() > until:
@@ -228,7 +228,7 @@ def _within(response: httpx2.Response, until: float) -> Iterator[bytes]:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The operating system's error that the client's stands for, if there is one."""
+    """The operating system's error in the client's error, if any."""
     inner: BaseException | None = error
     while inner is not None and not isinstance(inner, OSError):
         inner = inner.__cause__ or inner.__context__
@@ -236,7 +236,7 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After in seconds from now: a number, or a date. None where it says neither."""
+    """Retry-After in seconds from now, from a number or a date. None for anything else."""
     if header is None:
         return None
     try:

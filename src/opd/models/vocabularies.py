@@ -1,7 +1,7 @@
-"""What the tokens of a tokenizer stand for, in bytes, and which of them two tokenizers share.
+"""The bytes of a tokenizer's tokens, and the tokens that two tokenizers share.
 
-Bytes, because tokens need not end between characters: an emoji may be four tokens. What a token's bytes are is read
-from the tokenizer's own decoder, never found by decoding a token alone, which turns half of a character into U+FFFD.
+Bytes, because tokens need not end between characters: an emoji may be four tokens. A token's bytes follow from the
+tokenizer's decoder; decoding a single token would turn a part of a character into U+FFFD.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ BYTE_OF = {chr(b): b for b in _PRINTABLE} | {chr(0x100 + n): b for n, b in enume
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vocabulary:
-    """What the tokens of a tokenizer stand for, by id."""
+    """The meaning of a tokenizer's tokens, by id."""
 
     pieces: Mapping[int, bytes]  # tokens of text
-    special: Mapping[int, str]  # tokens of no text, by name
-    written_as: Mapping[bytes, int]  # the token for these bytes: of several, not the one of a byte fallback
+    special: Mapping[int, str]  # tokens without text, by name
+    written_as: Mapping[bytes, int]  # the token of these bytes; of several, not the byte fallback
 
 
 def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
-    """The bytes of each token; `ends` are no text.
+    """The bytes of each token; `ends` count as special tokens.
 
-    Raises AlignmentError for a tokenizer that does not say what its tokens stand for.
+    Raises AlignmentError for a tokenizer whose tokens' bytes are unknown.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(core, "decoder", None)
     if decoder is None:
         raise AlignmentError(
             f"The tokenizer {name_of(tokenizer)} has no decoder of the `tokenizers` library, so the bytes of its "
-            "tokens cannot be told. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
+            "tokens are unknown. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
         )
     read = _reader(json.loads(decoder.__getstate__()), tokenizer)
     added = tokenizer.added_tokens_decoder
@@ -65,10 +65,10 @@ def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
 def ends_of(
     student: Any, teacher: Any, *, chat: bool, options: tuple[Mapping[str, Any], Mapping[str, Any]]
 ) -> dict[int, int]:
-    """What ends a response, student id -> teacher id: the same token, whatever its names.
+    """The tokens that end a response, student id -> teacher id; they count as the same token, whatever their names.
 
-    The end-of-sequence tokens, and before these, where responses are turns of a `chat`, the tokens with which the
-    templates, with their `options`, end a turn.
+    The end-of-sequence tokens, preceded, for responses that are turns of a `chat`, by the tokens with which the
+    templates, given their `options`, end a turn.
     """
     turns = [_turn_end(one, given) if chat else None for one, given in zip((student, teacher), options, strict=True)]
     ends: dict[int, int] = {}
@@ -79,13 +79,13 @@ def ends_of(
 
 
 def _turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
-    """The token that ends a turn; None where the template ends it with mere text, such as a line's end."""
+    """The token that ends a turn; None if the template ends it with text, such as a line break."""
     end = turn_end(tokenizer, options)
     return end if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id else None
 
 
 def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, int]) -> dict[int, int]:
-    """Student id -> teacher id of tokens of the same bytes, of special tokens of the same name, and of the `ends`."""
+    """Student id -> teacher id of tokens of equal bytes, of special tokens of equal names, and of the `ends`."""
     names = {name: i for i, name in teacher.special.items() if i not in ends.values()}
     named = {i: names[name] for i, name in student.special.items() if i not in ends and name in names}
     text = {i: teacher.written_as[b] for b, i in student.written_as.items() if b in teacher.written_as}
@@ -96,7 +96,7 @@ Reader: TypeAlias = Callable[[str], bytes]
 
 
 def _reader(decoder: Mapping[str, Any], tokenizer: Any) -> Reader:
-    """How a decoder of the `tokenizers` library turns one token into bytes."""
+    """A function from one token to its bytes, as the decoder of the `tokenizers` library defines it."""
     steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     spaces = [(step["replacement"], " ") for step in steps if step["type"] == "Metaspace"]
     for step in steps:
@@ -104,14 +104,14 @@ def _reader(decoder: Mapping[str, Any], tokenizer: Any) -> Reader:
             spaces.append((step["pattern"]["String"], step["content"]))
         elif step["type"] not in ("ByteLevel", "ByteFallback", "Metaspace", "Fuse", "Strip"):
             raise AlignmentError(
-                f"The tokenizer {name_of(tokenizer)} decodes with {step['type']}, which joins tokens in a way that "
-                "hides what each stands for. Tokens of byte-level BPE, SentencePiece and characters can be aligned; "
-                "use a model with such a tokenizer."
+                f"The tokenizer {name_of(tokenizer)} decodes with {step['type']}, so the bytes of a single token are "
+                "unknown. Tokens of byte-level BPE, SentencePiece and characters can be aligned; use a model with such "
+                "a tokenizer."
             )
     kinds = {step["type"] for step in steps}
 
     def read(token: str) -> bytes:
-        if "ByteLevel" in kinds:  # a token with other characters stands for itself, as in the library's decoder
+        if "ByteLevel" in kinds:  # a token with other characters is its own text, as in the library's decoder
             return bytes(BYTE_OF[c] for c in token) if all(c in BYTE_OF for c in token) else token.encode()
         if "ByteFallback" in kinds and (match := BYTE.fullmatch(token)):
             return bytes([int(match[1], 16)])
@@ -127,9 +127,9 @@ def name_of(tokenizer: Any) -> str:
 
 
 def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the student", "the teacher")) -> None:
-    """Same token, same id, in both tokenizers, or AlignmentError with how many differ and which.
+    """Raise AlignmentError, with the differing tokens, unless each token has the same id in both tokenizers.
 
-    The heads may differ in width: rows beyond the tokenizer's largest id are padding on either side.
+    The heads may differ in width: rows beyond the tokenizer's largest id are padding.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     moved = [t for t, i in _by_id(ours) if t in theirs and theirs[t] != i]
@@ -148,7 +148,7 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
     ]
     raise AlignmentError(
         f"The tokenizers of {names[0]} ({len(ours)} tokens) and {names[1]} ({len(theirs)}) differ: "
-        f"{'; '.join(parts)}. Token by token their distributions cannot be compared. Use a teacher of the student's "
+        f"{'; '.join(parts)}. So the models cannot be compared token by token. Use a teacher of the student's "
         "family, give both the same tokenizer files, or use a method for two tokenizers, such as simct."
     )
 
