@@ -801,7 +801,7 @@ def test_an_answer_that_nobody_reads_is_counted(work: Path):
     """Training without a reward is the usual case, so it is no mistake; but then no accuracy comes out."""
     measured = {"data": {"path": "held_out.jsonl"}}
     lines = opd("check", one_stage(evaluate=measured)).out.splitlines()
-    unread = "{} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is measured"
+    unread = "{} rows have an `answer`, but no reward or method reads it, so accuracy is not measured"
     assert f"  {unread.format('12 training')}" in lines
     assert f"  {unread.format('5 held-out')}" in lines
     read = {**measured, "reward": {"name": "final_number"}}
@@ -892,7 +892,7 @@ def test_eval(model_folder: Path):
 
 def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
     ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
-    unread = "eval: 5 held-out rows have an `answer`, and nothing reads it"
+    unread = "eval: 5 held-out rows have an `answer`, but no reward or method reads it"
     assert unread not in command("eval", "./modl", *ask[2:]).err, "what is refused comes alone"
     assert_says(command(*ask).err, unread)
     assert_says(command(*ask, "--reward", "regex", "--option", "pattern=x").err, unread)

@@ -346,7 +346,7 @@ def test_as_reward_refuses_what_is_no_reward(given, got):
 
 def test_load_reward_refuses_what_a_users_function_makes(user_module):
     name = user_module("def mine(factor=1):\n    return {'factor': factor}\n")
-    message = r":mine' has no parameters but its options, and what it made of them is {'factor': 2} \(dict\), which is"
+    message = r":mine' has only options as parameters, and its result is {'factor': 2} \(dict\), which is"
     with pytest.raises(ConfigError, match=message):
         load_reward(f"{name}:mine", {"factor": 2})
 
@@ -365,7 +365,7 @@ def test_a_reward_that_returns_no_rewards_is_told(returned, got):
         def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
             return returned(rollouts)
 
-    with pytest.raises(TrainingError, match=rf"The reward 'zero' .*{got}.*A Reward returns the rollouts that it got"):
+    with pytest.raises(TrainingError, match=rf"The reward 'zero' .*{got}.*A Reward must return the given rollouts"):
         StageRewards(by_task={None: Wrong()})([rollout("a"), rollout("b")])
 
 
@@ -374,7 +374,7 @@ def test_a_reward_that_returns_no_rewards_is_told(returned, got):
     [
         ("regex", {"pattern": "("}, r"got the pattern '\(', which does not compile"),
         ("regex", {"pattern": 3}, "got the pattern 3, which does not compile"),
-        ("regex", {"pattern": "(?P<a>b)", "group": 2}, r"got `group: 2`, and the pattern .* has only \[0, 1, 'a'\]"),
+        ("regex", {"pattern": "(?P<a>b)", "group": 2}, r"got `group: 2`, but the pattern .* has only \[0, 1, 'a'\]"),
         ("max_words", {"n": 0}, "got `n: 0`. Give a number of words, at least 1"),
         ("max_words", {"n": "ten"}, "got `n: 'ten'`"),
         ("math_verify", {"timeout_s": 0.5}, "got `timeout_s: 0.5`. Give whole seconds"),

@@ -161,7 +161,7 @@ def test_a_conversation_is_shown_with_its_roles(tmp_path: Path):
 
 def test_an_image_is_refused(tmp_path: Path):
     user = {"role": "user", "content": [{"type": "image", "url": "x.png"}]}
-    with pytest.raises(DataError, match="Prompt 0 holds something else than text"):
+    with pytest.raises(DataError, match="Prompt 0 does not hold only text"):
         reward_of(tmp_path, Letters())(group("a", content=(user,)))
 
 
@@ -183,7 +183,7 @@ def test_one_text_is_one_answer(tmp_path: Path):
 def test_a_group_whose_judge_fails_has_no_reward_and_the_others_have(tmp_path: Path):
     got = reward_of(tmp_path, Letters(fails="prompt 1"))(group("a", "b") + group("a", "b", prompt=1))
     assert [r.reward for r in got] == [0.4, 0.3, None, None]
-    assert [r.unjudged for r in got] == [None, None, *["the judge wrote no rubric: it had nothing to say"] * 2]
+    assert [r.unjudged for r in got] == [None, None, *["the judge wrote no rubric: it returned no answer"] * 2]
     assert got[2].judged == {}
 
 
@@ -265,15 +265,15 @@ def test_counts_are_those_since_the_last_call(tmp_path: Path):
 
 
 def test_an_unbound_reward_says_so():
-    with pytest.raises(ConfigError, match="'rubric' asks judges, which only a stage of a run starts"):
+    with pytest.raises(ConfigError, match="'rubric' needs judges, which only a stage of a run starts"):
         rubric(judge=JudgeSection(function="textwrap:dedent"))(group("a"))
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({}, "'rubric' asks a judge, and there is none. Set the reward's `judge`"),
-        ({"judge": {"lm": "x"}}, "`judge` stands beside `options`"),
+        ({}, "'rubric' needs a judge, got none. Set the reward's `judge`"),
+        ({"judge": {"lm": "x"}}, "put `judge` next to `options`"),
         ({"answers": 0}, "`answers: 0`. Give a number of answers, at least 1"),
         ({"max_failed": 1.5}, "`max_failed: 1.5`. Give a share"),
         ({"criteria": [5, 4]}, r"`criteria: \[5, 4\]`. Give two whole numbers"),

@@ -230,7 +230,7 @@ def test_a_program_answers_what_the_question_is_about():
     judge = Program(function=lambda asked, more: f"{asked.about['n']}{more}", name="f", options={"more": "!"})
     questions = [question(about={"n": n}) for n in range(2)]
     assert list(judge.ask(questions)) == [(0, Reply(text="0!")), (1, Reply(text="1!"))]
-    assert one(Program(function=lambda asked: None, name="f")).failure == "it had nothing to say"
+    assert one(Program(function=lambda asked: None, name="f")).failure == "it returned no answer"
 
 
 def test_a_program_that_raises_or_returns_something_else_is_an_error():
@@ -347,7 +347,7 @@ def test_where_an_answer_has_to_be_whole_one_that_was_cut_is_none(server: Server
     mine = asking(tmp_path, endpoint(server), retries=1)
     assert mine.ask([question("a")], number, whole=True) == [2]
     (cut,) = mine.ask([question("b")], number, whole=True)
-    assert cut == Failure("the answer has no end; the answer was cut: raise max_tokens")
+    assert cut == Failure("the answer is incomplete; the answer was cut: raise max_tokens")
     assert mine.counts["unreadable"] == 3
     assert mine.ask([question("b")], number) == [3]
 
@@ -435,8 +435,8 @@ def test_a_section_that_cannot_be_meant_so(section: dict[str, Any], says: str):
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({"url": "localhost:8000", "model": "m"}, "`url` is no address"),
-        ({"url": "ftp://host/v1", "model": "m"}, "`url` is no address"),
+        ({"url": "localhost:8000", "model": "m"}, "`url` is not an address"),
+        ({"url": "ftp://host/v1", "model": "m"}, "`url` is not an address"),
         ({"url": f"https://me:{SECRET}@host/v1", "model": "m"}, "`url` holds more than an address"),
         ({"url": f"https://host/v1?key={SECRET}", "model": "m"}, "`url` holds more than an address"),
         ({"url": "https://host/v1", "model": "m", "api_key_env": SECRET}, "is not the name of an environment variable"),
@@ -454,7 +454,7 @@ def test_a_judge_that_cannot_be_asked(section: dict[str, Any], says: str):
 @pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\nX-Other: 1", "{}\N{EURO SIGN}"])
 def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, around: str):
     monkeypatch.setenv("ODD_KEY", around.format(SECRET))
-    with pytest.raises(ConfigError, match="ODD_KEY holds white space") as refused:
+    with pytest.raises(ConfigError, match="ODD_KEY has white space") as refused:
         check_judge(JudgeSection(url="https://host/v1", model="m", api_key_env="ODD_KEY"), "reward")
     assert SECRET not in str(refused.value)
 

@@ -1,4 +1,4 @@
-"""The number that a response earns: by a function of its text, or by LLM judges."""
+"""Rewards of responses, by a function of the text or by LLM judges."""
 
 __all__ = [
     "base",

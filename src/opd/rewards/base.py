@@ -1,4 +1,4 @@
-"""Rewards: of a function, of LLM judges, and those of all tasks of a stage."""
+"""Rewards: by a function, by LLM judges, and for all tasks of a stage."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from opd.types import Gather, Prompt, Reward, Rollout
 
 RewardFn: TypeAlias = Callable[[Prompt, str], float]  # (prompt, text of the response) -> a finite number
 
-# The responses of a step with their rewards, or with the reason why there is none: a group has rewards for all of its
-# responses or for none. Judges are by role.
+# (responses, judges by role) -> the responses with their rewards, or the reason why they have none. In a group either
+# all responses have a reward or none has.
 Judging: TypeAlias = Callable[[Sequence[Rollout], Mapping[str, CachedJudge]], list[Rollout]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionReward(Reward):
-    """The reward of a function (prompt, text) -> float, called for each response alone."""
+    """The reward of a function (prompt, text) -> float, called once per response."""
 
     name: str
     function: RewardFn
@@ -46,7 +46,7 @@ class FunctionReward(Reward):
         except Exception as error:  # a user's function may raise anything
             raise TrainingError(
                 f"The reward {self.name!r} raised {type(error).__name__} {about}: {error}. "
-                "A reward answers every text: correct it, or the row."
+                "A reward must accept every text: correct it, or the row."
             ) from error
         if not _is_finite(value):
             raise TrainingError(
@@ -61,9 +61,8 @@ class GroupReward(Reward):
     """The reward of LLM judges, for all responses to a prompt at once. A judge may fail.
 
     `asks` maps a role (judge, verifier, author) to the judge's section. Call `for_stage` before use. A group without
-    rewards has no advantage and is counted; more than `max_failed` of a step's groups without rewards end the run. The
-    judges' standard is made from the responses that they grade, so rewards before and after training are not
-    comparable.
+    rewards has no advantage and is counted. The run stops if more than `max_failed` of a step's groups have no rewards.
+    Each rubric is built from the responses that it grades, so rewards before and after training are not comparable.
     """
 
     name: str
@@ -81,7 +80,7 @@ class GroupReward(Reward):
         folder: Path,
         rank: int,
     ) -> GroupReward:
-        """The reward with its judges, whose answers are kept in `folder`. Raises RunError as `AnswerCache` does."""
+        """The reward with its judges, whose answers are kept in `folder`. Raises RunError as `AnswerCache`."""
         cache = AnswerCache(folder, rank)
         judges = {
             role: CachedJudge(judge=judge_of(section, models, origins), cache=cache, retries=section.retries)
@@ -90,16 +89,16 @@ class GroupReward(Reward):
         return replace(self, judges=judges)
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Raises what the judges raise, and DataError for a row that lacks a text."""
+        """Raises the judges' errors, and DataError for a row without a required text."""
         if not self.judges:
             raise ConfigError(
-                f"The reward {self.name!r} asks judges, which only a stage of a run starts: use it in a stage's "
-                "`reward`, and measure with a reward that checks a response by itself."
+                f"The reward {self.name!r} needs judges, which only a stage of a run starts. Use it in a stage's "
+                "`reward`, and evaluate with a reward that checks each response alone."
             )
         return self.judging(rollouts, self.judges)
 
     def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
-        """Raise TeacherError, in every process, if more than `max_failed` of the step's groups have no reward."""
+        """Raise TeacherError on every rank if more than `max_failed` of the step's groups have no reward."""
         failed = {r.prompt.id: r.unjudged for r in rollouts if r.unjudged is not None}
         counts = gather((len(failed), len({r.prompt.id for r in rollouts}), next(iter(failed.items()), None)))
         missing, groups = (sum(part[i] for part in counts) for i in (0, 1))
@@ -108,9 +107,9 @@ class GroupReward(Reward):
         prompt, why = next(first for _, _, first in counts if first is not None)
         raise TeacherError(
             f"The reward {self.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
-            f"`max_failed` allows {self.max_failed:.0%}. Of prompt {prompt}: {why}. The update was not made. What was "
-            "answered is kept: correct what is wrong and start the same command again. With a larger `max_failed` it "
-            "is another run, which needs another output_dir."
+            f"`max_failed` allows {self.max_failed:.0%}. For prompt {prompt}: {why}. The update was not made. The "
+            "answers so far are kept: correct the cause and start the same command again. A larger `max_failed` makes it "
+            "another run, which needs another output_dir."
         )
 
     def pop_requests(self) -> dict[str, float]:
@@ -125,7 +124,7 @@ class GroupReward(Reward):
 class StageRewards:
     """The rewards of a stage, called as one: each rollout goes to the reward of its prompt's task.
 
-    `by_task` has None for a task without a reward. Every process calls the same methods in the same order.
+    `by_task` maps a task without a reward to None. Every process calls the same methods in the same order.
     """
 
     by_task: Mapping[str | None, Reward | None]
@@ -134,7 +133,7 @@ class StageRewards:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The rollouts, in their order, with the rewards of their tasks.
 
-        Raises as `rewarded`, and, in every process, as `Reward.check_failures`.
+        Raises as `rewarded`, and on every rank as `Reward.check_failures`.
         """
         out = list(rollouts)
         for task, reward in self.by_task.items():
@@ -150,7 +149,7 @@ class StageRewards:
     def pop_requests(self) -> dict[str, float]:
         """judge/ROLE_WHAT: requests to judges since the last call, summed over processes; empty without judges.
 
-        They go into the timings, not into the metrics: a resumed run finds answers on disk and sends fewer requests.
+        They belong to the timings, not the metrics: a resumed run finds answers on disk and sends fewer requests.
         """
         asking = [reward for reward in self.by_task.values() if reward is not None and reward.asks]
         total: dict[str, float] = {}
@@ -164,7 +163,7 @@ class StageRewards:
 def rewarded(reward: Reward | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts with their rewards; unchanged without a reward.
 
-    Raises what the reward raises, and TrainingError for a user's Reward that returns something else.
+    Raises the reward's errors, and TrainingError for a user's Reward that returns anything else.
     """
     if reward is None:
         return list(rollouts)
@@ -174,8 +173,8 @@ def rewarded(reward: Reward | None, rollouts: Sequence[Rollout]) -> list[Rollout
         raise TrainingError(
             f"The reward {reward.name!r} got {len(rollouts)} rollouts and returned {len(found)}"
             + (f", of which {len(wrong)} have no reward, e.g. {wrong[0]}" if wrong else "")
-            + ". A Reward returns the rollouts that it got, in their order, with a finite number, "
-            "dataclasses.replace(rollout, reward=...), or with the reason why there is none, "
+            + ". A Reward must return the given rollouts, in their order, each with a finite number, "
+            "dataclasses.replace(rollout, reward=...), or with the reason why it has no reward, "
             "dataclasses.replace(rollout, unjudged=...)."
         )
     return found
@@ -196,7 +195,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def unfit_to_measure(reward: Reward) -> str | None:
-    """Why a reward cannot measure a model outside of training, as a clause; None if it can."""
+    """Why a reward cannot be used outside of training, as a clause; None if it can."""
     if not reward.comparable:
         return (
             "which makes its yardstick anew from the responses that it grades: its numbers before and after training "
@@ -206,9 +205,9 @@ def unfit_to_measure(reward: Reward) -> str | None:
 
 
 def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *rewards: Reward | None) -> int:
-    """How many prompts have an `answer` that neither the method, which reads `columns`, nor a reward reads.
+    """The number of prompts with an `answer` that is neither in the method's `columns` nor read by a reward.
 
-    0 beside a user's function, which may read any column.
+    0 with a user's function, which may read any column.
     """
     given = [reward for reward in rewards if reward is not None]
     if any(isinstance(reward, FunctionReward) and reward.undeclared for reward in given):
@@ -219,8 +218,5 @@ def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *reward
 
 
 def unscored_line(count: int, which: str) -> str:
-    """What a run says of `count` such rows; `which` is "training" or "held-out"."""
-    return (
-        f"{count} {which} rows have an `answer`, and nothing reads it: without a reward that does, no accuracy is "
-        "measured"
-    )
+    """The warning about `count` such rows; `which` is "training" or "held-out"."""
+    return f"{count} {which} rows have an `answer`, but no reward or method reads it, so accuracy is not measured"

@@ -1,4 +1,4 @@
-"""The built-in rewards of a response's text alone. `registry.py` names them and those of users."""
+"""The built-in rewards that are functions of a response's text. `registry.py` names them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from opd.plugins import _import_extra
 from opd.rewards.base import FunctionReward
 from opd.types import Prompt
 
-ANSWER = frozenset({"answer"})  # the column of the data that most rewards read
+ANSWER = frozenset({"answer"})  # the data's column that most rewards read
 
-# A sign counts unless it can be a minus between two terms; commas count between groups of three digits.
+# A sign belongs to the number unless it can be a minus between two terms; commas may separate groups of three digits.
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}.])[-+])?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]{1,3}(?![0-9]))?"
     r"|(?<![\w.])[-+]?\.[0-9]+"
@@ -23,7 +23,7 @@ NUMBER = re.compile(
 
 
 def exact(ignore_case: bool = False) -> FunctionReward:
-    """1 when response and answer are the same text after stripping white space."""
+    """1 if response and answer are the same text after stripping white space."""
 
     def reward(prompt: Prompt, response: str) -> float:
         one, other = response.strip(), str(_answer(prompt)).strip()
@@ -33,7 +33,7 @@ def exact(ignore_case: bool = False) -> FunctionReward:
 
 
 def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
-    """1 when `pattern` is found (re.search); with `group`, when that group of the first match is the answer's text."""
+    """1 if `pattern` is found (re.search); with `group`, if that group of the first match equals the answer."""
     try:
         compiled = re.compile(pattern)
     except (re.error, TypeError) as error:
@@ -42,7 +42,7 @@ def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
         ) from error
     groups = [*range(compiled.groups + 1), *compiled.groupindex]
     if group is not None and group not in groups:
-        raise ConfigError(f"The reward 'regex' got `group: {group}`, and the pattern {pattern!r} has only {groups}.")
+        raise ConfigError(f"The reward 'regex' got `group: {group}`, but the pattern {pattern!r} has only {groups}.")
 
     def reward(prompt: Prompt, response: str) -> float:
         match = compiled.search(response)
@@ -54,9 +54,9 @@ def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
 
 
 def final_number() -> FunctionReward:
-    """1 when the last number of the response equals the last number of the answer: `#### 1,234` is `1234.0`.
+    """1 if the last number of the response equals the last number of the answer: `#### 1,234` equals `1234.0`.
 
-    Numbers are decimals, compared exactly; of a fraction 1/2 the last number is 2 (`math_verify` reads fractions).
+    Numbers are decimals, compared exactly. The last number of the fraction 1/2 is 2 (`math_verify` reads fractions).
     """
 
     def reward(prompt: Prompt, response: str) -> float:
@@ -69,17 +69,17 @@ def final_number() -> FunctionReward:
 
 
 def max_words(n: int) -> FunctionReward:
-    """1 when the response has at least one and at most `n` words (separated by white space)."""
+    """1 if the response has at least one and at most `n` words (separated by white space)."""
     if not isinstance(n, int) or n < 1:
         raise ConfigError(f"The reward 'max_words' got `n: {n!r}`. Give a number of words, at least 1.")
     return FunctionReward(name="max_words", function=lambda prompt, text: float(1 <= len(text.split()) <= n))
 
 
 def math_verify(timeout_s: int = 5) -> FunctionReward:
-    """1 when math-verify finds the response's final expression equal to the answer, LaTeX or plain mathematics.
+    """1 if math-verify finds the response's final expression equal to the answer, in LaTeX or plain mathematics.
 
-    A parse or comparison that takes longer than `timeout_s` whole seconds counts as unequal, and math-verify logs it;
-    0 waits for ever. The timeout is an alarm signal, which only the main thread can set: other threads have none.
+    A parse or comparison that takes longer than `timeout_s` whole seconds counts as unequal, and math-verify logs it; 0
+    means no timeout. The timeout is an alarm signal, which only the main thread can set: other threads have no timeout.
     """
     if not isinstance(timeout_s, int) or timeout_s < 0:
         raise ConfigError(f"The reward 'math_verify' got `timeout_s: {timeout_s!r}`. Give whole seconds, 0 for none.")
@@ -88,7 +88,7 @@ def math_verify(timeout_s: int = 5) -> FunctionReward:
     def reward(prompt: Prompt, response: str) -> float:
         alarm = timeout_s if threading.current_thread() is threading.main_thread() else 0
         text = str(_answer(prompt))
-        # Bare LaTeX is recognised between dollars only.
+        # math-verify recognises bare LaTeX only between dollars.
         text = text if "$" in text or "\\boxed" in text else f"${text}$"
         gold = verifier.parse(text, parsing_timeout=alarm)
         if not gold:
@@ -101,11 +101,11 @@ def math_verify(timeout_s: int = 5) -> FunctionReward:
 
 
 def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> FunctionReward:
-    """The score that the row's own reasoning-gym task gives, in [0, 1]; the data is `reasoning_gym:TASK`.
+    """The score of the row's reasoning-gym task, in [0, 1]; the data is `reasoning_gym:TASK`.
 
-    `tag` scores the text between the last <tag> and </tag> (0 when there is none) instead of the whole response.
-    Some tasks' scorers raise on an answer that they cannot read (prime_factorization on a word): `malformed` is the
-    score of such an answer; without it the error stops the run. The scorer of n_queens evaluates the answer as Python.
+    With `tag`, scores the text between the last <tag> and </tag> (0 without these tags) instead of the whole response.
+    Some scorers raise for an unreadable answer (prime_factorization for a word): `malformed` is the score of such an
+    answer; without it the error stops the run. The scorer of n_queens evaluates the answer as Python.
     """
     gym = _import_extra("reasoning_gym", "gym")
     from reasoning_gym.utils import extract_answer
@@ -113,7 +113,7 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Fun
     tasks: dict[str, Any] = {}
 
     def reward(prompt: Prompt, response: str) -> float:
-        """The score of the task's own scorer, whose dataset is made once for each set of options."""
+        """The score of the task's scorer. Its dataset is built once per set of options."""
         origin = prompt.metadata.get("reasoning_gym")
         if origin is None:
             raise DataError(f"Prompt {prompt.id} is not a reasoning-gym row. Use data with `path: reasoning_gym:TASK`.")
@@ -123,7 +123,7 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Fun
         answer = response.strip() if tag is None else extract_answer(response, tag_name=tag)
         try:
             return 0.0 if answer is None else float(tasks[key].score_answer(answer=answer, entry=origin["entry"]))
-        except Exception:  # the scorers raise whatever their parsing raises
+        except Exception:  # scorers raise any error of their parsing
             if malformed is None:
                 raise
             return malformed

@@ -1,4 +1,4 @@
-"""Rewards by name, and what users give in their place: a function (prompt, text) -> float, or a Reward."""
+"""Rewards by name, and users' rewards: a function (prompt, text) -> float, or a Reward."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ MEMBERS = ("name", "needs", "asks", "comparable", "__call__", "for_stage", "chec
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A reward of `REWARDS`, or a user's, named `package.module:name`.
 
-    The parameters of a built-in reward are its options. A user's name means one of three: a function, called
-    (prompt, text, **options) for each response; a function or class whose parameters are all options and which makes
-    one of the other two; or a Reward. Raises ConfigError for an unknown name or option, for anything else under a
-    user's name, and when a package is not installed.
+    The parameters of a built-in reward are its options. A user's name refers to a function, called
+    (prompt, text, **options) for each response; to a Reward; or to a function or class whose parameters are all options
+    and which returns one of these two. Raises ConfigError for an unknown name or option, for any other object, and for
+    a package that is not installed.
     """
     if ":" in name:
         return _users(name, options)
@@ -47,9 +47,9 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> Reward:
-    """A Reward as it is; a function (prompt, text) -> float as a Reward called `name` (default: its own name).
+    """A Reward unchanged; a function (prompt, text) -> float as a Reward named `name` (default: the function's name).
 
-    Raises ConfigError for anything else, with a message that begins with `what`.
+    Raises ConfigError, beginning with `what`, for anything else.
     """
     if _is_reward(given):
         return given
@@ -66,7 +66,7 @@ def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> 
 
 
 def one_by_one(name: str) -> RewardFn:
-    """The function (prompt, text) -> float of a reward, with its defaults.
+    """The function (prompt, text) -> float of a reward, with its default options.
 
     Raises ConfigError for a reward that grades whole groups.
     """
@@ -83,12 +83,12 @@ def _users(name: str, options: Mapping[str, Any]) -> Reward:
         if options:
             raise ConfigError(
                 f"{what} is a Reward object, which takes no options, got {sorted(options)}. Leave them out, or name a "
-                "function that makes the Reward from them."
+                "function that returns the Reward for these options."
             )
         return found
     if inspect.isclass(found) or not _has_open_parameters(found, options):
         check_options(what, found, options)
-        return as_reward(found(**options), f"{what} has no parameters but its options, and what it made of them", name)
+        return as_reward(found(**options), f"{what} has only options as parameters, and its result", name)
     check_options(what, found, options, given=2)
     return FunctionReward(
         name=name,
@@ -99,7 +99,7 @@ def _users(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def _has_open_parameters(function: Callable[..., Any], options: Mapping[str, Any]) -> bool:
-    """Whether a function takes positional arguments beside its options: then it is called for each response."""
+    """Whether a function takes positional arguments besides its options: then it is called for each response."""
     for one in inspect.signature(function).parameters.values():
         if one.kind is one.VAR_POSITIONAL:
             return True
@@ -110,12 +110,12 @@ def _has_open_parameters(function: Callable[..., Any], options: Mapping[str, Any
 
 
 def _is_reward(given: Any) -> TypeGuard[Reward]:
-    """Whether it is a Reward; a class of Rewards, which has the members too, is none."""
+    """Whether `given` is a Reward object; a class of Rewards, which has the members too, is not."""
     return isinstance(given, Reward) and not inspect.isclass(given)
 
 
 def _is_function(given: Any) -> TypeGuard[RewardFn]:
-    """Whether it can be called with (prompt, text); a builtin without a signature is taken to."""
+    """Whether `given` can be called with (prompt, text); true for a builtin without a signature."""
     if not callable(given) or inspect.isclass(given):
         return False
     try:

@@ -27,7 +27,7 @@ from opd.types import Message, Prompt, Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """How rubrics are written and applied; see `rubric`."""
+    """The settings of `rubric`."""
 
     answers: int
     column: str
@@ -39,7 +39,7 @@ class Settings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """The answers that one rubric is made from and applied to; `rows` are the indices of the student's in the step."""
+    """The answers that one rubric is built from and applied to; `rows` are the indices of the student's in the step."""
 
     uid: str
     prompt: str
@@ -107,10 +107,10 @@ def _judges(
     given = {"judge": judge, "verifier": verifier or judge, "author": author}
     for role, section in given.items():
         if section is not None and not isinstance(section, JudgeSection):
-            raise ConfigError(f"The reward 'rubric': `{role}` stands beside `options`, not in them.")
+            raise ConfigError(f"The reward 'rubric': put `{role}` next to `options`, not into them.")
     if judge is None:
         raise ConfigError(
-            "The reward 'rubric' asks a judge, and there is none. Set the reward's `judge`, e.g. {url: "
+            "The reward 'rubric' needs a judge, got none. Set the reward's `judge`, e.g. {url: "
             "http://localhost:8000/v1, model: NAME} or {function: my_package.mine:function}."
         )
     asks = {role: section for role, section in given.items() if section is not None}
@@ -120,7 +120,7 @@ def _judges(
 
 
 def judged(rollouts: Sequence[Rollout], judges: Mapping[str, CachedJudge], settings: Settings) -> list[Rollout]:
-    """The rollouts with their rewards, or with the reason why their group has none. One batch of questions a role."""
+    """The rollouts with rewards, or with the reason why their group has none. One batch of questions per role."""
     groups: dict[int, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         groups.setdefault(rollout.prompt.id, []).append(i)
@@ -159,7 +159,7 @@ def judged(rollouts: Sequence[Rollout], judges: Mapping[str, CachedJudge], setti
 def points_of(
     cases: Sequence[Case], judges: Mapping[str, CachedJudge], settings: Settings
 ) -> list[tuple[list[float], dict[str, float]] | Failure]:
-    """For each case the rewards of the student's answers and numbers for the metrics, or why there are none."""
+    """For each case the rewards of the student's answers and numbers for the metrics, or the Failure."""
     _, warm, cold = settings.temperatures
     about = [rubric_question(c.prompt, c.teacher, c.student, settings.criteria, warm) for c in cases]
     rubrics = judges["judge"].ask(about, read_rubric)
@@ -231,7 +231,7 @@ def teacher_answers(
 
 
 def shown(prompt: Prompt) -> str:
-    """A prompt as the judges read it. Raises DataError if a part of it is no text."""
+    """The text of a prompt for the judges. Raises DataError if a part of it is not text."""
     if isinstance(prompt.content, str):
         return prompt.content
     return "\n\n".join(_said(message, prompt.id, alone=len(prompt.content) == 1) for message in prompt.content)
@@ -242,7 +242,7 @@ def _said(message: Message, prompt: int, *, alone: bool) -> str:
     parts: list[Any] = [{"text": content}] if isinstance(content, str) else list(content or ())
     if any(not isinstance(part.get("text"), str) for part in parts):
         raise DataError(
-            f"Prompt {prompt} holds something else than text, and the judges of the reward 'rubric' read text alone. "
+            f"Prompt {prompt} does not hold only text, but the judges of the reward 'rubric' read only text. "
             "Use another reward for it."
         )
     text = "\n".join(part["text"] for part in parts)
@@ -261,7 +261,7 @@ def _column(prompt: Prompt, column: str) -> list[str]:
 
 
 def _different(texts: Sequence[str], count: int) -> tuple[str, ...]:
-    """The first `count` different texts that are not empty, without their thoughts."""
+    """The first `count` different non-empty texts, without their thoughts."""
     stripped = (without_thought(text) for text in texts)
     return tuple(dict.fromkeys(text for text in stripped if text))[:count]
 

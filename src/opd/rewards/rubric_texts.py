@@ -1,7 +1,7 @@
-"""Texts of rubrics: the questions to judges, the parsing of their answers, and the reward that follows from them.
+"""Rubrics as text: the questions to judges, the parsing of their answers, and the resulting reward.
 
-A rubric is a list of criteria with points, made from the contrast of better and worse answers to one prompt
-(arXiv 2605.07396). Pure: texts in, texts and numbers out.
+A rubric is a list of criteria with points, from a comparison of better and worse answers to one prompt (arXiv
+2605.07396). Pure: texts in, texts and numbers out.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ Rubric: TypeAlias = tuple[Criterion, ...]
 
 
 def without_thought(text: str) -> str:
-    """The text after the last `</think>`, up to a `<think>` that is not closed, stripped; all of it without tags."""
+    """The text after the last `</think>` and before an unclosed `<think>`, stripped."""
     return text.rpartition(THOUGHT)[2].partition(THINKS)[0].strip()
 
 
@@ -106,10 +106,10 @@ def read_rubric(question: Question, text: str) -> Rubric:
     rubric: list[Criterion] = []
     for i, one in enumerate(given, 1):
         if not isinstance(one, dict) or set(one) != {"criterion", "points"}:
-            raise UnreadableError(f"criterion {i} of the rubric is no object of `criterion` and `points`: {one!r:.80}")
+            raise UnreadableError(f"criterion {i} of the rubric needs exactly `criterion` and `points`: {one!r:.80}")
         statement, points = one["criterion"], one["points"]
         if not isinstance(statement, str) or not statement.strip():
-            raise UnreadableError(f"criterion {i} of the rubric is no text: {statement!r:.80}")
+            raise UnreadableError(f"criterion {i} of the rubric is not text: {statement!r:.80}")
         if type(points) is not int or not POINTS[0] <= points <= POINTS[1]:
             raise UnreadableError(
                 f"criterion {i} of the rubric has {points!r:.20} points instead of a whole number from {POINTS[0]} to "
@@ -122,7 +122,7 @@ def read_rubric(question: Question, text: str) -> Rubric:
 def verdict_question(
     prompt: str, rubric: Rubric, answers: Sequence[str], sources: Sequence[str] | None, temperature: float
 ) -> Question:
-    """The question which answers meet which criteria; `sources` names the model of each answer, None hides it."""
+    """The question which answers meet which criteria; `sources` names the model of each answer (None: blind)."""
     titles = [f"## Answer {i}" + (f" (of the {sources[i - 1]})" if sources else "") for i in range(1, len(answers) + 1)]
     text = APPLY.format(
         k=len(rubric),
@@ -149,9 +149,9 @@ def read_verdicts(question: Question, text: str) -> list[list[bool]]:
         raise UnreadableError(f"there are verdicts on {len(given)} answers instead of {answers}")
     for i, row in enumerate(given, 1):
         if not isinstance(row, list) or len(row) != criteria or any(type(v) not in (int, bool) for v in row):
-            raise UnreadableError(f"the verdicts on answer {i} are no list of {criteria} numbers 0 or 1: {row!r:.80}")
+            raise UnreadableError(f"the verdicts on answer {i} are not {criteria} numbers 0 or 1: {row!r:.80}")
         if any(v not in (0, 1) for v in row):
-            raise UnreadableError(f"the verdicts on answer {i} hold something else than 0 and 1: {row!r:.80}")
+            raise UnreadableError(f"the verdicts on answer {i} hold numbers other than 0 and 1: {row!r:.80}")
     return [[bool(v) for v in row] for row in given]
 
 
@@ -162,9 +162,9 @@ def share_of_points(rubric: Rubric, met: Sequence[bool]) -> float:
 
 
 def blind_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
-    """The order in which a judge reads `answers`, each (source, index, text): that of their hashes.
+    """The order in which a judge reads `answers`, each (source, index, text): by their hashes.
 
-    It does not show the source of an answer, and is the same at every call with the same answers.
+    It hides the source of an answer, and is the same for the same answers.
     """
     hashes = [hashlib.sha256(json.dumps([uid, *answer]).encode()).hexdigest() for answer in answers]
     return sorted(range(len(answers)), key=hashes.__getitem__)
@@ -175,14 +175,14 @@ def _listed(answers: Sequence[str]) -> str:
 
 
 def _json(text: str, name: str) -> list[Any]:
-    """The list `name` of the one JSON object in a text, which may stand in a code fence. Raises UnreadableError."""
+    """The list `name` of the JSON object in a text, possibly in a code fence. Raises UnreadableError."""
     body = without_thought(text)
     if body.startswith("```") and body.endswith("```"):
         body = body.removesuffix("```").partition("\n")[2]
     try:
         given = json.loads(body)
-    except (ValueError, RecursionError) as error:  # the latter of a model that writes brackets without end
-        raise UnreadableError(f"the answer is no JSON ({error}): {text.strip()[:120]!r}") from error
+    except (ValueError, RecursionError) as error:  # RecursionError: endless brackets
+        raise UnreadableError(f"the answer is not JSON ({error}): {text.strip()[:120]!r}") from error
     if not isinstance(given, dict) or not isinstance(given.get(name), list):
-        raise UnreadableError(f"the answer is no JSON object with a list {name!r}: {text.strip()[:120]!r}")
+        raise UnreadableError(f"the answer is not a JSON object with a list {name!r}: {text.strip()[:120]!r}")
     return given[name]

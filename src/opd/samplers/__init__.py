@@ -1,4 +1,4 @@
-"""Text with its token ids: rollouts by a model, a teacher or the data; answers of LLM judges (`asked`)."""
+"""Writers of text: rollouts by the student, a teacher or the data, and answers of LLM judges (`asked`)."""
 
 __all__ = [
     "asked",

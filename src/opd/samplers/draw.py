@@ -1,4 +1,4 @@
-"""Draw one token a row by inverting the distribution function at a given uniform number, without sorting."""
+"""Draws one token per row by inverting the distribution function at a given uniform number, without sorting."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from opd.errors import NotFiniteError
 from opd.models.head import tiles
 
-BLOCK = 128  # tokens whose mass is added up before the block is chosen, and the token in it
+BLOCK = 128  # tokens per block; the block is chosen by its mass, then the token in it
 
 
-SORTED = 4096  # a vocabulary of at most this many is sorted
+SORTED = 4096  # largest vocabulary that is sorted
 
 
 BINS = (0x3F800000 >> 16) + 1  # float32 bit patterns from 0 to 1, by their upper 16 bits
@@ -21,7 +21,7 @@ BINS = (0x3F800000 >> 16) + 1  # float32 bit patterns from 0 to 1, by their uppe
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """One token a row, [b] each. `entropy` is that after temperature and before truncation, in nats."""
+    """One token per row, [b] each. `entropy` is after temperature and before truncation, in nats."""
 
     ids: Tensor
     sampler_logp: Tensor
@@ -40,10 +40,10 @@ def draw(
 ) -> Drawn:
     """Tokens from logits [b, V] float32 at uniforms [b] float64 in [0, 1).
 
-    The order of the filters is temperature, top-k, top-p. `sampler_logp` is under the filtered, renormalised
-    distribution, `policy_logp` under temperature alone. Temperature 0 takes the most likely token: its `sampler_logp`
-    is 0 (the distribution is a point), its `policy_logp` and `entropy` are those of temperature 1. Sums over the
-    vocabulary run in float64: rounding adds up over 150,000 tokens.
+    The order is temperature, top-k, top-p. `sampler_logp` is under the filtered, renormalised distribution,
+    `policy_logp` under temperature only. Temperature 0 takes the most likely token: its `sampler_logp` is 0, and its
+    `policy_logp` and `entropy` are those of temperature 1. Sums over the vocabulary run in float64, because rounding
+    accumulates over 150,000 tokens.
     """
     parts = [_draw(logits[t], uniforms[t], temperature, top_p, top_k, entropy) for t in tiles(logits)]
     return Drawn(
@@ -57,14 +57,14 @@ def draw(
 def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, top_k: int, entropy: bool) -> Drawn:
     vocabulary = logits.shape[-1]
     mass = (logits if temperature in (0, 1) else logits / temperature).softmax(-1)
-    if vocabulary % BLOCK:  # whole blocks; what is added has no mass
+    if vocabulary % BLOCK:  # pad to whole blocks with zero mass
         mass = torch.nn.functional.pad(mass, (0, BLOCK - vocabulary % BLOCK))
     blocks = sums_of_blocks(mass)
     total = blocks.sum(-1)
-    log_total = total.log()  # 0 up to the rounding of float32, which over 150,000 tokens is seen
+    log_total = total.log()  # 0 up to float32 rounding, which over 150,000 tokens is not negligible
     if not bool(log_total.isfinite().all()):
         raise NotFiniteError(
-            "The model gives logits that are not numbers (NaN or +inf), so no token can be drawn: its weights or its "
+            "The model's logits are not finite (NaN or +inf), so no token can be drawn: its weights or its "
             "activations overflowed. Go back to an earlier checkpoint, lower the learning rate, or use float32 instead "
             "of float16."
         )
@@ -86,22 +86,22 @@ def _draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float, to
 
 
 def _logp(mass: Tensor, ids: Tensor, log_total: Tensor) -> Tensor:
-    """[b] log of the tokens' shares of the total."""
+    """[b]: log of the tokens' shares of the total."""
     return (mass.gather(-1, ids[:, None])[:, 0].double().log() - log_total).float()
 
 
 def largest(mass: Tensor, k: int) -> Tensor:
-    """[b, C] with all but the k largest of each row set to 0; of equals, those with the lower ids stay."""
+    """[b, C] with all but the k largest of each row set to 0; of equal masses, the lower ids stay."""
     values = mass.topk(min(k + 1, mass.shape[1]), dim=-1).values
     return _from(mass, values, torch.full_like(values[:, :1], k - 1, dtype=torch.long))
 
 
 def nucleus(mass: Tensor, top_p: float) -> Tensor:
-    """[b, C] with everything set to 0 outside the smallest set that has a share `top_p` of each row's mass.
+    """[b, C], set to 0 outside the smallest set with a share `top_p` of each row's mass.
 
-    The set is the tokens above a threshold. A histogram over the upper 16 bits of the masses (positive float32 numbers
-    are ordered as their bit patterns are, so a bin is 1/128 wide) finds the bin that decides, and only what lies in
-    that bin is sorted. A small vocabulary is sorted whole, which is faster there.
+    The set is the tokens above a threshold. A histogram over the upper 16 bits of the masses finds the bin of the
+    threshold, and only this bin is sorted. (Positive float32 numbers have the order of their bit patterns, so a bin is
+    1/128 wide.) A small vocabulary is sorted completely, which is faster there.
     """
     if mass.shape[1] <= SORTED:
         values = torch.nn.functional.pad(mass.sort(-1, descending=True).values, (0, 1))
@@ -113,14 +113,14 @@ def nucleus(mass: Tensor, top_p: float) -> Tensor:
         total = up_to[:, -1:]
         deciding = torch.searchsorted(up_to, (1.0 - top_p) * total, right=True).clamp(max=BINS - 1)  # [b, 1]
         values = _falling(mass, bins == deciding)
-        target = top_p * total - (total - up_to.gather(-1, deciding))  # what the deciding bin has to add
+        target = top_p * total - (total - up_to.gather(-1, deciding))  # mass to take from the deciding bin
     reached = torch.searchsorted(values.double().cumsum(-1), target)
-    reached = torch.minimum(reached, (values > 0).sum(-1, keepdim=True) - 1)  # rounding may ask for more than there is
+    reached = torch.minimum(reached, (values > 0).sum(-1, keepdim=True) - 1)  # rounding may point past the end
     return _from(mass, values, reached)
 
 
 def _falling(mass: Tensor, chosen: Tensor) -> Tensor:
-    """The chosen masses of each row in falling order, zeros behind them and one at the end: [b, largest count + 1]."""
+    """The chosen masses of each row in falling order, then zeros, at least one: [b, largest count + 1]."""
     rows, columns = chosen.nonzero(as_tuple=True)
     counts = torch.bincount(rows, minlength=len(mass))
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[rows]
@@ -130,7 +130,7 @@ def _falling(mass: Tensor, chosen: Tensor) -> Tensor:
 
 
 def _from(mass: Tensor, values: Tensor, last: Tensor) -> Tensor:
-    """`mass` [b, C] down to the entry `last` [b, 1] of its falling `values`, 0 below; of equals, the lower ids stay."""
+    """`mass` [b, C] down to entry `last` [b, 1] of its falling `values`, 0 below; of equals, the lower ids stay."""
     threshold = values.gather(-1, last)
     following = values.gather(-1, (last + 1).clamp(max=values.shape[1] - 1))
     if not bool(((following == threshold) & (last + 1 < values.shape[1])).any()):
@@ -146,9 +146,9 @@ def sums_of_blocks(mass: Tensor) -> Tensor:
 
 
 def invert(mass: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
-    """[b] index at which the running sum of mass [b, C] exceeds u times its total, given its sums by block.
+    """[b]: index at which the running sum of mass [b, C] exceeds u times its total, given its sums by block.
 
-    First the block, then the token in it. An index without mass is never returned.
+    Finds the block, then the token in it. Never returns an index without mass.
     """
     up_to = blocks.cumsum(-1)
     target = uniforms[:, None] * up_to[:, -1:]
@@ -160,8 +160,8 @@ def invert(mass: Tensor, blocks: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
-    """The first index [b, 1] at which the sum exceeds the target; never one behind the last that adds anything."""
+    """The first index [b, 1] at which the sum exceeds the target; never past the last index with mass."""
     index = torch.searchsorted(cumulative, target, right=True)
-    # A u so close to 1 that the product rounds to the total would point behind the last token with mass.
+    # A u so close to 1 that the product rounds to the total would point past the last token with mass.
     last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous(), right=False)
     return torch.minimum(index, last)

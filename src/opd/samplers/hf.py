@@ -1,8 +1,8 @@
 """Sampling from a transformers model in this process: a decode loop over its cache.
 
-Why not `generate()`: every row's randomness has to come from (seed, step, prompt id, sample) alone, whatever else is
-in the batch; the drawn token's log-prob, before and after truncation, and the student's top-K come from the same
-logits; a prompt is read once however many responses it gets; and rows that have ended leave the batch.
+Why not `generate()`: a row's randomness must depend only on (seed, step, prompt id, sample), not on the batch; the
+sampled token's log-prob, before and after truncation, and the student's top-K come from the same logits; a prompt is
+read once for all its responses; and finished rows leave the batch.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
-ROWS = 64  # rows decoded together; more is faster until the cache no longer fits
+ROWS = 64  # rows decoded together; more is faster while the cache fits
 
 
 @dataclass(slots=True)
 class _Row:
-    """One response while it is written."""
+    """One response during sampling."""
 
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
     uniforms: Tensor  # [max_completion_length] float64
-    prefix: tuple[int, ...] = ()  # what the response begins with, given
+    prefix: tuple[int, ...] = ()  # given first tokens of the response
     ids: list[int] = field(default_factory=list[int])
     sampler_logp: list[float] = field(default_factory=list[float])
     policy_logp: list[float] = field(default_factory=list[float])
@@ -44,7 +44,7 @@ class _Row:
 
     @property
     def read(self) -> list[int]:
-        """What the model reads before it writes."""
+        """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.prefix]
 
 
@@ -55,16 +55,16 @@ class TransformersSampler(Sampler):
     lm: LanguageModel
     sampling: Sampling
     max_prompt_length: int | None = None
-    limited_by: str = "sampling.max_completion_length"  # what a user sets to make responses shorter
-    version: int = 0  # the step that the weights are of, recorded in every rollout
+    limited_by: str = "sampling.max_completion_length"  # the setting that makes responses shorter
+    version: int = 0  # the step of the weights, recorded in every rollout
 
     @property
     def temperature(self) -> float:
-        """The temperature that `policy_logp` and recorded entropies are of."""
+        """The temperature of `policy_logp` and of recorded entropies."""
         return self.sampling.temperature or 1.0
 
     def sync(self, version: int) -> None:
-        """The weights are the student's own already: record the version."""
+        """Record the version; the weights are the student's own already."""
         self.version = version
 
     def __call__(
@@ -78,8 +78,8 @@ class TransformersSampler(Sampler):
     ) -> list[Rollout]:
         """`sampling.n` responses to each prompt, in order. `stop` may end responses during sampling.
 
-        `prefixes`, one a prompt, are token ids that its responses begin with. They are read as they are, never encoded
-        again; they are not trained and have no log-probs (NaN), and the limit on the length counts what is written.
+        `prefixes`, one per prompt, are the first token ids of its responses. They are read without encoding them again.
+        They are not trained, their log-probs are NaN, and the length limit does not count them.
 
         Raises DataError for a prompt or response that is too long, ConfigError for a top-k larger than the vocabulary.
         """
@@ -90,7 +90,7 @@ class TransformersSampler(Sampler):
             template_options=self.lm.template_options,
         )
         check_fits(record.top_k, self.lm.vocabulary)
-        assert prefixes is None or record == NOTHING_MORE, "nothing is recorded about tokens that were not drawn"
+        assert prefixes is None or record == NOTHING_MORE, "prefix tokens are not drawn, so they have no records"
         limit = self.sampling.max_completion_length
         rows = [
             _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, limit), tuple(prefix))
@@ -98,7 +98,7 @@ class TransformersSampler(Sampler):
             for sample in range(self.sampling.n)
         ]
         by_length = sorted(rows, key=lambda row: len(row.read))  # stable: a prompt's rows stay together
-        # In inference mode autocast keeps no copy of a weight that it has cast.
+        # no_grad, not inference mode, in which autocast does not cache the weights that it casts.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         with evaluating(self.lm.model), self.lm.casting_once(), prepacked(self.lm) as logits_of, free:
             for start in range(0, len(rows), ROWS):
@@ -136,7 +136,7 @@ class TransformersSampler(Sampler):
             hidden = out.last_hidden_state[:, -1]
 
     def _write(self, active: list[_Row], logits: Tensor, t: int, record: Record) -> Tensor:
-        """Draw a token for every row, with what is recorded of it; the ids [b]."""
+        """Draw a token for every row and record it; the ids [b]."""
         sampling = self.sampling
         drawn = draw(
             logits,
@@ -165,13 +165,13 @@ class TransformersSampler(Sampler):
         unfinished = [row for row in active if not row.ended]
         if not unfinished:
             return
-        with torch.inference_mode(False), torch.no_grad():  # what it makes of them may meet a gradient later
+        with torch.inference_mode(False), torch.no_grad():  # its results may be used with gradients later
             keeps = stop.keeps_going([self._rollout(row) for row in unfinished])
         for row, keeps_going in zip(unfinished, keeps, strict=True):
             row.ended = not keeps_going
 
     def _stopped(self, row: _Row) -> bool:
-        """Whether the text ends with a stop string; a token holds at least one byte, which bounds the look back."""
+        """Whether the text ends with a stop string. A token has at least one byte, which limits the tokens decoded."""
         stops = self.sampling.stop
         if not stops:
             return False
@@ -200,5 +200,5 @@ class TransformersSampler(Sampler):
 
 
 def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int) -> Tensor:
-    """The random numbers of one response, [length] float64: a function of (seed, step), prompt and sample alone."""
+    """The random numbers of one response, [length] float64: a function of (seed, step), prompt and sample only."""
     return torch.from_numpy(np.random.default_rng((*seed, prompt_id, sample)).random(length))

@@ -1,8 +1,8 @@
-"""Linear layers of a decode step on a CPU: weights laid out in blocks beforehand, products by oneDNN.
+"""Faster linear layers for decoding on a CPU: weights in oneDNN's blocked layout.
 
-torch gives float32 products to a BLAS that reads the weights as they lie. A decode step has few rows, so the time is
-that of reading: oneDNN on weights in its own blocked layout reads two to four times faster (benchmarks/limits.py). A
-layout is made once a call, when the weights are those of the step, and costs a copy of the weights while it lasts.
+A decode step has few rows, so its time is that of reading the weights. torch's float32 BLAS reads them in their plain
+layout; oneDNN reads its own blocked layout two to four times faster (benchmarks/limits.py). The layout is computed once
+per sampling call, from the weights of the step, and needs memory for a copy of them.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel
 
-SMALLEST = 2**17  # entries of a weight; below, the call costs more than the layout saves
+SMALLEST = 2**17  # entries of a weight; for smaller weights the call costs more than the layout saves
 
 
 @contextlib.contextmanager
 def prepacked(lm: LanguageModel) -> Iterator[Callable[[Tensor], Tensor]]:
-    """Within it, `lm` multiplies prepacked weights and must not train; gives its output layer, [b, H] -> [b, V].
+    """Inside the block `lm` uses prepacked weights and must not train; yields its output layer, [b, H] -> [b, V].
 
-    A model that does not compute in float32 on a CPU, or whose layers hold shards, is used as it is.
+    No effect on a model that does not compute in float32 on a CPU, or has sharded layers.
     """
     head = lm.head()
     linear = [module for module in lm.model.modules() if type(module) is nn.Linear]
@@ -36,7 +36,7 @@ def prepacked(lm: LanguageModel) -> Iterator[Callable[[Tensor], Tensor]]:
         yield partial(_logits, head, _layout(head.weight[: head.vocabulary])) if gains else head.logits
     finally:
         for layer in layers:
-            del layer.forward  # the class's own again
+            del layer.forward  # restores the class's forward
 
 
 def _gains(weight: Tensor, lm: LanguageModel) -> bool:

@@ -1,4 +1,4 @@
-"""Writers that are not the student: a teacher, and the data itself."""
+"""Writers other than the student: a teacher, and the data."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout,
 
 @dataclass(slots=True, kw_only=True)
 class TeacherWriter(Writer):
-    """Responses of a teacher that reads `context`, as rollouts of a student that reads the prompt alone.
+    """Responses of a teacher that reads `context`, as rollouts of a student that reads only the prompt.
 
-    They have no `sampler_logp`: the weights that wrote them are not the student's. What a teacher with a tokenizer of
-    its own writes is encoded again with the student's. `base` switches an adapter off.
+    They have no `sampler_logp`, because the student did not write them. The text of a teacher with another tokenizer is
+    encoded again with the student's. `base` switches an adapter off.
     """
 
     teacher: LanguageModel
@@ -60,7 +60,7 @@ class TeacherWriter(Writer):
 
 @dataclass(slots=True, kw_only=True)
 class ReferenceWriter(Writer):
-    """The data's own `response` column, ended by the end-of-sequence token."""
+    """The data's `response` column, ended by the end-of-sequence token."""
 
     student: LanguageModel
     max_prompt_length: int | None = None
@@ -80,7 +80,7 @@ class ReferenceWriter(Writer):
 
 
 def in_tokens_of(student: LanguageModel, rollout: Rollout) -> Rollout:
-    """A response in the student's tokens, whoever wrote it; one that was cut off has no end."""
+    """The response in the student's tokens; without an end token if it was cut."""
     end = student.tokenizer.eos_token_id
     ids = encode_response(rollout.text, student.tokenizer) if rollout.text else [end]
     ids = ids if rollout.finished or len(ids) == 1 else ids[:-1]
@@ -157,10 +157,10 @@ def in_prompts_order(
 
 
 def writer_by_task(writers: Mapping[str | None, Writer]) -> Writer:
-    """The writers of a stage's tasks as one; of a stage without tasks, its only one."""
+    """One writer for all tasks of a stage; for a stage without tasks, its only writer."""
     return writers[None] if None in writers else WriterByTask(writers=writers)
 
 
 def sampler_by_task(samplers: Mapping[str | None, Sampler]) -> Sampler:
-    """The samplers of a stage's tasks as one; of a stage without tasks, its only one."""
+    """One sampler for all tasks of a stage; for a stage without tasks, its only sampler."""
     return samplers[None] if None in samplers else SamplerByTask(samplers=samplers)

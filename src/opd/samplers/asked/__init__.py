@@ -1,1 +1,1 @@
-"""Questions to LLM judges and their answers: a server, a model of this process, a program. See `protocol.py`."""
+"""LLM judges: a server, a model of this process or a program answers questions. See `protocol.py`."""

@@ -42,12 +42,12 @@ def judge_of(
     if section.lm is not None:
         if section.lm not in models:
             raise ConfigError(
-                f"A judge is the model {section.lm!r}, which is not loaded. A stage loads the models that the "
+                f"A judge uses the model {section.lm!r}, which is not loaded. A stage loads the models that the "
                 f"`reward` of its recipe names{': now ' + ', '.join(models) if models else ''}. Name it there, e.g. "
                 f"reward: {{name: ..., judge: {{lm: {section.lm}}}}}."
             )
         return LocalJudge(lm=models[section.lm], origin=origins[section.lm], max_tokens=section.max_tokens)
-    assert section.function is not None, "a section without url, lm or function is refused before this"
+    assert section.function is not None, "sections without url, lm or function are refused earlier"
     return Program(function=import_function(section.function), name=section.function, options=section.options)
 
 
@@ -59,29 +59,29 @@ def check_judge(section: JudgeSection, where: str) -> None:
     if section.url is not None:
         parts = urlsplit(section.url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{where}: `url` is no address. It begins with http:// or https:// and names a host.")
+            raise ConfigError(f"{where}: `url` is not an address. Begin it with http:// or https:// and name a host.")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError(
-                f"{where}: `url` holds more than an address, and it is written to the run's folder. Put a key into an "
-                "environment variable, and its name into `api_key_env`."
+                f"{where}: `url` holds more than an address, but it is written to the run's folder. Put a key into an "
+                "environment variable, and the variable's name into `api_key_env`."
             )
-        proxy_of(section.url)  # refuses one that cannot be used
+        proxy_of(section.url)  # raises ConfigError for an unusable proxy
     if section.api_key_env is not None:
         if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
             raise ConfigError(
-                f"{where}: `api_key_env` is not the name of an environment variable (letters, digits and _). It holds "
-                "the name, never the key: recipes are written to the run's folder."
+                f"{where}: `api_key_env` is not the name of an environment variable (letters, digits and _). Give the "
+                "name, never the key: recipes are written to the run's folder."
             )
         key = os.environ.get(section.api_key_env)
-        if key and not fits_header(key):  # the HTTP client would refuse it too, and show it
+        if key and not fits_header(key):  # checked here because the HTTP client's error would show the key
             raise ConfigError(
-                f"{where}: the key in the environment variable {section.api_key_env} holds white space, such as a "
-                "line's end, or another character that no key has. Export the key alone."
+                f"{where}: the key in the environment variable {section.api_key_env} has white space, such as a line "
+                "break, or another character that keys never have. Export only the key."
             )
         if not key:
             raise ConfigError(
-                f"{where}: the environment variable {section.api_key_env} is not set or empty, and `api_key_env` says "
-                "that it holds the key. Export it, or leave `api_key_env` out for a server without keys."
+                f"{where}: `api_key_env` names the environment variable {section.api_key_env}, which is not set or "
+                "empty. Export the key in it, or leave `api_key_env` out for a server without keys."
             )
     if section.function is not None:
         check_options(

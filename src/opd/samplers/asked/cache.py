@@ -1,4 +1,4 @@
-"""A judge with a cache: answers are written to disk as they arrive, and unreadable ones are asked for again."""
+"""A judge with a cache: writes each answer to disk on arrival, and requests unreadable answers again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class AnswerCache:
                 self.texts |= {row["key"]: str(row["text"]) for _, row in rows}
             except (KeyError, TypeError) as error:
                 raise RunError(
-                    f"{file} holds a line that is no answer ({error!r}). Remove the file to go on."
+                    f"{file} holds a line that is not an answer ({error!r}). Remove the file to continue."
                 ) from error
             if file == self.file:
                 write_atomically(file, b"".join(line for line, _ in rows))
@@ -51,10 +51,10 @@ class AnswerCache:
 
 @dataclass(slots=True, kw_only=True)
 class CachedJudge:
-    """A judge with its cache; an unreadable answer is asked for again up to `retries` times.
+    """A judge with its cache; an unreadable answer is requested again up to `retries` times.
 
-    `counts` has: requests (all that were sent), retries (those after the first for a question), unreadable and cached
-    answers, failed questions, and seconds.
+    `counts` has: requests sent, retries (requests for a question after its first), unreadable and cached answers,
+    failed questions, and seconds.
     """
 
     judge: Judge
@@ -68,7 +68,7 @@ class CachedJudge:
         """Each answer as `read` parses it, or the Failure. `read` raises UnreadableError for an answer it rejects.
 
         With `whole`, an answer that was cut at `max_tokens` counts as unreadable. Only readable answers are cached: a
-        resumed run asks the failed questions again. Equal questions are sent once.
+        resumed run sends the failed questions again. Equal questions are sent once.
         """
         started = time.perf_counter()
         found: dict[str, T | Failure] = {}
@@ -106,7 +106,7 @@ class CachedJudge:
         self.counts[name] = self.counts.get(name, 0.0) + number
 
     def _cached(self, key: str, question: Question, read: Callable[[Question, str], T]) -> tuple[T] | None:
-        """The cached answer as `read` parses it, in a tuple of one; None if there is none that it accepts."""
+        """The cached answer as `read` parses it, in a 1-tuple; None without a cached answer that `read` accepts."""
         if key not in self.cache.texts:
             return None
         try:
@@ -125,7 +125,7 @@ class CachedJudge:
             return Failure(reply.failure or "there was no answer")
         try:
             if reply.cut and whole:
-                raise UnreadableError("the answer has no end")
+                raise UnreadableError("the answer is incomplete")
             made = read(question, reply.text)
         except UnreadableError as error:
             self.count("unreadable", 1)

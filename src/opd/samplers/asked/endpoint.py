@@ -1,7 +1,6 @@
-"""A judge behind a server that speaks OpenAI's protocol: POST URL/chat/completions.
+"""A judge on a server with OpenAI's protocol: POST URL/chat/completions.
 
-What goes wrong, what is tried again and how long a server is waited for: `opd.models.server`. An answer that is no
-completion is one of the things that pass.
+`opd.models.server` defines failures, retries and waits. An answer that is not a completion is a transient failure.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from opd.samplers.asked.protocol import Question, Reply
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endpoint(Server):
-    """Asks a server, `concurrency` questions at a time."""
+    """Sends questions to a server, `concurrency` at a time."""
 
     model: str
     body: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -26,11 +25,11 @@ class Endpoint(Server):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The server, the model, and the fields of a request. The key is no part of it."""
+        """The server, the model, and the fields of a request, without the key."""
         return {"url": self.url, "model": self.model, "max_tokens": self.max_tokens, "body": dict(self.body)}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """Replies as they come in."""
+        """Replies in the order of arrival."""
         with self.connected() as connection:
             pool = ThreadPoolExecutor(self.concurrency)
             try:
@@ -41,7 +40,7 @@ class Endpoint(Server):
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _answered(self, connection: Connection, question: Question) -> Reply:
-        """One question, until there is an answer or no hope."""
+        """Send one question until an answer or a final failure."""
         content = question.content
         messages = [{"role": "user", "content": content}] if isinstance(content, str) else [dict(m) for m in content]
         fields: dict[str, Any] = {
@@ -59,12 +58,12 @@ class Endpoint(Server):
         return Reply(text=text, cut=cut, requests=answer.requests)
 
     def _completion(self, raw: bytes) -> tuple[str, bool]:
-        """The text of a completion without the key, and whether it was cut. Raises BodyError if there is none."""
+        """The text of a completion without the key, and whether it was cut. Raises BodyError without a text."""
         try:
             choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"]
         except (ValueError, RecursionError, KeyError, IndexError, TypeError) as error:
-            raise BodyError(f"the server's answer is no completion: {self.shown(raw)!r}") from error
+            raise BodyError(f"the server's answer is not a completion: {self.shown(raw)!r}") from error
         if not isinstance(text, str):
             raise BodyError(f"the completion has no text: {self.shown(raw)!r}")
         return self.without_key(text), choice.get("finish_reason") == "length"

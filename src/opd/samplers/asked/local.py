@@ -17,7 +17,7 @@ from opd.types import Prompt, Sampling
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalJudge:
-    """A model that is not trained, as a judge. The random numbers of an answer are a function of its question."""
+    """An untrained model as a judge. The random numbers of an answer are a function of its question."""
 
     lm: LanguageModel
     origin: Mapping[str, Any]  # the model's section of the recipe
@@ -25,7 +25,7 @@ class LocalJudge:
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The model's name and section, and the largest length of an answer."""
+        """The model's name and section, and the longest answer."""
         return {"lm": self.lm.name, "origin": dict(self.origin), "max_tokens": self.max_tokens}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
@@ -41,8 +41,8 @@ class LocalJudge:
                 yield (
                     i,
                     Reply(
-                        failure=f"the question has {length} tokens and an answer up to {self.max_tokens}, and "
-                        f"{self.lm.name} reads {self.lm.positions:.0f} in all",
+                        failure=f"the question has {length} tokens and an answer up to {self.max_tokens}, but "
+                        f"{self.lm.name} has only {self.lm.positions:.0f} positions",
                         requests=0,
                     ),
                 )

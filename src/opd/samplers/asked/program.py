@@ -1,4 +1,4 @@
-"""A judge that is a Python function: for studies, and for rules that a program can check."""
+"""A judge that is a Python function, for studies and for criteria that a program can check."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Program:
                 text = self.function(question, **self.options)
             except Exception as error:  # a user's function may raise anything
                 raise TrainingError(
-                    f"The judge {self.name} raised {type(error).__name__}: {error}. It answers every question with a "
-                    "text, or with None where it has nothing to say: correct it."
+                    f"The judge {self.name} raised {type(error).__name__}: {error}. It must answer every question "
+                    "with a text, or None for no answer: correct it."
                 ) from error
             if text is not None and not isinstance(text, str):
                 raise TrainingError(f"The judge {self.name} returned a {type(text).__name__}. Return a text, or None.")
-            yield i, Reply(text=text, failure="it had nothing to say" if text is None else None)
+            yield i, Reply(text=text, failure="it returned no answer" if text is None else None)

@@ -1,4 +1,4 @@
-"""Questions to a judge, its replies, and the protocol of a judge."""
+"""The protocol of a judge: questions and replies."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from opd.types import Message
 class Question:
     """A text, or a conversation, that a judge continues.
 
-    `about` has the values that the text was made from: a program reads those. `number` distinguishes equal questions
-    that need different answers. `attempt` counts the unreadable answers to this question so far.
+    `about` has the values that the text is built from, for judges that are programs. `number` distinguishes equal
+    questions that need different answers. `attempt` counts the unreadable answers to this question so far.
     """
 
     content: str | tuple[Message, ...]
@@ -31,14 +31,14 @@ class Reply:
     text: str | None = None
     failure: str | None = None
     cut: bool = False
-    requests: int = 1  # that were sent for it
+    requests: int = 1  # requests sent for it
 
 
 class Judge(Protocol):
     """Answers questions with texts: `endpoint.Endpoint`, `local.LocalJudge`, `program.Program`."""
 
     @property
-    def identity(self) -> Mapping[str, Any]: ...  # all that its answers depend on beside the question, as JSON values
+    def identity(self) -> Mapping[str, Any]: ...  # all that its answers depend on besides the question, as JSON
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         """(index of the question, reply) in the order of arrival, so that each is cached before the next arrives."""
@@ -47,7 +47,7 @@ class Judge(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """The reason why a question has no readable answer."""
+    """Why a question has no readable answer."""
 
     why: str
 
