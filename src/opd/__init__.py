@@ -1,6 +1,6 @@
 """On-policy distillation of language models.
 
-`opd.distill(...)` is one stage, `opd.run(recipe)` a whole recipe; both return a `Run`. Read `opd.train` for the loop,
+`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`. Read `opd.train` for the loop,
 `opd.types` for the records, `opd.methods` for the papers.
 """
 
@@ -22,7 +22,7 @@ _HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use: `import opd` and `opd --help` must not import torch."""
+    """Import a name on first use: `import opd` and `opd --help` must not import torch."""
     if name not in _HOME:
         raise AttributeError(f"module 'opd' has no attribute {name!r}")
     import importlib

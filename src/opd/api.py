@@ -27,7 +27,7 @@ from opd.types import Prompt, Reward, Sampler, Teacher
 def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
     """Run a recipe: a path, a mapping, or a Recipe; `overrides` as on the command line, e.g. "seed=1".
 
-    A run that was stopped goes on where it was. Raises the kinds of `opd.errors`.
+    A stopped run continues from its last checkpoint. Raises the errors of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -58,15 +58,15 @@ def distill(
 ) -> Run:
     """One stage of distillation.
 
-    `student` and `teacher` are paths, hub ids, transformers models or peft models; objects need `tokenizer` (the
-    teacher takes the student's unless `teacher_tokenizer` is given). A student object is trained in place. `teacher`
-    may also be an object with the methods of `opd.types.Teacher`, or the name of what makes one, "my_module:MyTeacher",
-    called (student). `sampler`, or its name, is called (student, sampling) and gives a `opd.types.Sampler`. `prompts`
-    is a path as in a recipe's data section, or rows: strings, mappings with `prompt` (a `datasets.Dataset` iterates as
-    such), or `Prompt`s. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a
-    `Reward`. `method` is a name, a function that returns a Method (with `options`), or a Method; further keywords are
-    fields of a recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to
-    `output_dir` (default: a new folder under runs/). Raises the kinds of `opd.errors`.
+    `student` and `teacher` are paths, hub ids, transformers models or peft models. Model objects need `tokenizer`;
+    `teacher_tokenizer` defaults to it. A student object is trained in place. `teacher` may also be an object with the
+    methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
+    returns one. `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
+    a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
+    `Prompt`s. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a `Reward`.
+    `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are fields of a
+    recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to `output_dir` (default:
+    a new folder under runs/). Raises the errors of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -109,14 +109,14 @@ def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
 
 
 def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
-    """What stands for a sampler in the recipe."""
+    """The recipe's text for a sampler."""
     return sampler if sampler is None or isinstance(sampler, str) else f"({sampler.__name__} given in Python)"
 
 
 def _teacher(
     teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
 ) -> dict[str, Any]:
-    """The model section of a teacher: a path, a model object, a `Teacher`, or the name of what makes one."""
+    """The model section of a teacher: a path, a model object, a `Teacher`, or the name of its maker."""
     if isinstance(teacher, str):
         own = ":" in teacher and not teacher.startswith("package:")
         return {"scorer": teacher} if own else {"path": teacher}
@@ -134,13 +134,13 @@ def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel
 
 
 def _described(rows: Sequence[Prompt]) -> str:
-    """What stands for rows in the recipe: other rows are another run."""
+    """The recipe's text for rows, with a hash: other rows make another run."""
     digest = hashlib.sha256(repr([(row.id, row.content, row.answer, row.response) for row in rows]).encode())
     return f"({len(rows)} rows given in Python, {digest.hexdigest()[:12]})"
 
 
 def _new_folder() -> Path:
-    """runs/distill-1, -2, ...: the first that does not exist."""
+    """The first of runs/distill-1, -2, ... that does not exist."""
     n = 1
     while (folder := Path("runs") / f"distill-{n}").exists():
         n += 1

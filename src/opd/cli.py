@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a command needs it."""
+"""The command line. Commands import heavy modules only when called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Overrides = Annotated[
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Run a recipe. The same command goes on with a run that was stopped.
+    """Run a recipe. The same command continues a stopped run.
 
     Under torchrun, its processes share the work: torchrun --nproc-per-node 2 -m opd train RECIPE
     """
@@ -48,21 +48,21 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
         console = Console()
         progress = Progress(console=console)
-        set_waiting(progress.note)  # before torch loads: the two below bring it
+        set_waiting(progress.note)  # before the next two imports, which load torch
         from opd.commands.report.console import print_report
         from opd.runs.stages import run_recipe
 
         try:
             run_recipe(resolved, progress=progress, world=world)
         except KeyboardInterrupt:
-            raise Stopped("Stopped at once. The same command goes on from the last checkpoint.") from None
+            raise Stopped("Stopped at once. The same command continues from the last checkpoint.") from None
         if world.main:
             print_report(resolved, console)
 
 
 @app.command()
 def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Find what is wrong with a recipe before any weight is loaded."""
+    """Find errors in a recipe before any weight is loaded."""
     from opd.recipe.load import load_recipe
 
     resolved = load_recipe(recipe, overrides or [])
@@ -78,11 +78,11 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher, itself included")] = None,
-    task: Annotated[str | None, typer.Option(help="One of the stage's tasks, where it has some")] = None,
-    prompts: Annotated[int, typer.Option(help="How many of the stage's prompts are looked at")] = 16,
-    seed: Annotated[int | None, typer.Option(help="Of the sample; default: the recipe's")] = None,
-    json: Annotated[bool, typer.Option("--json", help="The same, machine-readable")] = False,
+    stage: Annotated[str | None, typer.Option(help="Default: the first stage with a teacher")] = None,
+    task: Annotated[str | None, typer.Option(help="One of the stage's tasks, if it has tasks")] = None,
+    prompts: Annotated[int, typer.Option(help="The number of the stage's prompts to use")] = 16,
+    seed: Annotated[int | None, typer.Option(help="Seed of the sample; default: the recipe's")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Before a run: will this teacher teach this student? Verdict, reasons, remedies. Exit status 3 for stop."""
     from opd.commands.waiting import set_waiting
@@ -115,12 +115,12 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],
     data: Annotated[str, typer.Argument(help="Held-out prompts: a file, reasoning_gym:TASK, ...")],
     reward: Annotated[str | None, typer.Option(help="exact, math_verify, ..., or my_package.mine:function")] = None,
-    options: Annotated[list[str] | None, typer.Option("--option", help="Of the reward: key=value")] = None,
+    options: Annotated[list[str] | None, typer.Option("--option", help="Option of the reward: key=value")] = None,
     n: Annotated[int, typer.Option(help="Responses a prompt")] = 1,
     temperature: Annotated[float, typer.Option()] = 1.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     max_completion_length: Annotated[int, typer.Option()] = 256,
-    limit: Annotated[int | None, typer.Option(help="Only the first prompts")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts")] = None,
     chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
     teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
     seed: Annotated[int, typer.Option()] = 0,
@@ -138,8 +138,8 @@ def evaluate(
 
     if options and reward is None:
         raise ConfigError(
-            f"opd eval got --option {' --option '.join(options)}, and options are those of a reward: without --reward "
-            "nothing reads them. Name it, e.g. --reward max_words, or leave --option out."
+            f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "
+            "given. Name it, e.g. --reward max_words, or leave --option out."
         )
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
@@ -185,9 +185,9 @@ def study(
     every: Annotated[bool, typer.Option("--all", help="Run all, and write docs/studies.md")] = False,
     out: Annotated[str | None, typer.Option(help="Folder of results (default: runs/studies, with --all docs)")] = None,
 ) -> None:
-    """Rerun a paper's claims on small models: what was measured, with intervals, a verdict and a figure."""
+    """Rerun a paper's claims on small models: measurements with intervals, a verdict and a figure."""
     quiet_libraries()
-    if name is not None or every:  # the list loads no model
+    if name is not None or every:  # the list needs no model
         from opd.commands.waiting import set_waiting
 
         set_waiting(lambda text: typer.echo(f"study: {text}", err=True))
@@ -196,12 +196,12 @@ def study(
     except ModuleNotFoundError as error:
         if error.name != "opd_studies":
             raise
-        raise ConfigError("opd study runs studies of the package opd-studies: pip install opd-studies.") from None
+        raise ConfigError("opd study needs the package opd-studies: pip install opd-studies.") from None
     command(name, every, out)
 
 
 def main() -> None:
-    """Entry point: errors that are the user's are one message, not a traceback."""
+    """Entry point: an OPDError prints one message, without a traceback."""
     try:
         app()
     except Stopped as stopped:

@@ -1,7 +1,7 @@
-"""What goes wrong, for people: every message says what, got, why and the remedy.
+"""The errors for users: every message says what, got, why and the remedy.
 
-One base class, and each error is also the standard type that it replaces, so `except ValueError` keeps working.
-A `ConfigError` comes before any weight is loaded. `assert` is for our own bugs, never for a user's input.
+Each error derives from `OPDError` and from the standard type that it replaces, so `except ValueError` keeps working.
+A `ConfigError` comes before any weight is loaded. `assert` is for bugs of opd, never for a user's input.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class TeacherError(OPDError, RuntimeError):
 
 
 class AlignmentError(OPDError, ValueError):
-    """Student and teacher do not speak about the same tokens."""
+    """The tokens of student and teacher cannot be matched."""
 
 
 class TrainingError(OPDError, RuntimeError):
@@ -35,7 +35,7 @@ class TrainingError(OPDError, RuntimeError):
 
 
 class NotFiniteError(TrainingError):
-    """The student's logits are no numbers, so that nothing can be drawn: its weights or activations overflowed."""
+    """The student's logits are not finite, so no token can be drawn: its weights or activations overflowed."""
 
 
 class RunError(OPDError, OSError):

@@ -31,7 +31,7 @@ def append_line(file: Path, step: int, numbers: Mapping[str, float]) -> None:
 
 
 def append_row(file: Path, row: Mapping[str, Any], what: str) -> None:
-    """Append a row as a line of JSON with one `write`. Raises RunError, which says `what` could not be written."""
+    """Append a row as a line of JSON with one `write`. Raises RunError, which names `what`, if that fails."""
     line = (json.dumps(dict(row)) + "\n").encode()
     try:
         descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -57,7 +57,7 @@ def read_lines(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def read_rows(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """The complete lines, each as bytes and as a row; a partial last line is left out, a missing file has none.
+    """The complete lines, each as bytes and as a row, without a partial last line; empty for a missing file.
 
     Raises:
         RunError: the file cannot be read, or a complete line is damaged.
@@ -79,14 +79,14 @@ def read_rows(file: Path) -> list[tuple[bytes, dict[str, Any]]]:
 
 
 def _damaged(file: Path, number: int, error: Exception) -> RunError:
-    return RunError(f"{file}, line {number} is damaged ({error!r}). Remove that line to go on.")
+    return RunError(f"{file}, line {number} is damaged ({error!r}). Remove that line to continue.")
 
 
 def check_finite(what: str, value: Any, name: str = "") -> None:
-    """JSON has no NaN, and a run that has one is broken: say which number it is.
+    """Refuse NaN and infinity, which JSON cannot hold and which mean a broken run.
 
     Raises:
-        TrainingError: a number in the value, however deep, is NaN or infinite.
+        TrainingError: a number in the value, at any depth, is NaN or infinite; the message names it.
     """
     if isinstance(value, Mapping):
         for key, inner in value.items():
@@ -96,13 +96,13 @@ def check_finite(what: str, value: Any, name: str = "") -> None:
             check_finite(what, inner, f"{name}[{i}]")
     elif isinstance(value, float) and not math.isfinite(value):
         raise TrainingError(
-            f"In {what}, {name!r} is {value}. The step before went wrong, most often through a learning rate that is "
-            "too high; checkpoints are untouched. Lower it, or look at the metrics of the last steps."
+            f"In {what}, {name!r} is {value}. The step before failed, most often because the learning rate is too "
+            "high; checkpoints are untouched. Lower it, or check the metrics of the last steps."
         )
 
 
 def fsync_path(path: Path) -> None:
-    """Bring a file or a folder's entries to the disk, not only to the kernel."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -111,10 +111,10 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomically(file: Path, content: str | bytes | Callable[[Path], None]) -> None:
-    """Write the whole file or leave what was there. A callable writes to the path that it is given.
+    """Write the whole file, or leave the old one. A callable writes to the path that it gets.
 
     Raises:
-        RunError: the file could not be written; the part that was is removed.
+        RunError: the file could not be written; a partial file is removed.
     """
     part = file.with_name(f".{file.name}.writing-{os.getpid()}")
     try:
@@ -126,7 +126,7 @@ def write_atomically(file: Path, content: str | bytes | Callable[[Path], None]) 
         os.replace(part, file)
         fsync_path(file.parent)
     except BaseException as error:
-        with contextlib.suppress(OSError):  # what is in the way of writing may be in the way of removing
+        with contextlib.suppress(OSError):  # the cause may also prevent the removal
             part.unlink()
         if isinstance(error, OSError):
             raise refused(file, error) from error

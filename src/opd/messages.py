@@ -1,4 +1,4 @@
-"""Texts with fields in braces, and the message of a conversation that they rewrite. Pure."""
+"""Templates with fields in braces, and checked chat messages. Pure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from opd.types import Message, Prompt
 
 
 def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
-    """The fields of a pattern. Raises ConfigError for one that is not known, or without the needed one."""
+    """The fields of a pattern. Raises ConfigError for an unknown field, or without the needed field."""
     listed = ", ".join(f"{{{name}}}" + (" (needed)" if name == needed else "") for name in known)
     try:
         fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
     except ValueError as error:
         raise ConfigError(
-            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Write a brace of the text "
-            f"as two. It has the fields {listed}."
+            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Double a brace that is text. "
+            f"The fields are {listed}."
         ) from error
     if fields - set(known) or (needed is not None and needed not in fields):
-        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Write a brace of the text as two.")
+        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Double a brace that is text.")
     return fields
 
 
@@ -30,7 +30,7 @@ def with_question(
 ) -> str | tuple[Message, ...]:
     """The prompt with its text, or its last user message, rewritten.
 
-    Raises DataError, beginning with `where`, when no user speaks in it, or in parts (images) instead of a text.
+    Raises DataError, beginning with `where`, without a user message, or if it has parts (images) instead of text.
     """
     if isinstance(content, str):
         return rewrite(content)
@@ -39,8 +39,8 @@ def with_question(
     if not user_turns or not isinstance(messages[user_turns[-1]]["content"], str):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{where} has no text of a user that a template could rewrite (roles: {roles}). Leave the template out, "
-            "or give a prompt whose last user message is text."
+            f"{where} has no user message of text, which the template rewrites (roles: {roles}). Leave the template "
+            "out, or give a prompt whose last user message is text."
         )
     last = user_turns[-1]
     messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}
@@ -48,7 +48,7 @@ def with_question(
 
 
 def question_of(content: str | tuple[Message, ...]) -> str:
-    """What the user says in a prompt: its text, or the texts of all user messages, a line each."""
+    """The question of a prompt: its text, or the texts of all user messages, one per line."""
     if isinstance(content, str):
         return content
     texts: list[str] = []
@@ -80,7 +80,7 @@ def conversation(value: Any, where: str, *, chat: bool = False, system: str | No
     if system is None:
         return messages
     if messages[0]["role"] == "system":
-        raise DataError(f"{where} begins with a system message, and `system` would put a second one. Leave one out.")
+        raise DataError(f"{where} begins with a system message, but `system` adds a second one. Leave one out.")
     return ({"role": "system", "content": system}, *messages)
 
 
@@ -94,27 +94,27 @@ def text_or_none(value: Any, where: str) -> str | None:
     message = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else None
     if isinstance(message, Mapping) and message.get("role") == "assistant" and isinstance(message.get("content"), str):
         return message["content"]
-    raise DataError(f"{where} is a {type(value).__name__}, got {value!r:.80}. It holds text, or one assistant message.")
+    raise DataError(f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message.")
 
 
 def is_chat(prompts: Sequence[Prompt]) -> bool:
-    """Whether there are conversations among the prompts: responses are turns then, and not continuations of a text."""
+    """Whether any prompt is a conversation, so that responses are turns, not continuations of a text."""
     return any(not isinstance(prompt.content, str) for prompt in prompts)
 
 
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
-        raise DataError(f"{where} is a {type(message).__name__}, got {message!r:.80}. It has `role` and `content`.")
+        raise DataError(f"{where} is a {type(message).__name__}, got {message!r:.80}. It needs `role` and `content`.")
     if "role" not in message or "content" not in message:
         hint = " ShareGPT's `from` is `role`, its `value` is `content`." if "from" in message else ""
-        raise DataError(f"{where} has the keys {sorted(map(str, message))}, and needs `role` and `content`.{hint}")
+        raise DataError(f"{where} has the keys {sorted(map(str, message))}, but needs `role` and `content`.{hint}")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has the role {role!r}. A role is text such as 'user'.")
     parts = isinstance(content, (list, tuple)) and content and all(isinstance(part, Mapping) for part in content)
     if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
         raise DataError(
-            f"{where} has a content of type {type(content).__name__}, got {content!r:.80}. It is text or parts."
+            f"{where} has a content of type {type(content).__name__}, got {content!r:.80}. Give text or parts."
         )
-    # Arrow fills the keys that only some messages have with None.
+    # Arrow adds keys with None that only other messages have.
     return {str(key): value for key, value in message.items() if value is not None or key == "content"}

@@ -1,4 +1,4 @@
-"""The value that a paper decides: a choice for each part of the pipeline, in its order."""
+"""A method: one piece for each part of the pipeline, in its order."""
 
 from __future__ import annotations
 
@@ -38,46 +38,46 @@ PIECES = ("source", "filter", "context", "credit", "weight", "signal", "normalis
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """What a paper decides. Touches no device, no process group, no file.
+    """The choices of a paper. Uses no device, process group or file.
 
-    The defaults are plain on-policy distillation, so that a method states what it changes. A piece is a function;
-    `opd.pieces.needs.needing` makes one that declares what it needs.
+    The defaults are plain on-policy distillation, so a method states only its changes. A piece is a function;
+    `opd.pieces.needs.needing` adds the needs that it declares.
     """
 
-    source: Source = on_policy()  # who writes the responses
-    filter: Filter = everything()  # which of the responses, and of their tokens, are trained
-    context: Context = same_prompt()  # what the teacher reads
-    teacher: TeacherRule = external()  # whose distribution the student is compared with
-    support: Support = sampled()  # which tokens are scored
+    source: Source = on_policy()  # the writer of the responses
+    filter: Filter = everything()  # the responses and tokens that are trained
+    context: Context = same_prompt()  # the prompts that the teacher reads
+    teacher: TeacherRule = external()  # the model that the student is compared with
+    support: Support = sampled()  # the tokens that are scored
     credit: Credit = no_credit()  # phase A: Batch -> advantage [B, T]
     weight: Weight = every_token()  # phase A: Batch -> weight [B, T], >= 0
     signal: Signal  # phase B: Tokens -> loss [N]; gradient through student_* only
-    normalise: Normalise = per("sequence")  # the one denominator, counted after generation
-    update: Update = optimizer_step()  # what follows the gradient
-    memory: Mapping[str, MakeMemory] = field(default_factory=dict[str, MakeMemory])  # makers of what pieces remember
+    normalise: Normalise = per("sequence")  # the denominator, counted after generation
+    update: Update = optimizer_step()  # what the step does with the gradient
+    memory: Mapping[str, MakeMemory] = field(default_factory=dict[str, MakeMemory])  # makers of the pieces' memory
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
 
     @property
     def needs(self) -> Needs:
-        """What the pieces declare, all together; `opd.runs.fit.check_needs` says what each means for a recipe."""
+        """The needs of all pieces; `opd.runs.fit.check_needs` compares them with a recipe."""
         declared = needs_of(*(getattr(self, name) for name in PIECES), *self.memory.values())
         return declared | Needs(inputs=frozenset({Input.TEACHER_MODEL} if self.teacher.kind == "external" else ()))
 
     def reads(self, number: Reads) -> bool:
-        """Whether phase A reads a number of the batch that costs something to make; see `needs.Needs.reads`."""
+        """Whether phase A reads a costly number of the batch; see `needs.Needs.reads`."""
         return needs_of(*self.memory.values(), self.credit, self.weight, self.normalise).reads(number)
 
     @property
     def top_k(self) -> int:
-        """How many of each model's most likely tokens the pieces ask for, whatever the support is."""
+        """The number of each model's most likely tokens that the pieces need, besides the support."""
         return self.needs.top_k
 
     def record(self) -> Record:
-        """What the writer of a response has to keep about each token."""
+        """The values that the writer of a response must record for each token."""
         return Record(top_k=max(self.support.student_top_k, self.top_k), entropy=self.reads(Reads.STUDENT_ENTROPY))
 
     def request(self, *, shown: bool = False) -> ScoreRequest:
-        """What the teacher computes in a step; `shown` adds the sampled tokens' log-probs for a file of samples."""
+        """The teacher's request of a step; `shown` adds the sampled tokens' log-probs, for the file of samples."""
         return ScoreRequest(
             support=self.support,
             temperature=self.temperature,
@@ -87,16 +87,16 @@ class Method:
         )
 
     def make_memory(self) -> dict[str, Memory]:
-        """What the pieces remember in a run, as it is before the first step; a stage keeps it and hands it to them.
+        """The memory of a new run. The stage keeps it.
 
-        It stands in `Batch.memory`, `Writers.memory` and `Optimisation.memory`, by the names that it has here.
+        The pieces find it under the same names in `Batch.memory`, `Writers.memory` and `Optimisation.memory`.
         """
         return {name: make() for name, make in self.memory.items()}
 
     def with_tokenizer(self, tokenizer: Any) -> Method:
-        """The method with the student's tokenizer handed to the pieces that ask for it (`needs.needing_tokenizer`).
+        """The method with the student's tokenizer given to the pieces that need it (`needs.needing_tokenizer`).
 
-        Raises ConfigError for what the tokenizer does not know.
+        Raises ConfigError for tokens that the tokenizer does not know.
         """
         pieces: dict[str, Any] = {name: with_tokenizer(getattr(self, name), tokenizer) for name in PIECES}
         return replace(self, **pieces)

@@ -1,8 +1,8 @@
-"""Processes that train together: who is who, what they add up, the student's weights in shards, and their files.
+"""Distributed training: ranks, reductions, the student's weights in shards, and their files.
 
-The only file that imports torch.distributed, and only when it is needed. Every process takes some of a step's prompts
-and holds a shard of the student and of its optimiser (FSDP2). `torchrun --nproc-per-node N -m opd train RECIPE` starts
-them; without torchrun there is a world of one, in which every function here is trivial.
+The only file that imports torch.distributed, and only if needed. Every process takes some of a step's prompts and holds
+a shard of the student and of its optimiser (FSDP2). `torchrun --nproc-per-node N -m opd train RECIPE` starts the
+processes; without torchrun the world has one process, and every function here is trivial.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-# How long the others wait while one process works alone (a conversion, a card); a process that dies is noticed at once.
+# Longest wait of the others while one process works alone (a conversion, a card). A dead process is noticed at once.
 PATIENCE = timedelta(hours=2)
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """The processes of a run, as one of them sees it. Every process has to make the same calls in the same order."""
+    """The processes of a run, from the view of one. Every process must make the same calls in the same order."""
 
     rank: int = 0
     size: int = 1
 
     @property
     def main(self) -> bool:
-        """Whether this process writes the files and speaks to the person."""
+        """Whether this process writes files and prints."""
         return self.rank == 0
 
     def positions(self, keys: Sequence[Hashable]) -> list[int]:
-        """Where this process's share of a list lies that all of them have; items of one key stay together."""
+        """This process's positions in a list that all processes have; items of one key stay together."""
         number = {key: n for n, key in enumerate(dict.fromkeys(keys))}
         return [i for i, key in enumerate(keys) if number[key] % self.size == self.rank]
 
     def in_order(self, positions: Sequence[int], rows: Sequence[T]) -> list[T]:
-        """Everybody's rows, equally many a position, as one process would have made them from the common list."""
+        """The rows of all processes, equally many per position, in the order of the common list."""
         each = len(rows) // max(1, len(positions))
         assert each * len(positions) == len(rows), f"{len(rows)} rows of {len(positions)} items"
         found: dict[int, list[T]] = {}
@@ -65,7 +65,7 @@ class World:
         return bool(self._reduced(float(flag), "MAX"))
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in rank order, on every process."""
+        """The values of all processes, in rank order, on every process."""
         if self.size == 1:
             return [value]
         import torch.distributed as dist
@@ -75,12 +75,12 @@ class World:
         return values
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process calls this."""
         self.gather(None)
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process does what follows before the others: what it downloads or converts, they find."""
+        """The main process runs the block before the others, which find its downloads and conversions."""
         if not self.main:
             self.wait()
         yield
@@ -88,7 +88,7 @@ class World:
             self.wait()
 
     def agree(self, parameters: Iterable[Tensor]) -> None:
-        """The main process's values, in every process (new adapters are random)."""
+        """Copy the main process's values to every process (new adapters are random)."""
         if self.size == 1:
             return
         import torch.distributed as dist
@@ -102,7 +102,7 @@ class World:
         import torch
         import torch.distributed as dist
 
-        number = torch.tensor(value, dtype=torch.float64)  # on the CPU, whatever trains: gloo adds it up
+        number = torch.tensor(value, dtype=torch.float64)  # on the CPU, for gloo
         dist.all_reduce(number, getattr(dist.ReduceOp, how))
         return number.item()
 
@@ -110,13 +110,13 @@ class World:
     def gathered(self, root: nn.Module) -> Iterator[None]:
         """The whole weights of a sharded `root` in every process, for sampling and scoring.
 
-        No forward inside communicates: how many there are differs from process to process.
+        Forwards inside do not communicate, because their number differs between processes.
         """
         if self.size == 1:
             yield
             return
         modules = _sharded(root)
-        root(lambda: None)  # FSDP settles who is the root in the first forward, and that must not be a layer's
+        root(lambda: None)  # FSDP's first forward determines its root module, which must not be a layer
         for module in modules:
             module.set_reshard_after_forward(False, recurse=False)
             module.unshard()
@@ -130,8 +130,8 @@ class World:
     def shard(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Give every process a shard of each parameter (FSDP2): one group a block, and one for the rest, the root.
 
-        `root` is called with a function to run over its weights. Gradients of a backward are summed over processes:
-        a loss is divided by the step's one denominator before, so that nothing may divide again.
+        `root` is called with a function to run over its weights. Gradients are summed over processes, not averaged: the
+        loss is already divided by the step's denominator.
         """
         if self.size == 1:
             return
@@ -143,11 +143,11 @@ class World:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
         fully_shard(root, mesh=mesh, reshard_after_forward=False)
         for module in _sharded(root):
-            # gloo has neither an average nor a scaled sum; and a plain sum is what is meant.
+            # A plain sum is intended; gloo has neither an average nor a scaled sum.
             module.set_force_sum_reduction_for_comms(True)
             module.set_gradient_divide_factor(1.0)
-        # What is fetched ahead in a backward is said here, since FSDP's guess looks at the forwards before it, and
-        # those of sampling differ between processes. The first block names itself: nothing is ahead of it.
+        # Set the prefetch order of the backward here. FSDP derives it from the forwards before, which during sampling
+        # differ between processes. The first block prefetches itself: no block comes after it in the backward.
         for before, block in zip([blocks[0], *blocks[:-1]], blocks, strict=True) if blocks else ():
             block.set_modules_to_backward_prefetch([before])  # type: ignore[operator]
         root.set_modules_to_backward_prefetch([blocks[-1] if blocks else root])  # type: ignore[operator]
@@ -157,7 +157,7 @@ ALONE = World()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """The whole of a sharded tensor, in every process; another tensor as it is."""
+    """A sharded tensor gathered on every process; any other tensor unchanged."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor  # type: ignore[attr-defined]
 
 
@@ -169,10 +169,10 @@ def _sharded(root: nn.Module) -> list[Any]:
 
 @contextlib.contextmanager
 def join() -> Iterator[World]:
-    """The world that torchrun has started this process in; leaves it at the end, however that comes.
+    """The world that torchrun started this process in; leaves it at the end, also after an error.
 
-    The first process with an error raises it. The others, whether they meet the same error or lose their partner to
-    it, exit quietly with code 1: one error is one message.
+    The first process with an error raises it. The others, with the same error or a lost connection, exit silently with
+    code 1, so that one error prints one message.
 
     Raises ConfigError when there are more processes than GPUs.
     """
@@ -192,7 +192,7 @@ def join() -> Iterator[World]:
             if local >= torch.cuda.device_count():
                 raise ConfigError(
                     f"torchrun started at least {local + 1} processes on a machine with {torch.cuda.device_count()} "
-                    "GPUs, and each needs its own. Use a smaller --nproc-per-node."
+                    "GPUs, but each process needs its own GPU. Use a smaller --nproc-per-node."
                 )
             torch.cuda.set_device(local)
             backend = "cpu:gloo,cuda:nccl"
@@ -200,14 +200,14 @@ def join() -> Iterator[World]:
         yield World(rank, size)
     except BaseException as error:
         first = str(rank)
-        with contextlib.suppress(RuntimeError):  # the store has gone with torchrun
+        with contextlib.suppress(RuntimeError):  # the store ended with torchrun
             first = store.compare_set("opd/first-error", "", first).decode()
         if first != str(rank):
             raise SystemExit(1) from None
         if type(error) in (RuntimeError, dist.DistBackendError, dist.DistNetworkError) and "onnection" in str(error):
-            raise RunError(  # no message: it was killed
-                f"This process lost another one of the run ({str(error).splitlines()[0]}). The same command goes on "
-                "from the last checkpoint."
+            raise RunError(  # the other process left no message: it was killed
+                f"Another process of this run died ({str(error).splitlines()[0]}). The same command continues from the "
+                "last checkpoint."
             ) from error
         raise
     finally:
@@ -217,16 +217,15 @@ def join() -> Iterator[World]:
 
 # --- tensors on disk -------------------------------------------------------------------------------------------------
 def write_tensors(tensors: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
-    """Groups of tensors as safetensors files, on disk when this returns: every process writes its shards.
+    """Write groups of tensors as safetensors files, flushed to disk; every process writes its shards.
 
-    Whole tensors are the same in all processes, and one of them writes each. Raises what the writing raised, in every
-    process.
+    Whole tensors are equal in all processes, and one process writes each. Raises the error of writing, on every rank.
     """
     import torch.distributed as dist
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    # Sorted: a state that has been restored lists its tensors in another order, and is to give the same files.
+    # Sorted, because a restored state may list its tensors in another order but must give the same files.
     filled = sorted(group for group, named in tensors.items() if named)
     flat = {f"{group}/{name}": tensors[group][name] for group in filled for name in sorted(tensors[group])}
     if not flat:
@@ -242,9 +241,9 @@ def write_tensors(tensors: Mapping[str, Mapping[str, Tensor]], folder: Path) -> 
 
 
 def read_tensors(folder: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> dict[str, dict[str, Tensor]]:
-    """What `write_tensors` wrote, by any number of processes. Tensors come whole and on the CPU.
+    """The tensors that `write_tensors` wrote, with any number of processes: whole and on the CPU.
 
-    One that `like` has by its group and name is read as that one is: on its device, and in shards if it is sharded.
+    A tensor that `like` has under the same group and name is read onto its device, and in shards if it is sharded.
     """
     import torch
     import torch.distributed as dist
@@ -272,12 +271,12 @@ def read_tensors(folder: Path, like: Mapping[str, Mapping[str, Tensor]] | None =
 
 @contextlib.contextmanager
 def _own_errors() -> Iterator[None]:
-    """The error behind torch's collection of the errors of all ranks, which no `except Exception` catches."""
+    """Raise the original error instead of torch's collection of all ranks' errors, which is not an Exception."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is no mistake
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is fine
             yield
     except CheckpointException as error:
         raise next(iter(error.failures.values()))[0] from None

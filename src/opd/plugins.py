@@ -14,19 +14,19 @@ from opd.errors import ConfigError, DataError, nearest
 
 
 def import_function(reference: str) -> Callable[..., Any]:
-    """`package.module:function` -> the function; modules are found in the working directory too.
+    """`package.module:function` -> the function; also finds modules in the working directory.
 
     Raises ConfigError when it cannot be imported or called.
     """
     module_name, _, name = reference.partition(":")
-    if (here := str(Path.cwd())) not in sys.path:  # a console script does not look there by itself
+    if (here := str(Path.cwd())) not in sys.path:  # console scripts do not search it
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # any line of the user's module may raise
         raise ConfigError(
             f"{reference}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
-            "Correct the name, install the package, or run where its file is."
+            "Correct the name, install the package, or run in the folder of its file."
         ) from error
     if not callable(getattr(module, name, None)):
         functions = [key for key, value in vars(module).items() if inspect.isfunction(value)]
@@ -48,7 +48,7 @@ def check_options(
 ) -> None:
     """Raise ConfigError unless `function` can be called with `given` positional arguments and **options.
 
-    Arguments named in `beside` are no options of the user's: they are fields that stand beside `options`.
+    Arguments named in `beside` are fields next to `options`, not options.
     """
     signature = inspect.signature(function)
     try:
@@ -60,7 +60,7 @@ def check_options(
         raise ConfigError(
             f"{what} cannot be called with the options {sorted(set(options) - set(fields))}: {error}.{near} "
             f"Its options: {', '.join(known) or 'none'}."
-            + (f" Beside `options` stand {', '.join(fields)}." if fields else "")
+            + (f" Fields next to `options`: {', '.join(fields)}." if fields else "")
         ) from error
 
 

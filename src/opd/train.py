@@ -1,7 +1,7 @@
 """THE LOOP. One stage: prompts -> responses -> scores -> one batch; then student, loss, gradient, update.
 
-Phase A (lines 1 to 6) sees the whole optimiser batch and has no gradient. Phase B (7 and 8) runs over micro-batches and
-cannot change what a step computes: weights and denominator are fixed before it starts.
+Phase A (lines 1 to 6) has the whole optimiser batch and no gradient. Phase B (7 and 8) runs in micro-batches. Their
+split does not change the result, because weights and denominator are already fixed.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from opd.stage.stopwatch import Stopwatch
 
 
 def train(stage: Stage) -> Outcome:
-    """Run (or go on with) a stage.
+    """Run or resume a stage.
 
-    Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with all saved.
+    Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with a checkpoint saved.
     """
     method, student, teacher, world = stage.method, stage.student, stage.teacher, stage.world
     for step in stage.steps():  # resumes; after each step saves, evaluates and stops when due
@@ -23,7 +23,7 @@ def train(stage: Stage) -> Outcome:
         with stage.whole_weights():
             rollouts = written(method, prompts, stage.writers, stage.reward, (stage.seed, step))  # 2 list[Rollout]
             time.lap("generate")
-            contexts = method.context(rollouts)  # 3 what the teacher reads
+            contexts = method.context(rollouts)  # 3 list[Prompt], which the teacher reads
             phase_a = scored(  # 4, 5, 6 Batch [B, T], credit and weight, the one denominator
                 method, teacher, rollouts, contexts, stage.request(step), student.device, stage.memory, world
             )

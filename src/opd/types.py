@@ -1,4 +1,4 @@
-"""The records of one step, and the kinds of pieces that a method is made of. Read after `train.py`.
+"""The records of a step, the protocols, and the types of a method's pieces. Read after `train.py`.
 
     shapes                                         symbols
     B  sequences (rollouts) of a step              p, student   the model that is trained
@@ -36,13 +36,14 @@ from torch import Tensor
 from opd.errors import TeacherError
 
 Message: TypeAlias = Mapping[str, Any]
-Average: TypeAlias = Literal["token", "sequence"]  # what every one of has the same say
-ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]  # whose top k
+Average: TypeAlias = Literal["token", "sequence"]  # the unit of equal weight in the loss
+# The top k of one model, or a set built from both models' top k.
+ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One row of data: what is asked, and what a reward or a teacher may know about it."""
+    """One row of data: the prompt, and data about it for rewards and teachers."""
 
     id: int
     content: str | tuple[Message, ...]
@@ -50,14 +51,14 @@ class Prompt:
     response: str | None = None
     privileged_context: str | None = None
     teacher_id: str | None = None  # in a stage: the model that scores the responses
-    task: str | None = None  # in a stage with tasks: which one it belongs to
-    prefill: str = ""  # what follows the generation prompt: words put into a teacher's mouth by its context
+    task: str | None = None  # in a stage with tasks: the prompt's task
+    prefill: str = ""  # after the generation prompt: the beginning of the teacher's answer
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How responses are drawn: temperature, then top-k, then top-p (the smallest set with at least that mass)."""
+    """Sampling settings: temperature, then top-k, then top-p (the smallest set with at least that mass)."""
 
     max_completion_length: int = 256
     temperature: float = 1.0
@@ -68,19 +69,19 @@ class Sampling:
 
 
 class ReservedStep(IntEnum):
-    """Numbers in the place of the step, in a seed (seed, step), for responses that are drawn outside of training.
+    """Step numbers in a seed (seed, step) for responses drawn outside of training.
 
-    No step of training has one, so that none of these responses repeats another's random numbers.
+    Training never uses these steps, so these responses share no random numbers with it.
     """
 
-    EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training differ by the weights alone
-    VALIDATION = 2**31 - 2  # of an update's candidates: all are asked with the same random numbers
+    EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training only the weights differ
+    VALIDATION = 2**31 - 2  # the same for all candidates of an update
     DOCTOR = 2**31 - 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What is written down about each token while it is drawn, beside its log-prob, because a piece reads it."""
+    """The values recorded for each token during sampling, besides its log-prob, because a piece reads them."""
 
     top_k: int = 0
     entropy: bool = False
@@ -91,11 +92,11 @@ NOTHING_MORE = Record()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
-    """One response, and who wrote it.
+    """One response and its writer.
 
-    `sampler_logp` is the log-probability under the distribution that was drawn from: after temperature, top-k and
-    top-p, renormalised. `policy_logp` is the same weights' log-probability after temperature alone. They differ
-    exactly when top-p < 1 or top-k > 0. Both are None for text that no model of this run wrote.
+    `sampler_logp` is the log-probability under the sampling distribution: after temperature, top-k and top-p,
+    renormalised. `policy_logp` is the same weights' log-probability after temperature only. They differ exactly when
+    top-p < 1 or top-k > 0. Both are None for text that no model of this run wrote.
     """
 
     prompt: Prompt
@@ -103,23 +104,25 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: Tensor  # [T] int64
     trained: Tensor  # [T] bool, False for tokens that the student did not write (tools, environments)
-    turn: Tensor  # [T] int64, index of the turn that the token belongs to
+    turn: Tensor  # [T] int64, index of the token's turn
     finished: bool
     text: str
     sampler_logp: Tensor | None = None  # [T]
     policy_logp: Tensor | None = None  # [T]
-    student_top_ids: Tensor | None = None  # [T, K] recorded while sampling when a support asks for it
-    student_entropy: Tensor | None = None  # [T] after temperature, recorded while sampling when a piece reads it
+    student_top_ids: Tensor | None = None  # [T, K] recorded while sampling if a support or piece needs it
+    student_entropy: Tensor | None = None  # [T] after temperature, recorded while sampling if a piece reads it
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
     unjudged: str | None = None  # why the judges gave no reward
-    judged: Mapping[str, float] = field(default_factory=dict[str, float])  # what else they said, for the metrics
+    judged: Mapping[str, float] = field(
+        default_factory=dict[str, float]
+    )  # further numbers from the judges, for the metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a teacher says about one response, aligned to the student's response tokens."""
+    """A teacher's scores of one response, aligned to the student's response tokens."""
 
     teacher_logp: Tensor  # [T]
     support_ids: Tensor | None = None  # [T, K]
@@ -127,15 +130,15 @@ class Scores:
     teacher_support_logp: Tensor | None = None  # [T, K]
     teacher_hidden: Tensor | None = None  # [T, H] for full support: the head is applied tile by tile in phase B
     teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
-    teacher_top_ids: Tensor | None = None  # [T, K] in falling order, as many as the pieces ask for
+    teacher_top_ids: Tensor | None = None  # [T, K] in falling order, `ScoreRequest.top_k` of them
     teacher_top_logp: Tensor | None = None  # [T, K]
-    scored: Tensor | None = None  # [T] bool, False where the teacher could say nothing; None: it said all
-    units: Units | None = None  # [T] where student and teacher have a tokenizer each
+    scored: Tensor | None = None  # [T] bool, False for tokens that the teacher could not score; None: it scored all
+    units: Units | None = None  # [T] if student and teacher have different tokenizers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """Phase A: everything about the step's responses, before the student runs with gradient."""
+    """Phase A: the step's responses with all numbers, before the student runs with gradient."""
 
     rollouts: tuple[Rollout, ...]
     response_ids: Tensor  # [B, T] int64
@@ -149,13 +152,13 @@ class Batch:
     support_mask: Tensor | None = None  # [B, T, K] bool
     teacher_support_logp: Tensor | None = None  # [B, T, K]
     teacher_hidden: tuple[Tensor, ...] | None = None  # B of [T_i, H], not padded: H is that of each row's teacher
-    teacher_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
-    student_entropy: Tensor | None = None  # [B, T] where a credit or weight reads it
-    student_top_ids: Tensor | None = None  # [B, T, K] in falling order, as many as the pieces ask for
+    teacher_entropy: Tensor | None = None  # [B, T] if a credit or weight reads it
+    student_entropy: Tensor | None = None  # [B, T] if a credit or weight reads it
+    student_top_ids: Tensor | None = None  # [B, T, K] in falling order, as many as the pieces need
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
     units: Units | None = None  # [B, T]
-    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
+    memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # the run's memory, by name
     advantage: Tensor | None = None  # [B, T] from Method.credit
     weight: Tensor | None = None  # [B, T] from Method.weight
 
@@ -172,12 +175,12 @@ class Tokens:
     student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
     teacher_support_logp: Tensor | None = None  # [N, K]
     support_mask: Tensor | None = None  # [N, K] bool: which entries exist; None: K is the whole vocabulary
-    shared: int | None = None  # of two vocabularies: how many columns, the first, are the same tokens; None: all are
+    shared: int | None = None  # with two vocabularies: the number of first columns that are the same tokens; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Denominator:
-    """The one number that a step divides by, and each token's share of its sequence's say."""
+    """The number that a step divides by, and each token's share in its sequence."""
 
     count: float  # of this process; summed over ranks by the loop
     share: Tensor  # [B, T], 1 for token means, 1/T_i for sequence means
@@ -185,18 +188,18 @@ class Denominator:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Support:
-    """Which tokens are scored at each position. Build with `opd.pieces.supports`."""
+    """The tokens scored at each position. Build with `opd.pieces.supports`."""
 
     kind: Literal["none", "sampled", "top_k", "full", "units"]
     k: int = 0
     by: ChosenBy = "teacher"
     with_sampled: bool = False
-    span: Literal["column", "none", "product"] = "column"  # what a unit of several tokens adds; see `supports.units`
+    span: Literal["column", "none", "product"] = "column"  # the entry of a unit of several tokens; see `supports.units`
     least_mass: float = 0.0
 
     @property
     def student_top_k(self) -> int:
-        """How many of the student's most likely tokens have to be known before the teacher scores."""
+        """The number of the student's most likely tokens that the support needs before the teacher scores."""
         return self.k if self.kind == "top_k" and self.by != "teacher" else 0
 
     @property
@@ -207,7 +210,7 @@ class Support:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TeacherRule:
-    """Whose distribution the student is compared with. Build with `opd.pieces.teacher_rules`."""
+    """The model that the student is compared with. Build with `opd.pieces.teacher_rules`."""
 
     kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
     decay: float = 1.0
@@ -227,7 +230,7 @@ class EarlyStop:
 
 
 class Writer(Protocol):
-    """Writes responses to prompts: the teacher's, or the data's own."""
+    """Writes responses to prompts: a teacher, or the data."""
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         """Responses in the order of the prompts, equally many to each. `seed` is (seed of the run, step)."""
@@ -257,32 +260,32 @@ class Sampler(Protocol):
         ...
 
     def sync(self, version: int) -> None:
-        """Sample with the student's weights of now, and record `version`, the step, in the rollouts."""
+        """Sample with the student's current weights, and record `version`, the step, in the rollouts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
-    """What a teacher computes for each response. `Method.request` makes the one of a training step."""
+    """The values that a teacher computes for each response. `Method.request` returns that of a training step."""
 
     support: Support
     temperature: float = 1.0  # divides the teacher's logits
     sampled: bool = True  # the log-probs of the sampled tokens; without them `teacher_logp` may be NaN
     entropy: bool = False  # of the teacher's distribution
-    top_k: int = 0  # how many of the teacher's most likely tokens, with their log-probs
+    top_k: int = 0  # number of the teacher's most likely tokens, with their log-probs
 
 
 class Teacher(Protocol):
     """Scores the student's tokens. A subclass inherits everything but `score`: a teacher whose weights stay fixed."""
 
     name: str = "teacher"  # for messages
-    lm: Any = None  # the `LanguageModel` of this process that scores; None: it cannot write responses here
+    lm: Any = None  # the `LanguageModel` that scores in this process; None: it cannot write responses here
     base: bool = False  # `lm` scores and writes with its adapter off
-    is_student: bool = False  # its weights are the student's own: sharded ones are whole only inside a forward
+    is_student: bool = False  # uses the student's own weights: sharded weights are whole only inside a forward
 
     def score(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> list[Scores]:
         """Scores aligned to each rollout's response tokens, with the fields that `request` names.
 
-        `contexts` has one prompt per rollout: what the teacher reads before the response.
+        `contexts` has one prompt per rollout, which the teacher reads before the response.
         """
         ...
 
@@ -291,25 +294,25 @@ class Teacher(Protocol):
         return None
 
     def head(self, teacher_id: str | None = None) -> Any:
-        """The `Head` that goes with `Scores.teacher_hidden`, for a support that reads hidden states."""
+        """The `Head` for `Scores.teacher_hidden`, for a support that reads hidden states."""
         raise TeacherError(f"The teacher {self.name!r} has no output layer in this process.")
 
     def of(self, teacher_id: str | None) -> Teacher:
-        """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it routes."""
+        """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it is a `RoutedTeacher`."""
         return self
 
     def after_step(self) -> None:
-        """Called after each update; a teacher that averages the student's weights follows here."""
+        """Called after each update. A teacher that averages the student's weights updates its average here."""
 
     def jumped(self, by: Mapping[str, Tensor]) -> None:
         """Apply the same jump to a teacher that averages the student's weights. `by` is the change, by parameter."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors that a checkpoint has to save."""
+        """The tensors that a checkpoint saves."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class NoTeacher(Teacher):
@@ -321,20 +324,20 @@ class NoTeacher(Teacher):
         return [Scores(teacher_logp=torch.full((len(rollout.response_ids),), torch.nan)) for rollout in rollouts]
 
 
-# Scores of responses that are being written, from call to call.
+# Unfinished responses -> their scores so far. Keeps its state from call to call.
 Scorer: TypeAlias = Callable[[Sequence[Rollout]], list[Scores]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writers:
-    """What can write a response in a stage; a `Source` picks.
+    """The writers of a stage; a `Source` chooses among them.
 
-    `complete` adds what a `Record` names to rollouts that lack it, because the student did not write them. `scorer`
-    begins a scoring of responses that are being written.
+    `complete` adds the values of a `Record` to rollouts that lack them because the student did not write them. `scorer`
+    returns a new `Scorer` of unfinished responses.
     """
 
     student: Sampler
-    reference: Writer  # the data's own responses
+    reference: Writer  # the data's responses
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     teacher: Writer | None = None
     scorer: Callable[[], Scorer] | None = None
@@ -342,7 +345,7 @@ class Writers:
 
 
 class Optimisation(Protocol):
-    """What an `Update` may touch: the trained weights, sharded where the student is, and what follows them."""
+    """The interface of an `Update`: the trained weights, sharded as the student is, and their optimiser."""
 
     @property
     def updates(self) -> int: ...  # so far
@@ -366,7 +369,7 @@ class Optimisation(Protocol):
 class Reward(Protocol):
     """Gives responses their rewards. Subclass it to inherit everything but `name` and `__call__`.
 
-    `opd.rewards.base.FunctionReward` makes one of a function (prompt, text) -> float.
+    `opd.rewards.base.FunctionReward` is the Reward of a function (prompt, text) -> float.
     """
 
     name: str  # for messages
@@ -391,25 +394,25 @@ class Reward(Protocol):
         return self
 
     def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
-        """Raise TeacherError, in every process, if too many of a step's responses have no reward.
+        """Raise TeacherError on every rank if too many of a step's responses have no reward.
 
-        Called after `__call__`, in every process, with what it returned.
+        Called after `__call__`, in every process, with its result.
         """
 
     def pop_requests(self) -> dict[str, float]:
-        """What the judges did since the last call, as ROLE_WHAT: requests, retries, seconds, ..."""
+        """The judges' counts since the last call, as ROLE_WHAT: requests, retries, seconds, ..."""
         return {}
 
 
 class Memory(Protocol):
-    """What a method remembers from step to step. Its maker is called once a run; every checkpoint saves what it gives.
+    """The state of a method from step to step. Its maker is called once per run; every checkpoint saves it.
 
-    `opd.pieces.memory.SavedAttributes` is one of a few numbers, or of none: then it only measures.
+    `opd.pieces.memory.SavedAttributes` is a memory of a few numbers, or of none: then it only measures.
     """
 
     def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]: ...  # before credit and weight; metrics
 
-    def state_dict(self) -> dict[str, Any]: ...  # what JSON can hold
+    def state_dict(self) -> dict[str, Any]: ...  # JSON types only
 
     def tensors(self) -> Mapping[str, Tensor]: ...  # by parameter, sharded as the student's are
 
@@ -425,45 +428,45 @@ Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
 Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
 Normalise: TypeAlias = Callable[[Batch], Denominator]
-Gather: TypeAlias = Callable[[Any], list[Any]]  # everybody's value, in rank order, in every process
+Gather: TypeAlias = Callable[[Any], list[Any]]  # the values of all processes, in rank order, on every process
 MakeMemory: TypeAlias = Callable[[], Memory]
 Update: TypeAlias = Callable[[Optimisation], dict[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Units:
-    """By the student's token, [T], [B, T] or [N] like the record that holds it.
+    """Units by the student's token, [T], [B, T] or [N] like the record that holds them.
 
-    The teacher's numbers are of the unit that the token belongs to, and NaN for a token that is in none.
+    The teacher's numbers are those of the token's unit, NaN for a token outside all units.
     """
 
-    size: Tensor  # int64: how many student tokens the unit has that begins here and is compared; 0: none does
+    size: Tensor  # int64: student tokens of the compared unit that begins here; 0 if none begins here
     teacher_size: Tensor  # int64: teacher tokens of the unit
     first_logp: Tensor  # log q of the unit's first teacher token
-    rest_logp: Tensor  # log q of its others, summed
-    shared: Tensor  # bool: the unit is one token on either side, and the same one
+    rest_logp: Tensor  # log q of its other tokens, summed
+    shared: Tensor  # bool: the unit is one token in both vocabularies, and the same token
     inside: Tensor  # bool: the token is in a unit that is compared
     bytes: Tensor  # int64: bytes of text in the student's token
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Units:
-        """`change` of every field."""
+        """The units with `change` applied to every field."""
         return Units(**{field.name: change(getattr(self, field.name)) for field in fields(self)})
 
     @staticmethod
     def joined(rows: Sequence[Units], join: Callable[[list[Tensor]], Tensor]) -> Units:
-        """`join` of every field of several."""
+        """Several units with `join` applied to every field."""
         return Units(**{field.name: join([getattr(row, field.name) for row in rows]) for field in fields(Units)})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shared:
-    """The tokens that are in both vocabularies: entry k of `student` is entry k of `teacher`."""
+    """The tokens in both vocabularies: entry k of `student` is the same token as entry k of `teacher`."""
 
     student: Tensor  # [K] int64
     teacher: Tensor  # [K] int64
 
     def first(self, ids: Tensor, vocabulary: int) -> Tensor:
-        """All ids of a vocabulary, [V]: the shared ones (`ids`) and then the others in order."""
+        """All ids of a vocabulary, [V]: first the shared `ids`, then the others in order."""
         alone = torch.ones(vocabulary, dtype=torch.bool, device=ids.device)
         alone[ids] = False
         return torch.cat([ids, alone.nonzero()[:, 0]])

@@ -190,7 +190,11 @@ def test_every_mistake_of_a_recipe_is_told_at_once(no_weights: None):
         ("topk_reverse_kl", {"form": "tial"}, ["option `form`", "'renormalised' or 'tail'", "(got 'tial')"]),
         ("gkd", {"on_policy_share": 2}, ["on_policy_share", "probability", "got 2.0"]),
         ("context_distillation", {"template": "{question}"}, ["{prompt}", "{privileged_context}", "got ['question']"]),
-        ("mine:method", {}, ["mine:method: importing 'mine' failed with ModuleNotFoundError", "where its file is"]),
+        (
+            "mine:method",
+            {},
+            ["mine:method: importing 'mine' failed with ModuleNotFoundError", "in the folder of its file"],
+        ),
         ("grpo", {"variant": "dr_grpo"}, ["dr_grpo", "set `length`"]),
     ],
 )
@@ -907,7 +911,7 @@ def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
         (("model", "held_out.jsonl", "--teacher", "./modl"), ["opd eval --teacher: modl does not exist"]),
         (
             ("model", "held_out.jsonl", "--option", "n=1"),
-            ["ConfigError: opd eval got --option n=1", "without --reward"],
+            ["ConfigError: opd eval got --option n=1", "--reward is not given"],
         ),
         (("model", "held_ot.jsonl"), ["held_ot.jsonl does not exist. Did you mean 'held_out.jsonl'?"]),
         (("model", "held_out.jsonl", "--reward", "exct"), ["There is no reward 'exct'. Did you mean 'exact'?"]),

@@ -240,7 +240,7 @@ def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path
     assert "Stopping after this step" in stopped.out
     assert not (folder / "run/distil/metrics.jsonl").exists(), "the next stage was started"
     assert stopped.code == 130
-    assert "The same command goes on" in stopped.err
+    assert "The same command continues" in stopped.err
     assert forks.start(folder, *TRAIN).code == 0
     assert_same(folder / "run", uninterrupted / "run")
 
@@ -255,7 +255,7 @@ def test_sigint_outside_the_steps_says_how_to_go_on(tmp_path: Path, forks: Forks
     stopped = forks.start(folder, *TRAIN, strike=strike)
     assert stopped.code == 130
     assert "Traceback" not in stopped.err
-    assert "The same command goes on" in stopped.err
+    assert "The same command continues" in stopped.err
     assert forks.start(folder, *TRAIN).code == 0
     assert_same(folder / "run", uninterrupted / "run")
 

@@ -325,11 +325,11 @@ def test_missing_prompt_column_lists_columns_and_gives_the_line_to_write(tmp_pat
         ("", "`prompt` is empty"),
         (" \n", "`prompt` is empty"),
         ([], "`prompt` is empty"),
-        (["hi"], "message 0 is a str, got 'hi'. It has `role` and `content`"),
-        ([{"from": "human", "value": "hi"}], r"has the keys \['from', 'value'\], and needs `role`.*ShareGPT's `from`"),
-        ([{"role": "user", "content": "a"}, {"role": "user"}], r"message 1 has the keys \['role'\], and needs"),
+        (["hi"], "message 0 is a str, got 'hi'. It needs `role` and `content`"),
+        ([{"from": "human", "value": "hi"}], r"has the keys \['from', 'value'\], but needs `role`.*ShareGPT's `from`"),
+        ([{"role": "user", "content": "a"}, {"role": "user"}], r"message 1 has the keys \['role'\], but needs"),
         ([{"role": 1, "content": "a"}], "has the role 1. A role is text such as 'user'"),
-        ([{"role": "user", "content": 5}], "has a content of type int, got 5. It is text or parts"),
+        ([{"role": "user", "content": 5}], "has a content of type int, got 5. Give text or parts"),
         ([{"role": "user", "content": None}], "has a content of type NoneType"),
     ],
 )
@@ -345,13 +345,13 @@ def test_second_system_message(tmp_path):
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": messages}])
     assert load(path)[0].content == tuple(messages)
-    with pytest.raises(DataError, match="begins with a system message, and `system` would put a second one"):
+    with pytest.raises(DataError, match="begins with a system message, but `system` adds a second one"):
         load(path, system="c")
 
 
 def test_text_column_of_another_type(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": 7}])
-    with pytest.raises(DataError, match=r"Line 1 .*`response` is a int, got 7. It holds text"):
+    with pytest.raises(DataError, match=r"Line 1 .*`response` is a int, got 7. Give text"):
         load(path)
 
 
@@ -429,7 +429,8 @@ def test_function_mistakes(user_module):
         "def text():\n    return 'abc'\ndef bare():\n    return [1]\nnumber = 3\n"
     )
     with pytest.raises(
-        ConfigError, match=r"importing 'opd_no_such_module' failed with ModuleNotFoundError.*run where its file is"
+        ConfigError,
+        match=r"importing 'opd_no_such_module' failed with ModuleNotFoundError.*run in the folder of its file",
     ):
         load("opd_no_such_module:rows")
     with pytest.raises(ConfigError, match=r"'row' does not exist in .*Did you mean 'rows'.*rows, text, bare"):
@@ -525,11 +526,11 @@ def test_the_teachers_template_rewrites_text_and_the_last_user_message(tmp_path)
 def test_a_template_that_cannot_be_meant(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     needed = r"The `template` of a data section has the fields \{prompt\} \(needed\); got "
-    with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Write a brace of the text as two"):
+    with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Double a brace that is text"):
         load(path, template="{question}")
     with pytest.raises(ConfigError, match=needed + r"\[\]"):
         load(path, template="What?")
-    with pytest.raises(ConfigError, match=r"has braces that do not match: .* Write a brace of the text as two"):
+    with pytest.raises(ConfigError, match=r"has braces that do not match: .* Double a brace that is text"):
         load(path, template="{prompt} \\boxed{")
 
 
@@ -537,5 +538,7 @@ def test_a_prompt_that_a_template_cannot_rewrite(tmp_path):
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     for prompt, roles in ((parts, "user"), ([{"role": "system", "content": "x"}], "system")):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": prompt}])
-        with pytest.raises(DataError, match=rf"Prompt 1 has no text of a user .* \(roles: {roles}\)\. Leave the templ"):
+        with pytest.raises(
+            DataError, match=rf"Prompt 1 has no user message of text, .* \(roles: {roles}\)\. Leave the templ"
+        ):
             load(path, template="Q: {prompt}")

@@ -153,7 +153,7 @@ def test_a_partial_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Pa
     assert [row["step"] for _, row in read_lines(file)] == [0]
     for damage in (b'{"step": 1, "a/', b"[1]", b'{"a/b": 2}', b"\0\0\0"):
         file.write_bytes(whole + damage + b"\n" + whole)
-        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is damaged .* Remove that line to go on"):
+        with pytest.raises(RunError, match=r"metrics\.jsonl, line 2 is damaged .* Remove that line to continue"):
             read_lines(file)
 
 

@@ -231,5 +231,5 @@ def test_text_or_none():
     assert text_or_none(None, "Row 0") is None
     assert text_or_none("", "Row 0") == ""
     for value in (3, [], [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}] * 2):
-        with pytest.raises(DataError, match=r"Row 0 is a (int|list).*It holds text, or one assistant message"):
+        with pytest.raises(DataError, match=r"Row 0 is a (int|list).*Give text, or one assistant message"):
             text_or_none(value, "Row 0")

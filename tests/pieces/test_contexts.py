@@ -133,7 +133,7 @@ def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
         ),
         ({"template": "no field"}, r"\{prompt\} \(needed\).*; got \[\]"),
         ({"prefill": "{prompt}"}, r"context's prefill has the fields \{privileged_context\}, .*; got \['prompt'\]"),
-        ({"template": "{prompt} }"}, r"template has braces that do not match: .* Write a brace of the text as two"),
+        ({"template": "{prompt} }"}, r"template has braces that do not match: .* Double a brace that is text"),
     ],
 )
 def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):

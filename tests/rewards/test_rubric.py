@@ -290,7 +290,7 @@ def test_options_that_cannot_be_meant_so(options: dict[str, Any], says: str):
 def test_an_unknown_option_lists_the_options_and_apart_from_them_the_fields():
     with pytest.raises(ConfigError, match=r"with the options \['blnd'\]") as caught:
         load_reward("rubric", {"judge": JudgeSection(function="textwrap:dedent"), "blnd": True})
-    options, _, fields = str(caught.value).partition("Its options: ")[2].partition(" Beside `options` stand ")
+    options, _, fields = str(caught.value).partition("Its options: ")[2].partition(" Fields next to `options`: ")
     assert options == "answers, blind, shared, criteria, max_failed, column, temperatures."
     assert fields == "judge, verifier, author."
 

@@ -108,8 +108,8 @@ class GroupReward(Reward):
         raise TeacherError(
             f"The reward {self.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
             f"`max_failed` allows {self.max_failed:.0%}. For prompt {prompt}: {why}. The update was not made. The "
-            "answers so far are kept: correct the cause and start the same command again. A larger `max_failed` makes it "
-            "another run, which needs another output_dir."
+            "answers so far are kept: correct the cause and start the same command again. A larger `max_failed` makes "
+            "it another run, which needs another output_dir."
         )
 
     def pop_requests(self) -> dict[str, float]:
