@@ -40,7 +40,7 @@ def with_question(
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"{where} has no user message of text, which the template rewrites (roles: {roles}). Leave the template "
-            "out, or give a prompt whose last user message is text."
+            "out, or give a prompt with text as its last user message."
         )
     last = user_turns[-1]
     messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}

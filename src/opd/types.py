@@ -7,7 +7,7 @@
     V  vocabulary (real tokens, no padding rows)   x, prompt    what the student reads
     K  tokens of a support                         c, context   what the teacher reads
     H  hidden size                                 y, response  what the student wrote
-    M  teachers                                    S, support   the tokens whose probabilities are compared
+    M  teachers                                    S, support   the tokens that are compared
 
 `*_logp` is the natural log-probability of the sampled token, `*_support_logp` the full-vocabulary log-probabilities
 of the tokens of the support. Masks are bool and `True` means train. Units are nats and tokens unless a name says
@@ -275,7 +275,7 @@ class ScoreRequest:
 
 
 class Teacher(Protocol):
-    """Scores the student's tokens. A subclass inherits everything but `score`: a teacher whose weights stay fixed."""
+    """Scores the student's tokens. A subclass that defines only `score` is a teacher with fixed weights."""
 
     name: str = "teacher"  # for messages
     lm: Any = None  # the `LanguageModel` that scores in this process; None: it cannot write responses here

@@ -276,7 +276,7 @@ def test_unfit_to_measure_says_why():
     relative, asking = Zero(), Zero()
     relative.comparable, asking.asks = False, {"judge": None}
     assert "cannot be compared" in str(unfit_to_measure(relative))
-    assert "asks judges" in str(unfit_to_measure(asking))
+    assert "needs judges" in str(unfit_to_measure(asking))
 
 
 def test_unscored_answers_counts_rows_without_a_reader():

@@ -127,7 +127,7 @@ def nearest_cosine(questions: Vectors, others: Vectors) -> np.ndarray:
 
 
 def repeats(questions: Vectors, threshold: float) -> np.ndarray:
-    """[n] bool: repeats, whose cosine with an earlier question that is not a repeat is at least `threshold`."""
+    """[n] bool: a repeat has a cosine of at least `threshold` with an earlier question that is not a repeat."""
     compare = questions.cosines()
     first = np.zeros(len(questions), dtype=bool)
     for rows in _blocks(len(questions)):

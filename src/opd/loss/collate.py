@@ -198,7 +198,7 @@ def _why(batch: Batch) -> str:
     text = batch.rollouts[0].text
     return (
         "The teacher has another tokenizer and could score none of their tokens: its tokenizer changes their text, or "
-        f"the responses have no text. The first response: {text!r:.200}. Use a teacher whose tokenizer keeps the text."
+        f"the responses have no text. The first response: {text!r:.200}. Use a tokenizer that keeps the text."
     )
 
 

@@ -176,7 +176,7 @@ class Cut:
 
 
 def whole_chunks(size: Tensor, most: int) -> list[slice]:
-    """Slices of N tokens, each of at most `most`, that cut no unit; a longer unit has a slice of its own.
+    """Slices of N tokens, each of at most `most`, that cut no unit; a longer unit is one slice.
 
     `size` [N] is the size of the unit that begins at each token, 0 if none begins there.
     """

@@ -1,4 +1,4 @@
 """Pure functions of tensors and numbers: divergences, closed forms, overlap, statistics, metrics.
 
-Imports torch and numpy, and of this library `errors` and `types` alone.
+Imports torch and numpy, and from this library only `errors` and `types`.
 """

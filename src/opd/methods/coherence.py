@@ -60,7 +60,7 @@ class Facts:
         return need in needs_of(self.method.update)
 
     def pieces(self, need: Need) -> str:
-        """The fields of the method whose pieces declare `need`, in words; empty if none does."""
+        """The fields of the method that declare `need`, in words; empty if no field does."""
         return " and ".join(name for name in PIECES if need in needs_of(getattr(self.method, name)))
 
     @property
@@ -109,7 +109,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda f: {Trait.READS_ATTEMPT, Trait.SCORES_UNFINISHED} <= f.needs.traits,
         "the teacher reads the student's attempt, but scores it before it is finished",
-        "Use a context without the attempt, or a source whose responses the teacher does not end.",
+        "Use a context without the attempt, or a source in which the teacher does not end responses.",
     ),
     Rule(
         lambda f: f.baseline and Trait.OFF_POLICY in f.needs,
@@ -146,8 +146,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         lambda f: f.two_tokenizers and f.needs.top_k > 0,
         "a piece compares the models token by token, but the teacher has another tokenizer",
-        "The piece reads the most likely tokens of both. Leave it out, or use a method whose teacher has the student's "
-        "tokenizer.",
+        "The piece reads the most likely tokens of both. Leave it out, or use a method for one tokenizer.",
     ),
     Rule(
         lambda f: f.two_tokenizers and f.update_needs(Input.TEACHER),
@@ -168,7 +167,7 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         lambda f: f.judged and f.update_needs(Input.REWARD),
-        "the update compares weights by a judge's reward, whose rubric is rebuilt from the responses that it grades",
+        "the update compares weights by a judge's reward, but its rubric is rebuilt from the responses that it grades",
         "Use a reward that checks responses one by one.",
     ),
 )

@@ -16,8 +16,8 @@
 | B, B_min, B_max | `budget`, `budget_min`, `budget_max`, in tokens, of the next step's responses; `drift.Budget` |
 | step, margin, rho, patience | `budget_step`, `margin`, `hit_share`, `patience` |
 
-`stop="rollout"` has no budget: the teacher scores a response every `every` tokens during sampling, and a response whose
-W_t has reached 0 ends. `stop="none"` only sets the weights. `loss="sampled"` weighs the sampled token instead of the
+`stop="rollout"` has no budget: the teacher scores a response every `every` tokens during sampling, and a response ends
+when its W_t reaches 0. `stop="none"` only sets the weights. `loss="sampled"` weighs the sampled token instead of the
 top-k, which leaves the loss to another method: `method: vopd+prune_opd`. The largest budget must not exceed
 sampling.max_completion_length. With the metric `overlap` the weight does not depend on y_t, so a baseline stays
 unbiased.

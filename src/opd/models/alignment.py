@@ -56,7 +56,7 @@ def pair_of(
     """Two tokenizers, compared token by token.
 
     `chat` and the templates' `options` determine the tokens that end a response: `vocabularies.ends_of`. Raises
-    AlignmentError for a tokenizer whose tokens' bytes are unknown, and for two tokenizers without a common token.
+    AlignmentError if the bytes of a tokenizer's tokens are unknown, and for two tokenizers without a common token.
     """
     ends = ends_of(student, teacher, chat=chat, options=options)
     ours, theirs = vocabulary_of(student, ends), vocabulary_of(teacher, ends.values())

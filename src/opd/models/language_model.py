@@ -157,7 +157,7 @@ def check_positions(name: str, tokens: int, positions: float, remedy: str) -> No
 
 
 class Root(nn.Module):
-    """A model whose forward runs any function over its weights.
+    """A wrapper of a model: its forward runs any function over the weights.
 
     The losses call the backbone and read the head's weight, but not the model itself. FSDP gathers sharded weights in
     the forward of the module that holds them all, and reduces their gradients after its backward. This is that module.

@@ -64,7 +64,7 @@ def _models_of_its_run(folder: Path) -> str:
     its_own = [model for model in found if model.parent in parts]
     if not found:
         return "It belongs to a run without a finished stage: a stage writes its model when it ends."
-    return f"It belongs to a run, whose stages write their models to: {', '.join(map(str, its_own or found))}."
+    return f"It belongs to a run. Its stages write their models to: {', '.join(map(str, its_own or found))}."
 
 
 def _check_folder(folder: Path, spec: ModelSpec, label: str, remedy: str) -> None:

@@ -155,7 +155,7 @@ class Connection:
             time.sleep(pause)
 
     def _sent(self, url: str, body: bytes) -> bytes | _Trouble:
-        """Send one request: the body of its answer, or the trouble, whose text never holds the key."""
+        """Send one request: the body of its answer, or the trouble, without the key in its text."""
         until = time.monotonic() + self.server.timeout_s
         late = _Trouble(why=f"no answer within {self.server.timeout_s:.3g} s", passes=True)
         try:

@@ -40,7 +40,7 @@ class Vocabulary:
 def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
     """The bytes of each token; `ends` count as special tokens.
 
-    Raises AlignmentError for a tokenizer whose tokens' bytes are unknown.
+    Raises AlignmentError if the tokens' bytes are unknown.
     """
     core = getattr(tokenizer, "backend_tokenizer", None)
     decoder = getattr(core, "decoder", None)

@@ -83,7 +83,7 @@ def privileged(
         {verdict}              `verdicts[0]` if the stage's reward is at least `filters.PASS`, else `verdicts[1]`
 
     `solutions`, if given, returns the text of {privileged_context} for each response. For a response without a solution
-    the teacher reads the prompt alone.
+    the teacher reads only the prompt.
 
     Raises ConfigError without any argument, for an unknown field, and for solutions that neither text shows.
     """

@@ -127,7 +127,7 @@ def repeats_a_line(text: str, *, length: int = 20, times: int = 5) -> bool:
 def repeats_a_window(text: str, *, size: int = 100, stride: int = 10, times: int = 3) -> bool:
     """A window of `size` characters, taken every `stride`, occurs `times` times or more.
 
-    A repetition whose period is not a multiple of `stride` is found where windows align with it again: after at most
+    If its period is not a multiple of `stride`, a repetition is found where windows align with it again: after at most
     `stride` periods.
     """
     windows = Counter(text[start : start + size] for start in range(0, len(text) - size + 1, stride))

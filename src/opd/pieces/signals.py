@@ -190,7 +190,7 @@ def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None
 def by_rank(matched: str | divergences.Divergence | None = None) -> Signal:
     """sum_i |p_(i) - q_(i)|, both in falling order, [N, V], [N, V'] -> [N]: tokens are not matched by identity.
 
-    Universal logit distillation (arXiv 2402.12030): the Wasserstein distance of two distributions whose tokens are all
+    Universal logit distillation (arXiv 2402.12030): the Wasserstein distance of two distributions, with all tokens
     equally far from each other. The shorter one is padded with zeros. Differences within rounding count as 0: where the
     student equals the teacher, their signs would be noise.
 

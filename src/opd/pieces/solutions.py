@@ -49,12 +49,12 @@ def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Ro
 
 
 def solved(solutions: Solutions, batch: Batch) -> Tensor:
-    """The responses whose teacher reads a solution, [B] bool."""
+    """Whether the teacher reads a solution for each response, [B] bool."""
     return torch.tensor([text is not None for text in solutions(batch.rollouts)], device=batch.mask.device)
 
 
 class Unsolved(SavedAttributes):
-    """context/unsolved: the number of responses of the step, in all processes, whose teacher reads the prompt alone."""
+    """context/unsolved: the number of responses of the step, in all processes, without a solution."""
 
     def __init__(self, solutions: Solutions) -> None:
         self.solutions = solutions

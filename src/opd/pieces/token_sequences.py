@@ -26,8 +26,8 @@ def check(sequences: Sequence[TokenSequence], occurrences: str) -> None:
 def encoded(sequences: Sequence[TokenSequence], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The ids of each sequence; given ids are checked against the tokenizer.
 
-    A text is encoded alone, without special tokens. Inside a word some tokenizers use other ids for it: give these ids
-    instead. Raises ConfigError for a text that the tokenizer cannot encode, or an id that it does not have.
+    A text is encoded separately, without special tokens. Inside a word some tokenizers use other ids for it: give these
+    ids instead. Raises ConfigError for a text that the tokenizer cannot encode, or an id that it does not have.
     """
     return tuple(
         _encoded(sequence, tokenizer) if isinstance(sequence, str) else _known(tuple(sequence), tokenizer)
@@ -50,7 +50,7 @@ def covered(ids: Sequence[int], sequences: Sequence[Sequence[int]], occurrences:
 
 
 def covered_tokens(response_ids: Any, sequences: Sequence[Sequence[int]], occurrences: Occurrences) -> list[bool]:
-    """`covered` of a response whose ids are a tensor, [T]."""
+    """`covered` for ids in a tensor, [T]."""
     return covered(response_ids.tolist(), sequences, occurrences)
 
 

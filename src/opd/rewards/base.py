@@ -80,7 +80,7 @@ class GroupReward(Reward):
         folder: Path,
         rank: int,
     ) -> GroupReward:
-        """The reward with its judges, whose answers are kept in `folder`. Raises RunError as `AnswerCache`."""
+        """The reward with its judges; `folder` keeps their answers. Raises RunError as `AnswerCache`."""
         cache = AnswerCache(folder, rank)
         judges = {
             role: CachedJudge(judge=judge_of(section, models, origins), cache=cache, retries=section.retries)
@@ -93,7 +93,7 @@ class GroupReward(Reward):
         if not self.judges:
             raise ConfigError(
                 f"The reward {self.name!r} needs judges, which only a stage of a run starts. Use it in a stage's "
-                "`reward`, and evaluate with a reward that checks each response alone."
+                "`reward`, and evaluate with a reward that checks responses one by one."
             )
         return self.judging(rollouts, self.judges)
 
@@ -198,10 +198,10 @@ def unfit_to_measure(reward: Reward) -> str | None:
     """Why a reward cannot be used outside of training, as a clause; None if it can."""
     if not reward.comparable:
         return (
-            "which makes its yardstick anew from the responses that it grades: its numbers before and after training "
+            "which rebuilds its rubric from the responses that it grades: its numbers before and after training "
             "cannot be compared"
         )
-    return "which asks judges, and only the training of a stage starts them" if reward.asks else None
+    return "which needs judges, and only the training of a stage starts them" if reward.asks else None
 
 
 def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *rewards: Reward | None) -> int:

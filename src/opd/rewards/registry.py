@@ -31,9 +31,9 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A reward of `REWARDS`, or a user's, named `package.module:name`.
 
     The parameters of a built-in reward are its options. A user's name refers to a function, called
-    (prompt, text, **options) for each response; to a Reward; or to a function or class whose parameters are all options
-    and which returns one of these two. Raises ConfigError for an unknown name or option, for any other object, and for
-    a package that is not installed.
+    (prompt, text, **options) for each response; to a Reward; or to a function or class that has only options as
+    parameters and returns one of these two. Raises ConfigError for an unknown name or option, for any other object, and
+    for a package that is not installed.
     """
     if ":" in name:
         return _users(name, options)

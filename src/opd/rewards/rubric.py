@@ -255,7 +255,7 @@ def _column(prompt: Prompt, column: str) -> list[str]:
     if not texts or not all(isinstance(text, str) and without_thought(text) for text in texts):
         raise DataError(
             f"Prompt {prompt.id} has {value!r:.80} in `{column}`, where the reward 'rubric' finds the teacher's "
-            "answers. Give a text or a list of texts, none of them empty, or name an `author` who writes them."
+            "answers. Give a text or a list of texts, none of them empty, or name an `author` that writes them."
         )
     return texts
 

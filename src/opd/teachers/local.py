@@ -1,4 +1,4 @@
-"""Teachers whose weights are in this process: another model, or the student itself."""
+"""Teachers with weights in this process: another model, or the student itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from opd.types import Prompt, Record, Rollout, ScoreRequest, Scores, Teacher, Te
 class LocalTeacher(Teacher):
     """A `Teacher` over a model in this process.
 
-    `follows`: the student whose weights the teacher averages after each step, with `decay`. `base`: score with the
+    `follows`: the student that the teacher averages after each step, with `decay`. `base`: score with the
     student's model, its adapter switched off. `offload`: keep the weights on the CPU between calls.
     """
 
@@ -110,7 +110,7 @@ class LocalTeacher(Teacher):
             mine[name].copy_(average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The average of an EMA teacher, in float32; empty for a teacher whose weights stay fixed."""
+        """The average of an EMA teacher, in float32; empty for a teacher with fixed weights."""
         return self.average
 
     @torch.no_grad()
