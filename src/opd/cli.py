@@ -116,7 +116,7 @@ def evaluate(
     data: Annotated[str, typer.Argument(help="Held-out prompts: a file, reasoning_gym:TASK, ...")],
     reward: Annotated[str | None, typer.Option(help="exact, math_verify, ..., or my_package.mine:function")] = None,
     options: Annotated[list[str] | None, typer.Option("--option", help="Option of the reward: key=value")] = None,
-    n: Annotated[int, typer.Option(help="Responses a prompt")] = 1,
+    n: Annotated[int, typer.Option(help="Responses per prompt")] = 1,
     temperature: Annotated[float, typer.Option()] = 1.0,
     top_p: Annotated[float, typer.Option()] = 1.0,
     max_completion_length: Annotated[int, typer.Option()] = 256,

@@ -23,8 +23,8 @@ normalised geometric mean of the teachers (eq. 10-11), which may follow none of 
 Differs from the paper: positions with an empty intersection have no loss and stay in the mean. The texts of
 `information` are ours (`contexts.INFORMATION`). With feedback the teacher reads the response that it scores.
 `information="verified"` and `peers` are the context of arXiv 2605.11609; the control there trains towards it. With
-`peers` the `privileged_context` is a right response of the group, if any, else the data's. Without either, the teacher reads
-only the prompt and the response is counted (`context/unsolved`).
+`peers` the `privileged_context` is a right response of the group, if any, else the data's. Without either, the teacher
+reads only the prompt and the response is counted (`context/unsolved`).
 """
 
 from typing import Literal

@@ -16,7 +16,8 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 6-
 | P_S, Q_S | masses on the support, logged as support/student_mass and support/teacher_mass |
 
 The defaults are those of its Table 1 and eq. 17. We recommend `by="teacher", form="tail"`: the only form with a
-gradient of the right sign for the mass on the support; the renormalised form does not control this mass (study `losses`).
+gradient of the right sign for the mass on the support; the renormalised form does not control this mass (study
+`losses`).
 
 Differs from the paper: `tail` is not in it. Positions with an empty intersection have no loss and stay in the mean.
 """
