@@ -20,7 +20,7 @@ code sunjie279/SimCT-.
 With one tokenizer every token is a unit and U the vocabulary: the exact reverse KL. Merging units can only lower it. A
 unit's weight is the mean of its tokens' weights. A unit with an untrained token is left out.
 
-Differs from the paper: the formula is the same. The released code uses raw logits as s_M, which its softmax does not
+Differs from the paper: not in the formula. The released code uses raw logits as s_M, which its softmax does not
 normalise at each position. It aligns greedily on single decoded tokens, which merges a mismatch with the following text
 and loses the last token. It has a column for every span of the response, empty except for the row's own span. It leaves
 out rows on which the teacher has less than half of its mass: `least_mass=0.5`.

@@ -21,7 +21,7 @@ tokens, so there a baseline changes the mean too. The value is not the scalar of
 E ||e_y - p||^2 r / E ||e_y - p||^2, `baseline="optimal"`. Where a confident student is wrong, the value can be worse
 than no baseline.
 
-Differs from the paper: the formula is the same. Responses drawn with top-p < 1, top-k > 0 or another temperature than
+Differs from the paper: not in the formula. Responses drawn with top-p < 1, top-k > 0 or another temperature than
 the method's are refused, and so are weights that depend on the sampled token: they bias the baseline.
 """
 

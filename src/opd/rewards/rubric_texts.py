@@ -76,7 +76,7 @@ Rubric: TypeAlias = tuple[Criterion, ...]
 
 
 def without_thought(text: str) -> str:
-    """The text after the last `</think>` and before an unclosed `<think>`, stripped."""
+    """The text after the last `</think>` and before an unclosed `<think>`, stripped; without tags, the whole text."""
     return text.rpartition(THOUGHT)[2].partition(THINKS)[0].strip()
 
 
