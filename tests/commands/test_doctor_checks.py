@@ -17,7 +17,7 @@ from support.runs import command, one_stage, prepare, self_taught, two_stages
 
 from opd.commands.doctor import bias, cost, examine, headroom, information, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
-from opd.commands.doctor.subject import SAMPLES, Pair, stage_to_examine
+from opd.commands.doctor.subject import SAMPLES, Subject, stage_to_examine
 from opd.errors import ConfigError
 from opd.evaluation.compare import compare
 from opd.evaluation.continuation import Depth, Transitions
@@ -38,7 +38,7 @@ def models() -> tuple[LanguageModel, LanguageModel]:
 
 
 @pytest.fixture(scope="module")
-def pair(models) -> Pair:
+def pair(models) -> Subject:
     return pair_of(*models, sums(6))
 
 
@@ -283,7 +283,7 @@ def test_how_the_teacher_ends_is_read_from_its_own_responses(pair):
     assert special_tokens.ends_alike(talks) == 1.0
 
 
-def chain(pair: Pair) -> LanguageModel:
+def chain(pair: Subject) -> LanguageModel:
     """A model that says one more character after = and ends."""
     from support.models import chain as chained
 
@@ -410,7 +410,7 @@ def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
     )
 
 
-def privileged_pair(student: LanguageModel) -> Pair:
+def privileged_pair(student: LanguageModel) -> Subject:
     """A student that is its own teacher, with a fact about each prompt and no answer."""
     rows = [Prompt(id=i, content=f"{i}+1=", privileged_context=c) for i, c in enumerate("7890")]
     options = {"template": "{privileged_context}{prompt}", "k": None}
@@ -440,8 +440,8 @@ def test_a_small_sample_that_cannot_tell_asks_for_more(pair):
 def test_what_a_limit_cuts():
     lm = characters("student", seed=0)
     rows = [rollout_of(lm, sums(1)[0], [5] * n) for n in (2, 6, 8)]
-    assert headroom.share_behind(rows, 6) == pytest.approx(2 / 16)
-    assert headroom.share_behind(rows, 8) == 0.0
+    assert headroom.share_after(rows, 6) == pytest.approx(2 / 16)
+    assert headroom.share_after(rows, 8) == 0.0
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.9, 9), (0.5, 5), (1.0, 10), (0.01, 1)])

@@ -12,7 +12,7 @@ from support.models import tiny
 
 from opd.commands.doctor import bias, headroom, information, signal
 from opd.commands.doctor.findings import Report
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
@@ -65,7 +65,7 @@ def test_a_reward_beside_the_signal_is_seen_in_whole_groups(models):
 # --- away from the teacher -------------------------------------------------------------------------------------------
 
 
-def away(reader: LanguageModel, right: int | None, **options: Any) -> Pair:
+def away(reader: LanguageModel, right: int | None, **options: Any) -> Subject:
     """A pair of a method that drives away, of whose responses that of number `right` is right."""
     settings = {"template": SHOWN, "solution": None, **options}
     chosen = pair_of(reader, None, letters(4), method="anti_sd", options=settings, sampling=GROUP, reward=EXACT)

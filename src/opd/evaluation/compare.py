@@ -151,7 +151,7 @@ def compare(
     scores = teacher.score(chosen, [contexts[i] for i in indices], whole(temperature))
     heads = student.head().detached(), teacher.head()
     parts: list[dict[str, Tensor]] = []
-    for batch, student_NH in _read(student, chosen, micro_batch_tokens):
+    for batch, student_NH in _states(student, chosen, micro_batch_tokens):
         steps = [_trained_steps(chosen[j]) for j in batch]
         teacher_NH = torch.cat([_at(scores[j].teacher_hidden, at) for j, at in zip(batch, steps, strict=True)])
         ids = torch.cat([_at(chosen[j].response_ids, at) for j, at in zip(batch, steps, strict=True)])
@@ -175,7 +175,7 @@ def _at(values: Tensor | None, steps: Tensor) -> Tensor:
     return values[steps.to(values.device)]
 
 
-def _read(
+def _states(
     student: LanguageModel, rollouts: Sequence[Rollout], micro_batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor]]:
     """Batch by batch: which rollouts, and the student's states [N, H] that predict their trained tokens."""

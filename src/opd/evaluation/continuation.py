@@ -99,8 +99,8 @@ def continuation(
         if not cuts:
             unreached.append(depth)
             continue
-        going_on = _continued(teacher, rollouts, reads, cuts, sampling, (seed, place))
-        found.append(_at_depth(depth, rollouts, cuts, going_on, _right(reward, going_on), alone, own))
+        continued = _continued(teacher, rollouts, reads, cuts, sampling, (seed, place))
+        found.append(_at_depth(depth, rollouts, cuts, continued, _right(reward, continued), alone, own))
     return Continuation(
         alone=_accuracy(rollouts, {i: alone[i] for i in first.values()}),
         student=_accuracy(rollouts, dict(enumerate(own))),
@@ -113,7 +113,7 @@ def _at_depth(
     depth: int | float,
     rollouts: Sequence[Rollout],
     cuts: Mapping[int, tuple[int, ...]],
-    going_on: Sequence[Rollout],
+    continued: Sequence[Rollout],
     right: Sequence[bool],
     alone: Sequence[bool],
     own: Sequence[bool],
@@ -135,7 +135,7 @@ def _at_depth(
             wrong_right=pairs.count((False, True)),
             wrong_wrong=pairs.count((False, False)),
         ),
-        finished_share=sum(rollout.finished for rollout in going_on) / len(going_on),
+        finished_share=sum(rollout.finished for rollout in continued) / len(continued),
     )
 
 

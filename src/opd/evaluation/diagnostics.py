@@ -146,7 +146,7 @@ def compared(
 
 def buckets_of(spec: StageSpec) -> Buckets:
     """The buckets of positions of a stage's metrics."""
-    longest = max(part.sampling.max_completion_length for part in spec.parts.values())
+    longest = max(part.sampling.max_completion_length for part in spec.by_task.values())
     return Buckets.over(spec.diagnostics.bucket, longest)
 
 

@@ -18,8 +18,8 @@ def check_references(recipe: Recipe, source: str) -> None:
         if stage.name in seen:
             raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
         check_tasks(stage, where)
-        taught = [("teacher" if t is None else f"tasks.{t}.teacher", part.teacher) for t, part in stage.parts.items()]
-        judges = [("lm", name) for name in stage.asked]
+        taught = [("teacher" if t is None else f"tasks.{t}.teacher", part.teacher) for t, part in stage.by_task.items()]
+        judges = [("lm", name) for name in stage.judge_models]
         for role, name in [("train", stage.train), *taught, *judges]:
             if name is not None and name not in recipe.models:
                 raise ConfigError(
@@ -31,7 +31,7 @@ def check_references(recipe: Recipe, source: str) -> None:
                 raise ConfigError(
                     f"{where}: model {name!r} is what stage {origin!r} leaves, and no such stage comes before this one."
                 )
-        if stage.train in stage.asked:
+        if stage.train in stage.judge_models:
             raise ConfigError(
                 f"{where}: its `reward` asks the model {stage.train!r}, which it trains: what is kept of its answers "
                 "would be those of other weights. Ask another model, or a copy of it under another name in `models`."

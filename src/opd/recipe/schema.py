@@ -256,7 +256,7 @@ class StageSpec(Section):
     samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
 
     @property
-    def parts(self) -> dict[str | None, TaskSection]:
+    def by_task(self) -> dict[str | None, TaskSection]:
         """The tasks by name; of a stage without tasks, the whole of it as one part, named None."""
         if self.data is None:
             return {**self.tasks}
@@ -269,13 +269,13 @@ class StageSpec(Section):
     @property
     def teachers(self) -> list[str]:
         """The models that teach in this stage, the student itself left out."""
-        named = [part.teacher for part in self.parts.values() if part.teacher is not None]
+        named = [part.teacher for part in self.by_task.values() if part.teacher is not None]
         return [name for name in dict.fromkeys(named) if name != self.train]
 
     @property
-    def asked(self) -> list[str]:
+    def judge_models(self) -> list[str]:
         """The models that its rewards ask for texts."""
-        sections = [one for part in self.parts.values() if part.reward for one in part.reward.asks.values()]
+        sections = [one for part in self.by_task.values() if part.reward for one in part.reward.asks.values()]
         return list(dict.fromkeys(one.lm for one in sections if one.lm is not None))
 
     def where(self, task: str | None) -> str:

@@ -75,13 +75,13 @@ def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[s
     """The student's samplers by task, each with the task's own settings."""
     if spec.sampler is not None:
         return {
-            name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.parts.items()
+            name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
         }
     return {
         name: TransformersSampler(
             lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
         )
-        for name, part in spec.parts.items()
+        for name, part in spec.by_task.items()
     }
 
 
@@ -96,7 +96,7 @@ def writers_of(
 ) -> Writers:
     """What can write a response in this stage, complete its record, and score it meanwhile; a method's source picks."""
     teachers: dict[str | None, Writer] = {}
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         if part.teacher is not None and part.teacher in externals:
             teachers[name] = TeacherWriter(
                 teacher=externals[part.teacher],
@@ -150,7 +150,7 @@ def exams_of(
 ) -> list[Exam]:
     """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
     exams: list[Exam] = []
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
@@ -288,7 +288,7 @@ def loaded(
         if method.teacher.tokenizer == "students":
             for name, external in externals.items():
                 check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
-        judges = {name: externals.get(name) or session.model(spec, name) for name in spec.asked}
+        judges = {name: externals.get(name) or session.model(spec, name) for name in spec.judge_models}
     return student, externals, judges
 
 

@@ -24,7 +24,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
     `asks` says that LLM judges give the reward.
     """
     needs = method.needs
-    part, where = spec.parts[task], spec.where(task)
+    part, where = spec.by_task[task], spec.where(task)
     given = {
         Input.REWARD: has_reward,
         Input.GROUP: part.sampling.n >= 2,
@@ -137,13 +137,13 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
             f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
             f"draw at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
         )
-    asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
-    if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
+    enabled = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
+    if enabled and method.teacher.kind == "none" and spec.by_task[task].teacher in (None, spec.train):
         owner = "stage" if task is None else "task"
         raise ConfigError(
-            f"{spec.where(task)}: it sets {' and '.join(asked)}, and there is no teacher: method {spec.method!r} has "
+            f"{spec.where(task)}: it sets {' and '.join(enabled)}, and there is no teacher: method {spec.method!r} has "
             f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
-            f"than {spec.train!r}, or {' and '.join(asked)} to false."
+            f"than {spec.train!r}, or {' and '.join(enabled)} to false."
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # --- how long it gets ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
+class LengthCheck:
     """A model that reads prompts with responses of up to `tokens` tokens; `key` of the recipe sets that number.
 
     `writes`: it writes them, so that it never reads the last token.
@@ -53,35 +53,35 @@ def check_lengths(
         name: given[name].positions if name in given else known_positions(origin_of(recipe, name), name, tokenizer)
         for name, tokenizer in tokenizers.items()
     }
-    for reading in readings(spec, prepared, lengths):
-        positions = known.get(reading.model, math.inf)
-        spare = positions + reading.writes - reading.tokens  # for a prompt
-        if max(reading.lengths) <= spare:
+    for check in length_checks(spec, prepared, lengths):
+        positions = known.get(check.model, math.inf)
+        spare = positions + check.writes - check.tokens  # for a prompt
+        if max(check.lengths) <= spare:
             continue
-        read = reading.lengths
-        if reading.model != spec.train:  # its template and special tokens may be others
-            options = origin_of(recipe, reading.model).template_options
-            read = [len(render(prompt, tokenizers[reading.model], options)) for prompt in reading.prompts]
-        _check_room(reading, read, positions, spare)
+        read = check.lengths
+        if check.model != spec.train:  # its template and special tokens may be others
+            options = origin_of(recipe, check.model).template_options
+            read = [len(render(prompt, tokenizers[check.model], options)) for prompt in check.prompts]
+        _check_room(check, read, positions, spare)
 
 
-def _check_room(reading: Reading, lengths: Sequence[int], positions: float, spare: float) -> None:
+def _check_room(check: LengthCheck, lengths: Sequence[int], positions: float, spare: float) -> None:
     over = sum(length > spare for length in lengths)
     who = f"even the shortest has {min(lengths)}" if over == len(lengths) else f"the longest has {max(lengths)}"
-    room = int(positions) + reading.writes - max(lengths)
-    remedies = [f"Lower {reading.key} to {room}"] if room > 0 else []
+    room = int(positions) + check.writes - max(lengths)
+    remedies = [f"Lower {check.key} to {room}"] if room > 0 else []
     remedies += ["leave out the longest prompts"] if over < len(lengths) or room <= 0 else []
     remedy = ", or ".join([*remedies, "use a model that knows more positions"])
     check_positions(
-        f"{reading.where}: {reading.model}",
-        max(lengths) + reading.tokens - reading.writes,
+        f"{check.where}: {check.model}",
+        max(lengths) + check.tokens - check.writes,
         positions,
-        f"{over} of {len(lengths)} prompts are too long for responses of up to {reading.tokens} tokens "
-        f"({reading.key}); {who}. {remedy[0].upper()}{remedy[1:]}.",
+        f"{over} of {len(lengths)} prompts are too long for responses of up to {check.tokens} tokens "
+        f"({check.key}); {who}. {remedy[0].upper()}{remedy[1:]}.",
     )
 
 
-def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Iterator[Reading]:
+def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Iterator[LengthCheck]:
     """Who reads which prompts with how long responses, as far as that is certain.
 
     A teacher that reads something other than the prompt, or in other tokens, is left out.
@@ -91,7 +91,7 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
     needs = needs_of(method.source)
     student_writes = Trait.OFF_POLICY not in needs or needs.student_writes
     same = method.context is same_prompt() and method.teacher.tokenizer == "students"
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         prompts, where = prepared.tasks[name].prompts, spec.where(name)
         scorer = _scorer(spec, part, method.teacher.kind)
         if student_writes:
@@ -103,12 +103,12 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 "prompts": prompts,
                 "lengths": of_training[name],
             }
-            yield Reading(model=spec.train, writes=True, **about)
+            yield LengthCheck(model=spec.train, writes=True, **about)
             if same and scorer is not None:
-                yield Reading(model=scorer, writes=False, **about)
+                yield LengthCheck(model=scorer, writes=False, **about)
         if Input.TEACHER_MODEL in needs and part.teacher is not None and method.teacher.tokenizer == "students":
             section = part.teacher_sampling or part.sampling
-            yield Reading(
+            yield LengthCheck(
                 model=part.teacher,
                 where=where,
                 key=f"{'sampling' if part.teacher_sampling is None else 'teacher_sampling'}.max_completion_length",
@@ -117,13 +117,13 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 lengths=of_training[name],
                 writes=True,
             )
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
         of_held_out = list(islice(left, len(held_out.prompts)))
         scorer = _scorer(spec, part, method.teacher.kind) or part.teacher
-        compared = drawn(part.evaluate.sampling) if part.evaluate.kl and same else None
+        compared = kl_setting(part.evaluate.sampling) if part.evaluate.kl and same else None
         for setting, section in part.evaluate.sampling.items():
             about = {
                 "where": spec.where(name),
@@ -132,11 +132,11 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 "prompts": held_out.prompts,
                 "lengths": of_held_out,
             }
-            yield Reading(model=spec.train, writes=True, **about)
+            yield LengthCheck(model=spec.train, writes=True, **about)
             if same and scorer is not None and part.evaluate.teacher:
-                yield Reading(model=scorer, writes=True, **about)
+                yield LengthCheck(model=scorer, writes=True, **about)
             if scorer is not None and setting == compared:
-                yield Reading(model=scorer, writes=False, **about)
+                yield LengthCheck(model=scorer, writes=False, **about)
 
 
 def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:
@@ -146,6 +146,6 @@ def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:
     return part.teacher if kind == "external" else spec.train
 
 
-def drawn(sampling: Mapping[str, SamplingSection]) -> str:
+def kl_setting(sampling: Mapping[str, SamplingSection]) -> str:
     """Of which setting's responses an evaluation takes the divergence, as `held_out.Exam.drawn` does."""
     return next((name for name, section in sampling.items() if section.temperature > 0), next(iter(sampling)))

@@ -39,7 +39,7 @@ class Given:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One of `StageSpec.parts`: its prompts, and the reward of the responses to them."""
+    """One of `StageSpec.by_task`: its prompts, and the reward of the responses to them."""
 
     prompts: list[Prompt]
     reward: Reward | None
@@ -80,12 +80,12 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     check_diagnostics(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
         reward = reward_of(part.reward) if given.reward is None else given.reward
         columns = PROMPT_COLUMNS & method.needs.columns
-        prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
+        prompts, selected = prompts_of(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
         held_out, unscored = None, dict[str, int]()
@@ -107,7 +107,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         )
     order = PromptOrder(
         prompts=tuple(task.prompts for task in tasks.values()),
-        shares=tuple(part.share for part in spec.parts.values()),
+        shares=tuple(part.share for part in spec.by_task.values()),
         count=spec.prompts_per_step,
         seed=seed,
         mixed=spec.task_order == "mixed",
@@ -139,7 +139,7 @@ def held_out_of(
             "a response by itself, or evaluate.kl to false."
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
-    prompts, selected = read(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
+    prompts, selected = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
         prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
@@ -168,7 +168,7 @@ def assigned(
     return [replace(p, id=first + p.id, task=task, teacher_id=part.teacher) for p in prompts]
 
 
-def read(
+def prompts_of(
     section: DataSection, require: Iterable[str], given: list[Prompt] | None = None
 ) -> tuple[list[Prompt], list[Selected]]:
     """The prompts of a data section, or those given in Python; what became of the rows where some were selected.

@@ -82,7 +82,7 @@ def run_recipe(
             check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory)
             world.wait()
-            if outcome.asked_to_stop and spec is not recipe.stages[-1]:
+            if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
     trackers.close()
     last = recipe.stages[-1]

@@ -51,7 +51,7 @@ def check_tokenizers(
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
-    taught_by = {task: part.teacher for task, part in spec.parts.items()}
+    taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
         if name in tokenizers:  # a template that the teacher lacks, or that refuses a prompt, shows before its weights
             options = origin_of(recipe, name).template_options
@@ -110,8 +110,8 @@ def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> 
     used: list[ModelSpec] = []
     for spec in recipe.stages:
         prompts = prepared[spec.name].all_prompts
-        taught_by = {task: part.teacher for task, part in spec.parts.items()}
-        used += [origin_of(recipe, name) for name in spec.asked]
+        taught_by = {task: part.teacher for task, part in spec.by_task.items()}
+        used += [origin_of(recipe, name) for name in spec.judge_models]
         for name in (spec.train, *spec.teachers):
             reads = [p for p in prompts if name == spec.train or taught_by[p.task] == name]
             if is_chat(reads):

@@ -34,7 +34,7 @@ class Exam:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
         return self.every > 0 and done % self.every == 0
 
-    def drawn(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
+    def kl_rollouts(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
         """The responses of the first setting that samples: a divergence is an expectation over the student's own."""
         for name, sampling in self.held_out.sampling.items():
             if sampling.temperature > 0:
@@ -118,7 +118,7 @@ class Exams:
             divergences = exact_divergence(
                 self.student,
                 exam.kl_teacher,
-                exam.drawn(measured.rollouts),
+                exam.kl_rollouts(measured.rollouts),
                 exam.context,
                 micro_batch_tokens=self.micro_batch_tokens,
                 world=self.world,

@@ -27,19 +27,19 @@ class Interrupt:
     """
 
     def __init__(self, *, speaks: bool = True) -> None:
-        self.asked = False
+        self.requested = False
         self._speaks = speaks
 
     def __enter__(self) -> Interrupt:
         self._main = threading.current_thread() is threading.main_thread()
         if self._main:
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = signal.signal(signal.SIGINT, self._request)
         return self
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
         if self._speaks:
             print("\nStopping after this step; once more to stop at once.", flush=True)
 

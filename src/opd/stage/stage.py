@@ -36,7 +36,7 @@ class Outcome:
     """`seconds` of training, without evaluations and comparisons; whether SIGINT arrived during the last step."""
 
     seconds: float
-    asked_to_stop: bool
+    stop_requested: bool
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,7 +67,7 @@ class Stage:
     # where it stands
     seconds: float = field(default=0.0, init=False)  # of training so far, the most of all processes
     finished: bool = field(default=False, init=False)  # by its steps or its time
-    asked_to_stop: bool = field(default=False, init=False)
+    stop_requested: bool = field(default=False, init=False)
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, from 0. After each: save, measure held-out prompts, and stop, when due.
@@ -82,25 +82,25 @@ class Stage:
             for step in range(first, self.spec.steps):
                 yield step
                 done = step + 1  # updates so far
-                asked = self.world.any(interrupt.asked)
-                saved = done % self.spec.checkpoint.every == 0 or self.finished or asked
+                stop = self.world.any(interrupt.requested)
+                saved = done % self.spec.checkpoint.every == 0 or self.finished or stop
                 if saved:
                     self._save(done)
-                if self.finished or not asked:
+                if self.finished or not stop:
                     self._examine(done)
-                asked = self.world.any(interrupt.asked)
+                stop = self.world.any(interrupt.requested)
                 if self.finished:
                     break
-                if asked:  # a resumed run makes up for an evaluation that was left out
+                if stop:  # a resumed run makes up for an evaluation that was left out
                     if not saved:
                         self._save(done)
                     raise stopped_after(self.spec.name, done, self.spec.steps)
-        self.asked_to_stop = self.world.any(interrupt.asked)
+        self.stop_requested = self.world.any(interrupt.requested)
 
     @property
     def outcome(self) -> Outcome:
         """Of a stage whose steps have all been made."""
-        return Outcome(seconds=self.seconds, asked_to_stop=self.asked_to_stop)
+        return Outcome(seconds=self.seconds, stop_requested=self.stop_requested)
 
     # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
 

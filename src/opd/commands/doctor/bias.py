@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.compare import whole
 from opd.loss.collate import MicroBatch, split
 from opd.loss.step import scored
@@ -53,27 +53,27 @@ class Positions:
     teacher: Tensor
 
 
-def truncation(pair: Pair) -> Finding:
+def truncation(subject: Subject) -> Finding:
     """Cosine and relative length of the method's gradient against the exact one, together and as means over positions.
 
     On a top-k support the exact one is that of the method's own divergence (reverse KL if it names none); for the
     sampled token it is reverse KL, and the method's gradient is its exact expectation over the token.
     """
-    name, method = "signal/bias", pair.method
-    if pair.drives_away:
+    name, method = "signal/bias", subject.method
+    if subject.maximises_divergence:
         return skipped(name, "The method drives the student away from its teacher: no divergence is to fall.")
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
-    rollouts, micros = phase_a(pair)
-    unasked = pair.asks_a_judge and Input.REWARD in needs_of(method.credit)
+    rollouts, micros = phase_a(subject)
+    unasked = subject.has_judge_reward and Input.REWARD in needs_of(method.credit)
     if in_expectation(method) and (unasked or any(bool((micro.advantage != 0).any()) for micro in micros)):
         return skipped(name, "The signal of a token depends on the whole response (a credit), not on the token alone.")
     exact = divergence_of(method.signal) or reverse_kl
     pairs: list[tuple[Tensor, Tensor]] = []
-    for at in positions(pair, rollouts, micros):
+    for at in positions(subject, rollouts, micros):
         gradient = expected_gradient if in_expectation(method) else support_gradient
         pairs.append((gradient(method.signal, at), exact_gradient(exact, at)))
-    return judge(pair, torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs]))
+    return judge(subject, torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs]))
 
 
 def in_expectation(method: Method) -> bool:
@@ -81,9 +81,9 @@ def in_expectation(method: Method) -> bool:
     return method.support.kind == "sampled" or Trait.UNBIASED_BASELINE in needs_of(method.signal)
 
 
-def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
+def judge(subject: Subject, ours: Tensor, exact: Tensor) -> Finding:
     """The finding from the method's gradients and the exact ones, [n, V] each."""
-    name, support = "signal/bias", pair.method.support
+    name, support = "signal/bias", subject.method.support
     lengths = exact.norm(dim=1)
     if not bool((lengths > ROUNDING).any()):
         return skipped(name, "The exact gradient is zero at every sampled position: student and teacher agree.")
@@ -96,10 +96,10 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
         "cosine_mean": float(cosines.mean()),
         "length_mean": float((ours[some].norm(dim=1) / lengths[some]).mean()),
     }
-    sampled = in_expectation(pair.method)
+    sampled = in_expectation(subject.method)
     form = "the sampled token, in expectation" if sampled else f"top {support.k} by {support.by}"
     says = (
-        f"Gradient of {pair.spec.method} ({form}) against the exact one at {len(exact)} positions: cosine "
+        f"Gradient of {subject.spec.method} ({form}) against the exact one at {len(exact)} positions: cosine "
         f"{numbers['cosine']:.3f}, length {numbers['length']:.3f} (means {numbers['cosine_mean']:.3f} and "
         f"{numbers['length_mean']:.3f})."
     )
@@ -117,31 +117,33 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
     )
 
 
-def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
-    """`Pair.scored`, scored as the loop does, in micro-batches."""
-    method, spec = pair.method, pair.spec
-    rollouts = pair.writers().complete(method.filter(pair.scored), method.record())
+def phase_a(subject: Subject) -> tuple[list[Rollout], list[MicroBatch]]:
+    """`Subject.scored`, scored as the loop does, in micro-batches."""
+    method, spec = subject.method, subject.spec
+    rollouts = subject.writers().complete(method.filter(subject.scored), method.record())
     request = method.request(shown=True)
-    phase = scored(method, pair.teacher, rollouts, pair.contexts(rollouts), request, device=pair.student.device)
+    phase = scored(
+        method, subject.teacher, rollouts, subject.contexts(rollouts), request, device=subject.student.device
+    )
     return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)
 
 
 @torch.no_grad()
-def positions(pair: Pair, rollouts: list[Rollout], micros: list[MicroBatch]) -> Iterator[Positions]:
+def positions(subject: Subject, rollouts: list[Rollout], micros: list[MicroBatch]) -> Iterator[Positions]:
     """`POSITIONS` trained tokens, chosen by the seed, `TILE` at a time."""
-    teacher, temperature = pair.teacher, pair.method.temperature
-    contexts = pair.contexts(rollouts)
+    teacher, temperature = subject.teacher, subject.method.temperature
+    contexts = subject.contexts(rollouts)
     scores = teacher.score(rollouts, contexts, whole(temperature))
     hidden = {key_of(rollout): score.teacher_hidden for rollout, score in zip(rollouts, scores, strict=True)}
-    heads = pair.student.head().detached(), teacher.head()
+    heads = subject.student.head().detached(), teacher.head()
     total = sum(len(micro.token_ids) for micro in micros)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(pair.seed))[:POSITIONS].sort().values
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(subject.seed))[:POSITIONS].sort().values
     start = 0
-    with evaluating(pair.student.model):
+    with evaluating(subject.student.model):
         for micro in micros:
             here = order[(order >= start) & (order < start + len(micro.token_ids))] - start
             start += len(micro.token_ids)
-            student_NH = hidden_of(pair.student, micro) if len(here) else None
+            student_NH = hidden_of(subject.student, micro) if len(here) else None
             for rows in here.split(TILE):
                 if student_NH is None or not len(rows):
                     continue

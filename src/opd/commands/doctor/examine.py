@@ -8,7 +8,7 @@ from typing import Any
 
 from opd.commands.doctor import bias, cost, headroom, information, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, skipped
-from opd.commands.doctor.subject import Pair, load, pair_up, stage_to_examine
+from opd.commands.doctor.subject import Subject, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.models.alignment import pair_of
@@ -82,12 +82,12 @@ def findings(
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
     check_tokenizers(recipe, spec, prepared, lms)
     say("the student's responses")
-    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
-    found += of_tokens(pair)
-    found += of_signal(pair, say)
-    found += of_knowledge(pair, say)
+    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    found += of_tokens(subject)
+    found += of_signal(subject, say)
+    found += of_knowledge(subject, say)
     say("one step")
-    return [*found, cost.cost(pair)]
+    return [*found, cost.cost(subject)]
 
 
 def of_two_tokenizers(
@@ -104,21 +104,21 @@ def of_two_tokenizers(
     say("models")
     student, external = load(recipe, spec, given)
     say("the student's responses")
-    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
     say("rewards of both")
-    judgement = headroom.judged(pair)
+    judgement = headroom.judged(subject)
     assert external is not None, "a tokenizer of its own is that of another model"
     sides = tokenizers.Side.of(student, spec.train), tokenizers.Side.of(external, str(spec.teacher))
     aligned = pair_of(
         student.tokenizer,
         external.tokenizer,
-        chat=is_chat(pair.prompts),
+        chat=is_chat(subject.prompts),
         options=(student.template_options, external.template_options),
     )
     found = [
         tokenizers.paired_endings(*sides, aligned.ends),
-        headroom.headroom(pair, judgement),
-        information.transfer(pair, judgement),
+        headroom.headroom(subject, judgement),
+        information.transfer(subject, judgement),
     ]
     why = "The teacher has a tokenizer of its own, and these checks compare position by position."
     found += [
@@ -133,7 +133,7 @@ def of_two_tokenizers(
         skipped("information/disagreement", why),
     ]
     say("one step")
-    return [*found, cost.cost(pair)]
+    return [*found, cost.cost(subject)]
 
 
 def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[Finding]:
@@ -147,48 +147,48 @@ def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[F
     return [] if None in both else [tokenizers.same_map(both[0], both[1], (spec.train, spec.teacher))]
 
 
-def of_tokens(pair: Pair) -> list[Finding]:
+def of_tokens(subject: Subject) -> list[Finding]:
     """What tokenizers, templates and output layers say."""
-    lm, other = pair.student, pair.external
+    lm, other = subject.student, subject.external
     widths = tokenizers.head_widths(lm.vocabulary, len(lm.head().weight), len((other or lm).head().weight))
     if other is None:
         one = "The student is its own teacher: one tokenizer, one template, one ending."
         return [widths, Finding(name="tokens/same", level="ok", says=one)]
-    ours, theirs = tokenizers.Side.of(lm, pair.spec.train), tokenizers.Side.of(other, pair.teacher_name)
-    chat = is_chat(pair.prompts)
+    ours, theirs = tokenizers.Side.of(lm, subject.spec.train), tokenizers.Side.of(other, subject.teacher_name)
+    chat = is_chat(subject.prompts)
     return [
         widths,
-        tokenizers.templates(ours, theirs, pair.prompts),
-        tokenizers.thinking(ours, theirs, pair.prompts),
+        tokenizers.templates(ours, theirs, subject.prompts),
+        tokenizers.thinking(ours, theirs, subject.prompts),
         tokenizers.endings(ours, theirs, chat=chat),
-        tokenizers.splits(ours, theirs, [rollout.text for rollout in pair.firsts]),
+        tokenizers.splits(ours, theirs, [rollout.text for rollout in subject.firsts]),
     ]
 
 
-def of_signal(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+def of_signal(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
     """What the measured log-probs say."""
     say("self-test and repeatability")
-    found = [signal.self_test(pair), signal.repeatability(pair)]
+    found = [signal.self_test(subject), signal.repeatability(subject)]
     if found[-1].numbers.get("not_finite"):
         return [*found, skipped("signal/comparison", "The teacher's scores are no numbers.")]
     say("student and teacher, token by token")
-    comparison = signal.compared(pair)
+    comparison = signal.compared(subject)
     return [
         *found,
-        signal.strength(pair, comparison),
-        signal.overlap(pair, comparison),
+        signal.strength(subject, comparison),
+        signal.overlap(subject, comparison),
         signal.by_position(comparison),
-        special_tokens.special_tokens(pair, comparison),
-        bias.truncation(pair),
+        special_tokens.special_tokens(subject, comparison),
+        bias.truncation(subject),
     ]
 
 
-def of_knowledge(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
+def of_knowledge(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
     """Who knows what: rewards of both, continuations, and what the teacher alone reads."""
     say("rewards of both")
-    judgement = headroom.judged(pair)
-    found = [headroom.headroom(pair, judgement)]
+    judgement = headroom.judged(subject)
+    found = [headroom.headroom(subject, judgement)]
     say("continuations")
-    found.append(headroom.probe(pair, judgement))
+    found.append(headroom.probe(subject, judgement))
     say("privileged information")
-    return [*found, information.disagreement(pair), information.transfer(pair, judgement)]
+    return [*found, information.disagreement(subject), information.transfer(subject, judgement)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair, sample_of
+from opd.commands.doctor.subject import Subject, sample_of
 from opd.evaluation.continuation import Continuation, Depth, continuation
 from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
 from opd.models.render import render
@@ -48,36 +48,38 @@ class Judged:
         return all(r.reward in (0.0, 1.0) for r in (*self.student, *self.teacher))
 
 
-def judged(pair: Pair) -> Judged | str:
+def judged(subject: Subject) -> Judged | str:
     """Both models' responses with rewards, or why they have none.
 
     The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
     have (a reward need not say what it reads), or on as many held-out ones.
     """
-    if pair.drives_away:
+    if subject.maximises_divergence:
         return "The method drives the student away from its teacher, which has to know nothing better."
-    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
+    if Trait.READS_ATTEMPT in needs_of(subject.method.context):
         return "The teacher reads the response that it scores, and so has no responses of its own."
-    prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
-    reward = pair.reward
+    prompts, rollouts, held_out = subject.prompts, subject.rollouts, subject.held_out
+    reward = subject.reward
     if reward is None or unfit_to_measure(reward):
         if held_out is None or held_out.reward is None:
-            return without_reward(pair)
+            return without_reward(subject)
         reward = held_out.reward
         if missing_for(reward.needs | filled_in(held_out.prompts), prompts):
-            prompts = sample_of(held_out.prompts, len(prompts), pair.seed)
-            if missing := missing_for(needs_of(pair.method.context).columns, prompts):
+            prompts = sample_of(held_out.prompts, len(prompts), subject.seed)
+            if missing := missing_for(needs_of(subject.method.context).columns, prompts):
                 return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
-            rollouts = pair.written(prompts)
-    return Judged(reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, pair.taught(prompts)))
+            rollouts = subject.student_responses(prompts)
+    return Judged(
+        reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, subject.teacher_responses(prompts))
+    )
 
 
-def without_reward(pair: Pair) -> str:
+def without_reward(subject: Subject) -> str:
     """Why accuracy cannot be measured where the evaluation has no reward either."""
-    if pair.asks_a_judge:
+    if subject.has_judge_reward:
         return "The stage's reward asks a judge, the doctor asks none, and the stage's evaluation has no reward."
-    if pair.reward is not None:
-        return f"The stage's reward is {pair.reward.name!r}, {unfit_to_measure(pair.reward)}. Its evaluation has none."
+    if subject.reward is not None:
+        return f"The stage's reward is {subject.reward.name!r}, {unfit_to_measure(subject.reward)}. Its evaluation has none."
     return "The stage has no reward, and neither has its evaluation: accuracy cannot be measured."
 
 
@@ -96,7 +98,7 @@ def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]
     return sorted(name for name in columns if not all(has(prompt, name) for prompt in prompts))
 
 
-def headroom(pair: Pair, judgement: Judged | str) -> Finding:
+def headroom(subject: Subject, judgement: Judged | str) -> Finding:
     """The teacher's mean reward against the student's, with intervals over prompts, and pass@k of the student.
 
     Levels go by the paired difference: none or a negative one stops, one whose interval holds 0 asks for a look.
@@ -128,7 +130,7 @@ def headroom(pair: Pair, judgement: Judged | str) -> Finding:
             level="stop",
             says=f"{says}. The teacher is no better than the student.",
             numbers=numbers,
-            remedy=_better_teacher(pair),
+            remedy=_better_teacher(subject),
             study=NEW_KNOWLEDGE,
         )
     if gap.low <= 0:
@@ -137,13 +139,13 @@ def headroom(pair: Pair, judgement: Judged | str) -> Finding:
             level="change",
             says=f"{says}. It may be no better than the student: {len(gaps)} prompts cannot tell.",
             numbers=numbers,
-            remedy=f"Ask again with a larger --prompts, or: {_better_teacher(pair)}",
+            remedy=f"Ask again with a larger --prompts, or: {_better_teacher(subject)}",
             study=NEW_KNOWLEDGE,
         )
     return Finding(name="headroom/accuracy", level="ok", says=f"{says}.", numbers=numbers)
 
 
-def probe(pair: Pair, judgement: Judged | str) -> Finding:
+def probe(subject: Subject, judgement: Judged | str) -> Finding:
     """What the teacher gains behind the student's own prefixes, by depth, and the response limit that follows."""
     name = "headroom/continuation"
     if isinstance(judgement, str):
@@ -151,11 +153,11 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
     if not judgement.binary:
         return skipped(name, "The probe counts right and wrong responses, and this reward is neither 0 nor 1.")
     rollouts = [rollout for rollout in judgement.student if rollout.sample == 0]
-    found = probed(pair, rollouts, judgement.reward)
+    found = probed(subject, rollouts, judgement.reward)
     depths = [depth for one in found for depth in one.depths if depth.responses >= FEWEST]
     if not depths:
         return skipped(name, f"Fewer than {FEWEST} responses reach a depth of the probe.")
-    cap = pair.sampling.max_completion_length
+    cap = subject.sampling.max_completion_length
     wanted = quantile([len(r.response_ids) for r in judgement.teacher], 0.9)
     first = found[0].alone.mean - found[0].student.mean
     limit = response_limit(first, depths, wanted)
@@ -165,7 +167,7 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
          "right_wrong": d.transitions.right_wrong, "wrong_right": d.transitions.wrong_right}
         for d in depths
     ]  # fmt: skip
-    behind = 0.0 if limit is None else share_behind(rollouts, limit)
+    behind = 0.0 if limit is None else share_after(rollouts, limit)
     numbers: dict[str, object] = {"gain_alone": first, "depths": rows, "teacher_length_p90": wanted, "limit": cap}
     says = f"The teacher gains {first:+.2f} over the student from the prompt"
     says += "".join(f", {depth.gain:+.2f} behind {depth.depth} of its tokens" for depth in depths)
@@ -183,11 +185,11 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
     )
 
 
-def probed(pair: Pair, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
+def probed(subject: Subject, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
     """The continuation probe at `DEPTHS` of the limit, in as few calls as the teacher's positions allow."""
-    cap = pair.sampling.max_completion_length
-    contexts = pair.contexts(rollouts)
-    lm = pair.teacher.lm
+    cap = subject.sampling.max_completion_length
+    contexts = subject.contexts(rollouts)
+    lm = subject.teacher.lm
     longest = max(len(render(context, lm.tokenizer, lm.template_options)) for context in contexts)
     by_room: dict[int, list[int]] = {}
     for depth in sorted({max(1, round(share * cap)) for share in DEPTHS}):
@@ -195,12 +197,12 @@ def probed(pair: Pair, rollouts: Sequence[Rollout], reward: Reward) -> list[Cont
         if room > 0:
             by_room.setdefault(room, []).append(depth)
     found: list[Continuation] = []
-    with pair.at_work():
+    with subject.on_device():
         for room, depths in by_room.items():
-            sampling = replace(pair.sampling, n=1, max_completion_length=room)
+            sampling = replace(subject.sampling, n=1, max_completion_length=room)
             found.append(
                 continuation(
-                    pair.teacher, rollouts, depths, reward, sampling=sampling, contexts=contexts, seed=pair.seed
+                    subject.teacher, rollouts, depths, reward, sampling=sampling, contexts=contexts, seed=subject.seed
                 )
             )
     return found
@@ -218,7 +220,7 @@ def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> i
     return max(int(min(beyond)), wanted) if beyond else None
 
 
-def share_behind(rollouts: Sequence[Rollout], limit: int) -> float:
+def share_after(rollouts: Sequence[Rollout], limit: int) -> float:
     """The share of all tokens of the responses that a limit on their length would cut off."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return sum(max(length - limit, 0) for length in lengths) / sum(lengths)
@@ -251,10 +253,10 @@ def _interval(scores: Sequence[Sequence[float]], binary: bool) -> Interval:
     return Interval(total / len(means), *ends)
 
 
-def _better_teacher(pair: Pair) -> str:
-    if pair.self_taught:
+def _better_teacher(subject: Subject) -> str:
+    if subject.self_taught:
         return "Give the teacher more than the student reads (options.system, examples or template), or another method."
     return (
-        f"Set the stage's teacher (now {pair.teacher_name!r}) to a model that has learned something new, e.g. "
-        f"{pair.spec.train} itself after a stage of method: grpo."
+        f"Set the stage's teacher (now {subject.teacher_name!r}) to a model that has learned something new, e.g. "
+        f"{subject.spec.train} itself after a stage of method: grpo."
     )

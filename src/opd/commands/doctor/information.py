@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.headroom import Judged, bounds, by_prompt
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.compare import compare
 from opd.evaluation.disagreement import mean_disagreement
 from opd.maths.statistics import Interval, bootstrap_mean
@@ -43,26 +43,26 @@ STUDY = (
 )
 
 
-def disagreement(pair: Pair) -> Finding:
+def disagreement(subject: Subject) -> Finding:
     """-log Z a token between each prompt's own privileged columns and those of other prompts, beside the loss.
 
     The loss is the mean KL(student || teacher) over the same contexts: -log Z is its smallest possible value, so that
     their ratio is the share that stays however long one trains.
     """
     name = "information/disagreement"
-    why, rows, swapped = privileged_rows(pair)
+    why, rows, swapped = privileged_rows(subject)
     if why:
         return skipped(name, why)
-    if all(_shown(each) == _shown(pair.contexts(rows)) for each in swapped):
-        return _the_same(name, pair, rows)
-    contexts = [list(several) for several in zip(pair.contexts(rows), *swapped, strict=True)]
-    method, tokens = pair.method, pair.spec.micro_batch_tokens
+    if all(_shown(each) == _shown(subject.contexts(rows)) for each in swapped):
+        return _the_same(name, subject, rows)
+    contexts = [list(several) for several in zip(subject.contexts(rows), *swapped, strict=True)]
+    method, tokens = subject.method, subject.spec.micro_batch_tokens
     floor = max(
-        mean_disagreement(pair.teacher, rows, contexts, temperature=method.temperature), 0.0
+        mean_disagreement(subject.teacher, rows, contexts, temperature=method.temperature), 0.0
     )  # rounding may leave it below
     losses = [
         compare(
-            pair.student, pair.teacher, rows, each, k=1, temperature=method.temperature, micro_batch_tokens=tokens
+            subject.student, subject.teacher, rows, each, k=1, temperature=method.temperature, micro_batch_tokens=tokens
         ).reverse_kl
         for each in zip(*contexts, strict=True)
     ]
@@ -86,7 +86,7 @@ def disagreement(pair: Pair) -> Finding:
     )
 
 
-def transfer(pair: Pair, judgement: Judged | str) -> Finding:
+def transfer(subject: Subject, judgement: Judged | str) -> Finding:
     """Whether the teacher is as good with another prompt's privileged columns: then it brings what a student can learn.
 
     Reward of the teacher's responses with their own context, with another prompt's, and of the student.
@@ -94,14 +94,16 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
     name = "information/transfer"
     if isinstance(judgement, str):
         return skipped(name, judgement)
-    why, rows, swapped = privileged_rows(pair)
+    why, rows, swapped = privileged_rows(subject)
     if why:
         return skipped(name, why)
     if [r.prompt for r in judgement.student if r.sample == 0] != [row.prompt for row in rows]:
         return skipped(name, "Rewards are of held-out prompts, whose privileged information is not the stage's.")
-    if _shown(swapped[0]) == _shown(pair.contexts(rows)):
-        return _the_same(name, pair, rows)
-    elsewhere = by_prompt(rewarded(judgement.reward, pair.taught([r.prompt for r in rows], fixed(swapped[0]))))
+    if _shown(swapped[0]) == _shown(subject.contexts(rows)):
+        return _the_same(name, subject, rows)
+    elsewhere = by_prompt(
+        rewarded(judgement.reward, subject.teacher_responses([r.prompt for r in rows], fixed(swapped[0])))
+    )
     own, ours = by_prompt(judgement.teacher), by_prompt(judgement.student)
     own_gain, other_gain = (_gain(scores, ours) for scores in (own, elsewhere))
     numbers = {**bounds("own_gain", own_gain), **bounds("other_gain", other_gain)}
@@ -119,26 +121,26 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
     )
 
 
-def _the_same(name: str, pair: Pair, rows: Sequence[Rollout]) -> Finding:
-    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
+def _the_same(name: str, subject: Subject, rows: Sequence[Rollout]) -> Finding:
+    if Trait.READS_ATTEMPT in needs_of(subject.method.context):
         return skipped(name, "The teacher reads the student's attempt alone, and no column that a prompt could lend.")
     says = "Every prompt has the same privileged information: -log Z is 0, and it transfers by construction."
     return Finding(name=name, level="ok", says=says, numbers={"prompts": len(rows)})
 
 
-def privileged_rows(pair: Pair) -> tuple[str, list[Rollout], list[list[Prompt]]]:
+def privileged_rows(subject: Subject) -> tuple[str, list[Rollout], list[list[Prompt]]]:
     """Why there is nothing to measure (or nothing), the responses, and their contexts with others' columns in turn."""
-    rows = pair.firsts
-    if pair.drives_away:
+    rows = subject.firsts
+    if subject.maximises_divergence:
         return "The method drives the student away from its teacher: no loss is to be removed.", rows, []
-    if Input.GROUP in needs_of(pair.method.context):
+    if Input.GROUP in needs_of(subject.method.context):
         return "The teacher reads other responses to its prompt, which other prompts cannot lend.", rows, []
-    if _shown(pair.contexts(rows)) == _shown([row.prompt for row in rows]):
+    if _shown(subject.contexts(rows)) == _shown([row.prompt for row in rows]):
         return "The teacher reads what the student reads: there is no privileged information.", rows, []
     if len(rows) < 2:
         return "Privileged information is compared between prompts, and there is one.", rows, []
     others = range(1, min(OTHERS, len(rows) - 1) + 1)
-    return "", rows, [pair.contexts(with_columns_of(rows, shift)) for shift in others]
+    return "", rows, [subject.contexts(with_columns_of(rows, shift)) for shift in others]
 
 
 def with_columns_of(rows: Sequence[Rollout], shift: int) -> list[Rollout]:

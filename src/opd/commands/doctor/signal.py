@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.buckets import Buckets
 from opd.evaluation.compare import Comparison, compare
 from opd.models.language_model import LanguageModel
@@ -47,17 +47,17 @@ FADED = 0.1
 BUCKET = 16  # tokens, doubled until sixteen buckets are enough
 
 
-def compared(pair: Pair) -> Comparison:
+def compared(subject: Subject) -> Comparison:
     """Student and teacher at every token of one response per prompt."""
-    firsts = pair.firsts
+    firsts = subject.firsts
     return compare(
-        pair.student,
-        pair.teacher,
+        subject.student,
+        subject.teacher,
         firsts,
-        pair.contexts(firsts),
-        k=min(K, pair.student.vocabulary),
-        temperature=pair.method.temperature,
-        micro_batch_tokens=pair.spec.micro_batch_tokens,
+        subject.contexts(firsts),
+        k=min(K, subject.student.vocabulary),
+        temperature=subject.method.temperature,
+        micro_batch_tokens=subject.spec.micro_batch_tokens,
     )
 
 
@@ -67,15 +67,15 @@ def tolerance(lm: LanguageModel) -> float:
     return TOLERANCE["bfloat16" if half else "float32"]
 
 
-def self_test(pair: Pair) -> Finding:
+def self_test(subject: Subject) -> Finding:
     """With the student as its own teacher on the same prompt every log-ratio and every divergence is zero.
 
     The teacher's path renders the prompt again and reads in batches of its own, so that a response that is aligned to
     the wrong tokens shows. The sampler's own record is compared too, where it drew at a temperature above 0.
     """
-    rows, lm = pair.firsts[:FEW], pair.student
-    temperature = pair.sampling.temperature
-    itself = LocalTeacher(lm=lm, micro_batch_tokens=pair.spec.micro_batch_tokens, student_device=lm.device)
+    rows, lm = subject.firsts[:FEW], subject.student
+    temperature = subject.sampling.temperature
+    itself = LocalTeacher(lm=lm, micro_batch_tokens=subject.spec.micro_batch_tokens, student_device=lm.device)
     got = compare(
         lm, itself, rows, [row.prompt for row in rows], k=1, temperature=temperature or 1.0, micro_batch_tokens=1
     )
@@ -103,24 +103,24 @@ def self_test(pair: Pair) -> Finding:
         level="stop",
         says=f"{says}, and rounding explains {limit:g}: scores do not belong to the tokens that were written.",
         numbers=numbers,
-        remedy=f"Set models.{pair.spec.train}.attn_implementation: eager and dtype: float32; report the model if that "
+        remedy=f"Set models.{subject.spec.train}.attn_implementation: eager and dtype: float32; report the model if that "
         "does not mend it.",
         study="arXiv 2605.11182 eq. 1: value and gradient are zero at q = p",
     )
 
 
-def repeatability(pair: Pair) -> Finding:
+def repeatability(subject: Subject) -> Finding:
     """The teacher's scores of the same responses are the same again, and with other batches."""
-    rows = pair.firsts[:FEW]
-    contexts, temperature = pair.contexts(rows), pair.method.temperature
+    rows = subject.firsts[:FEW]
+    contexts, temperature = subject.contexts(rows), subject.method.temperature
 
     def scores(teacher: Teacher) -> Tensor:
         request = ScoreRequest(support=sampled(), temperature=temperature)
         return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, request)])
 
-    first, again = scores(pair.teacher), scores(pair.teacher)
-    alone = scores(replace(pair.teacher, micro_batch_tokens=1))  # a row a batch
-    limit = tolerance(pair.teacher.lm)
+    first, again = scores(subject.teacher), scores(subject.teacher)
+    alone = scores(replace(subject.teacher, micro_batch_tokens=1))  # a row a batch
+    limit = tolerance(subject.teacher.lm)
     numbers = {
         "tokens": len(first),
         "not_finite": int((~first.isfinite()).sum()),
@@ -142,13 +142,13 @@ def repeatability(pair: Pair) -> Finding:
         level="stop",
         says=f"{says} (tolerance {limit:g}): the student would learn noise.",
         numbers=numbers,
-        remedy=f"Set models.{pair.teacher_name}.dtype: float32 and attn_implementation: eager; a model that routes "
+        remedy=f"Set models.{subject.teacher_name}.dtype: float32 and attn_implementation: eager; a model that routes "
         "tokens by their batch cannot be a teacher.",
         study="docs/numerics.md: a step does not depend on how it is split",
     )
 
 
-def strength(pair: Pair, comparison: Comparison) -> Finding:
+def strength(subject: Subject, comparison: Comparison) -> Finding:
     """How far the teacher is from the student on the student's own tokens."""
     log_ratio = comparison.teacher_logp - comparison.student_logp
     numbers = {
@@ -165,7 +165,7 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
     )
     if numbers["reverse_kl"] >= NOTHING_TO_LEARN:
         return Finding(name="signal/strength", level="ok", says=says, numbers=numbers)
-    if pair.drives_away:
+    if subject.maximises_divergence:
         return Finding(
             name="signal/strength",
             level="change",
@@ -180,19 +180,19 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
         level="stop",
         says=f"{says} The teacher says what the student says already.",
         numbers=numbers,
-        remedy=f"Set the stage's teacher to a model that differs from {pair.spec.train}, or give its context more.",
+        remedy=f"Set the stage's teacher to a model that differs from {subject.spec.train}, or give its context more.",
         study="arXiv 2604.13016 section 4.1: a small loss with a small gradient is nothing to learn",
     )
 
 
-def overlap(pair: Pair, comparison: Comparison) -> Finding:
+def overlap(subject: Subject, comparison: Comparison) -> Finding:
     """Whether both models look at the same tokens, against the range of pairs in which distillation was studied."""
-    if pair.drives_away:
+    if subject.maximises_divergence:
         return skipped("signal/overlap", "The method drives the student away from its teacher: no overlap is to grow.")
-    if pair.student.vocabulary <= 2 * K:
+    if subject.student.vocabulary <= 2 * K:
         return skipped(
             "signal/overlap",
-            f"Of a vocabulary of {pair.student.vocabulary} tokens the {K} most likely ones of any two models overlap.",
+            f"Of a vocabulary of {subject.student.vocabulary} tokens the {K} most likely ones of any two models overlap.",
         )
     numbers = {
         "k": comparison.k,

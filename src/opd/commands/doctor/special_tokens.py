@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.commands.doctor.tokenizers import SPECIAL_TOKENS, special_ids
 from opd.evaluation.compare import Comparison
 from opd.types import Rollout
@@ -31,14 +31,14 @@ SURE = math.log(0.5)  # of a token that it was unsure of, a weak student can be 
 FEW = 4  # prompts that the teacher answers to show how it ends
 
 
-def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
+def special_tokens(subject: Subject, comparison: Comparison) -> Finding:
     """The log-ratio on special tokens and ends that the student is sure of, against that of all other tokens.
 
     Where ends are improbable to the teacher it writes a few responses itself: if they end with the student's tokens,
     the student ends at the wrong place, which is a lesson; if they do not, the student would be taught never to end.
     """
     log_ratio = comparison.teacher_logp - comparison.student_logp
-    ends, special = kinds_of(pair.firsts, special_ids(pair.student.tokenizer))
+    ends, special = kinds_of(subject.firsts, special_ids(subject.student.tokenizer))
     sure = comparison.student_logp >= SURE
     groups = {"end": log_ratio[ends & sure], "special": log_ratio[special & sure], "rest": log_ratio[~ends & ~special]}
     numbers = {name: float(values.double().median()) for name, values in groups.items() if len(values)}
@@ -49,7 +49,7 @@ def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
     low = [name for name in ("end", "special") if numbers.get(name, 0.0) <= least]
     alike = None
     if "end" in low:
-        alike = ends_alike(pair)
+        alike = ends_alike(subject)
         if alike is not None:
             numbers["teacher_ends_alike"] = alike
             says += f" Of the teacher's own responses {alike:.0%} end with a token that ends the student's."
@@ -65,21 +65,21 @@ def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
         says=says
         + (" The student would be taught never to end." if broken else " Few tokens would carry most of the signal."),
         numbers=numbers,
-        remedy=f"Give models.{pair.spec.train} and models.{pair.teacher_name} one chat_template and one "
+        remedy=f"Give models.{subject.spec.train} and models.{subject.teacher_name} one chat_template and one "
         "end-of-sequence token, or use local_support_matching with options.mask_tokens for them.",
         study=SPECIAL_TOKENS,
     )
 
 
-def ends_alike(pair: Pair) -> float | None:
+def ends_alike(subject: Subject) -> float | None:
     """Of a few responses that the teacher writes and finishes, the share whose last token ends the student's too.
 
     None if it finishes none within the limit.
     """
-    finished = [rollout for rollout in pair.taught(pair.prompts[:FEW]) if rollout.finished]
+    finished = [rollout for rollout in subject.teacher_responses(subject.prompts[:FEW]) if rollout.finished]
     if not finished:
         return None
-    return sum(int(rollout.response_ids[-1]) in pair.student.stop_ids for rollout in finished) / len(finished)
+    return sum(int(rollout.response_ids[-1]) in subject.student.stop_ids for rollout in finished) / len(finished)
 
 
 def kinds_of(rollouts: Sequence[Rollout], special: frozenset[int]) -> tuple[Tensor, Tensor]:

@@ -31,10 +31,10 @@ SAMPLES = 4  # responses per prompt, for pass@k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
+class Subject:
     """What the checks look at. `prompts` are a sample of the stage's own, and `rollouts` the student's to them.
 
-    `rollouts` holds `Pair.sampling.n` responses per prompt, in order; `firsts` are the first of each.
+    `rollouts` holds `Subject.sampling.n` responses per prompt, in order; `firsts` are the first of each.
     """
 
     recipe: Recipe
@@ -49,7 +49,7 @@ class Pair:
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
-    asks_a_judge: bool = False  # the stage's reward does; the doctor asks none, and has no reward then
+    has_judge_reward: bool = False  # the stage's reward does; the doctor asks none, and has no reward then
 
     @property
     def self_taught(self) -> bool:
@@ -69,7 +69,7 @@ class Pair:
         return [rollout for rollout in self.rollouts if rollout.sample == 0]
 
     @property
-    def drives_away(self) -> bool:
+    def maximises_divergence(self) -> bool:
         """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
         return Trait.MAXIMISES_DIVERGENCE in self.method.needs
 
@@ -93,7 +93,7 @@ class Pair:
         memory = self.method.make_memory()
         return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers, memory)
 
-    def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+    def student_responses(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` a prompt."""
         return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
@@ -102,11 +102,11 @@ class Pair:
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The responses with the stage's reward, if it has one; unjudged where a judge would have to be asked."""
-        if self.asks_a_judge:
+        if self.has_judge_reward:
             return [replace(rollout, unjudged="the doctor asks no judge") for rollout in rollouts]
         return rewarded(self.reward, rollouts)
 
-    def taught(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
+    def teacher_responses(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
         """The teacher's own responses, with its context (or another), drawn as the student's were."""
         writer = TeacherWriter(
             teacher=self.teacher.lm,
@@ -116,10 +116,10 @@ class Pair:
             base=self.teacher.base,
             max_prompt_length=self.spec.max_prompt_length,
         )
-        with self.at_work():
+        with self.on_device():
             return writer(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
-    def at_work(self) -> contextlib.AbstractContextManager[Any]:
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """The teacher on the device where it works: an offloaded one is elsewhere between its turns."""
         if not self.teacher.offload:
             return contextlib.nullcontext()
@@ -137,7 +137,7 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
     for stage in recipe.stages if name is None else [recipe.stage(name)]:
         method = given.method or build_method(stage.method, stage.options)
         if method.teacher.kind != "none":
-            return part_to_examine(stage, task)
+            return task_to_examine(stage, task)
     raise ConfigError(
         f"opd doctor asks whether a teacher will teach a student, and in {recipe.name} "
         + (f"no stage ({', '.join(names)}) has" if name is None else f"stage {name!r} does not have")
@@ -145,7 +145,7 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
     )
 
 
-def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
+def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
     """The stage, or the task of it that is asked for, as a stage of its own. Raises ConfigError for another task."""
     if not stage.tasks and task is None:
         return stage
@@ -191,7 +191,7 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
     return student, None if external is None else model_for(recipe, spec, external, given, directory)
 
 
-def pair_up(
+def subject_of(
     recipe: Recipe,
     spec: StageSpec,
     prepared: Prepared,
@@ -200,7 +200,7 @@ def pair_up(
     *,
     prompts: int,
     seed: int,
-) -> Pair:
+) -> Subject:
     """The teacher by the method's rule, a sample of the prompts, and the student's responses to them.
 
     Raises ConfigError for a support that does not fit the vocabulary and for a teacher that reads what a judge says,
@@ -217,18 +217,18 @@ def pair_up(
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
-    asks_a_judge = part.reward is not None and bool(part.reward.asks)
-    if part.reward is not None and asks_a_judge and Input.REWARD in needs_of(prepared.method.context):
+    has_judge_reward = part.reward is not None and bool(part.reward.asks)
+    if part.reward is not None and has_judge_reward and Input.REWARD in needs_of(prepared.method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
             "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
             f"`stages.{spec.name}.reward={{name: exact}}`."
         )
-    pair = Pair(
+    subject = Subject(
         recipe=recipe,
         spec=spec,
         method=prepared.method.with_tokenizer(student.tokenizer),
-        reward=None if asks_a_judge else part.reward,
+        reward=None if has_judge_reward else part.reward,
         held_out=part.held_out,
         student=student,
         external=external,
@@ -236,9 +236,11 @@ def pair_up(
         step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,
-        asks_a_judge=asks_a_judge,
+        has_judge_reward=has_judge_reward,
     )
-    return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
+    return replace(
+        subject, rollouts=subject.rewarded(subject.student_responses(chosen))
+    )  # a context may read the reward
 
 
 def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:

@@ -29,7 +29,7 @@ def print_report(recipe: Recipe, console: Console) -> None:
     for spec in recipe.stages:
         folder = directory.stage(spec.name)
         metrics = folder.read_metrics()
-        for task, part in spec.parts.items():
+        for task, part in spec.by_task.items():
             rows = of_task(metrics, task)
             if rows and part.evaluate is not None:
                 name = spec.name if task is None else f"{spec.name}, {task}"
