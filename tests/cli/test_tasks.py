@@ -488,7 +488,7 @@ def test_the_doctor_looks_at_one_task(work: Path):
     recipe = parse_recipe(two_tasks())
     spec = stage_to_examine(recipe, "distil", Given(), "echo")
     assert (spec.teacher, spec.tasks, list(spec.by_task)) == (recipe.stages[0].tasks["echo"].teacher, {}, [None])
-    with pytest.raises(ConfigError, match=r"has the tasks .*, each a pair of its own\. Choose one with --task\."):
+    with pytest.raises(ConfigError, match=r"has the tasks .*, examined one by one\. Choose one with --task\."):
         stage_to_examine(recipe, "distil", Given())
     with pytest.raises(ConfigError, match=r"has the tasks .*; got --task ech\. Did you mean 'echo'\?"):
         stage_to_examine(recipe, "distil", Given(), "ech")

@@ -146,8 +146,8 @@ def test_what_ends_a_turn():
     found = tokenizers.endings(side(student), side(teacher), chat=True)
     assert found.level == "change"
     assert found.says == (
-        "The teacher ends its turn with '<end>', and the student's response goes on after it. The student ends its "
-        "response with '<eos>', which ends none of the teacher's."
+        "The teacher ends its turn with '<end>', and the student's response continues after it. The student ends its "
+        "response with '<eos>', which does not end the teacher's."
     )
     assert "sampling.stop to ['<end>']" in found.remedy
     bare = chatting("teacher", seed=0, template=CHAT.replace("END", ""))
@@ -166,7 +166,7 @@ def test_markers_that_are_cut_otherwise_are_named():
     assert found.numbers["markers_cut_otherwise"] == ["<think>"]
     assert found.numbers["responses_cut_otherwise"] == 1
     assert (
-        "'<think>' is ['<', 't', 'h', 'i', 'n', 'k', '>'] to the student and ['<think>'] to the teacher" in found.says
+        "'<think>' is ['<', 't', 'h', 'i', 'n', 'k', '>'] for the student and ['<think>'] for the teacher" in found.says
     )
     assert "options.mask_tokens: ['<think>']" in found.remedy
 
@@ -186,7 +186,7 @@ def test_scores_of_other_tokens_are_found_out(pair):
     moved = [replace(r, policy_logp=torch.roll(r.policy_logp, 1)) for r in pair.rollouts]
     found = signal.self_test(replace(pair, rollouts=moved))
     assert found.level == "stop"
-    assert "scores do not belong to the tokens that were written" in found.says
+    assert "scores are not those of the sampled tokens" in found.says
 
 
 def test_a_teacher_that_changes_its_mind_is_found_out(pair, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_teacher_that_agrees_has_nothing_to_teach(models):
     twin = pair_of(student, student, sums(4))
     found = signal.strength(twin, signal.compared(twin))
     assert found.level == "stop"
-    assert "says what the student says already" in found.says
+    assert "predicts what the student predicts already" in found.says
     assert bias.truncation(twin).level == "skipped"
 
 
@@ -240,7 +240,7 @@ def test_where_the_signal_fades(pair):
     step = torch.arange(64)
     columns = {name: torch.ones(64) for name in ("reverse_kl",)}
     flat = replace(comparison, step=step, **columns)
-    assert signal.by_position(flat).says.endswith("alive to the end.")
+    assert signal.by_position(flat).says.endswith("not faded at the end.")
     faded = replace(flat, reverse_kl=torch.where(step < 32, 1.0, 0.01))
     found = signal.by_position(faded)
     assert found.numbers["faded_from"] == 32
@@ -365,7 +365,7 @@ def depth(at: int, gain: float) -> Depth:
 @pytest.mark.parametrize(
     ("gains", "wanted", "limit"),
     [
-        ([0.4, 0.3, 0.2], 10, None),  # alive to the end
+        ([0.4, 0.3, 0.2], 10, None),  # not faded at the end
         ([0.4, 0.3, 0.01], 10, 300),  # gone behind 300
         ([0.4, 0.0, 0.01], 10, 200),
         ([0.4, 0.0, 0.2], 10, None),  # it comes back
@@ -399,7 +399,7 @@ def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
     assert all(rollout.prompt.answer is not None for rollout in judgement.student)  # held-out prompts
     assert len(judgement.student) == len(judgement.teacher) == 4 * SAMPLES
     found = information.transfer(replace(privileged_pair(models[0]), held_out=held_out, reward=None), judgement)
-    assert found.says == "Rewards are of held-out prompts, whose privileged information is not the stage's."
+    assert found.says == "Rewards were measured on held-out prompts, and this check needs the stage's prompts."
     answered = replace(pair_of(*models, sums(4), reward=None), held_out=held_out)
     own = headroom.judged(answered)
     assert isinstance(own, headroom.Judged)
@@ -471,7 +471,8 @@ def test_disagreement_is_bounded_by_the_loss(models):
     assert information.disagreement(plain).level == "skipped"
     alone = replace(chosen, rollouts=chosen.rollouts[:1])
     assert (
-        information.disagreement(alone).says == "Privileged information is compared between prompts, and there is one."
+        information.disagreement(alone).says
+        == "Privileged information is compared between prompts, and there is only one prompt."
     )
 
 
@@ -559,7 +560,7 @@ def test_a_model_that_is_yet_to_be_made_is_named(work):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "0"], "looks at a sample of the prompts, at least 1; got --prompts 0."),
+        (["--prompts", "0"], "examines a sample of at least 1 prompt; got --prompts 0."),
         (["--stage", "x"], "There is no stage 'x' in tiny. Its stages: distil."),
         (["steps=0"], "`stages.0.steps`"),
     ],

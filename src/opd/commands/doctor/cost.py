@@ -1,4 +1,4 @@
-"""What a step costs: one is made, as the loop makes it, up to the gradient. No weight is changed."""
+"""Time and memory of a step, measured on one step without its update. No weight is changed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from opd.types import ReservedStep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step without its update: seconds of its parts, tokens, and the norm of the gradient."""
+    """One step without its update: seconds by part, tokens, and the gradient norm."""
 
     prompts: int
     tokens: int
@@ -31,10 +31,10 @@ class Step:
 
 
 def cost(subject: Subject) -> Finding:
-    """Time of a step, scaled in proportion to the recipe's prompts a step, and memory with AdamW's two moments.
+    """Time of a step, scaled to the recipe's prompts per step, and memory with AdamW's two moments.
 
-    The scaling overstates sampling, which is cheaper a prompt in larger batches; the first step warms up what later
-    ones have warm. On a CPU the peak is that of this process, on a GPU that of torch's allocations.
+    The time is an upper estimate: sampling costs less per prompt in larger batches, and a first step includes warm-up.
+    On a CPU the peak is that of this process, on a GPU that of torch's allocations.
     """
     spec, device = subject.spec, subject.student.device
     if device.type == "cuda":
@@ -69,18 +69,18 @@ def cost(subject: Subject) -> Finding:
     return Finding(
         name="cost/step",
         level="change",
-        says=f"{says} That does not fit.",
+        says=f"{says} This does not fit.",
         numbers=numbers,
         remedy=f"Set a smaller micro_batch_tokens (now {spec.micro_batch_tokens}), models.{spec.train}.lora, "
         f"gradient_checkpointing: true, or models.{subject.teacher_name}.offload: true.",
-        study="docs/performance.md: what holds the memory of a step",
+        study="docs/performance.md: what limits the memory of a step",
     )
 
 
 def one_step(subject: Subject) -> Step:
-    """The loop's lines 1 to 8 on a few of the recipe's prompts; gradients are dropped again.
+    """Lines 1 to 8 of the training loop on a few of the recipe's prompts; then drops the gradients.
 
-    Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
+    Raises DataError for an empty response, TrainingError when no token is trained, as the loop does.
     """
     spec, method, student, teacher = subject.spec, subject.method, subject.student, subject.step_teacher
     count = min(spec.prompts_per_step, len(subject.prompts))
@@ -106,14 +106,14 @@ def one_step(subject: Subject) -> Step:
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: of this process on a CPU, of torch's allocations on a GPU."""
+    """Peak memory: of this process on a CPU, of torch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_bytes(device: torch.device) -> int:
-    """The memory that there is, whoever uses it."""
+    """Total memory of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

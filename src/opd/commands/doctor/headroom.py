@@ -1,4 +1,4 @@
-"""Does the teacher know what the student does not, and how deep into the student's responses can it still help?"""
+"""Is the teacher better than the student, and how deep into the student's responses can it still help?"""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from opd.pieces.needs import Trait, needs_of
 from opd.rewards.base import rewarded, unfit_to_measure
 from opd.types import Prompt, Reward, Rollout
 
-# arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and .02 over the student behind 1K, 4K, 8K and 16K of its tokens.
-# Shares of the limit, ours, and a gain below a tenth of that from the prompt is gone (there: .02 / .37 = 6 %).
+# Depths of the probe as shares of the response limit (ours). arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and
+# .02 over the student after 1K, 4K, 8K and 16K of its tokens. A gain below `GONE` times the gain from the prompt counts
+# as gone (there: .02 / .37 = 6 %).
 DEPTHS = (1 / 16, 1 / 4, 1 / 2, 3 / 4)
 
 
 GONE = 0.1
 
 
-FEWEST = 4  # responses that reach a depth; fewer say nothing
+FEWEST = 4  # a depth that fewer responses reach is left out
 
 
-WORTH_CUTTING = 0.1  # of the student's tokens: a limit that cuts fewer is no change; ours
+WORTH_CUTTING = 0.1  # a limit is recommended if it cuts at least this share of the student's tokens; ours
 
 
 NEW_KNOWLEDGE = (
@@ -37,7 +38,7 @@ NEW_KNOWLEDGE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """Responses of both to the same prompts, with rewards; those of one prompt stand together."""
+    """Rewarded responses of student and teacher to the same prompts; responses to one prompt are adjacent."""
 
     reward: Reward
     student: list[Rollout]
@@ -49,15 +50,15 @@ class Judged:
 
 
 def judged(subject: Subject) -> Judged | str:
-    """Both models' responses with rewards, or why they have none.
+    """Both models' responses with rewards, or the reason why none could be computed.
 
-    The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
-    have (a reward need not say what it reads), or on as many held-out ones.
+    Uses the stage's reward on the sampled prompts. Otherwise uses the evaluation's reward: on the sampled prompts if
+    they have all columns of the held-out ones (a reward may not declare what it reads), else on as many held-out ones.
     """
     if subject.maximises_divergence:
-        return "The method drives the student away from its teacher, which has to know nothing better."
+        return "The method maximises the divergence from its teacher, so the teacher need not be better."
     if Trait.READS_ATTEMPT in needs_of(subject.method.context):
-        return "The teacher reads the response that it scores, and so has no responses of its own."
+        return "The teacher reads the response that it scores, so it cannot write its own."
     prompts, rollouts, held_out = subject.prompts, subject.rollouts, subject.held_out
     reward = subject.reward
     if reward is None or unfit_to_measure(reward):
@@ -77,20 +78,21 @@ def judged(subject: Subject) -> Judged | str:
 def without_reward(subject: Subject) -> str:
     """Why accuracy cannot be measured where the evaluation has no reward either."""
     if subject.has_judge_reward:
-        return "The stage's reward asks a judge, the doctor asks none, and the stage's evaluation has no reward."
+        return "The stage's reward needs a judge, which the doctor does not call, and its evaluation has no reward."
     if subject.reward is not None:
-        return f"The stage's reward is {subject.reward.name!r}, {unfit_to_measure(subject.reward)}. Its evaluation has none."
+        unfit = unfit_to_measure(subject.reward)
+        return f"The stage's reward is {subject.reward.name!r}, {unfit}. Its evaluation has no reward."
     return "The stage has no reward, and neither has its evaluation: accuracy cannot be measured."
 
 
 def filled_in(prompts: Sequence[Prompt]) -> frozenset[str]:
-    """The answer and the columns of the metadata, where every prompt has them."""
+    """The columns that every prompt has, among `answer` and the metadata."""
     names = {"answer", *(name for prompt in prompts for name in prompt.metadata)}
     return frozenset(names) - frozenset(missing_for(frozenset(names), prompts))
 
 
 def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]:
-    """Which of the columns some prompt does not have."""
+    """The columns that at least one prompt lacks."""
 
     def has(prompt: Prompt, name: str) -> bool:
         return getattr(prompt, name, None) is not None or prompt.metadata.get(name) is not None
@@ -101,7 +103,7 @@ def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]
 def headroom(subject: Subject, judgement: Judged | str) -> Finding:
     """The teacher's mean reward against the student's, with intervals over prompts, and pass@k of the student.
 
-    Levels go by the paired difference: none or a negative one stops, one whose interval holds 0 asks for a look.
+    The level follows the paired difference: 0 or negative: stop; an interval that contains 0: change.
     """
     if isinstance(judgement, str):
         return skipped("headroom/accuracy", judgement)
@@ -137,21 +139,21 @@ def headroom(subject: Subject, judgement: Judged | str) -> Finding:
         return Finding(
             name="headroom/accuracy",
             level="change",
-            says=f"{says}. It may be no better than the student: {len(gaps)} prompts cannot tell.",
+            says=f"{says}. {len(gaps)} prompts are too few to tell whether the teacher is better.",
             numbers=numbers,
-            remedy=f"Ask again with a larger --prompts, or: {_better_teacher(subject)}",
+            remedy=f"Run opd doctor again with a larger --prompts, or: {_better_teacher(subject)}",
             study=NEW_KNOWLEDGE,
         )
     return Finding(name="headroom/accuracy", level="ok", says=f"{says}.", numbers=numbers)
 
 
 def probe(subject: Subject, judgement: Judged | str) -> Finding:
-    """What the teacher gains behind the student's own prefixes, by depth, and the response limit that follows."""
+    """The teacher's gain after prefixes of the student's responses, by depth, and the response limit that follows."""
     name = "headroom/continuation"
     if isinstance(judgement, str):
         return skipped(name, judgement)
     if not judgement.binary:
-        return skipped(name, "The probe counts right and wrong responses, and this reward is neither 0 nor 1.")
+        return skipped(name, "The probe counts right and wrong responses, but this reward is not always 0 or 1.")
     rollouts = [rollout for rollout in judgement.student if rollout.sample == 0]
     found = probed(subject, rollouts, judgement.reward)
     depths = [depth for one in found for depth in one.depths if depth.responses >= FEWEST]
@@ -170,14 +172,14 @@ def probe(subject: Subject, judgement: Judged | str) -> Finding:
     behind = 0.0 if limit is None else share_after(rollouts, limit)
     numbers: dict[str, object] = {"gain_alone": first, "depths": rows, "teacher_length_p90": wanted, "limit": cap}
     says = f"The teacher gains {first:+.2f} over the student from the prompt"
-    says += "".join(f", {depth.gain:+.2f} behind {depth.depth} of its tokens" for depth in depths)
+    says += "".join(f", {depth.gain:+.2f} after {depth.depth} of its tokens" for depth in depths)
     if limit is None or behind < WORTH_CUTTING:
         return Finding(name=name, level="ok", says=f"{says}.", numbers=numbers)
     return Finding(
         name=name,
         level="change",
-        says=f"{says}: behind token {limit} of {cap}, where {behind:.0%} of the student's tokens are, it is of no "
-        f"help, and 90 % of its own responses end by token {wanted}.",
+        says=f"{says}: after token {limit} of {cap}, where {behind:.0%} of the student's tokens are, the teacher does "
+        f"not help, and 90 % of its own responses end by token {wanted}.",
         numbers={**numbers, "recommended": limit, "behind": behind},
         remedy=f"Set sampling.max_completion_length to {limit}.",
         study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
@@ -186,7 +188,7 @@ def probe(subject: Subject, judgement: Judged | str) -> Finding:
 
 
 def probed(subject: Subject, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
-    """The continuation probe at `DEPTHS` of the limit, in as few calls as the teacher's positions allow."""
+    """The continuation probe at `DEPTHS`, in as few calls as the teacher's number of positions allows."""
     cap = subject.sampling.max_completion_length
     contexts = subject.contexts(rollouts)
     lm = subject.teacher.lm
@@ -209,9 +211,9 @@ def probed(subject: Subject, rollouts: Sequence[Rollout], reward: Reward) -> lis
 
 
 def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> int | None:
-    """The depth in tokens at which the teacher's gain is gone for good, but never less than the teacher itself needs.
+    """The depth in tokens from which the teacher's gain stays below the threshold, at least `wanted`.
 
-    None when the teacher gains nothing even from the prompt, or still gains at the deepest depth.
+    None if the teacher gains nothing from the prompt, or still gains at the largest depth.
     """
     if gain_alone <= 0:
         return None
@@ -221,7 +223,7 @@ def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> i
 
 
 def share_after(rollouts: Sequence[Rollout], limit: int) -> float:
-    """The share of all tokens of the responses that a limit on their length would cut off."""
+    """The share of the responses' tokens that a length limit would cut off."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return sum(max(length - limit, 0) for length in lengths) / sum(lengths)
 
@@ -232,7 +234,7 @@ def bounds(name: str, interval: Interval) -> dict[str, float]:
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """Rewards in groups of one prompt, in order."""
+    """Rewards grouped by prompt, in order."""
     groups: dict[int, list[float]] = {}
     for rollout in rollouts:
         assert rollout.reward is not None
@@ -241,12 +243,12 @@ def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 
 def quantile(lengths: Sequence[int], share: float) -> int:
-    """The smallest of the lengths that at least `share` of them do not exceed."""
+    """The smallest length that at least `share` of the lengths do not exceed."""
     return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
 def _interval(scores: Sequence[Sequence[float]], binary: bool) -> Interval:
-    """The mean over prompts with its 95 % interval: Wilson's over prompts for right and wrong, else a bootstrap."""
+    """The mean over prompts with its 95 % interval: Wilson's if rewards are 0 or 1, else a bootstrap over prompts."""
     means = [sum(group) / len(group) for group in scores]
     total = math.fsum(means)
     ends = wilson(min(total, len(means)), len(means)) if binary else bootstrap_mean(means)
