@@ -246,7 +246,7 @@ def test_a_model_that_is_not_there(work: Path, path: str, parts: list[str]):
     [
         (None, ["There is no recipe at recipe.yml. Did you mean 'recipe.yaml'?", "path of a YAML file"]),
         ("name: [1\n", ["recipe.yml is not valid YAML", "line 2"]),
-        ("- name: x\n", ["recipe.yml is a list, and a recipe is a mapping with `models` and `stages`"]),
+        ("- name: x\n", ["recipe.yml is a list; a recipe is a mapping with `models` and `stages`"]),
         ("", ["recipe.yml is", "a recipe is a mapping with `models` and `stages`"]),
     ],
     ids=["missing", "broken", "list", "empty"],
@@ -307,7 +307,9 @@ def test_a_bad_override(no_weights: None, override: str, parts: list[str]):
 def test_a_short_override_of_several_stages(no_weights: None):
     recipe = changed(lambda r: r["stages"].append(stage(r) | {"name": "again"}))
     said = refusal(recipe, "steps=1")
-    assert_says(said, "'steps' belongs to a stage, and there are several", "stages.NAME.steps", "['distil', 'again']")
+    assert_says(
+        said, "'steps' belongs to a stage, and the recipe has several", "stages.NAME.steps", "['distil', 'again']"
+    )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -423,7 +425,7 @@ WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": Non
     [
         (
             {"method": "grpo", "teacher": None},
-            ["method 'grpo' needs", "several responses to a prompt: set sampling.n", "a reward: set the stage's `rew"],
+            ["method 'grpo' needs", "several responses per prompt: set sampling.n", "a reward: set the stage's `rew"],
         ),
         ({"teacher": None}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
         ({"teacher": "student"}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),

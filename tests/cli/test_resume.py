@@ -61,7 +61,7 @@ KILLS = [
     kill("opd.loss.step.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
     kill("opd.runs.export.language_model.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
     kill("opd.stage.folder.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
-    kill("opd.runs.build.teacher_by_rule", 2, goes_on="teach: done before\ndistil: 8 steps"),
+    kill("opd.runs.build.teacher_by_rule", 2, goes_on="teach: already done\ndistil: 8 steps"),
     kill("opd.stage.exams.exact_divergence", 1, goes_on="distil: after step 0"),
     kill("opd.loss.step.loss_of", 5, goes_on="distil: after step 0"),
     kill("opd.stage.exams.measure", 3, goes_on="distil: going on after step 2 of 8"),
@@ -116,7 +116,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert goes_on in again.out
     assert_same(folder / "run", uninterrupted / "run")
     if before is not None:
-        assert "teach: done before" in again.out
+        assert "teach: already done" in again.out
         assert done.stat().st_mtime_ns == before
 
 
@@ -280,7 +280,7 @@ def test_a_finished_run_started_again_prints_its_report_and_does_nothing(finishe
     before = modified(finished / "run")
     again = command(*TRAIN)
     assert again.code == 0, again.err
-    assert "teach: done before\ndistil: done before" in again.out
+    assert "teach: already done\ndistil: already done" in again.out
     assert "held-out prompts" in again.out
     assert "greedy: reward" in again.out
     assert 'AutoModelForCausalLM.from_pretrained("run/distil/model")' in again.out

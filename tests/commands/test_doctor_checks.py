@@ -553,7 +553,7 @@ def test_a_model_that_is_yet_to_be_made_is_named(work):
     prepare(work, two_stages())
     ended = command("doctor", "recipe.yaml")
     assert ended.code == 2
-    assert "begins with model 'teacher' as stage 'teach' leaves it" in ended.err
+    assert "begins with model 'teacher' from stage 'teach'" in ended.err
     assert "Run `opd train` until that stage is done" in ended.err
 
 

@@ -347,18 +347,18 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         (with_judge(f"http://u:{SECRET}@h/v1", judge={"model": None}), ["set `model`"]),
         (with_judge(URL, options={"answer": 3}), ["Did you mean 'answers'"]),
         (with_judge(URL, options={"column": "tips"}), ["needs `tips` in every row, and 12 of 12"]),
-        (with_judge(URL, reward={"name": "final_number"}), ["needs a reward that asks a judge"]),
-        (with_judge(URL, reward=None), ["method 'ropd' needs a reward that asks a judge: set the stage's `reward`"]),
-        (with_judge(URL, reward={"name": "rubric"}), ["needs a reward that asks a judge"]),
+        (with_judge(URL, reward={"name": "final_number"}), ["needs a reward with a judge"]),
+        (with_judge(URL, reward=None), ["method 'ropd' needs a reward with a judge: set the stage's `reward`"]),
+        (with_judge(URL, reward={"name": "rubric"}), ["needs a reward with a judge"]),
         (
             with_judge(URL, reward={"name": "exact", "judge": {"lm": "teacher"}}),
             ["The reward 'exact' cannot be called with the options ['judge']"],
         ),
-        (with_judge(URL, sampling={"n": 1}), ["several responses to a prompt"]),
+        (with_judge(URL, sampling={"n": 1}), ["several responses per prompt"]),
         (with_judge(URL, reward={"name": "rubric", "judge": {"lm": "jugde"}}), ["`lm: jugde` is not among the models"]),
         (
             with_judge(URL, reward={"name": "rubric", "judge": {"lm": "student"}}),
-            ["asks the model 'student', which it"],
+            ["uses the model 'student' as a judge"],
         ),
         (
             with_judge(

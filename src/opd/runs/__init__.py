@@ -1,1 +1,1 @@
-"""A recipe becomes stages: prepared, checked, built, trained, exported."""
+"""The run of a recipe: its stages are prepared, checked, built, trained and exported."""
