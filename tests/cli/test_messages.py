@@ -605,7 +605,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint_kept(mine:
     sys.modules["mine"].calls = -100
     again = opd("train", recipe)
     assert again.code == 0, again.err
-    assert "distil: going on after step 2 of 6" in again.out
+    assert "distil: continuing after step 2 of 6" in again.out
     assert [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]
 
 

@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
     again = forks.start(folder, *TRAIN)
     assert again.code == 0, again.err
-    assert "going on after step" in again.out
+    assert "continuing after step" in again.out
     assert_same(folder / "run", runs[name] / "run")
 
 
@@ -413,9 +413,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "a gradient of another temperature": (
         lambda s: (s.update(method="opd"), s["tasks"]["echo"]["sampling"].update(temperature=0.5)),
-        [
-            "Stage 'distil', task 'echo': method 'opd' is a policy gradient. Its responses are sampled at temperature 0.5"
-        ],
+        ["Stage 'distil', task 'echo': method 'opd' is a policy gradient.", "are sampled at temperature 0.5"],
     ),
     "a pass@k without responses": (
         lambda s: s["tasks"]["echo"]["evaluate"].update(pass_at=[4]),

@@ -443,7 +443,7 @@ def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_
         assert 12 < before < len(once)
         again = forks.start(folder, "train", "recipe.yaml")
         assert again.code == 0, again.err
-        assert "going on after step 2 of 4" in again.out
+        assert "continuing after step 2 of 4" in again.out
         # All but the answer that was being written, and perhaps one that was on its way.
         asked_again = [json.dumps(request) for request in server.requests]
         assert sorted(set(asked_again)) == sorted(once)
