@@ -511,7 +511,7 @@ def test_a_support_larger_than_the_vocabulary(no_weights: None, what: str):
 def test_a_comparison_of_more_tokens_than_there_are(no_weights: None, what: str):
     said = refusal(one_stage(diagnostics={"every": 5, "k": 20}), what=what)
     size = len(CHARACTERS) + 2
-    assert_says(said, "ConfigError: A comparison looks at the k most likely tokens of each model: k is 20, and the")
+    assert_says(said, "ConfigError: A comparison uses the k most likely tokens of each model: k is 20, and the")
     assert_says(said, f"vocabulary has {size} tokens. Set diagnostics.k to a number in 1..{size}.")
 
 
