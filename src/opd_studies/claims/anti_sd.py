@@ -104,7 +104,7 @@ def run(lab: Lab, size: Size = SIZE) -> Outcome:
             f"A table that waits or gives one of {ANSWERS} answers, at most {LONGEST} tokens; the solution adds "
             f"{KNOWLEDGE:g} to the logit of the right one. {len(size.seeds)} seeds, {size.steps} updates of "
             f"{PROBLEMS} new problems with {GROUP} responses each, Adam; accuracy exact on {HELD_OUT} held-out "
-            f"problems. A: numbers of its own for every length of thought, learning rate {size.rates[A]:g} for all, "
+            f"problems. A: separate numbers for every length of thought, learning rate {size.rates[A]:g} for all, "
             f"and the best of {', '.join(f'{rate:g}' for rate in size.tried)} on seed {TUNING_SEED} ({best}). B: three "
             f"numbers in all, rate {size.rates[B]:g}. The warm-up, at strength 0, has 5 updates."
         ),

@@ -95,7 +95,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     rates = ", ".join(f"{name} {rate:g}" for name, rate in numbers.learning_rate.items())
     return Outcome(
         setup=(
-            f"{len(size.seeds)} seeds. Tables: {size.tables} pairs of softmax distributions a regime, "
+            f"{len(size.seeds)} seeds. Tables: {size.tables} pairs of softmax distributions per regime, "
             f"V = {variances.VOCABULARY}. Pair: sorting five digits, {size.responses} responses of the student after "
             f"warm-up. Training: {size.training.steps} updates of {size.training.prompts_per_step} responses, in "
             f"setting B of {size.few}; accuracy and exact reverse KL on 200 held-out rows. Learning rates, the best of "

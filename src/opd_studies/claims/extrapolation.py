@@ -129,8 +129,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, {len(training.seeds)} pairs of their own seeds, {training.steps} updates of "
             f"{training.prompts_per_step} responses at a constant learning rate; exact reverse KL on 200 held-out rows "
             f"every {size.every} updates. A validation is {PROMPTS} responses. Counted until a tenth of the divergence "
-            "is gone; a run that does not get there counts as if it did at its end. Five pairs, because after a look "
-            "at three the interval of B's saving was -1.43 to 4.42 in log2 of updates. All rates on seed "
+            "is gone; a run that does not reach this counts with its total. Five pairs, because with "
+            "three the interval of B's saving was -1.43 to 4.42 in log2 of updates. All rates on seed "
             f"{training.seeds[0]}, those of the claims on all. A: the best rates on that seed: {best}. B: "
             f"exact reverse KL, {min(size.learning_rates):g} for both."
         ),

@@ -91,9 +91,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     return Outcome(
         setup=(
             f"Sorting of five digits, full reverse KL, {len(size.seeds)} pairs of their own seeds, {size.steps} "
-            f"updates of {size.prompts_per_step} responses each unless said otherwise. Accuracy on 200 held-out rows "
-            f"at temperature 1 with at most {ENOUGH} tokens; what follows the first answer does not count. A: the "
-            f"student ends its responses; B: it goes on to {LONG} tokens. The last claim is about A's student before "
+            f"updates of {size.prompts_per_step} responses each unless stated otherwise. Accuracy on 200 held-out rows "
+            f"at temperature 1 with at most {ENOUGH} tokens; text after the first answer is ignored. A: the "
+            f"student ends its responses; B: it continues to {LONG} tokens. The last claim is about A's student before "
             "training: A by depth, B before and after its first wrong token."
         ),
         findings=judge(numbers),

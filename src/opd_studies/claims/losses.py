@@ -81,7 +81,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, V = 17, so that K = 4 is a quarter of the vocabulary; {len(size.seeds)} pairs of "
             f"their own seeds, {size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. "
             "KL(student || teacher) is exact, on sampled responses. Training numbers are means over the last ten "
-            "updates: entropy in nats a token, P_S and Q_S the masses on the support; c is sum_S p log p/q over the "
+            "updates: entropy in nats per token, P_S and Q_S the masses on the support; c is sum_S p log p/q over the "
             "first ten. Gentle: learning rate 5e-4 instead of 2e-3, 60 updates. With K = 1 the renormalised form is 0 "
             "whatever the models say, and left out. Setting B of the stable forms is the student's K = 8: with its K = "
             "4, which was tried first, renormalised is still ahead of stop-gradient."

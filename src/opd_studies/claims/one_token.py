@@ -96,7 +96,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     return Outcome(
         setup=(
             f"Sorting five digits, V = 17, responses of at most {LONGEST} tokens; {len(size.seeds)} pairs of their own "
-            f"seeds, {size.steps} updates of {size.prompts_per_step} responses each unless it says otherwise, 200 "
+            f"seeds, {size.steps} updates of {size.prompts_per_step} responses each unless stated otherwise, 200 "
             "held-out prompts. KL(student || teacher) is exact, on sampled responses. Largest fall: of the training "
             f"accuracy, a mean over {SMOOTHED} updates, below its best before."
         ),

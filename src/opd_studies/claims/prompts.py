@@ -136,9 +136,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     numbers = {setting: measure(lab, size, share) for setting, share in SHARES.items()}
     return Outcome(
         setup=(
-            f"Five digits to put in order, {len(size.seeds)} pairs of their own seeds. The teacher saw "
-            f"{size.pair.teacher_rows} rows, of which a share of {SHARES['A']:g} (A) or {SHARES['B']:g} (B) were asked "
-            "in the other template, and as many had other content; the student saw "
+            f"Sorting five digits, {len(size.seeds)} pairs of their own seeds. The teacher saw "
+            f"{size.pair.teacher_rows} rows, of which a share of {SHARES['A']:g} (A) or {SHARES['B']:g} (B) had "
+            "the other template, and as many had other content; the student saw "
             f"{size.pair.student_rows // len(KINDS)} rows of each kind. Exact reverse KL, {size.steps} updates of "
             f"{size.pair.prompts_per_step} prompts, {size.prompts} different ones, in every run; {size.held_out} "
             f"held-out prompts of each kind, responses at temperature 1; overlap of the {K} likeliest tokens. "

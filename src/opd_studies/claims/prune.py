@@ -99,11 +99,11 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     numbers = measure(lab, size)
     return Outcome(
         setup=(
-            f"Sorting of five digits by a student that goes on to {LONG} tokens, the student's top {K} of 17 tokens, "
+            f"Sorting of five digits by a student that continues to {LONG} tokens, the student's top {K} of 17 tokens, "
             f"{len(size.seeds)} pairs of their own seeds, {size.steps} updates of {size.prompts_per_step} responses. "
             f"Tokens are those generated in training, seconds those of CPU in training. Exact reverse KL and "
-            f"accuracy on 200 held-out rows at temperature 1 with at most {LONG} tokens; what follows the first answer "
-            "does not count as wrong, and does count in the KL."
+            f"accuracy on 200 held-out rows at temperature 1 with at most {LONG} tokens; text after the first answer "
+            "does not count as wrong, but counts in the KL."
         ),
         findings=judge(numbers),
         figure=draw(numbers),

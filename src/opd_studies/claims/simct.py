@@ -84,11 +84,11 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         setup=(
             f"Sorting five digits; the student reads characters, the teacher byte pairs. A: {FEW} merges, B: {MANY}. "
             f"{len(size.seeds)} pairs of their own seeds, {size.steps} updates of {size.prompts_per_step} responses "
-            "each, 200 held-out prompts. Coverage is the share of the bytes of responses that carry a signal, KL a "
+            "each, 200 held-out prompts. Coverage is the share of the bytes of responses that have a signal, KL a "
             "response is the mean of log p - log q of the student's own responses in nats, both over the last ten "
-            "updates. Two pairs of tokenizers were tried before, on which more was shared. ULD has a learning rate of "
-            "its own, the best of three on seed 0, because accuracy fell to nothing at the others'; GOLD's was the "
-            "best of three as it was. Both lack the cross-entropy on data of their papers. See the study's file."
+            "updates. Two pairs of tokenizers with more shared tokens were tried before. ULD has its own learning "
+            "rate, the best of three on seed 0, because accuracy fell to 0 at that of the others; GOLD's was already the "
+            "best of three. Both lack the cross-entropy on data of their papers. See the study's file."
         ),
         findings=judge(numbers),
         figure=comparison.draw(

@@ -118,12 +118,12 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     return Outcome(
         setup=(
             f"Sorting of five digits, {len(size.seeds)} pairs of their own seeds for each case, {size.steps} updates "
-            f"of {size.prompts_per_step} responses each; {LSM} with K = {K} of 18 tokens and top-p {TOP_P}. A mask is "
-            "of each of the marker's tokens by itself. Accuracy of the digits on 200 held-out prompts at temperature "
+            f"of {size.prompts_per_step} responses each; {LSM} with K = {K} of 18 tokens and top-p {TOP_P}. A mask "
+            "has each of the marker's tokens separately. Accuracy of the digits on 200 held-out prompts at temperature "
             f"1, whatever the markers. A: students of {CASES['A'].student_rows} examples; B: of "
-            f"{CASES['B'].student_rows}; control: A, spelled alike. Two markers, the second within the answer, were "
-            "tried first as B: the sampled token then came to at most 0.005 with any mask, and with every occurrence "
-            "masked one student came to write nothing but markers, which stopped its run."
+            f"{CASES['B'].student_rows}; control: A, equal spelling. Two markers, the second within the answer, were "
+            "tried first as B: the sampled token then reached at most 0.005 with any mask, and with every occurrence "
+            "masked one student wrote only markers, which stopped its run."
         ),
         findings=judge(numbers),
         figure=draw(numbers),

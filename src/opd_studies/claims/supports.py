@@ -91,8 +91,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. P_S and Q_S are "
             "the masses on the support, means over the last ten updates. Overlap: the ratio of both top k, and the "
             "student's mass on their intersection, on the responses of the first and of the last update. A token "
-            "outside of the support counts as if both models agreed on it: what the student likes and the teacher "
-            "does not is never in the overlap, and that is where the mass goes."
+            "outside of the support counts as if both models agreed on it: tokens that only the student "
+            "prefers are never in the overlap, and the mass moves there."
         ),
         findings=judge(measured),
         figure=draw(measured),

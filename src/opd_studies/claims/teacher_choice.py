@@ -113,7 +113,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"`larger` after GRPO (larger + GRPO). Exact reverse KL, {size.steps} updates of 64 responses; 200 "
             f"held-out rows, 4 samples each at temperature 1; overlap of the top {TOP} tokens at the first update. "
             f"Learning rate: the best on seed {size.seeds[0]} of "
-            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, which came out as: {rates}. "
+            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, chosen: {rates}. "
             f"B: {size.few_steps} updates with rates chosen likewise (teaching better); larger + GRPO in place of "
             "larger, clean (overlap); "
             "larger, early in place of larger (gap recovery)."

@@ -58,9 +58,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         setup=(
             f"Sorting five digits, V = 17, {len(size.seeds)} pairs of their own seeds, {size.steps} updates of "
             f"{size.prompts_per_step} responses each, 200 held-out prompts. A setting is a loss and the top-p of its "
-            "rollouts; K: the renormalised form on the teacher's K likeliest tokens. Entropy in nats a token, P_S and "
-            "Q_S the masses on the support: on the rollouts, means over the last ten updates. KL(student || teacher) "
-            "is exact, on responses of the whole distribution."
+            "rollouts; K: the renormalised form on the teacher's K likeliest tokens. Entropy in nats per token, P_S "
+            "and Q_S the masses on the support: on the rollouts, means over the last ten updates. "
+            "KL(student || teacher) is exact, on responses of the whole distribution."
         ),
         findings=judge(numbers),
         figure=comparison.draw(

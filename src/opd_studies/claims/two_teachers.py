@@ -69,8 +69,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{size.prompts_per_step // 4} responses). Matching: K = 8 of {len(CHARACTERS) + 2} tokens, rollouts with "
             "top-p 0.9. The learning rate, 2e-3, was the best of 1e-3, 2e-3 and 4e-3 for the sampled token (seed 0, "
             "150 updates). "
-            f"Held out: {HELD_OUT} prompts a task; `both` is the mean over the tasks, KL the exact reverse KL from "
-            "the teacher that scored the task, in nats a token."
+            f"Held out: {HELD_OUT} prompts per task; `both` is the mean over the tasks, KL the exact reverse KL from "
+            "the teacher that scored the task, in nats per token."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
