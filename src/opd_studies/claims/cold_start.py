@@ -89,8 +89,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
         setup=(
             f"Five digits to put in order, {len(size.seeds)} pairs of their own seeds; the base after "
             f"{size.pair.student_steps} steps on {size.pair.student_rows} rows. {size.prompts_per_step} new prompts "
-            f"per update. Two stages: {cold} updates on the teacher's responses that are right and end, {rest} on policy "
-            f"on other prompts; OPD alone and SFT alone: {size.steps}. Learning rates {size.rates['sft']:g} for "
+            f"per update. Two stages: {cold} updates on the teacher's responses that are right and end, {rest} on "
+            f"policy on other prompts; OPD alone and SFT alone: {size.steps}. Learning rates {size.rates['sft']:g} for "
             f"responses and {size.rates['opd']:g} on policy, not tuned. A: the student's {TOP} likeliest tokens; B: "
             f"exact reverse KL. {size.held_out} held-out prompts, responses at temperature 1; overlap of the {TOP} "
             "likeliest tokens."
