@@ -87,8 +87,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             "each, 200 held-out prompts. Coverage is the share of the bytes of responses that have a signal, KL a "
             "response is the mean of log p - log q of the student's own responses in nats, both over the last ten "
             "updates. Two pairs of tokenizers with more shared tokens were tried before. ULD has its own learning "
-            "rate, the best of three on seed 0, because accuracy fell to 0 at that of the others; GOLD's was already the "
-            "best of three. Both lack the cross-entropy on data of their papers. See the study's file."
+            "rate, the best of three on seed 0, because accuracy fell to 0 at that of the others; GOLD's was already "
+            "the best of three. Both lack the cross-entropy on data of their papers. See the study's file."
         ),
         findings=judge(numbers),
         figure=comparison.draw(
