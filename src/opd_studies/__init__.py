@@ -1,4 +1,4 @@
-"""The registry of studies. A study reruns claims of papers: one file each, with a function `run(lab) -> Outcome`.
+"""Claims of the papers, rerun: one file per study, each with a function `run(lab) -> Outcome`. This is their registry.
 
 A study's file has its claims in `judge`, thresholds as constants, and advice for users in `USE`.
 """

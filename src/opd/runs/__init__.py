@@ -1,1 +1,1 @@
-"""The run of a recipe: its stages are prepared, checked, built, trained and exported."""
+"""The stages of a recipe, one after the other: prepared, checked, built, trained and exported."""
