@@ -235,10 +235,10 @@ def test_an_unknown_key_of_the_file_is_not_looked_for_in_the_stage():
         ("optimizer.lr=1e-5", "unknown key `stages.0.optimizer.lr`. Here it is `optimizer.learning_rate`."),
         ("stages.one.batch_size=8", "unknown key `stages.0.batch_size`. Here it is `prompts_per_step`"),
         ("sampling.max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
-        ("gradient_accumulation_steps=8", "There is none: `prompts_per_step` is the whole step"),
-        ("num_train_epochs=3", "There is none: `steps` says how long"),
+        ("gradient_accumulation_steps=8", "No such key: `prompts_per_step` is the whole step"),
+        ("num_train_epochs=3", "No such key: `steps` says how long"),
         ("model_name_or_path=x", "Here it is `models.NAME.path`"),
-        ("kl_coef=0.1", "There is none: the weight of a divergence"),
+        ("kl_coef=0.1", "No such key: the weight of a divergence"),
     ],
 )
 def test_what_other_trainers_call_a_key(override: str, said: str):

@@ -17,10 +17,10 @@ OTHER_NAMES = {
     "warmup_ratio": "Here it is `optimizer.warmup_steps`, a number of steps.",
     "batch_size": "Here it is `prompts_per_step`, times `sampling.n` responses.",
     "per_device_train_batch_size": "Here it is `prompts_per_step`, of all devices, times `sampling.n` responses.",
-    "gradient_accumulation_steps": "There is none: `prompts_per_step` is the whole step, and `micro_batch_tokens` "
+    "gradient_accumulation_steps": "No such key: `prompts_per_step` is the whole step, and `micro_batch_tokens` "
     "limits what is in memory at once.",
-    "epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
-    "num_train_epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "num_train_epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
     "max_steps": "Here it is `steps`.",
     "save_steps": "Here it is `checkpoint.every`.",
     "eval_steps": "Here it is `evaluate.every`.",
@@ -35,9 +35,9 @@ OTHER_NAMES = {
     "train_dataset": "Here it is `data.path`.",
     "lora": "Here it is `models.NAME.lora`, e.g. {rank: 16}.",
     "bf16": "Here it is `models.NAME.autocast`, or `models.NAME.dtype: bfloat16`.",
-    "beta": "There is none: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`). "
+    "beta": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`). "
     "AdamW has `optimizer.betas`.",
-    "kl_coef": "There is none: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`).",
+    "kl_coef": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`).",
 }
 
 

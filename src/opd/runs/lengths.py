@@ -46,7 +46,7 @@ def check_lengths(
 ) -> None:
     """Refuse responses too long for the positions of student or teacher. Raises DataError.
 
-    `lengths`: those of `prepared.all_prompts` in the student's tokens. Models whose positions are unknown pass.
+    `lengths`: those of `prepared.all_prompts` in the student's tokens. Models with an unknown number of positions pass.
     """
     known = {
         name: given[name].positions if name in given else known_positions(origin_of(recipe, name), name, tokenizer)
@@ -81,7 +81,7 @@ def _refuse_if_too_long(check: LengthCheck, lengths: Sequence[int], positions: f
 
 
 def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Iterator[LengthCheck]:
-    """All checks of a stage whose lengths are known.
+    """All checks of a stage with known lengths.
 
     Left out: a teacher with its own tokenizer, or with a context other than the prompt.
     """
@@ -146,5 +146,5 @@ def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:
 
 
 def kl_setting(sampling: Mapping[str, SamplingSection]) -> str:
-    """The setting on whose responses an evaluation measures the divergence, as in `exams.Exam.kl_rollouts`."""
+    """The setting of the responses on which an evaluation measures the divergence, as in `exams.Exam.kl_rollouts`."""
     return next((name for name, section in sampling.items() if section.temperature > 0), next(iter(sampling)))

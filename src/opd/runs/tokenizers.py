@@ -23,7 +23,7 @@ def check_tokenizers(
 ) -> list[str]:
     """Render the prompts for student and teachers, bind the method, compare token maps and lengths. Returns lines.
 
-    Models whose tokenizer needs their weights are left out. `given`: models loaded already. Raises DataError,
+    Leaves out models with a tokenizer that needs their weights. `given`: models loaded already. Raises DataError,
     ConfigError or AlignmentError.
     """
     from opd.models.render import render, render_checked

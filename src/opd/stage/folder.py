@@ -51,7 +51,7 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path, recipe_yaml: str) -> RunDir:
-        """Start a run in `path`, or continue an existing run whose recipe is the same text.
+        """Start a run in `path`, or continue an existing run with the same recipe text.
 
         The recipe of a run that made no step is replaced, unless another process is running it.
 

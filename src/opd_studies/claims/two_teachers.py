@@ -153,7 +153,7 @@ def order_matters_little(numbers: Numbers) -> Finding:
 
 
 def recovery(numbers: Numbers, setting: str, task: str) -> list[float]:
-    """(accuracy - start) / (teacher - start) of a task, one number a seed: 0 as at the start, 1 as the teacher."""
+    """(accuracy - start) / (teacher - start) of a task, one number per seed: 0 equals the start, 1 the teacher."""
     rows = (numbers[name][task] for name in (setting, START, TEACHER))
     return [(after - before) / (teacher - before) for after, before, teacher in zip(*rows, strict=True)]
 

@@ -169,18 +169,18 @@ def probe(subject: Subject, judgement: Judged | str) -> Finding:
          "right_wrong": d.transitions.right_wrong, "wrong_right": d.transitions.wrong_right}
         for d in depths
     ]  # fmt: skip
-    behind = 0.0 if limit is None else share_after(rollouts, limit)
+    cut_share = 0.0 if limit is None else share_after(rollouts, limit)
     numbers: dict[str, object] = {"gain_alone": first, "depths": rows, "teacher_length_p90": wanted, "limit": cap}
     says = f"The teacher gains {first:+.2f} over the student from the prompt"
     says += "".join(f", {depth.gain:+.2f} after {depth.depth} of its tokens" for depth in depths)
-    if limit is None or behind < WORTH_CUTTING:
+    if limit is None or cut_share < WORTH_CUTTING:
         return Finding(name=name, level="ok", says=f"{says}.", numbers=numbers)
     return Finding(
         name=name,
         level="change",
-        says=f"{says}: after token {limit} of {cap}, where {behind:.0%} of the student's tokens are, the teacher does "
+        says=f"{says}: after token {limit} of {cap}, where {cut_share:.0%} of the student's tokens are, the teacher does "
         f"not help, and 90 % of its own responses end by token {wanted}.",
-        numbers={**numbers, "recommended": limit, "behind": behind},
+        numbers={**numbers, "recommended": limit, "behind": cut_share},
         remedy=f"Set sampling.max_completion_length to {limit}.",
         study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
         "and longer responses collapse late",

@@ -39,7 +39,7 @@ LOWEST_MASS = 0.97
 NOTHING_TO_LEARN = 1e-3
 
 
-# A bucket whose divergence is below this share of the strongest bucket's teaches little. Our threshold, for the effect
+# A bucket teaches little if its divergence is below this share of the strongest bucket's. Our threshold, for the effect
 # of arXiv 2604.13016 section 6.1.
 FADED = 0.1
 
