@@ -178,8 +178,8 @@ def probe(subject: Subject, judgement: Judged | str) -> Finding:
     return Finding(
         name=name,
         level="change",
-        says=f"{says}: after token {limit} of {cap}, where {cut_share:.0%} of the student's tokens are, the teacher does "
-        f"not help, and 90 % of its own responses end by token {wanted}.",
+        says=f"{says}: after token {limit} of {cap}, where {cut_share:.0%} of the student's tokens are, the teacher "
+        f"does not help, and 90 % of its own responses end by token {wanted}.",
         numbers={**numbers, "recommended": limit, "behind": cut_share},
         remedy=f"Set sampling.max_completion_length to {limit}.",
         study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
