@@ -1,16 +1,16 @@
-"""What every benchmark shares: workers that take turns, peak memory, calibration, medians, results as JSON.
+"""Shared parts of all benchmarks: workers that take turns, peak memory, calibration, medians, results as JSON.
 
-A contestant is a worker: a process of its own, started from the benchmark's own file with `--worker NAME`, so that its
-memory is its own. Workers wait for a line on stdin, do one piece of work, answer with one line, and wait again. The
-benchmark asks them in turn, in an order that rotates every round, so that a machine that slows down slows down
-everybody; while one works the others sleep.
+A contestant is a worker: a separate process, started from the benchmark's file with `--worker NAME`, so that memory is
+measured per contestant. Workers wait for a line on stdin, do one piece of work, answer with one line, and wait again.
+The benchmark calls them in turn, in an order that rotates every round, so that a slower machine slows down all of them;
+while one works, the others sleep.
 
 Peak memory is the resident high-water mark (VmHWM, reset through /proc/self/clear_refs) above the resident size at the
-start, after freed memory was handed back to the kernel.
+start, after freed memory was returned to the kernel.
 
-Where there is a GPU, step and loss race on it, with products of float32 in TF32; then peak memory is what torch
-allocated there, clocks are read when the GPU has finished, and what a side keeps in torch's cache is handed back before
-another one's turn. Their results stand in results/gpu. The other benchmarks are of CPUs, wherever they run.
+On a machine with a GPU, step and loss run on it, with float32 products in TF32; then peak memory is torch's allocated
+memory, clocks are read when the GPU has finished, and torch's cache is emptied between turns. Their results are in
+results/gpu. The other benchmarks always run on CPUs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if ON_GPU:
 
 @dataclass(slots=True)
 class Channel:
-    """A worker's end of the line. Whatever libraries print goes to stderr, so that stdout carries answers alone."""
+    """A worker's connection. Output of libraries goes to stderr, so that stdout has only answers."""
 
     out: Any = field(init=False)
 
@@ -60,7 +60,7 @@ class Channel:
         os.dup2(2, 1)
 
     def receive(self) -> Record:
-        """The next request; the process ends when there is none."""
+        """The next request; ends the process after the last one."""
         line = sys.stdin.readline()
         if not line:
             self.out.flush()
@@ -83,7 +83,7 @@ def serve(work: Callable[[Record], Record]) -> None:
 
 
 class PeakMemory:
-    """Memory above what the process held when this was made: resident, or allocated on the GPU."""
+    """Peak memory above the memory at creation: resident, or allocated on the GPU."""
 
     def __init__(self) -> None:
         if ON_GPU:
@@ -95,7 +95,7 @@ class PeakMemory:
         self.start = _status("VmRSS")
 
     def above_start(self) -> int:
-        """Bytes at the highest point so far."""
+        """Bytes of the peak so far."""
         if ON_GPU:
             return torch.cuda.max_memory_allocated() - self.start
         return _status("VmHWM") - self.start
@@ -135,7 +135,7 @@ class Worker:
     log: Any
 
     def ask(self, request: Mapping[str, Any]) -> Record:
-        """One request, one answer. Raises RuntimeError with the end of the worker's own output if it dies."""
+        """Send one request; returns its answer. Raises RuntimeError with the end of the worker's output if it dies."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
@@ -162,7 +162,7 @@ class Worker:
 
 @contextmanager
 def workers(script: str, names: Sequence[str], *arguments: str) -> Iterator[dict[str, Worker]]:
-    """A process for each contestant, started one after the other, all ended at the end whatever happens."""
+    """Start one process per contestant, one after the other; all are ended on exit, also after errors."""
     started: dict[str, Worker] = {}
     try:
         for name in names:
@@ -209,7 +209,7 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def machine() -> Record:
-    """What the numbers were measured on."""
+    """The machine of the measurement."""
     cpu = next(
         (line.split(":", 1)[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
         platform.processor(),

@@ -1,4 +1,4 @@
-"""Figures of docs/performance.md, one a benchmark, from results/*.json."""
+"""Figures of docs/performance.md, one per benchmark, from results/*.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PARTS = {"generate": "#4c9f9a", "teacher": "#e0b04c", "loss": "#1b6ca8", "backwa
 
 
 def draw(results: dict[str, Record], folder: Path) -> None:
-    """A PNG for every benchmark that has run."""
+    """Write a PNG for every benchmark that has run."""
     folder.mkdir(parents=True, exist_ok=True)
     mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 120})
     drawings = {"step": step, "loss": loss, "generate": generate, "scaling": scaling}
@@ -87,7 +87,7 @@ def loss(result: Record) -> Any:
 
 
 def most_of(rows: list[Record], *, fixed: tuple[str, str], varied: str) -> list[Record]:
-    """The rows with the pair of fixed sizes that has the most values of the varied one; the table's point aside."""
+    """The rows of the fixed sizes with the most values of the varied one, without the table's point."""
     groups: dict[tuple[int, ...], list[Record]] = {}
     for row in rows:
         if (row["V"], row["N"], row["H"]) != TABLE:
@@ -96,7 +96,7 @@ def most_of(rows: list[Record], *, fixed: tuple[str, str], varied: str) -> list[
 
 
 def generate(result: Record) -> Any:
-    """Tokens a second by rows, a panel for each model and top-p."""
+    """Tokens per second by rows, one panel per model and top-p."""
     rows = [row for row in result["rows"] if row["peaked"]]
     sizes, top_ps = list(dict.fromkeys(r["size"] for r in rows)), list(dict.fromkeys(r["top_p"] for r in rows))
     figure, grid = plt.subplots(len(top_ps), len(sizes), figsize=(2.6 * len(sizes), 2.4 * len(top_ps)), sharex=True)
@@ -124,7 +124,7 @@ def generate(result: Record) -> Any:
 
 
 def scaling(result: Record) -> Any:
-    """Seconds by each thing that varies, in stacked parts."""
+    """Seconds by each varied quantity, in stacked parts."""
     from scaling import VARIED
 
     axes_data = result["axes"]

@@ -1,19 +1,19 @@
-"""Tokens a second of sampling, against `generate()` of transformers and, when there is one, vLLM on the CPU.
+"""Tokens per second of sampling, against `generate()` of transformers and, if available, vLLM on the CPU.
 
     python benchmarks/generate.py [--vllm PYTHON]
 
 1, 8 and 32 prompts of 32 tokens on Llamas of 1M, 5M and 26M parameters with random weights, and on SmolLM2-135M;
 float32, temperature 1, top-p 1 and (8 and 32 prompts) 0.95. All responses have the same length: stop tokens are off on
-every side. A round is one call; the rate is rows x new tokens / seconds of the call, the prompt's prefill and, for opd,
-the log-probs of the drawn tokens included.
+every side. A round is one call; the rate is rows x new tokens / seconds of the call, which includes the prompt's
+prefill and, for opd, the log-probs of the sampled tokens.
 
 * `opd`: `TransformersSampler`, which every training step uses;
 * `generate`: `model.generate(do_sample=True, top_k=0)`, with its default cache;
-* `vllm`: the engine under the interpreter PYTHON that has vLLM for the CPU installed, its defaults, float32.
+* `vllm`: vLLM for the CPU under the interpreter PYTHON, with its defaults, in float32.
 
-Top-p is where the shape of the distribution matters: a set of few tokens is found faster than one of nearly all. The
-models are `peaked` (about as sure of the next token as SmolLM2; see workload.py), and the 5M model is also measured
-`flat`, as it comes from its initialisation: the worst case for a partial sort, the same work for a full one.
+With top-p the shape of the distribution matters: a set of few tokens is found faster than one of nearly all. The models
+are `peaked` (about as sure of the next token as SmolLM2; see workload.py), and the 5M model is also measured `flat`, as
+initialised: the worst case for a partial sort, the same work for a full one.
 """
 
 from __future__ import annotations
@@ -66,15 +66,15 @@ def worker(name: str) -> None:
 
 
 def measure(name: str, lm: Any, point: Record) -> Record:
-    asked = prompts(point["rows"], PROMPT_TOKENS, lm.tokenizer)
+    step_prompts = prompts(point["rows"], PROMPT_TOKENS, lm.tokenizer)
     out: Record = {}
     if name == "opd":
         sampling = Sampling(max_completion_length=point["new_tokens"], top_p=point["top_p"])
         with timed(out, "seconds"):
-            rollouts = TransformersSampler(lm=lm, sampling=sampling)(asked, seed=(0, 0))
+            rollouts = TransformersSampler(lm=lm, sampling=sampling)(step_prompts, seed=(0, 0))
         lengths = {len(rollout.response_ids) for rollout in rollouts}
     else:
-        ids = torch.tensor(lm.tokenizer([prompt.content for prompt in asked]).input_ids)
+        ids = torch.tensor(lm.tokenizer([prompt.content for prompt in step_prompts]).input_ids)
         lm.model.generation_config.eos_token_id = None
         with timed(out, "seconds"), torch.no_grad():
             written = lm.model.generate(
@@ -93,14 +93,14 @@ def measure(name: str, lm: Any, point: Record) -> Record:
 
 
 def vllm_answers(python: str, point: Record, folder: Path) -> list[Record]:
-    """The same calls by vLLM, in an engine of its own; [] and a printed reason when it cannot run the model."""
+    """The same calls by vLLM in a new engine; [] and a printed reason if it cannot run the model."""
     tok = tokenizer()
     model = folder / f"{point['size']}-{point['peaked']}"
     if not model.exists():
         causal_lm(point["size"], peaked=point["peaked"]).save_pretrained(model)
         tok.save_pretrained(model)
-    asked = [tok(prompt.content).input_ids for prompt in prompts(point["rows"], PROMPT_TOKENS, tok)]
-    request = {**point, "model": str(model), "prompts": asked, "rounds": ROUNDS}
+    step_prompts = [tok(prompt.content).input_ids for prompt in prompts(point["rows"], PROMPT_TOKENS, tok)]
+    request = {**point, "model": str(model), "prompts": step_prompts, "rounds": ROUNDS}
     command = [python, str(HERE / "vllm_side.py"), json.dumps(request)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

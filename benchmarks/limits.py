@@ -1,16 +1,16 @@
-"""Where opd's time goes in generation and in the training part: torch.profiler over the step's pair.
+"""opd's time by operation in generation and in the training part: torch.profiler on the step's pair.
 
     python benchmarks/limits.py
 
-The same 8 prompts, student and teacher as in step.py, both parts warm. The share of an operation is that of its own CPU
-time in all of them; the profiler's own cost counts for small operations, so that their shares are upper bounds.
+The same 8 prompts, student and teacher as in step.py, both parts warm. An operation's share is its own CPU time over
+that of all operations. It includes the profiler's cost, so shares of small operations are upper bounds.
 
-`products with the output layer` times that product alone, 8 rows as in a decode step and 1,024 as in training: what a
-step of either cannot do without. GFLOP/s are to be compared with the calibration. `prepacked` is the layout that the
-sampler multiplies on a CPU (samplers/prepack.py).
+`products with the output layer` times that product alone, 8 rows as in a decode step and 1,024 as in training: the
+minimum work of either step. Compare GFLOP/s with the calibration. `prepacked` is the layout of the sampler's products
+on a CPU (samplers/prepack.py).
 
-`training part against bare` is that of step.py, where each is a process that waits for the others between turns; here
-both are in one process and take turns alone, so that neither finds its memory cold.
+`training part against bare` is also in step.py, where each is a process that waits for the others between turns; here
+both alternate in one process, so that the memory of both is warm.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ RACES = 9
 
 
 def ratio(result: Record) -> float:
-    """Of the medians: the training part's seconds over those of bare."""
+    """The training part's median seconds over those of bare."""
     race = result["against_bare"]
     return race["opd"]["median"] / race["bare"]["median"]
 
 
 def shares(work: Callable[[], Any]) -> list[Record]:
-    """The operations with the most CPU time of their own, and their share of it."""
+    """The operations with the most own CPU time, and their shares."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()
@@ -57,7 +57,7 @@ def shares(work: Callable[[], Any]) -> list[Record]:
 
 
 def product(lm: LanguageModel, rows: int) -> list[Record]:
-    """Seconds and GFLOP/s of [rows, H] x [H, V], as the weight lies and prepacked."""
+    """Seconds and GFLOP/s of [rows, H] x [H, V], with the weight as stored and prepacked."""
     weight = lm.head().weight
     hidden = torch.randn(rows, weight.shape[1])
     with prepacked(lm) as logits_of:
@@ -76,7 +76,7 @@ def product(lm: LanguageModel, rows: int) -> list[Record]:
 
 
 def against_bare(mine: opd_side.Side, teacher: Any, rollouts: Sequence[Rollout]) -> Record:
-    """Seconds of the training part and of what it cannot do without, in turns, after one turn each to warm up."""
+    """Seconds of the training part and of bare, in turns, after one warm-up turn each."""
     twin = copy.deepcopy(mine.student.model)
     work_of_bare = bare(twin, teacher, mine.student.tokenizer)
     times: dict[str, list[float]] = {"opd": [], "bare": []}
@@ -93,16 +93,16 @@ def main() -> None:
     student, teacher, tok = pair()
     sampling = Sampling(max_completion_length=NEW_TOKENS)
     mine = opd_side.side(reverse_kl(), language_model(student, tok), language_model(teacher, tok), sampling)
-    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    step_prompts = prompts(PROMPTS, PROMPT_TOKENS, tok)
     steps = itertools.count()
-    rollouts = mine.sampler(asked, seed=(0, 0))
+    rollouts = mine.sampler(step_prompts, seed=(0, 0))
     with measured("limits") as result, torch.no_grad():
         lm = mine.student
         result["products"] = [row for rows in (PROMPTS, PROMPTS * NEW_TOKENS) for row in product(lm, rows)]
         with torch.enable_grad():
             result["against_bare"] = against_bare(mine, teacher, rollouts)
             result["parts"] = {
-                "generation": shares(lambda: mine.sampler(asked, seed=(0, next(steps)))),
+                "generation": shares(lambda: mine.sampler(step_prompts, seed=(0, next(steps)))),
                 "training part": shares(lambda: opd_side.training_part(mine, rollouts, {})),
             }
     for part, rows in result["parts"].items():

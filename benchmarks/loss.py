@@ -2,31 +2,32 @@
 
     python benchmarks/loss.py [--quick | --full]
 
-Inputs are student and teacher hidden states [N, H] and heads [V, H], float32. Gradients go into the student's hidden
-states and head. The grid varies V, N and H one at a time around a base, and has the point of the table of goals
-(V = 151,936, N = 4,096, H = 1,024); `--quick` runs that point and two small ones, `--full` every combination.
+Inputs are student and teacher hidden states [N, H] and heads [V, H], float32. Gradients are with respect to the
+student's hidden states and head. The grid varies V, N and H one at a time around a base, and includes the point of the
+table of goals (V = 151,936, N = 4,096, H = 1,024); `--quick` runs that point and two small ones, `--full` every
+combination.
 
 Peak memory is above the inputs and the head's gradient [V, H], which every contestant must return. Each contestant is a
-process; at each point they take turns on the same random inputs, made anew for every turn.
+process; at each point they take turns on the same random inputs, created again for every turn.
 
 opd, each with its own published method:
 * `full`: reverse KL on the whole vocabulary, `reverse_kl`;
-* `full_generic`: the same function as a signal that opd does not know, so that no closed form applies;
+* `full_generic`: the same function as a user's signal, so that no closed form applies;
 * `skew`: a divergence without a closed form;
-* `top32_tail`, `top32_stop_gradient`, `top32_renormalised`: `topk_reverse_kl`, student's side, teacher's scores given;
-* `sampled`: the policy gradient of the sampled token, `opd`, student's side, teacher's scores given.
+* `top32_tail`, `top32_stop_gradient`, `top32_renormalised`: `topk_reverse_kl`, student's side, given teacher scores;
+* `sampled`: the policy gradient of the sampled token, `opd`, student's side, given teacher scores.
 
 Peers, all full-vocabulary reverse KL:
 * `trl`: the chunked divergence of `DistillationTrainer`, with its own tile sizes (4,096 tokens x 32,768 of the
   vocabulary);
 * `liger`: `LigerFusedLinearJSDLoss(beta=1)`, soft loss alone, its own chunk of 1,024 tokens. It is plain torch, so it
-  runs on the CPU; `compiled=False`. With `--compiled` its default is raced too, as `liger_compiled`, after a call that
-  compiles for the shape and is not timed;
+  runs on the CPU; `compiled=False`. With `--compiled` its default runs too, as `liger_compiled`, after an untimed call
+  that compiles for the shape;
 * `naive`: both logits, both log-softmaxes, the sum, autograd.
 
-The two largest points are raced by those that the table of goals compares; `--full` races everybody everywhere. A
-combination whose estimated need is above 12 GiB is skipped, and the result says so. Contestants that compute the same
-function must agree on loss and gradient within 1e-4, or the benchmark fails.
+The two largest points have only the contestants of the table of goals; with `--full` every point has all. A combination
+that needs more than an estimated 12 GiB is skipped and marked in the result. Contestants that compute the same function
+must agree on loss and gradient within 1e-4, or the benchmark fails.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ Loss = Callable[[Inputs], Tensor]
 
 
 def inputs(V: int, N: int, H: int) -> Inputs:
-    """Random hidden states and heads; the teacher's are the student's with noise, as after some training."""
+    """Random hidden states and heads; the teacher's are the student's plus noise, as after some training."""
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def normal(*shape: int, std: float) -> Tensor:
@@ -194,7 +195,7 @@ def side(name: str) -> Loss:
 
 
 def estimated_gib(name: str, V: int, N: int, H: int) -> float:
-    """Inputs, the head's gradient, and what is known of a contestant's own need, in GiB."""
+    """GiB of the inputs, the head's gradient, and a contestant's known needs."""
     logits = {"naive": 7 * N * V, "liger": 6 * min(N, 1024) * V, "liger_compiled": 6 * min(N, 1024) * V}
     own = logits.get(name, 6 * min(N, 4096) * 32768 if name == "trl" else 2**28)
     return 4 * (own + 3 * V * H + 3 * N * H) / GIB
@@ -231,7 +232,7 @@ def worker(name: str) -> None:
 
 
 def grid(which: str) -> list[Record]:
-    """The points, smallest first; `rounds` falls with the work, and `names` says who takes part."""
+    """The points, smallest first; `rounds` falls with the work, `names` are the contestants."""
     sizes, lengths, widths = (32_000, 49_152, 151_936, 262_144), (512, 1024, 2048, 4096, 8192), (576, 1024)
     if which == "full":
         points = {(V, N, H) for V in sizes for N in lengths for H in widths}
@@ -251,7 +252,7 @@ def grid(which: str) -> list[Record]:
 
 
 def run_point(started: dict[str, Any], point: Record) -> list[Record]:
-    """Rows of one point: every contestant's times, peak memory and values, or why it was skipped."""
+    """Rows of one point: each contestant's times, peak memory and values, or the reason why it was skipped."""
     V, N, H = point["V"], point["N"], point["H"]
     need = {name: estimated_gib(name, V, N, H) for name in point["names"]}
     able = {name: started[name] for name in point["names"] if need[name] <= LARGEST_GIB}

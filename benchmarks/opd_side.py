@@ -1,4 +1,4 @@
-"""opd's side of a step: the pieces of `opd.train`, in its order, without the writing of files and the diagnostics."""
+"""opd's side of a step: the parts of `opd.train`, in its order, without writing files and diagnostics."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MICRO_BATCH_TOKENS = 4096  # opd's default; the rows of a benchmark's step fit i
 
 @dataclass(slots=True, kw_only=True)
 class Side:
-    """What opd's loop holds for one stage."""
+    """The objects of opd's loop for one stage."""
 
     method: Method
     student: LanguageModel
@@ -57,7 +57,7 @@ class TimedRoot(Root):
 
 
 def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
-    """Phase A after generation, and phase B: the loss. Gradients are left in the student, seconds in `parts`."""
+    """Phase A after generation, and phase B; returns the loss. Gradients are in the student, seconds in `parts`."""
     with timed(parts, "teacher"):
         contexts = s.method.context(rollouts)
         phase_a = scored(s.method, s.teacher, rollouts, contexts, s.method.request(), s.student.device)
@@ -71,7 +71,7 @@ def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
 
 
 def step(s: Side, prompts: Sequence[Prompt], seed: tuple[int, int]) -> Record:
-    """A whole step: its seconds, part by part, and its loss. Every response must have its full length."""
+    """A whole step: its seconds by part, and its loss. Every response must have its full length."""
     parts: Record = {}
     with timed(parts, "total"):
         with timed(parts, "generate"):

@@ -1,12 +1,12 @@
 """TRL's two on-policy distillation trainers, set up for the step benchmark.
 
-Both train through their own `Trainer.train()`; a callback waits before each step until it is asked for one, and answers
-after it. Their own methods are timed where they stand. What is set, and why:
+Both train through their own `Trainer.train()`; a callback waits before each step for a request, and answers after it.
+Their own methods are timed in place. The settings, and why:
 
 * float32 on the CPU, bfloat16 autocast over float32 weights on a GPU; one batch of all prompts, no gradient
   checkpointing (TRL turns it on; it costs time);
 * temperature 1, top-p 1, top-k off, reverse KL (`beta=1.0`), fully on-policy (`lmbda=1.0` in GKD);
-* `DistillationTrainer` with its chunked divergence, the only loss it has and the one it recommends over GKD;
+* `DistillationTrainer` with its chunked divergence, its only loss, which TRL recommends over GKD;
 * GKD divides by the number of labels in the dataset, not in the responses: its dummy completions are as long as the
   responses, so that the denominators agree;
 * no stop tokens, as on every side: all responses have the full length;
@@ -34,7 +34,7 @@ UNREACHABLE = -1  # a stop token that no vocabulary has
 
 
 def arguments(batch: int, learning_rate: float, exact: bool) -> Record:
-    """What both trainers are told; their own defaults otherwise. `exact` is float32 on a GPU too."""
+    """The arguments of both trainers; otherwise their defaults. `exact`: float32 on a GPU, too."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="opd-benchmark-"),
         "use_cpu": not ON_GPU,
@@ -136,7 +136,7 @@ class Gate(TrainerCallback):
 
 
 def run(trainer: Any, generate_method: str) -> None:
-    """Train a step for each request, for ever. `generate_method` is the trainer's method that writes the responses."""
+    """Train one step per request, without end. `generate_method`: the trainer's method that samples responses."""
     parts: Record = {}
     setattr(trainer, generate_method, _timing(getattr(trainer, generate_method), parts, "generate"))
     trainer.compute_loss = _timing(trainer.compute_loss, parts, "loss")
@@ -146,7 +146,7 @@ def run(trainer: Any, generate_method: str) -> None:
 
 
 def _timing(function: Callable[..., Any], parts: Record, name: str) -> Callable[..., Any]:
-    """The function, which adds its seconds to parts[name] and records what a loss or a response was."""
+    """The function, timed into parts[name]; also records the loss or the response."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         with timed(parts, name):

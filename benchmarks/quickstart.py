@@ -2,13 +2,13 @@
 
     python benchmarks/quickstart.py [--before COMMIT] [--seeds 0 1 2]
 
-Wall time of the whole command, evaluations and the loading of libraries and weights included, the conversion of the
-packaged GGUF file not. The older sources come from `git archive`; one process at a time, each run in a fresh folder,
-the same interpreter and libraries. This tree runs every seed, the older one the first seed alone, right after this
-tree's run of it: these two are compared. Seconds of a step are those that a run itself records, after the first step.
+Wall time of the whole command, with evaluations and loading of libraries and weights, without the conversion of the
+packaged GGUF file. The older sources come from `git archive`; one process at a time, each run in a new folder, with the
+same interpreter and libraries. This tree runs every seed; the older one runs only the first seed, right after this
+tree's run of it, and these two are compared. Seconds of a step are from the run's own timings, after the first step.
 
 Quality is that of this tree: the share of held-out answers that keep the rule before and after training and with the
-teacher, and the part of the gap that training closed, (after - before) / (teacher - before).
+teacher, and the closed share of the gap, (after - before) / (teacher - before).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def archived(commit: str, folder: Path) -> Path:
 
 
 def prepare(source: Path) -> None:
-    """Convert the GGUF file before anything is timed, and make sure that this source is the one that is imported."""
+    """Convert the GGUF file before timing, and check that opd is imported from `source`."""
     imported = Path(python(source, "-c", CONVERT).strip().splitlines()[0])
     assert imported.is_relative_to(source), f"opd comes from {imported}, not from {source}"
 
@@ -82,7 +82,7 @@ def read(file: Path) -> list[Record]:
 
 
 def shares(metrics: list[Record], sampling: str) -> Record:
-    """Rule shares of the untrained student, the teacher and the trained student, and the part of the gap closed."""
+    """Rule shares of the untrained student, the teacher and the trained student, and the closed share of the gap."""
     rewards = [row[f"eval/{sampling}/reward"] for row in metrics if f"eval/{sampling}/reward" in row]
     before, after = rewards[0], rewards[-1]
     teacher = next(row[key] for row in metrics if (key := f"eval/teacher/{sampling}/reward") in row)
@@ -91,7 +91,7 @@ def shares(metrics: list[Record], sampling: str) -> Record:
 
 
 def ratio(result: Record) -> float:
-    """Wall time of this tree's run over that of the older tree, at the first seed."""
+    """Wall time of this tree's run over the older tree's, on the first seed."""
     seconds: dict[Any, float] = {(row["side"], row["seed"]): row["seconds"] for row in result["runs"]}
     seed = result["runs"][0]["seed"]
     return seconds["now", seed] / seconds["before", seed]

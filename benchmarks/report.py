@@ -1,4 +1,4 @@
-"""results/*.json -> the table of goals, docs/performance.md and the figures. No number is typed by hand.
+"""Make the table of goals, docs/performance.md and the figures from results/*.json.
 
 python benchmarks/report.py            print the table, write the page and the figures
 python benchmarks/report.py --table    print the table alone
@@ -41,7 +41,7 @@ def load() -> dict[str, Record]:
 
 
 def goals(results: dict[str, Record]) -> list[list[str]]:
-    """what | goal | measured | reached, of every row whose benchmark has run."""
+    """Rows what | goal | measured | reached, for benchmarks that have run."""
     rows: list[list[str]] = []
     if "step" in results:
         rows += step_goals(results["step"])
@@ -148,7 +148,7 @@ def ranks_measured(result: Record) -> str:
     measured = {row["ranks"]: row["seconds"]["total"]["median"] for row in result["ranks"] if "seconds" in row}
     if not {1, 2} <= set(measured):
         return "not measured: " + next(row["skipped"].splitlines()[-1] for row in result["ranks"] if "skipped" in row)
-    return f"{measured[2] / measured[1]:.2f} of the time a step"
+    return f"{measured[2] / measured[1]:.2f} of the time per step"
 
 
 # --- The page ---------------------------------------------------------------------------------------------------------
@@ -175,10 +175,10 @@ def page(results: dict[str, Record]) -> str:
         "Written by `make bench` and `make bench-quickstart` (`benchmarks/report.py`) from "
         "`benchmarks/results/*.json`. Do not edit.",
         "",
-        "Everything that is compared ran side by side: the contestants of a benchmark are processes that take turns, "
-        "in an order that rotates, and a matmul of size 2,048 says how fast the machine was before and after. Times "
-        "are medians with their range, memory is the highest resident size above the start. Compare ratios, not "
-        "seconds: absolute times drift with what else the machine does.",
+        "The contestants of a benchmark are processes that take turns, in an order that rotates. A matmul of size "
+        "2,048 measures the machine's speed before and after. Times are medians with their range, memory is the "
+        "highest resident size above the start. Compare ratios, not seconds: absolute times vary with the machine's "
+        "load.",
         "",
         "## The machine",
         "",

@@ -1,20 +1,20 @@
-"""How the cost of opd's own step grows: tokens, vocabulary, support, group size, teachers, ranks.
+"""How the cost of opd's step grows: tokens, vocabulary, support, group size, teachers, ranks.
 
     python benchmarks/scaling.py
 
 Student 5M, teacher 26M, float32; the base is a step of 8 prompts of 32 tokens, 128 new tokens, reverse KL on the full
-vocabulary. One thing varies at a time, the points of an axis take turns:
+vocabulary. One quantity varies at a time; the points of an axis take turns:
 
 * `tokens`: 2 to 16 prompts;
 * `vocabulary`: 49,152 to 262,144 tokens, both heads, 4 prompts;
 * `support`: `topk_reverse_kl` with k = 8 to 512, and the full vocabulary;
-* `group`: 8 responses of 32 tokens in all, to 8, 4, 2 or 1 prompts of 512 tokens: what a shared prompt saves;
+* `group`: 8 responses of 32 tokens in total, to 8, 4, 2 or 1 prompts of 512 tokens: the saving by a shared prompt;
 * `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
-* `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch shared out, as many threads in all as
-  there are cores; 8 steps.
+* `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch divided among them, one thread per core
+  in total; 8 steps.
 
 Two more pairs of runs compare the parameters of 2 ranks with those of 1 after 20 steps of 4 prompts and 16 new tokens,
-one thread a process: full weights, and adapters (LoRA, rank 16, all linear layers). See `difference`.
+one thread per process: full weights, and adapters (LoRA, rank 16, all linear layers). See `difference`.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ RANKS = (1, 2)
 RANK_STEPS = 20
 SPEED_STEPS = 8
 SHORT = {"prompts": 4, "new_tokens": 16}
-# What differs from the base step. Parameters are compared after short responses, with one thread a process: where
-# rounding makes another token be drawn, as it does in a few of 100,000 from a flat distribution, the rest of a response
-# is another one, and that is not what is asked.
+# Differences from the base step. Parameters are compared after short responses, with one thread per process: rounding
+# changes a few of 100,000 sampled tokens of a flat distribution, and then the rest of a response, which is not the
+# effect to measure.
 KINDS: dict[str, Record] = {"speed": {}, "full": SHORT, "lora": SHORT}
 
 
@@ -76,15 +76,15 @@ def worker() -> None:
 
     def work(point: Record) -> Record:
         if point.pop("fresh"):
-            sides.clear()  # the models of an axis are kept, those of the axis before it are not
+            sides.clear()  # drop the models of the axis before
         key = json.dumps(point, sort_keys=True)
         if key not in sides:
             sides[key] = make_side(point, tok)
-        asked = prompts(point["prompts"], point["prompt_tokens"], tok)
+        step_prompts = prompts(point["prompts"], point["prompt_tokens"], tok)
         seed = (0, next(steps))
         if point["scoring_alone"]:
-            return score_by_several(sides[key], asked, seed, point["teachers"])
-        return opd_side.step(sides[key], asked, seed)
+            return score_by_several(sides[key], step_prompts, seed, point["teachers"])
+        return opd_side.step(sides[key], step_prompts, seed)
 
     serve(work)
 
@@ -99,10 +99,10 @@ def make_side(point: Record, tok: Any) -> opd_side.Side:
     return opd_side.side(method, student, teacher, Sampling(max_completion_length=point["new_tokens"], n=point["n"]))
 
 
-def score_by_several(side: opd_side.Side, asked: Any, seed: tuple[int, int], teachers: int) -> Record:
-    """The teacher's part alone, as often as there are teachers; they are all of one size, so one stands for each."""
+def score_by_several(side: opd_side.Side, step_prompts: Any, seed: tuple[int, int], teachers: int) -> Record:
+    """The teacher's scoring alone, `teachers` times; all teachers have one size, so one model stands for all."""
     out: Record = {}
-    rollouts = side.sampler(asked, seed=seed)
+    rollouts = side.sampler(step_prompts, seed=seed)
     with timed(out, "teacher"):
         for _ in range(teachers):
             side.teacher.score(rollouts, side.method.context(rollouts), side.method.request(shown=True))
@@ -110,7 +110,7 @@ def score_by_several(side: opd_side.Side, asked: Any, seed: tuple[int, int], tea
 
 
 def run_axis(started: Worker, points: list[Record]) -> list[Record]:
-    """A row for each point: tokens of the step, seconds of each part."""
+    """One row per point: tokens of the step, seconds of each part."""
     answers: list[list[Record]] = [[] for _ in points]
     for turn in range(ROUNDS):
         for i, point in enumerate(points):
@@ -130,8 +130,8 @@ def recipe(folder: Path, ranks: int, kind: str) -> Path:
     """The base step, or a short one, as a recipe for `opd train`."""
     name, step = f"{kind}-{ranks}", {**BASE, **KINDS[kind]}
     data = folder / f"prompts-{kind}.jsonl"
-    asked = prompts(step["prompts"], step["prompt_tokens"], tokenizer())
-    data.write_text("".join(json.dumps({"prompt": prompt.content}) + "\n" for prompt in asked))
+    step_prompts = prompts(step["prompts"], step["prompt_tokens"], tokenizer())
+    data.write_text("".join(json.dumps({"prompt": prompt.content}) + "\n" for prompt in step_prompts))
 
     def model(size: str) -> Record:
         shape = SIZES[size]
@@ -187,10 +187,10 @@ def run_ranks(folder: Path, ranks: int, kind: str) -> Record:
 
 
 def difference(folder: Path, kind: str) -> Record:
-    """How far two ranks (a) are from one (b) after the last step.
+    """The difference of two ranks (a) from one (b) after the last step.
 
     `whole` is |a - b| / |b| with all trained parameters as one vector, `worst` the largest over tensors of
-    max|a - b| / max|b|. An adapter's second matrix starts at zero, so `worst` compares with what it has moved.
+    max|a - b| / max|b|. An adapter's second matrix starts at zero, so there `worst` is relative to its change.
     """
     one, two = (
         checkpoint.load(folder / f"{kind}-{ranks}/distil/checkpoints/step_{RANK_STEPS:06d}").tensors["student"]

@@ -5,21 +5,22 @@ with bfloat16 autocast, the teacher's in bfloat16.
 
     python benchmarks/step.py [--rounds 5]
 
-8 prompts of 32 tokens, 128 new tokens each; every response has its full length on every side. One step is: write the
+8 prompts of 32 tokens, 128 new tokens each; every response has its full length on every side. One step is: sample the
 responses, score them with the teacher, forward, backward, clip, AdamW. The contestants:
 
-* `opd`: the pieces of opd's loop, in its order, without the writing of files;
+* `opd`: the parts of opd's loop, in its order, without writing files;
 * `trl_distillation`, `trl_gkd`: TRL's trainers, see peers.py;
 * `bare`: no generation, no divergence, no optimiser: the teacher's forward with logits, the student's forward with
   logits and a backward through them from a given gradient, in plain torch, on the same number of tokens. Logits are
-  made at the response's positions only. It is what the training part (all of a step but generation and the optimiser)
-  cannot do without.
+  computed at the response's positions only. It is the minimum work of the training part (all of a step but generation
+  and the optimiser).
 
-Steps are interleaved. Peak memory is above what the process held with its models and trainer built, before the first
-step, so it includes gradients and the optimiser's state. The parts of a step do not cut at the same places: opd makes
-the head's gradient inside `loss`, so its `backward` is the rest of the model.
+Steps are interleaved. Peak memory is above the process's memory with models and trainer built, before the first step,
+so it includes gradients and the optimiser's state. The sides divide a step differently: opd computes the head's
+gradient inside `loss`, so its `backward` is the rest of the model.
 
-Before the race one process gives the same sequences to all three sides, and compares loss and full parameter gradient.
+Before the timing, one process gives the same sequences to all three sides, and compares loss and full parameter
+gradient.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def pair() -> tuple[Any, Any, Any]:
 
 
 def racing_pair() -> tuple[Any, Any, Any]:
-    """The pair as it races: on a GPU the teacher in bfloat16."""
+    """The pair for the timing: on a GPU with the teacher in bfloat16."""
     student, teacher, tok = pair()
     return student, teacher.bfloat16() if ON_GPU else teacher, tok
 
@@ -64,14 +65,14 @@ def opd_worker() -> None:
     sampling = Sampling(max_completion_length=NEW_TOKENS)
     learner = language_model(student, tok, autocast=ON_GPU)
     mine = opd_side.side(reverse_kl(), learner, language_model(teacher, tok), sampling, LEARNING_RATE)
-    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    step_prompts = prompts(PROMPTS, PROMPT_TOKENS, tok)
     memory: PeakMemory | None = None
     steps = itertools.count()
 
     def work(_: Record) -> Record:
         nonlocal memory
         memory = memory or PeakMemory()
-        parts = opd_side.step(mine, asked, seed=(0, next(steps)))
+        parts = opd_side.step(mine, step_prompts, seed=(0, next(steps)))
         return {**parts, "peak_bytes": memory.above_start()}
 
     serve(work)
@@ -100,7 +101,7 @@ def bare_worker() -> None:
 
 
 def bare(student: Any, teacher: Any, tok: Any) -> Callable[[], Record]:
-    """What the training part cannot do without, as a function that does it once and gives its seconds."""
+    """The minimum work of the training part, as a function that does it once and returns its seconds."""
     length, width = PROMPT_TOKENS + NEW_TOKENS, student.config.vocab_size
     ids = torch.randint(len(tok), (PROMPTS, length), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     where = slice(PROMPT_TOKENS - 1, PROMPT_TOKENS + NEW_TOKENS - 1)
@@ -132,17 +133,17 @@ def check_worker() -> None:
     torch.set_float32_matmul_precision("highest")
     student, teacher, tok = pair()
     models = {name: copy.deepcopy(student) for name in CONTESTANTS if name != "bare"}
-    asked = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    step_prompts = prompts(PROMPTS, PROMPT_TOKENS, tok)
     sampling = Sampling(max_completion_length=NEW_TOKENS)
     mine = opd_side.side(reverse_kl(), language_model(models["opd"], tok), language_model(teacher, tok), sampling)
-    rollouts = mine.sampler(asked, seed=(0, 0))
+    rollouts = mine.sampler(step_prompts, seed=(0, 0))
     ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts]).to(DEVICE)
     losses = {"opd": opd_side.training_part(mine, rollouts, {})}
     for name, build, loss_fn in (
         ("trl_distillation", peers.distillation_trainer, peers.distillation_loss),
         ("trl_gkd", peers.gkd_trainer, peers.gkd_loss),
     ):
-        trainer = build(models[name], teacher, tok, asked, NEW_TOKENS, LEARNING_RATE, exact=True)
+        trainer = build(models[name], teacher, tok, step_prompts, NEW_TOKENS, LEARNING_RATE, exact=True)
         loss = loss_fn(trainer, ids, PROMPT_TOKENS)
         loss.backward()
         losses[name] = loss.item()

@@ -1,4 +1,4 @@
-"""The sections of docs/performance.md, one a benchmark: what was measured, how the peers were set, the tables."""
+"""The sections of docs/performance.md, one per benchmark: the measurement, the peers' settings, the tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def spread_text(values: Record | None) -> str:
 
 
 def about(module: Any) -> list[str]:
-    """A benchmark's docstring is its description; the usage lines are already the section's title."""
+    """The description of a benchmark: its docstring without the headline and the usage lines."""
     text = module.__doc__.strip().splitlines()
     return [line for line in text[1:] if not line.startswith("    python ")]
 
@@ -194,7 +194,7 @@ def waiting_section(result: Record) -> list[str]:
         for policy in waiting.POLICIES:
             cells = [waiting_cell(rows.get((model, condition, policy))) for condition in waiting.CONDITIONS]
             body.append([model, policy, *cells])
-    said = [f"* {row['model']}, {row['condition']}: {line}" for row in result["rows"] for line in row.get("said", ())]
+    lines = [f"* {row['model']}, {row['condition']}: {line}" for row in result["rows"] for line in row.get("said", ())]
     ratios = [
         [row["model"], row["condition"], row["over"], f"{row['ratio']:.2f}"] for row in waiting.ratios(result["rows"])
     ]
@@ -204,9 +204,9 @@ def waiting_section(result: Record) -> list[str]:
         "",
         *table(["", "", *waiting.CONDITIONS], body),
         "",
-        "What the command line said:",
+        "Lines that the command printed:",
         "",
-        *said,
+        *lines,
         "",
         "`chosen` against `default` on a quiet machine and against `passive` on a busy one:",
         "",

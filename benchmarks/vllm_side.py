@@ -1,4 +1,4 @@
-"""vLLM's turn in generate.py, under an interpreter that has vLLM and need not have opd. Prints seconds of each round.
+"""vLLM's side of generate.py, for an interpreter with vLLM and without opd. Prints seconds of each round.
 
 The request is one JSON argument: model folder, prompts as token ids, sampling, rounds.
 """

@@ -1,29 +1,29 @@
-"""How OpenMP's threads wait, on a quiet machine and beside one busy process: what opd chooses, and what it costs.
+"""How OpenMP's threads wait, on a quiet machine and beside one busy process: opd's choice, and its cost.
 
     python benchmarks/waiting.py {tiny,small,quickstart} {quiet,busy} [--alone]
 
-A command fills its part of the result. The contestants are runs of `opd train`'s own loop, each a process that stops
-after every step until it is its turn; the first step of each is not counted. Evaluations are off.
+Each command fills its part of the result. The contestants are runs of `opd train`'s loop, each a process that waits
+after every step for its turn; the first step of each is not counted. Evaluations are off.
 
-* `tiny` is the stage `distil` of recipes/gkd.yaml: 0.05M learn from 0.2M;
-* `small` are the models and prompts of step.py, of 5M and 26M;
+* `tiny` is the stage `distil` of recipes/gkd.yaml: 0.05M parameters learn from 0.2M;
+* `small` has the models and prompts of step.py, of 5M and 26M;
 * `quickstart` is recipes/quickstart.yaml, of 135M.
 
-The contestants differ in what is set before torch loads:
+The contestants differ in the environment before torch loads:
 
-* `default`: nothing, as before the command line chose: threads spin for a while and then sleep;
+* `default`: nothing is set: threads spin for a while and then sleep;
 * `passive`: OMP_WAIT_POLICY=passive: threads sleep at once;
-* `chosen`: what the command line sets, there and then.
+* `chosen`: the setting of the command line at that moment.
 
-`busy` is one more process, which counts in Python from before the contestants start until they have ended. Beside it a
-step of the quickstart whose threads spin takes minutes: there `default` is not raced. `--alone` is the command itself,
-its default and one step, ended after a while if it has not made it.
+`busy` is one more process, which counts in Python from before the contestants start until they have ended. Beside it, a
+step of the quickstart with spinning threads takes minutes, so `default` is left out there. `--alone` runs the command
+with its default for one step, and ends it after a while if the step has not finished.
 
-The choice is that of `opd train`, `doctor`, `eval` and `study` on Linux, with GNU's OpenMP, which torch brings there.
-OpenMP reads it when torch loads, and what the machine does later changes nothing. Elsewhere, under torchrun, with one
-thread, or where OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set, nothing is chosen. Nor is it from Python
-(`opd.distill`, a notebook), where torch may be there already: beside other busy processes set OMP_WAIT_POLICY=passive
-in the environment, or with `os.environ` before the first import of torch.
+`opd train`, `doctor`, `eval` and `study` make this choice on Linux, with GNU's OpenMP, which torch ships there. OpenMP
+reads it when torch loads; a later change of the machine's load has no effect. On other systems, under torchrun, with
+one thread, or if OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set, nothing is chosen. The same holds in Python
+(`opd.distill`, a notebook), where torch may be loaded already: beside other busy processes, set
+OMP_WAIT_POLICY=passive in the environment, or in `os.environ` before the first import of torch.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ CONDITIONS = ("quiet", "busy")
 POLICIES = ("default", "passive", "chosen")
 PATIENCE = 200  # seconds for the one step of the quickstart that spins beside a busy process
 COUNTING = "import time\nuntil = time.monotonic() + 400\nwhile time.monotonic() < until: pass"
-VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")  # none of the user's may act here
+VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_NUM_THREADS")  # the user must not set them here
 
 
 # --- A contestant's side: torch comes after the choice ----------------------------------------------------------------
 
 
 def worker(policy: str, recipe_file: str) -> None:
-    """A run that makes one step a request, and answers with its seconds by the clock and of CPU."""
+    """A run that makes one step per request, and answers with its wall and CPU seconds."""
     from opd.commands.waiting import set_waiting
     from opd.recipe.load import load_recipe
     from opd.stage.progress import Progress
@@ -95,7 +95,7 @@ def worker(policy: str, recipe_file: str) -> None:
 
 
 def recipe_of(model: str, folder: Path) -> Path:
-    """One stage without evaluations, checkpoints and samples, and of more steps than are made."""
+    """One stage without evaluations, checkpoints and samples, with more steps than needed."""
     if model == "small":
         import scaling
 
@@ -112,7 +112,7 @@ def recipe_of(model: str, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def beside(condition: str) -> Iterator[None]:
-    """Alone, or while another process counts."""
+    """A context manager: with another counting process if `condition` is busy."""
     other = subprocess.Popen([sys.executable, "-c", COUNTING]) if condition == "busy" else None
     try:
         yield
@@ -123,7 +123,7 @@ def beside(condition: str) -> Iterator[None]:
 
 
 def race(model: str, condition: str, rounds: int) -> list[Record]:
-    """A row of each contestant."""
+    """One row per contestant."""
     from common import spread, take_turns, workers
 
     rows: list[Record] = []
@@ -138,13 +138,13 @@ def race(model: str, condition: str, rounds: int) -> list[Record]:
 
 
 def alone(model: str, condition: str) -> list[Record]:
-    """A row of the command with one step and nothing chosen, as long as the patience lasts."""
+    """A row of the command with one step and no choice, for at most `PATIENCE` seconds."""
     with tempfile.TemporaryDirectory() as place, beside(condition):
         return [one_step(recipe_of(model, Path(place)), Path(place) / "alone")]
 
 
 def one_step(recipe: Path, folder: Path) -> Record:
-    # A spin count is the user's, so that nothing is chosen; this one is what GNU's OpenMP takes without one.
+    # A spin count set by the user turns the choice off; this one is the default of GNU's OpenMP.
     from common import spread
 
     environment = {**os.environ, "GOMP_SPINCOUNT": "300000"}
@@ -163,7 +163,7 @@ def kind(row: Record) -> tuple[str, str, str]:
 
 
 def ratios(rows: list[Record]) -> list[Record]:
-    """`chosen` by the clock: on a quiet machine over `default`, on a busy one over `passive`."""
+    """Wall time of `chosen`: on a quiet machine over `default`, on a busy one over `passive`."""
     wall = {kind(row): row["wall"]["median"] for row in rows if "wall" in row}
     return [
         {"model": model, "condition": condition, "over": over, "ratio": seconds / wall[model, condition, over]}

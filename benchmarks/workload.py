@@ -1,6 +1,6 @@
-"""The models and prompts that the benchmarks share: Llamas with random weights over the SmolLM2 tokenizer.
+"""Shared models and prompts of the benchmarks: Llamas with random weights and the SmolLM2 tokenizer.
 
-Random weights cost the same arithmetic as trained ones. Where the shape of the distribution matters (top-p), `peaked`
+Random weights cost the same arithmetic as trained ones. If the shape of the distribution matters (top-p), `peaked`
 scales the weights until the model is as sure of its next token as a trained one.
 """
 
@@ -89,7 +89,7 @@ def causal_lm(
 
 @torch.no_grad()
 def _make_peaked(model: Any, config: LlamaConfig) -> None:
-    """Logits of deviation PEAKED_LOGIT_STD, decided by the layers: tied embeddings alone would repeat the input."""
+    """Scale logits to deviation PEAKED_LOGIT_STD, dominated by the layers: tied embeddings alone repeat the input."""
     for layer in model.model.layers:
         for weight in (layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight, layer.self_attn.v_proj.weight):
             weight.mul_(10.0)
@@ -98,9 +98,9 @@ def _make_peaked(model: Any, config: LlamaConfig) -> None:
 
 
 def language_model(model: Any, tokenizer: Any, *, name: str = "model", autocast: bool = False) -> LanguageModel:
-    """For opd, without stop tokens: every response has its full length, so that all sides do equal work.
+    """The model for opd, without stop tokens: every response has its full length, so that all sides do equal work.
 
-    Every row of the output layer counts as a token, as for the peers, also those that the tokenizer has no text for.
+    Every row of the output layer counts as a token, as for the peers, also rows without text in the tokenizer.
     """
     lm = wrap(model, tokenizer, name=name, autocast=autocast)
     return replace(lm, stop_ids=frozenset(), vocabulary=model.config.vocab_size)

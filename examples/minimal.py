@@ -1,11 +1,11 @@
 """The whole of on-policy distillation in one file, with torch and transformers alone.
 
-    python examples/minimal.py                                                    a tiny pair made on the spot
-    python examples/minimal.py --student PATH --teacher PATH --prompts FILE       your models, one prompt a line
+    python examples/minimal.py                                                    a new tiny pair
+    python examples/minimal.py --student PATH --teacher PATH --prompts FILE       your models, one prompt per line
 
 The student writes, the teacher scores the student's own tokens, and the student descends the exact reverse KL,
-KL(student || teacher), at every one of them. The numbers of the stages in `distill` are those of the loop in
-`src/opd/train.py`, which does the same with other sources, teachers and signals, in pieces that can be exchanged.
+KL(student || teacher), at each of them. The numbered steps in `distill` are those of the loop in `src/opd/train.py`,
+which does the same with exchangeable sources, teachers and signals.
 
     shapes: B sequences, P prompt tokens, T response tokens, N trained tokens, V vocabulary
 """
@@ -24,23 +24,23 @@ def distill(student, teacher, tokenizer, prompts, options):
     sampling = sampling_of(student, tokenizer, options.max_completion_length)
     rng, history = random.Random(options.seed), []
     for step in range(options.steps):
-        # 1 Prompts. Text alone: nobody needs a reference answer.
+        # 1 Prompts. Text alone: no reference answers are needed.
         texts = rng.sample(prompts, k=min(options.batch, len(prompts)))
-        asked = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt").to(student.device)
+        inputs = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt").to(student.device)
 
-        # 2 Rollouts. The student writes, at temperature 1 and untruncated: the distribution that is trained.
-        ids = student.generate(**asked, generation_config=sampling)  # [B, P + T]
-        response = ids[:, asked.input_ids.shape[1] :]  # [B, T]
+        # 2 Rollouts. The student samples at temperature 1 without truncation, from the distribution that is trained.
+        ids = student.generate(**inputs, generation_config=sampling)  # [B, P + T]
+        response = ids[:, inputs.input_ids.shape[1] :]  # [B, T]
         mask = up_to_the_end(response, sampling.eos_token_id)  # [B, T] bool, True where a token is trained
 
-        # 3 What the teacher reads: the same prompt. Here is where a privileged context would be put before it.
-        attention = torch.cat([asked.attention_mask, mask.long()], dim=1)
+        # 3 The teacher's context: the same prompt. A privileged context would be added here.
+        attention = torch.cat([inputs.attention_mask, mask.long()], dim=1)
 
         # 4 The teacher scores the student's tokens: its whole distribution at each of them, without gradient.
         with torch.no_grad():
             teacher_logp = log_probs(teacher, ids, attention, response.shape[1], len(tokenizer))  # [B, T, V]
 
-        # 5 Credit and weight of each token. Plain distillation gives every trained token the same.
+        # 5 Credit and weight of each token. In plain distillation they are equal for all trained tokens.
         # 6 The one denominator: the trained tokens of the whole batch, counted before it is cut into micro-batches.
         count, kl = mask.sum(), 0.0
         for rows in torch.arange(len(ids), device=ids.device).split(options.micro_batch):
@@ -59,12 +59,12 @@ def distill(student, teacher, tokenizer, prompts, options):
         optimizer.step()
         optimizer.zero_grad()
 
-        # 10 The new weights go to whoever samples. Here the student samples for itself.
-        # 11 Write it down. The loss is the exact KL per token: it needs no estimate.
+        # 10 The sampler gets the new weights. Here the student itself samples.
+        # 11 Log. The loss is the exact KL per token, not an estimate.
         history.append(kl)
         if step % options.log_every == 0 or step == options.steps - 1:
-            said = tokenizer.decode(response[0][mask[0]], skip_special_tokens=True)
-            print(f"step {step:4d}   KL per token {kl:7.4f} nats   {texts[0]!r} -> {said!r}", flush=True)
+            answer = tokenizer.decode(response[0][mask[0]], skip_special_tokens=True)
+            print(f"step {step:4d}   KL per token {kl:7.4f} nats   {texts[0]!r} -> {answer!r}", flush=True)
         # 12 A checkpoint and an evaluation would come here.
     return history
 
@@ -72,7 +72,7 @@ def distill(student, teacher, tokenizer, prompts, options):
 def log_probs(model, ids, attention, length, vocabulary) -> Tensor:
     """Log-probabilities of the last `length` positions' tokens, [B, length, V], in float32.
 
-    Rows of the output layer beyond the tokenizer are padding, of a width that teacher and student may not share.
+    Rows of the output layer beyond the tokenizer are padding; teacher and student may have different numbers of them.
     """
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     out = model(input_ids=ids, attention_mask=attention, position_ids=positions, logits_to_keep=length + 1)
@@ -80,27 +80,27 @@ def log_probs(model, ids, attention, length, vocabulary) -> Tensor:
 
 
 def up_to_the_end(response, end) -> Tensor:
-    """True up to and including the first end-of-sequence token, [B, T]: the end is a token that the student wrote."""
+    """True up to and including the first end-of-sequence token, [B, T]; the student sampled that token, too."""
     ended = torch.isin(response, torch.tensor(end, device=response.device)).long()
     return ended.cumsum(1) - ended == 0
 
 
 def sampling_of(student, tokenizer, length) -> transformers.GenerationConfig:
-    """Plain sampling: a model's own defaults often cut the distribution (top-k, top-p, penalties)."""
+    """Plain sampling: a model's defaults often truncate the distribution (top-k, top-p, penalties)."""
     ends = {"eos_token_id": student.generation_config.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     student.generation_config = transformers.GenerationConfig(**ends)
     return transformers.GenerationConfig(do_sample=True, top_k=0, max_new_tokens=length, **ends)
 
 
 def tiny_pair(options):
-    """A teacher that has learned to sort letters, a smaller student that knows nothing, and prompts for both."""
+    """A teacher that has learned to sort letters, a smaller untrained student, and prompts for both."""
     rng = random.Random(options.seed)
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0, padding_side="left")  # every byte is a token
     teacher, student = tiny_llama(64, tokenizer), tiny_llama(48, tokenizer)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=3e-3)
-    for _ in range(options.teacher_steps):  # supervised: the teacher is the one who has seen answers
-        asked = ["".join(rng.choices("abcdef", k=4)) for _ in range(64)]
-        ids = tokenizer([f"{word}>{''.join(sorted(word))}" for word in asked], return_tensors="pt").input_ids
+    for _ in range(options.teacher_steps):  # supervised: only the teacher sees answers
+        words = ["".join(rng.choices("abcdef", k=4)) for _ in range(64)]
+        ids = tokenizer([f"{word}>{''.join(sorted(word))}" for word in words], return_tensors="pt").input_ids
         labels = ids.masked_fill(torch.arange(ids.shape[1]) < 5, -100)  # the prompt's five tokens are given
         teacher(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
@@ -115,16 +115,16 @@ def tiny_llama(width, tokenizer):
 
 
 def given_pair(options):
-    """Models and prompts of your own; prompts in the chat template, if the tokenizer has one."""
+    """Your models and prompts; prompts in the chat template, if the tokenizer has one."""
     tokenizer, theirs = (transformers.AutoTokenizer.from_pretrained(p) for p in (options.student, options.teacher))
     if tokenizer.get_vocab() != theirs.get_vocab():
-        raise ValueError("The tokenizers differ: token by token, these two models cannot be compared.")
+        raise ValueError("The tokenizers differ, so these two models cannot be compared token by token.")
     tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
     with open(options.prompts, encoding="utf-8") as file:
         prompts = [line.strip() for line in file if line.strip()]
     if tokenizer.chat_template is not None:
-        asked = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
     load = transformers.AutoModelForCausalLM.from_pretrained
     device = "cuda" if torch.cuda.is_available() else "cpu"
     student, teacher = (load(p, dtype=torch.float32).to(device) for p in (options.student, options.teacher))
@@ -134,7 +134,7 @@ def given_pair(options):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description="On-policy distillation with torch and transformers alone.")
     for name in ("student", "teacher", "prompts"):
-        parser.add_argument(f"--{name}", help="default: a tiny pair and its prompts, made on the spot")
+        parser.add_argument(f"--{name}", help="default: a new tiny pair and its prompts")
     numbers = {"steps": 100, "batch": 64, "micro-batch": 32, "max-completion-length": 8, "teacher-steps": 150}
     for name, default in {**numbers, "log-every": 10, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=int, default=default)

@@ -1,6 +1,6 @@
-"""Claims of the papers, rerun: one file a study, each a function `run(lab) -> Outcome`. The one registry.
+"""Claims of the papers, rerun: one file per study, each with a function `run(lab) -> Outcome`. This is their registry.
 
-A study's file has its claims in `judge`, thresholds as constants, and in `USE` what a user does with the results.
+A study's file has its claims in `judge`, thresholds as constants, and advice for users in `USE`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
 
 
 def study(name: str) -> Callable[[Lab], Outcome]:
-    """The study called `name`. Raises ConfigError for an unknown one."""
+    """The study `name`. Raises ConfigError for an unknown one."""
     if name not in STUDIES:
         raise ConfigError(f"There is no study {name!r}.{nearest(name, STUDIES)} Known: {', '.join(STUDIES)}.")
     return STUDIES[name]
@@ -76,7 +76,7 @@ def headline(name: str) -> str:
 
 
 def use(name: str) -> str:
-    """What a user does with the study's results, `USE` of its file. Raises ConfigError for an unknown study."""
+    """The study's advice for users, `USE` of its file. Raises ConfigError for an unknown study."""
     return _file(name).USE
 
 

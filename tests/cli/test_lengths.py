@@ -54,7 +54,7 @@ def test_no_prompt_has_room_for_a_whole_response():
     assert said == (
         "Stage 'distil': student would read 23 tokens in all, but has only 16 positions. 12 of 12 prompts are too long "
         "for responses of up to 20 tokens (sampling.max_completion_length); even the shortest has 4. Lower "
-        "sampling.max_completion_length to 13, or use a model that knows more positions."
+        "sampling.max_completion_length to 13, or use a model with more positions."
     )
     check_recipe(parse_recipe(recipe(knowing(16), sampling={"max_completion_length": 13})))
 
@@ -162,7 +162,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_correcte
             _command("train", one_stage())
     ended = _command("train", one_stage(steps=1))
     assert ended.code == 0, ended.err
-    assert "run: a run of another recipe was here that made no step; this one replaces it" in ended.out
+    assert "run: a run of another recipe that made no step was here; this run replaces it" in ended.out
     assert _command("train", one_stage(steps=2)).code == 1
 
 

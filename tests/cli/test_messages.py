@@ -250,7 +250,7 @@ def test_a_model_that_is_not_there(work: Path, path: str, parts: list[str]):
     [
         (None, ["There is no recipe at recipe.yml. Did you mean 'recipe.yaml'?", "path of a YAML file"]),
         ("name: [1\n", ["recipe.yml is not valid YAML", "line 2"]),
-        ("- name: x\n", ["recipe.yml is a list, and a recipe is a mapping with `models` and `stages`"]),
+        ("- name: x\n", ["recipe.yml is a list; a recipe is a mapping with `models` and `stages`"]),
         ("", ["recipe.yml is", "a recipe is a mapping with `models` and `stages`"]),
     ],
     ids=["missing", "broken", "list", "empty"],
@@ -311,7 +311,9 @@ def test_a_bad_override(no_weights: None, override: str, parts: list[str]):
 def test_a_short_override_of_several_stages(no_weights: None):
     recipe = changed(lambda r: r["stages"].append(stage(r) | {"name": "again"}))
     said = refusal(recipe, "steps=1")
-    assert_says(said, "'steps' belongs to a stage, and there are several", "stages.NAME.steps", "['distil', 'again']")
+    assert_says(
+        said, "'steps' belongs to a stage, and the recipe has several", "stages.NAME.steps", "['distil', 'again']"
+    )
 
 
 # --- data ------------------------------------------------------------------------------------------------------------
@@ -427,7 +429,7 @@ WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": Non
     [
         (
             {"method": "grpo", "teacher": None},
-            ["method 'grpo' needs", "several responses to a prompt: set sampling.n", "a reward: set the stage's `rew"],
+            ["method 'grpo' needs", "several responses per prompt: set sampling.n", "a reward: set the stage's `rew"],
         ),
         ({"teacher": None}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
         ({"teacher": "student"}, ["method 'reverse_kl' needs a teacher model: set the stage's `teacher`"]),
@@ -513,7 +515,7 @@ def test_a_support_larger_than_the_vocabulary(no_weights: None, what: str):
 def test_a_comparison_of_more_tokens_than_there_are(no_weights: None, what: str):
     said = refusal(one_stage(diagnostics={"every": 5, "k": 20}), what=what)
     size = len(CHARACTERS) + 2
-    assert_says(said, "ConfigError: A comparison looks at the k most likely tokens of each model: k is 20, and the")
+    assert_says(said, "ConfigError: A comparison uses the k most likely tokens of each model: k is 20, and the")
     assert_says(said, f"vocabulary has {size} tokens. Set diagnostics.k to a number in 1..{size}.")
 
 
@@ -607,7 +609,7 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint_kept(mine:
     sys.modules["mine"].calls = -100
     again = opd("train", recipe)
     assert again.code == 0, again.err
-    assert "distil: going on after step 2 of 6" in again.out
+    assert "distil: continuing after step 2 of 6" in again.out
     assert [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]
 
 

@@ -47,64 +47,72 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def kill(call: str, nth: int = 1, when: str = "before", like: str = "", goes_on: str = "") -> Any:
+def kill(call: str, nth: int = 1, when: str = "before", like: str = "", then: str = "") -> Any:
     """A kill, and the line that the second start has to show: going on from there, or nothing to go on from."""
     name = (
         f"{when} {call.removeprefix('opd.')}" + (f" of {like}" if like else "") + (f", call {nth}" if nth > 1 else "")
     )
-    return pytest.param(Strike(call=call, nth=nth, when=when, like=like), goes_on, id=name)
+    return pytest.param(Strike(call=call, nth=nth, when=when, like=like), then, id=name)
 
 
 # Stage `teach` has 4 steps, `distil` 8; checkpoints after every second one, evaluations of `distil` after every third.
 KILLS = [
-    kill("opd.loss.step.loss_of", 2, goes_on="teach: 4 steps"),
-    kill("opd.loss.step.loss_of", 4, goes_on="teach: going on after step 2 of 4"),
-    kill("opd.runs.export.language_model.save", 1, "after", goes_on="teach: going on after step 4 of 4"),
-    kill("opd.stage.folder.StageDir.mark_done", 1, goes_on="teach: going on after step 4 of 4"),
-    kill("opd.runs.build.teacher_by_rule", 2, goes_on="teach: done before\ndistil: 8 steps"),
-    kill("opd.stage.exams.exact_divergence", 1, goes_on="distil: after step 0"),
-    kill("opd.loss.step.loss_of", 5, goes_on="distil: after step 0"),
-    kill("opd.stage.exams.measure", 3, goes_on="distil: going on after step 2 of 8"),
-    kill("opd.stage.exams.exact_divergence", 2, goes_on="distil: going on after step 2 of 8"),
-    kill("opd.files.os.write", 1, "half", '"step": 5', goes_on="distil: going on after step 4 of 8"),
-    kill("opd.stage.folder.StageDir.append_timings", 9, goes_on="distil: going on after step 4 of 8"),
-    kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.runs.export.language_model.save", 2, goes_on="distil: going on after step 8 of 8"),
-    kill("opd.stage.folder.StageDir.mark_done", 2, goes_on="distil: going on after step 8 of 8"),
+    kill("opd.loss.step.loss_of", 2, then="teach: 4 steps"),
+    kill("opd.loss.step.loss_of", 4, then="teach: continuing after step 2 of 4"),
+    kill("opd.runs.export.language_model.save", 1, "after", then="teach: continuing after step 4 of 4"),
+    kill("opd.stage.folder.StageDir.mark_done", 1, then="teach: continuing after step 4 of 4"),
+    kill("opd.runs.build.teacher_by_rule", 2, then="teach: already done\ndistil: 8 steps"),
+    kill("opd.stage.exams.exact_divergence", 1, then="distil: after step 0"),
+    kill("opd.loss.step.loss_of", 5, then="distil: after step 0"),
+    kill("opd.stage.exams.measure", 3, then="distil: continuing after step 2 of 8"),
+    kill("opd.stage.exams.exact_divergence", 2, then="distil: continuing after step 2 of 8"),
+    kill("opd.files.os.write", 1, "half", '"step": 5', then="distil: continuing after step 4 of 8"),
+    kill("opd.stage.folder.StageDir.append_timings", 9, then="distil: continuing after step 4 of 8"),
+    kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", then="distil: continuing after step 2 of 8"),
+    kill("opd.runs.export.language_model.save", 2, then="distil: continuing after step 8 of 8"),
+    kill("opd.stage.folder.StageDir.mark_done", 2, then="distil: continuing after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [
-    kill("opd.stage.checkpoint.write_tensors", 1, "half", "distil", goes_on="distil: after step 0"),
-    kill("opd.stage.checkpoint.write_tensors", 2, "half", "distil", goes_on="distil: going on after step 2 of 8"),
-    kill("safetensors.torch.save", 8, goes_on="distil: after step 0"),  # the second group of its first checkpoint
-    kill("opd.stage.checkpoint.write_tensors", 2, "after", "distil", goes_on="distil: going on after step 2 of 8"),
-    kill("opd.stage.checkpoint.fsync_path", 2, "after", "distil/checkpoints", goes_on="distil: after step 0"),
+    kill("opd.stage.checkpoint.write_tensors", 1, "half", "distil", then="distil: after step 0"),
+    kill("opd.stage.checkpoint.write_tensors", 2, "half", "distil", then="distil: continuing after step 2 of 8"),
+    kill("safetensors.torch.save", 8, then="distil: after step 0"),  # the second group of its first checkpoint
+    kill("opd.stage.checkpoint.write_tensors", 2, "after", "distil", then="distil: continuing after step 2 of 8"),
+    kill("opd.stage.checkpoint.fsync_path", 2, "after", "distil/checkpoints", then="distil: after step 0"),
     kill(
         "opd.stage.checkpoint.fsync_path",
         3,
         "after",
         "distil/checkpoints",
-        goes_on="distil: going on after step 2 of 8",
+        then="distil: continuing after step 2 of 8",
     ),
     kill(
         "opd.stage.checkpoint.os.rename",
         3,
         "before",
         "distil/checkpoints",
-        goes_on="distil: going on after step 4 of 8",
+        then="distil: continuing after step 4 of 8",
     ),
     kill(
-        "opd.stage.checkpoint.os.rename", 3, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"
+        "opd.stage.checkpoint.os.rename",
+        3,
+        "after",
+        "distil/checkpoints",
+        then="distil: continuing after step 6 of 8",
     ),
     kill(
-        "opd.stage.checkpoint.os.rename", 4, "after", "distil/checkpoints", goes_on="distil: going on after step 6 of 8"
+        "opd.stage.checkpoint.os.rename",
+        4,
+        "after",
+        "distil/checkpoints",
+        then="distil: continuing after step 6 of 8",
     ),
-    kill("opd.stage.checkpoint.shutil.rmtree", 4, "before", "distil", goes_on="distil: going on after step 6 of 8"),
+    kill("opd.stage.checkpoint.shutil.rmtree", 4, "before", "distil", then="distil: continuing after step 6 of 8"),
 ]
 
 
-@pytest.mark.parametrize(("strike", "goes_on"), [*KILLS, *WRITING_A_CHECKPOINT])
+@pytest.mark.parametrize(("strike", "then"), [*KILLS, *WRITING_A_CHECKPOINT])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(
-    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike, goes_on: str
+    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike, then: str
 ):
     folder = prepare(tmp_path / "work", two_stages())
     assert forks.start(folder, *TRAIN, strike=strike).code == -signal.SIGKILL
@@ -113,10 +121,10 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
 
     again = forks.start(folder, *TRAIN)
     assert again.code == 0, again.err
-    assert goes_on in again.out
+    assert then in again.out
     assert_same(folder / "run", uninterrupted / "run")
     if before is not None:
-        assert "teach: done before" in again.out
+        assert "teach: already done" in again.out
         assert done.stat().st_mtime_ns == before
 
 
@@ -126,7 +134,7 @@ def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, unin
         assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
     again = start(folder, *TRAIN)
     assert again.code == 0, again.err
-    assert "distil: going on after step 6 of 8" in again.out
+    assert "distil: continuing after step 6 of 8" in again.out
     assert_same(folder / "run", uninterrupted / "run")
 
 
@@ -208,9 +216,9 @@ def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
     folder = prepare(tmp_path / "work", two_stages())
     stopped = forks.start(folder, *TRAIN, strike=strike)
     assert stopped.code == 130
-    assert "Stopping after this step; once more to stop at once." in stopped.out
+    assert "Stopping after this step; press Ctrl-C again to stop at once." in stopped.out
     assert "Stopped after step 3 of 8 of stage 'distil'; everything is saved." in stopped.err
-    assert "The same command goes on from there." in stopped.err
+    assert "The same command continues from there." in stopped.err
     assert "Traceback" not in stopped.err
     saved = checkpoint.latest(folder / "run/distil/checkpoints")
     assert saved is not None
@@ -218,7 +226,7 @@ def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
 
     again = forks.start(folder, *TRAIN)
     assert again.code == 0, again.err
-    assert "distil: going on after step 3 of 8" in again.out
+    assert "distil: continuing after step 3 of 8" in again.out
     assert_same(folder / "run", uninterrupted / "run")
 
 
@@ -280,7 +288,7 @@ def test_a_finished_run_started_again_prints_its_report_and_does_nothing(finishe
     before = modified(finished / "run")
     again = command(*TRAIN)
     assert again.code == 0, again.err
-    assert "teach: done before\ndistil: done before" in again.out
+    assert "teach: already done\ndistil: already done" in again.out
     assert "held-out prompts" in again.out
     assert "greedy: reward" in again.out
     assert 'AutoModelForCausalLM.from_pretrained("run/distil/model")' in again.out
@@ -376,10 +384,10 @@ def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on_when
     assert stopped.code == 1
     assert "The checkpoint of step 4 could not be written" in stopped.err
     assert "No space left on device" in stopped.err
-    assert "step_000002 is complete and as it was" in stopped.err
+    assert "step_000002 is complete and unchanged" in stopped.err
     assert "it continues from step 2" in stopped.err
 
     again = command(*TRAIN)
     assert again.code == 0, again.err
-    assert "distil: going on after step 2 of 8" in again.out
+    assert "distil: continuing after step 2 of 8" in again.out
     assert_same(fresh / "run", uninterrupted / "run")

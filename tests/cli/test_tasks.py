@@ -228,7 +228,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
     assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
     again = forks.start(folder, *TRAIN)
     assert again.code == 0, again.err
-    assert "going on after step" in again.out
+    assert "continuing after step" in again.out
     assert_same(folder / "run", runs[name] / "run")
 
 
@@ -328,20 +328,20 @@ def refused(work: Path, change: Callable[[dict[str, Any]], Any], what: str = "ch
 REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     "data and tasks": (
         lambda s: s.update(data={"path": "train.jsonl"}),
-        ["stage 'distil': it has `tasks`, and `data` of its own, which nothing reads: each task has its own."],
+        ["stage 'distil': it has `tasks` and also `data`, which nothing reads: each task has its own."],
     ),
     "a teacher and a reward of the stage": (
         lambda s: s.update(teacher="adder", reward={"name": "exact"}),
-        ["it has `tasks`, and `teacher` and `reward` of its own", "into the tasks (tasks.sums), or remove `tasks`"],
+        ["it has `tasks` and also `teacher` and `reward`", "into the tasks (tasks.sums), or remove `tasks`"],
     ),
     "neither data nor tasks": (
         lambda s: (s.pop("evaluate"), s.update(tasks={}, data=None)),
-        ["it has neither `data` nor `tasks`, so there are no prompts"],
+        ["it has neither `data` nor `tasks`, so it has no prompts"],
     ),
     "no data at all": (lambda s: (s.pop("evaluate"), s.pop("tasks")), ["`stages.0.data` is missing"]),
     "an order of nothing": (
         lambda s: (s.pop("evaluate"), s.pop("tasks"), s.update(task_order="mixed", data={"path": "train.jsonl"})),
-        ["`task_order` is about `tasks`, and there are none"],
+        ["`task_order` needs `tasks`, and the stage has none"],
     ),
     "another order": (lambda s: s.update(task_order="mix"), ["`stages.0.task_order`", "'alternate' or 'mixed'"]),
     "a task without a teacher": (
@@ -389,7 +389,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "an evaluation of nothing": (
         lambda s: [task.pop("evaluate") for task in s["tasks"].values()],
-        ["`evaluate` holds what the evaluations of its tasks share, and no task has one"],
+        ["`evaluate` holds shared settings of its tasks' evaluations, and no task has one"],
     ),
     "an evaluation that is none": (lambda s: s.update(evaluate=5), ["`stages.0.evaluate`", "(got 5)"]),
     "a reward that is missing": (
@@ -409,15 +409,15 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
             [task.pop("evaluate") for task in s["tasks"].values()],
             s["tasks"]["echo"]["sampling"].update(n=1),
         ),
-        ["Stage 'distil', task 'echo': method 'grpo' needs several responses to a prompt"],
+        ["Stage 'distil', task 'echo': method 'grpo' needs several responses per prompt"],
     ),
     "a gradient of another temperature": (
         lambda s: (s.update(method="opd"), s["tasks"]["echo"]["sampling"].update(temperature=0.5)),
-        ["Stage 'distil', task 'echo': method 'opd' is a policy gradient. Its responses are drawn at temperature 0.5"],
+        ["Stage 'distil', task 'echo': method 'opd' is a policy gradient.", "are sampled at temperature 0.5"],
     ),
     "a pass@k without responses": (
         lambda s: s["tasks"]["echo"]["evaluate"].update(pass_at=[4]),
-        ["Stage 'distil', task 'echo': evaluate.pass_at asks for pass@4"],
+        ["Stage 'distil', task 'echo': evaluate.pass_at has pass@4"],
     ),
 }
 
@@ -437,7 +437,7 @@ def test_a_row_that_names_another_teacher_than_its_task(work: Path):
         "DataError: Stage 'distil', task 'echo': 2 of 3 prompts have another `teacher_id` (prompt 1: 'adder')"
         in message
     )
-    assert "than the teacher 'parrot' that would score them. Give each teacher's prompts a task" in message
+    assert "than the teacher 'parrot' that would score them. Give each teacher's prompts their own task" in message
 
 
 def test_teachers_with_another_tokenizer_are_refused_by_name(work: Path):
@@ -472,7 +472,7 @@ def test_prompts_given_in_python_have_ids_of_their_own(work: Path):
 
 def test_prompts_given_in_python_and_tasks_are_two_answers(work: Path):
     tasks = {"a": {"data": {"path": "train.jsonl"}}}
-    with pytest.raises(ConfigError, match=r"it has `tasks`, and `data` and `teacher` of its own"):
+    with pytest.raises(ConfigError, match=r"it has `tasks` and also `data` and `teacher`"):
         opd.distill(student="./nowhere", teacher="./nowhere", prompts=["1+1="], steps=1, tasks=tasks, quiet=True)
 
 
@@ -487,8 +487,8 @@ def test_the_rows_of_a_file(work: Path):
 def test_the_doctor_looks_at_one_task(work: Path):
     recipe = parse_recipe(two_tasks())
     spec = stage_to_examine(recipe, "distil", Given(), "echo")
-    assert (spec.teacher, spec.tasks, list(spec.parts)) == (recipe.stages[0].tasks["echo"].teacher, {}, [None])
-    with pytest.raises(ConfigError, match=r"has the tasks .*, each a pair of its own\. Choose one with --task\."):
+    assert (spec.teacher, spec.tasks, list(spec.by_task)) == (recipe.stages[0].tasks["echo"].teacher, {}, [None])
+    with pytest.raises(ConfigError, match=r"has the tasks .*, examined one by one\. Choose one with --task\."):
         stage_to_examine(recipe, "distil", Given())
     with pytest.raises(ConfigError, match=r"has the tasks .*; got --task ech\. Did you mean 'echo'\?"):
         stage_to_examine(recipe, "distil", Given(), "ech")

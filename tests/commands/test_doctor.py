@@ -67,7 +67,7 @@ def test_another_chat_template_goes_with_a_change_that_names_its_key():
     template = finding(report, "tokens/template")
     assert template.level == "change"
     assert "models.student.chat_template" in template.remedy
-    assert "16 of 16 prompts are rendered otherwise for the teacher" in template.says
+    assert "16 of 16 prompts are rendered differently for the teacher" in template.says
     assert "2604.13016 section 5.2" in template.study
 
 
@@ -78,7 +78,7 @@ def test_an_ending_that_the_teacher_never_writes_stops():
     assert report.verdict == "stop", as_text(report)
     endings = finding(report, "tokens/endings")
     assert endings.level == "change"
-    assert "The teacher ends its turn with '<end>', and the student's response goes on after it" in endings.says
+    assert "The teacher ends its turn with '<end>', and the student's response continues after it" in endings.says
     assert "sampling.stop" in endings.remedy
     special = finding(report, "signal/special_tokens")
     assert special.level == "stop"
@@ -122,7 +122,7 @@ def test_information_of_the_instance_stops(reader):
     assert disagreement.numbers["share"] > 0.5
     assert transfer.level == "stop"
     assert transfer.numbers["own_gain"] > 0.5 > transfer.numbers["other_gain"]
-    assert "it knows the answer, not how to find it" in transfer.says
+    assert "the teacher knows the answer, not how to find it" in transfer.says
     for found in (disagreement, transfer):
         assert "options.system" in found.remedy
         assert "2605.11182 eq. 10-11" in found.study

@@ -17,7 +17,7 @@ from support.runs import command, one_stage, prepare, self_taught, two_stages
 
 from opd.commands.doctor import bias, cost, examine, headroom, information, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, as_json, as_text, skipped, verdict
-from opd.commands.doctor.subject import SAMPLES, Pair, stage_to_examine
+from opd.commands.doctor.subject import SAMPLES, Subject, stage_to_examine
 from opd.errors import ConfigError
 from opd.evaluation.compare import compare
 from opd.evaluation.continuation import Depth, Transitions
@@ -38,7 +38,7 @@ def models() -> tuple[LanguageModel, LanguageModel]:
 
 
 @pytest.fixture(scope="module")
-def pair(models) -> Pair:
+def pair(models) -> Subject:
     return pair_of(*models, sums(6))
 
 
@@ -146,8 +146,8 @@ def test_what_ends_a_turn():
     found = tokenizers.endings(side(student), side(teacher), chat=True)
     assert found.level == "change"
     assert found.says == (
-        "The teacher ends its turn with '<end>', and the student's response goes on after it. The student ends its "
-        "response with '<eos>', which ends none of the teacher's."
+        "The teacher ends its turn with '<end>', and the student's response continues after it. The student ends its "
+        "response with '<eos>', which does not end the teacher's."
     )
     assert "sampling.stop to ['<end>']" in found.remedy
     bare = chatting("teacher", seed=0, template=CHAT.replace("END", ""))
@@ -166,7 +166,7 @@ def test_markers_that_are_cut_otherwise_are_named():
     assert found.numbers["markers_cut_otherwise"] == ["<think>"]
     assert found.numbers["responses_cut_otherwise"] == 1
     assert (
-        "'<think>' is ['<', 't', 'h', 'i', 'n', 'k', '>'] to the student and ['<think>'] to the teacher" in found.says
+        "'<think>' is ['<', 't', 'h', 'i', 'n', 'k', '>'] for the student and ['<think>'] for the teacher" in found.says
     )
     assert "options.mask_tokens: ['<think>']" in found.remedy
 
@@ -186,7 +186,7 @@ def test_scores_of_other_tokens_are_found_out(pair):
     moved = [replace(r, policy_logp=torch.roll(r.policy_logp, 1)) for r in pair.rollouts]
     found = signal.self_test(replace(pair, rollouts=moved))
     assert found.level == "stop"
-    assert "scores do not belong to the tokens that were written" in found.says
+    assert "scores are not those of the sampled tokens" in found.says
 
 
 def test_a_teacher_that_changes_its_mind_is_found_out(pair, monkeypatch):
@@ -218,7 +218,7 @@ def test_a_teacher_that_agrees_has_nothing_to_teach(models):
     twin = pair_of(student, student, sums(4))
     found = signal.strength(twin, signal.compared(twin))
     assert found.level == "stop"
-    assert "says what the student says already" in found.says
+    assert "predicts what the student predicts already" in found.says
     assert bias.truncation(twin).level == "skipped"
 
 
@@ -240,7 +240,7 @@ def test_where_the_signal_fades(pair):
     step = torch.arange(64)
     columns = {name: torch.ones(64) for name in ("reverse_kl",)}
     flat = replace(comparison, step=step, **columns)
-    assert signal.by_position(flat).says.endswith("alive to the end.")
+    assert signal.by_position(flat).says.endswith("not faded at the end.")
     faded = replace(flat, reverse_kl=torch.where(step < 32, 1.0, 0.01))
     found = signal.by_position(faded)
     assert found.numbers["faded_from"] == 32
@@ -283,7 +283,7 @@ def test_how_the_teacher_ends_is_read_from_its_own_responses(pair):
     assert special_tokens.ends_alike(talks) == 1.0
 
 
-def chain(pair: Pair) -> LanguageModel:
+def chain(pair: Subject) -> LanguageModel:
     """A model that says one more character after = and ends."""
     from support.models import chain as chained
 
@@ -365,7 +365,7 @@ def depth(at: int, gain: float) -> Depth:
 @pytest.mark.parametrize(
     ("gains", "wanted", "limit"),
     [
-        ([0.4, 0.3, 0.2], 10, None),  # alive to the end
+        ([0.4, 0.3, 0.2], 10, None),  # not faded at the end
         ([0.4, 0.3, 0.01], 10, 300),  # gone behind 300
         ([0.4, 0.0, 0.01], 10, 200),
         ([0.4, 0.0, 0.2], 10, None),  # it comes back
@@ -399,7 +399,7 @@ def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
     assert all(rollout.prompt.answer is not None for rollout in judgement.student)  # held-out prompts
     assert len(judgement.student) == len(judgement.teacher) == 4 * SAMPLES
     found = information.transfer(replace(privileged_pair(models[0]), held_out=held_out, reward=None), judgement)
-    assert found.says == "Rewards are of held-out prompts, whose privileged information is not the stage's."
+    assert found.says == "Rewards were measured on held-out prompts, and this check needs the stage's prompts."
     answered = replace(pair_of(*models, sums(4), reward=None), held_out=held_out)
     own = headroom.judged(answered)
     assert isinstance(own, headroom.Judged)
@@ -410,7 +410,7 @@ def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
     )
 
 
-def privileged_pair(student: LanguageModel) -> Pair:
+def privileged_pair(student: LanguageModel) -> Subject:
     """A student that is its own teacher, with a fact about each prompt and no answer."""
     rows = [Prompt(id=i, content=f"{i}+1=", privileged_context=c) for i, c in enumerate("7890")]
     options = {"template": "{privileged_context}{prompt}", "k": None}
@@ -440,8 +440,8 @@ def test_a_small_sample_that_cannot_tell_asks_for_more(pair):
 def test_what_a_limit_cuts():
     lm = characters("student", seed=0)
     rows = [rollout_of(lm, sums(1)[0], [5] * n) for n in (2, 6, 8)]
-    assert headroom.share_behind(rows, 6) == pytest.approx(2 / 16)
-    assert headroom.share_behind(rows, 8) == 0.0
+    assert headroom.share_after(rows, 6) == pytest.approx(2 / 16)
+    assert headroom.share_after(rows, 8) == 0.0
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.9, 9), (0.5, 5), (1.0, 10), (0.01, 1)])
@@ -471,7 +471,8 @@ def test_disagreement_is_bounded_by_the_loss(models):
     assert information.disagreement(plain).level == "skipped"
     alone = replace(chosen, rollouts=chosen.rollouts[:1])
     assert (
-        information.disagreement(alone).says == "Privileged information is compared between prompts, and there is one."
+        information.disagreement(alone).says
+        == "Privileged information is compared between prompts, and there is only one prompt."
     )
 
 
@@ -552,14 +553,14 @@ def test_a_model_that_is_yet_to_be_made_is_named(work):
     prepare(work, two_stages())
     ended = command("doctor", "recipe.yaml")
     assert ended.code == 2
-    assert "begins with model 'teacher' as stage 'teach' leaves it" in ended.err
+    assert "begins with model 'teacher' from stage 'teach'" in ended.err
     assert "Run `opd train` until that stage is done" in ended.err
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--prompts", "0"], "looks at a sample of the prompts, at least 1; got --prompts 0."),
+        (["--prompts", "0"], "examines a sample of at least 1 prompt; got --prompts 0."),
         (["--stage", "x"], "There is no stage 'x' in tiny. Its stages: distil."),
         (["steps=0"], "`stages.0.steps`"),
     ],

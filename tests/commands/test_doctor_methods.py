@@ -12,7 +12,7 @@ from support.models import tiny
 
 from opd.commands.doctor import bias, headroom, information, signal
 from opd.commands.doctor.findings import Report
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.models.loading import character_tokenizer
@@ -65,7 +65,7 @@ def test_a_reward_beside_the_signal_is_seen_in_whole_groups(models):
 # --- away from the teacher -------------------------------------------------------------------------------------------
 
 
-def away(reader: LanguageModel, right: int | None, **options: Any) -> Pair:
+def away(reader: LanguageModel, right: int | None, **options: Any) -> Subject:
     """A pair of a method that drives away, of whose responses that of number `right` is right."""
     settings = {"template": SHOWN, "solution": None, **options}
     chosen = pair_of(reader, None, letters(4), method="anti_sd", options=settings, sampling=GROUP, reward=EXACT)
@@ -105,14 +105,14 @@ def test_a_method_that_drives_away_is_not_asked_for_a_better_teacher(reader):
     assert said["signal/strength"] == said["cost/step"] == "ok"
     for name in ("signal/overlap", "signal/bias", "headroom/accuracy", "information/disagreement"):
         assert said[name] == "skipped"
-        assert "drives the student away from its teacher" in finding(report, name).says
+        assert "maximises the divergence from its teacher" in finding(report, name).says
 
 
 def test_without_a_solution_the_reward_alone_is_left_which_is_a_change_and_no_stop(reader):
     chosen = away(reader, right=None)
     found = signal.strength(chosen, signal.compared(chosen))
     assert (found.level, found.numbers["reverse_kl"]) == ("change", 0.0)
-    assert "what is left is the reward" in found.says
+    assert "the method has no divergence to increase" in found.says
     assert "sampling.n" in found.remedy
     solved = away(reader, right=1)
     assert signal.strength(solved, signal.compared(solved)).level == "ok"
@@ -136,8 +136,7 @@ def test_a_teacher_that_reads_the_attempt_has_no_responses_of_its_own(reader, te
     assert said["signal/strength"] == said["cost/step"] == "ok"
     for name in ("headroom/accuracy", "headroom/continuation", "information/transfer"):
         assert (
-            finding(report, name).says
-            == "The teacher reads the response that it scores, and so has no responses of its own."
+            finding(report, name).says == "The teacher reads the response that it scores, so it cannot write its own."
         )
         assert said[name] == "skipped"
     assert said["information/disagreement"] == "skipped"
@@ -165,12 +164,12 @@ def test_no_judge_is_asked_and_the_step_is_made_without_its_reward(models):
     said = levels(report)
     assert said["cost/step"] == "ok"
     assert said["signal/bias"] == said["headroom/accuracy"] == "skipped"
-    assert "asks a judge, the doctor asks none" in finding(report, "headroom/accuracy").says
+    assert "needs a judge, which the doctor does not call" in finding(report, "headroom/accuracy").says
 
 
 def test_a_teacher_that_reads_the_judges_word_is_refused_with_what_to_do(reader, models):
     both = {"student": reader, "teacher": models["teacher"]}
-    with pytest.raises(ConfigError, match=r"asks a judge, and the doctor asks none.*`stages\.distil\.reward="):
+    with pytest.raises(ConfigError, match=r"needs a judge, which the doctor does not call.*`stages\.distil\.reward="):
         diagnosis(
             both, letters(), method="anti_sd", options={"template": SHOWN}, teacher=None, sampling=GROUP, reward=JUDGED
         )

@@ -293,7 +293,7 @@ def test_a_run_goes_on_with_any_number_of_processes(
     folder = stopped_in_the_middle(runs / before / number, tmp_path / "work")
     again = forks.start(folder, "train", "recipe.yaml", processes=after)
     assert again.code == 0, again.err
-    assert again.out.count("distil: going on after step 10 of 20") == 1
+    assert again.out.count("distil: continuing after step 10 of 20") == 1
     assert_equal_runs(runs / "one" / number, folder)
     if after == 2 and before == "two":  # with the same number, byte for byte
         metrics = "run/distil/metrics.jsonl"
@@ -315,8 +315,8 @@ def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path:
     process.send_signal(signal.SIGINT)  # torchrun passes it on to its processes
     stopped = ended(process)
     assert stopped.code != 0
-    assert stopped.out.count("Stopping after this step; once more to stop at once.") == 1
-    assert stopped.err.count("of stage 'distil'; everything is saved. The same command goes on from there.") == 1
+    assert stopped.out.count("Stopping after this step; press Ctrl-C again to stop at once.") == 1
+    assert stopped.err.count("of stage 'distil'; everything is saved. The same command continues from there.") == 1
     last = checkpoint.latest(folder / "run/distil/checkpoints")
     assert last is not None
     step = checkpoint.load(last).step
@@ -324,7 +324,7 @@ def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path:
     assert metrics.read_text().count("\n") == step
     again = forks.start(folder, "train", "recipe.yaml", processes=2)
     assert again.code == 0, again.err
-    assert f"distil: going on after step {step} of 20" in again.out
+    assert f"distil: continuing after step {step} of 20" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
@@ -337,7 +337,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs
     assert "Connection" not in failed.err
     again = forks.start(folder, "train", "recipe.yaml", processes=2)
     assert again.code == 0, again.err
-    assert "distil: going on after step 10 of 20" in again.out
+    assert "distil: continuing after step 10 of 20" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
@@ -345,7 +345,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs
     ("strike", "goes_on"),
     [
         (Strike(call="opd.loss.step.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
-        (Strike(call="safetensors.torch.save", nth=5), "distil: going on after step 10 of 20"),
+        (Strike(call="safetensors.torch.save", nth=5), "distil: continuing after step 10 of 20"),
     ],
     ids=["in a step", "writing its shard of the second checkpoint"],
 )

@@ -212,12 +212,12 @@ def test_the_same_seed_gives_the_same_continuations(lm: LanguageModel):
 
 def test_what_cannot_be_probed_is_refused(lm: LanguageModel):
     teacher, rollouts = teacher_of(lm), student_rollouts(lm)
-    with pytest.raises(DataError, match="needs responses of the student to cut, and there is none"):
+    with pytest.raises(DataError, match="needs responses of the student, and got none"):
         continuation(teacher, [], [1], ends_with_h, sampling=GREEDY)
     for bad in ([1.5], [-1], [True], []):
         with pytest.raises(ConfigError, match=r"A depth is a number of tokens .* or a share .*; got"):
             continuation(teacher, rollouts, bad, ends_with_h, sampling=GREEDY)
-    with pytest.raises(ConfigError, match=r"one continuation a prefix, and sampling\.n is 2"):
+    with pytest.raises(ConfigError, match=r"one continuation per prefix, and sampling\.n is 2"):
         continuation(teacher, rollouts, [1], ends_with_h, sampling=replace(GREEDY, n=2))
     with pytest.raises(ConfigError, match=r"the reward gave 0\.3 on prompt 0. Use a reward that is 0 or 1"):
         continuation(teacher, rollouts, [1], as_reward(lambda prompt, response: 0.3), sampling=GREEDY)

@@ -115,10 +115,10 @@ def test_the_mean_is_over_tokens_not_over_responses(judge: LanguageModel):
 def test_what_has_no_disagreement_is_refused(judge: LanguageModel):
     teacher, (prompt, other) = teacher_of(judge), prompts_of("ab", "c")
     rollout = rollout_of(judge, prompt, [3, 4])
-    with pytest.raises(ConfigError, match=r"contexts of one prompt, and 1 was given.*prompt 0.*at least two"):
+    with pytest.raises(ConfigError, match=r"contexts of one prompt, and prompt 0 has 1:.*at least two"):
         disagreement(teacher, rollout, [prompt])
     masked = replace(rollout, trained=torch.zeros(2, dtype=torch.bool))
     with pytest.raises(ConfigError, match=r"response to prompt 0 has no trained token"):
         disagreement(teacher, masked, [prompt, other])
-    with pytest.raises(ConfigError, match=r"needs at least one response, and there is none"):
+    with pytest.raises(ConfigError, match=r"needs at least one response, and got none"):
         mean_disagreement(teacher, [], [])

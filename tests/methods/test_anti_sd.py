@@ -445,7 +445,7 @@ def test_responses_without_any_solution_are_counted(work: Path):
     ("settings", "message"),
     [
         ({"reward": None}, r"needs a reward"),
-        ({"sampling": {"max_completion_length": 3}}, r"needs several responses to a prompt"),
+        ({"sampling": {"max_completion_length": 3}}, r"needs several responses per prompt"),
         ({"teacher": "student"}, r"the student is its own teacher"),
         (
             {"evaluate": {"data": {"path": "held_out.jsonl"}, "teacher": True}},
@@ -456,7 +456,7 @@ def test_responses_without_any_solution_are_counted(work: Path):
                 "reward": {"name": "rubric", "options": {"column": "answer"}, "judge": {"function": "textwrap:dedent"}},
                 "evaluate": {"data": {"path": "held_out.jsonl"}, "kl": True, "reward": None},
             },
-            r"evaluate.kl compares with a teacher that reads the rewards .* Set evaluate.reward to one that checks",
+            r"evaluate.kl compares with a teacher that reads the rewards .* Set evaluate.reward to one that scores",
         ),
     ],
 )

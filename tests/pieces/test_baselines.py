@@ -126,7 +126,7 @@ def test_entries_that_do_not_exist_and_an_empty_support_are_worth_nothing():
             r"drawn with top_p 0.9 and top_k 0, .* biases a baseline\. .* Set sampling.top_p to 1",
         ),
         ({"top_k": 5}, r"drawn with top_p 1.0 and top_k 5, .*Set sampling.top_p to 1 and sampling.top_k to 0"),
-        ({"temperature": 0.7}, r"drawn at temperature 0.7 and scored at 1.0: the gradient would be biased"),
+        ({"temperature": 0.7}, r"sampled at temperature 0.7 and scored at 1.0: the gradient would be biased"),
     ],
 )
 def test_rollouts_for_which_the_baseline_is_biased_are_refused(sampling: dict, message: str):

@@ -207,7 +207,7 @@ def test_right_peers_may_be_the_solutions_and_who_has_none_is_counted(work: Path
     run = opd.run(recipe, quiet=True)
     assert [row["context/unsolved"] for row in run.metrics] == [3.0, 3.0], "one of two prompts, and nobody is right"
     recipe["stages"][0]["sampling"] = {"n": 1}
-    with pytest.raises(ConfigError, match="needs several responses to a prompt"):
+    with pytest.raises(ConfigError, match="needs several responses per prompt"):
         opd.run(recipe, quiet=True)
 
 

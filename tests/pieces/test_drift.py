@@ -544,8 +544,8 @@ def recipe(**stage: Any) -> Any:
 def test_a_budget_above_the_longest_response_is_refused():
     with pytest.raises(
         ConfigError,
-        match=r"'prune_opd' has a budget of up to 12288 tokens a response, and sampling.max_completion_length is 256. "
-        r"Set that to 12288, or lower the largest budget",
+        match=r"'prune_opd' has a budget of up to 12288 tokens per response, and sampling.max_completion_length is "
+        r"256. Set it to 12288, or lower the largest budget",
     ):
         check_recipe(recipe())
     check_recipe(recipe(options={"k": 4, **BUDGET}, sampling={"max_completion_length": 10}))
@@ -555,8 +555,8 @@ def test_a_budget_above_the_longest_response_is_refused():
 def test_a_first_look_behind_the_longest_response_is_refused():
     with pytest.raises(
         ConfigError,
-        match=r"'prune_opd' the teacher looks at a response every 256 tokens, and sampling.max_completion_length is "
-        r"256: no response would end sooner. Lower `every`",
+        match=r"'prune_opd' the teacher scores a response every 256 tokens, and sampling.max_completion_length is "
+        r"256: no response would end early. Lower `every`",
     ):
         check_recipe(recipe(options={"k": 4, "stop": "rollout"}))
 

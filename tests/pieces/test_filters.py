@@ -307,7 +307,7 @@ def test_only_what_passes_is_learned_and_counted(work: Path):
 
 
 def test_a_step_in_which_nothing_passes_makes_no_update(work: Path):
-    fails = re.escape("made no update: in all of its 3 steps no response passed what the method keeps")
+    fails = re.escape("made no update: in all of its 3 steps no response passed the method's filter")
     with pytest.raises(TrainingError, match=fails):
         distilled(lambda prompt, text: 0.0, output_dir="none", checkpoint={"every": 1})
     metrics = [json.loads(line) for line in next(Path("none").rglob("metrics.jsonl")).read_text().splitlines()]
@@ -338,7 +338,7 @@ def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path, capsys: pytes
         "calls = 0\n\n\ndef late(prompt, text):\n    global calls\n    calls += 1\n    return float(calls > 8)\n"
     )
     whole = opd.run(recipe)
-    assert "2 of 4 steps made no update, because a filter left nothing of them" in capsys.readouterr().out
+    assert "2 of 4 steps made no update, because no response passed the method's filter" in capsys.readouterr().out
     assert [row["train/update_skipped"] for row in whole.metrics] == [1.0, 1.0, 0.0, 0.0]
     folder = next(Path("run").rglob("step_000002")).parent
     for later in ("step_000003", "step_000004"):

@@ -155,7 +155,7 @@ def test_a_name_is_looked_for_before_a_number():
         ("=5", "got '=5'"),
         ("stages.tow.steps=5", "Override stages.tow: no such entry. Did you mean 'two'? There are ['one', 'two']."),
         ("stages.2.steps=5", "Override stages.2: no such entry. There are ['one', 'two']."),
-        ("steps=5", "'steps' belongs to a stage, and there are several: write stages.NAME.steps"),
+        ("steps=5", "'steps' belongs to a stage, and the recipe has several: write stages.NAME.steps"),
         ("optimizer.eps=1", "write stages.NAME.optimizer.eps (NAME of ['one', 'two'])"),
         ("seed.x=5", "Override seed"),
         ("name.x.y=5", "Override name.x: 'tiny' is a value and has no keys."),
@@ -235,10 +235,10 @@ def test_an_unknown_key_of_the_file_is_not_looked_for_in_the_stage():
         ("optimizer.lr=1e-5", "unknown key `stages.0.optimizer.lr`. Here it is `optimizer.learning_rate`."),
         ("stages.one.batch_size=8", "unknown key `stages.0.batch_size`. Here it is `prompts_per_step`"),
         ("sampling.max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
-        ("gradient_accumulation_steps=8", "There is none: `prompts_per_step` is the whole step"),
-        ("num_train_epochs=3", "There is none: `steps` says how long"),
+        ("gradient_accumulation_steps=8", "No such key: `prompts_per_step` is the whole step"),
+        ("num_train_epochs=3", "No such key: `steps` says how long"),
         ("model_name_or_path=x", "Here it is `models.NAME.path`"),
-        ("kl_coef=0.1", "There is none: what weighs a divergence"),
+        ("kl_coef=0.1", "No such key: the weight of a divergence"),
     ],
 )
 def test_what_other_trainers_call_a_key(override: str, said: str):
@@ -325,7 +325,7 @@ def test_a_model_that_an_earlier_stage_leaves():
     both = [stage("one"), stage("two", teacher="taught")]
     assert parse_recipe(recipe(*both, models=models)).stage("two").teacher == "taught"
     message = refused(recipe(*reversed(both), models=models))
-    assert "stage 'two': model 'taught' is what stage 'one' leaves, and no such stage comes before this one." in message
+    assert "stage 'two': model 'taught' comes from stage 'one', and no such stage comes before this one." in message
     itself = recipe(stage("one", train="taught"), models=models)
     assert "no such stage comes before" in refused(itself)
 
@@ -333,7 +333,7 @@ def test_a_model_that_an_earlier_stage_leaves():
 def test_the_time_of_an_earlier_stage():
     assert parse_recipe(recipe(stage("one"), stage("two", seconds_of="one"))).stage("two").seconds_of == "one"
     message = refused(recipe(stage("one", seconds_of="two"), stage("two")))
-    assert "stage 'one': `seconds_of: two` is no earlier stage. Earlier ones: []." in message
+    assert "stage 'one': `seconds_of: two` names no earlier stage. Earlier: []." in message
 
 
 # --- the resolved recipe ---------------------------------------------------------------------------------------------

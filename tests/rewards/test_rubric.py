@@ -347,18 +347,18 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         (with_judge(f"http://u:{SECRET}@h/v1", judge={"model": None}), ["set `model`"]),
         (with_judge(URL, options={"answer": 3}), ["Did you mean 'answers'"]),
         (with_judge(URL, options={"column": "tips"}), ["needs `tips` in every row, but 12 of 12"]),
-        (with_judge(URL, reward={"name": "final_number"}), ["needs a reward that asks a judge"]),
-        (with_judge(URL, reward=None), ["method 'ropd' needs a reward that asks a judge: set the stage's `reward`"]),
-        (with_judge(URL, reward={"name": "rubric"}), ["needs a reward that asks a judge"]),
+        (with_judge(URL, reward={"name": "final_number"}), ["needs a reward with a judge"]),
+        (with_judge(URL, reward=None), ["method 'ropd' needs a reward with a judge: set the stage's `reward`"]),
+        (with_judge(URL, reward={"name": "rubric"}), ["needs a reward with a judge"]),
         (
             with_judge(URL, reward={"name": "exact", "judge": {"lm": "teacher"}}),
             ["The reward 'exact' cannot be called with the options ['judge']"],
         ),
-        (with_judge(URL, sampling={"n": 1}), ["several responses to a prompt"]),
+        (with_judge(URL, sampling={"n": 1}), ["several responses per prompt"]),
         (with_judge(URL, reward={"name": "rubric", "judge": {"lm": "jugde"}}), ["`lm: jugde` is not among the models"]),
         (
             with_judge(URL, reward={"name": "rubric", "judge": {"lm": "student"}}),
-            ["asks the model 'student', which it"],
+            ["uses the model 'student' as a judge"],
         ),
         (
             with_judge(
@@ -443,7 +443,7 @@ def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_
         assert 12 < before < len(once)
         again = forks.start(folder, "train", "recipe.yaml")
         assert again.code == 0, again.err
-        assert "going on after step 2 of 4" in again.out
+        assert "continuing after step 2 of 4" in again.out
         # All but the answer that was being written, and perhaps one that was on its way.
         asked_again = [json.dumps(request) for request in server.requests]
         assert sorted(set(asked_again)) == sorted(once)

@@ -150,10 +150,10 @@ def test_own_teacher_is_refused_before_training_when_it_refuses():
 
 def test_own_teacher_that_is_none_is_told_so():
     with pytest.raises(
-        ConfigError, match=r"scorer my_teacher:none gave a object, which is no Teacher: it lacks after_step"
+        ConfigError, match=r"scorer my_teacher:none returned a object, not a Teacher: it lacks after_step"
     ):
         distill(teacher="my_teacher:none")
-    with pytest.raises(ConfigError, match=r"gave a Mute, which is no Teacher: it lacks after_step, .*Derive its class"):
+    with pytest.raises(ConfigError, match=r"returned a Mute, not a Teacher: it lacks after_step, .*Derive its class"):
         distill(teacher=Mute())
     with pytest.raises(ConfigError, match=r"my_teacher:Nobody: 'Nobody' does not exist"):
         distill(teacher="my_teacher:Nobody")
@@ -169,5 +169,5 @@ def test_own_sampler_is_synced_before_and_after_each_step():
 
 def test_own_sampler_that_is_none_is_told_so():
     teacher = tiny(seed=4)
-    with pytest.raises(ConfigError, match=r"gave a NoSync, which is no Sampler: it lacks sync, temperature\. Derive"):
+    with pytest.raises(ConfigError, match=r"returned a NoSync, not a Sampler: it lacks sync, temperature\. Derive"):
         distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=NoSync)

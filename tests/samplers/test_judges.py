@@ -418,8 +418,8 @@ def test_a_damaged_line_is_an_error(tmp_path: Path, line: str):
 @pytest.mark.parametrize(
     ("section", "says"),
     [
-        ({}, "exactly one of url, lm, function; given are none"),
-        ({"lm": "a", "function": "m:f"}, r"given are \['lm', 'function'\]"),
+        ({}, "exactly one of url, lm, function; got none"),
+        ({"lm": "a", "function": "m:f"}, r"got \['lm', 'function'\]"),
         ({"url": "http://x/v1"}, "set `model`"),
         ({"lm": "a", "model": "b", "timeout_s": 3}, "`lm` does not read model, timeout_s: leave it out"),
         ({"url": "http://x/v1", "model": "m", "options": {"a": 1}}, "`url` does not read options"),

@@ -297,7 +297,7 @@ def test_a_full_disk_says_what_is_still_good(tmp_path: Path, monkeypatch: pytest
     assert re.search(
         r"it needs about 0\.00 GiB, \d+\.\d\d GiB are free\)\. The half-written folder is removed", message
     )
-    assert f"{tmp_path}/step_000008 is complete and as it was. Free space or allow writing there" in message
+    assert f"{tmp_path}/step_000008 is complete and unchanged. Free space or allow writing there" in message
     assert message.endswith("start the same command again: it continues from step 8.")
     assert names(tmp_path) == ["step_000008"]
     assert value_of(latest(tmp_path)) == 8.0
@@ -306,7 +306,7 @@ def test_a_full_disk_says_what_is_still_good(tmp_path: Path, monkeypatch: pytest
 
 def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
-    with pytest.raises(RunError, match=r"There is no other checkpoint yet\. Free space .* again: it starts again\."):
+    with pytest.raises(RunError, match=r"It is the stage's first checkpoint\. Free space .* again: it starts again\."):
         write(tmp_path, 0)
     assert names(tmp_path) == []
 
@@ -383,8 +383,8 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
         load(file.parent)
     message = str(caught.value)
     assert message.startswith(f"{file} is damaged (")
-    assert message.endswith(f"Remove {file.parent} to continue from the checkpoint before it, or to start again if "
-                            "there is none.")  # fmt: skip
+    assert message.endswith(f"Remove {file.parent}; the run then continues from the checkpoint before it, or starts "
+                            "again if it has none.")  # fmt: skip
     if damage in ("empty", "cut") and name != "state.json":
         assert f" bytes instead of {size})" in message
 

@@ -102,13 +102,13 @@ def test_a_run_that_made_something_keeps_its_recipe(tmp_path: Path, made: str):
     file.write_text("{}")
     with pytest.raises(RunError, match="another recipe") as caught:
         RunDir.open(tmp_path, OTHER)
-    assert "still at work" not in str(caught.value)
+    assert "another process is running it" not in str(caught.value)
     assert (tmp_path / "recipe.yaml").read_text() == RECIPE
 
 
 def test_a_run_at_work_keeps_its_recipe_until_its_process_ends(tmp_path: Path):
     other = at_work(tmp_path)
-    with pytest.raises(RunError, match=r"It has made no step, but another process is still at work on it\. Use"):
+    with pytest.raises(RunError, match=r"It has made no step, but another process is running it\. Use"):
         RunDir.open(tmp_path, OTHER)
     other.kill()
     other.communicate()
@@ -236,7 +236,9 @@ def test_check_space_refuses_when_too_little_is_free(tmp_path: Path):
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "recipe.yaml", "tensorboard"])
 def test_a_stage_has_a_name_that_can_be_a_folder(tmp_path: Path, name: str):
-    with pytest.raises(ConfigError, match=re.escape(f"A stage cannot be named {name!r}: its folder carries the name.")):
+    with pytest.raises(
+        ConfigError, match=re.escape(f"A stage cannot be named {name!r}: its folder has the same name.")
+    ):
         RunDir.open(tmp_path, RECIPE).stage(name)
 
 

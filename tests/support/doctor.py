@@ -13,7 +13,7 @@ import torch
 from opd.commands.doctor import bias
 from opd.commands.doctor.examine import examine
 from opd.commands.doctor.findings import Finding, Report
-from opd.commands.doctor.subject import Pair, pair_up
+from opd.commands.doctor.subject import Subject, subject_of
 from opd.data.toy import addition
 from opd.models.forward import right_padded
 from opd.models.language_model import LanguageModel
@@ -114,13 +114,13 @@ def recipe_of(*, models: Sequence[str] = ("student", "teacher"), **stage: Any) -
     return parse_recipe({"name": "pair", "models": {name: {"path": "given"} for name in models}, "stages": [kept]})
 
 
-def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list[Prompt], **stage: object) -> Pair:
+def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list[Prompt], **stage: object) -> Subject:
     """A pair as `examine` builds it."""
     models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
     recipe = recipe_of(models=tuple(models), **stage)
     given = Given(models=models, prompts=prompts)
     spec = recipe.stages[0]
-    return pair_up(recipe, spec, prepared_of(spec, given, 0), student, teacher, prompts=len(prompts), seed=0)
+    return subject_of(recipe, spec, prepared_of(spec, given, 0), student, teacher, prompts=len(prompts), seed=0)
 
 
 def diagnosis(
@@ -135,12 +135,12 @@ def finding(report: Report, name: str) -> Finding:
     return next(finding for finding in report.findings if finding.name == name)
 
 
-def all_positions(pair: Pair) -> list[bias.Positions]:
+def all_positions(pair: Subject) -> list[bias.Positions]:
     rollouts, micros = bias.phase_a(pair)
     return list(bias.positions(pair, rollouts, micros))
 
 
-def check_expected_gradient(pair: Pair) -> None:
+def check_expected_gradient(pair: Subject) -> None:
     """In expectation over the token, the method's gradient is that of the exact reverse KL, at every position."""
     for at in all_positions(pair):
         ours = bias.expected_gradient(pair.method.signal, at)

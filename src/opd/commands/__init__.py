@@ -1,1 +1,1 @@
-"""The commands of `opd`, one file or folder each. No other room imports this one."""
+"""The commands of `opd`: one file or folder per command. No other package of `opd` imports this one."""

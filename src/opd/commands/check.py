@@ -1,4 +1,4 @@
-"""`opd check`: everything about a recipe that can be known before weights are loaded."""
+"""`opd check`: check a recipe without loading weights."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
-    """Build every stage's method, read its data, render its prompts. Returns what was looked at and what was not.
+    """Build every stage's method, load its data, render its prompts. Returns lines: what was checked and what was not.
 
-    Raises the errors that `opd train` would raise before it loads weights.
+    Raises the errors that `opd train` raises before it loads weights.
     """
     from opd.runs.own import check_own
     from opd.runs.prepare import Given, prepare
@@ -33,17 +33,17 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
 
 def described(spec: StageSpec, prepared: Prepared) -> list[str]:
-    """What a stage trains on: a line, and one for each of its tasks."""
-    of_each: list[str] = []
+    """A stage's prompts: one line, and one per task."""
+    counts: list[str] = []
     notes: list[str] = []
     for name, task in prepared.tasks.items():
         notes += [f"  {line}" if name is None else f"  task {name}: {line}" for line in task.notes]
         held_out = "no held-out prompts" if task.held_out is None else f"{len(task.held_out.prompts)} held out"
-        of_each.append(f"{len(task.prompts)} prompts, {held_out}")
+        counts.append(f"{len(task.prompts)} prompts, {held_out}")
     if not spec.tasks:
-        return [f"stage {spec.name}: {spec.method}, {of_each[0]}", *notes]
-    lines = [f"stage {spec.name}: {spec.method}, {len(of_each)} tasks, {spec.task_order}"]
-    for (name, part), numbers in zip(spec.tasks.items(), of_each, strict=True):
-        taught = "no teacher" if part.teacher is None else f"teacher {part.teacher}"
-        lines.append(f"  task {name}: {numbers}, {taught}, at most {part.sampling.max_completion_length} tokens")
+        return [f"stage {spec.name}: {spec.method}, {counts[0]}", *notes]
+    lines = [f"stage {spec.name}: {spec.method}, {len(counts)} tasks, {spec.task_order}"]
+    for (name, section), count in zip(spec.tasks.items(), counts, strict=True):
+        teacher = "no teacher" if section.teacher is None else f"teacher {section.teacher}"
+        lines.append(f"  task {name}: {count}, {teacher}, at most {section.sampling.max_completion_length} tokens")
     return [*lines, *notes]

@@ -1,4 +1,4 @@
-"""`opd eval`: one model on held-out prompts, with the exact divergence from a teacher."""
+"""`opd eval`: evaluate one model on held-out prompts, with its exact divergence from a teacher."""
 
 from __future__ import annotations
 
@@ -31,23 +31,21 @@ def evaluate_model(
     micro_batch_tokens: int = 4096,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, float]:
-    """`opd eval`: a model by path on held-out prompts; with `teacher`, also the exact divergence from it.
+    """Evaluate the model at path `model` on held-out prompts; with `teacher`, also its exact divergence from it.
 
-    `data`, `reward` and `sampling` are sections of a recipe. `say` gets what `opd check` would say of the data. Raises
-    the kinds of `opd.errors`.
+    `data`, `reward` and `sampling` are sections of a recipe. `say` receives the warnings about the data that
+    `opd check` prints. Raises the kinds of `opd.errors`.
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     measured_by = None if reward is None else load_reward(**reward)
     if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
-        raise ConfigError(
-            f"The reward is {measured_by.name!r}, {unfit}. Measure with a reward that checks a response by itself."
-        )
+        raise ConfigError(f"The reward is {measured_by.name!r}, {unfit}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")
     prompts = load_prompts(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
-            resolved_path(ModelSpec(path=path), name, where)  # before anything is loaded and sampled
+            resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
     if say is not None and (count := unscored_answers(prompts, frozenset(), measured_by)):
         say(unscored_line(count, "held-out"))
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")

@@ -1,4 +1,4 @@
-"""`opd methods` and `opd describe`: the methods' own source, read as text, so that neither command imports torch."""
+"""`opd methods` and `opd describe`. Both parse the methods' source as text, so that neither imports torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HERE = Path(__file__).parents[1]
 
 @cache
 def names() -> tuple[str, ...]:
-    """The methods' names, in the order of the registry `opd.methods.METHODS`."""
+    """Names of the methods, in the order of the registry `opd.methods.METHODS`."""
     tree = ast.parse((HERE / "methods" / "__init__.py").read_text())
     (registry,) = [
         node.value
@@ -34,7 +34,7 @@ def headline(name: str) -> str:
 def description(name: str) -> str:
     """The page of a method: citation, formula, symbols, differences, and the options with their defaults.
 
-    A name `my_package.mine:method` is imported. Raises ConfigError for a method that does not exist.
+    A name `my_package.mine:method` is imported. Raises ConfigError for an unknown method.
     """
     page, summary, options = _imported(name) if ":" in name else _read(name)
     lines = [name, "=" * len(name), "", page.strip(), "", summary, ""]
@@ -45,19 +45,19 @@ def _read(name: str) -> tuple[str, str, list[str]]:
     """(the file's docstring, the function's, its parameters) of a built-in method."""
     tree = _source(name)
     (function,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name]
-    given = function.args.args
-    defaults = [None] * (len(given) - len(function.args.defaults)) + list(function.args.defaults)
-    options = [_option(one, default) for one, default in zip(given, defaults, strict=True)]
+    arguments = function.args.args
+    defaults = [None] * (len(arguments) - len(function.args.defaults)) + list(function.args.defaults)
+    options = [_option(argument, default) for argument, default in zip(arguments, defaults, strict=True)]
     return ast.get_docstring(tree) or "", ast.get_docstring(function) or "", options
 
 
-def _option(given: ast.arg, default: ast.expr | None) -> str:
-    kind = "" if given.annotation is None else f": {ast.unparse(_Spelled().visit(given.annotation))}"
-    return f"{given.arg}{kind}" + ("" if default is None else f" = {ast.unparse(default)}")
+def _option(argument: ast.arg, default: ast.expr | None) -> str:
+    kind = "" if argument.annotation is None else f": {ast.unparse(_ExpandAliases().visit(argument.annotation))}"
+    return f"{argument.arg}{kind}" + ("" if default is None else f" = {ast.unparse(default)}")
 
 
-class _Spelled(ast.NodeTransformer):
-    """Replaces the aliases of `opd.types` by what they stand for: a user chooses among their values."""
+class _ExpandAliases(ast.NodeTransformer):
+    """Replaces the type aliases of `opd.types` by their definitions, so that users see the allowed values."""
 
     def visit_Name(self, node: ast.Name) -> ast.expr:
         return _aliases().get(node.id, node)
@@ -85,9 +85,10 @@ def _source(name: str) -> ast.Module:
 
 
 def _imported(name: str) -> tuple[str, str, list[str]]:
-    """As `_read`, of a method of the user's own."""
+    """`_read` for a user's own method."""
     from opd.plugins import import_function
 
     function = import_function(name)
     page = sys.modules[function.__module__].__doc__ or "(no docstring)"
-    return page, inspect.getdoc(function) or "", [str(one) for one in inspect.signature(function).parameters.values()]
+    options = [str(parameter) for parameter in inspect.signature(function).parameters.values()]
+    return page, inspect.getdoc(function) or "", options

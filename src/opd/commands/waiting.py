@@ -1,11 +1,11 @@
-"""How a command's threads wait for each other: spinning or asleep, chosen before torch loads. No torch here.
+"""Choose how OpenMP's threads wait for each other, spinning or asleep, before torch loads. No torch here.
 
-OpenMP's threads meet after every operation, and the first one there spins until the last one comes. That is quickest
-while each has a core to itself. Beside another busy process it takes the core from the thread that it waits for, and a
-step takes several times as long. Asleep it can be woken beside such a process, and on a quiet machine a step of small
-models takes a little longer. OpenMP reads OMP_WAIT_POLICY when torch loads and never again, so what counts is what the
-machine does then. benchmarks/waiting.py measures both. All this is about Linux and GNU's OpenMP, which torch brings
-there; elsewhere nothing is chosen.
+OpenMP's threads synchronise after every operation: the early ones wait for the last one. Spinning is fastest while each
+thread has a core of its own. If another process is busy, a spinning thread takes the core from the thread that it waits
+for, and a step takes several times as long. Sleeping threads avoid that; on a quiet machine they make a step of small
+models a little slower. OpenMP reads OMP_WAIT_POLICY once, when torch loads, so the machine's load at that moment
+decides. benchmarks/waiting.py measures both. This applies to Linux and GNU's OpenMP, which torch ships there; on other
+systems nothing is chosen.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLICY = "OMP_WAIT_POLICY"
-SET_BY_USERS = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each says how threads wait; the last is Intel's and LLVM's
-SPARE = 0.25  # of a core: what others may use of the cores that the threads take
+SET_BY_USERS = (POLICY, "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # each sets how threads wait; the last: Intel, LLVM
+SPARE = 0.25  # cores of load from other processes that still count as quiet
 SAMPLE_SECONDS = 0.2
 STAT = Path("/proc/stat")
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What other processes use of the cores that this one may run on."""
+    """Load of other processes on the cores that this process may use."""
 
     used: float  # cores
     cores: int
@@ -34,14 +34,14 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Whether threads sleep while they wait, and the one line that says so."""
+    """Whether threads sleep while they wait, and the line to print."""
 
     passive: bool
     line: str
 
 
 def set_waiting(say: Callable[[str], None]) -> None:
-    """Choose for this process, and say it in one line, unless that is settled."""
+    """Choose for this process and print one line, unless `settled`."""
     cores = len(own_cores())
     if "torch" in sys.modules or settled(os.environ, cores):
         return
@@ -52,7 +52,7 @@ def set_waiting(say: Callable[[str], None]) -> None:
 
 
 def choose(load: Load | None, threads: int) -> Choice:
-    """For so many threads, on a machine with this load (None: not known)."""
+    """The choice for `threads` threads at this load (None: unknown)."""
     if load is None:
         return Choice(True, "threads wait asleep: /proc/stat does not say how busy the machine is")
     state = f"{load.used:.1f} of {load.cores} cores in use"
@@ -62,9 +62,9 @@ def choose(load: Load | None, threads: int) -> Choice:
 
 
 def settled(environment: Mapping[str, str], cores: int) -> bool:
-    """Whether there is nothing to choose: the user has, one thread has none to wait for, or it was not measured.
+    """Whether to leave the default: the user has chosen, there is one thread, or the system is not Linux.
 
-    torchrun's processes have one thread each unless the user says otherwise, and then has thought about it.
+    torchrun starts processes with one thread each, unless the user sets another number on purpose.
     """
     return (
         sys.platform != "linux"
@@ -75,7 +75,7 @@ def settled(environment: Mapping[str, str], cores: int) -> bool:
 
 
 def threads(environment: Mapping[str, str], cores: int) -> int:
-    """How many threads OpenMP will start: OMP_NUM_THREADS, of a list the first, or one a core."""
+    """Number of threads that OpenMP will start: OMP_NUM_THREADS (the first of a list), else one per core."""
     first = environment.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(first) if first.isdecimal() and int(first) > 0 else cores
 
@@ -89,7 +89,7 @@ def own_cores() -> set[int]:
 
 
 def measured_load(seconds: float = SAMPLE_SECONDS) -> Load | None:
-    """What is in use while this process sleeps for a moment; None where the system does not say."""
+    """The load while this process sleeps for `seconds`; None if /proc/stat cannot be read."""
     try:
         before = STAT.read_text()
         time.sleep(seconds)
@@ -99,7 +99,7 @@ def measured_load(seconds: float = SAMPLE_SECONDS) -> Load | None:
 
 
 def load_between(before: str, after: str, cores: set[int]) -> Load | None:
-    """From two texts of /proc/stat; None if they lack one of the cores, or no time has passed on it."""
+    """The load between two texts of /proc/stat; None if a core is missing or no time has passed on it."""
     first, last = _ticks(before), _ticks(after)
     used = 0.0
     for core in cores:
@@ -113,7 +113,7 @@ def load_between(before: str, after: str, cores: set[int]) -> Load | None:
 
 
 def _ticks(stat: str) -> dict[int, tuple[int, int]]:
-    """(busy, idle) by core. A line is: cpuN user nice system idle iowait irq softirq steal, then guests in user."""
+    """(busy, idle) ticks by core. A line: cpuN user nice system idle iowait irq softirq steal, then guests in user."""
     found: dict[int, tuple[int, int]] = {}
     for line in stat.splitlines():
         name, *counts = line.split()

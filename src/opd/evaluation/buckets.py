@@ -1,4 +1,4 @@
-"""Means by position in the response: at most sixteen buckets, the last one without an end."""
+"""Means by position in the response, in at most sixteen buckets; the last one is open-ended."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ MOST = 16
 
 
 def starting_at(position: int) -> str:
-    """`from_00064`: a bucket by its first token, of even length so that names sort as positions do."""
+    """The name of a bucket by its first token, `from_00064`: zero-padded, so that names sort by position."""
     return f"from_{position:05d}"
 
 
 @dataclass(frozen=True, slots=True)
 class Buckets:
-    """`count` buckets of `width` tokens; what lies behind the last one's end is in it. Make it with `Buckets.over`."""
+    """`count` buckets of `width` tokens; the last one includes all later tokens. Make it with `Buckets.over`."""
 
     width: int
     count: int
@@ -28,8 +28,8 @@ class Buckets:
     def over(cls, smallest: int, longest: int) -> Buckets:
         """Buckets for responses of up to `longest` tokens.
 
-        The width is `smallest`, doubled until sixteen are enough: with 64, responses of 16,384 tokens get buckets of
-        1,024, which are those of arXiv 2603.25562 and of the code of 2604.13016.
+        The width is `smallest`, doubled until sixteen buckets suffice: with 64, responses of 16,384 tokens get buckets
+        of 1,024, as in arXiv 2603.25562 and the code of 2604.13016.
         """
         assert smallest >= 1
         width = smallest
@@ -42,9 +42,9 @@ class Buckets:
         return (step // self.width).clamp(max=self.count - 1)
 
     def add_means(self, metrics: Metrics, name: str, values: Tensor, step: Tensor) -> None:
-        """Record `name/from_...`, the mean of values [N] at positions [N], for each bucket that holds a token.
+        """Record `name/from_...`, the mean of `values` [N] at positions `step` [N], for each bucket that has a token.
 
-        A single bucket is the mean over all tokens, which has a name of its own: it is not recorded.
+        Records nothing if there is a single bucket: its mean is that over all tokens, which has another name.
         """
         if self.count == 1:
             return

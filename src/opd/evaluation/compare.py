@@ -1,9 +1,10 @@
-"""Student and teacher side by side at every token of some responses, over the whole vocabulary.
+"""Compare student and teacher at every token of some responses, over the whole vocabulary.
 
     S_p, S_q  the k most likely tokens of student and teacher at a position
     overlap   their intersection
 
-The log-probs of both models meet tile by tile (`score.paired_log_probs`); each tile keeps a few numbers per token.
+The log-probs of both models are computed tile by tile (`head.paired_log_probs`); each tile keeps a few numbers per
+token.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ from opd.models.language_model import LanguageModel, evaluating
 from opd.pieces.supports import full
 from opd.types import Prompt, Rollout, ScoreRequest, Teacher
 
-# Numbers that looping text changes, so that their means are also given for repeated tokens and for the others
-# (arXiv 2605.11182, released diagnostics).
+# Columns that looping text changes; their means are also reported for repeated and for other tokens (arXiv 2605.11182,
+# released diagnostics).
 BY_REPETITION = ("log_ratio", "student_logp", "teacher_logp", "teacher_rank", "reverse_kl")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """One row a trained token, [N], on the CPU. Log-probs, entropies and divergences are in nats.
+    """One entry per trained token, [N], on the CPU. Log-probs, entropies and divergences are in nats.
 
-    Token `step` of the response of rollout `row` (as they were passed). `overlap` is how many of the k tokens are in
-    both lists; where it is 0, `overlap_advantage` does not exist, holds 0 and is left out of means. `repeated`: the
+    `row`: index of the rollout as passed. `step`: position in its response. `overlap`: how many of the k tokens are in
+    both lists; where it is 0, `overlap_advantage` is undefined, stored as 0 and left out of means. `repeated`: the
     3-gram that ends here occurred before in the response.
     """
 
@@ -63,7 +64,7 @@ class Comparison:
     forward_kl: Tensor  # exact
 
     def columns(self) -> dict[str, Tensor]:
-        """What is averaged, by name, [N] each."""
+        """The columns to average, by name, [N] each."""
         made = {
             "log_ratio": self.teacher_logp - self.student_logp,
             "overlap_ratio": self.overlap / self.k,  # arXiv 2604.13016 eq. 6
@@ -74,8 +75,8 @@ class Comparison:
     def metrics(self, buckets: Buckets, prefix: str = "compare/") -> Metrics:
         """Means over all tokens, by bucket of positions, and for `BY_REPETITION` by whether the token repeats.
 
-        They are named NAME, NAME/from_00064, NAME/repeated and NAME/fresh, behind `prefix`. A mean over nothing is left
-        out.
+        Their names are `prefix` and then NAME, NAME/from_00064, NAME/repeated or NAME/fresh. A mean over no token is
+        left out.
         """
         metrics = Metrics()
         some_overlap = self.overlap > 0
@@ -103,25 +104,25 @@ AVERAGED = ("repeated", *(name for name in MEASURED if name != "overlap"))
 
 
 def check_k(k: int, vocabulary: int) -> None:
-    """Raise ConfigError when the k most likely tokens are more than there are."""
+    """Raise ConfigError unless 1 <= k <= vocabulary."""
     if not 1 <= k <= vocabulary:
         raise ConfigError(
-            f"A comparison looks at the k most likely tokens of each model: k is {k}, and the vocabulary has "
+            f"A comparison uses the k most likely tokens of each model: k is {k}, and the vocabulary has "
             f"{vocabulary} tokens. Set diagnostics.k to a number in 1..{vocabulary}."
         )
 
 
 def whole(temperature: float = 1.0) -> ScoreRequest:
-    """The teacher's whole distribution at each token."""
+    """A request for the teacher's whole distribution at each token."""
     return ScoreRequest(support=full(), temperature=temperature, sampled=False)
 
 
 def check_comparable(teacher: Teacher, setting: str) -> None:
-    """Raise ConfigError for a teacher that does not give its whole distribution, which `setting` compares."""
+    """Raise ConfigError for a teacher without its whole distribution, which `setting` needs."""
     if why := teacher.refuses(whole()):
         raise ConfigError(
             f"{setting} compares student and teacher over the whole vocabulary at each of the student's tokens, and "
-            f"{teacher.name} cannot be compared so: {why}. Turn the comparison off, or use a teacher of the student's "
+            f"{teacher.name} does not support this: {why}. Turn the comparison off, or use a teacher of the student's "
             "family and another method."
         )
 
@@ -137,11 +138,11 @@ def compare(
     temperature: float = 1.0,
     micro_batch_tokens: int = 4096,
 ) -> Comparison:
-    """Both models at every trained token of `rollouts`, of which the teacher reads `contexts` (one a rollout).
+    """Compare both models at every trained token of `rollouts`; the teacher reads `contexts` (one per rollout).
 
-    `temperature` divides the logits of both. k = 16 is that of arXiv 2604.13016. Costs a forward of each model and two
-    products with an output layer a token; the teacher's hidden states are kept for all of them. Raises ConfigError for
-    a k that does not fit, DataError for a sequence that a model has no positions for.
+    `temperature` divides the logits of both. k = 16 as in arXiv 2604.13016. Costs one forward pass of each model and
+    two output-layer products per token; the teacher's hidden states of all tokens are kept. Raises ConfigError for a k
+    out of range, DataError for a sequence longer than a model's positions.
     """
     check_k(k, student.vocabulary)
     indices = [i for i, rollout in enumerate(rollouts) if bool(rollout.trained.any())]
@@ -151,7 +152,7 @@ def compare(
     scores = teacher.score(chosen, [contexts[i] for i in indices], whole(temperature))
     heads = student.head().detached(), teacher.head()
     parts: list[dict[str, Tensor]] = []
-    for batch, student_NH in _read(student, chosen, micro_batch_tokens):
+    for batch, student_NH in _states(student, chosen, micro_batch_tokens):
         steps = [_trained_steps(chosen[j]) for j in batch]
         teacher_NH = torch.cat([_at(scores[j].teacher_hidden, at) for j, at in zip(batch, steps, strict=True)])
         ids = torch.cat([_at(chosen[j].response_ids, at) for j, at in zip(batch, steps, strict=True)])
@@ -170,15 +171,15 @@ def _trained_steps(rollout: Rollout) -> Tensor:
 
 
 def _at(values: Tensor | None, steps: Tensor) -> Tensor:
-    """[T, ...] -> [n, ...] at some positions of a response."""
+    """[T, ...] -> [n, ...]: the values at positions `steps` of a response."""
     assert values is not None
     return values[steps.to(values.device)]
 
 
-def _read(
+def _states(
     student: LanguageModel, rollouts: Sequence[Rollout], micro_batch_tokens: int
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Batch by batch: which rollouts, and the student's states [N, H] that predict their trained tokens."""
+    """By batch: indices of its rollouts, and the student's hidden states [N, H] that predict their trained tokens."""
     prompts = [rollout.prompt_ids for rollout in rollouts]
     responses = [rollout.response_ids.tolist() for rollout in rollouts]
     lengths = [len(response) for response in responses]
@@ -230,7 +231,7 @@ def _of_tile(student_nV: Tensor, teacher_nV: Tensor, ids: Tensor, k: int) -> dic
 
 
 def _joined(parts: Sequence[dict[str, Tensor]], k: int) -> Comparison:
-    """In the order of the rollouts and their tokens."""
+    """One Comparison, sorted by rollout and position."""
     kinds = {"row": torch.long, "step": torch.long, "teacher_rank": torch.long, "overlap": torch.long}
     kinds |= dict.fromkeys(("repeated", "outside_student_top", "outside_teacher_top"), torch.bool)
     joined: dict[str, Tensor] = {}

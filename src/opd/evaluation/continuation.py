@@ -1,8 +1,8 @@
-"""The prefix-continuation probe: can the teacher still finish what the student has begun?
+"""The prefix-continuation probe: can the teacher still finish a response that the student has begun?
 
-The teacher goes on from the student's own tokens, cut at several depths, and alone from the prompt. arXiv 2604.13016
-section 6.1 measures what it gains over the student by depth (at 16K tokens almost nothing); arXiv 2605.11182 App. A.22
-how much of what it can do alone is lost (62 % to 46 % behind prefixes of a weaker student).
+The teacher continues from the student's own tokens, cut at several depths, and alone from the prompt. arXiv 2604.13016
+section 6.1 measures its gain over the student by depth (almost none at 16K tokens); arXiv 2605.11182 App. A.22 measures
+its loss against its accuracy alone (62 % to 46 % after prefixes of a weaker student).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from opd.types import Prompt, Reward, Rollout, Sampling, Teacher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transitions:
-    """Responses by whether the teacher is right alone (first word) and behind the student's prefix (second word)."""
+    """Counts by whether the teacher is right alone (first word) and after the student's prefix (second word)."""
 
     right_right: int
     right_wrong: int
@@ -31,32 +31,32 @@ class Transitions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """The probe at one depth. All accuracies are of the same responses and their prompts, with 95 % intervals."""
+    """The probe at one depth. All accuracies are over the same responses and their prompts, with 95 % intervals."""
 
     depth: int | float  # tokens, or a share of the response
-    responses: int  # that are that long
-    too_short: int  # left out
+    responses: int  # at least that long
+    too_short: int  # responses left out
     prefix_length: float  # mean, tokens
-    continuing: Interval  # the teacher behind the student's prefix
+    continuing: Interval  # the teacher after the student's prefix
     alone: Interval  # the teacher from the prompt
     student: Interval  # the student's own responses
     transitions: Transitions  # alone -> continuing
-    finished_share: float  # of the continuations: the others were cut at the limit
+    finished_share: float  # of the continuations; the others were cut at the limit
 
     @property
     def gain(self) -> float:
-        """What the teacher adds to the student's accuracy from here on: arXiv 2604.13016 section 6.1."""
+        """The teacher's gain over the student's accuracy from this depth on: arXiv 2604.13016 section 6.1."""
         return self.continuing.mean - self.student.mean
 
     @property
     def change(self) -> float:
-        """What the student's prefix does to the teacher's accuracy, mostly negative: arXiv 2605.11182 App. A.22."""
+        """The effect of the student's prefix on the teacher's accuracy, mostly < 0: arXiv 2605.11182 App. A.22."""
         return self.continuing.mean - self.alone.mean
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continuation:
-    """What the probe found; `unreached` are depths that no response has."""
+    """Results of the probe; `unreached`: depths longer than every response."""
 
     alone: Interval
     student: Interval
@@ -74,16 +74,16 @@ def continuation(
     contexts: Sequence[Prompt] | None = None,
     seed: int = 0,
 ) -> Continuation:
-    """The teacher's accuracy alone and behind the student's `rollouts`, cut at each of `depths`.
+    """The teacher's accuracy alone and after prefixes of the student's `rollouts`, cut at each of `depths`.
 
     A depth is a number of tokens (int) or a share of the response (float in [0, 1]), without its end-of-sequence token.
-    The teacher reads `contexts` (one a rollout; default: the rollouts' prompts) in its own template, then exactly the
-    student's token ids. `sampling.max_completion_length` counts what it writes itself, so that a deep cut has no less
-    room than a shallow one; n has to be 1. Randomness is a function of (seed, prompt, depth's place in the list).
+    The teacher reads `contexts` (one per rollout; default: the rollouts' prompts) in its own template, then exactly the
+    student's token ids. `sampling.max_completion_length` limits the continuation alone, so every depth has the same
+    limit; n must be 1. Random numbers are a function of (seed, prompt, index of the depth).
 
     Intervals are over prompts: Wilson's for one response per prompt, else a bootstrap (`statistics.mean_interval`).
-    Raises ConfigError for a depth that is none, n > 1, or a reward that is neither 0 nor 1; DataError without rollouts
-    or when prefix and continuation have no room in the model.
+    Raises ConfigError for an invalid depth, n > 1, or a reward other than 0 and 1; DataError without rollouts or when
+    prefix and continuation exceed the model's positions.
     """
     _check(rollouts, depths, sampling)
     reads = [r.prompt for r in rollouts] if contexts is None else list(contexts)
@@ -99,8 +99,8 @@ def continuation(
         if not cuts:
             unreached.append(depth)
             continue
-        going_on = _continued(teacher, rollouts, reads, cuts, sampling, (seed, place))
-        found.append(_at_depth(depth, rollouts, cuts, going_on, _right(reward, going_on), alone, own))
+        continued = _continued(teacher, rollouts, reads, cuts, sampling, (seed, place))
+        found.append(_at_depth(depth, rollouts, cuts, continued, _right(reward, continued), alone, own))
     return Continuation(
         alone=_accuracy(rollouts, {i: alone[i] for i in first.values()}),
         student=_accuracy(rollouts, dict(enumerate(own))),
@@ -113,12 +113,12 @@ def _at_depth(
     depth: int | float,
     rollouts: Sequence[Rollout],
     cuts: Mapping[int, tuple[int, ...]],
-    going_on: Sequence[Rollout],
+    continued: Sequence[Rollout],
     right: Sequence[bool],
     alone: Sequence[bool],
     own: Sequence[bool],
 ) -> Depth:
-    """One depth: continuations of the rollouts in `cuts` and whether they are right; `alone`, `own` are of all."""
+    """The result at one depth. `continued`, `right`: of the rollouts in `cuts`. `alone`, `own`: of all rollouts."""
     continuing = dict(zip(cuts, right, strict=True))
     pairs = [(alone[i], value) for i, value in continuing.items()]
     return Depth(
@@ -135,7 +135,7 @@ def _at_depth(
             wrong_right=pairs.count((False, True)),
             wrong_wrong=pairs.count((False, False)),
         ),
-        finished_share=sum(rollout.finished for rollout in going_on) / len(going_on),
+        finished_share=sum(rollout.finished for rollout in continued) / len(continued),
     )
 
 
@@ -150,7 +150,7 @@ def prefix_of(rollout: Rollout, depth: int | float, stop_ids: frozenset[int]) ->
 
 def _check(rollouts: Sequence[Rollout], depths: Sequence[int | float], sampling: Sampling) -> None:
     if not rollouts:
-        raise DataError("The continuation probe needs responses of the student to cut, and there is none.")
+        raise DataError("The continuation probe needs responses of the student, and got none.")
     bad = [d for d in depths if isinstance(d, bool) or (not 0 <= d <= 1 if isinstance(d, float) else d < 0)]
     if bad or not depths:
         raise ConfigError(
@@ -159,8 +159,8 @@ def _check(rollouts: Sequence[Rollout], depths: Sequence[int | float], sampling:
         )
     if sampling.n != 1:
         raise ConfigError(
-            f"The continuation probe writes one continuation a prefix, and sampling.n is {sampling.n}. Set n to 1, and "
-            "give more responses of the student instead."
+            f"The continuation probe writes one continuation per prefix, and sampling.n is {sampling.n}. Set n to 1, "
+            "and give more responses of the student instead."
         )
 
 
@@ -172,7 +172,7 @@ def _continued(
     sampling: Sampling,
     seed: tuple[int, int],
 ) -> list[Rollout]:
-    """The teacher's responses to some of the rollouts' prompts, each behind its prefix."""
+    """The teacher's continuations of `prefixes`, by index of the rollout."""
     off: Any = teacher.lm.model.disable_adapter() if teacher.base else contextlib.nullcontext()  # type: ignore[operator]
     with off:
         written = TransformersSampler(lm=teacher.lm, sampling=sampling)(
@@ -193,7 +193,7 @@ def _right(reward: Reward, rollouts: Sequence[Rollout]) -> list[bool]:
 
 
 def _accuracy(rollouts: Sequence[Rollout], right: Mapping[int, bool]) -> Interval:
-    """The share of right ones among some rollouts, by index, with its interval over prompts."""
+    """The share of right responses, with its interval over prompts. `right` is by index of the rollout."""
     by_prompt: dict[int, list[float]] = {}
     for i, value in right.items():
         by_prompt.setdefault(rollouts[i].prompt.id, []).append(float(value))

@@ -1,7 +1,7 @@
-"""What a batch of phase A says about the step, at no further cost, and now and then a full comparison of the models.
+"""Metrics of a step from its phase A batch, without extra cost, and in some steps a full comparison of the models.
 
-docs/diagnostics.md has every name with its formula, the range that the papers saw, and what to do about it. A number
-that the method does not make is left out.
+docs/diagnostics.md has every name with its formula, the range reported in papers, and remedies. A metric that the
+method's data does not allow is left out.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ PERCENTILES = (1, 5, 50, 95, 99)
 
 
 def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets) -> Metrics:
-    """Lengths, endings, rewards, and what the teacher says about the sampled tokens.
+    """Lengths, endings, rewards, and the teacher's scores of the sampled tokens.
 
-    `version` is the number of updates behind the student. Where a filter chooses among responses, `rollout/kept_share`
-    is the share of prompts with one that is trained. On a full support the teacher says something of the sampled tokens
-    only if the method reads it: that they are scored for a sample file changes no number.
+    `version`: number of updates of the student so far. With a filter, `rollout/kept_share` is the share of prompts with
+    a response that is trained. On a full support, metrics of the teacher's log-probs are reported only if the method
+    reads them, so that writing a sample file changes no metric.
     """
     metrics = Metrics()
     n = len(batch.rollouts)
@@ -72,7 +72,7 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
 
 
 def of_judges(batch: Batch) -> Metrics:
-    """judge/...: what they say of a response besides its reward, and the share of responses to which they gave none."""
+    """Metrics judge/...: numbers of the judges besides the reward, and the share of responses without a reward."""
     metrics = Metrics()
     for rollout in batch.rollouts:
         if rollout.judged or rollout.unjudged is not None:
@@ -83,9 +83,9 @@ def of_judges(batch: Batch) -> Metrics:
 
 
 def _units(metrics: Metrics, batch: Batch, units: Units) -> None:
-    """How much of the student's text carries a signal where the teacher has tokens of its own.
+    """Metrics units/...: how much of the student's text has a signal if the teacher has its own tokenizer.
 
-    Shares are of trained tokens and their bytes, those that the teacher could not score included.
+    Shares are of trained tokens and their bytes, including those that the teacher could not score.
     """
     trained = torch.zeros_like(batch.mask)
     for i, rollout in enumerate(batch.rollouts):
@@ -99,10 +99,10 @@ def _units(metrics: Metrics, batch: Batch, units: Units) -> None:
 
 
 def by_task(batch: Batch, method: Method) -> Metrics:
-    """task/NAME/... for every task of the step: reward, length and cut_share by response, log_ratio by token.
+    """Metrics task/NAME/... of each task: reward, length and cut_share per response, log_ratio per token.
 
-    The log-ratio, log q - log p of the sampled token, is left out where a response was not drawn at the temperature of
-    the method; on a full support it comes with the loss, which has the teacher's probabilities.
+    The log-ratio, log q - log p of the sampled token, is left out if the response was sampled at another temperature
+    than the method's. On a full support the loss reports it, because it has the teacher's probabilities.
     """
     metrics = Metrics()
     for i, rollout in enumerate(batch.rollouts):
@@ -128,7 +128,7 @@ def compared(
     rollouts: Sequence[Rollout],
     contexts: Sequence[Prompt],
 ) -> Metrics:
-    """Both models at every token of a step's own responses, as compare/...."""
+    """Metrics compare/... of both models at every token of a step's responses."""
     metrics = Metrics()
     for one, rows in routed(teacher, rollouts):
         comparison = compare(
@@ -145,17 +145,17 @@ def compared(
 
 
 def buckets_of(spec: StageSpec) -> Buckets:
-    """The buckets of positions of a stage's metrics."""
-    longest = max(part.sampling.max_completion_length for part in spec.parts.values())
+    """The position buckets of a stage's metrics."""
+    longest = max(task.sampling.max_completion_length for task in spec.by_task.values())
     return Buckets.over(spec.diagnostics.bucket, longest)
 
 
 def _log_ratios(metrics: Metrics, batch: Batch, buckets: Buckets, *, full: bool) -> None:
-    """What the log-ratios log q(y) - log p(y) of the step say, token by token and response by response."""
+    """Metrics of the step's log-ratios log q(y) - log p(y), per token and per response."""
     log_ratio = batch.teacher_logp - batch.policy_logp  # [B, T]
     values = valid(log_ratio, batch.mask)  # [N]
     count = len(values)
-    if not full:  # there it is that of the update's own log-probs, from phase B
+    if not full:  # on a full support, phase B reports it from the update's own log-probs
         metrics.mean("teacher/log_ratio", values.sum().item(), count)
     metrics.mean("teacher/negative_share", (values < 0).sum().item(), count)
     metrics.mean("teacher/win_rate", (values > 0).sum().item(), count)
@@ -179,7 +179,7 @@ def _log_ratios(metrics: Metrics, batch: Batch, buckets: Buckets, *, full: bool)
 
 
 def _entropies(metrics: Metrics, batch: Batch) -> None:
-    """The entropies that a piece of the method had made, and the gap between them where it had both."""
+    """Means of the entropies that the method computed, and of the gap between them if it has both."""
     known: dict[str, Tensor | None] = {"student": batch.student_entropy, "teacher": batch.teacher_entropy}
     values = {name: valid(entropy, batch.mask) for name, entropy in known.items() if entropy is not None}
     for name, entropy in values.items():
@@ -190,7 +190,7 @@ def _entropies(metrics: Metrics, batch: Batch) -> None:
 
 
 def _of_tokens(columns: Columns) -> dict[str, float]:
-    """Of all tokens' log-ratios: percentiles, and how few tokens hold the positive reward (2603.25562)."""
+    """Percentiles of all tokens' log-ratios, and the share of positive reward in the top 5 % of tokens (2603.25562)."""
     log_ratio = columns["log_ratio"].astype(np.float64)
     places = np.quantile(log_ratio, [percentile / 100 for percentile in PERCENTILES])
     numbers = {f"teacher/log_ratio_p{p:02d}": float(v) for p, v in zip(PERCENTILES, places, strict=True)}
@@ -199,7 +199,7 @@ def _of_tokens(columns: Columns) -> dict[str, float]:
 
 
 def _of_buckets(columns: Columns) -> dict[str, float]:
-    """The lower tail of the log-ratios by position, which widens where the teacher gets lost (2603.25562)."""
+    """The 5th percentile of the log-ratios by position; it falls where the teacher is unreliable (2603.25562)."""
     return {
         f"teacher/log_ratio_p05/{starting_at(start)}": float(
             np.quantile(columns["log_ratio"][columns["start"] == start].astype(np.float64), 0.05)
@@ -209,17 +209,17 @@ def _of_buckets(columns: Columns) -> dict[str, float]:
 
 
 def _of_sequences(columns: Columns) -> dict[str, float]:
-    """Of all responses' log-weights log q(response) - log p(response): 2605.11182, released off-policy report."""
+    """Effective sample share of the log-weights log q(response) - log p(response): 2605.11182, released report."""
     return {"teacher/effective_sample_share": effective_share(columns["log_weight"])}
 
 
 def _of_judged(columns: Columns) -> dict[str, float]:
-    """Of responses with a reward that is 0 or 1: whether the mean log-ratio tells right from wrong (2604.13016 6.2)."""
+    """AUROC of the mean log-ratio for right against wrong, if rewards are 0 or 1 (2604.13016 section 6.2)."""
     reward = columns["reward"]
     area = auroc(columns["log_ratio"], reward == 1) if np.isin(reward, (0, 1)).all() else None
     return {} if area is None else {"teacher/reward_auroc": area}
 
 
 def _drawn_at(rollout: Rollout) -> float | None:
-    """The temperature behind `policy_logp`: a log-ratio of two temperatures is no estimate of anything."""
+    """The temperature of `policy_logp`; log-ratios need one temperature for both models."""
     return None if rollout.sampling is None else rollout.sampling.temperature

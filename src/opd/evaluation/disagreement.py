@@ -1,9 +1,8 @@
-"""How much the privileged contexts of one prompt disagree about the next token: what no student can unlearn.
+"""How much the privileged contexts of one prompt disagree about the next token: the loss that no student can remove.
 
-A student that reads the prompt alone and minimises E_I KL(p || p_I) over contexts I is driven to the normalised
-geometric mean of the teachers p_I, and keeps the loss -log Z, Z = sum_y exp(E_I log p_I(y)) (arXiv 2605.11182 eq.
-10-11). It is 0 when all contexts say the same (a shared rule) and large when each says something of its own (the
-answer of an instance).
+A student that reads the prompt alone and minimises E_I KL(p || p_I) over contexts I converges to the normalised
+geometric mean of the teachers p_I. The loss -log Z remains, Z = sum_y exp(E_I log p_I(y)) (arXiv 2605.11182 eq. 10-11).
+It is 0 if all contexts agree (a shared rule) and large if each differs (the answer of an instance).
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from opd.types import Prompt, Rollout, Teacher
 def pi_disagreement(log_probs: Tensor) -> Tensor:
     """-log Z = min_p E_I KL(p || p_I) of M distributions, [M, ..., V] log-probs -> [...] nats, at least 0.
 
-    The expectation is over the M contexts alike; the minimum is at p = exp(E_I log p_I) / Z, and for M = 1 it is 0.
-    arXiv 2605.11182 eq. 10-11: the paper has the minimiser, the value follows by inserting it.
+    The expectation weighs the M contexts equally. The minimum is at p = exp(E_I log p_I) / Z; for M = 1 it is 0.
+    arXiv 2605.11182 eq. 10-11 gives the minimiser, and inserting it gives the value.
     """
     return -log_probs.mean(0).logsumexp(-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Disagreement:
-    """-log Z of every trained token of one response, under the M contexts that were compared."""
+    """-log Z of every trained token of one response, over M contexts."""
 
     contexts: int  # M
     step: Tensor  # [N] positions in the response
@@ -40,7 +39,7 @@ class Disagreement:
 
     @property
     def mean(self) -> float:
-        """Nats a token."""
+        """Mean in nats per token."""
         return self.values.mean().item()
 
 
@@ -51,19 +50,16 @@ def disagreement(
     """-log Z of the teacher at each trained token of one response, under several contexts of its prompt.
 
     Contexts of one prompt are e.g. several solutions of it, or the same rule in several phrasings. Raises ConfigError
-    for fewer than two contexts or a response without a trained token, which have no disagreement to measure.
+    for fewer than two contexts or a response without a trained token.
     """
     if len(contexts) < 2:
         raise ConfigError(
-            f"Disagreement is between contexts of one prompt, and {len(contexts)} was given for prompt "
-            f"{rollout.prompt.id}: it would be 0 whatever the teacher says. Give at least two."
+            f"Disagreement needs several contexts of one prompt, and prompt {rollout.prompt.id} has {len(contexts)}: "
+            "the result would always be 0. Give at least two."
         )
     steps = rollout.trained.nonzero()[:, 0].cpu()
     if not len(steps):
-        raise ConfigError(
-            f"The response to prompt {rollout.prompt.id} has no trained token, so there is nothing to measure. Leave "
-            "it out."
-        )
+        raise ConfigError(f"The response to prompt {rollout.prompt.id} has no trained token to measure. Leave it out.")
     scores = teacher.score([rollout] * len(contexts), contexts, whole(temperature))
     hidden: list[Tensor] = []
     for score in scores:
@@ -82,10 +78,10 @@ def mean_disagreement(
 ) -> float:
     """The mean of -log Z over all trained tokens of some responses, in nats; `contexts` are several for each response.
 
-    Raises as `disagreement` does, and ConfigError for no response at all.
+    Raises as `disagreement` does, and ConfigError without responses.
     """
     if not rollouts:
-        raise ConfigError("A mean disagreement needs at least one response, and there is none.")
+        raise ConfigError("A mean disagreement needs at least one response, and got none.")
     found = [
         disagreement(teacher, rollout, several, temperature=temperature)
         for rollout, several in zip(rollouts, contexts, strict=True)
@@ -94,7 +90,7 @@ def mean_disagreement(
 
 
 def _by_tile(head: Head, hidden: Tensor, temperature: float) -> Tensor:
-    """`pi_disagreement` [N] from hidden states [M, N, H]: one tile of logits of all contexts at a time."""
+    """`pi_disagreement` [N] from hidden states [M, N, H], one tile of all contexts' logits at a time."""
     several, n, _ = hidden.shape
     parts: list[Tensor] = []
     for rows in chunks(n, several * head.vocabulary, hidden.device):

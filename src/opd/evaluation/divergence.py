@@ -32,9 +32,9 @@ def exact_divergence(
 ) -> dict[str, float]:
     """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary.
 
-    All processes have the same rollouts; each looks at some of them.
+    All processes pass the same rollouts; each computes a part.
     """
-    # A prompt's responses stay together: a context may look at all of them.
+    # A prompt's responses stay in one process: a context may read all of them.
     mine = [rollouts[i] for i in world.positions([rollout.prompt.id for rollout in rollouts])]
     totals, count = dict.fromkeys(names, 0.0), 0.0
     if mine:

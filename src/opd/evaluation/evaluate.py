@@ -1,4 +1,4 @@
-"""Held-out prompts: rewards with intervals, lengths, signs of collapse, and the exact divergence from the teacher."""
+"""Evaluation on held-out prompts: rewards with intervals, lengths, and signs of collapse."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from opd.types import Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeldOut:
-    """What is measured, and how."""
+    """An evaluation: prompts, sampling settings and reward."""
 
     prompts: Sequence[Prompt]
     sampling: Mapping[str, Sampling]
@@ -23,19 +23,22 @@ class HeldOut:
     seed: int
     pass_at: Sequence[int] = (1,)
     max_prompt_length: int | None = None
-    limited_by: str = "evaluate.sampling.{setting}.max_completion_length"  # what a user sets for shorter responses
+    limited_by: str = "evaluate.sampling.{setting}.max_completion_length"  # named in errors about length
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """`metrics` by name (`eval/<sampling>/<what>`), and the responses behind them by sampling."""
+    """`metrics` by name (`eval/<sampling>/<what>`), and their responses by sampling setting."""
 
     metrics: dict[str, float]
     rollouts: dict[str, list[Rollout]]
 
 
 def measure(held_out: HeldOut, writers: Mapping[str, Writer], world: World = ALONE) -> Measurement:
-    """Sample every held-out prompt with each setting and summarise; every process samples some, and has all."""
+    """Sample responses to every held-out prompt with each setting and summarise them.
+
+    Processes share the prompts; each returns all responses.
+    """
     metrics: dict[str, float] = {}
     rollouts: dict[str, list[Rollout]] = {}
     positions = world.positions(range(len(held_out.prompts)))
@@ -62,7 +65,7 @@ def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sam
 
 
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
-    """Numbers about responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse."""
+    """Metrics of responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse."""
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.prompt.id, []).append(rollout)

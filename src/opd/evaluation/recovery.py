@@ -1,4 +1,4 @@
-"""How much of the teacher's lead a student has made up, from the held-out responses of three measurements."""
+"""The share of the teacher's lead that a student has recovered, from the held-out responses of three measurements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from opd.maths.statistics import Recovery, gap_recovery
 
-Rows: TypeAlias = Sequence[Mapping[str, Any]]  # of `evaluate.sample_rows`, with `task` and `sampling`
+Rows: TypeAlias = Sequence[Mapping[str, Any]]  # of `samples.sample_rows`, with `task` and `sampling`
 
 
 def recovered(
@@ -15,8 +15,7 @@ def recovered(
 ) -> dict[str, Recovery]:
     """The gap recovery (`statistics.gap_recovery`, arXiv 2604.13016) of a task by sampling setting.
 
-    Left out are settings in which one of the three was not measured or has no reward, and those in which the teacher is
-    not ahead.
+    Leaves out settings in which one of the three has no measurement or no reward, or in which the teacher is not ahead.
     """
     found: dict[str, Recovery] = {}
     for sampling in samplings:
@@ -31,7 +30,7 @@ def recovered(
 
 
 def as_metrics(recoveries: Mapping[str, Recovery], task: str | None) -> dict[str, float]:
-    """eval/[TASK/]SAMPLING/gap_recovery, with _low and _high where the interval has bounds; shares."""
+    """Metrics eval/[TASK/]SAMPLING/gap_recovery, as shares, with _low and _high if the interval is bounded."""
     metrics: dict[str, float] = {}
     for sampling, recovery in recoveries.items():
         name = "/".join(part for part in ("eval", task, sampling, "gap_recovery") if part is not None)
@@ -42,7 +41,7 @@ def as_metrics(recoveries: Mapping[str, Recovery], task: str | None) -> dict[str
 
 
 def _rewards(rows: Rows, task: str | None, sampling: str) -> dict[int, float]:
-    """The mean reward of each prompt; empty if there was no reward."""
+    """The mean reward of each prompt; empty without rewards."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if row["task"] == task and row["sampling"] == sampling and row["reward"] is not None:

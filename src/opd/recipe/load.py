@@ -1,4 +1,4 @@
-"""From a YAML file, a mapping or a command line to a validated `Recipe`, and back to YAML."""
+"""Load a validated `Recipe` from a YAML file or a mapping, with overrides; write it back as YAML."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, fill in `defaults`, validate. Raises ConfigError with the key, what it got, and the remedy."""
+    """Read, override, merge `defaults`, validate. Raises ConfigError with the key, the value it got, and the remedy."""
     file = Path(path)
     if not file.is_file():
         there = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
@@ -29,19 +29,19 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except yaml.YAMLError as error:
         raise ConfigError(f"{file} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{file} is a {type(raw).__name__}, and a recipe is a mapping with `models` and `stages`.")
+        raise ConfigError(f"{file} is a {type(raw).__name__}; a recipe is a mapping with `models` and `stages`.")
     return parse_recipe(raw, overrides, source=str(file))
 
 
 def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
-    """A mapping, as read from YAML, to a Recipe. `defaults` is merged under every stage. Raises ConfigError."""
+    """The Recipe of a mapping, as read from YAML. `defaults` is merged under every stage. Raises ConfigError."""
     tree: dict[str, Any] = fresh(raw)
     for text in overrides:
         override(tree, text, stage_keys=StageSpec.model_fields, recipe_keys=Recipe.model_fields)
     defaults = tree.pop("defaults", {})
     if not isinstance(defaults, dict):
         raise ConfigError(
-            f"{source} is not valid: `defaults` holds fields of a stage, for all of them (got {defaults!r})."
+            f"{source} is not valid: `defaults` is a mapping of fields for all stages (got {defaults!r})."
         )
     if isinstance(tree.get("stages"), list):
         stages = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
@@ -61,7 +61,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def parse_section(section: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
-    """One section of a recipe on its own, validated as in a recipe. Raises ConfigError."""
+    """Validate one section of a recipe alone. Raises ConfigError."""
     try:
         return section.model_validate(fresh(values))
     except ValidationError as error:

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ValidationError
 
 from opd.errors import nearest
 
-# What other trainers call a key, and what is said of it here.
+# Keys of other trainers, and the hint for each.
 OTHER_NAMES = {
     "lr": "Here it is `optimizer.learning_rate`.",
     "learning_rate": "Here it is `optimizer.learning_rate`.",
@@ -17,10 +17,10 @@ OTHER_NAMES = {
     "warmup_ratio": "Here it is `optimizer.warmup_steps`, a number of steps.",
     "batch_size": "Here it is `prompts_per_step`, times `sampling.n` responses.",
     "per_device_train_batch_size": "Here it is `prompts_per_step`, of all devices, times `sampling.n` responses.",
-    "gradient_accumulation_steps": "There is none: `prompts_per_step` is the whole step, and `micro_batch_tokens` what "
-    "is in memory at once.",
-    "epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
-    "num_train_epochs": "There is none: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "gradient_accumulation_steps": "No such key: `prompts_per_step` is the whole step, and `micro_batch_tokens` "
+    "limits what is in memory at once.",
+    "epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "num_train_epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
     "max_steps": "Here it is `steps`.",
     "save_steps": "Here it is `checkpoint.every`.",
     "eval_steps": "Here it is `evaluate.every`.",
@@ -35,16 +35,16 @@ OTHER_NAMES = {
     "train_dataset": "Here it is `data.path`.",
     "lora": "Here it is `models.NAME.lora`, e.g. {rank: 16}.",
     "bf16": "Here it is `models.NAME.autocast`, or `models.NAME.dtype: bfloat16`.",
-    "beta": "There is none: what weighs a divergence is a method's option, if it has one (`opd describe METHOD`). "
+    "beta": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`). "
     "AdamW has `optimizer.betas`.",
-    "kl_coef": "There is none: what weighs a divergence is a method's option, if it has one (`opd describe METHOD`).",
+    "kl_coef": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`).",
 }
 
 
-_NOT_OURS = ("RewardSection", "JudgeSection")  # where these names would mean something else
+_NOT_OURS = ("RewardSection", "JudgeSection")  # sections in which these names mean something else
 
 
-_EXAMPLES = {  # of the shortest section, where a plain value was given
+_EXAMPLES = {  # the shortest section, for a message about a plain value in its place
     "RewardSection": "{{name: {}}}",
     "DataSection": "{{path: {}}}",
     "ModelSpec": "{{path: {}}}",
@@ -61,9 +61,9 @@ def explain(
     stage_keys: Collection[str] = (),
     overrides: Sequence[str] = (),
 ) -> str:
-    """A validation error as lines that say the key, what it got, and the nearest known key.
+    """A validation error as lines with the key, the value it got, and the nearest known key.
 
-    The first part of an override's key may be one of `stage_keys`, so that it may also be a misspelt one.
+    An override may begin with a key of a stage (`stage_keys`), so an unknown key is compared with those too.
     """
     short = {text.partition("=")[0].partition(".")[0] for text in overrides}
     lines: list[str] = []
@@ -77,7 +77,7 @@ def explain(
         elif one["type"] == "model_type":
             lines.append(_no_section(path, one["input"], _section_at(one["loc"], section)))
         else:
-            # A section that its own check refuses is not repeated: it may hold what no log should.
+            # Do not print a section that its own check refuses: it may hold secrets.
             own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
             got = "" if own else f" (got {one['input']!r:.80})"
             lines.append(f"`{path}`: {one['msg']}{got}")
@@ -87,7 +87,7 @@ def explain(
 def _unknown(
     path: str, key: str, section: type[BaseModel] | None, stage_keys: Collection[str], short: Collection[str]
 ) -> str:
-    """The line about an unknown key of `section`; there are `stage_keys` only at the top of a recipe."""
+    """The line about an unknown key of `section`; `stage_keys` is empty except at the top of a recipe."""
     known = [] if section is None else list(section.model_fields)
     listed = ", ".join(known)
     if key in stage_keys:
@@ -102,7 +102,7 @@ def _unknown(
 
 
 def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:
-    """The line about a plain value where a section belongs."""
+    """The line about a plain value in place of a section."""
     line = f"`{path}`: Input should be a valid dictionary (got {got!r:.80})"
     if section is None:
         return line

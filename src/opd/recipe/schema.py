@@ -1,7 +1,7 @@
-"""The recipe: what a run does, as YAML, validated before anything heavy is imported. No torch here.
+"""The schema of a recipe, the YAML description of a run; validated before heavy imports. No torch here.
 
-Field names follow TRL where the meaning is the same. `key=value` overrides use dotted paths; a stage is named or
-numbered: `stages.distil.steps=5`, and in a recipe of one stage `steps=5` is enough.
+Field names follow TRL where the meaning is the same. `key=value` overrides use dotted paths; a stage is given by name
+or number: `stages.distil.steps=5`. In a recipe of one stage `steps=5` is enough.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
-    """Frozen, and no unknown key."""
+    """A frozen section that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -28,26 +28,26 @@ class Lora(Section):
 
 
 class Characters(Section):
-    """One token a character, and one more for each of `merges`: two tokens that are joined wherever they meet."""
+    """A tokenizer with one token per character, and one per pair in `merges`, which joins that pair everywhere."""
 
     characters: str
-    merges: list[tuple[str, str]] = []  # in the order in which they are made
+    merges: list[tuple[str, str]] = []  # in order of application
 
 
 class ModelSpec(Section):
-    """Where a model comes from: a path, a new one from a config, or what an earlier stage made of it."""
+    """The origin of a model: a path, a config for random weights, an earlier stage, or a function."""
 
     path: str | None = None  # folder, hub id, GGUF file, or package:NAME/FILE
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
-    from_stage: str | None = None  # the model that this stage leaves
-    scorer: str | None = None  # a teacher of your own, my_module:MyTeacher, called (student, **options)
+    from_stage: str | None = None  # the model that this stage trained
+    scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
     options: dict[str, Any] = {}  # of `scorer`
     tokenizer: str | Characters | None = None  # for `init`
     seed: int | None = None  # of the random weights; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights
     device: str | None = None  # default: cuda if there is one
-    offload: bool = False  # a teacher that stays on the CPU between its turns
+    offload: bool = False  # a teacher that stays on the CPU while unused
     lora: Lora | None = None
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
@@ -61,30 +61,30 @@ class ModelSpec(Section):
         if len(given) != 1:
             raise ValueError(f"a model comes from exactly one of path, init, from_stage, scorer; got {given or 'none'}")
         if self.options and self.scorer is None:
-            raise ValueError("`options` are those of `scorer`, and there is none: leave them out")
+            raise ValueError("`options` belong to `scorer`, which is missing: leave them out")
         return self
 
 
 class SelectSection(Section):
-    """Which rows are kept. Questions are compared as they stand in the data, without template and system message.
+    """Which rows to keep. Questions are compared as in the data, without template and system message.
 
-    `opd.data.selection` has the defaults of `threshold` and `n`, and checks what one field asks of another.
+    `opd.data.selection` has the defaults of `threshold` and `n`, and checks fields against each other.
     """
 
     by: DataSection | None = None  # another data set, e.g. the prompts that the teacher was trained on
     keep: Literal["near", "far"] | None = None  # of `by`
-    distinct: bool = False  # leave out questions that are like an earlier one
+    distinct: bool = False  # leave out questions similar to an earlier one
     measure: Literal["exact", "words", "characters", "encoder"] = "exact"
-    threshold: float | None = Field(default=None, gt=0, le=1)  # the least cosine of two that are alike; equal ones are
+    threshold: float | None = Field(default=None, gt=0, le=1)  # least cosine of two similar ones; equal ones always are
     n: int | None = Field(default=None, ge=1)  # of the n-grams of words or characters
     encoder: str | None = None  # folder or hub id of a text encoder
-    limit: int | None = Field(default=None, ge=1)  # of the rows that are left, the first
+    limit: int | None = Field(default=None, ge=1)  # keep the first of the remaining rows
 
 
 class DataSection(Section):
-    """Where prompts come from. `path` is one of
+    """The source of prompts. `path` is one of
 
-    - a file that ends with .json (a list of objects), .jsonl, .parquet or .csv (an empty cell is no value)
+    - a file that ends with .json (a list of objects), .jsonl, .parquet or .csv (an empty cell is a missing value)
     - `package:NAME/FILE`, such a file inside an installed package, which is not imported
     - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
     - `package.module:function`, rows of `function(**options)`, an iterable of dicts
@@ -93,17 +93,17 @@ class DataSection(Section):
 
     path: str
     split: str = "train"  # of a folder or a hub name
-    columns: dict[str, str] = {}  # our name -> the file's column
+    columns: dict[str, str] = {}  # opd's name -> the file's column
     options: dict[str, Any] = {}
-    skip: int = Field(default=0, ge=0)  # rows left out at the beginning, e.g. those of an earlier stage
-    limit: int | None = Field(default=None, ge=1)  # rows, from the first that is not skipped
+    skip: int = Field(default=0, ge=0)  # rows to leave out at the start, e.g. those of an earlier stage
+    limit: int | None = Field(default=None, ge=1)  # number of rows after `skip`
     chat: bool = False  # a text prompt becomes one user message
     system: str | None = None  # a system message before the messages; implies chat
-    template: str | None = None  # rewrites the text, or the last user message: what stands there is {prompt}
-    select: SelectSection | None = None  # which of these rows are kept
+    template: str | None = None  # rewrites the text, or the last user message; {prompt} is the original
+    select: SelectSection | None = None  # which of these rows to keep
 
 
-SelectSection.model_rebuild()  # a data section stands in it, and it in a data section
+SelectSection.model_rebuild()  # the two sections refer to each other
 
 
 class SamplingSection(Section):
@@ -121,33 +121,33 @@ OF_A_SERVER = ("model", "api_key_env", "body", "timeout_s", "patience_s", "concu
 
 
 class JudgeSection(Section):
-    """An LLM judge, which answers a text with a text: exactly one of `url`, `lm` and `function`."""
+    """An LLM judge, which answers a text with a text. Give exactly one of `url`, `lm` and `function`."""
 
     url: str | None = None  # of a server that speaks OpenAI's protocol, e.g. http://localhost:8000/v1
     model: str | None = None  # the server's name of the model
-    api_key_env: str | None = None  # the environment variable that holds the key; the key itself stands nowhere
-    body: dict[str, Any] = {}  # further fields of a request; null takes one of ours back
-    timeout_s: float = Field(default=300.0, gt=0)  # of one request
-    patience_s: float = Field(default=300.0, ge=0)  # of one question, to wait where the server says that it is too busy
-    concurrency: int = Field(default=8, ge=1)  # requests at once
+    api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
+    body: dict[str, Any] = {}  # more fields of a request; null removes one of opd's
+    timeout_s: float = Field(default=300.0, gt=0)  # per request
+    patience_s: float = Field(default=300.0, ge=0)  # per question: how long to wait while the server is busy
+    concurrency: int = Field(default=8, ge=1)  # parallel requests
     lm: str | None = None  # one of the recipe's models, in this process
     function: str | None = None  # my_package.mine:function, called (question, **options); see `base.Question`
     options: dict[str, Any] = {}  # of the function
-    max_tokens: int = Field(default=4096, ge=1)  # of an answer; a function is not told
-    retries: int = Field(default=2, ge=0)  # after a request that failed, and as many after an unreadable answer
+    max_tokens: int = Field(default=4096, ge=1)  # per answer; not passed to a function
+    retries: int = Field(default=2, ge=0)  # after a failed request, and as many after an unreadable answer
 
     @model_validator(mode="after")
     def _one_kind(self) -> JudgeSection:
         given = [name for name in ("url", "lm", "function") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"who is asked is exactly one of url, lm, function; given are {given or 'none'}")
+            raise ValueError(f"a judge has exactly one of url, lm, function; got {given or 'none'}")
         fields = type(self).model_fields
         names = [*([] if self.url else OF_A_SERVER), *([] if self.function else ["options"])]
         unread = [name for name in names if getattr(self, name) != fields[name].default]
         if unread:
             raise ValueError(f"`{given[0]}` does not read {', '.join(unread)}: leave it out")
         if self.url and not self.model:
-            raise ValueError("a server is asked for a model by name: set `model`")
+            raise ValueError("`url` needs the server's name of the model: set `model`")
         return self
 
 
@@ -160,20 +160,20 @@ class Asks(BaseModel):
 
     @property
     def asks(self) -> dict[str, JudgeSection]:
-        """Who is asked, by role."""
+        """The judges that are configured, by role."""
         given = {"judge": self.judge, "verifier": self.verifier, "author": self.author}
         return {role: section for role, section in given.items() if section is not None}
 
 
 class RewardSection(Section, Asks):
-    """A reward, its options, and its judges where it has some."""
+    """A reward with its options, and its judges if it uses any."""
 
     name: str
     options: dict[str, Any] = {}
 
 
 class OptimizerSection(Section):
-    """AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
+    """Settings of AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
 
     learning_rate: float = Field(default=1e-6, gt=0)
     betas: tuple[float, float] = (0.9, 0.999)
@@ -185,24 +185,24 @@ class OptimizerSection(Section):
 
 
 class EvaluateSection(Section):
-    """Held-out prompts, before and after training and every `every` steps (0: only before and after)."""
+    """An evaluation on held-out prompts: before and after training, and every `every` steps (0: never in between)."""
 
     data: DataSection
     reward: RewardSection | None = None
     sampling: dict[str, SamplingSection] = {"sampled": SamplingSection()}
     every: int = Field(default=0, ge=0)
     before: bool = True
-    teacher: bool = False  # the teacher's own responses, once
+    teacher: bool = False  # also measure the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
     pass_at: list[int] = [1]
 
 
 class DiagnosticsSection(Section):
-    """What a stage measures of its own responses: see docs/diagnostics.md."""
+    """Diagnostics of a stage's own responses: see docs/diagnostics.md."""
 
     every: int = Field(default=0, ge=0)  # steps between full comparisons of student and teacher; 0: none
-    k: int = Field(default=16, ge=1)  # most likely tokens of each model that are compared
-    bucket: int = Field(default=64, ge=1)  # tokens in a bucket of positions; doubled until 16 buckets are enough
+    k: int = Field(default=16, ge=1)  # number of most likely tokens of each model to compare
+    bucket: int = Field(default=64, ge=1)  # tokens per bucket of positions; doubled until 16 buckets suffice
 
 
 class CheckpointSection(Section):
@@ -211,9 +211,9 @@ class CheckpointSection(Section):
 
 
 class TaskSection(Section):
-    """One of the tasks of a stage: its prompts, who teaches them, how they are answered and judged.
+    """One task of a stage: prompts, teacher, reward, sampling and evaluation.
 
-    What it leaves out of `sampling`, `teacher_sampling` and `evaluate` is the stage's.
+    Missing fields of `sampling`, `teacher_sampling` and `evaluate` are taken from the stage.
     """
 
     data: DataSection
@@ -222,14 +222,14 @@ class TaskSection(Section):
     sampling: SamplingSection = SamplingSection()
     teacher_sampling: SamplingSection | None = None
     evaluate: EvaluateSection | None = None
-    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, against the other tasks'
+    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, relative to other tasks
 
 
-OF_A_TASK = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # or of a stage without tasks
+TASK_FIELDS = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # also of a stage without tasks
 
 
 class StageSpec(Section):
-    """What is trained, how and on what: `data`, `teacher` and `reward`, or several `tasks`, each with its own."""
+    """One stage: model, method and data. Either `data`, `teacher` and `reward`, or `tasks` with their own."""
 
     name: Name
     train: str
@@ -238,14 +238,14 @@ class StageSpec(Section):
     options: dict[str, Any] = {}
     data: DataSection | None  # None: the stage has tasks
     tasks: dict[Name, TaskSection] = {}
-    task_order: Literal["alternate", "mixed"] = "alternate"  # a step takes prompts of one task, or of all
+    task_order: Literal["alternate", "mixed"] = "alternate"  # a step has prompts of one task, or of all
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
-    sampler: str | None = None  # of your own for training, my_module:MySampler, called (student, sampling, **options)
+    sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
-    teacher_sampling: SamplingSection | None = None  # when the teacher writes; default: `sampling`
+    teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     steps: int = Field(ge=1)
-    seconds_of: str | None = None  # stop early, after as many seconds of training as that stage took
+    seconds_of: str | None = None  # stop after as many seconds of training as that stage took
     prompts_per_step: int = Field(default=16, ge=1)
     micro_batch_tokens: int = Field(default=4096, ge=1)
     max_prompt_length: int | None = Field(default=None, ge=1)
@@ -256,30 +256,30 @@ class StageSpec(Section):
     samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
 
     @property
-    def parts(self) -> dict[str | None, TaskSection]:
-        """The tasks by name; of a stage without tasks, the whole of it as one part, named None."""
+    def by_task(self) -> dict[str | None, TaskSection]:
+        """The tasks by name. A stage without tasks has a single task, named None."""
         if self.data is None:
             return {**self.tasks}
-        return {None: TaskSection(**{name: getattr(self, name) for name in OF_A_TASK})}
+        return {None: TaskSection(**{name: getattr(self, name) for name in TASK_FIELDS})}
 
     def only(self, task: str) -> StageSpec:
-        """The stage with one of its tasks alone, as a stage without tasks."""
-        return self.model_copy(update={name: getattr(self.tasks[task], name) for name in OF_A_TASK} | {"tasks": {}})
+        """The stage reduced to one task, as a stage without tasks."""
+        return self.model_copy(update={name: getattr(self.tasks[task], name) for name in TASK_FIELDS} | {"tasks": {}})
 
     @property
     def teachers(self) -> list[str]:
-        """The models that teach in this stage, the student itself left out."""
-        named = [part.teacher for part in self.parts.values() if part.teacher is not None]
+        """The models that teach in this stage, without the student itself."""
+        named = [task.teacher for task in self.by_task.values() if task.teacher is not None]
         return [name for name in dict.fromkeys(named) if name != self.train]
 
     @property
-    def asked(self) -> list[str]:
-        """The models that its rewards ask for texts."""
-        sections = [one for part in self.parts.values() if part.reward for one in part.reward.asks.values()]
-        return list(dict.fromkeys(one.lm for one in sections if one.lm is not None))
+    def judge_models(self) -> list[str]:
+        """The models of the recipe that judge for the stage's rewards."""
+        judges = [judge for task in self.by_task.values() if task.reward for judge in task.reward.asks.values()]
+        return list(dict.fromkeys(judge.lm for judge in judges if judge.lm is not None))
 
     def where(self, task: str | None) -> str:
-        """The stage, or one of its tasks, at the beginning of a message."""
+        """The start of a message: the stage, and the task if given."""
         return f"Stage {self.name!r}" + ("" if task is None else f", task {task!r}")
 
 
@@ -301,7 +301,7 @@ class Recipe(Section):
 
 
 def origin_of(recipe: Recipe, name: str) -> ModelSpec:
-    """The model that `name` goes back to through the stages that made it."""
+    """The original model of `name`: follows `from_stage` back to a model without one."""
     spec = recipe.models[name]
     while spec.from_stage is not None:
         spec = recipe.models[recipe.stage(spec.from_stage).train]

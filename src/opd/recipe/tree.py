@@ -1,4 +1,4 @@
-"""A recipe before it is validated, a tree of plain values: overrides, merging, and what is said of its mistakes."""
+"""A recipe before validation, a tree of plain values: copies, merging and overrides."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd.errors import ConfigError, nearest
 
 
 def parse_value(text: str, where: str) -> Any:
-    """The value of a key=value on the command line, read as YAML. Raises ConfigError."""
+    """The value of a key=value on the command line, parsed as YAML. Raises ConfigError."""
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -20,7 +20,7 @@ def parse_value(text: str, where: str) -> Any:
 
 
 def fresh(node: Any) -> Any:
-    """A copy in which nothing is shared: what YAML aliases say twice can be overridden once."""
+    """A deep copy without shared nodes, so that an override changes only one use of a YAML alias."""
     if isinstance(node, Mapping):
         return {str(key): fresh(value) for key, value in node.items()}
     if isinstance(node, list | tuple):
@@ -29,35 +29,34 @@ def fresh(node: Any) -> Any:
 
 
 def merged(under: Any, over: Any) -> Any:
-    """`over` on top of `under`, key by key where both are mappings."""
+    """`under` overridden by `over`, key by key where both are mappings."""
     if isinstance(under, dict) and isinstance(over, dict):
         return {k: merged(under.get(k), over.get(k, under.get(k))) for k in {**under, **over}}
     return over
 
 
 def with_whole_tasks(stage: dict[str, Any], source: str) -> dict[str, Any]:
-    """A stage whose tasks have all of their `sampling`, `teacher_sampling` and `evaluate`: their own on the stage's.
+    """The stage with its `sampling`, `teacher_sampling` and `evaluate` merged under those of each task.
 
-    `evaluate` goes to the tasks that have one, and leaves the stage. A stage without tasks stays as it is. Raises
-    ConfigError for an `evaluate` that no task takes up, or whose prompts would be those of every task.
+    `evaluate` moves from the stage to the tasks that have one. A stage without tasks is returned unchanged. Raises
+    ConfigError if the stage has an `evaluate` and no task has one, or if the stage's has `data`.
     """
     tasks = stage.get("tasks")
     if not isinstance(tasks, dict) or not tasks:
         return stage
     shared = stage.get("evaluate")
     if not isinstance(shared, dict | None):
-        return {"data": None, **stage}  # it is no section, which validation says
+        return {"data": None, **stage}  # not a mapping: validation refuses it
     measured = [name for name, task in tasks.items() if isinstance(task, dict) and task.get("evaluate") is not None]
     if shared is not None and not measured:
         raise ConfigError(
-            f"{source}: stage {stage.get('name')!r}: `evaluate` holds what the evaluations of its tasks share, and no "
-            f"task has one. Give a task its own prompts, e.g. tasks.{next(iter(tasks))}.evaluate: {{data: ...}}."
+            f"{source}: stage {stage.get('name')!r}: `evaluate` holds shared settings of its tasks' evaluations, and "
+            f"no task has one. Give a task its own prompts, e.g. tasks.{next(iter(tasks))}.evaluate: {{data: ...}}."
         )
     if isinstance(shared, dict) and shared.get("data") is not None:
         raise ConfigError(
             f"{source}: stage {stage.get('name')!r}: `evaluate.data` would be the held-out prompts of every task. Move "
-            f"it into tasks.{measured[0]}.evaluate; what comes from `defaults` is taken back by `evaluate: {{data: "
-            "null}`."
+            f"it into tasks.{measured[0]}.evaluate; to remove it from `defaults`, write `evaluate: {{data: null}}`."
         )
     whole: dict[str, Any] = {}
     for name, task in tasks.items():
@@ -81,7 +80,7 @@ def override(tree: dict[str, Any], text: str, *, stage_keys: Collection[str], re
         if not isinstance(stages, list) or len(stages) != 1:
             names = [s.get("name") for s in stages or [] if isinstance(s, dict)]
             raise ConfigError(
-                f"{key!r} belongs to a stage, and there are several: write stages.NAME.{key} (NAME of {names})."
+                f"{key!r} belongs to a stage, and the recipe has several: write stages.NAME.{key} (NAME of {names})."
             )
         parts = ["stages", "0", *parts]
     node: Any = tree

@@ -1,1 +1,1 @@
-"""A recipe becomes stages: prepared, checked, built, trained, exported."""
+"""The stages of a recipe, one after the other: prepared, checked, built, trained and exported."""

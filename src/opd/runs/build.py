@@ -1,4 +1,4 @@
-"""From a prepared stage to a `Stage`: models, teacher, writers, rewards, evaluations, optimiser."""
+"""Build a `Stage` from a prepared stage: models, teacher, writers, rewards, evaluations, optimiser."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def teacher_of(
     *,
     chat: bool = False,
 ) -> Teacher:
-    """The stage's teacher; the teachers of all tasks as one. `externals` are by model name.
+    """The stage's teacher; with several tasks, one that routes to theirs. `externals`: loaded models by name.
 
-    `chat` says that prompts are conversations, for a teacher with a tokenizer of its own.
+    `chat`: whether prompts are conversations, for a teacher with its own tokenizer.
     """
 
     def one(name: str | None) -> Teacher:
@@ -72,16 +72,16 @@ def teacher_of(
 
 
 def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
-    """The student's samplers by task, each with the task's own settings."""
+    """The student's samplers by task, each with the task's settings."""
     if spec.sampler is not None:
         return {
-            name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.parts.items()
+            name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
         }
     return {
         name: TransformersSampler(
             lm=student, sampling=sampling_of(part.sampling), max_prompt_length=spec.max_prompt_length
         )
-        for name, part in spec.parts.items()
+        for name, part in spec.by_task.items()
     }
 
 
@@ -94,9 +94,9 @@ def writers_of(
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
 ) -> Writers:
-    """What can write a response in this stage, complete its record, and score it meanwhile; a method's source picks."""
+    """The writers of this stage's responses, from which the method's source chooses."""
     teachers: dict[str | None, Writer] = {}
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         if part.teacher is not None and part.teacher in externals:
             teachers[name] = TeacherWriter(
                 teacher=externals[part.teacher],
@@ -129,9 +129,8 @@ def writers_of(
 def rewards_of(
     recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
 ) -> StageRewards:
-    """The rewards of all tasks, with their judges ready: `judges` are loaded models; answers are kept in `folder`.
-
-    Raises RunError if the answers that are kept cannot be read.
+    """The rewards of all tasks, ready to use. `judges`: loaded models by name; their answers are cached in `folder`.
+    Raises RunError if the cache cannot be read.
     """
     origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}
     by_task = {
@@ -148,9 +147,9 @@ def exams_of(
     teacher: Teacher,
     externals: Mapping[str, LanguageModel],
 ) -> list[Exam]:
-    """The stage's evaluations, with the teacher as a writer and a scorer where the recipe asks for them."""
+    """The stage's evaluations, with the teacher as writer or scorer where the recipe requests it."""
     exams: list[Exam] = []
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
@@ -197,7 +196,7 @@ def scorer_of(
     teacher: Teacher,
     externals: Mapping[str, LanguageModel],
 ) -> Teacher | None:
-    """The teacher of a task's evaluation: the task's own, also where the method has none; None without one."""
+    """The teacher of a task's evaluation: the method's, else the task's `teacher`, else None."""
     if method.teacher.kind != "none":
         return teacher.of(part.teacher)
     if part.teacher is not None and part.teacher in externals:
@@ -221,18 +220,18 @@ class Session:
     world: World
 
     def model(self, spec: StageSpec, name: str) -> LanguageModel:
-        """A model as it stands when stage `spec` begins."""
+        """A model as it is when stage `spec` begins."""
         return model_for(self.recipe, spec, name, self.given, self.directory)
 
 
 def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
-    """Load the models as they stand and put the stage together."""
+    """Load the stage's models and build the stage."""
     recipe, given, world = session.recipe, session.given, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
     method = prepared.method.with_tokenizer(student.tokenizer)
     memory = method.make_memory()
     world.agree(student.trainable().values())
-    # Before the student is sharded: a copy of it is whole, in every process.
+    # Before sharding the student: a teacher that copies it has whole weights in every process.
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, given, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
@@ -278,22 +277,22 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
 def loaded(
     session: Session, spec: StageSpec, method: Method
 ) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
-    """The student; the teachers, and the models that judge, by name. Raises ConfigError and AlignmentError."""
+    """The student, the teachers by name, and the judges' models by name. Raises ConfigError and AlignmentError."""
     with session.world.main_first():
         student = session.model(spec, spec.train)
         check_student(spec, method, student, session.progress)
         check_space(session.directory.path, space_needed(spec, method, student))
-        taught_by = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
-        externals = {name: session.model(spec, name) for name in taught_by}
+        loadable = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
+        externals = {name: session.model(spec, name) for name in loadable}
         if method.teacher.tokenizer == "students":
             for name, external in externals.items():
                 check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
-        judges = {name: externals.get(name) or session.model(spec, name) for name in spec.asked}
+        judges = {name: externals.get(name) or session.model(spec, name) for name in spec.judge_models}
     return student, externals, judges
 
 
 def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
-    """Refuse a teacher that cannot compute what the stage reads of it. Raises ConfigError."""
+    """Refuse a teacher that cannot compute the scores that the stage needs. Raises ConfigError."""
     if method.teacher.kind == "none":
         return
     if why := teacher.refuses(method.request(shown=True)):
@@ -307,7 +306,7 @@ def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
 def exams_in(
     exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
 ) -> Exams:
-    """The stage's evaluations, with the folder that they are written to."""
+    """The stage's evaluations, with the folder for their results."""
     return Exams(
         exams=exams,
         student=student,
@@ -319,7 +318,7 @@ def exams_in(
 
 
 def check_student(spec: StageSpec, method: Method, student: LanguageModel, progress: Progress) -> None:
-    """What only the loaded student can tell. Raises ConfigError."""
+    """Checks that need the loaded student. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
     check_fits(max(method.support.k, method.top_k), student.vocabulary)
@@ -327,7 +326,7 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
         check_k(spec.diagnostics.k, student.vocabulary)
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
         progress.note(
-            f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to nothing. Use `dtype: "
+            f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to zero. Use `dtype: "
             "float32` with `autocast: true`, or LoRA."
         )
 
@@ -335,7 +334,7 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
 def model_for(
     recipe: Recipe, spec: StageSpec, name: str, given: Given, directory: RunDir, device: str | None = None
 ) -> LanguageModel:
-    """A model as it stands when stage `spec` begins: what the last stage that trained it left, else its origin."""
+    """A model as it is when stage `spec` begins: from the last stage that trained it, else from its origin."""
     if name in given.models:
         return given.models[name]
     before = recipe.stages[: [s.name for s in recipe.stages].index(spec.name)]
@@ -355,8 +354,10 @@ def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
 
 
 def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int:
-    """Bytes that a stage writes at its peak: checkpoints (weights, two moments, a copy of the weights where the method
-    keeps one; one checkpoint more than are kept), the model."""
+    """Peak bytes that a stage has on disk: `keep` + 1 checkpoints and the model.
+
+    A checkpoint has the weights, two moments, and a copy of the weights if the method keeps one.
+    """
     trained = checkpoint.size_of(student.trainable())
     return (3 + (Input.WEIGHT_COPY in method.needs)) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
         dict(student.model.named_parameters())

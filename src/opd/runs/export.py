@@ -1,4 +1,4 @@
-"""The card of a trained model: where it comes from and what was measured."""
+"""Export of a trained model, with a model card: its origin and its held-out numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from opd.stage.stage import Stage
 
 
 def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """README.md with the stage's settings and its held-out numbers."""
+    """Write README.md with the stage's settings and its held-out numbers."""
     measured = [row for row in metrics if any(key.startswith("eval/") for key in row)]
     metadata = ModelCardData(library_name="transformers", tags=["on-policy-distillation", "opd"])
     lines = [
@@ -58,7 +58,7 @@ def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[
 
 
 def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:
-    """The stage's model in Hugging Face format with a card, then the mark that it is done."""
+    """Write the stage's model in Hugging Face format with a card, then mark the stage as done."""
     student = whole_student(recipe, stage, given, directory)
     if student is None:
         return
@@ -75,16 +75,16 @@ def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory
 
 
 def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:
-    """The student for the process that saves it, None for the others.
+    """The student in the process that saves it, None in the others.
 
-    A sharded one is loaded again, on the CPU, as it was before the stage, and takes over what was trained.
+    A sharded student is loaded again on the CPU, as it was before the stage; then the trained weights are copied in.
     """
     world = stage.world
     if world.size == 1:
         return stage.student
     trained: dict[str, torch.Tensor] = {}
     for name, parameter in stage.student.trainable().items():
-        values = whole_tensor(parameter.detach())  # with all others
+        values = whole_tensor(parameter.detach())  # a collective operation of all processes
         if world.main:
             trained[name] = values.cpu()
     if not world.main:

@@ -1,4 +1,4 @@
-"""Whether a stage, or a task of it, gives what its method asks for; nothing is loaded for that."""
+"""Whether a stage, or one of its tasks, provides what its method needs. Loads nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
 
 REMEDIES = {
     Input.REWARD: "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
-    Input.GROUP: "several responses to a prompt: set sampling.n to 2 or more",
-    Input.JUDGE: "a reward that asks a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
+    Input.GROUP: "several responses per prompt: set sampling.n to 2 or more",
+    Input.JUDGE: "a reward with a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
     "http://localhost:8000/v1, model: NAME}}}}",
     Input.TEACHER_MODEL: "a teacher model: set the {owner}'s `teacher` to one of the models",
 }
 
 
 def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward: bool, asks: bool = False) -> None:
-    """Refuse a stage, or a task of it, that does not give what its method's pieces declare. Raises ConfigError.
+    """Refuse a stage or task that does not provide what the method's pieces need. Raises ConfigError.
 
-    `asks` says that LLM judges give the reward.
+    `asks`: whether LLM judges compute the reward.
     """
     needs = method.needs
-    part, where = spec.parts[task], spec.where(task)
+    part, where = spec.by_task[task], spec.where(task)
     given = {
         Input.REWARD: has_reward,
         Input.GROUP: part.sampling.n >= 2,
@@ -32,20 +32,19 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         Input.TEACHER_MODEL: part.teacher is not None and part.teacher != spec.train,
     }
     owner = "stage" if task is None else "task"
-    without = {need for need in needs.inputs if not given.get(need, True)}
-    if Input.JUDGE in without:  # the judge's reward is one, and another would be refused next
-        without -= {Input.REWARD}
-
-    missing = [REMEDIES[need].format(owner=owner) for need in sorted(without)]
+    missing = {need for need in needs.inputs if not given.get(need, True)}
+    if Input.JUDGE in missing:  # the remedy for a missing judge also gives a reward
+        missing -= {Input.REWARD}
+    remedies = [REMEDIES[need].format(owner=owner) for need in sorted(missing)]
     if Trait.READS_ATTEMPT in needs and part.evaluate is not None and part.evaluate.teacher:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the teacher reads the student's attempt, and "
-            "evaluate.teacher lets it write without one. Set evaluate.teacher to false."
+            "evaluate.teacher makes it write without one. Set evaluate.teacher to false."
         )
     on_policy = Trait.OFF_POLICY not in needs
     if Trait.POLICY_GRADIENT in needs and on_policy and method.temperature != part.sampling.temperature:
         raise ConfigError(
-            f"{where}: method {spec.method!r} is a policy gradient. Its responses are drawn at temperature "
+            f"{where}: method {spec.method!r} is a policy gradient. Its responses are sampled at temperature "
             f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
             "sampling.temperature and the method's `temperature` the same value."
         )
@@ -53,28 +52,28 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
     longest = needs_of(method.source).response_tokens
     if longest > part.sampling.max_completion_length:
         raise ConfigError(
-            f"{where}: method {spec.method!r} has a budget of up to {longest} tokens a response, and "
-            f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set that to {longest}, or lower "
+            f"{where}: method {spec.method!r} has a budget of up to {longest} tokens per response, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}. Set it to {longest}, or lower "
             "the largest budget among the method's options."
         )
     first_look = needs_of(method.source).first_look
     if first_look >= part.sampling.max_completion_length:
         raise ConfigError(
-            f"{where}: in method {spec.method!r} the teacher looks at a response every {first_look} tokens, and "
-            f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end sooner. "
-            "Lower `every` among the method's options, or let responses be longer."
+            f"{where}: in method {spec.method!r} the teacher scores a response every {first_look} tokens, and "
+            f"sampling.max_completion_length is {part.sampling.max_completion_length}: no response would end early. "
+            "Lower `every` among the method's options, or raise sampling.max_completion_length."
         )
-    if missing:
-        raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(missing)}.")
+    if remedies:
+        raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(remedies)}.")
     if part.teacher is not None and method.teacher.kind.startswith("self_"):
         raise ConfigError(
             f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
-            f"{part.teacher!r}, which would never be asked. Remove `teacher`, or use a method with an external one."
+            f"{part.teacher!r}, which would never be used. Remove `teacher`, or use a method with an external one."
         )
 
 
 def check_diagnostics(spec: StageSpec, method: Method) -> None:
-    """Refuse a comparison with a teacher that the method does not have. Raises ConfigError."""
+    """Refuse diagnostics that the method's teacher does not support. Raises ConfigError."""
     if spec.diagnostics.every and method.teacher.kind == "none":
         raise ConfigError(
             f"Stage {spec.name!r}: diagnostics.every is {spec.diagnostics.every}, which compares the student with the "
@@ -88,13 +87,13 @@ def check_comparison(method: Method, where: str, setting: str, remedy: str) -> N
     """Refuse a `setting` that compares both distributions at each token. Raises ConfigError."""
     if method.teacher.tokenizer == "any":
         raise ConfigError(
-            f"{where}: {setting} compares student and teacher token by token, and in this method the teacher has a "
-            f"tokenizer of its own. {remedy}; the metric units/signal is the divergence on units."
+            f"{where}: {setting} compares student and teacher token by token, and in this method the teacher has its "
+            f"own tokenizer. {remedy}; the metric units/signal is the divergence on units."
         )
 
 
 def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: PromptOrder, size: int) -> None:
-    """Refuse a stage that `size` processes cannot share: each needs prompts in every step. Raises ConfigError."""
+    """Refuse a stage with fewer prompts per step than the `size` processes need. Raises ConfigError."""
     if size == 1:
         return
     count = spec.prompts_per_step
@@ -107,7 +106,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
         device = recipe.models[name].device
         if device is not None and ":" in device:
             raise ConfigError(
-                f"models.{name}.device is {device!r}, and {size} processes were started: each has a GPU of its own. "
+                f"models.{name}.device is {device!r}, and {size} processes were started: each uses its own GPU. "
                 f"Leave models.{name}.device out."
             )
     if Input.GROUP not in method.needs:
@@ -119,7 +118,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
         if different < size:
             of = "each task's prompts" if spec.tasks else "prompts"
             raise ConfigError(
-                f"Stage {spec.name!r}: step {step + 1} has {different} different prompts ({count} prompts a step, "
+                f"Stage {spec.name!r}: step {step + 1} has {different} different prompts ({count} prompts per step, "
                 f"{sum(map(len, order.prompts))} in all), and {size} processes were started: method {spec.method!r} "
                 f"compares the responses to one prompt in one process. Use a prompts_per_step that divides the number "
                 f"of {of}, or a smaller --nproc-per-node."
@@ -127,23 +126,20 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
 
 
 def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
-    """Refuse an evaluation that needs what the stage does not have. Raises ConfigError.
-
-    Those are a pass@k that no sampling setting has enough responses for, and a teacher where there is none.
-    """
+    """Refuse a pass@k of more responses than are sampled, or a teacher that is missing. Raises ConfigError."""
     most = max(sampling.n for sampling in evaluate.sampling.values())
     if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
         raise ConfigError(
-            f"{spec.where(task)}: evaluate.pass_at asks for {', '.join(f'pass@{k}' for k in bad)}, and the settings "
-            f"draw at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
+            f"{spec.where(task)}: evaluate.pass_at has {', '.join(f'pass@{k}' for k in bad)}, and the settings "
+            f"sample at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
         )
-    asked = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
-    if asked and method.teacher.kind == "none" and spec.parts[task].teacher in (None, spec.train):
+    enabled = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
+    if enabled and method.teacher.kind == "none" and spec.by_task[task].teacher in (None, spec.train):
         owner = "stage" if task is None else "task"
         raise ConfigError(
-            f"{spec.where(task)}: it sets {' and '.join(asked)}, and there is no teacher: method {spec.method!r} has "
-            f"none, and the {owner} names none to compare with. Set the {owner}'s `teacher` to one of the models other "
-            f"than {spec.train!r}, or {' and '.join(asked)} to false."
+            f"{spec.where(task)}: it sets {' and '.join(enabled)}, and there is no teacher: method {spec.method!r} has "
+            f"none, and the {owner} names none. Set the {owner}'s `teacher` to one of the models other "
+            f"than {spec.train!r}, or {' and '.join(enabled)} to false."
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")

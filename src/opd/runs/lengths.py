@@ -1,4 +1,4 @@
-"""What can be known, before any weight is loaded, of what models read: how long it gets, and through which template."""
+"""Check sequence lengths against the models' positions before weights are loaded."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
 
 
-# --- how long it gets ------------------------------------------------------------------------------------------------
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reading:
-    """A model that reads prompts with responses of up to `tokens` tokens; `key` of the recipe sets that number.
+class LengthCheck:
+    """One check: `model` reads prompts with responses of up to `tokens` tokens, a number set by the recipe's `key`.
 
-    `writes`: it writes them, so that it never reads the last token.
+    `writes`: the model writes the responses, so it never reads the last token.
     """
 
     model: str
@@ -45,53 +44,53 @@ def check_lengths(
     tokenizers: Mapping[str, Any],
     given: Mapping[str, LanguageModel],
 ) -> None:
-    """Refuse responses that student or teacher would have no positions for. Raises DataError.
+    """Refuse responses too long for the positions of student or teacher. Raises DataError.
 
-    `lengths` are those of `prepared.all_prompts` in the student's tokens. What cannot be known without weights passes.
+    `lengths`: those of `prepared.all_prompts` in the student's tokens. Models with an unknown number of positions pass.
     """
     known = {
         name: given[name].positions if name in given else known_positions(origin_of(recipe, name), name, tokenizer)
         for name, tokenizer in tokenizers.items()
     }
-    for reading in readings(spec, prepared, lengths):
-        positions = known.get(reading.model, math.inf)
-        spare = positions + reading.writes - reading.tokens  # for a prompt
-        if max(reading.lengths) <= spare:
+    for check in length_checks(spec, prepared, lengths):
+        positions = known.get(check.model, math.inf)
+        spare = positions + check.writes - check.tokens  # for the prompt
+        if max(check.lengths) <= spare:
             continue
-        read = reading.lengths
-        if reading.model != spec.train:  # its template and special tokens may be others
-            options = origin_of(recipe, reading.model).template_options
-            read = [len(render(prompt, tokenizers[reading.model], options)) for prompt in reading.prompts]
-        _check_room(reading, read, positions, spare)
+        own_lengths = check.lengths
+        if check.model != spec.train:  # its template and special tokens may differ
+            options = origin_of(recipe, check.model).template_options
+            own_lengths = [len(render(prompt, tokenizers[check.model], options)) for prompt in check.prompts]
+        _refuse_if_too_long(check, own_lengths, positions, spare)
 
 
-def _check_room(reading: Reading, lengths: Sequence[int], positions: float, spare: float) -> None:
+def _refuse_if_too_long(check: LengthCheck, lengths: Sequence[int], positions: float, spare: float) -> None:
     over = sum(length > spare for length in lengths)
-    who = f"even the shortest has {min(lengths)}" if over == len(lengths) else f"the longest has {max(lengths)}"
-    room = int(positions) + reading.writes - max(lengths)
-    remedies = [f"Lower {reading.key} to {room}"] if room > 0 else []
+    extreme = f"even the shortest has {min(lengths)}" if over == len(lengths) else f"the longest has {max(lengths)}"
+    room = int(positions) + check.writes - max(lengths)
+    remedies = [f"Lower {check.key} to {room}"] if room > 0 else []
     remedies += ["leave out the longest prompts"] if over < len(lengths) or room <= 0 else []
-    remedy = ", or ".join([*remedies, "use a model that knows more positions"])
+    remedy = ", or ".join([*remedies, "use a model with more positions"])
     check_positions(
-        f"{reading.where}: {reading.model}",
-        max(lengths) + reading.tokens - reading.writes,
+        f"{check.where}: {check.model}",
+        max(lengths) + check.tokens - check.writes,
         positions,
-        f"{over} of {len(lengths)} prompts are too long for responses of up to {reading.tokens} tokens "
-        f"({reading.key}); {who}. {remedy[0].upper()}{remedy[1:]}.",
+        f"{over} of {len(lengths)} prompts are too long for responses of up to {check.tokens} tokens "
+        f"({check.key}); {extreme}. {remedy[0].upper()}{remedy[1:]}.",
     )
 
 
-def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Iterator[Reading]:
-    """Who reads which prompts with how long responses, as far as that is certain.
+def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Iterator[LengthCheck]:
+    """All checks of a stage with known lengths.
 
-    A teacher that reads something other than the prompt, or in other tokens, is left out.
+    Left out: a teacher with its own tokenizer, or with a context other than the prompt.
     """
-    method, left = prepared.method, iter(lengths)
-    of_training = {name: list(islice(left, len(task.prompts))) for name, task in prepared.tasks.items()}
+    method, remaining = prepared.method, iter(lengths)
+    of_training = {name: list(islice(remaining, len(task.prompts))) for name, task in prepared.tasks.items()}
     needs = needs_of(method.source)
     student_writes = Trait.OFF_POLICY not in needs or needs.student_writes
     same = method.context is same_prompt() and method.teacher.tokenizer == "students"
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         prompts, where = prepared.tasks[name].prompts, spec.where(name)
         scorer = _scorer(spec, part, method.teacher.kind)
         if student_writes:
@@ -103,12 +102,12 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 "prompts": prompts,
                 "lengths": of_training[name],
             }
-            yield Reading(model=spec.train, writes=True, **about)
+            yield LengthCheck(model=spec.train, writes=True, **about)
             if same and scorer is not None:
-                yield Reading(model=scorer, writes=False, **about)
+                yield LengthCheck(model=scorer, writes=False, **about)
         if Input.TEACHER_MODEL in needs and part.teacher is not None and method.teacher.tokenizer == "students":
             section = part.teacher_sampling or part.sampling
-            yield Reading(
+            yield LengthCheck(
                 model=part.teacher,
                 where=where,
                 key=f"{'sampling' if part.teacher_sampling is None else 'teacher_sampling'}.max_completion_length",
@@ -117,13 +116,13 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 lengths=of_training[name],
                 writes=True,
             )
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
-        of_held_out = list(islice(left, len(held_out.prompts)))
+        of_held_out = list(islice(remaining, len(held_out.prompts)))
         scorer = _scorer(spec, part, method.teacher.kind) or part.teacher
-        compared = drawn(part.evaluate.sampling) if part.evaluate.kl and same else None
+        compared = kl_setting(part.evaluate.sampling) if part.evaluate.kl and same else None
         for setting, section in part.evaluate.sampling.items():
             about = {
                 "where": spec.where(name),
@@ -132,20 +131,20 @@ def readings(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -> Ite
                 "prompts": held_out.prompts,
                 "lengths": of_held_out,
             }
-            yield Reading(model=spec.train, writes=True, **about)
+            yield LengthCheck(model=spec.train, writes=True, **about)
             if same and scorer is not None and part.evaluate.teacher:
-                yield Reading(model=scorer, writes=True, **about)
+                yield LengthCheck(model=scorer, writes=True, **about)
             if scorer is not None and setting == compared:
-                yield Reading(model=scorer, writes=False, **about)
+                yield LengthCheck(model=scorer, writes=False, **about)
 
 
 def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:
-    """The model behind a method's teacher: the student itself, the one that a task names, or none."""
+    """The model of the method's teacher: the student itself, the task's `teacher`, or None."""
     if kind == "none":
         return None
     return part.teacher if kind == "external" else spec.train
 
 
-def drawn(sampling: Mapping[str, SamplingSection]) -> str:
-    """Of which setting's responses an evaluation takes the divergence, as `held_out.Exam.drawn` does."""
+def kl_setting(sampling: Mapping[str, SamplingSection]) -> str:
+    """The setting of the responses on which an evaluation measures the divergence, as in `exams.Exam.kl_rollouts`."""
     return next((name for name, section in sampling.items() if section.temperature > 0), next(iter(sampling)))

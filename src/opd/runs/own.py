@@ -1,4 +1,4 @@
-"""A user's own teacher (`models.NAME.scorer`) and sampler (`stages.NAME.sampler`), by name or given in Python."""
+"""A user's own teacher (`models.NAME.scorer`) and sampler (`stages.NAME.sampler`), by name or as Python objects."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from opd.types import Sampler, Sampling, Teacher
 
 
 def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given) -> list[str]:
-    """Import the stage's own teachers and sampler, and check their options, before any weight is loaded.
+    """Import the user's own teachers and sampler of a stage and check their options, before weights are loaded.
 
-    A line for each. Raises ConfigError.
+    Returns one line for each. Raises ConfigError.
     """
     lines: list[str] = []
     if spec.sampler is not None and given.sampler is None:
@@ -30,22 +30,22 @@ def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given)
         if name == spec.train:
             raise ConfigError(
                 f"{spec.where(None)}: `train: {name}`, and models.{name}.scorer makes a teacher, which has no weights "
-                "to train. Train a model with a path or an init."
+                "to train. Train a model with `path` or `init`."
             )
         if Input.TEACHER_MODEL in needs_of(prepared.method.source).inputs:
             raise ConfigError(
                 f"{spec.where(None)}: in method {spec.method!r} the teacher writes responses, and models.{name}.scorer "
-                "makes one that only scores. Use a method whose responses are the student's, or a teacher with a path."
+                "makes one that only scores. Use a method in which the student writes, or a teacher with `path`."
             )
         if name not in given.teachers:
             what = f"models.{name}.scorer {scorer}"
             check_options(what, import_function(scorer), recipe.models[name].options, given=1)
-        lines.append(f"teacher {name}: scored by {scorer}, which is called when the stage begins")
+        lines.append(f"teacher {name}: scored by {scorer}, created when the stage begins")
     return lines
 
 
 def own_teacher(name: str, section: ModelSpec, student: LanguageModel, given: Given) -> Teacher:
-    """The teacher that the user made, or that `scorer(student, **options)` makes. Raises ConfigError if it is none."""
+    """The teacher given in Python, else `scorer(student, **options)`. Raises ConfigError if it is not a Teacher."""
     assert section.scorer is not None
     found = given.teachers.get(name)
     if found is None:
@@ -54,20 +54,20 @@ def own_teacher(name: str, section: ModelSpec, student: LanguageModel, given: Gi
 
 
 def own_sampler(spec: StageSpec, student: LanguageModel, sampling: Sampling, given: Given) -> Sampler:
-    """What `sampler(student, sampling, **sampler_options)` makes. Raises ConfigError if it is no sampler."""
+    """The result of `sampler(student, sampling, **sampler_options)`. Raises ConfigError if it is not a Sampler."""
     assert spec.sampler is not None
     function = given.sampler or import_function(spec.sampler)
     return checked(function(student, sampling, **spec.sampler_options), Sampler, f"{spec.where(None)}: {spec.sampler}")
 
 
 def checked(found: Any, protocol: Any, what: str) -> Any:
-    """`found`, if it has everything that `protocol` has. Raises ConfigError."""
+    """`found`, if it has all members of `protocol`. Raises ConfigError."""
     missing = sorted(name for name in dir(protocol) if not name.startswith("_") and not hasattr(found, name))
     if "__call__" in vars(protocol) and not callable(found):
         missing.append("__call__")
     if missing:
         raise ConfigError(
-            f"{what} gave a {type(found).__name__}, which is no {protocol.__name__}: it lacks {', '.join(missing)}. "
+            f"{what} returned a {type(found).__name__}, not a {protocol.__name__}: it lacks {', '.join(missing)}. "
             f"Derive its class from opd.types.{protocol.__name__}, which has defaults for all but "
             f"{'`score`' if protocol is Teacher else '`__call__`'}."
         )

@@ -1,4 +1,4 @@
-"""What a stage needs that can be made without weights, for each task: method, prompts, rewards, held-out prompts."""
+"""The parts of a stage that need no weights, for each task: method, prompts, rewards, held-out prompts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from opd.rewards.registry import load_reward
 from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
-PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that a piece of a method may declare
+PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
-    """What a Python caller hands over instead of naming it in the recipe."""
+    """Objects that a Python caller passes instead of naming them in the recipe."""
 
     models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
     prompts: list[Prompt] | None = None
@@ -39,24 +39,24 @@ class Given:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """One of `StageSpec.parts`: its prompts, and the reward of the responses to them."""
+    """One task of `StageSpec.by_task`: its prompts and their reward."""
 
     prompts: list[Prompt]
     reward: Reward | None
     held_out: HeldOut | None
-    selected: tuple[Selected, ...] = ()  # what became of the rows where a data section selects, held-out ones last
-    unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # "training", "held-out": how many
+    selected: tuple[Selected, ...] = ()  # reports of the data sections that select rows, held-out last
+    unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # counts by "training", "held-out"
 
     @property
     def notes(self) -> list[str]:
-        """Lines that a run prints before it begins: rows that a selection left out, and answers that nothing reads."""
+        """Lines that a run prints at its start: rows that a selection left out, and answers that nothing reads."""
         unscored = [unscored_line(count, which) for which, count in self.unscored_answers.items()]
         return [*map(str, self.selected), *unscored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prepared:
-    """What a stage needs and can be made without weights. Prompt ids are unique over all tasks."""
+    """The parts of a stage that need no weights. Prompt ids are unique over all tasks."""
 
     method: Method
     tasks: Mapping[str | None, Task]
@@ -64,12 +64,12 @@ class Prepared:
 
     @property
     def chat(self) -> bool:
-        """Whether responses are turns of a conversation: those that are trained, whatever the held-out prompts are."""
+        """Whether training prompts are conversations; held-out prompts do not count."""
         return any(is_chat(task.prompts) for task in self.tasks.values())
 
     @property
     def all_prompts(self) -> list[Prompt]:
-        """Those of training and those held out, of every task."""
+        """The training prompts and then the held-out prompts of all tasks."""
         held_out = [task.held_out.prompts for task in self.tasks.values() if task.held_out is not None]
         return [p for prompts in (*(task.prompts for task in self.tasks.values()), *held_out) for p in prompts]
 
@@ -80,12 +80,12 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     check_diagnostics(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
-    for name, part in spec.parts.items():
+    for name, part in spec.by_task.items():
         named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
         reward = reward_of(part.reward) if given.reward is None else given.reward
         columns = PROMPT_COLUMNS & method.needs.columns
-        prompts, selected = read(part.data, columns | needs_of_reward(reward), given.prompts)
+        prompts, selected = prompts_of(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
         held_out, unscored = None, dict[str, int]()
@@ -107,7 +107,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         )
     order = PromptOrder(
         prompts=tuple(task.prompts for task in tasks.values()),
-        shares=tuple(part.share for part in spec.parts.values()),
+        shares=tuple(part.share for part in spec.by_task.values()),
         count=spec.prompts_per_step,
         seed=seed,
         mixed=spec.task_order == "mixed",
@@ -118,8 +118,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 def held_out_of(
     spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
 ) -> tuple[HeldOut, list[Selected]]:
-    """What an `evaluate` section measures, with its own reward or that of the training; what became of its rows.
-
+    """The evaluation of an `evaluate` section, with its own or the training's reward; and the reports of its selection.
     Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
     training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
     such a reward.
@@ -127,19 +126,19 @@ def held_out_of(
     own = reward_of(evaluate.reward)
     if own is not None and (unfit := unfit_to_measure(own)):
         raise ConfigError(
-            f"Stage {spec.name!r}: evaluate.reward is {own.name!r}, {unfit}. Give a reward that checks a response by "
-            "itself, or leave evaluate.reward out."
+            f"Stage {spec.name!r}: evaluate.reward is {own.name!r}, {unfit}. Give a reward that scores each response "
+            "alone, or leave evaluate.reward out."
         )
     fits = reward is not None and not unfit_to_measure(reward)
     measured_by = own if own is not None else reward if fits else None
     if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
         raise ConfigError(
-            f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and no "
-            "reward looks at the held-out ones: that of the stage asks a judge. Set evaluate.reward to one that checks "
-            "a response by itself, or evaluate.kl to false."
+            f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and "
+            "held-out responses have none, because the stage's reward needs a judge. Set evaluate.reward to one that "
+            "scores each response alone, or evaluate.kl to false."
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
-    prompts, selected = read(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
+    prompts, selected = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
         prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
@@ -154,27 +153,27 @@ def held_out_of(
 def assigned(
     prompts: Sequence[Prompt], spec: StageSpec, task: str | None, part: TaskSection, first: int
 ) -> list[Prompt]:
-    """The prompts with their task and its teacher, and ids that go on from `first`: a data section counts from 0.
+    """The prompts with task, teacher and unique ids: `first` is added to the ids, which start at 0 in a data section.
 
-    Raises DataError for rows whose `teacher_id` is another teacher than the one that would score them.
+    Raises DataError for rows with another `teacher_id` than the task's teacher.
     """
     others = [p for p in prompts if part.teacher is not None and p.teacher_id not in (None, part.teacher)]
     if others:
         raise DataError(
             f"{spec.where(task)}: {len(others)} of {len(prompts)} prompts have another `teacher_id` (prompt "
             f"{others[0].id}: {others[0].teacher_id!r}) than the teacher {part.teacher!r} that would score them. Give "
-            "each teacher's prompts a task of their own (`tasks`), or leave the column out."
+            "each teacher's prompts their own task (`tasks`), or leave the column out."
         )
     return [replace(p, id=first + p.id, task=task, teacher_id=part.teacher) for p in prompts]
 
 
-def read(
+def prompts_of(
     section: DataSection, require: Iterable[str], given: list[Prompt] | None = None
 ) -> tuple[list[Prompt], list[Selected]]:
-    """The prompts of a data section, or those given in Python; what became of the rows where some were selected.
+    """The prompts of a data section, or those given in Python; and the reports of its selection.
 
-    Every prompt has the columns in `require`. Raises DataError, also for given prompts that share an id:
-    their responses would be one group, drawn alike.
+    Every prompt has the columns in `require`. Raises DataError, also for given prompts that share an id: their
+    responses would form one group and use the same random numbers.
     """
     if given is None:
         return load_selected(section, require=sorted(require))
@@ -182,8 +181,8 @@ def read(
     twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
     if twice:
         raise DataError(
-            f"{len(twice)} ids belong to several of the {len(given)} prompts given in Python (e.g. {twice[0]}). The "
-            "randomness and the group of a response come from its prompt's id: number them through, e.g. with "
+            f"{len(twice)} ids belong to several of the {len(given)} prompts given in Python (e.g. {twice[0]}). A "
+            "response's random numbers and group come from its prompt's id: give each prompt its own id, e.g. with "
             "dataclasses.replace(prompt, id=...)."
         )
     return given, []

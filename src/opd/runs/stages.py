@@ -1,4 +1,4 @@
-"""Stages of a recipe, one after the other. What has been done is not done again."""
+"""Run the stages of a recipe in order. Finished stages are skipped."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from opd.train import train
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A finished run. `metrics` and `samples` are rows, each with its stage; `student` is the last stage's model."""
+    """A finished run. `metrics` and `samples`: rows, each with its stage. `student`: the last stage's model."""
 
     folder: Path
     recipe: Recipe
@@ -41,14 +41,14 @@ class Run:
 def run_recipe(
     recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
 ) -> Run:
-    """Run all stages (or what is left of them) and return the result. Raises OPDError kinds; see `opd.errors`.
+    """Run all stages, or continue where an earlier run stopped. Raises the kinds of `opd.errors`.
 
-    Every process of `world` calls this; one of them writes and shows progress.
+    Every process of `world` calls this; the main process writes and shows progress.
     """
     given = given or Given()
     with world.main_first():
         prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
-        for spec in recipe.stages:  # the rest of what can fail without weights
+        for spec in recipe.stages:  # the other checks that need no weights
             check_own(recipe, spec, prepared[spec.name], given)
             check_tokenizers(recipe, spec, prepared[spec.name], given.models)
             check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
@@ -63,26 +63,26 @@ def run_recipe(
     student: LanguageModel | None = None
     with progress if progress and world.main else Progress(quiet=not world.main) as shown:
         if directory.replaced:
-            shown.note(f"{directory.path}: a run of another recipe was here that made no step; this one replaces it")
+            shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
         session = Session(
             recipe=recipe, given=given, directory=directory, progress=shown, trackers=trackers, world=world
         )
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
             if folder.done() is not None:
-                shown.note(f"{spec.name}: done before")
+                shown.note(f"{spec.name}: already done")
                 continue
             shown.stage(spec.name, spec.steps)
             for name, task in prepared[spec.name].tasks.items():
                 for line in task.notes:
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
             stage = build(session, spec, prepared[spec.name])
-            student = stage.student if world.size == 1 else None  # a sharded one is in pieces
+            student = stage.student if world.size == 1 else None  # a sharded one is not whole
             outcome = train(stage)
             check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory)
             world.wait()
-            if outcome.asked_to_stop and spec is not recipe.stages[-1]:
+            if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
     trackers.close()
     last = recipe.stages[-1]
@@ -99,17 +99,17 @@ def run_recipe(
 
 
 def check_learned(stage: Stage) -> None:
-    """Say how many steps made no update, because a filter left nothing of them. Raises TrainingError if none did."""
+    """Report steps in which a filter left nothing to train. Raises TrainingError if no step made an update."""
     skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
     if stage.optimisation.updates == 0:
         raise TrainingError(
-            f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed what the "
-            f"method keeps, and the student is as it was. The responses are in {stage.folder.samples}. Loosen the "
-            "filter among the method's options (keep, must_contain), give more attempts with the n of sampling or "
-            "teacher_sampling, or take prompts that the writer can solve."
+            f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed the "
+            f"method's filter, and the student is unchanged. The responses are in {stage.folder.samples}. Loosen the "
+            "filter among the method's options (keep, must_contain), raise the n of sampling or teacher_sampling for "
+            "more attempts, or use prompts that the writer can solve."
         )
     if any(skipped):
         stage.progress.note(
-            f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because a filter left "
-            "nothing of them"
+            f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because no response passed "
+            "the method's filter"
         )

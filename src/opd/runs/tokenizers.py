@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any weight is loaded."""
+"""Check prompts, templates and tokenizers before weights are loaded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 def check_tokenizers(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Mapping[str, LanguageModel] | None = None
 ) -> list[str]:
-    """Render the prompts for all who read them, bind the method, compare the token maps and lengths, where a tokenizer
-    can be had without its model.
+    """Render the prompts for student and teachers, bind the method, compare token maps and lengths. Returns lines.
 
-    `given` are models that are there already. Raises DataError, ConfigError or AlignmentError.
+    Leaves out models with a tokenizer that needs their weights. `given`: models loaded already. Raises DataError,
+    ConfigError or AlignmentError.
     """
     from opd.models.render import render, render_checked
 
@@ -32,8 +32,8 @@ def check_tokenizers(
     tokenizers: dict[str, Any] = {}
     given, prompts, method = given or {}, prepared.all_prompts, prepared.method
     for name in (spec.train, *spec.teachers):
-        there = given.get(name)
-        tokenizer = tokenizer_of(origin_of(recipe, name), name) if there is None else there.tokenizer
+        loaded = given.get(name)
+        tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
         if recipe.models[name].scorer is not None:
             continue
         if tokenizer is None:
@@ -51,9 +51,9 @@ def check_tokenizers(
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
-    taught_by = {task: part.teacher for task, part in spec.parts.items()}
+    taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
-        if name in tokenizers:  # a template that the teacher lacks, or that refuses a prompt, shows before its weights
+        if name in tokenizers:  # fails now if a template is missing or refuses a prompt
             options = origin_of(recipe, name).template_options
             for prompt in prompts:
                 if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
@@ -90,28 +90,28 @@ def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
         check_k(spec.diagnostics.k, vocabulary)
 
 
-# --- through which template ------------------------------------------------------------------------------------------
+# --- chat templates --------------------------------------------------------------------------------------------------
 def unused_template(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """A line where the tokenizer has a chat template and no prompt is a conversation."""
+    """A warning if the tokenizer has a chat template and no prompt is a conversation; else no line."""
     if not tokenizer.chat_template or is_chat(prompts):
         return []
     return [
-        f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. If it is to "
-        "answer as in a chat, set data.chat: true"
+        f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
+        "as in a chat, set data.chat: true"
     ]
 
 
 def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> None:
-    """Refuse options of a chat template that no prompt goes through. Raises ConfigError.
+    """Refuse `template_options` of a model that reads no conversation. Raises ConfigError.
 
-    `prepared` is by stage. A model that a reward asks reads other texts than the prompts, and passes.
+    `prepared` is by stage. Judges pass, because they read other texts than the prompts.
     """
     idle: dict[str, list[str]] = {}
     used: list[ModelSpec] = []
     for spec in recipe.stages:
         prompts = prepared[spec.name].all_prompts
-        taught_by = {task: part.teacher for task, part in spec.parts.items()}
-        used += [origin_of(recipe, name) for name in spec.asked]
+        taught_by = {task: part.teacher for task, part in spec.by_task.items()}
+        used += [origin_of(recipe, name) for name in spec.judge_models]
         for name in (spec.train, *spec.teachers):
             reads = [p for p in prompts if name == spec.train or taught_by[p.task] == name]
             if is_chat(reads):

@@ -1,13 +1,13 @@
-"""Checkpoints of one stage: complete or absent, never half.
+"""Checkpoints of one stage, each complete or absent.
 
     <stage>/checkpoints/step_000012/shard-00001-model-00002-of-00004.safetensors   process 1 of all, group 2 of 4
                                     state.json     the step, every file's size in bytes, and `state`
 
-Every process writes its shards of every group of tensors (the student, each moment of its optimiser, a teacher that
-follows it), and any number of processes reads them. A checkpoint is written into a hidden folder beside the others,
-brought to the disk file by file, and then renamed: what carries the name `step_...` is complete, whenever the process
-or the machine stopped. Hidden folders are leftovers of a stop in between; `sweep` clears them up and comes before
-`latest` when a stage starts. The main process makes, renames and removes folders.
+Every process writes its shards of every group of tensors (the student, each moment of its optimiser, an EMA teacher);
+any number of processes can read them. A checkpoint is written into a hidden folder beside the others, synced to disk
+file by file, and then renamed. So a folder named `step_...` is complete, even after a crash. Hidden folders are
+leftovers of an interrupted write; `sweep` removes them and runs before `latest` when a stage starts. The main process
+creates, renames and removes folders.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _NAME = re.compile(r"step_(\d{6,})")
 _LEFTOVER = re.compile(r"\.(writing|replaced|removing)-(step_\d{6,})-\d+")
 
 
-# What the readers of both formats raise for damaged files.
+# Errors that the readers of both formats raise for damaged files.
 _UNREADABLE = (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError, RuntimeError, SafetensorError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """What `save` was given."""
+    """The contents of a checkpoint, as passed to `save`."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -58,12 +58,12 @@ def save(
 ) -> Path:
     """Write the checkpoint of `step` into `folder`, then remove older ones until `keep` are left, this one included.
 
-    Groups of tensors by name: sharded ones are written by all processes, whole ones are the same in all. Tensors keep
-    their dtype; those that share memory are written once each. `state` is JSON. A checkpoint of the same step is
+    `tensors`: groups by name. Sharded tensors are written by all processes; whole ones must be equal in all. Tensors
+    keep their dtype; those that share memory are written separately. `state` is JSON. A checkpoint of the same step is
     replaced, later ones are left alone. While this runs, the disk holds up to `keep + 1` checkpoints.
 
     Raises:
-        RunError: it could not be written (a full disk, most often). Earlier checkpoints are as they were.
+        RunError: it could not be written (most often, the disk is full). Earlier checkpoints are unchanged.
     """
     assert step >= 0
     assert keep >= 1
@@ -98,9 +98,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def sweep(folder: Path) -> list[Path]:
-    """Clear up after a stop in the middle of `save`, before `latest`; returns the leftovers that were there.
+    """Clean up after an interrupted `save`; to call before `latest`. Returns the leftovers found.
 
-    A checkpoint that had been moved aside for a replacement which never came is moved back.
+    A checkpoint that was moved aside for a replacement is moved back if the replacement is missing.
 
     Raises:
         RunError: a leftover cannot be removed.
@@ -121,13 +121,13 @@ def sweep(folder: Path) -> list[Path]:
 
 
 def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> Checkpoint:
-    """Read a checkpoint, on every process that reads it together with others.
+    """Read a checkpoint. With several processes, all call this.
 
-    Tensors come whole and on the CPU; one that `like` has by its group and name comes as that one is: on its device,
-    and in shards if it is sharded.
+    Tensors are loaded whole, on the CPU. A tensor that `like` has under the same group and name is loaded onto its
+    device, and sharded as it is.
 
     Raises:
-        RunError: there is no checkpoint at `path`, or one of its files is damaged; names the file.
+        RunError: `path` is not a checkpoint, or one of its files is damaged; names the file.
     """
     if not (path / "state.json").is_file():
         raise RunError(f"{path} is not a checkpoint: it has no state.json. Give a folder named step_....")
@@ -139,15 +139,15 @@ def load(path: Path, like: Mapping[str, Mapping[str, Tensor]] | None = None) -> 
             file = path / name
             if file.stat().st_size != size:
                 raise ValueError(f"{file.stat().st_size} bytes instead of {size}")
-            with safe_open(file, framework="pt"):  # here, where the file has a name
+            with safe_open(file, framework="pt"):  # fails here, so that the error names the file
                 pass
         file = path
         tensors = read_tensors(path, like)
     except _UNREADABLE as error:
         why = _reason(error).strip().splitlines()[0]
         raise RunError(
-            f"{file} is damaged ({why}). Remove {path} to continue from the checkpoint before it, or to start again if "
-            "there is none."
+            f"{file} is damaged ({why}). Remove {path}; the run then continues from the checkpoint before it, or "
+            "starts again if it has none."
         ) from error
     return Checkpoint(step=step, tensors=tensors, state=state)
 
@@ -173,7 +173,7 @@ def _write_state(part: Path, step: int, state: Mapping[str, Any]) -> None:
 
 
 def _apart(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    """Contiguous, and no two in the same memory, which safetensors refuses. Shards are both."""
+    """The tensors contiguous and without shared memory, as safetensors requires. Shards already are."""
     storages: set[int] = set()
     result: dict[str, dict[str, Tensor]] = {}
     for group, named in tensors.items():
@@ -190,7 +190,7 @@ def _apart(tensors: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, T
 
 
 def _put(part: Path, final: Path) -> None:
-    """Give the complete folder its name; one that has the name goes aside first, and back if anything fails."""
+    """Rename the complete folder to `final`. An existing one is moved aside first, and back if the rename fails."""
     aside = _hidden(final.parent, "replaced", final.name)
     replaces = final.exists()
     if replaces:
@@ -204,7 +204,7 @@ def _put(part: Path, final: Path) -> None:
         raise
     fsync_path(final.parent)
     if replaces:
-        shutil.rmtree(aside, ignore_errors=True)  # the new one is in its place; `sweep` clears up what stays
+        shutil.rmtree(aside, ignore_errors=True)  # the new one is in place; `sweep` removes any rest
 
 
 def _rotate(folder: Path, step: int, keep: int) -> None:
@@ -242,13 +242,13 @@ def _not_written(folder: Path, step: int, error: BaseException, needed: int) -> 
     good = latest(folder)
     there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
     free = shutil.disk_usage(there).free
-    still, go_on = (
-        (f"{good} is complete and as it was.", f"it continues from step {int(good.name[5:])}")
+    still, then = (
+        (f"{good} is complete and unchanged.", f"it continues from step {int(good.name[5:])}")
         if good
-        else ("There is no other checkpoint yet.", "it starts again")
+        else ("It is the stage's first checkpoint.", "it starts again")
     )
     return (
         f"The checkpoint of step {step} could not be written to {folder} ({_reason(error)}; it needs about "
         f"{needed / GIB:.2f} GiB, {free / GIB:.2f} GiB are free). The half-written folder is removed. {still} Free "
-        f"space or allow writing there, then start the same command again: {go_on}."
+        f"space or allow writing there, then start the same command again: {then}."
     )

@@ -1,4 +1,4 @@
-"""One process works in a run's folder at a time, and a run that made no step may leave its folder to another recipe."""
+"""Lock a run's folder for one process. A run that made no step may be replaced by a run of another recipe."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-LOCK = ".lock"  # a file of every run's folder, empty
-NO_STAGES = frozenset({"tensorboard", "wandb"})  # folders of a run that are no stage's
+LOCK = ".lock"  # an empty file in every run's folder
+NO_STAGES = frozenset({"tensorboard", "wandb"})  # folders of a run that are not stages
 
 
 def lock_folder(folder: Path) -> BaseFileLock | None:
-    """The lock on a folder that exists; None where another process holds it.
+    """The lock of an existing folder; None if another process holds it.
 
-    It is held while the object lives, and no longer than the process. A second run of one process, e.g. in a notebook
-    after the first has failed, gets the same lock. Where the file of the lock cannot be opened, or the file system has
-    no locks, the lock is returned unheld and keeps no process out.
+    It is held while the object lives, at most until the process ends. A second run in the same process, e.g. in a
+    notebook after a failure, gets the same lock. If the lock file cannot be opened, or the file system has no locks,
+    the lock is returned without being acquired, and does not exclude other processes.
     """
     file = folder.resolve() / LOCK
     lock = FileLock(file, blocking=False, thread_local=False, is_singleton=True, fallback_to_soft=False)
-    if lock.is_locked and not file.exists():  # the folder was removed, and is another one now
+    if lock.is_locked and not file.exists():  # the folder was removed and created again
         lock.release(force=True)
     try:
         lock.acquire()
@@ -32,13 +32,15 @@ def lock_folder(folder: Path) -> BaseFileLock | None:
 
 
 def made_progress(run: Path) -> bool:
-    """Whether a stage in a run's folder has a row of metrics, a checkpoint, a model, or the mark that it is done."""
+    """Whether any stage in a run's folder has metrics, a checkpoint, a model, or done.json."""
     return any(_made_something(stage) for stage in _stages(run))
 
 
 def clear(run: Path) -> None:
-    """Remove what a run without progress has left and another recipe's would read: its evaluations, its tracker's
-    name. Judges' answers stay: each carries its question."""
+    """Remove files of a run without progress that a run of another recipe would read: evaluations and the trackers' id.
+
+    Judges' answers stay: each is stored with its question.
+    """
     for stage in _stages(run):
         for file in stage.glob("held_out_*.parquet"):
             file.unlink()

@@ -1,4 +1,4 @@
-"""The evaluations of a stage: before, during, after, and the teachers' own, on each task's held-out prompts."""
+"""A stage's evaluations on held-out prompts: of the student before, during and after training, and of the teachers."""
 
 from __future__ import annotations
 
@@ -34,8 +34,11 @@ class Exam:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
         return self.every > 0 and done % self.every == 0
 
-    def drawn(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
-        """The responses of the first setting that samples: a divergence is an expectation over the student's own."""
+    def kl_rollouts(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
+        """The responses for the divergence: those of the first setting with temperature > 0, else of the first setting.
+
+        A divergence is an expectation over responses that the student samples.
+        """
         for name, sampling in self.held_out.sampling.items():
             if sampling.temperature > 0:
                 return rollouts[name]
@@ -48,31 +51,30 @@ Measured: TypeAlias = tuple[dict[str, float], dict[str, list[Rollout]]]
 
 @dataclass(slots=True, kw_only=True)
 class Exams:
-    """Measures the student, and once the teachers, on the held-out prompts.
+    """Measures the student, and the teachers once, on the held-out prompts.
 
-    Metrics are named eval/..., those of a task eval/TASK/..., the teacher's own eval/teacher/... or
-    eval/TASK/teacher/....
+    Metrics are named eval/..., with tasks eval/TASK/...; the teacher's eval/teacher/... or eval/TASK/teacher/....
     """
 
     exams: Sequence[Exam]
     student: LanguageModel
     world: World
-    root: nn.Module  # the student's, by which its weights are gathered
+    root: nn.Module  # the student's, for gathering its weights
     folder: StageDir
     micro_batch_tokens: int
 
     def due(self, done: int) -> bool:
-        """Whether anything is to be measured after `done` updates."""
+        """Whether any exam is due after `done` updates."""
         return any(exam.due(done) for exam in self.exams)
 
     def before(self) -> dict[str, float]:
-        """The teachers' own responses (if asked for) and the untrained student."""
+        """Measure the teachers' responses, if configured, and the untrained student."""
         with self.world.gathered(self.root):
             out = self._measure("teacher", [exam for exam in self.exams if exam.teacher_writers], self._taught)
             return out | self._measure("before", [exam for exam in self.exams if exam.measure_before], self._student)
 
     def after(self, done: int, *, finished: bool) -> dict[str, float]:
-        """The student after `done` updates: what is due, and everything at the end."""
+        """Measure the student after `done` updates: the due exams, or all if `finished`."""
         due = [exam for exam in self.exams if finished or exam.due(done)]
         when = f"step_{done:06d}"
         with self.world.gathered(self.root):
@@ -80,9 +82,9 @@ class Exams:
         return measured | self._recovered(when, due)
 
     def _recovered(self, when: str, exams: Sequence[Exam]) -> dict[str, float]:
-        """The share of each teacher's lead that was made up, where before and teacher were measured.
+        """The share of each teacher's lead that was recovered, for tasks with measurements before and of the teacher.
 
-        From the files of responses, which outlive a stop; in the process that writes them and the metrics.
+        Reads the files of responses, which survive an interruption; only in the process that writes them.
         """
         if not self.folder.writes:
             return {}
@@ -94,7 +96,7 @@ class Exams:
         return out
 
     def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam], Measured]) -> dict[str, float]:
-        """The numbers of some exams, with the responses of all in one file."""
+        """The metrics of some exams; writes the responses of all to one file."""
         out: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
         for exam in exams:
@@ -118,7 +120,7 @@ class Exams:
             divergences = exact_divergence(
                 self.student,
                 exam.kl_teacher,
-                exam.drawn(measured.rollouts),
+                exam.kl_rollouts(measured.rollouts),
                 exam.context,
                 micro_batch_tokens=self.micro_batch_tokens,
                 world=self.world,

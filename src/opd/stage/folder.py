@@ -1,16 +1,16 @@
-"""One run's folder: what is written where, and how it survives a kill.
+"""One run's folder: its files, and how they survive a kill.
 
     <run>/recipe.yaml           the resolved recipe; the run's identity
-    <run>/environment.json      versions and hardware of the process that opened the run last
-    <run>/.lock                 held by the process that works on the run
-    <run>/<stage>/metrics.jsonl one line a step; the same recipe on the same machine writes the same bytes
-    <run>/<stage>/timings.jsonl seconds of the same steps by the clock, and of CPU, which never repeat
+    <run>/environment.json      versions and hardware of the last process that opened the run
+    <run>/.lock                 held by the process that runs it
+    <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
+    <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
     <run>/<stage>/samples/step_000012.parquet
     <run>/<stage>/checkpoints/  see `checkpoint.py`
-    <run>/<stage>/done.json     there once the stage has finished
+    <run>/<stage>/done.json     exists once the stage has finished
 
 Whole files are replaced atomically. Lines are appended with one `write` each, so a kill leaves at most one partial last
-line, which reading ignores and `rewind` removes: whoever continues a stage calls `rewind` first. One process writes.
+line, which reading ignores and `rewind` removes. Call `rewind` before continuing a stage. Only one process writes.
 """
 
 from __future__ import annotations
@@ -46,18 +46,18 @@ class RunDir:
 
     path: Path
     writes: bool = True
-    replaced: bool = False  # the recipe of a run that made no step stood here
+    replaced: bool = False  # whether another recipe's run without a step was here
     lock: BaseFileLock | None = None
 
     @classmethod
     def open(cls, path: Path, recipe_yaml: str) -> RunDir:
-        """Start a run in `path`, or continue the one that is there if its recipe is the same text.
+        """Start a run in `path`, or continue an existing run with the same recipe text.
 
-        The recipe of a run that made no step is replaced, unless another process is still at work on it.
+        The recipe of a run that made no step is replaced, unless another process is running it.
 
         Raises:
-            RunError: `path` is a file, cannot be written to, or holds another run or something that is no run.
-                Nothing that was there is changed.
+            RunError: `path` is a file, cannot be written to, or holds another run or other files. Nothing in it is
+                changed.
         """
         try:
             lock = lock_folder(path) if (path / "recipe.yaml").exists() else None
@@ -78,14 +78,14 @@ class RunDir:
         return cls(path, replaced=replaced, lock=lock)
 
     def stage(self, name: str) -> StageDir:
-        """The folder of one stage, made if needed.
+        """The folder of one stage, created if needed.
 
         Raises:
-            ConfigError: the name cannot be a folder here. RunError: the folder cannot be made.
+            ConfigError: the name is not allowed. RunError: the folder cannot be created.
         """
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in _RESERVED:
             raise ConfigError(
-                f"A stage cannot be named {name!r}: its folder carries the name. Use letters, digits, '_', '-' and "
+                f"A stage cannot be named {name!r}: its folder has the same name. Use letters, digits, '_', '-' and "
                 f"'.', a letter or digit first, and none of {sorted(_RESERVED)}."
             )
         stage = StageDir(self.path / name, self.writes)
@@ -127,7 +127,7 @@ class StageDir:
         return self.path / "checkpoints"
 
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
-        """One line of the numbers that the recipe and seed determine.
+        """Append one line of metrics, which recipe and seed determine.
 
         Raises:
             TrainingError: a metric is NaN or infinite. RunError: the line could not be written.
@@ -136,7 +136,7 @@ class StageDir:
             append_line(self.metrics, step, metrics)
 
     def append_timings(self, step: int, timings: Mapping[str, float]) -> None:
-        """One line of seconds. Raises as `append_metrics` does."""
+        """Append one line of seconds. Raises as `append_metrics` does."""
         if self.writes:
             append_line(self.timings, step, timings)
 
@@ -149,7 +149,7 @@ class StageDir:
         return [row for _, row in read_lines(self.timings)]
 
     def rewind(self, step: int) -> None:
-        """Forget everything after `step`, to continue from its checkpoint; -1 forgets everything.
+        """Remove everything after `step`, to continue from its checkpoint; -1 removes everything.
 
         Raises:
             RunError: a file cannot be read or written, or a complete line is damaged.
@@ -174,7 +174,7 @@ class StageDir:
         """One parquet file of a step's responses. Every row has the same keys.
 
         Raises:
-            DataError: a column holds values that have no common type.
+            DataError: the values of a column have no common type.
             RunError: the file could not be written.
         """
         file = self.samples / f"step_{step:06d}.parquet"
@@ -194,7 +194,7 @@ class StageDir:
         ]
 
     def read_held_out(self, when: str) -> list[dict[str, Any]]:
-        """The responses of one evaluation; empty if it was not made."""
+        """The responses of one evaluation; empty if there was none."""
         file = self.path / f"held_out_{when}.parquet"
         return read_table(file) if file.exists() else []
 
@@ -202,7 +202,7 @@ class StageDir:
         """Record that the stage has finished.
 
         Raises:
-            TrainingError: a number of it is NaN or infinite. RunError: the file could not be written.
+            TrainingError: a number in `summary` is NaN or infinite. RunError: the file could not be written.
         """
         check_finite("the stage's summary", summary)
         if not self.writes:
@@ -224,14 +224,14 @@ def _remove_unfinished(folder: Path) -> None:
 
 
 def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
-    """True to continue, False to start; the refusals are errors. `free`: no other process is at work there."""
+    """True to continue, False to start; raises RunError to refuse. `free`: no other process holds the lock."""
     if not path.exists():
         return False
     if not path.is_dir():
         raise RunError(f"{path} is a file, and a run needs a folder. Use another output_dir=..., or move the file.")
     recipe = path / "recipe.yaml"
     if not recipe.exists():
-        # A first start that was killed leaves its lock and its unfinished recipe, and that is still an empty folder.
+        # A first start that was killed leaves its lock and an unfinished recipe; that still counts as empty.
         entries = [entry.name for entry in path.iterdir()]
         others = sorted(name for name in entries if name != LOCK and ".writing-" not in name)
         if others:
@@ -240,19 +240,19 @@ def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
                 "Nothing was written. Use another output_dir=..., or empty the folder."
             )
         return False
-    there = recipe.read_bytes().decode(errors="replace")
-    if there == recipe_yaml:
+    existing = recipe.read_bytes().decode(errors="replace")
+    if existing == recipe_yaml:
         return True
     idle = not made_progress(path)
     if idle and free:
         return False
-    old, new = there.splitlines(), recipe_yaml.splitlines()
+    old, new = existing.splitlines(), recipe_yaml.splitlines()
     lines = list(difflib.unified_diff(old, new, "the run's", "this recipe", n=1, lineterm=""))
     shown = lines[:_DIFF_LINES] + ["..."] * (len(lines) > _DIFF_LINES)
     difference = "\n".join(shown) or "(only in line ends)"
-    at_work = "It has made no step, but another process is still at work on it. " if idle else ""
+    running = "It has made no step, but another process is running it. " if idle else ""
     raise RunError(
-        f"{path} holds a run of another recipe:\n{difference}\n{at_work}Use another output_dir=... to keep both, or "
+        f"{path} holds a run of another recipe:\n{difference}\n{running}Use another output_dir=... to keep both, or "
         "remove the folder to start again there."
     )
 

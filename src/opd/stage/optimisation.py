@@ -1,4 +1,4 @@
-"""The optimiser of a stage, and the view of it that an `Update` gets: weights, jumps, validation."""
+"""The optimiser of a stage, and the interface to it that an `Update` receives: weights, jumps, validation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, T
 
 @dataclass(slots=True, kw_only=True)
 class StageOptimisation:
-    """The `Optimisation` of a stage."""
+    """A stage's implementation of `opd.types.Optimisation`."""
 
     optimiser: Optimiser
     student: LanguageModel
@@ -51,12 +51,12 @@ class StageOptimisation:
         return self.optimiser.parameters
 
     def step(self) -> dict[str, float]:
-        """One step of the optimiser; its metrics."""
+        """Make one optimiser step; returns its metrics."""
         return self.optimiser.step()
 
     @torch.no_grad()
     def set(self, weights: Mapping[str, Tensor]) -> None:
-        """Put `weights` in the place of those that they name."""
+        """Overwrite the trained weights of these names."""
         for name, values in weights.items():
             self.optimiser.parameters[name].copy_(values)
 
@@ -67,8 +67,8 @@ class StageOptimisation:
     def validate(self, by: Literal["reward", "teacher_kl"], prompts: int) -> float:
         """Mean reward, or minus the exact reverse KL in nats per token, of responses to `prompts` training prompts.
 
-        Which prompts those are, and all that is random in the responses, is the same at every call. Higher is better;
-        weights that have overflowed, so that no response can be drawn, are worth -inf.
+        Every call uses the same prompts and random numbers. Higher is better; -inf if the weights have overflowed, so
+        that no response can be sampled.
         """
         count, seed = min(prompts, len(self.prompts)), (self.seed, ReservedStep.VALIDATION)
         chosen = np.random.default_rng(seed).choice(len(self.prompts), count, replace=False)
@@ -83,7 +83,7 @@ class StageOptimisation:
             if by == "reward":
                 rewards = [one.reward or 0.0 for one in self.reward(written)]
                 return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
-            if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict, or the right ones among its peers
+            if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict or right responses
                 written = self.reward(written)
             rollouts = [one for part in self.world.gather(written) for one in part]
             total = tokens = 0.0
@@ -105,7 +105,7 @@ class StageOptimisation:
 
 @dataclass(slots=True)
 class Optimiser:
-    """The trained parameters and what moves them. `grad_norm` is that of the last `clip()`, before clipping."""
+    """The trained parameters, AdamW and its schedule."""
 
     parameters: dict[str, nn.Parameter]
     adamw: torch.optim.AdamW
@@ -113,7 +113,7 @@ class Optimiser:
     max_grad_norm: float
 
     def clip(self) -> float:
-        """Scale the gradient down to `max_grad_norm`; returns the global norm that it had."""
+        """Scale the gradient down to `max_grad_norm`; returns its global norm before."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = whole_tensor(nn.utils.get_total_norm(gradients))
         nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
@@ -127,7 +127,7 @@ class Optimiser:
         return {"optim/learning_rate": rate}
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state, by its own name for it and by parameter: moments in shards like the parameters."""
+        """AdamW's state, grouped by AdamW's key and then by parameter name; moments are sharded as the parameters."""
         groups: dict[str, dict[str, Tensor]] = {}
         for name, parameter in self.parameters.items():
             for key, value in self.adamw.state[parameter].items():
@@ -136,11 +136,11 @@ class Optimiser:
 
     @property
     def updates(self) -> int:
-        """How many there have been, as the schedule counts."""
+        """Number of updates so far, counted by the schedule."""
         return int(self.schedule.last_epoch)
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        """Go on from what `tensors` and `updates` were; other groups of `tensors` are ignored."""
+        """Continue from saved `tensors` and `updates`; groups of other owners in `tensors` are ignored."""
         for group, named in tensors.items():
             if group.startswith("adamw."):
                 for name, value in named.items():
@@ -154,7 +154,7 @@ class Optimiser:
 
 def build(parameters: dict[str, nn.Parameter], section: OptimizerSection, steps: int) -> Optimiser:
     """An Optimiser over named parameters for a stage of `steps` updates."""
-    assert parameters, "a model with nothing to train is refused before this"
+    assert parameters, "a model without trainable parameters is refused before this"
     adamw = torch.optim.AdamW(
         list(parameters.values()),
         lr=section.learning_rate,

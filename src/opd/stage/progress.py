@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live display on a terminal, plain lines elsewhere."""
+"""Progress of a run: a live display on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-# What a line shows, in this order, when it is there.
+# Metrics of a progress line, in this order, if present.
 SHOWN = {
     "train/loss": "loss",
     "rollout/reward": "reward",
@@ -23,7 +23,7 @@ SHOWN = {
 
 
 def quiet_libraries() -> None:
-    """Progress is ours; the libraries' own bars and advice would tear it."""
+    """Turn off progress bars and advice of other libraries, which would break the display."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,7 +33,7 @@ def quiet_libraries() -> None:
 
 
 class Progress:
-    """Progress of a run's stages; `quiet` shows nothing. Use as a context manager."""
+    """Shows the progress of a run's stages; `quiet` shows nothing. Use as a context manager."""
 
     def __init__(
         self, *, quiet: bool = False, console: Console | None = None, seconds_between_lines: float = 5.0
@@ -67,7 +67,7 @@ class Progress:
             self._live = None
 
     def stage(self, name: str, steps: int) -> None:
-        """A stage of `steps` updates begins."""
+        """Begin a stage of `steps` updates."""
         self._steps[name] = steps
         if self._live is not None:
             self._task[name] = self._live.add_task(name, total=steps, numbers="")
@@ -75,7 +75,7 @@ class Progress:
             self.note(f"{name}: {steps} steps")
 
     def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Numbers after `step` updates of a stage; evaluations are always shown."""
+        """Show numbers after `step` updates of a stage; evaluations are always shown."""
         evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(("/reward", "_kl"))}
         if evaluated:
             shown = "  ".join(
@@ -91,6 +91,6 @@ class Progress:
             self.note(f"{stage}: step {step}/{self._steps.get(stage, '?')}  {numbers}")
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays above the live display."""
         console = self._live.console if self._live is not None else self.console
         console.print(text, highlight=False, markup=False, soft_wrap=True)

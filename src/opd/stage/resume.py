@@ -1,4 +1,4 @@
-"""What a checkpoint of a stage holds, and how a stage goes on from it."""
+"""The contents of a stage's checkpoint, and how a stage continues from it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from opd.types import Memory, Teacher
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """Everything that training changes, and that a resumed stage continues from."""
+    """Everything that training changes: a checkpoint saves it, and a resumed stage restores it."""
 
     student: LanguageModel
     teacher: Teacher
     optimisation: StageOptimisation
-    memory: Mapping[str, Memory]  # what the method remembers, by name
+    memory: Mapping[str, Memory]  # of the method, by name
 
     def save(self, folder: Path, step: int, *, seconds: float, finished: bool, keep: int, world: World) -> None:
-        """A checkpoint after `step` updates, with the `seconds` of training so far; the newest `keep` ones stay."""
+        """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`."""
         tensors = {"student": {name: p.detach() for name, p in self.student.trainable().items()}}
         tensors |= self.optimisation.optimiser.tensors()
         tensors |= {f"method.{name}": dict(one.tensors()) for name, one in self.memory.items()}
@@ -47,7 +47,7 @@ class Trained:
         )
 
     def restore(self, folder: Path, world: World) -> Checkpoint | None:
-        """Go on from the last checkpoint of `folder`; None if there is none."""
+        """Restore the last checkpoint of `folder` and return it; None if there is none."""
         if world.main:
             checkpoint.sweep(folder)
         world.wait()

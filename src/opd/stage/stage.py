@@ -1,4 +1,4 @@
-"""One stage while it trains: the models, the pieces and the files of its loop, and the cadence around a step."""
+"""One stage while it trains: models, pieces and files of the loop; and when to save, evaluate and stop."""
 
 from __future__ import annotations
 
@@ -33,46 +33,46 @@ from opd.types import Batch, Memory, Prompt, Rollout, ScoreRequest, Teacher, Wri
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`seconds` of training, without evaluations and comparisons; whether SIGINT arrived during the last step."""
+    """`seconds`: training time without evaluations and comparisons. `stop_requested`: SIGINT came in the last step."""
 
     seconds: float
-    asked_to_stop: bool
+    stop_requested: bool
 
 
 @dataclass(slots=True, kw_only=True)
 class Stage:
-    """Everything that a stage needs, built by `opd.runs.build`, and where it stands."""
+    """Everything that a stage needs, built by `opd.runs.build`, and its state."""
 
-    # who
+    # models and rewards
     student: LanguageModel
-    root: Root  # of the student: what runs its forward and backward
+    root: Root  # the student's module that runs forward and backward
     teacher: Teacher
     writers: Writers
     reward: StageRewards
-    # what
+    # method and data
     spec: StageSpec
     method: Method
     memory: Mapping[str, Memory]  # of the method in this run, by name
-    order: PromptOrder  # of the prompts
+    order: PromptOrder
     seed: int
-    # how
+    # execution
     world: World
     optimisation: StageOptimisation
     exams: Exams | None
     seconds_limit: float = math.inf
-    # where it is written
+    # outputs
     folder: StageDir
     progress: Progress
     trackers: ReportWriter
-    # where it stands
-    seconds: float = field(default=0.0, init=False)  # of training so far, the most of all processes
-    finished: bool = field(default=False, init=False)  # by its steps or its time
-    asked_to_stop: bool = field(default=False, init=False)
+    # state
+    seconds: float = field(default=0.0, init=False)  # of training so far, maximum over processes
+    finished: bool = field(default=False, init=False)  # after the last step or the time limit
+    stop_requested: bool = field(default=False, init=False)
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, from 0. After each: save, measure held-out prompts, and stop, when due.
+        """Yield the numbers of the remaining steps, from 0. After each: save, evaluate and stop when due.
 
-        Continues from the last checkpoint. Raises Stopped after SIGINT, with everything saved.
+        Continues from the last checkpoint. After SIGINT, saves and raises Stopped.
         """
         first = self._resume()
         if self.exams is not None and first == 0 and (measured := self.exams.before()):
@@ -82,51 +82,50 @@ class Stage:
             for step in range(first, self.spec.steps):
                 yield step
                 done = step + 1  # updates so far
-                asked = self.world.any(interrupt.asked)
-                saved = done % self.spec.checkpoint.every == 0 or self.finished or asked
+                stop = self.world.any(interrupt.requested)
+                saved = done % self.spec.checkpoint.every == 0 or self.finished or stop
                 if saved:
                     self._save(done)
-                if self.finished or not asked:
+                if self.finished or not stop:
                     self._examine(done)
-                asked = self.world.any(interrupt.asked)
+                stop = self.world.any(interrupt.requested)
                 if self.finished:
                     break
-                if asked:  # a resumed run makes up for an evaluation that was left out
+                if stop:  # the resumed run catches up on a skipped evaluation
                     if not saved:
                         self._save(done)
                     raise stopped_after(self.spec.name, done, self.spec.steps)
-        self.asked_to_stop = self.world.any(interrupt.asked)
+        self.stop_requested = self.world.any(interrupt.requested)
 
     @property
     def outcome(self) -> Outcome:
-        """Of a stage whose steps have all been made."""
-        return Outcome(seconds=self.seconds, asked_to_stop=self.asked_to_stop)
+        """The outcome, once `steps` is exhausted."""
+        return Outcome(seconds=self.seconds, stop_requested=self.stop_requested)
 
     # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
 
     def prompts(self, step: int) -> list[Prompt]:
-        """The step's prompts of this process."""
+        """This process's prompts of the step."""
         step_prompts = self.order.take(step)
         return [step_prompts[i] for i in self._positions(step)]
 
     def whole_weights(self) -> AbstractContextManager[None]:
-        """The student's weights whole in every process, for what runs outside of `root`."""
+        """A context manager with the student's whole weights in every process, for code that runs outside of `root`."""
         return self.world.gathered(self.root)
 
     def request(self, step: int) -> ScoreRequest:
-        """What the teacher computes in this step."""
+        """The scores that the teacher computes in this step."""
         return self.method.request(shown=self._shown(step))
 
     def compare(self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[Prompt]) -> Metrics:
-        """In every `diagnostics.every`-th step, both models at every token, before the update: compare/...."""
+        """Metrics compare/... of both models at every token, in every `diagnostics.every`-th step; else empty."""
         spec = self.spec
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
-        """The method's update with the gradient that is there, and what follows it; all metrics of the step.
-
+        """Make the method's update with the accumulated gradient; returns all metrics of the step.
         Raises TrainingError, before the update, if the loss or the gradient is not finite.
         """
         metrics = diagnostics.step_metrics(phase_a.batch, self.method, step, buckets=diagnostics.buckets_of(self.spec))
@@ -149,7 +148,7 @@ class Stage:
         return metrics.reduce()
 
     def log(self, step: int, batch: Batch, metrics: Mapping[str, float], time: Stopwatch) -> None:
-        """Metrics, timings and samples of a step to the stage's folder, the trackers and the display."""
+        """Write metrics, timings and samples of a step to the folder, the trackers and the display."""
         done = step + 1
         self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
@@ -165,14 +164,14 @@ class Stage:
         return Trained(student=self.student, teacher=self.teacher, optimisation=self.optimisation, memory=self.memory)
 
     def _resume(self) -> int:
-        """The first step to make, with the last checkpoint restored; 0 without one."""
+        """Restore the last checkpoint; returns the first step to make, 0 without a checkpoint."""
         saved = self._trained.restore(self.folder.checkpoints, self.world)
         if saved is None:
             self.folder.rewind(-1)
             return 0
         self.seconds, self.finished = float(saved.state["seconds"]), bool(saved.state["finished"])
         self.folder.rewind(saved.step)
-        self.progress.note(f"{self.spec.name}: going on after step {saved.step} of {self.spec.steps}")
+        self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
         rows = self.folder.read_metrics() if self.world.main else []
         evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
         if not self.world.any(evaluated):
@@ -180,7 +179,7 @@ class Stage:
         return self.spec.steps if self.finished else saved.step
 
     def _save(self, done: int) -> None:
-        """A checkpoint. The step's metrics are on disk before it, its evaluation comes after."""
+        """Write a checkpoint. The step's metrics are written before it, its evaluation after."""
         self._trained.save(
             self.folder.checkpoints,
             done,
@@ -191,7 +190,7 @@ class Stage:
         )
 
     def _examine(self, done: int) -> None:
-        """Measure the held-out prompts when due; the end of a stage always is."""
+        """Evaluate when due; always at the end of the stage."""
         if self.exams is not None and (self.finished or self.exams.due(done)):
             self._write(done, self.exams.after(done, finished=self.finished))
 
@@ -201,28 +200,28 @@ class Stage:
         self.progress.step(self.spec.name, done, metrics)
 
     def _shown(self, step: int) -> bool:
-        """Whether the step's responses are written to a file of samples."""
+        """Whether this step writes its responses to a sample file."""
         every = self.spec.samples_every
         return bool(every) and (step % every == 0 or step + 1 == self.spec.steps)
 
     def _positions(self, step: int) -> list[int]:
-        """The places of this process's prompts among the step's.
+        """The positions of this process's prompts among the step's.
 
-        To a method that compares the responses to a prompt, a prompt that a step takes twice is one group.
+        If the method compares the responses of a group, a prompt that occurs twice in a step stays in one process.
         """
         groups = Input.GROUP in self.method.needs
         return self.world.positions([prompt.id if groups else i for i, prompt in enumerate(self.order.take(step))])
 
     def _check_finite(self, step: int, batch: Batch, loss: float, grad_norm: float) -> None:
-        """Stop before the update when the loss or the gradient is not finite: the weights are still good."""
+        """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         last = checkpoint.latest(self.folder.checkpoints)
         rows = self.world.in_order(self._positions(step), rows_of(batch))
         responses = self.folder.write_samples(step + 1, rows)
         raise TrainingError(
-            f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was not "
-            f"made. Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
+            f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was "
+            f"skipped. Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
             f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
-            "Usual causes: too large a learning rate, bfloat16 weights, a teacher that gives NaN."
+            "Usual causes: too large a learning rate, bfloat16 weights, a teacher that returns NaN."
         )

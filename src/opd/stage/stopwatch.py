@@ -1,4 +1,4 @@
-"""Where the seconds of a step go."""
+"""Seconds of a step by part."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 
 class Stopwatch:
-    """Runs from when it is made. `lap` adds the seconds since the last lap to a part of the step."""
+    """Starts when created. `lap` adds the seconds since the last lap to a part of the step."""
 
     def __init__(self) -> None:
         self._started = self._last = time.perf_counter()
@@ -15,7 +15,7 @@ class Stopwatch:
         self.laps: dict[str, float] = {}
 
     def lap(self, part: str) -> None:
-        """The time since the last lap belongs to `part`."""
+        """Add the time since the last lap to `part`."""
         now = time.perf_counter()
         self.laps[part] = self.laps.get(part, 0.0) + now - self._last
         self._last = now
@@ -26,5 +26,5 @@ class Stopwatch:
         return self._last - self._started
 
     def row(self, counts: Mapping[str, float]) -> dict[str, float]:
-        """Seconds by part, in all, `counts`, and the seconds of CPU until now."""
+        """A row of timings: seconds by part, their total, `counts`, and CPU seconds until now."""
         return {**self.laps, "total": self.total, **counts, "cpu": time.process_time() - self._worked}

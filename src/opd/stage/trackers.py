@@ -1,4 +1,4 @@
-"""Metrics to tensorboard, wandb and trackio."""
+"""Send metrics to tensorboard, wandb and trackio."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class _Tracker:
 
 
 def check_report_to(report_to: Iterable[str]) -> None:
-    """Fail before any weight is loaded if a tracker cannot be used. Does not open it.
+    """Check, before weights are loaded, that the trackers can be used. Does not open them.
 
     Raises:
-        ConfigError: an unknown name, a name that comes twice, or a package that is not installed.
+        ConfigError: an unknown name, a duplicate name, or a package that is not installed.
     """
     names = list(report_to)
     for name in names:
@@ -44,10 +44,10 @@ def check_report_to(report_to: Iterable[str]) -> None:
 class ReportWriter:
     """Sends metrics to trackers; with an empty `report_to` it does nothing and imports nothing.
 
-    `folder` is the run's folder: TensorBoard's event files are written to `folder/tensorboard`, one TensorBoard run a
-    stage; wandb's local files to `folder/wandb`; trackio keeps its own database (`TRACKIO_DIR`). wandb and trackio
-    see `stage/namespace/name`. A resumed run continues the same wandb and trackio run; the steps since the last
-    checkpoint are sent again, with the same numbers. With several processes, only one makes a writer.
+    `folder` is the run's folder: TensorBoard's event files go to `folder/tensorboard`, one TensorBoard run per stage;
+    wandb's local files go to `folder/wandb`; trackio keeps its own database (`TRACKIO_DIR`). In wandb and trackio the
+    names are `stage/namespace/name`. A resumed run continues the same wandb and trackio run; the steps since the last
+    checkpoint are sent again, with the same numbers. With several processes, only one creates a writer.
 
     Raises:
         ConfigError: see `check_report_to`; also when wandb refuses to start (not logged in, no network).
@@ -69,7 +69,7 @@ class ReportWriter:
         self._trackers = [_TRACKERS[tracker][1](folder, name, project, dict(config or {})) for tracker in names]
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """One point a metric, at this step of this stage."""
+        """Send one point per metric, at this step of this stage."""
         for tracker in self._trackers:
             tracker.log(stage, step, metrics)
 
@@ -81,7 +81,7 @@ class ReportWriter:
 
 
 def _run_id(folder: Path) -> str:
-    """A name that outlives this process: a resumed run goes on in the same curve, a new folder starts another."""
+    """An id stored in the folder: a resumed run continues the same curve, a new folder starts another."""
     file = folder / "report_id.txt"
     if not file.exists():
         file.write_text(uuid.uuid4().hex[:8] + "\n")
@@ -95,7 +95,7 @@ def _tensorboard(folder: Path, *_: Any) -> _Tracker:
 
     def log(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         if stage not in writers:
-            # purge_step hides what an interrupted process wrote after the checkpoint that this one started from.
+            # purge_step hides points that an interrupted process wrote after the checkpoint of this start.
             writers[stage] = SummaryWriter(str(folder / "tensorboard" / stage), purge_step=step)
         for name, value in metrics.items():
             writers[stage].add_scalar(name, value, step)
@@ -110,11 +110,11 @@ def _tensorboard(folder: Path, *_: Any) -> _Tracker:
 def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tracker:
     import wandb  # pyright: ignore[reportMissingImports]
 
-    # A run that the caller opened is theirs: it is written to and left open.
-    theirs = wandb.run
+    # A run that the caller opened is used and left open.
+    callers_run = wandb.run
     home = str(folder.absolute())
     try:
-        open_run = theirs or wandb.init(
+        open_run = callers_run or wandb.init(
             project=project, name=name, id=_run_id(folder), resume="allow", dir=home, config=config
         )
     except wandb.Error as error:
@@ -125,8 +125,8 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tr
     stages: set[str] = set()
 
     def log(stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        # wandb drops points whose `step=` is below an earlier one, as a second stage's and a resumed run's are;
-        # an axis of its own for every stage has no such rule.
+        # wandb drops points with a `step=` below an earlier one, as in a second stage or a resumed run. A separate
+        # axis per stage avoids that.
         if stage not in stages:
             open_run.define_metric(f"{stage}/step")
             open_run.define_metric(f"{stage}/*", step_metric=f"{stage}/step")
@@ -134,7 +134,7 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tr
         open_run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
 
     def close() -> None:
-        if theirs is None:
+        if callers_run is None:
             open_run.finish()
 
     return _Tracker(log, close)
@@ -143,7 +143,7 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tr
 def _trackio(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tracker:
     import trackio  # pyright: ignore[reportMissingImports]
 
-    # trackio knows a run by its name, so the name has to be this folder's own.
+    # trackio identifies a run by its name, so the name must be unique to this folder.
     open_run = trackio.init(project=project, name=f"{name}-{_run_id(folder)}", config=config, resume="allow")
 
     def log(stage: str, step: int, metrics: Mapping[str, float]) -> None:

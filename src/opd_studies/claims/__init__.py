@@ -1,1 +1,1 @@
-"""One file a claim of a paper, each with `run(lab) -> Outcome`."""
+"""One file per study of a paper's claims, each with `run(lab) -> Outcome`."""

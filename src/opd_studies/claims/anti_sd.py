@@ -1,18 +1,18 @@
-"""Towards or away from the self that has read the solution, and what the gate on its entropy is for.
+"""Towards or away from the self that reads the solution, and the effect of the gate on its entropy.
 
 Shen et al., arXiv 2605.11609. Table 1: on five models self-distillation from a solution-conditioned self ends below
-GRPO, because it rewards the shortcut that the solution makes likely; ascending the divergence instead (AntiSD) reaches
-GRPO's accuracy in 2 to 10 times fewer steps and ends above it. Fig. 5: without the gate some models collapse, as the
+GRPO, because it rewards the shortcut that the solution makes likely. Ascending the divergence instead (AntiSD) reaches
+GRPO's accuracy in 2 to 10 times fewer steps and ends above it. Fig. 5: without the gate some models collapse after the
 teacher's entropy has fallen.
 
-The model is a table in a made-up world where thinking pays (`opd_studies.worlds.waiting_world`); the methods are the
-library's own: `anti_sd`, with and without its gate; `anti_sd` of strength 0, whose updates are GRPO's; and the same
-with the sign of self-distillation. Accuracy is exact, over all responses to held-out problems.
+The model is a table in a made-up world where thinking pays (`opd_studies.worlds.waiting_world`). The methods are the
+library's: `anti_sd`, with and without its gate; `anti_sd` of strength 0, which equals GRPO; and the same with the sign
+of self-distillation. Accuracy is exact, over all responses to held-out problems.
 
-Setting A has two numbers to learn for each length of thought, setting B three in all, which ties early and late waits
-together as a network would. The paper trains everything at one learning rate; here GRPO's accuracy is also compared
-with every method at the best of several rates of its own, found on a seed that is not reported. The sizes of both
-settings, and the one learning rate of each, were chosen on seeds that are not reported either.
+Setting A has two parameters per length of thought, setting B three in all, which couples early and late waits as a
+network would. The paper trains everything at one learning rate. Here every method is also compared at the best of
+several learning rates, chosen on a seed that is not reported. The sizes of both settings and their common learning
+rates were chosen on unreported seeds, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from opd_studies.worlds.methods import self_distillation
 from opd_studies.worlds.waiting_world import ANSWERS, GROUP, HELD_OUT, KNOWLEDGE, LONGEST, PROBLEMS, Course, Made, train
 
 USE = (
-    "With a reward at hand do not imitate the self that has read the solution. `anti_sd` beats `grpo` at one "
+    "If you have a reward, do not imitate the self that reads the solution. `anti_sd` beats `grpo` at one "
     "small learning rate; tune `grpo`'s rate before you compare. A benefit of the gate did not show."
 )
 
@@ -37,7 +37,7 @@ GRPO, TOWARDS, AWAY, UNGATED = "GRPO", "self-distillation", "AntiSD", "AntiSD, n
 
 
 METHODS: dict[str, Made] = {
-    GRPO: lambda: anti_sd(0.0, gate=False),  # the teacher's entropy is measured all the same
+    GRPO: lambda: anti_sd(0.0, gate=False),  # the teacher's entropy is still measured
     TOWARDS: self_distillation,
     AWAY: anti_sd,
     UNGATED: lambda: anti_sd(gate=False),
@@ -50,16 +50,16 @@ A, TUNED, B = "A", "A, best rates", "B"
 TUNING_SEED = 1000
 
 
-# The rules.
+# Thresholds.
 CLOSES_BELOW = 0.93  # of the teacher's entropy in the warm-up: the paper's threshold
 
 
-LAST = 10  # updates of which the teacher's entropy at the end is the mean
+LAST = 10  # updates for the teacher's final entropy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds, updates, and learning rates: of A, of B, and those of which every method gets its best."""
+    """Seeds, updates, and learning rates: of A, of B, and candidates for each method's best."""
 
     seeds: Sequence[int] = (1, 2, 3, 4, 5)
     steps: int = 160
@@ -73,7 +73,7 @@ SIZE = Size(rates={A: 0.03, B: 0.1}, tried=(0.05, 0.1, 0.2, 0.4))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """By setting, then by method; lists hold one number, or course, a seed."""
+    """Numbers by setting, then by method; lists hold one number, or course, per seed."""
 
     accuracy: dict[str, dict[str, list[dict[int, float]]]]  # share, held out, by update
     length: dict[str, dict[str, list[float]]]  # tokens, held out, at the end
@@ -85,7 +85,7 @@ class Numbers:
         return [one[max(one)] for one in self.accuracy[setting][method]]
 
     def share_of_updates(self, setting: str, method: str) -> list[float]:
-        """Updates until GRPO's last accuracy is reached, over those that GRPO itself needs; infinite if never."""
+        """Updates until GRPO's final accuracy, over those of GRPO itself; infinite if never reached."""
         pairs = zip(self.accuracy[setting][GRPO], self.accuracy[setting][method], strict=True)
         return [first_at(other, base[max(base)]) / first_at(base, base[max(base)]) for base, other in pairs]
 
@@ -96,7 +96,7 @@ def first_at(curve: Mapping[int, float], level: float) -> float:
 
 
 def run(lab: Lab, size: Size = SIZE) -> Outcome:
-    """Both settings, and the best rates; see the file's docstring."""
+    """Run both settings, and the best rates; see the file's docstring."""
     numbers = measure(lab, size)
     best = ", ".join(f"{name} {rate:g}" for name, rate in numbers.rate[TUNED].items())
     return Outcome(
@@ -104,7 +104,7 @@ def run(lab: Lab, size: Size = SIZE) -> Outcome:
             f"A table that waits or gives one of {ANSWERS} answers, at most {LONGEST} tokens; the solution adds "
             f"{KNOWLEDGE:g} to the logit of the right one. {len(size.seeds)} seeds, {size.steps} updates of "
             f"{PROBLEMS} new problems with {GROUP} responses each, Adam; accuracy exact on {HELD_OUT} held-out "
-            f"problems. A: numbers of its own for every length of thought, learning rate {size.rates[A]:g} for all, "
+            f"problems. A: separate numbers for every length of thought, learning rate {size.rates[A]:g} for all, "
             f"and the best of {', '.join(f'{rate:g}' for rate in size.tried)} on seed {TUNING_SEED} ({best}). B: three "
             f"numbers in all, rate {size.rates[B]:g}. The warm-up, at strength 0, has 5 updates."
         ),
@@ -115,7 +115,7 @@ def run(lab: Lab, size: Size = SIZE) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """All courses, summed up."""
+    """Run all courses and collect their numbers."""
     numbers = Numbers(accuracy={}, length={}, entropy={}, rate={})
     tuning = {(name, rate): _course(name, TUNING_SEED, rate, A, size) for name in METHODS for rate in size.tried}
     lab.note("learning rates found")
@@ -148,7 +148,7 @@ def entropy_left(course: Course) -> float:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def below(setting: str) -> Check:
         interval = differences(numbers.end(setting, TOWARDS), numbers.end(setting, GRPO))
@@ -167,7 +167,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         ]
 
     def gate(setting: str) -> list[Check]:
-        """What the gate holds up, and what comes of it."""
+        """The teacher's entropy without the gate, and the accuracy with it against without."""
         return [
             Check(
                 what="teacher's entropy at the end over that of the warm-up, no gate",
@@ -208,7 +208,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
-    """A row a method and setting: means over seeds."""
+    """One row per method and setting: means over seeds."""
     rows: list[tuple[str, ...]] = [
         ("setting", "method", "learning rate", "accuracy at the end", "tokens", "teacher's entropy / warm-up")
     ]
@@ -229,7 +229,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """Accuracy by update, mean and range of seeds, a panel a setting."""
+    """Accuracy by update, mean and range of seeds, one panel per setting."""
     figure, axes = report.figure(len(numbers.accuracy), width=3.2, height=3.0)
     titles = {
         A: "A: numbers for each length of thought",

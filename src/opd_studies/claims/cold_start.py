@@ -1,12 +1,12 @@
 """Cold start: responses of the teacher first, then on-policy distillation, against either alone.
 
-The base has seen a little of the task: it knows the digits, and nothing of putting them in order. Two stages learn the
-teacher's filtered responses to some prompts and then distil on policy on others (Li et al., arXiv 2604.13016 section
-5.1: better than on-policy distillation from the base, with a higher overlap and a smaller entropy gap; Zhu et al.,
-arXiv 2605.11182 Fig. 14 and Table 3: stable after it, and teacher responses become likelier under the student, 0.640
-to 0.335 nats a token). All have the same number of updates in total, and so has a control, the first stage alone for
-as long. Setting A: the student's 4 likeliest tokens, as in 2604.13016 eq. 5. Setting B: the exact reverse KL; for the
-claim on where distillation begins, a cold start of twice as many updates.
+The base has seen a little of the task: it knows the digits, but cannot sort them. Two stages learn the teacher's
+filtered responses to some prompts and then distil on policy on others (Li et al., arXiv 2604.13016 section 5.1: better
+than on-policy distillation from the base, with a higher overlap and a smaller entropy gap; Zhu et al., arXiv 2605.11182
+Fig. 14 and Table 3: stable, and teacher responses become more likely under the student, 0.640 to 0.335 nats per token).
+All runs have the same total number of updates, also the control, the first stage alone. Setting A: the student's 4 most
+likely tokens, as in 2604.13016 eq. 5. Setting B: the exact reverse KL; for the claim on the start of distillation, a
+cold start of twice as many updates.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ USE = (
 OBJECTIVES: dict[str, tuple[str, dict[str, Any]]] = {"A": ("rethinking_opd", {"k": 4}), "B": ("reverse_kl", {})}
 
 
-TOP = 4  # likeliest tokens of each model that are compared, of a vocabulary of 17
+TOP = 4  # most likely tokens of each model that are compared, of a vocabulary of 17
 
 
 MASSES = ("student mass on overlap", "teacher mass on overlap")
@@ -42,17 +42,17 @@ EVERY = 25  # updates between measurements
 BASE, COLD, SFT, TEACHER = "base", "cold start", "SFT alone", "teacher"
 
 
-# The rules. 0 is for "better", "higher" and "smaller".
-LIKELIER = -0.1  # nats a token: NLL of teacher responses after the cold start minus before
+# Thresholds; 0 is for "better", "higher" and "smaller".
+LIKELIER = -0.1  # nats per token: NLL of teacher responses after the cold start minus before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each), updates of the cold start and of all, prompts an update, and learning rates."""
+    """Seeds (one pair each), updates of the cold start and of all, prompts per update, and learning rates."""
 
     seeds: Sequence[int] = (0, 1, 2)
     cold_steps: int = 75
-    keep: str = "both"  # of the teacher's responses in the cold start; "all" where the teacher is never right
+    keep: str = "both"  # filter of the teacher's responses in the cold start; "all" if the teacher is never right
     steps: int = 150
     prompts_per_step: int = 64
     held_out: int = 300
@@ -62,10 +62,10 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Lists hold one number a seed."""
+    """Lists hold one number per seed."""
 
     seen: dict[str, dict[str, list[float]]]  # by model, `after_training.look` on its own held-out responses
-    teacher_nll: dict[str, list[float]]  # by model, nats a token of the teacher's held-out responses
+    teacher_nll: dict[str, list[float]]  # by model, nats per token of the teacher's held-out responses
     accuracy: dict[str, dict[int, list[float]]]  # by model, by updates in total
     overlap: dict[str, dict[int, list[float]]]  # the ratio on the step's responses, by model, by updates in total
 
@@ -81,16 +81,16 @@ def both(setting: str) -> str:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both objectives, from the base and after a cold start, and the control."""
+    """Run both objectives, from the base and after a cold start, and the control."""
     size = size or Size()
     numbers = measure(lab, size)
     cold, rest = size.cold_steps, size.steps - size.cold_steps
     return Outcome(
         setup=(
             f"Five digits to put in order, {len(size.seeds)} pairs of their own seeds; the base after "
-            f"{size.pair.student_steps} steps on {size.pair.student_rows} rows. {size.prompts_per_step} new prompts an "
-            f"update. Two stages: {cold} updates on the teacher's responses that are right and end, {rest} on policy "
-            f"on other prompts; OPD alone and SFT alone: {size.steps}. Learning rates {size.rates['sft']:g} for "
+            f"{size.pair.student_steps} steps on {size.pair.student_rows} rows. {size.prompts_per_step} new prompts "
+            f"per update. Two stages: {cold} updates on the teacher's responses that are right and end, {rest} on "
+            f"policy on other prompts; OPD alone and SFT alone: {size.steps}. Learning rates {size.rates['sft']:g} for "
             f"responses and {size.rates['opd']:g} on policy, not tuned. A: the student's {TOP} likeliest tokens; B: "
             f"exact reverse KL. {size.held_out} held-out prompts, responses at temperature 1; overlap of the {TOP} "
             "likeliest tokens."
@@ -102,7 +102,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     return (
         finding(
             "A cold start on filtered teacher responses and then OPD is better than OPD from the base, in as many "
@@ -176,7 +176,7 @@ def _against_sft(numbers: Numbers, setting: str) -> list[Check]:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """Train everything, and look at every model on held-out prompts."""
+    """Train everything, and measure every model on held-out prompts."""
     pairs = dict(zip(size.seeds, lab.pairs(size.seeds, size.pair), strict=True))
     first: dict[tuple[str, int], Distillation] = {}
     for seed, pair in pairs.items():
@@ -203,7 +203,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def add_curves(numbers: Numbers, name: str, one: Trained, before: int) -> None:
-    """One more seed's accuracy and overlap by updates, of which `before` were those of an earlier stage."""
+    """Add a seed's accuracy and overlap by total updates, of which an earlier stage made `before`."""
     for row in one.evaluations:
         at = numbers.accuracy.setdefault(name, {}).setdefault(before + int(row["step"]), [])
         at.append(row["eval/sampled/reward"])
@@ -214,7 +214,7 @@ def add_curves(numbers: Numbers, name: str, one: Trained, before: int) -> None:
 
 
 def look_at(numbers: Numbers, size: Size, pair: Pair, trained: Mapping[str, Trained], seed: int) -> None:
-    """One more seed's numbers of every model."""
+    """Add one seed's numbers of every model."""
     data = size.pair.task.rows(size.held_out, part="held_out")
     models = {BASE: pair.student, **{name: one.model for name, one in trained.items()}, TEACHER: pair.teacher}
     for name, model in models.items():
@@ -227,7 +227,7 @@ def look_at(numbers: Numbers, size: Size, pair: Pair, trained: Mapping[str, Trai
 
 
 def _sft(size: Size, pair: Pair, seed: int, steps: int) -> Distillation:
-    """The first `steps` updates' prompts, answered by the teacher; right responses that end are learned."""
+    """SFT on the teacher's right and finished responses to the prompts of the first `steps` updates."""
     task = size.pair.task
     stage = {
         "data": _prompts(size) | {"limit": steps * size.prompts_per_step},
@@ -238,7 +238,7 @@ def _sft(size: Size, pair: Pair, seed: int, steps: int) -> Distillation:
 
 
 def _opd(size: Size, pair: Pair, seed: int, setting: str, before: int) -> Distillation:
-    """On policy, on the prompts that `before` earlier updates have left."""
+    """On-policy distillation on the prompts after those of `before` earlier updates."""
     method, options = OBJECTIVES[setting]
     stage = {
         "data": _prompts(size) | {"skip": before * size.prompts_per_step},
@@ -284,7 +284,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Numbers, cold_steps: int) -> report.Figure:
-    """Accuracy by updates in both settings; the overlap while distilling; what teacher responses cost the student."""
+    """Accuracy by updates in both settings; overlap while distilling; NLL of teacher responses under the student."""
     figure, axes = report.figure(4, width=3.0, height=3.0)
     *curves, overlap, nll = axes[0]
     begun = {cold_steps: numbers.accuracy[COLD][cold_steps]}

@@ -1,12 +1,12 @@
-"""A baseline in closed form for the sampled token: does it keep the mean, how much variance does it take, does it help?
+"""A closed-form baseline for the sampled token: does it keep the mean, reduce variance, and improve training?
 
 vOPD, arXiv 2605.07865: the reverse KL of a prefix as the baseline of its sampled token, on the whole vocabulary or on
 the student's top-k.
 
-*Tables*: random pairs in four regimes, V = 200; the mean and the variance of the logits' gradient over y ~ p by
-enumeration. *Pair*: the same numbers at the prefixes that a student after warm-up writes. *Training*: the sampled
-token with and without the baseline, the top-k loss whose tokens it uses, and full reverse KL, from the same pairs,
-each with the learning rate that is best for it on the first seed. Setting B trains with a quarter of the responses.
+*Tables*: random pairs in four regimes, V = 200; mean and variance of the logits' gradient over y ~ p by enumeration.
+*Pair*: the same numbers at prefixes from a student after warm-up. *Training*: the sampled token with and without the
+baseline, the loss on the baseline's top-k tokens, and full reverse KL, from the same pairs, each at its best learning
+rate on the first seed. Setting B trains with a quarter of the responses.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opd_studies.page import comparison, report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 USE = (
-    "Where top-k log-probs are at hand, use them as the loss (`topk_reverse_kl`): as the baseline of `vopd` "
+    "If top-k log-probs are available, use them as the loss (`topk_reverse_kl`): as the baseline of `vopd` "
     "they lowered the variance, and the student ended farther from the teacher than with the loss."
 )
 
@@ -50,7 +50,7 @@ METHODS = {
 }
 
 
-# The rules.
+# Thresholds.
 UNBIASED = 1e-10  # of the exact gradient's norm
 
 
@@ -65,37 +65,37 @@ WORSE = 1.5  # times the variance without a baseline
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds of tables and pairs, and what the trained part does."""
+    """Seeds of tables and pairs, and sizes of the training."""
 
     seeds: Sequence[int] = (0, 1, 2)
-    tables: int = 200  # pairs of distributions a regime
-    responses: int = 64  # at whose prefixes a pair is measured
+    tables: int = 200  # pairs of distributions per regime
+    responses: int = 64  # responses at which a pair is measured
     learning_rates: Sequence[float] = (1e-3, 2e-3, 5e-3)
-    few: int = 8  # responses an update in setting B
+    few: int = 8  # responses per update in setting B
     training: ablation.Size = field(default_factory=lambda: ablation.Size(steps=100, prompts_per_step=32))
     pair: PairSize = SORTERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Lists hold one number a seed."""
+    """Lists hold one number per seed."""
 
-    variance: dict[str, dict[str, list[float]]]  # by regime and baseline, over that of no baseline, mean over pairs
-    bias: dict[str, dict[str, list[float]]]  # the largest one, over the exact gradient's norm
+    variance: dict[str, dict[str, list[float]]]  # by regime and baseline, relative to no baseline, mean over pairs
+    bias: dict[str, dict[str, list[float]]]  # largest, relative to the exact gradient's norm
     loss_bias: dict[str, list[float]]  # of the top-20 loss, by regime
-    warmed_up: dict[str, list[float]]  # variance by baseline at a student's prefixes, over that of none
+    warmed_up: dict[str, list[float]]  # variance by baseline at a student's prefixes, relative to none
     learning_rate: dict[str, float]  # by setting, the best on the first seed
     training: ablation.Numbers
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Tables, then pairs; see the file's docstring."""
+    """Measure tables, then pairs; see the file's docstring."""
     size = size or Size()
     numbers = measure(lab, size)
     rates = ", ".join(f"{name} {rate:g}" for name, rate in numbers.learning_rate.items())
     return Outcome(
         setup=(
-            f"{len(size.seeds)} seeds. Tables: {size.tables} pairs of softmax distributions a regime, "
+            f"{len(size.seeds)} seeds. Tables: {size.tables} pairs of softmax distributions per regime, "
             f"V = {variances.VOCABULARY}. Pair: sorting five digits, {size.responses} responses of the student after "
             f"warm-up. Training: {size.training.steps} updates of {size.training.prompts_per_step} responses, in "
             f"setting B of {size.few}; accuracy and exact reverse KL on 200 held-out rows. Learning rates, the best of "
@@ -108,7 +108,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """All regimes, all pairs, all trainings."""
+    """Measure all regimes, all pairs, all trainings."""
     rates, training = trained(lab, size)
     numbers = Numbers(
         variance={regime: {name: [] for name in BASELINES} for regime in REGIMES},
@@ -134,7 +134,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def trained(lab: Lab, size: Size) -> tuple[dict[str, float], ablation.Numbers]:
-    """The learning rates that are best on the first seed, and all settings with them, on all seeds."""
+    """The best learning rates on the first seed, and the numbers of all settings with them on all seeds."""
 
     def setting(name: str, rate: float, **stage: object) -> Setting:
         method, options = METHODS[name]
@@ -150,7 +150,7 @@ def trained(lab: Lab, size: Size) -> tuple[dict[str, float], ablation.Numbers]:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     return (*_in_tables(numbers), *_in_training(numbers))
 
 
@@ -247,7 +247,7 @@ SHOWN = ("KL", "sampled accuracy", "greedy accuracy", "gradient norm")
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """Variance by regime, and the divergence that training leaves."""
+    """Variance by regime, and the final divergence of the trainings."""
     figure, axes = report.figure(2, width=4.6, height=3.4)
     left, right = axes[0]
     for i, (name, colour) in enumerate(zip(BASELINES, report.COLOURS, strict=False)):

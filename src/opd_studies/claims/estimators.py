@@ -7,9 +7,9 @@ variance over y ~ p, by enumeration of the vocabulary; the truncated forms have 
 variance. Both are relative to ||G||:
 noise sqrt(sum_n Var(g_n) ||h_n||^2) / ||G||, bias ||sum_n (g_n' - g_n) h_n'|| / ||G||.
 
-Setting A: a student after warm-up, on sums, that disagrees with its teacher about which tokens are likely. Setting B: a
-student on rows of digits after it has been distilled with the sampled token (the run of the study `losses`), so that
-the teacher's K tokens hold nearly all of both masses, as between the papers' language models.
+Setting A: a student after warm-up, on sums, whose likely tokens differ from its teacher's. Setting B: a student on rows
+of digits after distillation with the sampled token (the run of the study `losses`), so that the teacher's K tokens hold
+nearly all mass of both models, as with the papers' language models.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ USE = (
 KS = (1, 2, 4, 8)
 
 
-# The rules.
+# Thresholds.
 UNBIASED = 1e-4  # of ||G||, in float64 from float32 hidden states
 
 
@@ -67,7 +67,7 @@ CLAIMS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each), responses of a batch, setting A's pairs, and the distillation of setting B."""
+    """Seeds (one pair each), responses of a batch, setting A's pairs, and the distillation of setting B."""
 
     seeds: Sequence[int] = (0, 1, 2)
     responses: int = 64
@@ -77,7 +77,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Relative to ||G||; lists hold one number a seed."""
+    """Relative to ||G||; lists hold one number per seed."""
 
     bias: dict[str, dict[int, list[float]]]  # by form and K
     sampled_bias: list[float]
@@ -90,7 +90,7 @@ class Numbers:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Train the pairs (or find them), write a batch of responses each, and measure all estimators on it."""
+    """Train the pairs unless cached, sample a batch of responses from each, and measure all estimators on it."""
     size = size or Size()
     batches = {"A": warmed_up(lab, size), "B": distilled(lab, size)}
     numbers = {name: measure(one) for name, one in batches.items()}
@@ -110,13 +110,13 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
-    """The claims against the numbers of both settings."""
+    """The findings: each claim, judged by the numbers of both settings."""
     checks = [_checks(one) for one in numbers.values()]
     return tuple(finding(*claim, *both) for claim, *both in zip(CLAIMS, *checks, strict=True))
 
 
 def _checks(numbers: Numbers) -> tuple[list[Check], ...]:
-    """What each claim says about one setting."""
+    """The checks of each claim in one setting."""
     bias = numbers.bias
     return (
         [
@@ -152,14 +152,14 @@ def more_biased(form: str, bias: Mapping[str, Mapping[int, list[float]]]) -> lis
 
 
 def warmed_up(lab: Lab, size: Size) -> list[OnPolicyBatch]:
-    """Setting A, a batch a seed."""
+    """Setting A, one batch per seed."""
     pairs = lab.pairs(size.seeds, size.pair)
     task = ADDITION if size.pair is None else size.pair.task
     return [write_batch(pair, seed, task, size.responses) for seed, pair in zip(size.seeds, pairs, strict=True)]
 
 
 def distilled(lab: Lab, size: Size) -> list[OnPolicyBatch]:
-    """Setting B, a batch a seed."""
+    """Setting B, one batch per seed."""
     one = replace(size.distilled, seeds=size.seeds)
     trained = ablation.train(lab, {"sampled": SAMPLED_TOKEN}, one)["sampled"]
     pairs = lab.pairs(size.seeds, one.pair)
@@ -170,7 +170,7 @@ def distilled(lab: Lab, size: Size) -> list[OnPolicyBatch]:
 
 
 def measure(batches: Sequence[OnPolicyBatch]) -> Numbers:
-    """All estimators on all batches."""
+    """Measure all estimators on all batches."""
     numbers = Numbers(
         bias={form: {k: [] for k in KS} for form in FORMS},
         sampled_bias=[],
@@ -228,12 +228,12 @@ def sampled_gradients(batch: OnPolicyBatch) -> tuple[tuple[Tensor, Tensor], tupl
 
 
 def tokens_of(numbers: Numbers) -> str:
-    """The range over seeds, in words."""
+    """The range over seeds as text."""
     return f"{min(numbers.tokens)} to {max(numbers.tokens)}"
 
 
 def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
-    """Means over seeds: bias by form and K, the masses, and the sampled token."""
+    """Means over seeds: bias by form and K, masses, and numbers of the sampled token."""
     rows: list[tuple[str, ...]] = [("setting", "relative to the exact gradient", *(f"K={k}" for k in KS))]
     for name, one in numbers.items():
         for form in FORMS:
@@ -245,7 +245,7 @@ def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
-    """Bias by K for each form, with the sampled token's noise as a line; a panel a setting."""
+    """Bias by K for each form, with the sampled token's noise as a line; one panel per setting."""
     figure, axes = report.figure(len(numbers), width=3.6, height=3.2)
     titles = {"A": "A: after warm-up", "B": "B: after distillation"}
     for panel, (name, one) in zip(axes[0], numbers.items(), strict=True):

@@ -1,16 +1,15 @@
 """Jumps along the weights' own change: how many updates do they save, at which learning rate, and at what price?
 
-EffOPD, arXiv 2605.11739: after 1, 2, 4, 8, ... updates the weights jump along what has changed since, as far as a
-validation on 50 training prompts gets better; the paper reports a third of the updates. Here an update counts, and so
-do the responses that a run has written, those of the validations included, until a tenth of the divergence from the
-teacher is gone.
+EffOPD, arXiv 2605.11739: after 1, 2, 4, 8, ... updates the weights jump along their recent change, as far as a
+validation on 50 training prompts improves; the paper reports a third of the updates. Here the cost is the number of
+updates, and of responses including those of validations, until a tenth of the divergence from the teacher is gone.
 
-Setting A is the paper's method and fair: the sampled token with and without jumps, validated by the reward, each at the
-learning rate of three at which it gets there first on the first seed. Setting B is where the change should be
-straightest: the exact reverse KL, validated by the teacher, at the smallest rate for both.
+Setting A is the paper's method in a fair comparison: the sampled token with and without jumps, validated by the reward,
+each at the fastest of three learning rates on the first seed. Setting B should have the straightest change: the exact
+reverse KL, validated by the teacher, both at the smallest rate.
 
-Five pairs: a first look at three of them had left open what B saves (log2 of updates between -1.43 and 4.42). All rates
-are run on the first seed alone; on the others those that the claims are about.
+There are five pairs, because three left B's saving open (log2 of updates between -1.43 and 4.42). The first seed runs
+all rates, the others only those of the claims.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ USE = (
 )
 
 
-PROMPTS = 50  # of a validation
+PROMPTS = 50  # per validation
 
 
 GONE = 0.1  # of the divergence at the start
@@ -42,7 +41,7 @@ GONE = 0.1  # of the divergence at the start
 SAMPLED, EXACT = "sampled token", "exact reverse KL"
 
 
-PAIRS: dict[str, dict[str, Setting]] = {  # of methods, without and with jumps
+PAIRS: dict[str, dict[str, Setting]] = {  # pairs of methods, without and with jumps
     SAMPLED: {
         "opd": Setting(method="opd"),
         "eff_opd": Setting(method="eff_opd", options={"prompts": PROMPTS}),
@@ -59,19 +58,19 @@ PAIRS: dict[str, dict[str, Setting]] = {  # of methods, without and with jumps
 METHODS = {name: setting for pair in PAIRS.values() for name, setting in pair.items()}
 
 
-# The rules.
+# Thresholds.
 SPEED_UP = math.log2(1.5)  # of updates: half of the three times that the paper reports
 
 
 SAME = 0.0
 
 
-NO_WORSE = 0.05  # nats a token
+NO_WORSE = 0.05  # nats per token
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Learning rates from small to large, updates, and how often is measured."""
+    """Learning rates from small to large, updates, and updates between measurements."""
 
     learning_rates: Sequence[float] = (2e-5, 2e-4, 2e-3)
     every: int = 5
@@ -80,17 +79,17 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """One run; `kl` by update, the start included, in nats a token, held out."""
+    """One run. `kl`: held-out, by update including the start, in nats per token."""
 
     kl: Mapping[int, float]
     written: Sequence[int]  # responses by update, cumulative, validations included
-    factors: Sequence[float]  # of the jumps that were tried, 0 for one that was taken back
+    factors: Sequence[float]  # of the jumps tried, 0 for a rejected one
 
     @property
     def updates(self) -> float:
-        """Updates until a tenth of the divergence is gone, between two measurements on the line through them.
+        """Updates until a tenth of the divergence is gone, interpolated linearly between measurements.
 
-        All of them if it is not gone by then, which is in favour of the run.
+        The total number of updates if that is never reached, which favours the run.
         """
         goal = (1.0 - GONE) * self.kl[0]
         steps = sorted(self.kl)
@@ -102,7 +101,7 @@ class Course:
 
     @property
     def responses(self) -> float:
-        """Responses written until then."""
+        """Responses written up to `updates`."""
         return float(self.written[math.ceil(self.updates) - 1])
 
     @property
@@ -113,14 +112,14 @@ class Course:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """By method and learning rate, a run a seed, or one of the first; the rates that are best on the first seed."""
+    """Runs by method and learning rate, on all seeds or the first; and the best rates on the first seed."""
 
     runs: dict[str, dict[float, list[Course]]]
     best: dict[str, float]
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both methods at all rates from the same pairs; see the file's docstring."""
+    """Run both methods at all rates from the same pairs; see the file's docstring."""
     size = size or Size()
     numbers = measure(lab, size)
     best = ", ".join(f"{name} {rate:g}" for name, rate in numbers.best.items())
@@ -130,8 +129,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, {len(training.seeds)} pairs of their own seeds, {training.steps} updates of "
             f"{training.prompts_per_step} responses at a constant learning rate; exact reverse KL on 200 held-out rows "
             f"every {size.every} updates. A validation is {PROMPTS} responses. Counted until a tenth of the divergence "
-            "is gone; a run that does not get there counts as if it did at its end. Five pairs, because after a look "
-            "at three the interval of B's saving was -1.43 to 4.42 in log2 of updates. All rates on seed "
+            "is gone; a run that does not reach this counts with its total. Five pairs, because with "
+            "three the interval of B's saving was -1.43 to 4.42 in log2 of updates. All rates on seed "
             f"{training.seeds[0]}, those of the claims on all. A: the best rates on that seed: {best}. B: "
             f"exact reverse KL, {min(size.learning_rates):g} for both."
         ),
@@ -142,7 +141,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """Every method at every rate on the first seed, then on the others what the claims compare."""
+    """Run every method at every rate on the first seed, then those that the claims compare on the others."""
     task = SORTERS.task
     sampling = {"sampled": {"temperature": 1, "max_completion_length": task.longest}}
     settings = {
@@ -178,9 +177,9 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def course(one: Trained, responses: int) -> Course:
-    """What a finished run says of itself."""
+    """The numbers of a finished run."""
     tried = [row.get("extrapolation/tried") for row in one.rows]
-    more = [0 if count is None else PROMPTS * (int(count) + 1) for count in tried]  # the weights as they are, too
+    more = [0 if count is None else PROMPTS * (int(count) + 1) for count in tried]  # plus the unchanged weights
     return Course(
         kl={int(row["step"]): row["eval/reverse_kl"] for row in one.evaluations},
         written=[responses * (i + 1) + sum(more[: i + 1]) for i in range(len(more))],
@@ -189,7 +188,7 @@ def course(one: Trained, responses: int) -> Course:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     rates = sorted(next(iter(numbers.runs.values())))
     fair = [numbers.runs[name][numbers.best[name]] for name in PAIRS[SAMPLED]]  # without jumps, with jumps
     exact = {rate: [numbers.runs[name][rate] for name in PAIRS[EXACT]] for rate in rates}
@@ -239,7 +238,7 @@ def _saved(runs: Sequence[Sequence[Course]]) -> list[float]:
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
-    """A row a method and rate: means over seeds, and every jump of every seed."""
+    """One row per method and rate: means over seeds, and every jump of every seed."""
     rows: list[tuple[str, ...]] = [
         ("method", "learning rate", "seeds", "updates", "responses", "KL at the end", "factors by seed")
     ]
@@ -252,7 +251,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """The divergence by update, of A at the best rates and of B, and the updates by rate; lines of the first seed."""
+    """The divergence by update, for A at the best rates and for B; and updates by rate, as lines for the first seed."""
     figure, axes = report.figure(2, width=4.2, height=3.2)
     left, right = axes[0]
     for name, colour in zip(METHODS, report.COLOURS, strict=False):

@@ -1,7 +1,7 @@
-"""Truncated reverse KL, exactly: the identities of its gradients, where each form ends, and the crash of the raw one.
+"""Truncated reverse KL, exactly: identities of its gradients, the fixed point of each form, and the crash of `raw`.
 
 Tables without a network: softmax students descend the exact gradient of each form on a fixed support, the teacher's K
-likeliest of V = 200 tokens. They start *near* the teacher (plateau and crash, arXiv 2605.11182 Fig. 4 and 15; setting
+most likely of V = 200 tokens. They start *near* the teacher (plateau and crash, arXiv 2605.11182 Fig. 4 and 15; setting
 A), *nearer*, where the plateau should be longest (setting B), or *far* from it (where the mass on the support has to
 move).
 
@@ -31,7 +31,7 @@ USE = (
 VOCABULARY = 200
 
 
-# The rules.
+# Thresholds.
 EXACT = 1e-9  # largest error of an identity in float64
 
 
@@ -41,7 +41,7 @@ AT_REST = 0.01  # probability: this close to a fixed point counts as there
 UNMOVED = 0.05  # probability: this far from Q_S counts as uncontrolled
 
 
-PLATEAU = 0.9  # P_S / Q_S while nothing seems wrong
+PLATEAU = 0.9  # P_S / Q_S on the plateau
 
 
 CRASHED = 0.5  # P_S / Q_S after the crash
@@ -60,7 +60,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """Where students begin. Logits are `scale` (base + noise), noise of its own for student and teacher."""
+    """Initial students. Logits are `scale` (base + noise), with independent noise for student and teacher."""
 
     name: str
     k: int  # tokens of the support
@@ -80,7 +80,7 @@ STARTS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """What is measured; lists hold one number a seed."""
+    """The measurements; lists hold one number per seed."""
 
     identities: dict[str, list[float]]  # largest error of each identity
     teacher_mass: dict[str, list[float]]  # Q_S by start
@@ -89,7 +89,7 @@ class Numbers:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Identities on random distributions, then descents from three starts; see the file's docstring."""
+    """Measure identities on random distributions, then descend from three starts; see the file's docstring."""
     size = size or Size()
     lab.note(f"{len(STARTS)} starts, {len(FORMS)} forms, {size.steps} steps each")
     numbers = measure(size)
@@ -106,7 +106,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(size: Size) -> Numbers:
-    """Everything, for all seeds."""
+    """Measure everything, for all seeds."""
     errors: dict[str, list[float]] = {}
     for seed in size.seeds:
         for name, error in identity_errors(seed).items():
@@ -149,7 +149,7 @@ def descend(
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     far = STARTS[-1].name
 
     def end(start: str, form: str) -> list[float]:
@@ -210,7 +210,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def _crash_checks(numbers: Numbers, small: str, large: str) -> list[Check]:
-    """Of two starts that differ in K: a plateau at the larger K, a crash, and a shorter plateau at the smaller K."""
+    """Checks on two starts that differ in K: plateau and crash at the larger K, a shorter plateau at the smaller."""
     share = shares(numbers, large, "raw")
     early = min(100, len(share) - 1)
     delay = [math.log2(a / b) for a, b in zip(lengths(numbers, large), lengths(numbers, small), strict=True)]
@@ -227,7 +227,7 @@ def shares(numbers: Numbers, start: str, form: str) -> Tensor:
 
 
 def lengths(numbers: Numbers, start: str) -> list[float]:
-    """Steps until raw's P_S falls below PLATEAU x Q_S, by seed, at least 1; all steps where it never does."""
+    """Steps until raw's P_S falls below PLATEAU x Q_S, by seed, at least 1; all steps if it never does."""
     share = shares(numbers, start, "raw")
     fallen = share < PLATEAU
     first = torch.where(fallen.any(0), fallen.int().argmax(0), len(share) - 1)

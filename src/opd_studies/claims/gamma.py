@@ -4,10 +4,11 @@ Fu et al., arXiv 2603.25562 eq. 3 and appendix E: g_gamma = sum_t (sum_{t' >= t}
 with the cost r_t = log pi(y_t) - log q(y_t). A policy walks on a line in 20 Gaussian steps; on each of two mirrored
 tasks a teacher is trained with REINFORCE, and one student is distilled from both in turn.
 
-The paper does not give the teacher's reward, the optimiser or how sharp a policy may become. Here: reward
--|position - target| - 0.1 |step|, Adam, and a floor on log sigma, which decides: setting A has the floor -1.5, setting
-B (nearly deterministic policies) -5. To fit five minutes, policies have 32 hidden units (the paper: about 60) and 600
-iterations of distillation (the paper: 2,000). All networks of all seeds, gammas and settings are one batch of matrices.
+The paper does not give the teacher's reward, the optimiser or the smallest sigma of a policy. Here: reward
+-|position - target| - 0.1 |step|, Adam, and a floor on log sigma, which decides the result: -1.5 in setting A, -5 in
+setting B (nearly deterministic policies). To fit five minutes, policies have 32 hidden units (the paper: about 60) and
+600 iterations of distillation (the paper: 2,000). All networks of all seeds, gammas and settings are one batch of
+matrices.
 """
 
 from __future__ import annotations
@@ -47,11 +48,11 @@ FLOORS = {"A": -1.5, "B": -5.0}  # log sigma
 GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-MICRO_BATCHES = 8  # whose gradients' spread is the variance
+MICRO_BATCHES = 8  # the variance is the spread of their gradients
 
 
-# The rules, in log10, because seeds differ by orders of magnitude.
-SLOPE = 0.0  # log10 variance a unit of gamma
+# Thresholds, in log10, because seeds differ by orders of magnitude.
+SLOPE = 0.0  # log10 variance per unit of gamma
 
 
 MORE = math.log10(3.0)  # log10 of the variance at gamma 1 over that at 0
@@ -77,7 +78,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """What is measured, by setting."""
+    """The measurements, by setting."""
 
     variance: dict[str, Tensor]  # [seeds, gammas] late: the median over the last fifth of iterations
     distance: dict[str, Tensor]  # [seeds, gammas] mean |end - target| over both tasks
@@ -87,7 +88,7 @@ class Numbers:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Teachers, then students for every gamma, in both settings; see the file's docstring."""
+    """Train teachers, then students for every gamma, in both settings; see the file's docstring."""
     size = size or Size()
     numbers = measure(size, lab)
     return Outcome(
@@ -105,7 +106,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     return (
         finding(
             "The variance of the gradient grows with gamma",
@@ -123,7 +124,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def _variance_checks(variance: Tensor) -> list[Check]:
-    """Of variances [seeds, gammas]: the slope of log10 in gamma, and the two ends."""
+    """Checks on variances [seeds, gammas]: the slope of log10 in gamma, and gamma 1 against 0."""
     logs = variance.log10()
     gamma = torch.tensor(GAMMAS, dtype=logs.dtype)
     centred = gamma - gamma.mean()
@@ -139,7 +140,7 @@ def _variance_checks(variance: Tensor) -> list[Check]:
 
 
 def _drift_checks(distance: Tensor) -> list[Check]:
-    """Of distances [seeds, gammas]: gamma 0 arrives, gamma 1 ends farther off."""
+    """Checks on distances [seeds, gammas]: gamma 0 arrives, gamma 1 ends farther away."""
     logs = distance.log10()
     return [
         Check(what="log10 of distance at gamma 0", interval=over_seeds(logs[:, 0].tolist()), below=ARRIVED),
@@ -181,7 +182,7 @@ def measure(size: Size, lab: Lab) -> Numbers:
 
 
 def train_teacher(task: int, floor: Tensor, size: Size) -> Network:
-    """REINFORCE with the return to go, standardised over walks at each step; a network for each of `floor` [R]."""
+    """Train networks, one per entry of `floor` [R], by REINFORCE with returns standardised over walks at each step."""
     network = new_network([10_000 * (task + 1) + seed for _ in FLOORS for seed in size.seeds], size.width)
     optimiser = torch.optim.Adam([weight.requires_grad_() for weight in network], lr=3e-3)
     generator = generator_of(1, task)
@@ -201,7 +202,7 @@ def train_teacher(task: int, floor: Tensor, size: Size) -> Network:
 def distil(
     student: Network, teachers: list[Network], floor: Tensor, gamma: Tensor, size: Size
 ) -> tuple[Network, Tensor]:
-    """g_gamma descended with Adam; `floor`, `gamma` [R]. Also each iteration's gradient variance, [iterations, R]."""
+    """Descend g_gamma with Adam; `floor`, `gamma` [R]. Also returns the gradient variances, [iterations, R]."""
     optimiser = torch.optim.Adam([weight.requires_grad_() for weight in student], lr=1e-3)
     generator = generator_of(2, 0)
     variance: list[Tensor] = []

@@ -1,12 +1,12 @@
-"""How long a response may be while training: too short and there is too little signal, too long and it goes wrong late.
+"""The response limit in training: too short gives too little signal, too long collapses late in a response.
 
-Li et al., arXiv 2604.13016 section 6.1: of caps between 0.5K and 15K tokens, 3K to 7K are best; the shortest teach too
-little, the longest collapse late, from the end towards the front; and the later in a response, the less the teacher
-is of use (study `prefixes` has the gain of its continuations by depth).
+Li et al., arXiv 2604.13016 section 6.1: of caps between 0.5K and 15K tokens, 3K to 7K are best. The shortest teach too
+little; the longest collapse late, from the end towards the front. The teacher helps less the later in a response (study
+`prefixes` has the gain of its continuations by depth).
 
 A right response to five digits to sort has six tokens. Setting A: a student that ends its responses. Setting B: one
-that never learned to and goes on with other rows, so that a long cap fills the batch with tokens about nothing that
-was asked. Controls: fewer or more updates, so that two caps see as many tokens.
+that never learned to and adds other rows, so that a long cap fills the batch with irrelevant tokens. Controls: fewer or
+more updates, so that two caps see equally many tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ USE = (
 )
 
 
-ENOUGH = SORTING.longest  # tokens; evaluations have this cap whatever the training had
+ENOUGH = SORTING.longest  # tokens; the cap of all evaluations
 
 
 # Cap, and updates as a share of the usual number; settings A and B.
@@ -58,7 +58,7 @@ METHOD = "reverse_kl"
 EVERY = 20  # updates between evaluations
 
 
-# The rules: shares of right answers at temperature 1, areas under the ROC curve.
+# Thresholds: shares of right answers at temperature 1, areas under the ROC curve.
 LEARNED = 0.05
 
 
@@ -76,7 +76,7 @@ DIES = -0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each), updates, prompts a step, and how the pairs learn."""
+    """Seeds (one pair each), updates, prompts per step, and how the pairs learn."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 100
@@ -85,15 +85,15 @@ class Size:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both settings' pairs, the signal by position that they begin with, and all caps."""
+    """Train both settings' pairs with all caps, and measure their initial signal by position."""
     size = size or Size()
     numbers = measure(lab, size)
     return Outcome(
         setup=(
             f"Sorting of five digits, full reverse KL, {len(size.seeds)} pairs of their own seeds, {size.steps} "
-            f"updates of {size.prompts_per_step} responses each unless said otherwise. Accuracy on 200 held-out rows "
-            f"at temperature 1 with at most {ENOUGH} tokens; what follows the first answer does not count. A: the "
-            f"student ends its responses; B: it goes on to {LONG} tokens. The last claim is about A's student before "
+            f"updates of {size.prompts_per_step} responses each unless stated otherwise. Accuracy on 200 held-out rows "
+            f"at temperature 1 with at most {ENOUGH} tokens; text after the first answer is ignored. A: the "
+            f"student ends its responses; B: it continues to {LONG} tokens. The last claim is about A's student before "
             "training: A by depth, B before and after its first wrong token."
         ),
         findings=judge(numbers),
@@ -106,7 +106,7 @@ DEPTHS = tuple(f"AUROC, {part}" for part in PARTS)
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def gap(setting: str, first: str, second: str, **side: float) -> Check:
         a, b = (numbers[f"{setting}: {name}"]["sampled accuracy"] for name in (first, second))
@@ -163,7 +163,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def dies(numbers: Numbers, late: str, early: str) -> Check:
-    """Whether the signal of the student at the start tells less in one part of its responses than in another."""
+    """A check that the initial signal is weaker in the `late` part of responses than in the `early` one."""
     start = numbers[f"A: {START}"]
     return Check(
         what=f"AUROC of log q - log p for right tokens, {late} minus {early}",
@@ -173,7 +173,7 @@ def dies(numbers: Numbers, late: str, early: str) -> Check:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """By "SETTING: start" the signal that a student begins with, by "SETTING: CAP" what came of a run."""
+    """Numbers by "SETTING: start", the initial signal, and by "SETTING: CAP", the results of a run."""
     keys = [(setting, seed) for setting in CAPS for seed in size.seeds]
     pairs = dict(zip(keys, pairs_of(lab, keys, size.pair), strict=True))
     numbers: Numbers = {}
@@ -207,7 +207,7 @@ def distillation(pair: Pair, seed: int, size: Size, cap: int, share: float) -> D
 
 
 def over_time(trained: Trained) -> dict[str, float]:
-    """How far accuracy fell from its best to the end, and how many tokens the run trained on."""
+    """The fall of accuracy from its best to the end, and the number of trained tokens."""
     accuracy = [row["eval/sampled/reward"] for row in trained.evaluations]
     return {"fall": max(accuracy) - accuracy[-1], "tokens": sum(row["train/tokens"] for row in trained.rows)}
 

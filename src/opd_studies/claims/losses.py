@@ -1,17 +1,16 @@
-"""Truncated losses side by side on a small pair: which forms and supports are stable, and which collapse.
+"""Truncated losses compared on a small pair: which forms and supports are stable, and which collapse.
 
-The comparisons of arXiv 2605.11182 (Fig. 4, 11, 15), with the released code of arXiv 2604.13016, the tail form, exact
-forward KL and the sampled token beside them. Each setting distils the same students from the same teachers on the same
-prompts, on policy, for as many updates.
+The comparisons of arXiv 2605.11182 (Fig. 4, 11, 15), plus the released code of arXiv 2604.13016, the tail form, exact
+forward KL and the sampled token. Each setting distils the same students from the same teachers on the same prompts, on
+policy, for the same number of updates.
 
-Setting A: supports are the teacher's K likeliest tokens. Setting B: the student's own K, as the released code of
-2605.11182 takes them; for the delay, a quarter of the learning rate. Why the support matters: the stop-gradient form's
-gradient is p_j (l_j 1[j in S] - c), with l = log p/q and c = sum_S p l. A token of S that the teacher finds unlikely
-costs l, one outside of S costs nothing, as if both models agreed on it. Where the student is unsure inside the S of the
-teacher, c is above 0 (the table has it) and descent moves mass out; what has left is sampled, and the teacher is asked
-about prefixes that are no longer its own. The resting point p = q on S is still there, but the path to it leads away
-first. With K = 1 there is no unlikely token in S and c is below 0; in the student's own S whatever grows enters S, and
-is scored.
+Setting A: supports are the teacher's K most likely tokens. Setting B: the student's own K, as in the released code of
+2605.11182; for the delay, a quarter of the learning rate. Why the support matters: the stop-gradient form's gradient is
+p_j (l_j 1[j in S] - c), with l = log p/q and c = sum_S p l. A token of S that is unlikely under the teacher costs l; a
+token outside of S costs 0, as if both models agreed on it. If the student is unsure inside the teacher's S, c is above
+0 (see the table) and descent moves mass out of S. Tokens outside are then sampled, and the teacher scores prefixes that
+it would never write. The fixed point p = q on S still exists, but the path to it first leads away. With K = 1, S has no
+unlikely token and c is below 0; in the student's own S, any token that grows enters S and is scored.
 """
 
 from __future__ import annotations
@@ -40,12 +39,12 @@ GENTLE: dict[str, Any] = {"optimizer": optimizer(5e-4, 10), "steps": 60}  # a qu
 
 
 def on_teachers(form: str, *ks: int) -> dict[str, Setting]:
-    """A form on the teacher's K likeliest tokens, for some K."""
+    """A form on the teacher's K most likely tokens, for some K."""
     return {f"{form}, K={k}": truncated(form, k) for k in ks}
 
 
 def on_students(form: str, *ks: int) -> dict[str, Setting]:
-    """A form on the student's K likeliest tokens, for some K."""
+    """A form on the student's K most likely tokens, for some K."""
     return {f"{form}, student's K={k}": truncated(form, k, "student") for k in ks}
 
 
@@ -66,15 +65,15 @@ SETTINGS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Held-out numbers of every setting, and what the course of training showed; lists hold one number a seed."""
+    """Held-out numbers of every setting, and numbers of the training's course; lists hold one number per seed."""
 
     end: Numbers
-    broken: Mapping[str, Sequence[float]]  # by raw setting: the update after which half of P_S was gone
-    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, a list a seed: training accuracy, smoothed
+    broken: Mapping[str, Sequence[float]]  # by raw setting: update at which half of P_S was lost
+    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, one list per seed: training accuracy, smoothed
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All settings for all seeds; see the file's docstring."""
+    """Train all settings for all seeds; see the file's docstring."""
     size = size or SIZE
     measured = read(ablation.train(lab, SETTINGS, size))
     return Outcome(
@@ -82,7 +81,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Sorting five digits, V = 17, so that K = 4 is a quarter of the vocabulary; {len(size.seeds)} pairs of "
             f"their own seeds, {size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. "
             "KL(student || teacher) is exact, on sampled responses. Training numbers are means over the last ten "
-            "updates: entropy in nats a token, P_S and Q_S the masses on the support; c is sum_S p log p/q over the "
+            "updates: entropy in nats per token, P_S and Q_S the masses on the support; c is sum_S p log p/q over the "
             "first ten. Gentle: learning rate 5e-4 instead of 2e-3, 60 updates. With K = 1 the renormalised form is 0 "
             "whatever the models say, and left out. Setting B of the stable forms is the student's K = 8: with its K = "
             "4, which was tried first, renormalised is still ahead of stop-gradient."
@@ -109,7 +108,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(measured: Measured) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     end = measured.end
     return (
         finding(
@@ -140,7 +139,7 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
 
 
 def delayed(measured: Measured, rate: str) -> list[Check]:
-    """Raw is far worse than the student before with K = 1 and with 4, where the mass on the support lasts longer."""
+    """Checks: raw is far worse than the student before with K = 1 and K = 4, and P_S lasts longer with K = 4."""
     longer = doublings(measured.broken[f"raw, K=4{rate}"], measured.broken[f"raw, K=1{rate}"])
     what = f"log2 of the updates until half of P_S is gone, K=4 over K=1{rate}"
     gone = [gap(measured.end, f"raw, K={k}{rate}", START, below=COLLAPSE) for k in (1, 4)]
@@ -148,7 +147,7 @@ def delayed(measured: Measured, rate: str) -> list[Check]:
 
 
 def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
-    """What the claims are about, of finished distillations."""
+    """The numbers that the claims need, from finished distillations."""
     end = ablation.collect(trained)
     for name, seeds in trained.items():
         if name.startswith("stop-gradient"):
@@ -165,12 +164,12 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
 
 
 def half_life(masses: Sequence[float]) -> float:
-    """After how many updates less than half of the first mass is there; as many as there were if it always is."""
+    """Number of updates until the mass is below half of the first; all updates if it never is."""
     return float(next((step for step, mass in enumerate(masses) if mass < masses[0] / 2), len(masses)))
 
 
 def doublings(longer: Sequence[float], shorter: Sequence[float]) -> list[float]:
-    """log2 of the ratio, seed by seed."""
+    """log2 of the ratio, by seed."""
     return [math.log2(a / b) for a, b in zip(longer, shorter, strict=True)]
 
 
@@ -184,7 +183,7 @@ DRAWN = (
 
 
 def draw(measured: Measured) -> report.Figure:
-    """Bars of what the settings end with, and the course of some of them."""
+    """Bars of final numbers, and the course of some of them."""
     figure, axes = report.figure(4, width=3.0, height=5.4)
     comparison.bars(
         axes[0][:3],

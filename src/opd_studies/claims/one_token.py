@@ -1,10 +1,10 @@
-"""What one scored token a position teaches: the sampled one, inside a policy gradient and as a loss, or the likeliest.
+"""One scored token per position: the sampled one, in a policy gradient or as a loss, or the most likely one.
 
 Zhu et al., arXiv 2605.11182 Fig. 12 (the log-ratio as a loss, as a policy gradient, and stop-gradient top-1); Fu et
 al., arXiv 2603.25562 Table 1 (teacher top-K, renormalised, against the sampled token); Li et al., arXiv 2604.13016
-section 6.3 (sampled, student's top-1 and top-4, as released). The noise of one token a position falls with the prompts
-of a step: setting A has 32. Setting B has 64 where a claim is that one token is as good as more, or how it behaves, and
-8 where it is that more are better.
+section 6.3 (sampled, student's top-1 and top-4, as released). The noise of one token per position falls with the number
+of prompts per step, 32 in setting A. Setting B has 64 for claims that one token is as good as more or on its behaviour,
+and 8 for claims that more are better.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ USE = (
 )
 
 
-FEW, MANY = 8, 64  # prompts a step in settings B
+FEW, MANY = 8, 64  # prompts per step in settings B
 
 
 def with_prompts(setting: Setting, prompts: int) -> Setting:
-    """A setting with another number of prompts a step."""
+    """A setting with another number of prompts per step."""
     return Setting(method=setting.method, options=setting.options, stage={**setting.stage, "prompts_per_step": prompts})
 
 
@@ -59,8 +59,8 @@ SETTINGS = AT_32 | {
 }
 
 
-# Thresholds, beside those of `comparison`.
-LEARNED = 0.0  # accuracy of sampled responses against that of the student before
+# Thresholds, in addition to those of `comparison`.
+LEARNED = 0.0  # accuracy of sampled responses minus that of the student before
 
 
 BETTER = 0.0  # accuracy
@@ -71,15 +71,15 @@ FALLS = 0.0  # share of right answers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Held-out numbers, and the course of training; lists hold one number a seed."""
+    """Held-out numbers, and the course of training; lists hold one number per seed."""
 
     end: Numbers
-    fall: Mapping[str, Sequence[float]]  # by setting: how far the training accuracy fell below its best before
-    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, a list a seed: training accuracy, smoothed
+    fall: Mapping[str, Sequence[float]]  # by setting: largest fall of training accuracy below its earlier best
+    curve: Mapping[str, Sequence[Sequence[float]]]  # by setting, one list per seed: training accuracy, smoothed
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All settings for all seeds; see the file's docstring."""
+    """Train all settings for all seeds; see the file's docstring."""
     size = size or SIZE
     measured = read(ablation.train(lab, SETTINGS, size))
     columns = (
@@ -96,7 +96,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     return Outcome(
         setup=(
             f"Sorting five digits, V = 17, responses of at most {LONGEST} tokens; {len(size.seeds)} pairs of their own "
-            f"seeds, {size.steps} updates of {size.prompts_per_step} responses each unless it says otherwise, 200 "
+            f"seeds, {size.steps} updates of {size.prompts_per_step} responses each unless stated otherwise, 200 "
             "held-out prompts. KL(student || teacher) is exact, on sampled responses. Largest fall: of the training "
             f"accuracy, a mean over {SMOOTHED} updates, below its best before."
         ),
@@ -107,7 +107,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(measured: Measured) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     end, few, many = measured.end, f", {FEW} prompts", f", {MANY} prompts"
     one, four = (f"released, student's K={k}" for k in (1, 4))
 
@@ -165,7 +165,7 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
 
 
 def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
-    """What the claims are about, of finished distillations."""
+    """The numbers that the claims need, from finished distillations."""
     end = ablation.collect(trained)
     curve = ablation.accuracy_curves(trained)
     fall = {name: [largest_fall(one) for one in seeds] for name, seeds in curve.items()}
@@ -175,12 +175,12 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
 
 
 def largest_fall(values: Sequence[float]) -> float:
-    """How far a value lies below the best one before it, at most; 0 for what only rises or is empty."""
+    """The largest fall of a value below an earlier maximum; 0 for rising or empty `values`."""
     return max((max(values[: i + 1]) - value for i, value in enumerate(values)), default=0.0)
 
 
 def draw(measured: Measured) -> report.Figure:
-    """Bars of what the settings end with, and the course of those with the usual number of prompts."""
+    """Bars of final numbers, and the course of those with the usual number of prompts."""
     figure, axes = report.figure(3, width=3.2, height=3.6)
     panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
     comparison.bars(axes[0][:2], measured.end, panels)

@@ -1,10 +1,10 @@
-"""A teacher that continues the student's prefixes: does it get worse, and how deep is it still of use?
+"""A teacher that continues the student's prefixes: does it get worse, and to which depth does it still help?
 
-The student writes a response; the teacher takes over at a share of its length and writes on, greedily. At depth 0 that
-is the teacher alone. Zhu et al., arXiv 2605.11182 A.22 (prefix distortion): accuracy falls when the prefix is a
+The student writes a response; the teacher continues it greedily from a share of its length. At depth 0 that is the
+teacher alone. Zhu et al., arXiv 2605.11182 A.22 (prefix distortion): accuracy falls when the prefix is a
 student's. Li et al., arXiv 2604.13016 section 6.1:
 the gain over the student's own end shrinks with depth, and with it the signal. Setting A: the student samples at
-temperature 1, as in training. Setting B: it writes greedily, so that its prefixes are the best it has.
+temperature 1, as in training. Setting B: it writes greedily, which gives its best prefixes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ TEMPERATURES = {"A": 1.0, "B": 0.0}  # of the student
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.9)  # share of the student's response
 
 
-# The rules; shares of right answers.
+# Thresholds: shares of right answers.
 WORSE = -0.1  # teacher from half of a response, minus teacher alone
 
 
@@ -37,7 +37,7 @@ SHRINKS = -0.1  # gain at the deepest cut minus gain at a quarter
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each) and held-out sums."""
+    """Seeds (one pair each) and held-out sums."""
 
     seeds: Sequence[int] = (0, 1, 2)
     prompts: int = 200
@@ -46,16 +46,16 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Shares of right answers in one setting; lists hold one number a seed."""
+    """Shares of right answers in one setting; lists hold one number per seed."""
 
     student: list[float]  # of the student's own responses
     continued: dict[float, list[float]]  # of the teacher's continuations, by depth
-    right_to_wrong: list[float]  # of prompts that the teacher alone solves and does not from depth 0.5
+    right_to_wrong: list[float]  # share of prompts solved by the teacher alone but not from depth 0.5
     wrong_to_right: list[float]
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Responses of each pair's student, and the teacher's continuations of them at every depth."""
+    """Sample responses of each pair's student, and the teacher's continuations at every depth."""
     size = size or Size()
     numbers = {name: measure(lab, size, temperature) for name, temperature in TEMPERATURES.items()}
     return Outcome(
@@ -71,7 +71,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
-    """The claims against the numbers of both settings."""
+    """The findings: each claim, judged by the numbers of both settings."""
     return (
         finding(
             "A teacher that continues a student's prefix is worse than the teacher alone",
@@ -93,7 +93,7 @@ def _distortion_checks(numbers: Numbers) -> list[Check]:
 
 
 def _gain_checks(numbers: Numbers) -> list[Check]:
-    early, late = numbers.continued[0.25], numbers.continued[0.9]  # the student's own share is in both gains
+    early, late = numbers.continued[0.25], numbers.continued[0.9]  # the student's own share cancels
     return [
         Check(what="gain at depth 0.25", interval=differences(early, numbers.student), above=0.0),
         Check(what="gain at depth 0.9 minus at 0.25", interval=differences(late, early), below=SHRINKS),
@@ -101,7 +101,7 @@ def _gain_checks(numbers: Numbers) -> list[Check]:
 
 
 def measure(lab: Lab, size: Size, temperature: float) -> Numbers:
-    """All seeds, all depths; the student writes at `temperature`."""
+    """Measure all seeds and depths; the student samples at `temperature`."""
     numbers = Numbers(student=[], continued={d: [] for d in DEPTHS}, right_to_wrong=[], wrong_to_right=[])
     for seed in size.seeds:
         own, by_depth = outcomes(lab, seed, size, temperature)
@@ -146,7 +146,7 @@ def outcomes(lab: Lab, seed: int, size: Size, temperature: float) -> tuple[list[
 
 
 def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
-    """Means over seeds by depth, and what changed between alone and half; a column a setting."""
+    """Means over seeds by depth, and changes between alone and half; one column per setting."""
     lines: dict[str, list[list[float]]] = {
         "accuracy, student": [one.student for one in numbers.values()],
         **{f"accuracy, teacher from depth {d:g}": [one.continued[d] for one in numbers.values()] for d in DEPTHS},
@@ -161,7 +161,7 @@ def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
-    """Accuracy by depth, with the student's own as a line; a panel a setting."""
+    """Accuracy by depth, with the student's own as a line; one panel per setting."""
     figure, axes = report.figure(len(numbers), width=3.6)
     for panel, (name, one) in zip(axes[0], numbers.items(), strict=True):
         intervals = [over_seeds(one.continued[depth]) for depth in DEPTHS]

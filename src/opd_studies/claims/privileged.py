@@ -1,18 +1,19 @@
 """Privileged information: a rule shared by all prompts is learned, facts of single prompts are averaged away.
 
-Zhu et al., arXiv 2605.11182 eq. 10-11: the student does not see the information I, so the best it can do against
-teachers p_T(. | x, I) is p(y | x) proportional to exp E_I log p_T(y | x, I), their geometric mean; what is left of the
-loss is -log Z(x), the disagreement of the teachers.
+Zhu et al., arXiv 2605.11182 eq. 10-11: the student does not see the information I, so its optimum against teachers
+p_T(. | x, I) is p(y | x) proportional to exp E_I log p_T(y | x, I), their geometric mean. The loss that remains is
+-log Z(x), the disagreement of the teachers.
 
-Teachers are tables, softmax(b_x + s u): b_x is the model without information, u what the information adds. Two designs:
+Teachers are tables, softmax(b_x + s u): b_x is the model without information, u the effect of the information. Two
+designs:
 
-    shared    one u for every prompt and every I, a rule
-    instance  a u of its own for every prompt and every I, a fact
+    shared    one u for all prompts and all I, a rule
+    instance  a separate u for every prompt and every I, a fact
 
-*Several I*: eight teachers a prompt, a tabular student that descends the exact mean over I. *Held out*: one I a prompt
-(as one answer a problem), a student that is linear in the prompt's features, measured on prompts that it was not
-trained on. What it kept of the information is (E_p u - E_b u) / (E_teacher u - E_b u): 1 as good as the teacher, 0 no
-better than the model without information.
+*Several I*: eight teachers per prompt, a tabular student that descends the exact mean over I. *Held out*: one I per
+prompt (like one answer per problem), a student that is linear in the prompt's features, measured on new prompts. The
+share of information that it keeps is (E_p u - E_b u) / (E_teacher u - E_b u): 1 equals the teacher, 0 the model without
+information.
 """
 
 from __future__ import annotations
@@ -46,20 +47,20 @@ STRENGTH = 3.0  # s
 FEATURES = 16
 
 
-# The rules.
+# Thresholds.
 SAME = 1e-3  # nats: distributions and values that agree
 
 
-DIFFERENT = 0.1  # nats: distributions that do not
+DIFFERENT = 0.1  # nats: distributions that differ
 
 
-DISAGREE = 0.5  # nats: -log Z of teachers that say different things
+DISAGREE = 0.5  # nats: -log Z of teachers that disagree
 
 
 KEPT, LOST = 0.9, 0.5  # share of the information
 
 
-NOTHING = 0.25  # share of the information that is as good as none
+NOTHING = 0.25  # share of the information that counts as none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +77,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Lists hold one number a seed; nats unless said otherwise."""
+    """Lists hold one number per seed; nats unless said otherwise."""
 
     to_geometric: list[float]  # KL(learned || normalised geometric mean), instance design
     to_arithmetic: list[float]  # KL(learned || arithmetic mean), instance design
@@ -89,7 +90,7 @@ class Numbers:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both designs, several I and held out; see the file's docstring."""
+    """Run both designs, several I and held out; see the file's docstring."""
     size = size or Size()
     lab.note("tables and linear students")
     numbers = measure(size)
@@ -106,7 +107,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     return (
         finding(
             "Distilling from teachers with different information ends at their normalised geometric mean, and the loss "
@@ -148,7 +149,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def measure(size: Size) -> Numbers:
-    """All seeds, both designs."""
+    """Measure all seeds, both designs."""
     kept: dict[str, list[float]] = {}
     train: dict[str, list[float]] = {}
     held_out: dict[str, list[float]] = {}
@@ -188,7 +189,7 @@ def measure(size: Size) -> Numbers:
 
 
 def several(design: str, seed: int, size: Size) -> tuple[Tensor, Tensor]:
-    """b_x [1, X, V] and what each of M teachers adds to it [M, X, V]."""
+    """b_x [1, X, V] and the additions u of M teachers [M, X, V]."""
     generator = torch.Generator().manual_seed(seed)
     base = torch.randn(1, size.prompts, VOCABULARY, generator=generator, dtype=torch.float64)
     shape = (size.teachers, size.prompts) if design == "instance" else (1, 1)
@@ -197,12 +198,12 @@ def several(design: str, seed: int, size: Size) -> tuple[Tensor, Tensor]:
 
 
 def linear(design: str, seed: int, size: Size) -> tuple[float, float]:
-    """What a student that is linear in the features kept, on its own prompts and on new ones."""
+    """The shares of information that a linear student keeps, on its own prompts and on new ones."""
     generator = torch.Generator().manual_seed(seed)
     n = size.train_prompts + size.held_out_prompts
     x = torch.randn(n, FEATURES, generator=generator, dtype=torch.float64)
     weight = torch.randn(FEATURES, VOCABULARY, generator=generator, dtype=torch.float64) / FEATURES**0.5
-    base = x @ weight  # [X, V]: the student can hold the model without information exactly, and begins there
+    base = x @ weight  # [X, V]: the student can represent this model exactly, and starts there
     rows = n if design == "instance" else 1
     added = torch.randn(rows, VOCABULARY, generator=generator, dtype=torch.float64).expand(n, VOCABULARY)
     teacher = (base + STRENGTH * added).log_softmax(-1)
@@ -218,7 +219,7 @@ def linear(design: str, seed: int, size: Size) -> tuple[float, float]:
 
 
 def descend(start: Tensor, logits_of: Callable[[Tensor], Tensor], teacher: Tensor, steps: int) -> tuple[Tensor, Tensor]:
-    """Adam on the mean over teachers [M, X, V] and prompts of reverse KL, the rate falling to 0 as a cosine.
+    """Adam on the mean reverse KL over teachers [M, X, V] and prompts; the rate falls to 0 as a cosine.
 
     Returns the parameters at the end, and the loss before each step and at the end, [steps + 1].
     """
@@ -259,7 +260,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """The loss against -log Z, and what is kept."""
+    """The loss against -log Z, and the share of information kept."""
     figure, axes = report.figure(2, width=4.0, height=3.0)
     left, right = axes[0]
     for design, colour in zip(DESIGNS, report.COLOURS, strict=False):

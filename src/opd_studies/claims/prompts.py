@@ -1,12 +1,12 @@
-"""Which prompts to distil on: asked in the teacher's own template or another, on its own content or other content.
+"""Which prompts to distil on: in the teacher's own template or another, with its own content or other content.
 
-The teacher puts rows of digits 0 to 6, asked as "52014>", in order. A few of its rows ask the same with another sign
-("52014=,;=,;"), and a few have the digits 3 to 9; the student saw a little of all three. Li et al., arXiv 2604.13016
-section 5.2: distilling on the same problems in the teacher's template recovers more of the gap (about 80 to 85 %);
-content like the teacher's own is better than as much other content, at a lower overlap ratio of the likeliest tokens, a
-higher mass on the overlap and a much lower entropy of the student, for which the paper advises to mix in other prompts.
-Setting A: a teacher that saw a little of the others; it still answers most in the other template, and few of the other
-content. Setting B: one that saw none of them.
+The teacher sorts rows of digits 0 to 6, written as "52014>". A few of its rows have another sign ("52014=,;=,;"), and a
+few have the digits 3 to 9; the student saw a little of all three. Li et al., arXiv 2604.13016 section 5.2: distilling
+on the same problems in the teacher's template recovers more of the gap (about 80 to 85 %). Content like the teacher's
+own is better than as much other content, at a lower overlap ratio of the most likely tokens, a higher mass on the
+overlap and a much lower entropy of the student; against the latter the paper advises to mix in other prompts. Setting
+A: a teacher that saw a little of the other kinds; it still answers most prompts in the other template, and few of the
+other content. Setting B: a teacher that saw none of them.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ OWN: dict[str, Any] = {"lowest": 0, "highest": 6, "sign": ">"}
 
 KINDS: dict[str, dict[str, Any]] = {
     "own": OWN,
-    "template": {**OWN, "sign": "=,;=,;"},  # the same problems, asked in another way
+    "template": {**OWN, "sign": "=,;=,;"},  # the same problems in another template
     "content": {**OWN, "lowest": 3, "highest": 9},
 }
 
 
-SHARES = {"A": 0.02, "B": 0.0}  # of the teacher's rows, of either other kind
+SHARES = {"A": 0.02, "B": 0.0}  # of each other kind among the teacher's rows
 
 
 TRAINED_ON = {  # shares of the prompts of a distillation, by kind
@@ -58,20 +58,20 @@ SHARE_TICKS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 START, TEACHER = "start", "teacher"
 
 
-K = 4  # likeliest tokens of each model that are compared, of a vocabulary of 18
+K = 4  # most likely tokens of each model that are compared, of a vocabulary of 18
 
 
-# The rules. 0 is for "more" and "less".
+# Thresholds; 0 is for "more" and "less".
 MUCH_LOWER = 0.75  # student's entropy on its own prompts, that of own content over that of other content
 
 
-# By what was trained on, by kind of the held-out prompts, by what was measured: one number a seed.
+# By training prompts, by kind of held-out prompts, by measurement: one number per seed.
 Numbers: TypeAlias = dict[str, dict[str, dict[str, list[float]]]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a teacher and a student each), updates, prompts to train on and held-out prompts of each kind."""
+    """Seeds (one teacher and one student each), updates, prompts to train on and held-out prompts of each kind."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 100
@@ -89,7 +89,7 @@ def task(shares: Mapping[str, float]) -> Task:
 
 
 def measure(lab: Lab, size: Size, share: float) -> Numbers:
-    """All distillations of all seeds from teachers with `share` of their rows of each other kind."""
+    """Run all distillations from teachers with a `share` of rows of each other kind, and measure them."""
     pairs = pairs_of(lab, size, share)
     runs = [
         Distillation(
@@ -118,7 +118,7 @@ def measure(lab: Lab, size: Size, share: float) -> Numbers:
 
 
 def pairs_of(lab: Lab, size: Size, share: float) -> list[Pair]:
-    """A teacher with `share` of its rows of each other kind, and a student with as many of all, for each seed."""
+    """For each seed, a teacher with a `share` of rows of each other kind, and a student with equal shares of all."""
     others = dict.fromkeys(("template", "content"), share)
     of_teacher = replace(size.pair, task=task({"own": 1.0 - 2 * share, **others}))
     of_student = replace(size.pair, task=task(dict.fromkeys(KINDS, 1 / len(KINDS))))
@@ -131,14 +131,14 @@ def pairs_of(lab: Lab, size: Size, share: float) -> list[Pair]:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both settings: every kind of prompts, from the same pairs."""
+    """Run both settings: every kind of prompts, from the same pairs."""
     size = size or Size()
     numbers = {setting: measure(lab, size, share) for setting, share in SHARES.items()}
     return Outcome(
         setup=(
-            f"Five digits to put in order, {len(size.seeds)} pairs of their own seeds. The teacher saw "
-            f"{size.pair.teacher_rows} rows, of which a share of {SHARES['A']:g} (A) or {SHARES['B']:g} (B) were asked "
-            "in the other template, and as many had other content; the student saw "
+            f"Sorting five digits, {len(size.seeds)} pairs of their own seeds. The teacher saw "
+            f"{size.pair.teacher_rows} rows, of which a share of {SHARES['A']:g} (A) or {SHARES['B']:g} (B) had "
+            "the other template, and as many had other content; the student saw "
             f"{size.pair.student_rows // len(KINDS)} rows of each kind. Exact reverse KL, {size.steps} updates of "
             f"{size.pair.prompts_per_step} prompts, {size.prompts} different ones, in every run; {size.held_out} "
             f"held-out prompts of each kind, responses at temperature 1; overlap of the {K} likeliest tokens. "
@@ -151,7 +151,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
-    """The claims against the numbers of both settings."""
+    """The findings: each claim, judged by the numbers of both settings."""
     return (
         finding(
             "Distilling on the same problems in the teacher's own template recovers more of the gap than in another",
@@ -182,7 +182,7 @@ def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
 
 
 def recovery(numbers: Numbers, name: str, kind: str) -> list[float]:
-    """(accuracy - start) / (teacher's on its own prompts - start), asked as `kind`, a number a seed; NaN: no gap."""
+    """(accuracy - start) / (teacher's on its own prompts - start) on `kind`, one number per seed; NaN: no gap."""
     after, start = numbers[name][kind]["accuracy"], numbers[START][kind]["accuracy"]
     teacher = numbers[TEACHER]["own"]["accuracy"]
     return [(a - s) / (t - s) if t != s else math.nan for a, s, t in zip(after, start, teacher, strict=True)]
@@ -279,7 +279,7 @@ def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
 
 
 def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
-    """A row a setting: accuracy by kind of prompt; overlap on a run's own prompts; the student's entropy."""
+    """One row per setting: accuracy by kind of prompt; overlap on a run's own prompts; the student's entropy."""
     figure, axes = report.figure(3, len(numbers), width=4.2, height=2.9)
     content = ("own", "other content", "mixed content")
     for row, (setting, one) in zip(axes, numbers.items(), strict=True):

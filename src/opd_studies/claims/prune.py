@@ -1,16 +1,16 @@
 """Responses that end where the teacher is lost cost fewer tokens and leave the student as near to it.
 
-Prune-OPD, arXiv 2605.07804: weights that fall with every token at which the teacher is lost, and a budget on the length
-of the next step's responses; training takes 37.6 % to 68.0 % less time, at the same accuracy or a better one. Its
-budget is that of a batch; `stop="rollout"` ends each response by itself while it is written.
+Prune-OPD, arXiv 2605.07804: weights fall with every token at which the teacher is lost, and a budget limits the length
+of the next step's responses; training takes 37.6 % to 68.0 % less time, at the same or a better accuracy. Its budget is
+per batch; `stop="rollout"` ends each response separately during sampling.
 
-The student of study `length` that never learned to end: after the answer it goes on with other rows, to 48 tokens,
-about which its teacher knows nothing. Setting A: a token is lost by the overlap of the two models' most likely tokens.
-Setting B: where it lies outside the teacher's top-p. The control that could embarrass is a fixed limit on responses, by
-which about as many tokens are written as by the stop.
+The student is that of study `length` that never learned to end: after the answer it adds other rows, up to 48 tokens,
+which its teacher never saw. Setting A: the overlap of both models' most likely tokens decides that a token is lost.
+Setting B: a token outside the teacher's top-p is lost. The hardest control is a fixed limit on responses with about as
+many tokens as with the stop.
 
-A step of decoding costs nearly the same for a few responses as for many, and the teacher's looks cost something: tokens
-that a stop saves are not time that it saves.
+A decoding step costs nearly the same for few responses as for many, and the teacher's scoring costs extra. So a stop
+saves less time than tokens.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seed
 
 USE = (
     "Try a fixed `sampling.max_completion_length` first: at about as many tokens the stop of `prune_opd` was "
-    "not better. Where no limit is known, its budget or stop saves tokens at no loss; time is saved mostly by "
+    "not better. If no limit is known, its budget or stop saves tokens at no loss; time is saved mostly by "
     "the budget."
 )
 
@@ -80,11 +80,11 @@ SETTINGS: dict[str, Setting] = {
 SIZE = Size(seeds=(0, 1, 2, 3, 4), steps=100)
 
 
-# The rules: shares of the unpruned run's tokens and seconds, nats a token, shares of right answers.
+# Thresholds: shares of the unpruned run's tokens and seconds, nats per token, shares of right answers.
 TOKENS = 0.7
 
 
-SECONDS = 1 - 0.376  # the least that the paper saved
+SECONDS = 1 - 0.376  # the paper's smallest saving
 
 
 SAME_KL = 0.05
@@ -94,16 +94,16 @@ SAME_ACCURACY = -0.05
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All settings from every pair, and what each cost."""
+    """Run all settings from every pair, with their cost."""
     size = size or SIZE
     numbers = measure(lab, size)
     return Outcome(
         setup=(
-            f"Sorting of five digits by a student that goes on to {LONG} tokens, the student's top {K} of 17 tokens, "
+            f"Sorting of five digits by a student that continues to {LONG} tokens, the student's top {K} of 17 tokens, "
             f"{len(size.seeds)} pairs of their own seeds, {size.steps} updates of {size.prompts_per_step} responses. "
             f"Tokens are those generated in training, seconds those of CPU in training. Exact reverse KL and "
-            f"accuracy on 200 held-out rows at temperature 1 with at most {LONG} tokens; what follows the first answer "
-            "does not count as wrong, and does count in the KL."
+            f"accuracy on 200 held-out rows at temperature 1 with at most {LONG} tokens; text after the first answer "
+            "does not count as wrong, but counts in the KL."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -112,7 +112,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def share(name: str, what: str, below: float) -> Check:
         ratios = [a / b for a, b in zip(numbers[name][what], numbers["unpruned"][what], strict=True)]
@@ -158,7 +158,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """By "start" the KL and accuracy that a student begins with, by setting what came of a run and what it cost."""
+    """Numbers by "start", the initial KL and accuracy, and by setting, the results and cost of its runs."""
     pairs = pairs_of(lab, [("B", seed) for seed in size.seeds], size.pair)
     wanted = [
         (name, distillation(pair, seed, size, setting, first=name == "unpruned"))
@@ -203,7 +203,7 @@ def cost(trained: Trained, size: Size) -> dict[str, float]:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """What each setting ended at, against what it cost: tokens, and seconds."""
+    """Each setting's final divergence against its cost in tokens and in seconds."""
     figure, axes = report.figure(2, width=4.0, height=3.2)
     labels = {"tokens": ("thousand tokens generated in training", 1e3), "seconds": ("CPU seconds of training", 1.0)}
     for panel, (what, (label, unit)) in zip(axes[0], labels.items(), strict=True):

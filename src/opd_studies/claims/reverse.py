@@ -1,10 +1,10 @@
-"""Reverse distillation: a student improved by reinforcement learning, taught by what it was before, or by its like.
+"""Reverse distillation: a student after reinforcement learning, distilled from its older checkpoint or a larger model.
 
-Li et al., arXiv 2604.13016 section 3.3: a student after reinforcement learning that is distilled from its checkpoint of
-before falls back to that level, and so it does with a larger teacher of the same pipeline, along nearly the same
-curve. Two controls: itself as the teacher, and a larger teacher that has seen right examples only.
+Li et al., arXiv 2604.13016 section 3.3: a student after reinforcement learning that is distilled from its older
+checkpoint falls back to that level, and so it does with a larger teacher of the same pipeline, along nearly the same
+curve. Two controls: itself as the teacher, and a larger teacher trained on right examples only.
 
-Setting B: the larger teacher stopped earlier, so that it is only a little better than the student was before.
+Setting B: the larger teacher stopped earlier, only a little better than the student's older checkpoint.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ USE = (
 TEACHERS = (BASE, EARLY, LARGER, CLEAN, BASE_RL)
 
 
-# The rules; shares of right answers, sampled at temperature 1.
+# Thresholds: shares of right answers, sampled at temperature 1.
 FELL = -0.2
 
 
@@ -48,7 +48,7 @@ LEVEL = 0.1  # two accuracies this close are the same level
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a family of models each), and updates of the distillation."""
+    """Seeds (one family of models each), and updates of the distillation."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 60
@@ -58,20 +58,20 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """Held-out accuracies, shares, by teacher; lists hold one number a seed."""
+    """Held-out accuracies, shares, by teacher; lists hold one number per seed."""
 
     teacher: dict[str, list[float]]  # the teacher's own
     curve: dict[str, list[dict[int, float]]]  # the student's by update; the start is the student after GRPO
-    greedy: dict[str, list[float]]  # the student's afterwards
+    greedy: dict[str, list[float]]  # the student's after the distillation
     teacher_greedy: dict[str, list[float]]
 
     @property
     def before(self) -> list[float]:
-        """The student's, after GRPO and before it is distilled: the same for every teacher."""
+        """The student's accuracy after GRPO, before the distillation; the same for every teacher."""
         return [one[0] for one in self.curve[BASE]]
 
     def after(self, teacher: str) -> list[float]:
-        """The student's, after the last update."""
+        """The student's accuracy after the last update."""
         return [one[max(one)] for one in self.curve[teacher]]
 
     def apart(self, first: str, second: str) -> list[float]:
@@ -81,7 +81,7 @@ class Numbers:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """The student after GRPO is distilled from each teacher; see the file's docstring."""
+    """Distil the student after GRPO from each teacher; see the file's docstring."""
     size = size or Size()
     numbers = measure(lab, size)
     return Outcome(
@@ -100,7 +100,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """All seeds and teachers."""
+    """Run all seeds and teachers."""
     models = family(lab, size.seeds, size.family, TEACHERS)
     lessons = [
         Teaching(teacher=teacher, student=student, seed=seed, steps=size.steps, every=size.every)
@@ -119,7 +119,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     before, weaker = numbers.before, numbers.teacher[BASE]
 
     def fell(name: str) -> list[Check]:
@@ -180,7 +180,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
-    """Means over seeds, a row a teacher."""
+    """Means over seeds, one row per teacher."""
     rows: list[tuple[str, ...]] = [
         ("teacher", "its accuracy", "student before", "student after", "its greedy accuracy", "student after, greedy")
     ]

@@ -1,17 +1,17 @@
-"""A rubric of a teacher's texts as the reward: how many texts, one rubric or many, a verifier that is blind or not.
+"""A rubric from a teacher's texts as the reward: number of texts, one rubric or many, blind verifier or not.
 
 arXiv 2605.07396: results and ablations on AIME24. The judge is a program (`opd_studies.worlds.graders`) that misreads a
-tenth of all statements; told whose an answer is, it denies half of what is true of a student's. Setting A sorts digits:
-students that learn from texts of a trained teacher, and a table, a policy over a fixed list of answers whose quality is
-known, with a teacher that is right six times of ten. Setting B is a table of letters
+tenth of all statements; if it knows the source of an answer, it denies half of the true statements about a student's.
+Setting A sorts digits: students that learn from texts of a trained teacher; and a table, a policy over a fixed list of
+answers of known quality, with a teacher that is right six times of ten. Setting B is a table of letters
 (`opd_studies.worlds.rubric_table`).
 
-Changed after a look at the table of digits: the judge asked that three quarters of the teacher's texts meet a
-criterion, and one text ranked better than four. It asks for half of them since. Equal texts count once, as in the
-paper, and so 4 texts that sort digits are 2.5 in the table and 1.1 of the trained teacher, where the paper's long ones
-differ: the table of letters was added for that. With 32 tasks a table and five seeds, intervals of quality in B held 0
-for one text and for a verifier that is not blind, and lay above it for rubrics of their own (0.0847 [0.0356, 0.134]);
-tasks were doubled then. The students' learning rate was chosen on seed 0.
+Changed after the first results of the table of digits: the judge required a criterion to be true of three quarters of
+the teacher's texts, and one text ranked better than four; now it requires half. Equal texts count once, as in the
+paper. So 4 texts of sorted digits are 2.5 in the table and 1.1 for the trained teacher, while the paper's long ones
+differ: the table of letters was added for that. With 32 tasks per table and five seeds, intervals of quality in B
+contained 0 for one text and for a verifier that is not blind, and were above 0 for one rubric per response (0.0847
+[0.0356, 0.134]); then the number of tasks was doubled. The students' learning rate was chosen on seed 0.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USE = (
-    "Where you may train on the teacher's texts, compare with `sft` on them, which did better. With the reward "
+    "If you may train on the teacher's texts, compare with `sft` on them, which did better. With the reward "
     "`rubric` keep `blind` and `shared` on; four texts rank answers better than one, and the student ended no "
     "better."
 )
 
 
-# Of the judge: how much it misreads, how partial it is, of how many of the teacher's texts a criterion is true.
+# The judge: share of misread statements, bias against the student, least share of texts that meet a criterion.
 GRADING = {"noise": 0.1, "bias": 0.5, "share": 0.5}
 
 
-# Of digits only the rewards of first draws are looked at.
+# With digits only the rewards of first draws are measured, without training.
 TABLES = {"digits": Table(answers="digits", updates=0), "letters": Table(answers="letters")}
 
 
@@ -61,14 +61,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
 
 
 # Thresholds.
-LEARNS = 0.1  # sampled accuracy over the student before
+LEARNS = 0.1  # sampled accuracy minus that of the student before
 
 
 BETTER = 0.0  # accuracy, quality, rank correlation, variance
 
 
 def trained_by(options: Mapping[str, Any]) -> Setting:
-    """A distillation by `ropd`: 16 prompts of 8 responses, the teacher's texts written when they are asked for."""
+    """A distillation by `ropd`: 16 prompts with 8 responses; the teacher writes its texts during the run."""
     judge = {"function": "opd_studies.worlds.graders:grader", "options": GRADING}
     reward = {
         "name": "rubric",
@@ -97,7 +97,7 @@ SIZE = Size(steps=160, prompts_per_step=16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Of students held-out numbers; of the tables, by setting and "table: measure", one number a seed."""
+    """Held-out numbers of students; numbers of tables by setting and "table: measure", one per seed."""
 
     students: Numbers
     tables: Numbers
@@ -105,7 +105,7 @@ class Measured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
-    """How much of both settings."""
+    """Sizes of both settings."""
 
     students: Size = SIZE
     tables: Mapping[str, Table] = field(default_factory=lambda: TABLES)
@@ -113,26 +113,26 @@ class Sizes:
 
 
 def run(lab: Lab, size: Sizes | None = None) -> Outcome:
-    """Students and both tables for all seeds; see the file's docstring."""
+    """Run students and both tables for all seeds; see the file's docstring."""
     size = size or Sizes()
     measured = Measured(students=ablation.measure(lab, SETTINGS, size.students), tables=tables(lab, size))
     digits, letters = size.tables["digits"], size.tables["letters"]
     return Outcome(
         setup=(
             f"A: sorting five digits, {len(size.students.seeds)} pairs of their own seeds, {size.students.steps} "
-            f"updates of {size.students.prompts_per_step} prompts with 8 responses; the teacher writes 4 texts a "
-            "prompt at temperature 1, and is asked for nothing else. SFT gets as many texts and updates, at the same "
+            f"updates of {size.students.prompts_per_step} prompts with 8 responses; the teacher writes 4 texts per "
+            "prompt at temperature 1, and does nothing else. SFT gets as many texts and updates, at the same "
             f"learning rate. Beside it a table of digits: {digits.prompts} tasks with {digits.arms} answers each, "
-            f"{digits.group} draws a task by an untrained policy, {len(size.table_seeds)} seeds, a teacher that is "
+            f"{digits.group} draws per task by an untrained policy, {len(size.table_seeds)} seeds, a teacher that is "
             f"right {digits.right} of the time. B: a table of letters, as large, trained for {letters.updates} "
-            f"updates. A task wants {letters.wanted} of {len(ALPHABET)} letters; each stands in a share of "
+            f"updates. A task wants {letters.wanted} of {len(ALPHABET)} letters; each is in a share of "
             f"{letters.held} of the teacher's texts, the others in half of them. The judge misreads with probability "
-            f"{GRADING['noise']}, and where it is told the source it denies what is true of a student's answer with "
-            f"probability {GRADING['bias']}. Its criteria are what is true of "
-            "at least half of the teacher's texts and of fewer of the student's; it asked for three quarters until the "
-            "table of digits had been seen, and B was added then. Equal texts count once: 4 that sort digits are 2.5 "
-            "in the table and 1.1 of the trained teacher, those of letters all differ. Tasks were doubled when 32 had "
-            "been seen, with which the claim on a rubric for each response held in B. A policy trained on the table of "
+            f"{GRADING['noise']}, and if it knows the source, it denies what is true of a student's answer with "
+            f"probability {GRADING['bias']}. Its criteria are statements that are true of at least half of the "
+            "teacher's texts and of fewer of the student's; it required three quarters before the first results of the "
+            "table of digits; then B was added. Equal texts count once: 4 that sort digits are 2.5 in the table and "
+            "1.1 of the trained teacher, those of letters all differ. The number of tasks was doubled after results "
+            "with 32, with which the claim on a rubric for each response held in B. A policy trained on the table of "
             "digits ended at a quality of 0.67 with 4 texts, 0.68 with one."
         ),
         findings=judge(measured),
@@ -148,7 +148,7 @@ def run(lab: Lab, size: Sizes | None = None) -> Outcome:
 
 
 def tables(lab: Lab, size: Sizes) -> Numbers:
-    """All tables, by setting; an untrained policy is the setting `START`, the teacher's texts are `TEACHER`."""
+    """Numbers of all tables by setting; `START` is the untrained policy, `TEACHER` the teacher's texts."""
     numbers: Numbers = {}
     with tempfile.TemporaryDirectory() as folder:
         for kind, table in size.tables.items():
@@ -165,7 +165,7 @@ def tables(lab: Lab, size: Sizes) -> Numbers:
 
 
 def judge(measured: Measured) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     students, both = measured.students, measured.tables
 
     def ends(second: str) -> tuple[list[Check], list[Check]]:
@@ -220,13 +220,13 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
 
 
 def beside(measured: Measured) -> Numbers:
-    """Students and tables, by setting."""
+    """Numbers of students and tables together, by setting."""
     names = [START, TEACHER, *SETTINGS]
     return {name: {**measured.students.get(name, {}), **measured.tables.get(name, {})} for name in names}
 
 
 def draw(measured: Measured) -> Figure:
-    """What students and tables end with, and what the tables say of each way to make and apply rubrics."""
+    """Final numbers of students and tables, and the tables' numbers for each way to make and apply rubrics."""
     figure, axes = report.figure(3, 2, width=3.2, height=2.4)
     shown = beside(measured)
     told = {

@@ -1,21 +1,21 @@
 """A teacher with another tokenizer: units of both tokenizers, shared tokens alone, and probabilities by rank.
 
-arXiv 2605.07711 (SimCT): where student and teacher cut a text differently, distillation on the tokens that both have
-loses much of the supervision; the smallest pieces that both cut out recover it. Against it stand shared-token matching
-(`spans: false`, SimpleOPD there), and ULD (arXiv 2402.12030) with merged tokens, by rank alone and in the hybrid form
-of TRL's GOLD. Both go without the cross-entropy on data that ULD has beside its loss. DSKD and ALM, to which the paper
-also compares, are not here.
+arXiv 2605.07711 (SimCT): if student and teacher split a text differently, distillation on the shared tokens loses much
+of the supervision; the smallest pieces that are whole in both recover it. Baselines: shared-token matching (`spans:
+false`, SimpleOPD there), and ULD (arXiv 2402.12030) with merged tokens, by rank alone and in the hybrid form of TRL's
+GOLD. Both baselines omit the cross-entropy on data that ULD adds to its loss. DSKD and ALM, to which the paper also
+compares, are left out.
 
-The student reads characters, the teacher byte pairs that are trained on the task's answers. Setting A: 10 merges, so
-that shared tokens cover two thirds of a response. Setting B: 20 merges, and less than half of it; greedy
-accuracy falls there with every method, units included. Tried first, after 100 updates: students of 6 and 8 merges
-under teachers of 30 and 40. Shared tokens covered 84 % and 74 % there; units were ahead in KL a response (by .19, .14,
-.31 and by .32, .07, .19 nats) and hardly in accuracy (by -.02, .045, -.01 and by .03, 0, .025).
+The student reads characters, the teacher byte pairs trained on the task's answers. Setting A: 10 merges, so that shared
+tokens cover two thirds of a response. Setting B: 20 merges, and less than half of it; greedy accuracy falls there with
+every method, units included. Tried first, after 100 updates: students of 6 and 8 merges with teachers of 30 and 40.
+Shared tokens covered 84 % and 74 % there; units were ahead in KL per response (by .19, .14, .31 and by .32, .07, .19
+nats) and hardly in accuracy (by -.02, .045, -.01 and by .03, 0, .025).
 
-What could embarrass units is a baseline at a better learning rate. On seed 0 of setting A, sampled accuracy was .255
+The hardest test of units is a baseline at a better learning rate. On seed 0 of setting A, sampled accuracy was .255
 at the start, and with the default rate of 2e-3 0 after ULD and .18 after GOLD. It was .09 and .255 after ULD at 5e-4
 and 1e-4; .14 and .175 after GOLD at 5e-4 and 6e-3, and .16 with the reverse KL on shared tokens. So ULD has 1e-4, the
-others the default, for which units were not tuned. All seeds were looked at with ULD at 2e-3 before.
+others the default, for which units were not tuned. All seeds had been run with ULD at 2e-3 before.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, finding
 
 USE = (
-    "Take `simct` for a teacher with another tokenizer: matching shared tokens alone (`spans: false`), `uld` "
+    "Use `simct` for a teacher with another tokenizer: matching shared tokens alone (`spans: false`), `uld` "
     "and the hybrid of GOLD taught less."
 )
 
@@ -43,7 +43,7 @@ USE = (
 FEW, MANY = 10, 20  # merges of the teacher's tokenizer in settings A and B
 
 
-REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step tells its sampled accuracy
+REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step logs its sampled accuracy
 
 
 SETTINGS = {
@@ -57,11 +57,11 @@ SETTINGS = {
 SIZE = Size(evaluate={"kl": False})
 
 
-OTHER = ", B"  # behind the names of setting B
+OTHER = ", B"  # suffix of the names of setting B
 
 
-# What the training metrics call it, and this study. The KL is that of responses: an estimate, because the texts are the
-# student's own and there is no common vocabulary to sum over.
+# Names of this study and of the training metrics. The KL is per response, estimated on the student's own texts, because
+# without a common vocabulary it cannot be summed.
 MEASURED = {
     "coverage": "units/coverage",
     "shared coverage": "units/shared_coverage",
@@ -69,7 +69,7 @@ MEASURED = {
 }
 
 
-# The rules.
+# Thresholds.
 RECOVERED = 0.1  # of the responses' bytes
 
 
@@ -77,18 +77,18 @@ BETTER = 0.0
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """Both settings, all seeds; see the file's docstring."""
+    """Run both settings, all seeds; see the file's docstring."""
     size = size or SIZE
     numbers = measure(lab, size)
     return Outcome(
         setup=(
             f"Sorting five digits; the student reads characters, the teacher byte pairs. A: {FEW} merges, B: {MANY}. "
             f"{len(size.seeds)} pairs of their own seeds, {size.steps} updates of {size.prompts_per_step} responses "
-            "each, 200 held-out prompts. Coverage is the share of the bytes of responses that carry a signal, KL a "
+            "each, 200 held-out prompts. Coverage is the share of the bytes of responses that have a signal, KL a "
             "response is the mean of log p - log q of the student's own responses in nats, both over the last ten "
-            "updates. Two pairs of tokenizers were tried before, on which more was shared. ULD has a learning rate of "
-            "its own, the best of three on seed 0, because accuracy fell to nothing at the others'; GOLD's was the "
-            "best of three as it was. Both lack the cross-entropy on data of their papers. See the study's file."
+            "updates. Two pairs of tokenizers with more shared tokens were tried before. ULD has its own learning "
+            "rate, the best of three on seed 0, because accuracy fell to 0 at that of the others; GOLD's was already "
+            "the best of three. Both lack the cross-entropy on data of their papers. See the study's file."
         ),
         findings=judge(numbers),
         figure=comparison.draw(
@@ -108,7 +108,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """The numbers of both settings; those of B have `OTHER` behind their names."""
+    """The numbers of both settings; names of setting B end with `OTHER`."""
     numbers: Numbers = {}
     for ending, pair in (("", tokenized(size.pair, FEW)), (OTHER, tokenized(size.pair, MANY))):
         trained = ablation.train(lab, SETTINGS, replace(size, pair=pair))
@@ -117,7 +117,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def read(trained: Mapping[str, Sequence[Trained]]) -> Numbers:
-    """What the claims are about, of finished distillations."""
+    """The numbers that the claims need, from finished distillations."""
     numbers = ablation.collect(trained)
     for name, seeds in trained.items():
         for one in seeds:
@@ -128,7 +128,7 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Numbers:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def both(claim: str, citation: str, checks: Any) -> Finding:
         return finding(claim, citation, checks(""), checks(OTHER))
@@ -156,7 +156,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def tokenized(size: PairSize, count: int) -> PairSize:
-    """A pair whose teacher's tokenizer has so many merges."""
+    """A pair with `count` merges in the teacher's tokenizer."""
     return replace(size, teacher_merges=merges(count))
 
 

@@ -1,12 +1,12 @@
-"""A template marker that student and teacher write as other tokens: how much of the signal it takes, and masking it.
+"""A template marker with different tokens for student and teacher: its share of the signal, and masking it.
 
-Fu et al., arXiv 2603.25562 section 4.3 and Table 1. '<think>' is '<', 'think', '>' to the student and '<th', 'ink',
-'>' to the teacher: on its own spelling the student is sure (-0.07 nats), the teacher has -19.16. With the mask the
+Fu et al., arXiv 2603.25562 section 4.3 and Table 1. '<think>' is '<', 'think', '>' for the student and '<th', 'ink',
+'>' for the teacher: on its own spelling the student is sure (-0.07 nats), the teacher has -19.16. With the mask the
 sampled token gains (36.4 -> 40.7 points), local support matching does not (41.7 -> 41.5).
 
-Here both spellings are three tokens (`boundaries`); the reward does not see them, and the teacher has read the
-student's spelling but never writes it. Setting A: a student that saw few examples. Setting B: one that saw more, surer
-of its marker. Control: A with a student of the teacher's spelling, for which a mask should not matter.
+Here both spellings are three tokens (`boundaries`). The reward ignores them; the teacher has read the student's
+spelling but never writes it. Setting A: a student that saw few examples. Setting B: one that saw more and is surer of
+its marker. Control: A with a student of the teacher's spelling, for which a mask should not matter.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ USE = (
 K = 8  # of local support matching, of 18 tokens
 
 
-TOP_P = 0.9  # of its rollouts, as in the paper, where the sampled token has 1
+TOP_P = 0.9  # of its rollouts, as in the paper; the sampled token has 1
 
 
-LEARNING_RATE = 5e-4  # at four times that a student can change to the teacher's spelling within a run
+LEARNING_RATE = 5e-4  # at four times this rate a student can adopt the teacher's spelling within a run
 
 
 LSM = "local support matching"
@@ -44,7 +44,7 @@ LSM = "local support matching"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """In whose spelling the student writes the marker, how it learns to, and which runs (by loss, then mask)."""
+    """A case: the student's spelling of the marker, its examples, and its runs (by loss, then mask)."""
 
     spelling: str
     runs: Mapping[str, Sequence[str]]
@@ -53,7 +53,7 @@ class Case:
 
     @property
     def task(self) -> Task:
-        """What the student learns, and the prompts of all runs."""
+        """The student's task, which also gives the prompts of all runs."""
         return Task(
             data="opd_studies.worlds.boundaries:marked",
             reward="opd_studies.worlds.boundaries:beside_markers",
@@ -63,7 +63,7 @@ class Case:
         )
 
     def pair(self, size: PairSize) -> tuple[PairSize, PairSize]:
-        """What the teacher and the student learn; the teacher has read the other spelling, whoever its student is."""
+        """Sizes of teacher and student. The teacher has read the other spelling in all cases."""
         reads = {"marker": SPELLINGS["teacher"], "read": SPELLINGS["student"], "times": 1}
         learns = replace(size, task=self.task, student_rows=self.student_rows, student_steps=self.student_steps)
         return replace(size, task=replace(self.task, options=reads)), learns
@@ -79,7 +79,7 @@ CASES = {
 }
 
 
-METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # and the top-p of rollouts
+METHODS: dict[str, tuple[str, dict[str, Any], float]] = {  # method, options, top-p of rollouts
     "sampled token": ("opd", {}, 1.0),
     LSM: ("local_support_matching", {"k": K}, TOP_P),
 }
@@ -103,7 +103,7 @@ SAME = 0.02
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each and case), updates, prompts a step, and how the pairs learn."""
+    """Seeds (one pair each per case), updates, prompts per step, and how the pairs learn."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 100
@@ -112,18 +112,18 @@ class Size:
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """The cases' pairs, the signal that they begin with, and all runs."""
+    """Run the cases' pairs: their initial signal, and all runs."""
     size = size or Size()
     numbers = measure(lab, size)
     return Outcome(
         setup=(
             f"Sorting of five digits, {len(size.seeds)} pairs of their own seeds for each case, {size.steps} updates "
-            f"of {size.prompts_per_step} responses each; {LSM} with K = {K} of 18 tokens and top-p {TOP_P}. A mask is "
-            "of each of the marker's tokens by itself. Accuracy of the digits on 200 held-out prompts at temperature "
+            f"of {size.prompts_per_step} responses each; {LSM} with K = {K} of 18 tokens and top-p {TOP_P}. A mask "
+            "has each of the marker's tokens separately. Accuracy of the digits on 200 held-out prompts at temperature "
             f"1, whatever the markers. A: students of {CASES['A'].student_rows} examples; B: of "
-            f"{CASES['B'].student_rows}; control: A, spelled alike. Two markers, the second within the answer, were "
-            "tried first as B: the sampled token then came to at most 0.005 with any mask, and with every occurrence "
-            "masked one student came to write nothing but markers, which stopped its run."
+            f"{CASES['B'].student_rows}; control: A, equal spelling. Two markers, the second within the answer, were "
+            "tried first as B: the sampled token then reached at most 0.005 with any mask, and with every occurrence "
+            "masked one student wrote only markers, which stopped its run."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -131,7 +131,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     )
 
 
-# What a student begins with: shares of tokens, of |log-ratio|, and of the gradient that fall on markers.
+# Initial shares of tokens, of |log-ratio|, and of the gradient on markers.
 SHARES = {
     "share of tokens": "tokens",
     "share of log-ratio": "|log-ratio|",
@@ -141,7 +141,7 @@ SHARES = {
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def accuracy(name: str) -> list[float]:
         return numbers[name]["sampled accuracy"]
@@ -203,7 +203,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def begins(numbers: Numbers, case: str) -> list[Check]:
-    """How sure the student is of its own spelling, and how strange the teacher finds it."""
+    """Checks: log-probs of the student's spelling under student and teacher."""
     of = numbers[f"{case}: {START}"]
     return [
         Check(what="log p of a marker's first token, nats", interval=over_seeds(of["log p"]), above=SURE),
@@ -212,7 +212,7 @@ def begins(numbers: Numbers, case: str) -> list[Check]:
 
 
 def dominated(numbers: Numbers, case: str) -> list[Check]:
-    """How much of the signal falls on markers."""
+    """Checks: shares of the signal on markers."""
     of = numbers[f"{case}: {START}"]
     return [
         Check(what=f"markers' {what}", interval=over_seeds(of[what]), above=DOMINATED)
@@ -221,7 +221,7 @@ def dominated(numbers: Numbers, case: str) -> list[Check]:
 
 
 def closes(numbers: Numbers, case: str, mask: str) -> list[Check]:
-    """The lead of local support matching without a mask, and what the mask takes of it."""
+    """Checks: the lead of local support matching without a mask, and its change by the mask."""
 
     def lead(of: str) -> list[float]:
         one, other = (numbers[f"{case}: {loss}, mask {of}"]["sampled accuracy"] for loss in METHODS)
@@ -235,7 +235,7 @@ def closes(numbers: Numbers, case: str, mask: str) -> list[Check]:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """By "CASE: start" what each student begins with, by "CASE: LOSS, mask MASK" what came of a run."""
+    """Numbers by "CASE: start", of the initial student, and by "CASE: LOSS, mask MASK", of a run."""
     keys = [(name, seed) for name in CASES for seed in size.seeds]
     pairs = dict(zip(keys, pairs_of(lab, keys, size.pair), strict=True))
     numbers: Numbers = {}
@@ -258,7 +258,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def pairs_of(lab: Lab, keys: Sequence[tuple[str, int]], size: PairSize) -> list[Pair]:
-    """A pair for each case and seed; the control's teacher is that of A."""
+    """One pair per case and seed; the control has A's teacher."""
     recipes = [
         recipe(seed, learned)
         for name, seed in keys
@@ -272,7 +272,7 @@ def pairs_of(lab: Lab, keys: Sequence[tuple[str, int]], size: PairSize) -> list[
 
 
 def distillation(case: Case, pair: Pair, seed: int, size: Size, loss: str, mask: str) -> Distillation:
-    """One run; the mask is each of the marker's tokens by itself, as the released code masks ids."""
+    """One run. The mask has each of the marker's tokens separately, as the released code masks ids."""
     method, options, top_p = METHODS[loss]
     masked = {} if mask == "none" else {"mask_tokens": list(SPELLINGS[case.spelling]), "mask": mask}
     sampled = {"sampled": {"temperature": 1, "max_completion_length": case.task.longest}}
@@ -293,7 +293,7 @@ def distillation(case: Case, pair: Pair, seed: int, size: Size, loss: str, mask:
 
 
 def own_share(trained: Trained, marker: str) -> float:
-    """The share of held-out responses that begin with the marker as the student spelled it before."""
+    """The share of held-out responses that begin with the marker in the student's original spelling."""
     from opd.stage.folder import RunDir
 
     stage = RunDir(trained.model.parents[1]).stage("distil")
@@ -302,7 +302,7 @@ def own_share(trained: Trained, marker: str) -> float:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """Left: what share of tokens and signal falls on markers; right: accuracy of the runs, by case."""
+    """Left: shares of tokens and signal on markers; right: accuracy of the runs, by case."""
     figure, axes = report.figure(2, width=4.0, height=3.6)
     shares, accuracies = axes[0]
     for i, case in enumerate(("A", "B")):

@@ -1,8 +1,8 @@
-"""Which tokens carry the signal: the student's likeliest ones, those that both models share, or those that they do not.
+"""Which tokens carry the signal: the student's top-k, its overlap with the teacher's, or the symmetric difference.
 
-Li et al., arXiv 2604.13016 section 4.2: top-k of the student against its overlap with the teacher's and the symmetric
-difference, as the released code computes them (`rethinking_opd`). It renormalises the student's weights on the first
-two and not on the third, which makes that one's signal small by itself: the control renormalises them too.
+Li et al., arXiv 2604.13016 section 4.2: the student's top-k against its overlap with the teacher's and the symmetric
+difference, as in the released code (`rethinking_opd`). That code renormalises the student's weights on the first two
+but not on the third, which alone makes the third signal small: the control renormalises it too.
 
 Setting A: k = 4 of 17 tokens. Setting B: k = 8, so that the top k of both hold nearly all of their mass, as k = 16 does
 for the paper's models (97 to 99 %).
@@ -34,14 +34,14 @@ K, LARGER = 4, 8  # of setting A and B
 SIZE = Size(steps=100, prompts_per_step=32)
 
 
-EVERY = 9  # steps between looks at the overlap: the last of 100 updates is looked at
+EVERY = 9  # steps between measurements of the overlap; includes the last of 100 updates
 
 
 OVERLAP, MASS = "compare/overlap_ratio", "compare/student_mass_on_overlap"
 
 
 def supported(by: str, k: int = K, **options: Any) -> Setting:
-    """The released code on a support, looked at as it trains."""
+    """The released code on a support, with diagnostics during training."""
     stage = {"diagnostics": {"every": EVERY, "k": k}}
     return Setting(method="rethinking_opd", options={"k": k, "by": by, "form": "released", **options}, stage=stage)
 
@@ -58,11 +58,11 @@ SETTINGS = {
 }
 
 
-# The rules.
-LEARNED = 0.0  # accuracy of sampled responses against that of the student before
+# Thresholds.
+LEARNED = 0.0  # accuracy of sampled responses minus that of the student before
 
 
-SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student begins with
+SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of the initial KL
 
 
 WEAKER = 0.0  # accuracy
@@ -73,16 +73,16 @@ RISES = 0.0  # overlap ratio
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Held-out numbers, and the overlap on the responses of training; lists hold one number a seed."""
+    """Held-out numbers, and the overlap on the responses of training; lists hold one number per seed."""
 
     end: Numbers
     before: Mapping[str, Sequence[float]]  # overlap ratio in the first step, by setting
     after: Mapping[str, Sequence[float]]  # in the last one
-    course: Mapping[str, Sequence[Mapping[int, float]]]  # by update, a seed each
+    course: Mapping[str, Sequence[Mapping[int, float]]]  # by update, one per seed
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All supports for all seeds; see the file's docstring."""
+    """Train on all supports for all seeds; see the file's docstring."""
     size = size or SIZE
     measured = read(ablation.train(lab, SETTINGS, size))
     return Outcome(
@@ -91,8 +91,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{size.steps} updates of {size.prompts_per_step} responses each, 200 held-out prompts. P_S and Q_S are "
             "the masses on the support, means over the last ten updates. Overlap: the ratio of both top k, and the "
             "student's mass on their intersection, on the responses of the first and of the last update. A token "
-            "outside of the support counts as if both models agreed on it: what the student likes and the teacher "
-            "does not is never in the overlap, and that is where the mass goes."
+            "outside of the support counts as if both models agreed on it: tokens that only the student "
+            "prefers are never in the overlap, and the mass moves there."
         ),
         findings=judge(measured),
         figure=draw(measured),
@@ -116,7 +116,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(measured: Measured) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
     end, larger = measured.end, f", k={LARGER}"
 
     def enough(k: str) -> list[Check]:
@@ -165,7 +165,7 @@ def judge(measured: Measured) -> tuple[Finding, ...]:
 
 
 def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
-    """What the claims are about, of finished distillations."""
+    """The numbers that the claims need, from finished distillations."""
     end = ablation.collect(trained)
     course = {name: [looked_at(one.rows, OVERLAP) for one in seeds] for name, seeds in trained.items()}
     before = {name: [one[min(one)] for one in seeds] for name, seeds in course.items()}
@@ -182,12 +182,12 @@ def read(trained: Mapping[str, Sequence[Trained]]) -> Measured:
 
 
 def looked_at(rows: Sequence[Mapping[str, float]], name: str) -> dict[int, float]:
-    """A metric by update, of the steps that have it."""
+    """A metric by update, for steps that have it."""
     return {int(row["step"]): row[name] for row in rows if name in row}
 
 
 def draw(measured: Measured) -> report.Figure:
-    """Bars of what the supports end with, and the overlap ratio as they learn."""
+    """Bars of final numbers by support, and the overlap ratio during training."""
     figure, axes = report.figure(4, width=2.8, height=3.4)
     comparison.bars(
         axes[0][:3],

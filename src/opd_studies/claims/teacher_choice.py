@@ -1,12 +1,12 @@
-"""Which teacher: a larger one of the same pipeline, or one made by reinforcement learning, of the student's own size?
+"""Which teacher: a larger model of the same pipeline, or the student's own version after reinforcement learning?
 
-Zhu et al., arXiv 2605.11182 Fig. 13: of two teachers with the same score the student's own RLVR version teaches better
-than a larger model, and its top-k tokens overlap more with the student's. Li et al., arXiv 2604.13016 section 3.2: of a
-larger teacher and the same one after reinforcement learning, the latter closes more of its gap to the student, although
-it overlaps less: a high overlap is not sufficient.
+Zhu et al., arXiv 2605.11182 Fig. 13: of two teachers with the same score, the student's own RLVR version teaches better
+than a larger model, and its top-k tokens overlap more with the student's. Li et al., arXiv 2604.13016 section 3.2: a
+larger teacher after reinforcement learning closes more of its gap to the student than before it, although it overlaps
+less: a high overlap is not sufficient.
 
-Settings B: for teaching better, a quarter of the updates with learning rates of their own, for how near a teacher is
-counts most when there is little time; for the overlap, the larger teacher after GRPO; for gap recovery, the larger
+Settings B: for teaching better, a quarter of the updates with their own learning rates, because the distance of the
+teacher matters most with few updates; for the overlap, the larger teacher after GRPO; for gap recovery, the larger
 teacher stopped early, which has the least to teach.
 """
 
@@ -47,13 +47,13 @@ USE = (
 TEACHERS = (BASE_RL, CLEAN, LARGER_RL, LARGER, EARLY)
 
 
-# The rules.
+# Thresholds.
 SAME_SCORE = 0.1  # share of right answers, sampled at temperature 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a family of models each), updates, and learning rates of which each teacher gets its best."""
+    """Seeds (one family of models each), updates, and candidate learning rates for each teacher."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 60
@@ -65,7 +65,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """By teacher; lists hold one number a seed. Accuracies are held-out shares, sampled at temperature 1."""
+    """By teacher; lists hold one number per seed. Accuracies are held-out shares, sampled at temperature 1."""
 
     learning_rate: dict[str, float]  # the best on the first seed
     teacher: dict[str, list[float]]  # accuracy of the teacher
@@ -82,7 +82,7 @@ class Numbers:
         return [one[max(one)] for one in self.curve[teacher]]
 
     def recovery(self, teacher: str) -> list[float]:
-        """(after - before) / (teacher - before), arXiv 2604.13016; NaN where the teacher is no better than the start.
+        """(after - before) / (teacher - before), arXiv 2604.13016; NaN if the teacher is not better than the start.
 
         A check on NaN does not hold.
         """
@@ -90,17 +90,17 @@ class Numbers:
         return [(after - start) / (top - start) if top > start else float("nan") for start, top, after in triples]
 
     def shortfall(self, teacher: str, other: str) -> list[float]:
-        """What the student gained from `teacher`, minus what it would have at the gap recovery of `other`.
+        """The student's gain from `teacher`, minus the gain that the gap recovery of `other` would give.
 
-        Below 0 where the recovery from `teacher` is the lower one. Unlike the difference of both it stays finite when
-        the gap to `teacher` is small.
+        Below 0 if the recovery from `teacher` is lower. Unlike the difference of recoveries, it stays finite when the
+        gap to `teacher` is small.
         """
         rows = zip(self.before(teacher), self.teacher[teacher], self.after(teacher), self.recovery(other), strict=True)
         return [after - start - share * (top - start) for start, top, after, share in rows]
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """The base is distilled from each teacher; see the file's docstring."""
+    """Distil the base from each teacher; see the file's docstring."""
     size = size or Size()
     numbers = measure(lab, size)
     rates = ", ".join(f"{name} {rate:g}" for name, rate in numbers.learning_rate.items())
@@ -113,7 +113,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"`larger` after GRPO (larger + GRPO). Exact reverse KL, {size.steps} updates of 64 responses; 200 "
             f"held-out rows, 4 samples each at temperature 1; overlap of the top {TOP} tokens at the first update. "
             f"Learning rate: the best on seed {size.seeds[0]} of "
-            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, which came out as: {rates}. "
+            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)}, chosen: {rates}. "
             f"B: {size.few_steps} updates with rates chosen likewise (teaching better); larger + GRPO in place of "
             "larger, clean (overlap); "
             "larger, early in place of larger (gap recovery)."
@@ -125,7 +125,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
-    """Both settings, all seeds and teachers."""
+    """Run both settings, all seeds and teachers."""
     models = family(lab, size.seeds, size.family, (BASE, *TEACHERS))
     rates, runs = tuned(lab, size, models, TEACHERS, size.steps)
     _, few = tuned(lab, size, models, (BASE_RL, CLEAN), size.few_steps)
@@ -141,7 +141,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 def tuned(
     lab: Lab, size: Size, models: Mapping[str, Sequence[Path]], teachers: Sequence[str], steps: int
 ) -> tuple[dict[str, float], dict[str, list[Trained]]]:
-    """By teacher, the learning rate that is best on the first seed, and the runs of all seeds with it."""
+    """By teacher, the best learning rate on the first seed, and the runs of all seeds with it."""
 
     def lesson(name: str, place: int, rate: float) -> Teaching:
         return Teaching(
@@ -171,7 +171,7 @@ def best_rates(accuracy: dict[tuple[str, float], float]) -> dict[str, float]:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def same_score(larger: str) -> Check:
         return Check(
@@ -229,7 +229,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
-    """A row a teacher: means over seeds, gap recovery with its 95 % interval."""
+    """One row per teacher: means over seeds, gap recovery with its 95 % interval."""
     rows: list[tuple[str, ...]] = [
         ("teacher", "its accuracy", "student before", "student after", "gap recovery", "overlap at the start")
     ]

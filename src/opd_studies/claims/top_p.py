@@ -1,8 +1,8 @@
 """Rollouts with top-p below 1, with the sampled token and with teacher top-K matching.
 
 Fu et al., arXiv 2603.25562 Table 3 and Fig. 6: local support matching (teacher top-K, renormalised) needs rollouts with
-top-p 0.9, the sampled token gains little from it, and a larger K is better. Accuracy is measured as there, on responses
-sampled with top-p 0.9; those of the whole distribution are in the table.
+top-p 0.9, the sampled token gains little from it, and a larger K is better. Accuracy is measured as in the paper, on
+responses sampled with top-p 0.9; the table also has it on the whole distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding
 
 USE = (
-    "With `local_support_matching` take the larger k; between rollouts at `top_p: 0.9` and 1 no difference "
+    "With `local_support_matching` use the larger k; between rollouts at `top_p: 0.9` and 1 no difference "
     "showed. Keep `top_p: 1` with the sampled token, whose mean accuracy fell below it."
 )
 
@@ -43,7 +43,7 @@ LOSSES = {"sampled": SAMPLED_TOKEN, **{f"K={k}": truncated("renormalised", k) fo
 SETTINGS = {f"{name}, top-p {top_p:g}": rolled(setting, top_p) for name, setting in LOSSES.items() for top_p in TOP_PS}
 
 
-# The rules; accuracies at top-p 0.9.
+# Thresholds: accuracies at top-p 0.9.
 HELPS = 0.0
 
 
@@ -51,16 +51,16 @@ LEARNED = 0.0
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All settings for all seeds; see the file's docstring."""
+    """Train all settings for all seeds; see the file's docstring."""
     size = size or SIZE
     numbers = ablation.measure(lab, SETTINGS, size)
     return Outcome(
         setup=(
             f"Sorting five digits, V = 17, {len(size.seeds)} pairs of their own seeds, {size.steps} updates of "
             f"{size.prompts_per_step} responses each, 200 held-out prompts. A setting is a loss and the top-p of its "
-            "rollouts; K: the renormalised form on the teacher's K likeliest tokens. Entropy in nats a token, P_S and "
-            "Q_S the masses on the support: on the rollouts, means over the last ten updates. KL(student || teacher) "
-            "is exact, on responses of the whole distribution."
+            "rollouts; K: the renormalised form on the teacher's K likeliest tokens. Entropy in nats per token, P_S "
+            "and Q_S the masses on the support: on the rollouts, means over the last ten updates. "
+            "KL(student || teacher) is exact, on responses of the whole distribution."
         ),
         findings=judge(numbers),
         figure=comparison.draw(
@@ -79,7 +79,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def better(first: str, second: str) -> Check:
         return gap(numbers, first, second, NUCLEUS, above=HELPS)

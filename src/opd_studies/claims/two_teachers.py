@@ -1,12 +1,12 @@
-"""One student, two teachers: each prompt scored by its own task's teacher, and what the other ways lose.
+"""One student, two teachers: each prompt scored by its own task's teacher, against other ways.
 
-Fu et al., arXiv 2603.25562 Table 2: one student learns mathematics and ALFWorld from two teachers, one task a step in
+Fu et al., arXiv 2603.25562 Table 2: one student learns mathematics and ALFWorld from two teachers, one task per step in
 turn (Table A1), and top-K matching (eq. 6-8) learns more than the sampled token (eq. 2).
 
-The tasks here are digits to put in ascending and in descending order, told apart by their sign; each teacher knows one.
-Accuracy is that of responses at temperature 1 and top-p 0.9, as the paper evaluates. Recovery is the share of the gap
-between start and teacher that is closed. Controls: one task alone with its teacher for as many updates in all (as the
-paper's Table 1) and for as many of that task, and the teachers swapped.
+The tasks here are sorting digits in ascending and in descending order, marked by a sign; each teacher knows one.
+Accuracy is that of responses at temperature 1 and top-p 0.9, as in the paper. Recovery is the closed share of the gap
+between start and teacher. Controls: one task alone with its teacher, for equally many updates in total (as in the
+paper's Table 1) and for equally many of that task; and swapped teachers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-# The rules; shares of right answers unless said otherwise.
+# Thresholds: shares of right answers unless said otherwise.
 REACHED = 0.5  # of the gap: the paper's recovery is 0.49 in mathematics and 1 in ALFWorld
 
 
@@ -58,7 +58,7 @@ SETTINGS = {
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
-    """All settings for all seeds; see the file's docstring."""
+    """Train all settings for all seeds; see the file's docstring."""
     size = size or Size()
     numbers = measure(lab, size)
     return Outcome(
@@ -69,8 +69,8 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{size.prompts_per_step // 4} responses). Matching: K = 8 of {len(CHARACTERS) + 2} tokens, rollouts with "
             "top-p 0.9. The learning rate, 2e-3, was the best of 1e-3, 2e-3 and 4e-3 for the sampled token (seed 0, "
             "150 updates). "
-            f"Held out: {HELD_OUT} prompts a task; `both` is the mean over the tasks, KL the exact reverse KL from "
-            "the teacher that scored the task, in nats a token."
+            f"Held out: {HELD_OUT} prompts per task; `both` is the mean over the tasks, KL the exact reverse KL from "
+            "the teacher that scored the task, in nats per token."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -82,7 +82,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
-    """The claims against the numbers."""
+    """The findings: each claim, judged by the numbers."""
 
     def recovered(setting: str, **side: float) -> list[Check]:
         return [
@@ -138,7 +138,7 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
 
 
 def order_matters_little(numbers: Numbers) -> Finding:
-    """The claim about the order of the tasks, from the mean over methods of each seed."""
+    """The claim about the order of tasks, from each seed's mean over methods."""
 
     def of(order: str) -> list[float]:
         methods = [numbers[f"{name}, {order}"]["both"] for name in METHODS]
@@ -153,7 +153,7 @@ def order_matters_little(numbers: Numbers) -> Finding:
 
 
 def recovery(numbers: Numbers, setting: str, task: str) -> list[float]:
-    """(accuracy - start) / (teacher - start) of a task, one number a seed: 0 as at the start, 1 as the teacher."""
+    """(accuracy - start) / (teacher - start) of a task, one number per seed: 0 equals the start, 1 the teacher."""
     rows = (numbers[name][task] for name in (setting, START, TEACHER))
     return [(after - before) / (teacher - before) for after, before, teacher in zip(*rows, strict=True)]
 
@@ -179,7 +179,7 @@ def measure(lab: Lab, size: Size) -> Numbers:
 
 
 def numbers_of(row: Mapping[str, float], whose: str = "") -> dict[str, float]:
-    """This study's names for the held-out numbers of a metrics row: the student's, or those behind `whose`."""
+    """The held-out numbers of a metrics row by this study's names: the student's, or those with prefix `whose`."""
 
     def accuracy(task: str, how: str) -> float:
         return row[f"eval/{task}/{whose}{how}/reward"]
@@ -192,7 +192,7 @@ def numbers_of(row: Mapping[str, float], whose: str = "") -> dict[str, float]:
 
 
 def draw(numbers: Numbers) -> report.Figure:
-    """Accuracy on one task against the other, and the methods beside each other."""
+    """Accuracy on one task against the other, and a comparison of the methods."""
     figure, axes = report.figure(2, width=4.4, height=3.6)
     plane, bars = axes[0]
     shown = {

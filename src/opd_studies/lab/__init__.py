@@ -1,1 +1,1 @@
-"""What trains and measures the models of studies."""
+"""Training and measuring of the studies' models."""

@@ -1,4 +1,4 @@
-"""Several settings from the same pairs, side by side: training, and the numbers that come of it."""
+"""Ablations: train several settings from the same pairs and collect their numbers."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTERS, Lab, PairSize
 
-# By setting, then by what was measured: one number a seed. Shares lie in 0..1, lengths are tokens, entropies and
-# divergences nats a token.
+# By setting, then by measurement: one number per seed. Shares are in 0..1, lengths in tokens, entropies and divergences
+# in nats per token.
 Numbers: TypeAlias = dict[str, dict[str, list[float]]]
 
 
@@ -21,7 +21,7 @@ START = "start"  # the student before any of the settings
 TEACHER = "teacher"
 
 
-NUCLEUS = "accuracy at top-p 0.9"  # of a study whose evaluation has the sampling "nucleus"
+NUCLEUS = "accuracy at top-p 0.9"  # in studies with the sampling setting "nucleus"
 
 
 HELD_OUT = {
@@ -43,12 +43,12 @@ TRAINING: dict[str, Callable[[Trained], float | None]] = {
 }
 
 
-SMOOTHED = 10  # updates in a point of a training curve
+SMOOTHED = 10  # updates averaged in a point of a training curve
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A method with its options, and fields of the recipe's stage that differ from the usual ones."""
+    """A method with its options, and fields of the stage that differ from the default."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -57,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (a pair each), updates, and prompts a step."""
+    """Seeds (one pair each), updates, and prompts per step."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 150
@@ -67,12 +67,12 @@ class Size:
 
 
 def measure(lab: Lab, settings: Mapping[str, Setting], size: Size) -> Numbers:
-    """Train every setting from every seed's pair, and what was measured of each: `collect` of `train`."""
+    """Train every setting from every seed's pair and collect the numbers."""
     return collect(train(lab, settings, size))
 
 
 def train(lab: Lab, settings: Mapping[str, Setting], size: Size) -> dict[str, list[Trained]]:
-    """By setting, a finished distillation a seed. The first one also measures the student before, and the teacher."""
+    """Finished distillations by setting, one per seed. The first setting also measures student before and teacher."""
     pairs = dict(zip(size.seeds, lab.pairs(size.seeds, size.pair), strict=True))
     first = next(iter(settings))
     runs = [
@@ -97,7 +97,7 @@ def train(lab: Lab, settings: Mapping[str, Setting], size: Size) -> dict[str, li
 
 
 def collect(trained: Mapping[str, Sequence[Trained]]) -> Numbers:
-    """What was measured of finished distillations, and, where it was, of the student before and the teacher."""
+    """The numbers of finished distillations, and of the student before and the teacher where measured."""
     numbers: Numbers = {START: {}, TEACHER: {}}
     for name, seeds in trained.items():
         for one in seeds:
@@ -108,24 +108,24 @@ def collect(trained: Mapping[str, Sequence[Trained]]) -> Numbers:
 
 
 def numbers_of(one: Trained) -> dict[str, float]:
-    """What was measured of a finished distillation: held-out numbers, and those of training over its last steps."""
+    """The numbers of one finished distillation: held-out, and means over the last steps of training."""
     training = {what: read(one) for what, read in TRAINING.items()}
     return held_out_of(one.after, "eval/") | {what: value for what, value in training.items() if value is not None}
 
 
 def held_out_of(row: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Those held-out numbers that a metrics row has behind `prefix`, under this file's names."""
+    """The held-out numbers of a metrics row with this `prefix`, under this file's names."""
     return {what: row[prefix + name] for what, name in HELD_OUT.items() if prefix + name in row}
 
 
 def append(numbers: Numbers, name: str, measured: Mapping[str, float]) -> None:
-    """One more seed's numbers of a setting."""
+    """Add one seed's numbers to a setting."""
     for what, value in measured.items():
         numbers.setdefault(name, {}).setdefault(what, []).append(value)
 
 
 def accuracy_curves(trained: Mapping[str, Sequence[Trained]]) -> dict[str, list[list[float]]]:
-    """By setting, a list a seed: the accuracy in training by update, smoothed. The stages need a reward."""
+    """Smoothed training accuracy by update, by setting, one list per seed. The stages need a reward."""
     return {
         name: [smoothed([row["rollout/reward"] for row in one.rows]) for one in seeds]
         for name, seeds in trained.items()
@@ -133,5 +133,5 @@ def accuracy_curves(trained: Mapping[str, Sequence[Trained]]) -> dict[str, list[
 
 
 def smoothed(values: Sequence[float], width: int = SMOOTHED) -> list[float]:
-    """Means of `width` neighbours: the first one of the first `width` values."""
+    """Moving means of `width` values; the first one is over the first `width` values."""
     return [fmean(values[end - width : end]) for end in range(width, len(values) + 1)]

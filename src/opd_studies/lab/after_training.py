@@ -1,4 +1,4 @@
-"""What a trained student and its teacher do on held-out prompts, measured after training: one look, many numbers."""
+"""Compare a trained student and its teacher on held-out prompts, after training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from opd_studies.lab.lab import Task
 
-# Of `opd.evaluation.compare`, under names for tables: shares lie in 0..1, the others are nats a token.
+# Numbers of `opd.evaluation.compare` by their name in tables: shares in 0..1, the others in nats per token.
 COMPARED = {
     "overlap ratio": "overlap_ratio",
     "student mass on overlap": "student_mass_on_overlap",
@@ -30,10 +30,10 @@ def look(
     k: int,
     writer: Literal["student", "teacher"] = "student",
 ) -> dict[str, float]:
-    """Responses of the writer at temperature 1 to the prompts of a data section, and both models at their tokens.
+    """Sample the writer's responses at temperature 1 to the prompts of a data section; compare both models on them.
 
-    Beside `COMPARED`: accuracy (share) of the writer, and NLL, that of its tokens under the student in nats a token.
-    The overlap is that of the k likeliest tokens of each. Raises the kinds of `opd.errors`.
+    Returns `COMPARED`, the writer's accuracy (share), and NLL of its tokens under the student in nats per token. The
+    overlap is that of each model's k most likely tokens. Raises the kinds of `opd.errors`.
     """
     from opd.data.prompts import load_prompts
     from opd.evaluation.compare import compare

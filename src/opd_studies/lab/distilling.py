@@ -1,4 +1,4 @@
-"""One distillation of a pair as a recipe, and what came of it; many of them at once."""
+"""Distillations of pairs as recipes, run in parallel, and their numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from opd_studies.lab.lab import ADDITION, Lab, Pair, Task, optimizer
 
-FINAL_STEPS = 10  # a run's own numbers are means over its last steps
+FINAL_STEPS = 10  # training metrics are means over the last steps
 
 
 HELD_OUT = 200  # prompts
@@ -17,7 +17,7 @@ HELD_OUT = 200  # prompts
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """Teacher, student, method with its options, and fields of the recipe's stage that differ from the usual ones."""
+    """Teacher, student, method with its options, and fields of the stage that differ from the default."""
 
     pair: Pair
     seed: int
@@ -28,7 +28,7 @@ class Distillation:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """A recipe of one stage: 64 prompts a step, 150 steps, and an evaluation at the end."""
+        """A recipe of one stage: 64 prompts per step, 150 steps, and an evaluation at the end."""
         return {
             "name": f"{self.method.rpartition(':')[2]}-{self.seed}".translate(str.maketrans("_+", "--")),
             "seed": self.seed,
@@ -56,18 +56,18 @@ class Distillation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trained:
-    """A finished stage: where its model is, and its numbers by metric name."""
+    """A finished stage: the folder of its model, and its numbers by metric name."""
 
     model: Path
-    before: Mapping[str, float]  # held out, empty if it was not measured
-    after: Mapping[str, float]  # held out, empty if it was not measured
+    before: Mapping[str, float]  # held out, empty if not measured
+    after: Mapping[str, float]  # held out, empty if not measured
     last: Mapping[str, float]  # training metrics, means over the last steps
-    rows: Sequence[Mapping[str, float]]  # all of them
-    evaluations: Sequence[Mapping[str, float]]  # all of them, `before` too
+    rows: Sequence[Mapping[str, float]]  # all rows of training metrics
+    evaluations: Sequence[Mapping[str, float]]  # all evaluations, including `before`
 
 
 def distil_all(lab: Lab, distillations: Sequence[Distillation]) -> list[Trained]:
-    """Run those that have not been run, as many at once as the lab allows. Raises the kinds of `opd.errors`."""
+    """Run the missing distillations, `lab.workers` in parallel, and read all. Raises the kinds of `opd.errors`."""
     return [read(folder, "distil") for folder in lab.run_all([one.recipe for one in distillations])]
 
 
@@ -92,7 +92,7 @@ def read(folder: Path, stage: str) -> Trained:
 
 
 def held_out(task: Task, **more: Any) -> dict[str, Any]:
-    """An evaluate section: held-out prompts, greedy and sampled, and the exact reverse KL on the latter."""
+    """An evaluate section: held-out prompts, greedy and sampled, with exact reverse KL on the sampled responses."""
     return {
         "data": task.rows(HELD_OUT, part="held_out"),
         "reward": {"name": task.reward},

@@ -1,8 +1,8 @@
-"""What studies share: small models on made-up tasks, trained through recipes and kept by the hash of their making.
+"""Small models on made-up tasks, trained through recipes and cached by the hash of recipe and library.
 
 A pair is a teacher that learned a task from many worked examples, and a smaller student that saw few. Two tasks: sums
-of two numbers with a chain of thought (`opd.data.toy.addition`), and digits to put in order (`opd.data.toy.sorting`),
-whose responses are short, so that a distillation takes seconds.
+of two numbers with a chain of thought (`opd.data.toy.addition`), and sorting digits (`opd.data.toy.sorting`). Responses
+are short, so a distillation takes seconds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from opd.models.loading import cache_dir
 SOURCE = Path(__file__).parents[2]
 
 
-LONGEST = 28  # tokens of a response to a sum
+LONGEST = 28  # tokens of the longest response to a sum
 
 
-# Of the studies, the files that training depends on.
+# Files of the studies that training depends on.
 TRAINED_WITH = tuple(
     f"opd_studies/worlds/{name}.py" for name in ("boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods")
 )
@@ -35,7 +35,7 @@ TRAINED_WITH = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Data made on the spot, how it is rewarded, and how long a response may be."""
+    """A made-up task: its data function, its reward, and the longest response."""
 
     data: str  # a data function, as in a recipe
     reward: str
@@ -70,7 +70,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PairSize:
-    """What a pair learns, how large the models are and how long they learn: how good they are depends on it."""
+    """A pair's task, model sizes and training lengths, which decide how good both models are."""
 
     task: Task = ADDITION
     teacher: Mapping[str, int] = field(
@@ -84,7 +84,7 @@ class PairSize:
     student_rows: int = 600
     student_steps: int = 200
     prompts_per_step: int = 64
-    teacher_merges: Sequence[tuple[str, str]] = ()  # of the tokenizers, where the two differ
+    teacher_merges: Sequence[tuple[str, str]] = ()  # of the teacher's tokenizer, if it differs from the student's
     student_merges: Sequence[tuple[str, str]] = ()
 
 
@@ -101,21 +101,21 @@ SORTERS = PairSize(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lab:
-    """Where models are kept, how many recipes run at once, and who hears what is going on."""
+    """Runs recipes in parallel and caches their models in a folder."""
 
     folder: Path = field(default_factory=lambda: cache_dir() / "studies")
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
     note: Callable[[str], None] = lambda text: None
 
     def run(self, recipe: Mapping[str, Any]) -> Path:
-        """Run a recipe, or find that it has been run; the run's folder. Raises the kinds of `opd.errors`."""
+        """Run a recipe unless cached; returns the run's folder. Raises the kinds of `opd.errors`."""
         return self.run_all([recipe])[0]
 
     def run_all(self, recipes: Sequence[Mapping[str, Any]]) -> list[Path]:
-        """The folders of all `recipes`, in their order; those that have not been run are, `workers` at a time.
+        """Run the recipes that are not cached, `workers` at a time; returns the folders of all, in order.
 
-        A run's place is the hash of its recipe and of the library's own source, so that no model outlives what made
-        it. Each runs on one thread: these models are too small for more, and one thread gives the same numbers again.
+        A run's folder is named by the hash of its recipe and the library's source, so that a change of either runs it
+        again. Each runs on one thread: the models are too small for more, and one thread makes numbers reproducible.
         Raises the kinds of `opd.errors`.
         """
         folders = [self.folder / self.fingerprint(recipe) for recipe in recipes]
@@ -136,12 +136,12 @@ class Lab:
         return folders
 
     def fingerprint(self, recipe: Mapping[str, Any]) -> str:
-        """16 hexadecimal digits of a recipe and the library; where the cache itself lies does not count."""
+        """16 hexadecimal digits of the hash of a recipe and the library; the cache's own path does not count."""
         text = json.dumps(recipe, sort_keys=True).replace(str(self.folder), "")
         return hashlib.sha256(f"{text}{library_digest()}".encode()).hexdigest()[:16]
 
     def pair(self, seed: int, size: PairSize | None = None) -> Pair:
-        """A teacher and a student that knows less, both of their own seed."""
+        """A teacher and a weaker student of this seed."""
         return self.pairs([seed], size)[0]
 
     def pairs(self, seeds: Sequence[int], size: PairSize | None = None) -> list[Pair]:
@@ -193,7 +193,7 @@ def sums(count: int, **options: Any) -> dict[str, Any]:
 
 
 def new_model(size: Mapping[str, int], characters: str, merges: Sequence[tuple[str, str]] = ()) -> dict[str, Any]:
-    """A model section: a new small Llama of `size` whose tokens are characters, and what `merges` make of them."""
+    """A model section: a new small Llama of `size` with a tokenizer of characters and `merges`."""
     tokenizer: dict[str, Any] = {"characters": characters}
     if merges:
         tokenizer["merges"] = [list(merge) for merge in merges]
@@ -210,13 +210,13 @@ def new_model(size: Mapping[str, int], characters: str, merges: Sequence[tuple[s
 
 
 def optimizer(learning_rate: float, warmup: int) -> dict[str, Any]:
-    """An optimizer section: the rate rises for `warmup` steps and falls as a cosine."""
+    """An optimizer section: `warmup` steps of rising learning rate, then a cosine down to 0."""
     return {"learning_rate": learning_rate, "betas": [0.9, 0.99], "schedule": "cosine", "warmup_steps": warmup}
 
 
 @cache
 def library_digest() -> str:
-    """A hash of the source of all that trains: the library without its commands, and `TRAINED_WITH` of the studies."""
+    """A hash of all sources that affect training: the library without its commands, and `TRAINED_WITH`."""
     digest = hashlib.sha256()
     for file in sorted(SOURCE.rglob("*.py")):
         name = file.relative_to(SOURCE).as_posix()
@@ -239,7 +239,7 @@ def _train(recipe: Mapping[str, Any], folder: Path) -> None:
     torch.set_num_threads(1)
     try:
         with warnings.catch_warnings():
-            # The raw form says that it is biased, and a study that trains with it shows that.
+            # The raw form warns that it is biased, which the study shows on purpose.
             warnings.filterwarnings("ignore", message="form='raw' is biased")
             run({**recipe, "output_dir": str(folder)}, quiet=True)
     finally:

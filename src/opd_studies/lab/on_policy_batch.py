@@ -1,4 +1,4 @@
-"""Both models at the tokens that a student writes: their distributions, and gradients of the student's output layer.
+"""Both models' distributions at tokens that the student samples, and gradients of the student's output layer.
 
 The gradient of a batch with respect to the output layer is G = sum_n g_n h_n' over its tokens n, where g_n is the
 gradient at the logits and h_n the hidden state.
@@ -31,7 +31,7 @@ class OnPolicyBatch:
 
 
 def write_batch(pair: Pair, seed: int, task: Task, responses: int) -> OnPolicyBatch:
-    """Responses of a pair's student, and both models at every token of them."""
+    """Sample responses of a pair's student and compute both models at every token."""
     from opd.data.prompts import load_prompts
     from opd.models.loading import load_model
     from opd.recipe.schema import DataSection, ModelSpec
@@ -70,5 +70,5 @@ def logit_gradient(form: str, batch: OnPolicyBatch, inside: Tensor) -> Tensor:
 
 
 def output_norm(grad: Tensor, batch: OnPolicyBatch) -> float:
-    """Norm of sum_n g_n h_n', the gradient of the output layer, from that of the logits [N, V]."""
+    """Norm of the output layer's gradient sum_n g_n h_n', from the gradients `grad` at the logits [N, V]."""
     return float((grad.T @ batch.hidden).norm())

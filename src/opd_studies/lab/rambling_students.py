@@ -1,4 +1,4 @@
-"""Sorting pairs whose student ends its responses (setting A), or never learned to and goes on with other rows (B)."""
+"""Sorting pairs in which the student ends its responses (setting A), or never learned to and adds other rows (B)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from opd_studies.lab.lab import SORTING, Lab, Pair, PairSize, Task, student_recipe, teacher_recipe
 
-LONG = 48  # tokens to which the student of setting B goes on
+LONG = 48  # tokens of a response of setting B's student
 
 
 ROWS = replace(SORTING, reward="opd_studies.worlds.boundaries:first_answer")
@@ -17,7 +17,7 @@ RAMBLING = replace(ROWS, data="opd_studies.worlds.boundaries:rambling", options=
 
 
 def pairs_of(lab: Lab, keys: Sequence[tuple[str, int]], size: PairSize) -> list[Pair]:
-    """A pair for each setting and seed, both with the same teacher."""
+    """One pair per setting and seed; both settings have the same teacher."""
     learned: Mapping[str, Task] = {"A": SORTING, "B": RAMBLING}
     recipes = [
         recipe

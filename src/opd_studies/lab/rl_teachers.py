@@ -1,13 +1,13 @@
-"""Models of one family, which two studies share: imitators of mixed examples, and what GRPO makes of them.
+"""Models of one family for two studies: trained on mixed examples by SFT, and then by GRPO.
 
-`base` is a small model that imitates examples, half of them with a bad habit (`opd_studies.worlds.bad_habit_data`). The
+`base` is a small model trained on examples, half of them with a bad habit (`opd_studies.worlds.bad_habit_data`). The
 others are:
 
     base + GRPO     `base` after reinforcement learning on right answers (arXiv 2402.03300)
-    larger          a larger model that imitates examples of the same kind: the same pipeline
-    larger, early   that one stopped earlier, so that it is only a little better than the base
+    larger          a larger model trained on examples of the same kind: the same pipeline
+    larger, early   `larger` stopped earlier, only a little better than the base
     larger + GRPO   `larger` after reinforcement learning
-    larger, clean   a larger model that imitates right examples only: as good as base + GRPO, and no relative
+    larger, clean   a larger model trained on right examples only: as good as base + GRPO, but of another origin
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ MIXED = Task(
 )
 
 
-TOP = 4  # tokens that two models are compared on; the vocabulary has 17
+TOP = 4  # most likely tokens in comparisons of two models; the vocabulary has 17
 
 
 def _imitators(task: Task, steps: int) -> PairSize:
-    """How both sizes imitate examples of `task`; `steps` are the larger one's."""
+    """Sizes and training lengths for examples of `task`; `steps`: of the larger model."""
     return PairSize(
         task=task,
         teacher={"hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 3},
@@ -55,7 +55,7 @@ def _imitators(task: Task, steps: int) -> PairSize:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FamilySize:
-    """What the family learns and for how long; GRPO: 16 prompts of 16 responses a step."""
+    """The family's training lengths. GRPO has 16 prompts with 16 responses per step."""
 
     mixed: PairSize = field(default_factory=lambda: _imitators(MIXED, 300))
     clean: PairSize = field(default_factory=lambda: _imitators(SORTING, 150))
@@ -67,7 +67,7 @@ class FamilySize:
 
 
 def family(lab: Lab, seeds: Sequence[int], size: FamilySize, names: Sequence[str]) -> dict[str, list[Path]]:
-    """Folders of the models called `names`, in the order of `seeds`. Raises the kinds of `opd.errors`."""
+    """Folders of the models `names`, each in the order of `seeds`. Raises the kinds of `opd.errors`."""
     imitators = {
         BASE: [student_recipe(seed, size.mixed) for seed in seeds],
         LARGER: [teacher_recipe(seed, size.mixed) for seed in seeds],
@@ -90,7 +90,7 @@ def family(lab: Lab, seeds: Sequence[int], size: FamilySize, names: Sequence[str
 
 
 def grpo_recipe(start: Path, seed: int, updates: int, size: FamilySize) -> dict[str, Any]:
-    """The recipe of a teacher that `start` becomes by GRPO on right answers."""
+    """A recipe that trains `start` by GRPO on right answers."""
     return {
         "name": f"grpo-{seed}",
         "seed": seed,
@@ -115,7 +115,7 @@ def grpo_recipe(start: Path, seed: int, updates: int, size: FamilySize) -> dict[
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Teaching:
-    """One distillation inside of the family: exact reverse KL on the student's own responses."""
+    """One distillation within the family: exact reverse KL on the student's own responses."""
 
     teacher: Path
     student: Path
@@ -126,7 +126,7 @@ class Teaching:
 
 
 def teach(lab: Lab, lessons: Sequence[Teaching]) -> list[Trained]:
-    """Run all, with the teachers' and the students' held-out numbers. Raises the kinds of `opd.errors`."""
+    """Run all distillations, with held-out numbers of teachers and students. Raises the kinds of `opd.errors`."""
     return distil_all(lab, [_distillation(one) for one in lessons])
 
 
@@ -155,7 +155,7 @@ def _distillation(one: Teaching) -> Distillation:
 
 
 def curve(one: Trained, sampling: str = "sampled") -> dict[int, float]:
-    """Held-out accuracy by update, the start included."""
+    """Held-out accuracy by update, including the start."""
     return {int(row["step"]): row[f"eval/{sampling}/reward"] for row in one.evaluations}
 
 

@@ -1,7 +1,7 @@
-"""By part of a response: does the teacher's log-ratio tell right tokens from wrong ones?
+"""Does the teacher's log-ratio tell right tokens from wrong ones? By part of a response.
 
-A token is right if it is the one that the worked response has at this place. The score is the sampled token's
-log q - log p, and the measure is the area under the ROC curve: the chance that a right token has more than a wrong one.
+A token is right if the worked response has the same token at this position. The score is the sampled token's
+log q - log p; the measure is the area under the ROC curve, the probability that a right token scores above a wrong one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from opd_studies.lab.lab import Pair, Task
 HELD_OUT = 200  # prompts
 
 
-SAMPLES = 2  # responses a prompt
+SAMPLES = 2  # responses per prompt
 
 
 WIDTH = 2  # tokens; a right response to a row of five digits has six
@@ -27,9 +27,9 @@ PARTS = ("tokens 1 and 2", "tokens 3 and 4", "tokens from 5", "before an error",
 
 
 def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float]:
-    """Of the student's responses at temperature 1 before training: their accuracy, and the AUROC by part.
+    """The accuracy of the student's responses at temperature 1 before training, and the AUROC by part.
 
-    `before an error` is what has only right tokens before it, the first wrong one included.
+    `before an error`: tokens with only right tokens before them, including the first wrong one.
     """
     from opd.data.prompts import load_prompts
     from opd.evaluation.compare import compare
@@ -60,18 +60,18 @@ def by_depth(pair: Pair, task: Task, seed: int, longest: int) -> dict[str, float
 
 
 def worked_ids(response: str | None, tokenizer: Any) -> list[int]:
-    """The tokens of the worked response, with the end."""
+    """Token ids of the worked response, with the end token."""
     assert response is not None, "the data function writes every response"
     return [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
 
 def right_tokens(ids: list[int], worked: list[int]) -> list[bool]:
-    """Which of a response's tokens are those of the worked response at their places; none behind its end."""
+    """Whether each token of a response equals the worked response's at its position; False after its end."""
     return [t < len(worked) and token == worked[t] for t, token in enumerate(ids)]
 
 
 def areas(scores: Tensor, right: Tensor, step: Tensor, clean: Tensor) -> dict[str, float]:
-    """The AUROC of each of PARTS, from what is known of every token, [N] each; NaN for a part without both kinds."""
+    """The AUROC of each of PARTS, from columns over all tokens, [N] each; NaN for a part without both kinds."""
     third = (step // WIDTH).clamp(max=2)
     chosen = dict(zip(PARTS, [*(third == i for i in range(3)), clean, ~clean], strict=True))
     found = {name: auroc(scores[part].numpy(), right[part].numpy()) for name, part in chosen.items()}

@@ -1,4 +1,4 @@
-"""How much of the signal of a first batch falls on the tokens of a marker, and how sure both models are there.
+"""The share of a first batch's signal on the tokens of a marker, and both models' log-probs there.
 
 The sampled token's gradient at the logits is -A_t (e_y - p) with A_t = log q(y_t) - log p(y_t) (arXiv 2603.25562 eq.
 2), local support matching's that of the renormalised reverse KL on the teacher's top K (eq. 6-8). A group of tokens has
@@ -18,9 +18,10 @@ HELD_OUT = 200  # prompts
 
 @torch.no_grad()
 def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dict[str, float]:
-    """On 200 held-out prompts, the student at temperature 1. Log-probs are means over the markers' first tokens.
+    """The numbers of `shares` on 200 held-out prompts, with the student's responses at temperature 1.
 
-    Also the accuracies of the student, and of the teacher when it goes on after the student's marker, both sampled.
+    Log-probs are means over the markers' first tokens. Also the sampled accuracy of the student, and of the teacher
+    that continues after the student's marker.
     """
     from opd.data.prompts import load_prompts
     from opd.models.loading import load_model
@@ -53,7 +54,7 @@ def of_markers(pair: Pair, task: Task, marker: str, seed: int, *, k: int) -> dic
 
 
 def shares(batch: OnPolicyBatch, y: Tensor, on_marker: Tensor, *, first: Tensor, k: int) -> dict[str, float]:
-    """The numbers of tokens `y` [N], of which `on_marker` [N] and of these `first` [N] (bool) count."""
+    """The numbers of tokens `y` [N]. Masks [N], bool: `on_marker`, and `first`, the first token of each marker."""
     logp = batch.student.log_softmax(-1)
     ours, theirs = (values.gather(1, y[:, None])[:, 0] for values in (logp, batch.teacher))
     advantage = theirs - ours
@@ -72,6 +73,6 @@ def shares(batch: OnPolicyBatch, y: Tensor, on_marker: Tensor, *, first: Tensor,
 
 
 def _share(grad: Tensor, chosen: Tensor, batch: OnPolicyBatch) -> float:
-    """Of the output layer's gradient, from that of the logits [N, V]."""
+    """The share of the chosen tokens in the output layer's gradient, from that of the logits [N, V]."""
     inside = output_norm(grad * chosen[:, None], batch)
     return inside / (inside + output_norm(grad * ~chosen[:, None], batch))

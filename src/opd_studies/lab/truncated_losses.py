@@ -1,4 +1,4 @@
-"""Settings that studies of truncated losses share: sorting five digits, how it is trained and sampled, the losses."""
+"""Settings shared by the studies of truncated losses: sorting five digits, its training, sampling and losses."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 from opd_studies.lab.ablation import Setting, Size
 from opd_studies.lab.lab import SORTERS
 
-REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step tells its sampled accuracy
+REWARDED: dict[str, Any] = {"reward": {"name": SORTERS.task.reward}}  # so that every step logs its sampled accuracy
 
 
 LONGEST = SORTERS.task.longest
 
 
-# As arXiv 2603.25562 evaluates, beside the usual two.
+# The evaluation of arXiv 2603.25562, in addition to the usual two.
 SAMPLING = {
     "sampled": {"temperature": 1, "max_completion_length": LONGEST},
     "nucleus": {"temperature": 1, "top_p": 0.9, "max_completion_length": LONGEST},
@@ -28,7 +28,7 @@ SAMPLED_TOKEN = Setting(method="opd", stage=REWARDED)
 
 
 def truncated(form: str, k: int, by: str = "teacher", **stage: Any) -> Setting:
-    """A truncated reverse KL, the mean over a response's tokens first, as the other methods here."""
+    """A truncated reverse KL, averaged over each response's tokens first, as in the other methods here."""
     stage = {**REWARDED, **stage}
     if form == "released":
         options = {"k": k, "by": by, "form": form, "average": "sequence"}

@@ -1,6 +1,6 @@
-"""Two tasks that one student can learn, each with a teacher that knows nothing else, as recipes.
+"""Recipes of one student and two tasks, each with a teacher that knows only that task.
 
-Digits are put in ascending or in descending order, told apart by their sign.
+The tasks are sorting digits in ascending and in descending order; a sign in the prompt tells which.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ TASKS = {
 OTHER = {"ascending": "descending", "descending": "ascending"}
 
 
-# Held-out responses; the first are those that the divergence is measured on.
+# Sampling of held-out responses; the divergence is measured on those of the first setting.
 EVALUATED = {"top-p 1": {"temperature": 1}, "top-p 0.9": {"temperature": 1, "top_p": 0.9}}
 
 
-NEVER = 1e-9  # a task's share, of which no turn comes in any number of steps
+NEVER = 1e-9  # share of a task that is never taken
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A method, which tasks are trained and in what order, who teaches, and what part of the usual size."""
+    """A setting: method, trained tasks and their order, teachers, and the share of the usual size."""
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Seeds (two teachers and a student each), updates, and prompts a step."""
+    """Seeds (two teachers and one student each), updates, and prompts per step."""
 
     seeds: Sequence[int] = (0, 1, 2)
     steps: int = 100
@@ -57,7 +57,7 @@ class Size:
 
 
 def models_of(lab: Lab, size: Size) -> dict[int, dict[str, Path]]:
-    """By seed, the folders of the two teachers, named as their tasks, and of the student."""
+    """Folders by seed: of the two teachers, by task, and of the student."""
     taught = [teacher_recipe(seed, replace(size.pair, task=task)) for seed in size.seeds for task in TASKS.values()]
     begun = [beginner(seed, size.pair) for seed in size.seeds]
     folders = lab.run_all([*taught, *begun])
@@ -76,7 +76,7 @@ def beginner(seed: int, pair: PairSize) -> dict[str, Any]:
 def distillation(
     name: str, seed: int, models: Mapping[str, Path], setting: Setting, size: Size, before: bool
 ) -> dict[str, Any]:
-    """A recipe of one stage, measured on both tasks whichever are trained; `before`: start and teachers too."""
+    """A recipe of one stage, measured on both tasks. `before`: also measure the start and the teachers."""
     return {
         "name": f"{name}-{seed}".replace(", ", "-").replace(" ", "-"),
         "seed": seed,
@@ -100,7 +100,7 @@ def distillation(
 
 
 def task_section(task: str, setting: Setting, before: bool) -> dict[str, Any]:
-    """One task of a distillation: its prompts, its teacher (or the other one), how often it is trained, its exam."""
+    """One task of a distillation: its prompts, its teacher (or the other one), its share, its evaluation."""
     one = TASKS[task]
     return {
         "data": one.rows(10_000, seed=3),

@@ -1,4 +1,4 @@
-"""Variance and mean of the sampled token's gradient over y ~ p, by enumeration, with and without a baseline."""
+"""Variance and mean of the sampled token's gradient over y ~ p, exact by enumeration, with and without a baseline."""
 
 from __future__ import annotations
 
@@ -41,8 +41,10 @@ def table_of(regime: str, seed: int, pairs: int) -> tuple[Tensor, Tensor]:
 
 
 def moments(student: Tensor, teacher: Tensor, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Of log-probs [N, V]: variance over y ~ p of the logits' gradient, and its mean's distance from the exact one over
-    the latter's norm; [N] each, by baseline."""
+    """Variance over y ~ p of the logits' gradient, and its mean's relative distance from the exact one.
+
+    From log-probs [N, V]; results [N] by baseline.
+    """
     p = student.exp()
     log_ratio = teacher - student
     exact = p * (-log_ratio - (p * -log_ratio).sum(-1, keepdim=True))  # p (l - KL)
@@ -58,7 +60,7 @@ def moments(student: Tensor, teacher: Tensor, names: Sequence[str]) -> tuple[dic
 
 
 def baseline_of(name: str, student: Tensor, teacher: Tensor) -> Tensor:
-    """The baseline [N] of that name, as the library makes it."""
+    """The baseline [N] of that name, from the library's code."""
     if name == "none":
         return torch.zeros_like(student[:, 0])
     ids = student.topk(TOP, dim=-1).indices if name == "top-20" else None
@@ -67,7 +69,7 @@ def baseline_of(name: str, student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def loss_bias(student: Tensor, teacher: Tensor) -> Tensor:
-    """Distance [N] of the renormalised top-20 loss' gradient from the exact one, over the latter's norm."""
+    """Relative distance [N] of the renormalised top-20 loss' gradient from the exact one."""
     z = student.clone().requires_grad_()
     p = z.log_softmax(-1)
     ids = student.topk(TOP, dim=-1).indices
@@ -80,7 +82,7 @@ def loss_bias(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _on(student: Tensor, teacher: Tensor, ids: Tensor | None) -> Tokens:
-    """Log-probs [N, V] on the support `ids` [N, K], or on everything, as a signal gets them."""
+    """Log-probs [N, V] on the support `ids` [N, K], or on all tokens, as the input of a signal."""
     nothing = torch.zeros_like(student[:, 0]).detach()
     return Tokens(
         student_logp=nothing,

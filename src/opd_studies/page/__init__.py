@@ -1,1 +1,1 @@
-"""From an outcome to a figure, a table and the page of studies."""
+"""Figures, tables and pages of the studies' outcomes."""

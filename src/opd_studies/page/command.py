@@ -13,13 +13,13 @@ from opd_studies import STUDIES, headline, study, use
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
 
-ALONE, ALL = Path("runs/studies"), Path("docs")  # where results go unless told otherwise
+ALONE, ALL = Path("runs/studies"), Path("docs")  # default output folders
 
 
 def command(name: str | None, every: bool, out: str | None) -> None:
-    """Without a name the list; else run, print, and write under `out`: figure, numbers, and the pages of all results.
+    """List the studies; with a name or --all, run them, print, and write figure, numbers and pages under `out`.
 
-    Raises ConfigError for an unknown study, a name beside --all, or a missing matplotlib, before anything runs.
+    Raises ConfigError for an unknown study, a name together with --all, or a missing matplotlib, before a study runs.
     """
     if name is not None and every:
         raise ConfigError(f"`opd study` got both {name!r} and --all. Name one study, or run all of them.")
@@ -46,8 +46,7 @@ def command(name: str | None, every: bool, out: str | None) -> None:
 
 
 def write_pages(folder: Path) -> None:
-    """Write studies.md and a page for each study from the results under `folder`, without running any.
-
+    """Write studies.md and one page per study from the results under `folder`, without running a study.
     Raises RunError for a damaged result or a page that cannot be written.
     """
     results = report.load(folder, list(STUDIES))
@@ -57,6 +56,6 @@ def write_pages(folder: Path) -> None:
 
 
 def cpu_seconds() -> float:
-    """Seconds of all cores that this process and those that it waited for have used."""
+    """CPU seconds of this process and of its finished child processes."""
     used = os.times()
     return used.user + used.system + used.children_user + used.children_system

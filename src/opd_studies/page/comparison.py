@@ -1,4 +1,4 @@
-"""Settings of an ablation against each other: the checks of a claim, the rows of a table, bars and training curves."""
+"""Comparisons of an ablation's settings: checks of claims, rows of a table, bars and training curves."""
 
 from __future__ import annotations
 
@@ -14,34 +14,34 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Thresholds of `collapses` and `stable`. Accuracies are of responses sampled at temperature 1.
-COLLAPSE = -0.1  # accuracy against that of the student before
+COLLAPSE = -0.1  # accuracy minus that of the student before
 
 
-LEARNED = 0.0  # the same
+LEARNED = 0.0  # accuracy minus that of the student before
 
 
-SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of what the student of the studies of losses begins with
+SIMILAR = 0.2  # nats of KL(student || teacher): a sixth of the initial KL in the studies of losses
 
 
 def gap(numbers: Numbers, first: str, second: str, name: str = "sampled accuracy", **side: float) -> Check:
-    """What was measured as `name` of one setting minus that of another, seed by seed, against `above` or `below`."""
+    """A check on the difference of `name` between two settings, paired by seed, against `above` or `below`."""
     interval = differences(numbers[first][name], numbers[second][name])
     return Check(what=f"{name}, {first} minus {second}", interval=interval, **side)
 
 
 def collapses(end: Numbers, name: str) -> list[Check]:
-    """Far worse than the student before, and further from the teacher."""
+    """Checks: much less accurate than the student before, and further from the teacher."""
     return [gap(end, name, START, below=COLLAPSE), gap(end, name, START, "KL", above=0.0)]
 
 
 def stable(end: Numbers, first: str, second: str) -> list[Check]:
-    """Both better than the student before, and as near to the teacher as each other."""
+    """Checks: both more accurate than the student before, and equally near to the teacher."""
     learned = [gap(end, name, START, above=LEARNED) for name in (first, second)]
     return [*learned, gap(end, first, second, "KL", above=-SIMILAR, below=SIMILAR)]
 
 
 def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    """A row a setting: means over seeds, the first column with its 95 % interval; empty where nothing was measured."""
+    """One row per setting: means over seeds, the first column with its 95 % interval; empty if not measured."""
     rows = [("setting", *columns)]
     for name, measured in numbers.items():
         cells: list[str] = []
@@ -57,14 +57,14 @@ def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ..
 
 
 def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Figure:
-    """A panel for each of `panels` (what was measured: its axis' label): seeds as points, their mean as a bar."""
+    """One panel per entry of `panels` (measurement: axis label): seeds as points, their mean as a bar."""
     figure, axes = report.figure(len(panels), width=2.6, height=height)
     bars(axes[0], numbers, panels)
     return figure
 
 
 def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
-    """`draw` on axes that are there, one for each of `panels`; the first one names the settings."""
+    """`draw` on existing axes, one per entry of `panels`; the first one shows the settings' names."""
     names = list(numbers)
     for panel, (what, label) in zip(axes, panels.items(), strict=True):
         for place, name in enumerate(names):
@@ -80,7 +80,7 @@ def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> No
 
 
 def curves(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:
-    """Smoothed training accuracies [seeds][updates] by update: a line a setting, its mean over seeds."""
+    """Draw training accuracies [seeds][updates] by update: one line per setting, the mean over seeds."""
     for name, colour in zip(names, report.COLOURS, strict=False):
         by_seed = curve[name]
         steps = range(SMOOTHED, SMOOTHED + len(by_seed[0]))

@@ -1,8 +1,7 @@
-"""What a study finds: claims, numbers over seeds, and a verdict that follows from them by a rule. No torch here.
+"""A study's outcome: claims, numbers over seeds, and verdicts that follow by a rule. No torch here.
 
-The rule is a `Check`: an interval against the side of a threshold on which the claim puts it. Thresholds are constants
-of a study's file, and a study's `judge(numbers)` only puts numbers beside them, so that other numbers give another
-verdict.
+The rule is a `Check`: an interval compared with the claim's threshold. Thresholds are constants of a study's file; its
+`judge(numbers)` only compares numbers with them, so the verdict depends on the numbers alone.
 """
 
 from __future__ import annotations
@@ -30,9 +29,9 @@ _T_975 = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """A number that a claim is about, and where the claim puts it.
+    """A number that a claim is about, and the claim's bounds on it.
 
-    `interval` has to lie above `above`, below `below`, or between them when both are given, as a whole.
+    It holds if the whole `interval` is above `above`, below `below`, or between them if both are given.
     """
 
     what: str  # with its unit
@@ -45,7 +44,7 @@ class Check:
 
     @property
     def holds(self) -> bool:
-        """Whether the whole interval lies where the claim puts it; a bound that is no number lies nowhere."""
+        """Whether the whole interval is within the claim's bounds; never with a NaN."""
         low, high = self.interval.low, self.interval.high
         if math.isnan(low) or math.isnan(high):
             return False
@@ -64,7 +63,7 @@ class Check:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One claim of a paper beside what was measured."""
+    """One claim of a paper, the measured numbers and the verdict."""
 
     claim: str
     citation: str  # arXiv id, and equation, figure or section
@@ -74,16 +73,16 @@ class Finding:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a study's `run` returns; `table` holds further numbers, its first row the header."""
+    """The result of a study's `run`. `table` holds more numbers; its first row is the header."""
 
-    setup: str  # what was run, at what scale, how many seeds
+    setup: str  # models, data, scale, number of seeds
     findings: tuple[Finding, ...]
     figure: Figure
     table: tuple[tuple[str, ...], ...] = field(default=())
 
 
 def over_seeds(values: Sequence[float]) -> Interval:
-    """The mean and its 95 % interval over independent seeds, by Student's t: `values` has one number a seed.
+    """The mean and its 95 % interval over independent seeds, by Student's t. `values` has one number per seed.
 
     Raises ConfigError for fewer than three seeds or more than twenty.
     """
@@ -96,12 +95,12 @@ def over_seeds(values: Sequence[float]) -> Interval:
 
 
 def differences(first: Sequence[float], second: Sequence[float]) -> Interval:
-    """`first` minus `second`, seed by seed: what both share of a seed cancels. Raises ConfigError as `over_seeds`."""
+    """`first` minus `second`, paired by seed, so that effects of the seed cancel. Raises as `over_seeds` does."""
     return over_seeds([a - b for a, b in zip(first, second, strict=True)])
 
 
 def finding(claim: str, citation: str, checks: Sequence[Check], second: Sequence[Check] = ()) -> Finding:
-    """The claim holds if all of `checks` do; if not, and all of `second` (setting B) do, there only."""
+    """The claim holds if all `checks` hold; in setting B only, if only all of `second` hold."""
     measured = "; ".join(map(str, checks))
     if second:
         measured = f"A: {measured}. B: " + "; ".join(map(str, second))
@@ -109,7 +108,7 @@ def finding(claim: str, citation: str, checks: Sequence[Check], second: Sequence
 
 
 def verdict(checks: Sequence[Check], second: Sequence[Check] = ()) -> Verdict:
-    """All of `checks`, else all of `second`, else no."""
+    """Whether all of `checks` hold; if not, whether all of `second` (setting B) do."""
     assert checks, "a finding without a check cannot fail"
     if all(check.holds for check in checks):
         return "holds"
@@ -117,5 +116,5 @@ def verdict(checks: Sequence[Check], second: Sequence[Check] = ()) -> Verdict:
 
 
 def short(value: float) -> str:
-    """Three significant digits, without a needless exponent."""
+    """The number with three significant digits, without exponent where possible."""
     return f"{value:.2e}" if value and (abs(value) < 1e-3 or abs(value) >= 1e5) else f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""Results of studies: the folder they lie in, the pages made of them, and the look of their figures. No torch here."""
+"""Results of studies: their folder, the pages made from them, and the style of their figures. No torch here."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ STYLE: dict[Any, Any] = {
 
 INTRODUCTION = """# Studies
 
-Claims of papers, rerun on small models or tables. Made by `opd study` from the results in `docs/studies`; the page of a
-study has its setting, the measured numbers with 95 % intervals over seeds (Student's t), a table and a figure.
+Claims of papers, rerun on small models or tables. `opd study` makes this page from the results in `docs/studies`. A
+study's page has its setting, the measured numbers with 95 % intervals over seeds (Student's t), a table and a figure.
 `opd study NAME` runs one study again.
 
 ## What to do with them
@@ -44,23 +44,23 @@ study has its setting, the measured numbers with 95 % intervals over seeds (Stud
 RULES = """## Claims
 
 Each verdict follows from a threshold in the study's file, printed beside the number on the study's page: the whole
-interval has to lie where the claim puts it. "Does not hold" means that the effect did not show at this scale; it may
-show at another. Where a study has two settings, A is the paper's own or the nearest to it, and B another one in which
+interval has to be on the claim's side of it. "Does not hold" means that the effect did not show at this scale; it may
+show at another. If a study has two settings, A is the paper's own or the nearest to it, and B is another one in which
 the effect should be easier to see.
 
-Not everything was fixed before the first look. In `gamma` and `estimators` thresholds were changed after one, in
-`two_teachers` they were set after seed 0; in the others none was moved. Some second settings were added, and some
-claims split in two, when the first setting had been seen: in `estimators`, `losses`, `one_token`, `supports`,
+Not everything was fixed before the first results. In `gamma` and `estimators` thresholds were changed after them, in
+`two_teachers` they were set after seed 0; the other studies kept theirs. Some second settings were added, and some
+claims split in two, after the results of the first setting: in `estimators`, `losses`, `one_token`, `supports`,
 `special_tokens`, `cold_start`, `teacher_choice`, `reverse`, `length`, `two_teachers`, `anti_sd` and `ropd`. In `prune`
-two seeds were added when three had been seen, and two settings that claimed nothing apart were dropped (weights alone,
+two seeds were added after the first three, and two settings without a claim of their own were dropped (weights alone,
 the budget in setting B); in `extrapolation` two seeds were added. In `simct` two pairs of tokenizers were tried before.
-In `ropd` a rule of the judge was changed, and the tasks of its tables were doubled. Sizes and learning rates were
-mostly chosen on seed 0.
+In `ropd` a rule of the judge was changed, and the number of tasks of its tables was doubled. Sizes and learning rates
+were mostly chosen on seed 0.
 """
 
 
 def figure(columns: int, rows: int = 1, *, width: float = 3.2, height: float = 2.8) -> tuple[Figure, Any]:
-    """A figure and its axes, an array [rows, columns]; inches a panel.
+    """A figure and its axes, an array [rows, columns]; `width` and `height` of a panel in inches.
 
     Raises ConfigError when matplotlib is not installed.
     """
@@ -73,7 +73,7 @@ def figure(columns: int, rows: int = 1, *, width: float = 3.2, height: float = 2
 
 @contextlib.contextmanager
 def style() -> Iterator[None]:
-    """The studies' look for what is drawn inside. Raises ConfigError when matplotlib is not installed."""
+    """A context manager with the studies' figure style. Raises ConfigError when matplotlib is not installed."""
     check_drawing()
     import matplotlib as mpl
 
@@ -82,7 +82,7 @@ def style() -> Iterator[None]:
 
 
 def check_drawing() -> None:
-    """Raise ConfigError, before a study spends minutes, when it could not draw its figure."""
+    """Raise ConfigError when matplotlib is missing, before a study runs for minutes."""
     try:
         import matplotlib  # noqa: F401  # pyright: ignore[reportUnusedImport]
     except ImportError as error:
@@ -93,7 +93,7 @@ def check_drawing() -> None:
 
 
 def bars(panel: Any, groups: Sequence[str], by_colour: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Bars side by side in each group: means and 95 % intervals, of one number a seed. Raises as `over_seeds`."""
+    """Draw bars side by side in each group: means and 95 % intervals over seeds. Raises as `over_seeds` does."""
     width = 0.8 / len(by_colour)
     for i, (label, values) in enumerate(by_colour.items()):
         intervals = [over_seeds(one) for one in values]
@@ -111,10 +111,9 @@ def bars(panel: Any, groups: Sequence[str], by_colour: Mapping[str, Sequence[Seq
 
 
 def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
-    """Write figures/studies/NAME.png and studies/NAME.json under `folder`; the figure's path.
+    """Write figures/studies/NAME.png and studies/NAME.json under `folder`; returns the figure's path.
 
-    `seconds` are those of all CPU cores together, which other work on the machine does not lengthen.
-
+    `seconds`: CPU seconds of all cores, which other work on the machine does not increase.
     Raises RunError when they cannot be written.
     """
     image, numbers = paths(folder, name)
@@ -136,7 +135,7 @@ def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
 
 
 def load(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The results of those of `names` that have run, in their order. Raises RunError for a damaged file."""
+    """The results of the studies in `names` that have run, in order. Raises RunError for a damaged file."""
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         _, file = paths(folder, name)
@@ -150,7 +149,7 @@ def load(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def paths(folder: Path, name: str) -> tuple[Path, Path]:
-    """Where a study's figure and numbers lie under `folder`."""
+    """The paths of a study's figure and numbers under `folder`."""
     return folder / "figures" / "studies" / f"{name}.png", folder / "studies" / f"{name}.json"
 
 
@@ -163,7 +162,7 @@ def pages(
 
 
 def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> str:
-    """What to do with each study, and one table of all claims with their verdicts."""
+    """The page of all studies: a table of their advice, and a table of all claims with verdicts."""
     lines = [INTRODUCTION, "| study | what you do with it |", "|---|---|"]
     lines += [row((f"[{name}](studies/{name}.md)", uses[name])) for name in results]
     lines += ["", RULES, "| study | claim | source | verdict |", "|---|---|---|---|"]
@@ -174,7 +173,7 @@ def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> 
 
 
 def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
-    """One study: what to do with it, its setting, claims with what was measured, numbers and figure."""
+    """The page of one study: advice, setting, claims with measurements, numbers and figure."""
     sentence = headline if headline.endswith("?") else f"{headline}."
     lines = [
         f"# {name}",
@@ -214,7 +213,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def plain(one: Finding) -> str:
-    """A finding for the terminal."""
+    """A finding as text for the terminal."""
     return f"{one.verdict.upper()}: {one.claim} ({one.citation})\n  {one.measured}"
 
 

@@ -1,1 +1,1 @@
-"""Made-up data, rewards and toys that recipes of studies name."""
+"""Made-up data, rewards and toy models for the recipes of studies."""

@@ -1,7 +1,7 @@
-"""Rows of digits put in order by someone with a bad habit, a data function that only studies use.
+"""Rows of sorted digits in which some responses have a bad habit; a data function for studies.
 
-Whoever imitates these examples takes over the habit, however large the imitator is; a reward for right answers breaks
-it. So they set apart what reinforcement learning adds from what size adds.
+A model of any size that is trained on these examples learns the habit; a reward for right answers removes it. So they
+separate the effect of reinforcement learning from that of size.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from opd.data.toy import Part, sorting
 def sorting_both_ways(
     count: int, falling: float = 0.5, digits: int = 5, seed: int = 0, part: Part = "train"
 ) -> Iterator[dict[str, Any]]:
-    """Rows of `opd.data.toy.sorting`; a share `falling` of the responses begins with the largest digit.
+    """Rows of `opd.data.toy.sorting`; a share `falling` of the responses is in falling order.
 
-    The answer stays the rising row. Raises ConfigError as `sorting`.
+    The answer stays the rising order. Raises ConfigError as `sorting` does.
     """
     rng = np.random.default_rng((seed, count))
     for row in sorting(count, digits=digits, seed=seed, part=part):

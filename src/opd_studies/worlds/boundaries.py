@@ -1,9 +1,8 @@
-"""Data and rewards of studies on where a response begins and ends, for recipes that name
-`opd_studies.worlds.boundaries:NAME`.
+"""Data and rewards of studies on the start and end of responses, as `opd_studies.worlds.boundaries:NAME` in recipes.
 
-Two spellings of one template marker stand for what two tokenizers make of it: '<think>' is '<', 'think', '>' to one and
-'<th', 'ink', '>' to the other (arXiv 2603.25562 section 4.3). Here a token is a character, so the spellings are two
-texts of three characters, of which the last is shared; rewards see neither.
+Two spellings of one template marker stand for the tokens of two tokenizers: '<think>' is '<', 'think', '>' in one and
+'<th', 'ink', '>' in the other (arXiv 2603.25562 section 4.3). Here a token is a character, so the spellings are two
+texts of three characters with the same last one; rewards ignore both.
 """
 
 from __future__ import annotations
@@ -23,17 +22,17 @@ SPELLINGS = {"student": "<a:", "teacher": "[b:"}
 CHARACTERS = "0123456789><a:[b"
 
 
-CUTS = {1: (0,), 2: (0, 3)}  # by the number of markers: before which digits they stand
+CUTS = {1: (0,), 2: (0, 3)}  # by the number of markers: indices of the digits that follow them
 
 
 def marked(
     count: int, marker: str, times: int = 1, read: str = "", digits: int = 5, seed: int = 0, part: Part = "train"
 ) -> Iterator[dict[str, Any]]:
-    """Digits to put in order, `times` (1 or 2) markers in each response: "58142>" -> "<a:12458", "<a:124<a:58".
+    """Digits to sort, with `times` (1 or 2) markers in each response: "58142>" -> "<a:12458", "<a:124<a:58".
 
-    With `read`, every second prompt goes on with the beginning of a response whose markers are spelled `read`:
-    "58142>[b:" -> "12458". What is read is not trained, so the model knows how to go on after that spelling, as one
-    does that knows the text by other tokens, and never writes it. Raises ConfigError as `toy.sorting` does.
+    With `read`, every second prompt ends with the start of a response whose markers are spelled `read`: "58142>[b:" ->
+    "12458". Prompts are not trained, so the model can continue after that spelling but never writes it, like a model
+    that knows the text in other tokens. Raises ConfigError as `toy.sorting` does.
     """
     cuts = CUTS[times]
     for i, row in enumerate(sorting(count, digits=digits, seed=seed, part=part)):
@@ -46,7 +45,7 @@ def marked(
 
 
 def _beside_markers(prompt: Prompt, response: str) -> float:
-    """1 when the digits of the response are the answer: markers, whole or in pieces, do not count."""
+    """1 if the digits of the response are the answer; markers, whole or in pieces, are ignored."""
     return float("".join(c for c in response if c.isdigit()) == prompt.answer)
 
 
@@ -56,12 +55,12 @@ beside_markers = needing(_beside_markers, columns=["answer"])
 def rambling(
     count: int, longest: int, digits: int = 5, seed: int = 0, part: Part = "train"
 ) -> Iterator[dict[str, Any]]:
-    """`toy.sorting` with responses that do not end at the answer but go on with other rows, to `longest` tokens.
+    """`toy.sorting` with responses that continue after the answer with other rows, up to `longest` tokens.
 
-    "58142>" -> "12458;90210>00129;3...": what a model does that never learned to stop. Raises ConfigError as
-    `toy.sorting` does.
+    "58142>" -> "12458;90210>00129;3...", like a model that never learned to stop. Raises ConfigError as `toy.sorting`
+    does.
     """
-    rng = np.random.default_rng((seed, 1))  # another stream than that of the rows
+    rng = np.random.default_rng((seed, 1))  # independent of the stream for the rows
     for row in sorting(count, digits=digits, seed=seed, part=part):
         text = row["response"]
         while len(text) < longest:
@@ -71,7 +70,7 @@ def rambling(
 
 
 def _first_answer(prompt: Prompt, response: str) -> float:
-    """1 when what stands before the first semicolon, or the end, is the answer: what follows does not count."""
+    """1 if the text before the first semicolon is the answer; the rest is ignored."""
     return float(response.partition(";")[0].strip() == prompt.answer)
 
 

@@ -28,7 +28,7 @@ Network: TypeAlias = list[Tensor]  # three layers of R networks: weights [R, in,
 def rollout(
     network: Network, floor: Tensor, task: int, walks: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """States [R, walks, HORIZON + 1, 3] (task, position, share of time gone) and steps [R, walks, HORIZON]."""
+    """States [R, walks, HORIZON + 1, 3] (task, position, share of elapsed time) and steps [R, walks, HORIZON]."""
     rows = len(floor)
     position = torch.full((rows, walks), STARTS[task])
     states, actions = [_state(task, position, 0)], []
@@ -73,7 +73,7 @@ def discounted(values: Tensor, gamma: Tensor) -> Tensor:
 
 
 def new_network(seeds: Sequence[int], width: int) -> Network:
-    """A network a seed, stacked: uniform within 1/sqrt(inputs), as torch's linear layers."""
+    """One network per seed, stacked; uniform within 1/sqrt(inputs), as torch's linear layers."""
     layers: list[Network] = []
     for seed in seeds:
         generator = generator_of(seed, 0)
@@ -88,7 +88,7 @@ def new_network(seeds: Sequence[int], width: int) -> Network:
 def between_micro_batches(hidden: Tensor, at_output: Tensor, parts: int) -> Tensor:
     """(1/M) sum_m ||g_m - mean||^2 of the output layer's gradient, [R].
 
-    `hidden` [R, n, T, H] feeds the output layer, `at_output` [R, n, T, 2] is each walk's own gradient behind it; a
+    `hidden` [R, n, T, H] feeds the output layer, `at_output` [R, n, T, 2] is each walk's gradient at its output; a
     micro-batch's gradient is the mean over its walks; M is `parts`.
     """
     rows, walks = hidden.shape[:2]
@@ -104,5 +104,5 @@ def _state(task: int, position: Tensor, t: int) -> Tensor:
 
 
 def generator_of(*seed: int) -> torch.Generator:
-    """A generator for a tuple of numbers."""
+    """A generator seeded by a tuple of numbers."""
     return torch.Generator().manual_seed(sum(part * 1_000_003**i for i, part in enumerate(seed)))

@@ -1,8 +1,8 @@
 """A judge that is a program: it writes rubrics from the contrast of answers, and applies them.
 
-It knows statements that are true or false of one answer, some of them beside the point, and not the right answer. It
-may misread, and it may hold it against an answer whose source it is told that it is the student's. It reads answers
-that sort digits, or texts of letters, of which each task wants some that the judge is not told.
+It knows statements that are true or false of one answer, some of them irrelevant, and does not know the right answer.
+It may misread a statement, and may be biased against answers marked as the student's. Answers are sorted digits, or
+texts of letters; the letters that a task wants are hidden from the judge.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATEMENTS: dict[str, Statement] = {
 }
 
 
-# Those that are true of every right answer and tell it from wrong ones of its length.
+# Statements that are true of every right answer and distinguish it from wrong ones of its length.
 DECISIVE = tuple(STATEMENTS)[2:6]
 
 
@@ -62,11 +62,10 @@ def grader(
     """A rubric, or verdicts, as JSON.
 
     The rubric has the statements that are true of at least `share` of the teacher's answers and of fewer of the
-    student's, or the next ones where these are too few; the two with the largest differences hold more than half of
-    the points.
-    `noise` is the probability of misreading a statement of an answer, `bias` that of denying what is true of an answer
-    that is said to be the student's. What is random is a function of the question and of `salt`. `answers` says which
-    statements it knows.
+    student's, plus the next ones if these are too few; the two with the largest differences have more than half of the
+    points. `noise`: probability of misreading a statement of an answer. `bias`: probability of denying a true statement
+    of an answer marked as the student's. Random numbers are a function of the question and `salt`. `answers` selects
+    the statements that it knows.
     """
     about = question.about
     task = "".join(c for c in about["prompt"] if c.isdigit())
@@ -85,7 +84,7 @@ def grader(
         least, most = about["bounds"]
         good = sum(true_of["teacher"][s] >= share and contrast[s] > 0 for s in ranked)
         kept = ranked[: min(most, max(least, good))]
-        points = [5, 4, *[1] * len(kept)]  # as the paper asks: one or two decisive criteria hold more than half
+        points = [5, 4, *[1] * len(kept)]  # as in the paper: one or two decisive criteria have more than half
         return json.dumps({"criteria": [{"criterion": s, "points": p} for s, p in zip(kept, points, strict=False)]})
     verdicts: list[list[int]] = []
     for i, answer in enumerate(about["answers"]):
@@ -98,8 +97,8 @@ def grader(
     return json.dumps({"verdicts": verdicts})
 
 
-@lru_cache(maxsize=1 << 16, typed=True)  # the same answers come again in every update of a table
+@lru_cache(maxsize=1 << 16, typed=True)  # every update of a table has the same answers
 def _uniform(*parts: Any) -> float:
-    """A number in [0, 1) that is a function of the parts."""
+    """A number in [0, 1), a hash of the parts."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64

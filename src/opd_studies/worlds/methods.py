@@ -1,4 +1,4 @@
-"""Losses that only studies use, named in their recipes as `opd_studies.worlds.methods:NAME`."""
+"""Methods for studies only, as `opd_studies.worlds.methods:NAME` in their recipes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,10 @@ def differentiated_log_ratio() -> Method:
 
 
 def self_distillation(strength: float = 0.5, template: str | None = None) -> Method:
-    """The reward plus `strength` times the log-ratio to a self that has read the solution: eq. 2 of arXiv 2605.11609
-    with delta = +u, what `anti_sd` turns round; the gate only listens."""
+    """The reward plus `strength` times the log-ratio to the self that reads the solution: arXiv 2605.11609 eq. 2.
+
+    delta = +u, the opposite sign of `anti_sd`; the gate only observes.
+    """
     turned = anti_sd(strength, gate=False, template=template)
     towards = credit.scale(strength, credit.discounted(0.0))
     return replace(turned, credit=credit.add(credit.group_reward(), towards))

@@ -1,8 +1,7 @@
-"""A policy in a table, rewarded by rubrics: answers with a known quality, so that a reward can be held against it.
+"""A tabular policy rewarded by rubrics. Answers have a known quality, so a reward can be compared with it.
 
-Two kinds of answers. Digits to sort: one answer is right, a teacher that is right gives it again, and equal texts count
-once. Letters: what a task wants are letters that the judge is not told, and the texts of a teacher differ, as long
-texts do.
+Two kinds of answers. Sorted digits: one answer is right, a right teacher always gives it, and equal texts count once.
+Letters: a task wants letters that are hidden from the judge, and the teacher's texts differ, as long texts do.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from opd_studies.worlds.graders import ALPHABET, DECISIVE, STATEMENTS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """How many tasks, answers to each, draws of a group and updates; `salts` are judges that err differently."""
+    """Numbers of tasks, answers per task, draws per group and updates; `salts`: judges with independent errors."""
 
     answers: Literal["digits", "letters"] = "digits"
     prompts: int = 64
     arms: int = 24
     group: int = 8
-    texts: int = 4  # of the teacher, at most, for each task
-    right: float = 0.6  # of digits: how often the teacher is right
-    wanted: int = 4  # letters, of twelve
-    held: float = 0.8  # how often a text of the teacher holds one of these
+    texts: int = 4  # most texts of the teacher per task
+    right: float = 0.6  # digits: probability that the teacher is right
+    wanted: int = 4  # letters of twelve that a task wants
+    held: float = 0.8  # probability that a text of the teacher has a wanted letter
     updates: int = 30
     learning_rate: float = 2.0
     salts: int = 8
@@ -43,7 +42,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arms:
-    """A task, all answers that the policy knows, and how good each is: the share of what decides, in [0, 1]."""
+    """A task, all answers of the policy, and their quality in [0, 1]."""
 
     prompt: Prompt
     answers: list[str]
@@ -54,11 +53,11 @@ class Arms:
 def played(
     table: Table, seed: int, options: Mapping[str, Any], grading: Mapping[str, Any], folder: Path
 ) -> dict[str, float]:
-    """Train a policy by rubrics made with `options` by a judge of `grading`; look at the rewards of its first draws.
+    """Train a policy by rubrics made with `options` by a judge of `grading`; also measure rewards of its first draws.
 
-    quality: expected quality after training, in [0, 1]; quality before, and quality of the texts, are those of the
-    untrained policy and of the teacher. rank correlation: Spearman's, of reward and quality in groups of the untrained
-    policy. variance of the advantage: over judges that err differently, mean over those draws.
+    quality: expected quality after training, in [0, 1]; quality before: of the untrained policy; quality of the texts:
+    of the teacher. rank correlation: Spearman's, of reward and quality in groups of the untrained policy. variance of
+    the advantage: over judges with independent errors, mean over the first draws.
     """
     rng = np.random.default_rng((seed, 0xA7))
     tasks = [arms_of(i, table, rng) for i in range(table.prompts)]
@@ -91,12 +90,12 @@ def played(
 
 
 def arms_of(number: int, table: Table, rng: np.random.Generator) -> Arms:
-    """A task with its answers and texts of a teacher that is not always right."""
+    """A task with its answers and the texts of a teacher that is sometimes wrong."""
     return (_digits if table.answers == "digits" else _letters)(number, table, rng)
 
 
 def _digits(number: int, table: Table, rng: np.random.Generator) -> Arms:
-    """Digits to sort: the right answer and wrong ones. A teacher's text is the right one, or one of the better half."""
+    """Digits to sort: the right answer and wrong ones. A teacher's text is the right one, or from the better half."""
     task = "".join(map(str, rng.integers(0, 10, 5)))
     right = "".join(sorted(task))
     answers = [right]
@@ -125,9 +124,9 @@ def _sorted(task: str, answer: str) -> float:
 
 
 def _letters(number: int, table: Table, rng: np.random.Generator) -> Arms:
-    """Texts of letters, of which the task wants `wanted`. Any letter stands in half of the answers.
+    """Texts of letters, of which the task wants `wanted`. Each letter is in half of the answers.
 
-    The teacher's texts hold those that the task wants more often, any other one in half of them.
+    In the teacher's texts the wanted letters are more frequent; each other letter is in half of them.
     """
     wanted = rng.permutation(len(ALPHABET)) < table.wanted
     answers: list[str] = []
@@ -151,7 +150,7 @@ def _text(held: np.ndarray) -> str:
 
 
 def judged_by(options: Mapping[str, Any], grading: Mapping[str, Any], folder: Path) -> GroupReward:
-    """The reward `rubric` with the program as its judge."""
+    """The reward `rubric` with `graders.grader` as its judge."""
     judge = JudgeSection(function="opd_studies.worlds.graders:grader", options=dict(grading))
     return rubric(judge=judge, **options).for_stage({}, {}, folder, 0)
 
@@ -186,7 +185,7 @@ def rollout_of(prompt: Prompt, sample: int, text: str) -> Rollout:
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
-    """The correlation of ranks, equal values sharing theirs; None where all of one are equal."""
+    """Spearman's rank correlation, with mean ranks for ties; None if one side is constant."""
     a, b = (np.array([(one < v).sum() + ((one == v).sum() - 1) / 2 for v in one]) for one in (first, second))
     if a.std() == 0 or b.std() == 0:
         return None

@@ -1,4 +1,4 @@
-"""Rows to put in order, of several kinds in one data set: a data function that only studies use."""
+"""Digits to sort, of several kinds in one data set; a data function for studies."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ def sorting_of_kinds(
 ) -> Iterator[dict[str, Any]]:
     """`count` rows like `toy.sorting`, kind after kind: {"share": 0.9, "lowest": 0, "highest": 6, "sign": ">"}.
 
-    A kind has its share of the rows, rounded; its digits lie in lowest..highest, and its sign ends the prompt. Kinds
-    with the same digits begin with the same rows. Parts never share a row, whatever its kind. Raises ConfigError when
-    a part has fewer rows than a kind needs.
+    A kind has its share of the rows, rounded; its digits are in lowest..highest, and its sign ends the prompt. Kinds
+    with the same digits begin with the same rows. Data parts (train, held-out) never share a row of any kind. Raises
+    ConfigError if a part has fewer rows than a kind needs.
     """
     for kind in kinds:
         low, high = int(kind["lowest"]), int(kind["highest"])

@@ -1,7 +1,7 @@
-"""Truncated reverse KL in every form that the papers compare, through the library's own code, and exact identities.
+"""Truncated reverse KL in every form that the papers compare, from the library's own code, and exact identities.
 
-Forms are those of `opd.maths.divergences`, and `released_code`, which arXiv 2604.13016 released. Gradients are with
-respect to the student's logits at one position.
+Forms are those of `opd.maths.divergences`, and `released_code` from arXiv 2604.13016. Gradients are with respect to the
+student's logits at one position.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ FORMS = ("raw", "stop_gradient", "renormalised", "tail", "released_code")
 
 
 def on_support(form: str, student_logp: Tensor, teacher_logp: Tensor, mask: Tensor) -> Tensor:
-    """Reverse KL in one of FORMS, through the library's own code, [..., K] -> [...]."""
+    """Reverse KL in one of FORMS, from the library's own code, [..., K] -> [...]."""
     if form != "released_code":
         return divergences.on_support("reverse_kl", student_logp, teacher_logp, form, mask)
     nothing = torch.zeros_like(student_logp[..., 0])
@@ -38,7 +38,7 @@ def on_support(form: str, student_logp: Tensor, teacher_logp: Tensor, mask: Tens
 
 
 def identity_errors(seed: int, vocabulary: int = 50, k: int = 8) -> dict[str, float]:
-    """The largest error over tokens of each identity, for random p and q and the student's k likeliest tokens."""
+    """The largest error over tokens of each identity, for random p and q and the student's k most likely tokens."""
     generator = torch.Generator().manual_seed(seed)
     z = (2 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)).requires_grad_()
     t = (2 * torch.randn(vocabulary, generator=generator, dtype=torch.float64)).log_softmax(-1)

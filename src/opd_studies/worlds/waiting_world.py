@@ -1,15 +1,15 @@
-"""A made-up world in which thinking pays: problems whose answer shows through evidence that grows with every "wait".
+"""A made-up world in which thinking pays: evidence for the right answer grows with every "wait".
 
-A problem has one right answer of `ANSWERS`. Before each token the model sees the sum of n + 1 noisy observations, n the
-waits so far: e_n[k] = sum_m (SIGNAL 1[k right] + noise). It says "wait" or an answer, which ends the response; at the
-last token waiting answers nothing. Its logits are
+A problem has one right answer of `ANSWERS`. Before each token the model sees the sum of n + 1 noisy observations after
+n waits: e_n[k] = sum_m (SIGNAL 1[k right] + noise). It writes "wait" or an answer, which ends the response; a "wait" as
+the last token gives no answer. Its logits are
 
     answer k: sharpness_n e_n[k]        wait: patience_n
 
-with numbers to learn that are the same for all problems, so that nothing can be learned by heart: two for each n, or,
-where the model is `shared`, three in all: sharpness_n = sharpness, patience_n = patience - hurry n. A teacher
-that has read the solution is the same model with `KNOWLEDGE` added to the logit of the right answer. That alone makes
-waiting less likely, and an early answer more: the shortcut is not written into it.
+The parameters are the same for all problems, so answers cannot be memorised: two for each n, or three in all for a
+`shared` model: sharpness_n = sharpness, patience_n = patience - hurry n. A teacher that reads the solution is the same
+model with `KNOWLEDGE` added to the logit of the right answer. This alone makes waiting less likely and early answers
+more likely: the shortcut is an effect, not an assumption.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ LONGEST = 8  # tokens of a response
 WAIT = ANSWERS  # the token
 
 
-PROBLEMS, GROUP = 16, 8  # of a step, and responses to each
+PROBLEMS, GROUP = 16, 8  # problems per step, and responses per problem
 
 
 HELD_OUT = 2000
@@ -56,7 +56,7 @@ class Problems:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Examined:
-    """Exact over all responses, mean over the held-out problems."""
+    """Accuracy and length: exact over responses, mean over held-out problems."""
 
     accuracy: float  # share
     length: float  # tokens
@@ -71,14 +71,14 @@ def problems(count: int, generator: torch.Generator) -> Problems:
 
 
 def beginner(shared: bool) -> Tensor:
-    """What there is to learn, [3] if shared, else [2, LONGEST]: it waits about every second time, and half believes."""
+    """Initial parameters, [3] if shared, else [2, LONGEST]: waits about half of the time, half trusts the evidence."""
     if shared:
         return torch.tensor([0.5 * SIGNAL, 2.5, 0.0])
     return torch.stack([torch.full((LONGEST,), 0.5 * SIGNAL), torch.full((LONGEST,), 2.5)])
 
 
 def log_probs(model: Tensor, given: Problems, *, knows: bool = False) -> Tensor:
-    """[X, LONGEST, ANSWERS + 1] of every token; `knows` is the teacher that has read the solution."""
+    """[X, LONGEST, ANSWERS + 1] of every token; `knows`: the teacher that reads the solution."""
     if model.dim() == 1:
         sharpness, patience = model[0].expand(LONGEST), model[1] - model[2] * torch.arange(LONGEST)
     else:
@@ -91,7 +91,7 @@ def log_probs(model: Tensor, given: Problems, *, knows: bool = False) -> Tensor:
 
 
 def examined(model: Tensor, given: Problems) -> Examined:
-    """Accuracy and length, exactly."""
+    """Exact accuracy and length."""
     p = log_probs(model, given).exp()
     reached = torch.cat([torch.ones_like(p[:, :1, WAIT]), p[:, :-1, WAIT].cumprod(1)], 1)  # [X, LONGEST]
     right = p.gather(2, given.right[:, None, None].expand(-1, LONGEST, 1))[..., 0]
@@ -99,7 +99,7 @@ def examined(model: Tensor, given: Problems) -> Examined:
 
 
 def written(model: Tensor, given: Problems, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """GROUP responses to each problem with rewards and the teacher's scores, and the student's [N] with gradient."""
+    """GROUP responses per problem with rewards and the teacher's scores; the student's log-probs [N] with gradient."""
     shown = given.repeated(GROUP)
     student, teacher = log_probs(model, shown), log_probs(model.detach(), shown, knows=True)
     tokens = torch.multinomial(student.detach().exp().flatten(0, 1), 1, generator=generator).view(-1, LONGEST)
@@ -122,7 +122,7 @@ def written(model: Tensor, given: Problems, generator: torch.Generator) -> tuple
 
 
 def _rollout(place: int, reward: float) -> Rollout:
-    """What a method looks at beside the numbers: whose response it is, its reward, and that the data has a solution."""
+    """A rollout with the fields that a method reads: its prompt with a solution, and its reward."""
     nothing = torch.zeros(0, dtype=torch.long)
     return Rollout(
         prompt=Prompt(id=place // GROUP, content="", privileged_context="the solution"),
@@ -138,7 +138,7 @@ def _rollout(place: int, reward: float) -> Rollout:
 
 
 def update(method: Method, batch: Batch, student_logp: Tensor) -> dict[str, float]:
-    """Backward of one step's loss, by the method's own pieces; what its memory logs."""
+    """Backward of one step's loss by the method's pieces; returns the metrics of the method's memory."""
     logged = observed(batch, lambda value: [value])
     denominator = normalise.per("sequence")(batch)
     tokens = Tokens(
@@ -158,14 +158,14 @@ Made = Callable[[], Method]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """A training: exams by update, and what the method's memory logged, one row an update."""
+    """A training: exams by update, and the metrics of the method's memory, one row per update."""
 
     exams: dict[int, Examined]
     logged: list[dict[str, float]]
 
 
 def train(made: Made, seed: int, rate: float, *, shared: bool, steps: int, every: int) -> Course:
-    """A beginner trained by a method, on problems that only the seed decides, so that methods can be compared."""
+    """Train a beginner by a method. The problems depend on the seed alone, so that methods can be compared."""
     drawn, sampled = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
     held_out = problems(HELD_OUT, drawn)
     model, method = beginner(shared).requires_grad_(), made()

@@ -1,4 +1,5 @@
-"""`opd doctor`: will this teacher teach this student? Looks before any training, and changes no weight.
+"""`opd doctor`: will this teacher teach this student? Runs before training and changes no weight.
 
-`examine.py` puts the checks together; each other file holds checks of one kind, and `findings.py` what they return.
+`examine.py` runs all checks. `findings.py` holds what they return, `subject.py` what they examine; each other file
+holds checks of one kind.
 """

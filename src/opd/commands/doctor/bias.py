@@ -1,7 +1,7 @@
-"""How far the chosen form is from the exact gradient, on this pair's own distributions.
+"""Bias of the method's gradient: compared with the exact gradient, on the distributions of this student and teacher.
 
-At some positions of the student's responses the method's signal is differentiated with respect to the student's logits,
-and so is the exact divergence over the whole vocabulary. Nothing else differs between the two: no weight, no credit.
+At some positions of the student's responses, the method's signal and the exact divergence over the whole vocabulary are
+both differentiated with respect to the student's logits. Weights and credit are left out of both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.compare import whole
 from opd.loss.collate import MicroBatch, split
 from opd.loss.step import scored
@@ -32,20 +32,20 @@ POSITIONS = 64
 TILE = 16  # positions differentiated at once, in float64
 
 
-# Cosine and length ratio between the step's gradient on logits and the exact one. The papers give identities, not
-# thresholds: at .9 the direction is 26 degrees off. Ours.
+# Cosine and length ratio between the step's gradient on logits and the exact one. Our thresholds: the papers give
+# identities only. At .9 the direction is 26 degrees off.
 LOWEST_COSINE = 0.9
 
 
 LENGTHS = (0.5, 2.0)
 
 
-ROUNDING = 1e-4  # a gradient on logits of this norm is that of two equal distributions in float32
+ROUNDING = 1e-4  # up to this norm, a gradient on logits is float32 rounding of two equal distributions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Positions:
-    """Some positions of the responses: what the method's signal reads there, and both models' logits, [n, V]."""
+    """Some positions of the responses: the inputs of the method's signal there, and both models' logits, [n, V]."""
 
     micro: MicroBatch
     rows: Tensor  # [n] of the micro-batch's tokens
@@ -53,37 +53,37 @@ class Positions:
     teacher: Tensor
 
 
-def truncation(pair: Pair) -> Finding:
-    """Cosine and relative length of the method's gradient against the exact one, together and as means over positions.
+def truncation(subject: Subject) -> Finding:
+    """Cosine and relative length of the method's gradient against the exact one, pooled and as means over positions.
 
-    On a top-k support the exact one is that of the method's own divergence (reverse KL if it names none); for the
-    sampled token it is reverse KL, and the method's gradient is its exact expectation over the token.
+    On a top-k support, the exact gradient is that of the method's divergence (reverse KL if it names none). For the
+    sampled token it is that of reverse KL, and the method's gradient is its exact expectation over the token.
     """
-    name, method = "signal/bias", pair.method
-    if pair.drives_away:
-        return skipped(name, "The method drives the student away from its teacher: no divergence is to fall.")
+    name, method = "signal/bias", subject.method
+    if subject.maximises_divergence:
+        return skipped(name, "The method maximises the divergence from its teacher: there is none to minimise.")
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
-    rollouts, micros = phase_a(pair)
-    unasked = pair.asks_a_judge and Input.REWARD in needs_of(method.credit)
-    if in_expectation(method) and (unasked or any(bool((micro.advantage != 0).any()) for micro in micros)):
+    rollouts, micros = phase_a(subject)
+    unjudged = subject.has_judge_reward and Input.REWARD in needs_of(method.credit)
+    if in_expectation(method) and (unjudged or any(bool((micro.advantage != 0).any()) for micro in micros)):
         return skipped(name, "The signal of a token depends on the whole response (a credit), not on the token alone.")
     exact = divergence_of(method.signal) or reverse_kl
     pairs: list[tuple[Tensor, Tensor]] = []
-    for at in positions(pair, rollouts, micros):
+    for at in positions(subject, rollouts, micros):
         gradient = expected_gradient if in_expectation(method) else support_gradient
         pairs.append((gradient(method.signal, at), exact_gradient(exact, at)))
-    return judge(pair, torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs]))
+    return judge(subject, torch.cat([ours for ours, _ in pairs]), torch.cat([theirs for _, theirs in pairs]))
 
 
 def in_expectation(method: Method) -> bool:
-    """Whether the signal is of the sampled token: then a support, if there is one, is what its baseline reads."""
+    """Whether the signal reads the sampled token; then a support, if any, serves its baseline."""
     return method.support.kind == "sampled" or Trait.UNBIASED_BASELINE in needs_of(method.signal)
 
 
-def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
-    """The finding from the method's gradients and the exact ones, [n, V] each."""
-    name, support = "signal/bias", pair.method.support
+def judge(subject: Subject, ours: Tensor, exact: Tensor) -> Finding:
+    """The finding from the method's gradients `ours` and the exact ones, [n, V] each."""
+    name, support = "signal/bias", subject.method.support
     lengths = exact.norm(dim=1)
     if not bool((lengths > ROUNDING).any()):
         return skipped(name, "The exact gradient is zero at every sampled position: student and teacher agree.")
@@ -96,10 +96,10 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
         "cosine_mean": float(cosines.mean()),
         "length_mean": float((ours[some].norm(dim=1) / lengths[some]).mean()),
     }
-    sampled = in_expectation(pair.method)
+    sampled = in_expectation(subject.method)
     form = "the sampled token, in expectation" if sampled else f"top {support.k} by {support.by}"
     says = (
-        f"Gradient of {pair.spec.method} ({form}) against the exact one at {len(exact)} positions: cosine "
+        f"Gradient of {subject.spec.method} ({form}) against the exact one at {len(exact)} positions: cosine "
         f"{numbers['cosine']:.3f}, length {numbers['length']:.3f} (means {numbers['cosine_mean']:.3f} and "
         f"{numbers['length_mean']:.3f})."
     )
@@ -117,31 +117,33 @@ def judge(pair: Pair, ours: Tensor, exact: Tensor) -> Finding:
     )
 
 
-def phase_a(pair: Pair) -> tuple[list[Rollout], list[MicroBatch]]:
-    """`Pair.scored`, scored as the loop does, in micro-batches."""
-    method, spec = pair.method, pair.spec
-    rollouts = pair.writers().complete(method.filter(pair.scored), method.record())
+def phase_a(subject: Subject) -> tuple[list[Rollout], list[MicroBatch]]:
+    """`Subject.scored` after phase A of a step, in micro-batches."""
+    method, spec = subject.method, subject.spec
+    rollouts = subject.writers().complete(method.filter(subject.scored), method.record())
     request = method.request(shown=True)
-    phase = scored(method, pair.teacher, rollouts, pair.contexts(rollouts), request, device=pair.student.device)
+    phase = scored(
+        method, subject.teacher, rollouts, subject.contexts(rollouts), request, device=subject.student.device
+    )
     return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)
 
 
 @torch.no_grad()
-def positions(pair: Pair, rollouts: list[Rollout], micros: list[MicroBatch]) -> Iterator[Positions]:
+def positions(subject: Subject, rollouts: list[Rollout], micros: list[MicroBatch]) -> Iterator[Positions]:
     """`POSITIONS` trained tokens, chosen by the seed, `TILE` at a time."""
-    teacher, temperature = pair.teacher, pair.method.temperature
-    contexts = pair.contexts(rollouts)
+    teacher, temperature = subject.teacher, subject.method.temperature
+    contexts = subject.contexts(rollouts)
     scores = teacher.score(rollouts, contexts, whole(temperature))
     hidden = {key_of(rollout): score.teacher_hidden for rollout, score in zip(rollouts, scores, strict=True)}
-    heads = pair.student.head().detached(), teacher.head()
+    heads = subject.student.head().detached(), teacher.head()
     total = sum(len(micro.token_ids) for micro in micros)
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(pair.seed))[:POSITIONS].sort().values
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(subject.seed))[:POSITIONS].sort().values
     start = 0
-    with evaluating(pair.student.model):
+    with evaluating(subject.student.model):
         for micro in micros:
             here = order[(order >= start) & (order < start + len(micro.token_ids))] - start
             start += len(micro.token_ids)
-            student_NH = hidden_of(pair.student, micro) if len(here) else None
+            student_NH = hidden_of(subject.student, micro) if len(here) else None
             for rows in here.split(TILE):
                 if student_NH is None or not len(rows):
                     continue
@@ -160,7 +162,7 @@ def positions(pair: Pair, rollouts: list[Rollout], micros: list[MicroBatch]) -> 
 
 
 def key_of(rollout: Rollout) -> tuple[int, int]:
-    """What names a response: its prompt, and which sample of it."""
+    """A response's key: the id of its prompt, and the number of its sample."""
     return rollout.prompt.id, rollout.sample
 
 
@@ -173,7 +175,7 @@ def exact_gradient(divergence: Divergence, at: Positions) -> Tensor:
 
 
 def support_gradient(signal: Signal, at: Positions) -> Tensor:
-    """d/dz of the signal on its scored support, with the token that was written, [n, V]."""
+    """d/dz of the signal on its scored support, with the sampled token, [n, V]."""
     micro, rows = at.micro, at.rows
     assert micro.support_ids is not None
     assert micro.support_mask is not None
@@ -197,8 +199,8 @@ def support_gradient(signal: Signal, at: Positions) -> Tensor:
 def expected_gradient(signal: Signal, at: Positions) -> Tensor:
     """E_{y~p} d/dz of the signal of the sampled token y, exactly, [n, V].
 
-    With c(y) = d signal / d log p(y) it is p_j (c_j - sum_v p c): one number per token, no draw. The token is taken to
-    be drawn from p itself, on policy. The support, which a baseline reads, is the same for every y.
+    With c(y) = d signal / d log p(y) it is p_j (c_j - sum_v p c): one number per token, no sampling. Assumes y ~ p, on
+    policy. The support, which a baseline reads, is the same for every y.
     """
     s, t = at.student.detach().log_softmax(-1), at.teacher.log_softmax(-1)
     c = torch.stack([_slopes(signal, at, i, s[i], t[i]) for i in range(len(s))])
@@ -207,7 +209,7 @@ def expected_gradient(signal: Signal, at: Positions) -> Tensor:
 
 
 def _slopes(signal: Signal, at: Positions, i: int, s: Tensor, t: Tensor) -> Tensor:
-    """d signal / d log p(y) at position `i`, for every token y, [V]; `s` and `t` are both models' log-probs there."""
+    """d signal / d log p(y) at position `i` for every token y, [V]. `s`, `t`: log-probs of both models there."""
     micro, row = at.micro, at.rows[i]
     support: dict[str, Any] = {}
     if micro.support_ids is not None and micro.support_mask is not None:

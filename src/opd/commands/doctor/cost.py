@@ -1,4 +1,4 @@
-"""What a step costs: one is made, as the loop makes it, up to the gradient. No weight is changed."""
+"""Time and memory of a step, measured on one step without its update. No weight is changed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.data.order import shuffled
 from opd.files import GIB
 from opd.loss.step import gradient, scored, written
@@ -20,7 +20,7 @@ from opd.types import ReservedStep
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One step without its update: seconds of its parts, tokens, and the norm of the gradient."""
+    """One step without its update: seconds by part, tokens, and the gradient norm."""
 
     prompts: int
     tokens: int
@@ -30,18 +30,18 @@ class Step:
     grad_norm: float
 
 
-def cost(pair: Pair) -> Finding:
-    """Time of a step, scaled in proportion to the recipe's prompts a step, and memory with AdamW's two moments.
+def cost(subject: Subject) -> Finding:
+    """Time of a step, scaled to the recipe's prompts per step, and memory with AdamW's two moments.
 
-    The scaling overstates sampling, which is cheaper a prompt in larger batches; the first step warms up what later
-    ones have warm. On a CPU the peak is that of this process, on a GPU that of torch's allocations.
+    The time is an upper estimate: sampling costs less per prompt in larger batches, and a first step includes warm-up.
+    On a CPU the peak is that of this process, on a GPU that of torch's allocations.
     """
-    spec, device = pair.spec, pair.student.device
+    spec, device = subject.spec, subject.student.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    step = one_step(pair)
+    step = one_step(subject)
     peak = peak_bytes(device)
-    moments = 2 * size_of(pair.student.trainable())
+    moments = 2 * size_of(subject.student.trainable())
     there = total_bytes(device)
     factor = spec.prompts_per_step / step.prompts
     seconds = factor * (step.generate + step.score + step.train)
@@ -69,27 +69,27 @@ def cost(pair: Pair) -> Finding:
     return Finding(
         name="cost/step",
         level="change",
-        says=f"{says} That does not fit.",
+        says=f"{says} This does not fit.",
         numbers=numbers,
         remedy=f"Set a smaller micro_batch_tokens (now {spec.micro_batch_tokens}), models.{spec.train}.lora, "
-        f"gradient_checkpointing: true, or models.{pair.teacher_name}.offload: true.",
-        study="docs/performance.md: what holds the memory of a step",
+        f"gradient_checkpointing: true, or models.{subject.teacher_name}.offload: true.",
+        study="docs/performance.md: what limits the memory of a step",
     )
 
 
-def one_step(pair: Pair) -> Step:
-    """The loop's lines 1 to 8 on a few of the recipe's prompts; gradients are dropped again.
+def one_step(subject: Subject) -> Step:
+    """Lines 1 to 8 of the training loop on a few of the recipe's prompts; then drops the gradients.
 
-    Raises as the loop does: DataError for an empty response, TrainingError when no token is trained.
+    Raises DataError for an empty response, TrainingError when no token is trained, as the loop does.
     """
-    spec, method, student, teacher = pair.spec, pair.method, pair.student, pair.step_teacher
-    count = min(spec.prompts_per_step, len(pair.prompts))
-    prompts = shuffled(pair.prompts, first=0, count=count, seed=pair.seed)
-    started = _now(pair)
-    rollouts = written(method, prompts, pair.writers(), pair.rewarded, (pair.seed, ReservedStep.DOCTOR))
-    wrote = _now(pair)
+    spec, method, student, teacher = subject.spec, subject.method, subject.student, subject.step_teacher
+    count = min(spec.prompts_per_step, len(subject.prompts))
+    prompts = shuffled(subject.prompts, first=0, count=count, seed=subject.seed)
+    started = _now(subject)
+    rollouts = written(method, prompts, subject.writers(), subject.rewarded, (subject.seed, ReservedStep.DOCTOR))
+    wrote = _now(subject)
     phase_a = scored(method, teacher, rollouts, method.context(rollouts), method.request(), device=student.device)
-    rated = _now(pair)
+    rated = _now(subject)
     try:
         gradient(method, student, teacher, phase_a, micro_batch_tokens=spec.micro_batch_tokens)
         squares = [p.grad.double().square().sum().item() for p in student.trainable().values() if p.grad is not None]
@@ -100,26 +100,26 @@ def one_step(pair: Pair) -> Step:
         tokens=int(phase_a.batch.mask.sum()),
         generate=wrote - started,
         score=rated - wrote,
-        train=_now(pair) - rated,
+        train=_now(subject) - rated,
         grad_norm=sum(squares) ** 0.5,
     )
 
 
 def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use: of this process on a CPU, of torch's allocations on a GPU."""
+    """Peak memory: of this process on a CPU, of torch's allocations on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_bytes(device: torch.device) -> int:
-    """The memory that there is, whoever uses it."""
+    """Total memory of the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _now(pair: Pair) -> float:
-    if pair.student.device.type == "cuda":
-        torch.cuda.synchronize(pair.student.device)
+def _now(subject: Subject) -> float:
+    if subject.student.device.type == "cuda":
+        torch.cuda.synchronize(subject.student.device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""All checks of one stage, in the order in which a later one needs an earlier one."""
+"""All checks of one stage, in order: a later check needs the results of earlier ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from opd.commands.doctor import bias, cost, headroom, information, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, skipped
-from opd.commands.doctor.subject import Pair, load, pair_up, stage_to_examine
+from opd.commands.doctor.subject import Subject, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.models.alignment import pair_of
@@ -29,14 +29,14 @@ def examine(
     given: Given | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Will this teacher teach this student? One stage of a recipe, before its first step; no weight is changed.
+    """Will this teacher teach this student? Examines one stage before its first step; no weight is changed.
 
-    `stage` is the first with a teacher (the student itself included) by default, `task` one of its tasks, `prompts` how
-    many of its own are looked at, `seed` the recipe's by default. `say` hears what is being done. Raises what
-    `opd check` raises, and ConfigError for a stage without a teacher or whose models an earlier stage has yet to make.
+    `stage`: default the first with a teacher (the student itself counts). `task`: one of the stage's tasks. `prompts`:
+    number of its prompts to sample. `seed`: default the recipe's. `say` receives the name of the current check. Raises
+    what `opd check` raises, and ConfigError for a stage without a teacher or with models from an unfinished stage.
     """
     if prompts < 1:
-        raise ConfigError(f"opd doctor looks at a sample of the prompts, at least 1; got --prompts {prompts}.")
+        raise ConfigError(f"opd doctor examines a sample of at least 1 prompt; got --prompts {prompts}.")
     started, given = time.perf_counter(), given or Given()
     seed = recipe.seed if seed is None else seed
     spec = stage_to_examine(recipe, stage, given, task)
@@ -60,7 +60,7 @@ def findings(
     seed: int,
     say: Callable[[str], None],
 ) -> list[Finding]:
-    """What all checks found. Where positions cannot be compared, no weight is loaded if that can be known without."""
+    """The findings of all checks. If the tokenizers differ and load without weights, no weight is loaded."""
     say("tokenizers")
     if prepared.method.teacher.tokenizer == "any":
         return of_two_tokenizers(recipe, spec, prepared, given, prompts, seed, say)
@@ -74,7 +74,7 @@ def findings(
         if external is not None:
             found = [tokenizers.same_map(student.tokenizer, external.tokenizer, (spec.train, str(spec.teacher)))]
     if found and found[0].level == "stop":
-        return [*found, skipped("everything else", "Position by position, different tokens cannot be compared.")]
+        return [*found, skipped("everything else", "Different tokens cannot be compared position by position.")]
     if student is None:
         check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
@@ -82,12 +82,12 @@ def findings(
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
     check_tokenizers(recipe, spec, prepared, lms)
     say("the student's responses")
-    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
-    found += of_tokens(pair)
-    found += of_signal(pair, say)
-    found += of_knowledge(pair, say)
+    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    found += of_tokens(subject)
+    found += of_signal(subject, say)
+    found += of_knowledge(subject, say)
     say("one step")
-    return [*found, cost.cost(pair)]
+    return [*found, cost.cost(subject)]
 
 
 def of_two_tokenizers(
@@ -99,45 +99,44 @@ def of_two_tokenizers(
     seed: int,
     say: Callable[[str], None],
 ) -> list[Finding]:
-    """What can be said of a teacher with a tokenizer of its own: rewards of texts, and the cost of a step."""
+    """The findings about a teacher with its own tokenizer: rewards of texts, and the cost of a step."""
     check_tokenizers(recipe, spec, prepared, given.models)
     say("models")
     student, external = load(recipe, spec, given)
     say("the student's responses")
-    pair = pair_up(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
     say("rewards of both")
-    judgement = headroom.judged(pair)
-    assert external is not None, "a tokenizer of its own is that of another model"
+    judgement = headroom.judged(subject)
+    assert external is not None, "only an external teacher has its own tokenizer"
     sides = tokenizers.Side.of(student, spec.train), tokenizers.Side.of(external, str(spec.teacher))
     aligned = pair_of(
         student.tokenizer,
         external.tokenizer,
-        chat=is_chat(pair.prompts),
+        chat=is_chat(subject.prompts),
         options=(student.template_options, external.template_options),
     )
     found = [
         tokenizers.paired_endings(*sides, aligned.ends),
-        headroom.headroom(pair, judgement),
-        information.transfer(pair, judgement),
+        headroom.headroom(subject, judgement),
+        information.transfer(subject, judgement),
     ]
-    why = "The teacher has a tokenizer of its own, and these checks compare position by position."
+    why = "The teacher has its own tokenizer, and these checks compare position by position."
     found += [
         skipped(
             "tokens",
-            f"{why} But for endings: `opd check` says how many tokens both share; units/coverage is in the metrics.",
+            f"{why} Endings are compared. `opd check` says how many tokens both share; see also units/coverage in the "
+            "metrics.",
         ),
         skipped("signal", why),
-        skipped(
-            "headroom/continuation", "A teacher with a tokenizer of its own cannot go on from the student's tokens."
-        ),
+        skipped("headroom/continuation", "A teacher with its own tokenizer cannot continue from the student's tokens."),
         skipped("information/disagreement", why),
     ]
     say("one step")
-    return [*found, cost.cost(pair)]
+    return [*found, cost.cost(subject)]
 
 
 def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[Finding]:
-    """The comparison of both tokenizers where they can be had without their models; nothing where not."""
+    """The comparison of both tokenizers; empty if one cannot be loaded without its model."""
     if spec.teacher is None or spec.teacher == spec.train:
         return []
     both: list[Any] = []
@@ -147,48 +146,48 @@ def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[F
     return [] if None in both else [tokenizers.same_map(both[0], both[1], (spec.train, spec.teacher))]
 
 
-def of_tokens(pair: Pair) -> list[Finding]:
-    """What tokenizers, templates and output layers say."""
-    lm, other = pair.student, pair.external
+def of_tokens(subject: Subject) -> list[Finding]:
+    """Findings about tokenizers, templates and output layers."""
+    lm, other = subject.student, subject.external
     widths = tokenizers.head_widths(lm.vocabulary, len(lm.head().weight), len((other or lm).head().weight))
     if other is None:
-        one = "The student is its own teacher: one tokenizer, one template, one ending."
-        return [widths, Finding(name="tokens/same", level="ok", says=one)]
-    ours, theirs = tokenizers.Side.of(lm, pair.spec.train), tokenizers.Side.of(other, pair.teacher_name)
-    chat = is_chat(pair.prompts)
+        says = "The student is its own teacher: one tokenizer, one template, one ending."
+        return [widths, Finding(name="tokens/same", level="ok", says=says)]
+    ours, theirs = tokenizers.Side.of(lm, subject.spec.train), tokenizers.Side.of(other, subject.teacher_name)
+    chat = is_chat(subject.prompts)
     return [
         widths,
-        tokenizers.templates(ours, theirs, pair.prompts),
-        tokenizers.thinking(ours, theirs, pair.prompts),
+        tokenizers.templates(ours, theirs, subject.prompts),
+        tokenizers.thinking(ours, theirs, subject.prompts),
         tokenizers.endings(ours, theirs, chat=chat),
-        tokenizers.splits(ours, theirs, [rollout.text for rollout in pair.firsts]),
+        tokenizers.splits(ours, theirs, [rollout.text for rollout in subject.firsts]),
     ]
 
 
-def of_signal(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
-    """What the measured log-probs say."""
+def of_signal(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
+    """Findings about the measured log-probs."""
     say("self-test and repeatability")
-    found = [signal.self_test(pair), signal.repeatability(pair)]
+    found = [signal.self_test(subject), signal.repeatability(subject)]
     if found[-1].numbers.get("not_finite"):
-        return [*found, skipped("signal/comparison", "The teacher's scores are no numbers.")]
+        return [*found, skipped("signal/comparison", "The teacher's scores are not finite.")]
     say("student and teacher, token by token")
-    comparison = signal.compared(pair)
+    comparison = signal.compared(subject)
     return [
         *found,
-        signal.strength(pair, comparison),
-        signal.overlap(pair, comparison),
+        signal.strength(subject, comparison),
+        signal.overlap(subject, comparison),
         signal.by_position(comparison),
-        special_tokens.special_tokens(pair, comparison),
-        bias.truncation(pair),
+        special_tokens.special_tokens(subject, comparison),
+        bias.truncation(subject),
     ]
 
 
-def of_knowledge(pair: Pair, say: Callable[[str], None]) -> list[Finding]:
-    """Who knows what: rewards of both, continuations, and what the teacher alone reads."""
+def of_knowledge(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
+    """Findings about knowledge: rewards of both models, continuations, and privileged information."""
     say("rewards of both")
-    judgement = headroom.judged(pair)
-    found = [headroom.headroom(pair, judgement)]
+    judgement = headroom.judged(subject)
+    found = [headroom.headroom(subject, judgement)]
     say("continuations")
-    found.append(headroom.probe(pair, judgement))
+    found.append(headroom.probe(subject, judgement))
     say("privileged information")
-    return [*found, information.disagreement(pair), information.transfer(pair, judgement)]
+    return [*found, information.disagreement(subject), information.transfer(subject, judgement)]

@@ -1,4 +1,4 @@
-"""What a check found, the verdict over all of them, and both as text and as JSON. No torch here."""
+"""Findings of the checks, the verdict over all of them, and the report as text and as JSON. No torch here."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WIDTH = 120  # characters of a line of the report
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One check's result. `numbers` hold what was measured, in nats and tokens unless a name says otherwise.
+    """One check's result. `numbers` holds the measurements, in nats and tokens unless a name says otherwise.
 
-    `change` and `stop` come with a `remedy` that names the key of the recipe, and with the `study` behind it. `skipped`
-    says why nothing could be measured: it is no reason to go.
+    `change` and `stop` come with a `remedy`, which names the recipe's key, and a `study` that supports it. `skipped`
+    says why the check could not measure; it does not count in favour of `go`.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Finding:
     study: str = ""
 
     def __post_init__(self) -> None:
-        assert self.level in ("ok", "skipped") or (self.remedy and self.study), f"{self.name}: a finding without remedy"
+        assert self.level in ("ok", "skipped") or (self.remedy and self.study), f"{self.name}: no remedy or no study"
         assert all(math.isfinite(v) for v in self.numbers.values() if isinstance(v, float)), f"{self.name}: {self}"
 
 
@@ -66,12 +66,12 @@ def verdict(findings: Sequence[Finding]) -> Verdict:
 
 
 def skipped(name: str, why: str) -> Finding:
-    """A check that could not be made, and why."""
+    """The finding of a check that could not run, and why."""
     return Finding(name=name, level="skipped", says=why)
 
 
 def as_text(report: Report) -> str:
-    """The report for people: the verdict, then what asks for action, what is well, and what was skipped."""
+    """The report as text: the verdict, then findings by level: stop, change, ok, skipped."""
     order: dict[Level, int] = {"stop": 0, "change": 1, "ok": 2, "skipped": 3}
     findings = sorted(report.findings, key=lambda finding: order[finding.level])
     lines = [
@@ -88,7 +88,7 @@ def as_text(report: Report) -> str:
 
 
 def as_json(report: Report) -> str:
-    """The same for programs: verdict, counts by level, and every finding with its numbers."""
+    """The report as JSON: verdict, counts by level, and every finding with its numbers."""
     levels: tuple[Level, ...] = ("stop", "change", "ok", "skipped")
     return json.dumps(
         {

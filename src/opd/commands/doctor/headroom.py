@@ -1,4 +1,4 @@
-"""Does the teacher know what the student does not, and how deep into the student's responses can it still help?"""
+"""Is the teacher better than the student, and how deep into the student's responses can it still help?"""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair, sample_of
+from opd.commands.doctor.subject import Subject, sample_of
 from opd.evaluation.continuation import Continuation, Depth, continuation
 from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
 from opd.models.render import render
@@ -15,18 +15,19 @@ from opd.pieces.needs import Trait, needs_of
 from opd.rewards.base import rewarded, unfit_to_measure
 from opd.types import Prompt, Reward, Rollout
 
-# arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and .02 over the student behind 1K, 4K, 8K and 16K of its tokens.
-# Shares of the limit, ours, and a gain below a tenth of that from the prompt is gone (there: .02 / .37 = 6 %).
+# Depths of the probe as shares of the response limit (ours). arXiv 2604.13016 section 6.1: gains of .37, .27, .15 and
+# .02 over the student after 1K, 4K, 8K and 16K of its tokens. A gain below `GONE` times the gain from the prompt counts
+# as gone (there: .02 / .37 = 6 %).
 DEPTHS = (1 / 16, 1 / 4, 1 / 2, 3 / 4)
 
 
 GONE = 0.1
 
 
-FEWEST = 4  # responses that reach a depth; fewer say nothing
+FEWEST = 4  # a depth that fewer responses reach is left out
 
 
-WORTH_CUTTING = 0.1  # of the student's tokens: a limit that cuts fewer is no change; ours
+WORTH_CUTTING = 0.1  # a limit is recommended if it cuts at least this share of the student's tokens; ours
 
 
 NEW_KNOWLEDGE = (
@@ -37,7 +38,7 @@ NEW_KNOWLEDGE = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """Responses of both to the same prompts, with rewards; those of one prompt stand together."""
+    """Rewarded responses of student and teacher to the same prompts; responses to one prompt are adjacent."""
 
     reward: Reward
     student: list[Rollout]
@@ -48,47 +49,50 @@ class Judged:
         return all(r.reward in (0.0, 1.0) for r in (*self.student, *self.teacher))
 
 
-def judged(pair: Pair) -> Judged | str:
-    """Both models' responses with rewards, or why they have none.
+def judged(subject: Subject) -> Judged | str:
+    """Both models' responses with rewards, or the reason why none could be computed.
 
-    The stage's reward on the sampled prompts; else its evaluation's, on them if they have all that the held-out prompts
-    have (a reward need not say what it reads), or on as many held-out ones.
+    Uses the stage's reward on the sampled prompts. Otherwise uses the evaluation's reward: on the sampled prompts if
+    they have all columns of the held-out ones (a reward may not declare what it reads), else on as many held-out ones.
     """
-    if pair.drives_away:
-        return "The method drives the student away from its teacher, which has to know nothing better."
-    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
-        return "The teacher reads the response that it scores, and so has no responses of its own."
-    prompts, rollouts, held_out = pair.prompts, pair.rollouts, pair.held_out
-    reward = pair.reward
+    if subject.maximises_divergence:
+        return "The method maximises the divergence from its teacher, so the teacher need not be better."
+    if Trait.READS_ATTEMPT in needs_of(subject.method.context):
+        return "The teacher reads the response that it scores, so it cannot write its own."
+    prompts, rollouts, held_out = subject.prompts, subject.rollouts, subject.held_out
+    reward = subject.reward
     if reward is None or unfit_to_measure(reward):
         if held_out is None or held_out.reward is None:
-            return without_reward(pair)
+            return without_reward(subject)
         reward = held_out.reward
         if missing_for(reward.needs | filled_in(held_out.prompts), prompts):
-            prompts = sample_of(held_out.prompts, len(prompts), pair.seed)
-            if missing := missing_for(needs_of(pair.method.context).columns, prompts):
+            prompts = sample_of(held_out.prompts, len(prompts), subject.seed)
+            if missing := missing_for(needs_of(subject.method.context).columns, prompts):
                 return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
-            rollouts = pair.written(prompts)
-    return Judged(reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, pair.taught(prompts)))
+            rollouts = subject.student_responses(prompts)
+    return Judged(
+        reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, subject.teacher_responses(prompts))
+    )
 
 
-def without_reward(pair: Pair) -> str:
+def without_reward(subject: Subject) -> str:
     """Why accuracy cannot be measured where the evaluation has no reward either."""
-    if pair.asks_a_judge:
-        return "The stage's reward asks a judge, the doctor asks none, and the stage's evaluation has no reward."
-    if pair.reward is not None:
-        return f"The stage's reward is {pair.reward.name!r}, {unfit_to_measure(pair.reward)}. Its evaluation has none."
+    if subject.has_judge_reward:
+        return "The stage's reward needs a judge, which the doctor does not call, and its evaluation has no reward."
+    if subject.reward is not None:
+        unfit = unfit_to_measure(subject.reward)
+        return f"The stage's reward is {subject.reward.name!r}, {unfit}. Its evaluation has no reward."
     return "The stage has no reward, and neither has its evaluation: accuracy cannot be measured."
 
 
 def filled_in(prompts: Sequence[Prompt]) -> frozenset[str]:
-    """The answer and the columns of the metadata, where every prompt has them."""
+    """The columns that every prompt has, among `answer` and the metadata."""
     names = {"answer", *(name for prompt in prompts for name in prompt.metadata)}
     return frozenset(names) - frozenset(missing_for(frozenset(names), prompts))
 
 
 def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]:
-    """Which of the columns some prompt does not have."""
+    """The columns that at least one prompt lacks."""
 
     def has(prompt: Prompt, name: str) -> bool:
         return getattr(prompt, name, None) is not None or prompt.metadata.get(name) is not None
@@ -96,10 +100,10 @@ def missing_for(columns: frozenset[str], prompts: Sequence[Prompt]) -> list[str]
     return sorted(name for name in columns if not all(has(prompt, name) for prompt in prompts))
 
 
-def headroom(pair: Pair, judgement: Judged | str) -> Finding:
+def headroom(subject: Subject, judgement: Judged | str) -> Finding:
     """The teacher's mean reward against the student's, with intervals over prompts, and pass@k of the student.
 
-    Levels go by the paired difference: none or a negative one stops, one whose interval holds 0 asks for a look.
+    The level follows the paired difference: 0 or negative: stop; an interval that contains 0: change.
     """
     if isinstance(judgement, str):
         return skipped("headroom/accuracy", judgement)
@@ -128,34 +132,34 @@ def headroom(pair: Pair, judgement: Judged | str) -> Finding:
             level="stop",
             says=f"{says}. The teacher is no better than the student.",
             numbers=numbers,
-            remedy=_better_teacher(pair),
+            remedy=_better_teacher(subject),
             study=NEW_KNOWLEDGE,
         )
     if gap.low <= 0:
         return Finding(
             name="headroom/accuracy",
             level="change",
-            says=f"{says}. It may be no better than the student: {len(gaps)} prompts cannot tell.",
+            says=f"{says}. {len(gaps)} prompts are too few to tell whether the teacher is better.",
             numbers=numbers,
-            remedy=f"Ask again with a larger --prompts, or: {_better_teacher(pair)}",
+            remedy=f"Run opd doctor again with a larger --prompts, or: {_better_teacher(subject)}",
             study=NEW_KNOWLEDGE,
         )
     return Finding(name="headroom/accuracy", level="ok", says=f"{says}.", numbers=numbers)
 
 
-def probe(pair: Pair, judgement: Judged | str) -> Finding:
-    """What the teacher gains behind the student's own prefixes, by depth, and the response limit that follows."""
+def probe(subject: Subject, judgement: Judged | str) -> Finding:
+    """The teacher's gain after prefixes of the student's responses, by depth, and the response limit that follows."""
     name = "headroom/continuation"
     if isinstance(judgement, str):
         return skipped(name, judgement)
     if not judgement.binary:
-        return skipped(name, "The probe counts right and wrong responses, and this reward is neither 0 nor 1.")
+        return skipped(name, "The probe counts right and wrong responses, but this reward is not always 0 or 1.")
     rollouts = [rollout for rollout in judgement.student if rollout.sample == 0]
-    found = probed(pair, rollouts, judgement.reward)
+    found = probed(subject, rollouts, judgement.reward)
     depths = [depth for one in found for depth in one.depths if depth.responses >= FEWEST]
     if not depths:
         return skipped(name, f"Fewer than {FEWEST} responses reach a depth of the probe.")
-    cap = pair.sampling.max_completion_length
+    cap = subject.sampling.max_completion_length
     wanted = quantile([len(r.response_ids) for r in judgement.teacher], 0.9)
     first = found[0].alone.mean - found[0].student.mean
     limit = response_limit(first, depths, wanted)
@@ -165,29 +169,29 @@ def probe(pair: Pair, judgement: Judged | str) -> Finding:
          "right_wrong": d.transitions.right_wrong, "wrong_right": d.transitions.wrong_right}
         for d in depths
     ]  # fmt: skip
-    behind = 0.0 if limit is None else share_behind(rollouts, limit)
+    cut_share = 0.0 if limit is None else share_after(rollouts, limit)
     numbers: dict[str, object] = {"gain_alone": first, "depths": rows, "teacher_length_p90": wanted, "limit": cap}
     says = f"The teacher gains {first:+.2f} over the student from the prompt"
-    says += "".join(f", {depth.gain:+.2f} behind {depth.depth} of its tokens" for depth in depths)
-    if limit is None or behind < WORTH_CUTTING:
+    says += "".join(f", {depth.gain:+.2f} after {depth.depth} of its tokens" for depth in depths)
+    if limit is None or cut_share < WORTH_CUTTING:
         return Finding(name=name, level="ok", says=f"{says}.", numbers=numbers)
     return Finding(
         name=name,
         level="change",
-        says=f"{says}: behind token {limit} of {cap}, where {behind:.0%} of the student's tokens are, it is of no "
-        f"help, and 90 % of its own responses end by token {wanted}.",
-        numbers={**numbers, "recommended": limit, "behind": behind},
+        says=f"{says}: after token {limit} of {cap}, where {cut_share:.0%} of the student's tokens are, the teacher "
+        f"does not help, and 90 % of its own responses end by token {wanted}.",
+        numbers={**numbers, "recommended": limit, "behind": cut_share},
         remedy=f"Set sampling.max_completion_length to {limit}.",
         study="`opd study prefixes` and `length`; arXiv 2604.13016 section 6.1: the teacher's gain fades with depth, "
         "and longer responses collapse late",
     )
 
 
-def probed(pair: Pair, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
-    """The continuation probe at `DEPTHS` of the limit, in as few calls as the teacher's positions allow."""
-    cap = pair.sampling.max_completion_length
-    contexts = pair.contexts(rollouts)
-    lm = pair.teacher.lm
+def probed(subject: Subject, rollouts: Sequence[Rollout], reward: Reward) -> list[Continuation]:
+    """The continuation probe at `DEPTHS`, in as few calls as the teacher's number of positions allows."""
+    cap = subject.sampling.max_completion_length
+    contexts = subject.contexts(rollouts)
+    lm = subject.teacher.lm
     longest = max(len(render(context, lm.tokenizer, lm.template_options)) for context in contexts)
     by_room: dict[int, list[int]] = {}
     for depth in sorted({max(1, round(share * cap)) for share in DEPTHS}):
@@ -195,21 +199,21 @@ def probed(pair: Pair, rollouts: Sequence[Rollout], reward: Reward) -> list[Cont
         if room > 0:
             by_room.setdefault(room, []).append(depth)
     found: list[Continuation] = []
-    with pair.at_work():
+    with subject.on_device():
         for room, depths in by_room.items():
-            sampling = replace(pair.sampling, n=1, max_completion_length=room)
+            sampling = replace(subject.sampling, n=1, max_completion_length=room)
             found.append(
                 continuation(
-                    pair.teacher, rollouts, depths, reward, sampling=sampling, contexts=contexts, seed=pair.seed
+                    subject.teacher, rollouts, depths, reward, sampling=sampling, contexts=contexts, seed=subject.seed
                 )
             )
     return found
 
 
 def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> int | None:
-    """The depth in tokens at which the teacher's gain is gone for good, but never less than the teacher itself needs.
+    """The depth in tokens from which the teacher's gain stays below the threshold, at least `wanted`.
 
-    None when the teacher gains nothing even from the prompt, or still gains at the deepest depth.
+    None if the teacher gains nothing from the prompt, or still gains at the largest depth.
     """
     if gain_alone <= 0:
         return None
@@ -218,8 +222,8 @@ def response_limit(gain_alone: float, depths: Sequence[Depth], wanted: int) -> i
     return max(int(min(beyond)), wanted) if beyond else None
 
 
-def share_behind(rollouts: Sequence[Rollout], limit: int) -> float:
-    """The share of all tokens of the responses that a limit on their length would cut off."""
+def share_after(rollouts: Sequence[Rollout], limit: int) -> float:
+    """The share of the responses' tokens that a length limit would cut off."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     return sum(max(length - limit, 0) for length in lengths) / sum(lengths)
 
@@ -230,7 +234,7 @@ def bounds(name: str, interval: Interval) -> dict[str, float]:
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
-    """Rewards in groups of one prompt, in order."""
+    """Rewards grouped by prompt, in order."""
     groups: dict[int, list[float]] = {}
     for rollout in rollouts:
         assert rollout.reward is not None
@@ -239,22 +243,22 @@ def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
 
 
 def quantile(lengths: Sequence[int], share: float) -> int:
-    """The smallest of the lengths that at least `share` of them do not exceed."""
+    """The smallest length that at least `share` of the lengths do not exceed."""
     return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
 def _interval(scores: Sequence[Sequence[float]], binary: bool) -> Interval:
-    """The mean over prompts with its 95 % interval: Wilson's over prompts for right and wrong, else a bootstrap."""
+    """The mean over prompts with its 95 % interval: Wilson's if rewards are 0 or 1, else a bootstrap over prompts."""
     means = [sum(group) / len(group) for group in scores]
     total = math.fsum(means)
     ends = wilson(min(total, len(means)), len(means)) if binary else bootstrap_mean(means)
     return Interval(total / len(means), *ends)
 
 
-def _better_teacher(pair: Pair) -> str:
-    if pair.self_taught:
+def _better_teacher(subject: Subject) -> str:
+    if subject.self_taught:
         return "Give the teacher more than the student reads (options.system, examples or template), or another method."
     return (
-        f"Set the stage's teacher (now {pair.teacher_name!r}) to a model that has learned something new, e.g. "
-        f"{pair.spec.train} itself after a stage of method: grpo."
+        f"Set the stage's teacher (now {subject.teacher_name!r}) to a model that has learned something new, e.g. "
+        f"{subject.spec.train} itself after a stage of method: grpo."
     )

@@ -1,8 +1,8 @@
 """Privileged information: one rule for all prompts, or a fact about each? Only a rule can be internalised.
 
-arXiv 2605.11182 eq. 10-11 and Fig. 3: over contexts I of one prompt the student is driven to the normalised geometric
-mean of the teachers, and keeps the loss -log Z. To see that on one context a prompt, each prompt is also read with the
-privileged columns of other prompts: what those change is the part of the teacher that belongs to the instance.
+arXiv 2605.11182 eq. 10-11 and Fig. 3: over contexts I of one prompt, the student converges to the normalised geometric
+mean of the teachers, and the loss -log Z remains. The data has one context per prompt, so each prompt is also read with
+the privileged columns of other prompts; the teacher's change under them is specific to the instance.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.headroom import Judged, bounds, by_prompt
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.compare import compare
 from opd.evaluation.disagreement import mean_disagreement
 from opd.maths.statistics import Interval, bootstrap_mean
@@ -20,11 +20,11 @@ from opd.pieces.needs import Input, Trait, needs_of
 from opd.rewards.base import rewarded
 from opd.types import Context, Prompt, Rollout
 
-OTHERS = 3  # other prompts whose columns each prompt is read with
+OTHERS = 3  # number of other prompts that lend a prompt their columns
 
 
-# Shares of the loss that no student can remove. arXiv 2605.11182 gives no number: a rule (Fig. 5 to 7) has 0, and an
-# answer (Fig. 3) has most of it. Ours.
+# Shares of the loss that no student can remove. Our thresholds: arXiv 2605.11182 gives none; its rules (Fig. 5 to 7)
+# have 0, its answers (Fig. 3) most of the loss.
 MOSTLY_SHARED = 0.1
 
 
@@ -43,26 +43,26 @@ STUDY = (
 )
 
 
-def disagreement(pair: Pair) -> Finding:
-    """-log Z a token between each prompt's own privileged columns and those of other prompts, beside the loss.
+def disagreement(subject: Subject) -> Finding:
+    """-log Z per token between each prompt's own privileged columns and those of other prompts, against the loss.
 
-    The loss is the mean KL(student || teacher) over the same contexts: -log Z is its smallest possible value, so that
-    their ratio is the share that stays however long one trains.
+    The loss is the mean KL(student || teacher) over the same contexts. -log Z is its minimum, so their ratio is the
+    share of the loss that training cannot remove.
     """
     name = "information/disagreement"
-    why, rows, swapped = privileged_rows(pair)
+    why, rows, swapped = privileged_rows(subject)
     if why:
         return skipped(name, why)
-    if all(_shown(each) == _shown(pair.contexts(rows)) for each in swapped):
-        return _the_same(name, pair, rows)
-    contexts = [list(several) for several in zip(pair.contexts(rows), *swapped, strict=True)]
-    method, tokens = pair.method, pair.spec.micro_batch_tokens
+    if all(_shown(each) == _shown(subject.contexts(rows)) for each in swapped):
+        return _the_same(name, subject, rows)
+    contexts = [list(several) for several in zip(subject.contexts(rows), *swapped, strict=True)]
+    method, tokens = subject.method, subject.spec.micro_batch_tokens
     floor = max(
-        mean_disagreement(pair.teacher, rows, contexts, temperature=method.temperature), 0.0
-    )  # rounding may leave it below
+        mean_disagreement(subject.teacher, rows, contexts, temperature=method.temperature), 0.0
+    )  # rounding may make it negative
     losses = [
         compare(
-            pair.student, pair.teacher, rows, each, k=1, temperature=method.temperature, micro_batch_tokens=tokens
+            subject.student, subject.teacher, rows, each, k=1, temperature=method.temperature, micro_batch_tokens=tokens
         ).reverse_kl
         for each in zip(*contexts, strict=True)
     ]
@@ -74,7 +74,7 @@ def disagreement(pair: Pair) -> Finding:
         f"the loss's {loss:.3g} nats per token: {share:.0%} cannot be learned"
     )
     if share < MOSTLY_INSTANCE:
-        kind = "a rule that prompts share" if share < MOSTLY_SHARED else "partly a shared rule, partly a fact a prompt"
+        kind = "a rule shared by prompts" if share < MOSTLY_SHARED else "partly a shared rule, partly a fact per prompt"
         return Finding(name=name, level="ok", says=f"{says}. It is {kind}.", numbers=numbers)
     return Finding(
         name=name,
@@ -86,22 +86,24 @@ def disagreement(pair: Pair) -> Finding:
     )
 
 
-def transfer(pair: Pair, judgement: Judged | str) -> Finding:
-    """Whether the teacher is as good with another prompt's privileged columns: then it brings what a student can learn.
+def transfer(subject: Subject, judgement: Judged | str) -> Finding:
+    """Whether the teacher stays as good with another prompt's privileged columns: then a student can learn its gain.
 
-    Reward of the teacher's responses with their own context, with another prompt's, and of the student.
+    Compares rewards of the teacher's responses with their own context, with another prompt's, and of the student's.
     """
     name = "information/transfer"
     if isinstance(judgement, str):
         return skipped(name, judgement)
-    why, rows, swapped = privileged_rows(pair)
+    why, rows, swapped = privileged_rows(subject)
     if why:
         return skipped(name, why)
     if [r.prompt for r in judgement.student if r.sample == 0] != [row.prompt for row in rows]:
-        return skipped(name, "Rewards are of held-out prompts, whose privileged information is not the stage's.")
-    if _shown(swapped[0]) == _shown(pair.contexts(rows)):
-        return _the_same(name, pair, rows)
-    elsewhere = by_prompt(rewarded(judgement.reward, pair.taught([r.prompt for r in rows], fixed(swapped[0]))))
+        return skipped(name, "Rewards were measured on held-out prompts, and this check needs the stage's prompts.")
+    if _shown(swapped[0]) == _shown(subject.contexts(rows)):
+        return _the_same(name, subject, rows)
+    elsewhere = by_prompt(
+        rewarded(judgement.reward, subject.teacher_responses([r.prompt for r in rows], fixed(swapped[0])))
+    )
     own, ours = by_prompt(judgement.teacher), by_prompt(judgement.student)
     own_gain, other_gain = (_gain(scores, ours) for scores in (own, elsewhere))
     numbers = {**bounds("own_gain", own_gain), **bounds("other_gain", other_gain)}
@@ -112,37 +114,37 @@ def transfer(pair: Pair, judgement: Judged | str) -> Finding:
     return Finding(
         name=name,
         level="stop",
-        says=f"{says}: it knows the answer, not how to find it.",
+        says=f"{says}: the teacher knows the answer, not how to find it.",
         numbers=numbers,
         remedy=REMEDY,
         study=STUDY,
     )
 
 
-def _the_same(name: str, pair: Pair, rows: Sequence[Rollout]) -> Finding:
-    if Trait.READS_ATTEMPT in needs_of(pair.method.context):
-        return skipped(name, "The teacher reads the student's attempt alone, and no column that a prompt could lend.")
+def _the_same(name: str, subject: Subject, rows: Sequence[Rollout]) -> Finding:
+    if Trait.READS_ATTEMPT in needs_of(subject.method.context):
+        return skipped(name, "The teacher reads only the student's attempt: other prompts have no column to lend.")
     says = "Every prompt has the same privileged information: -log Z is 0, and it transfers by construction."
     return Finding(name=name, level="ok", says=says, numbers={"prompts": len(rows)})
 
 
-def privileged_rows(pair: Pair) -> tuple[str, list[Rollout], list[list[Prompt]]]:
-    """Why there is nothing to measure (or nothing), the responses, and their contexts with others' columns in turn."""
-    rows = pair.firsts
-    if pair.drives_away:
-        return "The method drives the student away from its teacher: no loss is to be removed.", rows, []
-    if Input.GROUP in needs_of(pair.method.context):
-        return "The teacher reads other responses to its prompt, which other prompts cannot lend.", rows, []
-    if _shown(pair.contexts(rows)) == _shown([row.prompt for row in rows]):
+def privileged_rows(subject: Subject) -> tuple[str, list[Rollout], list[list[Prompt]]]:
+    """The reason to skip ("" if none), the responses, and their contexts with columns of each of `OTHERS` prompts."""
+    rows = subject.firsts
+    if subject.maximises_divergence:
+        return "The method maximises the divergence from its teacher: there is no loss to remove.", rows, []
+    if Input.GROUP in needs_of(subject.method.context):
+        return "The teacher reads other responses to its prompt, and other prompts have none to it.", rows, []
+    if _shown(subject.contexts(rows)) == _shown([row.prompt for row in rows]):
         return "The teacher reads what the student reads: there is no privileged information.", rows, []
     if len(rows) < 2:
-        return "Privileged information is compared between prompts, and there is one.", rows, []
+        return "Privileged information is compared between prompts, and there is only one prompt.", rows, []
     others = range(1, min(OTHERS, len(rows) - 1) + 1)
-    return "", rows, [pair.contexts(with_columns_of(rows, shift)) for shift in others]
+    return "", rows, [subject.contexts(with_columns_of(rows, shift)) for shift in others]
 
 
 def with_columns_of(rows: Sequence[Rollout], shift: int) -> list[Rollout]:
-    """The responses as if each prompt had the privileged columns of the one `shift` places further."""
+    """The responses, each prompt with the privileged columns of the prompt `shift` places later (cyclic)."""
     out: list[Rollout] = []
     for i, row in enumerate(rows):
         other = rows[(i + shift) % len(rows)].prompt
@@ -152,17 +154,17 @@ def with_columns_of(rows: Sequence[Rollout], shift: int) -> list[Rollout]:
 
 
 def fixed(contexts: Sequence[Prompt]) -> Context:
-    """A context that is known for each prompt, by its id."""
+    """A context piece that returns the given context of each prompt, by id."""
     by_id = {context.id: context for context in contexts}
     return lambda rollouts: [by_id[rollout.prompt.id] for rollout in rollouts]
 
 
 def _shown(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts without the columns that no model reads."""
+    """The prompts without columns that no model reads."""
     return [replace(prompt, answer=None, response=None, privileged_context=None, metadata={}) for prompt in prompts]
 
 
 def _gain(scores: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Interval:
-    """Mean difference of two sets of rewards over the same prompts, with its 95 % interval."""
+    """The mean difference of two sets of rewards over the same prompts, with its 95 % interval."""
     gains = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(scores, base, strict=True)]
     return Interval(sum(gains) / len(gains), *bootstrap_mean(gains))

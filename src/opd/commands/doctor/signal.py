@@ -1,4 +1,4 @@
-"""Is there a signal, is it computed right, and where in the response does it live?"""
+"""Is there a signal, is it computed correctly, and where in the response is it?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.evaluation.buckets import Buckets
 from opd.evaluation.compare import Comparison, compare
 from opd.models.language_model import LanguageModel
@@ -19,45 +19,45 @@ from opd.types import ScoreRequest, Teacher
 K = 16  # most likely tokens of each model: arXiv 2604.13016 section 3
 
 
-# Two ways to the same log-prob differ by rounding alone. Ours: hundreds of times what float32 rounds on logits of 30,
-# and what bfloat16's 8 bits leave of them.
+# Nats by which two computations of one log-prob may differ through rounding. Our numbers: hundreds of times float32's
+# rounding of logits around 30, and the precision of bfloat16's 8 bits there.
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 
 
-FEW = 4  # prompts, where more would only repeat what they show
+FEW = 4  # prompts for checks in which more prompts add nothing
 
 
-# arXiv 2604.13016 section 3.2: the pairs that were studied begin at overlap ratios of 70.3 % to 75.7 %, a successful
-# one goes from 72 % to 91 % (section 4.2), and the tokens of the overlap hold 97 to 99 % of both masses (Fig. 18).
+# arXiv 2604.13016 section 3.2: the studied pairs start at overlap ratios of 70.3 % to 75.7 %; a successful one rises
+# from 72 % to 91 % (section 4.2); the tokens of the overlap hold 97 to 99 % of both masses (Fig. 18).
 LOWEST_OVERLAP = 0.70
 
 
 LOWEST_MASS = 0.97
 
 
-# arXiv 2604.13016 section 4.1: a small loss with a small gradient is nothing to learn, not success. Nats a token; ours.
+# Nats per token; our threshold. arXiv 2604.13016 section 4.1: a small loss with a small gradient is no success.
 NOTHING_TO_LEARN = 1e-3
 
 
-# A position whose divergence is below a tenth of the strongest bucket's teaches little; ours, for arXiv 2604.13016
-# section 6.1.
+# A bucket teaches little if its divergence is below this share of the strongest bucket's. Our threshold, for the effect
+# of arXiv 2604.13016 section 6.1.
 FADED = 0.1
 
 
 BUCKET = 16  # tokens, doubled until sixteen buckets are enough
 
 
-def compared(pair: Pair) -> Comparison:
+def compared(subject: Subject) -> Comparison:
     """Student and teacher at every token of one response per prompt."""
-    firsts = pair.firsts
+    firsts = subject.firsts
     return compare(
-        pair.student,
-        pair.teacher,
+        subject.student,
+        subject.teacher,
         firsts,
-        pair.contexts(firsts),
-        k=min(K, pair.student.vocabulary),
-        temperature=pair.method.temperature,
-        micro_batch_tokens=pair.spec.micro_batch_tokens,
+        subject.contexts(firsts),
+        k=min(K, subject.student.vocabulary),
+        temperature=subject.method.temperature,
+        micro_batch_tokens=subject.spec.micro_batch_tokens,
     )
 
 
@@ -67,15 +67,15 @@ def tolerance(lm: LanguageModel) -> float:
     return TOLERANCE["bfloat16" if half else "float32"]
 
 
-def self_test(pair: Pair) -> Finding:
-    """With the student as its own teacher on the same prompt every log-ratio and every divergence is zero.
+def self_test(subject: Subject) -> Finding:
+    """With the student as its own teacher on the same prompt, every log-ratio and every divergence is zero.
 
-    The teacher's path renders the prompt again and reads in batches of its own, so that a response that is aligned to
-    the wrong tokens shows. The sampler's own record is compared too, where it drew at a temperature above 0.
+    The teacher's path renders the prompt again and uses its own batches, so a misaligned response shows up. The
+    sampler's recorded log-probs are compared too, if its temperature was above 0.
     """
-    rows, lm = pair.firsts[:FEW], pair.student
-    temperature = pair.sampling.temperature
-    itself = LocalTeacher(lm=lm, micro_batch_tokens=pair.spec.micro_batch_tokens, student_device=lm.device)
+    rows, lm = subject.firsts[:FEW], subject.student
+    temperature = subject.sampling.temperature
+    itself = LocalTeacher(lm=lm, micro_batch_tokens=subject.spec.micro_batch_tokens, student_device=lm.device)
     got = compare(
         lm, itself, rows, [row.prompt for row in rows], k=1, temperature=temperature or 1.0, micro_batch_tokens=1
     )
@@ -101,26 +101,26 @@ def self_test(pair: Pair) -> Finding:
     return Finding(
         name="signal/self_test",
         level="stop",
-        says=f"{says}, and rounding explains {limit:g}: scores do not belong to the tokens that were written.",
+        says=f"{says}, and rounding explains {limit:g}: scores are not those of the sampled tokens.",
         numbers=numbers,
-        remedy=f"Set models.{pair.spec.train}.attn_implementation: eager and dtype: float32; report the model if that "
-        "does not mend it.",
+        remedy=f"Set models.{subject.spec.train}.attn_implementation: eager and dtype: float32; if the numbers stay, "
+        "report the model.",
         study="arXiv 2605.11182 eq. 1: value and gradient are zero at q = p",
     )
 
 
-def repeatability(pair: Pair) -> Finding:
-    """The teacher's scores of the same responses are the same again, and with other batches."""
-    rows = pair.firsts[:FEW]
-    contexts, temperature = pair.contexts(rows), pair.method.temperature
+def repeatability(subject: Subject) -> Finding:
+    """Whether the teacher's scores of the same responses repeat, also in other batches."""
+    rows = subject.firsts[:FEW]
+    contexts, temperature = subject.contexts(rows), subject.method.temperature
 
     def scores(teacher: Teacher) -> Tensor:
         request = ScoreRequest(support=sampled(), temperature=temperature)
         return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, request)])
 
-    first, again = scores(pair.teacher), scores(pair.teacher)
-    alone = scores(replace(pair.teacher, micro_batch_tokens=1))  # a row a batch
-    limit = tolerance(pair.teacher.lm)
+    first, again = scores(subject.teacher), scores(subject.teacher)
+    alone = scores(replace(subject.teacher, micro_batch_tokens=1))  # one row per batch
+    limit = tolerance(subject.teacher.lm)
     numbers = {
         "tokens": len(first),
         "not_finite": int((~first.isfinite()).sum()),
@@ -142,14 +142,14 @@ def repeatability(pair: Pair) -> Finding:
         level="stop",
         says=f"{says} (tolerance {limit:g}): the student would learn noise.",
         numbers=numbers,
-        remedy=f"Set models.{pair.teacher_name}.dtype: float32 and attn_implementation: eager; a model that routes "
+        remedy=f"Set models.{subject.teacher_name}.dtype: float32 and attn_implementation: eager; a model that routes "
         "tokens by their batch cannot be a teacher.",
         study="docs/numerics.md: a step does not depend on how it is split",
     )
 
 
-def strength(pair: Pair, comparison: Comparison) -> Finding:
-    """How far the teacher is from the student on the student's own tokens."""
+def strength(subject: Subject, comparison: Comparison) -> Finding:
+    """The distance between teacher and student on the student's tokens."""
     log_ratio = comparison.teacher_logp - comparison.student_logp
     numbers = {
         "tokens": len(comparison.step),
@@ -165,34 +165,35 @@ def strength(pair: Pair, comparison: Comparison) -> Finding:
     )
     if numbers["reverse_kl"] >= NOTHING_TO_LEARN:
         return Finding(name="signal/strength", level="ok", says=says, numbers=numbers)
-    if pair.drives_away:
+    if subject.maximises_divergence:
         return Finding(
             name="signal/strength",
             level="change",
-            says=f"{says} There is nothing to drive the student away from: what is left is the reward.",
+            says=f"{says} Teacher and student agree: the method has no divergence to increase.",
             numbers=numbers,
-            remedy="Let the teacher read something: a larger sampling.n, for a right response among a prompt's others, "
-            "or the data's column that options.solution names.",
-            study="arXiv 2605.11609 eq. 6: the push is made of what a solution changes",
+            remedy="Give the teacher more to read: a larger sampling.n, so that a group has a right response, or the "
+            "data's column that options.solution names.",
+            study="arXiv 2605.11609 eq. 6: the push comes from what a solution changes",
         )
     return Finding(
         name="signal/strength",
         level="stop",
-        says=f"{says} The teacher says what the student says already.",
+        says=f"{says} The teacher predicts what the student predicts already.",
         numbers=numbers,
-        remedy=f"Set the stage's teacher to a model that differs from {pair.spec.train}, or give its context more.",
+        remedy=f"Set the stage's teacher to a model that differs from {subject.spec.train}, or give its context more.",
         study="arXiv 2604.13016 section 4.1: a small loss with a small gradient is nothing to learn",
     )
 
 
-def overlap(pair: Pair, comparison: Comparison) -> Finding:
-    """Whether both models look at the same tokens, against the range of pairs in which distillation was studied."""
-    if pair.drives_away:
-        return skipped("signal/overlap", "The method drives the student away from its teacher: no overlap is to grow.")
-    if pair.student.vocabulary <= 2 * K:
+def overlap(subject: Subject, comparison: Comparison) -> Finding:
+    """Whether both models prefer the same tokens, compared with the pairs studied in arXiv 2604.13016."""
+    if subject.maximises_divergence:
+        return skipped("signal/overlap", "The method maximises the divergence from its teacher, not the overlap.")
+    if subject.student.vocabulary <= 2 * K:
         return skipped(
             "signal/overlap",
-            f"Of a vocabulary of {pair.student.vocabulary} tokens the {K} most likely ones of any two models overlap.",
+            f"The vocabulary has {subject.student.vocabulary} tokens, so the {K} most likely ones of any two models "
+            "overlap.",
         )
     numbers = {
         "k": comparison.k,
@@ -205,9 +206,9 @@ def overlap(pair: Pair, comparison: Comparison) -> Finding:
     says = (
         f"{numbers['overlap_ratio']:.0%} of the top {K} tokens are shared; they hold "
         f"{numbers['student_mass_on_overlap']:.1%} of the student's and {numbers['teacher_mass_on_overlap']:.1%} of "
-        f"the teacher's mass (pairs that were studied: from {LOWEST_OVERLAP:.0%}, masses from {LOWEST_MASS:.0%})."
+        f"the teacher's mass (studied pairs: from {LOWEST_OVERLAP:.0%}, masses from {LOWEST_MASS:.0%})."
     )
-    # A low ratio over improbable tokens is noise: the masses have to miss too (2604.13016 app. C.2).
+    # A low ratio over improbable tokens is noise, so the masses have to be low too (2604.13016 app. C.2).
     if numbers["overlap_ratio"] >= LOWEST_OVERLAP or mass >= LOWEST_MASS:
         return Finding(name="signal/overlap", level="ok", says=says, numbers=numbers)
     return Finding(
@@ -215,16 +216,17 @@ def overlap(pair: Pair, comparison: Comparison) -> Finding:
         level="change",
         says=says,
         numbers=numbers,
-        remedy="Put a stage before this one, method: sft with options.source: teacher on other prompts, and ask again.",
+        remedy="Add a stage before this one, method: sft with options.source: teacher on other prompts, and run opd "
+        "doctor again.",
         study="`opd study cold_start`; arXiv 2604.13016 sections 3.2, 4.2 and 5.1: a cold start on teacher responses "
         "raises a low overlap",
     )
 
 
 def by_position(comparison: Comparison) -> Finding:
-    """Reverse KL by position in the response, and from where on it has faded. No verdict: the probe has the last word.
+    """Reverse KL by position in the response, and the position from which it is faded. The level is always ok.
 
-    A student that has gone wrong early cannot be told from one that is done, so that `continuation` decides.
+    A small KL does not tell a student that failed early from one that has finished; `headroom.probe` decides.
     """
     buckets = Buckets.over(BUCKET, int(comparison.step.max()) + 1)
     bucket = buckets.of(comparison.step)
@@ -239,13 +241,13 @@ def by_position(comparison: Comparison) -> Finding:
     says = f"Reverse KL by position, in buckets of {buckets.width}: "
     says += ", ".join(f"{row['reverse_kl']:.2g}" for row in rows) + " nats"
     if alive[-1] is rows[-1]:
-        return Finding(name="signal/by_position", level="ok", says=f"{says}; alive to the end.", numbers=numbers)
+        return Finding(name="signal/by_position", level="ok", says=f"{says}; not faded at the end.", numbers=numbers)
     faded_from = alive[-1]["from"] + buckets.width
     numbers["faded_from"] = faded_from
     return Finding(
         name="signal/by_position",
         level="ok",
-        says=f"{says}; below a tenth of its height from token {faded_from} on.",
+        says=f"{says}; below a tenth of its maximum from token {faded_from} on.",
         numbers=numbers,
     )
 
@@ -255,5 +257,5 @@ def _mean(values: Tensor) -> float:
 
 
 def _largest(values: Tensor) -> float:
-    """The largest absolute value; a NaN wins."""
+    """The largest absolute value; NaN if any value is NaN."""
     return values.double().abs().max().item()

@@ -1,4 +1,4 @@
-"""Special tokens and endings in the measured scores: a few tokens on which the teacher was never asked.
+"""Log-ratios on special tokens and end tokens, which a few tokens may dominate.
 
 arXiv 2603.25562 section 4.3: the student is sure of a token (-0.07 and 0.00 nats), the teacher never writes it there
 (-19.16 and -58.71), and these few tokens carry most of the signal.
@@ -13,32 +13,32 @@ import torch
 from torch import Tensor
 
 from opd.commands.doctor.findings import Finding
-from opd.commands.doctor.subject import Pair
+from opd.commands.doctor.subject import Subject
 from opd.commands.doctor.tokenizers import SPECIAL_TOKENS, special_ids
 from opd.evaluation.compare import Comparison
 from opd.types import Rollout
 
-# Ordinary log-ratios lie between -1.2 and 0.2 nats in the paper, those of broken tokens at -19 and -58: between. Ours.
+# Our thresholds, between the paper's ordinary log-ratios (-1.2 to 0.2 nats) and those of broken tokens (-19 and -58).
 SUSPECT_LOG_RATIO = -5.0
 
 
 BROKEN_LOG_RATIO = -10.0
 
 
-SURE = math.log(0.5)  # of a token that it was unsure of, a weak student can be told that it is wrong; ours
+SURE = math.log(0.5)  # least log-prob of a token that the student is sure of; on others it may simply be wrong; ours
 
 
-FEW = 4  # prompts that the teacher answers to show how it ends
+FEW = 4  # prompts to which the teacher writes responses, to see its end tokens
 
 
-def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
-    """The log-ratio on special tokens and ends that the student is sure of, against that of all other tokens.
+def special_tokens(subject: Subject, comparison: Comparison) -> Finding:
+    """The log-ratio on special and end tokens that the student is sure of, against that of all other tokens.
 
-    Where ends are improbable to the teacher it writes a few responses itself: if they end with the student's tokens,
-    the student ends at the wrong place, which is a lesson; if they do not, the student would be taught never to end.
+    If ends are improbable under the teacher, it writes a few responses. If those end with the student's end tokens, the
+    student ends at the wrong place, which it can learn; if not, training would teach the student never to end.
     """
     log_ratio = comparison.teacher_logp - comparison.student_logp
-    ends, special = kinds_of(pair.firsts, special_ids(pair.student.tokenizer))
+    ends, special = kinds_of(subject.firsts, special_ids(subject.student.tokenizer))
     sure = comparison.student_logp >= SURE
     groups = {"end": log_ratio[ends & sure], "special": log_ratio[special & sure], "rest": log_ratio[~ends & ~special]}
     numbers = {name: float(values.double().median()) for name, values in groups.items() if len(values)}
@@ -49,13 +49,13 @@ def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
     low = [name for name in ("end", "special") if numbers.get(name, 0.0) <= least]
     alike = None
     if "end" in low:
-        alike = ends_alike(pair)
+        alike = ends_alike(subject)
         if alike is not None:
             numbers["teacher_ends_alike"] = alike
             says += f" Of the teacher's own responses {alike:.0%} end with a token that ends the student's."
         if alike:
             low.remove("end")
-            says += " The student ends at the wrong place, which it can be taught."
+            says += " The student ends at the wrong place, which it can learn."
     if not low:
         return Finding(name="signal/special_tokens", level="ok", says=says, numbers=numbers)
     broken = alike == 0.0 and numbers["end"] <= BROKEN_LOG_RATIO
@@ -63,27 +63,27 @@ def special_tokens(pair: Pair, comparison: Comparison) -> Finding:
         name="signal/special_tokens",
         level="stop" if broken else "change",
         says=says
-        + (" The student would be taught never to end." if broken else " Few tokens would carry most of the signal."),
+        + (" Training would teach the student never to end." if broken else " Few tokens would dominate the signal."),
         numbers=numbers,
-        remedy=f"Give models.{pair.spec.train} and models.{pair.teacher_name} one chat_template and one "
+        remedy=f"Give models.{subject.spec.train} and models.{subject.teacher_name} one chat_template and one "
         "end-of-sequence token, or use local_support_matching with options.mask_tokens for them.",
         study=SPECIAL_TOKENS,
     )
 
 
-def ends_alike(pair: Pair) -> float | None:
-    """Of a few responses that the teacher writes and finishes, the share whose last token ends the student's too.
+def ends_alike(subject: Subject) -> float | None:
+    """The share of a few finished teacher responses in which the last token is also a stop token of the student.
 
-    None if it finishes none within the limit.
+    None if the teacher finishes no response within the limit.
     """
-    finished = [rollout for rollout in pair.taught(pair.prompts[:FEW]) if rollout.finished]
+    finished = [rollout for rollout in subject.teacher_responses(subject.prompts[:FEW]) if rollout.finished]
     if not finished:
         return None
-    return sum(int(rollout.response_ids[-1]) in pair.student.stop_ids for rollout in finished) / len(finished)
+    return sum(int(rollout.response_ids[-1]) in subject.student.stop_ids for rollout in finished) / len(finished)
 
 
 def kinds_of(rollouts: Sequence[Rollout], special: frozenset[int]) -> tuple[Tensor, Tensor]:
-    """Of all trained tokens, in order, [N] bool each: the last of a finished response; other special tokens."""
+    """Two masks over all trained tokens in order, [N] bool each: last of a finished response; other special tokens."""
     ends, others = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     known = torch.tensor(sorted(special), dtype=torch.long)
     for rollout in rollouts:

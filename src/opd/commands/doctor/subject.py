@@ -1,4 +1,4 @@
-"""The pair that is examined: a stage's student and teacher as they stand before its first step."""
+"""The subject of the checks: a stage's student and teacher before its first step."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ SAMPLES = 4  # responses per prompt, for pass@k
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pair:
-    """What the checks look at. `prompts` are a sample of the stage's own, and `rollouts` the student's to them.
+class Subject:
+    """What the checks examine: both models, a sample `prompts` of the stage's, and the student's responses to them.
 
-    `rollouts` holds `Pair.sampling.n` responses per prompt, in order; `firsts` are the first of each.
+    `rollouts` holds `Subject.sampling.n` responses per prompt, in order; `firsts` are the first of each.
     """
 
     recipe: Recipe
@@ -44,12 +44,12 @@ class Pair:
     held_out: HeldOut | None
     student: LanguageModel
     external: LanguageModel | None
-    teacher: LocalTeacher  # in its own tokens
-    step_teacher: Teacher  # as a step of training asks it: by the method's rule on tokenizers
+    teacher: LocalTeacher  # scores in its own tokens
+    step_teacher: Teacher  # as in a training step: by the method's rule on tokenizers
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
-    asks_a_judge: bool = False  # the stage's reward does; the doctor asks none, and has no reward then
+    has_judge_reward: bool = False  # then `reward` is None: the doctor calls no judge
 
     @property
     def self_taught(self) -> bool:
@@ -57,7 +57,7 @@ class Pair:
 
     @property
     def teacher_name(self) -> str:
-        """The teacher's name in the recipe; the student's where it is its own."""
+        """The teacher's name in the recipe; the student's name if the student teaches itself."""
         return self.spec.teacher or self.spec.train
 
     @property
@@ -69,45 +69,45 @@ class Pair:
         return [rollout for rollout in self.rollouts if rollout.sample == 0]
 
     @property
-    def drives_away(self) -> bool:
-        """Whether the student is driven away from what the teacher says: then the teacher is no model to reach."""
+    def maximises_divergence(self) -> bool:
+        """Whether the method maximises the divergence from the teacher; then the teacher need not be better."""
         return Trait.MAXIMISES_DIVERGENCE in self.method.needs
 
     @property
     def scored(self) -> Sequence[Rollout]:
-        """What a check of the method's loss looks at: `firsts`, or whole groups where a piece compares responses."""
+        """Rollouts for checks of the method's loss: `firsts`, or all if a piece compares responses of a group."""
         return self.rollouts if Input.GROUP in self.method.needs else self.firsts
 
     def contexts(self, rollouts: Sequence[Rollout]) -> list[Prompt]:
-        """What the teacher reads, one a rollout, its place in its group of responses included."""
+        """The teacher's context of each rollout; a context piece that reads groups gets the whole groups."""
         if Input.GROUP not in needs_of(self.method.context):
             return self.method.context(rollouts)
-        asked = {(one.prompt.id, one.sample) for one in rollouts}
-        peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in asked]
+        own = {(one.prompt.id, one.sample) for one in rollouts}
+        peers = [one for one in self.rollouts if (one.prompt.id, one.sample) not in own]
         return self.method.context([*rollouts, *peers])[: len(rollouts)]
 
     def writers(self) -> Writers:
-        """Everyone who can write a response in a step of this stage, with the stage's own sampling."""
+        """The writers of a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
         samplers: dict[str | None, Sampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
         memory = self.method.make_memory()
         return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers, memory)
 
-    def written(self, prompts: Sequence[Prompt]) -> list[Rollout]:
-        """The student's responses, `sampling.n` a prompt."""
+    def student_responses(self, prompts: Sequence[Prompt]) -> list[Rollout]:
+        """The student's responses, `sampling.n` per prompt."""
         return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def _sampler(self, sampling: Sampling) -> TransformersSampler:
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """The responses with the stage's reward, if it has one; unjudged where a judge would have to be asked."""
-        if self.asks_a_judge:
-            return [replace(rollout, unjudged="the doctor asks no judge") for rollout in rollouts]
+        """The responses with the stage's reward, if it has one; marked as unjudged if that reward needs a judge."""
+        if self.has_judge_reward:
+            return [replace(rollout, unjudged="the doctor calls no judge") for rollout in rollouts]
         return rewarded(self.reward, rollouts)
 
-    def taught(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
-        """The teacher's own responses, with its context (or another), drawn as the student's were."""
+    def teacher_responses(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
+        """The teacher's responses with the method's context, or with `context`, sampled as the student's."""
         writer = TeacherWriter(
             teacher=self.teacher.lm,
             student=self.student,
@@ -116,18 +116,18 @@ class Pair:
             base=self.teacher.base,
             max_prompt_length=self.spec.max_prompt_length,
         )
-        with self.at_work():
+        with self.on_device():
             return writer(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
-    def at_work(self) -> contextlib.AbstractContextManager[Any]:
-        """The teacher on the device where it works: an offloaded one is elsewhere between its turns."""
+    def on_device(self) -> contextlib.AbstractContextManager[Any]:
+        """A context manager that puts an offloaded teacher on the student's device."""
         if not self.teacher.offload:
             return contextlib.nullcontext()
         return placed(self.teacher.lm, self.teacher.student_device)
 
 
 def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str | None = None) -> StageSpec:
-    """The stage called `name`, or the first that has a teacher, the student itself included; of its tasks, one.
+    """The stage `name`, reduced to `task`; default: the first stage with a teacher (the student itself counts).
 
     Raises ConfigError.
     """
@@ -137,31 +137,31 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
     for stage in recipe.stages if name is None else [recipe.stage(name)]:
         method = given.method or build_method(stage.method, stage.options)
         if method.teacher.kind != "none":
-            return part_to_examine(stage, task)
+            return task_to_examine(stage, task)
     raise ConfigError(
-        f"opd doctor asks whether a teacher will teach a student, and in {recipe.name} "
+        f"opd doctor checks whether a teacher will teach a student, and in {recipe.name} "
         + (f"no stage ({', '.join(names)}) has" if name is None else f"stage {name!r} does not have")
         + " a teacher that scores. Choose a stage or a method with one."
     )
 
 
-def part_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
-    """The stage, or the task of it that is asked for, as a stage of its own. Raises ConfigError for another task."""
+def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
+    """The stage, or its task `task` as a stage without tasks. Raises ConfigError for an unknown task."""
     if not stage.tasks and task is None:
         return stage
     if task not in stage.tasks:
         raise ConfigError(
             f"Stage {stage.name!r} "
-            + (f"has the tasks {', '.join(stage.tasks)}, each a pair of its own" if stage.tasks else "has no tasks")
+            + (f"has the tasks {', '.join(stage.tasks)}, examined one by one" if stage.tasks else "has no tasks")
             + (f"; got --task {task}.{nearest(task, stage.tasks)}" if task is not None else ". Choose one with --task.")
         )
     return stage.only(str(task))
 
 
 def sampling_for(spec: StageSpec, method: Method) -> Sampling:
-    """The stage's own sampling, with `SAMPLES` responses per prompt (one where they would all be equal).
+    """The stage's own sampling with `SAMPLES` responses per prompt, or 1 at temperature 0.
 
-    Where the teacher reads a prompt's other responses there are as many as the stage draws, if that is more.
+    If the teacher reads the other responses to a prompt, there are at least as many as the stage samples.
     """
     sampling = sampling_of(spec.sampling)
     several = max(SAMPLES, sampling.n) if Input.GROUP in needs_of(method.context) else SAMPLES
@@ -169,9 +169,9 @@ def sampling_for(spec: StageSpec, method: Method) -> Sampling:
 
 
 def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, LanguageModel | None]:
-    """Student and external teacher (None for a student that teaches itself) as they stand when the stage begins.
+    """Student and external teacher (None if the student teaches itself) as they are when the stage begins.
 
-    The run's folder is read, never written. Raises ConfigError where an earlier stage has yet to make a model.
+    Only reads the run's folder. Raises ConfigError if a model comes from an earlier stage that has not finished.
     """
     directory = RunDir(recipe.folder, False)
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
@@ -183,15 +183,15 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
         origin = made_by[-1] if made_by else recipe.models[name].from_stage
         if origin is not None and not directory.stage(origin).model.exists():
             raise ConfigError(
-                f"Stage {spec.name!r} begins with model {name!r} as stage {origin!r} leaves it, and "
-                f"{directory.stage(origin).model} is not there yet. Run `opd train` until that stage is done, or "
+                f"Stage {spec.name!r} begins with model {name!r} from stage {origin!r}, and "
+                f"{directory.stage(origin).model} does not exist yet. Run `opd train` until that stage is done, or "
                 "choose an earlier stage with --stage."
             )
     student = model_for(recipe, spec, spec.train, given, directory)
     return student, None if external is None else model_for(recipe, spec, external, given, directory)
 
 
-def pair_up(
+def subject_of(
     recipe: Recipe,
     spec: StageSpec,
     prepared: Prepared,
@@ -200,10 +200,10 @@ def pair_up(
     *,
     prompts: int,
     seed: int,
-) -> Pair:
-    """The teacher by the method's rule, a sample of the prompts, and the student's responses to them.
+) -> Subject:
+    """The subject: the teacher by the method's rule, a sample of the prompts, and the student's responses to them.
 
-    Raises ConfigError for a support that does not fit the vocabulary and for a teacher that reads what a judge says,
+    Raises ConfigError for a support larger than the vocabulary or a teacher that reads a judge's reward,
     AlignmentError for tokenizers that differ.
     """
     check_fits(prepared.method.support.k, student.vocabulary)
@@ -217,18 +217,18 @@ def pair_up(
         micro_batch_tokens=spec.micro_batch_tokens,
         offload=spec.teacher is not None and spec.teacher in recipe.models and recipe.models[spec.teacher].offload,
     )
-    asks_a_judge = part.reward is not None and bool(part.reward.asks)
-    if part.reward is not None and asks_a_judge and Input.REWARD in needs_of(prepared.method.context):
+    has_judge_reward = part.reward is not None and bool(part.reward.asks)
+    if part.reward is not None and has_judge_reward and Input.REWARD in needs_of(prepared.method.context):
         raise ConfigError(
-            f"Stage {spec.name!r}: its teacher reads the reward of a response, its reward ({part.reward.name}) asks a "
-            "judge, and the doctor asks none. Give the doctor a reward that is a function, e.g. the override "
-            f"`stages.{spec.name}.reward={{name: exact}}`."
+            f"Stage {spec.name!r}: its teacher reads the reward of a response, and its reward ({part.reward.name}) "
+            "needs a judge, which the doctor does not call. Give the doctor a reward that is a function, e.g. the "
+            f"override `stages.{spec.name}.reward={{name: exact}}`."
         )
-    pair = Pair(
+    subject = Subject(
         recipe=recipe,
         spec=spec,
         method=prepared.method.with_tokenizer(student.tokenizer),
-        reward=None if asks_a_judge else part.reward,
+        reward=None if has_judge_reward else part.reward,
         held_out=part.held_out,
         student=student,
         external=external,
@@ -236,11 +236,13 @@ def pair_up(
         step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,
-        asks_a_judge=asks_a_judge,
+        has_judge_reward=has_judge_reward,
     )
-    return replace(pair, rollouts=pair.rewarded(pair.written(chosen)))  # a context may read the reward
+    return replace(
+        subject, rollouts=subject.rewarded(subject.student_responses(chosen))
+    )  # a context may read the reward
 
 
 def sample_of(prompts: Sequence[Prompt], count: int, seed: int) -> list[Prompt]:
-    """`count` different prompts (or all, if there are fewer), the same for the same seed."""
+    """`count` different prompts, or all if there are fewer; a function of the seed."""
     return shuffled(prompts, first=0, count=min(count, len(prompts)), seed=seed)

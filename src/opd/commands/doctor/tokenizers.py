@@ -1,7 +1,6 @@
-"""Do student and teacher mean the same tokens? Tokenizers, templates and endings: no weights, then the measured scores.
-
-arXiv 2603.25562 section 4.3 found two special tokens that carried most of a run's signal: `<think>`, cut otherwise by
-the teacher's tokenizer (log-prob -0.07 by the student, -19.16 by the teacher), and `<|im_end|>` (0.00 and -58.71).
+"""Do student and teacher use the same tokens? Compares tokenizers, templates and endings; needs no weights.
+arXiv 2603.25562 section 4.3 found two special tokens that carried most of a run's signal: `<think>`, split differently
+by the teacher's tokenizer (log-prob -0.07 by the student, -19.16 by the teacher), and `<|im_end|>` (0.00 and -58.71).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ SPECIAL_TOKENS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Side:
-    """One model without its weights: its name in the recipe, tokenizer, template options, and the ids that end it."""
+    """One model without its weights: name in the recipe, tokenizer, template options, and stop ids."""
 
     name: str
     tokenizer: Any
@@ -42,7 +41,7 @@ class Side:
 
 
 def same_map(student: Any, teacher: Any, names: tuple[str, str]) -> Finding:
-    """Whether both tokenizers give every token the same id; without it no position can be compared."""
+    """Whether both tokenizers give every token the same id, without which positions cannot be compared."""
     try:
         check_same_tokens(student, teacher, names)
     except AlignmentError as error:
@@ -64,21 +63,21 @@ def same_map(student: Any, teacher: Any, names: tuple[str, str]) -> Finding:
 
 
 def head_widths(vocabulary: int, student_rows: int, teacher_rows: int) -> Finding:
-    """How many rows the output layers have beyond the tokenizer's last id: they are padding, never sampled or scored.
+    """Numbers of rows of both output layers. Rows after the tokenizer's last id are padding: never sampled or scored.
 
-    A layer with fewer rows than the tokenizer has ids is refused when the model loads.
+    Loading refuses a layer with fewer rows than the tokenizer has ids.
     """
     return Finding(
         name="tokens/head_widths",
         level="ok",
-        says=f"Output layers of {student_rows} and {teacher_rows} rows for {vocabulary} tokens; rows beyond are left "
-        "out of every softmax.",
+        says=f"Output layers of {student_rows} and {teacher_rows} rows for {vocabulary} tokens; further rows are "
+        "left out of every softmax.",
         numbers={"vocabulary": vocabulary, "student_rows": student_rows, "teacher_rows": teacher_rows},
     )
 
 
 def templates(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Finding:
-    """Whether both models read the same ids for the same prompt, whatever the method's context adds for the teacher."""
+    """Whether both models read the same ids for the same prompt, apart from what the method's context adds."""
     different: list[tuple[Prompt, list[int], list[int]]] = []
     for prompt in prompts:
         ours = render(prompt, student.tokenizer, student.options)
@@ -99,7 +98,7 @@ def templates(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Findin
     return Finding(
         name="tokens/template",
         level="change",
-        says=f"{len(different)} of {len(prompts)} prompts are rendered otherwise for the teacher: prompt {prompt.id} "
+        says=f"{len(different)} of {len(prompts)} prompts are rendered differently for the teacher: prompt {prompt.id} "
         f"differs from token {at} on, {shown[0]!r} for the student and {shown[1]!r} for the teacher.",
         numbers={**numbers, "first_prompt": prompt.id, "first_token": at},
         remedy=f"Set models.{student.name}.chat_template (and template_options) to those of {teacher.name}, or "
@@ -110,14 +109,14 @@ def templates(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Findin
 
 
 def thinking(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Finding:
-    """Whether both templates put the model into the same state: outside a think block, inside one, or behind one."""
+    """Whether both templates leave the model in the same state: outside, inside or after (`behind`) a think block."""
     prompt = next((p for p in prompts if not isinstance(p.content, str)), None)
     if prompt is None:
         return skipped("tokens/thinking", "Prompts are plain text: no template opens a think block.")
     states = [
         think_state(side.tokenizer.decode(render(prompt, side.tokenizer, side.options))) for side in (student, teacher)
     ]
-    asked = [side.options.get("enable_thinking") for side in (student, teacher)]
+    enabled = [side.options.get("enable_thinking") for side in (student, teacher)]
     numbers = {"student": states[0], "teacher": states[1]}
     if states[0] == states[1]:
         return Finding(
@@ -129,8 +128,8 @@ def thinking(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Finding
     return Finding(
         name="tokens/thinking",
         level="change",
-        says=f"The student begins to write {states[0]} a think block (enable_thinking: {asked[0]}), the teacher "
-        f"{states[1]} one (enable_thinking: {asked[1]}): the first tokens differ systematically.",
+        says=f"The student begins to write {states[0]} a think block (enable_thinking: {enabled[0]}), the teacher "
+        f"{states[1]} one (enable_thinking: {enabled[1]}): the first tokens differ systematically.",
         numbers=numbers,
         remedy=f"Set models.{student.name}.template_options and models.{teacher.name}.template_options to the same "
         "enable_thinking.",
@@ -139,7 +138,7 @@ def thinking(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Finding
 
 
 def think_state(rendered: str) -> str:
-    """Where a rendered prompt leaves the model: `outside`, `inside` or `behind` a think block."""
+    """The model's state after a rendered prompt: `outside`, `inside` or `behind` (after) a think block."""
     begins, ends = rendered.rfind(THINK[0]), rendered.rfind(THINK[1])
     if begins < 0 and ends < 0:
         return "outside"
@@ -147,7 +146,7 @@ def think_state(rendered: str) -> str:
 
 
 def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
-    """Whether the token with which the teacher ends a turn also ends the student's, and the other way round."""
+    """Whether the teacher's end token also ends the student's responses, and vice versa."""
     theirs = turn_end(teacher.tokenizer, teacher.options) if chat else teacher.tokenizer.eos_token_id
     if theirs is None:
         return skipped(
@@ -165,10 +164,10 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
         )
     parts: list[str] = []
     if theirs not in student.stops:
-        parts.append(f"The teacher ends its turn with {own!r}, and the student's response goes on after it")
+        parts.append(f"The teacher ends its turn with {own!r}, and the student's response continues after it")
     if end not in known:
         parts.append(
-            f"The student ends its response with {student.tokenizer.decode([end])!r}, which ends none of the teacher's"
+            f"The student ends its response with {student.tokenizer.decode([end])!r}, which does not end the teacher's"
         )
     return Finding(
         name="tokens/endings",
@@ -182,7 +181,7 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
 
 
 def paired_endings(student: Side, teacher: Side, ends: Mapping[int, int]) -> Finding:
-    """With a tokenizer each: as what the teacher reads the student's ends, `alignment.Pair.ends`."""
+    """With two tokenizers: the teacher's end token for each of the student's, from `alignment.Pair.ends`."""
     read = [f"{student.tokenizer.decode([end])!r} as {teacher.tokenizer.decode([its])!r}" for end, its in ends.items()]
     numbers = {"ends": {str(end): its for end, its in ends.items()}, "student_stop_ids": sorted(student.stops)}
     if student.stops & ends.keys():
@@ -195,8 +194,8 @@ def paired_endings(student: Side, teacher: Side, ends: Mapping[int, int]) -> Fin
     return Finding(
         name="tokens/endings",
         level="change",
-        says="No token that ends the student's responses has a counterpart among the teacher's ends: where to stop is "
-        "not compared, and not learned.",
+        says="No end token of the student has a counterpart among the teacher's end tokens: where to stop is not "
+        "compared, and not learned.",
         numbers=numbers,
         remedy=f"Set the eos_token of both tokenizers, or models.{student.name}.chat_template and "
         f"models.{teacher.name}.chat_template to ones that end a turn with a special token.",
@@ -205,44 +204,45 @@ def paired_endings(student: Side, teacher: Side, ends: Mapping[int, int]) -> Fin
 
 
 def splits(student: Side, teacher: Side, responses: Sequence[str]) -> Finding:
-    """Whether both tokenizers cut the student's responses and all markers into the same ids."""
+    """Whether both tokenizers split the student's responses and all markers into the same ids."""
     known = {
         t for side in (student, teacher) for t in (*side.tokenizer.all_special_tokens, *added_tokens(side.tokenizer))
     }
     markers = sorted(known | set(THINK))
-    cut = [text for text in markers if _ids(student, text) != _ids(teacher, text)]
-    otherwise = [text for text in responses if _ids(student, text) != _ids(teacher, text)]
+    split_markers = [text for text in markers if _ids(student, text) != _ids(teacher, text)]
+    split_responses = [text for text in responses if _ids(student, text) != _ids(teacher, text)]
     numbers = {
         "markers": len(markers),
-        "markers_cut_otherwise": cut,
+        "markers_cut_otherwise": split_markers,
         "responses": len(responses),
-        "responses_cut_otherwise": len(otherwise),
+        "responses_cut_otherwise": len(split_responses),
     }
-    if not cut and not otherwise:
+    if not split_markers and not split_responses:
         return Finding(
             name="tokens/splits",
             level="ok",
-            says=f"Both tokenizers cut {len(responses)} responses and {len(markers)} markers into the same ids.",
+            says=f"Both tokenizers split {len(responses)} responses and {len(markers)} markers into the same ids.",
             numbers=numbers,
         )
     example = ""
-    if cut:
-        pieces = [side.tokenizer.convert_ids_to_tokens(_ids(side, cut[0])) for side in (student, teacher)]
-        example = f" {cut[0]!r} is {pieces[0]} to the student and {pieces[1]} to the teacher."
+    if split_markers:
+        first = split_markers[0]
+        pieces = [side.tokenizer.convert_ids_to_tokens(_ids(side, first)) for side in (student, teacher)]
+        example = f" {first!r} is {pieces[0]} for the student and {pieces[1]} for the teacher."
     return Finding(
         name="tokens/splits",
         level="change",
-        says=f"The tokenizers cut {len(cut)} of {len(markers)} markers and {len(otherwise)} of {len(responses)} "
-        f"responses into other ids.{example}",
+        says=f"The tokenizers split {len(split_markers)} of {len(markers)} markers and {len(split_responses)} of "
+        f"{len(responses)} responses into different ids.{example}",
         numbers=numbers,
         remedy=f"Give models.{student.name} and models.{teacher.name} the same tokenizer files"
-        + (f", or use local_support_matching with options.mask_tokens: {cut}." if cut else "."),
+        + (f", or use local_support_matching with options.mask_tokens: {split_markers}." if split_markers else "."),
         study=f"{SPECIAL_TOKENS}; masking them: 36.4 -> 40.7 points (Table 1)",
     )
 
 
 def added_tokens(tokenizer: Any) -> list[str]:
-    """Tokens that were added to a tokenizer's own vocabulary: chat markers, think tags."""
+    """Tokens added to a tokenizer's base vocabulary: chat markers, think tags."""
     return [str(token) for token in getattr(tokenizer, "added_tokens_decoder", {}).values()]
 
 

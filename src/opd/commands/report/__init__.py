@@ -1,1 +1,1 @@
-"""Tables and pages about a finished run."""
+"""Tables of a finished run."""

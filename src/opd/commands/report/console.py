@@ -1,4 +1,4 @@
-"""What a finished run shows: held-out numbers of each stage side by side, and a few responses before and after."""
+"""The tables after a run: held-out numbers of each stage side by side, and a few responses before and after."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from opd.evaluation.recovery import recovered
 from opd.recipe.schema import Recipe, StageSpec
 from opd.stage.folder import RunDir, StageDir
 
-# What a table shows of each sampling setting, in this order: key, label, share (shown in per cent).
+# Rows of a table for each sampling setting, in this order: key, label, whether it is a share (shown in per cent).
 ROWS = (
     ("reward", "reward", True),
     ("length", "tokens", False),
@@ -24,16 +24,16 @@ ROWS = (
 
 
 def print_report(recipe: Recipe, console: Console) -> None:
-    """The tables of all stages that measured something, and where the models are."""
+    """Print a table for each stage with evaluations, and where the models are."""
     directory = RunDir(recipe.folder)
     for spec in recipe.stages:
         folder = directory.stage(spec.name)
         metrics = folder.read_metrics()
-        for task, part in spec.parts.items():
+        for task, section in spec.by_task.items():
             rows = of_task(metrics, task)
-            if rows and part.evaluate is not None:
+            if rows and section.evaluate is not None:
                 name = spec.name if task is None else f"{spec.name}, {task}"
-                named = spec.model_copy(update={"name": name, "evaluate": part.evaluate})
+                named = spec.model_copy(update={"name": name, "evaluate": section.evaluate})
                 console.print(held_out_table(named, rows, recoveries(named, folder, task, rows)))
                 _print_responses(folder, task, rows, console)
     last = directory.stage(recipe.stages[-1].name)
@@ -44,7 +44,7 @@ def print_report(recipe: Recipe, console: Console) -> None:
 
 
 def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
-    """The evaluations of a task (or of a stage without tasks), named as if there were no other: eval/..."""
+    """The evaluations of one task, its name dropped from the keys: eval/.... `task` None: a stage without tasks."""
     prefix = "eval/" if task is None else f"eval/{task}/"
     rows: list[dict[str, Any]] = []
     for row in metrics:
@@ -54,9 +54,9 @@ def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict
 
 
 def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Sequence[str] = ()) -> Table:
-    """One column a measurement: the student before, the teacher, the student after (and in between, if measured).
+    """One column per measurement: student before, teacher, student after (and in between, if measured).
 
-    `lines` stand below it.
+    `lines` are printed below the table.
     """
     assert spec.evaluate is not None
     columns = columns_of(rows)
@@ -84,14 +84,14 @@ def _add(
     share: bool = False,
     digits: int = 1,
 ) -> None:
-    """A row, if anything in it was measured."""
+    """Add a row, unless all of its cells are empty."""
     cells = [_cell(column, key, share, digits) for column in columns.values()]
     if any(cells):
         table.add_row(label, *cells)
 
 
 def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Measurements by column name; the teacher's own stand in the row of step 0."""
+    """Measurements by column name. The teacher's are in the row of step 0."""
     first, last = rows[0], rows[-1]
     columns: dict[str, dict[str, float]] = {}
     if first["step"] == 0:
@@ -105,10 +105,10 @@ def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 
 
 def recoveries(spec: StageSpec, folder: StageDir, task: str | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How much of the teacher's gap in a task was recovered, a line for each sampling setting in which it is ahead.
+    """The share of the teacher's gap that was recovered: one line per sampling setting in which the teacher is ahead.
 
-    From the held-out responses before, of the teacher and after, with Fieller's 95 % interval over their prompts
-    (`recovery.recovered`). Nothing is said of a setting in which one of the three was not measured.
+    Computed from the held-out responses of student before, teacher and student after, with Fieller's 95 % interval over
+    prompts (`recovery.recovered`). A setting in which one of the three was not measured has no line.
     """
     assert spec.evaluate is not None
     before, teacher, after = map(folder.read_held_out, ("before", "teacher", f"step_{rows[-1]['step']:06d}"))
