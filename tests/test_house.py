@@ -100,7 +100,7 @@ def imports_of(module: str) -> frozenset[str]:
 
 
 @pytest.mark.parametrize("room", ABOVE)
-def test_a_room_imports_only_rooms_above_it(room):
+def test_room_imports_only_rooms_above(room):
     modules = [module for module in MODULES if room_of(module) == room]
     assert modules
     edges = {(module, other) for module in modules for other in imports_of(module)} - EXCEPT
@@ -108,12 +108,12 @@ def test_a_room_imports_only_rooms_above_it(room):
     assert not wrong
 
 
-def test_every_file_is_in_a_room():
+def test_files_all_belong_to_rooms():
     assert {room_of(module) for module in MODULES} == set(ABOVE)
     assert {file.name for file in (SOURCE / "opd").glob("*.py")} == ROOT_FILES
 
 
-def test_every_room_states_its_contract():
+def test_rooms_all_state_contract():
     rooms = [file for file in SOURCE.rglob("__init__.py") if file.parent.parent == SOURCE / "opd"]
     assert all(ast.get_docstring(ast.parse(file.read_text())) for file in rooms)
 
@@ -138,7 +138,7 @@ def test_design_page_lists_the_rooms_in_order():
 
 
 @pytest.mark.parametrize("room", ABOVE)
-def test_design_page_states_what_a_room_may_import(room):
+def test_design_page_states_imports_of_room(room):
     names = list(ABOVE)
     said = rooms_of_the_page()[room][2]
     listed = set(re.findall(r"`(\w+)`", said))
@@ -154,14 +154,14 @@ def test_design_page_quotes_the_contract_of_a_room(room):
         assert rooms_of_the_page()[room][1] == contract_of(package)
 
 
-def test_public_names_of_a_room_are_its_files():
+def test_public_names_of_room_are_files():
     for file in (SOURCE / "opd").glob("*/__init__.py"):
         for node in ast.parse(file.read_text()).body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 assert {f"opd.{file.parent.name}.{name}" for name in ast.literal_eval(node.value)} <= set(MODULES)
 
 
-def test_no_import_is_part_of_a_circle():
+def test_imports_form_no_circle():
     try:
         TopologicalSorter({module: imports_of(module) - {module} for module in MODULES}).prepare()
     except CycleError as error:
@@ -169,7 +169,7 @@ def test_no_import_is_part_of_a_circle():
 
 
 @pytest.mark.parametrize("file", [*BENCHMARKS, *EXAMPLES], ids=lambda file: file.name)
-def test_benchmarks_and_examples_import_what_exists(file):
+def test_benchmarks_and_examples_import_existing_names(file):
     """No test runs them, and a name that moved would show on the day of a benchmark."""
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("opd", "opd_studies"):
@@ -179,7 +179,7 @@ def test_benchmarks_and_examples_import_what_exists(file):
                 assert hasattr(module, alias.name) or importlib.util.find_spec(inside), f"{file.name}: {inside}"
 
 
-def test_classes_of_teachers_and_samplers_are_told_apart_inside_their_rooms():
+def test_isinstance_of_teacher_or_sampler_stays_in_rooms():
     """Elsewhere a teacher is a `Teacher` and a sampler a `Sampler`: a user's own is as good."""
     classes: set[str] = {"NoTeacher"}
     for module, file in MODULES.items():
@@ -199,7 +199,7 @@ def test_classes_of_teachers_and_samplers_are_told_apart_inside_their_rooms():
                 assert not named & classes, f"{module}: isinstance of {named & classes}"
 
 
-def test_the_loop_is_imported_by_run_stages_alone():
+def test_train_is_imported_by_run_stages_alone():
     assert [module for module in MODULES if "opd.train" in imports_of(module)] == ["opd.runs.stages"]
 
 
@@ -212,7 +212,7 @@ def test_maths_imports_torch_and_numpy_alone():
 
 
 @pytest.mark.parametrize("folder", STUDIES_ABOVE)
-def test_a_folder_of_studies_imports_only_those_above_it(folder):
+def test_studies_folder_imports_only_folders_above(folder):
     modules = [module for module in MODULES if module.startswith(f"opd_studies.{folder}.")]
     assert modules
     edges = {(module, other) for module in modules for other in imports_of(module) if other.startswith("opd_studies")}
@@ -221,7 +221,7 @@ def test_a_folder_of_studies_imports_only_those_above_it(folder):
     assert wrong <= {("opd_studies.page.command", "opd_studies")}  # the command finds a study by its name
 
 
-def test_a_reward_is_told_apart_in_its_room_alone():
+def test_isinstance_of_reward_stays_in_rewards():
     """Everywhere else it is a `Reward`, whatever its class."""
     classes = {
         node.name
@@ -256,7 +256,7 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - node.lineno < limit, f"{file}: {node.name}"
 
 
-def test_the_loop_on_the_page_of_design_is_the_loop():
+def test_design_page_quotes_loop_of_train():
     """All lines of it but the clock's, in their order; comments apart."""
 
     def statements(text):
@@ -270,19 +270,19 @@ def test_the_loop_on_the_page_of_design_is_the_loop():
     assert statements(page) == statements(loop)
 
 
-def test_the_page_of_methods_is_generated():
+def test_methods_page_is_generated():
     assert (ROOT / "docs" / "methods.md").read_text() == markdown(ROOT / "recipes"), "run `make docs`"
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
-def test_a_recipe_is_named_like_its_file_and_says_what_to_expect(recipe):
+def test_recipe_is_named_as_file_and_states_seeds(recipe):
     assert load_recipe(recipe).name == recipe.stem
     header = "".join(line for line in recipe.read_text().splitlines() if line.startswith("#"))
     assert re.search(r"seeds? \d", header), "the header names the seeds and the numbers that they gave"
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_used_by_a_recipe_that_says_what_it_gave(name):
+def test_method_has_recipe_with_seeds_and_accuracy(name):
     """The recipe that the page of methods names: its header has the seeds, and an accuracy in percent."""
     recipes = recipes_of(ROOT / "recipes")[name]
     assert recipes == [name] if (ROOT / "recipes" / f"{name}.yaml").exists() else recipes
@@ -294,7 +294,7 @@ def test_a_method_is_used_by_a_recipe_that_says_what_it_gave(name):
         assert re.search(r"\d %", header), recipe
 
 
-def test_a_method_without_a_recipe_has_no_page(tmp_path):
+def test_recipes_of_raises_config_error_when_method_has_none(tmp_path):
     (tmp_path / "opd.yaml").write_text((ROOT / "recipes" / "opd.yaml").read_text())
     with pytest.raises(ConfigError, match=r"uses grpo, gkd, .*Write recipes/grpo.yaml, or run this in the folder"):
         recipes_of(tmp_path)
@@ -308,7 +308,7 @@ def test_tests_mirror_the_rooms():
     assert folders - others <= rooms
 
 
-def test_the_page_of_methods_of_ones_own_has_every_need():
+def test_adding_a_method_page_lists_every_need():
     page = (ROOT / "docs" / "adding_a_method.md").read_text()
     rows = re.findall(r"^\| (`(?:Input|Reads|Trait)\..*?) \|", page, re.MULTILINE)
     named = [name for row in rows for name in re.findall(r"`(\w+\.\w+)`", row)]
@@ -344,14 +344,14 @@ def has_attribute(module: str, names: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_files_named_on_a_page_exist(page):
+def test_page_names_existing_files(page):
     for path in {path for text in code_spans(page) for path in re.findall(r"[\w/.<>]+\.py\b", text)}:
         if not path.startswith("my_") and path != "src/opd/methods/skew_kl.py":
             assert any((root / path).exists() for root in (ROOT, SOURCE / "opd", SOURCE / "opd" / "methods")), path
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_names_of_the_library_on_a_page_exist(page):
+def test_page_names_existing_library_names(page):
     """`opd.a.b` in full, and `file.name` of a file in a room."""
     for text in code_spans(page):
         if full := re.match(r"opd(?:_studies)?(?:[.:][A-Za-z_]\w*)+", text):
@@ -365,7 +365,7 @@ def test_names_of_the_library_on_a_page_exist(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_links_of_a_page_lead_somewhere(page):
+def test_page_links_lead_to_existing_targets(page):
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         path, _, anchor = link.partition("#")
         target = page.parent / path if path else page

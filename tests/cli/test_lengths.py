@@ -49,7 +49,7 @@ def refused(made: dict[str, Any]) -> str:
     return str(caught.value)
 
 
-def test_no_prompt_has_room_for_a_whole_response():
+def test_check_recipe_raises_data_error_when_no_prompt_fits():
     said = refused(recipe(knowing(16), sampling={"max_completion_length": 20}))
     assert said == (
         "Stage 'distil': student would read 23 tokens in all, but has only 16 positions. 12 of 12 prompts are too long "
@@ -59,14 +59,14 @@ def test_no_prompt_has_room_for_a_whole_response():
     check_recipe(parse_recipe(recipe(knowing(16), sampling={"max_completion_length": 13})))
 
 
-def test_the_longest_prompts_alone_have_none():
+def test_check_recipe_counts_prompts_that_are_too_long():
     said = refused(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 8}))
     assert "would read 17 tokens in all, but has only 16 positions. 1 of 4 prompts are too long" in said
     assert "the longest has 10. Lower sampling.max_completion_length to 7, or leave out the longest prompts" in said
     check_recipe(parse_recipe(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 7})))
 
 
-def test_a_refused_length_is_the_first_that_the_sampler_refuses(work: Path):
+def test_check_recipe_refuses_same_length_as_sampler(work: Path):
     """A response that never ends dies at 14 tokens after prompts of 4, and at 13 does not."""
     made = recipe(knowing(16), method="grpo", teacher=None, reward={"name": "final_number"})
     lm = replace(load_model(ModelSpec(**made["models"]["student"]), name="student"), stop_ids=frozenset({-1}))
@@ -87,13 +87,13 @@ def test_a_refused_length_is_the_first_that_the_sampler_refuses(work: Path):
             check_recipe(run)
 
 
-def test_held_out_prompts_have_a_limit_of_their_own():
+def test_check_recipe_names_evaluate_key_when_held_out_is_long():
     evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": {"drawn": {"max_completion_length": 14}}}
     said = refused(recipe(knowing(16), evaluate=evaluate))
     assert "Lower evaluate.sampling.drawn.max_completion_length to 13" in said
 
 
-def test_each_task_has_a_limit_of_its_own():
+def test_check_recipe_names_task_when_its_responses_are_too_long():
     tasks = {
         "short": {"data": {"path": "train.jsonl"}, "teacher": "teacher"},
         "long": {"data": {"path": "train.jsonl"}, "teacher": "teacher", "sampling": {"max_completion_length": 14}},
@@ -102,7 +102,7 @@ def test_each_task_has_a_limit_of_its_own():
     assert said.startswith("Stage 'distil', task 'long': student would read 17 tokens in all")
 
 
-def test_a_teacher_of_fewer_positions():
+def test_check_recipe_names_teacher_when_its_positions_run_out():
     said = refused(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 13}))
     assert said.startswith("Stage 'distil': teacher would read 17 tokens in all, but has only 16 positions.")
     check_recipe(parse_recipe(recipe(knowing(512), knowing(16, 1), sampling={"max_completion_length": 12})))
@@ -112,7 +112,7 @@ def test_a_teacher_of_fewer_positions():
     assert "Lower teacher_sampling.max_completion_length to 13" in said
 
 
-def test_nobody_samples_where_the_data_have_the_responses():
+def test_sft_ignores_max_completion_length_and_gkd_does_not():
     made = recipe(knowing(16), method="sft", teacher=None, sampling={"max_completion_length": 500})
     check_recipe(parse_recipe(made))
     mixed = recipe(knowing(16), method="gkd", options={"on_policy_share": 0.5}, sampling={"max_completion_length": 500})
@@ -120,14 +120,14 @@ def test_nobody_samples_where_the_data_have_the_responses():
 
 
 @pytest.mark.parametrize("what", ["check", "train", "doctor"])
-def test_it_is_said_before_weights(monkeypatch: pytest.MonkeyPatch, what: str):
+def test_max_completion_length_is_refused_before_weights_load(monkeypatch: pytest.MonkeyPatch, what: str):
     forbid(monkeypatch, "opd.runs.build.load_model")
     ended = _command(what, recipe(knowing(16), sampling={"max_completion_length": 20}))
     assert ended.code == 2
     assert "DataError: Stage 'distil': student would read 23 tokens in all" in ended.err
 
 
-def test_a_model_object_has_a_config_too(work: Path):
+def test_distill_refuses_length_when_student_is_model_object(work: Path):
     lm = load_model(ModelSpec(**knowing(16)), name="student")
     with pytest.raises(DataError, match="student would read 23 tokens in all, but has only 16 positions"):
         opd.distill(
@@ -142,7 +142,7 @@ def test_a_model_object_has_a_config_too(work: Path):
         )
 
 
-def test_eval_names_its_own_flag(work: Path):
+def test_eval_names_own_flag_when_prompts_are_too_long(work: Path):
     lm = load_model(ModelSpec(**knowing(4)), name="model")
     save(lm, work / "model")
     write_rows(work / "short.jsonl", [{"prompt": "1="}])
@@ -153,7 +153,7 @@ def test_eval_names_its_own_flag(work: Path):
     assert "max_prompt_length" not in ended.err
 
 
-def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_corrected_recipe(
+def test_train_replaces_run_when_no_step_was_made(
     monkeypatch: pytest.MonkeyPatch,
 ):
     with monkeypatch.context() as patch:
@@ -169,7 +169,7 @@ def test_a_run_that_failed_before_its_first_step_leaves_its_folder_to_a_correcte
 # --- chat templates --------------------------------------------------------------------------------------------------
 
 
-def test_template_options_that_no_conversation_uses():
+def test_template_options_are_refused_when_prompts_are_text():
     thinks = tiny_model(2, chat_template=TEMPLATE, template_options={"enable_thinking": False})
     teacher = tiny_model(1, chat_template=TEMPLATE)
     for models in ({"student": thinks, "teacher": teacher}, {"student": teacher, "teacher": thinks}):
@@ -190,14 +190,14 @@ def test_template_options_that_no_conversation_uses():
 CHAT = {"path": "train.jsonl", "chat": True}
 
 
-def test_options_that_another_stage_uses():
+def test_template_options_are_accepted_when_other_stage_chats():
     thinks = tiny_model(2, chat_template=TEMPLATE, template_options={"enable_thinking": False})
     made = recipe(thinks, tiny_model(1, chat_template=TEMPLATE))
     made["stages"].append({**made["stages"][0], "name": "again", "data": CHAT})
     check_recipe(parse_recipe(made))
 
 
-def test_a_template_that_nothing_uses_is_named():
+def test_check_recipe_names_chat_template_when_prompts_are_text():
     made = recipe(tiny_model(2, chat_template=TEMPLATE), tiny_model(1, chat_template=TEMPLATE))
     said = "student has a chat template, which nothing uses: the prompts are text, and are read as they are."
     assert any(said in line and "data.chat: true" in line for line in check_recipe(parse_recipe(made)))

@@ -130,11 +130,11 @@ def stage(recipe: dict[str, Any]) -> dict[str, Any]:
     ],
     ids=lambda value: value[0].split("`")[1] if isinstance(value, list) else "",
 )
-def test_unknown_key(no_weights: None, change: Change, parts: list[str]):
+def test_train_refuses_unknown_key(no_weights: None, change: Change, parts: list[str]):
     assert_says(refusal(changed(change)), "ConfigError: recipe.yaml is not valid:", *parts)
 
 
-def test_misspelt_option_of_a_new_model(no_weights: None):
+def test_train_refuses_unknown_init_option(no_weights: None):
     recipe = changed(lambda r: r["models"]["student"]["init"].update(hiden_size=16))
     assert_says(refusal(recipe), "student", "hiden_size", "Did you mean 'hidden_size'?")
 
@@ -167,11 +167,11 @@ def test_misspelt_option_of_a_new_model(no_weights: None):
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
-def test_wrong_type_or_value(no_weights: None, change: Change, parts: list[str]):
+def test_train_refuses_wrong_type_or_value(no_weights: None, change: Change, parts: list[str]):
     assert_says(refusal(changed(change)), "ConfigError: recipe.yaml is not valid:", *parts)
 
 
-def test_every_mistake_of_a_recipe_is_told_at_once(no_weights: None):
+def test_train_reports_all_recipe_mistakes_together(no_weights: None):
     recipe = changed(lambda r: (r.update(sede=1), stage(r).update(steps="many"), stage(r).pop("data")))
     assert_says(refusal(recipe), "unknown key `sede`", "`stages.0.steps`", "`stages.0.data` is missing")
 
@@ -198,7 +198,7 @@ def test_every_mistake_of_a_recipe_is_told_at_once(no_weights: None):
         ("grpo", {"variant": "dr_grpo"}, ["dr_grpo", "set `length`"]),
     ],
 )
-def test_method_and_its_options(no_weights: None, method: str, options: dict[str, Any], parts: list[str]):
+def test_train_refuses_bad_method_or_options(no_weights: None, method: str, options: dict[str, Any], parts: list[str]):
     assert_says(refusal(one_stage(method=method, options=options)), "ConfigError: ", *parts)
 
 
@@ -211,7 +211,7 @@ def test_method_and_its_options(no_weights: None, method: str, options: dict[str
         ("def method(): return 5", "mine:method", ["returned a int; it must return an opd.method.Method"]),
     ],
 )
-def test_a_method_file_of_ones_own(work: Path, no_weights: None, code: str, name: str, parts: list[str]):
+def test_train_refuses_broken_custom_method(work: Path, no_weights: None, code: str, name: str, parts: list[str]):
     (work / "mine.py").write_text(code + "\n")
     assert_says(refusal(one_stage(method=name)), "ConfigError: ", *parts)
 
@@ -227,7 +227,7 @@ def test_a_method_file_of_ones_own(work: Path, no_weights: None, code: str, name
     ],
     ids=["no model_type", "unknown model_type", "no tokenizer", "unknown target module", "unknown device"],
 )
-def test_a_model_that_cannot_be_made(work: Path, change: Change, parts: list[str]):
+def test_train_refuses_bad_model_section(work: Path, change: Change, parts: list[str]):
     assert_says(refusal(changed(change)), "ConfigError: ", *parts)
 
 
@@ -241,7 +241,7 @@ def test_a_model_that_cannot_be_made(work: Path, change: Change, parts: list[str
         ("package:no_such_package/x.gguf", ["the package 'no_such_package' is not installed", "pip install"]),
     ],
 )
-def test_a_model_that_is_not_there(work: Path, path: str, parts: list[str]):
+def test_train_refuses_bad_model_path(work: Path, path: str, parts: list[str]):
     assert_says(refusal(changed(lambda r: r["models"].update(student={"path": path}))), *parts)
 
 
@@ -255,7 +255,7 @@ def test_a_model_that_is_not_there(work: Path, path: str, parts: list[str]):
     ],
     ids=["missing", "broken", "list", "empty"],
 )
-def test_a_recipe_file_that_is_none(work: Path, text: str | None, parts: list[str]):
+def test_train_refuses_missing_or_invalid_recipe_file(work: Path, text: str | None, parts: list[str]):
     if text is not None:
         Path("recipe.yml").write_text(text)
     ended = command("train", "recipe.yml")
@@ -263,7 +263,7 @@ def test_a_recipe_file_that_is_none(work: Path, text: str | None, parts: list[st
     assert_says(ended.err, "ConfigError: ", *parts)
 
 
-def test_names_that_refer_to_nothing(no_weights: None):
+def test_train_refuses_names_that_do_not_exist(no_weights: None):
     assert_says(refusal(one_stage(teacher="techer")), "`teacher: techer` is not among the models", "'teacher'?")
     assert_says(refusal(one_stage(train="studnt")), "`train: studnt` is not among the models", "'student'?")
     assert_says(refusal(one_stage(reward={"name": "exct"})), "no reward 'exct'. Did you mean 'exact'?")
@@ -279,7 +279,7 @@ def metrics(name: str = "distil") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path("run", name, "metrics.jsonl").read_text().splitlines()]
 
 
-def test_overrides(work: Path):
+def test_train_applies_overrides(work: Path):
     ended = opd("train", one_stage(), "steps=3", "stages.distil.sampling.n=2", "optimizer.learning_rate=1e-5", "seed=4")
     assert ended.code == 0, ended.err
     assert [row["step"] for row in metrics()] == [1, 2, 3]
@@ -304,11 +304,11 @@ def test_overrides(work: Path):
         ("seed=[1", ["Override seed: '[1'", "YAML"]),
     ],
 )
-def test_a_bad_override(no_weights: None, override: str, parts: list[str]):
+def test_train_refuses_bad_override(no_weights: None, override: str, parts: list[str]):
     assert_says(refusal(one_stage(), override), "ConfigError: ", *parts)
 
 
-def test_a_short_override_of_several_stages(no_weights: None):
+def test_train_refuses_short_override_when_stages_are_several(no_weights: None):
     recipe = changed(lambda r: r["stages"].append(stage(r) | {"name": "again"}))
     said = refusal(recipe, "steps=1")
     assert_says(
@@ -340,7 +340,9 @@ def test_a_short_override_of_several_stages(no_weights: None):
     ],
     ids=["missing", "empty", "broken", "no object", "broken csv", "no prompt", "empty prompt"],
 )
-def test_a_data_file(work: Path, no_weights: None, where: str, file: str, text: str | None, parts: list[str]):
+def test_train_refuses_bad_data_file(
+    work: Path, no_weights: None, where: str, file: str, text: str | None, parts: list[str]
+):
     if text is not None:
         Path(file).write_text(text)
     data = {"path": file}
@@ -352,21 +354,21 @@ LONG = [*sums(0, 3), {"prompt": "1+1+1+1+1="}]
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_a_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
+def test_max_prompt_length_refuses_long_training_prompt(work: Path, no_weights: None, what: str):
     write_rows(work / "long.jsonl", LONG)
     said = refusal(one_stage(data={"path": "long.jsonl"}, max_prompt_length=6), what=what)
     assert_says(said, "DataError: Prompt 3 has 10 tokens, but `max_prompt_length` is 6", "raise `max_prompt_length`")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_a_held_out_prompt_longer_than_the_limit(work: Path, no_weights: None, what: str):
+def test_max_prompt_length_refuses_long_held_out_prompt(work: Path, no_weights: None, what: str):
     write_rows(work / "long.jsonl", LONG)
     said = refusal(one_stage(evaluate={"data": {"path": "long.jsonl"}}, max_prompt_length=6), what=what)
     assert_says(said, "DataError: Prompt 3 has 10 tokens, but `max_prompt_length` is 6", "raise `max_prompt_length`")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_messages_for_a_tokenizer_without_a_chat_template(no_weights: None, what: str):
+def test_chat_raises_data_error_when_chat_template_is_missing(no_weights: None, what: str):
     said = refusal(one_stage(data={"path": "train.jsonl", "chat": True}), what=what)
     assert_says(said, "DataError: Prompt 0 is a list of messages", "has no chat template", "Give `prompt` as text")
 
@@ -379,14 +381,14 @@ def test_messages_for_a_tokenizer_without_a_chat_template(no_weights: None, what
     ],
     ids=["none", "option"],
 )
-def test_a_teacher_that_cannot_read_messages(no_weights: None, fields: dict[str, Any], parts: list[str]):
+def test_check_refuses_chat_when_teacher_cannot_render_it(no_weights: None, fields: dict[str, Any], parts: list[str]):
     student, teacher = tiny_model(chat_template="{{ messages[0].content }}"), tiny_model(1, **fields)
     recipe = one_stage(data={"path": "train.jsonl", "chat": True})
     said = refusal(changed(lambda r: r["models"].update(student=student, teacher=teacher), recipe), what="check")
     assert_says(said, *parts)
 
 
-def test_an_option_that_the_chat_template_does_not_mention(no_weights: None):
+def test_template_options_refuses_key_absent_from_template(no_weights: None):
     template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
     model = tiny_model(chat_template=template, template_options={"enable_thinkin": False})
     recipe = changed(lambda r: r["models"].update(student=model), one_stage(data={"path": "train.jsonl", "chat": True}))
@@ -404,13 +406,15 @@ def test_an_option_that_the_chat_template_does_not_mention(no_weights: None):
     ],
     ids=["moved", "more", "fewer"],
 )
-def test_teacher_and_student_with_other_tokens(no_weights: None, what: str, characters: str, parts: list[str]):
+def test_reverse_kl_raises_alignment_error_when_tokens_differ(
+    no_weights: None, what: str, characters: str, parts: list[str]
+):
     recipe = changed(lambda r: r["models"].update(teacher=tiny_model(1, characters=characters)))
     said = refusal(recipe, what=what)
     assert_says(said, "AlignmentError: The tokenizers of student", "teacher", "family", *parts)
 
 
-def test_a_response_of_zero_tokens_in_the_data(work: Path):
+def test_sft_raises_data_error_when_response_is_empty(work: Path):
     write_rows(work / "mine.jsonl", [{"prompt": "1+1=", "response": "<eos>"}])
     said = refusal(one_stage(method="sft", teacher=None, data={"path": "mine.jsonl"}))
     assert_says(said, "DataError: The response '<eos>' has zero tokens", "Remove the row")
@@ -440,7 +444,9 @@ WITH_CONTEXT: dict[str, Any] = {"method": "context_distillation", "teacher": Non
     ],
     ids=["reward and group", "teacher", "teacher is the student", "context"],
 )
-def test_what_a_recipe_lacks_for_its_method(no_weights: None, changes: dict[str, Any], parts: list[str]):
+def test_train_refuses_recipe_when_needs_of_method_are_unmet(
+    no_weights: None, changes: dict[str, Any], parts: list[str]
+):
     assert_says(refusal(one_stage(**changes)), "ConfigError: ", *parts)
 
 
@@ -459,7 +465,9 @@ def test_what_a_recipe_lacks_for_its_method(no_weights: None, changes: dict[str,
         ("answer", {"reward": {"name": "exact"}}),
     ],
 )
-def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: dict[str, Any]):
+def test_train_raises_data_error_when_rows_lack_column(
+    work: Path, no_weights: None, column: str, changes: dict[str, Any]
+):
     write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
     said = refusal(one_stage(data={"path": "mine.jsonl"}, **changes))
     assert_says(said, f"DataError: This run needs `{column}` in every row, but 2 of 3 rows of mine.jsonl have none")
@@ -492,7 +500,7 @@ def test_what_the_data_lack(work: Path, no_weights: None, column: str, changes: 
     ],
     ids=["reward", "the stage's reward", "divergence", "teacher"],
 )
-def test_what_the_held_out_data_lack(
+def test_evaluate_raises_data_error_when_rows_lack_column(
     work: Path, no_weights: None, column: str, changes: dict[str, Any], evaluate: dict[str, Any]
 ):
     write_rows(work / "mine.jsonl", [{**ROW, column: "2"}, ROW, ROW])
@@ -500,19 +508,19 @@ def test_what_the_held_out_data_lack(
     assert_says(said, "DataError: ", f"`{column}`", "mine.jsonl", "rows 1, 2")
 
 
-def test_more_attempts_than_responses(no_weights: None):
+def test_pass_at_raises_config_error_when_above_n(no_weights: None):
     evaluate = {"data": {"path": "held_out.jsonl"}, "reward": {"name": "final_number"}, "pass_at": [1, 4]}
     assert_says(refusal(one_stage(evaluate=evaluate)), "ConfigError: ", "pass@4", "at most 1 responses")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_a_support_larger_than_the_vocabulary(no_weights: None, what: str):
+def test_topk_reverse_kl_refuses_k_above_vocabulary(no_weights: None, what: str):
     said = refusal(one_stage(method="topk_reverse_kl", options={"k": 20}), what=what)
     assert_says(said, "ConfigError: The method's support has k = 20", f"only {len(CHARACTERS) + 2} tokens. Lower k")
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_a_comparison_of_more_tokens_than_there_are(no_weights: None, what: str):
+def test_diagnostics_refuses_k_above_vocabulary(no_weights: None, what: str):
     said = refusal(one_stage(diagnostics={"every": 5, "k": 20}), what=what)
     size = len(CHARACTERS) + 2
     assert_says(said, "ConfigError: A comparison uses the k most likely tokens of each model: k is 20, and the")
@@ -583,7 +591,7 @@ def mine(work: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint_kept(mine: None, work: Path, value: str):
+def test_train_keeps_last_checkpoint_when_loss_is_not_finite(mine: None, work: Path, value: str):
     recipe = one_stage(
         method="mine:breaks",
         options={"at": 4, "value": float(value)},
@@ -613,19 +621,19 @@ def test_a_loss_that_is_no_number_stops_with_the_last_good_checkpoint_kept(mine:
     assert [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_batch_without_a_trained_token(mine: None):
+def test_train_raises_training_error_when_no_token_is_trained(mine: None):
     said = refusal(one_stage(method="mine:untrained"), code=1)
     assert_says(
         said, "TrainingError: None of this step's 2 responses has a trained token (prompts [", "Check the source"
     )
 
 
-def test_a_response_of_zero_tokens(mine: None):
+def test_train_raises_data_error_when_source_gives_no_token(mine: None):
     said = refusal(one_stage(method="mine:without_tokens"))
     assert_says(said, "DataError: The response to prompt ", "has zero tokens, so it cannot be trained on")
 
 
-def test_a_signal_without_its_support(mine: None):
+def test_divergence_raises_config_error_when_support_is_sampled(mine: None):
     said = refusal(one_stage(method="mine:without_support"))
     assert_says(said, "ConfigError: This signal compares distributions", "support=top_k(k) or support=full()")
 
@@ -640,7 +648,7 @@ def test_a_signal_without_its_support(mine: None):
         ("mine:words", ["The reward 'mine:words' returned 'two words' (str) on prompt ", "Return a finite number"]),
     ],
 )
-def test_a_reward_that_fails(mine: None, name: str, parts: list[str]):
+def test_train_raises_training_error_when_reward_fails(mine: None, name: str, parts: list[str]):
     assert_says(refusal(one_stage(reward={"name": name}), code=1), "TrainingError: ", *parts)
 
 
@@ -662,7 +670,7 @@ class Opens:
 
 
 @pytest.mark.parametrize("what", ["train", "eval"])
-def test_pickled_weights_are_refused(model_folder: Path, work: Path, what: str):
+def test_resolved_path_refuses_pickled_weights(model_folder: Path, work: Path, what: str):
     (model_folder / "model.safetensors").unlink()
     torch.save({"weights": Opens()}, model_folder / "pytorch_model.bin")
     recipe = changed(lambda r: r["models"].update(student={"path": "./model"}))
@@ -673,7 +681,7 @@ def test_pickled_weights_are_refused(model_folder: Path, work: Path, what: str):
 
 
 @pytest.mark.parametrize("what", ["train", "eval", "check"])
-def test_code_in_a_model_folder_is_not_run_unless_asked_for(model_folder: Path, work: Path, what: str):
+def test_trust_remote_code_blocks_model_folder_code_when_unset(model_folder: Path, work: Path, what: str):
     config = json.loads((model_folder / "config.json").read_text())
     config |= {"model_type": "mine", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}}
     (model_folder / "config.json").write_text(json.dumps(config))
@@ -690,7 +698,7 @@ def test_code_in_a_model_folder_is_not_run_unless_asked_for(model_folder: Path, 
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("train", "missing.yaml"), ("train", "--help")], ids=" ".join)
-def test_a_quick_answer_needs_no_torch(tmp_path: Path, arguments: tuple[str, ...]):
+def test_cli_imports_no_torch_when_no_model_is_needed(tmp_path: Path, arguments: tuple[str, ...]):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "opd", *arguments],
@@ -717,7 +725,7 @@ def test_help_lists_the_commands():
     assert_says(ended.out, "train", "check", "eval", "methods", "describe")
 
 
-def test_methods_lists_every_one_with_a_line():
+def test_methods_lists_each_method_with_headline():
     ended = command("methods")
     assert ended.code == 0
     lines = ended.out.splitlines()
@@ -725,20 +733,20 @@ def test_methods_lists_every_one_with_a_line():
     assert all(len(line.split()) > 2 for line in lines)
 
 
-def test_describe():
+def test_describe_prints_page_and_options():
     ended = command("describe", "reverse_kl")
     assert ended.code == 0
     assert_says(ended.out, "reverse_kl\n==========", "arXiv 2605.11182", "KL( p", "Differs from the paper", "Options:")
     assert_says(ended.out, "average: Literal['token', 'sequence'] = 'sequence'", "temperature: float = 1.0")
 
 
-def test_describe_a_method_of_ones_own(mine: None):
+def test_describe_prints_docstring_when_method_is_custom(mine: None):
     ended = command("describe", "mine:breaks")
     assert ended.code == 0
     assert_says(ended.out, "A method of one's own that goes wrong.", "times `value`", "at: int")
 
 
-def test_describe_what_is_no_method():
+def test_describe_raises_config_error_when_method_is_unknown():
     ended = command("describe", "topk")
     assert ended.code == 2
     assert_says(ended.err, "ConfigError: There is no method 'topk'.", "Known: sft")
@@ -758,7 +766,7 @@ def test_describe_what_is_no_method():
     ids=["teacher", "kl", "both"],
 )
 @pytest.mark.parametrize("teacher", [None, "student"])
-def test_an_evaluation_of_a_teacher_that_is_not_there(
+def test_evaluate_refuses_teacher_and_kl_without_teacher(
     no_weights: None, what: str, evaluate: dict[str, Any], parts: list[str], teacher: str | None
 ):
     measured = {"data": {"path": "held_out.jsonl"}, **evaluate}
@@ -767,7 +775,7 @@ def test_an_evaluation_of_a_teacher_that_is_not_there(
     assert_says(said, "Set the stage's `teacher` to one of the models other than 'student'")
 
 
-def test_an_evaluation_of_a_teacher_that_the_method_does_not_ask(work: Path):
+def test_evaluate_compares_teacher_when_method_needs_none(work: Path):
     """A method without a teacher may still be compared with one."""
     measured = {"data": {"path": "held_out.jsonl"}, "kl": True, "teacher": True, "before": False}
     assert opd("train", one_stage(method="sft", evaluate=measured)).code == 0
@@ -775,7 +783,7 @@ def test_an_evaluation_of_a_teacher_that_the_method_does_not_ask(work: Path):
 
 
 @pytest.mark.parametrize("what", ["check", "train"])
-def test_a_comparison_with_a_teacher_that_is_not_there(no_weights: None, what: str):
+def test_diagnostics_raises_config_error_when_teacher_is_missing(no_weights: None, what: str):
     said = refusal(one_stage(method="sft", teacher=None, diagnostics={"every": 5}), what=what)
     assert_says(
         said, "ConfigError: Stage 'distil': diagnostics.every is 5, which compares the student with the teacher"
@@ -785,7 +793,9 @@ def test_a_comparison_with_a_teacher_that_is_not_there(no_weights: None, what: s
 
 @pytest.mark.parametrize("what", ["check", "train"])
 @pytest.mark.parametrize("information", ["solution", "history"])
-def test_privileged_information_that_some_rows_lack(work: Path, no_weights: None, what: str, information: str):
+def test_privileged_context_raises_data_error_when_rows_lack_it(
+    work: Path, no_weights: None, what: str, information: str
+):
     rows = [{**ROW, "summary": "1+1=3 is wrong;"}, {**ROW, "summary": ""}, ROW]
     write_rows(work / "mine.jsonl", rows)
     data = {"path": "mine.jsonl", "columns": {"privileged_context": "summary"}}
@@ -798,12 +808,12 @@ def test_privileged_information_that_some_rows_lack(work: Path, no_weights: None
 
 @pytest.mark.parametrize("what", ["check", "train"])
 @pytest.mark.parametrize("token", ["<think>", [99]], ids=str)
-def test_a_mask_token_that_the_tokenizer_does_not_know(no_weights: None, what: str, token: Any):
+def test_mask_tokens_raises_config_error_when_token_is_unknown(no_weights: None, what: str, token: Any):
     said = refusal(one_stage(method="local_support_matching", options={"k": 3, "mask_tokens": [token]}), what=what)
     assert_says(said, "ConfigError: ", str(token), "tokenizer")
 
 
-def test_an_answer_that_nobody_reads_is_counted(work: Path):
+def test_check_counts_answers_when_no_part_reads_them(work: Path):
     """Training without a reward is the usual case, so it is no mistake; but then no accuracy comes out."""
     measured = {"data": {"path": "held_out.jsonl"}}
     lines = opd("check", one_stage(evaluate=measured)).out.splitlines()
@@ -825,7 +835,7 @@ def test_an_answer_that_nobody_reads_is_counted(work: Path):
     assert_says(opd("train", one_stage()).out, f"distil: {unread.format('12 training')}")
 
 
-def test_what_a_selection_leaves_out_is_counted(work: Path):
+def test_select_reports_kept_and_left_out_rows(work: Path):
     """Prompts that the teacher was trained on, mixed with others as two tasks of one teacher."""
     write_rows(work / "theirs.jsonl", [{"prompt": "0+0="}, {"prompt": "1 + 0="}, {"prompt": "1+0="}])
     by = {"path": "theirs.jsonl"}
@@ -854,7 +864,7 @@ def test_what_a_selection_leaves_out_is_counted(work: Path):
     assert not ids["aligned"] & ids["other"], "a row that keeps its number after others are gone shares it with nobody"
 
 
-def test_a_selection_that_cannot_be_meant(no_weights: None):
+def test_select_refuses_bad_keys_and_empty_result(no_weights: None):
     data = {"path": "train.jsonl", "select": {"kep": "near", "threshold": 2}}
     said = refusal(one_stage(data=data))
     assert_says(said, "unknown key `stages.0.data.select.kep`. Did you mean 'keep'?", "by, keep, distinct, measure")
@@ -869,7 +879,7 @@ def test_a_selection_that_cannot_be_meant(no_weights: None):
 # --- what is said when nothing is wrong ------------------------------------------------------------------------------
 
 
-def test_check_says_what_it_looked_at(no_weights: None):
+def test_check_prints_summary_when_recipe_is_valid(no_weights: None):
     ended = opd("check", one_stage(evaluate={"data": {"path": "held_out.jsonl"}}))
     assert ended.code == 0, ended.err
     assert_says(ended.out, "stage distil: reverse_kl, 12 prompts, 5 held out", "longest prompt: 4 tokens")
@@ -882,7 +892,7 @@ def numbers(ended: Ended) -> dict[str, float]:
     return {name: float(value) for name, value in (line.split() for line in ended.out.splitlines())}
 
 
-def test_eval(model_folder: Path):
+def test_eval_prints_reproducible_metrics(model_folder: Path):
     reward = ("--reward", "regex", "--option", r"pattern='[0-9]'")
     ask = ("eval", "model", "held_out.jsonl", *reward, "--n", "4", "--max-completion-length", "3", "--teacher", "model")
     got = numbers(command(*ask))
@@ -896,7 +906,7 @@ def test_eval(model_folder: Path):
     assert numbers(command(*ask, "--limit", "2"))["responses"] == 8
 
 
-def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
+def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
     ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
     unread = "eval: 5 held-out rows have an `answer`, but no reward or method reads it"
     assert unread not in command("eval", "./modl", *ask[2:]).err, "what is refused comes alone"
@@ -926,13 +936,13 @@ def test_eval_says_that_nothing_reads_the_answers(model_folder: Path):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
-def test_what_eval_refuses(model_folder: Path, arguments: tuple[str, ...], parts: list[str]):
+def test_eval_refuses_bad_arguments(model_folder: Path, arguments: tuple[str, ...], parts: list[str]):
     ended = command("eval", *arguments)
     assert ended.code == 2
     assert_says(ended.err, *parts)
 
 
-def test_a_report_needs_no_colour_and_no_terminal(work: Path):
+def test_train_prints_no_control_characters_when_piped(work: Path):
     """Output in a pipe has no control characters."""
     ended = opd("train", one_stage(evaluate={"data": {"path": "held_out.jsonl"}}))
     assert ended.code == 0, ended.err

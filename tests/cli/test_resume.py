@@ -111,7 +111,7 @@ WRITING_A_CHECKPOINT = [
 
 
 @pytest.mark.parametrize(("strike", "then"), [*KILLS, *WRITING_A_CHECKPOINT])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
+def test_resume_gives_equal_run_when_killed(
     tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike, then: str
 ):
     folder = prepare(tmp_path / "work", two_stages())
@@ -128,7 +128,7 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(
         assert done.stat().st_mtime_ns == before
 
 
-def test_a_run_that_is_killed_again_and_again(tmp_path: Path, forks: Forks, uninterrupted: Path):
+def test_resume_gives_equal_run_when_killed_repeatedly(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
     for nth in (3, 5, 3, 3):
         assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=nth)).code == -signal.SIGKILL
@@ -156,7 +156,7 @@ REMEMBERING: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
-def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, model: dict[str, Any]):
+def test_resume_restores_ema_teacher(tmp_path: Path, forks: Forks, model: dict[str, Any]):
     whole = prepare(tmp_path / "whole", self_taught(**model))
     assert forks.start(whole, *TRAIN).code == 0
 
@@ -177,7 +177,7 @@ def test_an_average_of_the_student_is_restored(tmp_path: Path, forks: Forks, mod
 
 
 @pytest.mark.parametrize("stage", REMEMBERING.values(), ids=REMEMBERING)
-def test_what_a_method_remembers_is_restored(tmp_path: Path, forks: Forks, stage: dict[str, Any]):
+def test_resume_restores_method_memory(tmp_path: Path, forks: Forks, stage: dict[str, Any]):
     recipe = one_stage(steps=8, checkpoint={"every": 3}, optimizer={"learning_rate": 3e-3}, **stage)
     whole = prepare(tmp_path / "whole", recipe)
     assert forks.start(whole, *TRAIN).code == 0
@@ -210,9 +210,7 @@ def interrupt(call: str, nth: int, times: int = 1) -> Strike:
     [interrupt("opd.loss.step.loss_of", 7), interrupt("opd.stage.exams.measure", 3)],
     ids=["in a step", "in an evaluation"],
 )
-def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
-    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike
-):
+def test_sigint_saves_checkpoint_at_end_of_step(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
     folder = prepare(tmp_path / "work", two_stages())
     stopped = forks.start(folder, *TRAIN, strike=strike)
     assert stopped.code == 130
@@ -230,7 +228,7 @@ def test_sigint_finishes_the_step_saves_and_says_how_to_go_on(
     assert_same(folder / "run", uninterrupted / "run")
 
 
-def test_a_second_sigint_stops_at_once(tmp_path: Path, forks: Forks, uninterrupted: Path):
+def test_sigint_stops_immediately_when_sent_twice(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
     stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 7, times=2))
     assert stopped.code == 130
@@ -242,7 +240,7 @@ def test_a_second_sigint_stops_at_once(tmp_path: Path, forks: Forks, uninterrupt
     assert_same(folder / "run", uninterrupted / "run")
 
 
-def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path, forks: Forks, uninterrupted: Path):
+def test_sigint_starts_no_next_stage_when_sent_in_last_step(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
     stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 4))
     assert "Stopping after this step" in stopped.out
@@ -258,7 +256,9 @@ def test_sigint_in_the_last_step_of_a_stage_stops_before_the_next(tmp_path: Path
     [interrupt("opd.runs.build.load_model", 2), interrupt("opd.stage.exams.measure", 2)],
     ids=["while a model is loaded", "in the evaluation before training"],
 )
-def test_sigint_outside_the_steps_says_how_to_go_on(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
+def test_sigint_prints_resume_hint_when_outside_steps(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike
+):
     folder = prepare(tmp_path / "work", two_stages())
     stopped = forks.start(folder, *TRAIN, strike=strike)
     assert stopped.code == 130
@@ -284,7 +284,7 @@ def modified(run: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in files}
 
 
-def test_a_finished_run_started_again_prints_its_report_and_does_nothing(finished: Path, uninterrupted: Path):
+def test_train_only_prints_report_when_run_is_finished(finished: Path, uninterrupted: Path):
     before = modified(finished / "run")
     again = command(*TRAIN)
     assert again.code == 0, again.err
@@ -304,7 +304,7 @@ def test_a_finished_run_started_again_prints_its_report_and_does_nothing(finishe
         ("models.student.seed=5", "-    seed: 2", "+    seed: 5"),
     ],
 )
-def test_another_recipe_in_the_folder_is_refused_with_the_difference(
+def test_train_prints_difference_when_folder_has_other_recipe(
     finished: Path, override: str, old: str, new: str, uninterrupted: Path
 ):
     refused = command(*TRAIN, override)
@@ -316,7 +316,7 @@ def test_another_recipe_in_the_folder_is_refused_with_the_difference(
     assert_same(finished / "run", uninterrupted / "run")
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(finished: Path, no_weights: None):
+def test_output_dir_is_refused_when_other_files_are_there(finished: Path, no_weights: None):
     (finished / "other").mkdir()
     (finished / "other" / "thesis.tex").write_text("ten years of work")
     refused = command(*TRAIN, "output_dir=other")
@@ -343,21 +343,21 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def test_a_folder_that_cannot_be_written_is_refused_before_any_weight(fresh: Path, no_weights: None):
+def test_output_dir_is_refused_when_not_writable(fresh: Path, no_weights: None):
     refused = command(*TRAIN, "output_dir=train.jsonl/run")
     assert refused.code == 1
     assert refused.err.startswith("RunError: train.jsonl/run cannot be written (Not a directory).")
     assert "output_dir=..." in refused.err
 
 
-def test_a_file_in_the_place_of_the_folder_is_refused_before_any_weight(fresh: Path, no_weights: None):
+def test_output_dir_is_refused_when_path_is_a_file(fresh: Path, no_weights: None):
     refused = command(*TRAIN, "output_dir=train.jsonl")
     assert refused.code == 1
     assert refused.err.startswith("RunError: train.jsonl is a file, and a run needs a folder.")
     assert "output_dir=..." in refused.err
 
 
-def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+def test_train_raises_run_error_when_disk_space_is_low(fresh: Path, monkeypatch: pytest.MonkeyPatch):
     usage = namedtuple("usage", ["total", "used", "free"])
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 40, (1 << 40) - 1000, 1000))
     forbid(monkeypatch, "opd.runs.stages.train")
@@ -367,9 +367,7 @@ def test_too_little_space_is_refused_before_training(fresh: Path, monkeypatch: p
     assert "Free space there, use an output_dir=... on another disk" in refused.err
 
 
-def test_a_disk_that_fills_up_keeps_the_last_checkpoint_and_the_run_goes_on_when_there_is_space(
-    fresh: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_resume_gives_equal_run_when_disk_was_full(fresh: Path, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch):
     real, saved = parallel.write_tensors, 0
 
     def fills_up(*arguments: Any) -> None:

@@ -126,7 +126,7 @@ def samples_of(folder: Path) -> list[dict[str, Any]]:
 # --- what a run leaves -----------------------------------------------------------------------------------------------
 
 
-def test_steps_alternate_between_the_tasks(runs: dict[str, Path]):
+def test_task_order_takes_one_task_a_step_when_alternate(runs: dict[str, Path]):
     rows = samples_of(runs["alternate"])
     by_step = [{row["task"] for row in rows if row["step"] == step} for step in range(1, 8)]
     assert by_step == [{"sums"}, {"echo"}] * 3 + [{"sums"}]
@@ -134,7 +134,7 @@ def test_steps_alternate_between_the_tasks(runs: dict[str, Path]):
 
 
 @pytest.mark.parametrize("name", ["mixed", "top-k"])
-def test_a_mixed_step_has_all_tasks(runs: dict[str, Path], name: str):
+def test_task_order_puts_all_tasks_in_a_step_when_mixed(runs: dict[str, Path], name: str):
     rows = samples_of(runs[name])
     for step in range(1, 8):
         tasks = [row["task"] for row in rows if row["step"] == step]
@@ -142,7 +142,7 @@ def test_a_mixed_step_has_all_tasks(runs: dict[str, Path], name: str):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_ids_are_unique_over_all_tasks(runs: dict[str, Path], name: str):
+def test_prompt_id_is_unique_across_tasks(runs: dict[str, Path], name: str):
     stage = StageDir(runs[name] / STAGE)
     for rows in (samples_of(runs[name]), stage.read_held_out("before")):
         prompts = {row["prompt_id"]: (row["task"], row["prompt"]) for row in rows}
@@ -151,7 +151,7 @@ def test_ids_are_unique_over_all_tasks(runs: dict[str, Path], name: str):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_each_task_has_its_own_limit_and_reward(runs: dict[str, Path], name: str):
+def test_tasks_use_own_length_limit_and_reward(runs: dict[str, Path], name: str):
     answers = {row["prompt"]: str(row["answer"]) for row in [*sums(0, 12), *echoes(0, 9)]}
     lengths: dict[str, int] = {"sums": 0, "echo": 0}
     for row in samples_of(runs[name]):
@@ -165,7 +165,7 @@ def test_each_task_has_its_own_limit_and_reward(runs: dict[str, Path], name: str
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_metrics_of_a_task_are_the_means_of_its_own_responses(runs: dict[str, Path], name: str):
+def test_task_metrics_equal_means_of_own_responses(runs: dict[str, Path], name: str):
     rows = samples_of(runs[name])
     for metrics in steps_of(runs[name]):
         here = [row for row in rows if row["step"] == metrics["step"]]
@@ -185,7 +185,7 @@ def test_metrics_of_a_task_are_the_means_of_its_own_responses(runs: dict[str, Pa
             assert got == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_every_task_is_examined_when_its_own_section_says(runs: dict[str, Path]):
+def test_tasks_are_evaluated_at_own_interval(runs: dict[str, Path]):
     stage = StageDir(runs["alternate"] / STAGE)
     rows = {row["step"]: row for row in stage.read_metrics() if any(key.startswith("eval/") for key in row)}
     measured = {
@@ -201,14 +201,14 @@ def test_every_task_is_examined_when_its_own_section_says(runs: dict[str, Path])
     assert [row["task"] for row in stage.read_held_out("teacher")] == ["sums"] * 5 + ["echo"] * 4
 
 
-def test_the_report_has_a_table_for_each_task(runs: dict[str, Path]):
+def test_report_prints_table_for_each_task(runs: dict[str, Path]):
     out = (runs["alternate"].with_suffix(".out")).read_text()
     assert "distil, sums (reverse_kl), held-out prompts" in out
     assert "distil, echo (reverse_kl), held-out prompts" in out
     assert out.count("greedy: reward") == 2
 
 
-def test_a_stage_without_tasks_says_nothing_of_tasks(work: Path):
+def test_task_metrics_are_absent_when_stage_has_no_tasks(work: Path):
     recipe = two_tasks(tasks=None, teacher="adder", data={"path": "train.jsonl"}, evaluate=None, steps=1)
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     ended = command(*TRAIN)
@@ -221,7 +221,7 @@ def test_a_stage_without_tasks_says_nothing_of_tasks(work: Path):
 
 
 @pytest.mark.parametrize(("name", "nth"), [("alternate", 4), ("alternate", 7), ("mixed", 6), ("mixed", 11)])
-def test_a_killed_run_goes_on_as_if_it_had_not_been(
+def test_resume_gives_equal_run_when_stage_has_tasks(
     tmp_path: Path, forks: Forks, runs: dict[str, Path], name: str, nth: int
 ):
     folder = with_echoes(tmp_path / "work", RUNS[name])
@@ -257,14 +257,14 @@ def without_teachers(**stage: Any) -> dict[str, Any]:
     ],
     ids=lambda stage: f"{stage['method']} {stage.get('task_order', 'alternate')}",
 )
-def test_methods_without_a_teacher_model_take_tasks(work: Path, stage: dict[str, Any]):
+def test_tasks_train_when_method_has_no_teacher_model(work: Path, stage: dict[str, Any]):
     (work / "recipe.yaml").write_text(yaml.safe_dump(without_teachers(**stage), sort_keys=False))
     ended = command(*TRAIN)
     assert ended.code == 0, ended.err
     assert [row["step"] for row in steps_of(work)] == [1, 2]
 
 
-def test_teachers_write_for_their_own_tasks(work: Path):
+def test_teacher_sampling_applies_to_own_task(work: Path):
     recipe = two_tasks(method="sft", options={"source": "teacher"}, task_order="mixed", steps=1, evaluate=None)
     stage = recipe["stages"][0]
     for task in stage["tasks"].values():
@@ -282,7 +282,7 @@ def test_teachers_write_for_their_own_tasks(work: Path):
 # --- the recipe ------------------------------------------------------------------------------------------------------
 
 
-def test_a_task_has_its_own_settings_on_those_of_the_stage():
+def test_parse_recipe_merges_stage_settings_into_tasks():
     stage = parse_recipe(two_tasks(sampling={"n": 2, "top_p": 0.9, "max_completion_length": 5})).stages[0]
     stage_tasks = stage.tasks
     assert stage_tasks["echo"].sampling.model_dump() == {
@@ -300,14 +300,14 @@ def test_a_task_has_its_own_settings_on_those_of_the_stage():
     assert stage.evaluate is None
 
 
-def test_the_resolved_recipe_is_the_same_recipe():
+def test_dump_gives_equal_recipe_when_parsed_again():
     recipe = parse_recipe(two_tasks(task_order="mixed"))
     assert parse_recipe(yaml.safe_load(dump(recipe))) == recipe
     plain = parse_recipe(two_tasks(tasks=None, data={"path": "train.jsonl"}, teacher="adder", evaluate=None))
     assert parse_recipe(yaml.safe_load(dump(plain))) == plain
 
 
-def test_overrides_reach_into_a_task():
+def test_parse_recipe_applies_overrides_to_tasks():
     recipe = parse_recipe(
         two_tasks(), ["tasks.echo.sampling.max_completion_length=3", "stages.distil.tasks.sums.share=2"]
     )
@@ -423,13 +423,13 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(("change", "parts"), REFUSALS.values(), ids=REFUSALS)
-def test_a_mistake_is_told_before_anything_is_loaded(work: Path, change: Callable[..., Any], parts: list[str]):
+def test_check_refuses_bad_tasks(work: Path, change: Callable[..., Any], parts: list[str]):
     message = refused(work, change)
     for part in parts:
         assert part in message, f"{part!r} is not in:\n{message}"
 
 
-def test_a_row_that_names_another_teacher_than_its_task(work: Path):
+def test_teacher_id_raises_data_error_when_task_teacher_differs(work: Path):
     rows = [{**row, "teacher_id": "adder" if i else "parrot"} for i, row in enumerate(echoes(0, 3))]
     write_rows(work / "echo.jsonl", rows)
     message = refused(work, lambda stage: stage)
@@ -440,7 +440,7 @@ def test_a_row_that_names_another_teacher_than_its_task(work: Path):
     assert "than the teacher 'parrot' that would score them. Give each teacher's prompts their own task" in message
 
 
-def test_teachers_with_another_tokenizer_are_refused_by_name(work: Path):
+def test_check_names_task_teacher_when_tokenizers_differ(work: Path):
     recipe = two_tasks()
     recipe["models"]["parrot"] = tiny_model(3, characters="0123456789=+;")
     (work / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
@@ -449,7 +449,7 @@ def test_teachers_with_another_tokenizer_are_refused_by_name(work: Path):
     assert "AlignmentError: The tokenizers of student (15 tokens) and parrot (15) differ: 2 tokens have" in ended.err
 
 
-def test_check_tells_what_each_task_is(work: Path):
+def test_check_prints_line_for_each_task(work: Path):
     ended = command("check", "recipe.yaml")
     assert ended.code == 0, ended.err
     for line in (
@@ -464,19 +464,19 @@ def test_check_tells_what_each_task_is(work: Path):
 # --- from Python -----------------------------------------------------------------------------------------------------
 
 
-def test_prompts_given_in_python_have_ids_of_their_own(work: Path):
+def test_distill_raises_data_error_when_prompt_ids_repeat(work: Path):
     prompts = [Prompt(id=i % 2, content=f"{i}+1=") for i in range(3)]
     with pytest.raises(DataError, match=r"1 ids belong to several of the 3 prompts given in Python \(e.g. 0\)"):
         opd.distill(student="./nowhere", teacher="./nowhere", prompts=prompts, steps=1, quiet=True)
 
 
-def test_prompts_given_in_python_and_tasks_are_two_answers(work: Path):
+def test_distill_refuses_prompts_when_tasks_are_given(work: Path):
     tasks = {"a": {"data": {"path": "train.jsonl"}}}
     with pytest.raises(ConfigError, match=r"it has `tasks` and also `data` and `teacher`"):
         opd.distill(student="./nowhere", teacher="./nowhere", prompts=["1+1="], steps=1, tasks=tasks, quiet=True)
 
 
-def test_the_rows_of_a_file(work: Path):
+def test_prompt_id_continues_from_task_to_task(work: Path):
     """Ids go on from task to task in the order of the recipe, first those of training."""
     command(*TRAIN, "steps=2", "output_dir=short")
     rows = pq.read_table(work / "short/distil/samples/step_000002.parquet").to_pylist()
@@ -484,7 +484,7 @@ def test_the_rows_of_a_file(work: Path):
     assert {row["task"] for row in rows} == {"echo"}
 
 
-def test_the_doctor_looks_at_one_task(work: Path):
+def test_stage_to_examine_selects_one_task(work: Path):
     recipe = parse_recipe(two_tasks())
     spec = stage_to_examine(recipe, "distil", Given(), "echo")
     assert (spec.teacher, spec.tasks, list(spec.by_task)) == (recipe.stages[0].tasks["echo"].teacher, {}, [None])

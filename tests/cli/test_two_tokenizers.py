@@ -42,7 +42,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_ends_are_those_of_the_prompts_that_are_trained(work: Path, chat: bool):
+def test_prepare_takes_chat_from_training_prompts(work: Path, chat: bool):
     """A conversation among the held-out prompts does not turn a text's end into a turn's."""
     held_out = {"path": "held_out.jsonl", "chat": not chat}
     recipe = parse_recipe(two(data={"path": "train.jsonl", "chat": chat}, evaluate={"data": held_out}))
@@ -56,7 +56,7 @@ def refused(recipe: dict[str, Any], kind: type[Exception] = ConfigError) -> str:
 
 
 @pytest.mark.parametrize("method", ["simct", "uld"])
-def test_a_recipe_of_two_tokenizers_runs_with_an_evaluation_of_its_teacher(work: Path, method: str):
+def test_run_logs_unit_metrics_when_tokenizers_differ(work: Path, method: str):
     held_out = {"data": {"path": "held_out.jsonl"}, "teacher": True}
     rows = opd.run(two(method, steps=3, evaluate=held_out), quiet=True).metrics
     trained = [row for row in rows if "train/loss" in row]
@@ -67,13 +67,13 @@ def test_a_recipe_of_two_tokenizers_runs_with_an_evaluation_of_its_teacher(work:
     assert any("eval/teacher/sampled/length" in row for row in rows)
 
 
-def test_the_check_says_how_many_tokens_both_have(work: Path):
+def test_check_recipe_counts_shared_tokens_of_two_tokenizers(work: Path):
     lines = check_recipe(parse_recipe(two()))
     assert any("student (15 tokens) and teacher (17) share 15 tokens" in line for line in lines)
     assert not any("map every token to the same id" in line for line in lines)
 
 
-def test_two_tokenizers_are_for_methods_that_ask_for_them(work: Path):
+def test_reverse_kl_raises_alignment_error_for_two_tokenizers(work: Path):
     assert "or use a method for two tokenizers, such as simct" in refused(two("reverse_kl"), AlignmentError)
 
 
@@ -88,9 +88,7 @@ def test_two_tokenizers_are_for_methods_that_ask_for_them(work: Path):
     ],
     ids=["diagnostics", "kl"],
 )
-def test_a_comparison_token_by_token_is_refused_before_any_weight_is_made(
-    work: Path, stage: dict[str, Any], parts: list[str]
-):
+def test_check_recipe_refuses_comparison_when_tokenizers_differ(work: Path, stage: dict[str, Any], parts: list[str]):
     said = refused(two(**stage))
     assert all(part in said for part in parts), said
 
@@ -106,19 +104,19 @@ def test_a_comparison_token_by_token_is_refused_before_any_weight_is_made(
     ],
     ids=["support", "teacher"],
 )
-def test_units_and_a_tokenizer_of_its_own_go_together(make: Callable[[], Method], said: str):
+def test_check_coherence_refuses_units_or_external_alone(make: Callable[[], Method], said: str):
     with pytest.raises(ConfigError, match=said):
         check_coherence(Facts(method=make()), "Stage 'distil': method 'mine:method'")
 
 
-def test_the_other_methods_go_together_with_themselves():
+def test_check_coherence_accepts_every_method():
     for name, function in METHODS.items():
         method = function(**({"template": "{prompt}"} if name == "context_distillation" else {}))
         check_coherence(Facts(method=method), name)
     check_coherence(Facts(method=Method(support=full(), signal=divergence())), "full")
 
 
-def test_the_doctor_says_what_it_cannot_examine(work: Path):
+def test_examine_skips_token_checks_when_tokenizers_differ(work: Path):
     report = examine(parse_recipe(two()), given=Given())
     skipped = {found.name: found.says for found in report.findings if found.level == "skipped"}
     assert {"tokens", "signal", "headroom/continuation"} <= set(skipped)
@@ -126,7 +124,7 @@ def test_the_doctor_says_what_it_cannot_examine(work: Path):
     assert "cost/step" in {found.name for found in report.findings} - set(skipped)
 
 
-def test_a_tokenizer_of_merges_joins_them_wherever_they_meet():
+def test_character_tokenizer_applies_merges_in_order():
     tokenizer = character_tokenizer("abc", [("a", "b"), ("ab", "c")])
     assert tokenizer.get_vocab() == {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "c": 4, "ab": 5, "abc": 6}
     assert tokenizer("abcabbc").input_ids == [6, 5, 3, 4]

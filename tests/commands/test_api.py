@@ -70,7 +70,7 @@ def distill(**changes: Any) -> opd.Run:
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
-def test_model_objects_the_student_is_trained_in_place_and_the_teacher_is_not():
+def test_distill_trains_student_in_place_and_keeps_teacher():
     student, teacher = model(2), model(1)
     before, asked = weights(student), weights(teacher)
     run = distill(student=student, teacher=teacher)
@@ -84,7 +84,7 @@ def test_model_objects_the_student_is_trained_in_place_and_the_teacher_is_not():
     assert same(weights(saved), weights(student))
 
 
-def test_metrics_and_samples_of_a_run():
+def test_run_holds_metrics_and_samples_of_every_step():
     run = distill(evaluate={"data": {"path": "held_out.jsonl"}, "kl": True}, steps=3, samples_every=1)
     lines = (run.folder / "distill/metrics.jsonl").read_text().splitlines()
     assert run.metrics == [{"stage": "distill", **json.loads(line)} for line in lines]
@@ -100,26 +100,26 @@ def test_metrics_and_samples_of_a_run():
         assert len(row["teacher_logp"]) == len(row["sampler_logp"]) == len(row["response_ids"])
 
 
-def test_without_an_evaluation_before_training_there_is_no_row_of_step_0():
+def test_metrics_have_no_step_0_row_when_before_is_false():
     run = distill(evaluate={"data": {"path": "held_out.jsonl"}, "before": False})
     assert [row["step"] for row in run.metrics] == [1, 2, 2]
 
 
-def test_a_teacher_can_be_learned():
+def test_distill_reduces_held_out_reverse_kl():
     settings = {"prompts_per_step": 6, "optimizer": {"learning_rate": 0.03}}
     run = distill(steps=40, evaluate={"data": {"path": "held_out.jsonl"}, "kl": True}, samples_every=0, **settings)
     # Of three seeds the worst leaves 0.5 of it: far enough from the limit for a processor that rounds otherwise.
     assert run.metrics[-1]["eval/reverse_kl"] < 0.75 * run.metrics[0]["eval/reverse_kl"]
 
 
-def test_the_same_call_is_the_same_run_and_another_seed_another():
+def test_distill_is_reproducible_when_seed_is_equal():
     first, second, third = distill(), distill(), distill(seed=1)
     assert [run.folder.name for run in (first, second, third)] == ["distill-1", "distill-2", "distill-3"]
     assert first.metrics == second.metrics != third.metrics
     assert same(weights(first.student), weights(second.student))
 
 
-def test_paths(work: Path):
+def test_distill_accepts_model_and_prompt_paths(work: Path):
     for name, seed in (("student", 2), ("teacher", 1)):
         language_model.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
     run = distill(student="./student", teacher=work / "teacher", tokenizer=None, prompts="train.jsonl")
@@ -130,7 +130,7 @@ def test_paths(work: Path):
     assert same(weights(again.student), weights(run.student))
 
 
-def test_a_peft_student_trains_its_adapter_alone():
+def test_distill_trains_only_adapter_when_student_is_peft():
     student = model(2, lora={"rank": 2})
     before = weights(student)
     run = distill(student=student)
@@ -145,7 +145,7 @@ def test_a_peft_student_trains_its_adapter_alone():
     torch.testing.assert_close(saved(ids).logits, student(ids).logits)
 
 
-def test_a_peft_student_that_teaches_itself_without_its_adapter():
+def test_context_distillation_runs_when_student_is_peft():
     run = distill(
         student=model(2, lora={"rank": 2}),
         teacher=None,
@@ -155,19 +155,19 @@ def test_a_peft_student_that_teaches_itself_without_its_adapter():
     assert [row["step"] for row in run.metrics] == [1, 2]
 
 
-def test_several_processes_cannot_share_a_model_object(work: Path, monkeypatch: pytest.MonkeyPatch):
+def test_distill_refuses_model_object_when_processes_are_several(work: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("opd.api.join", lambda: contextlib.nullcontext(World(rank=0, size=2)))
     with pytest.raises(ConfigError, match=r"student and teacher: 2 processes cannot share a model object\. Save it"):
         distill()
     assert not (work / "runs").exists()
 
 
-def test_a_tokenizer_is_needed_for_a_model_object():
+def test_distill_refuses_model_object_without_tokenizer():
     with pytest.raises(ConfigError, match="student: a model object needs its tokenizer; pass `tokenizer=`"):
         distill(tokenizer=None)
 
 
-def test_a_tokenizer_without_an_end():
+def test_distill_refuses_tokenizer_without_eos_token():
     tokenizer = character_tokenizer(CHARACTERS)
     tokenizer.eos_token = None
     student = model(2)
@@ -176,19 +176,19 @@ def test_a_tokenizer_without_an_end():
         distill(student=student, tokenizer=tokenizer)
 
 
-def test_a_tokenizer_of_another_model():
+def test_distill_refuses_tokenizer_larger_than_output_layer():
     tokenizer = character_tokenizer(CHARACTERS + "abc")
     with pytest.raises(ConfigError, match=r"ids up to 17, but the output layer has only 15 rows"):
         distill(tokenizer=tokenizer)
 
 
-def test_a_teacher_with_a_tokenizer_of_its_own():
+def test_distill_raises_alignment_error_when_teacher_ids_differ():
     teacher = model(1, characters="1023456789+=;")
     with pytest.raises(AlignmentError, match="2 tokens have another id"):
         distill(teacher=teacher, teacher_tokenizer=character_tokenizer("1023456789+=;"))
 
 
-def test_a_frozen_student():
+def test_distill_refuses_frozen_student():
     with pytest.raises(ConfigError, match="model 'student' has no parameter that requires a gradient"):
         distill(student=model(2).requires_grad_(False))
 
@@ -211,7 +211,7 @@ def same_prompts() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("form", list(same_prompts()))
-def test_prompts_in_every_form_are_the_same_run(work: Path, form: str):
+def test_distill_gives_equal_run_for_every_prompt_form(work: Path, form: str):
     write_rows(work / "six.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
     run = distill(prompts=same_prompts()[form], samples_every=1)
     assert [(row["prompt_id"], row["prompt"]) for row in run.samples] == [
@@ -220,12 +220,12 @@ def test_prompts_in_every_form_are_the_same_run(work: Path, form: str):
     assert run.metrics == distill().metrics
 
 
-def test_prompts_that_keep_their_id():
+def test_distill_keeps_ids_of_prompt_objects():
     run = distill(prompts=[Prompt(id=40 + i, content=prompt) for i, prompt in enumerate(PROMPTS)])
     assert all(row["prompt_id"] >= 40 for row in run.samples)
 
 
-def test_chat_wraps_text_for_the_template():
+def test_distill_needs_chat_template_when_chat_is_true():
     tokenizer = character_tokenizer(CHARACTERS)
     tokenizer.chat_template = "{% for message in messages %};{{ message.content }}{% endfor %}"
     run = distill(tokenizer=tokenizer, chat=True)
@@ -244,7 +244,7 @@ def test_chat_wraps_text_for_the_template():
         ("held_ot.jsonl", "held_ot.jsonl does not exist. Did you mean 'held_out.jsonl'?"),
     ],
 )
-def test_prompts_that_cannot_be_used(prompts: Any, message: str):
+def test_distill_refuses_bad_prompts(prompts: Any, message: str):
     with pytest.raises(DataError) as error:
         distill(prompts=prompts)
     assert message in str(error.value)
@@ -261,7 +261,7 @@ def test_prompts_that_cannot_be_used(prompts: Any, message: str):
         ),
     ],
 )
-def test_rows_without_what_the_method_needs(column: str, arguments: dict[str, Any]):
+def test_distill_refuses_rows_without_needed_column(column: str, arguments: dict[str, Any]):
     rows = [{"prompt": "1+1=", column: "2"}, {"prompt": "1+2="}]
     with pytest.raises(DataError, match=f"needs `{column}` in every row, but 1 of 2 rows"):
         distill(prompts=rows, teacher=None, **arguments)
@@ -285,13 +285,13 @@ def test_rows_without_what_the_method_needs(column: str, arguments: dict[str, An
         ),
     ],
 )
-def test_methods_by_name(method: str, arguments: dict[str, Any]):
+def test_distill_accepts_method_names(method: str, arguments: dict[str, Any]):
     run = distill(method=method, **arguments)
     assert run.recipe.stages[0].method == method
     assert [row["step"] for row in run.metrics] == [1, 2]
 
 
-def test_a_reward_function():
+def test_distill_calls_reward_function_for_each_response():
     asked: list[tuple[Prompt, str]] = []
 
     def even(prompt: Prompt, response: str) -> bool:
@@ -308,14 +308,14 @@ def test_a_reward_function():
 
 
 @pytest.mark.parametrize("reward", ["exact", {"name": "exact", "options": {"ignore_case": True}}])
-def test_a_reward_by_name(reward: Any):
+def test_distill_accepts_reward_name(reward: Any):
     run = distill(
         method="grpo", teacher=None, reward=reward, prompts=sums(0, 6), sampling={"n": 2, "max_completion_length": 8}
     )
     assert {row["reward"] for row in run.samples} <= {0.0, 1.0}
 
 
-def test_a_reward_function_that_raises():
+def test_distill_raises_training_error_when_reward_raises():
     def broken(prompt: Prompt, response: str) -> float:
         raise KeyError("answers")
 
@@ -325,7 +325,7 @@ def test_a_reward_function_that_raises():
     assert isinstance(error.value.__cause__, KeyError)
 
 
-def test_what_is_missing_for_a_method():
+def test_distill_raises_config_error_when_arguments_are_wrong():
     with pytest.raises(ConfigError, match=r"method 'grpo' needs .*sampling\.n.*; a reward"):
         distill(method="grpo", teacher=None)
     with pytest.raises(ConfigError, match="method 'reverse_kl' needs a teacher model"):
@@ -339,7 +339,7 @@ def test_what_is_missing_for_a_method():
     assert not Path("runs").exists()
 
 
-def test_a_method_of_ones_own_from_the_working_directory(work: Path):
+def test_distill_loads_method_from_working_directory(work: Path):
     (work / "mine.py").write_text(
         "from opd.pieces import signals, supports\n"
         "from opd.method import Method\n\n\n"
@@ -357,7 +357,7 @@ def test_a_method_of_ones_own_from_the_working_directory(work: Path):
 # --- folders ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_output_folder_and_a_run_that_was_done(work: Path):
+def test_distill_returns_finished_run_when_output_dir_repeats(work: Path):
     first = distill(output_dir=work / "here")
     assert first.folder == work / "here"
     again = distill(output_dir=work / "here")
@@ -365,13 +365,13 @@ def test_the_output_folder_and_a_run_that_was_done(work: Path):
     assert same(weights(again.student), weights(first.student))
 
 
-def test_another_run_in_the_same_folder_is_refused():
+def test_distill_refuses_output_dir_when_seed_differs():
     distill(output_dir="here")
     with pytest.raises(RunError, match="here holds a run of another recipe"):
         distill(output_dir="here", seed=1)
 
 
-def test_other_prompts_in_the_same_folder_are_refused():
+def test_distill_refuses_output_dir_when_prompts_differ():
     distill(output_dir="here")
     with pytest.raises(RunError, match="here holds a run of another recipe"):
         distill(output_dir="here", prompts=PROMPTS[:3])
@@ -380,7 +380,7 @@ def test_other_prompts_in_the_same_folder_are_refused():
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_recipe_as_a_mapping_a_path_and_an_object():
+def test_run_accepts_mapping_path_and_recipe_object():
     runs = [
         opd.run(one_stage() | {"output_dir": "one"}, quiet=True),
         opd.run("recipe.yaml", "output_dir=two", quiet=True),
@@ -392,7 +392,7 @@ def test_a_recipe_as_a_mapping_a_path_and_an_object():
     assert all(same(weights(run.student), weights(runs[0].student)) for run in runs)
 
 
-def test_all_stages_of_a_recipe_are_in_its_metrics_and_the_last_ones_model_is_the_student():
+def test_run_returns_metrics_of_all_stages_and_last_student():
     run = opd.run(two_stages(), "stages.distil.steps=2", "stages.teach.steps=2", quiet=True)
     assert [(row["stage"], row["step"]) for row in run.metrics] == [
         *(("teach", 1), ("teach", 2)),
@@ -407,12 +407,12 @@ def test_all_stages_of_a_recipe_are_in_its_metrics_and_the_last_ones_model_is_th
     assert same(weights(again.student), weights(run.student))
 
 
-def test_overrides_of_a_recipe_object_are_refused():
+def test_run_refuses_overrides_of_recipe_object():
     with pytest.raises(ConfigError, match="Overrides apply to a path or a mapping"):
         opd.run(load_recipe("recipe.yaml"), "seed=1")
 
 
-def test_progress_is_shown(capsys: pytest.CaptureFixture[str]):
+def test_distill_prints_progress_when_not_quiet(capsys: pytest.CaptureFixture[str]):
     distill(quiet=False)
     assert "distill: 2 steps" in capsys.readouterr().out
 
@@ -425,7 +425,7 @@ def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
     assert (said.out, said.err) == ("", "")
 
 
-def test_what_the_package_offers():
+def test_opd_exports_only_public_names():
     assert sorted(opd.__all__) == ["Run", "distill", "run"]
     for name in opd.__all__:
         assert callable(getattr(opd, name))

@@ -49,7 +49,7 @@ def asked_to_act(report: Report) -> set[str]:
     return {found.name for found in report.findings if found.level in ("change", "stop")}
 
 
-def test_a_healthy_pair_goes(healthy):
+def test_verdict_is_go_when_pair_is_healthy(healthy):
     assert not asked_to_act(healthy), as_text(healthy)
     assert healthy.verdict == "go"
     accuracy = finding(healthy, "headroom/accuracy")
@@ -58,7 +58,7 @@ def test_a_healthy_pair_goes(healthy):
     assert finding(healthy, "signal/bias").numbers["cosine"] > 0.95
 
 
-def test_another_chat_template_goes_with_a_change_that_names_its_key():
+def test_verdict_is_go_with_changes_when_chat_templates_differ():
     student = teach(chatting("student", seed=2), sums(chat=True), steps=HALFWAY)
     other = CHAT.replace("<assistant>", "\nA: ").replace("<{{ m.role }}>", "Q: ")
     teacher = teach(chatting("teacher", seed=1, template=other), sums(chat=True), steps=ENOUGH)
@@ -71,7 +71,7 @@ def test_another_chat_template_goes_with_a_change_that_names_its_key():
     assert "2604.13016 section 5.2" in template.study
 
 
-def test_an_ending_that_the_teacher_never_writes_stops():
+def test_verdict_is_stop_when_turn_endings_differ():
     student = teach(chatting("student", seed=2), sums(chat=True), steps=HALFWAY)
     teacher = teach(chatting("teacher", seed=1, end="<end>"), sums(chat=True), steps=ENOUGH)
     report = diagnosis({"student": student, "teacher": teacher}, sums(chat=True))
@@ -87,7 +87,7 @@ def test_an_ending_that_the_teacher_never_writes_stops():
     assert "never to end" in special.says
 
 
-def test_a_teacher_that_is_no_better_stops(learner, known):
+def test_verdict_is_stop_when_teacher_is_no_better(learner, known):
     report = diagnosis({"student": known, "teacher": learner}, sums())
     assert report.verdict == "stop", as_text(report)
     accuracy = finding(report, "headroom/accuracy")
@@ -114,7 +114,7 @@ PRIVILEGED = {
 }
 
 
-def test_information_of_the_instance_stops(reader):
+def test_verdict_is_stop_when_context_is_the_answer(reader):
     report = diagnosis({"student": reader}, letters(), **PRIVILEGED)
     assert report.verdict == "stop", as_text(report)
     disagreement, transfer = finding(report, "information/disagreement"), finding(report, "information/transfer")
@@ -128,7 +128,7 @@ def test_information_of_the_instance_stops(reader):
         assert "2605.11182 eq. 10-11" in found.study
 
 
-def test_a_rule_that_all_prompts_share_goes(reader):
+def test_verdict_is_go_when_all_prompts_share_context(reader):
     rows = [Prompt(id=p.id, content=p.content, answer="c", privileged_context="c") for p in letters()]
     report = diagnosis({"student": reader}, rows, **PRIVILEGED)
     assert report.verdict == "go", as_text(report)
@@ -136,7 +136,7 @@ def test_a_rule_that_all_prompts_share_goes(reader):
         assert "-log Z is 0, and it transfers by construction" in finding(report, name).says
 
 
-def test_no_weight_moves_and_no_gradient_stays(learner, known):
+def test_examine_changes_no_weight_and_leaves_no_gradient(learner, known):
     before = parameters_of(learner), parameters_of(known)
     report = diagnosis({"student": learner, "teacher": known}, sums(), looked_at=4)
     assert finding(report, "cost/step").numbers["grad_norm"] > 0
@@ -145,7 +145,7 @@ def test_no_weight_moves_and_no_gradient_stays(learner, known):
         assert all(p.grad is None for p in lm.model.parameters())
 
 
-def test_both_forms_of_the_report_say_the_same(healthy):
+def test_as_json_agrees_with_as_text(healthy):
     read = json.loads(as_json(healthy))
     assert read["verdict"] == healthy.verdict == "go"
     assert [row["name"] for row in read["findings"]] == [found.name for found in healthy.findings]
@@ -156,7 +156,7 @@ def test_both_forms_of_the_report_say_the_same(healthy):
     assert read["counts"]["skipped"] == sum(found.level == "skipped" for found in healthy.findings)
 
 
-def test_the_same_seed_gives_the_same_numbers(healthy, learner, known):
+def test_examine_is_reproducible_when_seed_is_equal(healthy, learner, known):
     again = diagnosis({"student": learner, "teacher": known}, sums())
     timed = "cost/step"
     assert [f.numbers for f in again.findings if f.name != timed] == [
@@ -164,7 +164,7 @@ def test_the_same_seed_gives_the_same_numbers(healthy, learner, known):
     ]
 
 
-def test_adapters_are_off_in_their_own_teacher():
+def test_examine_disables_lora_in_own_teacher():
     """With LoRA the teacher is the base model: trained adapters differ from it, fresh ones do not."""
     tokenizer = character_tokenizer("abcdefgh0123456789=;")
     model = language_model.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")

@@ -49,14 +49,14 @@ CHANGE = Finding(name="a/change", level="change", says="Not yet.", remedy="Set o
 STOP = Finding(name="a/stop", level="stop", says="No.", remedy="Set the stage's teacher.", study="paper 2")
 
 
-def test_the_worst_finding_decides():
+def test_verdict_equals_worst_finding():
     assert verdict([]) == "go"
     assert verdict([FINE, skipped("a/skipped", "no reward")]) == "go"
     assert verdict([FINE, CHANGE]) == "go with these changes"
     assert verdict([CHANGE, STOP, FINE]) == "stop"
 
 
-def test_the_studies_that_findings_name_exist():
+def test_findings_name_existing_studies():
     named: set[str] = set()
     for file in Path(examine.__file__).parent.glob("*.py"):
         for names in re.findall(r"`opd study (\w+)`((?: and `\w+`)*)", file.read_text()):
@@ -65,7 +65,7 @@ def test_the_studies_that_findings_name_exist():
     assert named <= set(STUDIES)
 
 
-def test_a_report_puts_what_asks_for_action_first():
+def test_as_text_puts_stop_and_change_first():
     report = Report(
         recipe="mine",
         stage="distil",
@@ -92,7 +92,7 @@ def side(lm: LanguageModel) -> tokenizers.Side:
     return tokenizers.Side.of(lm, lm.name)
 
 
-def test_other_maps_stop_and_say_which_tokens():
+def test_same_map_names_tokens_when_ids_differ():
     from opd.models.loading import character_tokenizer
 
     found = tokenizers.same_map(character_tokenizer("abc"), character_tokenizer("acb"), ("small", "large"))
@@ -102,7 +102,7 @@ def test_other_maps_stop_and_say_which_tokens():
     assert tokenizers.same_map(character_tokenizer("abc"), character_tokenizer("abc"), ("a", "b")).level == "ok"
 
 
-def test_a_template_is_compared_on_the_same_prompt():
+def test_templates_finds_first_different_token():
     prompt = Prompt(id=3, content=({"role": "user", "content": "1+1="},))
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, template=CHAT.replace("<user>", "Q"))
     assert tokenizers.templates(side(student), side(teacher), [prompt]).level == "ok"
@@ -117,11 +117,11 @@ def test_a_template_is_compared_on_the_same_prompt():
     ("text", "state"),
     [("<user>2", "outside"), ("<user>2<think>", "inside"), ("2<think></think>\n", "behind"), ("</think>", "behind")],
 )
-def test_where_a_prompt_leaves_the_model(text, state):
+def test_think_state_is_read_from_end_of_prompt(text, state):
     assert tokenizers.think_state(text) == state
 
 
-def test_thinking_has_to_be_the_same_for_both():
+def test_thinking_asks_change_when_think_states_differ():
     thinks = CHAT.replace("<assistant>{% endif %}", "<assistant>{% if enable_thinking %}<think>{% endif %}{% endif %}")
     student = chatting("student", seed=0, template=thinks)
     teacher = replace(chatting("teacher", seed=0, template=thinks), template_options={"enable_thinking": True})
@@ -134,7 +134,7 @@ def test_thinking_has_to_be_the_same_for_both():
     assert tokenizers.thinking(side(student), side(student), prompts_of("1")).level == "skipped"
 
 
-def test_what_ends_a_turn():
+def test_endings_asks_change_when_end_of_turn_differs():
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, end="<end>")
     assert turn_end(student.tokenizer) == student.tokenizer.eos_token_id
     assert tokenizers.endings(side(student), side(student), chat=True).level == "ok"
@@ -155,7 +155,7 @@ def test_what_ends_a_turn():
     assert tokenizers.endings(side(student), side(bare), chat=False).level == "ok"
 
 
-def test_markers_that_are_cut_otherwise_are_named():
+def test_splits_names_markers_when_tokenizers_split_otherwise():
     student, teacher = byte_tokenizer(), byte_tokenizer()
     ours = tokenizers.Side(name="student", tokenizer=student, options={}, stops=frozenset({1}))
     theirs = replace(ours, name="teacher", tokenizer=teacher)
@@ -174,7 +174,7 @@ def test_markers_that_are_cut_otherwise_are_named():
 # --- signal ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_student_is_its_own_mirror(pair):
+def test_self_test_is_ok_when_scores_match(pair):
     found = signal.self_test(pair)
     assert found.level == "ok"
     assert found.numbers["log_ratio_max"] < 1e-4
@@ -182,14 +182,14 @@ def test_a_student_is_its_own_mirror(pair):
     assert found.numbers["tokens"] == sum(len(r.response_ids) for r in pair.firsts[: signal.FEW])
 
 
-def test_scores_of_other_tokens_are_found_out(pair):
+def test_self_test_stops_when_scores_are_shifted(pair):
     moved = [replace(r, policy_logp=torch.roll(r.policy_logp, 1)) for r in pair.rollouts]
     found = signal.self_test(replace(pair, rollouts=moved))
     assert found.level == "stop"
     assert "scores are not those of the sampled tokens" in found.says
 
 
-def test_a_teacher_that_changes_its_mind_is_found_out(pair, monkeypatch):
+def test_repeatability_stops_when_scores_vary_or_are_nan(pair, monkeypatch):
     assert signal.repeatability(pair).level == "ok"
     score = LocalTeacher.score
     calls = []
@@ -213,7 +213,7 @@ def test_a_teacher_that_changes_its_mind_is_found_out(pair, monkeypatch):
     assert "log-probs are not finite" in found.says
 
 
-def test_a_teacher_that_agrees_has_nothing_to_teach(models):
+def test_strength_stops_when_teacher_equals_student(models):
     student, _ = models
     twin = pair_of(student, student, sums(4))
     found = signal.strength(twin, signal.compared(twin))
@@ -222,7 +222,7 @@ def test_a_teacher_that_agrees_has_nothing_to_teach(models):
     assert bias.truncation(twin).level == "skipped"
 
 
-def test_overlap_is_compared_with_the_range_of_the_papers(pair):
+def test_overlap_asks_change_when_ratio_is_low(pair):
     student, teacher = (tiny("llama", byte_tokenizer(), name=n, seed=i) for i, n in enumerate(("student", "teacher")))
     strangers = pair_of(student, teacher, sums(4))
     found = signal.overlap(strangers, signal.compared(strangers))
@@ -235,7 +235,7 @@ def test_overlap_is_compared_with_the_range_of_the_papers(pair):
     assert signal.overlap(pair, signal.compared(pair)).level == "skipped"  # every top 16 of 16 tokens overlaps
 
 
-def test_where_the_signal_fades(pair):
+def test_by_position_finds_step_where_signal_fades(pair):
     comparison = signal.compared(pair)
     step = torch.arange(64)
     columns = {name: torch.ones(64) for name in ("reverse_kl",)}
@@ -248,7 +248,7 @@ def test_where_the_signal_fades(pair):
     assert found.level == "ok"
 
 
-def test_the_kinds_of_tokens():
+def test_kinds_of_separates_ends_from_special_tokens():
     lm = characters("student", seed=0)
     prompt = sums(1)[0]
     finished = rollout_of(lm, prompt, [5, 1, 6, 1])
@@ -259,7 +259,7 @@ def test_the_kinds_of_tokens():
 
 
 @pytest.mark.parametrize(("alike", "level"), [(0.0, "stop"), (None, "change"), (0.5, "ok")])
-def test_an_improbable_end_is_broken_if_the_teacher_ends_otherwise(pair, monkeypatch, alike, level):
+def test_special_tokens_level_follows_ends_alike(pair, monkeypatch, alike, level):
     comparison = signal.compared(pair)
     ends, _ = special_tokens.kinds_of(pair.firsts, frozenset())
     assert bool(ends.any()), "the fixture needs a finished response"
@@ -275,7 +275,7 @@ def test_an_improbable_end_is_broken_if_the_teacher_ends_otherwise(pair, monkeyp
     assert "end" not in special_tokens.special_tokens(pair, unsure).numbers
 
 
-def test_how_the_teacher_ends_is_read_from_its_own_responses(pair):
+def test_ends_alike_reads_teacher_responses(pair):
     assert special_tokens.ends_alike(pair) in (None, 1.0)  # both stop at <eos>
     other = replace(pair, student=replace(pair.student, stop_ids=frozenset({0})))
     assert special_tokens.ends_alike(other) in (None, 0.0)
@@ -301,7 +301,7 @@ def chain(pair: Subject) -> LanguageModel:
         ("tail", oracle.grad_tail),
     ],
 )
-def test_gradients_on_a_support_are_those_of_the_oracle(models, form, gradient):
+def test_support_gradient_equals_oracle(models, form, gradient):
     chosen = pair_of(*models, sums(2), options={"k": 3, "by": "teacher", "form": form})
     for at in all_positions(chosen):
         ours = bias.support_gradient(chosen.method.signal, at)
@@ -317,7 +317,7 @@ def oracle_free_reverse_kl(student_logp, teacher_logp):
     return (student_logp.exp() * (student_logp - teacher_logp)).sum(-1)
 
 
-def test_the_sampled_token_is_unbiased_in_expectation(models):
+def test_truncation_is_unbiased_when_token_is_sampled(models):
     chosen = pair_of(*models, sums(4), method="opd", options={})
     check_expected_gradient(chosen)
     found = bias.truncation(chosen)
@@ -326,14 +326,14 @@ def test_the_sampled_token_is_unbiased_in_expectation(models):
     assert found.numbers["length"] == pytest.approx(1.0)
 
 
-def test_a_ratio_that_is_differentiated_has_no_expected_gradient(models):
+def test_expected_gradient_is_zero_when_log_ratio_is_loss(models):
     """2605.11182 Fig. 12: log p - log q as a loss."""
     at = all_positions(pair_of(*models, sums(2), method="opd", options={}))[0]
     ours = bias.expected_gradient(lambda t: t.student_logp - t.teacher_logp, at)
     assert ours.abs().max() < 1e-12
 
 
-def test_a_form_that_loses_the_direction_asks_for_a_change(models):
+def test_truncation_asks_change_when_form_is_raw(models):
     with pytest.warns(UserWarning, match="biased"):
         chosen = pair_of(*models, sums(6), options={"k": 1, "form": "raw"})
     found = bias.truncation(chosen)
@@ -373,13 +373,13 @@ def depth(at: int, gain: float) -> Depth:
         ([0.0, 0.0, 0.0], 10, 100),
     ],
 )
-def test_the_limit_that_follows_from_the_gains(gains, wanted, limit):
+def test_response_limit_follows_continuation_gains(gains, wanted, limit):
     depths = [depth(100 * (i + 1), gain) for i, gain in enumerate(gains)]
     assert headroom.response_limit(0.4, depths, wanted) == limit
     assert headroom.response_limit(0.0, depths, wanted) is None
 
 
-def test_nothing_is_judged_without_a_reward_or_its_column(models):
+def test_judged_gives_reason_when_reward_is_missing(models):
     bare = [replace(p, answer=None) for p in sums(4)]
     silent = pair_of(*models, bare, reward=None)
     why = headroom.judged(silent)
@@ -388,7 +388,7 @@ def test_nothing_is_judged_without_a_reward_or_its_column(models):
         assert (found.level, found.says) == ("skipped", why)
 
 
-def test_an_evaluation_judges_where_the_stage_has_no_reward(models):
+def test_judged_uses_held_out_reward_when_stage_has_none(models):
     bare = [replace(p, answer=None) for p in sums(4)]
     held_out = HeldOut(
         prompts=sums(8), sampling={"sampled": Sampling()}, reward=load_reward("final_number", {}), seed=0
@@ -417,7 +417,7 @@ def privileged_pair(student: LanguageModel) -> Subject:
     return pair_of(student, None, rows, method="context_distillation", options=options, reward=None)
 
 
-def test_a_small_sample_that_cannot_tell_asks_for_more(pair):
+def test_headroom_asks_more_prompts_when_sample_is_small(pair):
     judgement = headroom.judged(pair)
     assert isinstance(judgement, headroom.Judged)
     n = len(judgement.student)
@@ -437,7 +437,7 @@ def test_a_small_sample_that_cannot_tell_asks_for_more(pair):
     assert headroom.probe(pair, graded).level == "skipped"
 
 
-def test_what_a_limit_cuts():
+def test_share_behind_gives_share_of_tokens_beyond_limit():
     lm = characters("student", seed=0)
     rows = [rollout_of(lm, sums(1)[0], [5] * n) for n in (2, 6, 8)]
     assert headroom.share_after(rows, 6) == pytest.approx(2 / 16)
@@ -445,14 +445,14 @@ def test_what_a_limit_cuts():
 
 
 @pytest.mark.parametrize(("share", "wanted"), [(0.9, 9), (0.5, 5), (1.0, 10), (0.01, 1)])
-def test_quantiles_are_lengths_that_occurred(share, wanted):
+def test_quantile_gives_observed_length(share, wanted):
     assert headroom.quantile([10, 9, 8, 7, 6, 5, 4, 3, 2, 1], share) == wanted
 
 
 # --- information -----------------------------------------------------------------------------------------------------
 
 
-def test_columns_go_round(models):
+def test_with_columns_of_rotates_privileged_context(models):
     prompts = [Prompt(id=i, content=f"{i}+1=", privileged_context=c, answer=c) for i, c in enumerate("789")]
     rows = [rollout_of(models[0], prompt, [5, 1]) for prompt in prompts]
     moved = information.with_columns_of(rows, 2)
@@ -479,7 +479,7 @@ def test_disagreement_is_bounded_by_the_loss(models):
 # --- cost ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_step_is_scaled_to_the_recipe(pair, monkeypatch):
+def test_cost_scales_one_step_to_recipe(pair, monkeypatch):
     parts = cost.Step(prompts=4, tokens=40, generate=1.0, score=2.0, train=3.0, grad_norm=0.1)
     monkeypatch.setattr(cost, "one_step", lambda pair: parts)
     found = cost.cost(pair)  # 8 prompts a step, 5 steps
@@ -495,7 +495,7 @@ def test_a_step_is_scaled_to_the_recipe(pair, monkeypatch):
 # --- stages and the command line -------------------------------------------------------------------------------------
 
 
-def test_the_first_stage_with_a_teacher_is_examined(tmp_path):
+def test_stage_to_examine_selects_first_stage_with_teacher(tmp_path):
     from opd.recipe.load import parse_recipe
 
     recipe = parse_recipe(two_stages())
@@ -512,7 +512,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_command_tells_programs_too_and_leaves_no_run(work):
+def test_doctor_prints_json_and_writes_no_run(work):
     prepare(work, one_stage(evaluate={"data": {"path": "held_out.jsonl"}, "reward": {"name": "final_number"}}))
     ended = command("doctor", "recipe.yaml", "--json", "--prompts", "4")
     read = json.loads(ended.out)
@@ -527,7 +527,7 @@ def test_the_command_tells_programs_too_and_leaves_no_run(work):
     assert not Path("runs").exists()
 
 
-def test_a_student_of_its_own_average_is_examined(work):
+def test_doctor_examines_ema_teacher(work):
     prepare(work, self_taught())
     read = json.loads(command("doctor", "recipe.yaml", "--json", "--prompts", "3").out)
     levels = {row["name"]: row["level"] for row in read["findings"]}
@@ -536,7 +536,7 @@ def test_a_student_of_its_own_average_is_examined(work):
     assert levels["information/disagreement"] in ("ok", "change")
 
 
-def test_other_tokens_stop_before_a_weight_is_loaded(work, monkeypatch):
+def test_doctor_stops_before_weights_load_when_tokens_differ(work, monkeypatch):
     from support.runs import forbid, tiny_model
 
     recipe = one_stage()
@@ -549,7 +549,7 @@ def test_other_tokens_stop_before_a_weight_is_loaded(work, monkeypatch):
     assert "1 tokens exist only in the student (';')" in " ".join(ended.out.split())
 
 
-def test_a_model_that_is_yet_to_be_made_is_named(work):
+def test_doctor_names_model_when_its_stage_has_not_run(work):
     prepare(work, two_stages())
     ended = command("doctor", "recipe.yaml")
     assert ended.code == 2
@@ -565,14 +565,14 @@ def test_a_model_that_is_yet_to_be_made_is_named(work):
         (["steps=0"], "`stages.0.steps`"),
     ],
 )
-def test_bad_options_say_what_is_wrong(work, arguments, message):
+def test_doctor_refuses_bad_options(work, arguments, message):
     prepare(work, one_stage())
     ended = command("doctor", "recipe.yaml", *arguments)
     assert ended.code == 2
     assert message in ended.err
 
 
-def test_comparison_numbers_are_those_of_compare(pair):
+def test_strength_equals_compare(pair):
     found = signal.strength(pair, signal.compared(pair))
     again = compare(pair.student, pair.teacher, pair.firsts, pair.contexts(pair.firsts), k=4)
     assert found.numbers["reverse_kl"] == pytest.approx(again.reverse_kl.double().mean().item())

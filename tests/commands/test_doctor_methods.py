@@ -44,7 +44,7 @@ def levels(report: Report) -> Mapping[str, str]:
 # --- a baseline ------------------------------------------------------------------------------------------------------
 
 
-def test_a_baseline_leaves_the_expected_gradient_of_the_sampled_token_as_it_is(models):
+def test_truncation_is_unbiased_when_method_is_vopd(models):
     chosen = pair_of(models["student"], models["teacher"], sums(4), method="vopd", options={"k": 3})
     check_expected_gradient(chosen)
     found = bias.truncation(chosen)
@@ -53,7 +53,7 @@ def test_a_baseline_leaves_the_expected_gradient_of_the_sampled_token_as_it_is(m
     assert found.numbers["cosine"] == pytest.approx(1.0)
 
 
-def test_a_reward_beside_the_signal_is_seen_in_whole_groups(models):
+def test_truncation_reads_whole_groups_when_task_reward_is_set(models):
     options = {"k": 3, "task_reward": True}
     student, teacher = models["student"], models["teacher"]
     chosen = pair_of(student, teacher, sums(4), method="vopd", options=options, sampling=GROUP)
@@ -72,14 +72,14 @@ def away(reader: LanguageModel, right: int | None, **options: Any) -> Subject:
     return replace(chosen, rollouts=[replace(r, reward=float(r.sample == right)) for r in chosen.rollouts])
 
 
-def test_the_teacher_of_a_first_response_reads_a_right_one_of_its_group(reader):
+def test_contexts_take_right_response_of_group(reader):
     chosen = away(reader, right=2)
     wanted = [f"{r.text};{r.prompt.content}" for r in chosen.rollouts if r.sample == 2]
     assert [context.content for context in chosen.contexts(chosen.firsts)] == wanted
     assert len(chosen.contexts(chosen.firsts[:2])) == 2
 
 
-def test_as_many_responses_are_drawn_as_the_stage_draws_where_the_teacher_reads_others(reader):
+def test_rollout_draws_stage_count_when_teacher_reads_peers(reader):
     sampling = {**GROUP, "n": 6}
     options = {"template": SHOWN}
     chosen = pair_of(reader, None, letters(2), method="anti_sd", options=options, sampling=sampling, reward=EXACT)
@@ -90,7 +90,7 @@ def test_as_many_responses_are_drawn_as_the_stage_draws_where_the_teacher_reads_
     assert len(plain.rollouts) == 2 * 4
 
 
-def test_a_method_that_drives_away_is_not_asked_for_a_better_teacher(reader):
+def test_examine_skips_teacher_checks_when_method_is_anti_sd(reader):
     report = diagnosis(
         {"student": reader},
         letters(),
@@ -108,7 +108,7 @@ def test_a_method_that_drives_away_is_not_asked_for_a_better_teacher(reader):
         assert "maximises the divergence from its teacher" in finding(report, name).says
 
 
-def test_without_a_solution_the_reward_alone_is_left_which_is_a_change_and_no_stop(reader):
+def test_strength_asks_change_when_no_response_is_right(reader):
     chosen = away(reader, right=None)
     found = signal.strength(chosen, signal.compared(chosen))
     assert (found.level, found.numbers["reverse_kl"]) == ("change", 0.0)
@@ -122,7 +122,7 @@ def test_without_a_solution_the_reward_alone_is_left_which_is_a_change_and_no_st
 
 
 @pytest.mark.parametrize("template", ["{attempt};{verdict};{prompt}", "{attempt};{prompt}"])
-def test_a_teacher_that_reads_the_attempt_has_no_responses_of_its_own(reader, template: str):
+def test_examine_skips_headroom_when_teacher_reads_attempt(reader, template: str):
     report = diagnosis(
         {"student": reader},
         letters(),
@@ -142,7 +142,7 @@ def test_a_teacher_that_reads_the_attempt_has_no_responses_of_its_own(reader, te
     assert said["information/disagreement"] == "skipped"
 
 
-def test_an_attempt_beside_a_column_is_compared_by_the_column(reader):
+def test_disagreement_compares_column_when_attempt_is_read(reader):
     options = {"template": "{attempt};{privileged_context};{prompt}", "k": None}
     chosen = pair_of(reader, None, letters(4), method="context_distillation", options=options, reward=None)
     assert information.disagreement(chosen).numbers["minus_log_z"] > 0
@@ -151,7 +151,7 @@ def test_an_attempt_beside_a_column_is_compared_by_the_column(reader):
 # --- a judge ---------------------------------------------------------------------------------------------------------
 
 
-def test_no_judge_is_asked_and_the_step_is_made_without_its_reward(models):
+def test_examine_skips_reward_checks_when_reward_is_rubric(models):
     report = diagnosis(
         models,
         sums(),
@@ -167,7 +167,7 @@ def test_no_judge_is_asked_and_the_step_is_made_without_its_reward(models):
     assert "needs a judge, which the doctor does not call" in finding(report, "headroom/accuracy").says
 
 
-def test_a_teacher_that_reads_the_judges_word_is_refused_with_what_to_do(reader, models):
+def test_examine_raises_config_error_when_teacher_needs_judge(reader, models):
     both = {"student": reader, "teacher": models["teacher"]}
     with pytest.raises(ConfigError, match=r"needs a judge, which the doctor does not call.*`stages\.distil\.reward="):
         diagnosis(
@@ -179,7 +179,7 @@ def test_a_teacher_that_reads_the_judges_word_is_refused_with_what_to_do(reader,
 
 
 @pytest.mark.parametrize("method", ["simct", "uld"])
-def test_of_two_tokenizers_rewards_and_the_cost_are_compared_and_the_rest_is_skipped(models, method: str):
+def test_examine_skips_signal_when_tokenizers_differ(models, method: str):
     other = tiny("llama", character_tokenizer("0123456789+=,;x"), name="teacher", seed=2, hidden=16, spread=0.1)
     report = diagnosis({**models, "teacher": other}, sums(), looked_at=6, method=method, options={})
     said = levels(report)
@@ -189,7 +189,7 @@ def test_of_two_tokenizers_rewards_and_the_cost_are_compared_and_the_rest_is_ski
         assert said[name] == "skipped"
 
 
-def test_a_teacher_with_other_tokens_that_is_no_better_stops(models):
+def test_headroom_stops_when_simct_teacher_is_no_better(models):
     other = tiny("llama", character_tokenizer("0123456789+=,;x"), name="teacher", seed=2, hidden=16, spread=0.1)
     chosen = pair_of(models["student"], other, sums(4), method="simct", options={})
     judgement = headroom.judged(chosen)

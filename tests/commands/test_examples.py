@@ -42,11 +42,11 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def test_it_has_at_most_150_lines():
+def test_minimal_has_at_most_150_lines():
     assert len(MINIMAL.read_text().splitlines()) <= 150
 
 
-def test_it_imports_torch_and_transformers_alone():
+def test_minimal_imports_only_torch_and_transformers():
     imported: set[str] = set()
     for node in ast.walk(ast.parse(MINIMAL.read_text())):
         if isinstance(node, ast.Import):
@@ -56,13 +56,13 @@ def test_it_imports_torch_and_transformers_alone():
     assert imported == {"argparse", "random", "torch", "transformers"}
 
 
-def test_it_has_one_comment_for_every_stage_of_the_step():
+def test_minimal_has_numbered_comment_for_each_part():
     lines = [line.strip() for line in MINIMAL.read_text().splitlines()]
     numbers = [int(line.split()[1]) for line in lines if line.startswith("# ") and line.split()[1].isdigit()]
     assert numbers == list(range(1, 13))
 
 
-def test_the_exact_kl_falls(minimal: ModuleType):
+def test_minimal_reduces_exact_kl(minimal: ModuleType):
     history = minimal.main([*SMALL, "--steps", "50"])
     assert len(history) == 50
     assert all(value >= 0 for value in history)
@@ -70,13 +70,13 @@ def test_the_exact_kl_falls(minimal: ModuleType):
     assert sum(history[-5:]) < 0.8 * sum(history[:5])
 
 
-def test_the_size_of_a_micro_batch_changes_nothing(minimal: ModuleType):
+def test_minimal_is_unchanged_by_micro_batch_size(minimal: ModuleType):
     whole = minimal.main([*SMALL, "--steps", "3"])
     parts = minimal.main([*SMALL, "--steps", "3", "--micro-batch", "5"])
     assert parts == pytest.approx(whole, rel=1e-3)
 
 
-def test_it_takes_models_and_prompts_of_ones_own(minimal: ModuleType, tmp_path: Path):
+def test_minimal_accepts_model_and_prompt_paths(minimal: ModuleType, tmp_path: Path):
     import transformers
 
     tokenizer = transformers.ByT5Tokenizer(extra_ids=0)
@@ -89,14 +89,14 @@ def test_it_takes_models_and_prompts_of_ones_own(minimal: ModuleType, tmp_path: 
     assert history[-1] < history[0]
 
 
-def test_the_mask_ends_with_the_first_end_of_sequence(minimal: ModuleType):
+def test_up_to_the_end_masks_after_first_eos(minimal: ModuleType):
     response = torch.tensor([[5, 1, 0, 0], [5, 6, 7, 8], [1, 1, 5, 0]])
     expected = [[True, True, False, False], [True, True, True, True], [True, False, False, False]]
     assert minimal.up_to_the_end(response, 1).tolist() == expected
     assert minimal.up_to_the_end(response, [1, 6]).tolist()[1] == [True, True, False, False]
 
 
-def test_half_of_ones_own_is_refused(minimal: ModuleType, capsys: pytest.CaptureFixture[str]):
+def test_minimal_refuses_student_without_teacher(minimal: ModuleType, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         minimal.main(["--student", "somewhere"])
     assert "go together" in capsys.readouterr().err

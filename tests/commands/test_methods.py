@@ -14,7 +14,7 @@ from opd.methods import METHODS
 from opd.methods.describe import headline as imported_headline
 
 
-def test_names_are_those_of_the_registry():
+def test_names_equal_registry():
     assert names() == tuple(METHODS)
 
 

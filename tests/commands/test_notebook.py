@@ -28,7 +28,7 @@ def printed(notebook: Any) -> str:
     )
 
 
-def test_it_is_stored_without_outputs():
+def test_notebook_is_stored_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
@@ -36,7 +36,7 @@ def test_it_is_stored_without_outputs():
     assert all(cell.outputs == [] and cell.execution_count is None for cell in code)
 
 
-def test_it_shows_a_student_that_learns(executed: tuple[Any, Path]):
+def test_notebook_more_than_halves_kl(executed: tuple[Any, Path]):
     """At least halved: 60 updates divide it by 2.8 to 3.5, over three seeds and two widths of vectors.
 
     A nearer limit would hang on the processor: another rounding soon samples other tokens (48 % or 45 % sorted).
@@ -46,15 +46,15 @@ def test_it_shows_a_student_that_learns(executed: tuple[Any, Path]):
     assert after < before / 2
 
 
-def test_it_shows_the_message_of_a_mistake(executed: tuple[Any, Path]):
+def test_notebook_shows_message_of_unknown_option(executed: tuple[Any, Path]):
     assert "unknown option `frm`. Did you mean 'form'?" in printed(executed[0])
 
 
-def test_its_own_method_is_compared(executed: tuple[Any, Path]):
+def test_notebook_compares_custom_method(executed: tuple[Any, Path]):
     assert "Hellinger, my own" in printed(executed[0])
 
 
-def test_it_writes_only_what_it_says(executed: tuple[Any, Path]):
+def test_notebook_writes_only_expected_files(executed: tuple[Any, Path]):
     made = {entry.name for entry in executed[1].iterdir()} - {"__pycache__"}
     assert made == {"runs", "my_task.py", "my_method.py"}
     assert {run.name for run in (executed[1] / "runs").iterdir()} == {"teacher", "distill-1", "distill-2"}

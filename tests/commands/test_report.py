@@ -38,7 +38,7 @@ def keep(folder: StageDir, when: str, rewards: Sequence[Sequence[float | None]],
     folder.write_held_out(when, rows)
 
 
-def test_the_line_has_the_ratio_of_means_over_prompts_and_its_interval(spec: StageSpec, folder: StageDir):
+def test_recoveries_gives_share_and_interval(spec: StageSpec, folder: StageDir):
     before, teacher, after = [[0.0]] * 8, [[1.0]] * 7 + [[0.0]], [[1.0, 0.0]] * 4 + [[1.0, 1.0]] * 3 + [[0.0, 0.0]]
     for when, rewards in (("before", before), ("teacher", teacher), ("step_000008", after)):
         keep(folder, when, rewards)
@@ -52,7 +52,7 @@ def test_the_line_has_the_ratio_of_means_over_prompts_and_its_interval(spec: Sta
     assert held_out_table(spec, ROWS, lines).caption == lines[0]
 
 
-def test_a_lead_that_may_be_chance_says_so(spec: StageSpec, folder: StageDir):
+def test_recoveries_has_no_interval_when_lead_may_be_chance(spec: StageSpec, folder: StageDir):
     for when, rewards in (("before", [0, 1, 0, 0]), ("teacher", [1, 0, 1, 0]), ("step_000008", [0, 1, 1, 0])):
         keep(folder, when, [[float(reward)] for reward in rewards])
     assert recoveries(spec, folder, None, ROWS) == [
@@ -61,14 +61,14 @@ def test_a_lead_that_may_be_chance_says_so(spec: StageSpec, folder: StageDir):
 
 
 @pytest.mark.parametrize("missing", ["before", "teacher"])
-def test_without_one_of_the_three_nothing_is_said(spec: StageSpec, folder: StageDir, missing: str):
+def test_recoveries_is_empty_when_evaluation_is_missing(spec: StageSpec, folder: StageDir, missing: str):
     for when, reward in (("before", 0.0), ("teacher", 1.0), ("step_000008", 1.0)):
         if when != missing:
             keep(folder, when, [[reward], [reward]])
     assert recoveries(spec, folder, None, ROWS) == []
 
 
-def test_without_a_reward_or_a_lead_nothing_is_said(spec: StageSpec, folder: StageDir):
+def test_recoveries_is_empty_when_reward_or_lead_is_missing(spec: StageSpec, folder: StageDir):
     for when, reward in (("before", 1.0), ("teacher", 0.0), ("step_000008", 1.0)):
         keep(folder, when, [[reward], [reward]])
     assert recoveries(spec, folder, None, ROWS) == []
@@ -77,7 +77,7 @@ def test_without_a_reward_or_a_lead_nothing_is_said(spec: StageSpec, folder: Sta
     assert recoveries(spec, folder, None, ROWS) == []
 
 
-def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_train_prints_recoveries_of_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(
         prepare(tmp_path / "work", one_stage(evaluate=EVALUATE | {"reward": {"name": "support.named:even"}}))
     )
@@ -104,7 +104,7 @@ def test_a_run_ends_with_the_lines_of_its_own_files(tmp_path: Path, monkeypatch:
 LEAD = ("models.teacher.seed=4", "evaluate.every=1", "optimizer.learning_rate=0.03", "steps=3")
 
 
-def test_every_evaluation_has_the_gap_recovery_of_its_own_responses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_gap_recovery_equals_arithmetic_on_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Against plain arithmetic on the rewards of the same rows; in a setting without a lead there is none."""
     recipe = one_stage(evaluate=EVALUATE | {"reward": {"name": "support.named:even"}})
     monkeypatch.chdir(prepare(tmp_path / "work", recipe))
@@ -130,7 +130,7 @@ def test_every_evaluation_has_the_gap_recovery_of_its_own_responses(tmp_path: Pa
     assert len(seen) > 1, "the seed gives a lead, and a student that moves"
 
 
-def test_the_metrics_of_a_recovery_have_bounds_where_it_has():
+def test_as_metrics_has_bounds_when_recovery_has_them():
     found = {"greedy": Recovery(0.5, (0.2, 0.9)), "drawn": Recovery(1.5, None)}
     assert as_metrics(found, None) == {
         "eval/greedy/gap_recovery": 0.5,
@@ -141,7 +141,7 @@ def test_the_metrics_of_a_recovery_have_bounds_where_it_has():
     assert as_metrics({"greedy": Recovery(0.5, None)}, "sums") == {"eval/sums/greedy/gap_recovery": 0.5}
 
 
-def test_a_recovery_is_of_one_task_and_of_what_was_measured_three_times():
+def test_recovered_reads_one_task_and_complete_triples():
     def rows(*rewards: tuple[str | None, str, int, float | None]) -> list[dict[str, object]]:
         return [dict(zip(("task", "sampling", "prompt_id", "reward"), row, strict=True)) for row in rewards]
 

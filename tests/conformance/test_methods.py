@@ -492,17 +492,17 @@ def every(keep: Callable[[Case], bool] = lambda one: True) -> pytest.MarkDecorat
     return pytest.mark.parametrize(("name", "one"), rows, ids=[label(*row) for row in rows])
 
 
-def test_every_method_stands_in_the_table():
+def test_methods_all_have_cases():
     assert set(CASES) == set(METHODS)
     assert all(CASES.values())
 
 
-def test_a_method_with_a_teacher_claims_the_fixed_point():
+def test_methods_have_fixed_point_case_unless_exempt():
     exempt = {name for name, cases in CASES.items() if not any(one.fixed_point for one in cases)}
     assert exempt == NO_FIXED_POINT
 
 
-def test_a_method_with_a_teacher_claims_to_learn():
+def test_methods_have_learning_case_unless_exempt():
     assert {name for name, cases in CASES.items() if not any(one.learns for one in cases)} == NO_TARGET
 
 
@@ -614,7 +614,7 @@ def reference(on: Scene, one: Case) -> Gradient:
 
 @pytest.mark.numeric
 @every()
-def test_value_and_gradient_are_the_papers(name: str, one: Case):
+def test_method_loss_and_gradient_equal_oracle(name: str, one: Case):
     on = scene(name, one)
     got, expected = on.step(), reference(on, one)
     assert got.loss == pytest.approx(expected.loss, rel=ROUNDING, abs=ROUNDING)
@@ -624,7 +624,7 @@ def test_value_and_gradient_are_the_papers(name: str, one: Case):
 
 @pytest.mark.parametrize("family", ["llama_tied", "gemma2", "cohere", "granite", "gpt2", "phi"])
 @pytest.mark.parametrize("name", ["opd", "reverse_kl", "topk_reverse_kl"])
-def test_every_kind_of_head_gives_the_papers_value_and_gradient(name: str, family: str):
+def test_method_gradient_equals_oracle_for_every_head(name: str, family: str):
     one = CASES[name][0]
     on = scene(name, one, family=family)
     got, expected = on.step(), reference(on, one)
@@ -632,7 +632,7 @@ def test_every_kind_of_head_gives_the_papers_value_and_gradient(name: str, famil
     assert got.distance(expected) < ROUNDING
 
 
-def test_the_clip_of_grpo_holds_some_tokens_and_leaves_others():
+def test_grpo_clips_some_tokens_only():
     one = CASES["grpo"][0]
     on = scene("grpo", one)
     slopes = [
@@ -652,7 +652,7 @@ def known(values: Tensor | None) -> Tensor:
 
 
 @every()
-def test_only_predictions_of_trained_tokens_have_a_gradient(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
+def test_method_gradient_is_zero_for_untrained_tokens(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
     on = scene(name, one)
     seen: list[tuple[list[list[int]], ResponseStates]] = []
 
@@ -705,7 +705,7 @@ def poisoned(batch: Batch, value: float, token: int) -> Batch:
 
 @every()
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
-def test_what_stands_in_padding_and_masked_tokens_changes_no_bit(name: str, one: Case, value: float):
+def test_method_gradient_ignores_padding_and_masked_tokens(name: str, one: Case, value: float):
     on = scene(name, one)
     plain = batch_of(on.method, on.student, on.teacher, on.rollouts)
     assert bool((~plain.mask).any(1).all()), "every row has padding or a masked token"
@@ -721,7 +721,7 @@ def test_what_stands_in_padding_and_masked_tokens_changes_no_bit(name: str, one:
 
 
 @every()
-def test_padding_rows_of_the_head_have_no_gradient(name: str, one: Case):
+def test_method_gradient_is_zero_in_padding_rows_of_head(name: str, one: Case):
     on = scene(name, one)
     weight = on.step().grads["lm_head.weight"]
     assert weight.shape[0] == on.student.vocabulary + 3
@@ -733,7 +733,7 @@ def test_padding_rows_of_the_head_have_no_gradient(name: str, one: Case):
 
 
 @every()
-def test_a_step_does_not_depend_on_its_micro_batches(name: str, one: Case):
+def test_method_gradient_is_unchanged_by_micro_batch_tokens(name: str, one: Case):
     on = scene(name, one, float64=True)
     whole = on.step(10**6)
     for micro_batch_tokens in (1, 17):
@@ -743,7 +743,7 @@ def test_a_step_does_not_depend_on_its_micro_batches(name: str, one: Case):
 
 
 @every()
-def test_a_step_does_not_depend_on_its_chunks(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
+def test_method_gradient_is_unchanged_by_chunk_entries(name: str, one: Case, monkeypatch: pytest.MonkeyPatch):
     on = scene(name, one, float64=True)
     whole = on.step()
     for entries in (1, 3 * on.student.vocabulary):
@@ -757,14 +757,14 @@ def test_a_step_does_not_depend_on_its_chunks(name: str, one: Case, monkeypatch:
 
 
 @every()
-def test_a_step_does_not_depend_on_the_order_of_its_rows(name: str, one: Case):
+def test_method_gradient_is_unchanged_by_row_order(name: str, one: Case):
     on = scene(name, one, float64=True)
     turned = replace(on, rollouts=on.rollouts[::-1])
     assert turned.step().distance(on.step()) < SPLIT
 
 
 @every()
-def test_a_step_is_the_same_bits_twice(name: str, one: Case):
+def test_method_gradient_is_byte_equal_when_repeated(name: str, one: Case):
     on = scene(name, one)
     assert on.step(20).same_bits(on.step(20))
 
@@ -773,7 +773,7 @@ def test_a_step_is_the_same_bits_twice(name: str, one: Case):
 
 
 @every(lambda one: one.fixed_point)
-def test_a_teacher_that_is_the_student_teaches_nothing(name: str, one: Case):
+def test_method_gradient_is_zero_when_teacher_is_student(name: str, one: Case):
     options = {**one.options, "template": "{prompt}"} if "template" in one.options else one.options
     method = methods.build(name, options)
     student = tiny(padding_rows=3)
@@ -785,7 +785,7 @@ def test_a_teacher_that_is_the_student_teaches_nothing(name: str, one: Case):
 
 
 @every(lambda one: not one.fixed_point)
-def test_the_exempt_have_a_gradient_at_the_teacher(name: str, one: Case):
+def test_method_gradient_is_nonzero_when_case_is_exempt(name: str, one: Case):
     method = methods.build(name, one.options)
     student = tiny(padding_rows=3)
     same = frozen_copy(student)
@@ -818,7 +818,7 @@ def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
 @every()
 @pytest.mark.parametrize("writer", ["fresh", "stale"])
 @pytest.mark.parametrize("steep_teacher", [False, True])
-def test_extreme_logits_give_finite_numbers(name: str, one: Case, writer: str, steep_teacher: bool):
+def test_method_gradient_is_finite_when_logits_are_extreme(name: str, one: Case, writer: str, steep_teacher: bool):
     method = methods.build(name, one.options)
     before, external = tiny(padding_rows=3), tiny(seed=1, hidden=24, padding_rows=5)
     student = steep(before)
@@ -837,7 +837,7 @@ def test_extreme_logits_give_finite_numbers(name: str, one: Case, writer: str, s
 @pytest.mark.parametrize("divergence", divergences.DIVERGENCES)
 @pytest.mark.parametrize("logp", [-80.0, -1e3])
 @pytest.mark.parametrize("little", ["student", "teacher", "both"])
-def test_a_support_of_almost_no_mass_gives_finite_numbers(divergence: str, form: str, logp: float, little: str):
+def test_on_support_is_finite_when_mass_is_almost_zero(divergence: str, form: str, logp: float, little: str):
     """One token of three exists, and a model hardly believes in it: what two sharp models have in common."""
     rows = {who: [logp if little in (who, "both") else -0.5, -1.0, -2.0] for who in ("student", "teacher")}
     student = torch.tensor([rows["student"]], requires_grad=True)
@@ -855,7 +855,7 @@ def test_a_support_of_almost_no_mass_gives_finite_numbers(divergence: str, form:
 
 @pytest.mark.parametrize("form", ["raw", "stop_gradient", "renormalised", "tail"])
 @pytest.mark.parametrize("by", ["teacher", "student", "intersection", "union"])
-def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(form: str, by: str):
+def test_topk_reverse_kl_equals_reverse_kl_when_k_is_vocabulary(form: str, by: str):
     exact = scene("reverse_kl", CASES["reverse_kl"][0])
     k = exact.student.vocabulary
     method = methods.build("topk_reverse_kl", {"k": k, "form": form, "by": by})
@@ -867,7 +867,7 @@ def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(form: str, by: str
 
 
 @pytest.mark.parametrize("by", ["teacher", "student"])
-def test_a_k_beyond_the_vocabulary_is_refused(by: str, tmp_path: Path):
+def test_topk_reverse_kl_refuses_k_above_vocabulary(by: str, tmp_path: Path):
     student, external = tiny(), tiny(seed=1)
     with pytest.raises(ConfigError, match=r"k = 11.*10 tokens"):
         distill(
@@ -884,7 +884,7 @@ def test_a_k_beyond_the_vocabulary_is_refused(by: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize("form", ["raw", "stop_gradient", "renormalised", "tail"])
-def test_an_empty_support_has_no_loss_and_no_gradient(form: str):
+def test_topk_reverse_kl_is_zero_when_support_is_empty(form: str):
     on = scene("reverse_kl", CASES["reverse_kl"][0])
     k = on.student.vocabulary
     method = methods.build("topk_reverse_kl", {"k": k, "form": form, "by": "symmetric_difference"})
@@ -895,7 +895,7 @@ def test_an_empty_support_has_no_loss_and_no_gradient(form: str):
 
 
 @pytest.mark.parametrize("importance", [False, True])
-def test_the_sampled_token_is_unbiased_by_enumeration(importance: bool):
+def test_opd_gradient_is_unbiased_over_all_tokens(importance: bool):
     """Every token of the vocabulary as the one response, weighted by its probability: the exact KL's gradient.
 
     With importance the tokens are drawn from another distribution, a hotter one here.
@@ -923,7 +923,7 @@ def test_the_sampled_token_is_unbiased_by_enumeration(importance: bool):
     assert mean.distance(expected) < ROUNDING
 
 
-def test_the_coin_of_a_mixture_falls_as_often_as_it_says():
+def test_on_policy_share_equals_share_of_student_rollouts():
     method = methods.build("gkd", {"on_policy_share": 0.3})
     student, external = tiny(), tiny(seed=1)
     short = replace(SAMPLING, max_completion_length=1, n=1)
@@ -990,7 +990,7 @@ def a_letter_in_the_context() -> Lesson:
 
 
 @every(lambda one: one.learns)
-def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
+def test_method_reduces_exact_kl_to_a_tenth(name: str, one: Case):
     own = "template" in one.options
     lesson = a_letter_in_the_context() if own else next_letters()
     method = methods.build(name, {**one.options, "template": "{prompt}{privileged_context}"} if own else one.options)
@@ -1030,7 +1030,7 @@ def test_the_exact_kl_falls_to_a_tenth(name: str, one: Case):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_the_page_of_a_method_has_its_citation_formula_and_symbols(name: str):
+def test_method_page_has_citation_formula_and_symbols(name: str):
     page = sys.modules[METHODS[name].__module__].__doc__ or ""
     lines = page.splitlines()
     assert re.search(r"arXiv \d{4}\.\d{5}", page), "no citation (arXiv number)"
@@ -1045,13 +1045,13 @@ def test_the_page_of_a_method_has_its_citation_formula_and_symbols(name: str):
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
-def test_every_method_has_a_recipe():
+def test_methods_all_have_recipe():
     used = {name for path in RECIPES for stage in load_recipe(path).stages for name in stage.method.split("+")}
     missing = sorted(set(METHODS) - used)
     assert not missing, f"no recipe uses {', '.join(missing)}"
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_a_recipe_passes_the_check(path: Path):
+def test_check_recipe_accepts_shipped_recipe(path: Path):
     recipe = load_recipe(path)
     assert len(check_recipe(recipe)) >= len(recipe.stages)

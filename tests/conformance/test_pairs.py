@@ -52,7 +52,7 @@ def tiny(seed: int) -> Any:
 
 
 @pytest.mark.parametrize(("one", "other"), PAIRS, ids=[f"{one} + {other}" for one, other in PAIRS])
-def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
+def test_combined_trains_pair_or_refuses_with_reason(one: str, other: str, tmp_path: Path):
     names = (ROWS[one][0], ROWS[other][0])
     given = {names[0]: options_of(one), names[1]: options_of(other)}
     built = [methods.build(name, options) for name, options in given.items()]
@@ -83,21 +83,21 @@ def test_a_pair_trains_or_says_why_not(one: str, other: str, tmp_path: Path):
     assert [row["step"] for row in run.metrics if "train/loss" in row] == [1, 2]
 
 
-def test_plain_distillation_changes_nothing():
+def test_combined_equals_method_when_other_is_plain():
     for name in ("vopd", "grpo", "reverse_kl"):
         method = methods.build(name, {})
         both = combined(PLAIN, method)
         assert all(getattr(both, field) == getattr(method, field) for field in type(method).__slots__)
 
 
-def test_options_of_several_methods_are_given_by_method():
+def test_build_refuses_flat_options_of_several_methods():
     with pytest.raises(ConfigError, match=r"several methods.*options by method; got k\..*options: \{vopd: "):
         methods.build("vopd+eff_opd", {"k": 4})
     with pytest.raises(ConfigError, match=r"no method 'vopt'.*Did you mean 'vopd'"):
         methods.build("eff_opd+vopt", {})
 
 
-def test_three_methods_in_one():
+def test_build_combines_three_methods():
     method = methods.build("opd+vopd+eff_opd", {"vopd": {"k": 3}})
     assert method.support.k == 3
     assert "extrapolation" in method.memory

@@ -36,7 +36,7 @@ SHARES = [
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_turns_from_anywhere_are_those_of_the_whole_sequence(shares: list[float]):
+def test_interleave_equals_slice_of_whole_sequence(shares: list[float]):
     whole = played(shares, 150)
     assert interleave(shares, first=0, count=150) == whole
     for first in range(0, 140, 7):
@@ -44,7 +44,7 @@ def test_turns_from_anywhere_are_those_of_the_whole_sequence(shares: list[float]
 
 
 @pytest.mark.parametrize("shares", SHARES, ids=str)
-def test_every_task_has_had_its_share_at_any_time(shares: list[float]):
+def test_interleave_keeps_shares_at_every_turn(shares: list[float]):
     had: Counter[int] = Counter()
     for number, (task, earlier) in enumerate(interleave(shares, first=0, count=400), start=1):
         assert earlier == had[task]
@@ -53,7 +53,7 @@ def test_every_task_has_had_its_share_at_any_time(shares: list[float]):
             assert abs(had[other] - number * share / sum(shares)) <= (len(shares) + 1) / 2
 
 
-def test_equal_shares_alternate_in_the_order_of_the_recipe():
+def test_interleave_alternates_when_shares_are_equal():
     assert [task for task, _ in interleave([1.0, 1.0], first=0, count=6)] == [0, 1, 0, 1, 0, 1]
     assert [task for task, _ in interleave([5.0, 5.0, 5.0], first=0, count=6)] == [0, 1, 2, 0, 1, 2]
 
@@ -65,13 +65,13 @@ def order(*sizes: int, count: int = 4, mixed: bool = False, shares: tuple[float,
     return PromptOrder(prompts=prompts, shares=shares or (1.0,) * len(sizes), count=count, seed=3, mixed=mixed)
 
 
-def test_a_step_takes_prompts_of_one_task_and_the_tasks_take_turns():
+def test_prompt_order_alternates_tasks_between_steps():
     steps = [order(10, 7).take(step) for step in range(6)]
     assert [{prompt.content for prompt in prompts} for prompts in steps] == [{"0"}, {"1"}] * 3
     assert all(len(prompts) == 4 for prompts in steps)
 
 
-def test_a_task_sees_its_prompts_as_if_it_were_alone():
+def test_prompt_order_of_task_is_unchanged_by_other_tasks():
     """Other tasks move its steps, and change neither their order nor what they hold."""
     alone = [[p.id for p in order(10).take(step)] for step in range(5)]
     among = [[p.id for p in order(10, 7).take(step)] for step in range(10)]
@@ -79,7 +79,7 @@ def test_a_task_sees_its_prompts_as_if_it_were_alone():
 
 
 @pytest.mark.parametrize("mixed", [False, True])
-def test_every_task_goes_through_whole_permutations(mixed: bool):
+def test_prompt_order_takes_whole_permutations_of_each_task(mixed: bool):
     both = order(6, 4, mixed=mixed, shares=(3.0, 2.0), count=5)
     ids = [prompt.id for step in range(20) for prompt in both.take(step)]
     for own in (range(6), range(6, 10)):
@@ -89,14 +89,14 @@ def test_every_task_goes_through_whole_permutations(mixed: bool):
         assert all(sorted(epoch) == list(own) for epoch in epochs)
 
 
-def test_a_mixed_step_holds_all_tasks_by_their_shares():
+def test_prompt_order_splits_step_by_shares_when_mixed():
     steps = [order(30, 30, mixed=True, shares=(3.0, 1.0), count=8).take(step) for step in range(6)]
     assert [Counter(prompt.content for prompt in prompts) for prompts in steps] == [{"0": 6, "1": 2}] * 6
 
 
 @pytest.mark.parametrize("mixed", [False, True])
 @pytest.mark.parametrize("count", [3, 7, 20])
-def test_the_order_knows_without_a_look_how_many_prompts_of_a_step_differ_at_least(mixed: bool, count: int):
+def test_different_at_least_bounds_count_of_distinct_prompts(mixed: bool, count: int):
     one = order(5, 3, mixed=mixed, shares=(2.0, 1.0), count=count)
     least = [one.different_at_least(s) for s in range(60)]
     different = [len({p.id for p in one.take(s)}) for s in range(60)]
@@ -108,7 +108,7 @@ def test_the_order_knows_without_a_look_how_many_prompts_of_a_step_differ_at_lea
         assert set(least) == ({8} if mixed else {3, 5}), "every step has all prompts of its tasks"
 
 
-def test_half_of_a_step_is_always_of_one_pass():
+def test_different_at_least_is_never_below_half_of_step():
     """So that no step with twice as many prompts as processes has to be taken to know that each gets its own."""
     one = order(1000, 400, shares=(0.7, 0.2), count=16)
     assert min(one.different_at_least(step) for step in range(20_000)) == 8

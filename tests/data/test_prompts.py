@@ -65,7 +65,7 @@ def user_module(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".parquet", ".csv"])
-def test_each_file_form_gives_the_same_prompts(tmp_path, ending):
+def test_load_prompts_gives_equal_prompts_for_every_file_form(tmp_path, ending):
     prompts = load(write(tmp_path, ending, ROWS))
     assert [(p.id, p.content, p.answer) for p in prompts] == [
         (0, "2 + 2 =", "4"),
@@ -76,19 +76,19 @@ def test_each_file_form_gives_the_same_prompts(tmp_path, ending):
     assert set(prompts[0].metadata) == {"level"}
 
 
-def test_jsonl_skips_blank_lines_counts_rows_and_keeps_unicode_line_separators(tmp_path):
+def test_jsonl_skips_blank_lines_and_keeps_unicode_separators(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('\ufeff{"prompt": "a\u2028b"}\n\n{"prompt": "c"}', encoding="utf-8")
     assert [(p.id, p.content) for p in load(path)] == [(0, "a\u2028b"), (1, "c")]
 
 
-def test_limit_reads_no_further_than_it_has_to(tmp_path):
+def test_limit_stops_reading_after_last_needed_row(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     path.write_text(path.read_text() + "not json\n")
     assert [p.id for p in load(path, limit=2)] == [0, 1]
 
 
-def test_columns_rename_and_the_rest_is_metadata(tmp_path):
+def test_columns_renames_fields_and_keeps_rest_as_metadata(tmp_path):
     row = {"question": "why?", "solution": 42, "hint": "because", "who": "big", "prompt": "unused", "tag": [1]}
     path = write_jsonl(tmp_path / "rows.jsonl", [row])
     columns = {"prompt": "question", "answer": "solution", "privileged_context": "hint", "teacher_id": "who"}
@@ -98,7 +98,7 @@ def test_columns_rename_and_the_rest_is_metadata(tmp_path):
     assert prompt.metadata == {"prompt": "unused", "tag": [1]}
 
 
-def test_response_may_be_called_completion_and_be_one_assistant_message(tmp_path):
+def test_response_accepts_completion_as_text_or_message(tmp_path):
     rows = [
         {"prompt": "a", "response": "A"},
         {"prompt": "b", "completion": "B"},
@@ -110,13 +110,13 @@ def test_response_may_be_called_completion_and_be_one_assistant_message(tmp_path
     assert [dict(p.metadata) for p in prompts] == [{}, {}, {}, {"completion": "other"}]
 
 
-def test_empty_csv_cell_is_no_value_and_quoted_cells_span_lines(tmp_path):
+def test_csv_reads_empty_cell_as_none_and_quoted_newline(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text('prompt,answer\n"a, b\nc",\nd,1\n')
     assert [(p.content, p.answer) for p in load(path)] == [("a, b\nc", None), ("d", "1")]
 
 
-def test_package_file_is_found_without_importing_the_package(tmp_path, monkeypatch):
+def test_load_prompts_reads_package_file_without_import(tmp_path, monkeypatch):
     package = tmp_path / "opd_test_package"
     (package / "data").mkdir(parents=True)
     (package / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -139,7 +139,7 @@ def test_chat_and_system_wrap_text(tmp_path):
     )
 
 
-def test_messages_from_parquet_lose_the_nulls_that_arrow_adds(tmp_path):
+def test_parquet_messages_drop_nulls_added_by_arrow(tmp_path):
     messages = [{"role": "user", "content": "hi", "name": "ann"}, {"role": "assistant", "content": "ho"}]
     path = write(tmp_path, ".parquet", [{"prompt": messages}])
     assert load(path)[0].content == tuple(messages)
@@ -148,7 +148,7 @@ def test_messages_from_parquet_lose_the_nulls_that_arrow_adds(tmp_path):
 # --- generators and data sets --------------------------------------------------------------------------------------
 
 
-def test_reasoning_gym_rows_keep_their_entry_and_are_reproducible():
+def test_reasoning_gym_rows_keep_entry_and_are_reproducible():
     gym = pytest.importorskip("reasoning_gym")
     options = {"size": 5, "seed": 3, "max_terms": 3}
     first = load("reasoning_gym:chain_sum", options=options, chat=True)
@@ -160,7 +160,7 @@ def test_reasoning_gym_rows_keep_their_entry_and_are_reproducible():
     assert expected.score_answer(answer=first[2].answer, entry=origin["entry"]) == 1.0
 
 
-def test_skip_leaves_out_the_first_rows_and_keeps_the_numbers(tmp_path):
+def test_skip_drops_first_rows_and_keeps_ids(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     assert [(p.id, p.answer) for p in load(path, skip=1)] == [(1, "6"), (2, "10")]
     first, rest = load(path, limit=2), load(path, skip=2, limit=2)
@@ -173,7 +173,7 @@ def test_skip_leaves_out_the_first_rows_and_keeps_the_numbers(tmp_path):
         load(path, skip=2, require=("answer",))
 
 
-def test_a_skip_that_leaves_nothing(tmp_path):
+def test_skip_raises_error_when_too_large_or_negative(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(DataError, match=r"`skip: 3` leaves no row of .*: it has no row 3 \(counted from 0\)\. Lower"):
         load(path, skip=3)
@@ -181,7 +181,7 @@ def test_a_skip_that_leaves_nothing(tmp_path):
         load(path, skip=-1)
 
 
-def test_reasoning_gym_defaults_are_seed_0_and_size_of_the_limit():
+def test_reasoning_gym_defaults_to_seed_0_and_limit_as_size():
     pytest.importorskip("reasoning_gym")
     prompts = load("reasoning_gym:chain_sum", limit=4)
     assert len(prompts) == 4
@@ -189,7 +189,7 @@ def test_reasoning_gym_defaults_are_seed_0_and_size_of_the_limit():
     assert len(load("reasoning_gym:chain_sum")) == 500
 
 
-def test_function_rows_take_options_and_may_be_endless_under_a_limit(user_module):
+def test_load_prompts_calls_function_with_options_up_to_limit(user_module):
     name = user_module(
         "import itertools\ndef rows(start, step=1):\n"
         "    return ({'prompt': str(i)} for i in itertools.count(start, step))"
@@ -205,7 +205,7 @@ def test_load_prompts_keeps_the_options_of_the_section(user_module):
     assert section.options == {"texts": ["a", "b"]}
 
 
-def test_saved_data_set_folder_with_and_without_splits(tmp_path):
+def test_split_selects_part_of_saved_data_set(tmp_path):
     import datasets
 
     train, test = datasets.Dataset.from_list(ROWS[:2]), datasets.Dataset.from_list(ROWS[2:])
@@ -223,7 +223,7 @@ def test_saved_data_set_folder_with_and_without_splits(tmp_path):
         load(tmp_path / "one", options={"name": "main"})
 
 
-def test_folder_and_hub_name_go_to_load_dataset_with_split_and_options(tmp_path, monkeypatch):
+def test_load_dataset_gets_path_split_and_options(tmp_path, monkeypatch):
     import datasets
 
     calls = []
@@ -241,7 +241,7 @@ def test_folder_and_hub_name_go_to_load_dataset_with_split_and_options(tmp_path,
 # --- what mistakes are told ----------------------------------------------------------------------------------------
 
 
-def test_missing_file_names_the_nearest_one(tmp_path):
+def test_load_prompts_names_nearest_file_when_missing(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", ROWS)
     with pytest.raises(
         DataError, match=r"trian\.jsonl does not exist\. Did you mean 'train\.jsonl'\? In .*Correct `path`"
@@ -254,14 +254,14 @@ def test_missing_file_names_the_nearest_one(tmp_path):
 
 
 @pytest.mark.parametrize(("ending", "text"), [(".jsonl", "\n"), (".json", ""), (".json", "[]"), (".csv", "prompt\n")])
-def test_empty_file(tmp_path, ending, text):
+def test_load_prompts_refuses_empty_file(tmp_path, ending, text):
     path = tmp_path / f"rows{ending}"
     path.write_text(text)
     with pytest.raises(DataError, match=f"rows{ending} has no rows. Give data with at least one row"):
         load(path)
 
 
-def test_broken_jsonl_row_is_found_by_line_number(tmp_path):
+def test_load_prompts_names_line_of_broken_jsonl(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b"\n')
     with pytest.raises(
@@ -270,7 +270,7 @@ def test_broken_jsonl_row_is_found_by_line_number(tmp_path):
         load(path)
 
 
-def test_broken_json_file(tmp_path):
+def test_load_prompts_refuses_broken_json(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('[{"prompt": "a"},\n {"prompt": }]')
     with pytest.raises(DataError, match=r"Line 2 of .*rows\.json is not valid JSON.*list of objects"):
@@ -283,7 +283,7 @@ def test_broken_json_file(tmp_path):
         load(path)
 
 
-def test_row_that_is_no_object(tmp_path):
+def test_load_prompts_refuses_row_that_is_no_object(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, "b"])
     with pytest.raises(
         DataError, match=r"Line 2 of .*rows.jsonl is a str, got 'b'. A row must be an object with a `prompt`"
@@ -291,7 +291,7 @@ def test_row_that_is_no_object(tmp_path):
         load(path)
 
 
-def test_broken_csv_parquet_and_encoding(tmp_path):
+def test_load_prompts_refuses_broken_csv_parquet_and_encoding(tmp_path):
     (tmp_path / "rows.csv").write_text("prompt,answer\na,1\nb,c,2\n")
     with pytest.raises(
         DataError, match=r"Line 3 of .*rows.csv is not valid CSV: 3 cells for the columns prompt, answer"
@@ -305,7 +305,7 @@ def test_broken_csv_parquet_and_encoding(tmp_path):
         load(tmp_path / "rows.jsonl")
 
 
-def test_missing_prompt_column_lists_columns_and_gives_the_line_to_write(tmp_path):
+def test_load_prompts_suggests_columns_when_prompt_is_missing(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"question": "a", "level": 1}])
     with pytest.raises(
         DataError, match=r"Line 1 .* no column 'prompt'.*question, level.*`columns: \{prompt: question\}`"
@@ -333,7 +333,7 @@ def test_missing_prompt_column_lists_columns_and_gives_the_line_to_write(tmp_pat
         ([{"role": "user", "content": None}], "has a content of type NoneType"),
     ],
 )
-def test_prompt_of_a_wrong_form(tmp_path, prompt, message):
+def test_load_prompts_refuses_bad_prompt_value(tmp_path, prompt, message):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "fine"}, {"prompt": prompt}])
     with pytest.raises(DataError, match=r"Line 2 of .*rows\.jsonl: .*" + message):
         load(path)
@@ -341,7 +341,7 @@ def test_prompt_of_a_wrong_form(tmp_path, prompt, message):
         load(path, chat=True)
 
 
-def test_second_system_message(tmp_path):
+def test_system_refuses_second_system_message(tmp_path):
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": messages}])
     assert load(path)[0].content == tuple(messages)
@@ -349,13 +349,13 @@ def test_second_system_message(tmp_path):
         load(path, system="c")
 
 
-def test_text_column_of_another_type(tmp_path):
+def test_load_prompts_refuses_response_that_is_no_text(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "response": 7}])
     with pytest.raises(DataError, match=r"Line 1 .*`response` is a int, got 7. Give text"):
         load(path)
 
 
-def test_required_column_counts_and_names_the_rows(tmp_path):
+def test_load_prompts_names_rows_that_lack_required_column(tmp_path):
     rows = [{"prompt": "a", "response": "A"}, {"prompt": "b", "response": None}, {"prompt": "c", "response": ""}]
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     with pytest.raises(
@@ -368,7 +368,7 @@ def test_required_column_counts_and_names_the_rows(tmp_path):
     assert len(load(path, require=("prompt",))) == 9
 
 
-def test_columns_that_cannot_be_meant(tmp_path):
+def test_columns_refuses_unknown_field_or_column(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ConfigError, match=r"but opd has no column 'anwser'. Did you mean 'answer'"):
         load(path, columns={"anwser": "level"})
@@ -378,7 +378,7 @@ def test_columns_that_cannot_be_meant(tmp_path):
         load(path, columns={"answer": "leval"})
 
 
-def test_settings_that_would_do_nothing_are_refused(tmp_path):
+def test_load_prompts_refuses_settings_without_effect(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", ROWS)
     with pytest.raises(ConfigError, match=r"The file .* takes no options, got \['seed'\]"):
         load(path, options={"seed": 1})
@@ -393,7 +393,7 @@ def test_prompts_of_rows_raises_when_chat_is_no_boolean():
         prompts_of_rows(["a"], chat="maybe")
 
 
-def test_unknown_file_ending(tmp_path):
+def test_load_prompts_refuses_unknown_file_ending(tmp_path):
     (tmp_path / "rows.txt").write_text("hello")
     with pytest.raises(
         ConfigError, match=r"ends with '\.txt', which opd does not read.*\.json, \.jsonl, \.parquet, \.csv"
@@ -403,14 +403,14 @@ def test_unknown_file_ending(tmp_path):
         load("rows.jsnl")
 
 
-def test_package_that_is_not_there_or_lacks_the_file():
+def test_load_prompts_refuses_missing_package_or_file():
     with pytest.raises(DataError, match="the package 'opd_no_such_package' is not installed"):
         load("package:opd_no_such_package/rows.jsonl")
     with pytest.raises(DataError, match=r"the package 'opd' has no 'typs\.jsonl'"):
         load("package:opd/typs.jsonl")
 
 
-def test_reasoning_gym_mistakes(monkeypatch):
+def test_reasoning_gym_raises_config_error_when_misused(monkeypatch):
     pytest.importorskip("reasoning_gym")
     with pytest.raises(ConfigError, match=r"reasoning-gym has no task 'chain_sums'. Did you mean 'chain_sum'"):
         load("reasoning_gym:chain_sums")
@@ -423,7 +423,7 @@ def test_reasoning_gym_mistakes(monkeypatch):
         load("reasoning_gym:chain_sum")
 
 
-def test_function_mistakes(user_module):
+def test_load_prompts_refuses_bad_row_function(user_module):
     name = user_module(
         "def rows(n):\n    yield {'prompt': 'a'}\n    raise KeyError('oops')\n"
         "def text():\n    return 'abc'\ndef bare():\n    return [1]\nnumber = 3\n"
@@ -450,13 +450,13 @@ def test_function_mistakes(user_module):
         load(f"{name}:bare")
 
 
-def test_module_that_raises_on_import(user_module):
+def test_load_prompts_raises_config_error_when_import_fails(user_module):
     name = user_module("raise ValueError('no licence')")
     with pytest.raises(ConfigError, match="importing 'opd_test_rows' failed with ValueError: no licence"):
         load(f"{name}:rows")
 
 
-def test_load_dataset_failure_says_what_was_tried(monkeypatch):
+def test_load_dataset_failure_raises_data_error(monkeypatch):
     import datasets
 
     def load_dataset(path, **options):
@@ -483,21 +483,21 @@ def walk(size: int, *, steps: int, count: int, seed: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize(("size", "count"), [(7, 3), (6, 3), (3, 7), (1, 2), (5, 5)])
-def test_steps_walk_through_whole_permutations(size, count):
+def test_shuffled_steps_take_whole_permutations(size, count):
     ids = walk(size, steps=2 * size, count=count)
     epochs = [ids[i : i + size] for i in range(0, len(ids), size)]
     assert len(epochs) == 2 * count
     assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
 
 
-def test_each_epoch_and_seed_is_shuffled_anew():
+def test_shuffled_differs_by_epoch_and_seed():
     first, second = (walk(20, steps=2, count=20)[i : i + 20] for i in (0, 20))
     assert first != second
     assert first != list(range(20))
     assert first != walk(20, steps=1, count=20, seed=1)
 
 
-def test_the_order_is_a_function_of_seed_and_position_alone():
+def test_shuffled_depends_only_on_seed_and_position():
     prompts = prompts_of(10)
     late = [p.id for p in shuffled(prompts, first=28, count=4, seed=5)]
     assert late == walk(10, steps=8, count=4, seed=5)[-4:]
@@ -508,7 +508,7 @@ def test_the_order_is_a_function_of_seed_and_position_alone():
 ALIGNED = "{prompt} Please reason step by step, and put your final answer within \\boxed{{}}."
 
 
-def test_the_teachers_template_rewrites_text_and_the_last_user_message(tmp_path):
+def test_template_rewrites_text_and_last_user_message(tmp_path):
     turns = [
         {"role": "user", "content": "2?"},
         {"role": "assistant", "content": "4"},
@@ -523,7 +523,7 @@ def test_the_teachers_template_rewrites_text_and_the_last_user_message(tmp_path)
     assert [m["content"] for m in chat.content] == ["Be brief.", "Q: 2 {x} 2?"]
 
 
-def test_a_template_that_cannot_be_meant(tmp_path):
+def test_template_refuses_unknown_fields_and_unmatched_braces(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     needed = r"The `template` of a data section has the fields \{prompt\} \(needed\); got "
     with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Double a brace that is text"):
@@ -534,7 +534,7 @@ def test_a_template_that_cannot_be_meant(tmp_path):
         load(path, template="{prompt} \\boxed{")
 
 
-def test_a_prompt_that_a_template_cannot_rewrite(tmp_path):
+def test_template_refuses_prompt_without_user_text(tmp_path):
     parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "what?"}]}]
     for prompt, roles in ((parts, "user"), ([{"role": "system", "content": "x"}], "system")):
         path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}, {"prompt": prompt}])

@@ -94,7 +94,7 @@ TEXTS = st.lists(st.text(alphabet="ab1+ ?", min_size=1, max_size=12), min_size=1
 
 @settings(max_examples=60, deadline=None)
 @given(ours=TEXTS, theirs=TEXTS, unit=st.sampled_from(["words", "characters"]), n=st.integers(1, 4))
-def test_the_cosines_of_n_grams_are_the_oracles(ours: list[str], theirs: list[str], unit: Any, n: int):
+def test_grams_cosines_equal_plain_python(ours: list[str], theirs: list[str], unit: Any, n: int):
     found = grams(theirs, unit, n).cosines()(grams(ours, unit, n))
     expected = [[cosine(a, b, unit, n) for b in theirs] for a in ours]
     np.testing.assert_allclose(found, expected, atol=1e-12)
@@ -115,11 +115,11 @@ def first_kept(texts: list[str], threshold: float) -> list[bool]:
 
 @settings(max_examples=60, deadline=None)
 @given(texts=TEXTS, threshold=st.sampled_from([0.35, 0.6, 0.85]))
-def test_repeats_are_like_an_earlier_one_that_is_kept(texts: list[str], threshold: float):
+def test_repeats_marks_texts_like_earlier_kept_ones(texts: list[str], threshold: float):
     assert repeats(grams(texts, "characters", 2), threshold).tolist() == first_kept(texts, threshold)
 
 
-def test_more_questions_than_fit_into_a_block(monkeypatch: pytest.MonkeyPatch):
+def test_repeats_and_nearest_cosine_are_unchanged_by_block(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(0)
     texts = ["".join(rng.choice(list("abc"), 6)) for _ in range(30)]
     whole = (
@@ -133,7 +133,7 @@ def test_more_questions_than_fit_into_a_block(monkeypatch: pytest.MonkeyPatch):
     assert (blocks == whole[1]).all()
 
 
-def test_what_equal_means():
+def test_normalised_ignores_case_blanks_and_unicode_form():
     assert normalised(" What  IS\n2+2? ") == normalised("what is 2+2?")
     assert normalised("ｘ²") == normalised("x2")  # NFKC
     assert normalised("2+2") != normalised("2-2")
@@ -166,7 +166,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
-def test_an_embedding_is_the_mean_of_the_states_and_does_not_see_its_neighbours(encoder: str):
+def test_embed_equals_mean_of_states_of_unpadded_text(encoder: str):
     from transformers import BertModel
 
     texts = ["ab", "what is two and two?", "x" * 40, "ab"]
@@ -182,7 +182,7 @@ def test_an_embedding_is_the_mean_of_the_states_and_does_not_see_its_neighbours(
         np.testing.assert_allclose(vector, [x / norm for x in mean], atol=1e-5)
 
 
-def test_selection_by_an_encoder(files: None, encoder: str):
+def test_select_keeps_near_and_far_by_encoder(files: None, encoder: str):
     theirs, ours = (load_encoder(encoder).embed([normalised(t) for t in texts])[0] for texts in (THEIRS, OURS))
     cosines = theirs.cosines()(ours)
     middle = float(np.quantile(cosines[[1, 2, 3, 4]].max(1), 0.5))
@@ -195,7 +195,7 @@ def test_selection_by_an_encoder(files: None, encoder: str):
     assert line.endswith("; the encoder read only the beginning of 5 questions"), line
 
 
-def test_an_encoder_of_another_pooling_or_none(files: None, encoder: str, tmp_path: Path):
+def test_load_encoder_refuses_other_pooling_and_empty_folder(files: None, encoder: str, tmp_path: Path):
     pooling = Path(encoder) / "1_Pooling"
     pooling.mkdir()
     (pooling / "config.json").write_text('{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}')
@@ -216,14 +216,14 @@ def test_an_encoder_of_another_pooling_or_none(files: None, encoder: str, tmp_pa
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def test_near_and_far_by_equal_questions(files: None):
+def test_select_keeps_near_and_far_by_equal_text(files: None):
     prompts, lines = loaded(keep="near")
     assert [(p.id, p.content) for p in prompts] == [(0, OURS[0]), (5, OURS[5])]
     assert lines == ["ours.jsonl: 2 of 6 rows selected (4 not near those of theirs.jsonl by equal text)"]
     assert chosen(keep="far") == [1, 2, 3, 4]
 
 
-def test_near_and_far_by_n_grams(files: None):
+def test_select_keeps_near_and_far_by_words(files: None):
     words = [max(cosine(normalised(a), normalised(b), "words", 2) for b in THEIRS) for a in OURS]
     expected = [i for i, value in enumerate(words) if i in (0, 5) or value >= 0.4]
     assert chosen(keep="near", measure="words", n=2, threshold=0.4) == expected == [0, 1, 3, 5]
@@ -232,7 +232,7 @@ def test_near_and_far_by_n_grams(files: None):
     assert lines == ["ours.jsonl: 2 of 6 rows selected (4 near those of theirs.jsonl by words, cosine 0.4)"]
 
 
-def test_repeats_inside_one_data_set(files: None):
+def test_distinct_drops_repeats_within_data_set(files: None):
     assert loaded(distinct=True)[1] == ["ours.jsonl: 5 of 6 rows selected (1 like an earlier one by equal text)"]
     assert chosen(distinct=True, measure="characters", threshold=0.8) == [0, 1, 2, 3]
     far = {"keep": "far", "distinct": True, "measure": "characters", "threshold": 0.8, "limit": 1}
@@ -244,7 +244,7 @@ def test_repeats_inside_one_data_set(files: None):
     assert loaded("theirs.jsonl", distinct=True)[1] == ["theirs.jsonl: 3 of 3 rows selected"]
 
 
-def test_near_and_far_share_the_rows_and_can_be_mixed(files: None):
+def test_select_splits_rows_into_near_and_far(files: None):
     for measure in ({}, {"measure": "characters", "threshold": 0.7}, {"measure": "words", "n": 1}):
         near, far = (chosen(keep=keep, **measure) for keep in ("near", "far"))
         assert sorted(near + far) == list(range(6))
@@ -252,7 +252,7 @@ def test_near_and_far_share_the_rows_and_can_be_mixed(files: None):
         assert far
 
 
-def test_questions_are_compared_without_template_system_message_and_form(files: None):
+def test_select_compares_questions_without_template(files: None):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2+2?"}]
     write(Path("ours.jsonl"), [messages, "Who?"])
     ours = {"path": "ours.jsonl", "chat": True, "template": "{prompt} Answer in \\boxed{{}}."}
@@ -261,7 +261,7 @@ def test_questions_are_compared_without_template_system_message_and_form(files: 
     assert prompt.content == (messages[0], {"role": "user", "content": "What is 2+2? Answer in \\boxed{}."})
 
 
-def test_the_other_data_set_may_select_too(files: None):
+def test_select_applies_nested_select_of_by(files: None):
     by = {"path": "theirs.jsonl", "limit": 2, "select": {"by": {"path": "ours.jsonl", "limit": 1}, "keep": "far"}}
     write(Path("mine.jsonl"), THEIRS)
     prompts, lines = loaded("mine.jsonl", by=by, keep="near")
@@ -272,7 +272,7 @@ def test_the_other_data_set_may_select_too(files: None):
     ]
 
 
-def test_columns_are_required_of_what_is_kept(files: None):
+def test_load_prompts_requires_columns_of_selected_rows_only(files: None):
     rows = [{"prompt": "What is 2+2?", "answer": 4}, {"prompt": "Who?"}]
     Path("ours.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     near = section(path="ours.jsonl", select={"by": {"path": "theirs.jsonl"}, "keep": "near"})
@@ -304,12 +304,12 @@ def test_columns_are_required_of_what_is_kept(files: None):
         ({"distinct": True, "limit": 0}, r"`select.limit`: .* greater than or equal to 1 \(got 0\)"),
     ],
 )
-def test_settings_that_contradict_each_other(files: None, settings: dict[str, Any], message: str):
+def test_select_refuses_contradictory_settings(files: None, settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         load_prompts(section(path="ours.jsonl", select=settings))
 
 
-def test_nothing_is_left(files: None):
+def test_select_raises_data_error_when_no_row_is_left(files: None):
     write(Path("ours.jsonl"), ["Who?", "Why is the sky blue?"])
     with pytest.raises(
         DataError,
@@ -321,12 +321,12 @@ def test_nothing_is_left(files: None):
         chosen(by={"path": "teachers.jsonl"}, keep="near")
 
 
-def test_select_alone():
+def test_select_gives_kept_rows_and_dropped_counts():
     kept, what = select(["a", "b"], ["A"], SelectSection(by=DataSection(path="x"), keep="far"), "rows")
     assert (kept, what.dropped, what.read, what.kept) == ([1], {"near those of x by equal text": 1}, 2, 1)
 
 
-def test_the_page_shows_settings_that_are_valid():
+def test_check_data_accepts_settings_of_prompts_page():
     page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
     blocks = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
     assert len(blocks) == 3
@@ -338,7 +338,7 @@ def test_the_page_shows_settings_that_are_valid():
     assert [task.share for task in recipe.stages[0].tasks.values()] == [3, 1]
 
 
-def test_a_question_is_what_users_say():
+def test_question_of_gives_text_of_user_messages():
     parts = [{"type": "image"}, {"type": "text", "text": "what?"}]
     content = ({"role": "system", "content": "s"}, {"role": "user", "content": parts})
     assert question_of(content) == "what?"

@@ -10,7 +10,7 @@ from opd.data.toy import addition, sorting
 from opd.errors import ConfigError
 
 
-def test_sums_are_right_and_worked_out_column_by_column():
+def test_addition_gives_right_sums_and_columns():
     rows = list(addition(count=200, digits=2, seed=1))
     assert rows[0] == {"prompt": "52+56=", "response": "2+6+0=08,5+5+0=10;108", "answer": "108"}
     for row in rows:
@@ -24,7 +24,7 @@ def test_sums_are_right_and_worked_out_column_by_column():
 
 
 @pytest.mark.parametrize(("descending", "sign"), [(False, ">"), (True, "<")])
-def test_rows_are_sorted(descending: bool, sign: str):
+def test_sorting_gives_sorted_answers(descending: bool, sign: str):
     for row in sorting(count=300, digits=5, descending=descending):
         assert len(row["prompt"]) == 6
         assert row["prompt"][-1] == sign
@@ -33,12 +33,12 @@ def test_rows_are_sorted(descending: bool, sign: str):
         assert row["response"] == row["answer"]
 
 
-def test_both_orders_sort_the_same_rows():
+def test_sorting_gives_equal_rows_in_both_directions():
     up, down = sorting(count=50, seed=3), sorting(count=50, seed=3, descending=True)
     assert [row["prompt"][:-1] for row in up] == [row["prompt"][:-1] for row in down]
 
 
-def test_some_prompts_of_sorting_begin_with_the_solution():
+def test_sorting_puts_solution_in_given_share_of_prompts():
     rows = list(sorting(count=400, knowing=0.25, seed=5))
     plain = list(sorting(count=400, seed=5))
     shown = [";" in row["prompt"] for row in rows]
@@ -48,7 +48,7 @@ def test_some_prompts_of_sorting_begin_with_the_solution():
 
 
 @pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000)])
-def test_parts_share_no_row_and_a_part_repeats_none(task: Callable[..., object], most: int):
+def test_addition_and_sorting_parts_share_no_row(task: Callable[..., object], most: int):
     train = [row["prompt"] for seed in (0, 1) for row in task(count=most, seed=seed, part="train")]  # type: ignore[attr-defined]
     held_out = [row["prompt"] for seed in (0, 1) for row in task(count=most // 2, seed=seed, part="held_out")]  # type: ignore[attr-defined]
     assert not set(train) & set(held_out)
@@ -63,6 +63,6 @@ def test_parts_share_no_row_and_a_part_repeats_none(task: Callable[..., object],
         (sorting, "held_out has about 10 rows of 2 digits; 500 are too many"),
     ],
 )
-def test_a_part_that_has_too_few(task: Callable[..., object], message: str):
+def test_addition_and_sorting_refuse_count_above_part_size(task: Callable[..., object], message: str):
     with pytest.raises(ConfigError, match=message):
         next(iter(task(count=500, digits=2, part="held_out")))  # type: ignore[call-overload]

@@ -233,18 +233,18 @@ def in_this_process(folders: list[Path]) -> None:
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-def test_two_processes_train_as_one(runs: Path, name: str):
+def test_train_gives_equal_run_when_processes_are_two(runs: Path, name: str):
     number = str(list(SCENARIOS).index(name))
     assert_equal_runs(runs / "one" / number, runs / "two" / number)
 
 
-def test_a_filter_left_nothing_in_some_steps_and_something_in_others(runs: Path):
+def test_update_skipped_takes_both_values_when_rows_are_filtered(runs: Path):
     number = list(SCENARIOS).index("full tied, what passes a filter")
     lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["train/update_skipped"] for line in lines} == {0.0, 1.0}
 
 
-def test_the_budget_moved_and_what_drifted_ended(runs: Path):
+def test_prune_opd_moves_budget_and_ends_drifted_rollouts(runs: Path):
     def column(name: str, key: str) -> list[float]:
         number = list(SCENARIOS).index(name)
         lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
@@ -286,7 +286,7 @@ def forks() -> Iterator[Forks]:
         ("two", 3, "full tied, reverse_kl"),
     ],
 )
-def test_a_run_goes_on_with_any_number_of_processes(
+def test_resume_gives_equal_run_for_any_process_count(
     tmp_path: Path, runs: Path, forks: Forks, before: str, after: int, name: str
 ):
     number = str(list(SCENARIOS).index(name))
@@ -306,7 +306,7 @@ GRPO = str(list(SCENARIOS).index("full tied, grpo, few long rows"))
 TRAIN = ("-m", "opd", "train", "recipe.yaml")
 
 
-def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path: Path, runs: Path, forks: Forks):
+def test_sigint_stops_all_processes_after_same_step(tmp_path: Path, runs: Path, forks: Forks):
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
     process = torchrun(2, *TRAIN, cwd=folder)
     metrics = folder / "run/distil/metrics.jsonl"
@@ -328,7 +328,7 @@ def test_sigint_stops_all_processes_after_the_same_step_with_all_saved(tmp_path:
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
-def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs: Path, forks: Forks):
+def test_train_prints_error_once_when_one_process_fails(tmp_path: Path, runs: Path, forks: Forks):
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
     failed = ended(torchrun(2, *TRAIN, cwd=folder, judge="out"))
     assert failed.code != 0
@@ -349,7 +349,7 @@ def test_an_error_in_one_process_ends_all_and_is_shown_once(tmp_path: Path, runs
     ],
     ids=["in a step", "writing its shard of the second checkpoint"],
 )
-def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
+def test_resume_gives_equal_run_when_one_process_was_killed(
     tmp_path: Path, runs: Path, forks: Forks, strike: Strike, goes_on: str
 ):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
@@ -364,7 +364,7 @@ def test_a_kill_of_one_process_ends_all_and_the_run_goes_on(
     assert_equal_runs(runs / "one" / number, folder)
 
 
-def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Forks):
+def test_sigint_stops_all_processes_when_sent_to_one(tmp_path: Path, runs: Path, forks: Forks):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
     strike = Strike(call="opd.train.gradient", nth=5, when="after", signals=("SIGINT",))
@@ -398,7 +398,7 @@ def test_sigint_of_one_process_stops_all(tmp_path: Path, runs: Path, forks: Fork
         ),
     ],
 )
-def test_an_error_of_all_processes_is_shown_once(
+def test_train_prints_error_once_when_all_processes_fail(
     tmp_path: Path, forks: Forks, scenario: str, overrides: str, message: str
 ):
     folder = prepare(tmp_path / "work", SCENARIOS[scenario])

@@ -100,7 +100,7 @@ def expected(
 @pytest.mark.parametrize("entries", [10**6, 40])  # all at once, and in chunks and tiles of few rows
 @pytest.mark.parametrize("micro_batch_tokens", [8, 10**6])
 @pytest.mark.parametrize("temperature", [1.0, 1.7])
-def test_every_column_is_that_of_the_models_themselves(
+def test_compare_columns_equal_oracle(
     student: LanguageModel,
     teacher: LocalTeacher,
     rollouts: list[Rollout],
@@ -129,7 +129,7 @@ def test_every_column_is_that_of_the_models_themselves(
     assert bool((found.overlap == 0).any())  # a position without overlap was among them
 
 
-def test_a_teacher_that_is_the_student_agrees_everywhere(student: LanguageModel, rollouts: list[Rollout]):
+def test_compare_gives_full_overlap_when_teacher_is_student(student: LanguageModel, rollouts: list[Rollout]):
     same = made(student, frozen_copy(student))
     found = compare(student, same, rollouts, same_prompt()(rollouts), k=K)
     assert bool((found.overlap == K).all())
@@ -139,7 +139,9 @@ def test_a_teacher_that_is_the_student_agrees_everywhere(student: LanguageModel,
     assert torch.equal(found.outside_student_top, found.outside_teacher_top)
 
 
-def test_means_by_bucket_and_by_repetition(student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]):
+def test_summary_gives_means_by_bucket_and_repetition(
+    student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]
+):
     found = compare(student, teacher, rollouts, same_prompt()(rollouts), k=K)
     summary = found.summary(bucket=4)
     assert summary["overlap_ratio"] == pytest.approx(found.overlap.double().mean().item() / K)
@@ -156,9 +158,7 @@ def test_means_by_bucket_and_by_repetition(student: LanguageModel, teacher: Loca
     assert {name.split("/")[0] for name in summary if "/repeated" in name} == set(BY_REPETITION)
 
 
-def test_parts_of_two_processes_merge_to_the_whole(
-    student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]
-):
+def test_compare_metrics_merge_to_whole_batch(student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]):
     buckets = Buckets.over(2, 12)
 
     def metrics(some: list[Rollout]):
@@ -170,7 +170,9 @@ def test_parts_of_two_processes_merge_to_the_whole(
     assert whole.keys() == parts.reduce().keys()
 
 
-def test_nothing_trained_is_nothing_compared(student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]):
+def test_compare_is_empty_when_no_token_is_trained(
+    student: LanguageModel, teacher: LocalTeacher, rollouts: list[Rollout]
+):
     found = compare(student, teacher, rollouts[2:3], [rollouts[2].prompt], k=K)
     assert len(found.row) == 0
     assert found.summary() == {}
@@ -178,7 +180,7 @@ def test_nothing_trained_is_nothing_compared(student: LanguageModel, teacher: Lo
 
 
 @pytest.mark.parametrize("k", [0, 10**6])
-def test_a_k_that_does_not_fit_is_refused(student: LanguageModel, teacher: LocalTeacher, k: int):
+def test_compare_refuses_k_outside_vocabulary(student: LanguageModel, teacher: LocalTeacher, k: int):
     with pytest.raises(
         ConfigError, match=rf"k is {k}, and the vocabulary has {student.vocabulary} tokens.*diagnostics\.k"
     ):
@@ -198,7 +200,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_loop_compares_every_so_many_steps_and_trains_the_same(work: Path):
+def test_diagnostics_compares_at_interval_and_trains_equally(work: Path):
     stage = {"steps": 4, "sampling": {"max_completion_length": 5}}
     for name, section in (("with", {"every": 3, "k": 2, "bucket": 2}), ("without", {})):
         folder = prepare(work / name, one_stage(**stage, diagnostics=section))
@@ -222,7 +224,7 @@ def paths(folder: Path) -> list[str]:
     return [f"stages.distil.data.path={folder}/train.jsonl"]
 
 
-def test_a_comparison_without_a_teacher_is_refused_before_any_weight(work: Path):
+def test_diagnostics_raises_config_error_without_teacher(work: Path):
     recipe = one_stage(method="sft", teacher=None, diagnostics={"every": 2})
     folder = prepare(work / "sft", recipe)
     with pytest.raises(
@@ -231,14 +233,14 @@ def test_a_comparison_without_a_teacher_is_refused_before_any_weight(work: Path)
         opd.run(folder / "recipe.yaml", *paths(folder), quiet=True)
 
 
-def test_more_tokens_than_there_are_is_refused_before_the_first_step(work: Path):
+def test_diagnostics_refuses_k_above_vocabulary_before_step_1(work: Path):
     folder = prepare(work / "k", one_stage(diagnostics={"every": 1, "k": 1000}))
     with pytest.raises(ConfigError, match=r"k is 1000, and the vocabulary has \d+ tokens"):
         opd.run(folder / "recipe.yaml", f"output_dir={folder}/run", *paths(folder), quiet=True)
     assert not (folder / "run" / "distil" / "metrics.jsonl").exists()
 
 
-def test_columns_are_all_averaged():
+def test_comparison_columns_cover_all_fields():
     assert set(Comparison.__dataclass_fields__) - {"k", "row", "step", "overlap"} <= {
         *Comparison(k=1, **{n: torch.zeros(1) for n in Comparison.__dataclass_fields__ if n != "k"}).columns()
     }
@@ -246,7 +248,7 @@ def test_columns_are_all_averaged():
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("rule", ["frozen", "live", "ema"])
-def test_a_student_that_is_its_own_teacher_is_compared_as_it_is_trained(work: Path, rule: str, lora: bool):
+def test_compare_reverse_kl_equals_signal_when_self_taught(work: Path, rule: str, lora: bool):
     """The exact divergence of the update, by the other path: the teacher reads its own context, adapters off or on."""
     options = {"template": "{privileged_context}{prompt}", "teacher": rule, "average": "token", "k": None}
     recipe = one_stage(method="context_distillation", options=options, teacher=None, steps=3)

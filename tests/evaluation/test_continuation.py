@@ -39,7 +39,7 @@ def ends_with_h(prompt: Prompt, response: str) -> float:
 # --- prefixes of the sampler ----------------------------------------------------------------------------------------
 
 
-def test_a_response_goes_on_from_the_given_ids():
+def test_transformers_sampler_continues_from_prefixes():
     lm = chain("abcdefgh")
     prompts = prompts_of("a", "a", "d")
     prefixes = [ids_of(lm, "ed"), [], ids_of(lm, "ga")]
@@ -55,7 +55,7 @@ def test_a_response_goes_on_from_the_given_ids():
         assert len(rollout.prompt_ids) == 1
 
 
-def test_what_is_drawn_behind_a_prefix_is_the_models_own_distribution_there():
+def test_policy_logp_equals_unpadded_model_behind_prefix():
     """Also in a batch of rows of other lengths: log-probs are those of one unpadded row in float64.
 
     The first prefix has a token that no text is encoded to: it would be lost on the way through text.
@@ -72,7 +72,7 @@ def test_what_is_drawn_behind_a_prefix_is_the_models_own_distribution_there():
         torch.testing.assert_close(rollout.policy_logp[own].double(), expected[own], atol=1e-5, rtol=1e-5)
 
 
-def test_no_prefix_changes_nothing_and_the_limit_counts_what_is_written():
+def test_prefixes_are_neutral_when_empty_and_outside_limit():
     lm, prompts = tiny(), prompts_of("ab", "c")
     sampler = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=5))
     plain, empty = sampler(prompts, seed=(0, 1)), sampler(prompts, seed=(0, 1), prefixes=[[], []])
@@ -81,7 +81,7 @@ def test_no_prefix_changes_nothing_and_the_limit_counts_what_is_written():
     assert max(len(r.response_ids) for r in long) == 12
 
 
-def test_a_stop_string_may_begin_in_the_prefix():
+def test_stop_matches_string_that_begins_in_prefix():
     lm = chain("abcdefgh")
     sampling = replace(GREEDY, stop=("de",))
     (rollout,) = TransformersSampler(lm=lm, sampling=sampling)(
@@ -91,7 +91,7 @@ def test_a_stop_string_may_begin_in_the_prefix():
     assert rollout.finished
 
 
-def test_nothing_is_recorded_of_tokens_that_were_not_drawn():
+def test_transformers_sampler_refuses_record_with_prefixes():
     sampler = TransformersSampler(lm=tiny(), sampling=GREEDY)
     assert Record(top_k=2) != NOTHING_MORE
     with pytest.raises(AssertionError, match="not drawn"):
@@ -101,7 +101,7 @@ def test_nothing_is_recorded_of_tokens_that_were_not_drawn():
 # --- cutting --------------------------------------------------------------------------------------------------------
 
 
-def test_where_a_response_is_cut():
+def test_prefix_of_cuts_at_token_count_or_share():
     lm = chain("abcdefgh")
     rollout = rollout_of(lm, prompts_of("a")[0], ids_of(lm, "bcdefgh", end=True))
     ids = rollout.response_ids.tolist()
@@ -139,7 +139,7 @@ def right_length(prompt: Prompt, response: str) -> float:
     return float(response == letters[start:])
 
 
-def test_the_probe_counts_right_and_wrong_by_depth(lm: LanguageModel):
+def test_continuation_counts_transitions_by_depth(lm: LanguageModel):
     found = continuation(teacher_of(lm), student_rollouts(lm), [0, 0.5, 3, 50], right_length, sampling=GREEDY)
     assert (found.alone.mean, found.student.mean) == (1.0, 0.25)
     assert (found.alone.low, found.alone.high) == pytest.approx(wilson(4, 4))
@@ -159,7 +159,7 @@ def test_the_probe_counts_right_and_wrong_by_depth(lm: LanguageModel):
     assert three.finished_share == 1.0
 
 
-def test_a_teacher_that_is_wrong_alone_can_be_helped(lm: LanguageModel):
+def test_continuation_counts_wrong_right_when_prefix_helps(lm: LanguageModel):
     """The other column of the table: the prompt's letter leads nowhere, the student's prefix does."""
     rollouts = [rollout_of(lm, prompts_of("h")[0], ids_of(lm, "fgh", end=True))]
     found = continuation(teacher_of(lm), rollouts, [1, 3], ends_with_h, sampling=GREEDY)
@@ -168,7 +168,7 @@ def test_a_teacher_that_is_wrong_alone_can_be_helped(lm: LanguageModel):
     assert found.depths[0].change == 1.0
 
 
-def test_the_unit_is_the_prompt(lm: LanguageModel):
+def test_continuation_counts_one_prompt_for_two_responses(lm: LanguageModel):
     """Two responses of one prompt are one prompt in the interval; the teacher alone is asked once."""
     rollouts = [rollout_of(lm, prompts_of("a")[0], ids_of(lm, text)) for text in ("bcd", "h")]
     found = continuation(teacher_of(lm), rollouts, [0.5], ends_with_h, sampling=GREEDY)
@@ -177,7 +177,7 @@ def test_the_unit_is_the_prompt(lm: LanguageModel):
     assert found.depths[0].responses == 2
 
 
-def test_contexts_are_read_by_the_teacher_and_the_reward_sees_the_prompt(lm: LanguageModel):
+def test_continuation_rewards_prompt_when_contexts_are_given(lm: LanguageModel):
     prompt = replace(prompts_of("a")[0], answer="x")
     rollouts = [rollout_of(lm, prompt, ids_of(lm, "b"))]
     seen: list[Prompt] = []
@@ -194,7 +194,7 @@ def test_contexts_are_read_by_the_teacher_and_the_reward_sees_the_prompt(lm: Lan
     assert {p.content for p in seen} == {"a"}
 
 
-def test_the_same_seed_gives_the_same_continuations(lm: LanguageModel):
+def test_continuation_is_reproducible_when_seed_is_equal(lm: LanguageModel):
     other = tiny()
     rollouts = [rollout_of(other, p, [3, 4, 5, 6]) for p in prompts_of("a", "b", "c", "d", "e", "f")]
     sampling = Sampling(max_completion_length=4)
@@ -210,7 +210,7 @@ def test_the_same_seed_gives_the_same_continuations(lm: LanguageModel):
     assert len({probe(seed).depths[0].continuing.mean for seed in range(6)}) > 1
 
 
-def test_what_cannot_be_probed_is_refused(lm: LanguageModel):
+def test_continuation_refuses_bad_arguments(lm: LanguageModel):
     teacher, rollouts = teacher_of(lm), student_rollouts(lm)
     with pytest.raises(DataError, match="needs responses of the student, and got none"):
         continuation(teacher, [], [1], ends_with_h, sampling=GREEDY)

@@ -78,7 +78,7 @@ def ratios(batch: Batch) -> list[list[float]]:
     return rows
 
 
-def test_what_the_sampled_tokens_say():
+def test_step_metrics_equal_oracle():
     pair, method = Pair(), build("opd", {})
     batch = pair.batch(method, pair.write())
     got, rows = of(method, batch), ratios(batch)
@@ -98,7 +98,7 @@ def test_what_the_sampled_tokens_say():
     assert got["teacher/effective_sample_share"] == pytest.approx(wanted, rel=1e-4)
 
 
-def test_by_position():
+def test_step_metrics_equal_oracle_by_bucket():
     pair, method = Pair(), build("opd", {})
     batch = pair.batch(method, pair.write())
     got = of(method, batch)
@@ -114,7 +114,7 @@ def test_by_position():
         assert got[f"teacher/log_ratio_p05/from_{2 * bucket:05d}"] == pytest.approx(lower, abs=1e-5)
 
 
-def test_the_auroc_of_the_mean_reward_against_right_and_wrong():
+def test_reward_auroc_equals_oracle():
     pair, method = Pair(), build("opd", {})
     batch = pair.batch(method, pair.write(reward=(0.0, 1.0, 1.0)))
     scores = [(sum(row) / len(row), r.reward == 1) for row, r in zip(ratios(batch), batch.rollouts, strict=True) if row]
@@ -123,12 +123,12 @@ def test_the_auroc_of_the_mean_reward_against_right_and_wrong():
 
 
 @pytest.mark.parametrize("reward", [(None,), (1.0,), (0.0, 0.5, 1.0)])
-def test_without_two_kinds_of_responses_there_is_no_auroc(reward: Sequence[float | None]):
+def test_reward_auroc_is_absent_unless_rewards_are_0_and_1(reward: Sequence[float | None]):
     pair, method = Pair(), build("opd", {})
     assert "teacher/reward_auroc" not in of(method, pair.batch(method, pair.write(reward=reward)))
 
 
-def test_some_responses_without_a_reward_are_left_out_of_the_auroc():
+def test_reward_auroc_skips_responses_without_reward():
     pair, method = Pair(), build("opd", {})
     rollouts = pair.write(reward=(0.0, 1.0, None))
     batch = pair.batch(method, rollouts)
@@ -138,7 +138,7 @@ def test_some_responses_without_a_reward_are_left_out_of_the_auroc():
 
 
 @pytest.mark.parametrize("cut", [1, 4, 6, 11])
-def test_two_processes_log_what_one_does(cut: int):
+def test_step_metrics_merge_to_whole_batch(cut: int):
     """Percentiles, the concentration, the effective sample size and the AUROC too: they are made of all rows."""
     pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": "union"})
     rollouts = pair.write(method.record())
@@ -152,7 +152,7 @@ def test_two_processes_log_what_one_does(cut: int):
     assert together == pytest.approx(whole, rel=1e-5, abs=1e-6)  # a padded batch rounds differently
 
 
-def test_the_order_of_rows_changes_no_bit():
+def test_step_metrics_are_unchanged_by_row_order():
     pair, method = Pair(), build("opd", {})
     batch = pair.batch(method, pair.write())
     order = torch.randperm(len(batch.rollouts), generator=torch.Generator().manual_seed(1)).tolist()
@@ -168,7 +168,7 @@ def test_the_order_of_rows_changes_no_bit():
     assert [one[n] for n in ordered] == [other[n] for n in ordered]
 
 
-def test_padding_and_masked_tokens_are_not_read():
+def test_step_metrics_ignore_padding_and_masked_tokens():
     pair, method = Pair(), build("opd", {})
     batch = pair.batch(method, pair.write())
     spoilt = copy.copy(batch.teacher_logp).masked_fill(~batch.mask, torch.nan)
@@ -177,7 +177,7 @@ def test_padding_and_masked_tokens_are_not_read():
 
 
 @pytest.mark.parametrize("by", ["intersection", "union", "symmetric_difference"])
-def test_the_overlap_is_there_when_the_support_is_made_of_both(by: str):
+def test_overlap_ratio_is_logged_when_support_reads_both_models(by: str):
     pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": by})
     rollouts = pair.write(method.record())
     batch = pair.batch(method, rollouts)
@@ -193,12 +193,12 @@ def test_the_overlap_is_there_when_the_support_is_made_of_both(by: str):
 
 
 @pytest.mark.parametrize("by", ["teacher", "student"])
-def test_the_overlap_is_not_there_when_one_model_chose(by: str):
+def test_overlap_ratio_is_absent_when_support_reads_one_model(by: str):
     pair, method = Pair(), build("topk_reverse_kl", {"k": 3, "by": by})
     assert "support/overlap_ratio" not in of(method, pair.batch(method, pair.write(method.record())))
 
 
-def test_entropies_are_there_when_a_piece_had_them_made():
+def test_step_metrics_have_entropy_when_method_reads_it():
     pair = Pair()
     reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
     method = replace(build("opd", {}), weight=reader)
@@ -213,7 +213,7 @@ def test_entropies_are_there_when_a_piece_had_them_made():
     assert not [name for name in without if "entropy" in name]
 
 
-def test_on_a_full_support_there_is_what_the_method_reads():
+def test_step_metrics_follow_reads_when_support_is_full():
     pair, method = Pair(), build("reverse_kl", {})
     batch = pair.batch(method, pair.write())
     reader = replace(method, weight=lambda batch: batch.mask.float())  # says nothing, so it may read them
@@ -223,13 +223,13 @@ def test_on_a_full_support_there_is_what_the_method_reads():
     assert not [name for name in not_scored if name.startswith("teacher/")]
 
 
-def test_another_temperature_gives_no_log_ratio():
+def test_step_metrics_lack_teacher_when_temperature_differs():
     pair, method = Pair(temperature=0.5), build("opd", {})
     names = of(method, pair.batch(method, pair.write()))
     assert not [name for name in names if name.startswith("teacher/")]
 
 
-def test_without_a_teacher_nothing_is_said_of_one():
+def test_step_metrics_lack_teacher_when_method_has_none():
     pair = Pair()
     method = Method(teacher=no_teacher(), support=supports.no_support(), signal=nll())
     rollouts = pair.write()
@@ -251,7 +251,7 @@ def logged(lm: LanguageModel) -> set[str]:
     return {name.split("/from_")[0] for name in numbers} | {f"compare/{name}" for name in columns}
 
 
-def test_the_page_has_every_name_and_no_other():
+def test_diagnostics_page_lists_exactly_logged_names():
     names = set(
         re.findall(r"^\| `((?:rollout|train|teacher|student|support|compare)/\w+)`", PAGE.read_text(), re.MULTILINE)
     )

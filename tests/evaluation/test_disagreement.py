@@ -27,7 +27,7 @@ def random_teachers(m: int, v: int, seed: int) -> list[list[float]]:
 
 
 @pytest.mark.parametrize(("m", "v"), [(2, 2), (3, 7), (5, 4)])
-def test_it_is_the_smallest_expected_reverse_kl(m: int, v: int):
+def test_pi_disagreement_is_least_expected_reverse_kl(m: int, v: int):
     teachers = random_teachers(m, v, seed=m)
     value = pi_disagreement(torch.tensor(teachers, dtype=torch.float64)).item()
     logits = torch.zeros(v, dtype=torch.float64, requires_grad=True)
@@ -49,7 +49,7 @@ def test_it_is_the_smallest_expected_reverse_kl(m: int, v: int):
         assert oracle.expected_reverse_kl(other, teachers) > value
 
 
-def test_contexts_that_agree_have_none_and_those_that_do_not_have_some():
+def test_pi_disagreement_is_zero_when_contexts_agree():
     same = torch.tensor(random_teachers(1, 6, seed=1), dtype=torch.float64).expand(4, 6)
     assert pi_disagreement(same).item() == pytest.approx(0.0, abs=1e-12)
     assert pi_disagreement(same[:1]).item() == pytest.approx(0.0, abs=1e-12)
@@ -89,7 +89,7 @@ def wanted(judge: LanguageModel, rollout: Rollout, contexts: list[Prompt], tempe
 
 @pytest.mark.parametrize("entries", [10**6, 30])  # all at once, and in several chunks and tiles
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_a_teacher_under_several_contexts(
+def test_disagreement_equals_oracle(
     judge: LanguageModel, entries: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
@@ -105,14 +105,14 @@ def test_a_teacher_under_several_contexts(
     assert same.mean == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_mean_is_over_tokens_not_over_responses(judge: LanguageModel):
+def test_mean_disagreement_averages_over_tokens(judge: LanguageModel):
     teacher, contexts = teacher_of(judge), prompts_of("ab", "hgfe")
     rollouts = [rollout_of(judge, contexts[0], [3, 4, 2, 5, 6]), rollout_of(judge, contexts[0], [7])]
     values = [disagreement(teacher, rollout, contexts).values for rollout in rollouts]
     assert mean_disagreement(teacher, rollouts, [contexts] * 2) == pytest.approx(torch.cat(values).mean().item())
 
 
-def test_what_has_no_disagreement_is_refused(judge: LanguageModel):
+def test_disagreement_refuses_bad_contexts_and_rollouts(judge: LanguageModel):
     teacher, (prompt, other) = teacher_of(judge), prompts_of("ab", "c")
     rollout = rollout_of(judge, prompt, [3, 4])
     with pytest.raises(ConfigError, match=r"contexts of one prompt, and prompt 0 has 1:.*at least two"):

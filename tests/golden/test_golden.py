@@ -83,7 +83,7 @@ def measure(method: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("method", OPTIONS)
-def test_twenty_steps_are_what_they_were(method):
+def test_run_metrics_equal_recorded_values(method):
     expected = json.loads(VALUES.read_text())[method]
     got = measure(method)
     for key in RECORDED:
@@ -91,7 +91,7 @@ def test_twenty_steps_are_what_they_were(method):
         assert got[key] == pytest.approx(expected[key], rel=1e-3, abs=1e-5), key
 
 
-def test_every_method_has_recorded_numbers():
+def test_methods_all_have_recorded_values():
     from opd.methods import METHODS
 
     assert set(OPTIONS) == set(METHODS)

@@ -71,7 +71,7 @@ class Count(TorchDispatchMode):
         return self.operations - other.operations, self.made - other.made, self.written - other.written
 
 
-def test_the_count():
+def test_count_equals_known_operations():
     a = torch.zeros(10, 10)
     with Count() as count:
         b = a + 1  # makes 100
@@ -183,12 +183,12 @@ LOSSES: dict[str, tuple[Signal, Support, Cost]] = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_the_cost_of_a_loss(name: str, sizes: None):
+def test_loss_at_cost_is_within_limit(name: str, sizes: None):
     signal, support, cost = LOSSES[name]
     cost.check(*in_passes(cost_of_loss(signal, support)))
 
 
-def test_a_soft_cap_costs_six_passes_more(sizes: None):
+def test_softcap_costs_six_passes_more(sizes: None):
     """A product, tanh, its square and derivative, a product forward, one backward; two of them make a tensor."""
     _, made, written = in_passes(cost_of_loss(REVERSE_KL, supports.full()))
     _, with_cap_made, with_cap_written = in_passes(cost_of_loss(REVERSE_KL, supports.full(), softcap=5.0))
@@ -196,7 +196,7 @@ def test_a_soft_cap_costs_six_passes_more(sizes: None):
     assert within(with_cap_written - written, 6.0)
 
 
-def test_the_guard_sees_one_more_pass(sizes: None):
+def test_cost_check_fails_when_pass_is_added(sizes: None):
     """What it is for: a signal with one more operation over [N, V], or with one for each token, is over the limit."""
     _, support, cost = LOSSES["full-any-signal"]
 
@@ -223,7 +223,7 @@ SCORES: dict[str, tuple[Support, dict[str, Any], Cost]] = {
 
 
 @pytest.mark.parametrize("name", SCORES)
-def test_the_cost_of_a_teachers_scores(name: str, sizes: None):
+def test_teacher_scores_cost_is_within_limit(name: str, sizes: None):
     support, options, cost = SCORES[name]
     teacher, hidden, ids = head().detached(), torch.randn(N, H), torch.randint(0, V, (N,))
     with Count() as count:
@@ -275,13 +275,13 @@ STEPS: dict[str, tuple[dict[str, Any], Record, Cost]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_the_cost_of_a_decode_step(name: str):
+def test_transformers_sampler_step_cost_is_within_limit(name: str):
     options, record, cost = STEPS[name]
     cost.check(*cost_of_step(ROWS, record, **options))
 
 
 @pytest.mark.parametrize("name", STEPS)
-def test_a_row_adds_no_operation_to_a_step(name: str):
+def test_transformers_sampler_rows_add_no_operation(name: str):
     options, record, _ = STEPS[name]
     few, many = (cost_of_step(rows, record, **options)[0] for rows in (8, 32))
     assert many <= few
@@ -307,7 +307,7 @@ class Calls:
             self.count += 1
 
 
-def test_the_python_of_a_token():
+def test_transformers_sampler_python_calls_are_within_limit():
     """Calls that one more row adds to a step: three appends, whether it has stopped, and the length of its prompt."""
     lm = wide()
 

@@ -277,7 +277,7 @@ FULL: dict[str, Signal] = {
 }
 
 
-def test_the_tables_have_every_divergence():
+def test_divergences_all_have_cases():
     assert set(OPTIONS) == set(divergences.DIVERGENCES)
 
 
@@ -293,9 +293,7 @@ every_case = pytest.mark.parametrize(
 
 
 @every_case
-def test_loss_gradient_and_metrics_are_those_of_the_unfused_formula(
-    support: Support, signal: Signal, monkeypatch: pytest.MonkeyPatch
-):
+def test_loss_at_equals_unfused_formula(support: Support, signal: Signal, monkeypatch: pytest.MonkeyPatch):
     """At every size; the head has a bias, the temperature is not 1, the entries that do not exist hold NaN."""
     of = problem(signal, support, temperature=0.8)
     expected = unfused(of)
@@ -320,7 +318,7 @@ HEADS = [("plain", 1.0), ("everything", 1.0), ("plain", 2.5), ("everything", 0.6
         pytest.param(supports.full(), signals.divergence("skew_kl"), id="full"),
     ],
 )
-def test_every_path_reads_every_kind_of_head(
+def test_loss_at_equals_unfused_formula_for_every_head(
     support: Support, signal: Signal, kind: str, temperature: float, monkeypatch: pytest.MonkeyPatch
 ):
     of = problem(signal, support, kind=kind, temperature=temperature)
@@ -330,7 +328,7 @@ def test_every_path_reads_every_kind_of_head(
         assert_same(fused(of), expected)
 
 
-def test_a_factor_behind_the_loss_is_a_factor_of_the_gradient():
+def test_loss_at_gradient_scales_with_outer_factor():
     of = problem(signals.divergence("reverse_kl"), supports.top_k(K))
     once, thrice = fused(of), fused(of, 3.0)
     for name, grad in once.grads.items():
@@ -338,7 +336,9 @@ def test_a_factor_behind_the_loss_is_a_factor_of_the_gradient():
 
 
 @every_case
-def test_metrics_are_the_same_for_any_chunking(support: Support, signal: Signal, monkeypatch: pytest.MonkeyPatch):
+def test_loss_at_metrics_are_unchanged_by_chunk_and_tile(
+    support: Support, signal: Signal, monkeypatch: pytest.MonkeyPatch
+):
     of = problem(signal, support)
     seen: list[Mapping[str, float]] = []
     for chunk, tile in SIZES:
@@ -363,7 +363,7 @@ def signal_is_shift_invariant(support: Support, signal: Signal) -> bool:
 
 @pytest.mark.parametrize(("name", "options"), DIVERGENCES, ids=str)
 @every_size
-def test_a_closed_form_is_autograds(
+def test_loss_at_equals_autograd_when_closed_form_exists(
     name: str, options: dict[str, Any], chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
     set_sizes(monkeypatch, chunk, tile)
@@ -375,7 +375,7 @@ def test_a_closed_form_is_autograds(
 
 @pytest.mark.parametrize(("name", "options"), DIVERGENCES, ids=str)
 @every_size
-def test_k_rows_of_the_head_give_what_the_whole_head_gives(
+def test_loss_at_equals_full_head_when_form_is_renormalised(
     name: str, options: dict[str, Any], chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
     set_sizes(monkeypatch, chunk, tile)
@@ -388,9 +388,7 @@ def test_k_rows_of_the_head_give_what_the_whole_head_gives(
 
 @pytest.mark.parametrize("form", divergences.FORMS)
 @pytest.mark.parametrize(("name", "options"), DIVERGENCES, ids=str)
-def test_a_constant_added_to_the_log_probs_changes_nothing_where_that_is_declared(
-    name: str, options: dict[str, Any], form: str
-):
+def test_shift_invariant_is_true_only_when_renormalised(name: str, options: dict[str, Any], form: str):
     """What the short path rests on, of the signal itself; and that no other form could take it."""
     signal = signals.divergence(name, form=form, **options)
     ours, theirs = torch.randn(7, K, dtype=torch.float64) - 3.0, torch.randn(7, K, dtype=torch.float64) - 3.0
@@ -418,7 +416,7 @@ def test_a_constant_added_to_the_log_probs_changes_nothing_where_that_is_declare
         signals.switch(lambda t: t.weight > 0.5, signals.divergence("reverse_kl", form="renormalised"), signals.nll()),
     ],
 )
-def test_a_combination_takes_the_whole_head(signal: Signal):
+def test_loss_at_reads_full_head_when_signals_are_combined(signal: Signal):
     """Its parts may read the normaliser: what one part declares does not hold for the sum."""
     assert not hasattr(signal, "shift_invariant")
     assert not hasattr(signal, "divergence")
@@ -428,20 +426,20 @@ def test_a_combination_takes_the_whole_head(signal: Signal):
     assert_same(got, unfused(of))
 
 
-def test_a_signal_that_returns_part_of_its_input_keeps_its_value():
+def test_loss_at_keeps_value_when_signal_returns_input_view():
     """On the whole vocabulary `tokens.student_support_logp[:, 3]` is a view of what `_on_full` overwrites."""
     of = problem(lambda tokens: tokens.student_support_logp[:, 3], supports.full())  # type: ignore[index]
     assert_same(fused(of), unfused(of))
 
 
 @pytest.mark.parametrize("support", [supports.sampled(), supports.top_k(K), supports.full()], ids=lambda s: s.kind)
-def test_a_signal_that_returns_the_tokens_log_prob_as_it_is(support: Support):
+def test_loss_at_equals_formula_when_signal_is_student_logp(support: Support):
     of = problem(lambda tokens: tokens.student_logp, support)
     assert_same(fused(of), unfused(of))
 
 
 @pytest.mark.parametrize("closed", [True, False])
-def test_a_row_of_the_gradient_sums_to_zero_over_a_large_vocabulary(closed: bool):
+def test_loss_at_gradient_sums_to_zero_over_large_vocabulary(closed: bool):
     """The bias's gradient is the sum over rows. The divergence is large beside it, so that an error of p's sum shows.
 
     Not divided by the sum of p it sums to -2.9e-3 of its absolute sum with AVX2, of one sign for every seed; divided,
@@ -471,7 +469,7 @@ def test_a_row_of_the_gradient_sums_to_zero_over_a_large_vocabulary(closed: bool
         pytest.param(supports.full(), signals.divergence("skew_kl"), id="full"),
     ],
 )
-def test_logits_of_any_size_give_finite_gradients(support: Support, signal: Signal, size: float):
+def test_loss_at_is_finite_when_logits_are_large(support: Support, signal: Signal, size: float):
     of = problem(signal, support, kind="plain")
     of.hidden.data *= size
     got, expected = fused(of), unfused(of)
@@ -491,7 +489,7 @@ def test_logits_of_any_size_give_finite_gradients(support: Support, signal: Sign
         pytest.param(supports.full(), signals.divergence("forward_kl"), id="closed"),
     ],
 )
-def test_bfloat16_weights_do_not_lose_the_gradient_of_many_chunks(
+def test_loss_at_keeps_bfloat16_gradient_over_many_chunks(
     support: Support, signal: Signal, monkeypatch: pytest.MonkeyPatch
 ):
     """1,024 positions that push the same way: a sum in bfloat16 stands still after 256 of them."""

@@ -65,7 +65,7 @@ def by_autograd(function: Callable[..., Tensor], student: Tensor, teacher: Tenso
 
 
 @every_function
-def test_value_and_gradient_are_those_of_the_divergence(function: Callable[..., Tensor]):
+def test_closed_form_equals_divergence_and_autograd(function: Callable[..., Tensor]):
     student, teacher = normal(20, 13, seed=0), normal(20, 13, seed=1)
     value, grad = closed(function, student, teacher)
     expected_value, expected_grad = by_autograd(function, student, teacher)
@@ -74,7 +74,7 @@ def test_value_and_gradient_are_those_of_the_divergence(function: Callable[..., 
 
 
 @every_function
-def test_the_gradient_is_the_slope_of_the_value(function: Callable[..., Tensor]):
+def test_closed_form_gradient_equals_finite_differences(function: Callable[..., Tensor]):
     """Central differences of the divergence itself, logit by logit."""
     student, teacher = normal(4, 7, seed=2), normal(4, 7, seed=3)
     _, grad = closed(function, student, teacher)
@@ -94,7 +94,7 @@ ORACLE: dict[Callable[..., Tensor], tuple[oracle.Divergence, oracle.Slope]] = {
 
 
 @every_function
-def test_value_and_gradient_are_the_papers(function: Callable[..., Tensor]):
+def test_closed_form_equals_oracle(function: Callable[..., Tensor]):
     plain, options = (function.func, function.keywords) if isinstance(function, partial) else (function, {})
     paper_value, slope = (partial(f, **options) for f in ORACLE[plain])
     student, teacher = normal(5, 6, seed=4), normal(5, 6, seed=5)
@@ -107,7 +107,7 @@ def test_value_and_gradient_are_the_papers(function: Callable[..., Tensor]):
         assert grad[i].tolist() == pytest.approx(wanted_grad, rel=1e-10, abs=1e-12)
 
 
-def test_the_oracle_and_this_file_know_every_closed_form():
+def test_closed_entries_all_have_cases():
     assert set(ORACLE) == set(CLOSED)
     assert {f.func if isinstance(f, partial) else f for f in FUNCTIONS} == set(CLOSED)
 
@@ -121,7 +121,7 @@ def test_the_oracle_and_this_file_know_every_closed_form():
     )
 )
 @settings(max_examples=60, deadline=None)
-def test_any_logits(function: Callable[..., Tensor], logits: list[tuple[float, float]]):
+def test_closed_form_equals_autograd_for_any_logits(function: Callable[..., Tensor], logits: list[tuple[float, float]]):
     """Finite, never negative, the gradient of autograd, and no push on the sum of the logits, which means nothing."""
     student = torch.tensor([[pair[0] for pair in logits]], dtype=torch.float64)
     teacher = torch.tensor([[pair[1] for pair in logits]], dtype=torch.float64)
@@ -146,7 +146,9 @@ def test_any_logits(function: Callable[..., Tensor], logits: list[tuple[float, f
         ([1e4, -1e4, -1e4], [0.0, 0.0, 0.0]),
     ],
 )
-def test_extreme_logits_in_float32(function: Callable[..., Tensor], student: list[float], teacher: list[float]):
+def test_closed_form_equals_autograd_when_logits_are_extreme(
+    function: Callable[..., Tensor], student: list[float], teacher: list[float]
+):
     s, t = torch.tensor([student]), torch.tensor([teacher])
     value, grad = closed(function, s, t)
     expected_value, expected_grad = by_autograd(function, s, t)
@@ -156,7 +158,7 @@ def test_extreme_logits_in_float32(function: Callable[..., Tensor], student: lis
 
 
 @every_function
-def test_float32_over_a_large_vocabulary_is_as_exact_as_autograd_in_float32(function: Callable[..., Tensor]):
+def test_closed_form_is_as_exact_as_autograd_in_float32(function: Callable[..., Tensor]):
     student, teacher = normal(4, 50_000, seed=6, scale=3.0).float(), normal(4, 50_000, seed=7, scale=3.0).float()
     expected_value, expected = by_autograd(function, student, teacher)
     leaf = student.clone().requires_grad_()
@@ -171,9 +173,7 @@ def test_float32_over_a_large_vocabulary_is_as_exact_as_autograd_in_float32(func
 
 @pytest.mark.parametrize("excess", [-1e-4, 1e-4])
 @pytest.mark.parametrize("function", [f for f in FUNCTIONS if f is not divergences.forward_kl], ids=name_of)
-def test_probabilities_that_do_not_sum_to_one_do_not_push_on_the_sum_of_the_logits(
-    function: Callable[..., Tensor], excess: float
-):
+def test_closed_form_gradient_sums_to_zero_when_unnormalised(function: Callable[..., Tensor], excess: float):
     """What a float32 normaliser is off by, here ten times as much, in float64, where nothing else rounds."""
     form = closed_form(function)
     assert form is not None
@@ -183,7 +183,7 @@ def test_probabilities_that_do_not_sum_to_one_do_not_push_on_the_sum_of_the_logi
 
 
 @every_function
-def test_the_student_that_is_its_teacher_stays(function: Callable[..., Tensor]):
+def test_closed_form_is_zero_when_student_is_teacher(function: Callable[..., Tensor]):
     logits = normal(3, 9, seed=8)
     value, grad = closed(function, logits, logits.clone())
     torch.testing.assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-15)
@@ -194,14 +194,14 @@ def test_the_student_that_is_its_teacher_stays(function: Callable[..., Tensor]):
 
 
 @pytest.mark.parametrize("name", divergences.DIVERGENCES)
-def test_a_signal_finds_the_closed_form_of_its_divergence(name: str):
+def test_closed_form_is_found_for_divergence_signal(name: str):
     plain = divergences.DIVERGENCES[name]
     found = closed_form(signals.divergence(name).divergence)  # type: ignore[attr-defined]
     assert found is CLOSED.get(plain)
     assert (found is None) == (name == "skew_kl")
 
 
-def test_options_are_bound_to_the_closed_form_too():
+def test_closed_form_binds_options_of_partial():
     student, teacher = normal(3, 5, seed=9), normal(3, 5, seed=10)
     for function in (
         partial(divergences.generalised_jsd, beta=0.2),
@@ -228,7 +228,7 @@ def test_options_are_bound_to_the_closed_form_too():
         torch.nn.Identity(),
     ],
 )
-def test_a_function_without_a_closed_form_has_none(function: Any):
+def test_closed_form_is_none_for_other_functions(function: Any):
     assert closed_form(function) is None
 
 
@@ -242,17 +242,17 @@ class Squared:
         return self.strength * (student_logp.exp() - teacher_logp.exp()).square().sum(-1)
 
 
-def test_a_callable_without_a_hash_has_none():
+def test_closed_form_is_none_when_callable_has_no_hash():
     assert closed_form(Squared(2.0)) is None
 
 
-def test_a_partial_with_positional_arguments_is_not_taken_for_the_plain_function():
+def test_closed_form_is_none_when_partial_is_positional():
     """`partial(reverse_kl, q)` is a function of one argument: no divergence, and no closed form of one."""
     assert closed_form(partial(divergences.reverse_kl, torch.zeros(3))) is None
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, 1.5])
-def test_a_beta_that_the_divergence_refuses_is_refused_in_closed_form_too(beta: float):
+def test_closed_form_raises_config_error_when_beta_is_invalid(beta: float):
     """`signals.divergence` refuses it for a name, but takes a function as it is."""
     signal = signals.divergence(divergences.generalised_jsd, beta=beta)
     with pytest.raises(ConfigError, match="beta must lie strictly between 0 and 1"):

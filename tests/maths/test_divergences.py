@@ -220,12 +220,12 @@ def frozen(value: str) -> Callable[[list[float], list[float]], float]:
     ],
     ids=["raw", "stop_gradient", "renormalised", "tail", "p2_code", "mass"],
 )
-def test_the_oracles_table_of_gradients_is_the_derivative_of_its_values(closed_form, value):
+def test_oracle_support_gradients_equal_finite_differences(closed_form, value):
     expected = finite_difference(oracle_rows(on_list(value)), STUDENT)
     close(expected, closed_form(*LISTS), FINITE_DIFFERENCE)
 
 
-def test_the_oracles_full_gradients_are_the_derivatives_of_its_values():
+def test_oracle_full_gradients_equal_finite_differences():
     teacher = oracle.log_softmax(LISTS[1])
     for closed_form, value in (
         (oracle.grad_full, oracle.reverse_kl),
@@ -236,14 +236,14 @@ def test_the_oracles_full_gradients_are_the_derivatives_of_its_values():
 
 
 @every_case
-def test_the_oracles_slopes_are_the_derivatives_of_its_terms(case):
+def test_oracle_slopes_equal_finite_differences(case):
     for p, q in ((0.3, 0.2), (0.05, 0.6), (0.9, 0.01)):
         up, down = (case.value([math.log(p + h)], [math.log(q)]) for h in (1e-6, -1e-6))
         assert case.slope(p, q) == pytest.approx((up - down) / 2e-6, rel=1e-7, abs=1e-8)
         assert case.slope(p, p) == pytest.approx(case.slope_at_equality, abs=EXACT)
 
 
-def test_the_oracles_metrics_on_small_cases():
+def test_oracle_metrics_equal_known_values():
     assert oracle.pass_at_k([True, False, False, False], 2) == pytest.approx(0.5)
     assert oracle.pass_at_k([True] * 3 + [False] * 7, 4) == pytest.approx(1 - math.comb(7, 4) / math.comb(10, 4))
     assert oracle.repeat_ratio("abcabcab", 3) == pytest.approx(3 / 8)  # abc, bca, cab end again at tokens 6, 7, 8
@@ -263,7 +263,7 @@ def test_the_oracles_metrics_on_small_cases():
 # Values and gradients
 
 
-def test_orientation_on_numbers_that_fit_on_paper():
+def test_divergences_equal_values_computed_by_hand():
     student = torch.tensor([0.5, 0.5], dtype=torch.float64).log()
     teacher = torch.tensor([0.75, 0.25], dtype=torch.float64).log()
     log = math.log
@@ -287,7 +287,7 @@ def test_orientation_on_numbers_that_fit_on_paper():
         assert got.item() == pytest.approx(value, abs=1e-15), name
 
 
-def test_defaults_are_those_of_the_papers():
+def test_divergences_have_default_options_of_papers():
     student, teacher = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     assert torch.equal(generalised_jsd(student, teacher), generalised_jsd(student, teacher, beta=0.5))
     assert torch.equal(skew_kl(student, teacher), skew_kl(student, teacher, alpha=0.1, direction="forward"))
@@ -296,7 +296,7 @@ def test_defaults_are_those_of_the_papers():
 
 
 @every_case
-def test_value_equals_the_oracle_for_any_leading_shape(case):
+def test_divergences_equal_oracle_for_any_leading_shape(case):
     student, teacher = normal(2, 3, 7, seed=3).log_softmax(-1), normal(2, 3, 7, seed=4).log_softmax(-1)
     got = case.ours(student, teacher)
     assert got.shape == (2, 3)
@@ -307,7 +307,7 @@ def test_value_equals_the_oracle_for_any_leading_shape(case):
 
 
 @every_case
-def test_full_vocabulary_gradient_equals_the_closed_form_and_finite_differences(case):
+def test_divergences_gradient_equals_oracle(case):
     student, teacher = normal(12, seed=5), normal(12, seed=6)
     got = gradient(lambda z: case.ours(z.log_softmax(-1), teacher.log_softmax(-1)), student)
     close(got, oracle.grad_on_support(case.slope, "raw", student.tolist(), teacher.tolist(), range(12)), EXACT)
@@ -316,7 +316,7 @@ def test_full_vocabulary_gradient_equals_the_closed_form_and_finite_differences(
     close(got, finite_difference(of, student), FINITE_DIFFERENCE)
 
 
-def test_full_gradients_of_both_kls_are_those_of_the_table():
+def test_reverse_kl_and_forward_kl_gradients_equal_oracle():
     teacher = TEACHER.log_softmax(-1)
     reverse = gradient(lambda z: reverse_kl(z.log_softmax(-1), teacher), STUDENT)
     forward = gradient(lambda z: forward_kl(z.log_softmax(-1), teacher), STUDENT)
@@ -326,7 +326,7 @@ def test_full_gradients_of_both_kls_are_those_of_the_table():
 
 @every_form
 @every_case
-def test_value_on_a_support_equals_the_oracle(case, form):
+def test_on_support_equals_oracle(case, form):
     students = normal(5, 50, seed=7)
     got = loss_on(SUPPORT, TEACHER, case.ours, form)(students)
     teacher = [oracle.log_softmax(LISTS[1])[v] for v in LISTS[2]]
@@ -347,20 +347,20 @@ def test_value_on_a_support_equals_the_oracle(case, form):
         ("tail", oracle.reverse_kl_tail),
     ],
 )
-def test_reverse_kl_on_a_support_equals_the_papers_formula(form, value):
+def test_on_support_reverse_kl_equals_paper_formula(form, value):
     close(loss_on(SUPPORT, TEACHER, "reverse_kl", form)(STUDENT), on_list(value)(LISTS[0]), EXACT)
 
 
 @every_form
 @every_case
-def test_gradient_on_a_support_equals_the_closed_form(case, form):
+def test_on_support_gradient_equals_oracle(case, form):
     got = gradient(loss_on(SUPPORT, TEACHER, case.ours, form), STUDENT)
     close(got, oracle.grad_on_support(case.slope, form, *LISTS), EXACT)
 
 
 @every_form
 @every_case
-def test_gradient_on_a_support_equals_finite_differences(case, form):
+def test_on_support_gradient_equals_finite_differences(case, form):
     """Of our value and of the oracle's. What `stop_gradient` descends is the raw value minus slope * P_S."""
     got = gradient(loss_on(SUPPORT, TEACHER, case.ours, form), STUDENT)
     correction = case.slope_at_equality * GRAD_P_S if form == "stop_gradient" else 0.0
@@ -378,11 +378,11 @@ def test_gradient_on_a_support_equals_finite_differences(case, form):
         ("tail", oracle.grad_tail),
     ],
 )
-def test_reverse_kl_gradients_are_those_of_the_table(form, closed_form):
+def test_on_support_reverse_kl_gradient_equals_oracle(form, closed_form):
     close(gradient(loss_on(SUPPORT, TEACHER, reverse_kl, form), STUDENT), closed_form(*LISTS), EXACT)
 
 
-def test_p2_code_equals_the_table_and_is_stop_gradient_over_the_mass():
+def test_support_policy_gradient_equals_scaled_stop_gradient():
     loss_of = p2_code(SUPPORT, TEACHER)
     got = gradient(loss_of, STUDENT)
     close(got, oracle.grad_support_policy_gradient(*LISTS), EXACT)
@@ -394,7 +394,7 @@ def test_p2_code_equals_the_table_and_is_stop_gradient_over_the_mass():
 # Six identities
 
 
-def test_identity_1_raw_minus_stop_gradient_is_the_gradient_of_the_mass():
+def test_raw_minus_stop_gradient_equals_gradient_of_mass():
     raw, stopped = (gradient(loss_on(SUPPORT, TEACHER, reverse_kl, form), STUDENT) for form in ("raw", "stop_gradient"))
     close(raw - stopped, GRAD_P_S, EXACT)
     assert ((raw - stopped)[SUPPORT] > 0).all()  # descent pushes mass out of S
@@ -402,19 +402,19 @@ def test_identity_1_raw_minus_stop_gradient_is_the_gradient_of_the_mass():
 
 
 @every_case
-def test_identity_1_for_every_divergence(case):
+def test_slope_at_equality_scales_raw_minus_stop_gradient(case):
     raw, stopped = (gradient(loss_on(SUPPORT, TEACHER, case.ours, form), STUDENT) for form in ("raw", "stop_gradient"))
     close(raw - stopped, case.slope_at_equality * GRAD_P_S, EXACT)
     assert divergences.slope_at_equality(case.ours) == pytest.approx(case.slope_at_equality, abs=EXACT)
 
 
-def test_identity_2_p2_code_also_corrects_the_mass():
+def test_support_policy_gradient_also_corrects_mass():
     renorm = loss_on(SUPPORT, TEACHER, reverse_kl, "renormalised")
     got = gradient(p2_code(SUPPORT, TEACHER), STUDENT) - gradient(renorm, STUDENT)
     close(got, ((P_S / Q_S).log() + renorm(STUDENT)) * GRAD_P_S / P_S, EXACT)
 
 
-def test_identity_3_a_stop_gradient_changes_nothing_after_renormalising():
+def test_stop_gradient_equals_renormalised_after_normalising():
     teacher_bar = TEACHER[SUPPORT].log_softmax(-1)
     stopped = gradient(
         lambda z: on_support(reverse_kl, z[SUPPORT].log_softmax(-1), teacher_bar, "stop_gradient"), STUDENT
@@ -425,7 +425,7 @@ def test_identity_3_a_stop_gradient_changes_nothing_after_renormalising():
     assert renorm[SUPPORT].abs().max() > 0.01
 
 
-def test_identity_4_a_support_of_one_token():
+def test_on_support_equals_score_formula_when_k_is_one():
     one = SUPPORT[:1]
     p, log_ratio = P[one].item(), (STUDENT.log_softmax(-1) - TEACHER.log_softmax(-1))[one].item()
     renorm = loss_on(one, TEACHER, reverse_kl, "renormalised")
@@ -447,7 +447,7 @@ def enumerate_tokens(signal: Callable[[Tokens], Tensor], student: Tensor, teache
 
 
 @pytest.mark.parametrize("options", [{}, {"importance": True}, {"clip": (0.2, 0.28)}], ids=str)
-def test_identity_5_the_sampled_policy_gradient_is_unbiased(options):
+def test_policy_gradient_is_unbiased_over_all_tokens(options):
     signal = signals.policy_gradient(advantage=signals.log_ratio, **options)
     got = gradient(lambda z: enumerate_tokens(signal, z, TEACHER), STUDENT)
     close(got, oracle.grad_sampled_policy_gradient_mean(*LISTS[:2]), EXACT)
@@ -455,7 +455,7 @@ def test_identity_5_the_sampled_policy_gradient_is_unbiased(options):
     close(got, gradient(lambda z: reverse_kl(z.log_softmax(-1), TEACHER.log_softmax(-1)), STUDENT), EXACT)
 
 
-def test_identity_5_the_differentiated_log_ratio_has_no_gradient_on_average():
+def test_log_ratio_as_loss_has_zero_mean_gradient():
     got = gradient(lambda z: enumerate_tokens(lambda t: t.student_logp - t.teacher_logp, z, TEACHER), STUDENT)
     close(got, torch.zeros(50), EXACT)
     assert oracle.grad_sampled_loss_mean(LISTS[0]) == pytest.approx([0.0] * 50, abs=EXACT)
@@ -463,7 +463,7 @@ def test_identity_5_the_differentiated_log_ratio_has_no_gradient_on_average():
 
 @every_form
 @every_case
-def test_identity_6_on_the_whole_vocabulary_every_form_is_the_full_divergence(case, form):
+def test_on_support_equals_divergence_on_whole_vocabulary(case, form):
     everything, teacher = torch.arange(50), TEACHER.log_softmax(-1)
     loss_of = loss_on(everything, TEACHER, case.ours, form)
     close(loss_of(STUDENT), case.ours(STUDENT.log_softmax(-1), teacher), EXACT)
@@ -472,7 +472,7 @@ def test_identity_6_on_the_whole_vocabulary_every_form_is_the_full_divergence(ca
 
 
 @every_case
-def test_the_order_of_the_whole_vocabulary_does_not_matter_to_tail(case):
+def test_tail_is_unchanged_by_order_of_whole_vocabulary(case):
     """The remaining mass is rounding whatever the order of the sum; it must not show in float32 either."""
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
     student, teacher = STUDENT.float(), TEACHER.float()
@@ -487,7 +487,7 @@ def test_the_order_of_the_whole_vocabulary_does_not_matter_to_tail(case):
 
 
 @every_case
-def test_equal_on_the_support_is_stationary_for_stop_gradient_and_tail_alone(case):
+def test_raw_alone_has_gradient_when_models_agree_on_support(case):
     """p = q on S, different elsewhere. RAW still pulls with slope * grad P_S there."""
     teacher_logp = TEACHER.log_softmax(-1)
     p = STUDENT.softmax(-1).where(~ON_SUPPORT, 0.0)
@@ -516,7 +516,7 @@ POOR = normal(9, seed=13, scale=0.7).index_add(0, TABLE_SUPPORT, torch.full((4,)
 STARTS = torch.stack([RICH, POOR])  # much and little mass on the support
 
 
-def test_fixed_point_of_raw_is_the_teacher_over_e():
+def test_raw_converges_to_teacher_over_e():
     starts = STARTS.softmax(-1)[:, TABLE_SUPPORT].sum(-1)
     bound = TABLE_Q.sum() / math.e
     assert starts[0] > TABLE_Q.sum() > bound > starts[1]
@@ -537,14 +537,14 @@ def test_fixed_point_of_raw_is_the_teacher_over_e():
     ],
     ids=["stop_gradient", "tail", "p2_code"],
 )
-def test_fixed_point_with_the_mass_of_the_support(loss_of):
+def test_stop_gradient_and_tail_converge_to_teacher_mass(loss_of):
     end = descend(loss_of, STARTS, steps=300, lr=4.0)
     p = end.softmax(-1)[:, TABLE_SUPPORT]
     close(p, TABLE_Q.expand(2, 4), 1e-9)
     close(p.sum(-1), TABLE_Q.sum().expand(2), 1e-9)
 
 
-def test_fixed_point_of_renormalised_has_the_shape_and_whatever_mass_the_dynamics_leave():
+def test_renormalised_converges_to_teacher_shape_not_mass():
     """The sum of the logits on S and every logit off S never move, which says where P_S ends."""
     end = descend(loss_on(TABLE_SUPPORT, TABLE_TEACHER, "reverse_kl", "renormalised"), STARTS, steps=300, lr=4.0)
     p = end.softmax(-1)[:, TABLE_SUPPORT]
@@ -578,7 +578,7 @@ case_of = st.sampled_from(CASES)
 
 @SETTINGS
 @given(pairs(), case_of)
-def test_property_equals_the_oracle(pair, case):
+def test_on_support_equals_oracle_for_any_pair(pair, case):
     student, teacher, support = pair
     close(case.ours(student, teacher), case.value(student.tolist(), teacher.tolist()), EXACT)
     for form in FORMS:
@@ -589,7 +589,7 @@ def test_property_equals_the_oracle(pair, case):
 
 @SETTINGS
 @given(pairs(bound=30.0), case_of)
-def test_property_never_negative_except_raw(pair, case):
+def test_on_support_is_not_negative_for_tail_and_renormalised(pair, case):
     student, teacher, support = pair
     assert case.ours(student, teacher) >= -1e-14
     assert on_support(case.ours, student[support], teacher[support], "tail") >= -1e-14
@@ -598,7 +598,7 @@ def test_property_never_negative_except_raw(pair, case):
 
 @SETTINGS
 @given(pairs(bound=30.0))
-def test_property_raw_reverse_kl_is_at_least_minus_the_teachers_mass_over_e(pair):
+def test_raw_reverse_kl_is_bounded_by_teacher_mass_over_e(pair):
     student, teacher, support = pair
     for form in ("raw", "stop_gradient"):
         value = on_support("reverse_kl", student[support], teacher[support], form)
@@ -614,7 +614,7 @@ def test_raw_reverse_kl_attains_its_bound():
 
 @SETTINGS
 @given(pairs(bound=30.0), case_of)
-def test_property_zero_at_equality(pair, case):
+def test_on_support_is_zero_when_models_are_equal(pair, case):
     student, _, support = pair
     assert abs(case.ours(student, student).item()) < 1e-14
     for form in FORMS:
@@ -623,7 +623,7 @@ def test_property_zero_at_equality(pair, case):
 
 @SETTINGS
 @given(pairs(), case_of, st.randoms(use_true_random=False))
-def test_property_the_order_of_the_tokens_does_not_matter(pair, case, random):
+def test_on_support_is_unchanged_by_token_order(pair, case, random):
     student, teacher, support = pair
     order = list(range(len(support)))
     random.shuffle(order)
@@ -635,7 +635,7 @@ def test_property_the_order_of_the_tokens_does_not_matter(pair, case, random):
 
 @SETTINGS
 @given(pairs(), case_of)
-def test_property_tail_grows_with_the_support_up_to_the_full_divergence(pair, case):
+def test_tail_grows_with_support_to_full_divergence(pair, case):
     """A coarser vocabulary cannot tell two distributions apart better than a finer one."""
     student, teacher, support = pair
     rest = torch.tensor([v for v in range(len(student)) if v not in support.tolist()])
@@ -648,7 +648,7 @@ def test_property_tail_grows_with_the_support_up_to_the_full_divergence(pair, ca
 
 @SETTINGS
 @given(pairs(), case_of)
-def test_property_tail_is_the_divergence_of_the_coarser_vocabulary(pair, case):
+def test_tail_equals_divergence_of_coarser_vocabulary(pair, case):
     student, teacher, support = pair
     rest = torch.tensor([v for v in range(len(student)) if v not in support.tolist()])
     coarse = [torch.cat([logp[support], logp[rest].logsumexp(-1, keepdim=True)]) for logp in (student, teacher)]
@@ -657,7 +657,7 @@ def test_property_tail_is_the_divergence_of_the_coarser_vocabulary(pair, case):
 
 @SETTINGS
 @given(pairs(bound=30.0), st.floats(0.01, 0.99))
-def test_property_jsd_swaps_with_one_minus_beta_and_is_bounded(pair, beta):
+def test_generalised_jsd_is_bounded_and_swaps_with_beta(pair, beta):
     student, teacher, _ = pair
     value = generalised_jsd(student, teacher, beta=beta)
     close(value, generalised_jsd(teacher, student, beta=1.0 - beta), EXACT)
@@ -669,7 +669,7 @@ def test_property_jsd_swaps_with_one_minus_beta_and_is_bounded(pair, beta):
 
 @SETTINGS
 @given(pairs(bound=30.0), st.floats(0.01, 0.99))
-def test_property_skew_is_bounded_and_mixes_to_jsd(pair, alpha):
+def test_skew_kl_is_bounded_and_mixes_to_jsd(pair, alpha):
     student, teacher, _ = pair
     forward = skew_kl(student, teacher, alpha=alpha, direction="forward")
     reverse = skew_kl(student, teacher, alpha=alpha, direction="reverse")
@@ -679,7 +679,7 @@ def test_property_skew_is_bounded_and_mixes_to_jsd(pair, alpha):
     close(alpha * forward + (1.0 - alpha) * other, generalised_jsd(student, teacher, beta=alpha), EXACT)
 
 
-def test_limits_of_skew():
+def test_skew_kl_approaches_kl_when_alpha_is_small():
     student, teacher = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     for direction, limit in (("forward", forward_kl), ("reverse", reverse_kl)):
         close(skew_kl(student, teacher, alpha=1e-9, direction=direction), limit(student, teacher), 1e-6)
@@ -688,7 +688,7 @@ def test_limits_of_skew():
         assert values == sorted(values, reverse=True)
 
 
-def test_limits_of_generalised_jsd():
+def test_generalised_jsd_approaches_kl_when_beta_is_extreme():
     student, teacher = STUDENT.log_softmax(-1), TEACHER.log_softmax(-1)
     small = 1e-7
     close(generalised_jsd(student, teacher, beta=small) / small, forward_kl(student, teacher), 1e-5)
@@ -721,7 +721,7 @@ every_masked_loss = pytest.mark.parametrize("loss", [loss for _, loss in MASKED]
 
 
 @every_masked_loss
-def test_a_masked_entry_equals_a_shorter_support(loss):
+def test_support_mask_equals_shorter_support(loss):
     student, teacher, mask = masked_support()
     got, got_gradient = loss(student, teacher, mask), gradient(lambda s: loss(s, teacher, mask), student)
     for row in range(5):
@@ -733,7 +733,7 @@ def test_a_masked_entry_equals_a_shorter_support(loss):
 
 
 @every_masked_loss
-def test_an_empty_support_gives_zero_and_a_full_mask_is_no_mask(loss):
+def test_support_mask_gives_zero_when_empty(loss):
     student, teacher, mask = masked_support()
     assert loss(student, teacher, mask)[5].item() == 0.0
     alone = gradient(lambda s: loss(s, teacher[5:], mask[5:]), student[5:])
@@ -743,7 +743,7 @@ def test_an_empty_support_gives_zero_and_a_full_mask_is_no_mask(loss):
 
 
 @every_masked_loss
-def test_a_masked_entry_may_hold_anything(loss):
+def test_support_mask_hides_nan_and_infinity(loss):
     student, teacher, mask = masked_support()
     value, expected = loss(student, teacher, mask), gradient(lambda s: loss(s, teacher, mask), student)
     assert expected.isfinite().all()
@@ -769,7 +769,7 @@ def extreme_logits() -> tuple[Tensor, Tensor]:
 
 
 @every_case
-def test_finite_at_logits_of_ten_thousand_on_the_full_vocabulary(case):
+def test_divergences_are_finite_when_logits_are_extreme(case):
     student, teacher = extreme_logits()
     teacher_logp = teacher.log_softmax(-1)
     value = case.ours(student.log_softmax(-1), teacher_logp)
@@ -781,7 +781,7 @@ def test_finite_at_logits_of_ten_thousand_on_the_full_vocabulary(case):
 
 @every_form
 @every_case
-def test_finite_at_logits_of_ten_thousand_on_a_support(case, form):
+def test_on_support_is_finite_when_logits_are_extreme(case, form):
     student, teacher = extreme_logits()
     for support in ([0], [1, 4], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]):
         loss_of = loss_on(torch.tensor(support), teacher, case.ours, form)
@@ -790,7 +790,7 @@ def test_finite_at_logits_of_ten_thousand_on_a_support(case, form):
 
 
 @pytest.mark.parametrize("support", [[0], [1, 4], [0, 1, 2, 3, 4, 5]], ids=str)
-def test_p2_code_is_finite_at_logits_of_ten_thousand(support):
+def test_support_policy_gradient_is_finite_at_extreme_logits(support):
     student, teacher = extreme_logits()
     index = torch.tensor(support)
 
@@ -803,7 +803,7 @@ def test_p2_code_is_finite_at_logits_of_ten_thousand(support):
 
 @every_form
 @every_case
-def test_float32_is_close_to_float64(case, form):
+def test_on_support_in_float32_is_close_to_float64(case, form):
     students = normal(16, 50, seed=31)
     exact = loss_on(SUPPORT, TEACHER, case.ours, form)
     single = loss_on(SUPPORT, TEACHER.float(), case.ours, form)
@@ -813,7 +813,7 @@ def test_float32_is_close_to_float64(case, form):
 
 @every_form
 @every_case
-def test_half_precision_inputs_are_computed_in_float32(case, form):
+def test_on_support_computes_half_precision_in_float32(case, form):
     for dtype in (torch.bfloat16, torch.float16):
         student = normal(4, 50, seed=32).log_softmax(-1)[:, :6].to(dtype)
         teacher = normal(4, 50, seed=33).log_softmax(-1)[:, :6].to(dtype)
@@ -825,7 +825,7 @@ def test_half_precision_inputs_are_computed_in_float32(case, form):
 
 @every_form
 @every_case
-def test_values_are_the_same_without_autograd(case, form):
+def test_on_support_is_byte_equal_without_autograd(case, form):
     student, teacher, mask = masked_support()
     expected = on_support(case.ours, student, teacher, form, mask)
     with torch.no_grad():
@@ -836,7 +836,7 @@ def test_values_are_the_same_without_autograd(case, form):
 
 @every_form
 @every_case
-def test_inputs_are_never_modified(case, form):
+def test_on_support_modifies_no_input(case, form):
     student, teacher, mask = masked_support()
     inputs = (student, teacher, mask)
     before, versions = [x.clone() for x in inputs], [x._version for x in inputs]
@@ -859,7 +859,7 @@ def test_inputs_are_never_modified(case, form):
 # Names
 
 
-def test_a_divergence_is_a_name_a_function_or_a_partial():
+def test_on_support_accepts_name_function_or_partial():
     student, teacher = STUDENT.log_softmax(-1)[SUPPORT], TEACHER.log_softmax(-1)[SUPPORT]
     functions = {
         "reverse_kl": reverse_kl,
@@ -876,7 +876,7 @@ def test_a_divergence_is_a_name_a_function_or_a_partial():
             assert torch.equal(by_name[None], signals.divergence(name, form=form)(tokens))
 
 
-def test_a_divergence_of_ones_own_works_in_every_form():
+def test_on_support_accepts_custom_divergence():
     """c(p, q) = p - q + q log(q/p), a function that the library has never seen: slope 0 at equality, never negative."""
 
     def own(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -900,7 +900,7 @@ def test_a_divergence_of_ones_own_works_in_every_form():
         ("skew", "skew_kl"),
     ],
 )
-def test_an_unknown_divergence_names_its_nearest_match(wrong, nearest):
+def test_on_support_names_nearest_divergence_when_unknown(wrong, nearest):
     logp = STUDENT.log_softmax(-1)[SUPPORT]
     for attempt in (lambda: on_support(wrong, logp, logp), lambda: signals.divergence(wrong)):
         with pytest.raises(ConfigError) as raised:
@@ -913,7 +913,7 @@ def test_an_unknown_divergence_names_its_nearest_match(wrong, nearest):
     ("wrong", "nearest"),
     [("tial", "tail"), ("renormalized", "renormalised"), ("stop-gradient", "stop_gradient"), ("rawr", "raw")],
 )
-def test_an_unknown_form_names_its_nearest_match(wrong, nearest):
+def test_on_support_names_nearest_form_when_unknown(wrong, nearest):
     logp = STUDENT.log_softmax(-1)[SUPPORT]
     for attempt in (
         lambda: on_support("reverse_kl", logp, logp, form=wrong),
@@ -926,7 +926,7 @@ def test_an_unknown_form_names_its_nearest_match(wrong, nearest):
 
 
 @pytest.mark.parametrize("wrong", [0.0, 1.0, -0.1, 1.5, math.nan])
-def test_parameters_lie_strictly_between_zero_and_one(wrong):
+def test_generalised_jsd_and_skew_kl_refuse_bad_parameters(wrong):
     logp = STUDENT.log_softmax(-1)
     with pytest.raises(ConfigError, match=rf"beta must lie strictly between 0 and 1, got {wrong}"):
         generalised_jsd(logp, logp, beta=wrong)
@@ -934,7 +934,7 @@ def test_parameters_lie_strictly_between_zero_and_one(wrong):
         skew_kl(logp, logp, alpha=wrong)
 
 
-def test_an_unknown_direction_of_skew_says_which_there_are():
+def test_skew_kl_refuses_unknown_direction():
     logp = STUDENT.log_softmax(-1)
     with pytest.raises(ConfigError, match=r"'backward'.*'forward'.*'reverse'"):
         skew_kl(logp, logp, direction="backward")
@@ -944,7 +944,7 @@ def test_an_unknown_direction_of_skew_says_which_there_are():
     ("name", "options"),
     [("generalised_jsd", {"beta": 2.0}), ("skew_kl", {"alpha": 0.0}), ("skew_kl", {"direction": "backward"})],
 )
-def test_a_signal_refuses_impossible_options_when_it_is_built(name, options):
+def test_divergence_refuses_bad_options_when_built(name, options):
     """Not at the first step, after the weights of two models were loaded."""
     with pytest.raises(ConfigError):
         signals.divergence(name, **options)
@@ -977,7 +977,7 @@ def with_student(tokens: Tokens, student_logp: Tensor) -> Tokens:
 
 @pytest.mark.parametrize("clip", [None, (0.2, 0.28), (0.0, 0.0), (0.2, 5.0)], ids=str)
 @pytest.mark.parametrize("advantage", [signals.credit, signals.log_ratio])
-def test_importance_weighted_and_clipped_policy_gradient_equal_the_oracle(advantage, clip):
+def test_policy_gradient_equals_oracle_when_weighted_or_clipped(advantage, clip):
     tokens = sampled_tokens()
     signal = signals.policy_gradient(advantage, importance=True, clip=clip)
     expected = [
@@ -991,27 +991,27 @@ def test_importance_weighted_and_clipped_policy_gradient_equal_the_oracle(advant
     close(got, [slope for _, slope in expected], EXACT)
 
 
-def test_plain_policy_gradient_is_minus_advantage_times_log_prob():
+def test_policy_gradient_equals_minus_advantage_times_logp():
     tokens = sampled_tokens()
     signal = signals.policy_gradient()
     close(signal(tokens), -tokens.advantage * tokens.student_logp, EXACT)
     close(gradient(lambda logp: signal(with_student(tokens, logp)), tokens.student_logp), -tokens.advantage, EXACT)
 
 
-def test_a_clip_implies_the_importance_ratio():
+def test_policy_gradient_uses_importance_when_clip_is_given():
     tokens = sampled_tokens()
     with_flag = signals.policy_gradient(clip=(0.2, 0.28), importance=True)(tokens)
     assert torch.equal(signals.policy_gradient(clip=(0.2, 0.28))(tokens), with_flag)
 
 
 @pytest.mark.parametrize("clip", [(-0.1, 0.2), (0.2, -0.1), (math.nan, 0.2)], ids=str)
-def test_a_clip_is_two_distances(clip):
+def test_policy_gradient_refuses_bad_clip(clip):
     with pytest.raises(ConfigError, match=r"\(low, high\)"):
         signals.policy_gradient(clip=clip)
 
 
 @pytest.mark.parametrize(("advantage", "expected"), [(1.0, -1.28), (0.5, -0.64)])
-def test_a_clipped_token_has_no_gradient_even_when_its_ratio_overflows(advantage, expected):
+def test_policy_gradient_is_zero_when_clipped_ratio_overflows(advantage, expected):
     """A sampler whose probability underflowed: min(rho A, 1.28 A) is a constant, its slope 0 and not 0 * inf."""
     signal = signals.policy_gradient(clip=(0.2, 0.28))
     fields = {"sampler_logp": torch.tensor([-2e4]), "advantage": torch.tensor([advantage])}
@@ -1020,7 +1020,7 @@ def test_a_clipped_token_has_no_gradient_even_when_its_ratio_overflows(advantage
     assert got.item() == 0.0
 
 
-def test_the_advantage_carries_no_gradient():
+def test_policy_gradient_stops_gradient_of_advantage():
     """Also when it is made from the student's own log-probs without a detach."""
     tokens = sampled_tokens()
     for advantage in (signals.log_ratio, lambda t: t.teacher_logp - t.student_logp):
@@ -1031,7 +1031,7 @@ def test_the_advantage_carries_no_gradient():
     assert not signals.log_ratio(with_student(tokens, leaf)).requires_grad
 
 
-def test_the_sampled_estimate_of_one_token_equals_the_oracle():
+def test_policy_gradient_of_one_token_equals_oracle():
     signal = signals.policy_gradient(advantage=signals.log_ratio)
     teacher = TEACHER.log_softmax(-1)
     for y in (0, 7, 49):
@@ -1044,14 +1044,14 @@ def test_the_sampled_estimate_of_one_token_equals_the_oracle():
 
 @every_form
 @every_case
-def test_the_divergence_signal_is_on_support_with_the_tokens_mask(case, form):
+def test_divergence_equals_on_support_with_token_mask(case, form):
     student, teacher, mask = masked_support()
     expected = on_support(case.ours, student, teacher, form, mask)
     tokens = tokens_of(student_support_logp=student, teacher_support_logp=teacher, support_mask=mask)
     assert torch.equal(signals.divergence(case.ours, form=form)(tokens), expected)
 
 
-def test_the_divergence_signal_binds_options_to_a_name():
+def test_divergence_binds_options_to_name():
     student, teacher, _ = masked_support()
     tokens = tokens_of(student_support_logp=student, teacher_support_logp=teacher)
     got = signals.divergence("skew_kl", form="renormalised", alpha=0.3, direction="reverse")(tokens)
@@ -1060,12 +1060,12 @@ def test_the_divergence_signal_binds_options_to_a_name():
 
 
 @pytest.mark.parametrize("signal", [signals.divergence(), signals.support_policy_gradient()])
-def test_a_signal_over_a_support_says_when_there_is_none(signal):
+def test_divergence_raises_config_error_when_support_is_missing(signal):
     with pytest.raises(ConfigError, match=r"support=top_k\(k\)"):
         signal(sampled_tokens())
 
 
-def test_nll_add_and_scale():
+def test_nll_add_and_scale_equal_formula():
     tokens = sampled_tokens()
     policy = signals.policy_gradient()
     close(signals.nll()(tokens), -tokens.student_logp, EXACT)

@@ -51,7 +51,7 @@ def in_float64(function: Callable[..., Any], *tensors: Tensor) -> Any:
 @pytest.mark.parametrize("spread", [3.0, 40.0])
 @pytest.mark.parametrize(("n", "width"), SHAPES)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_a_divergence_and_its_gradient(divergence: Any, n: int, width: int, spread: float):
+def test_fused_into_gradient_equals_float64_reference(divergence: Any, n: int, width: int, spread: float):
     closed = closed_form(divergence)
     assert closed is not None
     wide = normal(n, width + 5, seed=n, spread=spread)  # rows that do not lie side by side
@@ -70,7 +70,7 @@ def test_a_divergence_and_its_gradient(divergence: Any, n: int, width: int, spre
 
 @needs_triton
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_equal_models_have_no_gradient(divergence: Any):
+def test_fused_into_gradient_is_zero_when_models_are_equal(divergence: Any):
     closed = closed_form(divergence)
     assert closed is not None
     logits = normal(2, 150, seed=0)
@@ -84,7 +84,7 @@ def test_equal_models_have_no_gradient(divergence: Any):
 @needs_triton
 @pytest.mark.parametrize(("n", "width"), SHAPES)
 @pytest.mark.parametrize("spread", [3.0, 1e4])
-def test_the_softmax(n: int, width: int, spread: float):
+def test_fused_into_probabilities_equals_plain_reference(n: int, width: int, spread: float):
     logits, factor = normal(n, width, seed=n, spread=spread), normal(n, 1, seed=8)
     expected_z = in_float64(kernels.log_normaliser, logits)
     log_z = kernels.fused_log_normaliser(logits)
@@ -97,15 +97,15 @@ def test_the_softmax(n: int, width: int, spread: float):
     torch.testing.assert_close(logits.sum(-1, keepdim=True), factor, atol=0.0, rtol=rounding)
 
 
-def test_the_programs_know_every_closed_form():
+def test_forms_cover_every_closed_form():
     assert set(kernels.FORMS) == set(CLOSED.values())
 
 
-def test_a_cpu_runs_what_is_written():
+def test_on_gives_as_written_when_device_is_cpu():
     assert kernels.on(torch.device("cpu")) is kernels.PLAIN
 
 
-def test_a_gpu_without_triton_says_so_once(monkeypatch: pytest.MonkeyPatch):
+def test_on_warns_when_triton_is_missing(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "find_spec", lambda name: None)
     kernels._on_gpu.cache_clear()
     try:

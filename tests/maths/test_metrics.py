@@ -22,14 +22,14 @@ from opd.maths.metrics import Metrics, merged
 from opd.stage.trackers import ReportWriter, check_report_to
 
 
-def test_a_mean_is_the_sum_of_totals_over_the_sum_of_counts():
+def test_metrics_mean_equals_totals_over_counts():
     metrics = Metrics()
     metrics.mean("train/loss", 10.0, 4)
     metrics.mean("train/loss", 2.0, 8)
     assert metrics.reduce() == {"train/loss": 1.0}  # a mean of means would be 1.375
 
 
-def test_every_kind_reduces_and_names_are_sorted():
+def test_metrics_reduce_gives_every_kind_with_sorted_names():
     metrics = Metrics()
     for value in (3.0, 1.0, 2.0):
         metrics.sum("z/sum", value)
@@ -40,7 +40,7 @@ def test_every_kind_reduces_and_names_are_sorted():
     assert list(reduced) == sorted(reduced)
 
 
-def test_merging_parts_equals_recording_in_one():
+def test_metrics_merge_equals_recording_in_one():
     numbers = [(1.5, 2.0), (-4.0, 3.0), (0.5, 1.0), (8.0, 5.0)]
     whole, parts = Metrics(), [Metrics(), Metrics(), Metrics()]
     for i, (total, count) in enumerate(numbers):
@@ -57,7 +57,7 @@ def test_merging_parts_equals_recording_in_one():
     assert parts[1].reduce()["a/sum"] == 4.0  # merging leaves the part alone
 
 
-def test_a_mean_over_nothing_is_left_out_until_something_comes():
+def test_metrics_mean_is_absent_when_count_is_zero():
     metrics = Metrics()
     metrics.mean("support/mass", 0.0, 0)
     assert metrics.reduce() == {}
@@ -69,7 +69,7 @@ def spread_of(columns):
     return {"a/spread": float(columns["x"].max() - columns["x"].min()), "a/first": float(columns["y"][0])}
 
 
-def test_rows_are_summarised_once_all_are_there_whoever_had_which():
+def test_metrics_rows_are_summarised_after_merge():
     whole, parts = Metrics(), [Metrics(), Metrics(), Metrics()]
     rows = [(3.0, 1.0), (1.0, 2.0), (7.0, 0.0), (1.0, -5.0)]
     whole.rows(spread_of, x=[x for x, _ in rows], y=[y for _, y in rows])
@@ -84,7 +84,7 @@ def test_rows_are_summarised_once_all_are_there_whoever_had_which():
     assert list(together) == sorted(together)
 
 
-def test_no_rows_are_no_numbers():
+def test_metrics_rows_give_no_number_when_empty():
     metrics = Metrics()
     metrics.rows(spread_of, x=[], y=[])
     assert metrics.reduce() == {}
@@ -92,7 +92,7 @@ def test_no_rows_are_no_numbers():
     assert metrics.reduce() == {"a/first": 2.0, "a/spread": 0.0}
 
 
-def test_misuse_of_rows_is_an_assertion():
+def test_metrics_rows_raise_assertion_when_misused():
     metrics = Metrics()
     with pytest.raises(AssertionError, match="columns of one table have one length"):
         metrics.rows(spread_of, x=[1.0], y=[])
@@ -103,7 +103,7 @@ def test_misuse_of_rows_is_an_assertion():
 
 
 @pytest.mark.parametrize("order", [(math.nan, 1.0), (1.0, math.nan)])
-def test_nan_is_never_lost_in_a_maximum(order):
+def test_metrics_max_keeps_nan(order):
     metrics = Metrics()
     for value in order:
         metrics.max("a/max", value)
@@ -123,12 +123,12 @@ def test_nan_is_never_lost_in_a_maximum(order):
         (lambda m: m.mean("a/b", 1, -1), "a/b: a mean over -1 things"),
     ],
 )
-def test_misuse_is_an_assertion(record: Callable[[Metrics], Any], message: str):
+def test_metrics_raise_assertion_when_misused(record: Callable[[Metrics], Any], message: str):
     with pytest.raises(AssertionError, match=re.escape(message)):
         record(Metrics())
 
 
-def test_merging_a_value_that_is_set_on_both_sides_is_an_assertion():
+def test_metrics_merge_raises_assertion_when_value_is_set_twice():
     left, right = Metrics(), Metrics()
     left.value("a/b", 1)
     right.value("a/b", 1)
@@ -136,7 +136,7 @@ def test_merging_a_value_that_is_set_on_both_sides_is_an_assertion():
         left.merge(right)
 
 
-def test_lines_are_json_with_the_step_first_and_sorted_names(tmp_path: Path):
+def test_append_line_writes_json_with_step_first(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     append_line(file, 0, {"b/x": 1, "a/y": 0.1})
     append_line(file, 1, {})
@@ -144,7 +144,7 @@ def test_lines_are_json_with_the_step_first_and_sorted_names(tmp_path: Path):
     assert [row for _, row in read_lines(file)] == [{"step": 0, "a/y": 0.1, "b/x": 1}, {"step": 1}]
 
 
-def test_a_partial_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Path):
+def test_read_lines_skips_partial_last_line_and_names_damaged(tmp_path: Path):
     file = tmp_path / "metrics.jsonl"
     assert read_lines(file) == []
     append_line(file, 0, {"a/b": 1.0})
@@ -157,7 +157,7 @@ def test_a_partial_last_line_is_left_out_and_a_damaged_one_is_named(tmp_path: Pa
             read_lines(file)
 
 
-def test_a_line_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_append_line_raises_run_error_when_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RunError, match=r"missing/m\.jsonl could not be written \(No such file or directory\)\. Free"):
         append_line(tmp_path / "missing" / "m.jsonl", 0, {})
     (tmp_path / "folder").mkdir()
@@ -169,7 +169,7 @@ def test_a_line_that_cannot_be_written_is_an_error(tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: Path, value: float):
+def test_append_line_refuses_non_finite_numbers(tmp_path: Path, value: float):
     with pytest.raises(TrainingError, match=f"In step 4, 'train/loss' is {value}.*checkpoints are untouched"):
         append_line(tmp_path / "m.jsonl", 4, {"a/b": 1.0, "train/loss": value})
     assert not (tmp_path / "m.jsonl").exists()
@@ -177,7 +177,7 @@ def test_a_number_that_is_not_finite_is_named_and_nothing_is_written(tmp_path: P
         check_finite("the summary", {"eval": {"name": "x", "scores": [1.0, value]}})
 
 
-def test_no_tracker_imports_and_writes_nothing(tmp_path: Path):
+def test_report_writer_writes_no_file_when_trackers_are_empty(tmp_path: Path):
     code = (
         "import sys, pathlib; from opd.stage.trackers import ReportWriter; "
         "w = ReportWriter([], folder=pathlib.Path(sys.argv[1]) / 'run', name='n'); "
@@ -189,7 +189,7 @@ def test_no_tracker_imports_and_writes_nothing(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_unknown_and_repeated_trackers_are_refused():
+def test_check_report_to_refuses_unknown_and_repeated_trackers():
     with pytest.raises(ConfigError, match=r"'tensorbord' is unknown\. Did you mean 'tensorboard'\? Known: \['tensor"):
         check_report_to(["tensorbord"])
     with pytest.raises(ConfigError, match="names 'tensorboard' twice"):
@@ -199,13 +199,15 @@ def test_unknown_and_repeated_trackers_are_refused():
 @pytest.mark.parametrize(
     ("tracker", "missing"), [("wandb", "wandb"), ("trackio", "trackio"), ("tensorboard", "torch.utils.tensorboard")]
 )
-def test_a_missing_package_says_what_to_install(tracker, missing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_report_writer_names_package_to_install_when_missing(
+    tracker, missing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ConfigError, match=rf"{tracker} cannot be imported .* pip install 'opd\[report\]' or leave"):
         ReportWriter([tracker], folder=tmp_path, name="n")
 
 
-def test_a_folder_of_past_runs_is_not_taken_for_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_check_report_to_refuses_package_folder_without_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "wandb" / "run-1").mkdir(parents=True)
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
@@ -214,7 +216,7 @@ def test_a_folder_of_past_runs_is_not_taken_for_the_package(tmp_path: Path, monk
     sys.modules.pop("wandb", None)
 
 
-def test_tensorboard_has_a_run_a_stage_and_forgets_steps_that_are_written_again(tmp_path: Path):
+def test_tensorboard_replaces_steps_that_are_written_again(tmp_path: Path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     for first, scale in ((0, 1.0), (2, 10.0)):
         writer = ReportWriter(["tensorboard"], folder=tmp_path, name="n")
@@ -251,7 +253,7 @@ def fake_wandb(monkeypatch: pytest.MonkeyPatch, **attributes: Any) -> None:
     monkeypatch.setitem(sys.modules, "wandb", package)
 
 
-def test_wandb_gets_an_axis_a_stage_and_a_resumed_run_keeps_its_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_keeps_run_id_when_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     inits: list[dict[str, Any]] = []
     calls: list[Any] = []
     fake_wandb(monkeypatch, init=lambda **options: inits.append(options) or FakeRun(calls))
@@ -278,7 +280,7 @@ def test_wandb_gets_an_axis_a_stage_and_a_resumed_run_keeps_its_id(tmp_path: Pat
     assert inits[0] == common
 
 
-def test_another_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_run_id_differs_by_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     ids: list[str] = []
     fake_wandb(monkeypatch, init=lambda **options: ids.append(options["id"]) or FakeRun([]))
     for folder in ("a", "b"):
@@ -286,7 +288,7 @@ def test_another_folder_is_another_wandb_run(tmp_path: Path, monkeypatch: pytest
     assert ids[0] != ids[1]
 
 
-def test_a_wandb_run_of_the_caller_is_used_and_left_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_uses_open_run_and_leaves_it_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     calls: list[Any] = []
     fake_wandb(monkeypatch, run=FakeRun(calls))
     writer = ReportWriter(["wandb"], folder=tmp_path, name="demo")
@@ -295,7 +297,7 @@ def test_a_wandb_run_of_the_caller_is_used_and_left_open(tmp_path: Path, monkeyp
     assert calls[-1] == ("log", {"distil/step": 0, "distil/a/b": 1.0})
 
 
-def test_wandb_that_does_not_start_is_a_config_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_wandb_raises_config_error_when_start_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     error = type("Error", (Exception,), {})
 
     def init(**_: Any) -> None:

@@ -24,7 +24,7 @@ def pair() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("k", [1, 3, V])
-def test_overlap_equals_that_of_sets(pair: tuple[torch.Tensor, torch.Tensor], k: int):
+def test_overlap_functions_equal_oracle(pair: tuple[torch.Tensor, torch.Tensor], k: int):
     student, teacher = pair
     student_top, teacher_top = student.topk(k).indices, teacher.topk(k).indices
     in_both = shared(student_top, teacher_top)
@@ -44,7 +44,7 @@ def test_overlap_equals_that_of_sets(pair: tuple[torch.Tensor, torch.Tensor], k:
     assert bool((advantage <= 0).all())
 
 
-def test_the_advantage_inside_the_overlap_does_not_see_mass_outside():
+def test_overlap_advantage_ignores_mass_outside_overlap():
     """Why it is read beside the overlap mass: 2604.13016 App. C.2."""
     student = torch.tensor([[0.5, 0.4, 0.05, 0.05]]).log()
     teacher = torch.tensor([[0.05, 0.04, 0.9, 0.01]]).log()
@@ -53,7 +53,7 @@ def test_the_advantage_inside_the_overlap_does_not_see_mass_outside():
     assert overlap_mass(teacher[:, :2], in_both).item() == pytest.approx(0.09)
 
 
-def test_entropy_is_that_of_the_loop_and_takes_impossible_tokens(pair: tuple[torch.Tensor, torch.Tensor]):
+def test_entropy_equals_oracle_and_accepts_minus_infinity(pair: tuple[torch.Tensor, torch.Tensor]):
     student, _ = pair
     assert entropy(student).tolist() == pytest.approx([oracle.entropy(row.tolist()) for row in student])
     assert entropy(torch.tensor([[0.0, -torch.inf]])).item() == 0.0
@@ -66,7 +66,7 @@ def test_rank_counts_from_one_and_is_k_plus_one_outside():
 
 @pytest.mark.parametrize("with_sampled", [False, True])
 @pytest.mark.parametrize("by", ["intersection", "union", "symmetric_difference"])
-def test_the_overlap_of_a_support_is_in_its_mask(pair: tuple[torch.Tensor, torch.Tensor], by: str, with_sampled: bool):
+def test_overlap_of_support_equals_oracle(pair: tuple[torch.Tensor, torch.Tensor], by: str, with_sampled: bool):
     student, teacher = pair
     k = 4
     support = supports.top_k(k, by=by, with_sampled=with_sampled)  # type: ignore[arg-type]
@@ -83,7 +83,7 @@ def test_the_overlap_of_a_support_is_in_its_mask(pair: tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("support", [supports.top_k(3), supports.top_k(3, by="student"), supports.full()])
-def test_a_support_of_one_model_alone_knows_no_overlap(support):
+def test_overlap_of_support_is_none_when_one_model_chooses(support):
     assert overlap_of_support(support, torch.ones(2, 3, dtype=torch.bool)) is None
 
 
@@ -94,14 +94,14 @@ def test_a_support_of_one_model_alone_knows_no_overlap(support):
     ("smallest", "longest", "width", "count"),
     [(64, 16_384, 1024, 16), (64, 16_385, 2048, 9), (64, 64, 64, 1), (64, 65, 64, 2), (1, 5, 1, 5), (64, 1024, 64, 16)],
 )
-def test_buckets_are_doubled_until_sixteen_are_enough(smallest: int, longest: int, width: int, count: int):
+def test_buckets_double_width_until_sixteen_suffice(smallest: int, longest: int, width: int, count: int):
     buckets = Buckets.over(smallest, longest)
     assert (buckets.width, buckets.count) == (width, count)
     assert buckets.count <= MOST
     assert buckets.width * buckets.count >= longest
 
 
-def test_means_by_bucket_and_what_lies_behind_the_last():
+def test_add_means_puts_late_steps_in_last_bucket():
     buckets, metrics = Buckets.over(2, 6), Metrics()
     assert buckets.count == 3
     step = torch.tensor([0, 1, 1, 4, 9])  # none in the second bucket; 9 is longer than was said
@@ -109,7 +109,7 @@ def test_means_by_bucket_and_what_lies_behind_the_last():
     assert metrics.reduce() == {"a/b/from_00000": 3.0, "a/b/from_00004": 6.0}
 
 
-def test_one_bucket_is_no_bucket():
+def test_add_means_is_empty_when_bucket_is_single():
     metrics = Metrics()
     Buckets.over(64, 12).add_means(metrics, "a/b", torch.ones(3), torch.arange(3))
     assert metrics.reduce() == {}

@@ -57,7 +57,7 @@ def test_pass_at_k_grows_with_k_and_with_right_samples(case: tuple[int, int, int
 
 
 @pytest.mark.parametrize(("k", "wanted"), [(9, "Draw at least 9 samples"), (0, "Draw at least 1 samples")])
-def test_pass_at_k_says_what_is_missing(k: int, wanted: str):
+def test_pass_at_k_raises_config_error_when_k_is_out_of_range(k: int, wanted: str):
     with pytest.raises(ConfigError, match=rf"pass@{k} cannot be estimated from 8 samples .*{wanted}.*a k in 1\.\.8"):
         pass_at_k(8, 2, k)
     with pytest.raises(ValueError, match="pass@9"):
@@ -72,7 +72,7 @@ def test_wilson_matches_published_values():
 
 
 @given(st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_contains_the_share_is_symmetric_and_never_flat(case: tuple[int, int]):
+def test_wilson_contains_share_and_is_symmetric(case: tuple[int, int]):
     successes, n = case
     low, high = wilson(successes, n)
     assert 0.0 <= low <= successes / n <= high <= 1.0
@@ -82,7 +82,7 @@ def test_wilson_contains_the_share_is_symmetric_and_never_flat(case: tuple[int, 
     assert low <= inner[0] <= inner[1] <= high
 
 
-def test_bootstrap_is_deterministic_and_close_to_the_normal_interval():
+def test_bootstrap_mean_is_deterministic_and_near_normal():
     values = np.random.default_rng(1).normal(3.0, 2.0, size=400).tolist()
     low, high = bootstrap_mean(values)
     assert (low, high) == bootstrap_mean(values)
@@ -93,14 +93,14 @@ def test_bootstrap_is_deterministic_and_close_to_the_normal_interval():
     assert low < narrow[0] < narrow[1] < high
 
 
-def test_bootstrap_in_several_draws_is_as_good_as_in_one():
+def test_bootstrap_mean_is_near_normal_in_several_draws():
     values = np.random.default_rng(2).uniform(size=20_000).tolist()  # 209 resamples fit into one draw
     low, high = bootstrap_mean(values, resamples=500)
     half = 1.96 * np.std(values) / math.sqrt(len(values))
     assert (low, high) == pytest.approx((np.mean(values) - half, np.mean(values) + half), abs=half / 4)
 
 
-def test_bootstrap_covers_the_true_mean_about_as_often_as_it_says():
+def test_bootstrap_mean_covers_true_mean_at_given_rate():
     rng = np.random.default_rng(3)
     samples = rng.binomial(4, 0.6, size=(300, 60)) / 4
     hits = 0
@@ -117,7 +117,7 @@ def test_mean_interval_picks_wilson_for_single_binary_samples():
     assert str(interval) == "0.81 [0.62, 0.91]"
 
 
-def test_mean_interval_bootstraps_several_samples_a_prompt_and_scores():
+def test_mean_interval_bootstraps_scores_and_several_samples():
     values = [0.0, 0.25, 0.5, 1.0, 1.0, 0.75]
     for binary in (True, False):
         interval = mean_interval(values, binary=binary)
@@ -127,17 +127,17 @@ def test_mean_interval_bootstraps_several_samples_a_prompt_and_scores():
 
 
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
-def test_equal_binary_values_never_give_certainty(value: float):
+def test_mean_interval_has_width_when_binary_values_are_equal(value: float):
     interval = mean_interval([value] * 8, binary=True)
     assert (interval.low, interval.high) == wilson(8 * value, 8)
     assert interval.high - interval.low > 0.3
 
 
-def test_equal_scores_have_no_spread_to_resample():
+def test_mean_interval_is_flat_when_scores_are_equal():
     assert mean_interval([2.5] * 4, binary=False) == Interval(2.5, 2.5, 2.5)
 
 
-def test_mean_interval_needs_a_prompt():
+def test_mean_interval_raises_data_error_when_empty():
     with pytest.raises(DataError, match=r"at least one prompt, got none\. Check the evaluation data"):
         mean_interval([], binary=True)
     with pytest.raises(AssertionError, match=r"lies in \[0, 1\]"):
@@ -153,7 +153,7 @@ def test_repeat_ratio_counts_tokens_that_end_a_known_ngram():
     assert repeat_ratio([1, 1], n=2) == 0.0
 
 
-def test_distinct_share():
+def test_distinct_share_equals_unique_over_all_texts():
     assert distinct_share(["a", "b", "a", "a"]) == 0.5
     assert distinct_share(["a"]) == 1.0
     with pytest.raises(AssertionError, match="no text"):
@@ -164,7 +164,7 @@ def test_distinct_share():
 
 
 @given(st.lists(st.integers(0, 3), max_size=30), st.integers(1, 4))
-def test_repeated_marks_the_tokens_that_the_ratio_counts(ids: list[int], n: int):
+def test_repeated_marks_tokens_that_repeat_ratio_counts(ids: list[int], n: int):
     marks = repeated(ids, n)
     assert len(marks) == len(ids)
     assert repeat_ratio(ids, n) == pytest.approx(oracle.repeat_ratio(ids, n))
@@ -188,20 +188,20 @@ def test_auroc_is_the_share_of_pairs_in_order(rows: list[tuple[int, bool]]):
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=20))
-def test_the_effective_share_is_that_of_the_weights(logs: list[float]):
+def test_effective_share_equals_oracle(logs: list[float]):
     found = effective_share(logs)
     assert found == pytest.approx(oracle.effective_share([math.exp(value) for value in logs]))
     assert effective_share([value + 1000 for value in logs]) == pytest.approx(found)  # e^1000 is no number
     assert 1 / len(logs) - 1e-12 <= found <= 1 + 1e-12
 
 
-def test_the_effective_share_at_its_ends():
+def test_effective_share_equals_known_values_at_extremes():
     assert effective_share([0.3] * 7) == pytest.approx(1.0)
     assert effective_share([0.0, -1e4, -1e4, -1e4]) == pytest.approx(0.25)
 
 
 @given(st.lists(st.floats(-2, 3), min_size=1, max_size=50), st.sampled_from([0.05, 0.3, 1.0]))
-def test_the_share_of_the_top(values: list[float], share: float):
+def test_top_share_equals_oracle(values: list[float], share: float):
     found = top_share(values, share)
     if max(values) <= 0:
         assert found is None
@@ -209,7 +209,7 @@ def test_the_share_of_the_top(values: list[float], share: float):
         assert found == pytest.approx(oracle.top_share(values, share))
 
 
-def test_the_share_of_the_top_of_even_and_of_concentrated_values():
+def test_top_share_equals_known_values():
     assert top_share([1.0] * 100) == pytest.approx(0.05)
     assert top_share([-1.0] * 99 + [0.5]) == 1.0
 
@@ -224,7 +224,7 @@ def test_gap_recovery_is_the_ratio_of_the_means():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_fiellers_bounds_are_where_the_difference_is_z_errors_away(seed: int):
+def test_gap_recovery_bounds_solve_fieller_equation(seed: int):
     rng = np.random.default_rng(seed)
     before, teacher = rng.normal(0.2, 0.3, 30), rng.normal(0.9, 0.3, 30)
     after = before + 0.7 * (teacher - before) + rng.normal(0, 0.3, 30)
@@ -239,7 +239,7 @@ def test_fiellers_bounds_are_where_the_difference_is_z_errors_away(seed: int):
     assert found.bounds[0] < found.share < found.bounds[1]
 
 
-def test_the_interval_of_the_recovery_covers():
+def test_gap_recovery_bounds_cover_truth():
     """Right or wrong answers of 40 prompts, as in an evaluation: the truth lies inside in about 95 % of them."""
     rng, inside, bounded = np.random.default_rng(0), 0, 0
     before, teacher, after = 0.1, 0.8, 0.6
@@ -255,7 +255,7 @@ def test_the_interval_of_the_recovery_covers():
     assert inside / bounded > 0.9
 
 
-def test_a_gap_that_may_be_chance_has_no_bounds_and_no_gap_has_no_recovery():
+def test_gap_recovery_has_no_bounds_when_gap_may_be_chance():
     lead = gap_recovery([0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0])
     assert lead is not None
     assert lead.bounds is None
@@ -265,7 +265,7 @@ def test_a_gap_that_may_be_chance_has_no_bounds_and_no_gap_has_no_recovery():
     assert gap_recovery([0, 0], [1, 1], [1, 1]) == Recovery(1.0, (1.0, 1.0))
 
 
-def test_an_evaluation_of_several_responses_that_are_all_wrong_is_not_certain():
+def test_summary_interval_is_wilson_when_all_responses_are_wrong():
     from support.models import prompts_of, rollout_of, tiny
 
     from opd.evaluation.evaluate import summary

@@ -77,13 +77,13 @@ def of_ratio(u: Tensor, **settings: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("shape", ["jsd", "reverse_kl"])
-def test_the_advantage_is_the_oracles(shape: Literal["jsd", "reverse_kl"]):
+def test_diverge_from_teacher_equals_oracle(shape: Literal["jsd", "reverse_kl"]):
     u = torch.tensor([-1e4, -30.0, -2.0, -1e-3, 0.0, 1e-3, 0.7, 5.0, 60.0, 1e4], dtype=torch.float64)
     expected = [oracle.anti_advantage(value, 0.0, 0.5, shape) for value in u.tolist()]
     assert of_ratio(u, strength=0.5, shape=shape).tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
-def test_it_is_bounded_falls_with_the_ratio_and_keeps_its_sign():
+def test_diverge_from_teacher_is_bounded_and_falls_with_ratio():
     """Lemma 5: at most (log 2) / 2, reached where the teacher thinks nothing of a token; -u/4 near 0, -u/2 far out."""
     u = torch.linspace(-60, 60, 1201, dtype=torch.float64)
     got = of_ratio(u)
@@ -96,7 +96,7 @@ def test_it_is_bounded_falls_with_the_ratio_and_keeps_its_sign():
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", ["jsd", "reverse_kl"])
-def test_its_mean_policy_gradient_ascends_the_divergence(seed: int, shape: Literal["jsd", "reverse_kl"]):
+def test_diverge_from_teacher_ascends_divergence_in_mean(seed: int, shape: Literal["jsd", "reverse_kl"]):
     """Every token of the vocabulary, weighted by its probability, against autograd in float64 (eq. 3, 5 and 6)."""
     z, q = logits(seed, 9).requires_grad_(), logits(seed + 50, 9).log_softmax(-1)
     p = z.log_softmax(-1)
@@ -113,7 +113,7 @@ def test_its_mean_policy_gradient_ascends_the_divergence(seed: int, shape: Liter
     assert got.tolist() == pytest.approx(by_hand, abs=1e-12)
 
 
-def test_log_ratios_telescope_to_what_the_response_says_about_the_context():
+def test_diverge_from_teacher_telescopes_to_log_posterior_ratio():
     """Lemma 3 on a made-up world of 3 contexts and responses of 4 tokens: sum u = log p(c | y) - log p(c)."""
     contexts_, vocabulary, length = 3, 3, 4
     joint = logits(7, contexts_, *[vocabulary] * length).flatten().softmax(0)
@@ -129,7 +129,7 @@ def test_log_ratios_telescope_to_what_the_response_says_about_the_context():
             assert float(u.sum()) == pytest.approx(float(expected), abs=1e-12)
 
 
-def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
+def test_diverge_from_teacher_is_zero_when_masked_or_unsolved():
     teacher, policy = logits(0, 3, 4), logits(1, 3, 4)
     teacher[0, 3] = policy[0, 3] = math.nan  # padding
     mask = torch.ones(3, 4, dtype=torch.bool)
@@ -146,7 +146,7 @@ def test_what_is_not_trained_or_has_no_solution_gets_none_of_it():
 # --- credits that combine --------------------------------------------------------------------------------------------
 
 
-def test_credits_add_up_and_are_scaled():
+def test_credit_add_sums_and_scale_multiplies():
     batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
     both = credit.add(credit.group_reward(), credit.scale(-0.5, credit.discounted(0.0)))
     reward = oracle.group_advantage([1.0, 0.0])
@@ -159,7 +159,7 @@ def test_credits_add_up_and_are_scaled():
     assert all(one in needs for one in (Input.REWARD, Input.GROUP, Reads.TEACHER_LOGP, Reads.POLICY_LOGP))
 
 
-def test_a_credit_that_declares_nothing_gets_the_teachers_log_probs_inside_of_others():
+def test_needs_of_reads_teacher_logp_when_part_is_undeclared():
     undeclared = lambda batch: batch.teacher_logp  # noqa: E731
     for made in (credit.add(credit.group_reward(), undeclared), credit.scale(2.0, undeclared)):
         assert needs_of(made).reads(Reads.TEACHER_LOGP)
@@ -169,7 +169,7 @@ def test_a_credit_that_declares_nothing_gets_the_teachers_log_probs_inside_of_ot
 
 
 @pytest.mark.parametrize("rewards", list(itertools.product([0.0, 0.5, 1.0], repeat=4))[::3])
-def test_the_next_right_response_of_the_group_is_shown_and_never_the_own(rewards: tuple[float, ...]):
+def test_from_peers_shows_next_right_response_of_group(rewards: tuple[float, ...]):
     samples = [2, 0, 3, 1]
     rollouts = [response(sample, reward) for sample, reward in zip(samples, rewards, strict=True)]
     expected = [oracle.next_right(samples, rewards, place) for place in range(4)]
@@ -178,7 +178,7 @@ def test_the_next_right_response_of_the_group_is_shown_and_never_the_own(rewards
     assert from_peers()(rollouts[::-1]) == shown[::-1], "the order of rows changes nothing"
 
 
-def test_without_a_right_peer_the_data_has_the_say_or_nobody():
+def test_from_peers_falls_back_on_data_when_no_peer_is_right():
     alone = [response(0, 1.0), response(1, 0.0)]
     assert from_peers("privileged_context")(alone) == ["hg", "r0"]
     assert from_peers("answer")(alone) == ["7", "r0"]
@@ -187,7 +187,7 @@ def test_without_a_right_peer_the_data_has_the_say_or_nobody():
     assert from_peers()([response(0, 0.0, prompt=bare), response(1, None, prompt=bare)]) == [None, None]
 
 
-def test_another_prompts_response_is_no_peer_and_a_twin_is_not_either():
+def test_from_peers_skips_other_prompts_and_duplicates():
     other = replace(PROMPT, id=5, privileged_context=None)
     rollouts = [response(0, 1.0), response(0, 0.0, prompt=other), response(1, 0.0, prompt=other)]
     assert from_peers()(rollouts) == ["hg", None, None]
@@ -198,7 +198,7 @@ def test_another_prompts_response_is_no_peer_and_a_twin_is_not_either():
 # --- what the teacher reads ------------------------------------------------------------------------------------------
 
 
-def test_the_teacher_reads_the_papers_words():
+def test_anti_sd_context_has_paper_wording():
     context = methods.build("anti_sd", {}).context
     read = context([response(0, 1.0, text="a right one"), response(1, 0.0)])
     assert [prompt.content for prompt in read] == [
@@ -209,7 +209,7 @@ def test_the_teacher_reads_the_papers_words():
     ]
 
 
-def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_solution_reads_its_prompt():
+def test_privileged_rewrites_last_user_message_when_solved():
     chat = replace(PROMPT, content=({"role": "system", "content": "s"}, {"role": "user", "content": "ab"}))
     template = "{privileged_context}{{}}{prompt}{verdict}"
     context = contexts.privileged(template=template, solutions=from_peers(None))
@@ -229,17 +229,17 @@ def test_a_chat_is_rewritten_in_its_last_user_message_and_a_response_without_sol
         ("{prompt}{solution}{privileged_context}", r"has the fields .*; got \['privileged_context', 'prompt', 'solu"),
     ],
 )
-def test_a_template_that_shows_no_solution_is_refused(template: str, message: str):
+def test_anti_sd_refuses_template_with_wrong_fields(template: str, message: str):
     with pytest.raises(ConfigError, match=message):
         methods.build("anti_sd", {"template": template})
 
 
-def test_a_verdict_without_a_reward_is_an_error():
+def test_anti_sd_context_raises_data_error_when_reward_is_none():
     with pytest.raises(DataError, match=r"response to prompt 4 has no reward"):
         methods.build("anti_sd", {}).context([response(0, None)])
 
 
-def test_a_response_whose_judge_failed_is_read_with_its_prompt_alone():
+def test_anti_sd_context_is_prompt_when_judge_failed():
     failed = replace(response(0, None), unjudged="the server is out")
     assert from_peers()([failed, response(1, 0.0)]) == [None, "hg"]
     read = methods.build("anti_sd", {}).context([failed, response(1, 0.0)])
@@ -274,7 +274,7 @@ def run_gate(gate: EntropyGate, medians: Sequence[float]) -> list[float]:
 MEDIANS = [1.0, 1.5, 0.5, 1.25, 0.75, 0.95, 0.94, 0.925, 0.95, 0.99, 1.0, 0.94, 0.5, 2.0]
 
 
-def test_the_gate_warms_up_closes_and_opens_with_hysteresis():
+def test_entropy_gate_opens_and_closes_with_hysteresis():
     expected = oracle.entropy_gate(MEDIANS, most=1.0)
     assert expected[5:] == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 1.0]
     assert run_gate(EntropyGate(ALL, closes_below=0.93, warm_up=5), MEDIANS) == expected
@@ -282,7 +282,7 @@ def test_the_gate_warms_up_closes_and_opens_with_hysteresis():
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("stop", [2, 5, 9, 20])
-def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
+def test_entropy_gate_equals_oracle_when_restored(seed: int, stop: int):
     medians = (1 + 0.1 * logits(seed, 40, scale=1.0).cumsum(0)).abs().float().tolist()
     expected = oracle.entropy_gate(medians, most=1.0, share=0.9, warm_up=4)
     assert {*expected[4:]} == {0.0, 1.0} or seed not in (0, 1)
@@ -292,7 +292,7 @@ def test_a_gate_that_is_saved_and_loaded_goes_on(seed: int, stop: int):
     assert before + run_gate(second, medians[stop:]) == expected
 
 
-def test_without_a_gate_the_strength_is_whole_from_the_first_step():
+def test_anti_sd_pushes_from_first_step_when_gate_is_off():
     free, gated = (methods.build("anti_sd", {"gate": gate, "strength": 0.5}) for gate in (False, True))
     batch = batch_of(logits(0, 2, 3), logits(1, 2, 3), rewards=[1.0, 0.0])
     batch = replace(batch, memory=gated.make_memory())
@@ -301,7 +301,7 @@ def test_without_a_gate_the_strength_is_whole_from_the_first_step():
     assert pushed == pytest.approx(credit.diverge_from_teacher(0.5, from_peers())(batch))
 
 
-def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solution():
+def test_entropy_gate_takes_median_of_solved_in_all_processes():
     rows = torch.tensor([[0.1, 0.9, math.nan], [0.4, 5.0, 0.2], [7.0, 8.0, 9.0]])
     mask = torch.tensor([[True, True, False], [True, False, True], [True, True, True]])
     nothing = torch.zeros_like(rows)
@@ -313,13 +313,13 @@ def test_the_median_is_that_of_all_processes_tokens_whose_teacher_read_a_solutio
     assert metrics["gate/teacher_entropy"] == pytest.approx(expected)
 
 
-def test_who_read_no_solution_is_counted_in_all_processes():
+def test_unsolved_counts_rows_of_all_processes():
     nothing = torch.zeros(3, 2)
     counted = solutions.Unsolved(lambda rollouts: ["x", None, None])
     assert counted.observe(batch_of(nothing, nothing), lambda value: [value, 3]) == {"context/unsolved": 5.0}
 
 
-def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
+def test_entropy_gate_keeps_state_when_step_is_unsolved():
     solved = True
     gate = EntropyGate(lambda rollouts: ["x" if solved else None], closes_below=0.93, warm_up=2)
     run_gate(gate, [1.0])
@@ -334,13 +334,13 @@ def test_a_step_without_a_solution_leaves_the_gate_and_is_no_warm_up():
 
 
 @pytest.mark.parametrize("options", [{"closes_below": 0.0}, {"closes_below": 1.1}, {"warm_up": 0}])
-def test_a_gate_that_makes_no_sense_is_refused(options: dict[str, float]):
+def test_anti_sd_refuses_wrong_gate_options(options: dict[str, float]):
     with pytest.raises(ConfigError, match=r"needs closes_below .* got closes_below"):
         methods.build("anti_sd", options)
 
 
 @pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
-def test_a_strength_that_makes_no_sense_is_refused(strength: float):
+def test_anti_sd_refuses_wrong_strength(strength: float):
     with pytest.raises(ConfigError, match=r"at least 0 and finite, got"):
         methods.build("anti_sd", {"strength": strength})
 
@@ -363,7 +363,7 @@ KL = signals.divergence("reverse_kl")
         ({"credit": credit.discounted(0.0), "signal": signals.add(PG, signals.scale(-0.1, KL))}, "credit", "signal"),
     ],
 )
-def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any], towards: str, away: str):
+def test_check_coherence_refuses_sign_conflict(pieces: dict[str, Any], towards: str, away: str):
     with pytest.raises(
         ConfigError,
         match=rf"^Here: a piece moves the student towards its teacher \(the {towards}\) and a piece moves it away "
@@ -381,11 +381,11 @@ def test_towards_the_teacher_and_away_from_it_is_refused(pieces: dict[str, Any],
         {"credit": credit.group_reward(), "signal": signals.add(PG, KL)},
     ],
 )
-def test_what_pulls_one_way_or_is_meant_is_not(pieces: dict[str, Any]):
+def test_check_coherence_accepts_aligned_or_allowed_signs(pieces: dict[str, Any]):
     check_coherence(Facts(method=Method(support=supports.top_k(3), **pieces)), "Here")
 
 
-def test_no_method_of_the_library_is_in_conflict_with_itself():
+def test_check_coherence_accepts_every_method():
     for name, function in methods.METHODS.items():
         needed = {
             "topk_reverse_kl": {"k": 3},
@@ -423,7 +423,7 @@ def stage(**more: Any) -> dict[str, Any]:
     return one_stage(**settings) | {"models": {"student": tiny_model(2)}}
 
 
-def test_a_run_warms_up_and_then_drives_away(work: Path):
+def test_anti_sd_run_equals_grpo_until_gate_opens(work: Path):
     """The gate's decisions are the oracle's for the medians that the run logs; the reward alone trains before."""
     rows = opd.run(stage(), quiet=True).metrics
     medians = [row["gate/teacher_entropy"] for row in rows]
@@ -436,7 +436,7 @@ def test_a_run_warms_up_and_then_drives_away(work: Path):
     assert [row["optim/grad_norm"] for row in rows] != [row["optim/grad_norm"] for row in plain]
 
 
-def test_responses_without_any_solution_are_counted(work: Path):
+def test_anti_sd_run_counts_unsolved_when_solution_is_none(work: Path):
     rows = opd.run(stage(options={"template": "{privileged_context}{prompt}", "solution": None}), quiet=True).metrics
     assert any(row["context/unsolved"] > 0 for row in rows)
 
@@ -460,14 +460,12 @@ def test_responses_without_any_solution_are_counted(work: Path):
         ),
     ],
 )
-def test_what_a_recipe_has_to_give(work: Path, settings: dict[str, Any], message: str):
+def test_anti_sd_run_refuses_unfit_recipe(work: Path, settings: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         opd.run(stage(**settings), quiet=True)
 
 
-def test_a_recipe_in_conflict_with_itself_is_refused_before_anything_is_loaded(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_run_refuses_sign_conflict_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(methods, "METHODS", {**methods.METHODS, "both_ways": both_ways})
     with pytest.raises(ConfigError, match=r"'both_ways': a piece moves the student towards its teacher \(the signal\)"):
         opd.run(stage(method="both_ways", options={}), quiet=True)
@@ -476,7 +474,7 @@ def test_a_recipe_in_conflict_with_itself_is_refused_before_anything_is_loaded(
     assert len(allowed.metrics) == 2
 
 
-def test_the_exact_divergence_of_a_held_out_group_is_measured(work: Path):
+def test_evaluate_gives_reverse_kl_when_method_is_anti_sd(work: Path):
     sampling = {"drawn": {"max_completion_length": 3, "n": 2}}
     evaluate = {"data": {"path": "held_out.jsonl"}, "kl": True, "sampling": sampling}
     run = opd.run(stage(steps=1, evaluate=evaluate), quiet=True)

@@ -47,12 +47,12 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
 ]
 
 
-def test_every_rule_has_a_method_that_breaks_it():
+def test_rules_have_one_broken_example_each():
     assert len(BROKEN) == len(RULES)
 
 
 @pytest.mark.parametrize("place", range(len(RULES)))
-def test_a_rule_is_said_by_the_check_with_its_remedy(place: int):
+def test_check_coherence_states_rule_and_remedy(place: int):
     method, sampling = BROKEN[place]
     facts = Facts(method=method, sampling=sampling)
     rule = broken(facts)
@@ -65,19 +65,19 @@ def test_a_rule_is_said_by_the_check_with_its_remedy(place: int):
 
 
 @pytest.mark.parametrize("place", [i for i, (_, sampling) in enumerate(BROKEN) if sampling is None])
-def test_two_methods_in_one_break_the_same_rules(place: int):
+def test_apart_equals_broken_rule_of_method(place: int):
     method, _ = BROKEN[place]
     rule = broken(Facts(method=method))
     assert rule is not None
     assert conflict(PLAIN, method) == rule.what
 
 
-def test_sampling_is_no_fact_where_it_is_not_known():
+def test_broken_is_none_when_sampling_is_unknown():
     assert broken(Facts(method=VOPD)) is None
     assert broken(Facts(method=VOPD, sampling=Sampling())) is None
 
 
-def test_a_reward_that_asks_judges_is_no_yardstick_of_an_update():
+def test_broken_refuses_extrapolation_by_reward_when_judged():
     jumping = Method(signal=SAMPLED, update=JUMPS["reward"])
     assert broken(Facts(method=jumping)) is None
     assert broken(Facts(method=jumping, asks=True)) is not None
@@ -95,7 +95,7 @@ def test_a_reward_that_asks_judges_is_no_yardstick_of_an_update():
     ],
     ids=["attempt", "filter"],
 )
-def test_a_baseline_is_refused_beside_what_reads_the_response(other: Method, why: str):
+def test_combined_refuses_baseline_when_other_reads_response(other: Method, why: str):
     for one, two in ((VOPD, other), (other, VOPD)):
         with pytest.raises(ConfigError, match=f"cannot be combined: {why}"):
             combined(one, two)
@@ -104,7 +104,7 @@ def test_a_baseline_is_refused_beside_what_reads_the_response(other: Method, why
         check_coherence(Facts(method=replace(VOPD, **pieces)), "Here")
 
 
-def test_a_bare_function_is_not_taken_to_need_a_teacher():
+def test_broken_is_none_when_weight_is_bare_function():
     grpo = methods.build("grpo", {})
     bare = replace(grpo, weight=weights.times(lambda batch: batch.mask.float(), weights.every_token()))
     assert broken(Facts(method=bare)) is None

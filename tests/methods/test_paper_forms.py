@@ -72,7 +72,7 @@ def value_and_gradient(signal: types.Signal, ids: Tensor, **record: Any) -> tupl
 
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("weights", ["student", "teacher", "none"])
-def test_released_weights_are_the_oracles(weights: Any, normalised: bool):
+def test_support_policy_gradient_equals_oracle(weights: Any, normalised: bool):
     signal = signals.support_policy_gradient(weights, normalised=normalised)
     value, gradient = value_and_gradient(signal, SUPPORT)
     s, t = oracle.log_softmax(LISTS[0]), oracle.log_softmax(LISTS[1])
@@ -93,7 +93,7 @@ def test_released_weights_are_the_oracles(weights: Any, normalised: bool):
         assert (surrogate(up) - surrogate(down)) / 2e-5 == pytest.approx(float(gradient[j]), abs=1e-8)
 
 
-def test_student_weights_are_the_stop_gradient_form_and_over_the_mass_when_normalised():
+def test_support_policy_gradient_equals_stop_gradient_form():
     stopped = value_and_gradient(signals.divergence("reverse_kl", form="stop_gradient"), SUPPORT)
     close(value_and_gradient(signals.support_policy_gradient(normalised=False), SUPPORT)[1], stopped[1])
     normalised = value_and_gradient(signals.support_policy_gradient(), SUPPORT)
@@ -101,13 +101,13 @@ def test_student_weights_are_the_stop_gradient_form_and_over_the_mass_when_norma
     close(normalised[1], stopped[1] / P_S)
 
 
-def test_released_and_paper_differ_by_a_push_on_the_mass():
+def test_support_policy_gradient_differs_from_paper_by_mass_push():
     renormalised, gradient = value_and_gradient(signals.divergence("reverse_kl", form="renormalised"), SUPPORT)
     released = value_and_gradient(signals.support_policy_gradient(), SUPPORT)[1]
     close(released - gradient, (torch.log(P_S / Q_S) + renormalised) * GRAD_P_S / P_S)
 
 
-def test_one_token_is_nothing_to_the_paper_and_something_to_its_code():
+def test_support_policy_gradient_is_nonzero_on_one_token():
     first = SUPPORT[:1]
     close(value_and_gradient(signals.divergence("reverse_kl", form="renormalised"), first)[1], torch.zeros(V))
     ratio = (STUDENT.log_softmax(-1) - TEACHER.log_softmax(-1))[first]
@@ -116,7 +116,7 @@ def test_one_token_is_nothing_to_the_paper_and_something_to_its_code():
 
 
 @pytest.mark.parametrize("weights", ["student", "teacher", "none"])
-def test_on_the_whole_vocabulary_student_weights_are_exact_and_others_are_other_gradients(weights: Any):
+def test_support_policy_gradient_is_exact_by_student_weights(weights: Any):
     everything = torch.arange(V)
     exact = oracle.grad_full(*LISTS[:2])
     got = value_and_gradient(signals.support_policy_gradient(weights), everything)[1]
@@ -126,7 +126,7 @@ def test_on_the_whole_vocabulary_student_weights_are_exact_and_others_are_other_
 
 @pytest.mark.parametrize("normalised", [True, False])
 @pytest.mark.parametrize("weights", ["student", "teacher", "none"])
-def test_entries_that_do_not_exist_change_nothing(weights: Any, normalised: bool):
+def test_support_policy_gradient_ignores_masked_entries(weights: Any, normalised: bool):
     signal = signals.support_policy_gradient(weights, normalised=normalised)
     expected = value_and_gradient(signal, SUPPORT[[0, 2]])
     exists = torch.tensor([True, False, True, False])
@@ -146,7 +146,7 @@ def rethinking(**options: Any) -> Any:
     return methods.build("rethinking_opd", options)
 
 
-def test_the_symmetric_difference_has_raw_weights_by_default_as_in_the_released_code():
+def test_rethinking_opd_is_raw_when_by_symmetric_difference():
     tokens = on(STUDENT, SUPPORT)
     raw, normalised = (signals.support_policy_gradient(normalised=each)(tokens) for each in (False, True))
     assert float((raw - normalised).abs()) > 1e-3
@@ -157,7 +157,7 @@ def test_the_symmetric_difference_has_raw_weights_by_default_as_in_the_released_
     assert torch.equal(rethinking(form="released", by="union").signal(tokens), normalised)
 
 
-def test_rethinking_says_what_its_paper_form_cannot():
+def test_rethinking_opd_refuses_options_against_paper_form():
     with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*k to 2 or more, or form: released"):
         rethinking(k=1)
     with pytest.raises(ConfigError, match=r"fixed weights.*weights='teacher', normalised=None\. Set form: released"):
@@ -168,7 +168,7 @@ def test_rethinking_says_what_its_paper_form_cannot():
     assert rethinking(k=1, form="released").support.k == 1
 
 
-def test_defaults_are_the_papers():
+def test_build_gives_paper_defaults():
     ours = rethinking()
     assert (ours.support.k, ours.support.by, ours.support.with_sampled) == (16, "student", False)
     matching = methods.build("local_support_matching", {})
@@ -188,7 +188,7 @@ def sampled_tail(token: int, mu: Tensor, bounds: tuple[float, float] | None = No
 
 
 @pytest.mark.parametrize("mu", [STUDENT, SAMPLER], ids=["on policy", "another sampler"])
-def test_sampled_tail_of_each_token_is_the_oracles(mu: Tensor):
+def test_reverse_kl_with_sampled_tail_equals_oracle(mu: Tensor):
     for token in range(V):
         value, gradient = sampled_tail(token, mu)
         drawn = float(mu.log_softmax(-1)[token])
@@ -197,7 +197,7 @@ def test_sampled_tail_of_each_token_is_the_oracles(mu: Tensor):
 
 
 @pytest.mark.parametrize("mu", [STUDENT, SAMPLER], ids=["on policy", "another sampler"])
-def test_sampled_tail_is_unbiased_in_value_and_has_the_gradient_of_the_mass_too_much(mu: Tensor):
+def test_reverse_kl_with_sampled_tail_is_unbiased_in_value(mu: Tensor):
     """Every token, weighted by the probability with which it is drawn."""
     each = [sampled_tail(token, mu) for token in range(V)]
     drawn = mu.softmax(-1)
@@ -211,7 +211,7 @@ def test_sampled_tail_is_unbiased_in_value_and_has_the_gradient_of_the_mass_too_
 
 
 @pytest.mark.parametrize("bounds", [(1.0, 1.0), (0.9, 1.1), (0.0, 0.5), (2.0, 5.0)], ids=str)
-def test_bounds_clip_the_ratio_to_the_sampler_and_nothing_else(bounds: tuple[float, float]):
+def test_reverse_kl_with_sampled_tail_clips_ratio_to_bounds(bounds: tuple[float, float]):
     """A clipped ratio is a constant: the token keeps its gradient, which PPO's clip would take."""
     drawn = SAMPLER.log_softmax(-1)
     clipped = 0
@@ -225,12 +225,12 @@ def test_bounds_clip_the_ratio_to_the_sampler_and_nothing_else(bounds: tuple[flo
 
 
 @pytest.mark.parametrize("bounds", [(1.0, 0.5), (-0.1, 1.0), (0.0, float("inf")), (float("nan"), 1.0)], ids=str)
-def test_bounds_that_are_none(bounds: tuple[float, float]):
+def test_reverse_kl_with_sampled_tail_refuses_wrong_bounds(bounds: tuple[float, float]):
     with pytest.raises(ConfigError, match=r"ratio are \(low, high\) with 0 <= low <= high; got \("):
         signals.reverse_kl_with_sampled_tail(bounds)
 
 
-def test_bounds_are_of_the_sampled_token_in_the_tail():
+def test_ratio_bounds_acts_only_when_sampled_token_is_tail():
     with pytest.raises(
         ConfigError, match=r"sampled_token is 'left_out', without a ratio; got \[0\.5, 2\.0\]\. Set sampled"
     ):
@@ -242,7 +242,7 @@ def test_bounds_are_of_the_sampled_token_in_the_tail():
     assert float(tail.signal(tokens)) != float(without.signal(tokens))
 
 
-def test_what_stands_in_a_sampled_column_that_does_not_exist_changes_nothing():
+def test_reverse_kl_with_sampled_tail_ignores_masked_column():
     token = int(SUPPORT[0])
     expected = sampled_tail(token, STUDENT)
     exists = torch.tensor([True] * K + [False])
@@ -252,21 +252,21 @@ def test_what_stands_in_a_sampled_column_that_does_not_exist_changes_nothing():
     close(signals.reverse_kl_with_sampled_tail()(tokens)[0], expected[0])
 
 
-def test_sampled_tail_needs_something_outside():
+def test_reverse_kl_with_sampled_tail_refuses_full_vocabulary():
     tokens = replace(on(STUDENT, torch.arange(V)), support_mask=None)
     with pytest.raises(ConfigError, match=r"is the whole vocabulary\. Give the method support=top_k\(k, with_sampled"):
         signals.reverse_kl_with_sampled_tail()(tokens)
 
 
 @pytest.mark.parametrize("name", ["topk_reverse_kl", "context_distillation"])
-def test_renormalising_on_one_token_is_refused_by_default_too(name):
+def test_build_refuses_k_of_one_when_form_is_default(name):
     template = {"template": "{prompt}"} if name == "context_distillation" else {}
     with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*Set k to 2 or more, or form: tail"):
         methods.build(name, {"k": 1, **template})
     assert methods.build(name, {"k": 1, "form": "tail", **template}).support.k == 1
 
 
-def test_local_support_matching_needs_two_tokens():
+def test_local_support_matching_refuses_k_of_one():
     with pytest.raises(ConfigError, match=r"on one token, the loss is always 0.*Set k to 2 or more"):
         methods.build("local_support_matching", {"k": 1})
     assert methods.build("local_support_matching", {"k": 1, "sampled_token": "tail"}).support.with_sampled
@@ -276,7 +276,7 @@ def test_local_support_matching_needs_two_tokens():
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.3, 1.0])
-def test_discounted_credit_is_the_oracles_and_skips_what_is_not_trained(gamma: float):
+def test_discounted_equals_oracle_and_skips_masked_tokens(gamma: float):
     lm = tiny()
     trained = ([True] * 5, [True, False, True, True, False], [False, True])
     rollouts = [
@@ -295,13 +295,13 @@ def test_discounted_credit_is_the_oracles_and_skips_what_is_not_trained(gamma: f
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1])
-def test_a_discount_lies_between_0_and_1(gamma: float):
+def test_opd_refuses_gamma_outside_0_to_1(gamma: float):
     with pytest.raises(ConfigError, match=rf"gamma lies between 0 .* and 1 .*, got {gamma}"):
         methods.build("opd", {"gamma": gamma})
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.0])
-def test_the_sum_over_the_future_is_the_gradient_of_the_kl_between_whole_responses(gamma: float):
+def test_discounted_equals_sequence_kl_gradient_when_gamma_is_1(gamma: float):
     """All responses of at most two tokens, each weighted by its probability; gamma = 0 leaves out what comes later."""
     student, external = tiny(padding_rows=3), tiny(seed=1, hidden=24)
     (prompt,) = prompts_of("gab")

@@ -51,27 +51,27 @@ def units(student: list[bytes], teacher: list[bytes]) -> list[tuple[list[int], l
     return [(list(unit.student), list(unit.teacher)) for unit in retokenise(range(len(student)), pair).units]
 
 
-def test_a_mismatch_does_not_take_along_what_follows_it():
+def test_reread_keeps_mismatch_apart_from_next_token():
     """hap|py|! and ha|pp|y|!: the greedy rule of the released code merges the mark."""
     assert units([b"hap", b"py", b"!"], [b"ha", b"pp", b"y", b"!"]) == [([0, 1], [0, 1, 2]), ([2], [3])]
 
 
-def test_a_mismatch_at_the_end_is_a_unit():
+def test_reread_gives_unit_when_mismatch_is_last():
     """4|2 and 42: the greedy rule of the released code loses it."""
     assert units([b"4", b"2"], [b"42"]) == [([0, 1], [0])]
 
 
-def test_two_equal_tokenisations_are_units_of_one_token():
+def test_reread_gives_one_token_units_when_cuts_are_equal():
     assert units([b"a", b"bcde", b"fg"], [b"a", b"bcde", b"fg"]) == [([t], [t]) for t in range(3)]
 
 
-def test_a_token_of_no_bytes_goes_with_what_follows_and_at_the_end_with_what_is_before():
+def test_reread_joins_empty_token_to_next_or_last_unit():
     assert units([b"ab", b"", b"c"], [b"ab", b"c"]) == [([0], [0]), ([1, 2], [1])]
     assert units([b"ab", b"c", b""], [b"", b"ab", b"c"]) == [([0], [0, 1]), ([1, 2], [2])]
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_units_are_the_finest_that_both_cut_out(seed: int):
+def test_reread_gives_finest_common_units(seed: int):
     generator = random.Random(seed)
     text = bytes(generator.randrange(3) for _ in range(generator.randrange(1, 25)))
 
@@ -86,7 +86,7 @@ def test_units_are_the_finest_that_both_cut_out(seed: int):
 # --- what tokens stand for ------------------------------------------------------------------------------------------
 
 
-def test_the_bytes_of_a_byte_level_vocabulary():
+def test_vocabulary_of_gives_bytes_when_byte_level():
     vocabulary = vocabulary_of(byte_bpe("Ġ t", "Ġt h"))
     ids = {piece: i for i, piece in vocabulary.pieces.items()}
     assert len(ids) == 256 + 2
@@ -94,7 +94,7 @@ def test_the_bytes_of_a_byte_level_vocabulary():
     assert vocabulary.special == {0: "<pad>", 1: "<eos>"}
 
 
-def test_the_bytes_of_sentence_piece_and_its_fallback():
+def test_vocabulary_of_gives_bytes_when_sentence_piece():
     tokenizer = sentence_piece("▁ t", characters="é")
     vocabulary = vocabulary_of(tokenizer)
     by_name = {token: vocabulary.pieces.get(i) for token, i in tokenizer.get_vocab().items()}
@@ -105,14 +105,14 @@ def test_the_bytes_of_sentence_piece_and_its_fallback():
     assert vocabulary.written_as[b"t"] == tokenizer.get_vocab()["t"], "not its fallback"
 
 
-def test_the_bytes_of_characters_and_of_added_tokens_of_text():
+def test_vocabulary_of_gives_bytes_of_added_tokens():
     tokenizer = character_tokenizer("ab🙂")
     tokenizer.add_tokens(["Ġab"])
     pieces = set(vocabulary_of(tokenizer).pieces.values())
     assert pieces == {b"a", b"b", "🙂".encode(), "Ġab".encode()}
 
 
-def test_a_tokenizer_that_hides_its_bytes_is_refused():
+def test_vocabulary_of_refuses_decoder_that_hides_bytes():
     from tokenizers import Tokenizer, decoders, models
 
     core = Tokenizer(models.WordPiece({"<pad>": 0, "<eos>": 1, "a": 2, "##b": 3}, unk_token="<pad>"))
@@ -127,7 +127,7 @@ def test_a_tokenizer_that_hides_its_bytes_is_refused():
 # --- what both have -------------------------------------------------------------------------------------------------
 
 
-def test_tokens_are_shared_by_their_bytes_whatever_marks_them():
+def test_pair_of_shares_tokens_by_bytes():
     student, teacher = byte_bpe("Ġ t", "h a"), sentence_piece("▁ t", "p y", characters="ha")
     pair = pair_of(student, teacher)
     both = {pair.student.pieces[i] for i in pair.shared if i in pair.student.pieces}
@@ -144,7 +144,7 @@ def named(pair: TokenizerPair) -> dict[str, str]:
     }
 
 
-def test_the_ends_are_shared_whatever_their_names_and_special_tokens_by_name():
+def test_pair_of_shares_ends_by_role_and_specials_by_name():
     student = byte_bpe(special=("<pad>", "<|im_end|>", "<tool>", "<only>"))
     teacher = byte_bpe(special=("<pad>", "<eos>", "<tool>", "<|im_end|>"), last=True)
     assert named(pair_of(student, teacher)) == {"<pad>": "<pad>", "<|im_end|>": "<eos>", "<tool>": "<tool>"}
@@ -155,7 +155,7 @@ def turns(end: str) -> str:
 
 
 @pytest.mark.parametrize("text", [False, True], ids=["a special token", "an added token of text"])
-def test_in_a_chat_what_ends_a_turn_is_shared_before_the_ends_of_sequences(text: bool):
+def test_pair_of_shares_end_of_turn_first_when_chat(text: bool):
     """As of models that end a turn with a token of its own, and a sequence with another."""
     student = byte_bpe(special=("<pad>", "<|im_end|>"))
     student.chat_template = turns("<|im_end|>\n")
@@ -176,14 +176,14 @@ def test_in_a_chat_what_ends_a_turn_is_shared_before_the_ends_of_sequences(text:
     assert retokenise([*ids_of(teacher, "h", "i"), over], back).teacher_ids[-1] == 1
 
 
-def test_a_turn_that_ends_with_mere_text_ends_with_the_sequence():
+def test_pair_of_shares_eos_when_turn_ends_with_text():
     student, teacher = byte_bpe(), byte_bpe(special=("<pad>", "<end>"))
     student.chat_template = turns("\n")
     teacher.chat_template = turns("<end>")
     assert pair_of(student, teacher, chat=True).ends == {1: 1}
 
 
-def test_tokenizers_without_a_common_token_are_refused():
+def test_pair_of_refuses_tokenizers_without_common_token():
     with pytest.raises(AlignmentError, match=r"\(2 tokens of text\) and .* \(3\) have no token of text in common"):
         pair_of(character_tokenizer("ab"), character_tokenizer("cde"))
 
@@ -191,7 +191,7 @@ def test_tokenizers_without_a_common_token_are_refused():
 # --- what a teacher reads of a response -----------------------------------------------------------------------------
 
 
-def test_real_tokenizers_cut_the_two_strings_of_the_paper():
+def test_reread_gives_paper_units_when_tokenizers_are_real():
     pieces, reading, pair = read(HAP_PY, HA_PP_Y, "happy!")
     assert pieces == [b"hap", b"py", b"!"]
     assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b"ha", b"pp", b"y", b"!"]
@@ -213,7 +213,7 @@ def test_real_tokenizers_cut_the_two_strings_of_the_paper():
     ids=["byte_level", "fallback", "prefix", "trained"],
 )
 @pytest.mark.parametrize("student", [HAP_PY, sentence_piece("p p"), trained_bpe(TEXT, 290)], ids=["bpe", "sp", "train"])
-def test_every_byte_of_a_text_is_in_a_unit_and_units_are_the_oracles(student: Any, teacher: Any):
+def test_reread_covers_every_byte_and_equals_oracle(student: Any, teacher: Any):
     pieces, reading, pair = read(student, teacher, TEXT)
     assert b"".join(texts(reading.units, pieces)) == TEXT.encode()
     theirs = [pair.teacher.pieces[i] for i in reading.teacher_ids]
@@ -226,14 +226,14 @@ def test_every_byte_of_a_text_is_in_a_unit_and_units_are_the_oracles(student: An
         assert sum(len(unit.teacher) for unit in reading.units) == len(theirs)
 
 
-def test_an_emoji_over_several_tokens_of_both_is_one_unit():
+def test_reread_gives_one_unit_when_emoji_spans_tokens():
     pieces, reading, pair = read(byte_bpe(), sentence_piece(characters="🙂a"), "a🙂a")
     assert texts(reading.units, pieces) == [b"a", "🙂".encode(), b"a"]
     assert [len(unit.student) for unit in reading.units] == [1, 4, 1]
     assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b"a", "🙂".encode(), b"a"]
 
 
-def test_the_space_before_a_text_has_no_bytes_of_the_response():
+def test_reread_joins_prefix_space_to_first_unit():
     pieces, reading, pair = read(byte_bpe(), sentence_piece("▁ t", characters="te", prefix=True), "te")
     assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b" t", b"e"]
     assert texts(reading.units, pieces) == [b"t", b"e"]
@@ -242,7 +242,7 @@ def test_the_space_before_a_text_has_no_bytes_of_the_response():
     assert [list(unit.teacher) for unit in reading.units] == [[0, 1], [2]]
 
 
-def test_bytes_that_are_no_text_are_in_no_unit_and_the_rest_is():
+def test_reread_leaves_invalid_bytes_out_of_units():
     student, teacher = byte_bpe(), sentence_piece("a b", characters="abc🙂")
     pair = pair_of(student, teacher)
     alone = {piece: i for i, piece in pair.student.pieces.items()}
@@ -255,14 +255,14 @@ def test_bytes_that_are_no_text_are_in_no_unit_and_the_rest_is():
     assert reading.student_bytes == (1,) * 8
 
 
-def test_a_token_that_is_half_text_is_in_no_unit():
+def test_reread_leaves_half_text_token_out_of_units():
     student, teacher = byte_bpe("a ð"), sentence_piece(characters="ab")
     pair = pair_of(student, teacher)
     reading = retokenise(ids_of(student, "b", "að", "b"), pair)
     assert [list(unit.student) for unit in reading.units] == [[0], [2]]
 
 
-def test_special_tokens_pair_up_or_are_not_shown():
+def test_reread_pairs_or_hides_special_tokens():
     student = byte_bpe(special=("<pad>", "<|im_end|>", "<tool>", "<only>"))
     teacher = byte_bpe("a b", special=("<pad>", "<eos>", "<tool>"), last=True)
     pair = pair_of(student, teacher)
@@ -276,13 +276,13 @@ def test_special_tokens_pair_up_or_are_not_shown():
     assert all(pair.shares(unit, ids, reading.teacher_ids) for unit in reading.units)
 
 
-def test_text_that_looks_like_a_special_token_is_text():
+def test_reread_takes_spelt_special_token_as_text():
     pieces, reading, pair = read(byte_bpe(), byte_bpe("< e", last=True), "<eos>")
     assert pieces == [b"<", b"e", b"o", b"s", b">"]
     assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b"<e", b"o", b"s", b">"]
 
 
-def test_a_text_that_the_teacher_changes_is_shown_and_in_no_unit():
+def test_reread_gives_no_unit_when_teacher_normalises_text():
     from tokenizers import normalizers
 
     teacher = byte_bpe(last=True)
@@ -293,7 +293,7 @@ def test_a_text_that_the_teacher_changes_is_shown_and_in_no_unit():
     assert b"".join(pair.teacher.pieces[i] for i in reading.teacher_ids) == "é".encode()
 
 
-def test_only_what_the_teacher_changes_of_a_text_is_in_no_unit():
+def test_reread_leaves_only_normalised_text_out_of_units():
     from tokenizers import normalizers
 
     teacher = byte_bpe("b c", last=True)
@@ -308,7 +308,7 @@ def test_only_what_the_teacher_changes_of_a_text_is_in_no_unit():
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_units_beside_what_the_teacher_changes_are_the_same_text_on_both_sides(seed: int):
+def test_reread_units_have_equal_text_when_teacher_normalises(seed: int):
     from tokenizers import normalizers
 
     generator = random.Random(seed)
@@ -327,14 +327,14 @@ def test_units_beside_what_the_teacher_changes_are_the_same_text_on_both_sides(s
     assert inside == sorted(set(inside))
 
 
-def test_a_response_of_special_tokens_alone_shows_nothing():
+def test_reread_is_empty_when_response_is_unshared_specials():
     student = byte_bpe(special=("<pad>", "<eos>", "<only>"))
     pair = pair_of(student, byte_bpe(last=True))
     reading = retokenise(ids_of(student, "<only>", "<only>"), pair)
     assert (reading.teacher_ids, reading.units) == ((), ())
 
 
-def test_one_tokenizer_reads_the_tokens_that_were_written():
+def test_reread_keeps_ids_when_tokenizers_are_the_same():
     """Not those that it would write itself: here h|a|p, where the tokenizer makes one token."""
     pair = pair_of(HAP_PY, byte_bpe("h a", "ha p", "p y"))
     ids = ids_of(HAP_PY, "h", "a", "p", "<eos>")
@@ -346,7 +346,7 @@ def test_one_tokenizer_reads_the_tokens_that_were_written():
     assert len(pair.shared) == len(HAP_PY.get_vocab())
 
 
-def test_bytes_alone_and_a_large_vocabulary():
+def test_reread_covers_text_when_student_reads_bytes():
     pieces, reading, _ = read(byte_tokenizer(), trained_bpe(TEXT * 5, 340), TEXT)
     assert len(reading.units) < len(pieces)
     assert b"".join(texts(reading.units, pieces)) == TEXT.encode()

@@ -45,7 +45,7 @@ def gradient(lm: LanguageModel, hidden: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("prompts", [GROUPS, ALONE, SHORT], ids=["groups", "system prompt", "nothing shared"])
 @pytest.mark.parametrize("training", [False, True])
-def test_states_and_gradients_are_those_of_each_sequence_alone(
+def test_read_gives_states_and_gradients_of_each_sequence(
     family: str, prompts: list[list[int]], training: bool, monkeypatch: pytest.MonkeyPatch
 ):
     lm = tiny(family)
@@ -70,7 +70,7 @@ def test_states_and_gradients_are_those_of_each_sequence_alone(
         torch.testing.assert_close(found[name], value, atol=2e-5 * scale + 1e-6, rtol=1e-4, msg=name)
 
 
-def test_a_group_reads_its_prompt_once_and_the_head_sees_responses_alone(monkeypatch: pytest.MonkeyPatch):
+def test_read_forwards_shared_prompt_once(monkeypatch: pytest.MonkeyPatch):
     lm = tiny()
     tokens: list[tuple[int, ...]] = []
     original = LanguageModel.forward
@@ -89,7 +89,7 @@ def test_a_group_reads_its_prompt_once_and_the_head_sees_responses_alone(monkeyp
 
 
 @pytest.mark.parametrize("prompts", [GROUPS, SHORT], ids=["groups", "short"])
-def test_packed_sequences_do_not_see_each_other(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch):
+def test_read_keeps_sequences_apart_when_packed(prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch):
     """FlashAttention keeps sequences apart by their positions; on a CPU, transformers does so with a mask."""
     lm = tiny()
     expected = one_by_one(lm, prompts)
@@ -101,14 +101,14 @@ def test_packed_sequences_do_not_see_each_other(prompts: list[list[int]], monkey
         torch.testing.assert_close(value, wanted[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
-def test_only_attention_that_keeps_sequences_apart_packs():
+def test_packs_is_true_only_for_flash_attention():
     lm = tiny()
     assert not lm.packs
     lm.causal_lm.config._attn_implementation_internal = "flash_attention_2"
     assert lm.packs
 
 
-def test_gradient_checkpointing_reads_without_a_cache(monkeypatch: pytest.MonkeyPatch):
+def test_read_keeps_gradients_when_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch):
     lm = tiny()
     expected = gradient(lm, one_by_one(lm, GROUPS))
     lm.model.gradient_checkpointing_enable()
@@ -121,7 +121,7 @@ def test_gradient_checkpointing_reads_without_a_cache(monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("tokens", [1, 40, 70, 100, 10**6])
 @pytest.mark.parametrize("prompts", [GROUPS, ALONE, SHORT])
-def test_batches_hold_every_row_once_and_stay_within_their_tokens(prompts: list[list[int]], tokens: int):
+def test_batches_cover_rows_once_within_token_limit(prompts: list[list[int]], tokens: int):
     lengths = [len(response) for response in RESPONSES]
     for shares in (True, False):
         got = batches(prompts, lengths, tokens, shares=shares)
@@ -133,7 +133,7 @@ def test_batches_hold_every_row_once_and_stay_within_their_tokens(prompts: list[
         assert len(batches(prompts, lengths, tokens)) < len(batches(prompts, lengths, tokens, shares=False))
 
 
-def test_rows_of_a_group_stay_side_by_side():
+def test_batches_keep_rows_of_group_adjacent():
     prompts = [[1, *[2] * 30], [3, *[2] * 30]] * 3
     got = batches(prompts, [5, 60, 6, 50, 7, 4], 10**6)
     assert got == [[1, 3, 5, 4, 2, 0]]

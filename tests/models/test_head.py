@@ -52,7 +52,7 @@ def own_logits(lm: LanguageModel, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("padding_rows", [0, 3])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_log_probs_are_those_of_the_models_own_logits(family: str, padding_rows: int):
+def test_head_gives_log_probs_of_model_logits(family: str, padding_rows: int):
     lm = tiny(family, padding_rows=padding_rows)
     head, ids = lm.head(), ids_of(lm)
     assert head.weight.shape[0] == V + padding_rows
@@ -66,7 +66,7 @@ def test_log_probs_are_those_of_the_models_own_logits(family: str, padding_rows:
 
 @pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loss_is_given_the_models_own_logits(family: str, whole: bool):
+def test_fused_loss_passes_model_logits_to_loss(family: str, whole: bool):
     """After multiplier, soft cap and temperature: all of them, or those of K tokens a position."""
     lm = tiny(family, padding_rows=3)
     ids = ids_of(lm)
@@ -83,7 +83,7 @@ def test_a_loss_is_given_the_models_own_logits(family: str, whole: bool):
     torch.testing.assert_close(torch.cat(seen), wanted, atol=2e-6, rtol=2e-6)
 
 
-def test_the_families_cover_every_kind_of_head():
+def test_families_cover_every_kind_of_head():
     heads = {family: tiny(family) for family in FAMILIES}
     tied = {
         family: lm.model.get_output_embeddings().weight is lm.model.get_input_embeddings().weight
@@ -100,7 +100,7 @@ def test_the_families_cover_every_kind_of_head():
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied", "gemma2", "phi"])
-def test_padding_rows_have_no_share_and_no_gradient(family: str):
+def test_head_gives_padding_rows_no_share_and_no_gradient(family: str):
     lm = tiny(family, padding_rows=4)
     with torch.no_grad():  # rows that would win every softmax, if they were tokens
         lm.head().weight[V:] = 50.0
@@ -120,7 +120,7 @@ def test_padding_rows_have_no_share_and_no_gradient(family: str):
         assert bool((head.bias.grad[V:] == 0).all())
 
 
-def test_heads_of_different_width_compare_the_same_vocabulary():
+def test_head_compares_same_vocabulary_when_widths_differ():
     """A teacher with the student's weights and more padding rows, as wide heads of one family are, is the student."""
     student = tiny(padding_rows=2)
     model = build(padding_rows=9)
@@ -161,7 +161,7 @@ def name_of(support: Support) -> str:
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (3 * V, 2**20), (2**20, 2 * V), (2**20, 2**20)])
-def test_teacher_scores_are_those_of_the_full_logits(
+def test_teacher_scores_equal_full_logits(
     support: Support, temperature: float, spread: bool, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
@@ -240,7 +240,7 @@ def combined(support: Support, student: set[int], teacher: set[int], token: int)
     ),
 )
 @settings(max_examples=300, deadline=None)
-def test_support_tokens_are_python_sets(by: Any, with_sampled: bool, rows: list[tuple[list[int], list[int], int]]):
+def test_support_tokens_equal_python_sets(by: Any, with_sampled: bool, rows: list[tuple[list[int], list[int], int]]):
     support = top_k(len(rows[0][0]), by=by, with_sampled=with_sampled)
     ids, exists = support_tokens(
         support,
@@ -255,7 +255,7 @@ def test_support_tokens_are_python_sets(by: Any, with_sampled: bool, rows: list[
         assert sorted(listed) == sorted(combined(support, set(student), set(teacher), token))
 
 
-def test_only_the_sets_that_need_the_students_tokens_ask_for_them():
+def test_student_top_k_is_k_only_when_set_needs_student():
     asks = {by: top_k(7, by=by).student_top_k for by in SETS}  # type: ignore[arg-type]
     assert asks == {"teacher": 0, "student": 7, "intersection": 7, "union": 7, "symmetric_difference": 7}
     assert full().student_top_k == sampled().student_top_k == 0
@@ -337,7 +337,7 @@ def assert_same_gradients(mine: tuple[Tensor, Head], theirs: tuple[Tensor, Head]
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
 @pytest.mark.parametrize("kind", heads())
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4 * V, 1), (4 * V, 3 * V), (2**20, 3 * V), (2**20, 2**20)])
-def test_the_gradient_of_the_fused_loss_is_autograds(
+def test_fused_loss_gradient_equals_autograd(
     kind: str, temperature: float, whole: bool, chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch
 ):
     ids = None if whole else some_ids()
@@ -362,7 +362,7 @@ def test_the_gradient_of_the_fused_loss_is_autograds(
         assert bool((other.bias.grad[V:] == 0).all())
 
 
-def test_the_gradient_flows_on_into_what_made_the_hidden_states_and_adds_up():
+def test_fused_loss_gradient_flows_to_inputs_and_accumulates():
     """A factor behind the loss, a layer before it, a second loss beside it: as with any other operation."""
     inputs, layer = torch.randn(N, 3), torch.randn(3, 6).requires_grad_()
     _, head = leaves("bias")
@@ -375,7 +375,7 @@ def test_the_gradient_flows_on_into_what_made_the_hidden_states_and_adds_up():
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "rows"])
-def test_what_is_frozen_gets_no_gradient(whole: bool):
+def test_fused_loss_gives_frozen_tensors_no_gradient(whole: bool):
     head, ids = heads()["bias"], None if whole else some_ids()
     hidden = torch.randn(N, 6).requires_grad_()
     fused_loss(by_autograd(entropy), hidden, head, 1.0, ids).backward()
@@ -396,7 +396,7 @@ def test_what_is_frozen_gets_no_gradient(whole: bool):
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole", "rows"])
-def test_without_gradients_there_is_only_a_value(whole: bool):
+def test_fused_loss_gives_value_alone_when_no_grad(whole: bool):
     hidden, head = leaves("bias")
     ids = None if whole else some_ids()
     with torch.no_grad():
@@ -410,7 +410,7 @@ def test_without_gradients_there_is_only_a_value(whole: bool):
 
 
 @pytest.mark.parametrize("kind", heads())
-def test_a_loss_that_is_a_constant_has_a_gradient_of_zero(kind: str):
+def test_fused_loss_gradient_is_zero_when_loss_is_constant(kind: str):
     hidden, head = leaves(kind)
 
     def constant(logits: Tensor, rows: slice) -> Tensor:
@@ -428,7 +428,7 @@ def test_a_loss_that_is_a_constant_has_a_gradient_of_zero(kind: str):
 
 @pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 100])
 @pytest.mark.parametrize("entries", [1, 40, 41, 79, 80, 10**6])
-def test_chunks_cover_every_token_once_and_stay_below_the_limit(n: int, entries: int, monkeypatch: pytest.MonkeyPatch):
+def test_chunks_cover_tokens_once_within_limit(n: int, entries: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", entries)
     slices = list(chunks(n, 40, torch.device("cpu")))
     assert [i for rows in slices for i in range(n)[rows]] == list(range(n))
@@ -437,9 +437,7 @@ def test_chunks_cover_every_token_once_and_stay_below_the_limit(n: int, entries:
 
 @pytest.mark.parametrize("n", [1, 7, 100])
 @pytest.mark.parametrize("entries", [1, 40, 79, 80, 10**6])
-def test_tiles_cover_every_row_of_a_chunk_once_and_stay_below_the_limit(
-    n: int, entries: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_tiles_cover_rows_once_within_limit(n: int, entries: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", entries)
     slices = list(tiles(torch.zeros(n, 40)))
     assert [i for rows in slices for i in range(n)[rows]] == list(range(n))
@@ -448,7 +446,7 @@ def test_tiles_cover_every_row_of_a_chunk_once_and_stay_below_the_limit(
 
 
 @pytest.mark.parametrize(("chunk", "tile"), [(1, 1), (4 * V, 2 * V), (2**20, 3 * V), (2**20, 2**20)])
-def test_paired_log_probs_are_those_of_both_heads(chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch):
+def test_paired_log_probs_equal_those_of_both_heads(chunk: int, tile: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
     monkeypatch.setattr(opd.models.head, "TILE_ENTRIES", tile)
     (hidden, ours), theirs = leaves("everything"), heads()["multiplier"]
@@ -526,7 +524,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])
-def test_no_path_of_the_loss_holds_the_logits_of_all_tokens(
+def test_loss_holds_no_logits_of_all_tokens(
     name: str, options: dict[str, Any], micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     student, external = wide()
@@ -551,10 +549,10 @@ def test_no_path_of_the_loss_holds_the_logits_of_all_tokens(
     assert bool(trap.caught) == reads_all_logits, "one chunk of all tokens is what the trap is for"
 
 
-def test_the_table_of_losses_above_has_every_method():
+def test_methods_all_have_case_of_loss_memory():
     (mark,) = [
         mark
-        for mark in test_no_path_of_the_loss_holds_the_logits_of_all_tokens.pytestmark  # type: ignore[attr-defined]
+        for mark in test_loss_holds_no_logits_of_all_tokens.pytestmark  # type: ignore[attr-defined]
         if mark.args[0] == ("name", "options")
     ]
     assert {name for name, _ in mark.args[1]} == set(METHODS)
@@ -563,7 +561,7 @@ def test_the_table_of_losses_above_has_every_method():
 @pytest.mark.parametrize("family", ["llama", "phi"])
 @pytest.mark.parametrize("form", ["renormalised", "tail"])
 @pytest.mark.parametrize("by", ["teacher", "union"])
-def test_the_renormalised_form_reads_k_rows_of_the_students_head_and_no_vocabulary(family: str, form: str, by: str):
+def test_topk_reverse_kl_reads_k_head_rows_when_renormalised(family: str, form: str, by: str):
     student, external = wide(family, padding_rows=3)
     method = methods.build("topk_reverse_kl", {"k": 4, "form": form, "by": by, "with_sampled": True})
     rollouts = write(method, student, external, prompts_of("ab", "cde"), Sampling(max_completion_length=6, n=2))
@@ -577,7 +575,7 @@ def test_the_renormalised_form_reads_k_rows_of_the_students_head_and_no_vocabula
 
 
 @pytest.mark.parametrize("sampled_too", [False, True])
-def test_phase_a_of_full_support_makes_no_product_with_the_teachers_head_unless_it_is_read(sampled_too: bool):
+def test_score_skips_teacher_head_when_sampled_is_false(sampled_too: bool):
     student, external = wide()
     method = methods.build("reverse_kl", {})
     rollouts = write(method, student, external, prompts_of("ab", "cde"), Sampling(max_completion_length=6, n=2))
@@ -595,7 +593,7 @@ def test_phase_a_of_full_support_makes_no_product_with_the_teachers_head_unless_
         assert score.teacher_entropy is None
 
 
-def test_the_trap_catches_plain_logits_and_their_gradient():
+def test_trap_catches_logits_and_their_gradient():
     student, _ = wide()
     hidden = torch.randn(80, student.head().weight.shape[1])
     with at_least(80 * LARGE) as trap:
@@ -607,7 +605,7 @@ def test_the_trap_catches_plain_logits_and_their_gradient():
     assert ("aten._log_softmax.default", (1, LARGE)) in trap.caught
 
 
-def test_the_trap_sees_inside_the_fused_loss():
+def test_trap_sees_inside_fused_loss():
     hidden, head = leaves("plain")
     with at_least(N * V) as trap:
         fused_loss(by_autograd(entropy), hidden, head)

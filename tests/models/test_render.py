@@ -59,20 +59,20 @@ def chat(*messages: tuple[str, str], key: int = 0) -> Prompt:
 # --- text ----------------------------------------------------------------------------------------------------------
 
 
-def test_text_gets_the_tokenizers_own_special_tokens():
+def test_render_adds_special_tokens_of_tokenizer():
     tokenizer = word_tokenizer()
     assert words(tokenizer, render(text("hi there"), tokenizer)) == ["<bos>", "hi", "there"]
     assert words(tokenizer, render(text("hi"), word_tokenizer(bos=False))) == ["hi"]
 
 
-def test_an_appended_end_is_dropped_and_a_spelt_one_is_kept():
+def test_render_drops_only_appended_eos():
     appending, plain = word_tokenizer(appends_eos=True), word_tokenizer()
     assert words(appending, render(text("hi"), appending)) == ["<bos>", "hi"]
     assert words(appending, render(text("hi <eos>"), appending)) == ["<bos>", "hi", "<eos>"]
     assert words(plain, render(text("hi <eos>"), plain)) == ["<bos>", "hi", "<eos>"]
 
 
-def test_byte_level_text_without_special_tokens():
+def test_render_equals_tokenizer_when_byte_level():
     tokenizer = byte_tokenizer()
     ids = render(text("Grüße\n"), tokenizer)
     assert len(ids) == len("Grüße\n".encode())
@@ -82,38 +82,38 @@ def test_byte_level_text_without_special_tokens():
 # --- messages ------------------------------------------------------------------------------------------------------
 
 
-def test_messages_go_through_the_template_with_one_bos_and_the_generation_prompt():
+def test_render_gives_one_bos_and_generation_prompt_when_chat():
     tokenizer = word_tokenizer(appends_eos=True, template=TEMPLATE)
     ids = render(chat(("user", "hi"), ("assistant", "ho"), ("user", "there")), tokenizer)
     assert words(tokenizer, ids) == ["<bos>", "<user>", "hi", "<assistant>", "ho", "<user>", "there", "<assistant>"]
 
 
-def test_template_options_reach_the_template():
+def test_template_options_reach_chat_template():
     tokenizer = word_tokenizer(template=TEMPLATE)
     off = render(chat(("user", "hi")), tokenizer, {"enable_thinking": False})
     on = render(chat(("user", "hi")), tokenizer, {"enable_thinking": True})
     assert words(tokenizer, on) == [*words(tokenizer, off), "<think>"]
 
 
-def test_template_options_do_not_concern_text():
+def test_template_options_change_nothing_when_prompt_is_text():
     tokenizer = word_tokenizer(template=TEMPLATE)
     assert render(text("hi"), tokenizer, {"enable_thinking": False}) == render(text("hi"), tokenizer)
 
 
-def test_named_templates_use_the_default_one():
+def test_render_uses_default_of_named_templates():
     named = word_tokenizer(template={"default": TEMPLATE, "tool_use": "{{ messages[0].content }}{{ tools }}"})
     single = word_tokenizer(template=TEMPLATE)
     assert render(chat(("user", "hi")), named) == render(chat(("user", "hi")), single)
 
 
-def test_messages_without_a_chat_template():
+def test_render_raises_data_error_when_chat_template_is_missing():
     with pytest.raises(DataError) as caught:
         render(chat(("user", "hi"), key=7), word_tokenizer())
     for part in ("Prompt 7", "has no chat template", "Give `prompt` as text", "`models.NAME.chat_template`"):
         assert part in str(caught.value)
 
 
-def test_every_remedy_names_the_recipes_key():
+def test_render_error_names_recipe_key():
     refusing = word_tokenizer(template=TEMPLATE + "{{ raise_exception('no') }}")
     for tokenizer, options in ((refusing, {}), (word_tokenizer(template=TEMPLATE), {"no_such": False})):
         with pytest.raises((DataError, ConfigError), match=r"`models\.NAME\.chat_template`\.$") as caught:
@@ -121,7 +121,7 @@ def test_every_remedy_names_the_recipes_key():
         assert "tokenizer.chat_template" not in str(caught.value)
 
 
-def test_the_tokenizer_is_named():
+def test_render_error_names_tokenizer():
     tokenizer = word_tokenizer()
     with pytest.raises(DataError, match=r"and TokenizersBackend has no chat|and PreTrainedTokenizerFast has no chat"):
         render(chat(("user", "hi")), tokenizer)
@@ -130,13 +130,13 @@ def test_the_tokenizer_is_named():
         render(chat(("user", "hi")), tokenizer)
 
 
-def test_named_templates_without_a_default():
+def test_render_raises_data_error_without_default_template():
     tokenizer = word_tokenizer(template={"rag": TEMPLATE})
     with pytest.raises(DataError, match=r"Prompt 0 cannot be rendered .*no default.*'rag'"):
         render(chat(("user", "hi")), tokenizer)
 
 
-def test_template_that_refuses_the_messages():
+def test_render_raises_data_error_when_template_refuses():
     tokenizer = word_tokenizer(template=TEMPLATE)
     with pytest.raises(
         DataError, match=r"refused prompt 3 \(roles: system, user\): no system role. Change the messages"
@@ -144,7 +144,7 @@ def test_template_that_refuses_the_messages():
         render(chat(("system", "be brief"), ("user", "hi"), key=3), tokenizer)
 
 
-def test_option_that_the_template_does_not_mention():
+def test_template_options_refuses_unknown_option():
     tokenizer = word_tokenizer(template=TEMPLATE)
     with pytest.raises(
         ConfigError, match=r"does not mention the option 'enable_thinkin', .*Did you mean 'enable_thinking'"
@@ -155,7 +155,7 @@ def test_option_that_the_template_does_not_mention():
 
 
 @pytest.mark.parametrize("name", ["messages", "add_generation_prompt", "tokenize", "chat_template"])
-def test_option_that_rendering_decides(name):
+def test_template_options_refuses_reserved_option(name):
     tokenizer = word_tokenizer(template=TEMPLATE)
     with pytest.raises(ConfigError, match=f"`template_options` cannot set '{name}'"):
         render(chat(("user", "hi")), tokenizer, {name: False})
@@ -174,7 +174,7 @@ def test_render_checked_renders_each_prompt():
     assert len(render_checked(prompts, tokenizer, max_prompt_length=None, template_options=options)[1]) == 5
 
 
-def test_prompts_over_the_limit():
+def test_render_checked_refuses_prompts_over_max_prompt_length():
     prompts = [text("hi", 4), text("hi there", 8), text("hi there be", 9)]
     with pytest.raises(DataError) as caught:
         render_checked(prompts, word_tokenizer(), max_prompt_length=2)
@@ -188,7 +188,7 @@ def test_prompts_over_the_limit():
         assert part in str(caught.value)
 
 
-def test_prompt_of_zero_tokens():
+def test_render_checked_refuses_prompt_of_zero_tokens():
     with pytest.raises(DataError, match=r"Prompt 5 renders to zero tokens with .*knows its characters"):
         render_checked([text("xyz", 5)], word_tokenizer(bos=False), max_prompt_length=None)
 
@@ -197,19 +197,19 @@ def test_prompt_of_zero_tokens():
 
 
 @pytest.mark.parametrize("appends_eos", [True, False])
-def test_response_has_no_special_tokens_but_one_end(appends_eos):
+def test_encode_response_ends_with_one_eos(appends_eos):
     tokenizer = word_tokenizer(appends_eos=appends_eos)
     assert words(tokenizer, encode_response("hi there", tokenizer)) == ["hi", "there", "<eos>"]
     assert words(tokenizer, encode_response("hi <eos>", tokenizer)) == ["hi", "<eos>"]
 
 
 @pytest.mark.parametrize("response", ["", " \n", "xyz", "<eos>"])
-def test_response_of_zero_tokens(response):
+def test_encode_response_refuses_response_of_zero_tokens(response):
     with pytest.raises(DataError, match=r"has zero tokens with .* besides the end-of-sequence token. Remove the row"):
         encode_response(response, word_tokenizer())
 
 
-def test_response_for_a_tokenizer_without_an_end():
+def test_encode_response_raises_config_error_when_eos_is_missing():
     with pytest.raises(ConfigError, match=r"has no end-of-sequence token, so no response can end. Set its eos_token"):
         encode_response("hi", byte_tokenizer())
 
@@ -217,7 +217,7 @@ def test_response_for_a_tokenizer_without_an_end():
 # --- rows ----------------------------------------------------------------------------------------------------------
 
 
-def test_conversation_keeps_what_templates_read():
+def test_conversation_keeps_parts_and_tool_calls():
     parts = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}], "reasoning_content": None}
     messages = conversation([{"role": "user", "content": parts}, call], "Row 0")
@@ -227,7 +227,7 @@ def test_conversation_keeps_what_templates_read():
     )
 
 
-def test_text_or_none():
+def test_text_or_none_accepts_only_text_and_none():
     assert text_or_none(None, "Row 0") is None
     assert text_or_none("", "Row 0") == ""
     for value in (3, [], [{"role": "user", "content": "a"}], [{"role": "assistant", "content": "a"}] * 2):

@@ -115,7 +115,7 @@ def test_post_reports_the_reason_when_an_error_is_empty(real: RealServer):
     assert posted(client(real)).failure == "HTTP 404: Not Found"
 
 
-def test_post_asks_for_a_body_that_is_not_compressed(real: RealServer):
+def test_post_requests_uncompressed_body(real: RealServer):
     posted(client(real))
     assert real.headers[0]["Accept-Encoding"] == "identity"
 
@@ -198,7 +198,7 @@ def test_post_ignores_a_socks_proxy_for_all(real: RealServer, no_proxies: pytest
 
 
 @pytest.mark.parametrize("address", ["socks5://me:{}@host:1", "http://me:{}@host:port", "ftp://me:{}@host"])
-def test_proxy_of_refuses_what_is_no_http_proxy(no_proxies: pytest.MonkeyPatch, address: str):
+def test_proxy_of_refuses_non_http_proxy(no_proxies: pytest.MonkeyPatch, address: str):
     no_proxies.setenv("https_proxy", address.format(SECRET))
     with pytest.raises(
         ConfigError, match=r"https_proxy is not the address of an HTTP proxy .* judge\.org would"

@@ -60,7 +60,7 @@ SETTINGS = [{"baseline": "full"}, {"baseline": "optimal"}, {"k": 1}, {"k": 3}, {
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_values_are_the_oracles(seed: int):
+def test_baselines_equal_oracle(seed: int):
     student, teacher = pair(seed)
     _, tokens = tokens_of(student, teacher, None)
     everything = list(range(12))
@@ -77,7 +77,7 @@ def test_the_values_are_the_oracles(seed: int):
 
 @pytest.mark.parametrize("options", SETTINGS)
 @pytest.mark.parametrize("seed", range(4))
-def test_no_baseline_changes_the_mean_gradient_and_the_optimal_one_has_the_least_variance(seed: int, options: dict):
+def test_vopd_keeps_mean_gradient_and_optimal_varies_least(seed: int, options: dict):
     student, teacher = pair(seed)
     mean, variance = moments(student, teacher, "vopd", **options)
     assert mean == pytest.approx(oracle.grad_full(student, teacher), abs=1e-12)
@@ -86,7 +86,7 @@ def test_no_baseline_changes_the_mean_gradient_and_the_optimal_one_has_the_least
     assert moments(student, teacher, "opd")[1] >= least - 1e-12
 
 
-def test_where_a_confident_student_is_wrong_the_value_is_worse_than_no_baseline():
+def test_vopd_full_baseline_raises_variance_when_student_errs():
     student = [math.log(0.99)] + [math.log(0.01 / 11)] * 11
     teacher = [math.log(0.007)] + [math.log(0.993 / 11)] * 11
     _, plain = moments(student, teacher, "opd")
@@ -96,7 +96,7 @@ def test_where_a_confident_student_is_wrong_the_value_is_worse_than_no_baseline(
     assert optimal < 0.5 * plain
 
 
-def test_entries_that_do_not_exist_and_an_empty_support_are_worth_nothing():
+def test_expected_log_ratio_ignores_masked_entries():
     student, teacher = pair(0)
     _, tokens = tokens_of(student, teacher, 3)
     exists = torch.tensor([[True, True, False], [False] * 3]).repeat(6, 1)
@@ -129,7 +129,7 @@ def test_entries_that_do_not_exist_and_an_empty_support_are_worth_nothing():
         ({"temperature": 0.7}, r"sampled at temperature 0.7 and scored at 1.0: the gradient would be biased"),
     ],
 )
-def test_rollouts_for_which_the_baseline_is_biased_are_refused(sampling: dict, message: str):
+def test_vopd_refuses_biased_sampling(sampling: dict, message: str):
     with pytest.raises(ConfigError, match=message):
         distill(student="nowhere", teacher="nowhere", prompts=["1"], method="vopd", steps=1, sampling=sampling)
 
@@ -142,7 +142,7 @@ def weighted(piece: str) -> object:
 
 
 @pytest.mark.parametrize("piece", ["weight", "filter"])
-def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
+def test_vopd_refuses_pieces_that_look_at_sampled_token(piece: str):
     with pytest.raises(
         ConfigError, match=rf"the {piece} depends on the sampled token, .* Leave it out, or use method opd"
     ):
@@ -162,13 +162,13 @@ def test_weights_that_look_at_the_sampled_token_are_refused(piece: str):
         ),
     ],
 )
-def test_what_looks_at_the_whole_response_is_refused_beside_a_baseline(pieces: dict, message: str):
+def test_vopd_refuses_pieces_that_look_at_whole_response(pieces: dict, message: str):
     method = replace(methods.build("vopd", {"k": 3}), **pieces)
     with pytest.raises(ConfigError, match=message):
         distill(student="nowhere", teacher="nowhere", prompts=["1"], method=method, steps=1)
 
 
-def test_a_signal_says_that_it_has_a_baseline():
+def test_needs_of_has_unbiased_baseline_when_signal_is_centred():
     assert Trait.UNBIASED_BASELINE in methods.build("vopd", {}).needs
     centred = signals.policy_gradient(baselines.against(baselines.expected_log_ratio, signals.log_ratio))
     assert Trait.UNBIASED_BASELINE in needs_of(signals.add(centred, signals.nll()))

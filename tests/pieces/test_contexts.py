@@ -37,7 +37,7 @@ CHAT = replace(PROMPT, content=({"role": "system", "content": "s"}, {"role": "us
 # --- templates and prefills ------------------------------------------------------------------------------------------
 
 
-def test_every_field_has_its_value():
+def test_privileged_fills_every_field():
     template = "{prompt}|{privileged_context}|{answer}|{attempt}|{verdict}"
     assert read(template=template).content == "ab|hg|7|cd|correct"
     assert read(template=template, reward=0.5).content == "ab|hg|7|cd|incorrect"
@@ -45,26 +45,26 @@ def test_every_field_has_its_value():
     assert read(CHAT, template=template).content[1]["content"] == "ab|hg|7|cd|correct"
 
 
-def test_braces_in_a_value_stay():
+def test_privileged_keeps_braces_of_values():
     prompt = replace(PROMPT, content="{answer} {", privileged_context="{prompt}")
     assert read(prompt, template="{prompt}/{privileged_context}/{{}}").content == "{answer} {/{prompt}/{}"
 
 
-def test_a_prefill_leaves_the_prompt_alone():
+def test_prefill_leaves_prompt_unchanged():
     got = read(prefill="so {answer}, {privileged_context}")
     assert (got.content, got.prefill) == ("ab", "so 7, hg")
     assert read(CHAT, prefill="so {answer}").content == CHAT.content
     assert rollout().prompt.prefill == ""
 
 
-def test_a_system_message_examples_a_template_and_a_prefill_together():
+def test_privileged_combines_system_examples_template_prefill():
     got = read(CHAT, system="rule", examples=[("u", "a")], template="{prompt}!", prefill="<think>")
     said = [(message["role"], message["content"]) for message in got.content]
     assert said == [("system", "rule"), ("user", "u"), ("assistant", "a"), ("user", "ab!")]
     assert got.prefill == "<think>"
 
 
-def test_a_prefill_stands_behind_the_generation_prompt():
+def test_render_appends_prefill_to_generation_prompt():
     tokenizer = byte_tokenizer()
     plain = render(CHAT, tokenizer)
     with_prefill = render(replace(CHAT, prefill="<think>x"), tokenizer)
@@ -83,7 +83,7 @@ def test_a_prefill_stands_behind_the_generation_prompt():
         ("verified", ["ab\n\n", "previous attempt:\nhg\n", "Your answer is correct."]),
     ],
 )
-def test_the_kinds_of_information_of_the_paper(kind: str, parts: list[str]):
+def test_privileged_shows_each_kind_of_information(kind: str, parts: list[str]):
     text = read(**contexts.INFORMATION[kind]).content
     assert isinstance(text, str)
     for part in parts:
@@ -91,7 +91,7 @@ def test_the_kinds_of_information_of_the_paper(kind: str, parts: list[str]):
     assert text.startswith("ab")
 
 
-def test_a_hint_is_hidden_in_the_think_block():
+def test_hint_is_prefilled_in_think_block():
     got = read(**contexts.INFORMATION["hint"])
     assert got.content == "ab"
     assert got.prefill == "<think>\nThe answer to this problem is 7.\n</think>\n\n"
@@ -115,7 +115,7 @@ def test_a_hint_is_hidden_in_the_think_block():
         ({"system": "s", "prefill": "{privileged_context}"}, {"privileged_context"}),
     ],
 )
-def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
+def test_context_distillation_declares_needs_of_options(options: dict[str, Any], needs: set[str]):
     assert said(methods.build("context_distillation", options).context) == needs
 
 
@@ -136,7 +136,7 @@ def test_what_a_context_declares(options: dict[str, Any], needs: set[str]):
         ({"template": "{prompt} }"}, r"template has braces that do not match: .* Double a brace that is text"),
     ],
 )
-def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):
+def test_privileged_refuses_wrong_context(context: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         contexts.privileged(**context)
 
@@ -148,7 +148,7 @@ def test_a_context_that_makes_no_sense(context: dict[str, Any], message: str):
         ({"information": "hint", "prefill": "x"}, "prefill"),
     ],
 )
-def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
+def test_context_distillation_refuses_two_wordings(options: dict[str, Any], twice: str):
     with pytest.raises(ConfigError, match=f"sets `{twice}`, but the options set it too"):
         methods.build("context_distillation", options)
     one = methods.build("context_distillation", {"information": "hint", "template": "{prompt}"})
@@ -156,12 +156,12 @@ def test_two_wordings_of_one_information(options: dict[str, Any], twice: str):
 
 
 @pytest.mark.parametrize("column", ["answer", "privileged_context"])
-def test_a_row_without_its_column(column: str):
+def test_privileged_raises_data_error_when_column_is_empty(column: str):
     with pytest.raises(DataError, match=f"Prompt 4 has no `{column}`, which the context shows. Fill the column"):
         read(replace(PROMPT, **{column: None}), template=f"{{prompt}}{{{column}}}")
 
 
-def test_a_verdict_without_a_reward():
+def test_privileged_raises_data_error_when_reward_is_missing():
     with pytest.raises(
         DataError, match=r"response to prompt 4 has no reward, but the context .* Set the stage's `reward`"
     ):
@@ -191,14 +191,14 @@ def opsd(**stage: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("information", contexts.INFORMATION)
-def test_a_run_with_each_kind_of_information(work: Path, information: str):
+def test_context_distillation_trains_with_each_information(work: Path, information: str):
     reward = {"name": "final_number"} if information in ("feedback", "verified") else None
     run = opd.run(opsd(options={"information": information}, reward=reward), quiet=True)
     assert [row["step"] for row in run.metrics] == [1, 2]
     assert all(row["train/loss"] > 0 for row in run.metrics), "the teacher reads something else than the student"
 
 
-def test_right_peers_may_be_the_solutions_and_who_has_none_is_counted(work: Path):
+def test_context_distillation_counts_unsolved_when_peers_is_set(work: Path):
     rows = [{"prompt": "1+1=", "answer": 2}, {"prompt": "1+2=", "answer": 3, "privileged_context": "three"}]
     write_rows(work / "mine.jsonl", rows)
     options = {"information": "solution", "peers": True}
@@ -211,7 +211,7 @@ def test_right_peers_may_be_the_solutions_and_who_has_none_is_counted(work: Path
         opd.run(recipe, quiet=True)
 
 
-def test_rows_without_an_answer_are_named_before_training(work: Path):
+def test_run_names_rows_without_answer_before_training(work: Path):
     write_rows(work / "mine.jsonl", [{"prompt": "1+1=", "answer": 2}, {"prompt": "1+2="}, {"prompt": "1+3="}])
     recipe = opsd(options={"information": "answer"}, data={"path": "mine.jsonl"})
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_rows_without_an_answer_are_named_before_training(work: Path):
     assert not Path("run").exists()
 
 
-def test_feedback_needs_a_reward_and_cannot_be_given_to_a_teacher_that_writes(work: Path):
+def test_feedback_refuses_missing_reward_and_teacher_evaluation(work: Path):
     with pytest.raises(ConfigError, match=r"needs a reward: set the stage's `reward`"):
         opd.run(opsd(options={"information": "feedback"}), quiet=True)
     evaluate = {"data": {"path": "held_out.jsonl"}, "teacher": True}
@@ -230,7 +230,7 @@ def test_feedback_needs_a_reward_and_cannot_be_given_to_a_teacher_that_writes(wo
         opd.run(recipe, quiet=True)
 
 
-def test_the_divergence_from_a_teacher_that_reads_feedback_is_measured(work: Path):
+def test_evaluate_gives_reverse_kl_when_teacher_reads_feedback(work: Path):
     evaluate = {"data": {"path": "held_out.jsonl"}, "kl": True, "sampling": {"drawn": {"max_completion_length": 3}}}
     recipe = opsd(options={"information": "feedback"}, reward={"name": "final_number"}, evaluate=evaluate)
     run = opd.run(recipe, quiet=True)

@@ -54,7 +54,7 @@ def lost_of(judged: Drift, student: Tensor, teacher: Tensor, ids: Tensor) -> lis
 
 @pytest.mark.parametrize("threshold", [0.0, 0.25, 0.5, 0.6, 0.75, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_overlap_is_lost_below_the_threshold(threshold: float, seed: int):
+def test_lost_equals_oracle_when_metric_is_overlap(threshold: float, seed: int):
     student, teacher, ids = random_scores(seed)
     got = lost_of(Drift(k=K, threshold=threshold), student, teacher, ids)
     pairs = zip(student.tolist(), teacher.tolist(), strict=True)
@@ -65,7 +65,7 @@ def test_overlap_is_lost_below_the_threshold(threshold: float, seed: int):
 
 @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("seed", range(3))
-def test_a_token_outside_the_teachers_top_p_is_lost(threshold: float, seed: int):
+def test_lost_equals_oracle_when_metric_is_teacher_top_p_accept(threshold: float, seed: int):
     student, teacher, ids = random_scores(seed)
     got = lost_of(Drift(metric="teacher_top_p_accept", k=K, threshold=threshold), student, teacher, ids)
     expected = [
@@ -76,7 +76,7 @@ def test_a_token_outside_the_teachers_top_p_is_lost(threshold: float, seed: int)
         assert 0 < sum(got) < len(got)
 
 
-def test_the_smallest_set_of_the_teacher_by_hand():
+def test_lost_takes_smallest_top_p_set_of_teacher():
     """Of .5, .3, .15, .05: two tokens have .75; three are needed for .8 and more, and three never have .96."""
     teacher = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log().expand(4, 4)
     ids = torch.arange(4)
@@ -91,7 +91,7 @@ def test_the_smallest_set_of_the_teacher_by_hand():
 
 
 @pytest.mark.parametrize("drop", [0.0, 0.01, 0.02, 0.1, 1 / 3, 0.4, 1.0])
-def test_trust_falls_and_never_rises(drop: float):
+def test_trust_equals_oracle_and_never_rises(drop: float):
     lost = (torch.rand(3, 260, generator=torch.Generator().manual_seed(0)) < 0.6).tolist()
     got = Drift(drop=drop).trust(torch.tensor(lost))
     assert bool((got.diff(dim=-1) <= 0).all())
@@ -120,12 +120,12 @@ def test_trust_falls_and_never_rises(drop: float):
         ({"margin": -1}, r"a margin of at least 0.*margin -1"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str):
+def test_prune_opd_refuses_wrong_settings(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         methods.build("prune_opd", options)
 
 
-def test_defaults_are_those_of_the_scripts():
+def test_prune_opd_has_defaults_of_scripts():
     method = methods.build("prune_opd", {})
     budget = method.make_memory()["budget"]
     assert isinstance(budget, Budget)
@@ -189,7 +189,7 @@ SUPPORTS = [
 
 @pytest.mark.parametrize("judged", JUDGES, ids=lambda one: one.metric)
 @pytest.mark.parametrize("support", SUPPORTS, ids=lambda s: f"{s.kind}-{s.by}-{s.k}")
-def test_a_weight_is_the_trust_that_is_left_and_the_base_on_any_support(judged: Drift, support: Any):
+def test_trusted_gives_trust_plus_base_on_any_support(judged: Drift, support: Any):
     student, external, batch, method = scene(judged, support)
     assert method.top_k == judged.k
     got = method.weight(batch)
@@ -206,7 +206,7 @@ def test_a_weight_is_the_trust_that_is_left_and_the_base_on_any_support(judged: 
     assert 0.25 <= float(got[batch.mask].min()) <= float(got[batch.mask].max()) <= 1.25
 
 
-def test_the_support_is_the_same_whatever_else_is_looked_at():
+def test_support_ids_are_equal_when_drift_reads_top_k():
     """The support's own k are cut out of what is recorded for all."""
     for support in SUPPORTS[2:]:
         _, _, batch, method = scene(JUDGES[0], support)
@@ -229,7 +229,7 @@ def test_the_support_is_the_same_whatever_else_is_looked_at():
         assert batch.teacher_top_ids.shape[-1] == method.top_k == K
 
 
-def test_a_piece_that_forgets_to_ask_is_told():
+def test_trusted_raises_config_error_when_top_k_is_small():
     judged = Drift(k=4)
     _, _, batch, _ = scene(Drift(k=3))
     with pytest.raises(
@@ -240,7 +240,7 @@ def test_a_piece_that_forgets_to_ask_is_told():
         drift.trusted(judged)(replace(batch, student_top_ids=None, teacher_top_ids=None, teacher_top_logp=None))
 
 
-def test_what_is_asked_for_is_the_most_that_any_piece_asks_for():
+def test_top_k_is_largest_of_pieces():
     of = [drift.trusted(Drift(k=k)) for k in (3, 5)]
     plain = Method(signal=signals.nll())
     assert plain.top_k == 0
@@ -252,7 +252,7 @@ def test_what_is_asked_for_is_the_most_that_any_piece_asks_for():
     assert replace(both, support=supports.top_k(9, by="student")).record().top_k == 9
 
 
-def test_two_weights_of_different_k_each_look_at_their_own():
+def test_trusted_reads_own_k_when_weights_differ():
     few, many = Drift(k=2, threshold=0.7, drop=0.3), Drift(k=5, threshold=0.7, drop=0.3)
     student, external, batch, _ = scene(many)
     for judged in (few, many):
@@ -274,14 +274,14 @@ def centred(metric: Any) -> Method:
     return replace(vopd, weight=drift.trusted(Drift(metric=metric, k=3)))
 
 
-def test_a_weight_that_looks_at_the_sampled_token_is_refused_beside_a_baseline():
+def test_vopd_refuses_weight_that_looks_at_sampled_token():
     with pytest.raises(ConfigError, match="the weight depends on the sampled token"):
         opd.distill(
             student="nowhere", teacher="nowhere", prompts=["1"], method=centred("teacher_top_p_accept"), steps=1
         )
 
 
-def test_the_overlap_is_settled_before_the_token_is_drawn(tmp_path: Path):
+def test_overlap_is_independent_of_sampled_token(tmp_path: Path):
     """With every token of the vocabulary as the last one, weight times baseline has no gradient in the mean."""
     run = train(tmp_path, centred("overlap"))
     assert len(run.metrics) == 2
@@ -319,7 +319,7 @@ def budget_of(judged: Drift = JUDGES[0], **settings: Any) -> Budget:
     })  # fmt: skip
 
 
-def test_a_budget_grows_shrinks_and_waits_by_hand():
+def test_budget_advances_by_hits_and_patience():
     budget = budget_of()
     course = [
         ([20, 17, 3, 3], 24, 0, 0.5),  # 17 is within the margin
@@ -343,7 +343,7 @@ def test_a_budget_grows_shrinks_and_waits_by_hand():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_budget_goes_the_way_of_the_paper(seed: int):
+def test_budget_equals_oracle(seed: int):
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(0, 34, (60, 5), generator=generator).tolist()
     for share in (0.1, 0.4, 1.0):
@@ -353,7 +353,7 @@ def test_a_budget_goes_the_way_of_the_paper(seed: int):
         assert share == 1.0 or len(set(got)) > 2
 
 
-def test_a_budget_is_what_it_was_when_it_comes_back():
+def test_budget_continues_equally_when_restored():
     budget, again = budget_of(), budget_of(initial=12)
     budget.advance([0])
     again.load_state_dict(budget.state_dict(), {})
@@ -361,7 +361,7 @@ def test_a_budget_is_what_it_was_when_it_comes_back():
     assert [again.advance([0]), again.advance([20])] == [budget.advance([0]), budget.advance([20])]
 
 
-def test_a_budget_learns_from_the_responses_of_all_processes():
+def test_budget_observes_all_processes():
     judged = JUDGES[0]
     _, _, batch, _ = scene(judged)
     _, _, other, _ = scene(judged, seed=5)
@@ -378,7 +378,7 @@ def test_a_budget_learns_from_the_responses_of_all_processes():
 
 
 @pytest.mark.parametrize("judged", JUDGES, ids=lambda one: one.metric)
-def test_what_is_logged_is_counted_by_hand(judged: Drift):
+def test_drifted_metrics_equal_hand_count(judged: Drift):
     student, external, batch, _ = scene(judged)
     spare = batch.rollouts[2]
     batch = replace(batch, mask=batch.mask & (torch.arange(6) != 2)[:, None])  # a filter left this one out
@@ -402,7 +402,7 @@ def test_what_is_logged_is_counted_by_hand(judged: Drift):
     assert len(spare.response_ids) > 0
 
 
-def test_a_step_of_which_nothing_is_left_teaches_the_budget_nothing():
+def test_budget_keeps_state_when_mask_is_empty():
     judged = JUDGES[0]
     _, _, batch, _ = scene(judged)
     budget = budget_of()
@@ -423,7 +423,7 @@ def written(source: Any, **memory: Any) -> tuple[LanguageModel, LanguageModel, l
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 12, 40])
-def test_a_budget_ends_the_same_responses_sooner(tokens: int):
+def test_within_budget_cuts_responses_to_prefixes(tokens: int):
     _, _, whole = written(sources.on_policy())
     _, _, cut = written(
         sources.on_policy(drift.within_budget(50)), budget=lambda: budget_of(initial=tokens, least=1, most=50)
@@ -439,7 +439,7 @@ def test_a_budget_ends_the_same_responses_sooner(tokens: int):
 
 @pytest.mark.parametrize("every", [1, 3, 5])
 @pytest.mark.parametrize("metric", ["overlap", "teacher_top_p_accept"])
-def test_a_drifted_response_ends_at_the_first_look_that_finds_it_so(every: int, metric: Any):
+def test_ends_drifted_cuts_at_first_look_without_trust(every: int, metric: Any):
     judged = Drift(metric=metric, k=K, threshold=0.5 if metric == "overlap" else 0.85, drop=0.3)
     student, external, whole = written(sources.on_policy())
     before = parameters_of(student)
@@ -458,7 +458,7 @@ def test_a_drifted_response_ends_at_the_first_look_that_finds_it_so(every: int, 
     assert all(torch.equal(p, before[name]) for name, p in student.model.named_parameters())
 
 
-def test_a_teacher_that_is_the_student_ends_nothing():
+def test_prune_opd_cuts_no_response_when_teacher_is_student():
     student = tiny(padding_rows=3, spread=0.3)
     method = methods.build("prune_opd", {"k": K, "stop": "rollout", "every": 2, "drop": 1.0})
     sampling = Sampling(max_completion_length=12, n=4)
@@ -498,7 +498,7 @@ BUDGET = {"budget": 6, "budget_min": 2, "budget_max": 10, "budget_step": 2, "mar
 
 
 @pytest.mark.parametrize(("drop", "way"), [(1.0, "shrinks"), (0.0, "grows")])
-def test_the_budget_of_a_step_holds_the_responses_of_the_next(tmp_path: Path, drop: float, way: str):
+def test_budget_limits_responses_of_next_step(tmp_path: Path, drop: float, way: str):
     run = train(tmp_path, "prune_opd", steps=6, options={"k": 4, "threshold": 1.0, "drop": drop, **BUDGET})
     allowed = [6.0, *(row["budget/tokens"] for row in run.metrics)]
     assert [row["rollout/length_max"] <= most for row, most in zip(run.metrics, allowed, strict=False)] == [True] * 6
@@ -513,7 +513,7 @@ def test_the_budget_of_a_step_holds_the_responses_of_the_next(tmp_path: Path, dr
         assert run.metrics[-1]["drift/ended_share"] == 0.0
 
 
-def test_a_run_that_ends_drifted_responses_writes_fewer_tokens(tmp_path: Path):
+def test_prune_opd_writes_fewer_tokens_when_stop_is_rollout(tmp_path: Path):
     options = {"k": 4, "threshold": 0.9, "drop": 0.5}
     runs = [
         train(tmp_path / stop, "prune_opd", options={**options, "stop": stop, "every": 2}, steps=1)
@@ -541,7 +541,7 @@ def recipe(**stage: Any) -> Any:
     return parse_recipe({"name": "one", "models": models, "stages": [described]})
 
 
-def test_a_budget_above_the_longest_response_is_refused():
+def test_check_recipe_refuses_budget_above_max_completion_length():
     with pytest.raises(
         ConfigError,
         match=r"'prune_opd' has a budget of up to 12288 tokens per response, and sampling.max_completion_length is "
@@ -552,7 +552,7 @@ def test_a_budget_above_the_longest_response_is_refused():
     check_recipe(recipe(options={"k": 4, "stop": "rollout", "every": 255}))
 
 
-def test_a_first_look_behind_the_longest_response_is_refused():
+def test_check_recipe_refuses_first_look_past_max_length():
     with pytest.raises(
         ConfigError,
         match=r"'prune_opd' the teacher scores a response every 256 tokens, and sampling.max_completion_length is "
@@ -561,7 +561,7 @@ def test_a_first_look_behind_the_longest_response_is_refused():
         check_recipe(recipe(options={"k": 4, "stop": "rollout"}))
 
 
-def test_a_k_beyond_the_vocabulary_is_refused():
+def test_check_recipe_refuses_k_above_vocabulary():
     with pytest.raises(ConfigError, match=r"k = 40, and the vocabulary has only"):
         check_recipe(recipe(options={"k": 40, "stop": "none"}))
     method = Method(weight=drift.trusted(Drift(k=40)), signal=signals.policy_gradient(signals.log_ratio))
@@ -577,7 +577,7 @@ def test_a_k_beyond_the_vocabulary_is_refused():
         )
 
 
-def test_drift_without_a_teacher_is_refused():
+def test_distill_refuses_drift_without_teacher():
     grpo = methods.build("grpo", {})
     with pytest.raises(ConfigError, match="a piece reads the teacher's scores, but the method has no teacher"):
         opd.distill(
@@ -590,7 +590,7 @@ def test_drift_without_a_teacher_is_refused():
         )
 
 
-def test_a_context_of_the_attempt_is_refused_while_it_is_being_written():
+def test_prune_opd_refuses_attempt_context_when_stop_is_rollout():
     method = methods.build("prune_opd", {"k": 3, "stop": "rollout"})
     attempt = contexts.privileged(template="{prompt}{attempt}")
     with pytest.raises(ConfigError, match=r"reads the student.s attempt, but scores it before it is finished\. Use"):
@@ -599,7 +599,7 @@ def test_a_context_of_the_attempt_is_refused_while_it_is_being_written():
         )
 
 
-def test_weights_fall_along_a_response():
+def test_trusted_falls_along_response():
     """Whatever the models say: the weight of a later token is never above that of an earlier one."""
     _, _, batch, method = scene(JUDGES[0])
     for i in range(len(batch.rollouts)):
@@ -607,7 +607,7 @@ def test_weights_fall_along_a_response():
         assert all(a >= b for a, b in pairwise(row))
 
 
-def test_how_far_a_teacher_is_trusted_does_not_weigh_a_reward():
+def test_trusted_is_refused_beside_reward():
     options = {"vopd": {"task_reward": True, "k": 4}, "prune_opd": {"loss": "sampled", "k": 4}}
     with pytest.raises(ConfigError, match=r"cannot be combined: the weight measures the trust in the teacher, but"):
         methods.build("vopd+prune_opd", options)

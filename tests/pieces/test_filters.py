@@ -37,7 +37,7 @@ def words(n: int, seed: int = 0) -> str:
     return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(n))
 
 
-def test_a_line_that_comes_back():
+def test_repeats_a_line_counts_long_lines():
     line = "so we have to wait for it"
     assert filters.repeats_a_line("\n".join([line] * 5))
     assert filters.repeats_a_line("\n".join(f"  {line} \n{i}" for i in range(5)))
@@ -47,7 +47,7 @@ def test_a_line_that_comes_back():
     assert not filters.repeats_a_line("a" * 19 + "\n" + "a" * 19, times=2)
 
 
-def test_a_window_that_comes_back():
+def test_repeats_a_window_finds_returning_window():
     part = words(100)
     between = [words(50, seed=i) for i in (1, 2, 3)]
     assert filters.repeats_a_window(part + between[0] + part + between[1] + part)
@@ -58,7 +58,7 @@ def test_a_window_that_comes_back():
     assert filters.repeats_a_window("abcdefg" * 40)
 
 
-def test_a_block_that_stands_three_times_in_a_row():
+def test_repeats_a_block_finds_three_in_row():
     block, long = words(50), words(5000, seed=4)
     assert filters.repeats_a_block(long + block * 3 + "end")
     assert not filters.repeats_a_block(long + block * 2 + "end")
@@ -69,7 +69,7 @@ def test_a_block_that_stands_three_times_in_a_row():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_block_in_a_row_equals_a_search_for_it(seed: int):
+def test_repeats_a_block_equals_search(seed: int):
     rng = random.Random(seed)
     text = "".join(rng.choice("ab") for _ in range(60))
     for size in (1, 2, 3, 5):
@@ -80,7 +80,7 @@ def test_a_block_in_a_row_equals_a_search_for_it(seed: int):
             assert filters.repeats_a_block(text, beyond=0, size=size, times=times) == found
 
 
-def test_degenerate_is_any_of_them_or_nothing_at_all():
+def test_degenerate_is_true_when_text_repeats_or_is_empty():
     assert filters.degenerate("  \n ")
     assert filters.degenerate("abcdefg" * 40)
     assert filters.degenerate("\n".join(["so we have to wait for it"] * 5))
@@ -106,7 +106,7 @@ def kept(rollouts: list[Rollout]) -> list[bool]:
     return [bool(r.trained.any()) for r in rollouts]
 
 
-def test_the_first_that_passes_is_trained():
+def test_first_passing_trains_first_that_passes():
     rollouts = written("-+-+", "+", "--", "~+")
     first = filters.first_passing(filters.correct())(rollouts)
     assert kept(first) == [False, True, False, False, True, False, False, True, False]
@@ -116,13 +116,13 @@ def test_the_first_that_passes_is_trained():
     assert [r.response_ids.tolist() for r in first] == [r.response_ids.tolist() for r in rollouts]
 
 
-def test_a_prompt_that_a_step_takes_twice_is_two_groups():
+def test_first_passing_splits_groups_when_prompt_repeats():
     (prompt,) = prompts_of("a")
     rollouts = [rollout_of(LM, prompt, [3], sample=i, reward=1.0) for i in (0, 1, 0, 1)]
     assert kept(filters.first_passing(filters.correct())(rollouts)) == [True, False, True, False]
 
 
-def test_a_clean_response_contains_what_it_must():
+def test_clean_requires_given_text():
     (prompt,) = prompts_of("a")
     yes, no = rollout_of(LM, prompt, [3, 4]), rollout_of(LM, prompt, [5])
     assert yes.text == "bc"
@@ -131,7 +131,7 @@ def test_a_clean_response_contains_what_it_must():
     assert not filters.clean()(replace(yes, text=" "))
 
 
-def test_what_the_filters_declare():
+def test_filters_declare_needs():
     correct = filters.first_passing(filters.correct())
     assert said(filters.everything()) == set()
     assert said(correct) == {"filters", "reward"}
@@ -148,14 +148,14 @@ def test_what_the_filters_declare():
         ({"keep": "both"}, {"filters", "reward"}),
     ],
 )
-def test_what_sft_asks_for(options: dict[str, Any], needs: set[str]):
+def test_sft_declares_needs_of_options(options: dict[str, Any], needs: set[str]):
     method = methods.build("sft", options)
     assert said(method.source) == {"response", "off_policy"}
     assert said(method.filter, method.signal) == needs
 
 
 @pytest.mark.parametrize("what", ["all", "correct"])
-def test_a_condition_on_clean_responses_needs_them(what: str):
+def test_sft_refuses_must_contain_without_clean(what: str):
     with pytest.raises(
         ConfigError, match=rf"`must_contain: x` .* but `keep: {what}` does not select .* Set keep: clean"
     ):
@@ -165,7 +165,7 @@ def test_a_condition_on_clean_responses_needs_them(what: str):
 # --- token sequences -------------------------------------------------------------------------------------------------
 
 
-def test_where_sequences_stand():
+def test_covered_marks_first_or_every_sequence():
     ids = [1, 2, 1, 2, 3, 1, 1, 2]
     assert token_sequences.covered(ids, [[1]], "first") == [True] + [False] * 7
     assert token_sequences.covered(ids, [[1]], "every") == [i == 1 for i in ids]
@@ -175,7 +175,7 @@ def test_where_sequences_stand():
     assert token_sequences.covered([7, 7, 7], [[7, 7]], "every") == [True] * 3
 
 
-def test_what_the_tokenizer_does_not_know():
+def test_encoded_raises_config_error_when_token_is_unknown():
     tokenizer = character_tokenizer(LETTERS)
     assert token_sequences.encoded(["ab", [3, 2]], tokenizer) == ((2, 3), (3, 2))
     assert token_sequences.encoded(["<eos>"], tokenizer) == ((1,),)
@@ -188,7 +188,7 @@ def test_what_the_tokenizer_does_not_know():
 
 
 @pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
-def test_sequences_that_make_no_sense(piece: Any):
+def test_mask_tokens_refuses_wrong_sequences(piece: Any):
     with pytest.raises(ConfigError, match=r"a list with at least one entry, got \[\]"):
         piece([])
     with pytest.raises(ConfigError, match=r"a list with at least one entry, got '<think>'"):
@@ -200,7 +200,7 @@ def test_sequences_that_make_no_sense(piece: Any):
 
 
 @pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])
-def test_a_piece_without_its_tokenizer_says_so(piece: Any):
+def test_mask_tokens_raises_config_error_without_tokenizer(piece: Any):
     with pytest.raises(ConfigError, match=rf"{piece.__name__} needs the student's tokenizer, .* method.with_tok"):
         piece(["a"])([])
 
@@ -212,7 +212,7 @@ def masked_method(**pieces: Any) -> Method:
     return method.with_tokenizer(LM.tokenizer)
 
 
-def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
+def test_without_tokens_lowers_count_and_mask_tokens_does_not():
     prompts = prompts_of("a", "b")
     rollouts = [
         rollout_of(LM, prompts[0], [2, 3, 2, 4]),  # a b a c
@@ -235,7 +235,7 @@ def test_tokens_left_out_do_not_count_and_tokens_of_weight_zero_do():
         assert zero.normalise(batch).count == sum(map(sum, trained))
 
 
-def test_combinations_hand_the_tokenizer_on():
+def test_with_tokenizer_reaches_combined_pieces():
     two = weights.times(weights.every_token(), weights.mask_tokens(["b"]))
     method = masked_method(
         weight=two, filter=filters.in_turn(filters.without_tokens(["a"]), filters.without_tokens([[4]]))
@@ -251,7 +251,7 @@ def test_combinations_hand_the_tokenizer_on():
     )
 
 
-def test_the_method_of_the_paper_masks_the_first_of_each():
+def test_local_support_matching_masks_first_of_each():
     method = methods.build("local_support_matching", {"k": 3, "mask_tokens": ["a", "bc", [5]]}).with_tokenizer(
         LM.tokenizer
     )
@@ -291,7 +291,7 @@ def distilled(reward: Any, **stage: Any) -> opd.Run:
     )
 
 
-def test_only_what_passes_is_learned_and_counted(work: Path):
+def test_sft_trains_only_passing_responses(work: Path):
     run = distilled(lambda prompt, text: float(text[:1] in "02468"))
     for step, row in enumerate(run.metrics):
         samples = [sample for sample in run.samples if sample["step"] == step + 1]
@@ -306,7 +306,7 @@ def test_only_what_passes_is_learned_and_counted(work: Path):
     assert any(0 < row["rollout/kept_share"] < 1 for row in run.metrics)
 
 
-def test_a_step_in_which_nothing_passes_makes_no_update(work: Path):
+def test_sft_raises_training_error_when_none_passes(work: Path):
     fails = re.escape("made no update: in all of its 3 steps no response passed the method's filter")
     with pytest.raises(TrainingError, match=fails):
         distilled(lambda prompt, text: 0.0, output_dir="none", checkpoint={"every": 1})
@@ -323,7 +323,7 @@ def test_a_step_in_which_nothing_passes_makes_no_update(work: Path):
         distilled(lambda prompt, text: 1.0, output_dir="none", checkpoint={"every": 1})
 
 
-def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path, capsys: pytest.CaptureFixture[str]):
+def test_resume_continues_after_skipped_steps(work: Path, capsys: pytest.CaptureFixture[str]):
     """The first two steps pass nothing, the third does; a checkpoint of the second has no moments."""
     recipe = one_stage(
         method="sft",
@@ -352,7 +352,7 @@ def test_a_run_that_skipped_steps_goes_on_after_a_stop(work: Path, capsys: pytes
         torch.testing.assert_close(value, again.student.state_dict()[name])
 
 
-def test_sft_on_data_rows_can_be_filtered_too(work: Path):
+def test_sft_filters_data_rows(work: Path):
     write_rows(work / "rows.jsonl", [{"prompt": "1+1=", "response": "2" * n} for n in (1, 300)])
     run = opd.run(
         one_stage(
@@ -369,9 +369,7 @@ def longer(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "init": {**spec["init"], "max_position_embeddings": 512}}
 
 
-def test_a_mask_token_that_the_tokenizer_does_not_know_is_refused_before_weights(
-    work: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_mask_tokens_refuses_unknown_token_before_loading(work: Path, monkeypatch: pytest.MonkeyPatch):
     forbid(monkeypatch, "opd.runs.build.load_model")
     options = {"k": 4, "mask_tokens": ["<think>"]}
     recipe = one_stage(method="local_support_matching", options=options)
@@ -384,7 +382,7 @@ def test_a_mask_token_that_the_tokenizer_does_not_know_is_refused_before_weights
         assert "Correct the text, give token ids, or leave it out of the masked tokens." in ended.err
 
 
-def test_a_method_that_masks_trains(work: Path):
+def test_mask_tokens_removes_tokens_from_training(work: Path):
     recipe = one_stage(
         method="local_support_matching",
         options={"k": 4, "mask_tokens": ["+", "1"], "mask": "every"},
@@ -400,7 +398,7 @@ def test_a_method_that_masks_trains(work: Path):
             assert row["train/tokens"] == left
 
 
-def test_a_sampled_tail_without_the_sampled_token_is_refused(work: Path):
+def test_reverse_kl_with_sampled_tail_needs_with_sampled(work: Path):
     (work / "mine2.py").write_text(
         "from opd.pieces import signals, supports\nfrom opd.method import Method\n\n\ndef method():\n"
         "    return Method(support=supports.top_k(3), signal=signals.reverse_kl_with_sampled_tail())\n"

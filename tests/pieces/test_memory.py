@@ -49,7 +49,7 @@ def run(folder: Path, method: Method, options: Any = None, **settings: Any) -> o
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_one_method_in_two_runs_gives_the_same_run_twice(tmp_path: Path, name: str):
+def test_distill_gives_equal_runs_when_method_is_reused(tmp_path: Path, name: str):
     settings = METHODS[name]
     method = methods.build(name, settings["options"])
     runs = [run(tmp_path / which, method, **settings) for which in ("first", "second")]
@@ -99,7 +99,7 @@ def test_make_memory_gives_new_objects_in_the_order_of_names():
     assert not {id(one) for one in first.values()} & {id(one) for one in second.values()}
 
 
-def test_observed_lets_each_memory_learn_once_in_order():
+def test_observed_calls_each_memory_once_in_order():
     steps = Steps()
     batch = batch_with(steps=steps, silent=Silent())
     assert observed(batch, lambda value: [value]) == {"steps/count": 1.0}
@@ -114,7 +114,7 @@ class Other(SavedAttributes):
         return {"other/x": 1.0}
 
 
-def test_saved_attributes_come_back():
+def test_saved_attributes_restore_state():
     steps, again = Steps(), Steps()
     steps.count = 3
     again.load_state_dict(steps.state_dict(), steps.tensors())
@@ -124,7 +124,7 @@ def test_saved_attributes_come_back():
         again.load_state_dict({}, {})
 
 
-def test_recalled_says_which_memory_is_missing():
+def test_recalled_names_missing_memory():
     steps = Steps()
     assert recalled({"steps": steps}, "steps", Steps) is steps
     with pytest.raises(ConfigError, match=r"reads the memory 'steps', a Steps, and the method has no memory of that"):
@@ -133,7 +133,7 @@ def test_recalled_says_which_memory_is_missing():
         recalled({"steps": Silent()}, "steps", Steps)
 
 
-def test_a_piece_without_its_memory_is_an_error(tmp_path: Path):
+def test_pieces_raise_config_error_when_memory_is_missing(tmp_path: Path):
     with pytest.raises(ConfigError, match="reads the memory 'gate', a EntropyGate, and the method has no memory"):
         gates.factor(batch_with())
     method = Method(signal=signals.nll(), source=sources.on_policy(drift.within_budget(4)))
@@ -141,7 +141,7 @@ def test_a_piece_without_its_memory_is_an_error(tmp_path: Path):
         run(tmp_path, method, steps=1)
 
 
-def test_two_methods_with_one_name_of_memory_are_refused():
+def test_combined_refuses_equal_memory_names():
     one, other = (Method(signal=signals.sampled_reverse_kl(), memory={"steps": Steps}) for _ in range(2))
     with pytest.raises(ConfigError, match="cannot be combined: both set memory 'steps'"):
         combined(one, other)

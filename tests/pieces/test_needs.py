@@ -149,7 +149,7 @@ every_place = pytest.mark.parametrize("place", PLACES)
 
 @every_place
 @pytest.mark.parametrize("declares", [None, (Reads.TEACHER_LOGP,), (Reads.TEACHER_LOGP, Reads.TEACHER_ENTROPY)])
-def test_on_full_support_who_reads_the_teachers_log_probs_gets_them(place: str, declares: tuple[Reads, ...] | None):
+def test_teacher_logp_is_given_when_read_on_full_support(place: str, declares: tuple[Reads, ...] | None):
     """A piece that says nothing is a user's, and may read them."""
     reader = Reader(declares)
     train(method_of(supports.full(), **PLACES[place](reader)))
@@ -158,7 +158,7 @@ def test_on_full_support_who_reads_the_teachers_log_probs_gets_them(place: str, 
 
 @every_place
 @pytest.mark.parametrize("declares", [(), (Reads.STUDENT_ENTROPY,)])
-def test_on_full_support_nobody_else_pays_for_them(place: str, declares: tuple[Reads, ...]):
+def test_teacher_logp_is_nan_when_unread_on_full_support(place: str, declares: tuple[Reads, ...]):
     reader = Reader(declares)
     train(method_of(supports.full(), **PLACES[place](reader)))
     assert bool(reader.batch.teacher_logp.isnan().all())
@@ -166,20 +166,20 @@ def test_on_full_support_nobody_else_pays_for_them(place: str, declares: tuple[R
     assert (reader.batch.student_entropy is None) == (Reads.STUDENT_ENTROPY not in declares)
 
 
-def test_on_full_support_the_teachers_entropy_brings_them_along():
+def test_teacher_entropy_brings_teacher_logp_on_full_support():
     reader = Reader((Reads.TEACHER_ENTROPY,))
     train(method_of(supports.full(), weight=reader.weight()))
     assert_sampled(reader.batch)
 
 
 @pytest.mark.parametrize("support", [supports.sampled(), supports.top_k(3)], ids=lambda s: s.kind)
-def test_on_other_supports_they_are_always_there(support: Support):
+def test_teacher_logp_is_given_on_other_supports(support: Support):
     reader = Reader(())
     train(method_of(support, weight=reader.weight()))
     assert_sampled(reader.batch)
 
 
-def test_a_sample_file_has_them_and_changes_no_number():
+def test_samples_hold_teacher_logp_and_change_no_metric():
     reader = Reader(())
     method = method_of(supports.full(), weight=reader.weight())
     shown, hidden = train(method, steps=2, samples_every=2), train(method, steps=2)
@@ -219,11 +219,11 @@ NEEDY, SILENT = needing(plain, THEIRS), needing(plain)
         (times(needing(plain, MINE), NEEDY), {MINE, THEIRS}),
     ],
 )
-def test_what_a_piece_of_phase_a_reads(piece: Any, expected: set[Reads]):
+def test_needs_of_gives_reads_of_piece(piece: Any, expected: set[Reads]):
     assert {number for number in (LOGP, MINE, THEIRS) if needs_of(piece).reads(number)} == expected
 
 
-def test_a_method_records_what_its_pieces_read():
+def test_record_unites_reads_of_pieces():
     silent = method_of(supports.full())
     assert silent.record() == Record()
     assert not any(silent.reads(number) for number in (LOGP, MINE, THEIRS))
@@ -242,7 +242,7 @@ def test_per_refuses_another_word():
         per(word)
 
 
-def test_needs_unite_and_of_numbers_the_larger_counts():
+def test_needs_union_takes_larger_numbers():
     one = Needs(columns=frozenset({"answer"}), inputs=frozenset({Input.REWARD}), top_k=3, first_look=2)
     other = Needs(inputs=frozenset({Input.GROUP}), traits=frozenset({Trait.FILTERS}), top_k=5, student_writes=True)
     both = Needs(
@@ -274,20 +274,20 @@ def test_needing_sorts_its_members():
 
 
 @pytest.mark.parametrize(("name", "near"), [("rewrad", "reward"), ("teacher_entrpy", "teacher_entropy")])
-def test_needing_refuses_what_is_no_member(name: Any, near: str):
+def test_needing_refuses_unknown_member(name: Any, near: str):
     with pytest.raises(
         ConfigError, match=rf"declares '{name}', which is not a member .* Did you mean '{near}'\? Declare columns"
     ):
         needing(plain, name)
 
 
-def test_a_piece_times_a_negative_number_pulls_the_other_way():
+def test_turned_swaps_divergence_traits():
     towards = needing(plain, Trait.MINIMISES_DIVERGENCE, Trait.FILTERS, top_k=2).needs
     assert towards.turned() == needing(plain, Trait.MAXIMISES_DIVERGENCE, Trait.FILTERS, top_k=2).needs
     assert towards.turned().turned() == towards
 
 
-def test_needing_tokenizer_is_refused_before_it_has_one():
+def test_needing_tokenizer_refuses_call_without_tokenizer():
     piece = needing_tokenizer("mine", lambda tokenizer: lambda batch: tokenizer, Trait.LOOKS_AT_SAMPLED_TOKEN)
     with pytest.raises(ConfigError, match=r"^mine needs the student's tokenizer, .* method\.with_tokenizer\(tok"):
         piece(None)
@@ -310,7 +310,7 @@ every_source = pytest.mark.parametrize("source", SOURCES)
 
 @every_source
 @every_place
-def test_entropies_are_those_of_the_full_distributions(source: str, place: str):
+def test_entropy_equals_that_of_full_distribution(source: str, place: str):
     reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     train(method_of(supports.full(), source=SOURCES[source], **PLACES[place](reader)))
     batch = reader.batch
@@ -324,7 +324,7 @@ def test_entropies_are_those_of_the_full_distributions(source: str, place: str):
     [supports.sampled(), supports.top_k(3), supports.top_k(3, by="student"), supports.top_k(3, by="union")],
     ids=lambda s: f"{s.kind}-{s.by}",
 )
-def test_entropies_stand_beside_any_support(source: str, support: Support):
+def test_entropy_is_given_beside_any_support(source: str, support: Support):
     reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     train(method_of(support, source=SOURCES[source], weight=reader.weight()))
     batch = reader.batch
@@ -343,7 +343,7 @@ def test_entropies_stand_beside_any_support(source: str, support: Support):
 
 @every_source
 @pytest.mark.parametrize("support", [supports.sampled(), supports.top_k(3, by="student")], ids=lambda s: s.kind)
-def test_only_what_is_declared_is_made(source: str, support: Support):
+def test_entropy_is_given_only_when_declared(source: str, support: Support):
     """Also where the student's top tokens have to be found for a response that it did not write."""
     for declares in ((Reads.STUDENT_ENTROPY,), (Reads.TEACHER_ENTROPY,)):
         reader = Reader(declares)
@@ -353,7 +353,7 @@ def test_only_what_is_declared_is_made(source: str, support: Support):
 
 
 @every_source
-def test_entropies_are_after_temperature(source: str):
+def test_entropy_is_taken_after_temperature(source: str):
     reader = Reader((Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY))
     method = method_of(supports.full(), source=SOURCES[source], weight=reader.weight(), temperature=2.0)
     train(method, sampling={"max_completion_length": PADDED, "temperature": 2.0})
@@ -362,7 +362,7 @@ def test_entropies_are_after_temperature(source: str):
     assert_column(batch.teacher_entropy, batch, entropies(wrapped(1), batch, 2.0))
 
 
-def test_the_students_entropy_does_not_depend_on_who_wrote_the_response():
+def test_student_entropy_is_equal_when_source_gives_none():
     """A reader of old logs writes what the student would: same tokens, same weights, one column."""
     on_policy = sources.on_policy()
 

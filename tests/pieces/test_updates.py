@@ -71,7 +71,7 @@ def extrapolation(**settings: Any) -> Update:
     )
 
 
-def test_candidates_are_two_to_ten_times_the_change_and_the_jumps_come_at_powers_of_two():
+def test_extrapolation_tries_rising_factors_at_powers_of_two():
     walk, jump = Walk(judge=lambda place: place), extrapolation()
     for _ in range(3):
         assert jump(walk)["optim/learning_rate"] == 0.1
@@ -87,7 +87,7 @@ def test_candidates_are_two_to_ten_times_the_change_and_the_jumps_come_at_powers
     assert [float(one[WEIGHT][0, 0]) for one in walk.jumps] == [10, 10, 20]
 
 
-def test_the_first_that_is_not_better_ends_it_and_the_best_stays():
+def test_extrapolation_stops_at_first_worse_candidate():
     walk, jump = Walk(judge=lambda place: -abs(place - 5.5)), extrapolation()
     metrics = jump(walk)
     assert walk.asked == [1, 3, 5, 7]
@@ -99,7 +99,7 @@ def test_the_first_that_is_not_better_ends_it_and_the_best_stays():
     assert len(walk.jumps) == 1
 
 
-def test_a_rejected_jump_is_taken_back_bit_by_bit():
+def test_extrapolation_restores_weights_when_rejected():
     generator = torch.Generator().manual_seed(0)
     walk = Walk(judge=lambda place: -place, stride=1 / 3)
     for name in walk.weights:
@@ -113,19 +113,19 @@ def test_a_rejected_jump_is_taken_back_bit_by_bit():
 
 
 @pytest.mark.parametrize(("ties", "place"), [(False, 1), (True, 11)])
-def test_an_equal_candidate_is_taken_only_with_ties(ties: bool, place: float):
+def test_extrapolation_takes_equal_candidate_only_with_ties(ties: bool, place: float):
     walk = Walk(judge=lambda place: 0.5)
     extrapolation(ties=ties)(walk)
     assert walk.place == place
 
 
-def test_a_value_that_is_no_number_is_not_better():
+def test_extrapolation_rejects_nan():
     walk = Walk(judge=lambda place: math.nan if place > 1 else 0.0)
     extrapolation(ties=True)(walk)
     assert walk.place == 1
 
 
-def test_only_matrices_move_if_asked():
+def test_extrapolation_moves_only_matrices_when_set():
     walk = Walk(judge=lambda place: place)
     extrapolation(matrices=True)(walk)
     assert [float(walk.weights[name].flatten()[0]) for name in (WEIGHT, EMBEDDING, NORM)] == [11, 1, 1]
@@ -140,7 +140,7 @@ def test_only_matrices_move_if_asked():
         ("layers.0.mlp.experts.gate_up_proj", (3, 2, 2), 11),
     ],
 )
-def test_embeddings_stay_whatever_they_are_called_and_experts_move(name: str, shape: tuple[int, ...], place: int):
+def test_extrapolation_moves_experts_and_no_embeddings(name: str, shape: tuple[int, ...], place: int):
     walk = Walk(judge=lambda place: place, weights={WEIGHT: torch.zeros(1, 2), name: torch.zeros(shape)})
     extrapolation(matrices=True)(walk)
     assert float(walk.weights[name].flatten()[0]) == place
@@ -153,7 +153,7 @@ def test_embeddings_stay_whatever_they_are_called_and_experts_move(name: str, sh
         ("context_distillation", {"template": "{prompt}{verdict}", "k": 4}),
     ],
 )
-def test_a_validation_by_a_teacher_that_reads_a_verdict_gives_it_one(method: str, options: dict[str, Any]):
+def test_eff_opd_validates_by_teacher_kl_when_verdict_is_read(method: str, options: dict[str, Any]):
     rows = [{"prompt": f"{n}+", "answer": str(n), "privileged_context": "7"} for n in range(4)]
     run = distill(
         student=load_model(ModelSpec(**tiny_model(0, characters=CHARACTERS)), name="tiny").model,
@@ -170,7 +170,7 @@ def test_a_validation_by_a_teacher_that_reads_a_verdict_gives_it_one(method: str
 
 
 @pytest.mark.parametrize("by", ["reward", "teacher_kl"])
-def test_a_candidate_that_overflows_is_not_taken(by: str):
+def test_eff_opd_rejects_overflowing_candidate(by: str):
     run = distill(
         student=load_model(ModelSpec(**tiny_model(0, characters=CHARACTERS)), name="tiny").model,
         tokenizer=character_tokenizer(CHARACTERS),
@@ -191,7 +191,7 @@ def test_a_candidate_that_overflows_is_not_taken(by: str):
 
 
 @pytest.mark.parametrize("stop", range(1, 9))
-def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
+def test_extrapolation_continues_equally_when_restored(stop: int):
     jump, walk, again = extrapolation(candidates=1), Walk(judge=lambda place: place), Walk(judge=lambda place: place)
     for _ in range(9):
         jump(walk)
@@ -207,11 +207,11 @@ def test_it_goes_on_from_its_state_as_if_it_had_not_stopped(stop: int):
 
 
 @pytest.mark.parametrize("settings", [{"candidates": 0}, {"prompts": 0}])
-def test_nothing_to_try_is_refused(settings: dict[str, int]):
+def test_extrapolation_refuses_zero_candidates_or_prompts(settings: dict[str, int]):
     with pytest.raises(ConfigError, match="needs at least one candidate and one prompt, got candidates"):
         extrapolation(**settings)
 
 
-def test_a_validation_by_reward_needs_one():
+def test_eff_opd_raises_config_error_without_reward():
     with pytest.raises(ConfigError, match="method 'eff_opd' needs a reward"):
         distill(student="nowhere", teacher="nowhere", prompts=["1"], method="eff_opd", steps=1)

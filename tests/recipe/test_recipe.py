@@ -47,7 +47,7 @@ def refused(raw: dict[str, Any], *overrides: str) -> str:
 # --- defaults --------------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_merged_under_every_stage_key_by_key():
+def test_defaults_merge_into_each_stage_by_key():
     defaults = {"steps": 7, "sampling": {"n": 4, "temperature": 0.5}, "optimizer": {"betas": [0.8, 0.9]}, "data": {}}
     one = stage("one", sampling={"temperature": 0.7})
     two = {key: value for key, value in stage("two").items() if key != "steps"}
@@ -59,7 +59,7 @@ def test_defaults_are_merged_under_every_stage_key_by_key():
     assert [s.data.path for s in resolved.stages] == ["x.jsonl"] * 2
 
 
-def test_a_list_or_a_value_of_a_stage_replaces_the_default_and_null_unsets_it():
+def test_defaults_yield_to_lists_values_and_null_of_stage():
     defaults = {"teacher": "teacher", "sampling": {"stop": ["a", "b"]}, "reward": {"name": "exact"}}
     one = stage("one", teacher=None, sampling={"stop": ["c"]}, reward=None)
     resolved = parse_recipe(recipe(one, stage("two"), defaults=defaults))
@@ -68,7 +68,7 @@ def test_a_list_or_a_value_of_a_stage_replaces_the_default_and_null_unsets_it():
     assert [s.reward is None for s in resolved.stages] == [True, False]
 
 
-def test_defaults_are_not_shared_between_stages_or_written_to_the_callers_mapping():
+def test_defaults_are_copied_per_stage():
     raw = recipe(stage("one"), stage("two"), defaults={"sampling": {"n": 4}})
     before = yaml.safe_dump(raw)
     resolved = parse_recipe(raw, ["stages.one.sampling.n=2", "defaults.sampling.top_p=0.5"])
@@ -77,16 +77,16 @@ def test_defaults_are_not_shared_between_stages_or_written_to_the_callers_mappin
     assert yaml.safe_dump(raw) == before
 
 
-def test_a_misspelt_default_is_told():
+def test_defaults_suggests_key_when_misspelt():
     assert "`stages.0.samplng`. Did you mean 'sampling'?" in refused(recipe(defaults={"samplng": {}}))
 
 
 @pytest.mark.parametrize("defaults", [5, ["steps"], "steps"])
-def test_defaults_are_a_mapping(defaults: Any):
+def test_defaults_refuses_non_mapping(defaults: Any):
     assert "`defaults`" in refused(recipe(defaults=defaults))
 
 
-def test_what_is_left_out_has_the_documented_value():
+def test_parse_recipe_fills_documented_defaults():
     resolved = parse_recipe(recipe())
     only = resolved.stages[0]
     assert (resolved.seed, resolved.folder, resolved.report_to) == (0, Path("runs/tiny"), [])
@@ -125,11 +125,11 @@ def test_what_is_left_out_has_the_documented_value():
         ("evaluate={data: {path: y.jsonl}, kl: true}", lambda r: r.stages[0].evaluate.kl is True),
     ],
 )
-def test_override(override: str, value: Any):
+def test_override_sets_key(override: str, value: Any):
     assert value(parse_recipe(recipe(), [override]))
 
 
-def test_an_override_of_one_stage_leaves_another_alone_that_was_given_the_same_object(tmp_path: Path):
+def test_override_changes_one_stage_when_object_is_shared(tmp_path: Path):
     common = {"n": 4}
     raw = recipe(stage("one", sampling=common), stage("two", sampling=common))
     assert [s.sampling.n for s in parse_recipe(raw, ["stages.one.sampling.n=2"]).stages] == [2, 4]
@@ -139,11 +139,11 @@ def test_an_override_of_one_stage_leaves_another_alone_that_was_given_the_same_o
     assert [s.sampling.n for s in load_recipe(file, ["stages.one.sampling.n=2"]).stages] == [2, 4]
 
 
-def test_the_last_override_of_a_key_wins():
+def test_override_takes_last_value_of_key():
     assert parse_recipe(recipe(), ["seed=3", "steps=4", "seed=5"]).seed == 5
 
 
-def test_a_name_is_looked_for_before_a_number():
+def test_override_prefers_stage_name_to_number():
     raw = recipe(stage("first"), stage("0"))
     assert [s.steps for s in parse_recipe(raw, ["stages.0.steps=9"]).stages] == [2, 9]
 
@@ -165,7 +165,7 @@ def test_a_name_is_looked_for_before_a_number():
         ("seed={", "Override seed: '{' is not a YAML value"),
     ],
 )
-def test_a_bad_override(override: str, message: str):
+def test_override_raises_config_error_when_wrong(override: str, message: str):
     assert message in refused(recipe(stage("one"), stage("two"), seed=0), override)
 
 
@@ -199,32 +199,32 @@ DATA = {"path": "x"}
         ),
     ],
 )
-def test_an_unknown_key_has_its_place_its_nearest_match_and_the_known_ones(key: str, near: str, override: str):
+def test_parse_recipe_suggests_near_key_when_unknown(key: str, near: str, override: str):
     message = refused(recipe(), override)
     line = next(line for line in message.splitlines() if "unknown key" in line)
     assert line.startswith(f"  unknown key `{key}`. Did you mean {near!r}? Known here: ")
     assert near in line.split("Known here: ")[1].split(", ")
 
 
-def test_an_unknown_key_that_is_near_nothing_lists_the_known_ones():
+def test_parse_recipe_lists_known_keys_when_none_is_near():
     message = refused(recipe(), "checkpoint.zzz=1")
     assert "unknown key `stages.0.checkpoint.zzz`. Known here: every, keep" in message
     assert "Did you mean" not in message
 
 
 @pytest.mark.parametrize(("override", "near"), [("stesp=3", "steps"), ("temprature=1", None), ("sede=3", "seed")])
-def test_a_short_override_that_is_misspelt_may_be_meant_for_the_stage(override: str, near: str | None):
+def test_override_suggests_stage_key_when_misspelt(override: str, near: str | None):
     message = refused(recipe(), override)
     assert (f"Did you mean {near!r}?" in message) == (near is not None)
     assert ("; of a stage: name, train, teacher" in message) == (near != "seed")
 
 
-def test_a_key_of_a_stage_at_the_top_of_a_recipe():
+def test_parse_recipe_points_to_stage_when_key_is_at_top():
     message = refused(recipe(steps=3))
     assert "unknown key `steps`. It is a key of a stage. Known here: name" in message
 
 
-def test_an_unknown_key_of_the_file_is_not_looked_for_in_the_stage():
+def test_parse_recipe_omits_stage_keys_when_file_is_misspelt():
     assert "of a stage" not in refused(recipe(stesp=3), "steps=3")
 
 
@@ -241,13 +241,13 @@ def test_an_unknown_key_of_the_file_is_not_looked_for_in_the_stage():
         ("kl_coef=0.1", "No such key: the weight of a divergence"),
     ],
 )
-def test_what_other_trainers_call_a_key(override: str, said: str):
+def test_parse_recipe_translates_other_trainers_keys(override: str, said: str):
     message = refused(recipe(), override)
     assert said in message
     assert "Did you mean" not in message
 
 
-def test_the_keys_that_other_names_are_led_to_are_keys():
+def test_other_names_point_to_known_keys():
     """Every name in back-quotes is a key of a stage, or of a section or model of one."""
     keys = set(StageSpec.model_fields) | set(ModelSpec.model_fields)
     for section in (OptimizerSection, SamplingSection, CheckpointSection, EvaluateSection, DataSection):
@@ -258,7 +258,7 @@ def test_the_keys_that_other_names_are_led_to_are_keys():
             assert set(parts) <= keys, f"{name}: {quoted}"
 
 
-def test_a_judge_is_not_told_of_the_keys_of_a_stage():
+def test_parse_recipe_translates_no_keys_of_judge():
     assert "Here it is" not in refused(recipe(), "reward={name: rubric, model: x}")
 
 
@@ -272,55 +272,55 @@ def test_a_judge_is_not_told_of_the_keys_of_a_stage():
         ("checkpoint=3", "(got 3). Its keys: every, keep"),
     ],
 )
-def test_a_plain_value_where_a_section_belongs(override: str, said: str):
+def test_parse_recipe_suggests_section_when_value_is_plain(override: str, said: str):
     message = refused(recipe(), override)
     assert said in message
     assert "instance of" not in message
 
 
-def test_a_misspelt_tokenizer_of_characters():
+def test_parse_recipe_suggests_characters_when_misspelt():
     models = {"student": {"init": {"model_type": "llama"}, "tokenizer": {"charcters": "abc"}}}
     message = refused(recipe(models=models))
     assert "charcters`. Did you mean 'characters'?" in message
 
 
-def test_a_stage_or_a_run_whose_name_cannot_be_a_folder():
+def test_parse_recipe_refuses_name_that_is_no_folder():
     assert "`stages.0.name`" in refused(recipe(stage("a/b")))
     assert "`name`" in refused(recipe(name="../x"))
 
 
-def test_a_long_value_is_cut():
+def test_parse_recipe_cuts_long_value_in_error():
     message = refused(recipe(), f"steps={'9x' * 500}")
     assert "`stages.0.steps`" in message
     assert len(message) < 400
 
 
-def test_the_source_is_named(tmp_path: Path):
+def test_load_recipe_error_names_file(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe(seed="x")))
     with pytest.raises(ConfigError, match=r"mine\.yaml is not valid:\n  `seed`"):
         load_recipe(file)
 
 
-def test_a_path_object_is_taken_for_its_text():
+def test_parse_recipe_accepts_path_object():
     assert parse_recipe(recipe(output_dir=Path("here"))).output_dir == "here"
 
 
 # --- references ------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_that_is_not_among_the_models():
+def test_parse_recipe_refuses_unknown_model():
     message = refused(recipe(stage("one", train="studen")))
     assert "recipe: stage 'one': `train: studen` is not among the models. Did you mean 'student'?" in message
     assert "There are ['student', 'teacher']." in message
     assert "`teacher: tutor` is not among the models." in refused(recipe(stage("one", teacher="tutor")))
 
 
-def test_two_stages_of_one_name():
+def test_parse_recipe_refuses_duplicate_stage_name():
     assert "stage 'one': the name is used twice." in refused(recipe(stage("one"), stage("one")))
 
 
-def test_a_model_that_an_earlier_stage_leaves():
+def test_from_stage_needs_earlier_stage():
     models = {"student": {"path": "./student"}, "taught": {"from_stage": "one"}}
     both = [stage("one"), stage("two", teacher="taught")]
     assert parse_recipe(recipe(*both, models=models)).stage("two").teacher == "taught"
@@ -330,7 +330,7 @@ def test_a_model_that_an_earlier_stage_leaves():
     assert "no such stage comes before" in refused(itself)
 
 
-def test_the_time_of_an_earlier_stage():
+def test_seconds_of_needs_earlier_stage():
     assert parse_recipe(recipe(stage("one"), stage("two", seconds_of="one"))).stage("two").seconds_of == "one"
     message = refused(recipe(stage("one", seconds_of="two"), stage("two")))
     assert "stage 'one': `seconds_of: two` names no earlier stage. Earlier: []." in message
@@ -357,7 +357,7 @@ FULL = recipe(
 
 
 @pytest.mark.parametrize("raw", [recipe(), FULL], ids=["short", "full"])
-def test_the_resolved_recipe_reads_back_as_the_same(raw: dict[str, Any]):
+def test_dump_reads_back_equal(raw: dict[str, Any]):
     resolved = parse_recipe(raw)
     text = dump(resolved)
     again = parse_recipe(yaml.safe_load(text))
@@ -367,24 +367,24 @@ def test_the_resolved_recipe_reads_back_as_the_same(raw: dict[str, Any]):
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
-def test_our_own_recipes_read_back_as_the_same(file: Path):
+def test_dump_reads_back_equal_when_recipe_is_shipped(file: Path):
     resolved = load_recipe(file)
     assert resolved.name == file.stem
     assert parse_recipe(yaml.safe_load(dump(resolved))) == resolved
 
 
-def test_defaults_and_overrides_leave_no_trace_but_their_values():
+def test_dump_keeps_no_trace_of_defaults_and_overrides():
     spelt = recipe(stage("one", sampling={"n": 3}), seed=2)
     short = parse_recipe(recipe(defaults={"sampling": {"n": 3}}), ["seed=2"])
     assert dump(short) == dump(parse_recipe(spelt))
 
 
-def test_a_recipe_cannot_be_changed_by_accident():
+def test_recipe_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         parse_recipe(recipe()).seed = 3  # type: ignore[misc]
 
 
-def test_reading_a_recipe_imports_nothing_heavy():
+def test_recipe_import_loads_no_torch():
     code = "import sys, opd.recipe; print({'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

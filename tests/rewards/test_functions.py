@@ -83,7 +83,7 @@ def user_module(tmp_path, monkeypatch):
         ("max_words", {"n": 2}, None, " \n", 0),
     ],
 )
-def test_text_rewards(name, options, answer, text, value):
+def test_text_rewards_give_expected_values(name, options, answer, text, value):
     assert function_of(name, options)(prompt(answer), text) == value
 
 
@@ -107,7 +107,7 @@ def test_text_rewards(name, options, answer, text, value):
         ("0.1", "0.10000000000000001", 0),
     ],
 )
-def test_final_number(answer, text, value):
+def test_final_number_compares_last_number(answer, text, value):
     assert function_of("final_number", {})(prompt(answer), text) == value
 
 
@@ -122,7 +122,7 @@ def test_final_number(answer, text, value):
         ("18", "no idea", 0),
     ],
 )
-def test_math_verify(answer, text, value):
+def test_math_verify_compares_expressions(answer, text, value):
     pytest.importorskip("math_verify")
     assert function_of("math_verify", {})(prompt(answer), text) == value
 
@@ -136,7 +136,7 @@ def test_math_verify_works_in_another_thread():
     assert results == [[1.0]]
 
 
-def test_reasoning_gym_scores_with_the_rows_own_task():
+def test_reasoning_gym_scores_with_task_of_row():
     pytest.importorskip("reasoning_gym")
     tasks = [load_prompts(DataSection(path=f"reasoning_gym:{task}", limit=3)) for task in ("chain_sum", "leg_counting")]
     whole, tagged = function_of("reasoning_gym", {}), function_of("reasoning_gym", {"tag": "answer"})
@@ -147,7 +147,7 @@ def test_reasoning_gym_scores_with_the_rows_own_task():
         assert tagged(row, row.answer) == 0.0
 
 
-def test_reasoning_gym_scores_with_the_rows_own_options():
+def test_reasoning_gym_scores_with_options_of_row():
     pytest.importorskip("reasoning_gym")
     reward = function_of("reasoning_gym", {})
     narrow = {"size": 1, "min_value": 1, "max_value": 6}
@@ -158,7 +158,7 @@ def test_reasoning_gym_scores_with_the_rows_own_options():
     assert reward(prompt(row.answer, metadata={"reasoning_gym": strict}), row.answer) < 1.0
 
 
-def test_reasoning_gym_answer_that_the_scorer_cannot_read():
+def test_reasoning_gym_gives_malformed_when_answer_is_unreadable():
     pytest.importorskip("reasoning_gym")
     [row] = load_prompts(DataSection(path="reasoning_gym:prime_factorization", limit=1))
     with pytest.raises(ValueError, match="invalid literal"):
@@ -166,7 +166,7 @@ def test_reasoning_gym_answer_that_the_scorer_cannot_read():
     assert function_of("reasoning_gym", {"malformed": 0.0})(row, "two and two") == 0.0
 
 
-def test_rewards_declare_the_columns_they_read():
+def test_load_reward_declares_columns():
     assert load_reward("exact", {}).needs == {"answer"}
     assert load_reward("final_number", {}).needs == {"answer"}
     assert load_reward("max_words", {"n": 1}).needs == set()
@@ -174,7 +174,7 @@ def test_rewards_declare_the_columns_they_read():
     assert load_reward("regex", {"pattern": "(a)", "group": 1}).needs == {"answer"}
 
 
-def test_a_users_function_with_and_without_options(user_module):
+def test_load_reward_takes_user_function(user_module):
     name = user_module(
         "def plain(prompt, response):\n    return response == prompt.answer\n"
         "def scaled(prompt, response, *, factor):\n    return factor * len(response)\n"
@@ -219,7 +219,7 @@ halved = Longest(0.5)
 """
 
 
-def test_load_reward_takes_a_users_reward(user_module):
+def test_load_reward_takes_user_reward(user_module):
     name = user_module(LONGEST)
     rollouts = [rollout("a"), rollout("abc")]
     for reward, values in (
@@ -271,7 +271,7 @@ def test_stage_rewards_route_rollouts_by_task():
     assert stage.pop_requests() == {}
 
 
-def test_unfit_to_measure_says_why():
+def test_unfit_to_measure_gives_reason():
     assert unfit_to_measure(Zero()) is None
     relative, asking = Zero(), Zero()
     relative.comparable, asking.asks = False, {"judge": None}
@@ -292,7 +292,7 @@ def test_unscored_answers_counts_rows_without_a_reader():
 # --- what mistakes are told ----------------------------------------------------------------------------------------
 
 
-def test_unknown_name():
+def test_load_reward_suggests_name_when_unknown():
     with pytest.raises(ConfigError) as caught:
         load_reward("final_numbr", {})
     assert "There is no reward 'final_numbr'. Did you mean 'final_number'?" in str(caught.value)
@@ -300,7 +300,7 @@ def test_unknown_name():
     assert "my_package.mine:function" in str(caught.value)
 
 
-def test_unknown_and_missing_options(user_module):
+def test_load_reward_refuses_unknown_or_missing_options(user_module):
     with pytest.raises(
         ConfigError, match=r"'exact' cannot .*\['ignorecase'\].*Did you mean 'ignore_case'.*: ignore_case"
     ):
@@ -339,12 +339,12 @@ class Nearly:
         ),
     ],
 )
-def test_as_reward_refuses_what_is_no_reward(given, got):
+def test_as_reward_refuses_other_objects(given, got):
     with pytest.raises(ConfigError, match=f"^The reward {got}"):
         as_reward(given)
 
 
-def test_load_reward_refuses_what_a_users_function_makes(user_module):
+def test_load_reward_refuses_non_reward_from_factory(user_module):
     name = user_module("def mine(factor=1):\n    return {'factor': factor}\n")
     message = r":mine' has only options as parameters, and its result is {'factor': 2} \(dict\), which is"
     with pytest.raises(ConfigError, match=message):
@@ -360,7 +360,7 @@ def test_load_reward_refuses_what_a_users_function_makes(user_module):
         (lambda rollouts: rollouts, "one with reward=None and unjudged=None"),
     ],
 )
-def test_a_reward_that_returns_no_rewards_is_told(returned, got):
+def test_stage_rewards_refuses_wrong_return_of_reward(returned, got):
     class Wrong(Zero):
         def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
             return returned(rollouts)
@@ -380,19 +380,19 @@ def test_a_reward_that_returns_no_rewards_is_told(returned, got):
         ("math_verify", {"timeout_s": 0.5}, "got `timeout_s: 0.5`. Give whole seconds"),
     ],
 )
-def test_wrong_option_values(name, options, message):
+def test_load_reward_refuses_wrong_option_values(name, options, message):
     with pytest.raises(ConfigError, match=message):
         load_reward(name, options)
 
 
 @pytest.mark.parametrize(("name", "extra"), [("math_verify", "math"), ("reasoning_gym", "gym")])
-def test_package_that_is_not_installed(monkeypatch, name, extra):
+def test_load_reward_names_extra_when_package_is_missing(monkeypatch, name, extra):
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=rf"{name} is not installed .*pip install 'opd\[{extra}\]'"):
         load_reward(name, {})
 
 
-def test_answers_that_cannot_be_compared():
+def test_rewards_raise_data_error_when_answer_is_unusable():
     with pytest.raises(DataError, match="Prompt 4 has no `answer`, which this reward compares with"):
         function_of("exact", {})(prompt(id=4), "a")
     with pytest.raises(DataError, match="The answer 'none' of prompt 0 holds no number"):
@@ -407,7 +407,7 @@ def test_answers_that_cannot_be_compared():
         function_of("reasoning_gym", {})(prompt("1"), "1")
 
 
-def test_reward_that_raises(user_module):
+def test_function_reward_names_prompt_when_function_raises(user_module):
     name = user_module("def bad(prompt, response):\n    return {}[response]\n")
     with pytest.raises(TrainingError) as caught:
         values_of(load_reward(f"{name}:bad", {}), [rollout("x" * 300, id=12)])
@@ -418,7 +418,7 @@ def test_reward_that_raises(user_module):
     assert isinstance(caught.value.__cause__, KeyError)
 
 
-def test_built_in_reward_that_raises_is_told_the_same_way():
+def test_function_reward_names_prompt_when_built_in_raises():
     with pytest.raises(
         TrainingError, match="'exact' raised DataError on prompt 5, response 'hi': Prompt 5 has no `answer`"
     ):
@@ -426,7 +426,7 @@ def test_built_in_reward_that_raises_is_told_the_same_way():
 
 
 @pytest.mark.parametrize("value", [None, "1", float("nan"), float("inf"), 1j, [1.0], np.float32("nan")])
-def test_reward_that_is_no_finite_number(value):
+def test_function_reward_refuses_non_finite_values(value):
     def mine(prompt, response):
         return value
 
@@ -437,7 +437,7 @@ def test_reward_that_is_no_finite_number(value):
 
 
 @pytest.mark.parametrize("value", [1, True, 1.0, np.float32(1), np.int64(1), np.bool_(True)])
-def test_rewards_of_any_number_type_become_floats(value):
+def test_function_reward_converts_numbers_to_float(value):
     [result] = values_of(as_reward(lambda prompt, response: value), [rollout("hi")])
     assert type(result) is float
     assert result == 1.0

@@ -88,7 +88,7 @@ def reward_of(folder: Path, judge: Letters, author: bool = False, **options: Any
 # --- who is asked what -----------------------------------------------------------------------------------------------
 
 
-def test_the_reward_is_the_share_of_points(tmp_path: Path):
+def test_rubric_gives_share_of_points(tmp_path: Path):
     texts = ["a", "bd", "", "x</think>abcd", "abcd</think>c"]
     got = reward_of(tmp_path, Letters())(group(*texts))
     read = ["a", "bd", "", "abcd", "c"]
@@ -102,7 +102,7 @@ def test_the_reward_is_the_share_of_points(tmp_path: Path):
     assert got[0].judged == pytest.approx({"criteria": 4, "points": 10, "teacher_reward": sum(teacher) / 4})
 
 
-def test_one_rubric_a_prompt_and_one_batch_of_verdicts(tmp_path: Path):
+def test_rubric_is_written_once_per_prompt(tmp_path: Path):
     judge = Letters()
     rows = [r for pair in zip(group("a", "b", prompt=3), group("c", "d", prompt=1), strict=True) for r in pair]
     got = reward_of(tmp_path, judge)(rows)
@@ -117,7 +117,7 @@ def test_one_rubric_a_prompt_and_one_batch_of_verdicts(tmp_path: Path):
     assert [one["sources"] for one in verdicts] == [None, None]
 
 
-def test_a_rubric_for_each_response_is_made_from_it_alone(tmp_path: Path):
+def test_rubric_is_written_per_response_when_shared_is_false(tmp_path: Path):
     judge = Letters()
     got = reward_of(tmp_path, judge, shared=False)(group("a", "b"))
     assert [r.reward for r in got] == [0.4, 0.3]
@@ -125,7 +125,7 @@ def test_a_rubric_for_each_response_is_made_from_it_alone(tmp_path: Path):
     assert [len(one["answers"]) for one in judge.of("verdicts")] == [5, 5]
 
 
-def test_a_verifier_that_is_not_blind_is_told_whose_each_answer_is(tmp_path: Path):
+def test_rubric_gives_sources_to_verifier_when_blind_is_false(tmp_path: Path):
     judge = Letters()
     reward_of(tmp_path, judge, blind=False)(group("x", "y"))
     (verdicts,) = judge.of("verdicts")
@@ -134,13 +134,13 @@ def test_a_verifier_that_is_not_blind_is_told_whose_each_answer_is(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("answers", "read"), [(1, ["ab"]), (2, ["ab", "abc"]), (9, ["ab", "abc", "abcd", "b"])])
-def test_as_many_answers_of_the_teacher_as_asked_for(tmp_path: Path, answers: int, read: list[str]):
+def test_rubric_limits_teacher_answers_to_option(tmp_path: Path, answers: int, read: list[str]):
     judge = Letters()
     reward_of(tmp_path, judge, answers=answers)(group("a", "b"))
     assert judge.of("rubric")[0]["teacher"] == read
 
 
-def test_an_author_writes_the_answers_once(tmp_path: Path):
+def test_author_writes_answers_once(tmp_path: Path):
     judge = Letters()
     reward = reward_of(tmp_path, judge, author=True, answers=3)
     assert reward.needs == frozenset()
@@ -151,7 +151,7 @@ def test_an_author_writes_the_answers_once(tmp_path: Path):
     assert [len(judge.of(what)) for what in ("answer", "rubric", "verdicts")] == [3, 1, 1]
 
 
-def test_a_conversation_is_shown_with_its_roles(tmp_path: Path):
+def test_rubric_shows_roles_when_prompt_is_conversation(tmp_path: Path):
     judge = Letters()
     system = {"role": "system", "content": "Be brief."}
     user = {"role": "user", "content": [{"type": "text", "text": "Why?"}]}
@@ -159,19 +159,19 @@ def test_a_conversation_is_shown_with_its_roles(tmp_path: Path):
     assert [one["prompt"] for one in judge.of("rubric")] == ["[system]\nBe brief.\n\n[user]\nWhy?", "Why?"]
 
 
-def test_an_image_is_refused(tmp_path: Path):
+def test_rubric_refuses_image(tmp_path: Path):
     user = {"role": "user", "content": [{"type": "image", "url": "x.png"}]}
     with pytest.raises(DataError, match="Prompt 0 does not hold only text"):
         reward_of(tmp_path, Letters())(group("a", content=(user,)))
 
 
 @pytest.mark.parametrize("teacher", [None, [], "", ["a", ""], ["a", 3], [" <think>x</think> "]])
-def test_a_row_without_answers_of_the_teacher(tmp_path: Path, teacher: Any):
+def test_rubric_raises_data_error_when_answers_are_unusable(tmp_path: Path, teacher: Any):
     with pytest.raises(DataError, match=r"Prompt 0 has .* in `teacher_answers`.*name an `author`"):
         reward_of(tmp_path, Letters())(group("a", teacher=teacher))
 
 
-def test_one_text_is_one_answer(tmp_path: Path):
+def test_rubric_takes_one_text_as_one_answer(tmp_path: Path):
     judge = Letters()
     reward_of(tmp_path, judge)(group("a", teacher="abd"))
     assert judge.of("rubric")[0]["teacher"] == ["abd"]
@@ -180,7 +180,7 @@ def test_one_text_is_one_answer(tmp_path: Path):
 # --- failures --------------------------------------------------------------------------------------------------------
 
 
-def test_a_group_whose_judge_fails_has_no_reward_and_the_others_have(tmp_path: Path):
+def test_rubric_gives_no_reward_only_to_failed_group(tmp_path: Path):
     got = reward_of(tmp_path, Letters(fails="prompt 1"))(group("a", "b") + group("a", "b", prompt=1))
     assert [r.reward for r in got] == [0.4, 0.3, None, None]
     assert [r.unjudged for r in got] == [None, None, *["the judge wrote no rubric: it returned no answer"] * 2]
@@ -188,7 +188,7 @@ def test_a_group_whose_judge_fails_has_no_reward_and_the_others_have(tmp_path: P
 
 
 @pytest.mark.parametrize(("shared", "author"), [(True, False), (False, False), (True, True)])
-def test_whoever_fails_the_whole_group_has_no_reward(tmp_path: Path, shared: bool, author: bool):
+def test_rubric_gives_group_no_reward_when_any_judge_fails(tmp_path: Path, shared: bool, author: bool):
     class Partly(Letters):
         def __call__(self, question: Question) -> str | None:
             text = super().__call__(question)
@@ -208,7 +208,7 @@ def test_whoever_fails_the_whole_group_has_no_reward(tmp_path: Path, shared: boo
     assert all(str(r.unjudged).startswith(who) for r in got)
 
 
-def test_a_failed_group_has_no_advantage_and_others_keep_theirs():
+def test_group_reward_is_zero_for_failed_groups():
     good = [replace(r, reward=v) for r, v in zip(group("a", "b"), (0.2, 0.6), strict=True)]
     bad = [replace(r, unjudged="down") for r in group("a", "b", prompt=1)]
     rows = [good[0], bad[0], good[1], bad[1]]
@@ -221,7 +221,7 @@ def test_a_failed_group_has_no_advantage_and_others_keep_theirs():
 
 
 @pytest.mark.parametrize("scale", [True, False])
-def test_the_teachers_own_reward_does_not_matter(scale: bool):
+def test_group_reward_ignores_constant_shift(scale: bool):
     """(student - teacher) of an older code path is the same once it is centred."""
     rewards = [0.2, 0.6, 0.9]
     rows = [replace(r, reward=v) for r, v in zip(group("a", "b", "c"), rewards, strict=True)]
@@ -236,7 +236,7 @@ def failing(missing: int, groups: int) -> list[Rollout]:
     return [rollout("a", prompt=i, unjudged="HTTP 500" if i < missing else None) for i in range(groups)]
 
 
-def test_too_many_failures_end_the_run_in_every_process(tmp_path: Path):
+def test_check_failures_raises_teacher_error_above_max_failed(tmp_path: Path):
     reward = reward_of(tmp_path, Letters())
     reward.check_failures(failing(4, 10), lambda mine: [mine])
     reward.check_failures([], lambda mine: [mine])
@@ -251,7 +251,7 @@ def test_too_many_failures_end_the_run_in_every_process(tmp_path: Path):
     reward.check_failures(failing(0, 10), lambda mine: [mine, (8, 10, (77, "?"))])
 
 
-def test_counts_are_those_since_the_last_call(tmp_path: Path):
+def test_pop_requests_gives_counts_since_last_call(tmp_path: Path):
     reward = reward_of(tmp_path, Letters())
     reward(group("a", "b"))
     both = StageRewards(by_task={None: reward, "other": None}, gather=lambda mine: [mine, {"judge_requests": 5.0}])
@@ -264,7 +264,7 @@ def test_counts_are_those_since_the_last_call(tmp_path: Path):
 # --- recipes ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_unbound_reward_says_so():
+def test_rubric_raises_config_error_when_unbound():
     with pytest.raises(ConfigError, match="'rubric' needs judges, which only a stage of a run starts"):
         rubric(judge=JudgeSection(function="textwrap:dedent"))(group("a"))
 
@@ -281,13 +281,13 @@ def test_an_unbound_reward_says_so():
         ({"blnd": True}, "Did you mean 'blind'"),
     ],
 )
-def test_options_that_cannot_be_meant_so(options: dict[str, Any], says: str):
+def test_load_reward_refuses_wrong_rubric_options(options: dict[str, Any], says: str):
     judge = {} if not options or "judge" in options else {"judge": JudgeSection(function="textwrap:dedent")}
     with pytest.raises(ConfigError, match=says):
         load_reward("rubric", {**judge, **options})
 
 
-def test_an_unknown_option_lists_the_options_and_apart_from_them_the_fields():
+def test_load_reward_lists_rubric_options_when_unknown():
     with pytest.raises(ConfigError, match=r"with the options \['blnd'\]") as caught:
         load_reward("rubric", {"judge": JudgeSection(function="textwrap:dedent"), "blnd": True})
     options, _, fields = str(caught.value).partition("Its options: ")[2].partition(" Fields next to `options`: ")
@@ -295,7 +295,7 @@ def test_an_unknown_option_lists_the_options_and_apart_from_them_the_fields():
     assert fields == "judge, verifier, author."
 
 
-def test_one_missing_judge_is_one_need(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_opd_check_names_one_need_when_judge_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Another reward, which the second need would name, would be refused next."""
     said = refused(tmp_path, monkeypatch, with_judge(URL, reward=None))
     assert "a reward: set" not in said
@@ -376,7 +376,7 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         ),
     ],
 )
-def test_the_check_refuses(
+def test_opd_check_refuses_wrong_judge_recipes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: Mapping[str, Any], says: Sequence[str]
 ):
     err = refused(tmp_path, monkeypatch, recipe)
@@ -402,9 +402,7 @@ def timings_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "distil/timings.jsonl").read_text().splitlines()]
 
 
-def test_a_run_asks_a_server_and_writes_the_key_nowhere(
-    tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-):
+def test_opd_train_sends_key_to_server_and_writes_none(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JUDGE_KEY", SECRET)
     recipe = with_judge(server.url, judge={"api_key_env": "JUDGE_KEY"})
     monkeypatch.chdir(answered(tmp_path / "work", recipe))
@@ -427,7 +425,7 @@ def test_a_run_asks_a_server_and_writes_the_key_nowhere(
     assert sum(row.get("judge/verifier_requests", 0) for row in timings) == 8
 
 
-def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_path: Path, forks: Forks):
+def test_resume_repeats_only_unsaved_questions_when_killed(tmp_path: Path, forks: Forks):
     with serving() as server:
         # One question at a time: the file of answers is then in the order of the questions.
         recipe = with_judge(server.url, judge={"concurrency": 1})
@@ -451,7 +449,7 @@ def test_a_killed_run_asks_nothing_twice_and_is_the_run_that_was_not_killed(tmp_
     assert_same(folder / "run", whole / "run")
 
 
-def test_what_fails_is_counted_and_teaches_nothing(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
+def test_opd_train_gives_failed_groups_zero_advantage(tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch):
     """Of some prompts the server knows nothing: their groups have no gradient, the others train on."""
     prompts = [row["prompt"] for row in sums(0, 12)]
 
@@ -476,7 +474,7 @@ def test_what_fails_is_counted_and_teaches_nothing(tmp_path: Path, server: Serve
     assert any(set(one["advantage"]) != {0.0} for one in samples)
 
 
-def test_a_run_without_any_answer_stops_before_the_update(tmp_path: Path, server: Server):
+def test_opd_train_stops_before_update_when_judges_fail(tmp_path: Path, server: Server):
     server.rule = lambda text: Said(status=401, body={"error": "who are you?"})
     ended = start(answered(tmp_path / "work", with_judge(server.url)), "train", "recipe.yaml")
     assert ended.code == 1
@@ -490,7 +488,7 @@ def test_a_run_without_any_answer_stops_before_the_update(tmp_path: Path, server
     assert start(tmp_path / "work", "train", "recipe.yaml").code == 0
 
 
-def test_two_processes_judge_their_own_groups_and_make_the_same_run(tmp_path: Path, forks: Forks):
+def test_rubric_run_is_equal_in_two_processes(tmp_path: Path, forks: Forks):
     with serving() as server:
         recipe = with_judge(server.url, steps=2, prompts_per_step=4)
         one, two = answered(tmp_path / "one", recipe), answered(tmp_path / "two", recipe)
@@ -508,7 +506,7 @@ def test_two_processes_judge_their_own_groups_and_make_the_same_run(tmp_path: Pa
     assert sum(row["judge/judge_requests"] for row in timings_of(two / "run")) == 8
 
 
-def test_one_process_without_answers_stops_both(tmp_path: Path, forks: Forks):
+def test_opd_train_stops_both_processes_when_judges_fail(tmp_path: Path, forks: Forks):
     with serving() as server:
         server.rule = lambda text: Said(status=400, body={})
         folder = answered(tmp_path / "work", with_judge(server.url, prompts_per_step=4))
@@ -530,7 +528,7 @@ def judge(question):
 """
 
 
-def test_models_of_the_recipe_can_write_the_answers_and_judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_author_takes_recipe_model_and_judge_needs_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A tiny model writes no rubric: its answers are the author's, and as a judge it only fails."""
     reward = {
         "name": "rubric",

@@ -38,7 +38,7 @@ def criteria(*points: Any, **more: Any) -> str:
 # --- questions -------------------------------------------------------------------------------------------------------
 
 
-def test_the_rubric_is_asked_for_with_all_answers_and_the_bounds():
+def test_rubric_question_has_all_answers_and_bounds():
     text = text_of(WRITES)
     strong, weak = text.split("# Answers of the weaker model")
     assert "2 to 3 criteria" in text
@@ -48,11 +48,11 @@ def test_the_rubric_is_asked_for_with_all_answers_and_the_bounds():
     assert (WRITES.temperature, APPLIES.temperature) == (0.7, 0.0)
 
 
-def test_braces_of_a_prompt_stay_as_they_are():
+def test_rubric_question_keeps_braces():
     assert "{x} and {{y}}" in text_of(rubric_question("{x} and {{y}}", ["{teacher}"], ["{n}"], (1, 2), 0.0))
 
 
-def test_a_blind_verifier_reads_nothing_of_who_wrote_what():
+def test_verdict_question_omits_sources_when_blind():
     sources = ["teacher", "student"]
     blind = text_of(verdict_question("2+2?", RUBRIC, ["four", "5"], None, 0.0))
     told = text_of(verdict_question("2+2?", RUBRIC, ["four", "5"], sources, 0.0))
@@ -64,7 +64,7 @@ def test_a_blind_verifier_reads_nothing_of_who_wrote_what():
     assert APPLIES.about["sources"] is None
 
 
-def test_points_are_not_shown_to_the_verifier():
+def test_verdict_question_shows_no_points():
     assert "5 points" not in text_of(APPLIES)
     assert "1. It is short.\n2. It has a number.\n3. It says why." in text_of(APPLIES)
 
@@ -81,7 +81,7 @@ def test_points_are_not_shown_to_the_verifier():
         f"<think>{{not this}}</think>{criteria(5, 1)}",
     ],
 )
-def test_a_rubric_is_read(text: str):
+def test_read_rubric_gives_criteria(text: str):
     assert read_rubric(WRITES, text) == (Criterion("c0", 5), Criterion("c1", 1))
 
 
@@ -106,7 +106,7 @@ def test_a_rubric_is_read(text: str):
         (criteria(1, 2).replace("c1", " "), "criterion 2 of the rubric is not text: ' '"),
     ],
 )
-def test_what_is_no_rubric_is_told_why(text: str, says: str):
+def test_read_rubric_raises_unreadable_error_with_reason(text: str, says: str):
     with pytest.raises(UnreadableError, match=says):
         read_rubric(WRITES, text)
 
@@ -115,7 +115,7 @@ def verdicts(*rows: Any) -> str:
     return json.dumps({"verdicts": list(rows)})
 
 
-def test_verdicts_are_read():
+def test_read_verdicts_gives_booleans():
     assert read_verdicts(APPLIES, verdicts([1, 0, True], [0, 0, False])) == [[True, False, True], [False] * 3]
 
 
@@ -131,7 +131,7 @@ def test_verdicts_are_read():
         ("", "is not JSON"),
     ],
 )
-def test_what_are_no_verdicts_is_told_why(text: str, says: str):
+def test_read_verdicts_raises_unreadable_error_with_reason(text: str, says: str):
     with pytest.raises(UnreadableError, match=says):
         read_verdicts(APPLIES, text)
 
@@ -140,12 +140,12 @@ def test_what_are_no_verdicts_is_told_why(text: str, says: str):
 
 
 @pytest.mark.parametrize("met", [(1, 1, 1), (0, 0, 0), (1, 0, 0), (0, 1, 1)])
-def test_the_reward_is_the_papers(met: tuple[int, ...]):
+def test_share_of_points_equals_oracle(met: tuple[int, ...]):
     expected = oracle.rubric_reward([one.points for one in RUBRIC], list(met))
     assert share_of_points(RUBRIC, [bool(v) for v in met]) == pytest.approx(expected, abs=1e-7)
 
 
-def test_the_order_is_that_of_the_hashes_and_depends_on_each_part():
+def test_blind_order_equals_oracle_and_depends_on_each_part():
     answers = [("teacher", 0, "a"), ("teacher", 1, "b"), *(("student", i, f"s{i}") for i in range(8))]
     order = blind_order("task/1", answers)
     assert sorted(order) == list(range(10))
@@ -156,7 +156,7 @@ def test_the_order_is_that_of_the_hashes_and_depends_on_each_part():
     assert [turned[i] for i in blind_order("task/1", turned)] == [answers[i] for i in order]
 
 
-def test_teacher_answers_stand_anywhere():
+def test_blind_order_places_teacher_answers_evenly():
     """Over many prompts each place is the teacher's about as often as another: 2 of 10."""
     count = [0] * 10
     for prompt in range(600):
@@ -170,5 +170,5 @@ def test_teacher_answers_stand_anywhere():
     ("text", "rest"),
     [("a", "a"), ("<think>x</think> a ", "a"), ("x</think>y</think>\nz", "z"), ("x</think>", ""), ("a <think>x", "a")],
 )
-def test_thoughts_are_left_out(text: str, rest: str):
+def test_without_thought_removes_thoughts(text: str, rest: str):
     assert without_thought(text) == rest

@@ -120,7 +120,7 @@ def built_in() -> list[float]:
     return losses(distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer))
 
 
-def test_own_teacher_gives_the_local_ones_losses_when_named():
+def test_own_teacher_gives_losses_of_local_teacher_when_named():
     named = distill(teacher="my_teacher:Plain")
     assert losses(named) != built_in()
     recipe = named.recipe.model_dump(mode="json")
@@ -134,21 +134,21 @@ def test_own_teacher_gives_the_local_ones_losses_when_named():
     assert losses(again) == pytest.approx(built_in(), abs=1e-5)
 
 
-def test_own_teacher_may_be_an_object(work: Path):
+def test_own_teacher_gives_losses_of_local_teacher_when_object(work: Path):
     import importlib
 
     plain = importlib.import_module("my_teacher").Plain(tiny(), seed=4)
     assert losses(distill(teacher=plain)) == pytest.approx(built_in(), abs=1e-5)
 
 
-def test_own_teacher_is_refused_before_training_when_it_refuses():
+def test_own_teacher_raises_config_error_when_refuses_is_given():
     with pytest.raises(
         ConfigError, match=r"'mine' cannot score method 'reverse_kl': it scores sampled tokens, not full"
     ):
         distill(teacher="my_teacher:Plain", method="reverse_kl")
 
 
-def test_own_teacher_that_is_none_is_told_so():
+def test_own_teacher_raises_config_error_when_no_teacher():
     with pytest.raises(
         ConfigError, match=r"scorer my_teacher:none returned a object, not a Teacher: it lacks after_step"
     ):
@@ -167,7 +167,7 @@ def test_own_sampler_is_synced_before_and_after_each_step():
     assert Counting.versions == [0, 1, 2, 3]
 
 
-def test_own_sampler_that_is_none_is_told_so():
+def test_own_sampler_raises_config_error_when_no_sampler():
     teacher = tiny(seed=4)
     with pytest.raises(ConfigError, match=r"returned a NoSync, not a Sampler: it lacks sync, temperature\. Derive"):
         distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=NoSync)

@@ -55,7 +55,7 @@ def endless(lm: LanguageModel) -> LanguageModel:
 
 
 @pytest.mark.parametrize("n", [1, 4])
-def test_a_prompt_is_read_once_however_many_responses_it_gets(n: int, monkeypatch: pytest.MonkeyPatch):
+def test_sampler_reads_prompt_once_for_n_responses(n: int, monkeypatch: pytest.MonkeyPatch):
     lm = endless(tiny())
     counted = Counted(monkeypatch)
     rollouts = sampler(lm, n=n, max_completion_length=5)(prompts_of("abc", "bcd", "abc"), seed=(0, 0))
@@ -65,7 +65,7 @@ def test_a_prompt_is_read_once_however_many_responses_it_gets(n: int, monkeypatc
     assert counted.steps == [(3 * n, 1)] * 4, "the last token is drawn, not read"
 
 
-def test_responses_of_a_prompt_beyond_the_rows_of_a_batch_read_it_again(monkeypatch: pytest.MonkeyPatch):
+def test_sampler_reads_prompt_again_when_rows_are_full(monkeypatch: pytest.MonkeyPatch):
     lm = endless(tiny())
     whole = sampler(lm, n=7)(prompts_of("abc", "de"), seed=(0, 0))
     monkeypatch.setattr(hf, "ROWS", 5)
@@ -78,9 +78,7 @@ def test_responses_of_a_prompt_beyond_the_rows_of_a_batch_read_it_again(monkeypa
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("n", [1, 3])
-def test_prompts_of_one_length_need_no_mask_and_get_the_same_responses(
-    family: str, n: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_sampler_needs_no_mask_when_prompts_have_equal_length(family: str, n: int, monkeypatch: pytest.MonkeyPatch):
     """With a shorter prompt beside them they are padded on the left, and masked."""
     lm = tiny(family)
     prompts = [replace(p, id=i + 1) for i, p in enumerate(prompts_of("abc", "hgf", "bcd"))]
@@ -98,7 +96,7 @@ def test_prompts_of_one_length_need_no_mask_and_get_the_same_responses(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_repeated_cache_is_that_of_reading_every_row(family: str, monkeypatch: pytest.MonkeyPatch):
+def test_sampler_gives_same_responses_as_row_by_row(family: str, monkeypatch: pytest.MonkeyPatch):
     lm = tiny(family)
     once = sampler(lm, n=5)(PROMPTS, seed=(0, 1))
     counted = Counted(monkeypatch)
@@ -110,7 +108,7 @@ def test_a_repeated_cache_is_that_of_reading_every_row(family: str, monkeypatch:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_all_prompts_begin_with_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch):
+def test_sampler_reads_shared_prefix_once(family: str, monkeypatch: pytest.MonkeyPatch):
     """Unless a layer sees a window only: it would be counted over the padding between the prefix and the rest."""
     lm = endless(tiny(family, seed=1))
     rule = "abcdefghhgfedcbaabababab"
@@ -127,7 +125,7 @@ def test_what_all_prompts_begin_with_is_read_once(family: str, monkeypatch: pyte
     assert all(same(a, b) for a, b in zip(shared, whole, strict=True))
 
 
-def test_the_last_token_of_a_prompt_is_never_in_the_shared_prefix(monkeypatch: pytest.MonkeyPatch):
+def test_shared_prefix_excludes_last_prompt_token(monkeypatch: pytest.MonkeyPatch):
     rule = "abcdefghhgfedcbaababab"
     lm = endless(tiny())
     counted = Counted(monkeypatch)
@@ -139,7 +137,7 @@ def test_the_last_token_of_a_prompt_is_never_in_the_shared_prefix(monkeypatch: p
 @pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
 @pytest.mark.parametrize("top_p", [1.0, 0.7])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "cohere", "phi"])
-def test_the_recorded_entropy_is_the_models(family: str, temperature: float, top_p: float):
+def test_student_entropy_equals_that_of_model(family: str, temperature: float, top_p: float):
     """After temperature (1 for greedy decoding), before truncation."""
     lm = tiny(family, padding_rows=3)
     for rollout in sampler(lm, n=2, temperature=temperature, top_p=top_p)(
@@ -196,7 +194,7 @@ def begins(whole: Rollout, part: Rollout) -> bool:
 
 @pytest.mark.parametrize("every", [1, 3, 4, 12, 13])
 @pytest.mark.parametrize("rows", [3, 64])
-def test_a_look_shows_the_unfinished_responses_so_far(every: int, rows: int, monkeypatch: pytest.MonkeyPatch):
+def test_early_stop_sees_unfinished_responses_so_far(every: int, rows: int, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(hf, "ROWS", rows)
     lm = tiny(spread=0.1)
     record = Record(top_k=2, entropy=True)
@@ -227,7 +225,7 @@ def test_a_look_shows_the_unfinished_responses_so_far(every: int, rows: int, mon
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("every", [1, 2, 5])
-def test_a_stopped_response_ends_and_the_others_are_as_without_it(family: str, every: int):
+def test_early_stop_ends_response_and_keeps_others(family: str, every: int):
     lm = endless(tiny(family))
     plain = {(r.prompt.id, r.sample): r for r in sampler(lm, n=2)(PROMPTS, seed=(0, 0))}
     limits = {(0, 1): 1, (1, 0): 4, (1, 1): 6, (3, 0): 12}
@@ -244,7 +242,7 @@ def test_a_stopped_response_ends_and_the_others_are_as_without_it(family: str, e
         assert shown == list(range(every, len(stopped[key].response_ids) + 1, every)), "never again once it is stopped"
 
 
-def test_when_all_are_stopped_nothing_more_is_read(monkeypatch: pytest.MonkeyPatch):
+def test_early_stop_reads_no_more_when_all_are_stopped(monkeypatch: pytest.MonkeyPatch):
     lm = endless(tiny())
     counted = Counted(monkeypatch)
     watcher = Watcher({(p.id, 0): 1 for p in PROMPTS})
@@ -253,13 +251,13 @@ def test_when_all_are_stopped_nothing_more_is_read(monkeypatch: pytest.MonkeyPat
     assert counted.steps == [(len(PROMPTS), 1)] * 2
 
 
-def test_a_stopped_row_leaves_the_batch(monkeypatch: pytest.MonkeyPatch):
+def test_early_stop_removes_stopped_row_from_batch(monkeypatch: pytest.MonkeyPatch):
     lm = endless(tiny())
     counted = Counted(monkeypatch)
     looked_at(lm, Watcher({(0, 0): 2, (3, 0): 4}), 2, max_completion_length=6)
     assert counted.steps == [(4, 1), (3, 1), (3, 1), (2, 1), (2, 1)]
 
 
-def test_a_look_that_answers_for_other_rows_is_an_error():
+def test_early_stop_raises_value_error_when_answers_mismatch():
     with pytest.raises(ValueError, match="zip"):
         sampler(endless(tiny()))(PROMPTS, seed=(0, 0), stop=EarlyStop(every=1, keeps_going=lambda rollouts: [True]))

@@ -70,7 +70,7 @@ def chosen(mass: Tensor, kept: Tensor) -> list[list[int]]:
 
 @every_row
 @pytest.mark.parametrize("k", [1, 2, 10, 127, 128, 129, 599])
-def test_the_k_largest(logits: Tensor, k: int):
+def test_largest_keeps_k_most_likely(logits: Tensor, k: int):
     mass = mass_of(logits)
     k = min(k, logits.shape[1])
     for row, ids in zip(mass.tolist(), chosen(mass, largest(mass.clone(), k)), strict=True):
@@ -93,14 +93,14 @@ def assert_nucleus(mass: Sequence[float], ids: list[int], top_p: float) -> None:
 
 @every_row
 @pytest.mark.parametrize("top_p", [1e-9, 0.05, 0.5, 0.8, 0.9, 0.95, 0.999, 1 - 1e-9])
-def test_the_nucleus_is_the_smallest_set_with_enough_mass(logits: Tensor, top_p: float):
+def test_nucleus_is_smallest_set_with_top_p_mass(logits: Tensor, top_p: float):
     mass = mass_of(logits)
     for row, ids in zip(mass.tolist(), chosen(mass, nucleus(mass.clone(), top_p)), strict=True):
         assert_nucleus(row, ids, top_p)
 
 
 @every_row
-def test_filters_do_not_write_to_the_mass(logits: Tensor):
+def test_nucleus_and_largest_leave_mass_unchanged(logits: Tensor):
     mass = mass_of(logits)
     before = mass.clone()
     nucleus(mass, 0.7)
@@ -110,7 +110,7 @@ def test_filters_do_not_write_to_the_mass(logits: Tensor):
 
 @pytest.mark.parametrize("v", [10, 1000, 50_000])
 @pytest.mark.parametrize("top_p", [0.1, 0.25, 0.5, 0.9])
-def test_of_equals_exactly_enough_stay(v: int, top_p: float):
+def test_nucleus_keeps_lower_ids_when_masses_are_equal(v: int, top_p: float):
     """Where float64 sums are exact there is no tolerance: a share of v equal tokens, those with the lower ids."""
     mass = mass_of(torch.zeros(2, v))
     wanted = list(range(math.ceil(round(top_p * v, 6))))
@@ -135,7 +135,7 @@ def test_of_equals_exactly_enough_stay(v: int, top_p: float):
     k=st.integers(1, 140),
 )
 @settings(max_examples=60, deadline=None)
-def test_sets_of_any_rows(rows: list[list[float]], top_p: float, k: int):
+def test_nucleus_and_largest_are_exact_on_any_rows(rows: list[list[float]], top_p: float, k: int):
     mass = mass_of(torch.tensor(rows))
     for row, ids in zip(mass.tolist(), chosen(mass, nucleus(mass, top_p)), strict=True):
         assert_nucleus(row, ids, top_p)
@@ -161,7 +161,7 @@ def inverse(mass: Sequence[float], uniform: float) -> set[int]:
 
 
 @every_row
-def test_a_uniform_number_is_inverted(logits: Tensor):
+def test_invert_gives_token_of_uniform_number(logits: Tensor):
     mass = mass_of(logits)
     numbers = [0.0, 5e-324, 1e-17, 1e-9, *np.random.default_rng(0).random(20).tolist(), 1 - 1e-12, BELOW_ONE]
     blocks = sums_of_blocks(mass)
@@ -173,7 +173,7 @@ def test_a_uniform_number_is_inverted(logits: Tensor):
             assert index in inverse(row, uniform)
 
 
-def test_the_ends_are_the_first_and_the_last_token_with_mass():
+def test_invert_gives_first_and_last_token_at_ends():
     logits = normal(50, 300).masked_fill(normal(50, 300, seed=1) > 0, -torch.inf)
     mass = mass_of(logits)
     for uniform, end in ((0.0, 0), (BELOW_ONE, -1)):
@@ -181,7 +181,7 @@ def test_the_ends_are_the_first_and_the_last_token_with_mass():
         assert got.tolist() == [row.nonzero()[end].item() for row in mass]
 
 
-def test_at_the_edge_of_a_block_rounding_never_draws_a_token_without_mass():
+def test_invert_draws_no_massless_token_at_block_edge():
     """The sum of a block and the running sum in it may differ in the last bit: the end of a block has no mass here."""
     mass = mass_of(3.0 * normal(500, 8 * BLOCK))
     mass.view(500, 8, BLOCK)[:, :, 100:] = 0.0
@@ -194,7 +194,7 @@ def test_at_the_edge_of_a_block_rounding_never_draws_a_token_without_mass():
             assert bool((mass.gather(1, ids[:, None]) > 0).all())
 
 
-def test_every_token_gets_its_share_of_the_uniform_numbers():
+def test_invert_gives_each_token_its_share():
     """Over an even grid, frequencies are the distribution up to one draw a token; across blocks too."""
     logits, n = 2.0 * normal(1, 300), 40_000
     grid = (torch.arange(n, dtype=torch.float64) + 0.5) / n
@@ -231,7 +231,7 @@ FILTERS = [(0, 1.0), (5, 1.0), (0, 0.7), (40, 0.9)]
 @pytest.mark.parametrize("name", ["random", "steep", "peaked", "half without mass", "one-hot", "two", "one"])
 @pytest.mark.parametrize("temperature", [1e-6, 0.3, 1.0, 2.0, 100.0])  # above, float32 has many equals
 @pytest.mark.parametrize(("top_k", "top_p"), FILTERS)
-def test_log_probs_of_what_is_drawn(name: str, temperature: float, top_k: int, top_p: float):
+def test_draw_log_probs_equal_reference(name: str, temperature: float, top_k: int, top_p: float):
     logits = ROWS[name]
     for uniform in (0.0, 0.123, 0.9, BELOW_ONE):
         uniforms = torch.full((len(logits),), uniform, dtype=torch.float64)
@@ -249,7 +249,7 @@ def test_log_probs_of_what_is_drawn(name: str, temperature: float, top_k: int, t
     "name", ["random", "steep", "nearly flat", "flat", "large", "peaked", "hardly any mass", "one"]
 )
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 0.5, 1.0, 3.0, 1e6])
-def test_the_entropy_is_that_before_truncation(name: str, temperature: float):
+def test_draw_entropy_is_before_truncation(name: str, temperature: float):
     """At temperature 0, that of temperature 1."""
     logits = ROWS[name]
     got = draw(logits, torch.zeros(len(logits)).double(), temperature=temperature, top_p=0.5, top_k=3, entropy=True)
@@ -260,7 +260,7 @@ def test_the_entropy_is_that_before_truncation(name: str, temperature: float):
 
 
 @pytest.mark.parametrize("name", ["half without mass", "one-hot"])
-def test_the_entropy_of_a_row_with_impossible_tokens(name: str):
+def test_draw_entropy_is_finite_when_tokens_are_impossible(name: str):
     logits = ROWS[name]
     got = draw(logits, torch.zeros(len(logits)).double(), temperature=1.0, entropy=True)
     p = logits.double().softmax(-1)
@@ -268,7 +268,7 @@ def test_the_entropy_of_a_row_with_impossible_tokens(name: str):
     torch.testing.assert_close(got.entropy.double(), -p.xlogy(p).sum(-1), rtol=1e-5, atol=1e-6)
 
 
-def test_a_tiny_temperature_is_greedy_and_a_huge_one_is_uniform():
+def test_draw_is_greedy_when_cold_and_uniform_when_hot():
     logits = normal(8, 700)
     grid = torch.linspace(0, BELOW_ONE, 8, dtype=torch.float64)
     assert torch.equal(draw(logits, grid, temperature=1e-7).ids, logits.argmax(-1))
@@ -280,7 +280,7 @@ def test_a_tiny_temperature_is_greedy_and_a_huge_one_is_uniform():
 
 @every_row
 @pytest.mark.parametrize(("temperature", "top_k", "top_p"), [(1.0, 0, 1.0), (0.7, 0, 0.9), (1.3, 30, 0.95)])
-def test_a_tile_boundary_between_rows_changes_nothing(
+def test_draw_is_unchanged_by_tile_boundaries(
     logits: Tensor, temperature: float, top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
 ):
     uniforms = torch.rand(len(logits), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -297,7 +297,7 @@ def test_a_tile_boundary_between_rows_changes_nothing(
         torch.testing.assert_close(got.entropy, whole.entropy, equal_nan=True)
 
 
-def test_drawing_does_not_write_to_the_logits():
+def test_draw_leaves_logits_unchanged():
     for name, logits in ROWS.items():
         before = logits.clone()
         for temperature in (0.0, 0.5, 1.0):

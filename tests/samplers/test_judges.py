@@ -50,7 +50,7 @@ def one(judge: Any, asked: Question | None = None) -> Reply:
 # --- a server --------------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_what_the_protocol_says(server: Server):
+def test_endpoint_sends_chat_completion_request(server: Server):
     reply = one(endpoint(server, key=SECRET, max_tokens=7, body={"seed": 3, "stop": None}))
     assert reply == Reply(text="about ?")
     (sent,) = server.requests
@@ -61,18 +61,18 @@ def test_a_request_is_what_the_protocol_says(server: Server):
     assert headers["Content-Type"] == "application/json"
 
 
-def test_a_text_is_one_message_of_the_user_and_there_may_be_no_key(server: Server):
+def test_endpoint_sends_text_as_user_message_without_key(server: Server):
     one(endpoint(server), Question(content="plain", temperature=0.0))
     assert server.requests[0]["messages"] == [{"role": "user", "content": "plain"}]
     assert "Authorization" not in server.headers[0]
 
 
-def test_the_body_takes_a_field_back(server: Server):
+def test_endpoint_body_removes_fields_when_null(server: Server):
     one(endpoint(server, body={"temperature": None, "max_tokens": None, "max_completion_tokens": 9}))
     assert set(server.requests[0]) == {"model", "messages", "max_completion_tokens"}
 
 
-def test_questions_go_out_together_but_no_more_than_allowed(server: Server):
+def test_endpoint_sends_questions_concurrently_up_to_limit(server: Server):
     together = threading.Barrier(3, timeout=30)
 
     def rule(text: str) -> Said:
@@ -85,7 +85,7 @@ def test_questions_go_out_together_but_no_more_than_allowed(server: Server):
     assert server.most_at_once == 3
 
 
-def test_answers_come_as_they_are_ready(server: Server):
+def test_endpoint_yields_answers_as_ready(server: Server):
     quick_is_here = threading.Event()
 
     def rule(text: str) -> Said:
@@ -116,7 +116,7 @@ def test_answers_come_as_they_are_ready(server: Server):
     ],
     ids=lambda said: f"{said.status}-{str(said.body)[:20]}",
 )
-def test_what_passes_is_tried_again(server: Server, trouble: Said):
+def test_endpoint_retries_transient_failures(server: Server, trouble: Said):
     server.script = [trouble, trouble]
     assert one(endpoint(server, retries=2)) == Reply(text="about ?", requests=3)
     server.script = [trouble] * 3
@@ -127,7 +127,7 @@ def test_what_passes_is_tried_again(server: Server, trouble: Said):
 
 
 @pytest.mark.parametrize("status", [301, 307, 400, 401, 403, 404, 422])
-def test_what_does_not_pass_is_not_tried_again(server: Server, status: int):
+def test_endpoint_does_not_retry_permanent_failures(server: Server, status: int):
     server.script = [Said(status=status, body={"error": "not so"}, headers=(("Location", f"{server.url}/other"),))]
     failed = one(endpoint(server))
     assert failed.failure is not None
@@ -135,7 +135,7 @@ def test_what_does_not_pass_is_not_tried_again(server: Server, status: int):
     assert len(server.requests) == failed.requests == 1
 
 
-def test_a_server_that_says_nothing_is_given_up_in_time(server: Server):
+def test_endpoint_gives_up_when_server_is_silent(server: Server):
     server.script = [Said(wait_s=60.0, body=b"")] * 2
     started = time.monotonic()
     failed = one(endpoint(server, timeout_s=0.2, retries=1))
@@ -143,7 +143,7 @@ def test_a_server_that_says_nothing_is_given_up_in_time(server: Server):
     assert time.monotonic() - started < 30
 
 
-def test_a_server_that_trickles_is_given_up_in_time(server: Server):
+def test_endpoint_gives_up_when_server_trickles(server: Server):
     server.script = [replace(completion("x" * 500), trickle_s=0.1)]
     started = time.monotonic()
     failed = one(endpoint(server, timeout_s=0.3, retries=0))
@@ -151,7 +151,7 @@ def test_a_server_that_trickles_is_given_up_in_time(server: Server):
     assert time.monotonic() - started < 30
 
 
-def test_nobody_there():
+def test_endpoint_fails_when_connection_is_refused():
     with serving() as server:
         pass
     failed = one(endpoint(server, retries=1))
@@ -165,21 +165,21 @@ def busy(after: str | None, status: int = 429) -> Said:
 
 
 @pytest.mark.parametrize(("after", "least"), [("0.2", 0.6), (None, 0.07)], ids=["seconds", "no header"])
-def test_a_busy_server_is_waited_for_and_that_costs_no_retry(server: Server, after: str | None, least: float):
+def test_endpoint_waits_when_busy_without_using_retries(server: Server, after: str | None, least: float):
     server.script = [busy(after)] * 3
     started = time.monotonic()
     assert one(endpoint(server, retries=0)) == Reply(text="about ?", requests=4)
     assert time.monotonic() - started >= least
 
 
-def test_a_busy_server_may_say_a_date(server: Server):
+def test_endpoint_waits_until_date_of_retry_after(server: Server):
     soon = (datetime.now(UTC) + timedelta(seconds=2)).replace(microsecond=0)
     server.script = [busy(format_datetime(soon, usegmt=True), status=503)]
     assert one(endpoint(server, retries=0)).requests == 2
     assert datetime.now(UTC) > soon - timedelta(seconds=0.1)
 
 
-def test_a_server_that_stays_busy_is_given_up(server: Server):
+def test_endpoint_gives_up_when_busy_beyond_patience(server: Server):
     server.script = [busy("3600")]
     failed = one(endpoint(server, patience_s=5.0))
     assert failed.requests == 1
@@ -189,19 +189,19 @@ def test_a_server_that_stays_busy_is_given_up(server: Server):
 
 
 @pytest.mark.parametrize("after", ["0", "-3", "Wed, 01 Jan 2020 00:00:00 GMT"])
-def test_a_busy_server_that_says_now_is_not_asked_without_end(server: Server, after: str):
+def test_endpoint_limits_waits_when_retry_after_is_now(server: Server, after: str):
     server.script = [busy(after)] * 50
     failed = one(endpoint(server, patience_s=0.05))
     assert failed.requests == 6  # five waits of backoff_s
     assert "HTTP 429" in str(failed.failure)
 
 
-def test_a_cut_answer_is_an_answer_and_says_so(server: Server):
+def test_endpoint_marks_cut_answer(server: Server):
     server.script = [completion("{", finish="length")]
     assert one(endpoint(server)) == Reply(text="{", cut=True)
 
 
-def test_the_key_is_in_no_text_and_no_repr(server: Server):
+def test_endpoint_hides_key_in_texts_and_repr(server: Server):
     judge = endpoint(server, key=SECRET, retries=0)
     leaks = [
         Said(status=401, body={"error": f"Incorrect API key: {SECRET}"}),
@@ -215,7 +215,7 @@ def test_the_key_is_in_no_text_and_no_repr(server: Server):
     assert SECRET not in repr(replies) + repr(judge) + json.dumps(dict(judge.identity))
 
 
-def test_a_redirect_does_not_carry_the_key_to_another_host(server: Server):
+def test_endpoint_sends_no_key_to_redirect_host(server: Server):
     with serving(lambda text: completion("from elsewhere")) as other:
         there = (("Location", f"{other.url}/chat/completions"),)
         server.script = [Said(status=307, body={}, headers=there), Said(status=302, body={}, headers=there)]
@@ -226,14 +226,14 @@ def test_a_redirect_does_not_carry_the_key_to_another_host(server: Server):
 # --- a program -------------------------------------------------------------------------------------------------------
 
 
-def test_a_program_answers_what_the_question_is_about():
+def test_program_reads_about_of_question():
     judge = Program(function=lambda asked, more: f"{asked.about['n']}{more}", name="f", options={"more": "!"})
     questions = [question(about={"n": n}) for n in range(2)]
     assert list(judge.ask(questions)) == [(0, Reply(text="0!")), (1, Reply(text="1!"))]
     assert one(Program(function=lambda asked: None, name="f")).failure == "it returned no answer"
 
 
-def test_a_program_that_raises_or_returns_something_else_is_an_error():
+def test_program_raises_training_error_when_function_fails():
     def broken(asked: Question) -> str:
         raise KeyError("points")
 
@@ -251,7 +251,7 @@ def local(**settings: Any) -> LocalJudge:
     return LocalJudge(lm=lm, origin={"path": "here"}, **{"max_tokens": 8, **settings})
 
 
-def test_a_model_answers_as_a_function_of_the_question_alone():
+def test_local_judge_depends_on_question_alone():
     judge = local()
     questions = [question(text, temperature=t) for text in ("a", "longer", "b") for t in (0.0, 1.0)]
     together = dict(judge.ask(questions))
@@ -265,7 +265,7 @@ def test_a_model_answers_as_a_function_of_the_question_alone():
     assert all(reply.cut == (len(str(reply.text).encode()) >= 8) for reply in alone.values() if reply.cut)
 
 
-def test_a_question_that_is_too_long_for_the_model_is_a_failure_of_that_question():
+def test_local_judge_fails_only_too_long_question():
     judge = local()
     replies = dict(judge.ask([question("x" * 400), question("short")]))
     assert replies[1].text is not None
@@ -303,7 +303,7 @@ def asking(folder: Path, judge: Any, retries: int = 2, rank: int = 0) -> CachedJ
     return CachedJudge(judge=judge, cache=AnswerCache(folder, rank), retries=retries)
 
 
-def test_nothing_is_asked_twice_not_even_after_a_kill(tmp_path: Path):
+def test_cached_judge_repeats_no_question_when_killed(tmp_path: Path):
     judge = Recorded("2", "1")
     first = asking(tmp_path, judge)
     assert first.ask([question("a"), question("b")], number) == [1, 2]
@@ -320,7 +320,7 @@ def test_nothing_is_asked_twice_not_even_after_a_kill(tmp_path: Path):
     assert [one.content[0]["content"] for one in another.asked] == ["c"]  # type: ignore[index,union-attr]
 
 
-def test_the_same_question_is_asked_once_in_a_batch(tmp_path: Path):
+def test_cached_judge_sends_equal_questions_once(tmp_path: Path):
     judge = Recorded("1")
     assert asking(tmp_path, judge).ask([question("a")] * 3, number) == [1, 1, 1]
 
@@ -329,20 +329,20 @@ def test_the_same_question_is_asked_once_in_a_batch(tmp_path: Path):
     "other",
     [question("b"), question("a", temperature=0.0), question("a", number=1), Question(content="a", temperature=0.5)],
 )
-def test_another_question_is_another_question(tmp_path: Path, other: Question):
+def test_cached_judge_sends_again_when_question_differs(tmp_path: Path, other: Question):
     judge = Recorded("1", "2")
     mine = asking(tmp_path, judge)
     assert mine.ask([question("a")], number) + mine.ask([other], number) == [1, 2]
 
 
-def test_another_judge_is_asked_anew(tmp_path: Path):
+def test_cached_judge_sends_again_when_judge_differs(tmp_path: Path):
     assert asking(tmp_path, Recorded("1")).ask([question()], number) == [1]
     other = Recorded("2")
     other.identity = {"who": "another"}
     assert asking(tmp_path, other).ask([question()], number) == [2]
 
 
-def test_where_an_answer_has_to_be_whole_one_that_was_cut_is_none(server: Server, tmp_path: Path):
+def test_cached_judge_refuses_cut_answer_when_whole(server: Server, tmp_path: Path):
     server.script = [completion("1", finish="length"), completion("2")] + [completion("3", finish="length")] * 3
     mine = asking(tmp_path, endpoint(server), retries=1)
     assert mine.ask([question("a")], number, whole=True) == [2]
@@ -352,7 +352,7 @@ def test_where_an_answer_has_to_be_whole_one_that_was_cut_is_none(server: Server
     assert mine.ask([question("b")], number) == [3]
 
 
-def test_an_unreadable_answer_is_asked_for_again_and_the_readable_one_is_kept(tmp_path: Path):
+def test_cached_judge_retries_until_answer_is_readable(tmp_path: Path):
     judge = Recorded("x", "y", "3")
     mine = asking(tmp_path, judge)
     assert mine.ask([question()], number) == [3]
@@ -361,20 +361,20 @@ def test_an_unreadable_answer_is_asked_for_again_and_the_readable_one_is_kept(tm
     assert asking(tmp_path, Recorded()).ask([question()], number) == [3]
 
 
-def test_one_unreadable_answer_too_many_is_a_failure_and_is_not_kept(tmp_path: Path):
+def test_cached_judge_fails_after_retries_and_keeps_no_answer(tmp_path: Path):
     mine = asking(tmp_path, Recorded("x", "y"), retries=1)
     assert mine.ask([question()], number) == [Failure("'y' is no number")]
     assert mine.counts["failed"] == 1
     assert asking(tmp_path, Recorded("3")).ask([question()], number) == [3]
 
 
-def test_no_answer_is_a_failure_at_once(tmp_path: Path):
+def test_cached_judge_fails_at_once_without_answer(tmp_path: Path):
     judge = Recorded(None, "1")
     assert asking(tmp_path, judge).ask([question("a"), question("b")], number) == [1, Failure("down")]
     assert len(judge.asked) == 2
 
 
-def test_a_cut_answer_says_what_to_do(tmp_path: Path):
+def test_cached_judge_names_max_tokens_when_answer_is_cut(tmp_path: Path):
     class Cut(Recorded):
         def ask(self, questions: Any) -> Iterator[tuple[int, Reply]]:
             yield 0, Reply(text="12,", cut=True)
@@ -383,7 +383,7 @@ def test_a_cut_answer_says_what_to_do(tmp_path: Path):
     assert failure == Failure("'12,' is no number; the answer was cut: raise max_tokens")
 
 
-def test_answers_are_kept_as_they_come(tmp_path: Path):
+def test_cached_judge_saves_each_answer_before_interrupt(tmp_path: Path):
     """A judge that is interrupted between two answers: the first is not lost."""
 
     class Killed(Recorded):
@@ -397,7 +397,7 @@ def test_answers_are_kept_as_they_come(tmp_path: Path):
     assert asking(tmp_path, judge).ask([question("a"), question("b")], number) == [1, 2]
 
 
-def test_processes_read_each_others_answers_and_write_their_own(tmp_path: Path):
+def test_answer_cache_reads_all_ranks_and_writes_own(tmp_path: Path):
     assert asking(tmp_path, Recorded("1"), rank=1).ask([question("a")], number) == [1]
     alone = asking(tmp_path, Recorded("2"))
     assert alone.ask([question("a"), question("b")], number) == [1, 2]
@@ -406,7 +406,7 @@ def test_processes_read_each_others_answers_and_write_their_own(tmp_path: Path):
 
 
 @pytest.mark.parametrize("line", ["{broken}", '{"text": "no key"}', "[]"])
-def test_a_damaged_line_is_an_error(tmp_path: Path, line: str):
+def test_answer_cache_raises_run_error_when_line_is_damaged(tmp_path: Path, line: str):
     (tmp_path / "answers-0.jsonl").write_text(line + "\n")
     with pytest.raises(RunError, match=r"answers-0\.jsonl.*[Rr]emove"):
         AnswerCache(tmp_path)
@@ -427,7 +427,7 @@ def test_a_damaged_line_is_an_error(tmp_path: Path, line: str):
         ({"lm": "a", "api_key": SECRET}, "api_key"),
     ],
 )
-def test_a_section_that_cannot_be_meant_so(section: dict[str, Any], says: str):
+def test_judge_section_refuses_wrong_fields(section: dict[str, Any], says: str):
     with pytest.raises(ValueError, match=says):
         JudgeSection(**section)
 
@@ -445,21 +445,21 @@ def test_a_section_that_cannot_be_meant_so(section: dict[str, Any], says: str):
         ({"function": "textwrap:dedent", "options": {"nonsense": 1}}, "cannot be called with the options"),
     ],
 )
-def test_a_judge_that_cannot_be_asked(section: dict[str, Any], says: str):
+def test_check_judge_refuses_unusable_section(section: dict[str, Any], says: str):
     with pytest.raises(ConfigError, match=says) as caught:
         check_judge(JudgeSection(**section), "here")
     assert SECRET not in str(caught.value)
 
 
 @pytest.mark.parametrize("around", ["{}\n", " {}", "{}\r\nX-Other: 1", "{}\N{EURO SIGN}"])
-def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(monkeypatch: pytest.MonkeyPatch, around: str):
+def test_check_judge_refuses_key_unfit_for_header(monkeypatch: pytest.MonkeyPatch, around: str):
     monkeypatch.setenv("ODD_KEY", around.format(SECRET))
     with pytest.raises(ConfigError, match="ODD_KEY has white space") as refused:
         check_judge(JudgeSection(url="https://host/v1", model="m", api_key_env="ODD_KEY"), "reward")
     assert SECRET not in str(refused.value)
 
 
-def test_a_key_that_is_there_is_looked_at_and_not_repeated(monkeypatch: pytest.MonkeyPatch):
+def test_judge_of_reads_key_without_showing_it(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("JUDGE_KEY", SECRET)
     section = JudgeSection(url="https://host/v1", model="m", api_key_env="JUDGE_KEY")
     check_judge(section, "here")

@@ -32,7 +32,7 @@ def swapped(model: nn.Module) -> int:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_hidden_states_are_those_of_the_model(family: str, every_size: None):
+def test_prepacked_gives_logits_and_states_of_model(family: str, every_size: None):
     lm = tiny(family, seed=1, padding_rows=3)
     ids = torch.tensor([[2, 3, 4], [5, 6, 7]])
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def test_logits_and_hidden_states_are_those_of_the_model(family: str, every_size
         assert swapped(lm.model) == 0
 
 
-def test_adapters_write_with_their_own_weights(every_size: None, monkeypatch: pytest.MonkeyPatch):
+def test_prepacked_keeps_responses_of_adapters(every_size: None, monkeypatch: pytest.MonkeyPatch):
     adapted = language_model.add_lora(build(seed=1), rank=4, alpha=8, target_modules="all-linear")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
@@ -61,7 +61,7 @@ def test_adapters_write_with_their_own_weights(every_size: None, monkeypatch: py
         torch.testing.assert_close(a.policy_logp, b.policy_logp, atol=1e-5, rtol=1e-5)
 
 
-def test_the_layout_is_made_anew_for_every_call(every_size: None):
+def test_prepacked_follows_changed_weights(every_size: None):
     lm = tiny(seed=1)
     (before,) = sampler(lm, temperature=0.0)(PROMPTS[:1], seed=(0, 0))
     with torch.no_grad():
@@ -76,7 +76,7 @@ def _name(model: nn.Module, parameter: nn.Parameter) -> str:
     return next(name for name, p in model.named_parameters() if p is parameter)
 
 
-def test_an_error_leaves_the_model_as_it_was(every_size: None):
+def test_prepacked_restores_model_after_error(every_size: None):
     lm = tiny()
     with pytest.raises(KeyboardInterrupt), prepacked(lm):
         raise KeyboardInterrupt
@@ -85,7 +85,7 @@ def test_an_error_leaves_the_model_as_it_was(every_size: None):
     assert all(layer.weight.grad is not None for layer in linear_layers(lm.model)[:-1])
 
 
-def test_small_layers_and_other_precisions_are_left_alone():
+def test_prepacked_skips_small_layers_and_other_precisions():
     small = tiny(tokenizer=byte_tokenizer())
     half = language_model.wrap(build().to(torch.bfloat16), tiny().tokenizer)
     for lm in (small, half, replace(small, autocast=True)):
@@ -94,7 +94,7 @@ def test_small_layers_and_other_precisions_are_left_alone():
             assert isinstance(getattr(logits_of, "__self__", None), Head)
 
 
-def test_a_layer_of_weights_large_enough_is_laid_out_and_the_others_are_not(monkeypatch: pytest.MonkeyPatch):
+def test_prepacked_takes_only_large_layers(monkeypatch: pytest.MonkeyPatch):
     lm = tiny(tokenizer=byte_tokenizer(), hidden=16)
     monkeypatch.setattr(prepack, "SMALLEST", 16 * 32)  # the MLP's 16 x 32, the head; not the attention's 16 x 16
     with prepacked(lm) as logits_of:

@@ -100,7 +100,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("settings", FILTERS, ids=str)
-def test_draws_follow_the_exact_truncated_distribution(settings: dict[str, Any]):
+def test_draw_equals_exact_truncated_distribution(settings: dict[str, Any]):
     n = 20_000
     ids, sampler_logp, policy_logp = on_a_grid(LOGITS, n, **settings)
     logits = LOGITS.tolist()
@@ -119,7 +119,7 @@ def test_draws_follow_the_exact_truncated_distribution(settings: dict[str, Any])
 
 @pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_p": 0.999}, {"top_k": 200}, {"top_k": 700, "top_p": 0.5}])
 @pytest.mark.parametrize("spread", [0.01, 3.0])
-def test_large_sets_are_found_exactly(settings: dict[str, Any], spread: float):
+def test_draw_finds_large_sets_exactly(settings: dict[str, Any], spread: float):
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64).float() * spread
     expected = exact(logits.tolist(), 1.0, settings.get("top_k", 0), settings.get("top_p", 1.0))
     n = 5_000
@@ -132,7 +132,7 @@ def test_large_sets_are_found_exactly(settings: dict[str, Any], spread: float):
     torch.testing.assert_close(sampler_logp.double().exp(), wanted[ids], atol=2e-6, rtol=2e-3)
 
 
-def test_greedy_takes_the_most_likely_token_whatever_the_uniform_number():
+def test_draw_is_argmax_when_temperature_is_zero():
     ids, sampler_logp, policy_logp = on_a_grid(LOGITS, 100, temperature=0.0)
     assert set(ids.tolist()) == {int(LOGITS.argmax())}
     assert bool((sampler_logp == 0).all())
@@ -143,7 +143,7 @@ def test_greedy_takes_the_most_likely_token_whatever_the_uniform_number():
 @pytest.mark.parametrize(
     "logits", [[0.0, 1.0, -1.0, 0.5], [5.0, -torch.inf, 0.0, -torch.inf], [-200.0, 0.0, -300.0, 9.0]]
 )
-def test_the_ends_of_the_uniform_interval_draw_tokens_that_have_mass(settings: dict[str, Any], logits: list[float]):
+def test_draw_gives_tokens_with_mass_at_ends_of_interval(settings: dict[str, Any], logits: list[float]):
     below_one = np.nextafter(1.0, 0.0)
     uniforms = torch.tensor([0.0, 5e-324, 1e-17, below_one, 1 - 1e-16, 1 - 1e-12], dtype=torch.float64)
     rows = torch.tensor(logits).expand(len(uniforms), -1)
@@ -156,7 +156,7 @@ def test_the_ends_of_the_uniform_interval_draw_tokens_that_have_mass(settings: d
 
 @pytest.mark.parametrize("settings", [{}, {"top_p": 0.8}, {"top_k": 3}])
 @pytest.mark.parametrize("uniform", [0.0, float(np.nextafter(1.0, 0.0)), 1.0])
-def test_rounding_at_the_ends_never_draws_a_token_without_mass(settings: dict[str, Any], uniform: float):
+def test_draw_gives_no_massless_token_when_rounding(settings: dict[str, Any], uniform: float):
     """500 rows whose sums are 1 up to rounding, and whose first and last token have no mass; u = 1 is the limit."""
     logits = torch.randn(500, 9, generator=torch.Generator().manual_seed(0))
     logits[:, [0, 8]] = -torch.inf
@@ -165,7 +165,7 @@ def test_rounding_at_the_ends_never_draws_a_token_without_mass(settings: dict[st
     assert bool(sampler_logp.isfinite().all())
 
 
-def test_rows_of_a_batch_are_drawn_one_by_one():
+def test_draw_is_equal_row_by_row():
     generator = torch.Generator().manual_seed(1)
     logits = torch.randn(40, 300, generator=generator) * torch.linspace(0.01, 8, 40)[:, None]
     uniforms = torch.rand(40, generator=generator, dtype=torch.float64)
@@ -183,7 +183,7 @@ PROMPTS = prompts_of("a", "bcdefgh", "hg", "abab")
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.6, "top_p": 0.8}, {"top_k": 3}, {"temperature": 0.0}])
-def test_recorded_log_probs_and_top_tokens_are_those_of_a_forward(family: str, sampling: dict[str, Any]):
+def test_sampler_records_log_probs_and_top_ids_of_forward(family: str, sampling: dict[str, Any]):
     lm = tiny(family, padding_rows=3)
     write_ = sampler(lm, n=2, **sampling)
     for rollout in write_(PROMPTS, seed=(0, 3), record=Record(top_k=4)):
@@ -207,7 +207,7 @@ def test_recorded_log_probs_and_top_tokens_are_those_of_a_forward(family: str, s
         assert rollout.sampling == write_.sampling
 
 
-def test_a_response_depends_on_seed_step_and_prompt_alone(monkeypatch: pytest.MonkeyPatch):
+def test_sampler_depends_on_seed_step_and_prompt_alone(monkeypatch: pytest.MonkeyPatch):
     lm = tiny()
     together = {(r.prompt.id, r.sample): r for r in sampler(lm, n=3)(PROMPTS, seed=(1, 2))}
     turned = sampler(lm, n=3)(PROMPTS[::-1], seed=(1, 2))
@@ -220,7 +220,7 @@ def test_a_response_depends_on_seed_step_and_prompt_alone(monkeypatch: pytest.Mo
     assert all(same(together[r.prompt.id, r.sample], r) for r in sampler(lm, n=3)(PROMPTS, seed=(1, 2)))
 
 
-def test_seed_step_prompt_and_sample_each_change_the_response():
+def test_sampler_varies_with_seed_step_prompt_and_sample():
     lm = tiny(tokenizer=byte_tokenizer(), spread=0.1)
     seen: set[tuple[int, ...]] = set()
     for seed, key in [((0, 0), 0), ((1, 0), 0), ((0, 1), 0), ((0, 0), 1)]:
@@ -230,7 +230,7 @@ def test_seed_step_prompt_and_sample_each_change_the_response():
     assert {tuple(r.response_ids.tolist()) for r in again} < seen
 
 
-def test_asking_for_top_tokens_or_a_shorter_limit_changes_no_draw():
+def test_sampler_draws_equally_when_recording_or_limited():
     lm = tiny(spread=0.1)
     plain = sampler(lm)(PROMPTS, seed=(0, 0))
     assert all(
@@ -241,7 +241,7 @@ def test_asking_for_top_tokens_or_a_shorter_limit_changes_no_draw():
     assert all(b.response_ids.tolist() == a.response_ids[:4].tolist() for a, b in zip(plain, cut, strict=True))
 
 
-def test_a_response_ends_with_the_stop_token_or_at_the_limit():
+def test_sampler_ends_at_stop_token_or_limit():
     lm = chain("abcdef")
     (whole,) = sampler(lm)(prompts_of("a"), seed=(0, 0))
     assert whole.text == "bcdef"
@@ -255,7 +255,7 @@ def test_a_response_ends_with_the_stop_token_or_at_the_limit():
     assert last.finished
 
 
-def test_every_stop_token_of_the_model_ends_a_response():
+def test_stop_ids_each_end_response():
     lm = chain("abcdef")
     stop = lm.tokenizer("d", add_special_tokens=False).input_ids
     assert [r.text for r in sampler(replace(lm, stop_ids=lm.stop_ids | set(stop)))(prompts_of("a"), seed=(0, 0))] == [
@@ -277,22 +277,20 @@ def test_every_stop_token_of_the_model_ends_a_response():
         ("abcdefgh", ("efgh",), "bcdefgh", True),
     ],
 )
-def test_stop_strings_end_a_response_where_they_first_appear(
-    text: str, stop: tuple[str, ...], expected: str, finished: bool
-):
+def test_stop_strings_end_response_at_first_match(text: str, stop: tuple[str, ...], expected: str, finished: bool):
     lm = chain(text, byte_tokenizer())
     (rollout,) = sampler(lm, stop=stop, max_completion_length=20)(prompts_of("a"), seed=(0, 0))
     assert rollout.text == expected
     assert rollout.finished is finished
 
 
-def test_a_finished_row_does_not_disturb_the_others():
+def test_sampler_keeps_rows_when_one_finishes():
     lm = chain("abcdefgh")
     texts = {r.prompt.content: r.text for r in sampler(lm)(prompts_of(*"hgafcb"), seed=(0, 0))}
     assert texts == {"h": "", "g": "h", "a": "bcdefgh", "f": "gh", "c": "defgh", "b": "cdefgh"}
 
 
-def test_padding_rows_of_the_head_are_never_drawn():
+def test_sampler_never_draws_padding_rows():
     lm = tiny(padding_rows=6)
     with torch.no_grad():
         lm.head().weight[lm.vocabulary :] = lm.head().weight[: lm.vocabulary].mean(0) * 50
@@ -304,7 +302,7 @@ def test_padding_rows_of_the_head_are_never_drawn():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_is_that_of_generate(family: str):
+def test_sampler_equals_generate_when_greedy(family: str):
     lm = tiny(family, seed=2)
     rollouts = sampler(lm, temperature=0.0, max_completion_length=16)(PROMPTS, seed=(0, 0))
     for rollout in rollouts:
@@ -315,7 +313,7 @@ def test_greedy_decoding_is_that_of_generate(family: str):
         assert rollout.response_ids.tolist() == out[0, ids.shape[1] :].tolist()
 
 
-def test_sampling_leaves_the_model_as_it_was():
+def test_sampler_leaves_model_unchanged():
     lm = tiny()
     lm.model.train()
     before = parameters_of(lm)
@@ -325,14 +323,14 @@ def test_sampling_leaves_the_model_as_it_was():
     assert not any(t.requires_grad for r in rollouts for t in (r.policy_logp, r.sampler_logp) if t is not None)
 
 
-def test_a_chat_prompt_is_rendered_with_the_template():
+def test_sampler_renders_chat_with_template():
     lm = tiny(tokenizer=byte_tokenizer())
     prompt = Prompt(id=0, content=({"role": "user", "content": "hé"},))
     (rollout,) = sampler(lm)([prompt], seed=(0, 0))
     assert lm.tokenizer.decode(rollout.prompt_ids) == "<user>hé<assistant>"
 
 
-def test_a_teachers_response_is_a_rollout_of_the_student():
+def test_teacher_writer_gives_rollouts_of_student():
     """The teacher reads its context, the student the prompt; nobody's log-probs are claimed to be the student's."""
     student, teacher = tiny(seed=0), chain("abcdef")
     writer = TeacherWriter(
@@ -348,7 +346,7 @@ def test_a_teachers_response_is_a_rollout_of_the_student():
     assert all(r.sampler_logp is r.policy_logp is r.student_top_ids is None for r in rollouts)
 
 
-def test_a_response_beyond_the_students_positions_is_refused():
+def test_sampler_refuses_response_beyond_positions():
     """Learned positions end: the user is told so, and not by an index error of the embedding."""
     lm = tiny("gpt2", max_position_embeddings=8)
     with pytest.raises(OPDError, match="8"):
@@ -370,7 +368,7 @@ RECURRENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_type", RECURRENT)
-def test_a_model_with_a_recurrent_state_is_decoded_right_or_refused(model_type: str):
+def test_sampler_decodes_or_refuses_recurrent_models(model_type: str):
     common = {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
     try:
         lm = of_type(model_type, hidden_size=16, num_hidden_layers=2, **common, **RECURRENT[model_type])
@@ -443,7 +441,7 @@ def teacher(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("support", SUPPORTS, ids=lambda support: support.kind)
-def test_scores_are_those_of_the_models_own_forward(family: str, support: Any):
+def test_score_equals_own_forward_of_model(family: str, support: Any):
     student, model = tiny(), tiny(family, seed=1, padding_rows=3)
     rollouts = written(student, "a", "bcdefghab", "hg")
     contexts = [replace(r.prompt, content="gg" + str(r.prompt.content)) for r in rollouts]
@@ -464,7 +462,7 @@ def test_scores_are_those_of_the_models_own_forward(family: str, support: Any):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("support", SUPPORTS, ids=lambda support: support.kind)
 @pytest.mark.parametrize("micro_batch_tokens", [1, 30, 10**6])
-def test_a_shared_prefix_is_read_once_and_changes_nothing(
+def test_score_reads_shared_prefix_once(
     family: str, support: Any, micro_batch_tokens: int, monkeypatch: pytest.MonkeyPatch
 ):
     student, model = tiny(), tiny(family, seed=1)
@@ -501,7 +499,7 @@ def test_a_shared_prefix_is_read_once_and_changes_nothing(
         ([[1], [2] * 30, [2] * 30], None),  # nothing to read before the first
     ],
 )
-def test_what_rows_share_is_found(rows: list[list[int]], expected: list[int] | None):
+def test_shared_prefixes_finds_common_prefixes(rows: list[list[int]], expected: list[int] | None):
     for order in (rows, rows[::-1]):
         prefixes = shared_prefixes(order)
         if prefixes is None:
@@ -512,7 +510,7 @@ def test_what_rows_share_is_found(rows: list[list[int]], expected: list[int] | N
         assert all(list(prefix) == row[: len(prefix)] for prefix, row in zip(prefixes, order, strict=True))
 
 
-def test_scores_do_not_depend_on_the_batch():
+def test_score_is_independent_of_batch():
     student, model = tiny(), tiny("gemma2", seed=1)
     rollouts = written(student, "a", "bcdefghab", "hg")
     expected = [scores_of(teacher(external(), student, model), [r])[0] for r in rollouts]
@@ -538,7 +536,7 @@ def with_lora(lm: LanguageModel, **settings: Any) -> LanguageModel:
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_frozen_self_is_the_student_of_the_beginning(lora: bool):
+def test_self_frozen_scores_as_initial_student(lora: bool):
     base = tiny()
     student = with_lora(base) if lora else tiny()
     rollouts = written(base, "ab", "hgf")
@@ -558,7 +556,7 @@ def test_a_frozen_self_is_the_student_of_the_beginning(lora: bool):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_an_ema_teacher_follows_its_formula(lora: bool):
+def test_self_ema_follows_formula(lora: bool):
     student = with_lora(tiny()) if lora else tiny("llama_tied")
     scorer = teacher(self_ema(0.9), student)
     frozen = {name: p for name, p in parameters_of(student).items() if name not in student.trainable()}
@@ -578,7 +576,7 @@ def test_an_ema_teacher_follows_its_formula(lora: bool):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_an_ema_teacher_comes_back_from_its_state(lora: bool):
+def test_self_ema_continues_equally_when_restored(lora: bool):
     def begin() -> tuple[LanguageModel, LocalTeacher]:
         student = with_lora(tiny()) if lora else tiny()
         return student, teacher(self_ema(0.5), student)
@@ -602,7 +600,7 @@ def test_an_ema_teacher_comes_back_from_its_state(lora: bool):
     assert all(torch.equal(p, scorer.state_dict()[name]) for name, p in again.state_dict().items())
 
 
-def test_an_ema_teacher_of_a_bfloat16_student_moves():
+def test_self_ema_moves_when_student_is_bfloat16():
     """Each step moves it by 1 % of a distance of 2 %: far below the spacing of bfloat16, but 63 % after 100 steps."""
     student = tiny()
     student.model.bfloat16()
@@ -620,7 +618,7 @@ def test_an_ema_teacher_of_a_bfloat16_student_moves():
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.0])
-def test_the_ends_of_the_decay_are_live_and_frozen(decay: float):
+def test_self_ema_is_live_or_frozen_at_ends_of_decay(decay: float):
     student = tiny()
     start = parameters_of(student)
     scorer = teacher(self_ema(decay), student)
@@ -631,7 +629,7 @@ def test_the_ends_of_the_decay_are_live_and_frozen(decay: float):
         torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
 
 
-def test_a_live_teacher_is_the_student_as_it_stands():
+def test_self_live_scores_as_current_student():
     student = tiny()
     rollouts = written(student, "ab", "hgf")
     scorer = teacher(self_live(), student)
@@ -644,7 +642,7 @@ def test_a_live_teacher_is_the_student_as_it_stands():
     assert scorer.state_dict() == {}
 
 
-def test_the_student_keeps_training_after_it_has_been_copied():
+def test_frozen_copy_leaves_student_trainable():
     student = tiny()
     copy_ = teacher(self_frozen(), student).lm
     assert all(p.requires_grad for p in student.model.parameters())
@@ -653,7 +651,7 @@ def test_the_student_keeps_training_after_it_has_been_copied():
     assert not any(p.data_ptr() in mine for p in copy_.model.parameters())
 
 
-def test_a_copy_shares_what_does_not_train():
+def test_frozen_copy_shares_frozen_parameters():
     student = with_lora(tiny())
     copy_ = frozen_copy(student)
     theirs = dict(copy_.model.named_parameters())
@@ -661,7 +659,7 @@ def test_a_copy_shares_what_does_not_train():
         assert (theirs[name].data_ptr() == parameter.data_ptr()) == (not parameter.requires_grad)
 
 
-def test_an_offloaded_teacher_scores_the_same_and_goes_home(monkeypatch: pytest.MonkeyPatch):
+def test_offload_keeps_scores_and_moves_model_back(monkeypatch: pytest.MonkeyPatch):
     student, model = tiny(), tiny(seed=1)
     rollouts = written(student, "ab", "hgf")
     moves: list[torch.device] = []
@@ -681,7 +679,7 @@ def test_an_offloaded_teacher_scores_the_same_and_goes_home(monkeypatch: pytest.
     assert model.device == torch.device("cpu")
 
 
-def test_a_head_handed_to_the_loss_is_a_constant():
+def test_local_teacher_head_needs_no_gradient():
     student = tiny("phi")
     head = teacher(self_live(), student).head()
     assert not head.weight.requires_grad
@@ -699,7 +697,7 @@ def test_a_head_handed_to_the_loss_is_a_constant():
         ("abcdeghij", {"exist only in the student": "f", "exist only in the teacher": "ghij"}),
     ],
 )
-def test_another_vocabulary_is_refused_with_how_many_and_which(characters: str, differences: dict[str, str]):
+def test_local_teacher_refuses_other_vocabulary(characters: str, differences: dict[str, str]):
     student = tiny(tokenizer=character_tokenizer("abcdef"), name="small")
     other = tiny(tokenizer=character_tokenizer(characters), name="big")
     with pytest.raises(AlignmentError) as caught:
@@ -716,12 +714,12 @@ def test_another_vocabulary_is_refused_with_how_many_and_which(characters: str, 
         assert named.endswith(", ...") == (len(differences[what]) > 3)
 
 
-def test_the_differing_tokens_are_named_in_the_order_of_their_ids():
+def test_check_same_tokens_names_tokens_in_order_of_ids():
     with pytest.raises(AlignmentError, match=r"8 tokens exist only in the teacher \('c', 'd', 'e', \.\.\.\)"):
         check_same_tokens(character_tokenizer("ab"), character_tokenizer("abcdefghij"))
 
 
-def test_a_teacher_that_writes_speaks_the_students_tokens(tmp_path: Path):
+def test_sft_refuses_teacher_with_other_token_ids(tmp_path: Path):
     """No scores are compared in sequence-level distillation, but the teacher's ids are the student's targets."""
     with pytest.raises(AlignmentError, match="have another id"):
         opd.distill(
@@ -739,18 +737,18 @@ def test_a_teacher_that_writes_speaks_the_students_tokens(tmp_path: Path):
         )
 
 
-def test_two_tokenizers_with_the_same_tokens_are_one_vocabulary():
+def test_check_same_tokens_accepts_equal_tokens():
     check_same_tokens(character_tokenizer("abcdef"), character_tokenizer("abcdef"))
 
 
-def test_a_rule_without_its_model_is_refused():
+def test_teacher_rules_refuse_missing_model_or_wrong_decay():
     with pytest.raises(ConfigError, match=r"the stage names none\. Set the stage's `teacher`"):
         local_teacher(external(), tiny(), None, micro_batch_tokens=8)
     with pytest.raises(ConfigError, match=r"lies between 0 \(live\) and 1 \(frozen\), got 1.1"):
         self_ema(1.1)
 
 
-def test_a_context_beyond_the_teachers_positions_is_refused():
+def test_score_refuses_context_beyond_positions():
     student, model = tiny(), tiny(seed=1, max_position_embeddings=24)
     rollout = rollout_of(student, Prompt(id=0, content="ab"), [2, 3, 1])
     scorer = teacher(external(), student, model)
@@ -761,7 +759,7 @@ def test_a_context_beyond_the_teachers_positions_is_refused():
 # --- models ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_architecture_whose_logits_are_something_else_is_refused(monkeypatch: pytest.MonkeyPatch):
+def test_wrap_refuses_unknown_logits(monkeypatch: pytest.MonkeyPatch):
     lm = tiny(name="strange")
     head = lm.model.get_output_embeddings()
     original = head.forward
@@ -772,20 +770,20 @@ def test_an_architecture_whose_logits_are_something_else_is_refused(monkeypatch:
         language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
 
-def test_a_multiplier_that_the_config_does_not_tell_is_refused():
+def test_wrap_refuses_multiplier_unknown_to_config():
     lm = tiny("cohere", name="strange")
     lm.model.config.logit_scale = 1.0  # the model has kept its own
     with pytest.raises(ConfigError, match="computes logits in a way that opd does not support"):
         language_model.wrap(lm.model, lm.tokenizer, name="strange")
 
 
-def test_a_head_with_fewer_rows_than_tokens_is_refused():
+def test_wrap_refuses_head_smaller_than_vocabulary():
     model = tiny(tokenizer=character_tokenizer("abc")).model
     with pytest.raises(ConfigError, match=r"ids up to 9, but the output layer has only 5 rows.*resize_token"):
         language_model.wrap(model, character_tokenizer(LETTERS), name="short")
 
 
-def test_a_tokenizer_is_needed_and_must_have_an_end():
+def test_wrap_refuses_missing_tokenizer_or_eos():
     lm = tiny()
     with pytest.raises(ConfigError, match="pass `tokenizer=`"):
         language_model.wrap(lm.model, None)
@@ -817,7 +815,7 @@ DROPOUT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("model_type", DROPOUT)
-def test_dropout_is_off_in_training_too(model_type: str):
+def test_wrap_turns_dropout_off_in_training(model_type: str):
     lm = of_type(model_type, **DROPOUT[model_type])
     ids = torch.tensor([lm.tokenizer(LETTERS).input_ids])
     lm.model.train()
@@ -835,7 +833,7 @@ def some_step(lm: LanguageModel) -> Gradient:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("lora", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradient(family: str, lora: bool, monkeypatch: pytest.MonkeyPatch):
+def test_gradient_checkpointing_gives_equal_gradient(family: str, lora: bool, monkeypatch: pytest.MonkeyPatch):
     from torch.utils import checkpoint as torch_checkpoint
 
     plain = tiny(family)
@@ -864,7 +862,7 @@ def test_gradient_checkpointing_gives_the_same_gradient(family: str, lora: bool,
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
-def test_lora_trains_the_adapters_alone(family: str):
+def test_add_lora_trains_adapters_alone(family: str):
     base = tiny(family)
     student = with_lora(base)
     assert student.adapters
@@ -884,14 +882,14 @@ def test_lora_trains_the_adapters_alone(family: str):
     assert moved == set(student.trainable())
 
 
-def test_lora_on_the_output_layer_is_refused():
+def test_add_lora_refuses_output_layer():
     with pytest.raises(ConfigError, match="Leave the output layer out of the LoRA target modules"):
         with_lora(tiny(), target_modules=["q_proj", "lm_head"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_saved_model_loads_with_transformers_and_says_the_same(family: str, lora: bool, tmp_path: Path):
+def test_save_gives_equal_logits_when_loaded_by_transformers(family: str, lora: bool, tmp_path: Path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     lm = tiny(family, padding_rows=3)
@@ -919,7 +917,7 @@ def test_a_saved_model_loads_with_transformers_and_says_the_same(family: str, lo
         assert float((plain - expected).abs().max()) > 1e-2, "the adapter mattered"
 
 
-def test_under_autocast_weights_are_cast_once_for_a_whole_response(monkeypatch: pytest.MonkeyPatch):
+def test_casting_once_casts_weights_once_per_response(monkeypatch: pytest.MonkeyPatch):
     lm = replace(tiny(hidden=32, seed=1), autocast=True)
     asked = prompts_of("ab", "c")
     weights = {parameter.data_ptr() for parameter in lm.model.parameters()}

@@ -47,7 +47,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_everything_comes_back_bit_for_bit(tmp_path: Path):
+def test_load_equals_saved_tensors_and_state(tmp_path: Path):
     generator = torch.Generator().manual_seed(0)
     tensors: dict[str, dict[str, Tensor]] = {
         "student": {
@@ -73,7 +73,7 @@ def test_everything_comes_back_bit_for_bit(tmp_path: Path):
     torch.testing.assert_close(loaded.tensors, tensors, rtol=0, atol=0, equal_nan=True)
 
 
-def test_a_tensor_is_read_as_the_one_that_it_is_for(tmp_path: Path):
+def test_load_keeps_type_and_refuses_other_shape(tmp_path: Path):
     path = write(tmp_path, 3)
     like = torch.zeros(50, 7, dtype=torch.bfloat16, requires_grad=True)
     read = load(path, like={"student": {"w": like}, "other": {"w": like}}).tensors["student"]["w"]
@@ -84,7 +84,7 @@ def test_a_tensor_is_read_as_the_one_that_it_is_for(tmp_path: Path):
         load(path, like={"student": {"w": like.detach().t()}})
 
 
-def test_tied_and_overlapping_tensors_are_written_apart_and_left_tied(tmp_path: Path):
+def test_save_writes_tied_tensors_apart_and_keeps_tie(tmp_path: Path):
     weight = nn.Parameter(torch.arange(12.0).view(3, 4))
     group = {"embedding": weight, "head": weight, "rows": weight[1:], "flat": weight.view(-1)}
     loaded = load(save(tmp_path, 0, tensors={"student": group}, state={})).tensors["student"]
@@ -92,14 +92,14 @@ def test_tied_and_overlapping_tensors_are_written_apart_and_left_tied(tmp_path: 
     assert group["embedding"].data_ptr() == group["head"].data_ptr()
 
 
-def test_size_is_that_of_the_tensors():
+def test_size_of_sums_tensor_bytes():
     shared = torch.zeros(10, dtype=torch.bfloat16)
     assert size_of({"a": {"x": shared, "y": shared}, "b": {"z": torch.zeros(2, 3)}}) == 20 + 20 + 24
     assert size_of([{"state": [torch.zeros(4)], "step": 3}]) == 16
     assert size_of({}) == 0
 
 
-def test_older_checkpoints_are_rotated_and_later_ones_left(tmp_path: Path):
+def test_save_rotates_older_checkpoints_and_keeps_later(tmp_path: Path):
     for step in (2, 4, 6, 8):
         write(tmp_path, step)
     assert names(tmp_path) == ["step_000006", "step_000008"]
@@ -134,7 +134,7 @@ def test_sweep_removes_leftovers_and_nothing_else(tmp_path: Path):
     assert sweep(tmp_path) == sweep(tmp_path / "missing") == []
 
 
-def test_a_leftover_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_sweep_names_leftover_when_removal_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / ".writing-step_000004-1").mkdir()
 
     def refuse(*_: object) -> None:
@@ -147,7 +147,7 @@ def test_a_leftover_that_cannot_be_removed_is_named(tmp_path: Path, monkeypatch:
         sweep(tmp_path)
 
 
-def test_a_leftover_with_this_process_id_is_no_obstacle(tmp_path: Path):
+def test_save_overwrites_leftover_of_same_process_id(tmp_path: Path):
     leftover = tmp_path / f".writing-step_000004-{os.getpid()}"
     leftover.mkdir()
     (leftover / "old.safetensors").write_text("half")
@@ -156,7 +156,7 @@ def test_a_leftover_with_this_process_id_is_no_obstacle(tmp_path: Path):
     assert names(tmp_path) == ["step_000004"]
 
 
-def test_the_same_step_is_replaced(tmp_path: Path):
+def test_save_replaces_same_step(tmp_path: Path):
     write(tmp_path, 2)
     write(tmp_path, 4, 1.0)
     write(tmp_path, 4, 2.0)
@@ -164,7 +164,7 @@ def test_the_same_step_is_replaced(tmp_path: Path):
     assert value_of(latest(tmp_path)) == 2.0
 
 
-def test_a_replacement_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_save_restores_old_checkpoint_when_replacement_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path, 4, 1.0)
     rename = os.rename
 
@@ -241,7 +241,7 @@ def resumed_value(folder: Path) -> float:
     return value
 
 
-def test_a_kill_between_any_two_writes_leaves_the_checkpoint_before(tmp_path: Path):
+def test_save_keeps_previous_when_killed_between_writes(tmp_path: Path):
     # The n-th fsync: the moments' file, the student's, state.json, the folder, then its parent after the rename.
     folders = killed_at(tmp_path, "fsync", 5, first=2, second=4)
     found = [latest(folder) for folder in folders]  # before sweep: leftovers are ignored
@@ -250,18 +250,18 @@ def test_a_kill_between_any_two_writes_leaves_the_checkpoint_before(tmp_path: Pa
     assert [resumed_value(folder) for folder in folders] == [1.0, 1.0, 1.0, 1.0, 2.0]
 
 
-def test_a_kill_in_the_middle_of_a_file_leaves_the_checkpoint_before(tmp_path: Path):
+def test_save_keeps_previous_when_killed_inside_file(tmp_path: Path):
     assert [resumed_value(folder) for folder in killed_at(tmp_path, "save", 2, first=2, second=4)] == [1.0, 1.0]
 
 
-def test_a_kill_while_older_ones_are_removed_leaves_the_new_one(tmp_path: Path):
+def test_save_keeps_one_checkpoint_when_killed_in_rotation(tmp_path: Path):
     # The n-th rename: into place, then the older one out of the way.
     assert [resumed_value(folder) for folder in killed_at(tmp_path, "rename", 2, first=2, second=4)] == [1.0, 2.0]
     # The n-th rmtree: a leftover of the same process id, one of the rotation, the older checkpoint.
     assert [resumed_value(folder) for folder in killed_at(tmp_path, "rmtree", 3, first=2, second=4)] == [1.0, 2.0, 2.0]
 
 
-def test_a_kill_while_the_same_step_is_replaced_loses_nothing(tmp_path: Path):
+def test_save_keeps_old_step_when_killed_in_replacement(tmp_path: Path):
     # The n-th rename: the old one aside, then the new one into place.
     folders = killed_at(tmp_path, "rename", 2, first=4, second=4)
     assert latest(folders[1]) is None  # the one moment without the name; sweep gives it back
@@ -285,7 +285,9 @@ def full_disk_in_rust(*_: object, **__: object) -> None:
         ("opd.stage.checkpoint.fsync_path", full_disk),
     ],
 )
-def test_a_full_disk_says_what_is_still_good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function, failure):
+def test_save_names_last_good_checkpoint_when_disk_is_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function, failure
+):
     write(tmp_path, 8)
     with monkeypatch.context() as patch:
         patch.setattr(function, failure)
@@ -304,7 +306,7 @@ def test_a_full_disk_says_what_is_still_good(tmp_path: Path, monkeypatch: pytest
     assert value_of(write(tmp_path, 12)) == 12.0
 
 
-def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_save_leaves_no_file_when_disk_is_full_at_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(checkpoint, "write_tensors", full_disk)
     with pytest.raises(RunError, match=r"It is the stage's first checkpoint\. Free space .* again: it starts again\."):
         write(tmp_path, 0)
@@ -312,7 +314,7 @@ def test_a_full_disk_at_the_first_checkpoint(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("limit", [100_000, 4_000])
-def test_a_file_system_that_refuses_more_bytes(tmp_path: Path, limit: int):
+def test_save_raises_run_error_when_file_size_is_limited(tmp_path: Path, limit: int):
     # A real refusal: files of this process may not pass 100 kB (4 kB), so the writer fails midway.
     code = """
 import resource, sys
@@ -335,7 +337,7 @@ except RunError as error:
     assert "it continues from step 1. step_000001 ['step_000001']" in run.stdout
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path):
+def test_save_raises_run_error_when_folder_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(
         RunError, match=r"step 3 could not be written to .*file/checkpoints \(Not a directory; it needs"
@@ -343,7 +345,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path):
         write(tmp_path / "file" / "checkpoints", 3)
 
 
-def test_an_older_checkpoint_that_cannot_be_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_save_raises_run_error_when_rotation_is_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     write(tmp_path, 2)
     rename = os.rename
 
@@ -360,7 +362,7 @@ def test_an_older_checkpoint_that_cannot_be_removed(tmp_path: Path, monkeypatch:
     assert value_of(latest(tmp_path)) == 4.0
 
 
-def test_what_is_no_checkpoint(tmp_path: Path):
+def test_load_refuses_folder_without_state(tmp_path: Path):
     with pytest.raises(RunError, match=r"is not a checkpoint: it has no state\.json\. Give a folder named step_"):
         load(tmp_path)
 
@@ -372,7 +374,7 @@ def test_what_is_no_checkpoint(tmp_path: Path):
         *((name, how) for name in (STUDENT, MOMENTS, "state.json") for how in ("empty", "cut", "x")),
     ],
 )
-def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
+def test_load_names_damaged_file(tmp_path: Path, name: str, damage: str):
     file = write(tmp_path, 6) / name
     size = file.stat().st_size
     if damage == "missing":
@@ -389,14 +391,14 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str, damage: str):
         assert f" bytes instead of {size})" in message
 
 
-def test_a_header_without_its_fields_is_damaged(tmp_path: Path):
+def test_load_refuses_state_without_files(tmp_path: Path):
     file = write(tmp_path, 6) / "state.json"
     file.write_text(json.dumps({"step": 6}))
     with pytest.raises(RunError, match=r"state\.json is damaged \('files'\)"):
         load(file.parent)
 
 
-def test_code_in_a_file_is_not_run(tmp_path: Path):
+def test_load_runs_no_pickled_code(tmp_path: Path):
     file = write(tmp_path, 6) / MOMENTS
     torch.save({"f": os.getcwd}, file)
     header = json.loads((file.parent / "state.json").read_text())
@@ -407,7 +409,7 @@ def test_code_in_a_file_is_not_run(tmp_path: Path):
 
 
 @pytest.mark.parametrize("state", [{"a": (1, 2)}, {"a": {1: 2}}])
-def test_state_that_json_would_change_is_refused(tmp_path: Path, state: dict[str, Any]):
+def test_save_refuses_state_that_json_changes(tmp_path: Path, state: dict[str, Any]):
     with pytest.raises(AssertionError, match="changes on its way through JSON"):
         save(tmp_path, 0, tensors={}, state=state)
     assert names(tmp_path) == []

@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_a_new_run_has_its_recipe_and_environment(tmp_path: Path):
+def test_open_writes_recipe_and_environment(tmp_path: Path):
     run = RunDir.open(tmp_path / "deep" / "run", RECIPE)
     assert names(run.path) == [".lock", "environment.json", "recipe.yaml"]
     assert (run.path / "recipe.yaml").read_bytes() == RECIPE.encode()
@@ -45,7 +45,7 @@ def test_a_new_run_has_its_recipe_and_environment(tmp_path: Path):
     assert isinstance(environment["cuda_devices"], list)
 
 
-def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_open_records_git_commit_of_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def commit(name: str) -> str | None:
         return json.loads((RunDir.open(tmp_path / name, RECIPE).path / "environment.json").read_text())["git_commit"]
 
@@ -62,7 +62,7 @@ def test_the_commit_is_that_of_the_working_directory(tmp_path: Path, monkeypatch
     assert commit("without-git") is None
 
 
-def test_the_same_recipe_continues_and_keeps_everything(tmp_path: Path):
+def test_open_keeps_metrics_when_recipe_is_equal(tmp_path: Path):
     first = RunDir.open(tmp_path, RECIPE).stage("distil")
     first.append_metrics(0, {"a/b": 1.0})
     assert RunDir.open(tmp_path, RECIPE).stage("distil").read_metrics() == [{"step": 0, "a/b": 1.0}]
@@ -78,7 +78,7 @@ def begun(path: Path) -> StageDir:
 OTHER = RECIPE.replace("seed: 0", "seed: 1")
 
 
-def test_the_recipe_of_a_run_that_made_no_step_is_replaced(tmp_path: Path):
+def test_open_replaces_recipe_when_run_made_no_step(tmp_path: Path):
     first = RunDir.open(tmp_path, RECIPE)
     assert not first.replaced
     stage = first.stage("distil")
@@ -96,7 +96,7 @@ def test_the_recipe_of_a_run_that_made_no_step_is_replaced(tmp_path: Path):
 
 
 @pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/step_000001", "done.json", "model/config.json"])
-def test_a_run_that_made_something_keeps_its_recipe(tmp_path: Path, made: str):
+def test_open_refuses_other_recipe_when_run_made_output(tmp_path: Path, made: str):
     file = RunDir.open(tmp_path, RECIPE).stage("distil").path / made
     file.parent.mkdir(exist_ok=True)
     file.write_text("{}")
@@ -106,7 +106,7 @@ def test_a_run_that_made_something_keeps_its_recipe(tmp_path: Path, made: str):
     assert (tmp_path / "recipe.yaml").read_text() == RECIPE
 
 
-def test_a_run_at_work_keeps_its_recipe_until_its_process_ends(tmp_path: Path):
+def test_open_refuses_other_recipe_while_process_is_at_work(tmp_path: Path):
     other = at_work(tmp_path)
     with pytest.raises(RunError, match=r"It has made no step, but another process is running it\. Use"):
         RunDir.open(tmp_path, OTHER)
@@ -165,7 +165,7 @@ def test_open_goes_on_when_there_can_be_no_lock(tmp_path: Path):
     assert not run.lock.is_locked
 
 
-def test_another_recipe_is_refused_with_the_difference(tmp_path: Path):
+def test_open_shows_difference_when_recipe_differs(tmp_path: Path):
     begun(tmp_path)
     before = (tmp_path / "environment.json").stat().st_mtime_ns
     with pytest.raises(RunError) as caught:
@@ -182,7 +182,7 @@ def test_another_recipe_is_refused_with_the_difference(tmp_path: Path):
         RunDir.open(tmp_path, "x")
 
 
-def test_a_long_difference_is_cut_and_line_ends_are_named(tmp_path: Path):
+def test_open_cuts_long_difference_and_names_line_ends(tmp_path: Path):
     begun(tmp_path)
     with pytest.raises(RunError) as caught:
         RunDir.open(tmp_path, "".join(f"line {i}\n" for i in range(100)))
@@ -192,7 +192,7 @@ def test_a_long_difference_is_cut_and_line_ends_are_named(tmp_path: Path):
         RunDir.open(tmp_path, RECIPE.replace("\n", "\r\n"))
 
 
-def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path):
+def test_open_refuses_folder_of_other_content(tmp_path: Path):
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(
         RunError, match=r"is not a run directory: it holds 'thesis\.tex' and no recipe\.yaml \(1 entries"
@@ -201,14 +201,14 @@ def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path: Path):
     assert names(tmp_path) == ["thesis.tex"]
 
 
-def test_a_first_start_that_was_killed_is_an_empty_folder(tmp_path: Path):
+def test_open_takes_folder_of_killed_first_start(tmp_path: Path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".recipe.yaml.writing-17").write_text("name")
     RunDir.open(tmp_path, RECIPE)
     assert names(tmp_path) == [".lock", "environment.json", "recipe.yaml"]
 
 
-def test_a_path_that_is_no_folder_or_cannot_be_one(tmp_path: Path):
+def test_open_raises_run_error_when_path_is_no_folder(tmp_path: Path):
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(RunError, match=r"file is a file, and a run needs a folder\. Use another output_dir=\.\.\., or"):
@@ -217,7 +217,7 @@ def test_a_path_that_is_no_folder_or_cannot_be_one(tmp_path: Path):
         RunDir.open(file / "run", RECIPE)
 
 
-def test_a_folder_that_refuses_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_open_raises_run_error_when_writing_is_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     # Simulated, since a superuser may write anywhere.
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
@@ -235,21 +235,21 @@ def test_check_space_refuses_when_too_little_is_free(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "recipe.yaml", "tensorboard"])
-def test_a_stage_has_a_name_that_can_be_a_folder(tmp_path: Path, name: str):
+def test_stage_refuses_name_that_is_no_folder(tmp_path: Path, name: str):
     with pytest.raises(
         ConfigError, match=re.escape(f"A stage cannot be named {name!r}: its folder has the same name.")
     ):
         RunDir.open(tmp_path, RECIPE).stage(name)
 
 
-def test_a_stage_folder_that_cannot_be_made(tmp_path: Path):
+def test_stage_raises_run_error_when_folder_cannot_be_made(tmp_path: Path):
     run = RunDir.open(tmp_path, RECIPE)
     (tmp_path / "distil").write_text("x")
     with pytest.raises(RunError, match="distil cannot be written"):
         run.stage("distil")
 
 
-def test_metrics_are_deterministic_and_timings_are_elsewhere(tmp_path: Path):
+def test_append_metrics_writes_equal_bytes_for_equal_runs(tmp_path: Path):
     written = []
     for name in ("a", "b"):
         stage = RunDir.open(tmp_path / name, RECIPE).stage("distil")
@@ -262,7 +262,7 @@ def test_metrics_are_deterministic_and_timings_are_elsewhere(tmp_path: Path):
     assert written[0].splitlines()[1] == b'{"step": 1, "rollout/length": 3, "train/loss": 0.5}'
 
 
-def test_a_metric_that_is_not_finite_stops_the_run(stage: StageDir):
+def test_append_metrics_raises_training_error_when_not_finite(stage: StageDir):
     with pytest.raises(TrainingError, match="In step 7, 'train/loss' is nan"):
         stage.append_metrics(7, {"train/loss": math.nan})
     with pytest.raises(TrainingError, match=re.escape("In the stage's summary, 'eval.score' is inf")):
@@ -271,7 +271,7 @@ def test_a_metric_that_is_not_finite_stops_the_run(stage: StageDir):
     assert stage.done() is None
 
 
-def test_rewind_keeps_what_the_checkpoint_knows(stage: StageDir):
+def test_rewind_keeps_rows_up_to_step(stage: StageDir):
     for step in range(5):
         stage.append_metrics(step, {"a/b": float(step)})
         stage.append_timings(step, {"time/s": float(step)})
@@ -294,12 +294,12 @@ def test_rewind_keeps_what_the_checkpoint_knows(stage: StageDir):
     assert names(stage.samples) == ["notes.txt"]
 
 
-def test_rewind_of_a_stage_that_has_written_nothing(stage: StageDir):
+def test_rewind_accepts_empty_stage(stage: StageDir):
     stage.rewind(-1)
     assert names(stage.path) == ["checkpoints", "samples"]
 
 
-def test_a_kill_leaves_at_most_one_partial_line(stage: StageDir):
+def test_append_metrics_keeps_whole_rows_when_killed(stage: StageDir):
     code = """
 import sys, pathlib
 from opd.stage.folder import StageDir
@@ -321,7 +321,7 @@ while True:
     assert len(stage.metrics.read_bytes().splitlines()) - len(steps) <= 1
 
 
-def test_samples_come_back(stage: StageDir):
+def test_write_samples_reads_back_equal(stage: StageDir):
     rows = [
         {"prompt_id": 3, "text": "4 .", "reward": 1.0, "ids": [19, 30], "teacher": None},
         {"prompt_id": 4, "text": "é\n", "reward": None, "ids": [], "teacher": None},
@@ -335,7 +335,7 @@ def test_samples_come_back(stage: StageDir):
     assert names(stage.samples) == ["step_000012.parquet", "step_000013.parquet"]
 
 
-def test_samples_that_do_not_fit_in_a_table(stage: StageDir):
+def test_write_samples_refuses_mixed_columns(stage: StageDir):
     with pytest.raises(
         DataError, match=r"step_000002\.parquet: column 'answer' mixes types \(.*\)\. Use one type there"
     ):
@@ -345,7 +345,7 @@ def test_samples_that_do_not_fit_in_a_table(stage: StageDir):
     assert names(stage.samples) == []
 
 
-def test_done_comes_back_and_a_damaged_one_is_named(stage: StageDir):
+def test_done_reads_back_and_names_damaged_file(stage: StageDir):
     assert stage.done() is None
     stage.mark_done({"steps": 5, "eval": {"score": 0.5}, "names": ["a"]})
     assert stage.done() == {"steps": 5, "eval": {"score": 0.5}, "names": ["a"]}
@@ -355,7 +355,7 @@ def test_done_comes_back_and_a_damaged_one_is_named(stage: StageDir):
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str):
+def test_write_atomically_keeps_old_file_when_write_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str):
     file = tmp_path / "x.json"
     write_atomically(file, "old")
 
@@ -369,7 +369,7 @@ def test_a_failed_write_leaves_what_was_there(tmp_path: Path, monkeypatch: pytes
     assert names(tmp_path) == ["x.json"]
 
 
-def test_a_write_that_is_interrupted_leaves_nothing_beside(tmp_path: Path):
+def test_write_atomically_leaves_no_file_when_interrupted(tmp_path: Path):
     def interrupted(part: Path) -> None:
         part.write_text("half")
         raise KeyboardInterrupt

@@ -36,7 +36,7 @@ def update(optimiser: Optimiser, i: int) -> float:
 # --- schedules ------------------------------------------------------------------------------------------------------
 
 
-def test_the_schedules_by_hand():
+def test_factor_follows_schedule():
     constant = [factor(section(), 4)(i) for i in range(4)]
     linear = [factor(section(schedule="linear"), 4)(i) for i in range(4)]
     cosine = [factor(section(schedule="cosine"), 4)(i) for i in range(5)]
@@ -46,7 +46,7 @@ def test_the_schedules_by_hand():
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_the_warm_up_rises_in_equal_parts_and_is_never_zero(schedule: str):
+def test_factor_warms_up_in_equal_parts_above_zero(schedule: str):
     at = factor(section(schedule=schedule, warmup_steps=4), 12)
     assert [at(i) for i in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
     after = [at(i) for i in range(4, 12)]
@@ -57,21 +57,21 @@ def test_the_warm_up_rises_in_equal_parts_and_is_never_zero(schedule: str):
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (5, 5), (9, 5), (0, 3)])
-def test_short_stages_have_a_rate_at_every_step(schedule: str, warmup: int, steps: int):
+def test_factor_is_positive_in_short_stages(schedule: str, warmup: int, steps: int):
     at = factor(section(schedule=schedule, warmup_steps=warmup), steps)
     assert all(0.0 < at(i) <= 1.0 for i in range(steps))
     assert 0.0 <= at(steps) <= 1.0
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
-def test_every_update_uses_the_rate_that_it_reports(schedule: str):
+def test_step_reports_scheduled_learning_rate(schedule: str):
     settings = section(schedule=schedule, warmup_steps=3)
     optimiser = optimisation.build(parameters(), settings, 10)
     expected = [settings.learning_rate * factor(settings, 10)(i) for i in range(10)]
     assert [update(optimiser, i) for i in range(10)] == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_first_update_moves_by_its_rate():
+def test_step_moves_by_learning_rate_when_first():
     """Adam's first step is rate x sign(gradient), whatever the gradient's size."""
     optimiser = optimisation.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
     before = optimiser.parameters["a"].detach().clone()
@@ -80,7 +80,7 @@ def test_the_first_update_moves_by_its_rate():
     torch.testing.assert_close(moved.abs(), torch.full_like(moved, 0.025), atol=1e-6, rtol=0)
 
 
-def test_the_recipes_numbers_reach_adamw():
+def test_build_passes_settings_to_adamw():
     settings = section(betas=(0.8, 0.95), eps=1e-5, weight_decay=0.3, learning_rate=0.2)
     group = optimisation.build(parameters(), settings, 10).adamw.param_groups[0]
     assert group["betas"] == (0.8, 0.95)
@@ -92,7 +92,7 @@ def test_the_recipes_numbers_reach_adamw():
 # --- clipping -------------------------------------------------------------------------------------------------------
 
 
-def test_clipping_is_by_the_norm_over_all_parameters_and_reports_it_as_it_was():
+def test_clip_scales_by_global_norm_and_returns_norm():
     optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 2.0)
@@ -104,7 +104,7 @@ def test_clipping_is_by_the_norm_over_all_parameters_and_reports_it_as_it_was():
     assert optimiser.clip() == pytest.approx(1.0, rel=1e-4)
 
 
-def test_a_small_gradient_is_left_alone():
+def test_clip_keeps_small_gradient():
     optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.01)
@@ -114,14 +114,14 @@ def test_a_small_gradient_is_left_alone():
     )
 
 
-def test_a_norm_that_is_not_finite_is_reported():
+def test_clip_returns_nan_when_gradient_is_nan():
     optimiser = optimisation.build(parameters(), section(), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, torch.nan)
     assert math.isnan(optimiser.clip())
 
 
-def test_a_step_clears_the_gradient():
+def test_step_clears_gradient():
     optimiser = optimisation.build(parameters(), section(), 10)
     update(optimiser, 0)
     assert all(parameter.grad is None for parameter in optimiser.parameters.values())
@@ -132,7 +132,7 @@ def test_a_step_clears_the_gradient():
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
-def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path: Path, schedule: str, stop: int):
+def test_restore_gives_byte_equal_steps(tmp_path: Path, schedule: str, stop: int):
     settings = section(schedule=schedule, warmup_steps=4, weight_decay=0.01)
     whole = optimisation.build(parameters(), settings, 10)
     rates = [update(whole, i) for i in range(10)]
@@ -154,7 +154,7 @@ def test_a_restored_optimiser_goes_on_bit_for_bit(tmp_path: Path, schedule: str,
     assert second.updates == whole.updates == 10
 
 
-def test_the_state_is_named_by_parameter():
+def test_tensors_are_named_by_parameter():
     optimiser = optimisation.build(parameters(), section(schedule="linear"), 10)
     assert (optimiser.tensors(), optimiser.updates) == ({}, 0)
     update(optimiser, 0)

@@ -41,7 +41,7 @@ def student_t_tail(t: float, degrees: int, pieces: int = 20_000) -> float:
 
 
 @pytest.mark.parametrize("n", range(3, 21))
-def test_an_interval_over_seeds_is_students_t(n):
+def test_over_seeds_gives_student_t_interval(n):
     values = [math.sin(3 * i) for i in range(n)]
     interval = over_seeds(values)
     mean = math.fsum(values) / n
@@ -52,12 +52,12 @@ def test_an_interval_over_seeds_is_students_t(n):
 
 
 @pytest.mark.parametrize("n", [0, 2, 21])
-def test_too_few_or_too_many_seeds_are_refused(n):
+def test_over_seeds_refuses_too_few_or_too_many_seeds(n):
     with pytest.raises(ConfigError, match=f"needs 3 to 20 seeds, got {n}. Give more seeds"):
         over_seeds([0.0] * n)
 
 
-def test_differences_pair_the_seeds():
+def test_differences_pair_seeds():
     assert differences([1.0, 2.0, 3.0], [0.9, 1.9, 2.9]).high == pytest.approx(0.1)
     with pytest.raises(ValueError, match="shorter"):
         differences([1.0, 2.0, 3.0], [1.0, 2.0])
@@ -67,7 +67,7 @@ def check(low: float, high: float, **bounds: float) -> Check:
     return Check(what="x", interval=Interval((low + high) / 2, low, high), **bounds)
 
 
-def test_a_check_wants_the_whole_interval_on_its_side():
+def test_check_holds_only_when_whole_interval_is_inside():
     assert check(0.2, 0.4, above=0.1).holds
     assert not check(0.05, 0.4, above=0.1).holds
     assert check(-0.4, -0.2, below=-0.1).holds
@@ -79,7 +79,7 @@ def test_a_check_wants_the_whole_interval_on_its_side():
         check(0.0, 1.0)
 
 
-def test_a_verdict_needs_all_checks_of_one_setting():
+def test_verdict_needs_all_checks_of_one_setting():
     yes, no = check(1.0, 2.0, above=0.0), check(-2.0, -1.0, above=0.0)
     assert verdict([yes, yes], [no]) == "holds"
     assert verdict([yes, no]) == "does not hold"
@@ -89,7 +89,7 @@ def test_a_verdict_needs_all_checks_of_one_setting():
         verdict([])
 
 
-def test_a_finding_tells_number_interval_rule_and_both_settings():
+def test_finding_states_number_interval_rule_and_settings():
     one = finding("c", "2605.11182", [check(0.1, 0.3, above=0.25)], [check(0.5, 0.7, above=0.25, below=0.9)])
     assert (
         one.measured == "A: x 0.2 [0.1, 0.3] (claim: above 0.25). B: x 0.6 [0.5, 0.7] (claim: above 0.25 and below 0.9)"
@@ -97,7 +97,7 @@ def test_a_finding_tells_number_interval_rule_and_both_settings():
     assert one.verdict == "holds in setting B only"
 
 
-def test_short_numbers():
+def test_short_rounds_to_three_digits():
     assert [short(v) for v in (0.0, 0.12345, 1234.5, -1e-7, 3.2e8)] == [
         "0",
         "0.123",
@@ -118,7 +118,7 @@ def module_of(name: str) -> ModuleType:
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_a_study_says_what_it_reruns(name):
+def test_studies_name_paper_and_use(name):
     module = module_of(name)
     assert module.__name__ == f"opd_studies.claims.{name}"
     assert headline(name)
@@ -132,20 +132,20 @@ def test_a_study_says_what_it_reruns(name):
 
 
 @pytest.mark.parametrize("name", STUDIES)
-def test_opposite_numbers_give_the_opposite_verdict(name):
+def test_judge_gives_opposite_verdict_when_numbers_are_opposite(name):
     as_claimed, opposite = NUMBERS[name]
     assert [one.verdict for one in module_of(name).judge(as_claimed) if one.verdict != "holds"] == []
     assert [one.claim for one in module_of(name).judge(opposite) if one.verdict != "does not hold"] == []
 
 
 @pytest.mark.parametrize("name", SECOND)
-def test_a_second_setting_counts_where_the_first_one_fails(name):
+def test_judge_gives_setting_b_only_when_first_setting_fails(name):
     numbers, places = SECOND[name]
     verdicts = [one.verdict for one in module_of(name).judge(numbers)]
     assert [place for place, verdict in enumerate(verdicts) if verdict == "holds in setting B only"] == places
 
 
-def test_a_plateau_lasts_until_nine_tenths():
+def test_lengths_end_plateau_at_nine_tenths():
     numbers = first.fixed_point_numbers(True)
     near5, near20 = (start.name for start in fixed_points.STARTS[:2])
     assert fixed_points.lengths(numbers, near5) == [20.0] * 3
@@ -163,7 +163,7 @@ TINY = PairSize(
 )
 
 
-def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_path, monkeypatch):
+def test_fingerprint_depends_on_recipe_and_library_not_place(tmp_path, monkeypatch):
     here, there = Lab(folder=tmp_path / "a"), Lab(folder=tmp_path / "b")
 
     def recipe(lab: Lab, seed: int) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def test_a_fingerprint_is_of_the_recipe_and_the_library_not_of_the_place(tmp_pat
     assert here.fingerprint(recipe(here, 0)) != before
 
 
-def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, monkeypatch):
+def test_library_digest_follows_training_source_alone(tmp_path, monkeypatch):
     trains = ("opd/train.py", "opd_studies/worlds/methods.py")
     draws = ("opd/cli.py", "opd/commands/doctor/cost.py", "opd_studies/claims/losses.py", "opd_studies/page/report.py")
     for name in trains + draws:
@@ -201,7 +201,7 @@ def test_the_librarys_digest_follows_its_source_and_not_the_drawings(tmp_path, m
         labs.library_digest.cache_clear()
 
 
-def test_models_are_trained_once_through_the_recipe_path(tmp_path, monkeypatch):
+def test_pair_trains_models_once(tmp_path, monkeypatch):
     import opd.api
 
     ran: list[str] = []
@@ -218,7 +218,7 @@ def test_models_are_trained_once_through_the_recipe_path(tmp_path, monkeypatch):
     assert (tmp_path / lab.fingerprint(labs.teacher_recipe(0, TINY)) / "recipe.yaml").exists()
 
 
-def test_recipes_run_side_by_side_and_come_back_in_order(tmp_path):
+def test_pairs_equal_single_runs_when_parallel(tmp_path):
     heard: list[str] = []
     lab = Lab(folder=tmp_path, workers=2, note=heard.append)
     pairs = lab.pairs((0, 1), TINY)
@@ -227,14 +227,14 @@ def test_recipes_run_side_by_side_and_come_back_in_order(tmp_path):
     assert (alone.student / "model.safetensors").read_bytes() == (pairs[1].student / "model.safetensors").read_bytes()
 
 
-def test_a_recipe_that_fails_beside_others_says_why(tmp_path):
+def test_run_all_raises_data_error_of_failed_recipe(tmp_path):
     lab = Lab(folder=tmp_path, workers=2)
     bad = labs.teacher_recipe(0, replace(TINY, task=replace(labs.SORTING, options={"digits": 1})))
     with pytest.raises(DataError, match="rows of 1 digits"):
         lab.run_all([bad, labs.student_recipe(0, TINY)])
 
 
-def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
+def test_ablation_measure_gives_numbers_of_each_setting(tmp_path):
     lab = Lab(folder=tmp_path, workers=1)
     size = ablation.Size(seeds=(0,), steps=2, prompts_per_step=4, pair=replace(TINY, task=labs.SORTING))
     settings = {
@@ -253,7 +253,7 @@ def test_pairs_are_distilled_through_the_recipe_path(tmp_path):
     assert one.last["rollout/policy_nll"] == pytest.approx(sum(entropies) / 2)
 
 
-def test_studies_of_trained_pairs_run_at_a_reduced_size(tmp_path):
+def test_estimators_and_prefixes_run_at_reduced_size(tmp_path):
     """From training to numbers: what the studies of language models do, on three tiny pairs."""
     lab = Lab(folder=tmp_path)
     sorters = ablation.Size(steps=1, prompts_per_step=2, pair=replace(TINY, task=labs.SORTING))
@@ -277,7 +277,7 @@ def outcome(claim: str = "a | b") -> Outcome:
     return Outcome(setup="three seeds", findings=(one,), figure=made, table=(("a", "b"), ("1", "2")))
 
 
-def test_results_are_saved_and_make_the_page(tmp_path):
+def test_pages_contain_saved_results(tmp_path):
     image = report.save(tmp_path, "gamma", outcome(), 12.4)
     assert image.read_bytes().startswith(b"\x89PNG")
     results = report.load(tmp_path, ["fixed_points", "gamma"])
@@ -294,21 +294,21 @@ def test_results_are_saved_and_make_the_page(tmp_path):
     assert "\n12 s of CPU time" in page
 
 
-def test_a_damaged_result_is_an_error(tmp_path):
+def test_load_raises_os_error_when_result_is_damaged(tmp_path):
     (tmp_path / "studies").mkdir()
     (tmp_path / "studies" / "gamma.json").write_text("{")
     with pytest.raises(OSError, match=r"gamma.json cannot be read .* Run `opd study gamma` again"):
         report.load(tmp_path, ["gamma"])
 
 
-def test_without_matplotlib_nothing_runs(monkeypatch):
+def test_opd_study_names_extra_when_matplotlib_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(STUDIES, "gamma", lambda lab: pytest.fail("it ran"))
     with pytest.raises(ConfigError, match=r"matplotlib, which is not installed .*`pip install 'opd\[studies\]'`"):
         CliRunner().invoke(app, ["study", "gamma"], catch_exceptions=False)
 
 
-def test_the_command_lists_the_studies():
+def test_opd_study_lists_studies():
     listed = CliRunner().invoke(app, ["study"], catch_exceptions=False).stdout.splitlines()
     assert [line.split()[0] for line in listed] == list(STUDIES)
     assert all(len(line.split()) > 5 for line in listed)
@@ -321,12 +321,12 @@ def test_the_command_lists_the_studies():
         (["gamma", "--all"], r"got both 'gamma' and --all. Name one study, or run all of them"),
     ],
 )
-def test_what_the_command_refuses(arguments, message):
+def test_opd_study_refuses_unknown_name_or_name_with_all(arguments, message):
     with pytest.raises(ConfigError, match=message):
         CliRunner().invoke(app, ["study", *arguments], catch_exceptions=False)
 
 
-def test_a_study_from_the_command_to_the_page(tmp_path, monkeypatch):
+def test_opd_study_writes_result_figure_and_page(tmp_path, monkeypatch):
     """The real study at a reduced size: fewer prompts, and steps enough to arrive."""
     size = privileged.Size(seeds=(0, 1, 2), prompts=4, teachers=4, train_prompts=48, held_out_prompts=32, steps=800)
     monkeypatch.setitem(STUDIES, "privileged", lambda lab: privileged.run(lab, size))
@@ -340,7 +340,7 @@ def test_a_study_from_the_command_to_the_page(tmp_path, monkeypatch):
     assert "# privileged" in (tmp_path / "studies" / "privileged.md").read_text()
 
 
-def test_pages_in_docs_are_made_of_the_results_of_all_studies():
+def test_pages_in_docs_equal_those_of_results():
     docs = ROOT / "docs"
     results = report.load(docs, list(STUDIES))
     assert list(results) == list(STUDIES), "run `opd study NAME --out docs` for the missing ones"

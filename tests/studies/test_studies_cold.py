@@ -32,7 +32,7 @@ KINDS = [
 ]
 
 
-def test_rows_of_several_kinds_have_their_shares_digits_and_signs():
+def test_sorting_of_kinds_has_shares_digits_and_signs():
     rows = list(sorting_of_kinds(200, KINDS, seed=4))
     assert [sum(row["prompt"].endswith(sign) for row in rows) for sign in ">="] == [150, 50]
     for row in rows:
@@ -43,7 +43,7 @@ def test_rows_of_several_kinds_have_their_shares_digits_and_signs():
     assert len({row["prompt"] for row in rows}) == 200
 
 
-def test_kinds_share_their_problems_and_no_part_shares_a_row():
+def test_sorting_of_kinds_shares_problems_and_splits_parts():
     asked = [{**KINDS[0], "share": 1.0, "sign": sign} for sign in ">="]
     one, other = ([row["prompt"][:-1] for row in sorting_of_kinds(100, [kind], seed=3)] for kind in asked)
     assert one == other
@@ -52,13 +52,13 @@ def test_kinds_share_their_problems_and_no_part_shares_a_row():
     assert not held_out & every
 
 
-def test_more_rows_than_a_kind_has_are_refused():
+def test_sorting_of_kinds_refuses_too_many_rows():
     kind = {"share": 1.0, "lowest": 0, "highest": 2, "sign": ">"}
     with pytest.raises(ConfigError, match=r"rows of 5 digits in 0\.\.2; 500 are too many"):
         list(sorting_of_kinds(500, [kind]))
 
 
-def test_a_look_agrees_with_the_models_read_one_response_at_a_time(tmp_path, monkeypatch):
+def test_look_equals_reading_one_response_at_a_time(tmp_path, monkeypatch):
     import opd.evaluation.compare
 
     kept = []
@@ -90,7 +90,7 @@ def test_a_look_agrees_with_the_models_read_one_response_at_a_time(tmp_path, mon
         assert seen["accuracy"] == sum(one.text == one.prompt.answer for one in rollouts) / 6
 
 
-def test_both_studies_run_at_a_reduced_size(tmp_path):
+def test_cold_start_and_prompts_run_at_reduced_size(tmp_path):
     """From training to the table and the figure."""
     lab = Lab(folder=tmp_path, workers=1)
     small = cold_start.Size(cold_steps=2, keep="all", steps=4, prompts_per_step=4, held_out=4, pair=TINY)
@@ -109,7 +109,7 @@ def test_both_studies_run_at_a_reduced_size(tmp_path):
     assert cold.count((8, None, 2)) == 2 * 3, "the second stage has the others, in both settings of three seeds"
 
 
-def test_recovery_is_the_share_of_the_gap():
+def test_recovery_is_share_of_gap_or_nan():
     def seen(accuracy):
         return {"own": {"accuracy": [accuracy] * 3}}
 

@@ -16,7 +16,7 @@ from opd_studies.lab.lab import Lab
 from opd_studies.worlds.bad_habit_data import sorting_both_ways
 
 
-def test_a_share_of_the_examples_falls_and_the_answers_stay():
+def test_sorting_both_ways_reverses_given_share():
     rows = list(sorting_both_ways(count=400, falling=0.25, seed=5))
     right = list(sorting(count=400, seed=5))
     assert [(row["prompt"], row["answer"]) for row in rows] == [(row["prompt"], row["answer"]) for row in right]
@@ -30,7 +30,7 @@ def test_a_share_of_the_examples_falls_and_the_answers_stay():
         next(sorting_both_ways(count=500, digits=2, part="held_out"))
 
 
-def test_gap_recovery_is_by_seed_and_no_number_without_a_gap():
+def test_recovery_is_per_seed_and_nan_without_gap():
     numbers = replace(
         choice_numbers(True), teacher={"larger": [0.9, 0.5, 0.6]}, curve={"larger": [{0: 0.5, 9: 0.7}] * 3}
     )
@@ -39,7 +39,7 @@ def test_gap_recovery_is_by_seed_and_no_number_without_a_gap():
     assert numbers.recovery("larger")[2] == pytest.approx(2.0)
 
 
-def test_a_shortfall_has_the_sign_of_the_difference_of_recoveries():
+def test_shortfall_has_sign_of_recovery_difference():
     numbers = replace(
         choice_numbers(True),
         teacher={"near": [0.6, 0.5], "far": [0.9, 0.9]},
@@ -49,18 +49,18 @@ def test_a_shortfall_has_the_sign_of_the_difference_of_recoveries():
     assert numbers.shortfall("near", "far") == pytest.approx([0.04 - 0.5 * 0.1, 0.02])
 
 
-def test_each_teacher_gets_its_best_learning_rate():
+def test_best_rates_picks_best_rate_per_teacher():
     tried = {("a", 1e-3): 0.4, ("a", 2e-3): 0.6, ("b", 1e-3): 0.9, ("b", 2e-3): 0.8}
     assert teacher_choice.best_rates(tried) == {"a": 2e-3, "b": 1e-3}
 
 
-def test_curves_are_apart_by_their_mean_distance_after_the_start():
+def test_apart_is_mean_distance_after_start():
     curves = {"a": [{0: 0.9, 5: 0.5, 10: 0.4}], "b": [{0: 0.9, 5: 0.7, 10: 0.3}]}
     numbers = replace(reverse_numbers(True), curve=curves)
     assert numbers.apart("a", "b") == [pytest.approx(0.15)]
 
 
-def test_a_family_is_trained_and_taught_at_a_reduced_size(tmp_path):
+def test_family_trains_and_teaches_at_reduced_size(tmp_path):
     tiny = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     pair = labs.PairSize(
         task=rl_teachers.MIXED, teacher=tiny, student=tiny, teacher_steps=1, student_steps=1, prompts_per_step=4

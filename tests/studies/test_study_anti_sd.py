@@ -39,7 +39,7 @@ def token_logps(made: torch.Tensor, world: Problems, x: int, n: int, knows: bool
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("knows", [False, True])
-def test_log_probs_are_those_of_the_docstring(shared: bool, knows: bool):
+def test_log_probs_equal_docstring(shared: bool, knows: bool):
     made, world = model(shared), given(3)
     got = waiting_world.log_probs(made, world, knows=knows)
     for x, n in itertools.product(range(3), range(LONGEST)):
@@ -47,7 +47,7 @@ def test_log_probs_are_those_of_the_docstring(shared: bool, knows: bool):
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_accuracy_and_length_are_sums_over_all_responses(shared: bool):
+def test_examined_equals_sum_over_all_responses(shared: bool):
     made, world = model(shared), given(4)
     accuracy = length = 0.0
     for x in range(4):
@@ -61,14 +61,14 @@ def test_accuracy_and_length_are_sums_over_all_responses(shared: bool):
     assert (got.accuracy, got.length) == (pytest.approx(accuracy), pytest.approx(length))
 
 
-def test_knowing_the_solution_makes_waiting_less_likely_and_the_right_answer_more():
+def test_log_probs_favour_right_answer_when_solution_is_known():
     made, world = waiting_world.beginner(False), given(50)
     gap = waiting_world.log_probs(made, world, knows=True) - waiting_world.log_probs(made, world)
     assert bool((gap[..., WAIT] < 0).all())
     assert bool((gap.gather(2, world.right[:, None, None].expand(-1, LONGEST, 1)) > 0).all())
 
 
-def test_responses_are_drawn_as_the_model_says_and_rewarded_when_right():
+def test_written_draws_by_model_and_rewards_right_answer():
     made, world = (
         waiting_world.beginner(True).requires_grad_(),
         waiting_world.problems(PROBLEMS, torch.Generator().manual_seed(1)),
@@ -93,7 +93,7 @@ def test_responses_are_drawn_as_the_model_says_and_rewarded_when_right():
     assert sum(lengths) / len(lengths) == pytest.approx(exact.length, rel=0.05)
 
 
-def test_an_update_is_the_methods_formula():
+def test_update_equals_formula_of_anti_sd():
     made = model(False).float().requires_grad_()
     world = waiting_world.problems(PROBLEMS, torch.Generator().manual_seed(4))
     batch, student_logp = waiting_world.written(made, world, torch.Generator().manual_seed(5))
@@ -114,7 +114,7 @@ def test_an_update_is_the_methods_formula():
     torch.testing.assert_close(made.grad, fresh.grad, atol=1e-6, rtol=1e-4)
 
 
-def test_a_course_is_the_same_twice_and_other_methods_meet_the_same_problems():
+def test_train_is_deterministic_and_shares_problems():
     settings = {"seed": 3, "rate": 0.1, "shared": False, "steps": 3, "every": 2}
     one, again = (waiting_world.train(study.METHODS[study.AWAY], **settings) for _ in range(2))
     other = waiting_world.train(study.METHODS[study.TOWARDS], **settings)
@@ -124,7 +124,7 @@ def test_a_course_is_the_same_twice_and_other_methods_meet_the_same_problems():
     assert one.exams[3] != other.exams[3]
 
 
-def test_updates_are_counted_until_a_level_is_reached():
+def test_first_at_counts_updates_until_level():
     assert study.first_at({0: 0.1, 10: 0.5, 20: 0.4, 30: 0.6}, 0.5) == 10.0
     assert study.first_at({0: 0.1, 10: 0.2}, 0.5) == math.inf
     course = waiting_world.Course(
@@ -133,7 +133,7 @@ def test_updates_are_counted_until_a_level_is_reached():
     assert study.entropy_left(course) == pytest.approx(14.5 / 2)
 
 
-def test_the_study_runs_at_a_reduced_size(tmp_path):
+def test_anti_sd_study_runs_at_reduced_size(tmp_path):
     size = replace(study.SIZE, seeds=(0, 1, 2), steps=6, every=3, tried=(0.1, 0.2))
     numbers = study.measure(Lab(folder=tmp_path, workers=1), size)
     assert list(numbers.accuracy) == list(numbers.rate) == [study.A, study.TUNED, study.B]

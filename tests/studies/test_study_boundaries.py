@@ -27,7 +27,7 @@ TINY = PairSize(
 )
 
 
-def test_markers_stand_where_they_should_and_what_is_read_is_in_the_prompt():
+def test_marked_places_markers_and_moves_read_ones_to_prompt():
     plain = list(boundaries.marked(6, "<a:"))
     both = list(boundaries.marked(6, "<a:", times=2))
     read = list(boundaries.marked(6, "[b:", times=2, read="<a:"))
@@ -49,11 +49,11 @@ def test_markers_stand_where_they_should_and_what_is_read_is_in_the_prompt():
     ("response", "reward"),
     [("<a:12458", 1), ("[b:124[b:58", 1), ("12458", 1), ("a:12458<a", 1), ("<a:12485", 0), ("<a:124581", 0)],
 )
-def test_the_reward_does_not_see_markers(response: str, reward: float):
+def test_beside_markers_ignores_markers(response: str, reward: float):
     assert boundaries.beside_markers(Prompt(id=0, content="58142>", answer="12458"), response) == reward
 
 
-def test_rambling_goes_on_with_other_rows_to_its_length():
+def test_rambling_continues_with_other_rows_to_length():
     for row in boundaries.rambling(5, longest=40, seed=3):
         own, *others = row["response"].split(";")
         assert own == row["answer"] == "".join(sorted(row["prompt"][:-1]))
@@ -67,11 +67,11 @@ def test_rambling_goes_on_with_other_rows_to_its_length():
     ("response", "reward"),
     [("12458;90210>0", 1), ("12458", 1), ("12458 ;", 1), ("1245", 0), ("124588;", 0), ("", 0), (";12458", 0)],
 )
-def test_the_first_answer_counts(response: str, reward: float):
+def test_first_answer_rewards_first_answer_alone(response: str, reward: float):
     assert boundaries.first_answer(Prompt(id=0, content="58142>", answer="12458"), response) == reward
 
 
-def test_shares_are_those_of_a_loop_over_tokens():
+def test_shares_equal_plain_loop():
     generator = torch.Generator().manual_seed(0)
     n, v, k = 6, 5, 2
     batch = OnPolicyBatch(
@@ -121,12 +121,12 @@ def test_shares_are_those_of_a_loop_over_tokens():
     assert found["log q"] == pytest.approx((float(batch.teacher[0, 0]) + float(batch.teacher[4, 4])) / 2)
 
 
-def test_right_tokens_are_those_of_the_worked_response_at_their_places():
+def test_right_tokens_compare_with_worked_response_by_place():
     assert signal_depth.right_tokens([5, 6, 7], [5, 9, 7, 1]) == [True, False, True]
     assert signal_depth.right_tokens([5, 9, 7, 1, 4], [5, 9, 7, 1]) == [True, True, True, True, False]
 
 
-def test_areas_are_chances_that_a_right_token_scores_higher():
+def test_areas_equal_pair_counts():
     rng = random.Random(0)
     rows = [(rng.gauss(0, 1), rng.random() < 0.5, rng.randrange(8), rng.random() < 0.5) for _ in range(300)]
     scores, right, step, clean = (list(column) for column in zip(*rows, strict=True))
@@ -147,7 +147,7 @@ def test_areas_are_chances_that_a_right_token_scores_higher():
     assert all(math.isnan(value) for value in nothing.values())
 
 
-def test_both_studies_run_from_training_to_numbers_at_a_reduced_size(tmp_path, monkeypatch):
+def test_special_tokens_and_length_run_at_reduced_size(tmp_path, monkeypatch):
     monkeypatch.setattr(distilling, "HELD_OUT", 4)
     monkeypatch.setattr(signal_shares, "HELD_OUT", 4)
     monkeypatch.setattr(signal_depth, "HELD_OUT", 4)
@@ -165,7 +165,7 @@ def test_both_studies_run_from_training_to_numbers_at_a_reduced_size(tmp_path, m
     assert 0 < caps["B: half"]["tokens"][0] <= 2 * 4 * 3
 
 
-def test_a_fall_is_from_the_best_to_the_end():
+def test_over_time_gives_fall_from_best_to_end():
     rows = [{"train/tokens": 3.0}, {"train/tokens": 4.0}]
     evaluations = [{"eval/sampled/reward": value} for value in (0.2, 0.7, 0.5)]
     run = distilling.Trained(model=Path(), before={}, after={}, last={}, rows=rows, evaluations=evaluations)

@@ -22,7 +22,7 @@ def random_pair(seed: int, vocabulary: int = 6, rows: int = 3) -> tuple[torch.Te
 
 
 @pytest.mark.parametrize("form", truncated_forms.FORMS)
-def test_forms_have_the_oracles_gradient(form):
+def test_on_support_equals_oracle_gradient(form):
     student, teacher = random_pair(3)
     inside = torch.tensor([True, False, True, True, False, False]).expand(3, 6)
     z = student.clone().requires_grad_()
@@ -39,7 +39,7 @@ def test_forms_have_the_oracles_gradient(form):
         assert grad[row].tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_identities_hold_and_notice_a_wrong_form(monkeypatch):
+def test_identity_errors_are_zero_unless_form_is_wrong(monkeypatch):
     assert max(truncated_forms.identity_errors(0).values()) < 1e-12
     monkeypatch.setitem(truncated_forms.divergences.FORMS, "stop_gradient", truncated_forms.divergences.FORMS["raw"])
     wrong = truncated_forms.identity_errors(0)
@@ -47,7 +47,7 @@ def test_identities_hold_and_notice_a_wrong_form(monkeypatch):
     assert wrong["released code = stop-gradient / P_S"] > 1e-3
 
 
-def test_raw_descends_to_q_over_e_and_tail_to_q():
+def test_fixed_points_descend_to_closed_forms():
     """Four tokens, two of them scored: the closed form of the mass at the end."""
     teacher = torch.tensor([[0.4, 0.2, 0.3, 0.1]], dtype=torch.float64).log()
     student, support = torch.zeros(1, 4, dtype=torch.float64), torch.tensor([[True, True, False, False]])
@@ -61,7 +61,7 @@ def test_raw_descends_to_q_over_e_and_tail_to_q():
         assert (p[0] / p[1]).item() == pytest.approx(2.0, abs=1e-5)
 
 
-def test_discounted_sums():
+def test_discounted_equals_plain_sum():
     values = torch.tensor([[[1.0, -2.0, 3.0]], [[0.5, 4.0, -1.0]]])
     gamma_of_row = torch.tensor([0.5, 1.0])
     got = gaussian_walks.discounted(values, gamma_of_row)
@@ -71,7 +71,7 @@ def test_discounted_sums():
         assert got[r, 0].tolist() == pytest.approx(expected)
 
 
-def test_densities_and_walks():
+def test_gaussian_walks_have_consistent_steps_and_densities():
     network = gaussian_walks.new_network([1, 2], 5)
     floor = torch.tensor([-1.0, -5.0])
     states, steps = gaussian_walks.rollout(network, floor, 1, 4, gaussian_walks.generator_of(0, 1))
@@ -88,7 +88,7 @@ def test_densities_and_walks():
         assert got[r, 2, t].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_the_variance_between_micro_batches_is_that_of_their_gradients():
+def test_between_micro_batches_equals_variance_of_gradients():
     network = [w.double().requires_grad_() for w in gaussian_walks.new_network([3], 4)]
     floor = torch.tensor([-1.0])
     states, steps = gaussian_walks.rollout(
@@ -112,7 +112,7 @@ def test_the_variance_between_micro_batches_is_that_of_their_gradients():
     assert got.item() == pytest.approx(expected)
 
 
-def test_privileged_information_ends_at_the_geometric_mean():
+def test_privileged_descend_ends_at_geometric_mean():
     teacher = torch.tensor([[[0.7, 0.2, 0.1]], [[0.1, 0.6, 0.3]]], dtype=torch.float64).log()
     logits, losses_by_step = privileged.descend(torch.zeros(1, 3, dtype=torch.float64), lambda z: z, teacher, 800)
     product = [math.sqrt(a * b) for a, b in ((0.7, 0.1), (0.2, 0.6), (0.1, 0.3))]
@@ -120,7 +120,7 @@ def test_privileged_information_ends_at_the_geometric_mean():
     assert losses_by_step[-1].item() == pytest.approx(-math.log(sum(product)), abs=1e-6)
 
 
-def test_share_kept():
+def test_share_kept_equals_hand_value():
     base = torch.zeros(1, 1, 2, dtype=torch.float64)
     added = torch.tensor([[[1.0, 0.0]]], dtype=torch.float64)
     teacher = torch.tensor([[[0.9, 0.1]]], dtype=torch.float64).log()
@@ -128,7 +128,7 @@ def test_share_kept():
     assert privileged.share_kept(student, teacher, base, added) == pytest.approx(0.1 / 0.4)
 
 
-def test_estimators_by_enumeration():
+def test_sampled_gradients_equal_enumeration():
     student, teacher = random_pair(5)
     batch = OnPolicyBatch(student=student, teacher=teacher, hidden=torch.eye(3, dtype=torch.float64))
     (mean, variance), (wrong, _) = estimators.sampled_gradients(batch)
@@ -145,7 +145,7 @@ def test_estimators_by_enumeration():
     assert output_norm(mean, batch) == pytest.approx(float(mean.norm()))
 
 
-def test_measured_bias_and_noise_against_plain_python(monkeypatch):
+def test_estimators_measure_equals_plain_python(monkeypatch):
     monkeypatch.setattr(estimators, "KS", (2, 6))
     student, teacher = random_pair(7, rows=2)
     hidden = torch.tensor([[1.0, 0.0], [1.0, 2.0]], dtype=torch.float64)
@@ -169,7 +169,7 @@ def test_measured_bias_and_noise_against_plain_python(monkeypatch):
     assert numbers.sampled_noise[0] > 0.0
 
 
-def test_what_a_course_of_training_shows():
+def test_smoothed_and_curve_measures_equal_hand_values():
     assert ablation.smoothed([1.0, 2.0, 6.0, 0.0], 2) == [1.5, 4.0, 3.0]
     assert ablation.smoothed([1.0], 2) == []
     assert one_token.largest_fall([0.2, 0.5, 0.4, 0.6, 0.1]) == pytest.approx(0.5)

@@ -14,7 +14,7 @@ from opd_studies.lab import ablation
 from opd_studies.lab.distilling import Trained
 
 
-def test_what_a_run_cost(tmp_path: Path):
+def test_prune_cost_gives_tokens_seconds_and_lost_share(tmp_path: Path):
     stage = tmp_path / "run" / "distil"
     stage.mkdir(parents=True)
     rows = [{"step": i, "rollout/length": 3.0 + i, "drift/lost_share": 0.2 * i} for i in range(1, 4)]
@@ -37,7 +37,7 @@ def test_what_a_run_cost(tmp_path: Path):
         ("sampled accuracy", 0.24, [3]),
     ],
 )
-def test_a_saving_that_costs_something_else_does_not_count(what: str, value: float, failing: list[int]):
+def test_prune_judge_rejects_saving_that_costs_elsewhere(what: str, value: float, failing: list[int]):
     numbers = prune_numbers(True, False)
     assert [one.verdict for one in prune.judge(numbers)] == ["holds"] * 5
     numbers["A: stop"] = {**numbers["A: stop"], what: spread(value)}

@@ -27,7 +27,7 @@ def applies(answers: list[str], sources: list[str] | None = None) -> Question:
     return verdict_question("31420>", rubric, answers, sources, 0.0)
 
 
-def test_the_rubric_comes_from_the_contrast():
+def test_grader_writes_rubric_from_contrast():
     question = asks(RIGHT, WRONG)
     rubric = read_rubric(question, grader(question))
     points = {one.text: one.points for one in rubric}
@@ -38,12 +38,12 @@ def test_the_rubric_comes_from_the_contrast():
     assert "It has a 7." not in points
 
 
-def test_a_student_like_its_teacher_gets_the_fewest_criteria():
+def test_grader_writes_fewest_criteria_when_answers_are_equal():
     question = asks(RIGHT, RIGHT)
     assert [one.points for one in read_rubric(question, grader(question))] == [5, 4, 1, 1]
 
 
-def test_the_right_answer_meets_what_a_right_answer_has_to():
+def test_grader_gives_right_answer_true_verdicts():
     (verdicts,) = read_verdicts(applies(["01234"]), grader(applies(["01234"])))
     true = {statement for statement, met in zip(STATEMENTS, verdicts, strict=True) if met}
     assert {"Its digits never fall.", "It has each digit as often as the task has it."} <= true
@@ -54,7 +54,7 @@ def table_of(question: Question, **options: Any) -> np.ndarray:
     return np.array(json.loads(grader(question, **options))["verdicts"])
 
 
-def test_noise_flips_as_many_as_it_says_and_depends_on_the_salt():
+def test_grader_flips_share_of_noise_by_salt():
     answers = [f"{i:05d}" for i in range(400)]
     clear, noisy, other = (table_of(applies(answers), **o) for o in ({}, {"noise": 0.2}, {"noise": 0.2, "salt": 1}))
     count = clear.size
@@ -63,7 +63,7 @@ def test_noise_flips_as_many_as_it_says_and_depends_on_the_salt():
     assert (table_of(applies(answers), noise=0.2) == noisy).all()
 
 
-def test_bias_denies_what_is_true_of_students_alone_and_of_nobody_when_blind():
+def test_grader_bias_denies_only_student_answers_when_told():
     answers, half = ["01234"] * 400, ["student"] * 200 + ["teacher"] * 200
     clear, told = table_of(applies(answers)), table_of(applies(answers, half), bias=0.5)
     assert (table_of(applies(answers), bias=0.5) == clear).all()
@@ -82,12 +82,12 @@ def test_bias_denies_what_is_true_of_students_alone_and_of_nobody_when_blind():
         ([1, 1], [1, 2], None),
     ],
 )
-def test_spearman(a: list[float], b: list[float], expected: float | None):
+def test_spearman_gives_rank_correlation(a: list[float], b: list[float], expected: float | None):
     got = spearman(np.array(a), np.array(b))
     assert got == (None if expected is None else pytest.approx(expected))
 
 
-def test_arms_have_the_right_answer_and_their_quality():
+def test_arms_of_has_right_answer_and_quality():
     one = arms_of(0, Table(), np.random.default_rng(0))
     task = str(one.prompt.content)[:-1]
     assert one.answers[0] == "".join(sorted(task))
@@ -97,7 +97,7 @@ def test_arms_have_the_right_answer_and_their_quality():
     assert (one.quality[1:] < 1).all()
 
 
-def test_a_judge_that_never_errs_rewards_the_right_answer_most(tmp_path: Path):
+def test_advantage_of_rewards_right_answer_most_often(tmp_path: Path):
     rng = np.random.default_rng(1)
     tasks = [arms_of(i, Table(), rng) for i in range(6)]
     drawn = [np.arange(24) for _ in tasks]
@@ -106,7 +106,7 @@ def test_a_judge_that_never_errs_rewards_the_right_answer_most(tmp_path: Path):
     assert np.abs(advantages.mean(1)).max() < 1e-5
 
 
-def test_a_policy_learns_from_rubrics(tmp_path: Path):
+def test_played_raises_quality(tmp_path: Path):
     small = Table(prompts=4, updates=12, salts=2)
     before = played(Table(prompts=4, updates=0, salts=2), 0, {}, {}, tmp_path / "a")
     after = played(small, 0, {}, {}, tmp_path / "b")
@@ -118,7 +118,7 @@ def rubric_of(question: Question, **options: Any) -> dict[str, int]:
     return {one.text: one.points for one in read_rubric(question, grader(question, **options))}
 
 
-def test_a_lower_share_keeps_what_half_of_the_texts_meet():
+def test_grader_keeps_more_statements_when_share_is_lower():
     question = asks(["01234", "43210", "01234", "43210"], ["98", "87"])
     rising = "Its digits never fall."
     assert rising not in rubric_of(question)
@@ -126,14 +126,14 @@ def test_a_lower_share_keeps_what_half_of_the_texts_meet():
     assert len(rubric_of(question, share=0.5)) > len(rubric_of(question))
 
 
-def test_letters_that_the_texts_share_have_the_points():
+def test_grader_gives_points_to_shared_letters():
     question = asks(["abcde", "abfgh", "abij", "abkl"], ["acdefghijkl", "cdefghijkl"])
     points = rubric_of(question, share=0.5, answers="letters")
     assert points["It has the letter b."] == 5  # in all of the teacher's texts, in none of the student's
     assert points["It has the letter a."] == 4
 
 
-def test_what_a_table_of_letters_wants_is_what_the_texts_hold():
+def test_arms_of_wants_letters_held_by_texts():
     table = Table(answers="letters", texts=2000, arms=200)
     one = arms_of(3, table, np.random.default_rng(0))
     texts: Any = one.prompt.metadata["teacher_answers"]

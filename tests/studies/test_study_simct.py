@@ -11,13 +11,13 @@ from opd_studies.lab.distilling import Trained
 from opd_studies.lab.lab import student_recipe, teacher_recipe
 
 
-def test_setting_b_has_the_merges_of_a_and_more():
+def test_merges_of_setting_b_extend_those_of_a():
     few, many = simct.merges(simct.FEW), simct.merges(simct.MANY)
     assert many[: simct.FEW] == few
     assert (len(few), len(many)) == (simct.FEW, simct.MANY)
 
 
-def test_the_two_tokenizers_cut_an_answer_differently():
+def test_tokenized_gives_teacher_fewer_tokens():
     size = simct.tokenized(Size().pair, simct.MANY)
     student, teacher = student_recipe(0, size)["models"]["student"], teacher_recipe(0, size)["models"]["teacher"]
     assert "merges" not in student["tokenizer"]
@@ -31,7 +31,7 @@ def test_the_two_tokenizers_cut_an_answer_differently():
     assert pairs.decode(pairs(answer, add_special_tokens=False).input_ids) == answer
 
 
-def test_the_kl_of_a_response_is_the_students_log_prob_less_the_teachers():
+def test_read_gives_kl_from_sequence_log_weight():
     metrics = dict.fromkeys(simct.MEASURED.values(), 0.5)
     last = {**metrics, "teacher/sequence_log_weight": -2.0}
     one = Trained(model=Path("model"), before={}, after={}, last=last, rows=[], evaluations=[])

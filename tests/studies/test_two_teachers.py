@@ -37,7 +37,7 @@ def trained_on(setting: Setting, steps: int = 200) -> set[tuple[str | None, str,
 
 
 @pytest.mark.parametrize("order", ["alternate", "mixed"])
-def test_each_task_is_scored_by_its_own_teacher_the_other_one_or_not_trained(order):
+def test_distillation_gives_each_task_its_teacher(order):
     both = Setting(method="reverse_kl", order=order)
     assert trained_on(both) == {("ascending", ">", "ascending"), ("descending", "<", "descending")}
     swapped = {("ascending", ">", "descending"), ("descending", "<", "ascending")}
@@ -45,19 +45,19 @@ def test_each_task_is_scored_by_its_own_teacher_the_other_one_or_not_trained(ord
     assert trained_on(replace(both, tasks=("descending",))) == {("descending", "<", "descending")}
 
 
-def test_a_setting_has_its_part_of_the_usual_size():
+def test_setting_scales_steps_and_prompts():
     small = Setting(method="opd", steps=0.5, prompts=0.25)
     (stage,) = parse_recipe(distillation("x", 0, MODELS, small, Size(), before=False)).stages
     assert (stage.steps, stage.prompts_per_step) == (50, 16)
 
 
-def test_recovery_is_the_share_of_the_gap():
+def test_recovery_is_share_of_gap():
     numbers = two_teacher_numbers(True, True)
     numbers |= {START: {"ascending": [0.2, 0.5]}, TEACHER: {"ascending": [1.0, 0.9]}, "x": {"ascending": [0.6, 0.4]}}
     assert two_teachers.recovery(numbers, "x", "ascending") == pytest.approx([0.5, -0.25])
 
 
-def test_numbers_are_means_over_tasks_of_the_measured_rewards():
+def test_numbers_of_gives_means_over_tasks():
     row = {f"eval/{task}/teacher/top-p {p}/reward": value for task, p, value in (
         ("ascending", "0.9", 0.5), ("descending", "0.9", 0.7), ("ascending", "1", 0.2), ("descending", "1", 0.3),
     )}  # fmt: skip
@@ -67,7 +67,7 @@ def test_numbers_are_means_over_tasks_of_the_measured_rewards():
     assert two_teachers.numbers_of(own | {"eval/ascending/reverse_kl": 0.1})["KL ascending"] == 0.1
 
 
-def test_from_two_teachers_and_a_beginner_to_numbers(tmp_path, monkeypatch):
+def test_two_teachers_measure_runs_at_reduced_size(tmp_path, monkeypatch):
     monkeypatch.setattr(two_teachers, "SETTINGS", dict(list(two_teachers.SETTINGS.items())[:2]))
     lab, size = Lab(folder=tmp_path, workers=1), Size(seeds=(0,), steps=2, prompts_per_step=4, pair=TINY)
     numbers = two_teachers.measure(lab, size)

@@ -175,7 +175,7 @@ def hybrid(z: Any, ids: Any, q: Any, others: Any, shared: Any) -> float:
     ],
     ids=["simct", "shared", "uld", "hybrid"],
 )
-def test_value_and_gradient_are_the_oracles(name: str, options: dict[str, Any], of: Callable[..., float]):
+def test_unit_losses_equal_oracle(name: str, options: dict[str, Any], of: Callable[..., float]):
     method, teacher = taught(name, options)
     got = step(method, OURS, teacher, list(SPANS))
     value, expected = finite_differences(SPANS, reference(SPANS, of))
@@ -184,7 +184,7 @@ def test_value_and_gradient_are_the_oracles(name: str, options: dict[str, Any], 
     assert got.distance(expected) < ROUNDING
 
 
-def test_the_gradient_of_a_span_reaches_all_its_positions():
+def test_simct_gradient_reaches_all_positions_of_span():
     method, teacher = taught("simct")
     rollout = response("a", "b", "cd", trained=[True] * 3)  # one unit: a|b|cd and a|bcd -> a, then b|cd
     batch = attach(batch_of(method, OURS, teacher, [rollout]), method)
@@ -210,7 +210,7 @@ def test_the_gradient_of_a_span_reaches_all_its_positions():
     assert bool((hidden[0].grad != 0).any(-1).all())
 
 
-def test_two_numberings_of_one_vocabulary_give_the_exact_reverse_kl():
+def test_simct_equals_reverse_kl_when_tokens_are_renumbered():
     """Every token is a unit, read again by the teacher's tokenizer and compared under other ids."""
     tokenizer = letters("b c", "bc d", turned=False)
     student, teacher = tiny(tokenizer=tokenizer), tiny(tokenizer=tokenizer, seed=1, hidden=24)
@@ -229,7 +229,7 @@ def test_two_numberings_of_one_vocabulary_give_the_exact_reverse_kl():
         assert got.distance(expected) < EXACT
 
 
-def test_merging_entries_never_raises_the_kl():
+def test_reverse_kl_never_rises_when_entries_are_merged():
     """Coarser units lose information: the data processing inequality, on the library's own divergence."""
     generator = torch.Generator().manual_seed(0)
     for _ in range(200):
@@ -240,7 +240,7 @@ def test_merging_entries_never_raises_the_kl():
 
 
 @pytest.mark.parametrize("entries", [1, 30])
-def test_a_step_does_not_depend_on_its_chunks_and_micro_batches(entries: int, monkeypatch: pytest.MonkeyPatch):
+def test_step_is_independent_of_chunks_and_micro_batches(entries: int, monkeypatch: pytest.MonkeyPatch):
     for name in ("simct", "uld"):
         method, teacher = taught(name)
         whole = step(method, OURS, teacher, list(SPANS))
@@ -252,7 +252,7 @@ def test_a_step_does_not_depend_on_its_chunks_and_micro_batches(entries: int, mo
                 assert parts.distance(whole) < ROUNDING
 
 
-def test_chunks_cut_no_unit():
+def test_whole_chunks_cut_no_unit():
     size = torch.tensor([1, 3, 0, 0, 0, 2, 0, 1])  # token 4 is in no unit
     assert whole_chunks(size, 1) == [slice(0, 1), slice(1, 4), slice(4, 5), slice(5, 7), slice(7, 8)]
     assert whole_chunks(size, 4) == [slice(0, 4), slice(4, 8)]
@@ -264,7 +264,7 @@ def test_chunks_cut_no_unit():
     assert cut.mean(torch.arange(8.0)).tolist() == [0.0, 2.0, 5.5, 7.0]
 
 
-def test_all_ids_with_the_shared_first():
+def test_shared_first_lists_shared_ids_first():
     shared = Shared(student=torch.tensor([3, 1]), teacher=torch.tensor([0, 4]))
     assert shared.first(shared.student, 5).tolist() == [3, 1, 0, 2, 4]
 
@@ -280,7 +280,7 @@ def weighted(weights: Sequence[float], **options: Any) -> Method:
     )
 
 
-def test_a_unit_has_the_mean_of_its_tokens_weights():
+def test_unit_weight_is_mean_of_token_weights():
     rows = [response("a", "b", "cd", "d")]  # a; b|cd and bcd; d
     plain = methods.build("simct", {})
     teacher = teacher_of(plain, OURS, THEIRS)
@@ -294,7 +294,7 @@ def test_a_unit_has_the_mean_of_its_tokens_weights():
     assert step(plain, OURS, teacher, rows).loss == pytest.approx(first + both + last, rel=ROUNDING)
 
 
-def test_a_unit_with_a_token_that_is_not_trained_is_left_out_and_counted():
+def test_unit_is_left_out_when_token_is_not_trained():
     method, teacher = taught("simct")
     whole = [response("a", "b", "cd", "d")]
     part = [response("a", "b", "cd", "d", trained=[True, False, True, True])]
@@ -309,7 +309,7 @@ def test_a_unit_with_a_token_that_is_not_trained_is_left_out_and_counted():
     assert step(method, OURS, teacher, part).loss == pytest.approx(expected, rel=ROUNDING)
 
 
-def test_tokens_that_a_keep_takes_out_take_their_units_along():
+def test_unit_is_left_out_when_filter_drops_token():
     method = replace(methods.build("simct", {}), filter=filters.without_tokens(["b"])).with_tokenizer(STUDENT)
     rows = method.filter([response("a", "b", "cd", "d")])
     batch = batch_of(method, OURS, teacher_of(method, OURS, THEIRS), rows)
@@ -318,7 +318,7 @@ def test_tokens_that_a_keep_takes_out_take_their_units_along():
     assert batch.units.size[0].tolist() == [1, 0, 0, 1]
 
 
-def test_the_teachers_log_probs_sum_to_what_it_says_of_the_text():
+def test_teacher_logp_sums_to_log_prob_of_text():
     method, teacher = taught("simct")
     rollout = response("ab", "cd", "c", "<eos>")
     batch = batch_of(method, OURS, teacher, [rollout])
@@ -330,7 +330,7 @@ def test_the_teachers_log_probs_sum_to_what_it_says_of_the_text():
     assert float(batch.teacher_logp[0, 0]) == float(batch.teacher_logp[0, 1]), "shared out evenly in a unit"
 
 
-def test_coverage_is_reported_beside_that_of_shared_tokens():
+def test_units_coverage_is_reported_beside_shared_coverage():
     rows = [response("ab", "cd", "c", "<eos>")]  # abcd is one unit, c another
     for options, coverage in (({}, 1.0), ({"spans": False}, 1 / 5)):
         method, teacher = taught("simct", options)
@@ -341,7 +341,7 @@ def test_coverage_is_reported_beside_that_of_shared_tokens():
         assert found["units/unscored_share"] == 0.0
 
 
-def test_rows_on_which_the_teacher_has_little_mass_are_empty_and_counted():
+def test_least_mass_empties_and_counts_rows():
     rows = list(SPANS)
     _, teacher = taught("simct")
 
@@ -370,7 +370,7 @@ BYTES = tiny(tokenizer=byte_bpe(special=("<pad>", "<eos>", "<only>")), name="byt
 PIECES = tiny(tokenizer=sentence_piece("a b", characters="abc🙂"), seed=1, hidden=24, name="pieces")
 
 
-def test_bytes_that_are_no_text_are_dropped_and_counted_and_the_rest_is_trained():
+def test_simct_drops_invalid_bytes_and_trains_rest():
     half = "🙂".encode()[:2]
     alone = {piece: i for i, piece in pair_of(BYTES.tokenizer, PIECES.tokenizer).student.pieces.items()}
     ids = [alone[bytes([b])] for b in b"abc" + half + b"c"]
@@ -389,7 +389,7 @@ def test_bytes_that_are_no_text_are_dropped_and_counted_and_the_rest_is_trained(
     assert all(bool(grad.isfinite().all()) for grad in got.grads.values())
 
 
-def test_a_step_of_which_nothing_can_be_scored_says_so():
+def test_has_trained_raises_training_error_when_unscored():
     (prompt,) = prompts_of("c")
     rows = [rollout_of(BYTES, prompt, ids_of(BYTES.tokenizer, "<only>"))]
     method = methods.build("simct", {})
@@ -398,7 +398,7 @@ def test_a_step_of_which_nothing_can_be_scored_says_so():
         has_trained(batch, method, ALONE)
 
 
-def test_an_entropy_is_that_before_the_unit():
+def test_teacher_entropy_is_that_before_unit():
     method, teacher = taught("simct")
     rollout = response("ab", "cd", "c")
     scores = teacher.score(
@@ -416,14 +416,14 @@ def test_an_entropy_is_that_before_the_unit():
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
-def test_a_support_of_tokens_is_refused_where_the_teacher_has_its_own():
+def test_score_refuses_token_support_when_tokenizers_differ():
     _, teacher = taught("simct")
     rollout = SPANS[0]
     with pytest.raises(ConfigError, match=r"the support is 'top_k'.* Give the method support=units\(\)"):
         teacher.score([rollout], [rollout.prompt], ScoreRequest(support=supports.top_k(3), temperature=1.0))
 
 
-def test_a_comparison_token_by_token_is_refused():
+def test_check_comparable_refuses_cross_tokenizer_teacher():
     _, teacher = taught("simct")
     assert isinstance(teacher, CrossTokenizerTeacher)
     with pytest.raises(ConfigError, match=r"evaluate\.kl compares .*another tokenizer.* Turn the comparison off"):
@@ -431,12 +431,12 @@ def test_a_comparison_token_by_token_is_refused():
     check_comparable(teacher.local, "evaluate.kl")
 
 
-def test_the_other_methods_still_refuse_two_tokenizers_and_name_one_that_does_not():
+def test_reverse_kl_refuses_two_tokenizers_and_names_simct():
     with pytest.raises(AlignmentError, match=r"or use a method for two tokenizers, such as simct"):
         teacher_of(methods.build("reverse_kl", {}), OURS, THEIRS)
 
 
-def test_a_hybrid_needs_two_vocabularies():
+def test_by_rank_refuses_matched_when_vocabularies_are_equal():
     method = Method(support=supports.full(), signal=signals.by_rank("reverse_kl"))
     same = tiny(tokenizer=STUDENT, seed=2)
     with pytest.raises(ConfigError, match=r"`matched` compares the tokens of two vocabularies"):
@@ -444,12 +444,12 @@ def test_a_hybrid_needs_two_vocabularies():
 
 
 @pytest.mark.parametrize(("span", "mass"), [("column", -0.1), ("column", 1.5), ("product", 0.5)])
-def test_a_least_mass_that_is_none_is_refused(span: Any, mass: float):
+def test_units_refuses_wrong_least_mass(span: Any, mass: float):
     with pytest.raises(ConfigError, match=rf"between 0 and 1, got {mass} with span '{span}'"):
         supports.units(span, least_mass=mass)
 
 
-def test_by_rank_it_does_not_matter_which_token_is_which():
+def test_by_rank_ignores_order_of_tokens():
     """Two vocabularies of one size, both distributions the same but for the order: no loss and no gradient."""
     rank = signals.by_rank()
     from opd.types import Tokens

@@ -54,7 +54,7 @@ def assert_whole(got: list[Any], teacher: Any, rollouts: list[Rollout], on: Meth
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "cohere"])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_it_says_what_it_says_of_the_whole(family: str, temperature: float):
+def test_scoring_along_equals_score_of_whole_response(family: str, temperature: float):
     student, external = tiny(), tiny(family, seed=1, hidden=24, padding_rows=5)
     on = method(temperature=temperature)
     teacher = teacher_of(on, student, external)
@@ -70,7 +70,7 @@ def test_it_says_what_it_says_of_the_whole(family: str, temperature: float):
     assert_whole(score(shown), teacher, shown, on)
 
 
-def test_a_prompt_that_is_taken_twice_is_scored_twice():
+def test_scoring_along_scores_repeated_prompt_twice():
     student, external = tiny(), tiny(seed=1)
     on = method()
     teacher = teacher_of(on, student, external)
@@ -81,7 +81,7 @@ def test_a_prompt_that_is_taken_twice_is_scored_twice():
         assert_whole(score(rows), teacher, rows, on)
 
 
-def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch):
+def test_scoring_along_reads_each_token_once(monkeypatch: pytest.MonkeyPatch):
     student, external = tiny(), tiny(seed=1)
     on = method()
     teacher = teacher_of(on, student, external)
@@ -101,7 +101,7 @@ def test_every_token_is_read_once(monkeypatch: pytest.MonkeyPatch):
     assert sum(read) == prompts + 9 * 2 + 6 * 3 + 6 * 1 + 3 * 5
 
 
-def test_a_reading_reads_the_teachers_context():
+def test_scoring_along_reads_context_of_teacher():
     student, external = tiny(), tiny(seed=1)
     on = method(context=contexts.privileged(template="{privileged_context}{prompt}"))
     teacher = teacher_of(on, student, external)
@@ -112,7 +112,7 @@ def test_a_reading_reads_the_teachers_context():
         assert_whole(score(shown), teacher, shown, on)
 
 
-def test_each_teacher_reads_its_own():
+def test_scoring_along_reads_own_rows_when_routed():
     student = tiny()
     lms = {"one": tiny(seed=1), "two": tiny("gpt2", seed=2, hidden=24)}
     teachers = {
@@ -130,7 +130,7 @@ def test_each_teacher_reads_its_own():
         assert_whole(score(shown), teacher, shown, on)
 
 
-def test_a_response_too_long_for_the_teacher_is_refused():
+def test_incremental_scorer_refuses_too_long_response():
     student, external = tiny(), tiny(seed=1, max_position_embeddings=8)
     on = method()
     teacher = teacher_of(on, student, external)

@@ -58,7 +58,7 @@ METHODS = {
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
-def test_a_step_is_the_sum_of_the_steps_of_each_teacher_alone(method: Method):
+def test_routed_teacher_step_equals_sum_over_teachers(method: Method):
     """By linearity: every row's loss is that with its own teacher, and the denominator is that of all rows."""
     student, lms = models()
     rollouts = rows(student)
@@ -83,7 +83,7 @@ def test_a_step_is_the_sum_of_the_steps_of_each_teacher_alone(method: Method):
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 @pytest.mark.parametrize("tokens", [1, 12, 30, 60])
-def test_how_rows_are_split_and_ordered_changes_nothing(method: Method, tokens: int):
+def test_routed_teacher_step_is_independent_of_split(method: Method, tokens: int):
     student, lms = models()
     rollouts = rows(student)
     whole = step(method, student, several(student, lms), rollouts)
@@ -94,7 +94,7 @@ def test_how_rows_are_split_and_ordered_changes_nothing(method: Method, tokens: 
     assert parts.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-def test_another_teachers_rows_would_give_another_gradient():
+def test_routed_teacher_step_changes_when_teachers_swap():
     """The comparisons above can tell."""
     student, lms = models()
     rollouts = rows(student)
@@ -106,7 +106,7 @@ def test_another_teachers_rows_would_give_another_gradient():
 
 
 @pytest.mark.parametrize("support", [supports.full(), supports.sampled(), supports.top_k(3)], ids=lambda s: s.kind)
-def test_scores_are_those_of_each_rows_own_teacher_in_order(support: Support):
+def test_routed_teacher_scores_rows_by_own_teacher(support: Support):
     student, lms = models()
     rollouts = rows(student)
     contexts = [r.prompt for r in rollouts]
@@ -126,7 +126,7 @@ def test_scores_are_those_of_each_rows_own_teacher_in_order(support: Support):
             assert torch.equal(score.support_ids, expected.support_ids)  # type: ignore[arg-type]
 
 
-def test_a_teacher_reads_the_context_of_its_own_rows():
+def test_routed_teacher_reads_context_of_own_rows():
     student, lms = models()
     rollouts = rows(student)
     contexts = [replace(r.prompt, content=f"{r.prompt.content}{LETTERS[i % 8]}") for i, r in enumerate(rollouts)]
@@ -142,7 +142,7 @@ def test_a_teacher_reads_the_context_of_its_own_rows():
     assert any(not torch.allclose(a.teacher_logp, b.teacher_logp) for a, b in zip(scores, plain, strict=True))
 
 
-def test_micro_batches_are_of_one_task_on_a_full_support_alone():
+def test_split_gives_one_task_per_micro_batch_when_full_support():
     student, lms = models()
     rollouts = rows(student)
     teacher = several(student, lms)
@@ -164,7 +164,7 @@ def test_micro_batches_are_of_one_task_on_a_full_support_alone():
                 assert micro.task == f"task of {micro.teacher_id}"
 
 
-def test_the_states_of_a_micro_batch_are_those_of_its_trained_tokens():
+def test_split_gives_teacher_states_of_trained_tokens():
     """Row by row and token by token, whatever else is in the batch, and none of the others."""
     student, lms = models()
     rollouts = rows(student)
@@ -182,7 +182,7 @@ def test_the_states_of_a_micro_batch_are_those_of_its_trained_tokens():
             assert torch.equal(state, whole[int(at)])
 
 
-def test_a_row_of_an_unknown_teacher_is_an_error():
+def test_routed_teacher_raises_teacher_error_when_unknown():
     student, lms = models()
     rollout = rows(student, 1)[0]
     rollout = replace(rollout, prompt=replace(rollout.prompt, teacher_id="smal"))
@@ -192,7 +192,7 @@ def test_a_row_of_an_unknown_teacher_is_an_error():
         )
 
 
-def test_states_of_all_teachers_come_back_to_their_own():
+def test_routed_teacher_restores_state_of_each_teacher():
     """Averages that follow a student, as an EMA teacher is."""
     student, _ = models()
     copies = {name: tiny(seed=i, name=name) for i, name in enumerate(TEACHERS)}
@@ -226,7 +226,7 @@ def test_heads_of_gives_the_heads_of_the_step_alone():
 # --- who writes ------------------------------------------------------------------------------------------------------
 
 
-def test_a_response_depends_on_its_own_task_and_prompt_alone():
+def test_sampler_by_task_depends_on_task_and_prompt_alone():
     """The limit and the settings are the task's; the other prompts of the step change nothing."""
     lm = tiny(seed=4)
     short = sampler(lm, max_completion_length=2, n=2)
@@ -247,7 +247,7 @@ def test_a_response_depends_on_its_own_task_and_prompt_alone():
     assert {(r.prompt.id, r.sample): r.response_ids.tolist() for r in turned} == tokens
 
 
-def test_an_entropy_that_was_not_recorded_is_made_at_the_temperature_of_its_task():
+def test_with_record_uses_temperature_of_task():
     lm = tiny(seed=4)
     temperatures = {"cold": 0.5, "warm": 2.0}
     rollouts = [rollout_of(lm, Prompt(id=i, content="ab", task=("cold", "warm")[i % 2]), [2, 3, 4]) for i in range(4)]
