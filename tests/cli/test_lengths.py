@@ -77,7 +77,7 @@ def test_check_recipe_refuses_same_length_as_sampler(work: Path):
         prompts = [Prompt(id=0, content="1+1=")]
         if dies:
             with pytest.raises(
-                DataError, match=r"knows 16 positions\. Lower sampling\.max_completion_length, or leave"
+                DataError, match=r"has only 16 positions\. Lower sampling\.max_completion_length, or leave"
             ):
                 sampler(prompts, seed=(0, 0))
             with pytest.raises(DataError, match="student would read 17 tokens in all"):
@@ -147,9 +147,9 @@ def test_eval_names_own_flag_when_prompts_are_too_long(work: Path):
     save(lm, work / "model")
     write_rows(work / "short.jsonl", [{"prompt": "1="}])
     ended = command("eval", "model", "short.jsonl", "--n", "64", "--max-completion-length", "20")
-    assert "knows 4 positions. Lower --max-completion-length, or leave out the longest prompts." in ended.err
+    assert "has only 4 positions. Lower --max-completion-length, or leave out the longest prompts." in ended.err
     ended = command("eval", "model", "long.jsonl")
-    assert "knows 4 positions. Leave out the longest prompts." in ended.err
+    assert "has only 4 positions. Leave out the longest prompts." in ended.err
     assert "max_prompt_length" not in ended.err
 
 

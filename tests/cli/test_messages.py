@@ -324,7 +324,7 @@ def test_train_refuses_short_override_when_stages_are_several(no_weights: None):
     ("file", "text", "parts"),
     [
         ("trian.jsonl", None, ["trian.jsonl does not exist. Did you mean 'train.jsonl'?", "Correct `path`"]),
-        ("mine.jsonl", "", ["mine.jsonl is empty", "at least one row"]),
+        ("mine.jsonl", "", ["mine.jsonl has no rows", "at least one row"]),
         ("mine.jsonl", '{"prompt": "1+1="}\n{"prompt": \n', ["Line 2 of mine.jsonl is not valid JSON", "got '{"]),
         ("mine.jsonl", '{"prompt": "1+1="}\n5\n', ["Line 2 of mine.jsonl is a int, got 5", "A row must be an object"]),
         ("mine.csv", 'prompt,answer\n1+1=,2\n"1+2=,3\n', ["Line 3 of mine.csv is not valid CSV", "Quote a cell"]),
@@ -602,7 +602,7 @@ def test_train_keeps_last_checkpoint_when_loss_is_not_finite(mine: None, work: P
     said = refusal(recipe, code=1)
     rows = Path("run/distil/samples/step_000004.parquet")
     saved = Path("run/distil/checkpoints/step_000002")
-    assert_says(said, "TrainingError: Stage 'distil', step 4: loss ", "The update was not made.")
+    assert_says(said, "TrainingError: Stage 'distil', step 4: loss ", "The update was skipped.")
     assert_says(said, f"Last good checkpoint: {saved}", f"The step's responses: {rows}", "Usual causes: ")
 
     import pyarrow.parquet as pq
@@ -771,7 +771,7 @@ def test_evaluate_refuses_teacher_and_kl_without_teacher(
 ):
     measured = {"data": {"path": "held_out.jsonl"}, **evaluate}
     said = refusal(one_stage(method="sft", teacher=teacher, evaluate=measured), what=what)
-    assert_says(said, "ConfigError: ", "method 'sft' has none, and the stage names none to compare with", *parts)
+    assert_says(said, "ConfigError: ", "method 'sft' has none, and the stage names none", *parts)
     assert_says(said, "Set the stage's `teacher` to one of the models other than 'student'")
 
 

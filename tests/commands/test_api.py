@@ -237,7 +237,7 @@ def test_distill_needs_chat_template_when_chat_is_true():
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ([], "prompts is empty"),
+        ([], "prompts has no rows"),
         (["1+1=", 5], "Row 1 of prompts is a int, got 5"),
         ([{"question": "1+1="}], "Row 0 of prompts has no column 'prompt'. Its columns: question"),
         (["1+1=", " "], "Row 1 of prompts: `prompt` is empty"),

@@ -1053,5 +1053,6 @@ def test_methods_all_have_recipe():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_check_recipe_accepts_shipped_recipe(path: Path):
-    recipe = load_recipe(path)
+    stages = load_recipe(path).stages
+    recipe = load_recipe(path, [f"stages.{stage.name}.data.limit=500" for stage in stages if stage.data])
     assert len(check_recipe(recipe)) >= len(recipe.stages)

@@ -289,8 +289,8 @@ def test_load_prompts_requires_columns_of_selected_rows_only(files: None):
     ("settings", "message"),
     [
         ({}, r"`select` selects nothing\. Give `by` and `keep`, or `distinct: true`"),
-        ({"by": {"path": "theirs.jsonl"}}, r"`select` has `by` and no `keep`\. Give both"),
-        ({"keep": "near"}, r"`select` has `keep` and no `by`\. Give both"),
+        ({"by": {"path": "theirs.jsonl"}}, r"`select` has `by` but not `keep`\. Give both"),
+        ({"keep": "near"}, r"`select` has `keep` but not `by`\. Give both"),
         ({"distinct": True, "measure": "word"}, r"`select.measure`: Input should be 'exact', .* \(got 'word'\)"),
         ({"distinct": True, "threshold": 0.6}, r"`measure: exact` takes none; got 0\.6 with `measure: exact`"),
         (

@@ -24,13 +24,13 @@ from opd.stage import checkpoint
 
 HERE = Path(__file__).parents[1] / "support"
 PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
-STEPS = 20
+STEPS, HALF = 10, 5
 CLOSE = 1e-5
 SHARE = "teacher/positive_reward_in_top_5_percent"
 
 
 def recipe(model: Mapping[str, Any] | None = None, *, tied: bool = False, **stage: Any) -> dict[str, Any]:
-    """20 steps on 12 prompts, micro-batches of two to five rows, and a student of two layers."""
+    """10 steps on 12 prompts, micro-batches of two to five rows, and a student of two layers."""
     settings = {
         "steps": STEPS,
         "prompts_per_step": 4,
@@ -38,7 +38,7 @@ def recipe(model: Mapping[str, Any] | None = None, *, tied: bool = False, **stag
         "sampling": {"max_completion_length": 6, "top_p": 0.95},
         # A large eps: where a gradient is rounding alone, Adam would make a full step of it.
         "optimizer": {"learning_rate": 0.003, "schedule": "cosine", "warmup_steps": 2, "eps": 1e-4},
-        "checkpoint": {"every": 10, "keep": 2},
+        "checkpoint": {"every": HALF, "keep": 2},
         "samples_every": 5,
     }
     made = one_stage(**(settings | stage))
@@ -258,12 +258,12 @@ def test_prune_opd_moves_budget_and_ends_drifted_rollouts(runs: Path):
 
 
 def stopped_in_the_middle(finished: Path, folder: Path) -> Path:
-    """What a kill after the checkpoint of step 10 leaves of a finished run."""
+    """What a kill after the checkpoint of step 5 leaves of a finished run."""
     shutil.copytree(finished, folder)
     stage = folder / "run/distil"
     (stage / "done.json").unlink()
     shutil.rmtree(stage / "model")
-    shutil.rmtree(stage / "checkpoints/step_000020")
+    shutil.rmtree(stage / f"checkpoints/step_{STEPS:06d}")
     return folder
 
 
@@ -293,7 +293,7 @@ def test_resume_gives_equal_run_for_any_process_count(
     folder = stopped_in_the_middle(runs / before / number, tmp_path / "work")
     again = forks.start(folder, "train", "recipe.yaml", processes=after)
     assert again.code == 0, again.err
-    assert again.out.count("distil: continuing after step 10 of 20") == 1
+    assert again.out.count(f"distil: continuing after step {HALF} of {STEPS}") == 1
     assert_equal_runs(runs / "one" / number, folder)
     if after == 2 and before == "two":  # with the same number, byte for byte
         metrics = "run/distil/metrics.jsonl"
@@ -308,9 +308,9 @@ TRAIN = ("-m", "opd", "train", "recipe.yaml")
 
 def test_sigint_stops_all_processes_after_same_step(tmp_path: Path, runs: Path, forks: Forks):
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, grpo, few long rows"])
-    process = torchrun(2, *TRAIN, cwd=folder)
+    process = torchrun(2, *TRAIN, cwd=folder, judge="slow")
     metrics = folder / "run/distil/metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 1):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)  # torchrun passes it on to its processes
     stopped = ended(process)
@@ -320,11 +320,11 @@ def test_sigint_stops_all_processes_after_same_step(tmp_path: Path, runs: Path, 
     last = checkpoint.latest(folder / "run/distil/checkpoints")
     assert last is not None
     step = checkpoint.load(last).step
-    assert 3 <= step < STEPS
+    assert 1 <= step < STEPS
     assert metrics.read_text().count("\n") == step
     again = forks.start(folder, "train", "recipe.yaml", processes=2)
     assert again.code == 0, again.err
-    assert f"distil: continuing after step {step} of 20" in again.out
+    assert f"distil: continuing after step {step} of {STEPS}" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
@@ -337,15 +337,15 @@ def test_train_prints_error_once_when_one_process_fails(tmp_path: Path, runs: Pa
     assert "Connection" not in failed.err
     again = forks.start(folder, "train", "recipe.yaml", processes=2)
     assert again.code == 0, again.err
-    assert "distil: continuing after step 10 of 20" in again.out
+    assert f"distil: continuing after step {HALF} of {STEPS}" in again.out
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
 @pytest.mark.parametrize(
     ("strike", "goes_on"),
     [
-        (Strike(call="opd.loss.step.loss_of", nth=8), "distil: after step 0"),  # the other one waits for its gradient
-        (Strike(call="safetensors.torch.save", nth=5), "distil: continuing after step 10 of 20"),
+        (Strike(call="opd.loss.step.loss_of", nth=4), "distil: after step 0"),  # the other one waits for its gradient
+        (Strike(call="safetensors.torch.save", nth=5), f"distil: continuing after step {HALF} of {STEPS}"),
     ],
     ids=["in a step", "writing its shard of the second checkpoint"],
 )
@@ -367,10 +367,10 @@ def test_resume_gives_equal_run_when_one_process_was_killed(
 def test_sigint_stops_all_processes_when_sent_to_one(tmp_path: Path, runs: Path, forks: Forks):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
-    strike = Strike(call="opd.train.gradient", nth=5, when="after", signals=("SIGINT",))
+    strike = Strike(call="opd.train.gradient", nth=3, when="after", signals=("SIGINT",))
     stopped = forks.start(folder, "train", "recipe.yaml", processes=2, strike=strike)
     assert stopped.code in (1, 130)
-    assert stopped.err.count("Stopped after step 5 of 20 of stage 'distil'; everything is saved.") == 1
+    assert stopped.err.count("Stopped after step 3 of 10 of stage 'distil'; everything is saved.") == 1
     again = forks.start(folder, "train", "recipe.yaml", processes=3)
     assert again.code == 0, again.err
     assert_equal_runs(runs / "one" / number, folder)
@@ -394,7 +394,7 @@ def test_sigint_stops_all_processes_when_sent_to_one(tmp_path: Path, runs: Path,
         (
             "full tied, reverse_kl",
             "optimizer.learning_rate=1e30 optimizer.max_grad_norm=1e30",
-            "The update was not made.",
+            "The update was skipped.",
         ),
     ],
 )

@@ -123,7 +123,7 @@ def test_render_error_names_recipe_key():
 
 def test_render_error_names_tokenizer():
     tokenizer = word_tokenizer()
-    with pytest.raises(DataError, match=r"and TokenizersBackend has no chat|and PreTrainedTokenizerFast has no chat"):
+    with pytest.raises(DataError, match=r"but TokenizersBackend has no chat|but PreTrainedTokenizerFast has no chat"):
         render(chat(("user", "hi")), tokenizer)
     tokenizer.name_or_path = "some/model"
     with pytest.raises(DataError, match="tokenizer 'some/model' has no chat template"):

@@ -562,10 +562,10 @@ def test_check_recipe_refuses_first_look_past_max_length():
 
 
 def test_check_recipe_refuses_k_above_vocabulary():
-    with pytest.raises(ConfigError, match=r"k = 40, and the vocabulary has only"):
+    with pytest.raises(ConfigError, match=r"k = 40, but the vocabulary has only"):
         check_recipe(recipe(options={"k": 40, "stop": "none"}))
     method = Method(weight=drift.trusted(Drift(k=40)), signal=signals.policy_gradient(signals.log_ratio))
-    with pytest.raises(ConfigError, match=r"k = 40, and the vocabulary has only"):
+    with pytest.raises(ConfigError, match=r"k = 40, but the vocabulary has only"):
         opd.distill(
             student=model(2),
             teacher=model(1),

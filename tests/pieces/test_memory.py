@@ -127,17 +127,17 @@ def test_saved_attributes_restore_state():
 def test_recalled_names_missing_memory():
     steps = Steps()
     assert recalled({"steps": steps}, "steps", Steps) is steps
-    with pytest.raises(ConfigError, match=r"reads the memory 'steps', a Steps, and the method has no memory of that"):
+    with pytest.raises(ConfigError, match=r"reads the memory 'steps', a Steps, but the method has no memory of that"):
         recalled({}, "steps", Steps)
-    with pytest.raises(ConfigError, match=r"'steps', a Steps, and the method has a Silent of that name\. Give its"):
+    with pytest.raises(ConfigError, match=r"'steps', a Steps, but the method has a Silent of that name\. Give its"):
         recalled({"steps": Silent()}, "steps", Steps)
 
 
 def test_pieces_raise_config_error_when_memory_is_missing(tmp_path: Path):
-    with pytest.raises(ConfigError, match="reads the memory 'gate', a EntropyGate, and the method has no memory"):
+    with pytest.raises(ConfigError, match="reads the memory 'gate', a EntropyGate, but the method has no memory"):
         gates.factor(batch_with())
     method = Method(signal=signals.nll(), source=sources.on_policy(drift.within_budget(4)))
-    with pytest.raises(ConfigError, match="reads the memory 'budget', a Budget, and the method has no memory"):
+    with pytest.raises(ConfigError, match="reads the memory 'budget', a Budget, but the method has no memory"):
         run(tmp_path, method, steps=1)
 
 

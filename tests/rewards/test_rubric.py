@@ -242,11 +242,11 @@ def test_check_failures_raises_teacher_error_above_max_failed(tmp_path: Path):
     reward.check_failures([], lambda mine: [mine])
     with pytest.raises(TeacherError) as caught:
         reward.check_failures(failing(5, 10), lambda mine: [mine])
-    for says in ("'rubric'", "5 of this step's 10 groups", "`max_failed` allows 40%", "Of prompt 0: HTTP 500", "kept"):
+    for says in ("'rubric'", "5 of this step's 10 groups", "`max_failed` allows 40%", "For prompt 0: HTTP 500", "kept"):
         assert says in str(caught.value)
     # Of all processes: none of this one's groups failed, most of the other's did.
     theirs = (9, 10, (77, "no answer within 3 s"))
-    with pytest.raises(TeacherError, match=r"9 of this step's 20 groups.*Of prompt 77: no answer"):
+    with pytest.raises(TeacherError, match=r"9 of this step's 20 groups.*For prompt 77: no answer"):
         reward.check_failures(failing(0, 10), lambda mine: [mine, theirs])
     reward.check_failures(failing(0, 10), lambda mine: [mine, (8, 10, (77, "?"))])
 
@@ -342,7 +342,7 @@ URL = "http://127.0.0.1:9/v1"  # nobody is there: the check asks nobody
         (with_judge(URL, judge={"model": None}), ["`stages.0.reward.judge`", "set `model`"]),
         (with_judge(URL, judge={"api_key": SECRET}), ["unknown key `stages.0.reward.judge.api_key`", "'api_key_env'"]),
         (with_judge(URL, judge={"api_key_env": SECRET}), ["'rubric', judge: `api_key_env` is not the name"]),
-        (with_judge(URL, judge={"api_key_env": "NOT_SET_ANYWHERE"}), ["NOT_SET_ANYWHERE is not set"]),
+        (with_judge(URL, judge={"api_key_env": "NOT_SET_ANYWHERE"}), ["NOT_SET_ANYWHERE, which is not set"]),
         (with_judge(f"http://u:{SECRET}@h/v1"), ["`url` holds more than an address"]),
         (with_judge(f"http://u:{SECRET}@h/v1", judge={"model": None}), ["set `model`"]),
         (with_judge(URL, options={"answer": 3}), ["Did you mean 'answers'"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import opd
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.samplers.hf import TransformersSampler
-from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, ScoreRequest, Scores
+from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Reward, Rollout, Sampler, Sampling, ScoreRequest, Scores
 
 MINE = '''
 import torch
@@ -157,6 +158,26 @@ def test_own_teacher_raises_config_error_when_no_teacher():
         distill(teacher=Mute())
     with pytest.raises(ConfigError, match=r"my_teacher:Nobody: 'Nobody' does not exist"):
         distill(teacher="my_teacher:Nobody")
+
+
+class Relative(Reward):
+    """The share of the group's responses that are shorter: no number of one group says anything of another."""
+
+    name, comparable = "relative", False
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        lengths = [len(one.response_ids) for one in rollouts]
+        return [
+            replace(one, reward=sum(n < len(one.response_ids) for n in lengths) / len(rollouts)) for one in rollouts
+        ]
+
+
+def test_own_reward_is_refused_by_update_when_not_comparable():
+    teacher = tiny(seed=4)
+    arguments = {"teacher": teacher.model, "teacher_tokenizer": teacher.tokenizer, "reward": Relative()}
+    with pytest.raises(ConfigError, match="'eff_opd' compares weights by their reward, and the reward 'relative' decl"):
+        distill(method="eff_opd", **arguments)
+    assert losses(distill(**arguments)) == built_in()
 
 
 def test_own_sampler_is_synced_before_and_after_each_step():

@@ -270,7 +270,7 @@ def test_local_judge_fails_only_too_long_question():
     replies = dict(judge.ask([question("x" * 400), question("short")]))
     assert replies[1].text is not None
     assert replies[0].text is None
-    assert "and an answer up to 8, and judge reads 256 in all" in str(replies[0].failure)
+    assert "and an answer up to 8, but judge has only 256 positions" in str(replies[0].failure)
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
@@ -440,7 +440,10 @@ def test_judge_section_refuses_wrong_fields(section: dict[str, Any], says: str):
         ({"url": f"https://me:{SECRET}@host/v1", "model": "m"}, "`url` holds more than an address"),
         ({"url": f"https://host/v1?key={SECRET}", "model": "m"}, "`url` holds more than an address"),
         ({"url": "https://host/v1", "model": "m", "api_key_env": SECRET}, "is not the name of an environment variable"),
-        ({"url": "https://host/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"}, "NO_SUCH_KEY is not set or empty"),
+        (
+            {"url": "https://host/v1", "model": "m", "api_key_env": "NO_SUCH_KEY"},
+            "NO_SUCH_KEY, which is not set or empty",
+        ),
         ({"function": "no_such_module:f"}, "importing 'no_such_module' failed"),
         ({"function": "textwrap:dedent", "options": {"nonsense": 1}}, "cannot be called with the options"),
     ],

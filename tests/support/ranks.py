@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,11 +56,16 @@ calls = 0
 
 
 def odd(prompt: Prompt, response: str) -> float:
-    """A reward that differs between the responses to a prompt. With JUDGE=out, process 1 fails in its 70th call."""
+    """A reward that differs between the responses to a prompt.
+
+    With JUDGE=out, process 1 fails in its 35th call. With JUDGE=slow, a call takes 50 ms.
+    """
     global calls
     calls += 1
-    if os.environ.get("JUDGE") == "out" and os.environ.get("RANK") == "1" and calls == 70:
+    if os.environ.get("JUDGE") == "out" and os.environ.get("RANK") == "1" and calls == 35:
         raise RuntimeError("the judge is out")
+    if os.environ.get("JUDGE") == "slow":
+        time.sleep(0.05)
     return float(sum(map(ord, response)) % 5)
 
 

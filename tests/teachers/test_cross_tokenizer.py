@@ -419,7 +419,7 @@ def test_teacher_entropy_is_that_before_unit():
 def test_score_refuses_token_support_when_tokenizers_differ():
     _, teacher = taught("simct")
     rollout = SPANS[0]
-    with pytest.raises(ConfigError, match=r"the support is 'top_k'.* Give the method support=units\(\)"):
+    with pytest.raises(ConfigError, match=r"the support 'top_k'.* Give the method support=units\(\)"):
         teacher.score([rollout], [rollout.prompt], ScoreRequest(support=supports.top_k(3), temperature=1.0))
 
 

@@ -8,6 +8,7 @@ from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
+from opd.types import Reward
 
 REMEDIES = {
     Input.REWARD: "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
@@ -70,6 +71,17 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
             f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
             f"{part.teacher!r}, which would never be used. Remove `teacher`, or use a method with an external one."
         )
+
+
+def check_update_reward(spec: StageSpec, task: str | None, method: Method, reward: Reward | None) -> None:
+    """Refuse an update that compares weights by a reward whose values cannot be compared. Raises ConfigError."""
+    if reward is None or reward.comparable or Input.REWARD not in needs_of(method.update):
+        return
+    raise ConfigError(
+        f"{spec.where(task)}: method {spec.method!r} compares weights by their reward, and the reward {reward.name!r} "
+        "declares `comparable = False`: its values for different responses cannot be compared. Use a reward that "
+        "checks responses one by one."
+    )
 
 
 def check_diagnostics(spec: StageSpec, method: Method) -> None:

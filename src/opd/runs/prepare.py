@@ -19,7 +19,7 @@ from opd.pieces.needs import Input, Needs, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import load_reward
-from opd.runs.fit import check_diagnostics, check_evaluate, check_needs
+from opd.runs.fit import check_diagnostics, check_evaluate, check_needs, check_update_reward
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -84,6 +84,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
         reward = reward_of(part.reward) if given.reward is None else given.reward
+        check_update_reward(spec, name, method, reward)
         columns = PROMPT_COLUMNS & method.needs.columns
         prompts, selected = prompts_of(part.data, columns | needs_of_reward(reward), given.prompts)
         prompts = assigned(prompts, spec, name, part, first)
