@@ -6,7 +6,6 @@ import errno
 import shutil
 import signal
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +28,6 @@ from opd import parallel
 from opd.stage import checkpoint
 
 TRAIN = ("train", "recipe.yaml")
-
-
-@pytest.fixture(scope="session")
-def forks() -> Iterator[Forks]:
-    process = Forks()
-    yield process
-    process.close()
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,6 @@ def with_echoes(folder: Path, recipe: dict[str, Any]) -> Path:
     write_rows(folder / "echo.jsonl", echoes(0, 9))
     write_rows(folder / "echo_held_out.jsonl", echoes(3, 4))
     return folder
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    process = Forks()
-    yield process
-    process.close()
 
 
 RUNS = {

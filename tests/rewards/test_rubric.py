@@ -15,7 +15,7 @@ import pytest
 import torch
 from support.judges import SECRET, Said, Server, completion, judging, serving
 from support.models import unscored
-from support.runs import Forks, Strike, assert_same, command, one_stage, prepare, start, sums, write_rows
+from support.runs import Forks, Strike, assert_same, command, one_stage, prepare, sums, write_rows
 
 from opd.errors import ConfigError, DataError, TeacherError
 from opd.loss.collate import collate
@@ -387,13 +387,6 @@ def test_opd_check_refuses_wrong_judge_recipes(
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Forks]:
-    process = Forks()
-    yield process
-    process.close()
-
-
 def rows_of(run: Path) -> list[dict[str, Any]]:
     return RunDir(run).stage("distil").read_metrics()
 
@@ -474,9 +467,9 @@ def test_opd_train_gives_failed_groups_zero_advantage(tmp_path: Path, server: Se
     assert any(set(one["advantage"]) != {0.0} for one in samples)
 
 
-def test_opd_train_stops_before_update_when_judges_fail(tmp_path: Path, server: Server):
+def test_opd_train_stops_before_update_when_judges_fail(tmp_path: Path, forks: Forks, server: Server):
     server.rule = lambda text: Said(status=401, body={"error": "who are you?"})
-    ended = start(answered(tmp_path / "work", with_judge(server.url)), "train", "recipe.yaml")
+    ended = forks.start(answered(tmp_path / "work", with_judge(server.url)), "train", "recipe.yaml")
     assert ended.code == 1
     assert "TeacherError" in ended.err
     assert "got no answer for 2 of this step's 2 groups" in ended.err
@@ -485,7 +478,7 @@ def test_opd_train_stops_before_update_when_judges_fail(tmp_path: Path, server: 
     assert "Traceback" not in ended.err
     assert not (tmp_path / "work/run/distil/metrics.jsonl").exists()
     server.rule = judging
-    assert start(tmp_path / "work", "train", "recipe.yaml").code == 0
+    assert forks.start(tmp_path / "work", "train", "recipe.yaml").code == 0
 
 
 def test_rubric_run_is_equal_in_two_processes(tmp_path: Path, forks: Forks):
