@@ -39,8 +39,8 @@ def with_question(
     if not user_turns or not isinstance(messages[user_turns[-1]]["content"], str):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{where} has no user message of text, which the template rewrites (roles: {roles}). Leave the template "
-            "out, or give a prompt with text as its last user message."
+            f"{where} has no user message of text, and the template needs one to rewrite (roles: {roles}). Leave the "
+            "template out, or give a prompt with text as its last user message."
         )
     last = user_turns[-1]
     messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}
