@@ -17,11 +17,11 @@ def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None 
         fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
     except ValueError as error:
         raise ConfigError(
-            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Double a brace that is text. "
+            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Write a literal brace twice. "
             f"The fields are {listed}."
         ) from error
     if fields - set(known) or (needed is not None and needed not in fields):
-        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Double a brace that is text.")
+        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Write a literal brace twice.")
     return fields
 
 
