@@ -78,7 +78,7 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    stage: Annotated[str | None, typer.Option(help="Default: the first stage with a teacher")] = None,
+    stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher (or the student itself)")] = None,
     task: Annotated[str | None, typer.Option(help="One of the stage's tasks, if it has tasks")] = None,
     prompts: Annotated[int, typer.Option(help="The number of the stage's prompts to use")] = 16,
     seed: Annotated[int | None, typer.Option(help="Seed of the sample; default: the recipe's")] = None,

@@ -17,11 +17,11 @@ def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None 
         fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
     except ValueError as error:
         raise ConfigError(
-            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Double a brace that is text. "
+            f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Write a literal brace twice. "
             f"The fields are {listed}."
         ) from error
     if fields - set(known) or (needed is not None and needed not in fields):
-        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Double a brace that is text.")
+        raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Write a literal brace twice.")
     return fields
 
 
@@ -39,8 +39,8 @@ def with_question(
     if not user_turns or not isinstance(messages[user_turns[-1]]["content"], str):
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
-            f"{where} has no user message of text, which the template rewrites (roles: {roles}). Leave the template "
-            "out, or give a prompt with text as its last user message."
+            f"{where} has no user message of text, and the template needs one to rewrite (roles: {roles}). Leave the "
+            "template out, or give a prompt with text as its last user message."
         )
     last = user_turns[-1]
     messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}

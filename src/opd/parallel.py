@@ -128,7 +128,7 @@ class World:
                 module.set_reshard_after_forward(module is not root, recurse=False)
 
     def shard(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
-        """Give every process a shard of each parameter (FSDP2): one group a block, and one for the rest, the root.
+        """Give every process a shard of each parameter (FSDP2): one group per block, and the root for the rest.
 
         `root` is called with a function to run over its weights. Gradients are summed over processes, not averaged: the
         loss is already divided by the step's denominator.

@@ -526,11 +526,11 @@ def test_template_rewrites_text_and_last_user_message(tmp_path):
 def test_template_refuses_unknown_fields_and_unmatched_braces(tmp_path):
     path = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a"}])
     needed = r"The `template` of a data section has the fields \{prompt\} \(needed\); got "
-    with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Double a brace that is text"):
+    with pytest.raises(ConfigError, match=needed + r"\['question'\]\. Write a literal brace twice"):
         load(path, template="{question}")
     with pytest.raises(ConfigError, match=needed + r"\[\]"):
         load(path, template="What?")
-    with pytest.raises(ConfigError, match=r"has braces that do not match: .* Double a brace that is text"):
+    with pytest.raises(ConfigError, match=r"has braces that do not match: .* Write a literal brace twice"):
         load(path, template="{prompt} \\boxed{")
 
 

@@ -133,7 +133,7 @@ def test_context_distillation_declares_needs_of_options(options: dict[str, Any],
         ),
         ({"template": "no field"}, r"\{prompt\} \(needed\).*; got \[\]"),
         ({"prefill": "{prompt}"}, r"context's prefill has the fields \{privileged_context\}, .*; got \['prompt'\]"),
-        ({"template": "{prompt} }"}, r"template has braces that do not match: .* Double a brace that is text"),
+        ({"template": "{prompt} }"}, r"template has braces that do not match: .* Write a literal brace twice"),
     ],
 )
 def test_privileged_refuses_wrong_context(context: dict[str, Any], message: str):

@@ -161,7 +161,7 @@ def test_rubric_shows_roles_when_prompt_is_conversation(tmp_path: Path):
 
 def test_rubric_refuses_image(tmp_path: Path):
     user = {"role": "user", "content": [{"type": "image", "url": "x.png"}]}
-    with pytest.raises(DataError, match="Prompt 0 does not hold only text"):
+    with pytest.raises(DataError, match="Prompt 0 holds parts other than text"):
         reward_of(tmp_path, Letters())(group("a", content=(user,)))
 
 

@@ -34,7 +34,7 @@ def evaluate_model(
     """Evaluate the model at path `model` on held-out prompts; with `teacher`, also its exact divergence from it.
 
     `data`, `reward` and `sampling` are sections of a recipe. `say` receives the warnings about the data that
-    `opd check` prints. Raises the kinds of `opd.errors`.
+    `opd check` prints. Raises the errors of `opd.errors`.
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})

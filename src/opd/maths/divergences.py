@@ -153,9 +153,10 @@ FORMS = {"raw": _raw, "stop_gradient": _stop_gradient, "renormalised": _renormal
 
 
 def slope_at_equality(divergence: Divergence) -> float:
-    """d c(p, q) / dp at p = q: 1 for reverse KL, -1 for forward KL, 0 for JSD. The bias of `raw`.
+    """d c(p, q) / dp at p = q: 1 for reverse KL, -1 for forward KL, 0 for JSD.
 
-    Constant for every f-divergence, c(p, q) = q f(p / q); assumed constant for a user's divergence.
+    The gradient of `raw` is that of `stop_gradient` plus this slope times grad P_S. Constant for every f-divergence,
+    c(p, q) = q f(p / q); assumed constant for a user's divergence.
     """
     with torch.inference_mode(False), torch.enable_grad():
         s = torch.zeros(1, dtype=torch.float64, requires_grad=True)  # p = q = 1, where d/dp = d/dlog p

@@ -1,8 +1,8 @@
 """Combines two published methods, field by field.
 
 A method sets a field if it differs from plain on-policy distillation (`PLAIN`). A field that one method sets is taken
-from it. If both set it, weights multiply, filters run one after another, and memories are kept side by side; any other
-field is a conflict.
+from it. If both set it, weights multiply and filters run one after another; any other field is a conflict. Both methods
+keep their memories; two of one name are a conflict.
 """
 
 from __future__ import annotations

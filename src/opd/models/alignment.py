@@ -148,8 +148,11 @@ def _of_text(data: bytes, pair: TokenizerPair) -> Iterator[_Part]:
 
 
 def _as_written(given: bytes, ids: Sequence[int], pieces: Sequence[bytes]) -> Iterator[_Part]:
-    """A text and its teacher tokens, compared from both ends as far as they agree. The part in between, which the
-    tokenizer changed (such as a letter and its accent into one character), is not comparable."""
+    """A text and its teacher tokens, compared from both ends as far as they agree.
+
+    The part in between, which the tokenizer changed (such as a letter and its accent into one character), is not
+    comparable.
+    """
     ends, written = _offsets([len(piece) for piece in pieces]), b"".join(pieces)
     if written == given:
         yield _Part(len(given), ids, [len(piece) for piece in pieces], True)

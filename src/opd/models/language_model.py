@@ -99,8 +99,10 @@ class LanguageModel:
 
     @property
     def sees_everything(self) -> bool:
-        """Whether every layer attends to all earlier positions. A sliding window counts places of the cache, so padding
-        between a shared prefix and the rest would shift it."""
+        """Whether every layer attends to all earlier positions.
+
+        A sliding window counts places of the cache, so padding between a shared prefix and the rest would shift it.
+        """
         config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
         kinds = getattr(config, "layer_types", None)
         if kinds:

@@ -34,8 +34,10 @@ def expected_log_ratio(tokens: Tokens) -> Tensor:
 
 
 def least_variance(tokens: Tokens) -> Tensor:
-    """E_{y~p} ||e_y - p||^2 log q(y)/p(y) / E_{y~p} ||e_y - p||^2, [N]: the baseline of least variance of the
-    gradient with respect to the logits. Needs the whole vocabulary."""
+    """E_{y~p} ||e_y - p||^2 log q(y)/p(y) / E_{y~p} ||e_y - p||^2, [N].
+
+    The baseline of least variance of the gradient with respect to the logits. Needs the whole vocabulary.
+    """
     s, t = (part.detach() for part in support_of(tokens))
     assert tokens.support_mask is None, "this expectation needs the whole vocabulary"
     p = s.exp()

@@ -43,7 +43,7 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "template": "{prompt}\n\nAn attempt:\n{attempt}\n\nThe attempt was checked and is {verdict}. Keep what is "
         "right in it, correct what is not, and solve the problem."
     },
-    # arXiv 2605.11609 (App. C), in its words: another response's solution, and its verdict.
+    # arXiv 2605.11609 (App. C), in its words: another response's solution, and the verdict on this response.
     "verified": {
         "template": "{prompt}\n\nYour previous attempt:\n{privileged_context}\n\nPrevious assessment: Your answer is "
         "{verdict}.\n\nNow solve this problem step by step."

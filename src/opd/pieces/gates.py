@@ -22,10 +22,10 @@ from opd.types import Batch, Gather, MakeMemory
 class EntropyGate(SavedAttributes):
     """g: 1 while the teacher's entropy is as high as at the beginning, else 0 (arXiv 2605.11609 eq. 7).
 
-    H is the median of the teacher's entropy, in nats, over the step's trained tokens in all processes (the lower of the
-    two middle values), without responses that have no solution. In the first `warm_up` steps g is 0, and H_warm is the
-    mean of H. Afterwards the gate closes at H < closes_below H_warm, opens at H >= H_warm, and otherwise keeps its
-    state; it begins open. A step without a solution has no H and is not counted.
+    H is the median of the teacher's entropy, in nats, over the step's trained tokens in all processes (of an even
+    number, the lower of the two middle values), without responses that have no solution. In the first `warm_up` steps g
+    is 0, and H_warm is the mean of their H. Afterwards the gate closes at H < closes_below H_warm, opens at H >=
+    H_warm, and otherwise keeps its state; it begins open. A step without a solution has no H and is not counted.
     """
 
     saved = ("total", "measured", "open")

@@ -11,7 +11,7 @@ from opd.types import Average, Batch, Denominator, Normalise
 
 @cache
 def per(what: Average | int) -> Normalise:
-    """The kind of mean that the loss is.
+    """The denominator of a mean `per` token, per sequence or per a number of tokens.
 
     token     the mean over all trained tokens of the step: a long response weighs more than a short one
     sequence  the mean over responses of each response's mean over tokens: all responses weigh the same

@@ -19,8 +19,8 @@ OTHER_NAMES = {
     "per_device_train_batch_size": "Here it is `prompts_per_step`, of all devices, times `sampling.n` responses.",
     "gradient_accumulation_steps": "No such key: `prompts_per_step` is the whole step, and `micro_batch_tokens` "
     "limits what is in memory at once.",
-    "epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
-    "num_train_epochs": "No such key: `steps` says how long; all prompts / `prompts_per_step` of them are an epoch.",
+    "epochs": "No such key: set `steps`; an epoch is the number of prompts / `prompts_per_step`.",
+    "num_train_epochs": "No such key: set `steps`; an epoch is the number of prompts / `prompts_per_step`.",
     "max_steps": "Here it is `steps`.",
     "save_steps": "Here it is `checkpoint.every`.",
     "eval_steps": "Here it is `evaluate.every`.",

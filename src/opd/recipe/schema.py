@@ -131,7 +131,7 @@ class JudgeSection(Section):
     patience_s: float = Field(default=300.0, ge=0)  # per question: how long to wait while the server is busy
     concurrency: int = Field(default=8, ge=1)  # parallel requests
     lm: str | None = None  # one of the recipe's models, in this process
-    function: str | None = None  # my_package.mine:function, called (question, **options); see `base.Question`
+    function: str | None = None  # my_package.mine:function, called (question, **options); see `asked.protocol.Question`
     options: dict[str, Any] = {}  # of the function
     max_tokens: int = Field(default=4096, ge=1)  # per answer; not passed to a function
     retries: int = Field(default=2, ge=0)  # after a failed request, and as many after an unreadable answer

@@ -198,8 +198,8 @@ def unfit_to_measure(reward: Reward) -> str | None:
     """Why a reward cannot be used outside of training, as a clause; None if it can."""
     if not reward.comparable:
         return (
-            "which rebuilds its rubric from the responses that it grades: its numbers before and after training "
-            "cannot be compared"
+            "whose numbers before and after training cannot be compared: it declares `comparable = False` (`rubric` "
+            "builds each rubric from the responses that it grades)"
         )
     return "which needs judges, and only the training of a stage starts them" if reward.asks else None
 

@@ -242,7 +242,7 @@ def _said(message: Message, prompt: int, *, alone: bool) -> str:
     parts: list[Any] = [{"text": content}] if isinstance(content, str) else list(content or ())
     if any(not isinstance(part.get("text"), str) for part in parts):
         raise DataError(
-            f"Prompt {prompt} does not hold only text, but the judges of the reward 'rubric' read only text. "
+            f"Prompt {prompt} holds parts other than text, but the judges of the reward 'rubric' read only text. "
             "Use another reward for it."
         )
     text = "\n".join(part["text"] for part in parts)

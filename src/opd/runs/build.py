@@ -130,6 +130,7 @@ def rewards_of(
     recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
 ) -> StageRewards:
     """The rewards of all tasks, ready to use. `judges`: loaded models by name; their answers are cached in `folder`.
+
     Raises RunError if the cache cannot be read.
     """
     origins = {name: recipe.models[name].model_dump(mode="json") for name in judges}

@@ -120,6 +120,7 @@ def held_out_of(
     spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
 ) -> tuple[HeldOut, list[Selected]]:
     """The evaluation of an `evaluate` section, with its own or the training's reward; and the reports of its selection.
+
     Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
     training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
     such a reward.
@@ -135,8 +136,8 @@ def held_out_of(
     if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and "
-            "held-out responses have none, because the stage's reward needs a judge. Set evaluate.reward to one that "
-            "scores each response alone, or evaluate.kl to false."
+            "held-out responses have none, because the stage's reward is for training only. Set evaluate.reward to one "
+            "that scores each response alone, or evaluate.kl to false."
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
     prompts, selected = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))

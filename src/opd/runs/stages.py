@@ -41,7 +41,7 @@ class Run:
 def run_recipe(
     recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
 ) -> Run:
-    """Run all stages, or continue where an earlier run stopped. Raises the kinds of `opd.errors`.
+    """Run all stages, or continue where an earlier run stopped. Raises the errors of `opd.errors`.
 
     Every process of `world` calls this; the main process writes and shows progress.
     """

@@ -118,7 +118,7 @@ class Stage:
         return self.method.request(shown=self._shown(step))
 
     def compare(self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[Prompt]) -> Metrics:
-        """Metrics compare/... of both models at every token, in every `diagnostics.every`-th step; else empty."""
+        """Metrics compare/... of both models, before the update of every `diagnostics.every`-th step; else empty."""
         spec = self.spec
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
@@ -126,6 +126,7 @@ class Stage:
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
         """Make the method's update with the accumulated gradient; returns all metrics of the step.
+
         Raises TrainingError, before the update, if the loss or the gradient is not finite.
         """
         metrics = diagnostics.step_metrics(phase_a.batch, self.method, step, buckets=diagnostics.buckets_of(self.spec))

@@ -1,4 +1,5 @@
 """Do student and teacher use the same tokens? Compares tokenizers, templates and endings; needs no weights.
+
 arXiv 2603.25562 section 4.3 found two special tokens that carried most of a run's signal: `<think>`, split differently
 by the teacher's tokenizer (log-prob -0.07 by the student, -19.16 by the teacher), and `<|im_end|>` (0.00 and -58.71).
 """
@@ -104,7 +105,7 @@ def templates(student: Side, teacher: Side, prompts: Sequence[Prompt]) -> Findin
         remedy=f"Set models.{student.name}.chat_template (and template_options) to those of {teacher.name}, or "
         f"models.{teacher.name}.chat_template to the student's.",
         study="`opd study prompts`; arXiv 2604.13016 section 5.2: the teacher's template for both closes about 85 % of "
-        "the gap, not 80 %",
+        "the gap instead of 80 %",
     )
 
 
@@ -181,7 +182,7 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
 
 
 def paired_endings(student: Side, teacher: Side, ends: Mapping[int, int]) -> Finding:
-    """With two tokenizers: the teacher's end token for each of the student's, from `alignment.Pair.ends`."""
+    """With two tokenizers: the teacher's end token for each of the student's, from `TokenizerPair.ends`."""
     read = [f"{student.tokenizer.decode([end])!r} as {teacher.tokenizer.decode([its])!r}" for end, its in ends.items()]
     numbers = {"ends": {str(end): its for end, its in ends.items()}, "student_stop_ids": sorted(student.stops)}
     if student.stops & ends.keys():

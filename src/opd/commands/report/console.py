@@ -44,7 +44,7 @@ def print_report(recipe: Recipe, console: Console) -> None:
 
 
 def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
-    """The evaluations of one task, its name dropped from the keys: eval/.... `task` None: a stage without tasks."""
+    """The evaluations of one task, with keys eval/... that leave its name out. `task` None: a stage without tasks."""
     prefix = "eval/" if task is None else f"eval/{task}/"
     rows: list[dict[str, Any]] = []
     for row in metrics:
