@@ -110,7 +110,11 @@ def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
 
 def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
     """The recipe's text for a sampler."""
-    return sampler if sampler is None or isinstance(sampler, str) else f"({sampler.__name__} given in Python)"
+    return (
+        sampler
+        if sampler is None or isinstance(sampler, str)
+        else f"({getattr(sampler, '__name__', type(sampler).__name__)} given in Python)"
+    )
 
 
 def _teacher(
@@ -135,7 +139,7 @@ def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel
 
 def _described(rows: Sequence[Prompt]) -> str:
     """The recipe's text for rows, with a hash: other rows make another run."""
-    digest = hashlib.sha256(repr([(row.id, row.content, row.answer, row.response) for row in rows]).encode())
+    digest = hashlib.sha256(repr(list(rows)).encode())
     return f"({len(rows)} rows given in Python, {digest.hexdigest()[:12]})"
 
 

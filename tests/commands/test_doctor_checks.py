@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import oracle
 import pytest
@@ -88,6 +89,18 @@ def test_as_text_puts_stop_and_change_first():
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
+class WithoutEos:
+    """A tokenizer whose model ends by its generation config alone."""
+
+    eos_token_id = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+
 def side(lm: LanguageModel) -> tokenizers.Side:
     return tokenizers.Side.of(lm, lm.name)
 
@@ -132,6 +145,15 @@ def test_thinking_asks_change_when_think_states_differ():
     assert "models.teacher.template_options to the same enable_thinking" in found.remedy
     assert tokenizers.thinking(side(teacher), side(teacher), [prompt]).level == "ok"
     assert tokenizers.thinking(side(student), side(student), prompts_of("1")).level == "skipped"
+
+
+def test_endings_names_teacher_end_when_student_has_no_eos_token():
+    student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, end="<end>")
+    found = tokenizers.endings(
+        replace(side(student), tokenizer=WithoutEos(student.tokenizer)), side(teacher), chat=True
+    )
+    assert found.level == "change"
+    assert found.says == "The teacher ends its turn with '<end>', and the student's response continues after it."
 
 
 def test_endings_asks_change_when_end_of_turn_differs():

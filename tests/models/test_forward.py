@@ -104,8 +104,10 @@ def test_read_keeps_sequences_apart_when_packed(prompts: list[list[int]], monkey
 def test_packs_is_true_only_for_flash_attention():
     lm = tiny()
     assert not lm.packs
+    assert lm.caches
     lm.causal_lm.config._attn_implementation_internal = "flash_attention_2"
     assert lm.packs
+    assert not lm.caches  # a packed row repeats the prefix, and micro_batch_tokens must count it each time
 
 
 def test_read_keeps_gradients_when_gradient_checkpointing(monkeypatch: pytest.MonkeyPatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,8 @@ import pytest
 from support.models import prompts_of, tiny
 
 import opd
-from opd.errors import ConfigError
+from opd.commands.doctor.examine import examine
+from opd.errors import ConfigError, RunError
 from opd.models.language_model import LanguageModel
 from opd.samplers.hf import TransformersSampler
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Reward, Rollout, Sampler, Sampling, ScoreRequest, Scores
@@ -158,6 +160,44 @@ def test_own_teacher_raises_config_error_when_no_teacher():
         distill(teacher=Mute())
     with pytest.raises(ConfigError, match=r"my_teacher:Nobody: 'Nobody' does not exist"):
         distill(teacher="my_teacher:Nobody")
+
+
+def test_own_teacher_is_refused_by_evaluate_kl_when_it_has_no_distribution():
+    """Also beside a method without a teacher: the number is not left out in silence."""
+    rows = [{"prompt": "ab", "response": "c"}]
+    evaluate = {"data": {"path": "rows.jsonl"}, "sampling": {"greedy": {"max_completion_length": 4}}, "kl": True}
+    Path("rows.jsonl").write_text('{"prompt": "ab"}\n')
+    with pytest.raises(ConfigError, match=r"evaluate\.kl compares .* and mine does not support this: it scores"):
+        distill(method="sft", prompts=rows, teacher="my_teacher:Plain", evaluate=evaluate)
+
+
+def test_doctor_refuses_own_teacher():
+    recipe = distill(teacher="my_teacher:Plain").recipe
+    with pytest.raises(ConfigError, match="teacher 'teacher' is made by my_teacher:Plain, which only scores"):
+        examine(recipe)
+
+
+def test_distill_records_sampler_when_it_has_no_name():
+    teacher = tiny(seed=4)
+    arguments = {"teacher": teacher.model, "teacher_tokenizer": teacher.tokenizer}
+    run = distill(sampler=partial(Counting, limit=50), **arguments)
+    assert run.recipe.stages[0].sampler == "(partial given in Python)"
+    assert losses(run) == built_in()
+
+
+def test_distill_is_another_run_when_privileged_context_differs():
+    def run(context: str) -> opd.Run:
+        rows = [{"prompt": "ab", "privileged_context": context}]
+        return distill(
+            prompts=rows,
+            method="context_distillation",
+            options={"k": None, "template": "{privileged_context}{prompt}"},
+            output_dir="same",
+        )
+
+    assert losses(run("c")) == losses(run("c"))
+    with pytest.raises(RunError, match="another"):
+        run("d")
 
 
 class Relative(Reward):

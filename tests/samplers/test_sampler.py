@@ -284,6 +284,18 @@ def test_stop_strings_end_response_at_first_match(text: str, stop: tuple[str, ..
     assert rollout.finished is finished
 
 
+@pytest.mark.parametrize(
+    ("prefix", "stop", "expected"),
+    [("bcd", "cd", "bcdefgh"), ("bcd", "de", "bcde"), ("bc", "e", "bcde")],
+    ids=["in the prefix", "completed after it", "after it"],
+)
+def test_stop_string_ends_response_only_by_new_text_when_prefix_is_given(prefix: str, stop: str, expected: str):
+    lm = chain("abcdefgh")
+    given = lm.tokenizer(prefix).input_ids
+    (rollout,) = sampler(lm, stop=(stop,), max_completion_length=20)(prompts_of("a"), seed=(0, 0), prefixes=[given])
+    assert rollout.text == expected
+
+
 def test_sampler_keeps_rows_when_one_finishes():
     lm = chain("abcdefgh")
     texts = {r.prompt.content: r.text for r in sampler(lm)(prompts_of(*"hgafcb"), seed=(0, 0))}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.models import prompts_of, tiny
 from torch import nn
 
+from opd.parallel import ALONE
+from opd.pieces.contexts import same_prompt
 from opd.recipe.schema import OptimizerSection
+from opd.samplers.hf import TransformersSampler
 from opd.stage import checkpoint, optimisation
 from opd.stage.optimisation import Optimiser, factor
+from opd.types import NoTeacher, Reward, Rollout, Sampling
 
 
 def section(**settings: Any) -> OptimizerSection:
@@ -162,3 +169,42 @@ def test_tensors_are_named_by_parameter():
         f"adamw.{key}": ["a", "b"] for key in ("step", "exp_avg", "exp_avg_sq")
     }
     assert optimiser.updates == 1
+
+
+# --- validation -----------------------------------------------------------------------------------------------------
+
+
+class Judged(Reward):
+    """Rewards of 1 for the first `count` responses; the others are unjudged."""
+
+    name = "judged"
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return [
+            replace(one, reward=1.0) if i < self.count else replace(one, unjudged="no answer")
+            for i, one in enumerate(rollouts)
+        ]
+
+
+@pytest.mark.parametrize(("judged", "expected"), [(4, 1.0), (1, 1.0), (0, -math.inf)])
+def test_validate_averages_over_judged_responses(judged: int, expected: float):
+    """An unjudged response counts in neither the sum nor the number; it is no reward of 0."""
+    student = tiny()
+    made = optimisation.StageOptimisation(
+        optimiser=optimisation.build(student.trainable(), section(), 1),
+        student=student,
+        root=student.model,
+        teacher=NoTeacher(),
+        sampler=TransformersSampler(lm=student, sampling=Sampling(max_completion_length=3)),
+        prompts=prompts_of(*"abcd"),
+        reward=Judged(judged),
+        context=same_prompt(),
+        memory={},
+        world=ALONE,
+        seed=0,
+        micro_batch_tokens=100,
+    )
+    assert made.validate("reward", 4) == expected

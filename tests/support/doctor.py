@@ -120,7 +120,7 @@ def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list
     recipe = recipe_of(models=tuple(models), **stage)
     given = Given(models=models, prompts=prompts)
     spec = recipe.stages[0]
-    return subject_of(recipe, spec, prepared_of(spec, given, 0), student, teacher, prompts=len(prompts), seed=0)
+    return subject_of(recipe, spec, prepared_of(spec, given, 0), student, teacher, given, prompts=len(prompts), seed=0)
 
 
 def diagnosis(

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd.recipe.schema import Recipe, StageSpec
-from opd.runs.tokenizers import check_template_options, check_tokenizers
-from opd.stage.trackers import check_report_to
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
@@ -17,18 +15,14 @@ def check_recipe(recipe: Recipe) -> list[str]:
 
     Raises the errors that `opd train` raises before it loads weights.
     """
-    from opd.runs.own import check_own
-    from opd.runs.prepare import Given, prepare
+    from opd.runs.checks import check_stages
+    from opd.runs.prepare import Given
 
-    check_report_to(recipe.report_to)
+    checked = check_stages(recipe, Given())
     lines: list[str] = []
-    prepared: dict[str, Prepared] = {}
     for spec in recipe.stages:
-        of_stage = prepared[spec.name] = prepare(spec, Given(), recipe.seed)
-        lines += described(spec, of_stage)
-        lines += [f"  {line}" for line in check_own(recipe, spec, of_stage, Given())]
-        lines += [f"  {line}" for line in check_tokenizers(recipe, spec, of_stage)]
-    check_template_options(recipe, prepared)
+        lines += described(spec, checked.prepared[spec.name])
+        lines += [f"  {line}" for line in checked.lines[spec.name]]
     return lines
 
 

@@ -90,9 +90,11 @@ class LanguageModel:
     def caches(self) -> bool:
         """Whether a forward may use a cache.
 
-        Not in training with gradient checkpointing, nor with sharded weights: there each forward is collective, and the
-        number of forwards must not depend on the prefixes that rows share.
+        Not where sequences are packed in one row. Not in training with gradient checkpointing or sharded weights: there
+        each forward is collective, and the number of forwards must not depend on the prefixes that rows share.
         """
+        if self.packs:
+            return False
         new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed by transformers
         checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
         return not (self.model.training and (checkpointing or self.sharded))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,18 +45,19 @@ def teacher_of(
     rule: TeacherRule,
     student: LanguageModel,
     externals: Mapping[str, LanguageModel],
-    given: Given,
+    own: Mapping[str, Teacher],
     *,
     chat: bool = False,
 ) -> Teacher:
-    """The stage's teacher; with several tasks, one that routes to theirs. `externals`: loaded models by name.
+    """The stage's teacher; with several tasks, one that routes to theirs.
 
+    `externals`: loaded models by name. `own`: the user's teachers by name.
     `chat`: whether prompts are conversations, for a teacher with its own tokenizer.
     """
 
     def one(name: str | None) -> Teacher:
-        if rule.kind == "external" and name is not None and recipe.models[name].scorer is not None:
-            return own_teacher(name, recipe.models[name], student, given)
+        if rule.kind == "external" and name is not None and name in own:
+            return own[name]
         return teacher_by_rule(
             rule,
             student,
@@ -147,6 +148,7 @@ def exams_of(
     student: LanguageModel,
     teacher: Teacher,
     externals: Mapping[str, LanguageModel],
+    own: Mapping[str, Teacher],
 ) -> list[Exam]:
     """The stage's evaluations, with the teacher as writer or scorer where the recipe requests it."""
     exams: list[Exam] = []
@@ -154,7 +156,7 @@ def exams_of(
         held_out = prepared.tasks[name].held_out
         if part.evaluate is None or held_out is None:
             continue
-        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals)
+        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals, own)
         writers: dict[str, Writer] = {}
         if part.evaluate.teacher and scorer is not None:
             if scorer.lm is None:
@@ -196,10 +198,13 @@ def scorer_of(
     student: LanguageModel,
     teacher: Teacher,
     externals: Mapping[str, LanguageModel],
+    own: Mapping[str, Teacher],
 ) -> Teacher | None:
     """The teacher of a task's evaluation: the method's, else the task's `teacher`, else None."""
     if method.teacher.kind != "none":
         return teacher.of(part.teacher)
+    if part.teacher is not None and part.teacher in own:
+        return own[part.teacher]
     if part.teacher is not None and part.teacher in externals:
         return LocalTeacher(
             lm=externals[part.teacher],
@@ -229,16 +234,19 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     """Load the stage's models and build the stage."""
     recipe, given, world = session.recipe, session.given, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
-    method = prepared.method.with_tokenizer(student.tokenizer)
+    prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
+    method = prepared.method
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
-    teacher = teacher_of(recipe, spec, method.teacher, student, externals, given, chat=prepared.chat)
+    scorers = [name for name in spec.teachers if recipe.models[name].scorer is not None]
+    own = {name: own_teacher(name, recipe.models[name], student, given) for name in scorers}
+    teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
     folder = session.directory.stage(spec.name)
-    exams = exams_of(spec, prepared, student, teacher, externals)
+    exams = exams_of(spec, prepared, student, teacher, externals, own)
     writers = writers_of(spec, method, student, teacher, externals, samplers_of(spec, student, given), memory)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
@@ -357,9 +365,11 @@ def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
 def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int:
     """Peak bytes that a stage has on disk: `keep` + 1 checkpoints and the model.
 
-    A checkpoint has the weights, two moments, and a copy of the weights if the method keeps one.
+    A checkpoint has the weights, two moments, a copy of the weights if the method keeps one, and the float32 average of
+    an EMA teacher.
     """
     trained = checkpoint.size_of(student.trainable())
-    return (3 + (Input.WEIGHT_COPY in method.needs)) * trained * (spec.checkpoint.keep + 1) + checkpoint.size_of(
-        dict(student.model.named_parameters())
-    )
+    average = method.teacher.kind == "self_ema"
+    return (3 + (Input.WEIGHT_COPY in method.needs) + average) * trained * (
+        spec.checkpoint.keep + 1
+    ) + checkpoint.size_of(dict(student.model.named_parameters()))

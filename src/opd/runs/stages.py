@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,9 @@ from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
+from opd.runs.checks import check_stages
 from opd.runs.export import finish
-from opd.runs.fit import check_processes
-from opd.runs.own import check_own
-from opd.runs.prepare import Given, prepare
-from opd.runs.tokenizers import check_template_options, check_tokenizers
+from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import stopped_after
 from opd.stage.progress import Progress
@@ -47,12 +46,7 @@ def run_recipe(
     """
     given = given or Given()
     with world.main_first():
-        prepared = {stage.name: prepare(stage, given, recipe.seed) for stage in recipe.stages}
-        for spec in recipe.stages:  # the other checks that need no weights
-            check_own(recipe, spec, prepared[spec.name], given)
-            check_tokenizers(recipe, spec, prepared[spec.name], given.models)
-            check_processes(recipe, spec, prepared[spec.name].method, prepared[spec.name].order, world.size)
-        check_template_options(recipe, prepared)
+        prepared = check_stages(recipe, given, processes=world.size).prepared
         directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     trackers = ReportWriter(
         recipe.report_to if world.main else (),
@@ -61,7 +55,8 @@ def run_recipe(
         config=recipe.model_dump(mode="json"),
     )
     student: LanguageModel | None = None
-    with progress if progress and world.main else Progress(quiet=not world.main) as shown:
+    shown = progress if progress and world.main else Progress(quiet=not world.main)
+    with closing(trackers), shown:
         if directory.replaced:
             shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
         session = Session(
@@ -84,7 +79,6 @@ def run_recipe(
             world.wait()
             if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
-    trackers.close()
     last = recipe.stages[-1]
     if student is None:
         student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)

@@ -171,13 +171,19 @@ class TransformersSampler(Sampler):
             row.ended = not keeps_going
 
     def _stopped(self, row: _Row) -> bool:
-        """Whether the text ends with a stop string. A token has at least one byte, which limits the tokens decoded."""
+        """Whether the new text completes a stop string, which may begin in the given prefix.
+
+        A token has at least one byte, which limits the tokens decoded.
+        """
         stops = self.sampling.stop
         if not stops:
             return False
         back = max(len(s.encode()) for s in stops) + 4
-        tail = self.lm.tokenizer.decode([*row.prefix[-back:], *row.ids[-back:]][-back:])
-        return any(stop in tail for stop in stops)
+        ids = [*row.prefix[-back:], *row.ids[-back:]][-back:]
+        tail = self.lm.tokenizer.decode(ids)
+        of_prefix = ids[: max(0, len(ids) - len(row.ids))]
+        given = self.lm.tokenizer.decode(of_prefix) if of_prefix else ""
+        return any(tail.count(stop) > given.count(stop) for stop in stops)
 
     def _rollout(self, row: _Row) -> Rollout:
         ids, given = [*row.prefix, *row.ids], len(row.prefix)

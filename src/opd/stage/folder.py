@@ -40,6 +40,15 @@ _RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tens
 _DIFF_LINES = 12
 
 
+def check_stage_name(name: str) -> None:
+    """Refuse a stage name that cannot be a folder of the run. Raises ConfigError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in _RESERVED:
+        raise ConfigError(
+            f"A stage cannot be named {name!r}: its folder has the same name. Use letters, digits, '_', '-' and "
+            f"'.', a letter or digit first, and none of {sorted(_RESERVED)}."
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class RunDir:
     """A run's folder. Make it with `RunDir.open`."""
@@ -83,11 +92,7 @@ class RunDir:
         Raises:
             ConfigError: the name is not allowed. RunError: the folder cannot be created.
         """
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name) or name in _RESERVED:
-            raise ConfigError(
-                f"A stage cannot be named {name!r}: its folder has the same name. Use letters, digits, '_', '-' and "
-                f"'.', a letter or digit first, and none of {sorted(_RESERVED)}."
-            )
+        check_stage_name(name)
         stage = StageDir(self.path / name, self.writes)
         if not self.writes:
             return stage

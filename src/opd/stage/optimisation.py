@@ -68,7 +68,7 @@ class StageOptimisation:
         """Mean reward, or minus the exact reverse KL in nats per token, of responses to `prompts` training prompts.
 
         Every call uses the same prompts and random numbers. Higher is better; -inf if the weights have overflowed, so
-        that no response can be sampled.
+        that no response can be sampled, and if no response has a reward.
         """
         count, seed = min(prompts, len(self.prompts)), (self.seed, ReservedStep.VALIDATION)
         chosen = np.random.default_rng(seed).choice(len(self.prompts), count, replace=False)
@@ -81,8 +81,9 @@ class StageOptimisation:
             if self.world.any(written is None) or written is None:
                 return -math.inf
             if by == "reward":
-                rewards = [one.reward or 0.0 for one in self.reward(written)]
-                return self.world.sum(sum(rewards)) / self.world.sum(len(rewards))
+                rewards = [one.reward for one in self.reward(written) if one.reward is not None]
+                total, judged = self.world.sum(sum(rewards)), self.world.sum(len(rewards))
+                return total / judged if judged else -math.inf
             if Input.REWARD in needs_of(self.context):  # the teacher reads a verdict or right responses
                 written = self.reward(written)
             rollouts = [one for part in self.world.gather(written) for one in part]

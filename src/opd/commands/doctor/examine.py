@@ -8,7 +8,7 @@ from typing import Any
 
 from opd.commands.doctor import bias, cost, headroom, information, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, skipped
-from opd.commands.doctor.subject import Subject, load, stage_to_examine, subject_of
+from opd.commands.doctor.subject import Subject, check_loadable, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.models.alignment import pair_of
@@ -40,6 +40,7 @@ def examine(
     started, given = time.perf_counter(), given or Given()
     seed = recipe.seed if seed is None else seed
     spec = stage_to_examine(recipe, stage, given, task)
+    check_loadable(recipe, spec)
     prepared = prepare(spec, given, recipe.seed)
     return Report(
         recipe=recipe.name,
@@ -82,7 +83,7 @@ def findings(
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
     check_tokenizers(recipe, spec, prepared, lms)
     say("the student's responses")
-    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, external, given, prompts=prompts, seed=seed)
     found += of_tokens(subject)
     found += of_signal(subject, say)
     found += of_knowledge(subject, say)
@@ -104,7 +105,7 @@ def of_two_tokenizers(
     say("models")
     student, external = load(recipe, spec, given)
     say("the student's responses")
-    subject = subject_of(recipe, spec, prepared, student, external, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, external, given, prompts=prompts, seed=seed)
     say("rewards of both")
     judgement = headroom.judged(subject)
     assert external is not None, "only an external teacher has its own tokenizer"

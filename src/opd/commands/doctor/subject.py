@@ -19,6 +19,7 @@ from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import rewarded
 from opd.runs.build import model_for, writers_of
+from opd.runs.own import own_sampler
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import TeacherWriter
@@ -46,6 +47,7 @@ class Subject:
     external: LanguageModel | None
     teacher: LocalTeacher  # scores in its own tokens
     step_teacher: Teacher  # as in a training step: by the method's rule on tokenizers
+    given: Given  # Python objects of the stage
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
@@ -97,7 +99,9 @@ class Subject:
         """The student's responses, `sampling.n` per prompt."""
         return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
-    def _sampler(self, sampling: Sampling) -> TransformersSampler:
+    def _sampler(self, sampling: Sampling) -> Sampler:
+        if self.spec.sampler is not None:
+            return own_sampler(self.spec, self.student, sampling, self.given)
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -143,6 +147,16 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
         + (f"no stage ({', '.join(names)}) has" if name is None else f"stage {name!r} does not have")
         + " a teacher that scores. Choose a stage or a method with one."
     )
+
+
+def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
+    """Refuse a teacher that is no model in this process. Raises ConfigError."""
+    if spec.teacher is not None and (scorer := recipe.models[spec.teacher].scorer) is not None:
+        raise ConfigError(
+            f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and teacher "
+            f"{spec.teacher!r} is made by {scorer}, which only scores. Give the doctor a model with `path` as the "
+            "stage's teacher, or train a few steps and read the metrics teacher/..."
+        )
 
 
 def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
@@ -197,6 +211,7 @@ def subject_of(
     prepared: Prepared,
     student: LanguageModel,
     external: LanguageModel | None,
+    given: Given,
     *,
     prompts: int,
     seed: int,
@@ -233,6 +248,7 @@ def subject_of(
         student=student,
         external=external,
         teacher=teacher,
+        given=given,
         step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
         prompts=chosen,
         seed=seed,

@@ -166,7 +166,7 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
     parts: list[str] = []
     if theirs not in student.stops:
         parts.append(f"The teacher ends its turn with {own!r}, and the student's response continues after it")
-    if end not in known:
+    if end is not None and end not in known:
         parts.append(
             f"The student ends its response with {student.tokenizer.decode([end])!r}, which does not end the teacher's"
         )

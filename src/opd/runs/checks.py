@@ -1,0 +1,38 @@
+"""Every check of a recipe that needs no weights: `opd check` runs these alone, `opd train` before it loads a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from opd.recipe.schema import Recipe
+from opd.runs.fit import check_processes
+from opd.runs.own import check_own
+from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.tokenizers import check_template_options, check_tokenizers
+from opd.stage.folder import check_stage_name
+from opd.stage.trackers import check_report_to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checked:
+    """The prepared stages by name, and one line for each check that has something to report."""
+
+    prepared: Mapping[str, Prepared]
+    lines: Mapping[str, list[str]]
+
+
+def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked:
+    """Build every stage's method, load its data, render its prompts. Raises ConfigError, DataError, AlignmentError."""
+    check_report_to(recipe.report_to)
+    for spec in recipe.stages:
+        check_stage_name(spec.name)
+    prepared: dict[str, Prepared] = {}
+    lines: dict[str, list[str]] = {}
+    for spec in recipe.stages:
+        of_stage = prepared[spec.name] = prepare(spec, given, recipe.seed)
+        own = check_own(recipe, spec, of_stage, given)
+        lines[spec.name] = [*own, *check_tokenizers(recipe, spec, of_stage, given.models)]
+        check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
+    check_template_options(recipe, prepared)
+    return Checked(prepared=prepared, lines=lines)
