@@ -23,7 +23,7 @@ with its default for one step, and ends it after a while if the step has not fin
 reads it when torch loads; a later change of the machine's load has no effect. On other systems, under torchrun, with
 one thread, or if OMP_WAIT_POLICY, GOMP_SPINCOUNT or KMP_BLOCKTIME is set, nothing is chosen. The same holds in Python
 (`opd.distill`, a notebook), where torch may be loaded already: beside other busy processes, set
-OMP_WAIT_POLICY=passive in the environment, or in `os.environ` before the first import of torch.
+OMP_WAIT_POLICY=passive in the environment before the first import of torch.
 """
 
 from __future__ import annotations

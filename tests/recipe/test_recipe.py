@@ -236,7 +236,7 @@ def test_parse_recipe_omits_stage_keys_when_file_is_misspelt():
         ("stages.one.batch_size=8", "unknown key `stages.0.batch_size`. Here it is `prompts_per_step`"),
         ("sampling.max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
         ("gradient_accumulation_steps=8", "No such key: `prompts_per_step` is the whole step"),
-        ("num_train_epochs=3", "No such key: `steps` says how long"),
+        ("num_train_epochs=3", "No such key: set `steps`; an epoch is the number of prompts"),
         ("model_name_or_path=x", "Here it is `models.NAME.path`"),
         ("kl_coef=0.1", "No such key: the weight of a divergence"),
     ],
