@@ -12,7 +12,8 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, as_completed, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
@@ -127,12 +128,19 @@ class Lab:
                 self.note(f"training {recipe['name']}")
                 _train(recipe, folder)
         elif missing:
-            # spawn: a forked copy of a process that has used torch's threads can hang.
-            with ProcessPoolExecutor(min(self.workers, len(missing)), mp_context=get_context("spawn")) as pool:
-                running = {pool.submit(_train, recipe, folder): recipe for folder, recipe in missing.items()}
+            pool = _pool(self.workers)
+            running = {pool.submit(_train, recipe, folder): recipe for folder, recipe in missing.items()}
+            try:
                 for done, finished in enumerate(as_completed(running), 1):
                     finished.result()
                     self.note(f"{done} of {len(missing)}: trained {running[finished]['name']}")
+            except BrokenProcessPool:
+                _pool.cache_clear()
+                raise
+            finally:  # after an error no training may continue
+                for one in running:
+                    one.cancel()
+                wait(running)
         return folders
 
     def fingerprint(self, recipe: Mapping[str, Any]) -> str:
@@ -153,6 +161,15 @@ class Lab:
             Pair(teacher=teacher / "teacher" / "model", student=student / "warm-up" / "model")
             for teacher, student in zip(made[::2], made[1::2], strict=True)
         ]
+
+
+@cache
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Processes for the training of all calls: each imports the libraries once, which takes seconds.
+
+    Spawned, because a forked copy of a process that has used torch's threads can hang.
+    """
+    return ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
 
 
 def teacher_recipe(seed: int, size: PairSize) -> dict[str, Any]:
