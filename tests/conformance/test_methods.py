@@ -969,7 +969,7 @@ def next_letters() -> Lesson:
         student=student,
         external=bigram(seed=1, spread=0.35),
         prompts=prompts_of(*LETTERS),
-        sampling=Sampling(max_completion_length=4, n=8),
+        sampling=Sampling(max_completion_length=4, n=4),
         read=states,
         taught=states,
     )
