@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from opd.models.language_model import LanguageModel, wrap
-from opd.models.loading import convert_gguf
+from opd.models.gguf import convert_gguf
+from opd.models.language_model import LanguageModel
+from opd.models.wrapping import wrap
 from opd.plugins import packaged
 from opd.types import Prompt
 

@@ -11,7 +11,7 @@ from opd.data.prompts import prompts_of_rows
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
-from opd.models import language_model
+from opd.models import wrapping
 from opd.models.language_model import LanguageModel
 from opd.parallel import join
 from opd.recipe.load import load_recipe, parse_recipe
@@ -133,7 +133,7 @@ def _teacher(
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:
     if isinstance(model, (str, Path)):
         return {"path": str(model)}
-    given[name] = language_model.wrap(model, tokenizer, name=name)
+    given[name] = wrapping.wrap(model, tokenizer, name=name)
     return {"path": f"(a {type(model).__name__} given in Python)"}
 
 

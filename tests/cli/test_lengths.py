@@ -14,8 +14,8 @@ from support.runs import command, forbid, one_stage, prepare, sums, tiny_model, 
 import opd
 from opd.commands.check import check_recipe
 from opd.errors import ConfigError, DataError
-from opd.models.language_model import save
 from opd.models.loading import load_model
+from opd.models.saving import save
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import ModelSpec
 from opd.samplers.hf import TransformersSampler

@@ -33,7 +33,7 @@ from support.runs import (
 
 from opd.files import read_table
 from opd.methods import METHODS
-from opd.models import language_model
+from opd.models import saving
 from opd.models.loading import load_model
 from opd.recipe.schema import ModelSpec
 from opd.stage import checkpoint
@@ -658,7 +658,7 @@ def test_train_raises_training_error_when_reward_fails(mine: None, name: str, pa
 @pytest.fixture
 def model_folder(work: Path) -> Path:
     """A saved tiny model."""
-    language_model.save(load_model(ModelSpec(**tiny_model(1)), name="tiny"), work / "model")
+    saving.save(load_model(ModelSpec(**tiny_model(1)), name="tiny"), work / "model")
     return work / "model"
 
 

@@ -51,7 +51,7 @@ def kill(call: str, nth: int = 1, when: str = "before", like: str = "", then: st
 KILLS = [
     kill("opd.loss.step.loss_of", 2, then="teach: 4 steps"),
     kill("opd.loss.step.loss_of", 4, then="teach: continuing after step 2 of 4"),
-    kill("opd.runs.export.language_model.save", 1, "after", then="teach: continuing after step 4 of 4"),
+    kill("opd.runs.export.saving.save", 1, "after", then="teach: continuing after step 4 of 4"),
     kill("opd.stage.folder.StageDir.mark_done", 1, then="teach: continuing after step 4 of 4"),
     kill("opd.runs.build.teacher_by_rule", 2, then="teach: already done\ndistil: 8 steps"),
     kill("opd.stage.exams.exact_divergence", 1, then="distil: after step 0"),
@@ -61,7 +61,7 @@ KILLS = [
     kill("opd.files.os.write", 1, "half", '"step": 5', then="distil: continuing after step 4 of 8"),
     kill("opd.stage.folder.StageDir.append_timings", 9, then="distil: continuing after step 4 of 8"),
     kill("pyarrow.parquet.write_table", 2, "after", "distil/samples", then="distil: continuing after step 2 of 8"),
-    kill("opd.runs.export.language_model.save", 2, then="distil: continuing after step 8 of 8"),
+    kill("opd.runs.export.saving.save", 2, then="distil: continuing after step 8 of 8"),
     kill("opd.stage.folder.StageDir.mark_done", 2, then="distil: continuing after step 8 of 8"),
 ]
 WRITING_A_CHECKPOINT = [

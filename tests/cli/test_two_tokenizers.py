@@ -16,7 +16,7 @@ from opd.errors import AlignmentError, ConfigError
 from opd.method import Method
 from opd.methods import METHODS
 from opd.methods.coherence import Facts, check_coherence
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.pieces.signals import divergence
 from opd.pieces.supports import full, top_k, units
 from opd.pieces.teacher_rules import external

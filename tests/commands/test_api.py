@@ -18,8 +18,9 @@ from support.runs import CHARACTERS, one_stage, prepare, sums, tiny_model, two_s
 
 import opd
 from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
-from opd.models import language_model
-from opd.models.loading import character_tokenizer, load_model
+from opd.models import saving
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.parallel import World
 from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import ModelSpec
@@ -121,7 +122,7 @@ def test_distill_is_reproducible_when_seed_is_equal():
 
 def test_distill_accepts_model_and_prompt_paths(work: Path):
     for name, seed in (("student", 2), ("teacher", 1)):
-        language_model.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
+        saving.save(load_model(ModelSpec(**tiny_model(seed)), name=name), work / name)
     run = distill(student="./student", teacher=work / "teacher", tokenizer=None, prompts="train.jsonl")
     assert run.metrics == distill(prompts="train.jsonl").metrics
     assert run.recipe.models["student"].path == "./student"
@@ -418,7 +419,7 @@ def test_distill_prints_progress_when_not_quiet(capsys: pytest.CaptureFixture[st
 
 
 def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
-    language_model.save(load_model(ModelSpec(**tiny_model(2)), name="student"), work / "student")
+    saving.save(load_model(ModelSpec(**tiny_model(2)), name="student"), work / "student")
     capfd.readouterr()
     distill(student="./student")
     said = capfd.readouterr()

@@ -20,9 +20,9 @@ from support.doctor import (
 from support.models import build, parameters_of, tiny
 
 from opd.commands.doctor.findings import Report, as_json, as_text
-from opd.models import language_model
+from opd.models import adapters, wrapping
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.types import Prompt
 
 ENOUGH, HALFWAY = 150, 28  # steps until a model knows all sums, and until it knows some
@@ -167,8 +167,8 @@ def test_examine_is_reproducible_when_seed_is_equal(healthy, learner, known):
 def test_examine_disables_lora_in_own_teacher():
     """With LoRA the teacher is the base model: trained adapters differ from it, fresh ones do not."""
     tokenizer = character_tokenizer("abcdefgh0123456789=;")
-    model = language_model.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
-    student = language_model.wrap(model, tokenizer, name="student")
+    model = adapters.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
+    student = wrapping.wrap(model, tokenizer, name="student")
     options = {"template": "{prompt}", "k": 4, "by": "teacher", "form": "tail"}
     looked_at = {"method": "context_distillation", "options": options, "reward": None, "looked_at": 4}
     fresh = diagnosis({"student": student}, letters(), **looked_at)

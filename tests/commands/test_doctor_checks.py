@@ -106,7 +106,7 @@ def side(lm: LanguageModel) -> tokenizers.Side:
 
 
 def test_same_map_names_tokens_when_ids_differ():
-    from opd.models.loading import character_tokenizer
+    from opd.models.new import character_tokenizer
 
     found = tokenizers.same_map(character_tokenizer("abc"), character_tokenizer("acb"), ("small", "large"))
     assert found.level == "stop"

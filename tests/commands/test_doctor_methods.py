@@ -15,7 +15,7 @@ from opd.commands.doctor.findings import Report
 from opd.commands.doctor.subject import Subject
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 
 GROUP = {"max_completion_length": 4, "n": 4}
 JUDGED = {

@@ -14,7 +14,8 @@ from opd import methods
 from opd.errors import ConfigError
 from opd.methods.combine import PLAIN, combined, conflict
 from opd.methods.describe import ROWS
-from opd.models.loading import character_tokenizer, load_model
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces.needs import Input, Needs
 from opd.recipe.schema import ModelSpec
 

@@ -24,7 +24,7 @@ from opd.loss.collate import MicroBatch
 from opd.loss.token_loss import loss_at
 from opd.method import Method
 from opd.models.head import Head
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.pieces import signals, supports
 from opd.samplers import draw, hf
 from opd.samplers.hf import TransformersSampler

@@ -13,7 +13,7 @@ from support.pairs import byte_bpe, ids_of, sentence_piece, trained_bpe, wrapped
 
 from opd.errors import AlignmentError
 from opd.models.alignment import TeacherTokens, TokenizerPair, Unit, pair_of, retokenise
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.models.vocabularies import Vocabulary, vocabulary_of
 
 TEXT = "happy people say 42! ¡Qué bueno! 你好世界 🙂👩‍🚀 naïve café e\u0301"

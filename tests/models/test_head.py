@@ -20,10 +20,10 @@ from opd.loss.collate import attach, split
 from opd.loss.fused import ChunkLoss, fused_loss
 from opd.loss.token_loss import loss_of
 from opd.methods import METHODS
-from opd.models import language_model
+from opd.models import wrapping
 from opd.models.head import Head, chunks, paired_log_probs, tiles
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.pieces.supports import full, sampled, support_tokens, top_k
 from opd.teachers.scoring import teacher_scores
 from opd.types import Sampling, ScoreRequest, Scores, Support
@@ -129,7 +129,7 @@ def test_head_compares_same_vocabulary_when_widths_differ():
         for name, parameter in model.named_parameters():
             parameter[: len(state[name])] = state[name]
             parameter[len(state[name]) :] = 40.0
-    teacher = language_model.wrap(model, student.tokenizer, name="teacher")
+    teacher = wrapping.wrap(model, student.tokenizer, name="teacher")
     prompts = prompts_of("ab", "gf")
     sampling = Sampling(max_completion_length=5)
     for name, options in (("reverse_kl", {}), ("topk_reverse_kl", {"k": V}), ("gkd", {"beta": 0.0})):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from opd.errors import ConfigError, DataError
-from opd.models import language_model, loading
+from opd.models import gguf, loading, new, saving
 from opd.models.paths import resolved_path
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
@@ -23,9 +23,9 @@ def test_convert_gguf_gives_equal_logits_and_trains(tmp_path, monkeypatch):
 
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
     file = packaged(SMOLLM2)
-    folder = loading.convert_gguf(file)
+    folder = gguf.convert_gguf(file)
     assert folder.is_relative_to(tmp_path)
-    assert loading.convert_gguf(file) == folder  # the second time it is found
+    assert gguf.convert_gguf(file) == folder  # the second time it is found
 
     loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     clean = loading.load_model(ModelSpec(path=SMOLLM2), name="student")
@@ -37,7 +37,7 @@ def test_convert_gguf_gives_equal_logits_and_trains(tmp_path, monkeypatch):
     loss = clean.causal_lm(ids, labels=ids).loss
     loss.backward()
     assert all(p.grad is not None for p in clean.trainable().values())
-    language_model.save(clean, tmp_path / "saved")
+    saving.save(clean, tmp_path / "saved")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(ids).logits, clean.causal_lm(ids).logits)
@@ -60,7 +60,7 @@ def test_load_model_seeds_by_recipe_and_name_when_seed_is_unset():
 
 
 def test_character_tokenizer_decodes_encoded_text():
-    tokenizer = loading.character_tokenizer("ab \n")
+    tokenizer = new.character_tokenizer("ab \n")
     ids = tokenizer("a b\nb").input_ids
     assert ids == [2, 4, 3, 5, 3]
     assert tokenizer.decode(ids) == "a b\nb"
@@ -140,7 +140,7 @@ def test_load_tokenizer_suggests_near_path_when_id_is_misspelt(tmp_path, monkeyp
 
 
 def test_load_model_reads_tokenizer_from_path(tmp_path):
-    loading.character_tokenizer("xyz").save_pretrained(tmp_path)
+    new.character_tokenizer("xyz").save_pretrained(tmp_path)
     lm = loading.load_model(ModelSpec(init=NEW["init"], tokenizer=str(tmp_path)), name="m")
     assert lm.tokenizer("xz").input_ids == [2, 4]
     assert Path(tmp_path, "tokenizer.json").exists()

@@ -22,7 +22,8 @@ from opd.loss.collate import collate
 from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer, load_model
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces import contexts, drift, signals, sources, supports, weights
 from opd.pieces.drift import Budget, Drift
 from opd.pieces.teacher_rules import external

@@ -18,8 +18,9 @@ import opd
 from opd import methods
 from opd.errors import ConfigError, TrainingError
 from opd.method import Method
-from opd.models import language_model
-from opd.models.loading import character_tokenizer, load_model
+from opd.models import wrapping
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces import filters, normalise, token_sequences, weights
 from opd.pieces.needs import Input, Needs, Trait
 from opd.pieces.signals import divergence
@@ -389,7 +390,7 @@ def test_mask_tokens_removes_tokens_from_training(work: Path):
         sampling={"max_completion_length": 6, "top_p": 0.9, "n": 4},
     )
     run = opd.run(recipe, quiet=True)
-    tokenizer = language_model.wrap(run.student, character_tokenizer(CHARACTERS)).tokenizer
+    tokenizer = wrapping.wrap(run.student, character_tokenizer(CHARACTERS)).tokenizer
     dropped = set(tokenizer("+1", add_special_tokens=False).input_ids)
     for row in run.metrics:
         samples = [sample for sample in run.samples if sample["step"] == row["step"]]

@@ -14,7 +14,8 @@ from opd import methods
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.combine import combined
-from opd.models.loading import character_tokenizer, load_model
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces import drift, gates, signals, sources
 from opd.pieces.memory import SavedAttributes, observed, recalled
 from opd.recipe.schema import ModelSpec

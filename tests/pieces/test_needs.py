@@ -15,9 +15,10 @@ from torch import Tensor
 import opd
 from opd.errors import ConfigError
 from opd.method import Method
-from opd.models import language_model
+from opd.models import wrapping
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer, load_model
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces import signals, sources, supports
 from opd.pieces.credit import group_reward, no_credit
 from opd.pieces.needs import (
@@ -50,7 +51,7 @@ def model(seed: int) -> Any:
 
 
 def wrapped(seed: int) -> LanguageModel:
-    return language_model.wrap(model(seed), character_tokenizer(CHARACTERS))
+    return wrapping.wrap(model(seed), character_tokenizer(CHARACTERS))
 
 
 @dataclass

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from opd.api import distill
 from opd.errors import ConfigError
-from opd.models.loading import character_tokenizer, load_model
+from opd.models.loading import load_model
+from opd.models.new import character_tokenizer
 from opd.pieces import updates
 from opd.pieces.updates import KeptWeights
 from opd.recipe.schema import ModelSpec

@@ -9,7 +9,7 @@ import torch
 from support.models import FAMILIES, build, byte_tokenizer, prompts_of, sampler, tiny
 from torch import nn
 
-from opd.models import language_model
+from opd.models import adapters, wrapping
 from opd.models.head import Head
 from opd.samplers import prepack
 from opd.samplers.prepack import prepacked
@@ -48,11 +48,11 @@ def test_prepacked_gives_logits_and_states_of_model(family: str, every_size: Non
 
 
 def test_prepacked_keeps_responses_of_adapters(every_size: None, monkeypatch: pytest.MonkeyPatch):
-    adapted = language_model.add_lora(build(seed=1), rank=4, alpha=8, target_modules="all-linear")
+    adapted = adapters.add_lora(build(seed=1), rank=4, alpha=8, target_modules="all-linear")
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.3)
-    lm = language_model.wrap(adapted, tiny().tokenizer)
+    lm = wrapping.wrap(adapted, tiny().tokenizer)
     packed = sampler(lm)(PROMPTS, seed=(0, 0))
     monkeypatch.setattr(prepack, "SMALLEST", 10**9)
     plain = sampler(lm)(PROMPTS, seed=(0, 0))
@@ -87,7 +87,7 @@ def test_prepacked_restores_model_after_error(every_size: None):
 
 def test_prepacked_skips_small_layers_and_other_precisions():
     small = tiny(tokenizer=byte_tokenizer())
-    half = language_model.wrap(build().to(torch.bfloat16), tiny().tokenizer)
+    half = wrapping.wrap(build().to(torch.bfloat16), tiny().tokenizer)
     for lm in (small, half, replace(small, autocast=True)):
         with prepacked(lm) as logits_of:
             assert swapped(lm.model) == 0

@@ -40,10 +40,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import opd
 from opd import methods
 from opd.errors import AlignmentError, ConfigError, DataError, OPDError
-from opd.models import forward, language_model
+from opd.models import adapters, forward, saving, wrapping
 from opd.models.forward import shared_prefixes
 from opd.models.language_model import LanguageModel, frozen_copy
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.models.vocabularies import check_same_tokens
 from opd.pieces.supports import full, sampled, top_k
 from opd.pieces.teacher_rules import external, self_ema, self_frozen, self_live
@@ -262,7 +262,7 @@ def test_stop_ids_each_end_response():
         "bcd"
     ]
     lm.model.generation_config.eos_token_id = [1, *stop]
-    again = language_model.wrap(lm.model, lm.tokenizer)
+    again = wrapping.wrap(lm.model, lm.tokenizer)
     assert again.stop_ids == {1, *stop}
 
 
@@ -415,7 +415,7 @@ def of_type(model_type: str, **settings: Any) -> LanguageModel:
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.4)
-    return language_model.wrap(model, tokenizer, name=model_type)
+    return wrapping.wrap(model, tokenizer, name=model_type)
 
 
 # --- teachers -------------------------------------------------------------------------------------------------------
@@ -543,8 +543,8 @@ def move(lm: LanguageModel, seed: int, size: float = 0.3) -> None:
 def with_lora(lm: LanguageModel, **settings: Any) -> LanguageModel:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = language_model.add_lora(copy.deepcopy(lm.model), **{**LORA, **settings})
-    return language_model.wrap(model.eval(), lm.tokenizer, name="student")
+        model = adapters.add_lora(copy.deepcopy(lm.model), **{**LORA, **settings})
+    return wrapping.wrap(model.eval(), lm.tokenizer, name="student")
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -779,31 +779,31 @@ def test_wrap_refuses_unknown_logits(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(
         ConfigError, match=r"strange: LlamaForCausalLM computes logits in a way that opd does not support.*up to"
     ):
-        language_model.wrap(lm.model, lm.tokenizer, name="strange")
+        wrapping.wrap(lm.model, lm.tokenizer, name="strange")
 
 
 def test_wrap_refuses_multiplier_unknown_to_config():
     lm = tiny("cohere", name="strange")
     lm.model.config.logit_scale = 1.0  # the model has kept its own
     with pytest.raises(ConfigError, match="computes logits in a way that opd does not support"):
-        language_model.wrap(lm.model, lm.tokenizer, name="strange")
+        wrapping.wrap(lm.model, lm.tokenizer, name="strange")
 
 
 def test_wrap_refuses_head_smaller_than_vocabulary():
     model = tiny(tokenizer=character_tokenizer("abc")).model
     with pytest.raises(ConfigError, match=r"ids up to 9, but the output layer has only 5 rows.*resize_token"):
-        language_model.wrap(model, character_tokenizer(LETTERS), name="short")
+        wrapping.wrap(model, character_tokenizer(LETTERS), name="short")
 
 
 def test_wrap_refuses_missing_tokenizer_or_eos():
     lm = tiny()
     with pytest.raises(ConfigError, match="pass `tokenizer=`"):
-        language_model.wrap(lm.model, None)
+        wrapping.wrap(lm.model, None)
     tokenizer = character_tokenizer(LETTERS)
     tokenizer.eos_token = None
     lm.model.generation_config.eos_token_id = None
     with pytest.raises(ConfigError, match="no end-of-sequence token"):
-        language_model.wrap(lm.model, tokenizer)
+        wrapping.wrap(lm.model, tokenizer)
 
 
 HEADS = {"num_attention_heads": 2, "num_hidden_layers": 2, "hidden_size": 16}
@@ -912,7 +912,7 @@ def test_save_gives_equal_logits_when_loaded_by_transformers(family: str, lora: 
     names, before = set(lm.trainable()), parameters_of(lm)
     with torch.no_grad():
         expected = lm.model(input_ids=ids).logits
-    language_model.save(lm, tmp_path / "saved")
+    saving.save(lm, tmp_path / "saved")
     assert set(lm.trainable()) == names, "saving leaves the model in training"
     assert all(torch.equal(p, before[name]) for name, p in parameters_of(lm).items())
 
@@ -922,7 +922,7 @@ def test_save_gives_equal_logits_when_loaded_by_transformers(family: str, lora: 
     assert tokenizer.get_vocab() == lm.tokenizer.get_vocab()
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, expected, atol=1e-4 if lora else 0.0, rtol=0)
-    assert language_model.wrap(loaded, tokenizer).vocabulary == lm.vocabulary
+    assert wrapping.wrap(loaded, tokenizer).vocabulary == lm.vocabulary
     if lora:
         with lm.model.disable_adapter(), torch.no_grad():
             plain = lm.model(input_ids=ids).logits

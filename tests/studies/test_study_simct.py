@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd_studies.claims import simct
 from opd_studies.lab.ablation import Size
 from opd_studies.lab.distilling import Trained

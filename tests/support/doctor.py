@@ -17,7 +17,7 @@ from opd.commands.doctor.subject import Subject, subject_of
 from opd.data.toy import addition
 from opd.models.forward import right_padded
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import Recipe
 from opd.runs.prepare import Given

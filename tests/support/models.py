@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from opd.loss.collate import collate
 from opd.loss.step import PhaseA, gradient, scored, written
 from opd.method import Method
-from opd.models import language_model
+from opd.models import wrapping
 from opd.models.language_model import LanguageModel
-from opd.models.loading import character_tokenizer
+from opd.models.new import character_tokenizer
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import needs_of
 from opd.pieces.signals import nll
@@ -131,7 +131,7 @@ def build(
 def tiny(family: str = "llama", tokenizer: Any = None, *, name: str = "model", **settings: Any) -> LanguageModel:
     """`build`, wrapped as the library wraps it; without a `tokenizer`, that of LETTERS."""
     if tokenizer is not None:
-        return language_model.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
+        return wrapping.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
     return copy.deepcopy(_tiny(family, name, **settings))
 
 
@@ -139,7 +139,7 @@ def tiny(family: str = "llama", tokenizer: Any = None, *, name: str = "model", *
 def _tiny(family: str, name: str, **settings: Any) -> LanguageModel:
     """Made once per process: making it takes ten times as long as copying it."""
     tokenizer = character_tokenizer(LETTERS)
-    return language_model.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
+    return wrapping.wrap(build(family, tokenizer, **settings), tokenizer, name=name)
 
 
 def bigram(tokenizer: Any = None, *, seed: int = 0, hidden: int = 16, spread: float = 0.5) -> LanguageModel:

@@ -339,12 +339,12 @@ def import_all() -> None:
         *(f"torch.distributed.{name}" for name in distributed),
     ):
         importlib.import_module(module)
-    from opd.models import language_model
+    from opd.models import saving
     from opd.models.loading import load_model
     from opd.recipe.schema import ModelSpec
 
     with tempfile.TemporaryDirectory() as folder:
-        language_model.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
+        saving.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
 
 
 def _run(job: dict[str, Any]) -> None:

@@ -15,7 +15,8 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
     Also None for a user's scorer.
     """
-    from opd.models.loading import load_tokenizer, new_config, new_tokenizer
+    from opd.models.loading import load_tokenizer
+    from opd.models.new import new_config, new_tokenizer
 
     if spec.scorer is not None:
         return None
@@ -36,7 +37,7 @@ def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
     from transformers import AutoConfig
 
-    from opd.models.loading import new_config
+    from opd.models.new import new_config
 
     if spec.init is not None:
         return positions_of(new_config(spec, name, tokenizer))
@@ -51,7 +52,7 @@ def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
 
 def _folder(spec: ModelSpec, name: str) -> Path | str | None:
     """The folder or hub id of a model with a path; None for a GGUF file that has not been converted."""
-    from opd.models.loading import cached_gguf
+    from opd.models.gguf import cached_gguf
     from opd.models.paths import resolved_path
 
     path = resolved_path(spec, name)

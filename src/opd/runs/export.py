@@ -11,7 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from opd.models import language_model
+from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.parallel import whole_tensor
 from opd.recipe.schema import Recipe, StageSpec
@@ -66,7 +66,7 @@ def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory
     partial = target.with_name(f".writing-{target.name}")
     if partial.exists():
         shutil.rmtree(partial)
-    language_model.save(student, partial)
+    saving.save(student, partial)
     write_card(partial, recipe, stage.spec, stage.folder.read_metrics())
     if target.exists():
         shutil.rmtree(target)

@@ -20,7 +20,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from opd.models.loading import cache_dir
+from opd.models.gguf import cache_dir
 
 SOURCE = Path(__file__).parents[2]
 

@@ -1,0 +1,89 @@
+"""A transformers model as a LanguageModel, with the checks of its architecture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from opd.errors import ConfigError
+from opd.models.language_model import LanguageModel, evaluating
+
+
+def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
+    """A model and tokenizer as a LanguageModel: dropout off, head verified. Raises ConfigError for an unfit model.
+
+    Dropout is off because the trained distribution must be the distribution that writes.
+    """
+    if tokenizer is None:
+        raise ConfigError(f"{name}: a model object needs its tokenizer; pass `tokenizer=`.")
+    disable_dropout(model)
+    stop = {tokenizer.eos_token_id} | _as_set(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    lm = LanguageModel(
+        model=model,
+        tokenizer=tokenizer,
+        vocabulary=max(tokenizer.get_vocab().values()) + 1,
+        stop_ids=frozenset(i for i in stop if i is not None),
+        name=name,
+        **options,
+    )
+    if not lm.stop_ids:
+        raise ConfigError(
+            f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
+        )
+    check_attention(lm)
+    verify_head(lm)
+    return lm
+
+
+def check_attention(lm: LanguageModel) -> None:
+    """Raise ConfigError for a recurrent state, which cannot follow sampling's left padding and dropped rows."""
+    config = lm.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
+    kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
+    if kinds or getattr(lm.causal_lm, "_is_stateful", False):
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} has layers with a recurrent state "
+            f"({', '.join(sorted(kinds)) or 'stateful'}), which opd does not sample from yet. "
+            "Use a model with attention in every layer."
+        )
+
+
+@torch.no_grad()
+def verify_head(lm: LanguageModel) -> None:
+    """Raise ConfigError if the model's logits differ from `head(hidden)`; checked on four tokens."""
+    head = lm.head()
+    if head.weight.shape[0] < lm.vocabulary:
+        raise ConfigError(
+            f"{lm.name}: the tokenizer has ids up to {lm.vocabulary - 1}, but the output layer has only "
+            f"{head.weight.shape[0]} rows. Use the model's own tokenizer, or resize_token_embeddings."
+        )
+    ids = torch.arange(4, device=lm.device)[None] % lm.vocabulary
+    with evaluating(lm.model), lm.compute():
+        expected = lm.causal_lm(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
+        got = head.logits(lm.hidden(ids))
+    worst = (got - expected).abs().max().item()
+    scale = expected.abs().max().item()
+    if not worst <= 2e-2 * scale + 1e-4:
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} computes logits in a way that opd does not support: they differ "
+            f"from head(hidden) by up to {worst:.3g} (largest logit {scale:.3g}). Please report the architecture."
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0, in the modules and in the config, which some models read."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):  # passed to functional dropout in the forward
+                setattr(module, name, 0.0)
+    config = getattr(model, "config", None)
+    for name, value in vars(config).items() if config is not None else ():
+        if "drop" in name and isinstance(value, float):
+            setattr(config, name, 0.0)
+
+
+def _as_set(value: int | list[int] | None) -> set[int | None]:
+    return set(value) if isinstance(value, list) else {value}
