@@ -32,7 +32,12 @@ NOW = HERE.parent
 SAMPLING = ("greedy", "sampled")
 KL = "eval/reverse_kl"  # exact, nats per token of the sampled held-out responses
 PARTS = ("total", "generate", "score", "train")
-CONVERT = f"from opd.models import gguf; from opd.plugins import packaged; print(gguf.__file__); gguf.convert_gguf(packaged({SMOLLM2!r}))"
+CONVERT = f"""
+from opd.models import gguf
+from opd.plugins import packaged
+print(gguf.__file__)
+gguf.convert_gguf(packaged({SMOLLM2!r}))
+"""
 
 
 def python(source: Path, *arguments: str) -> str:
