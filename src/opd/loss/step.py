@@ -93,7 +93,7 @@ def gradient(
     heads = heads_of(method, teacher, phase_a.batch)
     root = root or Root(student.model)
     loss, metrics = 0.0, Metrics()
-    student.model.train()
+    student.model.train(student.reading.training)
     try:
         micros = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
         for micro in even(micros, world):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.models.language_model import LanguageModel
+from opd.models.language_model import LanguageModel, cache_in
 
 SHORTEST_SHARED_PREFIX = 16  # tokens, on average; a shorter prefix costs more in cache copies than it saves
 
@@ -53,10 +53,25 @@ def response_states(
         return _after_prefixes(lm, rows, before, prefixes)
     device = lm.device
     return ResponseStates(
-        lm.forward(right_padded(rows, device), use_cache=False).last_hidden_state,
-        torch.arange(len(rows), device=device),
-        torch.tensor(before, device=device),
+        states_of(lm, rows), torch.arange(len(rows), device=device), torch.tensor(before, device=device)
     )
+
+
+def states_of(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:
+    """[b, L, H]: the states of whole rows; those after a row's end may hold anything.
+
+    One forward for all rows, or one per row where a row's states depend on its batch.
+    """
+    if lm.reading.together:
+        return lm.hidden(right_padded(rows, lm.device))
+    alone = [lm.hidden(right_padded([row], lm.device))[0] for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(alone, batch_first=True)
+
+
+def last_states(lm: LanguageModel, rows: Sequence[Sequence[int]], n: int) -> Tensor:
+    """[b, n, H]: the states after the last `n` tokens of each row, read without a cache."""
+    states = states_of(lm, rows)
+    return torch.stack([states[i, len(row) - n : len(row)] for i, row in enumerate(rows)])
 
 
 def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] | None:
@@ -98,11 +113,13 @@ def _after_prefixes(
     place = {prefix: i for i, prefix in enumerate(different)}
     ids, mask, positions = left_padded(different, device)
     padded = len({len(prefix) for prefix in different}) > 1
-    cache = lm.forward(
-        ids, attention_mask=mask if padded else None, position_ids=positions if padded else None, use_cache=True
-    ).past_key_values
+    cache = cache_in(
+        lm.forward(
+            ids, attention_mask=mask if padded else None, position_ids=positions if padded else None, use_cache=True
+        )
+    )
     index = torch.tensor([place[prefix] for prefix in prefixes], device=device)
-    cache.batch_select_indices(index)
+    select(cache, index)
     own = right_padded([row[len(prefix) :] for row, prefix in zip(rows, prefixes, strict=True)], device)
     lengths = torch.tensor([len(prefix) for prefix in prefixes], device=device)
     out = lm.forward(
@@ -166,40 +183,17 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
     return ids, mask, (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def prefill(lm: LanguageModel, prompts: Sequence[list[int]]) -> tuple[Tensor, Any, Tensor | None, Tensor]:
-    """Read prompts: equal prompts once, and their common prefix, such as a system prompt, once.
-
-    Returns the last hidden states [b, H], the cache, the attention mask [b, L] (None if all prompts have the same
-    length: without a mask the model is faster), and the last positions [b, 1].
-    """
-    different = list(dict.fromkeys(map(tuple, prompts)))
-    lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
-    shared = prefix_of(different) if lm.sees_everything else ()
-    cache = None
-    if shared:
-        cache = lm.forward(torch.tensor([shared], device=lm.device), use_cache=True).past_key_values
-        cache.batch_select_indices(torch.zeros(len(different), dtype=torch.long, device=lm.device))
-    input_ids, mask, positions = left_padded([prompt[len(shared) :] for prompt in different], lm.device)
-    padded = not bool(mask.all())
-    mask = torch.cat([mask.new_ones(len(different), len(shared)), mask], 1)
-    positions = positions + len(shared)
-    out = lm.forward(
-        input_ids,
-        attention_mask=mask if padded else None,
-        position_ids=positions if padded else None,
-        past_key_values=cache,
-        use_cache=True,
-    )
-    hidden, cache, last = out.last_hidden_state[:, -1], out.past_key_values, positions[:, -1:]
-    if len(different) < len(prompts):
-        place = {prompt: i for i, prompt in enumerate(different)}
-        index = torch.tensor([place[tuple(prompt)] for prompt in prompts], device=lm.device)
-        cache.batch_select_indices(index)
-        hidden, mask, last = hidden[index], mask[index], last[index]
-    return hidden, cache, mask if padded else None, last
-
-
 def prefix_of(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The common prefix of prompts without their last tokens; empty if too short to pay off."""
     shared = common_prefix(*(prompt[:-1] for prompt in prompts)) if len(prompts) > 1 else ()
     return shared if len(shared) >= SHORTEST_SHARED_PREFIX else ()
+
+
+def select(cache: Any, index: Tensor) -> None:
+    """Keep the rows `index` of a cache, in place."""
+    from transformers import Cache
+
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:
+        cache.batch_select_indices(index)  # a cache with states outside its layers
+    else:  # a layer's `batch_select_indices` selects its keys and values alone, without a recurrent state
+        cache.reorder_cache(index)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -19,6 +21,34 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """The ways of reading that give a row the states that it has alone. Measured by `probe.probe`.
+
+    `together`: rows of several lengths in one forward, their ends padded. `cache`: token by token. `padding`: token by
+    token, rows of several lengths, their beginnings padded. `continues`: several tokens after a cache. `positions`:
+    with position ids after a cache, also where no row is padded; else without. `training`: in train() as in eval().
+    `recurrent`: the cache holds a state that each token overwrites, so no gradient flows through it.
+    """
+
+    together: bool = True
+    cache: bool = True
+    padding: bool = True
+    continues: bool = True
+    positions: bool = True
+    training: bool = True
+    recurrent: bool = False
+
+    @property
+    def shares(self) -> bool:
+        """Whether a prefix may be read once for several rows, with gradient."""
+        return self.together and self.cache and self.padding and self.continues and not self.recurrent
+
+
+EXACT = Reading()
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LanguageModel:
     """A model and its tokenizer, with the properties that scoring and sampling need."""
 
@@ -28,6 +58,7 @@ class LanguageModel:
     stop_ids: frozenset[int]
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
+    reading: Reading = EXACT
     name: str = "model"
 
     @property
@@ -51,22 +82,24 @@ class LanguageModel:
                 f"{self.name}: the output layer is a {type(layer).__name__}, but opd needs one weight matrix. "
                 "Leave the output layer out of the LoRA target modules."
             )
-        config = self.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
-        multiplier = float(getattr(config, "logit_scale", None) or getattr(config, "lm_head_multiplier", None) or 1.0)
+        multiplier, softcap = logit_factors(self.causal_lm.config)
         return Head(
             weight=layer.weight,
             bias=getattr(layer, "bias", None),
             vocabulary=self.vocabulary,
-            multiplier=multiplier / float(getattr(config, "logits_scaling", None) or 1.0),
-            softcap=getattr(config, "final_logit_softcapping", None),
+            multiplier=multiplier,
+            softcap=softcap,
         )
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
         lm = self.causal_lm
         backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        if "past_key_values" in given and cache_name(type(backbone)) != "past_key_values":
+            given[cache_name(type(backbone))] = given.pop("past_key_values")
         with self.compute():
-            return backbone(input_ids=input_ids, **kwargs)
+            return backbone(input_ids=input_ids, **given)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [b, L, H] of right-padded rows.
@@ -78,7 +111,8 @@ class LanguageModel:
     @property
     def packs(self) -> bool:
         """Whether attention separates sequences of one row by position at no cost, as FlashAttention does."""
-        return "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
+        flash = "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
+        return flash and self.reading.shares  # a recurrent state would go on from sequence to sequence
 
     @property
     def sharded(self) -> bool:
@@ -92,7 +126,7 @@ class LanguageModel:
         Not where sequences are packed in one row. Not in training with gradient checkpointing or sharded weights: there
         each forward is collective, and the number of forwards must not depend on the prefixes that rows share.
         """
-        if self.packs:
+        if self.packs or not self.reading.shares:
             return False
         new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed by transformers
         checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
@@ -145,6 +179,35 @@ class LanguageModel:
         """The layers that transformers keeps on one device, in order; empty if the model names none."""
         kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())
         return [module for module in self.causal_lm.modules() if type(module).__name__ in kinds]
+
+
+def logit_factors(config: Any) -> tuple[float, float | None]:
+    """The factor on the output layer's product, and the soft cap on the result, under the names of all families."""
+    config = config.get_text_config()
+    given = {
+        name: float(value)
+        for name in ("logit_scale", "lm_head_multiplier", "logits_scaling", "logits_mup_width_multiplier", *SOFT_CAPS)
+        if (value := getattr(config, name, None))
+    }
+    factor = given.get("logit_scale", given.get("lm_head_multiplier", 1.0))
+    if config.model_type == "hyperclovax":  # Granite divides by a number of this name
+        factor *= given.get("logits_scaling", 1.0)
+    else:
+        factor /= given.get("logits_scaling", 1.0)
+    factor /= given.get("logits_mup_width_multiplier", 1.0)
+    return factor, next((given[name] for name in SOFT_CAPS if name in given), None)
+
+
+@functools.cache
+def cache_name(backbone: type[nn.Module]) -> str:
+    """The name of the cache among the arguments and results of a backbone: Mamba has another than attention."""
+    parameters = inspect.signature(backbone.forward).parameters
+    return "cache_params" if "cache_params" in parameters else "past_key_values"
+
+
+def cache_in(out: Any) -> Any:
+    """The cache in a backbone's result."""
+    return out.past_key_values if "past_key_values" in out else out.cache_params
 
 
 def positions_of(config: Any) -> float:

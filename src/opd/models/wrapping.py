@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel, evaluating
+from opd.models.probe import probe
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
@@ -32,21 +34,8 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
         raise ConfigError(
             f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
         )
-    check_attention(lm)
     verify_head(lm)
-    return lm
-
-
-def check_attention(lm: LanguageModel) -> None:
-    """Raise ConfigError for a recurrent state, which cannot follow sampling's left padding and dropped rows."""
-    config = lm.causal_lm.config.get_text_config()  # type: ignore[union-attr, operator]
-    kinds = {kind for kind in getattr(config, "layer_types", None) or () if "attention" not in kind or "linear" in kind}
-    if kinds or getattr(lm.causal_lm, "_is_stateful", False):
-        raise ConfigError(
-            f"{lm.name}: {type(lm.causal_lm).__name__} has layers with a recurrent state "
-            f"({', '.join(sorted(kinds)) or 'stateful'}), which opd does not sample from yet. "
-            "Use a model with attention in every layer."
-        )
+    return replace(lm, reading=probe(lm))
 
 
 @torch.no_grad()
@@ -64,7 +53,8 @@ def verify_head(lm: LanguageModel) -> None:
         got = head.logits(lm.hidden(ids))
     worst = (got - expected).abs().max().item()
     scale = expected.abs().max().item()
-    if not worst <= 2e-2 * scale + 1e-4:
+    rounding = torch.finfo(torch.bfloat16 if lm.autocast else head.weight.dtype).eps
+    if not worst <= max(1e-4, 2 * rounding) * scale + 1e-5:
         raise ConfigError(
             f"{lm.name}: {type(lm.causal_lm).__name__} computes logits in a way that opd does not support: they differ "
             f"from head(hidden) by up to {worst:.3g} (largest logit {scale:.3g}). Please report the architecture."

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.models.forward import prefill
+from opd.models.decoding import batches_of, begin
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.render import render_checked
 from opd.pieces.supports import check_fits
@@ -97,12 +97,11 @@ class TransformersSampler(Sampler):
             for prompt, prompt_ids, prefix in zip(prompts, ids, prefixes or [()] * len(prompts), strict=True)
             for sample in range(self.sampling.n)
         ]
-        by_length = sorted(rows, key=lambda row: len(row.read))  # stable: a prompt's rows stay together
         # no_grad, not inference mode, in which autocast does not cache the weights that it casts.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         with evaluating(self.lm.model), self.lm.casting_once(), prepacked(self.lm) as logits_of, free:
-            for start in range(0, len(rows), ROWS):
-                self._decode(by_length[start : start + ROWS], logits_of, record, stop)
+            for batch in batches_of(self.lm, rows, [len(row.read) for row in rows], ROWS):
+                self._decode(batch, logits_of, record, stop)
         return [self._rollout(row) for row in rows]
 
     def _decode(
@@ -111,29 +110,21 @@ class TransformersSampler(Sampler):
         lm = self.lm
         known = lm.positions
         active = list(rows)
-        hidden, cache, mask, positions = prefill(lm, [row.read for row in rows])
+        decoder = begin(lm, [row.read for row in rows])
         for t in range(self.sampling.max_completion_length):
-            ids = self._write(active, logits_of(hidden), t, record)
+            ids = self._write(active, logits_of(decoder.hidden), t, record)
             if stop is not None and (t + 1) % stop.every == 0:
                 self._end_early(stop, active)
             keep = [i for i, row in enumerate(active) if not row.ended]
             if not keep or t + 1 == self.sampling.max_completion_length:
                 return
             if len(keep) < len(active):
-                index = torch.tensor(keep, device=lm.device)
-                cache.batch_select_indices(index)
-                mask, positions, ids = None if mask is None else mask[index], positions[index], ids[index]
-                active = [active[i] for i in keep]
-            positions = positions + 1
-            if mask is not None:
-                mask = torch.cat([mask, torch.ones_like(ids[:, None])], 1)
+                decoder.keep(keep)
+                active, ids = [active[i] for i in keep], ids[keep]
             longest = len(active[-1].prompt_ids) + len(active[-1].prefix) + t + 1
             if longest > known:
                 lm.check_length(longest, f"Lower {self.limited_by}, or leave out the longest prompts.")
-            out = lm.forward(
-                ids[:, None], attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            hidden = out.last_hidden_state[:, -1]
+            decoder.read(ids[:, None])
 
     def _write(self, active: list[_Row], logits: Tensor, t: int, record: Record) -> Tensor:
         """Draw a token for every row and record it; the ids [b]."""

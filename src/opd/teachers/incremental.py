@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from opd.models.forward import prefill
+from opd.models.decoding import Decoder, begin
 from opd.models.render import render
 from opd.pieces.supports import sampled
 from opd.teachers.local import LocalTeacher
@@ -40,7 +39,7 @@ def scoring_along(teacher: Teacher, context: Context, request: ScoreRequest) -> 
 
 
 def _scorer(teacher: Teacher, context: Context, request: ScoreRequest) -> Scorer:
-    if isinstance(teacher, LocalTeacher):
+    if isinstance(teacher, LocalTeacher) and teacher.lm.reading.shares:
         return IncrementalScorer(
             teacher=teacher, context=context, request=replace(request, support=sampled(), entropy=False)
         )
@@ -62,7 +61,7 @@ class IncrementalScorer:
     scores: list[Scores] = field(default_factory=list[Scores])  # of the tokens read so far, by place
     read: int = 0  # tokens read of each response
     longest: int = 0  # tokens of the longest prompt
-    state: tuple[Tensor, Any, Tensor | None, Tensor] | None = None  # as returned by `prefill`, after `read` tokens
+    decoder: Decoder | None = None  # after `read` tokens
 
     @torch.no_grad()
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Scores]:
@@ -75,16 +74,12 @@ class IncrementalScorer:
                 self._begin(rollouts)
             else:  # a prompt that a step takes twice has equal responses: they share a place
                 self._keep([self.places[key] for key in keys])
-            assert self.state is not None
-            hidden, cache, mask, last = self.state
+            assert self.decoder is not None
             lm.check_length(self.longest + length, "Lower sampling.max_completion_length.")
+            hidden = self.decoder.hidden
             ids = torch.stack([rollout.response_ids[self.read :] for rollout in rollouts]).to(hidden.device)  # [b, n]
-            mask = None if mask is None else torch.cat([mask, torch.ones_like(ids)], 1)
-            positions = last + torch.arange(1, ids.shape[1] + 1, device=ids.device)
-            out = lm.forward(ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
-            states = torch.cat([hidden[:, None], out.last_hidden_state[:, :-1]], 1)  # [b, n, H] predict `ids`
+            states = torch.cat([hidden[:, None], self.decoder.read(ids)[:, :-1]], 1)  # [b, n, H] predict `ids`
             flat = teacher_scores(head, states.flatten(0, 1), ids.flatten(), self.request)
-        self.state = out.last_hidden_state[:, -1], out.past_key_values, mask, positions[:, -1:]
         new = [_rows(flat, slice(i * ids.shape[1], (i + 1) * ids.shape[1])) for i in range(len(rollouts))]
         self.scores = [_joined(old, one) for old, one in zip(self.scores, new, strict=True)] if self.scores else new
         self.places, self.read = {key: i for i, key in enumerate(keys)}, length
@@ -93,19 +88,15 @@ class IncrementalScorer:
     def _begin(self, rollouts: Sequence[Rollout]) -> None:
         lm = self.teacher.lm
         prompts = [render(one, lm.tokenizer, lm.template_options) for one in self.context(rollouts)]
-        self.state = prefill(lm, prompts)
+        self.decoder = begin(lm, prompts)
         self.scores, self.read, self.longest = [], 0, max(map(len, prompts))
 
     def _keep(self, rows: list[int]) -> None:
         """Keep these places of the state and the scores; drop the others."""
-        assert self.state is not None
-        hidden, cache, mask, last = self.state
-        if rows == list(range(len(hidden))):
-            return
-        index = torch.tensor(rows, device=hidden.device)
-        cache.batch_select_indices(index)
-        self.scores = [self.scores[row] for row in rows]
-        self.state = hidden[index], cache, None if mask is None else mask[index], last[index]
+        assert self.decoder is not None
+        if rows != list(range(len(self.decoder.hidden))):
+            self.scores = [self.scores[row] for row in rows]
+        self.decoder.keep(rows)
 
 
 def _rows(scores: Scores, rows: slice) -> Scores:
