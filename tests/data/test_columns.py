@@ -48,7 +48,9 @@ def test_last_assistant_turn_becomes_response(tmp_path, ending):
     assert [p.response for p in prompts] == ["4", "4", None]
     assert [p.prefill for p in prompts] == ["", "", ""]
     (note,) = notes
-    assert note.startswith(f"{tmp_path}/rows{ending}: 2 of 3 rows end with the assistant's turn, which is their `response`")
+    assert note.startswith(
+        f"{tmp_path}/rows{ending}: 2 of 3 rows end with the assistant's turn, which is their `response`"
+    )
 
 
 def test_last_assistant_turn_is_continued_or_dropped():
@@ -69,7 +71,9 @@ def test_last_assistant_turn_of_prompt_objects_becomes_response():
 
 
 def test_last_assistant_refuses_second_response():
-    with pytest.raises(DataError, match=r"Row 0 .*turn '4', and the row has the response '5'\. Set `last_assistant: con"):
+    with pytest.raises(
+        DataError, match=r"Row 0 .*turn '4', and the row has the response '5'\. Set `last_assistant: con"
+    ):
         read([{"prompt": [USER, ANSWER], "completion": "5"}])
     ([same], _) = read([{"prompt": [USER, ANSWER], "completion": "4"}])
     assert same.response == "4"
@@ -83,7 +87,10 @@ def test_last_assistant_leaves_out_tool_call_and_empty_turn(choice):
     rows = [{"prompt": [USER, call]}, {"prompt": [USER, {"role": "assistant", "content": ""}]}]
     prompts, notes = read(rows, last_assistant=choice)
     assert [(p.content, p.response, p.prefill) for p in prompts] == [((USER,), None, "")] * 2
-    assert [note.partition("which ")[2] for note in notes] == ["calls a tool, so it is left out", "is empty, so it is left out"]
+    assert [note.partition("which ")[2] for note in notes] == [
+        "calls a tool, so it is left out",
+        "is empty, so it is left out",
+    ]
 
 
 def test_last_assistant_notes_lost_reasoning():
@@ -131,7 +138,9 @@ def test_row_refuses_bad_tools_and_images(row, message):
 
 
 def test_row_keeps_empty_images_and_names_of_images():
-    prompts = prompts_of_rows([{"prompt": "a", "images": []}, {"prompt": "a", "image": "python:3.12"}, {"prompt": "b", "image": None}])
+    prompts = prompts_of_rows(
+        [{"prompt": "a", "images": []}, {"prompt": "a", "image": "python:3.12"}, {"prompt": "b", "image": None}]
+    )
     assert prompts[1].metadata == {"image": "python:3.12"}
 
 
@@ -145,7 +154,7 @@ def test_nulls_of_arrow_leave_tool_calls_and_tools(tmp_path):
     ([direct], none) = loaded(tmp_path / "rows.jsonl", rows)
     assert not none
     by_arrow = [loaded(tmp_path / "rows.parquet", rows), read(datasets.Dataset.from_list(rows))]
-    for ([prompt], [note]) in by_arrow:
+    for [prompt], [note] in by_arrow:
         assert prompt == direct
         assert "1 of 1 rows lose nulls in tool calls or tools" in note
 

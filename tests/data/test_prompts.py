@@ -325,8 +325,14 @@ def test_load_prompts_suggests_columns_when_prompt_is_missing(tmp_path):
         ([], "`prompt` is empty"),
         (["hi"], "message 0 is a str, got 'hi'. It needs `role` and `content`"),
         ([{"from": "oracle", "value": "hi"}], r"is from 'oracle', which is no role. Its `from` is one of user, human"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "has a part of type 'image', and opd trains on text alone"),
-        ([{"role": "assistant", "content": "a"}], "the conversation is one message of the assistant, so there is no pr"),
+        (
+            [{"role": "user", "content": [{"type": "image"}]}],
+            "has a part of type 'image', and opd trains on text alone",
+        ),
+        (
+            [{"role": "assistant", "content": "a"}],
+            "the conversation is one message of the assistant, so there is no pr",
+        ),
         ([{"role": "user", "content": "a"}, {"role": "user"}], r"message 1 has the keys \['role'\], but needs"),
         ([{"role": 1, "content": "a"}], "has the role 1. A role is text such as 'user'"),
         ([{"role": "user", "content": 5}], "has a content of type int, got 5. Give text or parts"),

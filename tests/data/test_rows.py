@@ -67,7 +67,8 @@ def test_folder_reads_expressions_of_splits(folder, split, contents):
 def test_folder_reads_options_that_choose_files(folder):
     assert [p.content for p in load(folder, options={"data_files": "data/test*"})] == ["how many?"]
     (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: small\n  data_files: data/test*\n- config_name: big\n  data_files: data/train*\n---\n"
+        "---\nconfigs:\n- config_name: small\n  data_files: data/test*\n"
+        "- config_name: big\n  data_files: data/train*\n---\n"
     )
     assert [p.content for p in load(folder, options={"name": "small"})] == ["how many?"]
     assert len(load(folder, options={"name": "big"})) == 3
