@@ -81,12 +81,19 @@ def test_continue_gives_beginning_of_answer_to_student_and_teacher(monkeypatch):
 
 
 def test_check_says_what_templates_lack():
-    silent = "{% for m in messages %}{{ m.content }}{% endfor %}{% set today = strftime_now('%d') %}"
+    silent = "{% for m in messages %}{{ m.content }}{% endfor %}{{ day or strftime_now(form or '%d') }}"
     out = checked(recipe(silent))
     for name in ("student", "teacher"):
         assert f"{name}: its chat template has no generation prompt" in out
-        assert f"{name}: its chat template writes the date; a run keeps the date of its start" in out
-    assert "no generation prompt" not in checked(recipe())
+        assert f"{name}: its chat template calls strftime_now with a format that is not text" in out
+    out = checked(recipe("{{ strftime_now(format='%d') }}" + TEMPLATE))
+    for name in ("student", "teacher"):
+        assert f"{name}: its chat template writes the date; a run keeps the time of its first start" in out
+    assert "its chat template" not in checked(recipe())
+    made = recipe("{{ day or strftime_now('%d') }}" + TEMPLATE)
+    for model in made["models"].values():
+        model["template_options"] = {"day": "7"}
+    assert "its chat template" not in checked(made)
 
 
 def test_check_counts_parts_and_beginnings_of_text():

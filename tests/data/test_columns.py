@@ -70,6 +70,11 @@ def test_last_assistant_turn_of_prompt_objects_becomes_response():
     assert len(notes) == 1
 
 
+def test_prompt_objects_refuse_images():
+    with pytest.raises(DataError, match="Prompt 3, message 0 has a part of type 'image_url'"):
+        read([Prompt(id=3, content=({"role": "user", "content": [{"type": "image_url"}]},))])
+
+
 def test_last_assistant_refuses_second_response():
     with pytest.raises(
         DataError, match=r"Row 0 .*turn '4', and the row has the response '5'\. Set `last_assistant: con"

@@ -46,10 +46,11 @@ def evaluate_model(
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
-    for report in reports if say is not None else ():
-        say(str(report))
-    if say is not None and (count := unscored_answers(prompts, frozenset(), measured_by)):
-        say(unscored_line(count, "held-out"))
+    if say is not None:
+        for report in reports:
+            say(str(report))
+        if count := unscored_answers(prompts, frozenset(), measured_by):
+            say(unscored_line(count, "held-out"))
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     held_out = HeldOut(
         prompts=prompts,

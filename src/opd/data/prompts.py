@@ -16,7 +16,7 @@ from opd.data.files import READERS, ArrowRow, Row, ending_of
 from opd.data.rows import FUNCTION, rows_of
 from opd.data.selection import Selected, check_selection, select
 from opd.errors import ConfigError, DataError, nearest
-from opd.messages import fields_of, question_of, with_question
+from opd.messages import conversation, fields_of, question_of, with_question
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection
 from opd.types import Prompt
@@ -68,6 +68,7 @@ def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Report],
         theirs, of_others, _ = _selected_prompts(section.select.by)
         others = [question_of(prompt.content) for prompt in theirs]
     kept, selected = select([question_of(p.content) for p in prompts], others, section.select, section.path)
+    of_others = [one for one in of_others if isinstance(one, Selected)]  # only the questions of `by` are read
     return [prompts[i] for i in kept], [*converted, *of_others, selected], columns
 
 
@@ -88,13 +89,20 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
     check_data(section)
     made = [row for row in given if isinstance(row, Prompt)]
     if made and len(made) == len(given):
-        pairs = [without_answer(prompt, f"Prompt {prompt.id}", section) for prompt in made]
+        pairs = [without_answer(_checked(prompt), f"Prompt {prompt.id}", section) for prompt in made]
         return [prompt for prompt, _ in pairs], _counted([said for _, said in pairs], section)
     mappings = [{"prompt": row} if isinstance(row, str) else row for row in given]
     if through_arrow:
         mappings = [ArrowRow(row) if isinstance(row, Mapping) else row for row in mappings]
     prompts, _, converted = _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], section)
     return prompts, converted
+
+
+def _checked(prompt: Prompt) -> Prompt:
+    """A Prompt of the caller's, whose messages a row could have, too."""
+    if isinstance(prompt.content, str):
+        return prompt
+    return replace(prompt, content=conversation(prompt.content, f"Prompt {prompt.id}"))
 
 
 def _counted(said: Sequence[Sequence[str]], section: DataSection) -> list[Converted]:

@@ -19,7 +19,7 @@ from opd.types import Message
 WORD = "opdprobe"  # a text that no template writes itself
 
 
-_CLOCK = re.compile(r"""\bstrftime_now\(\s*("[^"]*"|'[^']*')\s*\)""")
+_CLOCK = re.compile(r"""\bstrftime_now\(\s*(?:format\s*=\s*)?("[^"]*"|'[^']*')\s*\)""")
 
 
 _started: list[datetime] = []  # the time of the runs in progress, the innermost last
@@ -41,8 +41,9 @@ def dated(template: str) -> str:
     return _CLOCK.sub(lambda call: json.dumps(when.strftime(call[1][1:-1])), template)
 
 
-def reads_clock(template: str) -> bool:
-    return "strftime_now" in template
+def unfrozen_clock(template: str) -> bool:
+    """Whether a call of `strftime_now` has a format that `dated` cannot read, such as a variable."""
+    return re.search(r"\bstrftime_now\s*\(", dated(template)) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +94,16 @@ def generation_prompt(messages: Sequence[Message], template: str, tokenizer: Any
     """Whether the template renders something after the messages for `add_generation_prompt`."""
     shown = in_form(messages, content_form(template, tokenizer))
     return _render(template, tokenizer, shown, True, options) != _render(template, tokenizer, shown, False, options)
+
+
+def reads_clock(messages: Sequence[Message], template: str, tokenizer: Any, options: Mapping[str, Any]) -> bool:
+    """Whether the messages render otherwise at another time."""
+    shown = in_form(messages, content_form(template, tokenizer))
+    texts: set[str] = set()
+    for when in (datetime(2001, 2, 3, 4, 5, 6), datetime(2012, 11, 10, 9, 8, 7)):
+        with clock_at(when):
+            texts.add(_render(template, tokenizer, shown, True, options))
+    return len(texts) > 1
 
 
 def _content(content: Any, form: Form) -> Any:

@@ -26,7 +26,7 @@ def check_tokenizers(
     Leaves out models with a tokenizer that needs their weights. `given`: models loaded already. Raises DataError,
     ConfigError or AlignmentError.
     """
-    from opd.models.render import render, render_checked
+    from opd.models.render import render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -55,11 +55,8 @@ def check_tokenizers(
     taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
         if name in tokenizers:  # fails now if a template is missing or refuses a prompt
-            options = origin_of(recipe, name).template_options
             taught = [p for p in prompts if taught_by[p.task] == name and not isinstance(p.content, str)]
-            for prompt in taught:
-                render(prompt, tokenizers[name], options)
-            lines += template_lines(name, tokenizers[name], taught, options)
+            lines += taught_lines(name, tokenizers[name], taught, origin_of(recipe, name).template_options)
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
@@ -103,10 +100,19 @@ def unused_template(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> lis
     ]
 
 
+def taught_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
+    """`template_lines` of a teacher, after its template has rendered every prompt."""
+    from opd.models.render import render
+
+    for prompt in prompts:
+        render(prompt, tokenizer, options)
+    return template_lines(name, tokenizer, prompts, options)
+
+
 def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
     """What a model reads otherwise than it is in the data, and what its chat template lacks; prompts that render."""
     from opd.models.render import template_for
-    from opd.models.templates import content_form, generation_prompt, joined_parts, reads_clock
+    from opd.models.templates import content_form, generation_prompt, joined_parts, reads_clock, unfrozen_clock
 
     lines: list[str] = []
     begin = tokenizer.bos_token
@@ -126,8 +132,13 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
                 f"{name}: its chat template has no generation prompt (`add_generation_prompt` changes nothing), so a "
                 f"response begins with the header of the assistant's turn. Set models.{name}.chat_template"
             )
-        if reads_clock(template):
-            lines.append(f"{name}: its chat template writes the date; a run keeps the date of its start")
+        if reads_clock(messages, template, tokenizer, variables):
+            lines.append(f"{name}: its chat template writes the date; a run keeps the time of its first start")
+        if unfrozen_clock(template):
+            lines.append(
+                f"{name}: its chat template calls strftime_now with a format that is not text, so a resumed run may "
+                f"render other prompts. Set models.{name}.chat_template to one that states the format"
+            )
     return lines
 
 
