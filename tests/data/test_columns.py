@@ -203,6 +203,6 @@ def test_system_column_is_read_when_mapped_and_else_noted():
         "prompts: 1 of 2 rows have a column `system_prompt` that is not in the prompt: "
         "`columns: {system: system_prompt}` puts it there"
     ]
-    prompts, notes = read(rows, columns={"system": "system_prompt"}, chat=True)
+    prompts, notes = read(rows, columns={"system": "system_prompt"})
     assert [[m["role"] for m in p.content] for p in prompts] == [["system", "user"], ["user"]]
     assert not notes

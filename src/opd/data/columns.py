@@ -57,23 +57,17 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     texts = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in TEXTS}
     system = text_or_none(row.get(source["system"]), f"{where}: `{source['system']}`") if "system" in source else None
     content = conversation(
-        value, f"{where}: `{source['prompt']}`", chat=section.chat, system=system or section.system or None
+        value,
+        f"{where}: `{source['prompt']}`",
+        chat=section.chat or "system" in source,
+        system=system or section.system,
     )
     unread = [name for name in SYSTEM_LIKE if name not in source.values() and _is_text(row.get(name))]
     said += [f"have a column `{n}` that is not in the prompt: `columns: {{system: {n}}}` puts it there" for n in unread]
-    for_template: dict[str, Any] = {}
-    idle: list[str] = []
-    for name in FOR_TEMPLATE:
-        given = row.get(source[name])
-        if isinstance(content, str) and given:
-            idle.append(source[name])
-        elif given:
-            read, dropped = _parsed(given, f"{where}: `{source[name]}`", arrow=isinstance(row, ArrowRow))
-            said += [NULLS] if dropped else []
-            for_template[name] = (_tools if name == "tools" else _variables)(read, f"{where}: `{source[name]}`")
-    said += [
-        f"have `{name}`, which only a chat template shows, and a prompt of text: set `chat: true`" for name in idle
-    ]
+    idle = [source[name] for name in FOR_TEMPLATE if isinstance(content, str) and row.get(source[name])]
+    said += [f"have `{one}`, which only a chat template shows, and a prompt of text: set `chat: true`" for one in idle]
+    for_template, dropped = ({}, False) if isinstance(content, str) else _for_template(row, source, where)
+    said += [NULLS] if dropped else []
     said += _left_of_completion(row.get(source["response"]))
     kept = {column for column in source.values() if column not in idle}
     prompt = Prompt(
@@ -88,6 +82,17 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     )
     prompt, of_answer = without_answer(prompt, where, section)
     return prompt, list(dict.fromkeys([*said, *of_answer]))
+
+
+def _for_template(row: Mapping[str, Any], source: Mapping[str, str], where: str) -> tuple[dict[str, Any], bool]:
+    """(the fields of a Prompt that its chat template reads, whether nulls of Arrow were taken away)."""
+    found: dict[str, Any] = {}
+    dropped = False
+    for name, checked in (("tools", _tools), ("chat_template_kwargs", _variables)):
+        if given := row.get(source[name]):
+            value, lost = _parsed(given, f"{where}: `{source[name]}`", arrow=isinstance(row, ArrowRow))
+            found[name], dropped = checked(value, f"{where}: `{source[name]}`"), dropped or lost
+    return found, dropped
 
 
 def source_of(row: Mapping[str, Any], section: DataSection) -> dict[str, str]:
