@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd.data.prompts import prompts_of_rows
+from opd.data.prompts import Report, read_rows
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
@@ -51,6 +52,8 @@ def distill(
     teacher_tokenizer: Any = None,
     reward: str | Mapping[str, Any] | RewardFn | Reward | None = None,
     chat: bool = False,
+    last_assistant: str = "response",
+    columns: Mapping[str, str] = {},
     output_dir: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
@@ -63,7 +66,8 @@ def distill(
     methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
     returns one. `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
     a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
-    `Prompt`s. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a `Reward`.
+    `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
+    section, a function (prompt, text) -> float, or a `Reward`.
     `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are fields of a
     recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to `output_dir` (default:
     a new folder under runs/). Raises the errors of `opd.errors`.
@@ -75,9 +79,8 @@ def distill(
     specs = {"student": _model(student, "student", tokenizer, models)}
     if teacher is not None:
         specs["teacher"] = _teacher(teacher, teacher_tokenizer or tokenizer, models, scorers)
-    rows = None if isinstance(prompts, str | Path) else prompts_of_rows(prompts, chat=chat)
-    by_section = reward is None or isinstance(reward, (str, Mapping))
-    given_reward = None if by_section else as_reward(reward, "The `reward` of opd.distill")
+    data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
+    section, given_reward = _reward(reward)
     described = {
         "name": "distill",
         "train": "student",
@@ -85,17 +88,32 @@ def distill(
         "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
-        "data": {"path": str(prompts) if rows is None else _described(rows), "chat": chat},
-        "reward": {"name": reward} if isinstance(reward, str) else reward if by_section else None,
+        "data": data,
+        "reward": section,
         "steps": steps,
         **stage,
     }
-    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
-    recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder()), "models": specs}
+    recipe = parse_recipe({**whole, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
-    given = Given(models=models, prompts=rows, reward=given_reward, method=made, teachers=scorers, sampler=own)
-    return _start(recipe, given, quiet)
+    given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, sampler=own)
+    return _start(recipe, replace(given, teachers=scorers), quiet)
+
+
+def _data(prompts: Any, **reading: Any) -> tuple[dict[str, Any], list[Prompt] | None, tuple[Report, ...]]:
+    """(the data section of `prompts`, its rows if they are given in Python, reports of their conversion)."""
+    if isinstance(prompts, str | Path):
+        return {"path": str(prompts), **reading}, None, ()
+    rows, reports = read_rows(prompts, **reading)
+    return {"path": _described(rows), **reading}, rows, tuple(reports)
+
+
+def _reward(reward: Any) -> tuple[Any, Reward | None]:
+    """(the section of a reward in the recipe, the reward itself if it is given in Python)."""
+    if reward is None or isinstance(reward, (str, Mapping)):
+        return {"name": reward} if isinstance(reward, str) else reward, None
+    return None, as_reward(reward, "The `reward` of opd.distill")
 
 
 def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:

@@ -9,6 +9,17 @@ from typing import Any
 from opd.errors import ConfigError, DataError
 from opd.types import Message, Prompt
 
+MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
+
+
+# ShareGPT's names of roles, the values of `from`.
+ROLES = {
+    **dict.fromkeys(("user", "human"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "model"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response"), "tool"),
+    "system": "system",
+}
+
 
 def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
     """The fields of a pattern. Raises ConfigError for an unknown field, or without the needed field."""
@@ -28,23 +39,33 @@ def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None 
 def with_question(
     content: str | tuple[Message, ...], rewrite: Callable[[str], str], where: str
 ) -> str | tuple[Message, ...]:
-    """The prompt with its text, or its last user message, rewritten.
+    """The prompt with its text, or its last user message, rewritten; parts of text become one text.
 
-    Raises DataError, beginning with `where`, without a user message, or if it has parts (images) instead of text.
+    Raises DataError, beginning with `where`, without a user message, or if a part of it is not text.
     """
     if isinstance(content, str):
         return rewrite(content)
     messages = list(content)
     user_turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    if not user_turns or not isinstance(messages[user_turns[-1]]["content"], str):
+    text = text_of(messages[user_turns[-1]]["content"]) if user_turns else None
+    if text is None:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"{where} has no user message of text, and the template needs one to rewrite (roles: {roles}). Leave the "
             "template out, or give a prompt with text as its last user message."
         )
     last = user_turns[-1]
-    messages[last] = {**messages[last], "content": rewrite(messages[last]["content"])}
+    messages[last] = {**messages[last], "content": rewrite(text)}
     return tuple(messages)
+
+
+def text_of(content: Any) -> str | None:
+    """A message's content as text, its parts joined by line breaks; None if there is none, or a part is not text."""
+    if isinstance(content, str):
+        return content
+    texts = [part.get("text") if part.get("type", "text") == "text" else None for part in content or ()]
+    known = [text for text in texts if isinstance(text, str)]
+    return "\n".join(known) if texts and len(known) == len(texts) else None
 
 
 def question_of(content: str | tuple[Message, ...]) -> str:
@@ -62,10 +83,11 @@ def question_of(content: str | tuple[Message, ...]) -> str:
 
 
 def conversation(value: Any, where: str, *, chat: bool = False, system: str | None = None) -> str | tuple[Message, ...]:
-    """A data row's prompt, checked: text, or messages with `role` and `content` (text, or parts such as images).
+    """A data row's prompt, checked: text, or messages with `role` and `content` (text, or parts).
 
-    `chat` makes text one user message; `system` is put before the messages and implies `chat`. Raises DataError,
-    beginning with `where`, for another type, an empty prompt, a message with other keys or a second system message.
+    Messages of ShareGPT (`from`, `value`) get `role` and `content`. `chat` makes text one user message; `system` is put
+    before the messages and implies `chat`. Raises DataError, beginning with `where`, for another type, an empty prompt,
+    a message with other keys, an image or a second system message.
     """
     if isinstance(value, str) and value.strip():
         if not chat and system is None:
@@ -92,8 +114,10 @@ def text_or_none(value: Any, where: str) -> str | None:
     if value is None or isinstance(value, str):
         return value
     message = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else None
-    if isinstance(message, Mapping) and message.get("role") == "assistant" and isinstance(message.get("content"), str):
-        return message["content"]
+    if isinstance(message, Mapping) and message.get("role") == "assistant" and _is_content(message.get("content")):
+        text = text_of(message["content"])
+        if text is not None:
+            return text
     raise DataError(f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message.")
 
 
@@ -105,16 +129,41 @@ def is_chat(prompts: Sequence[Prompt]) -> bool:
 def _message(message: Any, where: str) -> Message:
     if not isinstance(message, Mapping):
         raise DataError(f"{where} is a {type(message).__name__}, got {message!r:.80}. It needs `role` and `content`.")
+    if "from" in message and "value" in message and not {"role", "content"} & {*message}:
+        message = _from_sharegpt(message, where)
     if "role" not in message or "content" not in message:
-        hint = " ShareGPT's `from` is `role`, its `value` is `content`." if "from" in message else ""
-        raise DataError(f"{where} has the keys {sorted(map(str, message))}, but needs `role` and `content`.{hint}")
+        raise DataError(f"{where} has the keys {sorted(map(str, message))}, but needs `role` and `content`.")
     role, content = message["role"], message["content"]
     if not isinstance(role, str) or not role:
         raise DataError(f"{where} has the role {role!r}. A role is text such as 'user'.")
-    parts = isinstance(content, (list, tuple)) and content and all(isinstance(part, Mapping) for part in content)
-    if not (isinstance(content, str) or parts or (content is None and message.get("tool_calls"))):
+    if not (_is_content(content) or (content is None and message.get("tool_calls"))):
         raise DataError(
             f"{where} has a content of type {type(content).__name__}, got {content!r:.80}. Give text or parts."
         )
-    # Arrow adds keys with None that only other messages have.
-    return {str(key): value for key, value in message.items() if value is not None or key == "content"}
+    if not isinstance(content, str) and content is not None:
+        media = [part["type"] for part in content if part.get("type") in MEDIA]
+        if media:
+            raise DataError(
+                f"{where} has a part of type {media[0]!r}, and opd trains on text alone. Leave the row out."
+            )
+        content = [_filled(part) for part in content]
+    return {**_filled(message), "content": content}
+
+
+def _is_content(content: Any) -> bool:
+    """Text, or a list of parts."""
+    parts = isinstance(content, (list, tuple)) and content and all(isinstance(part, Mapping) for part in content)
+    return isinstance(content, str) or bool(parts)
+
+
+def _filled(value: Mapping[Any, Any]) -> dict[str, Any]:
+    """The keys with a value. Arrow adds keys with None that only other messages or parts have."""
+    return {str(key): one for key, one in value.items() if one is not None}
+
+
+def _from_sharegpt(message: Mapping[Any, Any], where: str) -> dict[Any, Any]:
+    name = message["from"]
+    if name not in ROLES:
+        raise DataError(f"{where} is from {name!r}, which is no role. Its `from` is one of {', '.join(ROLES)}.")
+    rest = {key: value for key, value in message.items() if key not in ("from", "value")}
+    return {"role": ROLES[name], "content": message["value"], **rest}

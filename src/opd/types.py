@@ -52,7 +52,9 @@ class Prompt:
     privileged_context: str | None = None
     teacher_id: str | None = None  # in a stage: the model that scores the responses
     task: str | None = None  # in a stage with tasks: the prompt's task
-    prefill: str = ""  # after the generation prompt: the beginning of the teacher's answer
+    prefill: str = ""  # after the generation prompt: the beginning of the answer, which the model continues
+    tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, for the chat template
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # override `template_options`
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 

@@ -17,6 +17,8 @@ import yaml
 from support.runs import CHARACTERS, one_stage, prepare, sums, tiny_model, two_stages, write_rows
 
 import opd
+from opd.api import _described
+from opd.data.prompts import prompts_of_rows
 from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
 from opd.models import saving
 from opd.models.loading import load_model
@@ -224,6 +226,28 @@ def test_distill_gives_equal_run_for_every_prompt_form(work: Path, form: str):
 def test_distill_keeps_ids_of_prompt_objects():
     run = distill(prompts=[Prompt(id=40 + i, content=prompt) for i, prompt in enumerate(PROMPTS)])
     assert all(row["prompt_id"] >= 40 for row in run.samples)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"response": "x"}, {"tools": [{"name": "f"}]}, {"chat_template_kwargs": {"a": 1}}, {"level": 1}]
+)
+def test_distill_hash_covers_every_column_of_rows(changed: dict[str, Any]):
+    row = {"prompt": [{"role": "user", "content": "1+1="}]}
+    assert _described(prompts_of_rows([row])) == _described(prompts_of_rows([dict(row)]))
+    assert _described(prompts_of_rows([row])) != _described(prompts_of_rows([{**row, **changed}]))
+
+
+def test_distill_reads_columns_and_leaves_answers_out():
+    tokenizer = character_tokenizer(CHARACTERS)
+    tokenizer.chat_template = "{% for message in messages %};{{ message.content }}{% endfor %}"
+    said = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
+    run = distill(
+        tokenizer=tokenizer, prompts=[{"messages": said}], columns={"prompt": "messages"}, method="sft", teacher=None
+    )
+    assert {(row["prompt"], row["response"]) for row in run.samples} == {("1+1=", "2")}
+    data = run.recipe.stages[0].data
+    assert data is not None
+    assert (data.columns, data.last_assistant) == ({"prompt": "messages"}, "response")
 
 
 def test_distill_needs_chat_template_when_chat_is_true():

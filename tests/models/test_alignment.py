@@ -233,13 +233,13 @@ def test_reread_gives_one_unit_when_emoji_spans_tokens():
     assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b"a", "🙂".encode(), b"a"]
 
 
-def test_reread_joins_prefix_space_to_first_unit():
-    pieces, reading, pair = read(byte_bpe(), sentence_piece("▁ t", characters="te", prefix=True), "te")
-    assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b" t", b"e"]
-    assert texts(reading.units, pieces) == [b"t", b"e"]
-    pieces, reading, pair = read(byte_bpe(), sentence_piece(characters="te", prefix=True), "te")
-    assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b" ", b"t", b"e"]
-    assert [list(unit.teacher) for unit in reading.units] == [[0, 1], [2]]
+def test_reread_writes_no_space_before_response():
+    """SentencePiece puts a space before a text; a response follows its prompt, and the student wrote no space."""
+    for merges in (["▁ t"], []):
+        pieces, reading, pair = read(byte_bpe(), sentence_piece(*merges, characters="te", prefix=True), "te")
+        assert [pair.teacher.pieces[i] for i in reading.teacher_ids] == [b"t", b"e"]
+        assert texts(reading.units, pieces) == [b"t", b"e"]
+        assert [list(unit.teacher) for unit in reading.units] == [[0], [1]]
 
 
 def test_reread_leaves_invalid_bytes_out_of_units():

@@ -218,7 +218,7 @@ def test_encode_response_raises_config_error_when_eos_is_missing():
 
 
 def test_conversation_keeps_parts_and_tool_calls():
-    parts = [{"type": "image"}, {"type": "text", "text": "what is this?"}]
+    parts = [{"type": "text", "text": "what"}, {"type": "text", "text": "is this?"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}], "reasoning_content": None}
     messages = conversation([{"role": "user", "content": parts}, call], "Row 0")
     assert messages == (

@@ -57,6 +57,16 @@ def test_prefill_leaves_prompt_unchanged():
     assert rollout().prompt.prefill == ""
 
 
+def test_privileged_keeps_begun_answer_tools_and_variables():
+    """The student continues the beginning of the answer: the teacher reads it too, behind its own prefill."""
+    own = {"tools": ({"name": "add"},), "chat_template_kwargs": {"enable_thinking": False}}
+    prompt = replace(CHAT, prefill="It is ", **own)
+    got = read(prompt, template="{prompt}|{attempt}", prefill="so {answer}. ", system="t")
+    assert got.prefill == "so 7. It is "
+    assert got.content[1]["content"] == "ab|It is cd"
+    assert (got.tools, got.chat_template_kwargs) == (own["tools"], own["chat_template_kwargs"])
+
+
 def test_privileged_combines_system_examples_template_prefill():
     got = read(CHAT, system="rule", examples=[("u", "a")], template="{prompt}!", prefill="<think>")
     said = [(message["role"], message["content"]) for message in got.content]

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -43,6 +44,21 @@ def test_open_writes_recipe_and_environment(tmp_path: Path):
     assert set(environment["packages"]) == {"torch", "transformers", "datasets", "peft", "opd"}
     assert environment["cpus"] == os.cpu_count()
     assert isinstance(environment["cuda_devices"], list)
+
+
+def test_open_keeps_time_of_first_start(tmp_path: Path):
+    file = tmp_path / "run" / "environment.json"
+    before = datetime.now().replace(microsecond=0)
+    first = RunDir.open(tmp_path / "run", RECIPE)
+    assert before <= first.started <= datetime.now()
+    file.write_text(json.dumps({"started": "2001-02-03T04:05:06"}))
+    assert first.lock is not None
+    first.lock.release()
+    again = RunDir.open(tmp_path / "run", RECIPE)
+    assert again.started == datetime(2001, 2, 3, 4, 5, 6)
+    assert again.lock is not None
+    again.lock.release()
+    assert RunDir.open(tmp_path / "run", RECIPE + "# another\n").started >= before
 
 
 def test_open_records_git_commit_of_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from opd.data.prompts import load_prompts
+from opd.data.prompts import load_selected
 from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
@@ -42,12 +42,15 @@ def evaluate_model(
     if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
         raise ConfigError(f"The reward is {measured_by.name!r}, {unfit}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")
-    prompts = load_prompts(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
+    prompts, reports = load_selected(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
-    if say is not None and (count := unscored_answers(prompts, frozenset(), measured_by)):
-        say(unscored_line(count, "held-out"))
+    if say is not None:
+        for report in reports:
+            say(str(report))
+        if count := unscored_answers(prompts, frozenset(), measured_by):
+            say(unscored_line(count, "held-out"))
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     held_out = HeldOut(
         prompts=prompts,

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import reprlib
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from opd.data.rows import FUNCTION, READERS, Row, rows_of
+from opd.data.columns import COLUMNS, Converted, prompt_of, without_answer
+from opd.data.files import READERS, ArrowRow, Row, ending_of
+from opd.data.rows import FUNCTION, rows_of
 from opd.data.selection import Selected, check_selection, select
 from opd.errors import ConfigError, DataError, nearest
-from opd.messages import conversation, fields_of, question_of, text_or_none, with_question
+from opd.messages import conversation, fields_of, question_of, with_question
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection
 from opd.types import Prompt
 
-COLUMNS = ("prompt", "answer", "response", "privileged_context", "teacher_id")
-
-
-PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "messages", "conversations")
+Report: TypeAlias = Selected | Converted  # a line about a data section
 
 
 def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list[Prompt]:
@@ -30,9 +30,10 @@ def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list
     `require` names columns that must be filled.
 
     The columns read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row
-    without it, TRL's `completion`), `privileged_context` and `teacher_id`; other columns go to `metadata`. A
-    reasoning-gym row keeps {task, options, entry} in metadata["reasoning_gym"], for the reward of that name. The same
-    options give the same rows in every process, except for tasks that iterate over Python sets (word_ladder,
+    without it, TRL's `completion`), `privileged_context`, `teacher_id`, and for the chat template `tools` and
+    `chat_template_kwargs`; other columns go to `metadata`. A reasoning-gym row keeps {task, options, entry} in
+    metadata["reasoning_gym"], for the reward of that name. The same options give the same rows in every process,
+    except for tasks that iterate over Python sets (word_ladder,
     knight_swap, ransom_note, isomorphic_strings, polynomial_multiplication): these also need a fixed PYTHONHASHSEED.
 
     Raises ConfigError for contradicting fields, DataError for an unusable file or row.
@@ -40,9 +41,9 @@ def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list
     return load_selected(section, require=require)[0]
 
 
-def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tuple[list[Prompt], list[Selected]]:
-    """`load_prompts`, and a report of each selection. Raises as `load_prompts`."""
-    prompts, selected, columns = _selected_prompts(section)
+def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tuple[list[Prompt], list[Report]]:
+    """`load_prompts`, and a report of each conversion and selection. Raises as `load_prompts`."""
+    prompts, reports, columns = _selected_prompts(section)
     require_columns(prompts, require, source=section.path, seen=columns)
     if section.template is not None:
         pattern = section.template
@@ -50,41 +51,68 @@ def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tup
             replace(p, content=with_question(p.content, lambda text: pattern.format(prompt=text), f"Prompt {p.id}"))
             for p in prompts
         ]
-    return prompts, selected
+    return prompts, reports
 
 
-def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Selected], list[str]]:
-    """(the selected prompts, before the template; the selection's report; the data's columns)."""
+def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Report], list[str]]:
+    """(the selected prompts, before the template; reports of conversions and selection; the data's columns)."""
     check_data(section)
     stop = None if section.limit is None else section.skip + section.limit
     options = deepcopy(section.options)  # a user's function may change its options
     rows = rows_of(section.path, split=section.split, options=options, limit=stop)
-    prompts, columns = _prompts(list(islice(rows, section.skip, stop)), section)
+    prompts, columns, converted = _prompts(list(islice(rows, section.skip, stop)), section)
     if section.select is None:
-        return prompts, [], columns
-    others, of_others = None, list[Selected]()
+        return prompts, [*converted], columns
+    others, of_others = None, list[Report]()
     if section.select.by is not None:
         theirs, of_others, _ = _selected_prompts(section.select.by)
         others = [question_of(prompt.content) for prompt in theirs]
     kept, selected = select([question_of(p.content) for p in prompts], others, section.select, section.path)
-    return [prompts[i] for i in kept], [*of_others, selected], columns
+    of_others = [one for one in of_others if isinstance(one, Selected)]  # only the questions of `by` are read
+    return [prompts[i] for i in kept], [*converted, *of_others, selected], columns
 
 
-def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], *, chat: bool = False) -> list[Prompt]:
+def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> list[Prompt]:
     """Rows given in Python as prompts: strings, mappings with `prompt`, or Prompts (which keep their id).
 
-    Raises DataError as `load_prompts`, and ConfigError for a `chat` that is not a boolean.
+    `fields` are those of a data section that say how to read a row: `chat`, `system`, `columns`, `last_assistant`.
+    Raises DataError as `load_prompts`, and ConfigError for wrong fields.
     """
+    return read_rows(rows, **fields)[0]
+
+
+def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> tuple[list[Prompt], list[Converted]]:
+    """`prompts_of_rows`, and a report of each conversion."""
+    through_arrow = type(rows).__module__.partition(".")[0] == "datasets"
     given = list(rows)
-    if given and all(isinstance(row, Prompt) for row in given):
-        return [row for row in given if isinstance(row, Prompt)]
+    section = parse_section(DataSection, {"path": "prompts", **fields}, "prompts")
+    check_data(section)
+    made = [row for row in given if isinstance(row, Prompt)]
+    if made and len(made) == len(given):
+        pairs = [without_answer(_checked(prompt), f"Prompt {prompt.id}", section) for prompt in made]
+        return [prompt for prompt, _ in pairs], _counted([said for _, said in pairs], section)
     mappings = [{"prompt": row} if isinstance(row, str) else row for row in given]
-    section = parse_section(DataSection, {"path": "prompts", "chat": chat}, "prompts")
-    return _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], section)[0]
+    if through_arrow:
+        mappings = [ArrowRow(row) if isinstance(row, Mapping) else row for row in mappings]
+    prompts, _, converted = _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], section)
+    return prompts, converted
 
 
-def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], list[str]]:
-    """All rows as prompts, and the names of their columns."""
+def _checked(prompt: Prompt) -> Prompt:
+    """A Prompt of the caller's, whose messages a row could have, too."""
+    if isinstance(prompt.content, str):
+        return prompt
+    return replace(prompt, content=conversation(prompt.content, f"Prompt {prompt.id}"))
+
+
+def _counted(said: Sequence[Sequence[str]], section: DataSection) -> list[Converted]:
+    """The rows' conversions, counted."""
+    counts = Counter(one for of_row in said for one in of_row)
+    return [Converted(source=section.path, count=n, rows=len(said), what=what) for what, n in counts.items()]
+
+
+def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], list[str], list[Converted]]:
+    """All rows as prompts, the names of their columns, and the conversions."""
     if not rows and section.skip:
         raise DataError(
             f"`skip: {section.skip}` leaves no row of {section.path}: it has no row {section.skip} (counted from 0). "
@@ -105,7 +133,8 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
                 f"`columns: {{{name}: {column}}}` names a column that {section.path} does not have."
                 f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
             )
-    return [_prompt(index, where, row, section) for index, (where, row) in enumerate(rows, start=section.skip)], seen
+    pairs = [prompt_of(index, where, row, section) for index, (where, row) in enumerate(rows, start=section.skip)]
+    return [prompt for prompt, _ in pairs], seen, _counted([said for _, said in pairs], section)
 
 
 def check_data(section: DataSection) -> None:
@@ -121,7 +150,7 @@ def check_data(section: DataSection) -> None:
         fields_of("The `template` of a data section", section.template, ("prompt",), needed="prompt")
     if section.select is not None:
         check_selection(section.select)
-    is_file = section.path.startswith("package:") or Path(section.path).suffix.lower() in READERS
+    is_file = section.path.startswith("package:") or ending_of(Path(section.path)) in READERS
     if is_file and section.options:
         raise ConfigError(f"The file {section.path} takes no options, got {sorted(section.options)}. Remove `options`.")
     generated = section.path.startswith("reasoning_gym:") or FUNCTION.fullmatch(section.path)
@@ -129,29 +158,6 @@ def check_data(section: DataSection) -> None:
         raise ConfigError(
             f"`split: {section.split}`: {section.path} has no splits. Give the path of that split's data."
         )
-
-
-def _prompt(index: int, where: str, row: Mapping[str, Any], section: DataSection) -> Prompt:
-    source = {name: section.columns.get(name, name) for name in COLUMNS}
-    if "response" not in section.columns and "response" not in row:
-        source["response"] = "completion"
-    if source["prompt"] not in row:
-        guess = next((name for name in PROMPT_LIKE if name in row), "THE_COLUMN")
-        raise DataError(
-            f"{where} has no column {source['prompt']!r}.{nearest(source['prompt'], map(str, row))} Its columns: "
-            f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
-        )
-    prompt, where_prompt = row[source["prompt"]], f"{where}: `{source['prompt']}`"
-    text = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in COLUMNS[2:]}
-    return Prompt(
-        id=index,
-        content=conversation(prompt, where_prompt, chat=section.chat, system=section.system),
-        answer=row.get(source["answer"]),
-        response=text["response"],
-        privileged_context=text["privileged_context"],
-        teacher_id=text["teacher_id"],
-        metadata={str(key): value for key, value in row.items() if key not in source.values()},
-    )
 
 
 def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:

@@ -11,6 +11,7 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from opd.errors import AlignmentError
+from opd.models.continuation import ids_after
 from opd.models.vocabularies import Vocabulary, ends_of, name_of, shared_tokens, vocabulary_of
 
 UNREADABLE = "\ufffd"  # replaces bytes that are not UTF-8 in the teacher's input
@@ -71,7 +72,7 @@ def pair_of(
 
     def write(text: str) -> Sequence[int]:
         """Ids of a text; the spelling of a special token in it counts as text."""
-        return teacher(text, add_special_tokens=False, split_special_tokens=True).input_ids
+        return ids_after(text, teacher, split_special_tokens=True)
 
     return TokenizerPair(student=ours, teacher=theirs, shared=shared, ends=ends, same=same, write=write)
 

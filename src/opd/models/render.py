@@ -9,10 +9,15 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError, DataError, nearest
+from opd.models.continuation import ids_after
+from opd.models.templates import content_form, dated, in_form
 from opd.types import Prompt
 
 # Set by this file. Templates may mention them, so the check of option names would not refuse them.
-RESERVED = ("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template")
+RESERVED = (
+    *("messages", "conversation", "add_generation_prompt", "continue_final_message", "tokenize", "chat_template"),
+    "strftime_now",
+)
 
 
 _SET_TEMPLATE = "set the model's template, `models.NAME.chat_template`"
@@ -21,21 +26,24 @@ _SET_TEMPLATE = "set the model's template, `models.NAME.chat_template`"
 def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}) -> list[int]:
     """The ids that the model reads before it writes. [prompt tokens]
 
-    Text is encoded with the tokenizer's special tokens, but without an appended end-of-sequence token;
-    `template_options` have no effect on it. Messages go through the chat template with `add_generation_prompt`. The
-    template writes its own special tokens, so none are added, and `template_options` are its variables. A `prefill` is
-    appended and encoded together with the prompt.
+    Text is encoded with the tokenizer's special tokens, but without an appended end-of-sequence token, and without a
+    second beginning-of-sequence token; `template_options` have no effect on it. Messages go through the chat template
+    with `add_generation_prompt` and the prompt's `tools`. The template writes its own special tokens, so none are
+    added. Its variables are `template_options`, and above them the prompt's `chat_template_kwargs`. Parts of text are
+    joined for a template that would print them as Python does, and text becomes a part for one that reads only parts.
+    A `prefill` is appended and encoded together with the prompt.
 
-    Raises DataError for messages without a chat template and for messages that the template refuses, ConfigError for an
-    option that the template does not mention (jinja would ignore it).
+    Raises DataError for messages without a chat template and for messages that the template refuses, ConfigError for
+    tools or an option that the template does not mention (jinja would ignore it), and for a template without messages.
     """
     if isinstance(prompt.content, str):
         return _encode_text(prompt.content + prompt.prefill, tokenizer)
-    template = _template(prompt, tokenizer, template_options)
-    _check_options(template, tokenizer, template_options)
-    messages = [dict(message) for message in prompt.content]
+    template, options = template_for(prompt, tokenizer, template_options)
+    messages = in_form(prompt.content, content_form(template, tokenizer))
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template_options)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=dated(template), tokenize=False, add_generation_prompt=True, **options
+        )
     except (TemplateError, TypeError) as error:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
@@ -43,6 +51,18 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
             f"Change the messages, or {_SET_TEMPLATE}."
         ) from error
     return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
+
+
+def template_for(
+    prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}
+) -> tuple[str, dict[str, Any]]:
+    """(the chat template of a conversation, its variables with the prompt's own). Raises as `render`."""
+    tools = {"tools": [dict(tool) for tool in prompt.tools]} if prompt.tools else {}
+    options = {**template_options, **prompt.chat_template_kwargs, **tools}
+    template = _template(prompt, tokenizer, options)
+    _check_options(template, tokenizer, template_options, "`template_options`")
+    _check_options(template, tokenizer, {**prompt.chat_template_kwargs, **tools}, f"the data of prompt {prompt.id}")
+    return template, options
 
 
 def render_checked(
@@ -86,7 +106,7 @@ def encode_response(text: str, tokenizer: Any) -> list[int]:
         raise ConfigError(
             f"{_name(tokenizer)} has no end-of-sequence token, so no response can end. Set its eos_token."
         )
-    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ids = ids_after(text, tokenizer)
     ids = ids[: len(ids) - _ends(ids, end)]
     if not ids:
         raise DataError(
@@ -112,12 +132,14 @@ def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | 
 
 def _encode_text(text: str, tokenizer: Any) -> list[int]:
     ids = tokenizer(text).input_ids
-    end = tokenizer.eos_token_id
-    if end is None or not ids or ids[-1] != end:
+    begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    begins_twice = begin is not None and ids[:2] == [begin, begin]
+    if not begins_twice and (end is None or not ids or ids[-1] != end):
         return ids
-    # Remove only the end token that the tokenizer appends, not one that the text spells.
-    appended = _ends(ids, end) - _ends(tokenizer(text, add_special_tokens=False).input_ids, end)
-    return ids[: len(ids) - appended]
+    # Remove only tokens that the tokenizer adds, not those that the text spells.
+    spelt = tokenizer(text, add_special_tokens=False).input_ids
+    appended = 0 if end is None else _ends(ids, end) - _ends(spelt, end)
+    return ids[1 if begins_twice and spelt[:1] == [begin] else 0 : len(ids) - appended]
 
 
 def _ends(ids: Sequence[int], end: int) -> int:
@@ -137,15 +159,17 @@ def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str
         raise DataError(f"Prompt {prompt.id} cannot be rendered with {_name(tokenizer)}: {error} {remedy}") from error
 
 
-def _check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
+def _check_options(template: str, tokenizer: Any, options: Mapping[str, Any], where: str) -> None:
     for name in options:
         if name in RESERVED:
-            raise ConfigError(f"`template_options` cannot set {name!r}: opd sets it when it renders. Remove it.")
+            raise ConfigError(
+                f"{where[0].upper()}{where[1:]} cannot set {name!r}: opd sets it when it renders. Remove it."
+            )
         if not re.search(rf"\b{re.escape(name)}\b", template):
             known = set(re.findall(r"\b[a-z]\w*_\w+\b", template)) - set(RESERVED)
             raise ConfigError(
                 f"The chat template of {_name(tokenizer)} does not mention the option {name!r}, so it has no effect."
-                f"{nearest(name, known)} Remove it from `template_options`, or {_SET_TEMPLATE}."
+                f"{nearest(name, known)} Remove it from {where}, or {_SET_TEMPLATE}."
             )
 
 

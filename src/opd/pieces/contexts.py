@@ -74,7 +74,8 @@ def privileged(
 
     `system` replaces the system message. `examples` are (user, assistant) exchanges put before the conversation.
     `template` rewrites the last user message. `prefill` follows the generation prompt, as the beginning of the
-    teacher's answer. Template and prefill have fields:
+    teacher's answer; the prompt's own prefill, which the student continues, follows it. Template and prefill have
+    fields:
 
         {prompt}               the user's message; required in a template, not allowed in a prefill
         {privileged_context}   the data's column, e.g. a solution
@@ -131,7 +132,7 @@ def _enriched(
 ) -> Prompt:
     prompt = rollout.prompt
     if prefill is not None:
-        prompt = replace(prompt, prefill=_filled(prefill, rollout, verdicts))
+        prompt = replace(prompt, prefill=_filled(prefill, rollout, verdicts) + prompt.prefill)
     if isinstance(prompt.content, str):
         if examples:
             raise DataError(
@@ -158,7 +159,7 @@ def _enriched(
 
 def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str = "") -> str:
     """The pattern with its fields filled; braces inside a value stay unchanged."""
-    values: dict[str, str] = {"prompt": text, "attempt": rollout.text}
+    values: dict[str, str] = {"prompt": text, "attempt": rollout.prompt.prefill + rollout.text}
     for name in ("privileged_context", "answer"):
         if f"{{{name}}}" in pattern:
             values[name] = _column(name, rollout.prompt)

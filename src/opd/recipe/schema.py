@@ -9,7 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from opd.recipe.templates import template_text
 
 
 class Section(BaseModel):
@@ -52,7 +54,8 @@ class ModelSpec(Section):
     gradient_checkpointing: bool = False
     attn_implementation: str | None = None
     trust_remote_code: bool = False
-    chat_template: str | None = None  # replaces the tokenizer's
+    # Replaces the tokenizer's: jinja, or a file of it, which is read when the recipe is.
+    chat_template: Annotated[str, AfterValidator(template_text)] | None = None
     template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}
 
     @model_validator(mode="after")
@@ -84,11 +87,14 @@ class SelectSection(Section):
 class DataSection(Section):
     """The source of prompts. `path` is one of
 
-    - a file that ends with .json (a list of objects), .jsonl, .parquet or .csv (an empty cell is a missing value)
+    - a file that ends with .json (a list of objects, or an object per line), .jsonl, .csv, .tsv (an empty cell is a
+      missing value), the same with .gz, or .parquet
     - `package:NAME/FILE`, such a file inside an installed package, which is not imported
     - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
     - `package.module:function`, rows of `function(**options)`, an iterable of dicts
-    - a folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`
+    - a folder of such files, in the splits and the order of `datasets`, with `options` such as `name` or `data_files`
+    - another folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`.
+      Values then have the types of Arrow: in JSON "2024-01-05" becomes a datetime, and 3 beside 3.5 becomes 3.0
     """
 
     path: str
@@ -99,6 +105,9 @@ class DataSection(Section):
     limit: int | None = Field(default=None, ge=1)  # number of rows after `skip`
     chat: bool = False  # a text prompt becomes one user message
     system: str | None = None  # a system message before the messages; implies chat
+    # A conversation's last message, if it is the assistant's, leaves the prompt: it becomes the row's `response`, the
+    # beginning of the answer, which the model continues, or nothing.
+    last_assistant: Literal["response", "continue", "drop"] = "response"
     template: str | None = None  # rewrites the text, or the last user message; {prompt} is the original
     select: SelectSection | None = None  # which of these rows to keep
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from opd import methods
 from opd.data.order import PromptOrder
-from opd.data.prompts import load_selected, require_columns
-from opd.data.selection import Selected
+from opd.data.prompts import Report, load_selected, require_columns
 from opd.errors import ConfigError, DataError
 from opd.evaluation.evaluate import HeldOut
 from opd.messages import is_chat
@@ -31,6 +30,7 @@ class Given:
 
     models: Mapping[str, LanguageModel] = field(default_factory=dict[str, LanguageModel])
     prompts: list[Prompt] | None = None
+    reports: tuple[Report, ...] = ()  # of the conversion of `prompts`
     reward: Reward | None = None
     method: Method | None = None
     teachers: Mapping[str, Teacher] = field(default_factory=dict[str, Teacher])
@@ -44,14 +44,14 @@ class Task:
     prompts: list[Prompt]
     reward: Reward | None
     held_out: HeldOut | None
-    selected: tuple[Selected, ...] = ()  # reports of the data sections that select rows, held-out last
+    reports: tuple[Report, ...] = ()  # of the data sections: conversions and selections, held-out last
     unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # counts by "training", "held-out"
 
     @property
     def notes(self) -> list[str]:
-        """Lines that a run prints at its start: rows that a selection left out, and answers that nothing reads."""
+        """Lines that a run prints at its start: rows converted or left out, and answers that nothing reads."""
         unscored = [unscored_line(count, which) for which, count in self.unscored_answers.items()]
-        return [*map(str, self.selected), *unscored]
+        return [*map(str, self.reports), *unscored]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +86,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         reward = reward_of(part.reward) if given.reward is None else given.reward
         check_update_reward(spec, name, method, reward)
         columns = PROMPT_COLUMNS & method.needs.columns
-        prompts, selected = prompts_of(part.data, columns | needs_of_reward(reward), given.prompts)
+        prompts, reports = prompts_of(part.data, columns | needs_of_reward(reward), given)
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
         held_out, unscored = None, dict[str, int]()
@@ -96,14 +96,14 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             measured = assigned(held_out.prompts, spec, name, part, first_held_out)
             first_held_out = 1 + max(prompt.id for prompt in measured)
             held_out = replace(held_out, prompts=measured)
-            selected = [*selected, *also]
+            reports = [*reports, *also]
             unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
         unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
         tasks[name] = Task(
             prompts=prompts,
             reward=reward,
             held_out=held_out,
-            selected=tuple(selected),
+            reports=tuple(reports),
             unscored_answers={which: count for which, count in unscored.items() if count},
         )
     order = PromptOrder(
@@ -118,8 +118,8 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 
 def held_out_of(
     spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
-) -> tuple[HeldOut, list[Selected]]:
-    """The evaluation of an `evaluate` section, with its own or the training's reward; and the reports of its selection.
+) -> tuple[HeldOut, list[Report]]:
+    """The evaluation of an `evaluate` section, with its own or the training's reward; and the reports of its data.
 
     Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
     training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
@@ -140,7 +140,7 @@ def held_out_of(
             "that scores each response alone, or evaluate.kl to false."
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
-    prompts, selected = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
+    prompts, reports = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
     held_out = HeldOut(
         prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
@@ -149,7 +149,7 @@ def held_out_of(
         pass_at=evaluate.pass_at,
         max_prompt_length=spec.max_prompt_length,
     )
-    return held_out, selected
+    return held_out, reports
 
 
 def assigned(
@@ -170,14 +170,15 @@ def assigned(
 
 
 def prompts_of(
-    section: DataSection, require: Iterable[str], given: list[Prompt] | None = None
-) -> tuple[list[Prompt], list[Selected]]:
-    """The prompts of a data section, or those given in Python; and the reports of its selection.
+    section: DataSection, require: Iterable[str], python: Given | None = None
+) -> tuple[list[Prompt], list[Report]]:
+    """The prompts of a data section, or those given in Python; and the reports of its conversions and selection.
 
     Every prompt has the columns in `require`. Raises DataError, also for given prompts that share an id: their
     responses would form one group and use the same random numbers.
     """
-    if given is None:
+    given = None if python is None else python.prompts
+    if python is None or given is None:
         return load_selected(section, require=sorted(require))
     require_columns(given, sorted(require), source="the prompts given in Python")
     twice = [key for key, count in Counter(prompt.id for prompt in given).items() if count > 1]
@@ -187,7 +188,7 @@ def prompts_of(
             "response's random numbers and group come from its prompt's id: give each prompt its own id, e.g. with "
             "dataclasses.replace(prompt, id=...)."
         )
-    return given, []
+    return given, [*python.reports]
 
 
 def needs_of_reward(reward: Reward | None) -> frozenset[str]:

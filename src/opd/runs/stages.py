@@ -10,6 +10,7 @@ from typing import Any
 from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
+from opd.models.templates import clock_at
 from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
@@ -56,7 +57,7 @@ def run_recipe(
     )
     student: LanguageModel | None = None
     shown = progress if progress and world.main else Progress(quiet=not world.main)
-    with closing(trackers), shown:
+    with closing(trackers), shown, clock_at(directory.started):
         if directory.replaced:
             shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
         session = Session(

@@ -26,7 +26,7 @@ def check_tokenizers(
     Leaves out models with a tokenizer that needs their weights. `given`: models loaded already. Raises DataError,
     ConfigError or AlignmentError.
     """
-    from opd.models.render import render, render_checked
+    from opd.models.render import render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -49,15 +49,14 @@ def check_tokenizers(
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
+        lines += template_lines(spec.train, tokenizers[spec.train], prompts, options)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
     taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
         if name in tokenizers:  # fails now if a template is missing or refuses a prompt
-            options = origin_of(recipe, name).template_options
-            for prompt in prompts:
-                if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
-                    render(prompt, tokenizers[name], options)
+            taught = [p for p in prompts if taught_by[p.task] == name and not isinstance(p.content, str)]
+            lines += taught_lines(name, tokenizers[name], taught, origin_of(recipe, name).template_options)
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
@@ -99,6 +98,48 @@ def unused_template(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> lis
         f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
         "as in a chat, set data.chat: true"
     ]
+
+
+def taught_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
+    """`template_lines` of a teacher, after its template has rendered every prompt."""
+    from opd.models.render import render
+
+    for prompt in prompts:
+        render(prompt, tokenizer, options)
+    return template_lines(name, tokenizer, prompts, options)
+
+
+def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
+    """What a model reads otherwise than it is in the data, and what its chat template lacks; prompts that render."""
+    from opd.models.render import template_for
+    from opd.models.templates import content_form, generation_prompt, joined_parts, reads_clock, unfrozen_clock
+
+    lines: list[str] = []
+    begin = tokenizer.bos_token
+    begun = [p for p in prompts if isinstance(p.content, str) and begin and p.content.startswith(begin)]
+    if begun:
+        lines.append(f"{name}: {len(begun)} prompts begin with {begin}, which the tokenizer does not add again")
+    chats = [(p.content, *template_for(p, tokenizer, options)) for p in prompts if not isinstance(p.content, str)]
+    joined = sum(joined_parts(messages, content_form(template, tokenizer)) for messages, template, _ in chats)
+    if joined:
+        lines.append(
+            f"{name}: {joined} conversations have messages in parts, which are joined to text: its chat template does "
+            "not read parts"
+        )
+    for messages, template, variables in chats[:1]:
+        if not generation_prompt(messages, template, tokenizer, variables):
+            lines.append(
+                f"{name}: its chat template has no generation prompt (`add_generation_prompt` changes nothing), so a "
+                f"response begins with the header of the assistant's turn. Set models.{name}.chat_template"
+            )
+        if reads_clock(messages, template, tokenizer, variables):
+            lines.append(f"{name}: its chat template writes the date; a run keeps the time of its first start")
+        if unfrozen_clock(template):
+            lines.append(
+                f"{name}: its chat template calls strftime_now with a format that is not text, so a resumed run may "
+                f"render other prompts. Set models.{name}.chat_template to one that states the format"
+            )
+    return lines
 
 
 def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> None:

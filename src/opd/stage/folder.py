@@ -1,7 +1,7 @@
 """One run's folder: its files, and how they survive a kill.
 
     <run>/recipe.yaml           the resolved recipe; the run's identity
-    <run>/environment.json      versions and hardware of the last process that opened the run
+    <run>/environment.json      versions and hardware of the last process that opened the run, and when the run started
     <run>/.lock                 held by the process that runs it
     <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
@@ -24,6 +24,7 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,14 @@ class RunDir:
             raise refused(path, error) from error
         if not continues:
             write_atomically(path / "recipe.yaml", recipe_yaml)
-        write_atomically(path / "environment.json", json.dumps(_environment(), indent=2) + "\n")
+        started = _started(path) if continues else datetime.now()
+        write_atomically(path / "environment.json", json.dumps(_environment(started), indent=2) + "\n")
         return cls(path, replaced=replaced, lock=lock)
+
+    @property
+    def started(self) -> datetime:
+        """The time at which the run was started first. Chat templates read it."""
+        return _started(self.path)
 
     def stage(self, name: str) -> StageDir:
         """The folder of one stage, created if needed.
@@ -273,10 +280,19 @@ def check_space(path: Path, needed: int) -> None:
         )
 
 
-def _environment() -> dict[str, Any]:
+def _started(path: Path) -> datetime:
+    """The time that the run's folder states; the present for a new run."""
+    try:
+        return datetime.fromisoformat(json.loads((path / "environment.json").read_text())["started"])
+    except (OSError, ValueError, KeyError):
+        return datetime.now()
+
+
+def _environment(started: datetime) -> dict[str, Any]:
     import torch
 
     return {
+        "started": started.isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

@@ -1,0 +1,230 @@
+"""One row becomes a `Prompt`. What it converts or leaves out on the way, it says, so that `opd check` can count it."""
+
+from __future__ import annotations
+
+import json
+import mimetypes
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opd.data.files import ArrowRow
+from opd.errors import DataError, nearest
+from opd.messages import conversation, text_of, text_or_none
+from opd.recipe.schema import DataSection
+from opd.types import Prompt
+
+TEXTS = ("response", "privileged_context", "teacher_id")
+
+
+FOR_TEMPLATE = ("tools", "chat_template_kwargs")
+
+
+# opd's columns. `system` is read only if `columns` maps it; the others also under their own name.
+COLUMNS = ("prompt", "answer", *TEXTS, *FOR_TEMPLATE, "system")
+
+
+PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "messages", "conversations")
+
+
+SYSTEM_LIKE = ("system", "system_prompt")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Converted:
+    """A conversion of the rows of `source`: `count` of `rows` rows do or have `what`."""
+
+    source: str
+    count: int
+    rows: int
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.source}: {self.count} of {self.rows} rows {self.what}"
+
+
+def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSection) -> tuple[Prompt, list[str]]:
+    """(the prompt of a row, what was converted or left out). Raises DataError, beginning with `where`."""
+    source = source_of(row, section)
+    if source["prompt"] not in row:
+        guess = next((name for name in PROMPT_LIKE if name in row), "THE_COLUMN")
+        raise DataError(
+            f"{where} has no column {source['prompt']!r}.{nearest(source['prompt'], map(str, row))} Its columns: "
+            f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
+        )
+    refuse_images(row, where)
+    value, said = _question(row, source)
+    texts = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in TEXTS}
+    system = text_or_none(row.get(source["system"]), f"{where}: `{source['system']}`") if "system" in source else None
+    content = conversation(
+        value,
+        f"{where}: `{source['prompt']}`",
+        chat=section.chat or "system" in source,
+        system=system or section.system,
+    )
+    unread = [name for name in SYSTEM_LIKE if name not in source.values() and _is_text(row.get(name))]
+    said += [f"have a column `{n}` that is not in the prompt: `columns: {{system: {n}}}` puts it there" for n in unread]
+    idle = [source[name] for name in FOR_TEMPLATE if isinstance(content, str) and row.get(source[name])]
+    said += [f"have `{one}`, which only a chat template shows, and a prompt of text: set `chat: true`" for one in idle]
+    for_template, dropped = ({}, False) if isinstance(content, str) else _for_template(row, source, where)
+    said += [NULLS] if dropped else []
+    said += _left_of_completion(row.get(source["response"]))
+    kept = {column for column in source.values() if column not in idle}
+    prompt = Prompt(
+        id=index,
+        content=content,
+        answer=row.get(source["answer"]),
+        response=texts["response"],
+        privileged_context=texts["privileged_context"],
+        teacher_id=texts["teacher_id"],
+        metadata={str(key): one for key, one in row.items() if key not in kept},
+        **for_template,
+    )
+    prompt, of_answer = without_answer(prompt, where, section)
+    return prompt, list(dict.fromkeys([*said, *of_answer]))
+
+
+def _for_template(row: Mapping[str, Any], source: Mapping[str, str], where: str) -> tuple[dict[str, Any], bool]:
+    """(the fields of a Prompt that its chat template reads, whether nulls of Arrow were taken away)."""
+    found: dict[str, Any] = {}
+    dropped = False
+    for name, checked in (("tools", _tools), ("chat_template_kwargs", _variables)):
+        if given := row.get(source[name]):
+            value, lost = _parsed(given, f"{where}: `{source[name]}`", arrow=isinstance(row, ArrowRow))
+            found[name], dropped = checked(value, f"{where}: `{source[name]}`"), dropped or lost
+    return found, dropped
+
+
+def source_of(row: Mapping[str, Any], section: DataSection) -> dict[str, str]:
+    """opd's column -> the row's; without `system`, unless it is mapped."""
+    source = {name: section.columns.get(name, name) for name in COLUMNS if name != "system" or name in section.columns}
+    if "response" not in section.columns and "response" not in row:
+        source["response"] = "completion"
+    return source
+
+
+def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Prompt, list[str]]:
+    """The prompt without the assistant's turn at its end, which goes where `last_assistant` says.
+
+    Raises DataError for a conversation of this turn alone, and for a second response.
+    """
+    if isinstance(prompt.content, str) or not prompt.content or prompt.content[-1]["role"] != "assistant":
+        return prompt, []
+    *rest, last = prompt.content
+    if not rest:
+        raise DataError(
+            f"{where}: the conversation is one message of the assistant, so there is no prompt. Leave the row out."
+        )
+    prompt, text, ends = replace(prompt, content=tuple(rest)), text_of(last["content"]), "end with the assistant's turn"
+    if section.last_assistant == "drop":
+        return prompt, [f"{ends}, which is left out"]
+    if last.get("tool_calls") or not text:
+        what = "calls a tool" if last.get("tool_calls") else "is empty" if text == "" else "has parts that are not text"
+        return prompt, [f"{ends}, which {what}, so it is left out"]
+    also = [f"lose `{key}` of that turn" for key in last if key not in ("role", "content", "name")]
+    if section.last_assistant == "continue":
+        begun = replace(prompt, prefill=prompt.prefill + text)
+        return begun, [f"{ends}, which is the beginning of the answer: the model continues it", *also]
+    if prompt.response not in (None, "", text):
+        raise DataError(
+            f"{where}: the conversation ends with the assistant's turn {text!r:.40}, and the row has the response "
+            f"{prompt.response!r:.40}. Set `last_assistant: continue` if the turn is the beginning of the answer, or "
+            "`last_assistant: drop` to leave it out."
+        )
+    became = "which is their `response` and not in the prompt (`last_assistant: continue` makes it the beginning"
+    return replace(prompt, response=text), [f"{ends}, {became} of the answer)", *also]
+
+
+NULLS = (
+    "lose nulls in tool calls or tools: Arrow gives each object the keys of all. Write a null of your own into "
+    "arguments that are JSON text"
+)
+
+
+def _question(row: Mapping[str, Any], source: Mapping[str, str]) -> tuple[Any, list[str]]:
+    """(the value of the prompt's column, what was done to it): Alpaca's input added, nulls of Arrow taken away."""
+    value, more = row[source["prompt"]], row.get("input")
+    if isinstance(value, str):
+        if source["prompt"] != "instruction" or "input" in source.values() or not _is_text(more):
+            return value, []
+        return f"{value}\n\n{more}", ["have an `input`, which follows the `instruction` after an empty line"]
+    if not isinstance(value, Sequence):
+        return value, []
+    messages: list[Any] = list(value)
+    said = (
+        [SHAREGPT] if any(isinstance(one, Mapping) and "from" in one and "role" not in one for one in messages) else []
+    )
+    if not isinstance(row, ArrowRow):
+        return messages, said
+    bare = [
+        {**one, "tool_calls": without_nulls(one["tool_calls"])}
+        if isinstance(one, Mapping) and one.get("tool_calls")
+        else one
+        for one in messages
+    ]
+    return bare, [*said, *([NULLS] if bare != messages else [])]
+
+
+SHAREGPT = "have ShareGPT's messages, whose `from` and `value` are read as `role` and `content`"
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of its objects, at any depth, that hold None."""
+    if isinstance(value, Mapping):
+        return {key: without_nulls(one) for key, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _parsed(value: Any, where: str, *, arrow: bool) -> tuple[Any, bool]:
+    """(a value given as JSON text or as objects, whether nulls of Arrow were taken away)."""
+    if isinstance(value, str):
+        try:
+            return json.loads(value), False
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where} is not valid JSON: {error}, got {value!r:.80}.") from error
+    bare = without_nulls(value) if arrow else value
+    return bare, bare != value
+
+
+def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+    """Tools as JSON schemas; each may be JSON text. Raises DataError."""
+    tools = [_parsed(one, where, arrow=False)[0] for one in value] if isinstance(value, (list, tuple)) else [value]
+    for tool in tools:
+        if not isinstance(tool, Mapping) or not {"name", "function"} & {*tool}:
+            raise DataError(
+                f"{where} holds {tool!r:.80}. Tools are a list of JSON schemas, each with a `function` or a `name`; "
+                "`transformers.utils.get_json_schema` makes one of a Python function."
+            )
+    return tuple(tools)
+
+
+def _variables(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise DataError(
+            f"{where} is a {type(value).__name__}, got {value!r:.80}. Give an object of the template's names."
+        )
+    return {str(key): one for key, one in value.items()}
+
+
+def refuse_images(row: Mapping[str, Any], where: str) -> None:
+    """Raise DataError for a row with images: opd trains on text alone."""
+    for name in ("images", "image"):
+        value = row.get(name)
+        is_name = isinstance(value, str) and not (mimetypes.guess_type(value)[0] or "").startswith("image/")
+        if value is not None and value != [] and not is_name:
+            raise DataError(
+                f"{where} has {name!r}, and opd trains on text alone: a prompt without its image is another prompt. "
+                "Leave the row out."
+            )
+
+
+def _left_of_completion(completion: Any) -> list[str]:
+    """The keys of TRL's completion message that a response, a text, does not have."""
+    if not isinstance(completion, (list, tuple)):
+        return []
+    keys = [key for one in completion for key, value in one.items() if value is not None]
+    return [f"lose `{key}` of the completion's message" for key in keys if key not in ("role", "content", "name")]
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
