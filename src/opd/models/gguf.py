@@ -10,9 +10,10 @@ import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock
+from filelock import FileLock
 
 from opd.errors import ConfigError
 from opd.files import fsync_path, write_atomically
@@ -45,20 +46,16 @@ def convert_gguf(file: Path) -> Path:
     Raises ConfigError if the file cannot be converted, or changed meanwhile; OSError if the cache cannot be written.
     """
     known = _digest_file(file)
-    if not known.exists():
-        with file.open("rb") as content:
-            digest = hashlib.file_digest(content, "sha256").hexdigest()
-        _check_unchanged(file, known)
-        known.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(known, digest)
+    with _locked(known):
+        if not known.exists():
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            _check_unchanged(file, known)
+            write_atomically(known, digest)
     target = _target(file, known.read_text())
-    if not (target / "config.json").exists():
-        lock = _lock(target.with_name(f"{target.name}.lock"))
-        try:
-            if not (target / "config.json").exists():  # another process may have made it while this one waited
-                _write(file, known, target, exclusive=lock.is_locked)
-        finally:
-            lock.release()
+    with _locked(target) as exclusive:
+        if not (target / "config.json").exists():
+            _write(file, known, target, exclusive)
     for note in json.loads((target / RECORD).read_text())["notes"]:
         warnings.warn(note, stacklevel=2)
     return target
@@ -81,40 +78,48 @@ def _target(file: Path, digest: str) -> Path:
     return cache_dir() / f"{file.stem}-{key}"
 
 
-def _lock(file: Path) -> BaseFileLock:
-    """The lock, acquired, unless the file system has none: then two processes may do the same work."""
-    lock = FileLock(file, fallback_to_soft=False)
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Exclude other processes; False if the file system has no locks: then two may do the same work."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f"{path.name}.lock"), fallback_to_soft=False)
     with contextlib.suppress(OSError, NotImplementedError):
         lock.acquire()
-    return lock
+    try:
+        yield lock.is_locked
+    finally:
+        lock.release()
 
 
-def _write(file: Path, known: Path, target: Path, *, exclusive: bool) -> None:
+def _write(file: Path, known: Path, target: Path, exclusive: bool) -> None:
     """Write the folder under another name, then rename it, so that it is whole whenever it exists."""
     unfinished = f"{target.name}.writing-"
-    if exclusive:
+    if exclusive:  # what is there was left by a process that was killed
         for old in target.parent.glob(f"{glob.escape(unfinished)}*"):
             shutil.rmtree(old)
+    partial = target.with_name(f"{unfinished}{os.getpid()}")
+    try:
+        _convert(file, partial)
+        _check_unchanged(file, known)
+        for path in (*partial.iterdir(), partial):
+            fsync_path(path)
+        partial.rename(target)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not (target / "config.json").exists():  # without a lock, another process may have been first
+            raise
+
+
+def _convert(file: Path, folder: Path) -> None:
     read = read_gguf(file)
     model, notes = load_model(read)
     tokenizer, more = read_tokenizer(read)
-    # Remove the name of the file's origin: nothing can be loaded from it.
-    model.config._name_or_path = str(target)
+    model.config._name_or_path = ""  # nothing can be loaded from the name in the file
     if ends := end_ids(read):
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
-    partial = target.with_name(f"{unfinished}{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / RECORD).write_text(json.dumps({"file": str(file.resolve()), "notes": notes + more}, indent=1))
-    _check_unchanged(file, known)
-    for path in (*partial.iterdir(), partial):
-        fsync_path(path)
-    try:
-        partial.rename(target)
-    except OSError:  # without a lock, another process may have been first
-        shutil.rmtree(partial)
-        if not (target / "config.json").exists():
-            raise
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / RECORD).write_text(json.dumps({"file": str(file.resolve()), "notes": notes + more}, indent=1))
 
 
 def _check_unchanged(file: Path, known: Path) -> None:
