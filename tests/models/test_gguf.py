@@ -1,5 +1,6 @@
 """GGUF files: the weights, the config and the ends of a model come back; the cache follows the content of a file."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -258,6 +259,19 @@ def test_cached_gguf_does_not_read_the_file(tmp_path, monkeypatch):
     assert gguf.cached_gguf(file) == folder == gguf.convert_gguf(file)
     assert preview.tokenizer_of(spec, "student").eos_token == "<eos>"
     assert not read
+
+
+def test_gguf_names_package_before_reading_when_missing(tmp_path, monkeypatch):
+    file, _ = model_file(tmp_path / "model.gguf")
+
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    monkeypatch.setattr("hashlib.file_digest", None)
+    for function in (gguf.convert_gguf, gguf.cached_gguf):
+        with pytest.raises(ConfigError, match=r"model\.gguf is a GGUF file; .*pip install 'opd\[gguf\]'"):
+            function(file)
 
 
 def test_convert_gguf_converts_once_when_called_together(tmp_path, monkeypatch):

@@ -31,10 +31,15 @@ def cache_dir() -> Path:
 
 
 def cached_gguf(file: Path) -> Path | None:
-    """The folder of the conversion of a GGUF file; None if it has not been converted. Does not read the file."""
-    known = _digest_file(file)
-    target = _target(file, known.read_text()) if known.exists() else None
-    return target if target is not None and (target / "config.json").exists() else None
+    """The folder of the conversion of a GGUF file; None if it has not been converted. Does not read the file.
+
+    Raises ConfigError without the package gguf.
+    """
+    versions, known = _versions(file), _digest_file(file)
+    if not known.exists():
+        return None
+    target = _target(file, known.read_text(), versions)
+    return target if (target / "config.json").exists() else None
 
 
 def convert_gguf(file: Path) -> Path:
@@ -43,16 +48,17 @@ def convert_gguf(file: Path) -> Path:
     The folder's name follows from the file's content and from the versions of the converters. Another process that
     converts the same file is waited for; what a killed one left is removed. Warns of what could not be converted.
 
-    Raises ConfigError if the file cannot be converted, or changed meanwhile; OSError if the cache cannot be written.
+    Raises ConfigError if the file cannot be converted, or changed meanwhile, or the package gguf is missing; OSError or
+    RunError if the cache cannot be written.
     """
-    known = _digest_file(file)
+    versions, known = _versions(file), _digest_file(file)
     with _locked(known):
         if not known.exists():
             with file.open("rb") as content:
                 digest = hashlib.file_digest(content, "sha256").hexdigest()
             _check_unchanged(file, known)
             write_atomically(known, digest)
-    target = _target(file, known.read_text())
+    target = _target(file, known.read_text(), versions)
     with _locked(target) as exclusive:
         if not (target / "config.json").exists():
             _write(file, known, target, exclusive)
@@ -68,14 +74,18 @@ def _digest_file(file: Path) -> Path:
     return cache_dir() / "gguf-digests" / hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _target(file: Path, digest: str) -> Path:
-    """The folder of a conversion, by content and converters. Raises ConfigError without the package gguf."""
-    try:
-        versions = [importlib.metadata.version(name) for name in ("transformers", "gguf")]
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ConfigError(f"{file.name} is a GGUF file; reading it needs `pip install 'opd[gguf]'`.") from error
+def _target(file: Path, digest: str, versions: list[str]) -> Path:
+    """The folder of a conversion, by content and converters."""
     key = hashlib.sha256(json.dumps([digest, CONVERTER, *versions]).encode()).hexdigest()[:16]
     return cache_dir() / f"{file.stem}-{key}"
+
+
+def _versions(file: Path) -> list[str]:
+    """The versions of the libraries that convert. Raises ConfigError without the package gguf."""
+    try:
+        return [importlib.metadata.version(name) for name in ("transformers", "gguf")]
+    except importlib.metadata.PackageNotFoundError as error:
+        raise ConfigError(f"{file.name} is a GGUF file; reading it needs `pip install 'opd[gguf]'`.") from error
 
 
 @contextlib.contextmanager

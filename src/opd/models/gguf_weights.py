@@ -32,7 +32,7 @@ ROPE_FACTORS = "rope_freqs.weight"  # one divisor for each frequency
 def load_model(file: GGUFFile) -> tuple[Any, list[str]]:
     """The model, and notes on what the file states and the model does not have. Raises ConfigError."""
     from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.integrations import GGUF_CONFIG_MAPPING
+    from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
     architecture = str(file.get("general.architecture"))
     if architecture in DIRECT and architecture in GGUF_CONFIG_MAPPING:
