@@ -197,6 +197,8 @@ def test_convert_gguf_keeps_scaling_of_positions(tmp_path, architecture, stated,
     ("add", "message"),
     [
         ({"llama.rope.scaling.type": "longrope"}, "in the way 'longrope'"),
+        ({"llama.rope.dimension_count": 4}, "turns 4 of the 8 dimensions"),
+        ({"rope_factors_long.weight": np.ones(4, np.float32)}, "in the way 'longrope'"),
         ({"rope_freqs.weight": np.array([1, 2, 3, 4], np.float32)}, "not those of Llama"),
     ],
 )

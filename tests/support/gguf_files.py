@@ -113,7 +113,7 @@ def parts_of_model(
         f"{architecture}.attention.head_count_kv": config.num_key_value_heads,
         f"{architecture}.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
         f"{architecture}.rope.freq_base": 10000.0,
-        f"{architecture}.rope.dimension_count": 8,
+        f"{architecture}.rope.dimension_count": head.get("head_dim", 8),
         **vocabulary,
     }
     if head:

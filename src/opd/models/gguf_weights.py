@@ -66,6 +66,13 @@ def _fields(file: GGUFFile, architecture: str, table: Any) -> tuple[dict[str, An
     fields["tie_word_embeddings"] = "output.weight" not in file.tensors
     fields.setdefault("vocab_size", len(file.get("tokenizer.ggml.tokens") or ()))
     fields.pop("_model_name_or_path", None)
+    turned = file.get(f"{architecture}.rope.dimension_count")
+    head = fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"]
+    if turned not in (None, head):
+        raise ConfigError(
+            f"{file.path} turns {turned} of the {head} dimensions of a head by position (rope.dimension_count), and "
+            f"transformers' {architecture} turns all of them. Use the model's Hugging Face folder."
+        )
     known = {*keys, *(f"{architecture}.{key}" for key in WITHOUT_EFFECT)}
     unused = [
         key
@@ -88,7 +95,7 @@ def _weights(file: GGUFFile, architecture: str, model: Any) -> dict[str, torch.T
     shapes = {name: value.shape for name, value in model.state_dict().items() if name not in tied}
     stored = {_stored_name(names, name): name for name in shapes}
     missing = sorted(name for name in stored if name not in file.tensors)
-    extra = sorted(name for name in file.tensors if name not in stored and not name.startswith("rope_f"))
+    extra = sorted(name for name in file.tensors if name not in stored and name != ROPE_FACTORS)
     if missing or extra:
         what = [f"has no {', '.join(missing[:4])}"] * bool(missing) + [f"has {', '.join(extra[:4])}"] * bool(extra)
         raise ConfigError(
@@ -132,6 +139,8 @@ def rope_scaling(file: GGUFFile, architecture: str) -> dict[str, Any] | None:
     if ROPE_FACTORS in file.tensors:
         return _llama3(file, architecture, file.tensor(ROPE_FACTORS))
     kind, factor = get("type"), get("factor")
+    if any(name.startswith("rope_factors_") for name in file.tensors):  # Phi-3's, whose file states no type
+        kind = "longrope"
     original = get("original_context_length")
     if kind in (None, "none"):
         return None
