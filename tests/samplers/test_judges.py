@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.judges import SECRET, Said, Server, completion, serving
 from support.models import byte_tokenizer, tiny
 
@@ -263,6 +264,19 @@ def test_local_judge_depends_on_question_alone():
     assert any(again[i].text != alone[i].text for i in alone)
     assert one(judge, replace(questions[1], number=1)).text != alone[1].text
     assert all(reply.cut == (len(str(reply.text).encode()) >= 8) for reply in alone.values() if reply.cut)
+
+
+def test_judge_of_tells_weights_of_one_path_apart(tmp_path: Path):
+    def key(seed: int, nudged: bool = False) -> str:
+        lm = tiny(tokenizer=byte_tokenizer(), name="judge", seed=seed)
+        if nudged:
+            with torch.no_grad():
+                next(lm.model.parameters()).mul_(1.001)
+        judge = judge_of(JudgeSection(lm="judge"), {"judge": lm}, {"judge": {"path": "./judge"}})
+        return CachedJudge(judge=judge, cache=AnswerCache(tmp_path), retries=0).key(question("a"))
+
+    assert key(1) == key(1)
+    assert len({key(1), key(2), key(1, nudged=True)}) == 3
 
 
 def test_local_judge_fails_only_too_long_question():

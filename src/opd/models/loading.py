@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from pathlib import Path
 from typing import Any
@@ -76,9 +77,11 @@ def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str
 
 def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | None = None) -> Any:
     """The tokenizer of a folder or hub id. Raises ConfigError."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
+        if _is_whole(path):
+            return PreTrainedTokenizerFast.from_pretrained(path)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError) as error:
         taken = "a folder" if isinstance(path, Path) else "not a local folder and so used as a hub id"
@@ -87,6 +90,18 @@ def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | No
             f"{where or f'models.{name}.path'}: no tokenizer could be loaded from {path}, which is {taken}."
             f"{near} {error}"
         ) from error
+
+
+def _is_whole(path: Path | str) -> bool:
+    """Whether the tokenizer of a folder is all in its tokenizer.json.
+
+    For some kinds of model, such as qwen2 and phi3, AutoTokenizer of transformers 5.23 makes such a tokenizer into the
+    class of that kind, which cuts text in its own way.
+    """
+    config = Path(path) / "tokenizer_config.json"
+    if not (isinstance(path, Path) and config.exists() and (path / "tokenizer.json").exists()):
+        return False
+    return json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend"
 
 
 def resolve(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:

@@ -57,6 +57,5 @@ def _folder(spec: ModelSpec, name: str) -> Path | str | None:
 
     path = resolved_path(spec, name)
     if isinstance(path, Path) and path.suffix == ".gguf":
-        path = cached_gguf(path)
-        return path if (path / "config.json").exists() else None
+        return cached_gguf(path)
     return path

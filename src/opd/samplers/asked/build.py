@@ -14,7 +14,7 @@ from opd.models.server import fits_header, proxy_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.endpoint import Endpoint
-from opd.samplers.asked.local import LocalJudge
+from opd.samplers.asked.local import LocalJudge, weights_digest
 from opd.samplers.asked.program import Program
 from opd.samplers.asked.protocol import Judge
 
@@ -46,7 +46,9 @@ def judge_of(
                 f"`reward` of its recipe names{': now ' + ', '.join(models) if models else ''}. Name it there, e.g. "
                 f"reward: {{name: ..., judge: {{lm: {section.lm}}}}}."
             )
-        return LocalJudge(lm=models[section.lm], origin=origins[section.lm], max_tokens=section.max_tokens)
+        lm = models[section.lm]
+        origin = {**origins[section.lm], "weights": weights_digest(lm)}
+        return LocalJudge(lm=lm, origin=origin, max_tokens=section.max_tokens)
     assert section.function is not None, "sections without url, lm or function are refused earlier"
     return Program(function=import_function(section.function), name=section.function, options=section.options)
 

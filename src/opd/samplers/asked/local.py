@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.samplers.asked.protocol import Question, Reply
@@ -20,12 +22,12 @@ class LocalJudge:
     """An untrained model as a judge. The random numbers of an answer are a function of its question."""
 
     lm: LanguageModel
-    origin: Mapping[str, Any]  # the model's section of the recipe
+    origin: Mapping[str, Any]  # the model's section of the recipe, and what else tells it from other models
     max_tokens: int
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The model's name and section, and the longest answer."""
+        """The model's name and origin, and the longest answer."""
         return {"lm": self.lm.name, "origin": dict(self.origin), "max_tokens": self.max_tokens}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
@@ -55,6 +57,16 @@ class LocalJudge:
             prompts = [Prompt(id=number_of(questions[i]), content=questions[i].content) for i in rows]
             for i, written in zip(rows, sampler(prompts, seed=(0, 0)), strict=True):
                 yield i, Reply(text=written.text, cut=not written.finished)
+
+
+def weights_digest(lm: LanguageModel, places: int = 64) -> str:
+    """A hash of the values at some places of each parameter: a path may later lead to other weights."""
+    digest = hashlib.sha256()
+    for name, parameter in lm.model.named_parameters():
+        values = parameter.detach().flatten()
+        at = torch.linspace(0, len(values) - 1, min(places, len(values)), device=values.device).long()
+        digest.update(f"{name}{tuple(parameter.shape)}".encode() + values[at].float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def number_of(question: Question) -> int:
