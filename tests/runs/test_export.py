@@ -6,7 +6,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from opd.recipe.load import load_recipe
-from opd.runs.export import write_card
+from opd.runs.card import write_card
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "recipes" / "opd.yaml")
 STAGE = RECIPE.stages[-1]

@@ -1,77 +1,112 @@
-"""Export of a trained model, with a model card: its origin and its held-out numbers."""
+"""Export of a trained model: tried before the training, written and compared with the trained model after it."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 
-from opd.models import saving
+from opd.errors import OPDError, RunError
+from opd.files import refused
+from opd.models import saving, verifying
 from opd.models.language_model import LanguageModel
+from opd.models.render import render
 from opd.parallel import whole_tensor
-from opd.recipe.schema import Recipe, StageSpec
+from opd.recipe.schema import Recipe
 from opd.runs.build import model_for
+from opd.runs.card import write_card
 from opd.runs.prepare import Given
+from opd.runs.saves import Saves, saves_of
 from opd.stage.folder import RunDir
 from opd.stage.stage import Stage
 
+TOKENS = 8  # of a prompt, and as many from the whole vocabulary, on which the saved model is compared
 
-def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Write README.md with the stage's settings and its held-out numbers."""
-    measured = [row for row in metrics if any(key.startswith("eval/") for key in row)]
-    metadata = ModelCardData(library_name="transformers", tags=["on-policy-distillation", "opd"])
-    lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        "",
-        f"# {recipe.name}: {spec.name}",
-        "",
-        f"Trained by `opd` with the method `{spec.method}`, {spec.steps} steps, seed {recipe.seed}.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        "```",
-        "",
-    ]
-    if measured:
-        names = sorted({key for row in measured for key in row if key.startswith("eval/")})
-        lines += ["| held out | " + " | ".join(f"step {row['step']}" for row in measured) + " |"]
-        lines += ["|---" * (len(measured) + 1) + "|"]
-        for name in names:
-            cells = (f"{row[name]:.4g}" if name in row else "" for row in measured)
-            lines.append(f"| {name.removeprefix('eval/')} | " + " | ".join(cells) + " |")
-        lines.append("")
-    settings = {
-        "models": {n: m.model_dump(exclude_defaults=True) for n, m in recipe.models.items()},
-        "stage": spec.model_dump(mode="json", exclude_defaults=True),
-    }
-    lines += ["```yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
-    ModelCard("\n".join(lines)).save(folder / "README.md")
+
+def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> None:
+    """Write and remove every file of the export but the weights, before a training whose end they would spoil.
+
+    Raises ConfigError for a model that cannot be saved, RunError for a place that cannot be written to.
+    """
+    if not stage.world.main:
+        return
+    saves = saves_of(recipe, stage.spec, given.models, directory)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        saving.try_to_describe(stage.student, folder, base=saves.base)
+        write_card(folder, recipe, stage.spec, [])
+
+    for target in _targets(stage, saves):
+        if target.exists() and not (target.is_dir() and os.access(target, os.W_OK | os.X_OK)):
+            raise RunError(
+                f"{target} is where the trained model will be saved, and it is not a folder that can be replaced. Move "
+                "it, or use another output_dir=..."
+            )
+        shutil.rmtree(_written(target, write))
 
 
 def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:
-    """Write the stage's model in Hugging Face format with a card, then mark the stage as done."""
+    """Write the stage's model with a card, compare it with the trained one, then mark the stage as done.
+
+    Raises TrainingError if the saved model is another one than the trained.
+    """
     student = whole_student(recipe, stage, given, directory)
     if student is None:
         return
-    target = stage.folder.model
+    saves = saves_of(recipe, stage.spec, given.models, directory)
+    metrics = stage.folder.read_metrics()
+    summary = {"seconds": seconds}
+
+    def merged(folder: Path) -> None:
+        saving.save(student, folder, saves.dtype)
+        write_card(folder, recipe, stage.spec, metrics)
+        summary["saved_kl"] = verifying.check_saved(student, folder, _probe(stage, student))
+
+    def adapter(folder: Path) -> None:
+        assert saves.base is not None
+        saving.save_adapter(student, folder, saves.base)
+        write_card(folder, recipe, stage.spec, metrics, "adapter")
+        verifying.check_saved_adapter(student, folder)
+
+    for target in _targets(stage, saves):
+        partial = _written(target, merged if target == stage.folder.model else adapter)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    stage.folder.mark_done(summary)
+
+
+def _targets(stage: Stage, saves: Saves) -> list[Path]:
+    return [stage.folder.model] * saves.merged + [stage.folder.adapter] * saves.adapter
+
+
+def _written(target: Path, write: Callable[[Path], None]) -> Path:
+    """A hidden folder beside `target` that `write` filled. It stays after an error: it may have the only weights.
+
+    Raises RunError if it cannot be written.
+    """
     partial = target.with_name(f".writing-{target.name}")
-    if partial.exists():
-        shutil.rmtree(partial)
-    saving.save(student, partial)
-    write_card(partial, recipe, stage.spec, stage.folder.read_metrics())
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    stage.folder.mark_done({"seconds": seconds})
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        write(partial)
+    except OPDError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise refused(partial, error if isinstance(error, OSError) else OSError(str(error))) from error
+    return partial
+
+
+def _probe(stage: Stage, student: LanguageModel) -> list[int]:
+    """The end of the stage's first prompt, then tokens from the whole vocabulary."""
+    prompt = stage.order.prompts[0][0]
+    ids = list(render(prompt, student.tokenizer, student.template_options))[-TOKENS:]
+    return ids + [i * student.vocabulary // TOKENS for i in range(TOKENS)]
 
 
 def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:

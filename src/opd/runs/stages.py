@@ -15,7 +15,7 @@ from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
-from opd.runs.export import finish
+from opd.runs.export import finish, rehearse
 from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import stopped_after
@@ -73,6 +73,7 @@ def run_recipe(
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
             stage = build(session, spec, prepared[spec.name])
             student = stage.student if world.size == 1 else None  # a sharded one is not whole
+            rehearse(recipe, stage, given, directory)
             outcome = train(stage)
             check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory)
