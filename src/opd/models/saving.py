@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from opd.errors import ConfigError, RunError
@@ -48,6 +49,13 @@ def save_adapter(lm: LanguageModel, folder: Path, base: str) -> None:
     if failed := _tried({"the tokenizer": lambda: lm.tokenizer.save_pretrained(folder)}):
         raise RunError(f"{folder} has the adapter, and could not be completed: {'; '.join(failed)}.")
     follow_umask(folder)
+
+
+def load_adapter(lm: LanguageModel, folder: Path) -> None:
+    """Give the model's adapter the weights that `save_adapter` wrote."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(lm.model, load_file(folder / "adapter_model.safetensors"))  # type: ignore[arg-type]
 
 
 def try_to_describe(lm: LanguageModel, folder: Path, *, base: str | None = None) -> None:

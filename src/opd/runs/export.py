@@ -14,6 +14,7 @@ from opd.errors import OPDError, RunError
 from opd.files import refused
 from opd.models import saving, verifying
 from opd.models.language_model import LanguageModel
+from opd.models.loading import load_model
 from opd.models.render import render
 from opd.parallel import whole_tensor
 from opd.recipe.schema import Recipe
@@ -107,6 +108,17 @@ def _probe(stage: Stage, student: LanguageModel) -> list[int]:
     prompt = stage.order.prompts[0][0]
     ids = list(render(prompt, student.tokenizer, student.template_options))[-TOKENS:]
     return ids + [i * student.vocabulary // TOKENS for i in range(TOKENS)]
+
+
+def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> LanguageModel:
+    """The last stage's model, loaded from the finished run: merged, or its base model with the adapter."""
+    spec = recipe.stages[-1]
+    folder = directory.stage(spec.name)
+    if folder.model.exists():
+        return load_model(recipe.models[spec.train], name=spec.train, folder=folder.model)
+    student = model_for(recipe, spec, spec.train, given, directory)
+    saving.load_adapter(student, folder.adapter)
+    return student
 
 
 def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:

@@ -9,13 +9,12 @@ from typing import Any
 
 from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel
-from opd.models.loading import load_model
 from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
-from opd.runs.export import finish, rehearse
+from opd.runs.export import finish, finished_student, rehearse
 from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import stopped_after
@@ -82,7 +81,7 @@ def run_recipe(
                 raise stopped_after(spec.name, spec.steps, spec.steps)
     last = recipe.stages[-1]
     if student is None:
-        student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)
+        student = finished_student(recipe, given, directory)
     return Run(
         folder=directory.path,
         recipe=recipe,
