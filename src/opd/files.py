@@ -7,7 +7,6 @@ import json
 import math
 import os
 import stat
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,10 +136,10 @@ def write_atomically(file: Path, content: str | bytes | Callable[[Path], None]) 
 
 def follow_umask(folder: Path) -> None:
     """Give the files of a folder the mode of a new file. safetensors writes for the owner alone."""
-    with tempfile.TemporaryDirectory(dir=folder) as new:
-        usual = Path(new) / "file"
-        usual.touch()
-        mode = stat.S_IMODE(usual.stat().st_mode)
+    new = folder / ".mode"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
     for file in folder.iterdir():
         if file.is_file() and stat.S_IMODE(file.stat().st_mode) != mode:
             file.chmod(mode)

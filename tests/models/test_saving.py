@@ -1,4 +1,4 @@
-"""What is saved is what was trained: weights, config, tokenizer, adapter; and a saved model that is another is refused."""
+"""What is saved is what was trained: weights, config, tokenizer, adapter. A saved model that differs is refused."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def config_in(folder: Path, name: str = "config") -> dict[str, Any]:
     return json.loads((folder / f"{name}.json").read_text())
 
 
-# --- tied embeddings ---------------------------------------------------------------------------------------------------
+# --- tied embeddings -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("module", ["embed_tokens", "lm_head"])
@@ -85,7 +85,7 @@ def test_add_lora_adapts_embeddings_that_are_not_tied(tmp_path: Path):
     torch.testing.assert_close(log_probs(loaded(tmp_path / "saved")), log_probs(lm.model), atol=1e-4, rtol=0)
 
 
-# --- the share that is adapted -----------------------------------------------------------------------------------------
+# --- the share that is adapted ---------------------------------------------------------------------------------------
 
 
 def test_coverage_names_experts_that_lora_leaves_out():
@@ -111,7 +111,7 @@ def test_coverage_counts_experts_and_router_of_qwen3_moe():
     assert line == "LoRA adapts 14 of 14 weight matrices, 100.0% of their parameters (without embeddings)"
 
 
-# --- the comparison ----------------------------------------------------------------------------------------------------
+# --- the comparison --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("lora", [{}, {"rank": 2}], ids=["full", "lora"])
@@ -167,7 +167,7 @@ def test_check_saved_refuses_nan(tmp_path: Path):
         verifying.check_saved(lm, tmp_path, IDS)
 
 
-# --- the dtype of the file ---------------------------------------------------------------------------------------------
+# --- the dtype of the file -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_tied"])
@@ -184,7 +184,7 @@ def test_save_rounds_to_dtype(family: str, lora: dict[str, Any], tmp_path: Path)
     assert 0 < verifying.check_saved(lm, tmp_path / "half", IDS) < 0.05
 
 
-# --- config, generation config, tokenizer ------------------------------------------------------------------------------
+# --- config, generation config, tokenizer ----------------------------------------------------------------------------
 
 
 def test_save_restores_dropout_and_jitter_of_origin(tmp_path: Path):
@@ -260,7 +260,7 @@ def test_save_follows_umask(mask: int, tmp_path: Path):
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o666 & ~mask}
 
 
-# --- the adapter -------------------------------------------------------------------------------------------------------
+# --- the adapter -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [lambda: build("llama"), lambda: moe("qwen3_moe")], ids=["llama", "qwen3_moe"])

@@ -14,8 +14,8 @@ from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.saving import merged_state
 
-# The largest mean divergence, in nats per token, that rounding explains: of float32 the order of sums, and TF32 on a GPU;
-# of two-byte weights and activations relative errors of 2^-9, which grow with depth.
+# The largest mean divergence, in nats per token, that rounding explains: of float32 the order of sums, and TF32 on a
+# GPU; of two-byte weights and activations relative errors of 2^-9, which grow with depth.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 
 
@@ -62,7 +62,7 @@ def check_saved_adapter(lm: LanguageModel, folder: Path) -> None:
 
     state: dict[str, Tensor] = get_peft_model_state_dict(lm.model, save_embedding_layers=False)  # type: ignore[arg-type]
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        same = set(file.keys()) == set(state) and all(  # noqa: SIM118
+        same = set(file.keys()) == set(state) and all(
             torch.equal(file.get_tensor(name), tensor.detach().cpu()) for name, tensor in state.items()
         )
     if not same:

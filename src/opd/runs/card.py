@@ -10,9 +10,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from opd.errors import ConfigError
-from opd.models.paths import resolved_path
-from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.recipe.schema import Recipe, StageSpec
 from opd.runs.saves import hub_id
 
 LICENSE = ("license", "license_name", "license_link")
@@ -32,12 +30,13 @@ def write_card(
     spec: StageSpec,
     metrics: Sequence[Mapping[str, Any]],
     kind: Literal["merged", "adapter"] = "merged",
+    origin: Path | str | None = None,
 ) -> None:
-    """Write README.md with the stage's settings and its held-out numbers."""
+    """Write README.md with the stage's settings and its held-out numbers. `origin`: folder or hub id of the weights."""
     measured = [row for row in metrics if any(key.startswith("eval/") for key in row)]
     lines = [
         "---",
-        metadata_of(recipe, spec, kind).to_yaml(),
+        metadata_of(recipe, spec, kind, origin).to_yaml(),
         "---",
         "",
         f"# {recipe.name}: {spec.name}",
@@ -65,13 +64,19 @@ def write_card(
     ModelCard("\n".join(lines)).save(folder / "README.md")
 
 
-def metadata_of(recipe: Recipe, spec: StageSpec, kind: Literal["merged", "adapter"]) -> ModelCardData:
-    """What the hub reads: the base model and its license, as far as they are known; data sets of the hub; tags."""
-    base, card = _origin(recipe, spec)
+def metadata_of(
+    recipe: Recipe, spec: StageSpec, kind: Literal["merged", "adapter"], origin: Path | str | None
+) -> ModelCardData:
+    """What the hub reads: the base model and its license, as far as they are known; data sets of the hub; tags.
+
+    A local folder without a hub id passes on the base model that its own card names.
+    """
+    name = None if origin is None else hub_id(str(origin.absolute() if isinstance(origin, Path) else origin))
+    card = {} if origin is None else _card_of(origin if isinstance(origin, Path) else name)
     sections = [task.data.path for task in spec.by_task.values()]
     adapter = recipe.models[spec.train].lora is not None
     return ModelCardData(
-        base_model=base,
+        base_model=name or card.get("base_model"),
         library_name="peft" if kind == "adapter" else "transformers",
         datasets=sorted({path for path in sections if hub_id(path)}) or None,
         tags=["on-policy-distillation", "opd", *(["lora"] if adapter else [])],
@@ -79,26 +84,10 @@ def metadata_of(recipe: Recipe, spec: StageSpec, kind: Literal["merged", "adapte
     )
 
 
-def _origin(recipe: Recipe, spec: StageSpec) -> tuple[str | None, Mapping[str, Any]]:
-    """The hub id of the model's origin, or None, and the metadata of its card.
-
-    A local folder without a hub id passes on the base model that its own card names.
-    """
-    origin = origin_of(recipe, spec.train)
-    if origin.path is None:
-        return None, {}
-    try:
-        path = resolved_path(origin, spec.train)
-    except ConfigError:  # "(a LlamaForCausalLM given in Python)"
-        return None, {}
-    card = _card_of(path)
-    if isinstance(path, Path):
-        return hub_id(str(path.absolute())) or card.get("base_model"), card
-    return path, card
-
-
-def _card_of(path: Path | str) -> Mapping[str, Any]:
+def _card_of(path: Path | str | None) -> Mapping[str, Any]:
     """The metadata of a model's README.md; empty without one. From the hub's cache if there is no network."""
+    if path is None:
+        return {}
     try:
         file = path / "README.md" if isinstance(path, Path) else Path(hf_hub_download(path, "README.md"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):

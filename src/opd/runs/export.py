@@ -40,7 +40,7 @@ def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> N
     def write(folder: Path) -> None:
         folder.mkdir()
         saving.try_to_describe(stage.student, folder, base=saves.base)
-        write_card(folder, recipe, stage.spec, [])
+        write_card(folder, recipe, stage.spec, [], origin=saves.origin)
 
     for target in _targets(stage, saves):
         if target.exists() and not (target.is_dir() and os.access(target, os.W_OK | os.X_OK)):
@@ -65,13 +65,13 @@ def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory
 
     def merged(folder: Path) -> None:
         saving.save(student, folder, saves.dtype)
-        write_card(folder, recipe, stage.spec, metrics)
+        write_card(folder, recipe, stage.spec, metrics, origin=saves.origin)
         summary["saved_kl"] = verifying.check_saved(student, folder, _probe(stage, student))
 
     def adapter(folder: Path) -> None:
         assert saves.base is not None
         saving.save_adapter(student, folder, saves.base)
-        write_card(folder, recipe, stage.spec, metrics, "adapter")
+        write_card(folder, recipe, stage.spec, metrics, "adapter", saves.origin)
         verifying.check_saved_adapter(student, folder)
 
     for target in _targets(stage, saves):

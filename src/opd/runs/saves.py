@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
+from opd.models.paths import resolved_path
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 
 if TYPE_CHECKING:
@@ -22,12 +23,11 @@ SAVED_DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Saves:
-    """`dtype` None: the trained model's. `base`: folder or hub id that the adapter belongs to; None without `adapter`."""
-
     merged: bool
     adapter: bool
-    dtype: torch.dtype | None
-    base: str | None
+    dtype: torch.dtype | None  # None: the trained model's
+    base: str | None  # folder or hub id that the adapter belongs to; None without `adapter`
+    origin: Path | str | None  # folder or hub id of the weights that all training began with; None for random ones
 
 
 def saves_of(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], directory: RunDir) -> Saves:
@@ -38,6 +38,7 @@ def saves_of(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]
         adapter=adapter,
         dtype=_dtype(recipe, spec, given),
         base=_base(recipe, spec, given, directory) if adapter else None,
+        origin=_origin(recipe, spec, given),
     )
 
 
@@ -49,7 +50,7 @@ def read_later(recipe: Recipe, spec: StageSpec) -> bool:
 
 
 def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> list[str]:
-    """Refuse an adapter that does not exist or has no base model to be loaded onto. Returns lines. Raises ConfigError."""
+    """Refuse an adapter that does not exist, or whose base model is in no folder. Returns lines. Raises ConfigError."""
     if spec.save == "merged":
         return []
     model = recipe.models[spec.train]
@@ -92,6 +93,14 @@ def _base(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], d
     if (config := _adapter_config(model)) is not None:
         return _absolute(config["base_model_name_or_path"])
     return _absolute(resolve(model, spec.train))
+
+
+def _origin(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> Path | str | None:
+    if spec.train in given:
+        path = _name_or_path(given[spec.train])
+        return Path(path) if Path(path).is_dir() and path else path or None
+    origin = origin_of(recipe, spec.train)
+    return None if origin.path is None else resolved_path(origin, spec.train)
 
 
 def _dtype(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> torch.dtype | None:

@@ -79,7 +79,6 @@ def run_recipe(
             world.wait()
             if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
-    last = recipe.stages[-1]
     if student is None:
         student = finished_student(recipe, given, directory)
     return Run(
