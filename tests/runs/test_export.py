@@ -18,7 +18,7 @@ from opd.errors import ConfigError, RunError, TrainingError
 from opd.models import saving
 from opd.models.loading import load_model
 from opd.recipe.load import load_recipe
-from opd.recipe.schema import ModelSpec, Recipe
+from opd.recipe.schema import Lora, ModelSpec, Recipe
 from opd.runs.card import metadata_of, write_card
 from opd.runs.stages import run_recipe
 
@@ -287,6 +287,27 @@ def test_metadata_of_has_base_model_and_license_of_origin(work: Path):
         "tags": ["on-policy-distillation", "opd", "lora"],
     }
     assert metadata_of(made, made.stages[0], "adapter", snapshot).to_dict() == expected
+
+
+def test_distill_card_names_origin_of_model_object(work: Path):
+    snapshot = work / "hub/models--some-owner--A-Model/snapshots/0123abc"
+    saving.save(load_model(ModelSpec(**tiny_model(2)), name="base"), snapshot)
+    student = load_model(ModelSpec(path=str(snapshot), lora=Lora(rank=2)), name="student")
+    teacher = load_model(ModelSpec(**tiny_model(1)), name="teacher")
+    run = opd.distill(
+        student=student.model,
+        teacher=teacher.model,
+        tokenizer=student.tokenizer,
+        prompts=["1+1="],
+        steps=1,
+        prompts_per_step=1,
+        save="both",
+        quiet=True,
+    )
+    for kind in ("model", "adapter"):
+        assert ModelCard.load(run.folder / "distill" / kind / "README.md").data.base_model == "some-owner/A-Model"
+    described = json.loads((run.folder / "distill/adapter/adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(snapshot)
 
 
 def test_metadata_of_passes_on_base_model_of_local_folder():
