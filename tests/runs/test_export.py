@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import stat
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from support.runs import forbid, one_stage, prepare, tiny_model
+from support.runs import Forks, Strike, assert_same, forbid, one_stage, prepare, tiny_model
 
 import opd
 from opd.errors import ConfigError, RunError, TrainingError
@@ -226,6 +228,49 @@ def test_run_notes_share_that_lora_adapts(capsys: pytest.CaptureFixture[str]):
 
     run_recipe(recipe(student={"path": "base", "lora": {**LORA, "target_modules": ["q_proj"]}}), progress=Progress())
     assert "distil: student: LoRA adapts 1 of 7 weight matrices" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("rate", "noted"), [(1e-5, True), (0.05, False)])
+def test_run_notes_updates_that_rounding_undoes(rate: float, noted: bool, capsys: pytest.CaptureFixture[str]):
+    """In bfloat16 two steps of 1e-5 change few of the weights, whose size is 0.02."""
+    from opd.stage.progress import Progress
+
+    made = recipe({"optimizer": {"learning_rate": rate}}, student={"path": "base"})
+    run_recipe(made, progress=Progress())
+    assert ("distil: the saved model is rounded to bfloat16 and differs" in capsys.readouterr().out) == noted
+
+
+def test_finish_gives_equal_folders_when_killed(tmp_path: Path, forks: Forks):
+    described = one_stage(save="both", **FAST)
+    described["models"]["student"] = {"path": "base", "lora": LORA}
+    whole, killed = (prepare(tmp_path / name, described) for name in ("whole", "killed"))
+    for folder in (whole, killed):
+        shutil.copytree("base", folder / "base")
+    assert forks.start(whole, "train", "recipe.yaml").code == 0
+    strike = Strike(call="opd.runs.export.saving.save_adapter", when="after")
+    assert forks.start(killed, "train", "recipe.yaml", strike=strike).code == -signal.SIGKILL
+    assert not (killed / "run/distil/done.json").exists()
+    assert forks.start(killed, "train", "recipe.yaml").code == 0
+    for folder in (whole, killed):  # the one file with an absolute path
+        file = folder / "run/distil/adapter/adapter_config.json"
+        assert str(folder / "base") in file.read_text()
+        file.write_text(file.read_text().replace(str(folder), ""))
+    assert_same(killed / "run", whole / "run")
+
+
+def test_finish_saves_adapter_when_processes_are_two(tmp_path: Path, forks: Forks):
+    described = one_stage(save="both", **FAST)
+    described["models"]["student"] = {"path": "base", "lora": LORA}
+    folder = prepare(tmp_path / "pair", described)
+    shutil.copytree("base", folder / "base")
+    ended = forks.start(folder, "train", "recipe.yaml", processes=2)
+    assert ended.code == 0, ended.err
+    adapter, whole = (
+        logits(with_adapter(str(folder / "run/distil/adapter"))),
+        logits(merged(str(folder / "run/distil/model"))),
+    )
+    torch.testing.assert_close(adapter, whole, atol=0.02, rtol=0)
+    assert float((adapter - logits(merged("base"))).abs().max()) > 0.02, "the training mattered"
 
 
 def test_run_files_follow_umask():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from opd.errors import ConfigError
+from opd.files import follow_umask
 
 
 def cache_dir() -> Path:
@@ -54,6 +55,7 @@ def convert_gguf(file: Path) -> Path:
     partial = target.with_name(f"{target.name}.writing-{os.getpid()}")
     clean.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    follow_umask(partial)  # a cache may have several users
     if target.exists():
         shutil.rmtree(partial)
     else:

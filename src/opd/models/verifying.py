@@ -27,7 +27,8 @@ def check_saved(lm: LanguageModel, folder: Path, ids: Sequence[int]) -> float:
     model computes what the model with adapters computes; the loaded model computes what the trained one computes.
 
     The saved model is loaded on the CPU in the dtype of its file, so its weights are pages of the file that the system
-    can drop again: beside the merged copy that saving needs, no further copy has to fit into memory.
+    can drop again: beside the merged copy that saving needs, no further copy has to fit into memory. (Experts that a
+    file holds one by one are put together, which makes a copy of them.)
 
     Raises TrainingError if a comparison fails.
     """
@@ -37,11 +38,11 @@ def check_saved(lm: LanguageModel, folder: Path, ids: Sequence[int]) -> float:
     plain: Any = merged_state(lm)
     problems = [f"{folder} has no weight {name}" for name in sorted(found["missing_keys"])]
     problems += _unequal(plain.state_dict(), saved)
-    trained = _log_probs(lm.model, ids)
-    divergence = _divergence(trained, _log_probs(saved, ids))
-    merged = _divergence(trained, _log_probs(plain, ids)) if lm.adapters else 0.0
+    trained = log_probs(lm.model, ids)
+    saved_kl = divergence(trained, log_probs(saved, ids))
+    merged = divergence(trained, log_probs(plain, ids)) if lm.adapters else 0.0
     exact, rounded = (ROUNDING.get(model.dtype, ROUNDING[torch.bfloat16]) for model in (plain, saved))
-    for what, nats, allowed in (("merged", merged, exact), ("saved", divergence, max(exact, rounded))):
+    for what, nats, allowed in (("merged", merged, exact), ("saved", saved_kl, max(exact, rounded))):
         if not nats <= allowed:
             problems.append(
                 f"the next tokens of the {what} model differ by {nats:.3g} nats per token, and rounding explains "
@@ -53,7 +54,7 @@ def check_saved(lm: LanguageModel, folder: Path, ids: Sequence[int]) -> float:
             f"{'; '.join(problems[:5])}. The trained weights are in the stage's last checkpoint. Please report the "
             f"architecture, {kind.__name__}."
         )
-    return divergence
+    return saved_kl
 
 
 def check_saved_adapter(lm: LanguageModel, folder: Path) -> None:
@@ -83,13 +84,14 @@ def _unequal(state: Mapping[str, Tensor], saved: Any) -> list[str]:
     return [f"{len(other)} of {len(written)} weights are others, e.g. {other[0]}"] if other else []
 
 
-def _log_probs(model: Any, ids: Sequence[int]) -> Tensor:
+@torch.no_grad()
+def log_probs(model: Any, ids: Sequence[int]) -> Tensor:
     """[tokens, V] float32 on the CPU."""
     tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
     with evaluating(model):
         return model(input_ids=tokens, use_cache=False).logits[0].float().cpu().log_softmax(-1)
 
 
-def _divergence(p: Tensor, q: Tensor) -> float:
+def divergence(p: Tensor, q: Tensor) -> float:
     """The mean over positions of KL(p || q) of log-probs; NaN if a log-prob is NaN."""
     return torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1).mean().item()

@@ -27,14 +27,18 @@ from opd.stage.stage import Stage
 
 TOKENS = 8  # of a prompt, and as many from the whole vocabulary, on which the saved model is compared
 
+NOTED = 0.1  # the share of the training's effect that a rounding undoes, above which a line says so
 
-def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> None:
+
+def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> torch.Tensor | None:
     """Write and remove every file of the export but the weights, before a training whose end they would spoil.
+
+    Returns the student's log-probs before the training, on the tokens of the comparison; None for a sharded student.
 
     Raises ConfigError for a model that cannot be saved, RunError for a place that cannot be written to.
     """
     if not stage.world.main:
-        return
+        return None
     saves = saves_of(recipe, stage.spec, given.models, directory)
 
     def write(folder: Path) -> None:
@@ -49,10 +53,17 @@ def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> N
                 "it, or use another output_dir=..."
             )
         shutil.rmtree(_written(target, write))
+    if stage.world.size > 1:
+        return None
+    return verifying.log_probs(stage.student.model, _probe(stage, stage.student))
 
 
-def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:
+def finish(
+    recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir, before: torch.Tensor | None = None
+) -> None:
     """Write the stage's model with a card, compare it with the trained one, then mark the stage as done.
+
+    `before`: from `rehearse`, to report how much of the training a rounding in the file undoes.
 
     Raises TrainingError if the saved model is another one than the trained.
     """
@@ -79,7 +90,23 @@ def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
+    if saves.merged and before is not None:
+        _note_rounding(stage, student, saves, before, summary["saved_kl"])
     stage.folder.mark_done(summary)
+
+
+def _note_rounding(stage: Stage, student: LanguageModel, saves: Saves, before: torch.Tensor, lost: float) -> None:
+    """Report a file whose dtype is coarser than the trained weights', if that undoes much of the training."""
+    in_file = saves.dtype or student.causal_lm.dtype
+    if all(parameter.dtype == in_file for parameter in student.trainable().values()):
+        return
+    moved = verifying.divergence(verifying.log_probs(student.model, _probe(stage, student)), before)
+    if lost > NOTED * moved:
+        stage.progress.note(
+            f"{stage.spec.name}: the saved model is rounded to {str(in_file).removeprefix('torch.')} and differs from "
+            f"the trained one by {lost:.2g} nats per token; the training moved the model by {moved:.2g}. "
+            "`save_dtype: float32` keeps small updates."
+        )
 
 
 def _targets(stage: Stage, saves: Saves) -> list[Path]:

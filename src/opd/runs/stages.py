@@ -72,10 +72,10 @@ def run_recipe(
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
             stage = build(session, spec, prepared[spec.name])
             student = stage.student if world.size == 1 else None  # a sharded one is not whole
-            rehearse(recipe, stage, given, directory)
+            before = rehearse(recipe, stage, given, directory)
             outcome = train(stage)
             check_learned(stage)
-            finish(recipe, stage, outcome.seconds, given, directory)
+            finish(recipe, stage, outcome.seconds, given, directory, before)
             world.wait()
             if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
