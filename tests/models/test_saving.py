@@ -188,7 +188,7 @@ def test_save_rounds_to_dtype(family: str, lora: dict[str, Any], tmp_path: Path)
 
 
 def test_save_restores_dropout_and_jitter_of_origin(tmp_path: Path):
-    model = build("llama", attention_dropout=0.25)
+    model: Any = build("llama", attention_dropout=0.25)
     lm = wrapped(model)
     assert model.config.attention_dropout == 0
     lm = wrapped(model)  # as in a second `distill` of the same object
@@ -212,7 +212,7 @@ def test_save_restores_default_dropout(tmp_path: Path):
 
 @pytest.mark.parametrize(("also", "expected"), [([], 1), ([5, 3], [1, 3, 5])])
 def test_save_writes_ids_that_end_a_response(also: list[int], expected: Any, tmp_path: Path):
-    model = build("llama")
+    model: Any = build("llama")
     model.generation_config.eos_token_id = [1, *also]
     saving.save(wrapped(model), tmp_path)
     assert config_in(tmp_path, "generation_config")["eos_token_id"] == expected
