@@ -162,6 +162,22 @@ def evaluate(
 
 
 @app.command()
+def push(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/NAME, or a model's folder")],
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; created if it does not exist")],
+    stage: Annotated[str | None, typer.Option(help="Default: the stage that finished last")] = None,
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapter, if the stage also has a model")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository; default: private")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files")] = False,
+) -> None:
+    """Upload a finished stage's model, with its card, to the Hugging Face hub."""
+    quiet_libraries()
+    from opd.commands.push import push as upload
+
+    upload(run, repo, stage=stage, adapter=adapter, public=public, dry_run=dry_run, say=typer.echo)
+
+
+@app.command()
 def methods() -> None:
     """List the methods."""
     from opd.commands.methods import headline, names

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def append_row(file: Path, row: Mapping[str, Any], what: str) -> None:
     """Append a row as a line of JSON with one `write`. Raises RunError, which names `what`, if that fails."""
     line = (json.dumps(dict(row)) + "\n").encode()
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
         try:
             written = os.write(descriptor, line)
         finally:
@@ -131,6 +132,17 @@ def write_atomically(file: Path, content: str | bytes | Callable[[Path], None]) 
         if isinstance(error, OSError):
             raise refused(file, error) from error
         raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Give the files of a folder the mode of a new file. safetensors writes for the owner alone."""
+    new = folder / ".mode"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in folder.iterdir():
+        if file.is_file() and stat.S_IMODE(file.stat().st_mode) != mode:
+            file.chmod(mode)
 
 
 def refused(path: Path, error: OSError) -> RunError:

@@ -98,7 +98,13 @@ WRITING_A_CHECKPOINT = [
         "distil/checkpoints",
         then="distil: continuing after step 6 of 8",
     ),
-    kill("opd.stage.checkpoint.shutil.rmtree", 4, "before", "distil", then="distil: continuing after step 6 of 8"),
+    kill(
+        "opd.stage.checkpoint.shutil.rmtree",
+        4,
+        "before",
+        "distil/checkpoints",
+        then="distil: continuing after step 6 of 8",
+    ),
 ]
 
 

@@ -67,6 +67,24 @@ GEMMA4 = {
     "layer_types": ["sliding_attention", "full_attention"],
 }
 
+BERT_LIKE = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roc_bert",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+]
+
 # What a config needs beside; None removes a field of SMALL.
 ALSO: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "bailing_hybrid", "deepseek_v3", "deepseek_v32", "glm4_moe_lite"), LATENT),
@@ -113,26 +131,7 @@ ALSO: dict[str, dict[str, Any]] = {
     "gemma4_unified_text": GEMMA4,
     "reformer": {"is_decoder": True, "axial_pos_embds_dim": [16, 16], "axial_pos_shape": [8, 16]},
     "xlnet": {"max_position_embeddings": None},
-    **dict.fromkeys(
-        (
-            "bert",
-            "bert-generation",
-            "big_bird",
-            "camembert",
-            "data2vec-text",
-            "electra",
-            "ernie",
-            "megatron-bert",
-            "rembert",
-            "roberta",
-            "roberta-prelayernorm",
-            "roc_bert",
-            "roformer",
-            "xlm-roberta",
-            "xlm-roberta-xl",
-        ),
-        {"is_decoder": True},
-    ),
+    **{name: {"is_decoder": True} for name in BERT_LIKE},
 }
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support.models import full_logits, prompts_of, step, teacher_of
 from torch import Tensor, nn
 
 from opd import methods
@@ -18,6 +17,7 @@ from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled
 from opd.samplers.hf import TransformersSampler
 from opd.types import Rollout, Sampling, ScoreRequest
+from support.models import full_logits, prompts_of, step, teacher_of
 
 # Four lengths. A prompt of more than 16 tokens is read once for its responses, with gradient.
 PROMPTS = ("abcab", "hgfedcbahgfedcbahgfedcba", "abcabcdefghijkabcabcdefghijkpqrstu", "hgfedcbahgfedcbahgfedcbax")

@@ -16,7 +16,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from opd.errors import ConfigError
-from opd.files import fsync_path, write_atomically
+from opd.files import follow_umask, fsync_path, write_atomically
 from opd.models.gguf_file import read_gguf
 from opd.models.gguf_tokenizer import end_ids, read_tokenizer
 from opd.models.gguf_weights import load_model
@@ -110,6 +110,7 @@ def _write(file: Path, known: Path, target: Path, exclusive: bool) -> None:
     partial = target.with_name(f"{unfinished}{os.getpid()}")
     try:
         _convert(file, partial)
+        follow_umask(partial)  # a cache may have several users
         _check_unchanged(file, known)
         for path in (*partial.iterdir(), partial):
             fsync_path(path)

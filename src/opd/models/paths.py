@@ -60,7 +60,8 @@ def _models_of_its_run(folder: Path) -> str:
     run = next((p for p in parts if (p / "recipe.yaml").exists() and (p / "environment.json").exists()), None)
     if run is None:
         return ""
-    found = sorted(file.parent for file in run.glob("*/model/config.json"))
+    files = [*run.glob("*/model/config.json"), *run.glob("*/adapter/adapter_config.json")]
+    found = sorted(file.parent for file in files)
     its_own = [model for model in found if model.parent in parts]
     if not found:
         return "It belongs to a run without a finished stage: a stage writes its model when it ends."

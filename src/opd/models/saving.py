@@ -1,23 +1,175 @@
-"""Writes a LanguageModel as a Hugging Face folder."""
+"""Writes a LanguageModel as a Hugging Face folder: merged, or its adapter alone in the format of PEFT.
+
+Weights are written first and apart from the rest, so that no error in a config or tokenizer loses them.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
+from opd.errors import ConfigError, RunError
+from opd.files import follow_umask
 from opd.models.language_model import LanguageModel
+from opd.models.noise import config_of_origin
+
+ADAPTER = "default"  # PEFT's name of the adapter, which its files do not carry
+
+
+def save(lm: LanguageModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Safetensors, config and tokenizer: `AutoModelForCausalLM.from_pretrained(folder)` loads it.
+
+    `dtype`: of the weights in the file; default: the model's own. Dropout and router jitter are those of the origin.
+    Raises RunError if the weights are written and another file could not be.
+    """
+    plain: Any = merged_state(lm)
+    with _weights_alone(plain):
+        plain.save_pretrained(folder, state_dict=_in_dtype(plain.state_dict(), dtype))
+    if failed := _describe(lm, plain, folder, dtype):
+        raise RunError(f"{folder} has the weights, and could not be completed: {'; '.join(failed)}.")
+    follow_umask(folder)
+
+
+def save_adapter(lm: LanguageModel, folder: Path, base: str) -> None:
+    """The LoRA adapter of `base`, a folder or hub id, and the tokenizer: `PeftModel.from_pretrained` loads it.
+
+    Raises RunError if the adapter is written and the tokenizer could not be.
+    """
+    model: Any = lm.model
+    with _based_on(model, base):
+        # Without this, PEFT looks for the base model's config on the hub.
+        model.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False)
+    if failed := _tried({"the tokenizer": lambda: lm.tokenizer.save_pretrained(folder)}):
+        raise RunError(f"{folder} has the adapter, and could not be completed: {'; '.join(failed)}.")
+    follow_umask(folder)
+
+
+def load_adapter(lm: LanguageModel, folder: Path) -> None:
+    """Give the model's adapter the weights that `save_adapter` wrote."""
+    from peft import set_peft_model_state_dict
+
+    set_peft_model_state_dict(lm.model, load_file(folder / "adapter_model.safetensors"))  # type: ignore[arg-type]
+
+
+def try_to_describe(lm: LanguageModel, folder: Path, *, base: str | None = None) -> None:
+    """Write every file but the weights, to find errors before a training. `base`: also the adapter's config.
+
+    Raises ConfigError.
+    """
+    failed = _describe(lm, lm.causal_lm, folder, None)
+    if base is not None:
+        configs: Any = lm.model.peft_config
+        if list(configs) != [ADAPTER]:
+            raise ConfigError(
+                f"{lm.name}: `save` includes the adapter, and the model has the adapters {sorted(configs)}. It needs "
+                f"exactly one, named {ADAPTER!r}, as get_peft_model names it."
+            )
+        with _based_on(lm.model, base):
+            failed += _tried({"adapter_config.json": lambda: configs[ADAPTER].save_pretrained(folder)})
+    if failed:
+        raise ConfigError(
+            f"{lm.name} could not be saved after the training: {'; '.join(failed)}. Correct it before the training, in "
+            "the model object or in the files of its folder."
+        )
 
 
 def merged_state(lm: LanguageModel) -> nn.Module:
-    """A plain transformers model: a copy with the adapters merged, or the model itself."""
+    """A plain transformers model: the model itself, or a copy with the adapters merged.
+
+    The copy is on the CPU, so that it needs no memory of a GPU.
+    """
     if not lm.adapters:
         return lm.causal_lm
-    return copy.deepcopy(lm.model).merge_and_unload()  # type: ignore[operator]
+    tensors = [*lm.model.parameters(), *lm.model.buffers()]
+    on_cpu = {id(t): _on_cpu(t) for t in tensors if t.device.type != "cpu"}
+    return copy.deepcopy(lm.model, on_cpu).merge_and_unload()  # type: ignore[operator]
 
 
-def save(lm: LanguageModel, folder: Path) -> None:
-    """Safetensors, config and tokenizer: `AutoModelForCausalLM.from_pretrained(folder)` loads it."""
-    merged_state(lm).save_pretrained(folder)  # type: ignore[operator]
-    lm.tokenizer.save_pretrained(folder)
+def _on_cpu(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().cpu()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _in_dtype(state: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors in `dtype`, on the CPU if that makes a copy. Tied weights stay one tensor."""
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in state.items():
+        if dtype is None or not tensor.is_floating_point() or tensor.dtype == dtype:
+            continue
+        key = (tensor.data_ptr(), tensor.shape)
+        if key not in made:
+            made[key] = tensor.detach().to("cpu", dtype)
+        state[name] = made[key]
+    return state
+
+
+def _describe(lm: LanguageModel, plain: Any, folder: Path, dtype: torch.dtype | None) -> list[str]:
+    """Write the config, the generation config and the tokenizer; returns a line for each that failed."""
+
+    def config() -> None:
+        described = config_of_origin(plain)
+        described.architectures = [type(plain).__name__]
+        described.dtype = str(dtype or plain.dtype).removeprefix("torch.")
+        described.save_pretrained(folder)
+
+    def generation() -> None:
+        found = getattr(plain, "generation_config", None)
+        if found is None:
+            return
+        found.save_pretrained(folder)  # refuses values that were set since loading and do not fit together
+        ending = copy.deepcopy(found)
+        ids = sorted(lm.stop_ids)
+        ending.eos_token_id = ids[0] if len(ids) == 1 else ids
+        ending.to_json_file(folder / "generation_config.json", use_diff=True, keys_to_pop=["compile_config"])
+
+    return _tried(
+        {
+            "model.config": config,
+            "model.generation_config": generation,
+            "the tokenizer": lambda: lm.tokenizer.save_pretrained(folder),
+        }
+    )
+
+
+def _tried(parts: dict[str, Callable[[], Any]]) -> list[str]:
+    """Make every call; returns a line for each that raised."""
+    failed: list[str] = []
+    for name, write in parts.items():
+        try:
+            write()
+        except OSError as error:
+            failed.append(f"{name} could not be written ({error.strerror or error})")
+        except Exception as error:  # whatever a model's or tokenizer's own code raises
+            failed.append(f"{name} cannot be saved ({' '.join(str(error).split())})")
+    return failed
+
+
+@contextlib.contextmanager
+def _weights_alone(model: Any) -> Iterator[None]:
+    """Inside, `model.save_pretrained` writes the weights and no config, whose errors would come before the weights."""
+    described = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
+    for config in described:
+        vars(config)["save_pretrained"] = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        for config in described:
+            del vars(config)["save_pretrained"]
+
+
+@contextlib.contextmanager
+def _based_on(model: Any, base: str) -> Iterator[None]:
+    """Inside, the adapter's config names `base` as its base model."""
+    config = model.peft_config[ADAPTER]
+    before, config.base_model_name_or_path = config.base_model_name_or_path, base
+    try:
+        yield
+    finally:
+        config.base_model_name_or_path = before

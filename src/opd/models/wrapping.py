@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from opd.errors import ConfigError
+from opd.models import adapters
 from opd.models.language_model import LanguageModel, evaluating
+from opd.models.noise import remember_noise
 from opd.models.probe import probe
 
 
@@ -20,6 +22,8 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
     """
     if tokenizer is None:
         raise ConfigError(f"{name}: a model object needs its tokenizer; pass `tokenizer=`.")
+    adapters.check_tied(model)
+    remember_noise(model)
     disable_dropout(model)
     stop = {tokenizer.eos_token_id} | _as_set(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     lm = LanguageModel(

@@ -263,6 +263,8 @@ class StageSpec(Section):
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()
     samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
+    save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
+    save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
     @property
     def by_task(self) -> dict[str | None, TaskSection]:

@@ -12,6 +12,7 @@ import torch
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable, check_k
 from opd.method import Method
+from opd.models.adapters import coverage
 from opd.models.language_model import LanguageModel, Root
 from opd.models.loading import load_model
 from opd.models.vocabularies import check_same_tokens
@@ -333,6 +334,8 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     check_fits(max(method.support.k, method.top_k), student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
+    if line := coverage(student.model):
+        progress.note(f"{spec.name}: {spec.train}: {line}")
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
         progress.note(
             f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to zero. Use `dtype: "

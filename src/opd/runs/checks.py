@@ -9,6 +9,7 @@ from opd.recipe.schema import Recipe
 from opd.runs.fit import check_processes
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.saves import check_save
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
 from opd.stage.trackers import check_report_to
@@ -32,7 +33,8 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
     for spec in recipe.stages:
         of_stage = prepared[spec.name] = prepare(spec, given, recipe.seed)
         own = check_own(recipe, spec, of_stage, given)
-        lines[spec.name] = [*own, *check_tokenizers(recipe, spec, of_stage, given.models)]
+        saved = check_save(recipe, spec, given.models)
+        lines[spec.name] = [*own, *saved, *check_tokenizers(recipe, spec, of_stage, given.models)]
         check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines)

@@ -1,77 +1,151 @@
-"""Export of a trained model, with a model card: its origin and its held-out numbers."""
+"""Export of a trained model: tried before the training, written and compared with the trained model after it."""
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from safetensors import SafetensorError
 
-from opd.models import saving
+from opd.errors import OPDError, RunError
+from opd.files import refused
+from opd.models import saving, verifying
 from opd.models.language_model import LanguageModel
+from opd.models.loading import load_model
+from opd.models.render import render
 from opd.parallel import whole_tensor
-from opd.recipe.schema import Recipe, StageSpec
+from opd.recipe.schema import Recipe
 from opd.runs.build import model_for
+from opd.runs.card import write_card
 from opd.runs.prepare import Given
+from opd.runs.saves import Saves, saves_of
 from opd.stage.folder import RunDir
 from opd.stage.stage import Stage
 
+TOKENS = 8  # of a prompt, and as many from the whole vocabulary, on which the saved model is compared
 
-def write_card(folder: Path, recipe: Recipe, spec: StageSpec, metrics: Sequence[Mapping[str, Any]]) -> None:
-    """Write README.md with the stage's settings and its held-out numbers."""
-    measured = [row for row in metrics if any(key.startswith("eval/") for key in row)]
-    metadata = ModelCardData(library_name="transformers", tags=["on-policy-distillation", "opd"])
-    lines = [
-        "---",
-        metadata.to_yaml(),
-        "---",
-        "",
-        f"# {recipe.name}: {spec.name}",
-        "",
-        f"Trained by `opd` with the method `{spec.method}`, {spec.steps} steps, seed {recipe.seed}.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("FOLDER")',
-        "```",
-        "",
-    ]
-    if measured:
-        names = sorted({key for row in measured for key in row if key.startswith("eval/")})
-        lines += ["| held out | " + " | ".join(f"step {row['step']}" for row in measured) + " |"]
-        lines += ["|---" * (len(measured) + 1) + "|"]
-        for name in names:
-            cells = (f"{row[name]:.4g}" if name in row else "" for row in measured)
-            lines.append(f"| {name.removeprefix('eval/')} | " + " | ".join(cells) + " |")
-        lines.append("")
-    settings = {
-        "models": {n: m.model_dump(exclude_defaults=True) for n, m in recipe.models.items()},
-        "stage": spec.model_dump(mode="json", exclude_defaults=True),
-    }
-    lines += ["```yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).rstrip(), "```", ""]
-    ModelCard("\n".join(lines)).save(folder / "README.md")
+NOTED = 0.1  # the share of the training's effect that a rounding undoes, above which a line says so
 
 
-def finish(recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir) -> None:
-    """Write the stage's model in Hugging Face format with a card, then mark the stage as done."""
+def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> torch.Tensor | None:
+    """Write and remove every file of the export but the weights, before a training whose end they would spoil.
+
+    Returns the student's log-probs before the training, on the tokens of the comparison; None for a sharded student.
+
+    Raises ConfigError for a model that cannot be saved, RunError for a place that cannot be written to.
+    """
+    if not stage.world.main:
+        return None
+    saves = saves_of(recipe, stage.spec, given.models, directory)
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        saving.try_to_describe(stage.student, folder, base=saves.base)
+        write_card(folder, recipe, stage.spec, [], origin=saves.origin)
+
+    for target in _targets(stage, saves):
+        if target.exists() and not (target.is_dir() and os.access(target, os.W_OK | os.X_OK)):
+            raise RunError(
+                f"{target} is where the trained model will be saved, and it is not a folder that can be replaced. Move "
+                "it, or use another output_dir=..."
+            )
+        shutil.rmtree(_written(target, write))
+    if stage.world.size > 1:
+        return None
+    return verifying.log_probs(stage.student.model, _probe(stage, stage.student))
+
+
+def finish(
+    recipe: Recipe, stage: Stage, seconds: float, given: Given, directory: RunDir, before: torch.Tensor | None = None
+) -> None:
+    """Write the stage's model with a card, compare it with the trained one, then mark the stage as done.
+
+    `before`: from `rehearse`, to report how much of the training a rounding in the file undoes.
+
+    Raises TrainingError if the saved model is another one than the trained.
+    """
     student = whole_student(recipe, stage, given, directory)
     if student is None:
         return
-    target = stage.folder.model
+    saves = saves_of(recipe, stage.spec, given.models, directory)
+    metrics = stage.folder.read_metrics()
+    summary = {"seconds": seconds}
+
+    def merged(folder: Path) -> None:
+        saving.save(student, folder, saves.dtype)
+        write_card(folder, recipe, stage.spec, metrics, origin=saves.origin)
+        summary["saved_kl"] = verifying.check_saved(student, folder, _probe(stage, student))
+
+    def adapter(folder: Path) -> None:
+        assert saves.base is not None
+        saving.save_adapter(student, folder, saves.base)
+        write_card(folder, recipe, stage.spec, metrics, "adapter", saves.origin)
+        verifying.check_saved_adapter(student, folder)
+
+    for target in _targets(stage, saves):
+        partial = _written(target, merged if target == stage.folder.model else adapter)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    if saves.merged and before is not None:
+        _note_rounding(stage, student, saves, before, summary["saved_kl"])
+    stage.folder.mark_done(summary)
+
+
+def _note_rounding(stage: Stage, student: LanguageModel, saves: Saves, before: torch.Tensor, lost: float) -> None:
+    """Report a file whose dtype is coarser than the trained weights', if that undoes much of the training."""
+    in_file = saves.dtype or student.causal_lm.dtype
+    if all(parameter.dtype == in_file for parameter in student.trainable().values()):
+        return
+    moved = verifying.divergence(verifying.log_probs(student.model, _probe(stage, student)), before)
+    if lost > NOTED * moved:
+        stage.progress.note(
+            f"{stage.spec.name}: the saved model is rounded to {str(in_file).removeprefix('torch.')} and differs from "
+            f"the trained one by {lost:.2g} nats per token; the training moved the model by {moved:.2g}. "
+            "`save_dtype: float32` keeps small updates."
+        )
+
+
+def _targets(stage: Stage, saves: Saves) -> list[Path]:
+    return [stage.folder.model] * saves.merged + [stage.folder.adapter] * saves.adapter
+
+
+def _written(target: Path, write: Callable[[Path], None]) -> Path:
+    """A hidden folder beside `target` that `write` filled. It stays after an error: it may have the only weights.
+
+    Raises RunError if it cannot be written.
+    """
     partial = target.with_name(f".writing-{target.name}")
-    if partial.exists():
-        shutil.rmtree(partial)
-    saving.save(student, partial)
-    write_card(partial, recipe, stage.spec, stage.folder.read_metrics())
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
-    stage.folder.mark_done({"seconds": seconds})
+    try:
+        if partial.exists():
+            shutil.rmtree(partial)
+        write(partial)
+    except OPDError:
+        raise
+    except (OSError, SafetensorError) as error:
+        raise refused(partial, error if isinstance(error, OSError) else OSError(str(error))) from error
+    return partial
+
+
+def _probe(stage: Stage, student: LanguageModel) -> list[int]:
+    """The end of the stage's first prompt, then tokens from the whole vocabulary."""
+    prompt = stage.order.prompts[0][0]
+    ids = list(render(prompt, student.tokenizer, student.template_options))[-TOKENS:]
+    return ids + [i * student.vocabulary // TOKENS for i in range(TOKENS)]
+
+
+def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> LanguageModel:
+    """The last stage's model, loaded from the finished run: merged, or its base model with the adapter."""
+    spec = recipe.stages[-1]
+    folder = directory.stage(spec.name)
+    if folder.model.exists():
+        return load_model(recipe.models[spec.train], name=spec.train, folder=folder.model)
+    student = model_for(recipe, spec, spec.train, given, directory)
+    saving.load_adapter(student, folder.adapter)
+    return student
 
 
 def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:

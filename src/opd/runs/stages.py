@@ -9,14 +9,13 @@ from typing import Any
 
 from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel
-from opd.models.loading import load_model
 from opd.models.templates import clock_at
 from opd.parallel import ALONE, World
 from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
-from opd.runs.export import finish
+from opd.runs.export import finish, finished_student, rehearse
 from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import stopped_after
@@ -74,15 +73,15 @@ def run_recipe(
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
             stage = build(session, spec, prepared[spec.name])
             student = stage.student if world.size == 1 else None  # a sharded one is not whole
+            before = rehearse(recipe, stage, given, directory)
             outcome = train(stage)
             check_learned(stage)
-            finish(recipe, stage, outcome.seconds, given, directory)
+            finish(recipe, stage, outcome.seconds, given, directory, before)
             world.wait()
             if outcome.stop_requested and spec is not recipe.stages[-1]:
                 raise stopped_after(spec.name, spec.steps, spec.steps)
-    last = recipe.stages[-1]
     if student is None:
-        student = load_model(recipe.models[last.train], name=last.train, folder=directory.stage(last.name).model)
+        student = finished_student(recipe, given, directory)
     return Run(
         folder=directory.path,
         recipe=recipe,

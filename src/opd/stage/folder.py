@@ -135,6 +135,10 @@ class StageDir:
         return self.path / "model"
 
     @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 

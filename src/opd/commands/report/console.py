@@ -38,9 +38,12 @@ def print_report(recipe: Recipe, console: Console) -> None:
                 _print_responses(folder, task, rows, console)
     last = directory.stage(recipe.stages[-1].name)
     console.print("The model, ready to load in one line:", highlight=False)
-    console.print(
-        f'  AutoModelForCausalLM.from_pretrained("{last.model}")', highlight=False, markup=False, soft_wrap=True
+    line = (
+        f'AutoModelForCausalLM.from_pretrained("{last.model}")'
+        if last.model.exists() or not last.adapter.exists()
+        else f'AutoPeftModelForCausalLM.from_pretrained("{last.adapter}")  # from peft'
     )
+    console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
 def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
