@@ -29,6 +29,7 @@ class LanguageModel:
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
     name: str = "model"
+    notes: tuple[str, ...] = ()  # for the user, about its weights and tokens
 
     @property
     def device(self) -> torch.device:
