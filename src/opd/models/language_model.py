@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ class LanguageModel:
 
     model: nn.Module  # a transformers causal LM, or one wrapped by peft
     tokenizer: Any
-    vocabulary: int  # V: the largest id of a real token, plus one
+    vocabulary: int  # V: the ids below it are sampled, scored and trained; at most the largest real id plus one
     stop_ids: frozenset[int]
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
@@ -120,6 +120,17 @@ class LanguageModel:
         """Raise DataError for a sequence of more `tokens` than the model has positions."""
         check_positions(self.name, tokens, self.positions, remedy)
 
+    @property
+    def rows(self) -> int:
+        """The model reads and writes the ids below this: those with a row in its input and in its output layer."""
+        layers = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        return min(len(layer.weight) for layer in layers)
+
+    def check_ids(self, prompts: Iterable[Sequence[int]], responses: Iterable[Sequence[int]] = ()) -> None:
+        """Raise DataError for a token that the model lacks: in a prompt one without a row, in a response one from V."""
+        check_ids(self.name, self.tokenizer, prompts, self.rows, "prompt")
+        check_ids(self.name, self.tokenizer, responses, self.vocabulary, "response")
+
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
             return contextlib.nullcontext()
@@ -158,6 +169,17 @@ def check_positions(name: str, tokens: int, positions: float, remedy: str) -> No
     """Raise DataError for a sequence of more `tokens` than the model has `positions`."""
     if tokens > positions:
         raise DataError(f"{name} would read {tokens} tokens in all, but has only {positions} positions. {remedy}")
+
+
+def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: int, what: str) -> None:
+    """Raise DataError for a token in `rows` whose id is not below `limit`, which the model `name` lacks."""
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= limit:
+        raise DataError(
+            f"{name}: a {what} holds the token {tokenizer.decode([largest])!r} (id {largest}), but here the model has "
+            f"only the ids 0 to {limit - 1}. Remove the token from the data or from the chat template, or use models "
+            "that have it."
+        )
 
 
 class Root(nn.Module):

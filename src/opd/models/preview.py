@@ -39,19 +39,31 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
+    config = _config(spec, name, tokenizer)
+    return math.inf if config is None else positions_of(config)
+
+
+def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
+    """The number of rows of the input and output layers of a recipe's model; infinite if its config cannot be read."""
+    config = _config(spec, name, tokenizer)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else math.inf
+
+
+def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     from transformers import AutoConfig
 
     from opd.models.new import new_config
 
     if spec.init is not None:
-        return positions_of(new_config(spec, name, tokenizer))
+        return new_config(spec, name, tokenizer)
     source = _source(spec, name)
     if source is None:
-        return math.inf
+        return None
     try:
-        return positions_of(AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code))
+        return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError):  # loading the model will report the error
-        return math.inf
+        return None
 
 
 def known_weights(spec: ModelSpec, name: str) -> list[str]:

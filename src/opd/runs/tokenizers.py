@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.method import Method
-from opd.models.preview import tokenizer_of
+from opd.models.language_model import check_ids
+from opd.models.preview import known_rows, tokenizer_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.lengths import check_lengths
 from opd.types import Prompt, TeacherRule
@@ -40,12 +41,16 @@ def check_tokenizers(
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:
             tokenizers[name] = tokenizer
+    limits = {name: known_rows(origin_of(recipe, name), name, tokenizers[name]) for name in tokenizers if name not in given}
+    limits |= {name: given[name].rows for name in tokenizers if name in given}
+    lines += [line for name, tokenizer in tokenizers.items() for line in absent_tokens(name, tokenizer, limits[name])]
     lengths: list[int] = []
     if spec.train in tokenizers:
         options = origin_of(recipe, spec.train).template_options
         ids = render_checked(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
+        check_ids(spec.train, tokenizers[spec.train], ids, limits[spec.train], "prompt")
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
@@ -55,9 +60,12 @@ def check_tokenizers(
     for name in spec.teachers:
         if name in tokenizers:  # fails now if a template is missing or refuses a prompt
             options = origin_of(recipe, name).template_options
-            for prompt in prompts:
-                if taught_by[prompt.task] == name and not isinstance(prompt.content, str):
-                    render(prompt, tokenizers[name], options)
+            read = [
+                render(prompt, tokenizers[name], options)
+                for prompt in prompts
+                if taught_by[prompt.task] == name and not isinstance(prompt.content, str)
+            ]
+            check_ids(name, tokenizers[name], read, limits[name], "prompt")
     compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
@@ -71,8 +79,8 @@ def check_tokenizers(
         )
         for name in compared
     ]
-    lines += [line for line in found if line is not None]
-    if compared and method.teacher.tokenizer == "students":
+    lines += [line for some in found for line in some]
+    if compared and method.teacher.tokenizer == "students" and not any(found):
         lines.append(f"student and {' and '.join(compared)} map every token to the same id")
     if lengths:
         check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
@@ -136,8 +144,8 @@ def check_tokens(
     *,
     chat: bool,
     options: tuple[Mapping[str, Any], Mapping[str, Any]],
-) -> str | None:
-    """What two tokenizers share, in words; None for all. Raises AlignmentError where the rule needs more.
+) -> list[str]:
+    """What two tokenizers share or not, in words; empty for all. Raises AlignmentError where the rule needs more.
 
     `chat` and both templates' `options` are those of `alignment.pair_of`.
     """
@@ -145,11 +153,19 @@ def check_tokens(
     from opd.models.vocabularies import check_same_tokens
 
     if rule.tokenizer == "students":
-        check_same_tokens(student, teacher, names)
-        return None
+        return check_same_tokens(student, teacher, names).differences(names)
     pair = pair_of(student, teacher, chat=chat, options=options)
     ends = [f"{student.decode([end])!r} is read as {teacher.decode([its])!r}" for end, its in pair.ends.items()]
-    return (
+    return [
         f"{names[0]} ({len(student.get_vocab())} tokens) and {names[1]} ({len(teacher.get_vocab())}) share "
         f"{len(pair.shared)} tokens; the end of a response: {', '.join(ends) or 'is not compared'}"
-    )
+    ]
+
+
+def absent_tokens(name: str, tokenizer: Any, rows: float) -> list[str]:
+    """A note on added tokens without a row in the model's layers; empty if there are none."""
+    from opd.models.wrapping import rows_note
+
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    absent = [token for token, i in tokens if i >= rows]
+    return [rows_note(name, absent, int(rows))] if absent else []

@@ -11,6 +11,7 @@ import torch
 
 from opd.models.language_model import LanguageModel
 from opd.models.render import encode_response, render_checked
+from opd.models.vocabularies import same_ids
 from opd.samplers.hf import TransformersSampler
 from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Writer
 
@@ -36,7 +37,7 @@ class TeacherWriter(Writer):
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         with off:
             written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
-        if self.teacher.tokenizer.get_vocab() != self.student.tokenizer.get_vocab():
+        if not same_ids(self.student, self.teacher):
             written = [in_tokens_of(self.student, rollout) for rollout in written]
         read = render_checked(
             prompts,
