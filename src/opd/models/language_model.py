@@ -175,10 +175,11 @@ def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: i
     """Raise DataError for a token in `rows` whose id is not below `limit`, which the model `name` lacks."""
     largest = max((max(ids, default=0) for ids in rows), default=0)
     if largest >= limit:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        named = f"the token {token!r} (id {largest})" if token else f"the id {largest}"
         raise DataError(
-            f"{name}: a {what} holds the token {tokenizer.decode([largest])!r} (id {largest}), but here the model has "
-            f"only the ids 0 to {limit - 1}. Remove the token from the data or from the chat template, or use models "
-            "that have it."
+            f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1}. Remove the token "
+            "from the data or from the chat template, or use models that have it."
         )
 
 

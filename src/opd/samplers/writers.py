@@ -45,6 +45,7 @@ class TeacherWriter(Writer):
             max_prompt_length=self.max_prompt_length,
             template_options=self.student.template_options,
         )
+        self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in written])
         return [
             replace(
                 rollout,
@@ -74,9 +75,11 @@ class ReferenceWriter(Writer):
             template_options=self.student.template_options,
         )
         texts = [prompt.response or "" for prompt in prompts]
+        responses = [encode_response(text, self.student.tokenizer) for text in texts]
+        self.student.check_ids(read, responses)
         return [
-            _rollout(prompt, ids, encode_response(text, self.student.tokenizer), finished=True, text=text)
-            for prompt, ids, text in zip(prompts, read, texts, strict=True)
+            _rollout(prompt, ids, response, finished=True, text=text)
+            for prompt, ids, response, text in zip(prompts, read, responses, texts, strict=True)
         ]
 
 
