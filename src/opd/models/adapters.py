@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from opd.errors import ConfigError
+from opd.files import tensor_shapes
 
 # Merged into the weights, an adapter changes logits only by rounding: by this part of the largest logit.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -89,8 +90,8 @@ def with_adapter(base: nn.Module, path: Path | str, *, trains: bool, what: str) 
     Raises ConfigError if tensors of the adapter are missing, and if merging changes the logits.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
+    names = adapter_tensors(path, what)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*[Ff]ound missing adapter keys")
         try:
@@ -100,13 +101,16 @@ def with_adapter(base: nn.Module, path: Path | str, *, trains: bool, what: str) 
                 f"{what}: {path} lacks tensors of its adapter, which peft would leave as they are: {error} Copy or "
                 "download it again."
             ) from error
-    file = _file(path, "adapter_model.safetensors")
-    assert file is not None
-    with safe_open(file, "pt") as stored:
-        names = set(stored.keys())
-    spare = sorted(names - set(get_peft_model_state_dict(model)) - set(model.state_dict()))
+    spare = sorted({*names} - set(get_peft_model_state_dict(model)) - set(model.state_dict()))
     notes = [f"{what}: {path} has {len(spare)} tensors that nothing uses ({spare[0]}, ...)"] if spare else []
     return (model, notes) if trains else (_merged(model, f"{what}: {path}"), notes)
+
+
+def adapter_tensors(path: Path | str, what: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of an adapter's tensors. Raises ConfigError for a damaged file."""
+    file = _file(path, "adapter_model.safetensors")
+    assert file is not None, "adapter_settings checks it"
+    return tensor_shapes(file, what)
 
 
 @torch.no_grad()

@@ -160,9 +160,34 @@ class LanguageModel:
 
 
 def positions_of(config: Any) -> float:
-    """The number of positions in this transformers config; infinite if it does not say."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else math.inf
+    """The number of positions that this transformers config allows; infinite without a limit, as with ALiBi.
+
+    Linear scaling multiplies `max_position_embeddings` by its factor, YaRN the length of the pretraining, which is
+    `max_position_embeddings` if the config does not say. Some families store the product in `max_position_embeddings`
+    (DeepSeek, gpt-oss; Gemma 3, whose scaling is by kind of layer): then it is the limit. Llama 3's scaling always does.
+
+    Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
+    and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
+    `max_position_embeddings`, for LongRoPE the length of the pretraining.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
+        return math.inf
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
+    scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
+    return min(scaled) if min(scaled) < limit else max(scaled)
+
+
+def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+    trained = rope.get("original_max_position_embeddings") or limit
+    if kind == "linear" and not by_layer:
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int(trained * factor))
+    return min(limit, trained) if kind == "longrope" else limit
 
 
 def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:

@@ -71,6 +71,7 @@ def _load(
         goes_on = trains and spec.lora is None and adapter == source.adapters[-1]
         model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
         notes += found
+        weights.check_values(model, None, f"{label}: {adapter}")
     if spec.autocast and device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the output layer, which autocast leaves in float32, uses TF32
     if spec.gradient_checkpointing:

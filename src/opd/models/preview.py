@@ -68,11 +68,14 @@ def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
 
 def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
+    from opd.models.adapters import adapter_tensors
     from opd.models.weights import check_weights
 
     source = None if spec.path is None else _source(spec, name)
     if source is None:
         return []
+    for adapter in source.adapters:
+        adapter_tensors(adapter, f"models.{name}.path")  # names a damaged file
     if isinstance(source.weights, str):
         return [f"model {name}: its weights come from the hub and are checked when they load"]
     return check_weights(source.weights, spec, f"models.{name}.path")
