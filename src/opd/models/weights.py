@@ -97,7 +97,7 @@ def _loading_info(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) 
 
     trust: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     # Any error: a model's own code need not run without storage. Loading the weights then finds what is wrong.
-    with contextlib.suppress(Exception), silent():
+    with contextlib.suppress(Exception), silent(), _without_progress_bar():
         config = AutoConfig.from_pretrained(folder, **trust)
         if getattr(config, "quantization_config", None) is not None:
             return None
@@ -126,6 +126,19 @@ def silent() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextlib.contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _finite(values: Tensor) -> bool:

@@ -10,6 +10,7 @@ from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.same_model import check_other_weights
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
 from opd.stage.trackers import check_report_to
@@ -35,7 +36,8 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
         of_stage = prepared[spec.name] = prepare(spec, given, recipe.seed)
         own = check_own(recipe, spec, of_stage, given)
         checked = check_tokenizers(recipe, spec, of_stage, given.models)
-        lines[spec.name] = [*own, *checked, *check_models(recipe, spec, given, seen)]
+        same = check_other_weights(recipe, spec, of_stage.method, given)
+        lines[spec.name] = [*own, *checked, *same, *check_models(recipe, spec, given, seen)]
         check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines)
