@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Mapping
@@ -148,12 +149,23 @@ def adds_nothing(model: Any) -> bool:
 
 def _file(path: Path | str, name: str) -> Path | None:
     """A file of a folder or hub id; None if it has no such file, or the hub cannot be reached."""
-    from transformers.utils.hub import cached_file
-
     if isinstance(path, Path):
         return path / name if (path / name).is_file() else None
+    return _hub_file(path, name)
+
+
+@functools.cache  # a request takes half a minute if the hub cannot be reached
+def _hub_file(repository: str, name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from transformers.utils.hub import cached_file
+
     try:
-        found = cached_file(path, name)
+        local = try_to_load_from_cache(repository, name)
+        if isinstance(local, str):
+            return Path(local)
+        if isinstance(try_to_load_from_cache(repository, "config.json"), str):  # an adapter's repository need not have it
+            return None
+        found = cached_file(repository, name)
     except (OSError, ValueError):  # loading the model will report the error
         return None
     return None if found is None else Path(str(found))

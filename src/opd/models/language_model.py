@@ -64,10 +64,27 @@ class LanguageModel:
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
-        lm = self.causal_lm
-        backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
         with self.compute():
-            return backbone(input_ids=input_ids, **kwargs)
+            return self.backbone(input_ids=input_ids, **kwargs)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its output layer.
+
+        The child that `base_model_prefix` names; if it names none, as in Llama 4, the child with the input embeddings.
+        """
+        lm: Any = self.causal_lm
+        named = getattr(lm, lm.base_model_prefix, None)
+        if isinstance(named, nn.Module):
+            return named
+        embeddings = lm.get_input_embeddings()
+        inside = [child for child in lm.children() if any(module is embeddings for module in child.modules())]
+        if not inside or inside[0] is embeddings:
+            raise ConfigError(
+                f"{self.name}: {type(lm).__name__} has no part that gives the last hidden states, so opd cannot score "
+                "it. Please report the architecture."
+            )
+        return inside[0]
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [b, L, H] of right-padded rows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -37,6 +38,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
         )
     refuse_adapters(lm)
     check_attention(lm)
+    check_cache(lm)
     lm = within_rows(lm)
     verify_head(lm)
     return lm
@@ -46,6 +48,17 @@ def refuse_adapters(lm: LanguageModel) -> None:
     """Raise ConfigError for an adapter that is not part of the model's layers."""
     for settings in getattr(lm.model, "peft_config", {}).values():
         adapters.refuse_kind(str(getattr(settings.peft_type, "value", settings.peft_type)), lm.name)
+
+
+def check_cache(lm: LanguageModel) -> None:
+    """Raise ConfigError for an architecture that keeps no cache, from which opd does not sample."""
+    parts = [lm.backbone, lm.causal_lm.get_decoder()]  # type: ignore[operator]
+    takes = {name for part in parts for name in inspect.signature(part.forward).parameters}
+    if not takes & {"past_key_values", "cache_params", "state"}:
+        raise ConfigError(
+            f"{lm.name}: {type(lm.causal_lm).__name__} keeps no cache of the tokens that it has read, which opd needs "
+            "for sampling. Use a model with `past_key_values`."
+        )
 
 
 def within_rows(lm: LanguageModel) -> LanguageModel:
