@@ -157,7 +157,9 @@ def test_load_model_refuses_adapter_without_base(base: Path, tmp_path: Path, bas
     trained(base, tmp_path / "adapter", SETTINGS["lora"])
     file = tmp_path / "adapter" / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": base_path}))
-    message = "does not name the model" if base_path is None else r"base_model_name_or_path in .* nowhere does not exist"
+    message = (
+        "does not name the model" if base_path is None else r"base_model_name_or_path in .* nowhere does not exist"
+    )
     with pytest.raises(ConfigError, match=message):
         load_model(spec_of(tmp_path / "adapter"), name="teacher")
 

@@ -52,7 +52,11 @@ def rope(**settings: Any) -> dict[str, Any]:
             },
             131072,
         ),
-        ("gemma3_text", {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}, 131072),
+        (
+            "gemma3_text",
+            {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+            131072,
+        ),
         ("llama", {"max_position_embeddings": 32, **rope(rope_type="dynamic", factor=4.0)}, 32),
         # Phi-3-mini-128k: the frequencies change at 4,096.
         (

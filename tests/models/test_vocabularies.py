@@ -90,7 +90,9 @@ def test_on_common_tokens_renormalises_both_models():
         expected = logits.log_softmax(-1).gather(-1, rollout.response_ids[:, None])[:, 0]
         assert rollout.sampler_logp is not None
         torch.testing.assert_close(rollout.sampler_logp, expected, atol=1e-5, rtol=1e-5)
-    scored = teacher_of(method, student, teacher).score(rollouts, [r.prompt for r in rollouts], method.request(shown=True))
+    scored = teacher_of(method, student, teacher).score(
+        rollouts, [r.prompt for r in rollouts], method.request(shown=True)
+    )
     for rollout, scores in zip(rollouts, scored, strict=True):
         logits = full_logits(plain[1].causal_lm, rollout.prompt_ids, rollout.response_ids, 11)
         expected = logits.log_softmax(-1).gather(-1, rollout.response_ids[:, None])[:, 0]
@@ -124,7 +126,9 @@ def test_distill_compares_families_on_common_tokens(tmp_path: Path):
 
 def test_distill_refuses_response_with_token_teacher_lacks(tmp_path: Path):
     student, teacher = model("<a>", "<think>", name="s"), model("<a>", seed=1, name="t")
-    with pytest.raises(DataError, match=r"student: a response holds the token '<think>' \(id 11\).* only the ids 0 to 10"):
+    with pytest.raises(
+        DataError, match=r"student: a response holds the token '<think>' \(id 11\).* only the ids 0 to 10"
+    ):
         opd.distill(
             student=student.model,
             teacher=teacher.model,
@@ -137,6 +141,7 @@ def test_distill_refuses_response_with_token_teacher_lacks(tmp_path: Path):
             output_dir=tmp_path / "run",
             quiet=True,
         )
+    assert not (tmp_path / "run").exists()  # refused by the checks
 
 
 def test_on_common_tokens_refuses_end_that_teacher_lacks():

@@ -20,6 +20,8 @@ from opd.models.weights import check_weights
 from opd.recipe.schema import ModelSpec
 
 DOWN, NORM = "model.layers.0.mlp.down_proj.weight", "model.norm.weight"
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return written(tmp_path / "model")
@@ -54,7 +56,9 @@ def refused(folder: Path, message: str) -> None:
 
 def test_load_model_refuses_missing_tensors(folder: Path):
     changed(folder, lambda tensors: [tensors.pop(DOWN), tensors.pop(NORM), tensors.pop("lm_head.weight")])
-    refused(folder, rf"models\.teacher\.path: {folder}: the weights lack 3 tensors of the model \(lm_head.weight, {DOWN}")
+    refused(
+        folder, rf"models\.teacher\.path: {folder}: the weights lack 3 tensors of the model \(lm_head.weight, {DOWN}"
+    )
 
 
 def test_load_model_refuses_config_with_more_layers(folder: Path):
@@ -91,7 +95,9 @@ def test_load_model_names_missing_weight_file(folder: Path):
     assert check_weights(folder, ModelSpec(path=str(folder)), "x") == []
     assert load_model(ModelSpec(path=str(folder)), name="teacher").notes == ()
     (folder / "model-2.safetensors").unlink()
-    refused(folder, r"lacks 1 of the 2 weight files that model\.safetensors\.index\.json names \(model-2\.safetensors\)")
+    refused(
+        folder, r"lacks 1 of the 2 weight files that model\.safetensors\.index\.json names \(model-2\.safetensors\)"
+    )
 
 
 def test_load_model_refuses_folder_without_weights(folder: Path):

@@ -42,7 +42,7 @@ def recipe_of(folder: Path, small: dict[str, Any], big: dict[str, Any], **stage:
         "sampling": {"max_completion_length": 2},
         **stage,
     }
-    stages = [one] if "stages" not in stage else stage["stages"]
+    stages = stage.get("stages", [one])
     whole = {"name": "r", "output_dir": str(folder.parent / "run"), "models": {"small": small, "big": big}}
     return parse_recipe({**whole, "stages": stages})
 

@@ -163,7 +163,9 @@ def _hub_file(repository: str, name: str) -> Path | None:
         local = try_to_load_from_cache(repository, name)
         if isinstance(local, str):
             return Path(local)
-        if isinstance(try_to_load_from_cache(repository, "config.json"), str):  # an adapter's repository need not have it
+        if isinstance(
+            try_to_load_from_cache(repository, "config.json"), str
+        ):  # an adapter's repository need not have it
             return None
         found = cached_file(repository, name)
     except (OSError, ValueError):  # loading the model will report the error

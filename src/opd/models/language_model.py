@@ -181,7 +181,7 @@ def positions_of(config: Any) -> float:
 
     Linear scaling multiplies `max_position_embeddings` by its factor, YaRN the length of the pretraining, which is
     `max_position_embeddings` if the config does not say. Some families store the product in `max_position_embeddings`
-    (DeepSeek, gpt-oss; Gemma 3, whose scaling is by kind of layer): then it is the limit. Llama 3's scaling always does.
+    (DeepSeek, gpt-oss, Llama 3; Gemma 3, whose scaling is by kind of layer): then it is the limit.
 
     Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
     and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
@@ -213,15 +213,15 @@ def check_positions(name: str, tokens: int, positions: float, remedy: str) -> No
         raise DataError(f"{name} would read {tokens} tokens in all, but has only {positions} positions. {remedy}")
 
 
-def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: int, what: str) -> None:
+def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: float, what: str) -> None:
     """Raise DataError for a token in `rows` whose id is not below `limit`, which the model `name` lacks."""
     largest = max((max(ids, default=0) for ids in rows), default=0)
     if largest >= limit:
         token = tokenizer.convert_ids_to_tokens(largest)
         named = f"the token {token!r} (id {largest})" if token else f"the id {largest}"
         raise DataError(
-            f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1}. Remove the token "
-            "from the data or from the chat template, or use models that have it."
+            f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1:.0f}. Remove the "
+            "token from the data or from the chat template, or use models that have it."
         )
 
 

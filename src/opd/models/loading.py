@@ -1,4 +1,4 @@
-"""From a recipe's model section to a LanguageModel: folders, hub ids, GGUF files, packaged files, adapters, new models."""
+"""From a recipe's model section to a LanguageModel: folders, hub ids, GGUF and packaged files, adapters, new models."""
 
 from __future__ import annotations
 

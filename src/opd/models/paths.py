@@ -64,7 +64,9 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
             return local
         files = sorted(local.glob("*.gguf"))
         if len(files) != 1:
-            remedy = _models_of_its_run(local) or "Give a Hugging Face model folder, an adapter folder, or one GGUF file."
+            remedy = (
+                _models_of_its_run(local) or "Give a Hugging Face model folder, an adapter folder, or one GGUF file."
+            )
             raise ConfigError(
                 f"{label}: {local} has no config.json and {len(files)} GGUF files, so no model can be loaded from it. "
                 f"{remedy}"

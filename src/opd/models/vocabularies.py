@@ -204,7 +204,9 @@ def on_common_tokens(
     distribution. Prompts may hold every id that their model reads. Raises AlignmentError if the tokenizers differ in
     more (`check_same_tokens`), and if no token that ends a response is common.
     """
-    found = {name: check_same_tokens(student.tokenizer, t.tokenizer, (student.name, name)) for name, t in teachers.items()}
+    found = {
+        name: check_same_tokens(student.tokenizer, t.tokenizer, (student.name, name)) for name, t in teachers.items()
+    }
     size = min(one.vocabulary for one in (student, *teachers.values()))
     size = min([size, *(common.size for common in found.values())])
     if not any(i < size for i in student.stop_ids):

@@ -81,8 +81,8 @@ def within_rows(lm: LanguageModel) -> LanguageModel:
 def rows_note(name: str, absent: Sequence[str], rows: int) -> str:
     some = f"{', '.join(map(repr, absent[:3]))}{', ...' if len(absent) > 3 else ''}"
     return (
-        f"{name}: {len(absent)} tokens of its tokenizer ({some}) have no row in its layers of {rows} rows; they are never "
-        "written, and no prompt may hold them"
+        f"{name}: {len(absent)} tokens of its tokenizer ({some}) have no row in its layers of {rows} rows; they are "
+        "never written, and no prompt may hold them"
     )
 
 

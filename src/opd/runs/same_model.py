@@ -91,4 +91,3 @@ def _same_prompt(recipe: Recipe, spec: StageSpec, teacher: str, method: Method) 
 
 def _rewarded(method: Method) -> bool:
     return Input.REWARD in needs_of(method.credit, method.signal).inputs
-

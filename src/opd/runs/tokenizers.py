@@ -10,6 +10,7 @@ from opd.messages import is_chat
 from opd.method import Method
 from opd.models.language_model import check_ids
 from opd.models.preview import known_rows, tokenizer_of
+from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.lengths import check_lengths
 from opd.types import Prompt, TeacherRule
@@ -27,7 +28,7 @@ def check_tokenizers(
     Leaves out models with a tokenizer that needs their weights. `given`: models loaded already. Raises DataError,
     ConfigError or AlignmentError.
     """
-    from opd.models.render import render, render_checked
+    from opd.models.render import render_checked
 
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
@@ -41,50 +42,101 @@ def check_tokenizers(
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:
             tokenizers[name] = tokenizer
-    limits = {name: known_rows(origin_of(recipe, name), name, tokenizers[name]) for name in tokenizers if name not in given}
-    limits |= {name: given[name].rows for name in tokenizers if name in given}
-    lines += [line for name, tokenizer in tokenizers.items() for line in absent_tokens(name, tokenizer, limits[name])]
+    rows = rows_of(recipe, tokenizers, given)
+    lines += [line for name, tokenizer in tokenizers.items() for line in absent_tokens(name, tokenizer, rows[name])]
     lengths: list[int] = []
     if spec.train in tokenizers:
         options = origin_of(recipe, spec.train).template_options
         ids = render_checked(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
-        check_ids(spec.train, tokenizers[spec.train], ids, limits[spec.train], "prompt")
+        check_ids(spec.train, tokenizers[spec.train], ids, rows[spec.train], "prompt")
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
+    check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
+    lines += compared(recipe, spec, prepared, tokenizers)
+    check_responses(spec, method, prompts, tokenizers, rows)
+    if lengths:
+        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
+    return lines
+
+
+def rows_of(recipe: Recipe, tokenizers: Mapping[str, Any], given: Mapping[str, LanguageModel]) -> dict[str, float]:
+    """By model, the ids below which it has rows in its layers; infinite if its config does not say."""
+    return {
+        name: given[name].rows if name in given else known_rows(origin_of(recipe, name), name, tokenizer)
+        for name, tokenizer in tokenizers.items()
+    }
+
+
+def check_teachers_prompts(
+    recipe: Recipe,
+    spec: StageSpec,
+    prompts: Sequence[Prompt],
+    tokenizers: Mapping[str, Any],
+    rows: Mapping[str, float],
+) -> None:
+    """Refuse a missing template, one that refuses a prompt, and tokens that a teacher lacks.
+
+    Raises DataError or ConfigError.
+    """
+    from opd.models.render import render
+
     taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
-        if name in tokenizers:  # fails now if a template is missing or refuses a prompt
-            options = origin_of(recipe, name).template_options
-            read = [
-                render(prompt, tokenizers[name], options)
-                for prompt in prompts
-                if taught_by[prompt.task] == name and not isinstance(prompt.content, str)
-            ]
-            check_ids(name, tokenizers[name], read, limits[name], "prompt")
-    compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
+        if name not in tokenizers:
+            continue
+        tokenizer, options = tokenizers[name], origin_of(recipe, name).template_options
+        mine = [prompt for prompt in prompts if taught_by[prompt.task] == name]
+        lacks = bool(absent_tokens(name, tokenizer, rows[name]))
+        read = [render(one, tokenizer, options) for one in mine if lacks or not isinstance(one.content, str)]
+        check_ids(name, tokenizer, read, rows[name], "prompt")
+
+
+def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Mapping[str, Any]) -> list[str]:
+    """What the student's tokenizer shares with those of the teachers, in words. Raises AlignmentError."""
+    rule = prepared.method.teacher
+    names = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
         check_tokens(
-            method.teacher,
+            rule,
             tokenizers[spec.train],
             tokenizers[name],
             (spec.train, name),
             chat=prepared.chat,
             options=(ours, origin_of(recipe, name).template_options),
         )
-        for name in compared
+        for name in names
     ]
-    lines += [line for some in found for line in some]
-    if compared and method.teacher.tokenizer == "students" and not any(found):
-        lines.append(f"student and {' and '.join(compared)} map every token to the same id")
-    if lengths:
-        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
-    return lines
+    if names and rule.tokenizer == "students" and not any(found):
+        return [f"student and {' and '.join(names)} map every token to the same id"]
+    return [line for some in found for line in some]
+
+
+def check_responses(
+    spec: StageSpec,
+    method: Method,
+    prompts: Sequence[Prompt],
+    tokenizers: Mapping[str, Any],
+    rows: Mapping[str, float],
+) -> None:
+    """Refuse responses of the data with tokens that the student or a teacher lacks. Raises DataError."""
+    from opd.models.render import encode_response
+    from opd.models.vocabularies import check_same_tokens
+
+    student = tokenizers.get(spec.train)
+    if student is None or "response" not in needs_of(method.source).columns:
+        return
+    others = [name for name in spec.teachers if name in tokenizers and method.teacher.tokenizer == "students"]
+    sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
+    size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
+    if absent_tokens(spec.train, student, size):
+        responses = [encode_response(prompt.response, student) for prompt in prompts if prompt.response]
+        check_ids(spec.train, student, responses, size, "response")
 
 
 def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
