@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,7 @@ def trained(base: Path, folder: Path, config: Any) -> Tensor:
     """Write an adapter whose weights are random, not zero; the logits of peft's own model."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    model: Any = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), copy.deepcopy(config))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in (p for p in model.parameters() if p.requires_grad):
@@ -105,12 +106,14 @@ def test_load_model_merges_adapter_before_new_lora(base: Path, tmp_path: Path):
 def test_load_model_uses_tokenizer_of_adapter_else_of_base(base: Path, tmp_path: Path):
     trained(base, tmp_path / "adapter", SETTINGS["lora"])
     spec = spec_of(tmp_path / "adapter")
-    assert tokenizer_of(spec, "m").get_vocab() == character_tokenizer(LETTERS).get_vocab()
+    found: Any = tokenizer_of(spec, "m")
+    assert found.get_vocab() == character_tokenizer(LETTERS).get_vocab()
     assert known_positions(spec, "m", None) == 256
     own = character_tokenizer(LETTERS)
     own.chat_template = "{{ messages[0].content }}"
     own.save_pretrained(tmp_path / "adapter")
-    assert load_model(spec, name="m").tokenizer.chat_template == tokenizer_of(spec, "m").chat_template != None  # noqa: E711
+    found = tokenizer_of(spec, "m")
+    assert load_model(spec, name="m").tokenizer.chat_template == found.chat_template == own.chat_template
 
 
 def test_load_model_loads_adapter_of_adapter(base: Path, tmp_path: Path):
@@ -137,7 +140,7 @@ def test_load_model_refuses_virtual_tokens(base: Path, tmp_path: Path, kind: str
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_wrap_refuses_model_with_virtual_tokens(kind: str):
     tokenizer = character_tokenizer(LETTERS)
-    model: Any = peft.get_peft_model(build("llama", tokenizer), VIRTUAL[kind])  # type: ignore[arg-type]
+    model: Any = peft.get_peft_model(build("llama", tokenizer), copy.deepcopy(VIRTUAL[kind]))  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match=f"teacher is an adapter of the type {kind}"):
         wrapping.wrap(model, tokenizer, name="teacher")
 

@@ -32,7 +32,7 @@ def made(model_type: str, settings: dict[str, Any]) -> Any:
     ids = {"bos_token_id": 0, "eos_token_id": 1}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        config = AutoConfig.for_model(model_type, **{**ids, **settings})
+        config: Any = AutoConfig.for_model(model_type, **{**ids, **settings})
         if model_type == "mllama_text_model":  # the text model of a larger one
             return MllamaForCausalLM(config).float().eval()
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()

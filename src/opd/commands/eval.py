@@ -55,8 +55,9 @@ def evaluate_model(
     if teacher is not None:  # loaded first: the model is measured on the tokens that both have
         other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
         lm, others = on_common_tokens(lm, {"teacher": other})
-    for note in (*lm.notes, *(note for other in others.values() for note in other.notes)) if say is not None else ():
-        say(note)
+    if say is not None:
+        for note in (*lm.notes, *(note for other in others.values() for note in other.notes)):
+            say(note)
     held_out = HeldOut(
         prompts=prompts,
         sampling={"sampled": settings},

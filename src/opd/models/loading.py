@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,9 @@ def _load(
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
-    for adapter in () if source is None else source.adapters:
-        goes_on = trains and spec.lora is None and adapter == source.adapters[-1]
+    saved: Sequence[Path | str] = () if source is None else source.adapters
+    for adapter in saved:
+        goes_on = trains and spec.lora is None and adapter == saved[-1]
         model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
         notes += found
         weights.check_values(model, None, f"{label}: {adapter}")
@@ -95,7 +97,7 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
     attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
     with weights.silent():
         # Only safetensors: a pickle can run code. Shapes that differ are refused below, by name.
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path,
             dtype=DTYPES[spec.dtype],
             use_safetensors=True,
@@ -104,6 +106,7 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
             ignore_mismatched_sizes=True,
             **attention,
         )
+    model, info = loaded
     notes = weights.check_loaded(info, f"{label}: {path}")
     weights.check_values(model, folder, f"{label}: {path}")
     return model, notes
