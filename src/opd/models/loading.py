@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -68,9 +67,9 @@ def _load(
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
-    saved: Sequence[Path | str] = () if source is None else source.adapters
-    for adapter in saved:
-        goes_on = trains and spec.lora is None and adapter == saved[-1]
+    saved = [] if source is None else list(source.adapters)
+    for left, adapter in enumerate(saved, start=1 - len(saved)):
+        goes_on = trains and spec.lora is None and left == 0
         model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
         notes += found
         weights.check_values(model, None, f"{label}: {adapter}")
