@@ -60,6 +60,19 @@ def test_check_refuses_teacher_with_students_weights(folder: Path):
             check_recipe(recipe_of(folder, small, big))
 
 
+def test_check_refuses_weights_that_lack_tensors(folder: Path):
+    """Of teachers and students alike, before any weight is loaded."""
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"num_hidden_layers": 2', '"num_hidden_layers": 3'))
+    made = {
+        "init": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
+        "tokenizer": {"characters": LETTERS},
+    }
+    for small, big in (({"path": str(folder)}, made), (made, {"path": str(folder)})):
+        with pytest.raises(ConfigError, match=r"the weights lack 9 tensors of the model \(model\.layers\.2\."):
+            check_recipe(recipe_of(folder, small, big))
+
+
 def test_check_refuses_equal_new_models(folder: Path):
     made = {
         "init": {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2},
