@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from opd.errors import DataError, RunError, TrainingError
+from opd.errors import ConfigError, DataError, RunError, TrainingError
 
 GIB = 1 << 30
 
@@ -183,3 +183,20 @@ def read_table(file: Path) -> list[dict[str, Any]]:
     import pyarrow.parquet as pq
 
     return pq.read_table(file).to_pylist()
+
+
+def tensor_shapes(file: Path, label: str) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of the tensors in a safetensors file, without their values.
+
+    Raises ConfigError, which starts with `label`, for a damaged or partial file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as stored:
+            return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size if file.exists() else 0
+        raise ConfigError(
+            f"{label}: {file} ({size:,} bytes) is not a whole safetensors file: {error}. Copy or download it again."
+        ) from error

@@ -164,8 +164,8 @@ def test_examine_is_reproducible_when_seed_is_equal(healthy, learner, known):
     ]
 
 
-def test_examine_disables_lora_in_own_teacher():
-    """With LoRA the teacher is the base model: trained adapters differ from it, fresh ones do not."""
+def test_examine_freezes_student_with_its_adapter():
+    """The frozen teacher is the student as it starts, so it agrees with it, whether the adapter is new or trained."""
     tokenizer = character_tokenizer("abcdefgh0123456789=;")
     model = adapters.add_lora(build("llama", tokenizer, seed=3), rank=2, alpha=4.0, target_modules="all-linear")
     student = wrapping.wrap(model, tokenizer, name="student")
@@ -178,5 +178,4 @@ def test_examine_disables_lora_in_own_teacher():
             torch.nn.init.normal_(parameter, std=0.5)
     trained = diagnosis({"student": student}, letters(), **looked_at)
     assert finding(trained, "signal/self_test").level == "ok"
-    assert finding(trained, "signal/strength").level == "ok"
-    assert finding(trained, "signal/strength").numbers["reverse_kl"] > 0.01
+    assert finding(trained, "signal/strength").level == "stop"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,34 @@ def test_embed_equals_mean_of_states_of_unpadded_text(encoder: str):
         mean = [math.fsum(column) / len(states) for column in zip(*states, strict=True)]
         norm = math.sqrt(math.fsum(x * x for x in mean))
         np.testing.assert_allclose(vector, [x / norm for x in mean], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("missing", r"the weights lack 1 tensors of the model \(encoder\.layer\.0\.output\.dense\.weight\), so its"),
+        ("shape", r"encoder\.layer\.0\.output\.dense\.weight has \(3,\), the model \(16, 32\)"),
+        ("nan", "the weights hold NaN or infinity, so its vectors would mean nothing"),
+        ("half", r"model\.safetensors \(1,000 bytes\) is not a whole safetensors file"),
+    ],
+)
+def test_load_encoder_refuses_incomplete_weights(encoder: str, tmp_path: Path, damage: str, message: str):
+    from safetensors.torch import load_file, save_file
+
+    folder, name = tmp_path / "encoder", "encoder.layer.0.output.dense.weight"
+    shutil.copytree(encoder, folder)
+    file = folder / "model.safetensors"
+    tensors = {key: value for key, value in load_file(file).items() if not key.startswith("pooler.")}
+    save_file(tensors, file, {"format": "pt"})
+    assert load_encoder(str(folder)).embed(["abc"])[1] == 0  # nothing reads the pooler
+    changed = {"shape": torch.ones(3), "nan": torch.full_like(tensors[name], torch.nan)}
+    save_file({**tensors, name: changed.get(damage, tensors[name])}, file, {"format": "pt"})
+    if damage == "missing":
+        save_file({key: value for key, value in tensors.items() if key != name}, file, {"format": "pt"})
+    if damage == "half":
+        file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=message):
+        load_encoder(str(folder))
 
 
 def test_select_keeps_near_and_far_by_encoder(files: None, encoder: str):

@@ -9,8 +9,10 @@ from opd.data.prompts import load_selected
 from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
+from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
+from opd.models.vocabularies import on_common_tokens
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
@@ -52,6 +54,13 @@ def evaluate_model(
         if count := unscored_answers(prompts, frozenset(), measured_by):
             say(unscored_line(count, "held-out"))
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
+    others: dict[str, LanguageModel] = {}
+    if teacher is not None:  # loaded first: the model is measured on the tokens that both have
+        other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
+        lm, others = on_common_tokens(lm, {"teacher": other})
+    if say is not None:
+        for note in (*lm.notes, *(note for other in others.values() for note in other.notes)):
+            say(note)
     held_out = HeldOut(
         prompts=prompts,
         sampling={"sampled": settings},
@@ -62,8 +71,7 @@ def evaluate_model(
     )
     measured = measure(held_out, student_samplers(held_out, lm))
     metrics = {key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()}
-    if teacher is not None:
-        other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
+    for other in others.values():
         scorer = local_teacher(TeacherRule(kind="external"), lm, other, micro_batch_tokens=micro_batch_tokens)
         assert scorer is not None
         metrics |= exact_divergence(

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from opd.data.similarity import Embeddings
-from opd.errors import ConfigError
+from opd.errors import ConfigError, incomplete
+from opd.files import tensor_shapes
 
 BATCH = 64
 
@@ -56,16 +58,28 @@ def load_encoder(path: str) -> Encoder:
     in the folder is not run. Raises ConfigError for a path without an encoder, and for an encoder with another pooling
     than the mean.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
+    for file in sorted(Path(path).glob("*.safetensors")):
+        tensor_shapes(file, "`select.encoder`")  # names a damaged file
+    how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        model: Any = AutoModel.from_pretrained(path, dtype=torch.float32, use_safetensors=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        loaded: Any = AutoModel.from_pretrained(path, dtype=torch.float32, ignore_mismatched_sizes=True, **how)
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise ConfigError(
             f"`select.encoder`: {path} could not be loaded as a text encoder: {error} Give the folder or hub id of an "
             "encoder, such as sentence-transformers/all-mpnet-base-v2, or measure words or characters."
         ) from error
+    model, info = loaded
+    problem = incomplete(info, unused="pooler.")  # which reads the last states, and is not used
+    if problem is None and not all(bool(p.isfinite().all()) for p in model.parameters()):
+        problem = "the weights hold NaN or infinity"
+    if problem:
+        raise ConfigError(
+            f"`select.encoder`: {path}: {problem}, so its vectors would mean nothing. Copy or download it again."
+        )
     pooling = _settings(path, "1_Pooling/config.json")
     if not pooling.get("pooling_mode_mean_tokens", True):
         modes = [name for name, value in pooling.items() if value is True and name.startswith("pooling_mode")]

@@ -75,6 +75,7 @@ def begin(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Decoder:
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
     lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
+    lm.check_ids(different)
     decoder = _begin(lm, different) if lm.reading.cache else _begin_without_cache(lm, different)
     if len(different) < len(prompts):
         place = {prompt: i for i, prompt in enumerate(different)}

@@ -43,7 +43,11 @@ class ResponseStates:
 def response_states(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
 ) -> ResponseStates:
-    """The states of prompts and responses. A response's last token is not read, because it predicts nothing."""
+    """The states of prompts and responses. A response's last token is not read, because it predicts nothing.
+
+    Raises DataError for a token that the model lacks.
+    """
+    lm.check_ids(prompts, responses)
     rows = [(*prompt, *response[:-1]) for prompt, response in zip(prompts, responses, strict=True)]
     before = [len(prompt) - 1 for prompt in prompts]  # the position that predicts the first token of the response
     if lm.packs:

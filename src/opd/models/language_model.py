@@ -7,7 +7,7 @@ import copy
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -54,12 +54,13 @@ class LanguageModel:
 
     model: nn.Module  # a transformers causal LM, or one wrapped by peft
     tokenizer: Any
-    vocabulary: int  # V: the largest id of a real token, plus one
+    vocabulary: int  # V: the ids below it are sampled, scored and trained; at most the largest real id plus one
     stop_ids: frozenset[int]
     template_options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
     reading: Reading = EXACT
     name: str = "model"
+    notes: tuple[str, ...] = ()  # for the user, about its weights and tokens
 
     @property
     def device(self) -> torch.device:
@@ -93,13 +94,31 @@ class LanguageModel:
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
-        lm = self.causal_lm
-        backbone = getattr(lm, lm.base_model_prefix)  # type: ignore[arg-type]
         given = {name: value for name, value in kwargs.items() if value is not None}
+        backbone = self.backbone
         if "past_key_values" in given and cache_name(type(backbone)) != "past_key_values":
             given[cache_name(type(backbone))] = given.pop("past_key_values")
         with self.compute():
             return backbone(input_ids=input_ids, **given)
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its output layer.
+
+        The child that `base_model_prefix` names; if it names none, as in Llama 4, the child with the input embeddings.
+        """
+        lm: Any = self.causal_lm
+        named = getattr(lm, lm.base_model_prefix, None)
+        if isinstance(named, nn.Module):
+            return named
+        embeddings = lm.get_input_embeddings()
+        inside = [child for child in lm.children() if any(module is embeddings for module in child.modules())]
+        if not inside or inside[0] is embeddings:
+            raise ConfigError(
+                f"{self.name}: {type(lm).__name__} has no part that gives the last hidden states, so opd cannot score "
+                "it. Please report the architecture."
+            )
+        return inside[0]
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [b, L, H] of right-padded rows.
@@ -152,6 +171,17 @@ class LanguageModel:
     def check_length(self, tokens: int, remedy: str) -> None:
         """Raise DataError for a sequence of more `tokens` than the model has positions."""
         check_positions(self.name, tokens, self.positions, remedy)
+
+    @property
+    def rows(self) -> int:
+        """The model reads and writes the ids below this: those with a row in its input and in its output layer."""
+        layers = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        return min(len(layer.weight) for layer in layers)
+
+    def check_ids(self, prompts: Iterable[Sequence[int]], responses: Iterable[Sequence[int]] = ()) -> None:
+        """Raise DataError for a token that the model lacks: in a prompt one without a row, in a response one from V."""
+        check_ids(self.name, self.tokenizer, prompts, self.rows, "prompt")
+        check_ids(self.name, self.tokenizer, responses, self.vocabulary, "response")
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
@@ -211,15 +241,52 @@ def cache_in(out: Any) -> Any:
 
 
 def positions_of(config: Any) -> float:
-    """The number of positions in this transformers config; infinite if it does not say."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return limit if isinstance(limit, int) else math.inf
+    """The number of positions that this transformers config allows; infinite without a limit, as with ALiBi.
+
+    Linear scaling multiplies `max_position_embeddings` by its factor, YaRN the length of the pretraining, which is
+    `max_position_embeddings` if the config does not say. Some families store the product in `max_position_embeddings`
+    (DeepSeek, gpt-oss, Llama 3; Gemma 3, whose scaling is by kind of layer): then it is the limit.
+
+    Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
+    and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
+    `max_position_embeddings`, for LongRoPE the length of the pretraining.
+    """
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
+        return math.inf
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
+    scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
+    return min(scaled) if min(scaled) < limit else max(scaled)
+
+
+def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+    trained = rope.get("original_max_position_embeddings") or limit
+    if kind == "linear" and not by_layer:
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int(trained * factor))
+    return min(limit, trained) if kind == "longrope" else limit
 
 
 def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:
     """Raise DataError for a sequence of more `tokens` than the model has `positions`."""
     if tokens > positions:
         raise DataError(f"{name} would read {tokens} tokens in all, but has only {positions} positions. {remedy}")
+
+
+def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: float, what: str) -> None:
+    """Raise DataError for a token in `rows` whose id is not below `limit`, which the model `name` lacks."""
+    largest = max((max(ids, default=0) for ids in rows), default=0)
+    if largest >= limit:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        named = f"the token {token!r} (id {largest})" if token else f"the id {largest}"
+        raise DataError(
+            f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1:.0f}. Remove the "
+            "token from the data or from the chat template, or use models that have it."
+        )
 
 
 class Root(nn.Module):

@@ -1,78 +1,115 @@
-"""From a recipe's model section to a LanguageModel: folders, hub ids, GGUF files, packaged files, new models."""
+"""From a recipe's model section to a LanguageModel: folders, hub ids, GGUF and packaged files, adapters, new models."""
 
 from __future__ import annotations
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from opd.errors import ConfigError, OPDError
-from opd.models import adapters, wrapping
+from opd.models import adapters, weights, wrapping
 from opd.models.gguf import convert_gguf
 from opd.models.language_model import LanguageModel
 from opd.models.new import new_model
-from opd.models.paths import near_path, resolved_path
+from opd.models.paths import Source, near_path, source_of
 from opd.recipe.schema import ModelSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def load_model(
-    spec: ModelSpec, *, name: str, folder: Path | None = None, seed: int = 0, where: str | None = None
+    spec: ModelSpec,
+    *,
+    name: str,
+    folder: Path | None = None,
+    seed: int = 0,
+    where: str | None = None,
+    trains: bool = False,
 ) -> LanguageModel:
     """Load the model of a recipe; `folder` replaces its path (a stage's result). Raises ConfigError or DataError.
 
     The recipe's `seed` and the model's name determine the random weights of new adapters, and of a new model without a
-    seed. `where` is the name of the path in messages; default: the recipe's key.
+    seed. `where` is the name of the path in messages; default: the recipe's key. An adapter in the path is merged into
+    its base. With `trains` and without `lora` it stays an adapter, and goes on training.
     """
+    from safetensors import SafetensorError
+
     try:
-        model, tokenizer = _load(spec, name, folder, seed, where)
+        model, tokenizer, notes = _load(spec, name, folder, seed, where, trains)
     except OPDError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError) as error:  # adds the place to the libraries' messages
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # adds the place to the message
         origin = folder or spec.path or "init"
         raise ConfigError(f"{where or f'models.{name}'}: {origin} could not be loaded as a model: {error}") from error
-    return wrapping.wrap(
+    lm = wrapping.wrap(
         model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
     )
+    return replace(lm, notes=(*notes, *lm.notes))
 
 
-def _load(spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str | None) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM
-
+def _load(
+    spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str | None, trains: bool
+) -> tuple[Any, Any, list[str]]:
     device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    label = where or f"models.{name}.path"
+    notes: list[str] = []
+    source = Source(weights=folder, tokenizer=folder) if folder is not None else None
     model: Any
-    if spec.init is not None and folder is None:
+    if spec.init is not None and source is None:
         model, tokenizer = new_model(spec, name, seed)
     else:
-        path = folder or resolve(spec, name, where)
-        tokenizer = load_tokenizer(path, spec, name, where)
-        attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
-        # Only safetensors: a pickle can run code.
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=DTYPES[spec.dtype],
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            **attention,
-        )
+        source = source or loadable(source_of(spec, name, where))
+        tokenizer = load_tokenizer(source.tokenizer, spec, name, where)
+        model, notes = pretrained(source.weights, spec, label)
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    saved = [] if source is None else list(source.adapters)
+    for left, adapter in enumerate(saved, start=1 - len(saved)):
+        goes_on = trains and spec.lora is None and left == 0
+        model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
+        notes += found
+        weights.check_values(model, None, f"{label}: {adapter}")
     if spec.autocast and device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the output layer, which autocast leaves in float32, uses TF32
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if spec.lora is not None:
-        if spec.gradient_checkpointing:
+        if hasattr(model, "peft_config") or spec.lora is not None:
             model.enable_input_require_grads()
+    if spec.lora is not None:
         with torch.random.fork_rng():
             torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))  # independent of earlier random numbers
             model = adapters.add_lora(model, **spec.lora.model_dump())
-    return model, tokenizer
+    return model, tokenizer, notes
+
+
+def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list[str]]:
+    """The model of a folder or hub id with all of its weights, and notes. Raises ConfigError if it lacks any."""
+    from transformers import AutoModelForCausalLM
+
+    folder = path if isinstance(path, Path) else None
+    if folder is not None:
+        weights.headers(folder, label)  # names a damaged file
+    attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+    with weights.silent():
+        # Only safetensors: a pickle can run code. Shapes that differ are refused below, by name.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=DTYPES[spec.dtype],
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **attention,
+        )
+    model, info = loaded
+    notes = weights.check_loaded(info, f"{label}: {path}")
+    weights.check_values(model, folder, f"{label}: {path}")
+    return model, notes
 
 
 def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | None = None) -> Any:
@@ -104,7 +141,9 @@ def _is_whole(path: Path | str) -> bool:
     return json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend"
 
 
-def resolve(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:
-    """The folder (or hub id) that transformers can load. GGUF files are converted once, into the cache."""
-    path = resolved_path(spec, name, where)
-    return convert_gguf(path) if isinstance(path, Path) and path.suffix == ".gguf" else path
+def loadable(source: Source) -> Source:
+    """The source with folders (or hub ids) that transformers can load. GGUF files are converted once, to the cache."""
+    if not isinstance(source.weights, Path) or source.weights.suffix != ".gguf":
+        return source
+    folder = convert_gguf(source.weights)
+    return replace(source, weights=folder, tokenizer=folder if source.tokenizer == source.weights else source.tokenizer)

@@ -1,16 +1,50 @@
 """Resolves a model's path: a folder, a GGUF file, a packaged file or a hub id, with messages for anything else.
 
+The folder or hub id may hold an adapter, which names the model that it adapts.
+
 `where` is the name of the path in messages: the recipe's key, or the argument of a command.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from opd.errors import ConfigError, nearest
+from opd.models.adapters import adapter_settings
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where the parts of a model are: folders or hub ids; the weights also a GGUF file."""
+
+    weights: Path | str
+    tokenizer: Path | str
+    adapters: tuple[Path | str, ...] = ()  # in order of application
+
+
+def source_of(spec: ModelSpec, name: str, where: str | None = None) -> Source:
+    """The parts of a model with a `path`. An adapter without a tokenizer uses that of its base.
+
+    Raises ConfigError or DataError.
+    """
+    label = where or f"models.{name}.path"
+    path = resolved_path(spec, name, where)
+    adapter = adapter_settings(path, label)
+    if adapter is None:
+        return Source(weights=path, tokenizer=path)
+    if adapter.base == spec.path:
+        raise ConfigError(f"{label}: the adapter {path} names itself as the model that it adapts. Correct its config.")
+    key = f"{label}: base_model_name_or_path in the adapter_config.json of {path}"
+    base = source_of(spec.model_copy(update={"path": adapter.base}), name, key)
+    return Source(
+        weights=base.weights,
+        tokenizer=path if adapter.has_tokenizer else base.tokenizer,
+        adapters=(*base.adapters, path),
+    )
 
 
 def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path | str:
@@ -22,13 +56,17 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
     if local.is_file() and local.suffix == ".gguf":
         return local
     if local.is_dir():
+        if (local / "adapter_config.json").exists():
+            return local
         if (local / "config.json").exists():
             key = f"models.{name}.trust_remote_code: true"
             _check_folder(local, spec, label, f"set {key}" if where is None else f"measure it in a recipe with {key}")
             return local
         files = sorted(local.glob("*.gguf"))
         if len(files) != 1:
-            remedy = _models_of_its_run(local) or "Give a Hugging Face model folder, or one GGUF file."
+            remedy = (
+                _models_of_its_run(local) or "Give a Hugging Face model folder, an adapter folder, or one GGUF file."
+            )
             raise ConfigError(
                 f"{label}: {local} has no config.json and {len(files)} GGUF files, so no model can be loaded from it. "
                 f"{remedy}"

@@ -1,13 +1,17 @@
-"""The tokenizer and the number of positions of a recipe's model, before its weights are loaded."""
+"""The tokenizer, the number of positions and the tensors' names of a recipe's model, before its weights load."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd.models.language_model import positions_of
 from opd.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from opd.models.paths import Source
 
 
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
@@ -24,10 +28,10 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
         tokenizer = new_tokenizer(spec, name)
         new_config(spec, name, tokenizer)
     else:
-        path = _folder(spec, name)
-        if path is None:
+        source = _source(spec, name)
+        if source is None:
             return None
-        tokenizer = load_tokenizer(path, spec, name)
+        tokenizer = load_tokenizer(source.tokenizer, spec, name)
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer
@@ -35,27 +39,57 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
+    config = _config(spec, name, tokenizer)
+    return math.inf if config is None else positions_of(config)
+
+
+def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
+    """The number of rows of the input and output layers of a recipe's model; infinite if its config cannot be read."""
+    config = _config(spec, name, tokenizer)
+    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else math.inf
+
+
+def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     from transformers import AutoConfig
 
     from opd.models.new import new_config
 
     if spec.init is not None:
-        return positions_of(new_config(spec, name, tokenizer))
-    path = _folder(spec, name)
-    if path is None:
-        return math.inf
+        return new_config(spec, name, tokenizer)
+    source = _source(spec, name)
+    if source is None:
+        return None
     try:
-        return positions_of(AutoConfig.from_pretrained(path, trust_remote_code=spec.trust_remote_code))
+        return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError):  # loading the model will report the error
-        return math.inf
+        return None
 
 
-def _folder(spec: ModelSpec, name: str) -> Path | str | None:
-    """The folder or hub id of a model with a path; None for a GGUF file that has not been converted."""
+def known_weights(spec: ModelSpec, name: str) -> list[str]:
+    """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
+    from opd.models.adapters import adapter_tensors
+    from opd.models.weights import check_weights
+
+    source = None if spec.path is None else _source(spec, name)
+    if source is None:
+        return []
+    for adapter in source.adapters:
+        adapter_tensors(adapter, f"models.{name}.path")  # names a damaged file
+    if isinstance(source.weights, str):
+        return [f"model {name}: its weights come from the hub and are checked when they load"]
+    return check_weights(source.weights, spec, f"models.{name}.path")
+
+
+def _source(spec: ModelSpec, name: str) -> Source | None:
+    """The parts of a model with a path; None for a GGUF file that has not been converted."""
     from opd.models.gguf import cached_gguf
-    from opd.models.paths import resolved_path
+    from opd.models.paths import source_of
 
-    path = resolved_path(spec, name)
-    if isinstance(path, Path) and path.suffix == ".gguf":
-        return cached_gguf(path)
-    return path
+    source = source_of(spec, name)
+    if not isinstance(source.weights, Path) or source.weights.suffix != ".gguf":
+        return source
+    folder = cached_gguf(source.weights)
+    if folder is None:
+        return None
+    return replace(source, weights=folder, tokenizer=folder if source.tokenizer == source.weights else source.tokenizer)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from opd.errors import AlignmentError
+from opd.models.language_model import LanguageModel
 from opd.models.render import turn_end
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -126,19 +127,59 @@ def name_of(tokenizer: Any) -> str:
     return repr(tokenizer.name_or_path) if tokenizer.name_or_path else f"({type(tokenizer).__name__})"
 
 
-def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the student", "the teacher")) -> None:
-    """Raise AlignmentError, with the differing tokens, unless each token has the same id in both tokenizers.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommonTokens:
+    """The ids 0 to `size` - 1, which two tokenizers give to the same tokens; special tokens may have other names."""
 
-    The heads may differ in width: rows beyond the tokenizer's largest id are padding.
+    size: int
+    renamed: Mapping[int, tuple[str, str]]  # id -> the names of a special token in both
+    only: tuple[Sequence[str], Sequence[str]]  # the tokens from `size` on, of the student and of the teacher
+
+    def differences(self, names: tuple[str, str]) -> list[str]:
+        """One line for each kind of difference."""
+        found = [
+            f"{len(tokens)} tokens of {name} are not compared, and never written ({_some(tokens)})"
+            for name, tokens in zip(names, self.only, strict=True)
+            if tokens
+        ]
+        if self.renamed:
+            pairs = [f"{i}: {one!r} and {other!r}" for i, (one, other) in self.renamed.items()]
+            first = f"{'; '.join(pairs[:3])}{'; ...' if len(pairs) > 3 else ''}"
+            found.append(
+                f"{len(self.renamed)} special tokens of {names[0]} and {names[1]} have one id and two names, and count "
+                f"as the same ({first})"
+            )
+        return found
+
+
+def check_same_tokens(
+    student: Any, teacher: Any, names: tuple[str, str] = ("the student", "the teacher")
+) -> CommonTokens:
+    """The tokens that have the same id in both tokenizers.
+
+    All tokens of text must; added tokens may have another name at the same id, or exist in one tokenizer alone after
+    the last common id. Raises AlignmentError, with the differing tokens, for tokenizers that differ otherwise.
     """
     ours, theirs = student.get_vocab(), teacher.get_vocab()
+    ours_added, theirs_added = student.added_tokens_decoder, teacher.added_tokens_decoder
     moved = [t for t, i in _by_id(ours) if t in theirs and theirs[t] != i]
     only_student = [t for t, _ in _by_id(ours) if t not in theirs]
     only_teacher = [t for t, _ in _by_id(theirs) if t not in ours]
-    if not (moved or only_student or only_teacher):
-        return
+    alone = {*ours.values()} ^ {*theirs.values()}
+    size = min([*alone, max(ours.values()) + 1, max(theirs.values()) + 1])
+    text = any(ours[t] not in ours_added or theirs[t] not in theirs_added for t in moved)
+    text = text or any(ours[t] not in ours_added for t in only_student)
+    text = text or any(theirs[t] not in theirs_added for t in only_teacher)
+    text = text or any(i >= size and i not in ours_added for i in ours.values())
+    if not text and not any(min(ours[t], theirs[t]) < size for t in moved):
+        name_of_id = {i: t for t, i in theirs.items()}
+        return CommonTokens(
+            size=size,
+            renamed={ours[t]: (t, name_of_id[ours[t]]) for t in only_student if ours[t] < size},
+            only=([t for t, i in _by_id(ours) if i >= size], [t for t, i in _by_id(theirs) if i >= size]),
+        )
     parts = [
-        f"{len(tokens)} tokens {what} ({', '.join(repr(t) for t in tokens[:3])}{', ...' if len(tokens) > 3 else ''})"
+        f"{len(tokens)} tokens {what} ({_some(tokens)})"
         for tokens, what in (
             (moved, "have another id"),
             (only_student, "exist only in the student"),
@@ -151,6 +192,49 @@ def check_same_tokens(student: Any, teacher: Any, names: tuple[str, str] = ("the
         f"{'; '.join(parts)}. So the models cannot be compared token by token. Use a teacher of the student's "
         "family, give both the same tokenizer files, or use a method for two tokenizers, such as simct."
     )
+
+
+def on_common_tokens(
+    student: LanguageModel, teachers: Mapping[str, LanguageModel]
+) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """Student and teachers with one vocabulary: the ids 0 to n - 1, which all of them give to the same tokens.
+
+    Every softmax of the stage is over these ids: each model's probabilities are divided by their sum over them. Ids
+    from n on have no share, so the student cannot write them either, and what is sampled, scored and trained is one
+    distribution. Prompts may hold every id that their model reads. Raises AlignmentError if the tokenizers differ in
+    more (`check_same_tokens`), and if no token that ends a response is common.
+    """
+    found = {
+        name: check_same_tokens(student.tokenizer, t.tokenizer, (student.name, name)) for name, t in teachers.items()
+    }
+    size = min(one.vocabulary for one in (student, *teachers.values()))
+    size = min([size, *(common.size for common in found.values())])
+    if not any(i < size for i in student.stop_ids):
+        ends = ", ".join(repr(student.tokenizer.decode([i])) for i in sorted(student.stop_ids))
+        raise AlignmentError(
+            f"{student.name} ends a response with {ends}, which {' or '.join(teachers)} does not have, so no response "
+            "could end. Use a teacher of the student's family, or a method for two tokenizers, such as simct."
+        )
+    notes = [line for name, common in found.items() for line in common.differences((student.name, name))]
+    return _narrowed(student, size, notes), {name: _narrowed(one, size, []) for name, one in teachers.items()}
+
+
+def same_ids(student: LanguageModel, teacher: LanguageModel) -> bool:
+    """Whether an id that the teacher writes is the same token for the student."""
+    if student.tokenizer.get_vocab() == teacher.tokenizer.get_vocab():
+        return True
+    try:
+        return check_same_tokens(student.tokenizer, teacher.tokenizer).size >= teacher.vocabulary
+    except AlignmentError:
+        return False
+
+
+def _narrowed(lm: LanguageModel, size: int, notes: Sequence[str]) -> LanguageModel:
+    return replace(lm, vocabulary=size, notes=(*lm.notes, *notes)) if notes or lm.vocabulary != size else lm
+
+
+def _some(tokens: Sequence[str]) -> str:
+    return f"{', '.join(map(repr, tokens[:3]))}{', ...' if len(tokens) > 3 else ''}"
 
 
 def _by_id(vocabulary: Mapping[str, int]) -> list[tuple[str, int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -38,22 +39,50 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
         raise ConfigError(
             f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
         )
+    refuse_adapters(lm)
+    lm = within_rows(lm)
     verify_head(lm)
     return replace(lm, reading=probe(lm))
+
+
+def refuse_adapters(lm: LanguageModel) -> None:
+    """Raise ConfigError for an adapter that is not part of the model's layers."""
+    for settings in getattr(lm.model, "peft_config", {}).values():
+        adapters.refuse_kind(str(getattr(settings.peft_type, "value", settings.peft_type)), lm.name)
+
+
+def within_rows(lm: LanguageModel) -> LanguageModel:
+    """The model without the added tokens that have no row in its layers, such as a new padding token; with a note.
+
+    Raises ConfigError if tokens of text have none, and if no response could end.
+    """
+    if lm.rows >= lm.vocabulary:
+        return lm
+    tokens = lm.tokenizer.get_vocab()
+    absent = {i: token for token, i in sorted(tokens.items(), key=lambda item: item[1]) if i >= lm.rows}
+    if any(i not in lm.tokenizer.added_tokens_decoder for i in absent) or min(lm.stop_ids) >= lm.rows:
+        raise ConfigError(
+            f"{lm.name}: the tokenizer has ids up to {lm.vocabulary - 1}, but the output layer has only "
+            f"{lm.rows} rows. Use the model's own tokenizer, or resize_token_embeddings."
+        )
+    return replace(lm, vocabulary=lm.rows, notes=(*lm.notes, rows_note(lm.name, list(absent.values()), lm.rows)))
+
+
+def rows_note(name: str, absent: Sequence[str], rows: int) -> str:
+    some = f"{', '.join(map(repr, absent[:3]))}{', ...' if len(absent) > 3 else ''}"
+    return (
+        f"{name}: {len(absent)} tokens of its tokenizer ({some}) have no row in its layers of {rows} rows; they are "
+        "never written, and no prompt may hold them"
+    )
 
 
 @torch.no_grad()
 def verify_head(lm: LanguageModel) -> None:
     """Raise ConfigError if the model's logits differ from `head(hidden)`; checked on four tokens."""
     head = lm.head()
-    if head.weight.shape[0] < lm.vocabulary:
-        raise ConfigError(
-            f"{lm.name}: the tokenizer has ids up to {lm.vocabulary - 1}, but the output layer has only "
-            f"{head.weight.shape[0]} rows. Use the model's own tokenizer, or resize_token_embeddings."
-        )
     ids = torch.arange(4, device=lm.device)[None] % lm.vocabulary
     with evaluating(lm.model), lm.compute():
-        expected = lm.causal_lm(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
+        expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
         got = head.logits(lm.hidden(ids))
     worst = (got - expected).abs().max().item()
     scale = expected.abs().max().item()

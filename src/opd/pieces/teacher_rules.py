@@ -23,7 +23,7 @@ def external(tokenizer: Literal["students", "any"] = "students") -> TeacherRule:
 
 
 def self_frozen() -> TeacherRule:
-    """The student at the start of the stage. With LoRA: the base model without the adapter."""
+    """The student at the start of the stage. With a new adapter, which adds nothing yet: the base model without it."""
     return TeacherRule(kind="self_frozen")
 
 

@@ -39,7 +39,7 @@ class Characters(Section):
 class ModelSpec(Section):
     """The origin of a model: a path, a config for random weights, an earlier stage, or a function."""
 
-    path: str | None = None  # folder, hub id, GGUF file, or package:NAME/FILE
+    path: str | None = None  # folder or hub id of a model or an adapter, GGUF file, or package:NAME/FILE
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
     from_stage: str | None = None  # the model that this stage trained
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)

@@ -15,7 +15,7 @@ from opd.method import Method
 from opd.models.adapters import coverage
 from opd.models.language_model import LanguageModel, Root
 from opd.models.loading import load_model
-from opd.models.vocabularies import check_same_tokens
+from opd.models.vocabularies import on_common_tokens
 from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input
@@ -294,10 +294,12 @@ def loaded(
         check_space(session.directory.path, space_needed(spec, method, student))
         loadable = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
         externals = {name: session.model(spec, name) for name in loadable}
-        if method.teacher.tokenizer == "students":
-            for name, external in externals.items():
-                check_same_tokens(student.tokenizer, external.tokenizer, (spec.train, name))
         judges = {name: externals.get(name) or session.model(spec, name) for name in spec.judge_models}
+        if method.teacher.tokenizer == "students":
+            student, externals = on_common_tokens(student, externals)
+    for lm in (student, *externals.values(), *(judges[name] for name in judges if name not in externals)):
+        for line in lm.notes:
+            session.progress.note(f"{spec.name}: {line}")
     return student, externals, judges
 
 
@@ -354,7 +356,7 @@ def model_for(
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
     described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
-    return load_model(described, name=name, folder=folder, seed=recipe.seed)
+    return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name == spec.train)
 
 
 def seconds_limit(spec: StageSpec, directory: RunDir) -> float:

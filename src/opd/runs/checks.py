@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opd.recipe.schema import Recipe
+from opd.models.preview import known_weights
+from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.same_model import check_other_weights
 from opd.runs.saves import check_save
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
@@ -30,11 +32,25 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
         check_stage_name(spec.name)
     prepared: dict[str, Prepared] = {}
     lines: dict[str, list[str]] = {}
+    seen: set[str] = set()
     for spec in recipe.stages:
         of_stage = prepared[spec.name] = prepare(spec, given, recipe.seed)
         own = check_own(recipe, spec, of_stage, given)
+        checked = check_tokenizers(recipe, spec, of_stage, given.models)
         saved = check_save(recipe, spec, given.models)
-        lines[spec.name] = [*own, *saved, *check_tokenizers(recipe, spec, of_stage, given.models)]
+        same = check_other_weights(recipe, spec, of_stage.method, given)
+        lines[spec.name] = [*own, *saved, *checked, *same, *check_models(recipe, spec, given, seen)]
         check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines)
+
+
+def check_models(recipe: Recipe, spec: StageSpec, given: Given, seen: set[str]) -> list[str]:
+    """Compare the weights of the stage's models with their configs, without reading them. Returns notes.
+
+    `seen`: names of models that need no further look; this adds the stage's. Raises ConfigError.
+    """
+    names = dict.fromkeys((spec.train, *spec.teachers, *spec.judge_models))
+    new = [name for name in names if name not in seen and name not in given.models]
+    seen.update(new)
+    return [line for name in new for line in known_weights(origin_of(recipe, name), name)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
-from opd.models.paths import resolved_path
+from opd.models.paths import resolved_path, source_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 
 if TYPE_CHECKING:
@@ -58,8 +58,10 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
     if spec.train in given:
         has_adapter, has_base = given[spec.train].adapters, bool(_name_or_path(given[spec.train]))
     else:
-        has_adapter = model.lora is not None or _adapter_config(model) is not None
-        has_base = model.init is None or spec.train in _trained_before(recipe, spec)
+        saved = _adapters(model, spec.train)
+        has_adapter = model.lora is not None or bool(saved)
+        merged = saved if model.lora is not None else saved[:-1]  # the adapter belongs to the model with these merged
+        has_base = (model.init is None and not merged) or spec.train in _trained_before(recipe, spec)
     if not has_adapter:
         raise ConfigError(
             f"{where}, and the model {spec.train!r} trains its full weights. Set `save: merged`, or give "
@@ -67,8 +69,8 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
         )
     if not has_base:
         raise ConfigError(
-            f"{where}, and the adapter of {spec.train!r} would belong to weights that no folder has (random ones, or "
-            "those of an object without name_or_path). Set `save: merged`."
+            f"{where}, and the adapter of {spec.train!r} would belong to weights that no folder has (random ones, those of "
+            "an object without name_or_path, or those of a model with another adapter merged). Set `save: merged`."
         )
     if spec.save == "adapter" and read_later(recipe, spec):
         return [f"a later stage begins with {spec.train}, so the merged model is saved beside the adapter"]
@@ -82,7 +84,7 @@ def _trained_before(recipe: Recipe, spec: StageSpec) -> dict[str, str]:
 
 
 def _base(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], directory: RunDir) -> str:
-    from opd.models.loading import resolve
+    from opd.models.loading import loadable
 
     if spec.train in given:
         return _absolute(_name_or_path(given[spec.train]))
@@ -90,9 +92,7 @@ def _base(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], d
     stage = _trained_before(recipe, spec).get(spec.train) or model.from_stage
     if stage is not None:
         return _absolute(directory.stage(stage).model)
-    if (config := _adapter_config(model)) is not None:
-        return _absolute(config["base_model_name_or_path"])
-    return _absolute(resolve(model, spec.train))
+    return _absolute(loadable(source_of(model, spec.train)).weights)
 
 
 def _origin(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> Path | str | None:
@@ -107,26 +107,22 @@ def _dtype(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) 
     import torch
     from transformers import AutoConfig
 
-    from opd.models.loading import resolve
+    from opd.models.loading import loadable
 
     name = spec.save_dtype
     if name == "origin":
         origin = origin_of(recipe, spec.train)
         if spec.train in given or origin.path is None:
             return None
-        adapter = _adapter_config(origin)
-        path = resolve(origin, spec.train) if adapter is None else adapter["base_model_name_or_path"]
+        path = loadable(source_of(origin, spec.train)).weights
         config: Any = AutoConfig.from_pretrained(path, trust_remote_code=origin.trust_remote_code)
         name = str(config.dtype).removeprefix("torch.")
     return getattr(torch, name) if name in SAVED_DTYPES else None
 
 
-def _adapter_config(model: ModelSpec) -> dict[str, Any] | None:
-    """The adapter_config.json of a model whose path is an adapter's folder."""
-    import json
-
-    file = Path(model.path or "").expanduser() / "adapter_config.json"
-    return json.loads(file.read_text()) if model.path and file.is_file() else None
+def _adapters(model: ModelSpec, name: str) -> tuple[Path | str, ...]:
+    """The saved adapters of a model's path, in order of application."""
+    return () if model.path is None else source_of(model, name).adapters
 
 
 def _name_or_path(lm: LanguageModel) -> str:

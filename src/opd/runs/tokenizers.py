@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.method import Method
-from opd.models.preview import tokenizer_of
+from opd.models.language_model import check_ids
+from opd.models.preview import known_rows, tokenizer_of
+from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.lengths import check_lengths
 from opd.types import Prompt, TeacherRule
@@ -40,42 +42,105 @@ def check_tokenizers(
             lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
         else:
             tokenizers[name] = tokenizer
+    rows = rows_of(recipe, tokenizers, given)
+    lines += [line for name, tokenizer in tokenizers.items() for line in absent_tokens(name, tokenizer, rows[name])]
     lengths: list[int] = []
     if spec.train in tokenizers:
         options = origin_of(recipe, spec.train).template_options
         ids = render_checked(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
+        check_ids(spec.train, tokenizers[spec.train], ids, rows[spec.train], "prompt")
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         lines += template_lines(spec.train, tokenizers[spec.train], prompts, options)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
+    lines += check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
+    lines += compared(recipe, spec, prepared, tokenizers)
+    check_responses(spec, method, prompts, tokenizers, rows)
+    if lengths:
+        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
+    return lines
+
+
+def rows_of(recipe: Recipe, tokenizers: Mapping[str, Any], given: Mapping[str, LanguageModel]) -> dict[str, float]:
+    """By model, the ids below which it has rows in its layers; infinite if its config does not say."""
+    return {
+        name: given[name].rows if name in given else known_rows(origin_of(recipe, name), name, tokenizer)
+        for name, tokenizer in tokenizers.items()
+    }
+
+
+def check_teachers_prompts(
+    recipe: Recipe,
+    spec: StageSpec,
+    prompts: Sequence[Prompt],
+    tokenizers: Mapping[str, Any],
+    rows: Mapping[str, float],
+) -> list[str]:
+    """Refuse a missing template, one that refuses a prompt, and tokens that a teacher lacks. Returns notes.
+
+    Raises DataError or ConfigError.
+    """
+    from opd.models.render import render
+
+    lines: list[str] = []
     taught_by = {task: part.teacher for task, part in spec.by_task.items()}
     for name in spec.teachers:
-        if name in tokenizers:  # fails now if a template is missing or refuses a prompt
-            taught = [p for p in prompts if taught_by[p.task] == name and not isinstance(p.content, str)]
-            lines += taught_lines(name, tokenizers[name], taught, origin_of(recipe, name).template_options)
-    compared = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
+        if name not in tokenizers:
+            continue
+        tokenizer, options = tokenizers[name], origin_of(recipe, name).template_options
+        mine = [prompt for prompt in prompts if taught_by[prompt.task] == name]
+        lacks = bool(absent_tokens(name, tokenizer, rows[name]))
+        lines += taught_lines(name, tokenizer, [one for one in mine if not isinstance(one.content, str)], options)
+        read = [render(one, tokenizer, options) for one in mine] if lacks else []
+        check_ids(name, tokenizer, read, rows[name], "prompt")
+    return lines
+
+
+def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Mapping[str, Any]) -> list[str]:
+    """What the student's tokenizer shares with those of the teachers, in words. Raises AlignmentError."""
+    rule = prepared.method.teacher
+    names = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
         check_tokens(
-            method.teacher,
+            rule,
             tokenizers[spec.train],
             tokenizers[name],
             (spec.train, name),
             chat=prepared.chat,
             options=(ours, origin_of(recipe, name).template_options),
         )
-        for name in compared
+        for name in names
     ]
-    lines += [line for line in found if line is not None]
-    if compared and method.teacher.tokenizer == "students":
-        lines.append(f"student and {' and '.join(compared)} map every token to the same id")
-    if lengths:
-        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
-    return lines
+    if names and rule.tokenizer == "students" and not any(found):
+        return [f"student and {' and '.join(names)} map every token to the same id"]
+    return [line for some in found for line in some]
+
+
+def check_responses(
+    spec: StageSpec,
+    method: Method,
+    prompts: Sequence[Prompt],
+    tokenizers: Mapping[str, Any],
+    rows: Mapping[str, float],
+) -> None:
+    """Refuse responses of the data with tokens that the student or a teacher lacks. Raises DataError."""
+    from opd.models.render import encode_response
+    from opd.models.vocabularies import check_same_tokens
+
+    student = tokenizers.get(spec.train)
+    if student is None or "response" not in needs_of(method.source).columns:
+        return
+    others = [name for name in spec.teachers if name in tokenizers and method.teacher.tokenizer == "students"]
+    sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
+    size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
+    if absent_tokens(spec.train, student, size):
+        responses = [encode_response(prompt.response, student) for prompt in prompts if prompt.response]
+        check_ids(spec.train, student, responses, size, "response")
 
 
 def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
@@ -177,8 +242,8 @@ def check_tokens(
     *,
     chat: bool,
     options: tuple[Mapping[str, Any], Mapping[str, Any]],
-) -> str | None:
-    """What two tokenizers share, in words; None for all. Raises AlignmentError where the rule needs more.
+) -> list[str]:
+    """What two tokenizers share or not, in words; empty for all. Raises AlignmentError where the rule needs more.
 
     `chat` and both templates' `options` are those of `alignment.pair_of`.
     """
@@ -186,11 +251,19 @@ def check_tokens(
     from opd.models.vocabularies import check_same_tokens
 
     if rule.tokenizer == "students":
-        check_same_tokens(student, teacher, names)
-        return None
+        return check_same_tokens(student, teacher, names).differences(names)
     pair = pair_of(student, teacher, chat=chat, options=options)
     ends = [f"{student.decode([end])!r} is read as {teacher.decode([its])!r}" for end, its in pair.ends.items()]
-    return (
+    return [
         f"{names[0]} ({len(student.get_vocab())} tokens) and {names[1]} ({len(teacher.get_vocab())}) share "
         f"{len(pair.shared)} tokens; the end of a response: {', '.join(ends) or 'is not compared'}"
-    )
+    ]
+
+
+def absent_tokens(name: str, tokenizer: Any, rows: float) -> list[str]:
+    """A note on added tokens without a row in the model's layers; empty if there are none."""
+    from opd.models.wrapping import rows_note
+
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    absent = [token for token, i in tokens if i >= rows]
+    return [rows_note(name, absent, int(rows))] if absent else []

@@ -11,6 +11,7 @@ import torch
 
 from opd.models.language_model import LanguageModel
 from opd.models.render import encode_response, render_checked
+from opd.models.vocabularies import same_ids
 from opd.samplers.hf import TransformersSampler
 from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Writer
 
@@ -36,7 +37,7 @@ class TeacherWriter(Writer):
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
         with off:
             written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
-        if self.teacher.tokenizer.get_vocab() != self.student.tokenizer.get_vocab():
+        if not same_ids(self.student, self.teacher):
             written = [in_tokens_of(self.student, rollout) for rollout in written]
         read = render_checked(
             prompts,
@@ -44,6 +45,7 @@ class TeacherWriter(Writer):
             max_prompt_length=self.max_prompt_length,
             template_options=self.student.template_options,
         )
+        self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in written])
         return [
             replace(
                 rollout,
@@ -73,9 +75,11 @@ class ReferenceWriter(Writer):
             template_options=self.student.template_options,
         )
         texts = [prompt.response or "" for prompt in prompts]
+        responses = [encode_response(text, self.student.tokenizer) for text in texts]
+        self.student.check_ids(read, responses)
         return [
-            _rollout(prompt, ids, encode_response(text, self.student.tokenizer), finished=True, text=text)
-            for prompt, ids, text in zip(prompts, read, texts, strict=True)
+            _rollout(prompt, ids, response, finished=True, text=text)
+            for prompt, ids, response, text in zip(prompts, read, responses, texts, strict=True)
         ]
 
 

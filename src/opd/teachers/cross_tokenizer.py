@@ -186,4 +186,6 @@ def by_rule(rule: TeacherRule, student: LanguageModel, local: LocalTeacher, *, c
         return local
     options = (student.template_options, local.lm.template_options)
     pair = pair_of(student.tokenizer, local.lm.tokenizer, chat=chat, options=options)
+    both = {i: its for i, its in pair.shared.items() if i < student.vocabulary and its < local.lm.vocabulary}
+    pair = replace(pair, shared=both)
     return CrossTokenizerTeacher(local=local, pair=pair)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from opd.errors import ConfigError
+from opd.models.adapters import adds_nothing
 from opd.models.forward import batches, response_states
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel, evaluating, frozen_copy
@@ -182,10 +183,11 @@ def local_teacher(
             )
         if rule.tokenizer == "students":
             check_same_tokens(student.tokenizer, external.tokenizer, (student.name, external.name))
+            assert student.vocabulary == external.vocabulary, "see vocabularies.on_common_tokens"
         return LocalTeacher(lm=external, offload=offload, **common)
     if rule.kind == "self_live":
         return LocalTeacher(lm=student, is_student=True, **common)
-    if rule.kind == "self_frozen" and student.adapters:
+    if rule.kind == "self_frozen" and student.adapters and adds_nothing(student.model):
         return LocalTeacher(lm=student, is_student=True, base=True, **common)
     return LocalTeacher(lm=frozen_copy(student), follows=student, decay=rule.decay, **common)
 

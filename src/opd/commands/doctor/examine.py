@@ -14,6 +14,7 @@ from opd.messages import is_chat
 from opd.models.alignment import pair_of
 from opd.models.language_model import LanguageModel
 from opd.models.preview import tokenizer_of
+from opd.models.vocabularies import on_common_tokens
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given, Prepared, prepare
 from opd.runs.tokenizers import check_tokenizers
@@ -80,6 +81,9 @@ def findings(
         check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
         student, external = load(recipe, spec, given)
+    if external is not None:
+        student, narrowed = on_common_tokens(student, {str(spec.teacher): external})
+        external = narrowed[str(spec.teacher)]
     lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
     check_tokenizers(recipe, spec, prepared, lms)
     say("the student's responses")

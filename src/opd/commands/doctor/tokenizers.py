@@ -44,7 +44,7 @@ class Side:
 def same_map(student: Any, teacher: Any, names: tuple[str, str]) -> Finding:
     """Whether both tokenizers give every token the same id, without which positions cannot be compared."""
     try:
-        check_same_tokens(student, teacher, names)
+        common = check_same_tokens(student, teacher, names)
     except AlignmentError as error:
         return Finding(
             name="tokens/map",
@@ -54,12 +54,15 @@ def same_map(student: Any, teacher: Any, names: tuple[str, str]) -> Finding:
             remedy=f"Set models.{names[1]}.path to a teacher with the student's tokenizer.",
             study=SPECIAL_TOKENS,
         )
-    count = len(student.get_vocab())
+    count, differences = len(student.get_vocab()), common.differences(names)
+    says = f"Student and teacher give all {count} tokens the same ids."
+    if differences:
+        says = f"Student and teacher give {common.size} ids to the same tokens. {'. '.join(differences)}."
     return Finding(
         name="tokens/map",
         level="ok",
-        says=f"Student and teacher give all {count} tokens the same ids.",
-        numbers={"student_tokens": count, "teacher_tokens": count},
+        says=says,
+        numbers={"student_tokens": count, "teacher_tokens": len(teacher.get_vocab())},
     )
 
 

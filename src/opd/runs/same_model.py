@@ -1,0 +1,93 @@
+"""Whether a stage's teacher has the student's weights: then there is nothing to learn from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from opd.errors import ConfigError
+from opd.method import Method
+from opd.models.paths import source_of
+from opd.pieces.contexts import same_prompt
+from opd.pieces.needs import Input, needs_of
+from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.runs.prepare import Given
+
+SELF_TAUGHT = ("context_distillation", "anti_sd")  # methods whose teacher is the student, with more in its prompt
+
+REMEDY = (
+    f"Name another model as the teacher, or use a method in which the student teaches itself with more information: "
+    f"{' or '.join(SELF_TAUGHT)}."
+)
+
+
+def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: Given) -> list[str]:
+    """Refuse teachers that all have the student's weights when the stage begins. Returns notes.
+
+    Student and teacher that read the same prompt then agree everywhere, so the loss and its gradient are zero, now and
+    after every step. A teacher that reads another prompt, one of several teachers, and a method that also learns from
+    rewards get a note. A teacher that is the student's own Python object would change with it. Raises ConfigError.
+    """
+    if method.teacher.kind != "external":
+        return []
+    names = {part.teacher for part in spec.by_task.values() if part.teacher is not None}
+    same = sorted(name for name in names if _same_start(recipe, spec, name, given))
+    if not same:
+        return []
+    what = f"{spec.where(None)}: the teacher {same[0]!r} has the weights of the student {spec.train!r}"
+    objects = [given.models[name].model for name in (*same, spec.train) if name in given.models]
+    if spec.train in given.models and any(one is objects[-1] for one in objects[:-1]):
+        raise ConfigError(f"{what}: it is the same Python object, which training changes. {REMEDY}")
+    if len(same) == len(names) and _same_prompt(recipe, spec, same[0], method) and not _rewarded(method):
+        raise ConfigError(
+            f"{what}, and reads the same prompt, so every loss of method {spec.method!r} would be 0 and no step would "
+            f"change the student. {REMEDY}"
+        )
+    return [f"teacher {name} has the weights of the student {spec.train} when the stage begins" for name in same]
+
+
+def _same_start(recipe: Recipe, spec: StageSpec, name: str, given: Given) -> bool:
+    both = [given.models.get(one) for one in (name, spec.train)]
+    if both[0] is not None and both[1] is not None:
+        return equal_weights(both[0].model, both[1].model)
+    return both == [None, None] and start_of(recipe, spec, name) == start_of(recipe, spec, spec.train)
+
+
+def equal_weights(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two models have the same parameters, by name and value."""
+    ours, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    return ours.keys() == theirs.keys() and all(
+        p.shape == theirs[name].shape and torch.equal(p, theirs[name].to(p)) for name, p in ours.items()
+    )
+
+
+def start_of(recipe: Recipe, spec: StageSpec, name: str) -> Hashable:
+    """What determines a model's weights when the stage begins; equal for equal weights, whatever the path's spelling.
+
+    New adapters count for nothing, because they start at zero.
+    """
+    before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
+    trained = [stage.name for stage in before if stage.train == name]
+    if trained or recipe.models[name].from_stage is not None:
+        return trained[-1] if trained else recipe.models[name].from_stage
+    model = origin_of(recipe, name)
+    if model.path is not None:
+        source = source_of(model, name)
+        return tuple(p.resolve() if isinstance(p, Path) else p for p in (source.weights, *source.adapters))
+    if model.init is None or model.seed is None:  # other names give other weights
+        return (name,)
+    return json.dumps([model.init, model.seed, model.model_dump(mode="json")["tokenizer"]], sort_keys=True, default=str)
+
+
+def _same_prompt(recipe: Recipe, spec: StageSpec, teacher: str, method: Method) -> bool:
+    ours, theirs = origin_of(recipe, spec.train), origin_of(recipe, teacher)
+    reads = [(one.chat_template, one.template_options) for one in (ours, theirs)]
+    return method.context is same_prompt() and reads[0] == reads[1]
+
+
+def _rewarded(method: Method) -> bool:
+    return Input.REWARD in needs_of(method.credit, method.signal).inputs
