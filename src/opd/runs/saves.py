@@ -69,8 +69,8 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
         )
     if not has_base:
         raise ConfigError(
-            f"{where}, and the adapter of {spec.train!r} would belong to weights that no folder has (random ones, those "
-            "of an object without name_or_path, or those of a model with another adapter merged). Set `save: merged`."
+            f"{where}, and the adapter of {spec.train!r} would belong to weights that no folder has: random ones, "
+            "those of an object without name_or_path, or those with another adapter merged. Set `save: merged`."
         )
     if spec.save == "adapter" and read_later(recipe, spec):
         return [f"a later stage begins with {spec.train}, so the merged model is saved beside the adapter"]
