@@ -117,6 +117,7 @@ ALSO: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "ministral": {"head_dim": 8, "layer_types": ["full_attention", "sliding_attention"]},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
@@ -143,10 +144,16 @@ def decoder_types() -> list[str]:
 
 
 def small_config(model_type: str, **settings: Any) -> Any:
-    """The config of `model_type` with small numbers, and one layer of every kind that its default names."""
+    """The config of `model_type` with small numbers, and one layer of every kind that its default names.
+
+    The parts of a model of several kinds of data become small too.
+    """
     from transformers import CONFIG_MAPPING
 
-    kind = CONFIG_MAPPING[model_type]
+    return _small(CONFIG_MAPPING[model_type], ALSO.get(model_type, {}) | settings)
+
+
+def _small(kind: Any, settings: dict[str, Any]) -> Any:
     names = {field.name for field in fields(kind)} | set(kind.attribute_map)
     default = vars(kind())
     small = {
@@ -154,14 +161,18 @@ def small_config(model_type: str, **settings: Any) -> Any:
         for name, value in SMALL.items()
         if name in names and (name not in default or default[name] is not None)
     }
-    small["vocab_size"] = VOCABULARY
+    if "vocab_size" in names:
+        small["vocab_size"] = VOCABULARY
     if isinstance(layers := default.get("layer_types"), (list, tuple)):
-        kinds = list(dict.fromkeys(layers))
-        small["layer_types"] = kinds * 2 if len(kinds) == 1 else kinds
-    small |= ALSO.get(model_type, {})
+        layer_kinds = list(dict.fromkeys(layers))
+        small["layer_types"] = layer_kinds * 2 if len(layer_kinds) == 1 else layer_kinds
+    for part, part_kind in kind.sub_configs.items():
+        part_kind = type(default[part]) if default.get(part) is not None else part_kind
+        if part_kind.model_type:
+            small[part] = _small(part_kind, ALSO.get(part_kind.model_type, {}))
+    small |= settings
     if small.get("layer_types"):
         small["num_hidden_layers"] = len(small["layer_types"])
-    small |= settings
     return kind(**{name: value for name, value in small.items() if value is not None})
 
 

@@ -90,6 +90,7 @@ def saved_difference(lm: LanguageModel, rollouts: Sequence[Rollout]) -> float:
     """Between the log-probs of the live model and of the one that transformers loads from its folder, in nats."""
     from transformers import AutoModelForCausalLM
 
+    saving.check_type(lm)
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         saving.save(lm, Path(folder))
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -53,6 +53,9 @@ def probe(lm: LanguageModel) -> Reading:
         equal = (1, 2) if together else (1,)  # rows of one length
         positions = decodes(equal, positions=True)
         cache = positions or decodes(equal, positions=False)
+        training = trains_as_it_evaluates(lm, reference)
+        if not training:
+            check_trains(lm, rows[-1])
         return Reading(
             together=together,
             cache=cache,
@@ -60,8 +63,26 @@ def probe(lm: LanguageModel) -> Reading:
             continues=cache and decodes(equal, continues=True, positions=positions),
             positions=positions or not cache,
             recurrent=cache and keeps_a_state(begin(lm, rows[:1]).cache),
-            training=trains_as_it_evaluates(lm, reference),
+            training=training,
         )
+
+
+def notes_on(lm: LanguageModel) -> tuple[str, ...]:
+    """What the user sees of a model that is read in slower ways than usual."""
+    reading, name = lm.reading, f"{lm.name}: {type(lm.causal_lm).__name__}"
+    notes: list[str] = []
+    if not reading.together:
+        notes.append(f"{name} gives a row other states in a batch than alone, so each row is read alone, which is slow")
+    if not reading.cache:
+        notes.append(
+            f"{name} gives other states with a cache, or keeps none, so sampling reads each row again for every token, "
+            "which is slow for long responses"
+        )
+    elif reading.together and not reading.padding:
+        notes.append(f"{name} gives a padded row other states, so only prompts of one length are sampled together")
+    if not reading.training:
+        notes.append(f"{name} gives other states in train() than in eval(), so it trains in eval()")
+    return tuple(notes)
 
 
 def rows_for(lm: LanguageModel) -> list[list[int]]:
@@ -157,10 +178,33 @@ def check_causal(lm: LanguageModel, reference: Reference) -> None:
 
 def trains_as_it_evaluates(lm: LanguageModel, reference: Reference) -> bool:
     """Whether train() gives the log-probs of eval(), whatever the global random state."""
-    lm.model.train()  # `evaluating` around the probe restores it
+
+    def as_alone(rows: list[list[int]]) -> list[Tensor]:
+        lm.model.train()
+        try:
+            return alone(lm, rows)
+        finally:
+            lm.model.eval()
+
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []):
         for seed in (0, 1):
             torch.manual_seed(seed)
-            if difference(lm, reference, (2,), lambda rows: alone(lm, rows)) > reference.limit:
+            if difference(lm, reference, (2,), as_alone) > reference.limit:
                 return False
     return True
+
+
+def check_trains(lm: LanguageModel, row: list[int]) -> None:
+    """Raise ConfigError if no gradient can be computed in eval(), where the model computes what it samples from."""
+    with torch.enable_grad():
+        total = alone(lm, [row])[0].sum()
+        if not total.requires_grad:
+            return
+        try:
+            torch.autograd.grad(total, [p for p in lm.model.parameters() if p.requires_grad], allow_unused=True)
+        except Exception as error:  # an architecture may raise anything
+            raise ConfigError(
+                f"{lm.name}: {type(lm.causal_lm).__name__} computes other log-probs in train() than in eval(), and has "
+                f"no gradient in eval() ({error!r:.200}). So it cannot train on what it samples. Use another "
+                "architecture."
+            ) from error

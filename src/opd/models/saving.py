@@ -78,6 +78,20 @@ def try_to_describe(lm: LanguageModel, folder: Path, *, base: str | None = None)
             f"{lm.name} could not be saved after the training: {'; '.join(failed)}. Correct it before the training, in "
             "the model object or in the files of its folder."
         )
+    check_type(lm)
+
+
+def check_type(lm: LanguageModel) -> None:
+    """Raise ConfigError if no later stage could load the saved model: its config is a part of a larger model's."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config: Any = lm.causal_lm.config
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ConfigError(
+            f"{lm.name}: the trained {type(lm.causal_lm).__name__} would be saved with the config of a part, "
+            f"{type(config).__name__}, which AutoModelForCausalLM does not load. Such a model can be a teacher; train "
+            "one whose language model has a type of its own."
+        )
 
 
 def merged_state(lm: LanguageModel) -> nn.Module:

@@ -13,7 +13,7 @@ from opd.errors import ConfigError
 from opd.models import adapters
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.noise import remember_noise
-from opd.models.probe import probe
+from opd.models.probe import notes_on, probe
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
@@ -42,7 +42,8 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
     refuse_adapters(lm)
     lm = within_rows(lm)
     verify_head(lm)
-    return replace(lm, reading=probe(lm))
+    lm = replace(lm, reading=probe(lm))
+    return replace(lm, notes=(*lm.notes, *notes_on(lm)))
 
 
 def refuse_adapters(lm: LanguageModel) -> None:
@@ -82,8 +83,20 @@ def verify_head(lm: LanguageModel) -> None:
     head = lm.head()
     ids = torch.arange(4, device=lm.device)[None] % lm.vocabulary
     with evaluating(lm.model), lm.compute():
-        expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
-        got = head.logits(lm.hidden(ids))
+        try:
+            expected = lm.model(input_ids=ids, use_cache=False).logits[..., : lm.vocabulary].float()
+        except Exception as error:  # an architecture that needs more than tokens may raise anything
+            raise ConfigError(
+                f"{lm.name}: {type(lm.causal_lm).__name__} could not read a row of tokens: {error!r:.300}. Use a model "
+                "that reads token ids alone."
+            ) from error
+        hidden = lm.hidden(ids)
+    if hidden.shape[-1] != head.weight.shape[1]:
+        raise ConfigError(
+            f"{lm.name}: the output layer of {type(lm.causal_lm).__name__} reads {head.weight.shape[1]} numbers, and "
+            f"its last hidden states have {hidden.shape[-1]}. opd does not support a layer between them."
+        )
+    got = head.logits(hidden)
     worst = (got - expected).abs().max().item()
     scale = expected.abs().max().item()
     rounding = torch.finfo(torch.bfloat16 if lm.autocast else head.weight.dtype).eps
