@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import small_model
 from support.models import build
 from transformers import AutoConfig
 
@@ -75,6 +76,9 @@ def rope(**settings: Any) -> dict[str, Any]:
         ("bloom", {}, math.inf),
         ("mpt", {}, math.inf),
         ("xlnet", {}, math.inf),  # says -1
+        ("deepseek_v32", {}, 2048),  # of which its index selects all
+        ("deepseek_v4", {}, 2048),  # 512 groups of 4
+        ("minimax_m3_vl_text", {}, 2048),  # 16 blocks of 128
     ],
 )
 def test_positions_of_gives_stated_length(model_type: str, settings: dict[str, Any], positions: float):
@@ -90,3 +94,22 @@ def test_scaling_keeps_cached_keys_valid(kind: str, exact: bool):
     cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
     cached = model(input_ids=ids[:, 20:], past_key_values=cache).logits[:, -1]
     assert torch.allclose(cached, model(input_ids=ids).logits[:, -1], atol=1e-4) == exact
+
+
+@torch.no_grad()
+def test_index_selects_other_tokens_with_cache():
+    """Why an index ends at the number of tokens that it selects: beyond, ties and rounding decide which these are."""
+    ids = torch.tensor([[2 + i * 17 % 50 for i in range(16)]])
+    worst: dict[int, float] = {}
+    for topk in (4, 16):
+        differences: list[float] = []
+        for seed in range(4):
+            model: Any = small_model("deepseek_v32", seed=seed, spread=0.3, index_topk=topk, index_n_heads=1)
+            out = model(input_ids=ids[:, :8], use_cache=True)
+            whole = model(input_ids=ids).logits[0]
+            for t in range(8, 16):
+                out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
+                differences.append(float((out.logits[0, 0] - whole[t]).abs().max()))
+        worst[topk] = max(differences)
+    assert worst[4] > 0.1
+    assert worst[16] < 1e-4

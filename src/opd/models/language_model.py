@@ -249,9 +249,14 @@ def positions_of(config: Any) -> float:
 
     Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
     and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
-    `max_position_embeddings`, for LongRoPE the length of the pretraining.
+    `max_position_embeddings`, for LongRoPE the length of the pretraining. Where an index selects the tokens to attend
+    to, the selection depends on rounding, and so on the batch: the limit is the longest row of which it selects all.
     """
     text = config.get_text_config()
+    return min(_positions(text), _selected(text))
+
+
+def _positions(text: Any) -> float:
     limit = getattr(text, "max_position_embeddings", None)
     if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
         return math.inf
@@ -259,6 +264,18 @@ def positions_of(config: Any) -> float:
     by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
     scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
     return min(scaled) if min(scaled) < limit else max(scaled)
+
+
+def _selected(text: Any) -> float:
+    """The tokens of the longest row in which sparse attention selects every token; infinite without an index."""
+    blocks, size = getattr(text, "index_topk_blocks", None), getattr(text, "index_block_size", None)
+    if blocks and size:  # MiniMax M3
+        return blocks * size
+    chosen = getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None)
+    if not chosen:
+        return math.inf
+    rates: Mapping[str, int] = getattr(text, "compress_rates", None) or {}  # DeepSeek V4 selects among groups of tokens
+    return chosen * rates.get("compressed_sparse_attention", 1)
 
 
 def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
