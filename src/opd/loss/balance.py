@@ -45,7 +45,7 @@ class Fractions:
     def part(self, decisions: Sequence[Decisions]) -> Tensor:
         """The part of the loss of these decisions, with gradient."""
         mass = torch.stack([one.mass.to(self.choices.device) for one in decisions]).sum(0)
-        return len(mass) * (self.choices / self.places * mass).sum() / self.places
+        return len(mass) * (self.choices.to(mass.dtype) / self.places * mass).sum() / self.places
 
 
 @dataclass(slots=True)

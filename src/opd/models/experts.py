@@ -82,9 +82,11 @@ def routers_of(model: nn.Module) -> list[Router]:
                     if _records(recorder, name, module):
                         found[name] = Router(name=name, module=module, index=getattr(recorder, "index", 1))
     return [
-        router
-        for name, router in found.items()
-        if type(router.module).__name__ not in UNREADABLE and not any(other.startswith(f"{name}.") for other in found)
+        found[name]
+        for name, module in base.named_modules()
+        if name in found
+        and type(module).__name__ not in UNREADABLE
+        and not any(other.startswith(f"{name}.") for other in found)
     ]
 
 

@@ -62,9 +62,7 @@ def response_states(
     )
 
 
-def reads_of(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]
-) -> list[Tensor]:
+def reads_of(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Tensor]:
     """For each forward of `response_states`, in order, the number of sequences that read each place [b * L].
 
     A place of a shared prefix counts once per sequence that shares it, padding 0 times. So over all forwards each token

@@ -39,7 +39,14 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
         checked = check_tokenizers(recipe, spec, of_stage, given.models)
         saved = check_save(recipe, spec, given.models)
         same = check_other_weights(recipe, spec, of_stage.method, given)
-        lines[spec.name] = [*own, *saved, *checked, *same, *check_models(recipe, spec, given, seen), *check_experts(recipe, spec, given)]
+        lines[spec.name] = [
+            *own,
+            *saved,
+            *checked,
+            *same,
+            *check_models(recipe, spec, given, seen),
+            *check_experts(recipe, spec, given),
+        ]
         check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines)
