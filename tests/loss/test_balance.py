@@ -20,8 +20,7 @@ from opd.loss.token_loss import loss_of
 from opd.maths.metrics import Metrics
 from opd.models.experts import Decisions, Recording
 from opd.models.language_model import LanguageModel
-from opd.types import NoTeacher
-from opd.types import Prompt, Rollout
+from opd.types import NoTeacher, Prompt, Rollout
 
 SYSTEM = [2, 3, 4, 5, 6, 7, 8, 9] * 3
 SEQUENCES = [  # two groups, and rows of several lengths

@@ -28,8 +28,8 @@ ROUTERS = {
     "qwen3_next": ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"],
     "llama4_text": ["model.layers.0.feed_forward.router", "model.layers.1.feed_forward.router"],
     "jetmoe": [
-        *("model.layers.0.self_attention.experts.router", "model.layers.0.mlp.router"),
-        *("model.layers.1.self_attention.experts.router", "model.layers.1.mlp.router"),
+        *("model.layers.0.mlp.router", "model.layers.0.self_attention.experts.router"),
+        *("model.layers.1.mlp.router", "model.layers.1.self_attention.experts.router"),
     ],
     "llama": [],
 }
@@ -153,7 +153,7 @@ def test_coefficient_of_reads_number_and_config():
 def test_coefficient_of_refuses_dense_models_and_true_without_one():
     with pytest.raises(ConfigError, match=r"router_aux_loss is 0\.1, and the model \(LlamaForCausalLM\) has no router"):
         coefficient_of(tiny().model, 0.1, "Stage 's'")
-    with pytest.raises(ConfigError, match="no router_aux_loss_coef above 0. Set router_aux_loss to a number"):
+    with pytest.raises(ConfigError, match=r"no router_aux_loss_coef above 0\. Set router_aux_loss to a number"):
         coefficient_of(small_model("deepseek_v3"), True, "Stage 's'")
 
 

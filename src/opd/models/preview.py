@@ -29,7 +29,7 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
         return None
     if spec.init is not None:
         tokenizer = new_tokenizer(spec, name)
-        newknown_config(spec, name, tokenizer)
+        new_config(spec, name, tokenizer)
     else:
         source = _source(spec, name)
         if source is None:
@@ -53,13 +53,14 @@ def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     return rows if isinstance(rows, int) else math.inf
 
 
-def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
+def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
+    """The transformers config of a recipe's model; None if it cannot be read yet. `tokenizer`: of a new model."""
     from transformers import AutoConfig
 
     from opd.models.new import new_config
 
     if spec.init is not None:
-        return newknown_config(spec, name, tokenizer)
+        return new_config(spec, name, tokenizer)
     source = _source(spec, name)
     if source is None:
         return None
