@@ -134,6 +134,15 @@ def test_recorded_names_router_whose_result_has_other_rows():
     assert recording.unread == set(ROUTERS["mixtral"])
 
 
+def test_recorded_names_routers_that_do_not_say_who_runs():
+    zaya = wrapped(small_model("zaya"))
+    with torch.no_grad(), recorded(routers_of(zaya.model), [torch.ones(6, dtype=torch.long)]) as recording:
+        zaya.hidden(torch.arange(2, 8)[None])
+    assert (len(recording.decisions), len(recording.unread)) == (0, 2)
+    with pytest.raises(ConfigError, match="has no router that opd can read"):
+        coefficient_of(zaya.model, 0.1, "Stage 's'")
+
+
 def test_routers_of_are_the_same_with_lora():
     from peft import LoraConfig, get_peft_model
 
@@ -169,3 +178,45 @@ def test_left_out_names_the_loss_of_the_config():
     assert [left_out(olmoe, True), left_out(olmoe, 0.1), left_out(dense, False), left_out(tiny().model, False)] == [
         None
     ] * 4
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("afmoe", "axk1", "bailing_hybrid", "cohere2_moe", "deepseek_v2", "deepseek_v32", "dots1", "ernie4_5_moe"),
+        *("exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa", "granitemoe_swa", "granitemoehybrid"),
+        *("granitemoeshared", "hunyuan_v1_moe", "hy_v3", "inkling_text", "jamba", "kimi_linear", "laguna", "lfm2_moe"),
+        *("longcat_flash", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl_text", "nemotron_h"),
+        *("phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_next", "solar_open"),
+    ],
+)
+def test_recorded_reads_the_routers_of_other_mixtures(kind: str):
+    lm = wrapped(small_model(kind))
+    routers = routers_of(lm.model)
+    with torch.no_grad(), recorded(routers, [torch.ones(12, dtype=torch.long)], logits=True) as recording:
+        lm.hidden(torch.arange(2, 14).reshape(2, 6))
+    assert [one.router for one in recording.decisions] == [router.name for router in routers]
+    assert routers
+    for one in recording.decisions:
+        assert int(one.counts.sum()) == 12 * one.chosen.shape[1]
+        assert one.mass.sum().item() == pytest.approx(12, rel=1e-5)
+
+
+def test_mass_takes_probabilities_of_gemma4_as_they_are():
+    settings = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    lm = wrapped(small_model("gemma4_text", **settings))
+    routers = routers_of(lm.model)
+    with torch.no_grad(), recorded(routers, [torch.ones(6, dtype=torch.long)], logits=True) as recording:
+        lm.hidden(torch.arange(2, 8)[None])
+    for one in recording.decisions:
+        assert one.logits is not None
+        torch.testing.assert_close(one.mass, one.logits.sum(0))
+        assert one.mass.sum().item() == pytest.approx(6, rel=1e-5)
+    assert len(recording.decisions) == 2
+
+
+def test_reads_of_counts_each_token_of_a_packed_row_once():
+    lm = wrapped(small_model("qwen3_moe"))
+    lm.model.config._attn_implementation = "flash_attention_2"  # type: ignore[union-attr]
+    assert lm.packs
+    assert [reads.tolist() for reads in reads_of(lm, PROMPTS["nothing shared"], RESPONSES)] == [[1] * 15]

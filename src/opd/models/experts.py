@@ -19,8 +19,10 @@ from opd.errors import ConfigError
 
 # Routers whose result has probabilities in the place of the logits.
 GIVE_PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
-# Their result gives tokens that skip the layer to expert 0.
-UNREADABLE = ("ZayaRouter",)
+# Their results do not say which experts run: Zaya's gives tokens that skip the layer to expert 0, Doge's has the logits
+# of keys whose products are the experts, DBRX's only logits.
+UNREADABLE = ("ZayaRouter", "DogeCDMoE", "DbrxRouter")
+_INTEGERS = (torch.int64, torch.int32)
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
@@ -31,6 +33,10 @@ class Router:
     name: str
     module: nn.Module
     index: int
+
+    @property
+    def readable(self) -> bool:
+        return type(self.module).__name__ not in UNREADABLE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +87,12 @@ def routers_of(model: nn.Module) -> list[Router]:
                 for name, module in part.named_modules(prefix=prefix):
                     if _records(recorder, name, module):
                         found[name] = Router(name=name, module=module, index=getattr(recorder, "index", 1))
+    if not found:
+        return []
     return [
         found[name]
-        for name, module in base.named_modules()
-        if name in found
-        and type(module).__name__ not in UNREADABLE
-        and not any(other.startswith(f"{name}.") for other in found)
+        for name, _ in base.named_modules()
+        if name in found and not any(other.startswith(f"{name}.") for other in found)
     ]
 
 
@@ -138,7 +144,7 @@ def _decisions(router: Router, result: Any, reads: Tensor, *, logits: bool) -> D
     """
     values: Sequence[Any] = result if isinstance(result, (tuple, list)) else [result]
     scores = values[router.index] if len(values) > router.index else values[0]
-    if not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(reads):
+    if not router.readable or not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(reads):
         return None
     n, k = len(reads), getattr(router.module, "top_k", None)
     integers = [v for v in values if isinstance(v, Tensor) and v.ndim == 2 and len(v) == n and v.dtype in _INTEGERS]
@@ -155,9 +161,6 @@ def _decisions(router: Router, result: Any, reads: Tensor, *, logits: bool) -> D
     )
 
 
-_INTEGERS = (torch.int64, torch.int32)
-
-
 def coefficient_of(model: nn.Module, setting: bool | float, where: str) -> float:
     """The factor of the load-balancing loss: 0 without one. `setting`: a number, or True for the config's.
 
@@ -165,7 +168,7 @@ def coefficient_of(model: nn.Module, setting: bool | float, where: str) -> float
     """
     if setting is False or setting == 0:
         return 0.0
-    if not routers_of(model):
+    if not any(router.readable for router in routers_of(model)):
         raise ConfigError(
             f"{where}: router_aux_loss is {_shown(setting)}, and {_kind(model)} has no router that opd can read. Leave "
             "router_aux_loss out, or train a mixture of experts of transformers."
