@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from opd.errors import ConfigError
 from opd.loss.balance import add_choices
+from opd.models.adapters import add_lora
 from opd.models.experts import coefficient_in, coefficient_of, left_out, recorded, routers_of
 from opd.models.forward import reads_of, response_states
 from opd.models.language_model import EXACT, LanguageModel, Reading
@@ -150,6 +151,18 @@ def test_routers_of_are_the_same_with_lora():
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     lm = wrapped(adapted)
     assert sorted(sum(counts) for counts in choices_of(lm, PROMPTS["groups"]).values()) == [2 * 110, 2 * 110]
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "llama4_text"])
+def test_add_lora_leaves_out_routers_that_return_tuples(kind: str):
+    model = small_model(kind)
+    with torch.no_grad():
+        expected = model(input_ids=torch.arange(2, 8)[None]).logits
+        adapted: Any = add_lora(model, rank=2, alpha=4.0, target_modules="all-linear")
+        assert torch.equal(adapted(input_ids=torch.arange(2, 8)[None]).logits, expected)  # new adapters add 0
+    names = {name.rpartition(".lora_")[0] for name, p in adapted.named_parameters() if p.requires_grad}
+    assert any(name.endswith("q_proj") for name in names)
+    assert not any("router" in name for name in names)
 
 
 def test_coefficient_of_reads_number_and_config():
