@@ -31,7 +31,7 @@ def train(stage: Stage) -> Outcome:
             compared = stage.compare(step, rollouts, contexts)
             time.lap("diagnose")
         loss, observed = gradient(  # 7, 8 the formula, by micro-batches
-            method, student, teacher, phase_a, stage.spec.micro_batch_tokens, stage.root, world
+            method, student, teacher, phase_a, stage.spec.micro_batch_tokens, stage.root, world, stage.router_aux_loss
         )
         metrics = stage.update(step, phase_a, loss, [compared, observed])  # 9, 10 clip, update, sync, EMA
         time.lap("train")

@@ -63,6 +63,14 @@ def two_teachers(**stage: Any) -> dict[str, Any]:
     return made
 
 
+def experts(**stage: Any) -> dict[str, Any]:
+    """The student has four experts in each layer, of which a token takes two."""
+    made = recipe(**stage)
+    mixture = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    made["models"]["student"]["init"] |= mixture
+    return made
+
+
 LORA = {"lora": {"rank": 2, "alpha": 4}}
 SELF = {"template": "{privileged_context}{prompt}", "k": None}
 EMA = SELF | {"teacher": "ema", "decay": 0.7}
@@ -123,6 +131,7 @@ SCENARIOS = {
     "lora, what drifts ends": recipe(
         LORA, method="prune_opd", options=DRIFT | {"stop": "rollout", "every": 2}, prompts_per_step=3
     ),
+    "full untied, experts that are balanced": experts(router_aux_loss=0.3, prompts_per_step=5),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
     "full untied, two teachers in turn": two_teachers(
         method="topk_reverse_kl", options={"k": 4, "by": "teacher", "form": "tail"}

@@ -39,6 +39,11 @@ class MicroBatch:
     task: str | None = None  # of all rows, if `teacher_hidden` is set
     units: Units | None = None  # [N]
 
+    @property
+    def sequences(self) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
+        """(the prompts' ids, the responses' ids)."""
+        return [r.prompt_ids for r in self.rollouts], [r.response_ids.tolist() for r in self.rollouts]
+
 
 def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch.device) -> Batch:
     """Pad to [B, T]. Floating-point fields are padded with NaN, so that code that reads padding fails visibly.

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd.loss.balance import ExpertLoad
 from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.loss.token_loss import loss_of
 from opd.maths.metrics import Metrics
@@ -84,23 +85,27 @@ def gradient(
     micro_batch_tokens: int,
     root: Root | None = None,
     world: World = ALONE,
+    router_aux_loss: float = 0.0,
 ) -> tuple[float, Metrics]:
     """Add the step's gradient to the student's parameters; returns (this process's part of the loss, phase B metrics).
 
     `root` runs the forward of a sharded student. All processes of `world` run equally many micro-batches, because each
-    forward and backward is collective.
+    forward and backward is collective. `router_aux_loss`: the factor of the load-balancing loss (`loss/balance.py`).
     """
     heads = heads_of(method, teacher, phase_a.batch)
     root = root or Root(student.model)
     loss, metrics = 0.0, Metrics()
     student.model.train(student.reading.training)
     try:
-        micros = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
-        for micro in even(micros, world):
-            part, more = root(loss_part, method, student, teacher, micro, phase_a.count, heads)
+        split_up = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
+        micros = even(split_up, world)
+        load = ExpertLoad.of(student, micros, router_aux_loss, root, world)
+        for micro in micros:
+            part, more = root(loss_part, method, student, teacher, micro, phase_a.count, heads, load)
             part.backward()
             loss += part.item()
             metrics.merge(more)
+        metrics.merge(load.metrics())
     finally:
         student.model.eval()
     return loss, metrics
@@ -128,6 +133,7 @@ def loss_part(
     micro: MicroBatch | None,
     count: float,
     heads: Mapping[str | None, Head],
+    load: ExpertLoad,
 ) -> tuple[Tensor, Metrics]:
     """One micro-batch's part of the step's loss, and its metrics. For None: exactly 0, without metrics."""
     if micro is None:
@@ -138,4 +144,6 @@ def loss_part(
     teacher_head = heads.get(micro.teacher_id)
     if micro.teacher_hidden is not None and teacher.is_student:
         teacher_head = teacher.head(micro.teacher_id)  # the student's weights, which are whole inside this forward
-    return loss_of(method, student, micro, count, teacher_head)
+    with load.watched(student, micro) as balance:
+        loss, metrics = loss_of(method, student, micro, count, teacher_head)
+    return loss + balance.loss if balance.loss is not None else loss, metrics

@@ -45,9 +45,7 @@ def loss_of(
 
 def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
     """The states [N, H] that predict a micro-batch's trained tokens; only these reach the output layer."""
-    prompts = [rollout.prompt_ids for rollout in micro.rollouts]
-    responses = [rollout.response_ids.tolist() for rollout in micro.rollouts]
-    return response_states(lm, prompts, responses).at(micro.row, micro.step)
+    return response_states(lm, *micro.sequences).at(micro.row, micro.step)
 
 
 def loss_at(

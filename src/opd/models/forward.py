@@ -10,6 +10,7 @@ Three layouts of the same rows, prompt and response each:
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -59,6 +60,27 @@ def response_states(
     return ResponseStates(
         states_of(lm, rows), torch.arange(len(rows), device=device), torch.tensor(before, device=device)
     )
+
+
+def reads_of(lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[Tensor]:
+    """For each forward of `response_states`, in order, the number of sequences that read each place [b * L].
+
+    A place of a shared prefix counts once per sequence that shares it, padding 0 times. So over all forwards each token
+    of each sequence, without the response's last, counts once, whatever the layout.
+    """
+    lengths = [len(prompt) + len(response) - 1 for prompt, response in zip(prompts, responses, strict=True)]
+    if lm.packs:
+        return [torch.ones(sum(lengths), dtype=torch.long, device=lm.device)]
+    prefixes = shared_prefixes(prompts) if lm.caches else None
+    if prefixes is not None:
+        shared = Counter(prefixes)  # in the order of the forward's rows
+        longest = max(map(len, shared))
+        before = [[0] * (longest - len(prefix)) + [count] * len(prefix) for prefix, count in shared.items()]
+        own = [[1] * (n - len(prefix)) for n, prefix in zip(lengths, prefixes, strict=True)]
+        return [torch.tensor(before, device=lm.device).reshape(-1), right_padded(own, lm.device).reshape(-1)]
+    if lm.reading.together:
+        return [right_padded([[1] * n for n in lengths], lm.device).reshape(-1)]
+    return [torch.ones(n, dtype=torch.long, device=lm.device) for n in lengths]
 
 
 def states_of(lm: LanguageModel, rows: Sequence[Sequence[int]]) -> Tensor:

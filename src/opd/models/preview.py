@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,8 @@ from opd.models.language_model import positions_of
 from opd.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from opd.models.paths import Source
 
 
@@ -39,18 +42,19 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
-    config = _config(spec, name, tokenizer)
+    config = known_config(spec, name, tokenizer)
     return math.inf if config is None else positions_of(config)
 
 
 def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of rows of the input and output layers of a recipe's model; infinite if its config cannot be read."""
-    config = _config(spec, name, tokenizer)
+    config = known_config(spec, name, tokenizer)
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else math.inf
 
 
-def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
+def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
+    """The transformers config of a recipe's model; None if it cannot be read yet. `tokenizer`: of a new model."""
     from transformers import AutoConfig
 
     from opd.models.new import new_config
@@ -64,6 +68,17 @@ def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, KeyError):  # loading the model will report the error
         return None
+
+
+def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module | None:
+    """A model of this config without storage; None if it cannot be built so."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    # Any error: a model's own code need not run without storage. Loading the model then reports what is wrong.
+    with contextlib.suppress(Exception), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return None
 
 
 def known_weights(spec: ModelSpec, name: str) -> list[str]:

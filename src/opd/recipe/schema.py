@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 
 from opd.recipe.templates import template_text
 
@@ -259,6 +259,10 @@ class StageSpec(Section):
     micro_batch_tokens: int = Field(default=4096, ge=1)
     max_prompt_length: int | None = Field(default=None, ge=1)
     optimizer: OptimizerSection = OptimizerSection()
+    # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
+    router_aux_loss: StrictBool | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
+        default=False, union_mode="left_to_right"
+    )
     evaluate: EvaluateSection | None = None
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()

@@ -13,6 +13,7 @@ from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable, check_k
 from opd.method import Method
 from opd.models.adapters import coverage
+from opd.models.experts import coefficient_of, left_out
 from opd.models.language_model import LanguageModel, Root
 from opd.models.loading import load_model
 from opd.models.vocabularies import on_common_tokens
@@ -281,6 +282,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
         progress=session.progress,
         trackers=session.trackers,
         seconds_limit=seconds_limit(spec, session.directory),
+        router_aux_loss=coefficient_of(student.model, spec.router_aux_loss, spec.where(None)),
     )
 
 
@@ -336,8 +338,10 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     check_fits(max(method.support.k, method.top_k), student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
-    if line := coverage(student.model):
-        progress.note(f"{spec.name}: {spec.train}: {line}")
+    coefficient_of(student.model, spec.router_aux_loss, spec.where(None))
+    for line in (coverage(student.model), left_out(student.model, spec.router_aux_loss)):
+        if line:
+            progress.note(f"{spec.name}: {spec.train}: {line}")
     if any(p.dtype == torch.bfloat16 for p in student.trainable().values()):
         progress.note(
             f"{spec.name}: {spec.train} trains bfloat16 weights: most small updates round to zero. Use `dtype: "

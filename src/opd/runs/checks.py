@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from opd.models.preview import known_weights
+from opd.models.preview import known_config, known_weights, tokenizer_of, without_weights
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
 from opd.runs.own import check_own
@@ -39,7 +39,14 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
         checked = check_tokenizers(recipe, spec, of_stage, given.models)
         saved = check_save(recipe, spec, given.models)
         same = check_other_weights(recipe, spec, of_stage.method, given)
-        lines[spec.name] = [*own, *saved, *checked, *same, *check_models(recipe, spec, given, seen)]
+        lines[spec.name] = [
+            *own,
+            *saved,
+            *checked,
+            *same,
+            *check_models(recipe, spec, given, seen),
+            *check_experts(recipe, spec, given),
+        ]
         check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines)
@@ -54,3 +61,22 @@ def check_models(recipe: Recipe, spec: StageSpec, given: Given, seen: set[str]) 
     new = [name for name in names if name not in seen and name not in given.models]
     seen.update(new)
     return [line for name in new for line in known_weights(origin_of(recipe, name), name)]
+
+
+def check_experts(recipe: Recipe, spec: StageSpec, given: Given) -> list[str]:
+    """Compare `router_aux_loss` with the student's config. Returns a note; raises ConfigError: see `coefficient_of`."""
+    from opd.models.experts import coefficient_in, coefficient_of, left_out
+
+    name, setting, model = spec.train, spec.router_aux_loss, None
+    if name in given.models:
+        model = given.models[name].model
+    else:
+        origin = origin_of(recipe, name)
+        config = known_config(origin, name, tokenizer_of(origin, name) if origin.init is not None else None)
+        if config is not None and (setting or coefficient_in(config)):
+            model = without_weights(config, trust_remote_code=origin.trust_remote_code)
+    if model is None:
+        return []
+    coefficient_of(model, setting, spec.where(None))
+    line = left_out(model, setting)
+    return [f"model {name}: {line}"] if line else []

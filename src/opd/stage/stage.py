@@ -60,6 +60,7 @@ class Stage:
     optimisation: StageOptimisation
     exams: Exams | None
     seconds_limit: float = math.inf
+    router_aux_loss: float = 0.0  # the factor of the load-balancing loss
     # outputs
     folder: StageDir
     progress: Progress

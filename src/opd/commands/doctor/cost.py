@@ -14,6 +14,7 @@ from opd.commands.doctor.subject import Subject
 from opd.data.order import shuffled
 from opd.files import GIB
 from opd.loss.step import gradient, scored, written
+from opd.models.experts import coefficient_of
 from opd.stage.checkpoint import size_of
 from opd.types import ReservedStep
 
@@ -91,7 +92,8 @@ def one_step(subject: Subject) -> Step:
     phase_a = scored(method, teacher, rollouts, method.context(rollouts), method.request(), device=student.device)
     rated = _now(subject)
     try:
-        gradient(method, student, teacher, phase_a, micro_batch_tokens=spec.micro_batch_tokens)
+        balance = coefficient_of(student.model, spec.router_aux_loss, spec.where(None))
+        gradient(method, student, teacher, phase_a, spec.micro_batch_tokens, router_aux_loss=balance)
         squares = [p.grad.double().square().sum().item() for p in student.trainable().values() if p.grad is not None]
     finally:
         student.model.zero_grad(set_to_none=True)
