@@ -11,6 +11,7 @@ from tokenizers import decoders
 
 from opd.models.continuation import ids_after
 from opd.models.new import character_tokenizer
+from opd.models.endings import endings_of
 from opd.models.render import encode_response, render
 from opd.types import Prompt
 
@@ -30,8 +31,9 @@ def llama(*, strip: bool) -> Any:
 @pytest.mark.parametrize("strip", [True, False])
 def test_encode_response_continues_prompt_of_sentence_piece(strip, response):
     tokenizer = llama(strip=strip)
-    prompt = render(Prompt(id=0, content="6+6="), tokenizer)
-    ids = encode_response(response, tokenizer)
+    asked = Prompt(id=0, content="6+6=")
+    prompt = render(asked, tokenizer)
+    ids = encode_response(response, asked, tokenizer, endings_of(tokenizer))
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(prompt + ids[:-1]) == tokenizer.decode(prompt) + response
     assert tokenizer.decode(prompt).lstrip(" ") == "6+6="

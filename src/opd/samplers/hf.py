@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.models.continuation import text_after
 from opd.models.decoding import batches_of, begin
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.render import render_checked
@@ -186,7 +187,7 @@ class TransformersSampler(Sampler):
             trained=torch.arange(len(ids)) >= given,
             turn=torch.zeros(len(ids), dtype=torch.long),
             finished=row.finished,
-            text=self.lm.tokenizer.decode(ids, skip_special_tokens=True),
+            text=text_after(row.prompt_ids, ids, self.lm.tokenizer),
             sampler_logp=torch.tensor([torch.nan] * given + row.sampler_logp),
             policy_logp=torch.tensor([torch.nan] * given + row.policy_logp),
             student_top_ids=torch.stack(row.top_ids) if row.top_ids else None,
