@@ -10,6 +10,9 @@ import pytest
 from support.pairs import byte_bpe
 
 import opd
+from opd.recipe.load import parse_recipe
+from opd.runs.checks import check_stages
+from opd.runs.prepare import Given
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
 GEMMA = (
@@ -19,55 +22,61 @@ GEMMA = (
 )
 WORDS = {"red": "stop", "green": "go", "blue": "sky", "black": "night"}
 SHAPE = {
-    **{"model_type": "gemma3_text", "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
-    **{"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 16},
-    **{"max_position_embeddings": 128, "initializer_range": 0.1},
+    "model_type": "gemma3_text",
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 16,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
 }
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run: teacher and student learn from responses, then the student from the teacher."""
-    folder = tmp_path_factory.mktemp("gemma")
+def recipe(folder: Path) -> dict[str, Any]:
+    """Teacher and student learn from responses, then the student from the teacher."""
     tokenizer = byte_bpe(special=SPECIAL)
     tokenizer.bos_token, tokenizer.chat_template = "<bos>", GEMMA
     tokenizer.save_pretrained(folder / "tokenizer")
     rows = [{"prompt": word, "response": answer, "answer": answer} for word, answer in WORDS.items()]
     (folder / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
+    def model(hidden_size: int) -> dict[str, Any]:
+        return {"init": {**SHAPE, "hidden_size": hidden_size}, "tokenizer": str(folder / "tokenizer")}
+
     def stage(name: str, model: str, steps: int, method: str = "sft", **more: Any) -> dict[str, Any]:
         return {"name": name, "train": model, "method": method, "steps": steps, **more}
 
-    opd.run(
-        {
-            "name": "gemma",
-            "output_dir": str(folder / "run"),
-            "models": {
-                "teacher": {"init": {**SHAPE, "hidden_size": 48}, "tokenizer": str(folder / "tokenizer")},
-                "student": {"init": {**SHAPE, "hidden_size": 32}, "tokenizer": str(folder / "tokenizer")},
-            },
-            "defaults": {
-                "data": {"path": str(folder / "words.jsonl"), "chat": True},
-                "prompts_per_step": 4,
-                "sampling": {"max_completion_length": 12},
-                "optimizer": {"learning_rate": 0.01},
-            },
-            "stages": [
-                stage("teach", "teacher", 60),
-                stage("cold", "student", 40),
-                stage("distil", "student", 20, "reverse_kl", teacher="teacher"),
-            ],
+    return {
+        "name": "gemma",
+        "output_dir": str(folder / "run"),
+        "models": {"teacher": model(48), "student": model(32)},
+        "defaults": {
+            "data": {"path": str(folder / "words.jsonl"), "chat": True},
+            "prompts_per_step": 4,
+            "sampling": {"max_completion_length": 12},
+            "optimizer": {"learning_rate": 0.01},
         },
-        quiet=True,
-    )
-    return folder / "run"
+        "stages": [
+            stage("teach", "teacher", 60),
+            stage("cold", "student", 40),
+            stage("distil", "student", 20, "reverse_kl", teacher="teacher"),
+        ],
+    }
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> opd.Run:
+    return opd.run(recipe(tmp_path_factory.mktemp("gemma")), quiet=True)
 
 
 @pytest.mark.parametrize("stage", ["teach", "cold", "distil"])
-def test_trained_model_stops_in_generate(trained: Path, stage: str):
+def test_trained_model_stops_in_generate(trained: opd.Run, stage: str):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    (found,) = trained.glob(f"*{stage}*/model")
+    (found,) = trained.folder.glob(f"*{stage}*/model")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(found), AutoTokenizer.from_pretrained(found)
     for word, answer in WORDS.items():
         read = tokenizer.apply_chat_template(
@@ -75,3 +84,10 @@ def test_trained_model_stops_in_generate(trained: Path, stage: str):
         )
         written = model.generate(**read, max_new_tokens=12, do_sample=False)[0, read["input_ids"].shape[1] :]
         assert tokenizer.decode(written) == f"{answer}<end_of_turn>"
+
+
+def test_check_says_what_ends_response(tmp_path: Path):
+    found = check_stages(parse_recipe(recipe(tmp_path)), Given())
+    says = "a response ends with '<end_of_turn>', as its chat template ends a turn; '<eos>' also stops sampling"
+    assert f"student: {says}" in found.lines["distil"]
+    assert f"teacher: {says}" in found.lines["teach"]

@@ -12,8 +12,10 @@ from tokenizers import AddedToken
 from opd.models import saving, wrapping
 from opd.models.endings import endings_of, turn_end
 from opd.models.loading import load_model
+from opd.models.preview import known_endings
 from opd.models.render import encode_response
 from opd.recipe.schema import ModelSpec
+from opd.runs.tokenizers import ending_lines
 from opd.types import Prompt
 
 TEXT = Prompt(id=0, content="hi")
@@ -169,3 +171,28 @@ def test_save_writes_end_of_turn(tmp_path):
     again = load_model(ModelSpec(path=str(tmp_path)), name="again")
     assert again.model.generation_config.eos_token_id == sorted(lm.stop_ids)  # type: ignore[union-attr]
     assert again.stop_ids == lm.stop_ids
+
+
+def test_known_endings_equal_those_of_loaded_model(tmp_path):
+    tokenizer = with_template(GEMMA)
+    model: Any = build(tokenizer=tokenizer)
+    model.generation_config.eos_token_id = tokenizer.get_vocab()["</s>"]
+    saving.save(wrapping.wrap(model, tokenizer), tmp_path)
+    spec = ModelSpec(path=str(tmp_path))
+    lm = load_model(spec, name="m")
+    found = known_endings(spec, "m", lm.tokenizer)
+    assert found == lm.endings
+    assert found.stops == {tokenizer.get_vocab()[name] for name in ("<eos>", "</s>", "<end>")}
+    (tmp_path / "generation_config.json").unlink()
+    bare = load_model(spec, name="m")
+    assert known_endings(spec, "m", lm.tokenizer) == bare.endings
+    assert bare.endings.stops == {tokenizer.get_vocab()[name] for name in ("<eos>", "<end>")}
+
+
+def test_ending_lines_name_end_of_turn_that_is_not_eos():
+    tokenizer = with_template(GEMMA)
+    ends = endings_of(tokenizer, generation=[tokenizer.get_vocab()["</s>"]])
+    assert ending_lines("m", tokenizer, ends) == [
+        "m: a response ends with '<end>', as its chat template ends a turn; '<eos>' and '</s>' also stop sampling"
+    ]
+    assert ending_lines("m", tokenizer, endings_of(with_template(LINES))) == []

@@ -1,8 +1,8 @@
 """The tokens that end a response: what stops sampling, and what is written at the end of a text.
 
-A response to a text ends with the tokenizer's end-of-sequence token. A turn of a chat ends as the chat template ends it:
-Gemma's template writes `<end_of_turn>`, ChatML `<|im_end|>`, Llama 3's `<|eot_id|>`, whatever the tokenizer's
-`eos_token` is. A model that learned another token there would not stop in a chat.
+A response to a text ends with the tokenizer's end-of-sequence token. A turn of a chat ends as the chat template ends
+it, whatever the tokenizer's `eos_token` is: Gemma's template writes `<end_of_turn>`, ChatML `<|im_end|>`, Llama 3's
+`<|eot_id|>`. A model that learned another token there would not stop in a chat.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError
-from opd.models.continuation import ids_after
 from opd.models.templates import WORD, content_form, dated, in_form
+from opd.texts import ids_after
 from opd.types import Message, Prompt
 
 

@@ -220,7 +220,7 @@ def ending_lines(name: str, tokenizer: Any, endings: Endings) -> list[str]:
     if endings.turn is None or endings.turn == endings.text:
         return []
     others = [repr(tokenizer.decode([i])) for i in sorted(endings.stops - {endings.turn})]
-    also = f"; {' and '.join(others)} also stop sampling" if others else ""
+    also = f"; {' and '.join(others)} also stop{'s' if len(others) == 1 else ''} sampling" if others else ""
     return [
         f"{name}: a response ends with {tokenizer.decode([endings.turn])!r}, as its chat template ends a turn{also}"
     ]

@@ -1,4 +1,4 @@
-"""The ids of a text that continues another, and the text of such ids."""
+"""The ids of a text that continues another, and the text of such ids. Of any tokenizer of transformers."""
 
 from __future__ import annotations
 
