@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from support.models import tiny
-from support.pairs import byte_bpe
+from support.pairs import byte_bpe, sentence_piece
+from tokenizers import decoders
 
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.pieces.contexts import same_prompt
+from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, ended_as_by, in_tokens_of
 from opd.types import Prompt, Rollout, Sampling
 
@@ -26,6 +28,16 @@ def speaking(end: str, *merges: str, special: tuple[str, ...] = SPECIAL) -> Lang
     tokenizer = byte_bpe(*merges, special=special)
     tokenizer.chat_template = "{% for m in messages %}{{ m.role }}:{{ m.content }}" + end + "\n{% endfor %}"
     return tiny(tokenizer=tokenizer)
+
+
+def saying(token: str, lm: LanguageModel) -> LanguageModel:
+    """The model, changed to say this token alone."""
+    head: Any = lm.model.get_output_embeddings()  # type: ignore[operator]
+    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias[lm.tokenizer.get_vocab()[token]] = 30.0
+    return lm
 
 
 def written(prompt: Prompt, text: str, ids: list[int], *, finished: bool = True) -> Rollout:
@@ -88,16 +100,39 @@ def test_ended_as_by_replaces_end_that_is_not_students():
 @pytest.mark.parametrize("end", ["<turn>", "<other>"])
 def test_teacher_writer_ends_with_students_turn(end: str):
     """A teacher that says nothing but its own end of turn."""
-    student, teacher = speaking("<turn>"), speaking(end)
-    head: Any = teacher.model.get_output_embeddings()  # type: ignore[operator]
-    with torch.no_grad():
-        head.weight.zero_()
-    head.bias = torch.nn.Parameter(torch.zeros(len(head.weight)))
-    with torch.no_grad():
-        head.bias[teacher.tokenizer.get_vocab()[end]] = 30.0
+    student, teacher = speaking("<turn>"), saying(end, speaking(end))
     writer = TeacherWriter(
         teacher=teacher, student=student, sampling=Sampling(max_completion_length=3), context=same_prompt()
     )
     (rollout,) = writer([CHAT], seed=(0, 0))
     assert rollout.finished
     assert tokens(student, rollout) == ["<turn>"]
+    assert tokens(teacher, writer.own([CHAT], seed=(0, 0))[0]) == [end]
+
+
+def test_sampler_text_has_no_end_of_turn_that_is_added_text():
+    """A tokenizer to which the end of turn was added as text, so that it is decoded."""
+    tokenizer = byte_bpe()
+    tokenizer.add_tokens(["<turn>"])
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<turn>{% endfor %}"
+    lm = saying("<turn>", tiny(tokenizer=tokenizer))
+    (rollout,) = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=3))([CHAT], seed=(0, 0))
+    assert tokens(lm, rollout) == ["<turn>"]
+    assert rollout.text == ""
+    assert lm.tokenizer.decode(rollout.response_ids, skip_special_tokens=True) == "<turn>"
+
+
+def test_sampler_text_has_space_behind_prompt_of_sentence_piece():
+    lm = saying("▁a", tiny(tokenizer=llama()))
+    (rollout,) = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=2))([TEXT], seed=(0, 0))
+    assert rollout.text == " a a"
+    student = speaking("<turn>", "Ġ a")
+    assert tokens(student, in_tokens_of(student, rollout)) == ["Ġa", "Ġa"]
+
+
+def llama() -> Any:
+    """As of Llama 2: a text's first space is not decoded."""
+    tokenizer = sentence_piece("▁ a", characters="hi", prefix=True)
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence(parts)  # type: ignore[assignment]
+    return tokenizer

@@ -33,11 +33,7 @@ class TeacherWriter(Writer):
     max_prompt_length: int | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
-        bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
-        contexts = self.context(bare)
-        off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
-        with off:
-            written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
+        written = self.own(prompts, seed=seed)
         read = render_checked(
             prompts,
             self.student.tokenizer,
@@ -62,6 +58,14 @@ class TeacherWriter(Writer):
             rollouts = [in_tokens_of(self.student, rollout) for rollout in rollouts]
         self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in rollouts])
         return rollouts
+
+    def own(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
+        """The same responses as the teacher writes them: in its tokens, with its end token, to what it reads."""
+        bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
+        contexts = self.context(bare)
+        off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
+        with off:
+            return TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
 
 
 @dataclass(slots=True, kw_only=True)

@@ -155,7 +155,7 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
     theirs = turn_end(teacher.tokenizer, teacher.options) if chat else teacher.tokenizer.eos_token_id
     if theirs is None:
         return skipped(
-            "tokens/endings", f"The template of {teacher.name} does not show what ends an assistant's message."
+            "tokens/endings", f"The template of {teacher.name} ends an assistant's message with no token of its own."
         )
     ours = endings_of(student.tokenizer, student.options)
     end, own = ours.turn if chat else ours.text, teacher.tokenizer.decode([theirs])
