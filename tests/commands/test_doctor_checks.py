@@ -24,8 +24,8 @@ from opd.evaluation.compare import compare
 from opd.evaluation.continuation import Depth, Transitions
 from opd.evaluation.evaluate import HeldOut
 from opd.maths.statistics import Interval
+from opd.models.endings import turn_end
 from opd.models.language_model import LanguageModel
-from opd.models.render import turn_end
 from opd.rewards.registry import load_reward
 from opd.runs.prepare import Given
 from opd.teachers.local import LocalTeacher
@@ -100,6 +100,9 @@ class WithoutEos:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
 
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.tokenizer(*args, **options)
+
 
 def side(lm: LanguageModel) -> tokenizers.Side:
     return tokenizers.Side.of(lm, lm.name)
@@ -149,11 +152,14 @@ def test_thinking_asks_change_when_think_states_differ():
 
 def test_endings_names_teacher_end_when_student_has_no_eos_token():
     student, teacher = chatting("student", seed=0), chatting("teacher", seed=0, end="<end>")
-    found = tokenizers.endings(
-        replace(side(student), tokenizer=WithoutEos(student.tokenizer)), side(teacher), chat=True
-    )
+    ours = replace(side(student), tokenizer=WithoutEos(student.tokenizer))
+    found = tokenizers.endings(ours, side(teacher), chat=False)
     assert found.level == "change"
-    assert found.says == "The teacher ends its turn with '<end>', and the student's response continues after it."
+    says = "The teacher ends its turn with '<end>', and the student's response continues after it."
+    assert found.says == says
+    assert tokenizers.endings(ours, side(teacher), chat=True).says == (
+        f"{says} The student ends its response with '<eos>', which does not end the teacher's."
+    )
 
 
 def test_endings_asks_change_when_end_of_turn_differs():

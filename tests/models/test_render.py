@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from opd.errors import ConfigError, DataError
 from opd.messages import conversation, text_or_none
+from opd.models.endings import endings_of
 from opd.models.render import encode_response, render, render_checked
 from opd.types import Prompt
 
@@ -46,6 +47,10 @@ def byte_tokenizer() -> Any:
 
 def words(tokenizer: Any, ids: list[int]) -> list[str]:
     return tokenizer.convert_ids_to_tokens(ids)
+
+
+def encoded(response: str, tokenizer: Any) -> list[int]:
+    return encode_response(response, Prompt(id=0, content="ho"), tokenizer, endings_of(tokenizer))
 
 
 def text(content: str, key: int = 0) -> Prompt:
@@ -199,19 +204,19 @@ def test_render_checked_refuses_prompt_of_zero_tokens():
 @pytest.mark.parametrize("appends_eos", [True, False])
 def test_encode_response_ends_with_one_eos(appends_eos):
     tokenizer = word_tokenizer(appends_eos=appends_eos)
-    assert words(tokenizer, encode_response("hi there", tokenizer)) == ["hi", "there", "<eos>"]
-    assert words(tokenizer, encode_response("hi <eos>", tokenizer)) == ["hi", "<eos>"]
+    assert words(tokenizer, encoded("hi there", tokenizer)) == ["hi", "there", "<eos>"]
+    assert words(tokenizer, encoded("hi <eos>", tokenizer)) == ["hi", "<eos>"]
 
 
 @pytest.mark.parametrize("response", ["", " \n", "xyz", "<eos>"])
 def test_encode_response_refuses_response_of_zero_tokens(response):
     with pytest.raises(DataError, match=r"has zero tokens with .* besides the end-of-sequence token. Remove the row"):
-        encode_response(response, word_tokenizer())
+        encoded(response, word_tokenizer())
 
 
 def test_encode_response_raises_config_error_when_eos_is_missing():
     with pytest.raises(ConfigError, match=r"has no end-of-sequence token, so no response can end. Set its eos_token"):
-        encode_response("hi", byte_tokenizer())
+        encoded("hi", byte_tokenizer())
 
 
 # --- rows ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import LETTERS, batch_of, prompts_of, rollout_of, said, teacher_of, tiny
+from support.pairs import sentence_piece
 from support.runs import CHARACTERS, command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
@@ -186,6 +187,13 @@ def test_encoded_raises_config_error_when_token_is_unknown():
         ConfigError, match=r"has the ids 0 to 9, but the tokens to mask include \[10\]\. Correct the ids"
     ):
         token_sequences.encoded([[3, 10]], tokenizer)
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+def test_encoded_has_no_prefix_space_of_sentence_piece(prefix: bool):
+    tokenizer = sentence_piece("▁ a", "b c", characters="abc\n", prefix=prefix)
+    found = token_sequences.encoded(["a", " a", "bc"], tokenizer)
+    assert [tokenizer.convert_ids_to_tokens(ids) for ids in found] == [["a"], ["▁a"], ["bc"]]
 
 
 @pytest.mark.parametrize("piece", [filters.without_tokens, weights.mask_tokens])

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.errors import ConfigError, DataError
+from opd.models.endings import Endings, endings_of
 from opd.models.head import Head
 
 Result = TypeVar("Result")
@@ -74,6 +75,11 @@ class LanguageModel:
     @property
     def adapters(self) -> bool:
         return hasattr(self.model, "disable_adapter")
+
+    @property
+    def endings(self) -> Endings:
+        """What ends its responses. `turn` is a token that it has: one of `vocabulary`."""
+        return endings_of(self.tokenizer, self.template_options, generation=self.stop_ids, below=self.vocabulary)
 
     def head(self) -> Head:
         """The output layer, with the multiplier and soft cap of the model's config."""

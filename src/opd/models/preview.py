@@ -1,4 +1,4 @@
-"""The tokenizer, the number of positions and the tensors' names of a recipe's model, before its weights load."""
+"""The tokenizer, the endings, the number of positions and the tensors' names of a recipe's model, before it loads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.models.endings import Endings, endings_of, generation_ids
 from opd.models.language_model import positions_of
 from opd.recipe.schema import ModelSpec
 
@@ -51,6 +52,24 @@ def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     config = known_config(spec, name, tokenizer)
     rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
     return rows if isinstance(rows, int) else math.inf
+
+
+def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
+    """What ends the responses of a recipe's model: `endings_of`, with the ids of its generation config if it is there.
+
+    As transformers does, a model without a generation config has the ids of its config.
+    """
+    from transformers import GenerationConfig
+
+    source = None if spec.path is None else _source(spec, name)
+    config: Any = None
+    if source is not None:
+        try:
+            config = GenerationConfig.from_pretrained(source.weights)
+        except (OSError, ValueError):  # without one, or with one that loading the model will report
+            config = known_config(spec, name, tokenizer)
+    rows = known_rows(spec, name, tokenizer)
+    return endings_of(tokenizer, spec.template_options, generation=generation_ids(config), below=rows)
 
 
 def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError, DataError, nearest
-from opd.models.continuation import ids_after
+from opd.models.endings import Endings
 from opd.models.templates import content_form, dated, in_form
+from opd.texts import ids_after
 from opd.types import Prompt
 
 # Set by this file. Templates may mention them, so the check of option names would not refuse them.
@@ -96,38 +97,28 @@ def render_checked(
     return rendered
 
 
-def encode_response(text: str, tokenizer: Any) -> list[int]:
-    """The ids of a text as a response, with one end-of-sequence id at the end. [response tokens]
+def encode_response(text: str, prompt: Prompt, tokenizer: Any, endings: Endings) -> list[int]:
+    """The ids of a text as a response to the prompt, ended by one token of `endings`. [response tokens]
 
-    Raises DataError if the text has no tokens, ConfigError if the tokenizer has no end-of-sequence token.
+    An end that the text spells is not doubled: the end of a sequence or of a turn, with white space after it, becomes
+    the prompt's ending, and any other token that stops sampling stays the end. Raises DataError if the text has no
+    tokens, ConfigError if the tokenizer has no end-of-sequence token.
     """
-    end = tokenizer.eos_token_id
+    end = endings.after(prompt)
     if end is None:
         raise ConfigError(
             f"{_name(tokenizer)} has no end-of-sequence token, so no response can end. Set its eos_token."
         )
-    ids = ids_after(text, tokenizer)
-    ids = ids[: len(ids) - _ends(ids, end)]
+    replaced = {end, endings.text}
+    spelt = tuple(tokenizer.convert_ids_to_tokens([i for i in replaced if i is not None]))
+    ids = ids_after(text.rstrip() if text.rstrip().endswith(spelt) else text, tokenizer)
+    ids = ids[: len(ids) - _ends(ids, replaced)]
     if not ids:
         raise DataError(
             f"The response {text!r:.80} has zero tokens with {_name(tokenizer)} besides the end-of-sequence token. "
             "Remove the row, or use a tokenizer that knows its characters."
         )
-    return [*ids, end]
-
-
-def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | None:
-    """The first id that the template writes after an assistant's text; None if it refuses or writes nothing there."""
-    words = "answer"
-    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": words}]
-    if not tokenizer.chat_template:
-        return None
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **template_options)
-    except (TemplateError, TypeError):
-        return None
-    ids = tokenizer(text.rpartition(words)[2], add_special_tokens=False).input_ids
-    return ids[0] if ids else None
+    return ids if ids[-1] in endings.stops else [*ids, end]
 
 
 def _encode_text(text: str, tokenizer: Any) -> list[int]:
@@ -138,13 +129,13 @@ def _encode_text(text: str, tokenizer: Any) -> list[int]:
         return ids
     # Remove only tokens that the tokenizer adds, not those that the text spells.
     spelt = tokenizer(text, add_special_tokens=False).input_ids
-    appended = 0 if end is None else _ends(ids, end) - _ends(spelt, end)
+    appended = 0 if end is None else _ends(ids, {end}) - _ends(spelt, {end})
     return ids[1 if begins_twice and spelt[:1] == [begin] else 0 : len(ids) - appended]
 
 
-def _ends(ids: Sequence[int], end: int) -> int:
-    """The number of `end` ids at the end."""
-    return next((i for i, token in enumerate(reversed(ids)) if token != end), len(ids))
+def _ends(ids: Sequence[int], ends: Collection[int | None]) -> int:
+    """The number of ids at the end that are `ends`."""
+    return next((i for i, token in enumerate(reversed(ids)) if token not in ends), len(ids))
 
 
 def _template(prompt: Prompt, tokenizer: Any, options: Mapping[str, Any]) -> str:

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from opd.errors import AlignmentError
+from opd.models.endings import endings_of
 from opd.models.language_model import LanguageModel
-from opd.models.render import turn_end
 
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
@@ -69,20 +69,14 @@ def ends_of(
     """The tokens that end a response, student id -> teacher id; they count as the same token, whatever their names.
 
     The end-of-sequence tokens, preceded, for responses that are turns of a `chat`, by the tokens with which the
-    templates, given their `options`, end a turn.
+    models, given the `options` of their templates, end a turn (`endings.Endings.turn`).
     """
-    turns = [_turn_end(one, given) if chat else None for one, given in zip((student, teacher), options, strict=True)]
+    ours, theirs = (endings_of(one, given) for one, given in zip((student, teacher), options, strict=True))
     ends: dict[int, int] = {}
-    for end, its in (turns, (student.eos_token_id, teacher.eos_token_id)):
+    for end, its in (*([(ours.turn, theirs.turn)] if chat else []), (ours.text, theirs.text)):
         if end is not None and its is not None and end not in ends and its not in ends.values():
             ends[end] = its
     return ends
-
-
-def _turn_end(tokenizer: Any, options: Mapping[str, Any]) -> int | None:
-    """The token that ends a turn; None if the template ends it with text, such as a line break."""
-    end = turn_end(tokenizer, options)
-    return end if end in tokenizer.added_tokens_decoder or end == tokenizer.eos_token_id else None
 
 
 def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, int]) -> dict[int, int]:

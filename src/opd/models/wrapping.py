@@ -11,6 +11,7 @@ from torch import nn
 
 from opd.errors import ConfigError
 from opd.models import adapters
+from opd.models.endings import endings_of, generation_ids
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.noise import remember_noise
 from opd.models.probe import notes_on, probe
@@ -26,12 +27,16 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
     adapters.check_tied(model)
     remember_noise(model)
     disable_dropout(model)
-    stop = {tokenizer.eos_token_id} | _as_set(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
+    endings = endings_of(
+        tokenizer,
+        options.get("template_options", {}),
+        generation=generation_ids(getattr(model, "generation_config", None)),
+    )
     lm = LanguageModel(
         model=model,
         tokenizer=tokenizer,
         vocabulary=max(tokenizer.get_vocab().values()) + 1,
-        stop_ids=frozenset(i for i in stop if i is not None),
+        stop_ids=endings.stops,
         name=name,
         **options,
     )
@@ -66,7 +71,9 @@ def within_rows(lm: LanguageModel) -> LanguageModel:
             f"{lm.name}: the tokenizer has ids up to {lm.vocabulary - 1}, but the output layer has only "
             f"{lm.rows} rows. Use the model's own tokenizer, or resize_token_embeddings."
         )
-    return replace(lm, vocabulary=lm.rows, notes=(*lm.notes, rows_note(lm.name, list(absent.values()), lm.rows)))
+    stops = frozenset(i for i in lm.stop_ids if i < lm.rows)
+    notes = (*lm.notes, rows_note(lm.name, list(absent.values()), lm.rows))
+    return replace(lm, vocabulary=lm.rows, stop_ids=stops, notes=notes)
 
 
 def rows_note(name: str, absent: Sequence[str], rows: int) -> str:
@@ -119,7 +126,3 @@ def disable_dropout(model: nn.Module) -> None:
     for name, value in vars(config).items() if config is not None else ():
         if "drop" in name and isinstance(value, float):
             setattr(config, name, 0.0)
-
-
-def _as_set(value: int | list[int] | None) -> set[int | None]:
-    return set(value) if isinstance(value, list) else {value}

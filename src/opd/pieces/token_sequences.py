@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from opd.errors import ConfigError
+from opd.texts import ids_after
 
 TokenSequence: TypeAlias = str | Sequence[int]  # a text, or ids
 
@@ -26,8 +27,9 @@ def check(sequences: Sequence[TokenSequence], occurrences: str) -> None:
 def encoded(sequences: Sequence[TokenSequence], tokenizer: Any) -> tuple[tuple[int, ...], ...]:
     """The ids of each sequence; given ids are checked against the tokenizer.
 
-    A text is encoded separately, without special tokens. Inside a word some tokenizers use other ids for it: give these
-    ids instead. Raises ConfigError for a text that the tokenizer cannot encode, or an id that it does not have.
+    A text is encoded as it is behind another: for every tokenizer "wait" is the word at the beginning of a line, and
+    " wait" the word behind a space. Inside a word some tokenizers use other ids for it: give these ids instead. Raises
+    ConfigError for a text that the tokenizer cannot encode, or an id that it does not have.
     """
     return tuple(
         _encoded(sequence, tokenizer) if isinstance(sequence, str) else _known(tuple(sequence), tokenizer)
@@ -55,7 +57,7 @@ def covered_tokens(response_ids: Any, sequences: Sequence[Sequence[int]], occurr
 
 
 def _encoded(text: str, tokenizer: Any) -> tuple[int, ...]:
-    ids = tuple(tokenizer(text, add_special_tokens=False).input_ids)
+    ids = tuple(ids_after(text, tokenizer))
     # An unknown character decodes to the unknown token, to another token, or to nothing.
     back = tokenizer.decode(ids, clean_up_tokenization_spaces=False) if ids else ""
     if not ids or back.strip() != text.strip():

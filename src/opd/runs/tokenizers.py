@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from opd.errors import ConfigError
 from opd.messages import is_chat
 from opd.method import Method
+from opd.models.endings import Endings
 from opd.models.language_model import check_ids
-from opd.models.preview import known_rows, tokenizer_of
+from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.lengths import check_lengths
@@ -55,11 +56,15 @@ def check_tokenizers(
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
         lines += template_lines(spec.train, tokenizers[spec.train], prompts, options)
+        if is_chat(prompts):
+            loaded, origin = given.get(spec.train), origin_of(recipe, spec.train)
+            ends = loaded.endings if loaded else known_endings(origin, spec.train, tokenizers[spec.train])
+            lines += ending_lines(spec.train, tokenizers[spec.train], ends)
         method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
     lines += check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
     lines += compared(recipe, spec, prepared, tokenizers)
-    check_responses(spec, method, prompts, tokenizers, rows)
+    check_responses(recipe, spec, method, prompts, tokenizers, rows)
     if lengths:
         check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
     return lines
@@ -122,6 +127,7 @@ def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Ma
 
 
 def check_responses(
+    recipe: Recipe,
     spec: StageSpec,
     method: Method,
     prompts: Sequence[Prompt],
@@ -129,6 +135,7 @@ def check_responses(
     rows: Mapping[str, float],
 ) -> None:
     """Refuse responses of the data with tokens that the student or a teacher lacks. Raises DataError."""
+    from opd.models.endings import endings_of
     from opd.models.render import encode_response
     from opd.models.vocabularies import check_same_tokens
 
@@ -139,7 +146,8 @@ def check_responses(
     sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
     size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
     if absent_tokens(spec.train, student, size):
-        responses = [encode_response(prompt.response, student) for prompt in prompts if prompt.response]
+        endings = endings_of(student, origin_of(recipe, spec.train).template_options, below=size)
+        responses = [encode_response(p.response, p, student, endings) for p in prompts if p.response]
         check_ids(spec.train, student, responses, size, "response")
 
 
@@ -205,6 +213,17 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
                 f"render other prompts. Set models.{name}.chat_template to one that states the format"
             )
     return lines
+
+
+def ending_lines(name: str, tokenizer: Any, endings: Endings) -> list[str]:
+    """What ends a response in a chat, if it is not the end-of-sequence token; else no line."""
+    if endings.turn is None or endings.turn == endings.text:
+        return []
+    others = [repr(tokenizer.decode([i])) for i in sorted(endings.stops - {endings.turn})]
+    also = f"; {' and '.join(others)} also stop{'s' if len(others) == 1 else ''} sampling" if others else ""
+    return [
+        f"{name}: a response ends with {tokenizer.decode([endings.turn])!r}, as its chat template ends a turn{also}"
+    ]
 
 
 def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> None:

@@ -20,6 +20,7 @@ from opd.models.render import render_checked
 from opd.pieces.supports import check_fits
 from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
+from opd.texts import text_after
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
 ROWS = 64  # rows decoded together; more is faster while the cache fits
@@ -57,6 +58,10 @@ class TransformersSampler(Sampler):
     max_prompt_length: int | None = None
     limited_by: str = "sampling.max_completion_length"  # the setting that makes responses shorter
     version: int = 0  # the step of the weights, recorded in every rollout
+    ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
+
+    def __post_init__(self) -> None:
+        self.ends = self.lm.stop_ids & self.lm.tokenizer.added_tokens_decoder.keys()
 
     @property
     def temperature(self) -> float:
@@ -178,6 +183,7 @@ class TransformersSampler(Sampler):
 
     def _rollout(self, row: _Row) -> Rollout:
         ids, given = [*row.prefix, *row.ids], len(row.prefix)
+        spoken = ids[:-1] if ids and ids[-1] in self.ends else ids
         return Rollout(
             prompt=row.prompt,
             sample=row.sample,
@@ -186,7 +192,7 @@ class TransformersSampler(Sampler):
             trained=torch.arange(len(ids)) >= given,
             turn=torch.zeros(len(ids), dtype=torch.long),
             finished=row.finished,
-            text=self.lm.tokenizer.decode(ids, skip_special_tokens=True),
+            text=text_after(row.prompt_ids, spoken, self.lm.tokenizer),
             sampler_logp=torch.tensor([torch.nan] * given + row.sampler_logp),
             policy_logp=torch.tensor([torch.nan] * given + row.policy_logp),
             student_top_ids=torch.stack(row.top_ids) if row.top_ids else None,

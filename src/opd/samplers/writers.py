@@ -21,7 +21,8 @@ class TeacherWriter(Writer):
     """Responses of a teacher that reads `context`, as rollouts of a student that reads only the prompt.
 
     They have no `sampler_logp`, because the student did not write them. The text of a teacher with another tokenizer is
-    encoded again with the student's. `base` switches an adapter off.
+    encoded again with the student's. A response ends with a token that ends the student's. `base` switches an adapter
+    off.
     """
 
     teacher: LanguageModel
@@ -32,21 +33,14 @@ class TeacherWriter(Writer):
     max_prompt_length: int | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
-        bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
-        contexts = self.context(bare)
-        off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
-        with off:
-            written = TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
-        if not same_ids(self.student, self.teacher):
-            written = [in_tokens_of(self.student, rollout) for rollout in written]
+        written = self.own(prompts, seed=seed)
         read = render_checked(
             prompts,
             self.student.tokenizer,
             max_prompt_length=self.max_prompt_length,
             template_options=self.student.template_options,
         )
-        self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in written])
-        return [
+        rollouts = [
             replace(
                 rollout,
                 prompt=prompts[i // self.sampling.n],
@@ -58,11 +52,25 @@ class TeacherWriter(Writer):
             )
             for i, rollout in enumerate(written)
         ]
+        if same_ids(self.student, self.teacher):
+            rollouts = [ended_as_by(self.student, self.teacher, rollout) for rollout in rollouts]
+        else:
+            rollouts = [in_tokens_of(self.student, rollout) for rollout in rollouts]
+        self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in rollouts])
+        return rollouts
+
+    def own(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
+        """The same responses as the teacher writes them: in its tokens, with its end token, to what it reads."""
+        bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
+        contexts = self.context(bare)
+        off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
+        with off:
+            return TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
 
 
 @dataclass(slots=True, kw_only=True)
 class ReferenceWriter(Writer):
-    """The data's `response` column, ended by the end-of-sequence token."""
+    """The data's `response` column, ended as the student's responses end (`models.endings`)."""
 
     student: LanguageModel
     max_prompt_length: int | None = None
@@ -75,7 +83,10 @@ class ReferenceWriter(Writer):
             template_options=self.student.template_options,
         )
         texts = [prompt.response or "" for prompt in prompts]
-        responses = [encode_response(text, self.student.tokenizer) for text in texts]
+        tokenizer, endings = self.student.tokenizer, self.student.endings
+        responses = [
+            encode_response(text, prompt, tokenizer, endings) for prompt, text in zip(prompts, texts, strict=True)
+        ]
         self.student.check_ids(read, responses)
         return [
             _rollout(prompt, ids, response, finished=True, text=text)
@@ -85,8 +96,12 @@ class ReferenceWriter(Writer):
 
 def in_tokens_of(student: LanguageModel, rollout: Rollout) -> Rollout:
     """The response in the student's tokens; without an end token if it was cut."""
-    end = student.tokenizer.eos_token_id
-    ids = encode_response(rollout.text, student.tokenizer) if rollout.text else [end]
+    endings = student.endings
+    end = endings.after(rollout.prompt)
+    if rollout.text or end is None:  # without an end token, an error
+        ids = encode_response(rollout.text, rollout.prompt, student.tokenizer, endings)
+    else:
+        ids = [end]
     ids = ids if rollout.finished or len(ids) == 1 else ids[:-1]
     n = len(ids)
     return replace(
@@ -95,6 +110,14 @@ def in_tokens_of(student: LanguageModel, rollout: Rollout) -> Rollout:
         trained=torch.ones(n, dtype=torch.bool),
         turn=torch.zeros(n, dtype=torch.long),
     )
+
+
+def ended_as_by(student: LanguageModel, teacher: LanguageModel, rollout: Rollout) -> Rollout:
+    """The response with the student's end token in place of the teacher's, if that one does not end the student's."""
+    last, end = int(rollout.response_ids[-1]), student.endings.after(rollout.prompt)
+    if end is None or last not in teacher.stop_ids - student.stop_ids:
+        return rollout
+    return replace(rollout, response_ids=torch.cat([rollout.response_ids[:-1], torch.tensor([end])]))
 
 
 def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished: bool, text: str = "") -> Rollout:

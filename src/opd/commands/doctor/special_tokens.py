@@ -76,10 +76,8 @@ def ends_alike(subject: Subject) -> float | None:
 
     None if the teacher finishes no response within the limit.
     """
-    finished = [rollout for rollout in subject.teacher_responses(subject.prompts[:FEW]) if rollout.finished]
-    if not finished:
-        return None
-    return sum(int(rollout.response_ids[-1]) in subject.student.stop_ids for rollout in finished) / len(finished)
+    ends = subject.teacher_ends(subject.prompts[:FEW])
+    return sum(end in subject.student.stop_ids for end in ends) / len(ends) if ends else None
 
 
 def kinds_of(rollouts: Sequence[Rollout], special: frozenset[int]) -> tuple[Tensor, Tensor]:

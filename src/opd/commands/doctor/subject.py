@@ -112,7 +112,17 @@ class Subject:
 
     def teacher_responses(self, prompts: Sequence[Prompt], context: Context | None = None) -> list[Rollout]:
         """The teacher's responses with the method's context, or with `context`, sampled as the student's."""
-        writer = TeacherWriter(
+        with self.on_device():
+            return self._teacher_writer(context)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
+
+    def teacher_ends(self, prompts: Sequence[Prompt]) -> list[int]:
+        """The last token of each response that the teacher finishes, as it writes it."""
+        with self.on_device():
+            written = self._teacher_writer().own(prompts, seed=(self.seed, ReservedStep.DOCTOR))
+        return [int(rollout.response_ids[-1]) for rollout in written if rollout.finished]
+
+    def _teacher_writer(self, context: Context | None = None) -> TeacherWriter:
+        return TeacherWriter(
             teacher=self.teacher.lm,
             student=self.student,
             sampling=self.sampling,
@@ -120,8 +130,6 @@ class Subject:
             base=self.teacher.base,
             max_prompt_length=self.spec.max_prompt_length,
         )
-        with self.on_device():
-            return writer(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
         """A context manager that puts an offloaded teacher on the student's device."""

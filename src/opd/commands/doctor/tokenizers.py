@@ -12,9 +12,10 @@ from typing import Any
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.errors import AlignmentError
+from opd.models.endings import endings_of, turn_end
 from opd.models.forward import common_prefix
 from opd.models.language_model import LanguageModel
-from opd.models.render import render, turn_end
+from opd.models.render import render
 from opd.models.vocabularies import check_same_tokens
 from opd.types import Prompt
 
@@ -154,9 +155,10 @@ def endings(student: Side, teacher: Side, *, chat: bool) -> Finding:
     theirs = turn_end(teacher.tokenizer, teacher.options) if chat else teacher.tokenizer.eos_token_id
     if theirs is None:
         return skipped(
-            "tokens/endings", f"The template of {teacher.name} does not show what ends an assistant's message."
+            "tokens/endings", f"The template of {teacher.name} ends an assistant's message with no token of its own."
         )
-    end, own = student.tokenizer.eos_token_id, teacher.tokenizer.decode([theirs])
+    ours = endings_of(student.tokenizer, student.options)
+    end, own = ours.turn if chat else ours.text, teacher.tokenizer.decode([theirs])
     known = teacher.stops | {theirs}
     numbers = {"student_stop_ids": sorted(student.stops), "teacher_end_id": theirs, "teacher_stop_ids": sorted(known)}
     if theirs in student.stops and (end in known or end is None):

@@ -1,7 +1,8 @@
-"""The ids of a text that continues another."""
+"""The ids of a text that continues another, and the text of such ids. Of any tokenizer of transformers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 # Texts to continue. Of a word-level tokenizer none fits; then the ids are those of the text alone.
@@ -36,3 +37,20 @@ def ids_after(text: str, tokenizer: Any, **options: Any) -> list[int]:
         if fits and decode(joined) == start + spaced[len(start) + 1 :]:
             return joined[len(first) :]
     return alone
+
+
+def text_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str:
+    """The text of `ids` behind `before`, without special tokens: with the space between them, if there is one.
+
+    Decoded alone, tokens of SentencePiece lose their first space (`▁`), which the decoder takes for the one that the
+    tokenizer puts before a text. Behind an added token, which begins a text anew for some tokenizers, it may be that.
+    """
+    alone = tokenizer.decode(ids, skip_special_tokens=True)
+    if not before or not ids or not tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("▁"):
+        return alone
+    last = int(before[-1])
+    if last in tokenizer.added_tokens_decoder:
+        return alone
+    start = tokenizer.decode([last], skip_special_tokens=True)
+    joined = tokenizer.decode([last, *ids], skip_special_tokens=True)
+    return joined[len(start) :] if joined.startswith(start) else alone

@@ -9,9 +9,10 @@ from support.models import byte_tokenizer
 from support.pairs import byte_bpe, sentence_piece, trained_bpe
 from tokenizers import decoders
 
-from opd.models.continuation import ids_after
+from opd.models.endings import endings_of
 from opd.models.new import character_tokenizer
 from opd.models.render import encode_response, render
+from opd.texts import ids_after, text_after
 from opd.types import Prompt
 
 CHARACTERS = "0123456789+= abcdef.\n"
@@ -30,8 +31,9 @@ def llama(*, strip: bool) -> Any:
 @pytest.mark.parametrize("strip", [True, False])
 def test_encode_response_continues_prompt_of_sentence_piece(strip, response):
     tokenizer = llama(strip=strip)
-    prompt = render(Prompt(id=0, content="6+6="), tokenizer)
-    ids = encode_response(response, tokenizer)
+    asked = Prompt(id=0, content="6+6=")
+    prompt = render(asked, tokenizer)
+    ids = encode_response(response, asked, tokenizer, endings_of(tokenizer))
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(prompt + ids[:-1]) == tokenizer.decode(prompt) + response
     assert tokenizer.decode(prompt).lstrip(" ") == "6+6="
@@ -51,3 +53,39 @@ def test_ids_after_has_no_prefix_token_of_sentence_piece():
 @pytest.mark.parametrize("text", ["12", " 12", "\n", "", "a 12\n"])
 def test_ids_after_equals_tokenizer_without_prefix_space(tokenizer, text):
     assert ids_after(text, tokenizer) == tokenizer(text, add_special_tokens=False).input_ids
+
+
+@pytest.mark.parametrize("strip", [True, False])
+@pytest.mark.parametrize(
+    ("before", "pieces", "text"),
+    [
+        ("6+6=", ["▁1", "2"], " 12"),
+        ("6+6=", ["12"], "12"),
+        ("6+6=", ["▁", "▁1"], "  1"),
+        ("6+6=", ["▁1", "2", "<eos>"], " 12"),
+        ("6+6=", ["<0x0A>", "▁1"], "\n 1"),
+    ],
+)
+def test_text_after_has_space_behind_prompt(strip: bool, before: str, pieces: list[str], text: str):
+    tokenizer = llama(strip=strip)
+    prompt, ids = tokenizer(before).input_ids, tokenizer.convert_tokens_to_ids(pieces)
+    assert text_after(prompt, ids, tokenizer) == text
+
+
+def test_text_after_has_no_space_behind_added_token():
+    """There the tokenizer puts a space before a text, as at the beginning: `▁12` is how it writes 12."""
+    tokenizer = llama(strip=True)
+    ids = tokenizer("<eos>12", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == ["<eos>", "▁1", "2"]
+    assert text_after(ids[:1], ids[1:], tokenizer) == "12"
+
+
+@pytest.mark.parametrize("response", ["12", " 12", "\n", "", "a 12\n", "é", "▁1"])
+@pytest.mark.parametrize(
+    "tokenizer",
+    [byte_tokenizer(), byte_bpe("1 2", "Ġ 1"), trained_bpe("12 + 12 = 24", 270), character_tokenizer(CHARACTERS)],
+    ids=["bytes", "bpe", "trained", "characters"],
+)
+def test_text_after_equals_decode_without_sentence_piece(tokenizer: Any, response: str):
+    ids = [*tokenizer(response, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    assert text_after(tokenizer("1=").input_ids, ids, tokenizer) == tokenizer.decode(ids, skip_special_tokens=True)

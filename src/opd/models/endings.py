@@ -1,0 +1,98 @@
+"""The tokens that end a response: what stops sampling, and what is written at the end of a text.
+
+A response to a text ends with the tokenizer's end-of-sequence token. A turn of a chat ends as the chat template ends
+it, whatever the tokenizer's `eos_token` is: Gemma's template writes `<end_of_turn>`, ChatML `<|im_end|>`, Llama 3's
+`<|eot_id|>`. A model that learned another token there would not stop in a chat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from opd.errors import ConfigError
+from opd.models.templates import WORD, content_form, dated, in_form
+from opd.texts import ids_after
+from opd.types import Message, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Endings:
+    """The tokens that end a response.
+
+    All of `stops` stop sampling, for prompts of text as well: no model continues a text after the end of a turn.
+    """
+
+    stops: frozenset[int]
+    text: int | None  # written after a response to a text; None without an end-of-sequence token
+    turn: int | None  # written after a response in a chat
+
+    def after(self, prompt: Prompt) -> int | None:
+        """The token to write after a response to this prompt."""
+        return self.text if isinstance(prompt.content, str) else self.turn
+
+
+def endings_of(
+    tokenizer: Any,
+    template_options: Mapping[str, Any] = {},
+    *,
+    generation: Iterable[int] = (),
+    below: float = math.inf,
+) -> Endings:
+    """The endings of a model, from its tokenizer, its template's options and the ids of its generation config.
+
+    A template that ends a turn with text alone, such as a line break, or with nothing, leaves the end-of-sequence
+    token. So does one whose token is not `below` the number of tokens that the model has.
+    """
+    text = tokenizer.eos_token_id
+    turn = turn_end(tokenizer, template_options)
+    if turn is None or turn >= below:
+        turn = text
+    stops = frozenset(i for i in (text, turn, *generation) if i is not None)
+    return Endings(stops=stops, text=text, turn=turn)
+
+
+def generation_ids(config: Any) -> list[int]:
+    """The ids of `eos_token_id` in a generation config (or another config, or None)."""
+    ids = getattr(config, "eos_token_id", None)
+    return list(ids) if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+
+
+def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | None:
+    """The token that the template writes after an assistant's text, white space apart.
+
+    It is an added token, or the end-of-sequence token. A token that a further message would replace ends no turn: it is
+    the header of the next one. None if the template writes no such token there, or refuses the conversation.
+    """
+    if not tokenizer.chat_template:
+        return None
+    end = _next_token(_after_answer(tokenizer, template_options, goes_on=False), tokenizer)
+    if end is None or end == tokenizer.eos_token_id:
+        return end
+    between = _next_token(_after_answer(tokenizer, template_options, goes_on=True), tokenizer)
+    return end if end == between and end in tokenizer.added_tokens_decoder else None
+
+
+def _after_answer(tokenizer: Any, options: Mapping[str, Any], *, goes_on: bool) -> str:
+    """What the template writes after an assistant's text; "" if it refuses. `goes_on`: a user's message follows."""
+    messages: list[Message] = [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": WORD},
+        *([{"role": "user", "content": "question"}] if goes_on else []),
+    ]
+    try:
+        template = tokenizer.get_chat_template()
+        shown = in_form(messages, content_form(template, tokenizer))
+        text: str = tokenizer.apply_chat_template(shown, chat_template=dated(template), tokenize=False, **options)
+    except (ConfigError, TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        return ""
+    return text.rpartition(WORD)[2] if WORD in text else ""
+
+
+def _next_token(text: str, tokenizer: Any) -> int | None:
+    """The first token of a text that is not white space, such as the space that SentencePiece puts before a text."""
+    return next((i for i in ids_after(text, tokenizer) if tokenizer.decode([i]).strip()), None) if text else None
