@@ -50,6 +50,23 @@ def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     return rows if isinstance(rows, int) else math.inf
 
 
+def known_ends(spec: ModelSpec, name: str, tokenizer: Any) -> frozenset[int]:
+    """The ids that end a response of a recipe's model: those of its tokenizer and of its generation config.
+
+    Without a readable generation config those of its config, as transformers does when it loads the model.
+    """
+    from transformers import GenerationConfig
+
+    source = None if spec.init is not None else _source(spec, name)
+    try:
+        given = None if source is None else GenerationConfig.from_pretrained(source.weights)
+    except (OSError, ValueError):
+        given = None
+    ends: int | list[int] | None = getattr(given or _config(spec, name, tokenizer), "eos_token_id", None)
+    listed = ends if isinstance(ends, list) else [ends]
+    return frozenset(i for i in (tokenizer.eos_token_id, *listed) if i is not None)
+
+
 def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     from transformers import AutoConfig
 
