@@ -175,7 +175,7 @@ def write_table(file: Path, rows: list[dict[str, Any]]) -> Path:
             ) from error
     table = pa.table(columns)
     # A column of long texts, such as rendered prompts, holds each different text once.
-    repeated = [path for name in names for path in _repeating(name, columns[name].type)]
+    repeated: Any = [path for name in names for path in _repeating(name, columns[name].type)]
     write_atomically(
         file, lambda part: pq.write_table(table, part, use_dictionary=repeated, dictionary_pagesize_limit=GIB)
     )

@@ -59,9 +59,9 @@ def test_check_shows_what_both_models_read():
     assert lines_of(chatting(evaluate=HELD_OUT))[-5:] == [
         "the student reads (7 tokens): '0+0=<eos>+;'",
         "the teacher reads (7 tokens): '<eos>0+0=;='",
+        "a response ends with <eos> (1)",
         "of the held-out prompts, the student reads (7 tokens): '2+2=<eos>+;'",
         "of the held-out prompts, the teacher reads (7 tokens): '<eos>2+2=;='",
-        "a response ends with <eos> (1)",
     ]
 
 

@@ -57,23 +57,24 @@ def example_lines(spec: StageSpec, prepared: Prepared, readers: Mapping[str, Rea
 
     Raises the errors of `render` and of a context that depends on no response.
     """
-    lines: list[str] = []
+    trained: list[str] = []
+    held_out: list[str] = []
     ends: dict[str, list[str]] = {}
     for name, part in spec.by_task.items():
         label = "" if name is None else f"task {name}: "
-        lines += [label + line for line in _task_lines(spec, prepared, name, part, readers)]
+        trained += [label + line for line in _training_lines(spec, prepared, name, part, readers)]
+        held_out += [label + line for line in _held_out_lines(spec, prepared, name, part, readers)]
         for line in _end_lines(spec, prepared.method, part, readers):
             ends.setdefault(line, []).append(label)
     for line, labels in ends.items():
-        lines += [line] if len(labels) == len(spec.by_task) else [label + line for label in labels]
-    return lines
+        trained += [line] if len(labels) == len(spec.by_task) else [label + line for label in labels]
+    return [*trained, *held_out]
 
 
-def _task_lines(
+def _training_lines(
     spec: StageSpec, prepared: Prepared, name: str | None, part: TaskSection, readers: Mapping[str, Reader]
 ) -> Iterator[str]:
-    task, method, student = prepared.tasks[name], prepared.method, readers.get(spec.train)
-    prompt = task.prompts[0]
+    method, student, prompt = prepared.method, readers.get(spec.train), prepared.tasks[name].prompts[0]
     if student is not None:
         yield f"the student reads {shown(student.read(prompt), student)}"
         if "response" in needs_of(method.source).columns and prompt.response:
@@ -81,13 +82,20 @@ def _task_lines(
     teacher = _teacher_of(spec, part, method)
     if teacher is not None:
         yield from _teacher_lines(teacher, spec, method, prompt, readers, "")
-    if task.held_out is None or part.evaluate is None:
+
+
+def _held_out_lines(
+    spec: StageSpec, prepared: Prepared, name: str | None, part: TaskSection, readers: Mapping[str, Reader]
+) -> Iterator[str]:
+    method, student, held_out = prepared.method, readers.get(spec.train), prepared.tasks[name].held_out
+    if held_out is None or part.evaluate is None:
         return
+    prompt, of = held_out.prompts[0], "of the held-out prompts, "
     if student is not None:
-        yield f"of the held-out prompts, the student reads {shown(student.read(task.held_out.prompts[0]), student)}"
-    scorer = (teacher if method.teacher.kind != "none" else None) or part.teacher
+        yield f"{of}the student reads {shown(student.read(prompt), student)}"
+    scorer = part.teacher if method.teacher.kind == "none" else _teacher_of(spec, part, method)
     if scorer is not None and (part.evaluate.teacher or part.evaluate.kl):
-        yield from _teacher_lines(scorer, spec, method, task.held_out.prompts[0], readers, "of the held-out prompts, ")
+        yield from _teacher_lines(scorer, spec, method, prompt, readers, of)
 
 
 def _teacher_of(spec: StageSpec, part: TaskSection, method: Method) -> str | None:
