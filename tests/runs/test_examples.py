@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.models import byte_tokenizer, tiny
-from support.runs import EVALUATE, command, one_stage, prepare, self_taught, tiny_model, write_rows
+from support.runs import EVALUATE, command, forbid, one_stage, prepare, self_taught, tiny_model, write_rows
 
 import opd
 from opd.commands.check import check_recipe
 from opd.method import Method
 from opd.models import gguf
+from opd.pieces import solutions
 from opd.pieces.contexts import privileged
-from opd.pieces.needs import Trait, needing
+from opd.pieces.needs import Input, Trait, needing, needs_of
 from opd.recipe.load import parse_recipe
-from opd.runs.examples import AT_START
+from opd.runs.examples import AT_START, start_lines
+from opd.runs.prepare import Given
+from opd.runs.prepare import prepare as prepare_stage
 from opd.stage.folder import StageDir
 from opd.types import Rollout
 
@@ -188,6 +192,18 @@ def test_distill_says_why_context_cannot_be_shown(work: Path, capsys: pytest.Cap
     assert "its context raises IndexError" in line
 
 
+def test_check_says_that_context_compares_responses():
+    context = privileged(template="{privileged_context}{prompt}", solutions=solutions.from_peers())
+    assert Input.GROUP in needs_of(context)
+    spec = parse_recipe(self_taught()).stages[0]
+    prepared = prepare_stage(spec, Given(), 0)
+    prepared = replace(prepared, method=replace(prepared.method, context=context))
+    lm = tiny("llama", byte_tokenizer())
+    assert start_lines(spec, prepared, {"student": lm})[1] == (
+        "the student as its teacher reads a text that depends on the responses: see `teacher_reads` in the samples"
+    )
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -258,6 +274,33 @@ def test_train_counts_lines_of_more_tasks(work: Path):
     shown = [line for line in ended.out.splitlines() if line.startswith("distil: task ")]
     assert len([line for line in shown if " reads " in line]) == AT_START
     assert "distil: 3 more lines like these: `opd check` prints all" in ended.out
+
+
+def test_samples_show_reading_of_the_tasks_teacher(work: Path):
+    recipe = one_stage(data=None, teacher=None, sampling=None, samples_every=1, prompts_per_step=4)
+    tasks = {name: {"data": CHAT, "teacher": name, "sampling": {"max_completion_length": 3}} for name in ("one", "two")}
+    recipe["stages"][0] |= {"tasks": tasks, "task_order": "mixed"}
+    recipe["models"] = {
+        "student": tiny_model(2, chat_template=STUDENTS),
+        "one": tiny_model(1, chat_template=STUDENTS),
+        "two": tiny_model(3, chat_template=TEACHERS),
+    }
+    (work / "recipe.yaml").write_text(json.dumps(recipe))
+    ended = command("train", "recipe.yaml")
+    assert ended.code == 0, ended.err
+    rows = StageDir(work / "run/distil").read_samples()
+    assert {row["task"] for row in rows} == {"one", "two"}
+    for row in rows:
+        wanted = f"{row['prompt']}<eos>+;" if row["task"] == "one" else f"<eos>{row['prompt']};="
+        assert row["teacher_reads"] == wanted
+
+
+def test_train_renders_no_rows_when_no_samples_are_written(work: Path, monkeypatch: pytest.MonkeyPatch):
+    (work / "recipe.yaml").write_text(json.dumps(one_stage(samples_every=0)))
+    forbid(monkeypatch, "opd.stage.samples.text_of_ids")
+    forbid(monkeypatch, "opd.stage.samples.token_texts")
+    ended = command("train", "recipe.yaml")
+    assert ended.code == 0, ended.err
 
 
 def test_samples_file_holds_repeated_prompt_once(work: Path):
