@@ -174,8 +174,21 @@ def write_table(file: Path, rows: list[dict[str, Any]]) -> Path:
                 f"{file.name}: column {name!r} mixes types ({error}). Use one type there in every row."
             ) from error
     table = pa.table(columns)
-    write_atomically(file, lambda part: pq.write_table(table, part))
+    # A column of long texts, such as rendered prompts, holds each different text once.
+    repeated: Any = [path for name in names for path in _repeating(name, columns[name].type)]
+    write_atomically(
+        file, lambda part: pq.write_table(table, part, use_dictionary=repeated, dictionary_pagesize_limit=GIB)
+    )
     return file
+
+
+def _repeating(name: str, kind: Any) -> list[str]:
+    """The path of a Parquet column whose values repeat, empty for floating-point numbers."""
+    import pyarrow as pa
+
+    if pa.types.is_list(kind):
+        return _repeating(f"{name}.list.element", kind.value_type)
+    return [] if pa.types.is_floating(kind) else [name]
 
 
 def read_table(file: Path) -> list[dict[str, Any]]:

@@ -35,5 +35,5 @@ def train(stage: Stage) -> Outcome:
         )
         metrics = stage.update(step, phase_a, loss, [compared, observed])  # 9, 10 clip, update, sync, EMA
         time.lap("train")
-        stage.log(step, phase_a.batch, metrics, time)  # 11 metrics, timings, samples
+        stage.log(step, phase_a, metrics, time)  # 11 metrics, timings, samples
     return stage.outcome

@@ -342,7 +342,9 @@ def gradient_of(
     micro_batch_tokens: int = 10**6,
 ) -> Gradient:
     """Phase B of a batch whose credit and weight are attached."""
-    phase_a = PhaseA(batch=batch, denominator=denominator, count=denominator.count, trains=True, learned={})
+    phase_a = PhaseA(
+        batch=batch, contexts=(), denominator=denominator, count=denominator.count, trains=True, learned={}
+    )
     student.model.zero_grad(set_to_none=True)
     loss, _ = gradient(method, student, teacher, phase_a, micro_batch_tokens=micro_batch_tokens)
     grads = {

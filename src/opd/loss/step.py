@@ -45,6 +45,7 @@ class PhaseA:
     """All values that are fixed before the student runs with gradient."""
 
     batch: Batch  # with credit and weight
+    contexts: tuple[Prompt, ...]  # by rollout, which the teacher read
     denominator: Denominator  # of this process
     count: float  # the one denominator, over all processes
     trains: bool  # False: the filter left no token in the whole step, so no update is made
@@ -74,7 +75,14 @@ def scored(
     batch = attach(batch, method)
     denominator = method.normalise(batch)
     count = world.sum(denominator.count)
-    return PhaseA(batch=batch, denominator=denominator, count=count, trains=trains, learned=learned)
+    return PhaseA(
+        batch=batch,
+        contexts=tuple(contexts),
+        denominator=denominator,
+        count=count,
+        trains=trains,
+        learned=learned,
+    )
 
 
 def gradient(

@@ -43,14 +43,7 @@ def vocabulary_of(tokenizer: Any, ends: Collection[int] = ()) -> Vocabulary:
 
     Raises AlignmentError if the tokens' bytes are unknown.
     """
-    core = getattr(tokenizer, "backend_tokenizer", None)
-    decoder = getattr(core, "decoder", None)
-    if decoder is None:
-        raise AlignmentError(
-            f"The tokenizer {name_of(tokenizer)} has no decoder of the `tokenizers` library, so the bytes of its "
-            "tokens are unknown. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
-        )
-    read = _reader(json.loads(decoder.__getstate__()), tokenizer)
+    read = reader_of(tokenizer)
     added = tokenizer.added_tokens_decoder
     special = {i: token.content for i, token in added.items() if token.special or i in ends}
     pieces: dict[int, bytes] = {}
@@ -88,6 +81,18 @@ def shared_tokens(student: Vocabulary, teacher: Vocabulary, ends: Mapping[int, i
 
 
 Reader: TypeAlias = Callable[[str], bytes]
+
+
+def reader_of(tokenizer: Any) -> Reader:
+    """A function from one token of text to its bytes. Raises AlignmentError if the tokens' bytes are unknown."""
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    decoder = getattr(core, "decoder", None)
+    if decoder is None:
+        raise AlignmentError(
+            f"The tokenizer {name_of(tokenizer)} has no decoder of the `tokenizers` library, so the bytes of its "
+            "tokens are unknown. Use a fast tokenizer (PreTrainedTokenizerFast) with a decoder."
+        )
+    return _reader(json.loads(decoder.__getstate__()), tokenizer)
 
 
 def _reader(decoder: Mapping[str, Any], tokenizer: Any) -> Reader:

@@ -19,10 +19,11 @@ from opd.models.loading import load_model
 from opd.models.vocabularies import on_common_tokens
 from opd.parallel import World
 from opd.pieces.contexts import same_prompt
-from opd.pieces.needs import Input
+from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec, TaskSection
 from opd.rewards.base import StageRewards
+from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.samplers.hf import TransformersSampler
@@ -129,6 +130,19 @@ def writers_of(
     )
 
 
+def readers_of(
+    spec: StageSpec, method: Method, teacher: Teacher, externals: Mapping[str, LanguageModel]
+) -> dict[str | None, LanguageModel]:
+    """The models that read the method's contexts, by `Prompt.teacher_id`: teachers that score, or else that write."""
+    found: dict[str | None, LanguageModel | None] = {}
+    for part in spec.by_task.values():
+        if method.teacher.kind != "none":
+            found[part.teacher] = teacher.of(part.teacher).lm
+        elif Input.TEACHER_MODEL in needs_of(method.source) and part.teacher is not None:
+            found[part.teacher] = externals.get(part.teacher)
+    return {name: lm for name, lm in found.items() if lm is not None}
+
+
 def rewards_of(
     recipe: Recipe, prepared: Prepared, judges: Mapping[str, LanguageModel], folder: Path, world: World
 ) -> StageRewards:
@@ -186,6 +200,7 @@ def exams_of(
                 every=part.evaluate.every,
                 measure_before=part.evaluate.before,
                 context=prepared.method.context,
+                reader=None if scorer is None else scorer.lm,
                 teacher_writers=writers,
                 kl_teacher=scorer if part.evaluate.kl else None,
             )
@@ -238,6 +253,8 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     student, externals, judges = loaded(session, spec, prepared.method)
     prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
     method = prepared.method
+    for line in start_lines(spec, prepared, {spec.train: student, **externals}):
+        session.progress.note(f"{spec.name}: {line}")
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
@@ -260,6 +277,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
         student=student,
         root=root,
         teacher=teacher,
+        readers=readers_of(spec, method, teacher, externals),
         writers=writers,
         order=prepared.order,
         reward=reward,

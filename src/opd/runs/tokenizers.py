@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
@@ -13,6 +14,7 @@ from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
+from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
 from opd.types import Prompt, TeacherRule
 
@@ -38,9 +40,13 @@ def check_tokenizers(
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
         if recipe.models[name].scorer is not None:
+            lines.append(f"model {name}: it is your own scorer, so what it reads is not shown")
             continue
         if tokenizer is None:
-            lines.append(f"model {name}: its tokenizer comes with its weights, so it is checked when they load")
+            lines.append(
+                f"model {name}: its tokenizer comes with its weights, so what it reads is checked and shown when they "
+                "load"
+            )
         else:
             tokenizers[name] = tokenizer
     rows = rows_of(recipe, tokenizers, given)
@@ -60,14 +66,28 @@ def check_tokenizers(
             loaded, origin = given.get(spec.train), origin_of(recipe, spec.train)
             ends = loaded.endings if loaded else known_endings(origin, spec.train, tokenizers[spec.train])
             lines += ending_lines(spec.train, tokenizers[spec.train], ends)
-        method.with_tokenizer(tokenizers[spec.train])
+        method = method.with_tokenizer(tokenizers[spec.train])
         check_vocabulary(spec, method, tokenizers[spec.train])
     lines += check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
     lines += compared(recipe, spec, prepared, tokenizers)
     check_responses(recipe, spec, method, prompts, tokenizers, rows)
     if lengths:
         check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
-    return lines
+    readers = readers_of(recipe, tokenizers, given)
+    return [*lines, *example_lines(spec, replace(prepared, method=method), readers)]
+
+
+def readers_of(recipe: Recipe, tokenizers: Mapping[str, Any], given: Mapping[str, LanguageModel]) -> dict[str, Reader]:
+    """The models with a known tokenizer, by name."""
+    readers: dict[str, Reader] = {}
+    for name, tokenizer in tokenizers.items():
+        if name in given:
+            readers[name] = Reader.of(given[name])
+            continue
+        spec = origin_of(recipe, name)
+        endings = known_endings(spec, name, tokenizer)
+        readers[name] = Reader(tokenizer=tokenizer, options=spec.template_options, endings=endings)
+    return readers
 
 
 def rows_of(recipe: Recipe, tokenizers: Mapping[str, Any], given: Mapping[str, LanguageModel]) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -14,7 +14,7 @@ from opd.evaluation.recovery import as_metrics, recovered
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
 from opd.stage.folder import StageDir
-from opd.stage.samples import sample_rows
+from opd.stage.samples import read_by, sample_rows
 from opd.types import Context, Rollout, Teacher, Writer
 
 
@@ -26,6 +26,7 @@ class Exam:
     every: int
     measure_before: bool
     context: Context
+    reader: LanguageModel | None = None  # the teacher's model, if it is in this process
     task: str | None = None
     teacher_writers: Mapping[str, Writer] = field(default_factory=dict[str, Writer])
     kl_teacher: Teacher | None = None
@@ -45,8 +46,8 @@ class Exam:
         return next(iter(rollouts.values()))
 
 
-# Metrics, and the responses by sampling setting.
-Measured: TypeAlias = tuple[dict[str, float], dict[str, list[Rollout]]]
+# Metrics, and the responses as rows of a file; no rows in processes that do not write.
+Measured: TypeAlias = tuple[dict[str, float], list[dict[str, Any]]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,27 +104,46 @@ class Exams:
             metrics, written = how(exam)
             prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
             out |= {prefix + key.removeprefix("eval/"): value for key, value in metrics.items()}
-            for name, rollouts in written.items():
-                rows += sample_rows(rollouts, when=when, sampling=name)
+            rows += [{"when": when, **row} for row in written]
         if rows:
             self.folder.write_held_out(when, rows)
         return out
 
     def _taught(self, exam: Exam) -> Measured:
         taught = measure(exam.held_out, exam.teacher_writers, self.world)
-        return {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}, taught.rollouts
+        metrics = {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}
+        return metrics, self._rows(exam, taught.rollouts, exam.teacher_writers, by_teacher=True)
 
     def _student(self, exam: Exam) -> Measured:
         measured = measure(exam.held_out, student_samplers(exam.held_out, self.student), self.world)
         metrics = dict(measured.metrics)
+        compared: list[Rollout] = []
         if exam.kl_teacher is not None:
+            compared = exam.kl_rollouts(measured.rollouts)
             divergences = exact_divergence(
                 self.student,
                 exam.kl_teacher,
-                exam.kl_rollouts(measured.rollouts),
+                compared,
                 exam.context,
                 micro_batch_tokens=self.micro_batch_tokens,
                 world=self.world,
             )
             metrics |= {f"eval/{name}": value for name, value in divergences.items()}
-        return metrics, measured.rollouts
+        taught = [name for name, rollouts in measured.rollouts.items() if rollouts is compared]
+        return metrics, self._rows(exam, measured.rollouts, taught)
+
+    def _rows(
+        self, exam: Exam, written: Mapping[str, list[Rollout]], taught: Collection[str], *, by_teacher: bool = False
+    ) -> list[dict[str, Any]]:
+        """The responses by setting as rows; `taught`: the settings of responses that the teacher read or wrote."""
+        rows: list[dict[str, Any]] = []
+        for name, rollouts in written.items() if self.folder.writes else ():
+            read: list[str | None] = [None] * len(rollouts)
+            if name in taught and exam.reader is not None:
+                readers = {rollout.prompt.teacher_id: exam.reader for rollout in rollouts}
+                # The teacher wrote its own responses before there was a text or a reward.
+                known = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
+                read = read_by(readers, rollouts, exam.context(known))
+            tokenizer = self.student.tokenizer
+            rows += sample_rows(rollouts, tokenizer, teacher_reads=read, by_teacher=by_teacher, sampling=name)
+        return rows

@@ -1,37 +1,59 @@
-"""Responses with their per-token numbers as rows of a Parquet file."""
+"""Responses with what was read before them, and their per-token numbers, as rows of a Parquet file."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from opd.types import Batch, Rollout
+from opd.loss.step import PhaseA
+from opd.messages import text_of
+from opd.models.language_model import LanguageModel
+from opd.models.render import render
+from opd.models.shown import text_of_ids, token_texts
+from opd.types import Prompt, Rollout
 
 
-def sample_rows(rollouts: Sequence[Rollout], **columns: Any) -> list[dict[str, Any]]:
-    """Rollouts as flat rows for a Parquet file."""
+def sample_rows(
+    rollouts: Sequence[Rollout],
+    tokenizer: Any,
+    *,
+    teacher_reads: Sequence[str | None],
+    by_teacher: bool = False,
+    **columns: Any,
+) -> list[dict[str, Any]]:
+    """Rollouts as flat rows for a Parquet file. `tokenizer` is the student's; `teacher_reads` comes from `read_by`.
+
+    `by_teacher`: a teacher wrote the responses, and the student reads nothing.
+    """
+    texts = {ids: text_of_ids(ids, tokenizer) for ids in {r.prompt_ids for r in rollouts}}
+    responses = [r.response_ids.tolist() for r in rollouts]
+    tokens = token_texts(responses, tokenizer)
     return [
         {
             **columns,
             "task": r.prompt.task,
             "prompt_id": r.prompt.id,
             "sample": r.sample,
-            "prompt": r.prompt.content if isinstance(r.prompt.content, str) else str(r.prompt.content[-1]["content"]),
+            "prompt": last_text(r.prompt),
+            "student_reads": None if by_teacher else texts[r.prompt_ids],
+            "teacher_reads": teacher_reads[i],
             "response": r.text,
             "reward": r.reward,
             "finished": r.finished,
             "sampler_version": r.sampler_version,
-            "response_ids": r.response_ids.tolist(),
+            "response_ids": responses[i],
+            "response_tokens": tokens[i],
             "sampler_logp": None if r.sampler_logp is None else r.sampler_logp.tolist(),
             "policy_logp": None if r.policy_logp is None else r.policy_logp.tolist(),
         }
-        for r in rollouts
+        for i, r in enumerate(rollouts)
     ]
 
 
-def rows_of(batch: Batch) -> list[dict[str, Any]]:
-    """The step's responses with their per-token numbers."""
-    rows = sample_rows(batch.rollouts)
+def rows_of(phase_a: PhaseA, tokenizer: Any, readers: Mapping[str | None, LanguageModel]) -> list[dict[str, Any]]:
+    """The step's responses with their per-token numbers. `tokenizer` is the student's, `readers` as for `read_by`."""
+    batch = phase_a.batch
+    rows = sample_rows(batch.rollouts, tokenizer, teacher_reads=read_by(readers, batch.rollouts, phase_a.contexts))
     for i, row in enumerate(rows):
         t = len(batch.rollouts[i].response_ids)
         teacher_logp = batch.teacher_logp[i, :t]
@@ -39,3 +61,33 @@ def rows_of(batch: Batch) -> list[dict[str, Any]]:
         row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
         row["advantage"] = None if batch.advantage is None else batch.advantage[i, :t].tolist()
     return rows
+
+
+def read_by(
+    readers: Mapping[str | None, LanguageModel], rollouts: Sequence[Rollout], contexts: Sequence[Prompt]
+) -> list[str | None]:
+    """The text that the teacher read before each response, with its special tokens; None without a reader.
+
+    `readers`: the teachers' models by `Prompt.teacher_id`. `contexts`: the method's, by rollout.
+    """
+    texts: list[str | None] = []
+    before: tuple[Any, ...] | None = None
+    for rollout, context in zip(rollouts, contexts, strict=True):
+        lm = readers.get(rollout.prompt.teacher_id)
+        rendered_from = (id(lm), context.content, context.prefill, context.tools, context.chat_template_kwargs)
+        if lm is None:
+            texts.append(None)
+        elif rendered_from == before:  # the responses of a group often have one context
+            texts.append(texts[-1])
+        else:
+            ids = render(context, lm.tokenizer, lm.template_options)
+            texts.append(text_of_ids(ids, lm.tokenizer))
+        before = rendered_from
+    return texts
+
+
+def last_text(prompt: Prompt) -> str | None:
+    """The text of the prompt, of a conversation that of its last message; None for a message without text."""
+    if isinstance(prompt.content, str):
+        return prompt.content
+    return text_of(prompt.content[-1]["content"])

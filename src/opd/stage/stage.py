@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 from opd.data.order import PromptOrder
 from opd.errors import TrainingError
@@ -28,7 +29,7 @@ from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
 from opd.stage.stopwatch import Stopwatch
 from opd.stage.trackers import ReportWriter
-from opd.types import Batch, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,7 @@ class Stage:
     student: LanguageModel
     root: Root  # the student's module that runs forward and backward
     teacher: Teacher
+    readers: Mapping[str | None, LanguageModel]  # the models that read the contexts, by `Prompt.teacher_id`
     writers: Writers
     reward: StageRewards
     # method and data
@@ -135,7 +137,7 @@ class Stage:
             metrics.merge(more)
         grad_norm = self.optimisation.optimiser.clip()
         loss, metrics = self.world.sum(loss), merged(self.world.gather(metrics))
-        self._check_finite(step, phase_a.batch, loss, grad_norm)
+        self._check_finite(step, phase_a, loss, grad_norm)
         rates: Mapping[str, float] = {}
         if phase_a.trains:
             rates = self.method.update(self.optimisation)
@@ -149,7 +151,7 @@ class Stage:
             metrics.value(name, value)
         return metrics.reduce()
 
-    def log(self, step: int, batch: Batch, metrics: Mapping[str, float], time: Stopwatch) -> None:
+    def log(self, step: int, phase_a: PhaseA, metrics: Mapping[str, float], time: Stopwatch) -> None:
         """Write metrics, timings and samples of a step to the folder, the trackers and the display."""
         done = step + 1
         self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
@@ -157,7 +159,7 @@ class Stage:
         self._write(done, metrics)
         self.folder.append_timings(done, time.row(self.reward.pop_requests()))
         if self._shown(step) or (self.spec.samples_every and self.finished):
-            self.folder.write_samples(done, self.world.in_order(self._positions(step), rows_of(batch)))
+            self.folder.write_samples(done, self._sample_rows(step, phase_a))
 
     # --- around a step -----------------------------------------------------------------------------------------------
 
@@ -214,12 +216,17 @@ class Stage:
         groups = Input.GROUP in self.method.needs
         return self.world.positions([prompt.id if groups else i for i, prompt in enumerate(self.order.take(step))])
 
-    def _check_finite(self, step: int, batch: Batch, loss: float, grad_norm: float) -> None:
+    def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
+        """The responses of all processes, as rows of a sample file."""
+        rows = rows_of(phase_a, self.student.tokenizer, self.readers)
+        return self.world.in_order(self._positions(step), rows)
+
+    def _check_finite(self, step: int, phase_a: PhaseA, loss: float, grad_norm: float) -> None:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
         last = checkpoint.latest(self.folder.checkpoints)
-        rows = self.world.in_order(self._positions(step), rows_of(batch))
+        rows = self._sample_rows(step, phase_a)
         responses = self.folder.write_samples(step + 1, rows)
         raise TrainingError(
             f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was "

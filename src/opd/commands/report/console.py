@@ -22,6 +22,8 @@ ROWS = (
     ("empty_share", "empty", True),
 )
 
+END = 200  # characters of a long prompt shown at each end
+
 
 def print_report(recipe: Recipe, console: Console) -> None:
     """Print a table for each stage with evaluations, and where the models are."""
@@ -140,6 +142,15 @@ def _print_responses(
         for when in ("before", f"step_{rows[-1]['step']:06d}")
     )
     for old, new in list(zip(before, after, strict=False))[:count]:
-        console.print(f"  {old['prompt']}", highlight=False, markup=False, style="bold")
-        console.print(f"    before: {old['response']!r}", highlight=False, markup=False)
-        console.print(f"    after:  {new['response']!r}", highlight=False, markup=False)
+        # Files of earlier versions have only the texts without special tokens.
+        read = old.get("student_reads") or old["prompt"]
+        console.print(f"  {_shortened(read)!r}", highlight=False, markup=False, style="bold", soft_wrap=True)
+        for label, row in (("before: ", old), ("after:  ", new)):
+            tokens: list[str] | None = row.get("response_tokens")
+            written = row["response"] if tokens is None else "".join(tokens)
+            console.print(f"    {label}{written!r}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _shortened(text: str) -> str:
+    """The text without the middle of a long one."""
+    return text if len(text) <= 2 * END + 40 else f"{text[:END]} ... {len(text) - 2 * END} characters ... {text[-END:]}"
