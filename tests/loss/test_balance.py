@@ -137,7 +137,7 @@ def phase_a_of(lm: LanguageModel) -> PhaseA:
     scores = NoTeacher().score(rollouts, [rollout.prompt for rollout in rollouts], method.request())
     batch = attach(collate(rollouts, scores, lm.device), method)
     denominator = method.normalise(batch)
-    return PhaseA(batch=batch, denominator=denominator, count=denominator.count, trains=True, learned={})
+    return PhaseA(batch=batch, contexts=(), denominator=denominator, count=denominator.count, trains=True, learned={})
 
 
 def stepped(lm: LanguageModel, tokens: int, factor: float) -> tuple[float, dict[str, Tensor], dict[str, float]]:
