@@ -223,6 +223,8 @@ def test_pairs_equal_single_runs_when_parallel(tmp_path):
     lab = Lab(folder=tmp_path, workers=2, note=heard.append)
     pairs = lab.pairs((0, 1), TINY)
     assert sorted(line.split()[-1] for line in heard) == ["student-0", "student-1", "teacher-0", "teacher-1"]
+    assert len(lab.cpu) == 4
+    assert min(lab.cpu) > 0.01  # seconds of the trainings, which no finished child process has
     alone = Lab(folder=tmp_path / "alone", workers=1).pair(1, TINY)
     assert (alone.student / "model.safetensors").read_bytes() == (pairs[1].student / "model.safetensors").read_bytes()
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
+from time import process_time
 from typing import Any
 
 from opd.models.gguf import cache_dir
@@ -107,6 +108,7 @@ class Lab:
     folder: Path = field(default_factory=lambda: cache_dir() / "studies")
     workers: int = field(default_factory=lambda: min(os.cpu_count() or 1, 8))
     note: Callable[[str], None] = lambda text: None
+    cpu: list[float] = field(default_factory=list[float])  # seconds of each training in another process
 
     def run(self, recipe: Mapping[str, Any]) -> Path:
         """Run a recipe unless cached; returns the run's folder. Raises the kinds of `opd.errors`."""
@@ -132,7 +134,7 @@ class Lab:
             running = {pool.submit(_train, recipe, folder): recipe for folder, recipe in missing.items()}
             try:
                 for done, finished in enumerate(as_completed(running), 1):
-                    finished.result()
+                    self.cpu.append(finished.result())
                     self.note(f"{done} of {len(missing)}: trained {running[finished]['name']}")
             except BrokenProcessPool:
                 _pool.cache_clear()
@@ -247,11 +249,13 @@ def _finished(folder: Path, recipe: Mapping[str, Any]) -> bool:
     return all((folder / stage["name"] / "done.json").exists() for stage in recipe["stages"])
 
 
-def _train(recipe: Mapping[str, Any], folder: Path) -> None:
+def _train(recipe: Mapping[str, Any], folder: Path) -> float:
+    """Train in this process; returns its CPU seconds."""
     import torch
 
     from opd.api import run
 
+    started = process_time()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -261,3 +265,4 @@ def _train(recipe: Mapping[str, Any], folder: Path) -> None:
             run({**recipe, "output_dir": str(folder)}, quiet=True)
     finally:
         torch.set_num_threads(threads)
+    return process_time() - started

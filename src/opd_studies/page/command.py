@@ -36,10 +36,10 @@ def command(name: str | None, every: bool, out: str | None) -> None:
     lab = Lab(note=lambda text: typer.echo(f"  {text}", err=True))
     for one in names:
         typer.echo(f"{one}: {headline(one)}")
-        started = cpu_seconds()
+        started = cpu_seconds(lab)
         with report.style():
             outcome = study(one)(lab)
-            image = report.save(folder, one, outcome, cpu_seconds() - started)
+            image = report.save(folder, one, outcome, cpu_seconds(lab) - started)
         for line in (*map(report.plain, outcome.findings), *report.aligned(outcome.table), str(image)):
             typer.echo(line)
         write_pages(folder)
@@ -55,7 +55,10 @@ def write_pages(folder: Path) -> None:
         write_atomically(folder / file, text)
 
 
-def cpu_seconds() -> float:
-    """CPU seconds of this process and of its finished child processes."""
+def cpu_seconds(lab: Lab) -> float:
+    """CPU seconds so far of this process, of its finished child processes, and of the lab's trainings in others.
+
+    The processes of the lab's trainings end with this one, so they are not among the finished.
+    """
     used = os.times()
-    return used.user + used.system + used.children_user + used.children_system
+    return used.user + used.system + used.children_user + used.children_system + sum(lab.cpu)
