@@ -11,7 +11,7 @@ from support.architectures import small_model
 from support.models import build
 from transformers import AutoConfig
 
-from opd.models.language_model import positions_of
+from opd.models.positions import positions_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 

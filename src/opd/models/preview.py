@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.models.endings import Endings, endings_of, generation_ids
-from opd.models.language_model import positions_of
+from opd.models.positions import positions_of
 from opd.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from opd.models.language_model import LanguageModel, check_positions
+from opd.models.language_model import LanguageModel
+from opd.models.positions import check_positions
 from opd.models.preview import known_positions
 from opd.models.render import render
 from opd.pieces.contexts import same_prompt

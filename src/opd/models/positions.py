@@ -1,0 +1,63 @@
+"""The longest row that a model may read, from its transformers config."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from opd.errors import DataError
+
+
+def positions_of(config: Any) -> float:
+    """The number of positions that this transformers config allows; infinite without a limit, as with ALiBi.
+
+    Linear scaling multiplies `max_position_embeddings` by its factor, YaRN the length of the pretraining, which is
+    `max_position_embeddings` if the config does not say. Some families store the product in `max_position_embeddings`
+    (DeepSeek, gpt-oss, Llama 3; Gemma 3, whose scaling is by kind of layer): then it is the limit.
+
+    Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
+    and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
+    `max_position_embeddings`, for LongRoPE the length of the pretraining. Where an index selects the tokens to attend
+    to, the selection depends on rounding, and so on the batch: the limit is the longest row of which it selects all.
+    """
+    text = config.get_text_config()
+    return min(_positions(text), _selected(text))
+
+
+def _positions(text: Any) -> float:
+    limit = getattr(text, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
+        return math.inf
+    rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
+    by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
+    scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
+    return min(scaled) if min(scaled) < limit else max(scaled)
+
+
+def _selected(text: Any) -> float:
+    """The tokens of the longest row in which sparse attention selects every token; infinite without an index."""
+    blocks, size = getattr(text, "index_topk_blocks", None), getattr(text, "index_block_size", None)
+    if blocks and size:  # MiniMax M3
+        return blocks * size
+    chosen = getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None)
+    if not chosen:
+        return math.inf
+    rates: Mapping[str, int] = getattr(text, "compress_rates", None) or {}  # DeepSeek V4 selects among groups of tokens
+    return chosen * rates.get("compressed_sparse_attention", 1)
+
+
+def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
+    kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
+    trained = rope.get("original_max_position_embeddings") or limit
+    if kind == "linear" and not by_layer:
+        return int(limit * factor)
+    if kind == "yarn":
+        return max(limit, int(trained * factor))
+    return min(limit, trained) if kind == "longrope" else limit
+
+
+def check_positions(name: str, tokens: int, positions: float, remedy: str) -> None:
+    """Raise DataError for a sequence of more `tokens` than the model has `positions`."""
+    if tokens > positions:
+        raise DataError(f"{name} would read {tokens} tokens in all, but has only {positions} positions. {remedy}")
