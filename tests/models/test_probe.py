@@ -125,3 +125,24 @@ def test_sampler_decodes_prompts_of_one_length_together():
     assert shapes == [(2, 2), (2, 3), (1, 5)]
     alone = [rollout for prompt in prompts for rollout in sampler(lm, n=2)([prompt], seed=(0, 0))]
     assert [r.response_ids.tolist() for r in together] == [r.response_ids.tolist() for r in alone]
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "minimax_m2"])
+def test_wrap_switches_off_jitter_of_routers(model_type: str):
+    """Noise on the routers' inputs in train() alone; the saved config keeps it."""
+    model = small_model(model_type, router_jitter_noise=0.5)
+    lm = wrapping.wrap(model, character_tokenizer(CHARACTERS), name="m")
+    assert lm.reading.training
+    assert lm.causal_lm.config.router_jitter_noise == 0.5
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        expected = lm.hidden(ids)
+        lm.model.train()
+        assert torch.equal(lm.hidden(ids), expected)
+
+
+def test_notes_say_that_checkpointing_has_no_effect_in_eval():
+    model: Any = small_model("phimoe")
+    model.gradient_checkpointing_enable()
+    lm = wrapping.wrap(model, character_tokenizer(CHARACTERS), name="m")
+    assert "so it trains in eval(), and gradient checkpointing has no effect" in lm.notes[-1]

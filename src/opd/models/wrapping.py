@@ -26,7 +26,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
         raise ConfigError(f"{name}: a model object needs its tokenizer; pass `tokenizer=`.")
     adapters.check_tied(model)
     remember_noise(model)
-    disable_dropout(model)
+    disable_noise(model)
     endings = endings_of(
         tokenizer,
         options.get("template_options", {}),
@@ -114,13 +114,18 @@ def verify_head(lm: LanguageModel) -> None:
         )
 
 
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0, in the modules and in the config, which some models read."""
+def disable_noise(model: nn.Module) -> None:
+    """Set every dropout probability, and the jitter of routers' inputs, to 0.
+
+    In the modules; dropout also in the config, which some models read. PhiMoE's `router_jitter_noise` stays, because
+    eval() uses it as a threshold.
+    """
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):  # passed to functional dropout in the forward
+            noise = "drop" in name or ("jitter" in name and name != "router_jitter_noise")
+            if noise and isinstance(value, float):  # passed to functions in the forward
                 setattr(module, name, 0.0)
     config = getattr(model, "config", None)
     for name, value in vars(config).items() if config is not None else ():
