@@ -25,7 +25,7 @@ from opd.stage import checkpoint
 HERE = Path(__file__).parents[1] / "support"
 PATH = f"{HERE}:{HERE.parent}:{ENVIRONMENT.get('PYTHONPATH', '')}"
 STEPS, HALF = 10, 5
-CLOSE = 1e-5
+CLOSE = 2e-5
 SHARE = "teacher/positive_reward_in_top_5_percent"
 
 
@@ -171,7 +171,7 @@ def trained(folder: Path, step: int | None = None) -> dict[str, dict[str, Tensor
 
 
 def assert_equal_training(one: Path, other: Path) -> None:
-    """Every trained tensor within 1e-5 of its largest entry, every moment within 1e-4 of the largest of its kind."""
+    """Every trained tensor within 2e-5 of its largest entry, every moment within 1e-4 of the largest of its kind."""
     wanted, got = trained(one), trained(other)
     assert {group: sorted(named) for group, named in got.items()} == {
         group: sorted(named) for group, named in wanted.items()
