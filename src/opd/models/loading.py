@@ -36,8 +36,8 @@ def load_model(
 
     The recipe's `seed` and the model's name determine the random weights of new adapters, and of a new model without a
     seed. `where` is the name of the path in messages; default: the recipe's key. An adapter in the path is merged into
-    its base. With `trains` and without `lora` it stays an adapter, and goes on training. In `folder` it has been merged,
-    and a new adapter of its settings trains.
+    its base. With `trains` and without `lora` it stays an adapter, and goes on training. In `folder` it has been
+    merged, and a new adapter of its settings trains.
     """
     from safetensors import SafetensorError
 
