@@ -252,7 +252,7 @@ def positions_of(config: Any) -> float:
     `max_position_embeddings`, for LongRoPE the length of the pretraining.
     """
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # MPT, whose ALiBi is a table
     if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
         return math.inf
     rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}

@@ -16,7 +16,7 @@ from opd.errors import ConfigError, OPDError
 from opd.models import adapters, weights, wrapping
 from opd.models.gguf import convert_gguf
 from opd.models.language_model import LanguageModel
-from opd.models.new import new_model
+from opd.models.new import new_model, read_config
 from opd.models.paths import Source, near_path, source_of
 from opd.recipe.schema import ModelSpec
 
@@ -108,6 +108,7 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
 
     folder = path if isinstance(path, Path) else None
     if folder is not None:
+        read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
         weights.headers(folder, label)  # names a damaged file
     attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
     with weights.silent():

@@ -53,7 +53,7 @@ def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
 def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     from transformers import AutoConfig
 
-    from opd.models.new import new_config
+    from opd.models.new import UNREADABLE, new_config
 
     if spec.init is not None:
         return new_config(spec, name, tokenizer)
@@ -62,7 +62,7 @@ def _config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
         return None
     try:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError):  # loading the model will report the error
+    except UNREADABLE:  # `known_weights`, or loading the model, reports the error
         return None
 
 
