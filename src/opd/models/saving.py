@@ -131,7 +131,7 @@ def _describe(lm: LanguageModel, plain: Any, folder: Path, dtype: torch.dtype | 
         described = config_of_origin(plain)
         described.architectures = [type(plain).__name__]
         described.dtype = str(dtype or plain.dtype).removeprefix("torch.")
-        if described.tie_word_embeddings and not _tied(plain):
+        if getattr(described, "tie_word_embeddings", False) and not _tied(plain):
             described.tie_word_embeddings = False  # else other programs would read one weight for both
         described.save_pretrained(folder)
 
