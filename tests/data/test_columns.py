@@ -201,7 +201,8 @@ def test_context_column_is_noted(column: str):
     rows = [{column: "Who?", "context": "Ada wrote it."}, {column: "Why?", "context": ""}]
     prompts, notes = read(rows, columns={"prompt": column})
     assert [prompt.content for prompt in prompts] == ["Who?", "Why?"]
-    assert len(notes) == 1 and notes[0].startswith("prompts: 1 of 2 rows have a column `context` that is not in the")
+    assert len(notes) == 1
+    assert notes[0].startswith("prompts: 1 of 2 rows have a column `context` that is not in the prompt")
     assert read(rows, columns={"prompt": column, "privileged_context": "context"})[1] == []
 
 

@@ -190,8 +190,8 @@ def _parsed(value: Any, where: str, *, arrow: bool) -> tuple[Any, bool]:
             return json.loads(value), False
         except json.JSONDecodeError as error:
             raise DataError(
-                f"{where} is not valid JSON: {error}, got {value!r:.80}. The chat template reads this column: give JSON, "
-                "or rename the column if it holds something else."
+                f"{where} is not valid JSON: {error}, got {value!r:.80}. The chat template reads this column: give "
+                "JSON, or rename the column if it holds something else."
             ) from error
     bare = without_nulls(value) if arrow else value
     return bare, bare != value
