@@ -144,16 +144,12 @@ def evaluate(
             f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "
             "given. Name it, e.g. --reward max_words, or leave --option out."
         )
+    named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
     metrics = evaluate_model(
         model,
-        data={
-            "path": data,
-            "limit": limit,
-            "chat": chat,
-            "columns": dict(one.partition("=")[::2] for one in columns or []),
-        },
+        data={"path": data, "limit": limit, "chat": chat, "columns": named},
         reward=None if reward is None else {"name": reward, "options": reward_options},
         sampling={
             "n": n,

@@ -156,9 +156,9 @@ def _describe(lm: LanguageModel, plain: Any, folder: Path, dtype: torch.dtype | 
 
 def _tied(model: Any) -> bool:
     """Whether the output layer has the input's weight; True for a model without an output layer."""
-    first, last = model.get_input_embeddings(), model.get_output_embeddings()
-    weights = [getattr(layer, "weight", None) for layer in (first, last)]
-    return any(weight is None for weight in weights) or weights[0].data_ptr() == weights[1].data_ptr()
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    places = {layer.weight.data_ptr() for layer in layers if isinstance(getattr(layer, "weight", None), Tensor)}
+    return len(places) < 2
 
 
 def _tried(parts: dict[str, Callable[[], Any]]) -> list[str]:
