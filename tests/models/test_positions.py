@@ -7,10 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.architectures import small_model
 from support.models import build
 from transformers import AutoConfig
 
-from opd.models.language_model import positions_of
+from opd.errors import DataError
+from opd.models import probe, wrapping
+from opd.models.language_model import LanguageModel, positions_of
+from opd.models.new import character_tokenizer
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
 
@@ -75,6 +79,10 @@ def rope(**settings: Any) -> dict[str, Any]:
         ("bloom", {}, math.inf),
         ("mpt", {}, 2048),  # transformers makes a table of ALiBi's biases, and raises beyond it
         ("xlnet", {}, math.inf),  # says -1
+        # An index selects 2,048 tokens.
+        *((kind, {}, 2048) for kind in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text")),
+        ("deepseek_v4", {}, 1048576),  # selects among compressed tokens
+        ("doge", {"max_position_embeddings": 8192}, 2048),
     ],
 )
 def test_positions_of_gives_stated_length(model_type: str, settings: dict[str, Any], positions: float):
@@ -90,3 +98,24 @@ def test_scaling_keeps_cached_keys_valid(kind: str, exact: bool):
     cache = model(input_ids=ids[:, :20], use_cache=True).past_key_values
     cached = model(input_ids=ids[:, 20:], past_key_values=cache).logits[:, -1]
     assert torch.allclose(cached, model(input_ids=ids).logits[:, -1], atol=1e-4) == exact
+
+
+@pytest.mark.parametrize(("kind", "key"), [("deepseek_v32", "index_topk"), ("doge", "keep_window_size")])
+def test_selected_tokens_are_exact_up_to_positions(kind: str, key: str, monkeypatch: pytest.MonkeyPatch):
+    """Read token by token, a row of so many tokens has the log-probs that it has alone; a long one has others."""
+    model = small_model(kind, **{key: 16, "max_position_embeddings": 256})
+    lm = wrapping.wrap(model.eval(), character_tokenizer("abcdefgh"))
+    assert lm.positions == 16
+
+    def off(tokens: int) -> float:
+        row = torch.randint(2, lm.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+        with torch.no_grad():
+            (whole,), (states,) = probe.alone(lm, [row]), probe.decoded(lm, [row])
+            alone = probe.log_probs(lm, whole)[-len(states) :]
+            return probe.distance(probe.log_probs(lm, states), alone)
+
+    assert off(16) < 1e-4
+    with pytest.raises(DataError, match="would read 57 tokens in all, but has only 16 positions"):
+        off(60)
+    monkeypatch.setattr(LanguageModel, "check_length", lambda *_: None)
+    assert off(60) > 1e-2

@@ -250,11 +250,17 @@ def positions_of(config: Any) -> float:
     Two kinds of scaling use other frequencies for a whole batch if one row of it is long, so cached keys no longer fit
     and a row's scores depend on its batch. The limit is where that begins: for dynamic scaling
     `max_position_embeddings`, for LongRoPE the length of the pretraining.
+
+    Layers that attend to the tokens that an index selects (DeepSeek-V3.2, Doge) select others with a cache or padding.
+    The limit is their number, because of so many tokens all are selected.
     """
     text = config.get_text_config()
     limit = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # MPT, whose ALiBi is a table
     if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
         return math.inf
+    if "indexed_attention" in (getattr(text, "layer_types", None) or ()):
+        limit = min(limit, text.index_topk)
+    limit = min(limit, getattr(text, "keep_window_size", None) or limit)
     rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
     scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
