@@ -104,18 +104,18 @@ def test_scaling_keeps_cached_keys_valid(kind: str, exact: bool):
 def test_selected_tokens_are_exact_up_to_positions(kind: str, key: str, monkeypatch: pytest.MonkeyPatch):
     """Read token by token, a row of so many tokens has the log-probs that it has alone; a long one has others."""
     model = small_model(kind, **{key: 16, "max_position_embeddings": 256})
-    lm = wrapping.wrap(model.eval(), character_tokenizer("abcdefgh"))
+    lm = wrapping.wrap(model.eval(), character_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789"))
     assert lm.positions == 16
 
-    def off(tokens: int) -> float:
-        row = torch.randint(2, lm.vocabulary, (tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    def off(tokens: int, seed: int = 0) -> float:
+        row = torch.randint(2, lm.vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
         with torch.no_grad():
             (whole,), (states,) = probe.alone(lm, [row]), probe.decoded(lm, [row])
             alone = probe.log_probs(lm, whole)[-len(states) :]
             return probe.distance(probe.log_probs(lm, states), alone)
 
-    assert off(16) < 1e-4
+    assert max(off(16, seed) for seed in range(8)) < 1e-4
     with pytest.raises(DataError, match="would read 57 tokens in all, but has only 16 positions"):
         off(60)
     monkeypatch.setattr(LanguageModel, "check_length", lambda *_: None)
-    assert off(60) > 1e-3
+    assert max(off(60, seed) for seed in range(8)) > 1e-3
