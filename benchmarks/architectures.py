@@ -45,8 +45,8 @@ says what is left out, or what is used instead:
 - `row by row`: a row's states depend on its batch
 
 Some limits of length follow from the config (`positions_of`): dynamic scaling and LongRoPE use other frequencies for a
-whole batch once a row is long, and where an index selects the tokens to attend to (DeepSeek V3.2 and V4, GLM-5, MiniMax
-M3) ties and rounding decide what it selects. Rows end before that.
+whole batch once a row is long, and where an index selects the tokens to attend to (DeepSeek V3.2, GLM-5, MiniMax M3,
+Doge) ties and rounding decide what it selects. Rows end before that.
 
 In float32 a difference of up to 1e-4 nats, and what the size of the logits adds to it, counts as rounding.
 

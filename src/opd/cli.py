@@ -121,6 +121,9 @@ def evaluate(
     top_p: Annotated[float, typer.Option()] = 1.0,
     max_completion_length: Annotated[int, typer.Option()] = 256,
     limit: Annotated[int | None, typer.Option(help="Use only the first prompts")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
     teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
     seed: Annotated[int, typer.Option()] = 0,
@@ -141,11 +144,12 @@ def evaluate(
             f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "
             "given. Name it, e.g. --reward max_words, or leave --option out."
         )
+    named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
     metrics = evaluate_model(
         model,
-        data={"path": data, "limit": limit, "chat": chat},
+        data={"path": data, "limit": limit, "chat": chat, "columns": named},
         reward=None if reward is None else {"name": reward, "options": reward_options},
         sampling={
             "n": n,

@@ -906,6 +906,16 @@ def test_eval_prints_reproducible_metrics(model_folder: Path):
     assert numbers(command(*ask, "--limit", "2"))["responses"] == 8
 
 
+def test_eval_reads_columns_under_their_own_names(model_folder: Path):
+    rows = [json.loads(line) for line in Path("held_out.jsonl").read_text().splitlines()]
+    write_rows(Path("named.jsonl"), [{"question": row["prompt"], "final": row["answer"]} for row in rows])
+    ask = ("--reward", "exact", "--max-completion-length", "2")
+    expected = numbers(command("eval", "model", "held_out.jsonl", *ask))
+    named = ("--column", "prompt=question", "--column", "answer=final")
+    assert numbers(command("eval", "model", "named.jsonl", *ask, *named)) == expected
+    assert_says(command("eval", "model", "named.jsonl", "--column", "promt=question").err, "Did you mean 'prompt'?")
+
+
 def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
     ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
     unread = "eval: 5 held-out rows have an `answer`, but no reward or method reads it"

@@ -11,6 +11,7 @@ import yaml
 from support.runs import command, one_stage, prepare, tiny_model, write_rows
 
 import opd
+from opd.errors import DataError
 from opd.models.templates import dated
 from opd.recipe.load import parse_recipe
 from opd.runs import stages
@@ -157,3 +158,15 @@ def test_given_prompts_bring_their_reports():
     (prepared,) = check_stages(parse_recipe(recipe()), given).prepared.values()
     (note,) = prepared.tasks[None].notes
     assert note.startswith("prompts: 4 of 4 rows end with the assistant's turn")
+
+
+@pytest.mark.parametrize("name", ["student", "teacher"])
+def test_check_refuses_prompts_that_render_the_same(name: str):
+    """A template of the system message alone, which all conversations of the data share."""
+    rows = [{"messages": [{"role": "system", "content": "7"}, *row["messages"]]} for row in CHATS]
+    write_rows(Path("chats.jsonl"), rows)
+    made = recipe()
+    assert "longest prompt" in checked(made)
+    made["models"][name]["chat_template"] = "{{ messages[0].content }}"
+    with pytest.raises(DataError, match=f"{name}: 4 different prompts all render to the same 1 tokens"):
+        check_stages(parse_recipe(made), Given())

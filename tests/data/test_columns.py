@@ -195,6 +195,17 @@ def test_alpaca_input_follows_instruction():
     assert (own.content, own.answer) == ("Add.", "2 2")
 
 
+@pytest.mark.parametrize("column", ["instruction", "question"])
+def test_context_column_is_noted(column: str):
+    """Dolly and SQuAD have the text that a question is about in a column of its own."""
+    rows = [{column: "Who?", "context": "Ada wrote it."}, {column: "Why?", "context": ""}]
+    prompts, notes = read(rows, columns={"prompt": column})
+    assert [prompt.content for prompt in prompts] == ["Who?", "Why?"]
+    assert len(notes) == 1
+    assert notes[0].startswith("prompts: 1 of 2 rows have a column `context` that is not in the prompt")
+    assert read(rows, columns={"prompt": column, "privileged_context": "context"})[1] == []
+
+
 def test_system_column_is_read_when_mapped_and_else_noted():
     rows = [{"system_prompt": "Be brief.", "prompt": "hi"}, {"system_prompt": "", "prompt": "ho"}]
     prompts, notes = read(rows)

@@ -208,3 +208,37 @@ def test_run_continues_adapter_and_saves_whole_model(base: Path, tmp_path: Path)
     torch.testing.assert_close(logits(saved.model), logits(run.student), atol=2e-5, rtol=1e-4)
     before = load_model(spec_of(tmp_path / "adapter"), name="m")
     assert not torch.allclose(logits(saved.model), logits(before.model), atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_load_model_begins_new_adapter_after_a_stage(base: Path, tmp_path: Path, kind: str):
+    """The stage's model has its adapter merged; the next stage trains an adapter of the same settings, from zero."""
+    trained(base, tmp_path / "adapter", SETTINGS[kind])
+    first = load_model(spec_of(tmp_path / "adapter"), name="student", trains=True)
+    again = load_model(spec_of(tmp_path / "adapter"), name="student", trains=True, folder=base)
+    assert {n: p.shape for n, p in again.trainable().items()} == {n: p.shape for n, p in first.trainable().items()}
+    expected = load_model(spec_of(base), name="student")
+    torch.testing.assert_close(logits(again.model), logits(expected.model), atol=2e-5, rtol=1e-4)
+
+
+def test_run_trains_adapter_in_two_stages(base: Path, tmp_path: Path):
+    trained(base, tmp_path / "adapter", SETTINGS["lora"])
+    (tmp_path / "train.jsonl").write_text('{"prompt": "abc"}\n{"prompt": "hgf"}\n')
+    stage: dict[str, Any] = {
+        "train": "student",
+        "teacher": "teacher",
+        "method": "reverse_kl",
+        "data": {"path": str(tmp_path / "train.jsonl")},
+        "sampling": {"max_completion_length": 4},
+        "optimizer": {"learning_rate": 1e-2},
+        "steps": 1,
+        "save": "both",
+    }
+    models = {"student": {"path": str(tmp_path / "adapter")}, "teacher": {"path": str(base)}}
+    stages = [{"name": "one", **stage}, {"name": "two", **stage}]
+    run = opd.run({"name": "r", "output_dir": str(tmp_path / "run"), "models": models, "stages": stages}, quiet=True)
+    adapted = load_model(spec_of(tmp_path / "run" / "two" / "adapter"), name="m")
+    torch.testing.assert_close(logits(adapted.model), logits(run.student), atol=2e-5, rtol=1e-4)
+    first = load_model(spec_of(tmp_path / "run" / "one" / "model"), name="m")
+    for name in ("model.layers.0.self_attn.k_proj.weight", "lm_head.weight"):  # outside the adapter
+        assert torch.equal(adapted.model.state_dict()[name], first.model.state_dict()[name])

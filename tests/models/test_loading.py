@@ -46,6 +46,12 @@ def test_character_tokenizer_decodes_encoded_text():
         ({"path": "package:opd/assets/nothing.gguf"}, DataError, r"has no .*It has: .*brief_quest"),
         ({"init": {**SHAPE}}, ConfigError, "needs `tokenizer"),
         ({"init": {"hidden_size": 4}, "tokenizer": {"characters": "a"}}, ConfigError, "needs `model_type`"),
+        (
+            {"init": {"model_type": "llama", "hidden_size": "4"}, "tokenizer": {"characters": "a"}},
+            ConfigError,
+            "init is no llama config: .*'hidden_size' expected int, got str",
+        ),
+        ({"init": {"model_type": "t5"}, "tokenizer": {"characters": "a"}}, ConfigError, "init is a t5 model, of which"),
     ],
 )
 def test_load_model_refuses_unusable_spec(spec, error, message):

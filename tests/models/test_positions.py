@@ -11,6 +11,10 @@ from support.architectures import small_model
 from support.models import build
 from transformers import AutoConfig
 
+from opd.errors import DataError
+from opd.models import probe, wrapping
+from opd.models.language_model import LanguageModel
+from opd.models.new import character_tokenizer
 from opd.models.positions import positions_of
 
 YARN = {"rope_type": "yarn", "factor": 4.0}
@@ -74,10 +78,12 @@ def rope(**settings: Any) -> dict[str, Any]:
         ("falcon", {"alibi": True}, math.inf),
         ("falcon", {"alibi": False}, 2048),
         ("bloom", {}, math.inf),
-        ("mpt", {}, math.inf),
+        ("mpt", {}, 2048),  # transformers makes a table of ALiBi's biases, and raises beyond it
         ("xlnet", {}, math.inf),  # says -1
-        ("deepseek_v32", {}, 2048),  # of which its index selects all
-        ("deepseek_v4", {}, 2048),  # 512 groups of 4
+        # An index selects 2,048 tokens.
+        *((kind, {}, 2048) for kind in ("deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text")),
+        ("deepseek_v4", {}, 1048576),  # selects among compressed tokens
+        ("doge", {"max_position_embeddings": 8192}, 2048),
         ("minimax_m3_vl_text", {}, 2048),  # 16 blocks of 128
     ],
 )
@@ -96,20 +102,22 @@ def test_scaling_keeps_cached_keys_valid(kind: str, exact: bool):
     assert torch.allclose(cached, model(input_ids=ids).logits[:, -1], atol=1e-4) == exact
 
 
-@torch.no_grad()
-def test_index_selects_other_tokens_with_cache():
-    """Why an index ends at the number of tokens that it selects: beyond, ties and rounding decide which these are."""
-    ids = torch.tensor([[2 + i * 17 % 50 for i in range(16)]])
-    worst: dict[int, float] = {}
-    for topk in (4, 16):
-        differences: list[float] = []
-        for seed in range(4):
-            model: Any = small_model("deepseek_v32", seed=seed, spread=0.3, index_topk=topk, index_n_heads=1)
-            out = model(input_ids=ids[:, :8], use_cache=True)
-            whole = model(input_ids=ids).logits[0]
-            for t in range(8, 16):
-                out = model(input_ids=ids[:, t : t + 1], past_key_values=out.past_key_values, use_cache=True)
-                differences.append(float((out.logits[0, 0] - whole[t]).abs().max()))
-        worst[topk] = max(differences)
-    assert worst[4] > 0.1
-    assert worst[16] < 1e-4
+@pytest.mark.parametrize(("kind", "key"), [("deepseek_v32", "index_topk"), ("doge", "keep_window_size")])
+def test_selected_tokens_are_exact_up_to_positions(kind: str, key: str, monkeypatch: pytest.MonkeyPatch):
+    """Read token by token, a row of so many tokens has the log-probs that it has alone; a long one has others."""
+    model = small_model(kind, **{key: 16, "max_position_embeddings": 256})
+    lm = wrapping.wrap(model.eval(), character_tokenizer("abcdefghijklmnopqrstuvwxyz0123456789"))
+    assert lm.positions == 16
+
+    def off(tokens: int, seed: int = 0) -> float:
+        row = torch.randint(2, lm.vocabulary, (tokens,), generator=torch.Generator().manual_seed(seed)).tolist()
+        with torch.no_grad():
+            (whole,), (states,) = probe.alone(lm, [row]), probe.decoded(lm, [row])
+            alone = probe.log_probs(lm, whole)[-len(states) :]
+            return probe.distance(probe.log_probs(lm, states), alone)
+
+    assert max(off(16, seed) for seed in range(8)) < 1e-4
+    with pytest.raises(DataError, match="would read 57 tokens in all, but has only 16 positions"):
+        off(60)
+    monkeypatch.setattr(LanguageModel, "check_length", lambda *_: None)
+    assert max(off(60, seed) for seed in range(8)) > 1e-3

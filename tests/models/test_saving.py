@@ -247,6 +247,19 @@ def test_save_keeps_invalid_generation_config_of_origin(tmp_path: Path):
     assert config_in(tmp_path / "saved", "generation_config")["temperature"] == 0.7
 
 
+def test_save_unties_config_of_two_weights(tmp_path: Path):
+    """transformers keeps an output layer of its own that a file has beside `tie_word_embeddings`; others would not."""
+    saving.save(wrapped(build("llama_tied")), tmp_path / "tied")
+    assert config_in(tmp_path / "tied")["tie_word_embeddings"] is True
+    tensors = load_file(tmp_path / "tied" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].flip(0)
+    save_file(tensors, tmp_path / "tied" / "model.safetensors", {"format": "pt"})
+    lm = wrapped(loaded(tmp_path / "tied"))
+    saving.save(lm, tmp_path / "saved")
+    assert config_in(tmp_path / "saved")["tie_word_embeddings"] is False
+    assert torch.equal(log_probs(loaded(tmp_path / "saved")), log_probs(lm.model))
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o002, 0o077])
 def test_save_follows_umask(mask: int, tmp_path: Path):
     before = os.umask(mask)

@@ -88,6 +88,18 @@ def test_generation_prompt_is_seen_by_rendering():
     assert not generation_prompt(hi, BOTH, byte_tokenizer(), {})
 
 
+@pytest.mark.parametrize("blank", ["", " "])
+def test_generation_prompt_is_empty_without_header_of_turns(blank: str):
+    """Mistral's turns of the assistant follow [/INST] at once, or after a blank."""
+    mistral = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+        "{% else %}{{ '" + blank + "' + m.content + '</s>' }}{% endif %}{% endfor %}"
+    )
+    assert generation_prompt([{"role": "user", "content": "hi"}], mistral, byte_tokenizer(), {})
+    headed = mistral.replace("{% else %}", "{% else %}<assistant>")
+    assert not generation_prompt([{"role": "user", "content": "hi"}], headed, byte_tokenizer(), {})
+
+
 # --- the prompt's own variables --------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,6 +65,19 @@ def test_load_model_refuses_missing_tensors(folder: Path):
 def test_load_model_refuses_config_with_more_layers(folder: Path):
     configured(folder, num_hidden_layers=3)  # of which the file has two
     refused(folder, r"lack 9 tensors of the model \(model\.layers\.2\.input_layernorm")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "llama9"}, r"config\.json cannot be read: The checkpoint .* has model type `llama9`"),
+        ({"hidden_size": "64"}, r"config\.json cannot be read: .*'hidden_size' expected int, got str"),
+        ({"model_type": "t5"}, r"is a t5 model, of which transformers' AutoModelForCausalLM makes none"),
+    ],
+)
+def test_load_model_refuses_other_kinds_of_config(folder: Path, settings: dict[str, Any], message: str):
+    configured(folder, **settings)
+    refused(folder, message)
 
 
 def test_load_model_notes_tensors_nothing_uses(folder: Path):

@@ -363,3 +363,19 @@ def test_metadata_of_passes_on_base_model_of_local_folder():
         found = metadata_of(made, stage, "merged", Path("base")).to_dict()
         assert (found["base_model"], found["license"]) == ("some-owner/first", "mit")
         assert "datasets" not in found, "the data are a local file"
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("/data/models/base", None),  # as PEFT writes it of a local base
+        ("[some-owner/one, /data/two, some-owner/three]", ["some-owner/one", "some-owner/three"]),
+        ("[/data/two]", None),
+        ("5", None),
+    ],
+)
+def test_metadata_of_names_base_models_of_the_hub_alone(named: str, expected: Any):
+    """The hub refuses the commit of a card with another base model."""
+    Path("base/README.md").write_text(f"---\nbase_model: {named}\n---\n")
+    made = recipe()
+    assert metadata_of(made, made.stages[0], "merged", Path("base")).to_dict().get("base_model") == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,20 @@ def test_check_refuses_stage_model_as_its_own_teacher(folder: Path):
     with pytest.raises(ConfigError, match=SAME):
         check_recipe(recipe_of(folder, {"path": str(folder)}, {"from_stage": "first"}, stages=stages))
     check_recipe(recipe_of(folder, {"path": str(folder)}, {"path": str(folder)}, stages=stages))  # trained since
+
+
+def test_run_refuses_copy_of_students_weights(folder: Path):
+    """In another folder the weights are seen to be equal when they are loaded; other templates show other prompts."""
+    twin = folder.parent / "twin"
+    shutil.copytree(folder, twin)
+    with pytest.raises(ConfigError, match=SAME):
+        opd.run(recipe_of(folder, {"path": str(folder)}, {"path": str(twin)}), quiet=True)
+    (twin / "chat_template.jinja").write_text("{% for m in messages %}ab{{ m.content }}{% endfor %}")
+    chat = {"data": {"path": str(folder.parent / "rows.jsonl"), "chat": True}}
+    made = recipe_of(folder, {"path": str(folder)}, {"path": str(twin)}, **chat)
+    shutil.rmtree(made.folder)
+    run = opd.run(made, quiet=True)
+    assert run.metrics[0]["train/loss"] > 1e-6
 
 
 def test_check_notes_same_weights_with_another_prompt(folder: Path):

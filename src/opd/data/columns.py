@@ -30,6 +30,12 @@ PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "
 SYSTEM_LIKE = ("system", "system_prompt")
 
 
+ASKS_ABOUT = ("question", "instruction")  # columns whose text may be about that of a column `context`
+
+
+CONTEXT = "have a column `context` that is not in the prompt: a function `package.module:function` can put it there"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Converted:
     """A conversion of the rows of `source`: `count` of `rows` rows do or have `what`."""
@@ -64,6 +70,8 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     )
     unread = [name for name in SYSTEM_LIKE if name not in source.values() and _is_text(row.get(name))]
     said += [f"have a column `{n}` that is not in the prompt: `columns: {{system: {n}}}` puts it there" for n in unread]
+    if source["prompt"] in ASKS_ABOUT and "context" not in source.values() and _is_text(row.get("context")):
+        said.append(CONTEXT)
     idle = [source[name] for name in FOR_TEMPLATE if isinstance(content, str) and row.get(source[name])]
     said += [f"have `{one}`, which only a chat template shows, and a prompt of text: set `chat: true`" for one in idle]
     for_template, dropped = ({}, False) if isinstance(content, str) else _for_template(row, source, where)
@@ -181,7 +189,10 @@ def _parsed(value: Any, where: str, *, arrow: bool) -> tuple[Any, bool]:
         try:
             return json.loads(value), False
         except json.JSONDecodeError as error:
-            raise DataError(f"{where} is not valid JSON: {error}, got {value!r:.80}.") from error
+            raise DataError(
+                f"{where} is not valid JSON: {error}, got {value!r:.80}. The chat template reads this column: give "
+                "JSON, or rename the column if it holds something else."
+            ) from error
     bare = without_nulls(value) if arrow else value
     return bare, bare != value
 

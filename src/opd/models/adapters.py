@@ -47,6 +47,27 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, target_modules: str |
     return adapted
 
 
+def new_like(model: nn.Module, path: Path | str) -> nn.Module:
+    """The model with a new trainable adapter of the settings of a saved one, which changes nothing yet.
+
+    Raises ConfigError for an adapter of a weight that two modules share.
+    """
+    from peft import PeftConfig, get_peft_model
+
+    config = PeftConfig.from_pretrained(str(path))
+    config.inference_mode, config.base_model_name_or_path = False, None
+    for name in (
+        "init_lora_weights",
+        "init_ia3_weights",
+        "init_weights",
+    ):  # of some values, the adapter would begin with an update
+        if hasattr(config, name):
+            setattr(config, name, True)
+    adapted = get_peft_model(model, config)  # type: ignore[arg-type]
+    check_tied(adapted)
+    return adapted
+
+
 def check_tied(model: nn.Module) -> None:
     """Raise ConfigError for an adapter of a weight that another module uses too, as tied embeddings do.
 

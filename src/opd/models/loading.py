@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import zlib
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from opd.errors import ConfigError, OPDError
 from opd.models import adapters, weights, wrapping
 from opd.models.gguf import convert_gguf
 from opd.models.language_model import LanguageModel
-from opd.models.new import new_model
+from opd.models.new import new_model, read_config
 from opd.models.paths import Source, near_path, source_of
 from opd.recipe.schema import ModelSpec
 
@@ -34,7 +36,8 @@ def load_model(
 
     The recipe's `seed` and the model's name determine the random weights of new adapters, and of a new model without a
     seed. `where` is the name of the path in messages; default: the recipe's key. An adapter in the path is merged into
-    its base. With `trains` and without `lora` it stays an adapter, and goes on training.
+    its base. With `trains` and without `lora` it stays an adapter, and goes on training. In `folder` it has been
+    merged, and a new adapter of its settings trains.
     """
     from safetensors import SafetensorError
 
@@ -74,6 +77,11 @@ def _load(
         model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
         notes += found
         weights.check_values(model, None, f"{label}: {adapter}")
+    if folder is not None and trains and spec.lora is None and spec.path is not None:
+        # An earlier stage trained the path's adapter, and merged it into the folder.
+        for adapter in source_of(spec, name, where).adapters[-1:]:
+            with _seeded(seed, name):
+                model = adapters.new_like(model, adapter)
     if spec.autocast and device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # the output layer, which autocast leaves in float32, uses TF32
     if spec.gradient_checkpointing:
@@ -81,10 +89,17 @@ def _load(
         if hasattr(model, "peft_config") or spec.lora is not None:
             model.enable_input_require_grads()
     if spec.lora is not None:
-        with torch.random.fork_rng():
-            torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))  # independent of earlier random numbers
+        with _seeded(seed, name):
             model = adapters.add_lora(model, **spec.lora.model_dump())
     return model, tokenizer, notes
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, name: str) -> Iterator[None]:
+    """Random numbers of a new adapter, independent of earlier ones."""
+    with torch.random.fork_rng():
+        torch.manual_seed(zlib.crc32(f"{seed}-{name}-lora".encode()))
+        yield
 
 
 def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list[str]]:
@@ -93,6 +108,7 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
 
     folder = path if isinstance(path, Path) else None
     if folder is not None:
+        read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
         weights.headers(folder, label)  # names a damaged file
     attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
     with weights.silent():

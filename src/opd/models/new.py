@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 
 from opd.errors import ConfigError, nearest
 from opd.recipe.schema import ModelSpec
+
+# What a config's values raise when transformers reads them.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
 
 
 def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
@@ -42,7 +47,39 @@ def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
                 f"models.{name}.init: a {model_type} config has no {key!r}.{nearest(key, default.to_dict())}"
             )
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
+    try:
+        config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
+    except UNREADABLE as error:
+        raise ConfigError(f"models.{name}.init is no {model_type} config: {' '.join(str(error).split())}.") from error
+    check_kind(config, f"models.{name}.init")
+    return config
+
+
+def read_config(folder: Path, *, trust_remote_code: bool, where: str) -> Any:
+    """The transformers config of a model's folder. Raises ConfigError, also if it is not one of a causal model."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except UNREADABLE as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{where}: {folder / 'config.json'} cannot be read: {why:.300}") from error
+    check_kind(config, f"{where}: {folder}")
+    return config
+
+
+def check_kind(config: Any, where: str) -> None:
+    """Raise ConfigError for a config of which AutoModelForCausalLM makes no model."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        return
+    raise ConfigError(
+        f"{where} is a {config.model_type} model, of which transformers' AutoModelForCausalLM makes none: it writes no "
+        "text, or reads the prompt with an encoder. Use a causal (decoder-only) language model."
+    )
 
 
 def new_tokenizer(spec: ModelSpec, name: str) -> Any:

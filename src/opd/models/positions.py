@@ -26,7 +26,7 @@ def positions_of(config: Any) -> float:
 
 
 def _positions(text: Any) -> float:
-    limit = getattr(text, "max_position_embeddings", None)
+    limit = getattr(text, "max_position_embeddings", getattr(text, "max_seq_len", None))  # MPT, whose ALiBi is a table
     if not isinstance(limit, int) or limit <= 0 or getattr(text, "alibi", False):
         return math.inf
     rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
@@ -37,14 +37,11 @@ def _positions(text: Any) -> float:
 
 def _selected(text: Any) -> float:
     """The tokens of the longest row in which sparse attention selects every token; infinite without an index."""
-    blocks, size = getattr(text, "index_topk_blocks", None), getattr(text, "index_block_size", None)
-    if blocks and size:  # MiniMax M3
-        return blocks * size
-    chosen = getattr(text, "index_topk", None) or getattr(text, "indexer_budget", None)
-    if not chosen:
-        return math.inf
-    rates: Mapping[str, int] = getattr(text, "compress_rates", None) or {}  # DeepSeek V4 selects among groups of tokens
-    return chosen * rates.get("compressed_sparse_attention", 1)
+    if "indexed_attention" in (getattr(text, "layer_types", None) or ()):
+        return text.index_topk
+    if getattr(text, "index_topk_blocks", None):  # MiniMax M3
+        return text.index_topk_blocks * text.index_block_size
+    return getattr(text, "keep_window_size", None) or math.inf  # Doge
 
 
 def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:

@@ -76,7 +76,7 @@ def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     """The transformers config of a recipe's model; None if it cannot be read yet. `tokenizer`: of a new model."""
     from transformers import AutoConfig
 
-    from opd.models.new import new_config
+    from opd.models.new import UNREADABLE, new_config
 
     if spec.init is not None:
         return new_config(spec, name, tokenizer)
@@ -85,7 +85,7 @@ def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
         return None
     try:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError, KeyError):  # loading the model will report the error
+    except UNREADABLE:  # `known_weights`, or loading the model, reports the error
         return None
 
 

@@ -131,6 +131,8 @@ def _describe(lm: LanguageModel, plain: Any, folder: Path, dtype: torch.dtype | 
         described = config_of_origin(plain)
         described.architectures = [type(plain).__name__]
         described.dtype = str(dtype or plain.dtype).removeprefix("torch.")
+        if getattr(described, "tie_word_embeddings", False) and not _tied(plain):
+            described.tie_word_embeddings = False  # else other programs would read one weight for both
         described.save_pretrained(folder)
 
     def generation() -> None:
@@ -150,6 +152,13 @@ def _describe(lm: LanguageModel, plain: Any, folder: Path, dtype: torch.dtype | 
             "the tokenizer": lambda: lm.tokenizer.save_pretrained(folder),
         }
     )
+
+
+def _tied(model: Any) -> bool:
+    """Whether the output layer has the input's weight; True for a model without an output layer."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    places = {layer.weight.data_ptr() for layer in layers if isinstance(getattr(layer, "weight", None), Tensor)}
+    return len(places) < 2
 
 
 def _tried(parts: dict[str, Callable[[], Any]]) -> list[str]:

@@ -91,9 +91,21 @@ def joined_parts(messages: Sequence[Message], form: Form) -> bool:
 
 
 def generation_prompt(messages: Sequence[Message], template: str, tokenizer: Any, options: Mapping[str, Any]) -> bool:
-    """Whether the template renders something after the messages for `add_generation_prompt`."""
-    shown = in_form(messages, content_form(template, tokenizer))
-    return _render(template, tokenizer, shown, True, options) != _render(template, tokenizer, shown, False, options)
+    """Whether the template writes all that stands between the messages and the assistant's words.
+
+    It does so for `add_generation_prompt`, or has nothing there, as the templates of Llama 2 and Mistral.
+    """
+    form = content_form(template, tokenizer)
+    shown = in_form(messages, form)
+    before = _render(template, tokenizer, shown, False, options)
+    if _render(template, tokenizer, shown, True, options) != before:
+        return True
+    try:
+        answer = {"role": "assistant", "content": _content(WORD, form)}
+        answered = _render(template, tokenizer, [*shown, answer], False, options)
+    except (TemplateError, TypeError):
+        return False
+    return answered.startswith(before) and not answered.removeprefix(before).partition(WORD)[0].strip()
 
 
 def reads_clock(messages: Sequence[Message], template: str, tokenizer: Any, options: Mapping[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from opd.errors import ConfigError, incomplete
 from opd.files import tensor_shapes
+from opd.models.new import read_config
 from opd.recipe.schema import ModelSpec
 
 
@@ -27,12 +28,13 @@ def check_weights(folder: Path, spec: ModelSpec, label: str) -> list[str]:
     weights all count. Raises ConfigError for missing tensors and other shapes, and for damaged files. Quantised weights
     and models that cannot be built without storage pass: `check_loaded` compares them when they load.
     """
+    config = read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
     tensors = {
         name: torch.empty(shape, device="meta")
         for shapes in headers(folder, label).values()
         for name, shape in shapes.items()
     }
-    info = _loading_info(folder, spec, tensors)
+    info = _loading_info(config, spec, tensors)
     return [] if info is None else check_loaded(info, f"{label}: {folder}")
 
 
@@ -92,14 +94,13 @@ def weight_files(folder: Path, label: str) -> list[Path]:
     return files
 
 
-def _loading_info(folder: Path, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
+def _loading_info(config: Any, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     """What transformers reports when it loads tensors without storage; None if it cannot."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     trust: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     # Any error: a model's own code need not run without storage. Loading the weights then finds what is wrong.
     with contextlib.suppress(Exception), silent(), _without_progress_bar():
-        config = AutoConfig.from_pretrained(folder, **trust)
         if getattr(config, "quantization_config", None) is not None:
             return None
         with torch.device("meta"):

@@ -26,6 +26,7 @@ from opd.rewards.base import StageRewards
 from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
+from opd.runs.same_model import check_other_weights
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import checkpoint, optimisation
@@ -314,6 +315,8 @@ def loaded(
         check_space(session.directory.path, space_needed(spec, method, student))
         loadable = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
         externals = {name: session.model(spec, name) for name in loadable}
+        # Also finds copies in other folders. The checks before the load have noted the weights that they know.
+        check_other_weights(session.recipe, spec, method, Given(models={spec.train: student, **externals}))
         judges = {name: externals.get(name) or session.model(spec, name) for name in spec.judge_models}
         if method.teacher.tokenizer == "students":
             student, externals = on_common_tokens(student, externals)

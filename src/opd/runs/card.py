@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -74,9 +75,9 @@ def metadata_of(
     name = None if origin is None else hub_id(str(origin.absolute() if isinstance(origin, Path) else origin))
     card = {} if origin is None else _card_of(origin if isinstance(origin, Path) else name)
     sections = [task.data.path for task in spec.by_task.values()]
-    adapter = recipe.models[spec.train].lora is not None
+    adapter = recipe.models[spec.train].lora is not None or kind == "adapter"
     return ModelCardData(
-        base_model=name or card.get("base_model"),
+        base_model=name or _ids_in(card.get("base_model")),
         library_name="peft" if kind == "adapter" else "transformers",
         datasets=sorted({path for path in sections if hub_id(path)}) or None,
         tags=["on-policy-distillation", "opd", *(["lora"] if adapter else [])],
@@ -84,15 +85,25 @@ def metadata_of(
     )
 
 
+def _ids_in(named: Any) -> list[str] | str | None:
+    """Hub ids alone: the hub refuses a card with another base model, such as the folder that PEFT writes."""
+    if not isinstance(named, list):
+        return hub_id(named) if isinstance(named, str) else None
+    return [one for one in named if isinstance(one, str) and hub_id(one)] or None
+
+
+@functools.cache  # a request takes half a minute if the hub cannot be reached
+def _hub_card(name: str) -> Path | None:
+    try:
+        return Path(hf_hub_download(name, "README.md"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
+        return None
+
+
 def _card_of(path: Path | str | None) -> Mapping[str, Any]:
     """The metadata of a model's README.md; empty without one. From the hub's cache if there is no network."""
-    if path is None:
-        return {}
-    try:
-        file = path / "README.md" if isinstance(path, Path) else Path(hf_hub_download(path, "README.md"))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError):
-        return {}
-    if not file.is_file():
+    file = path / "README.md" if isinstance(path, Path) else None if path is None else _hub_card(path)
+    if file is None or not file.is_file():
         return {}
     _, mark, rest = file.read_text(encoding="utf-8", errors="replace").partition("---\n")
     try:

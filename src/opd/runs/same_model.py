@@ -42,7 +42,7 @@ def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: 
     objects = [given.models[name].model for name in (*same, spec.train) if name in given.models]
     if spec.train in given.models and any(one is objects[-1] for one in objects[:-1]):
         raise ConfigError(f"{what}: it is the same Python object, which training changes. {REMEDY}")
-    if len(same) == len(names) and _same_prompt(recipe, spec, same[0], method) and not _rewarded(method):
+    if len(same) == len(names) and _same_prompt(recipe, spec, same[0], method, given) and not _rewarded(method):
         raise ConfigError(
             f"{what}, and reads the same prompt, so every loss of method {spec.method!r} would be 0 and no step would "
             f"change the student. {REMEDY}"
@@ -83,10 +83,12 @@ def start_of(recipe: Recipe, spec: StageSpec, name: str) -> Hashable:
     return json.dumps([model.init, model.seed, model.model_dump(mode="json")["tokenizer"]], sort_keys=True, default=str)
 
 
-def _same_prompt(recipe: Recipe, spec: StageSpec, teacher: str, method: Method) -> bool:
-    ours, theirs = origin_of(recipe, spec.train), origin_of(recipe, teacher)
-    reads = [(one.chat_template, one.template_options) for one in (ours, theirs)]
-    return method.context is same_prompt() and reads[0] == reads[1]
+def _same_prompt(recipe: Recipe, spec: StageSpec, teacher: str, method: Method, given: Given) -> bool:
+    names = (spec.train, teacher)
+    origins = [origin_of(recipe, name) for name in names]
+    reads = [(one.chat_template, one.template_options) for one in origins]
+    templates = [given.models[name].tokenizer.chat_template for name in names if name in given.models]
+    return method.context is same_prompt() and reads[0] == reads[1] and len({str(one) for one in templates}) < 2
 
 
 def _rewarded(method: Method) -> bool:

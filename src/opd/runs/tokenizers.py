@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, DataError
 from opd.messages import is_chat
 from opd.method import Method
 from opd.models.endings import Endings
@@ -58,6 +58,7 @@ def check_tokenizers(
             prompts, tokenizers[spec.train], max_prompt_length=spec.max_prompt_length, template_options=options
         )
         check_ids(spec.train, tokenizers[spec.train], ids, rows[spec.train], "prompt")
+        check_differ(spec.train, prompts, ids)
         lengths = list(map(len, ids))
         lines.append(f"longest prompt: {max(lengths)} tokens")
         lines += unused_template(spec.train, tokenizers[spec.train], prompts)
@@ -197,9 +198,18 @@ def taught_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: 
     """`template_lines` of a teacher, after its template has rendered every prompt."""
     from opd.models.render import render
 
-    for prompt in prompts:
-        render(prompt, tokenizer, options)
+    check_differ(name, prompts, [render(prompt, tokenizer, options) for prompt in prompts])
     return template_lines(name, tokenizer, prompts, options)
+
+
+def check_differ(name: str, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> None:
+    """Raise DataError if different prompts all render to the same `ids`: the model would not read the data."""
+    contents = {repr(prompt.content) for prompt in prompts}
+    if len(contents) > 1 and len(set(map(tuple, ids))) == 1:
+        raise DataError(
+            f"{name}: {len(contents)} different prompts all render to the same {len(ids[0])} tokens, so it would not "
+            f"read what differs in them. Correct models.{name}.chat_template or the data."
+        )
 
 
 def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
