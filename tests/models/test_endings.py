@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from opd.models import saving, wrapping
 from opd.models.endings import endings_of, turn_end
 from opd.models.loading import load_model
 from opd.models.preview import known_endings
-from opd.models.render import encode_response
+from opd.models.render import encode_response, render
 from opd.recipe.schema import ModelSpec
 from opd.runs.tokenizers import ending_lines
 from opd.types import Prompt
@@ -143,6 +144,29 @@ def test_encode_response_ends_once(response: str, in_chat: str, in_text: str):
     generation = [tokenizer.get_vocab()["</s>"]]
     assert "".join(encoded(response, CHAT, tokenizer, generation=generation)) == in_chat
     assert "".join(encoded(response, TEXT, tokenizer, generation=generation)) == in_text
+
+
+TEMPLATES_AND_LEADS = [(LLAMA_2, " "), (GEMMA, ""), (THINKING, ""), (LINES, ""), (REFUSES, "")]
+
+
+@pytest.mark.parametrize("make", [lambda: byte_bpe(special=NAMES), lambda: sentence_piece(special=NAMES)])
+@pytest.mark.parametrize(("template", "lead"), TEMPLATES_AND_LEADS)
+def test_encode_response_begins_as_template_writes_answer(make: Any, template: str, lead: str):
+    """Prompt and response together are the conversation that the template writes."""
+    tokenizer = with_template(template, make())
+    endings = endings_of(tokenizer)
+    assert endings.lead == lead
+    answer = ({"role": "assistant", "content": "is ab"},)
+    for response in ("is ab", " is ab"):
+        ids = encode_response(response, CHAT, tokenizer, endings)
+        if lead:
+            whole = tokenizer.apply_chat_template([*CHAT.content, *answer], tokenize=False)
+            assert whole.startswith(tokenizer.decode([*render(CHAT, tokenizer), *ids[:-1]]).strip())
+            assert ids == encode_response(f" {response.strip()}", TEXT, tokenizer, endings)[:-1] + ids[-1:]
+    assert (
+        encode_response("is ab", replace(CHAT, prefill="it "), tokenizer, endings)[:-1]
+        == (encode_response("is ab", TEXT, tokenizer, endings)[:-1])
+    )
 
 
 def test_wrap_stops_at_end_of_turn():

@@ -1,4 +1,4 @@
-"""The tokens that end a response: what stops sampling, and what is written at the end of a text.
+"""The tokens that end a response: what stops sampling, and what is written before and after a text.
 
 A response to a text ends with the tokenizer's end-of-sequence token. A turn of a chat ends as the chat template ends
 it, whatever the tokenizer's `eos_token` is: Gemma's template writes `<end_of_turn>`, ChatML `<|im_end|>`, Llama 3's
@@ -19,6 +19,9 @@ from opd.models.templates import WORD, content_form, dated, in_form
 from opd.texts import ids_after
 from opd.types import Message, Prompt
 
+QUESTION: Message = {"role": "user", "content": "question"}
+ANSWER: Message = {"role": "assistant", "content": WORD}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Endings:
@@ -30,6 +33,11 @@ class Endings:
     stops: frozenset[int]
     text: int | None  # written after a response to a text; None without an end-of-sequence token
     turn: int | None  # written after a response in a chat
+    lead: str = ""  # white space that the template writes before an assistant's text, behind its generation prompt
+
+    def before(self, prompt: Prompt) -> str:
+        """The white space to write before a response to this prompt; none behind the beginning of an answer."""
+        return "" if isinstance(prompt.content, str) or prompt.prefill else self.lead
 
     def after(self, prompt: Prompt) -> int | None:
         """The token to write after a response to this prompt."""
@@ -53,7 +61,7 @@ def endings_of(
     if turn is None or turn >= below:
         turn = text
     stops = frozenset(i for i in (text, turn, *generation) if i is not None)
-    return Endings(stops=stops, text=text, turn=turn)
+    return Endings(stops=stops, text=text, turn=turn, lead=lead_of(tokenizer, template_options))
 
 
 def generation_ids(config: Any) -> list[int]:
@@ -77,20 +85,32 @@ def turn_end(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> int | 
     return end if end == between and end in tokenizer.added_tokens_decoder else None
 
 
+def lead_of(tokenizer: Any, template_options: Mapping[str, Any] = {}) -> str:
+    """The white space between the generation prompt and an assistant's text: Llama 2's template writes a blank."""
+    if not tokenizer.chat_template:
+        return ""
+    prompt = _rendered(tokenizer, template_options, [QUESTION], add_generation_prompt=True)
+    whole = _rendered(tokenizer, template_options, [QUESTION, ANSWER])
+    between = whole.removeprefix(prompt).partition(WORD)[0]
+    return between if prompt and whole.startswith(prompt) and not between.strip() else ""
+
+
 def _after_answer(tokenizer: Any, options: Mapping[str, Any], *, goes_on: bool) -> str:
     """What the template writes after an assistant's text; "" if it refuses. `goes_on`: a user's message follows."""
-    messages: list[Message] = [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": WORD},
-        *([{"role": "user", "content": "question"}] if goes_on else []),
-    ]
+    text = _rendered(tokenizer, options, [QUESTION, ANSWER, *([QUESTION] if goes_on else [])])
+    return text.rpartition(WORD)[2] if WORD in text else ""
+
+
+def _rendered(tokenizer: Any, options: Mapping[str, Any], messages: list[Message], **settings: bool) -> str:
+    """The text of a conversation; "" if the template refuses it."""
     try:
         template = tokenizer.get_chat_template()
         shown = in_form(messages, content_form(template, tokenizer))
-        text: str = tokenizer.apply_chat_template(shown, chat_template=dated(template), tokenize=False, **options)
+        return tokenizer.apply_chat_template(
+            shown, chat_template=dated(template), tokenize=False, **settings, **options
+        )
     except (ConfigError, TemplateError, TypeError, ValueError, KeyError, AttributeError):
         return ""
-    return text.rpartition(WORD)[2] if WORD in text else ""
 
 
 def _next_token(text: str, tokenizer: Any) -> int | None:

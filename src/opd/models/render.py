@@ -100,6 +100,7 @@ def render_checked(
 def encode_response(text: str, prompt: Prompt, tokenizer: Any, endings: Endings) -> list[int]:
     """The ids of a text as a response to the prompt, ended by one token of `endings`. [response tokens]
 
+    The white space that the chat template writes before an assistant's text comes first, as in Llama 2's template.
     An end that the text spells is not doubled: the end of a sequence or of a turn, with white space after it, becomes
     the prompt's ending, and any other token that stops sampling stays the end. Raises DataError if the text has no
     tokens, ConfigError if the tokenizer has no end-of-sequence token.
@@ -111,6 +112,8 @@ def encode_response(text: str, prompt: Prompt, tokenizer: Any, endings: Endings)
         )
     replaced = {end, endings.text}
     spelt = tuple(tokenizer.convert_ids_to_tokens([i for i in replaced if i is not None]))
+    lead = endings.before(prompt)
+    text = text if text.startswith(lead) else lead + text
     ids = ids_after(text.rstrip() if text.rstrip().endswith(spelt) else text, tokenizer)
     ids = ids[: len(ids) - _ends(ids, replaced)]
     if not ids:
