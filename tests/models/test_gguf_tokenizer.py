@@ -3,6 +3,8 @@
 The expected pieces follow from llama.cpp's patterns. `benchmarks/gguf_tokenizers.py` compares whole vocabularies.
 """
 
+import re
+
 import pytest
 from support.gguf_files import CONTROL, USER_DEFINED, byte_level, model_file, spelled, write_file
 
@@ -10,7 +12,8 @@ from opd.models import gguf
 from opd.models.gguf_file import read_gguf
 from opd.models.gguf_splits import SPLITS
 from opd.models.gguf_tokenizer import end_ids, read_tokenizer
-from opd.models.loading import load_tokenizer
+from opd.models.loading import load_model, load_tokenizer
+from opd.models.preview import known_weights
 from opd.recipe.schema import ModelSpec
 
 # The first of two words that overlap is merged first.
@@ -160,14 +163,19 @@ def test_read_tokenizer_merges_sentencepiece_by_score(tmp_path, prefix, text, ex
 
 
 @pytest.mark.parametrize("name", [None, "of-next-year"])
-def test_convert_gguf_warns_when_cuts_are_unknown(tmp_path, monkeypatch, name):
+def test_load_model_notes_that_cuts_are_unknown(tmp_path, monkeypatch, name):
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
     file, _ = model_file(tmp_path / "model.gguf", add={"tokenizer.ggml.pre": name or ""})
     if name is None:
         monkeypatch.setattr("opd.models.gguf_file.GGUFFile.get", lambda self, key: _without_pre(self, key))
     for _ in range(2):  # a converted file, too
-        with pytest.warns(UserWarning, match=r"model\.gguf states (no pre-tokenizer|the pre-tokenizer 'of-next-year')"):
-            folder = gguf.convert_gguf(file)
+        (note,) = (
+        notes = load_model(ModelSpec(path=str(file)), name="student").notes
+        (note,) = (note for note in notes if "pre-tokenizer" in note)
+        )
+        assert re.match(r"student: .*model\.gguf states (no pre-tokenizer|the pre-tokenizer 'of-next-year')", note)
+        assert note.removeprefix("student: ") in known_weights(ModelSpec(path=str(file)), "student")[0]
+    folder = gguf.convert_gguf(file)
     tokenizer = load_tokenizer(folder, ModelSpec(path=str(folder)), "student")
     assert pieces(tokenizer, "x 12") == ["x", "Ġ", "1", "2"]
 

@@ -9,7 +9,6 @@ import importlib.metadata
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +45,7 @@ def convert_gguf(file: Path) -> Path:
     """A safetensors folder with the file's de-quantised weights (float32), written once into the cache.
 
     The folder's name follows from the file's content and from the versions of the converters. Another process that
-    converts the same file is waited for; what a killed one left is removed. Warns of what could not be converted.
+    converts the same file is waited for; what a killed one left is removed. `notes_of` has what could not be converted.
 
     Raises ConfigError if the file cannot be converted, or changed meanwhile, or the package gguf is missing; OSError or
     RunError if the cache cannot be written.
@@ -62,9 +61,13 @@ def convert_gguf(file: Path) -> Path:
     with _locked(target) as exclusive:
         if not (target / "config.json").exists():
             _write(file, known, target, exclusive)
-    for note in json.loads((target / RECORD).read_text())["notes"]:
-        warnings.warn(note, stacklevel=2)
     return target
+
+
+def notes_of(folder: Path) -> list[str]:
+    """What the conversion to this folder could not take over; empty for a folder that is no conversion."""
+    record = folder / RECORD
+    return json.loads(record.read_text())["notes"] if record.exists() else []
 
 
 def _digest_file(file: Path) -> Path:

@@ -14,7 +14,7 @@ import torch
 
 from opd.errors import ConfigError, OPDError
 from opd.models import adapters, weights, wrapping
-from opd.models.gguf import convert_gguf
+from opd.models.gguf import convert_gguf, notes_of
 from opd.models.language_model import LanguageModel
 from opd.models.new import new_model, read_config
 from opd.models.paths import Source, near_path, source_of
@@ -68,6 +68,7 @@ def _load(
         source = source or loadable(source_of(spec, name, where))
         tokenizer = load_tokenizer(source.tokenizer, spec, name, where)
         model, notes = pretrained(source.weights, spec, label)
+        notes += [f"{name}: {note}" for note in conversion_notes(source)]
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     model = model.to(device=device, dtype=DTYPES[spec.dtype])
@@ -155,6 +156,11 @@ def _is_whole(path: Path | str) -> bool:
     if not (isinstance(path, Path) and config.exists() and (path / "tokenizer.json").exists()):
         return False
     return json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend"
+
+
+def conversion_notes(source: Source) -> list[str]:
+    """What the conversion of a GGUF file could not take over."""
+    return notes_of(source.weights) if isinstance(source.weights, Path) else []
 
 
 def loadable(source: Source) -> Source:

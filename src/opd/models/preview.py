@@ -103,6 +103,7 @@ def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module | None
 def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
     from opd.models.adapters import adapter_tensors
+    from opd.models.gguf import notes_of
     from opd.models.weights import check_weights
 
     source = None if spec.path is None else _source(spec, name)
@@ -112,7 +113,8 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
         adapter_tensors(adapter, f"models.{name}.path")  # names a damaged file
     if isinstance(source.weights, str):
         return [f"model {name}: its weights come from the hub and are checked when they load"]
-    return check_weights(source.weights, spec, f"models.{name}.path")
+    notes = [f"model {name}: {note}" for note in notes_of(source.weights)]
+    return [*notes, *check_weights(source.weights, spec, f"models.{name}.path")]
 
 
 def _source(spec: ModelSpec, name: str) -> Source | None:
