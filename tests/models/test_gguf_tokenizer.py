@@ -169,10 +169,8 @@ def test_load_model_notes_that_cuts_are_unknown(tmp_path, monkeypatch, name):
     if name is None:
         monkeypatch.setattr("opd.models.gguf_file.GGUFFile.get", lambda self, key: _without_pre(self, key))
     for _ in range(2):  # a converted file, too
-        (note,) = (
         notes = load_model(ModelSpec(path=str(file)), name="student").notes
         (note,) = (note for note in notes if "pre-tokenizer" in note)
-        )
         assert re.match(r"student: .*model\.gguf states (no pre-tokenizer|the pre-tokenizer 'of-next-year')", note)
         assert note.removeprefix("student: ") in known_weights(ModelSpec(path=str(file)), "student")[0]
     folder = gguf.convert_gguf(file)
