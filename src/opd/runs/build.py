@@ -21,8 +21,9 @@ from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec, TaskSection
+from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import StageRewards
+from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
@@ -30,15 +31,14 @@ from opd.runs.same_model import check_other_weights
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import checkpoint, optimisation
-from opd.stage.exams import Exam, Exams
-from opd.stage.folder import RunDir, StageDir, check_space
+from opd.stage.folder import RunDir, check_space
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
-from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.local import with_record
 from opd.teachers.routed import RoutedTeacher
 from opd.types import Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
@@ -159,79 +159,6 @@ def rewards_of(
     return StageRewards(by_task=by_task, gather=world.gather)
 
 
-def exams_of(
-    spec: StageSpec,
-    prepared: Prepared,
-    student: LanguageModel,
-    teacher: Teacher,
-    externals: Mapping[str, LanguageModel],
-    own: Mapping[str, Teacher],
-) -> list[Exam]:
-    """The stage's evaluations, with the teacher as writer or scorer where the recipe requests it."""
-    exams: list[Exam] = []
-    for name, part in spec.by_task.items():
-        held_out = prepared.tasks[name].held_out
-        if part.evaluate is None or held_out is None:
-            continue
-        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals, own)
-        writers: dict[str, Writer] = {}
-        if part.evaluate.teacher and scorer is not None:
-            if scorer.lm is None:
-                raise ConfigError(
-                    f"{spec.where(name)}: evaluate.teacher lets the teacher write responses, and {scorer.name} only "
-                    "scores: it has no model in this process. Set evaluate.teacher to false."
-                )
-            writers = {
-                setting: TeacherWriter(
-                    teacher=scorer.lm,
-                    student=student,
-                    sampling=sampling,
-                    context=prepared.method.context,
-                    base=scorer.base,
-                    max_prompt_length=spec.max_prompt_length,
-                )
-                for setting, sampling in held_out.sampling.items()
-            }
-        if part.evaluate.kl and scorer is not None:
-            check_comparable(scorer, f"{spec.where(name)}: evaluate.kl")
-        exams.append(
-            Exam(
-                task=name,
-                held_out=held_out,
-                every=part.evaluate.every,
-                measure_before=part.evaluate.before,
-                context=prepared.method.context,
-                reader=None if scorer is None else scorer.lm,
-                teacher_writers=writers,
-                kl_teacher=scorer if part.evaluate.kl else None,
-            )
-        )
-    return exams
-
-
-def scorer_of(
-    spec: StageSpec,
-    method: Method,
-    part: TaskSection,
-    student: LanguageModel,
-    teacher: Teacher,
-    externals: Mapping[str, LanguageModel],
-    own: Mapping[str, Teacher],
-) -> Teacher | None:
-    """The teacher of a task's evaluation: the method's, else the task's `teacher`, else None."""
-    if method.teacher.kind != "none":
-        return teacher.of(part.teacher)
-    if part.teacher is not None and part.teacher in own:
-        return own[part.teacher]
-    if part.teacher is not None and part.teacher in externals:
-        return LocalTeacher(
-            lm=externals[part.teacher],
-            micro_batch_tokens=spec.micro_batch_tokens,
-            student_device=student.device,
-        )
-    return None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
     """What all stages of a run share."""
@@ -336,20 +263,6 @@ def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
         )
     if spec.diagnostics.every:
         check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
-
-
-def exams_in(
-    exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
-) -> Exams:
-    """The stage's evaluations, with the folder for their results."""
-    return Exams(
-        exams=exams,
-        student=student,
-        world=world,
-        root=root,
-        folder=folder,
-        micro_batch_tokens=spec.micro_batch_tokens,
-    )
 
 
 def check_student(spec: StageSpec, method: Method, student: LanguageModel, progress: Progress) -> None:

@@ -1,0 +1,105 @@
+"""The evaluations of a stage: their prompts, writers and scorers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from opd.errors import ConfigError
+from opd.evaluation.compare import check_comparable
+from opd.method import Method
+from opd.models.language_model import LanguageModel, Root
+from opd.parallel import World
+from opd.recipe.schema import StageSpec, TaskSection
+from opd.runs.prepare import Prepared
+from opd.samplers.writers import TeacherWriter
+from opd.stage.exams import Exam, Exams
+from opd.stage.folder import StageDir
+from opd.teachers.local import LocalTeacher
+from opd.types import Teacher, Writer
+
+
+def exams_of(
+    spec: StageSpec,
+    prepared: Prepared,
+    student: LanguageModel,
+    teacher: Teacher,
+    externals: Mapping[str, LanguageModel],
+    own: Mapping[str, Teacher],
+) -> list[Exam]:
+    """The stage's evaluations, with the teacher as writer or scorer where the recipe requests it."""
+    exams: list[Exam] = []
+    for name, part in spec.by_task.items():
+        held_out = prepared.tasks[name].held_out
+        if part.evaluate is None or held_out is None:
+            continue
+        scorer = scorer_of(spec, prepared.method, part, student, teacher, externals, own)
+        writers: dict[str, Writer] = {}
+        if part.evaluate.teacher and scorer is not None:
+            if scorer.lm is None:
+                raise ConfigError(
+                    f"{spec.where(name)}: evaluate.teacher lets the teacher write responses, and {scorer.name} only "
+                    "scores: it has no model in this process. Set evaluate.teacher to false."
+                )
+            writers = {
+                setting: TeacherWriter(
+                    teacher=scorer.lm,
+                    student=student,
+                    sampling=sampling,
+                    context=prepared.method.context,
+                    base=scorer.base,
+                    max_prompt_length=spec.max_prompt_length,
+                )
+                for setting, sampling in held_out.sampling.items()
+            }
+        if part.evaluate.kl and scorer is not None:
+            check_comparable(scorer, f"{spec.where(name)}: evaluate.kl")
+        exams.append(
+            Exam(
+                task=name,
+                held_out=held_out,
+                every=part.evaluate.every,
+                measure_before=part.evaluate.before,
+                context=prepared.method.context,
+                reader=None if scorer is None else scorer.lm,
+                teacher_writers=writers,
+                kl_teacher=scorer if part.evaluate.kl else None,
+            )
+        )
+    return exams
+
+
+def scorer_of(
+    spec: StageSpec,
+    method: Method,
+    part: TaskSection,
+    student: LanguageModel,
+    teacher: Teacher,
+    externals: Mapping[str, LanguageModel],
+    own: Mapping[str, Teacher],
+) -> Teacher | None:
+    """The teacher of a task's evaluation: the method's, else the task's `teacher`, else None."""
+    if method.teacher.kind != "none":
+        return teacher.of(part.teacher)
+    if part.teacher is not None and part.teacher in own:
+        return own[part.teacher]
+    if part.teacher is not None and part.teacher in externals:
+        return LocalTeacher(
+            lm=externals[part.teacher],
+            micro_batch_tokens=spec.micro_batch_tokens,
+            student_device=student.device,
+        )
+    return None
+
+
+def exams_in(
+    exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
+) -> Exams:
+    """The stage's evaluations, with the folder for their results."""
+    return Exams(
+        exams=exams,
+        student=student,
+        world=world,
+        root=root,
+        folder=folder,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
