@@ -31,9 +31,9 @@ def llama(*, strip: bool) -> Any:
 @pytest.mark.parametrize("strip", [True, False])
 def test_encode_response_continues_prompt_of_sentence_piece(strip, response):
     tokenizer = llama(strip=strip)
-    asked = Prompt(id=0, content="6+6=")
-    prompt = render(asked, tokenizer)
-    ids = encode_response(response, asked, tokenizer, endings_of(tokenizer))
+    question = Prompt(id=0, content="6+6=")
+    prompt = render(question, tokenizer)
+    ids = encode_response(response, question, tokenizer, endings_of(tokenizer))
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.decode(prompt + ids[:-1]) == tokenizer.decode(prompt) + response
     assert tokenizer.decode(prompt).lstrip(" ") == "6+6="

@@ -68,7 +68,7 @@ def equal_weights(one: nn.Module, other: nn.Module) -> bool:
 def start_of(recipe: Recipe, spec: StageSpec, name: str) -> Hashable:
     """What determines a model's weights when the stage begins; equal for equal weights, whatever the path's spelling.
 
-    New adapters count for nothing, because they start at zero.
+    New adapters have no effect, because they start at zero.
     """
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
     trained = [stage.name for stage in before if stage.train == name]
