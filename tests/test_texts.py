@@ -9,10 +9,10 @@ from support.models import byte_tokenizer
 from support.pairs import byte_bpe, sentence_piece, trained_bpe
 from tokenizers import decoders
 
+from opd.messages import ids_after, text_after
 from opd.models.endings import endings_of
 from opd.models.new import character_tokenizer
 from opd.models.render import encode_response, render
-from opd.texts import ids_after, text_after
 from opd.types import Prompt
 
 CHARACTERS = "0123456789+= abcdef.\n"

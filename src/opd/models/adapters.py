@@ -219,13 +219,12 @@ def _merged(model: Any, what: str) -> nn.Module:
     model.eval()
     with_adapter: torch.Tensor = model(input_ids=ids, use_cache=False).logits.float()
     kind = next(iter(model.peft_config.values())).peft_type
+    if not hasattr(model, "merge_and_unload"):
+        raise ConfigError(_unmerged(what, kind, "it has no merge_and_unload"))
     try:
         merged = model.merge_and_unload()
-    except (AttributeError, NotImplementedError, ValueError) as error:
-        raise ConfigError(
-            f"{what} has adapters of the type {getattr(kind, 'value', kind)}, which peft cannot merge into the "
-            f"weights: {error}. Merge it where it was trained, and give the merged model."
-        ) from error
+    except ValueError as error:  # for adapters or layers that cannot be merged
+        raise ConfigError(_unmerged(what, kind, str(error))) from error
     off = (merged(input_ids=ids, use_cache=False).logits.float() - with_adapter).abs().max().item()
     scale = with_adapter.abs().max().item()
     if not off <= ROUNDING.get(merged.dtype, 5e-2) * scale + 1e-4:
@@ -234,6 +233,13 @@ def _merged(model: Any, what: str) -> nn.Module:
             f"logit {scale:.3g}). Merge it where it was trained, and give the merged model."
         )
     return merged
+
+
+def _unmerged(what: str, kind: Any, why: str) -> str:
+    return (
+        f"{what} has adapters of the type {getattr(kind, 'value', kind)}, which peft cannot merge into the weights: "
+        f"{why}. Merge it where it was trained, and give the merged model."
+    )
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 from opd.errors import AlignmentError
+from opd.messages import ids_after
 from opd.models.vocabularies import Vocabulary, ends_of, name_of, shared_tokens, vocabulary_of
-from opd.texts import ids_after
 
 UNREADABLE = "\ufffd"  # replaces bytes that are not UTF-8 in the teacher's input
 

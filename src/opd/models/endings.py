@@ -15,8 +15,8 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError
+from opd.messages import ids_after
 from opd.models.templates import WORD, content_form, dated, in_form
-from opd.texts import ids_after
 from opd.types import Message, Prompt
 
 QUESTION: Message = {"role": "user", "content": "question"}

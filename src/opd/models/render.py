@@ -9,9 +9,9 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError, DataError, nearest
+from opd.messages import ids_after
 from opd.models.endings import Endings
 from opd.models.templates import content_form, dated, in_form
-from opd.texts import ids_after
 from opd.types import Prompt
 
 # Set by this file. Templates may mention them, so the check of option names would not refuse them.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, TypeAlias
 
 from opd.errors import ConfigError
-from opd.texts import ids_after
+from opd.messages import ids_after
 
 TokenSequence: TypeAlias = str | Sequence[int]  # a text, or ids
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.messages import text_after
 from opd.models.decoding import batches_of, begin
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.render import render_checked
 from opd.pieces.supports import check_fits
 from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
-from opd.texts import text_after
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
 ROWS = 64  # rows decoded together; more is faster while the cache fits
