@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,11 +94,16 @@ def _versions(file: Path) -> list[str]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Exclude other processes; False if the file system has no locks: then two may do the same work."""
+    """Exclude other processes; False, with a warning, without a lock: then two may do the same work."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f"{path.name}.lock"), fallback_to_soft=False)
-    with contextlib.suppress(OSError, NotImplementedError):
+    try:
         lock.acquire()
+    except OSError as error:
+        warnings.warn(
+            f"{path.parent} takes no lock ({error}), so another process may convert the same GGUF file meanwhile",
+            stacklevel=4,
+        )
     try:
         yield lock.is_locked
     finally:
