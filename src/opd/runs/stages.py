@@ -11,14 +11,14 @@ from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.templates import clock_at
 from opd.parallel import ALONE, World
-from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
 from opd.runs.export import finish, finished_student, rehearse
+from opd.runs.inputs import inputs_of
 from opd.runs.prepare import Given
 from opd.stage.folder import RunDir
-from opd.stage.interrupt import stopped_after
+from opd.stage.interrupt import Interrupt, Stopped, stopped_after
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
@@ -38,16 +38,26 @@ class Run:
 
 
 def run_recipe(
-    recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
+    recipe: Recipe,
+    given: Given | None = None,
+    progress: Progress | None = None,
+    world: World = ALONE,
+    *,
+    accept_changes: bool = False,
 ) -> Run:
     """Run all stages, or continue where an earlier run stopped. Raises the errors of `opd.errors`.
 
-    Every process of `world` calls this; the main process writes and shows progress.
+    Every process of `world` calls this; the main process writes and shows progress. `accept_changes`: go on although
+    the recipe, the rows, a model or the user's code has changed since the last start (`opd.stage.changes`).
     """
     given = given or Given()
+    shown = progress if progress and world.main else Progress(quiet=not world.main)
     with world.main_first():
         prepared = check_stages(recipe, given, processes=world.size).prepared
-        directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
+        directory = RunDir(recipe.folder, False)
+        if world.main:
+            inputs = inputs_of(recipe, prepared, given)
+            directory = RunDir.open(recipe.folder, recipe, inputs, accept=accept_changes, say=shown.note)
     trackers = ReportWriter(
         recipe.report_to if world.main else (),
         folder=directory.path,
@@ -55,12 +65,18 @@ def run_recipe(
         config=recipe.model_dump(mode="json"),
     )
     student: LanguageModel | None = None
-    shown = progress if progress and world.main else Progress(quiet=not world.main)
-    with closing(trackers), shown, clock_at(directory.started):
-        if directory.replaced:
-            shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
+    interrupt = Interrupt(speaks=world.main, alone=world.size == 1)
+    with closing(directory), interrupt, closing(trackers), shown, clock_at(directory.started):
+        for line in directory.notes:
+            shown.note(line)
         session = Session(
-            recipe=recipe, given=given, directory=directory, progress=shown, trackers=trackers, world=world
+            recipe=recipe,
+            given=given,
+            directory=directory,
+            progress=shown,
+            trackers=trackers,
+            world=world,
+            interrupt=interrupt,
         )
         for spec in recipe.stages:
             folder = directory.stage(spec.name)
@@ -74,12 +90,18 @@ def run_recipe(
             stage = build(session, spec, prepared[spec.name])
             student = stage.student if world.size == 1 else None  # a sharded one is not whole
             before = rehearse(recipe, stage, given, directory)
-            outcome = train(stage)
+            try:
+                outcome = train(stage)
+            except Stopped:
+                raise
+            except Exception:
+                stage.rescue()
+                raise
             check_learned(stage)
             finish(recipe, stage, outcome.seconds, given, directory, before)
             world.wait()
-            if outcome.stop_requested and spec is not recipe.stages[-1]:
-                raise stopped_after(spec.name, spec.steps, spec.steps)
+            if outcome.stop and spec is not recipe.stages[-1]:
+                raise stopped_after(spec.name, spec.steps, spec.steps, outcome.stop)
     if student is None:
         student = finished_student(recipe, given, directory)
     return Run(

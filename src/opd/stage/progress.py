@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -32,13 +34,30 @@ def quiet_libraries() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
+def write_nowhere(stream: IO[str]) -> None:
+    """Throw away what is written to a stream of this process from now on."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class RunConsole(Console):
+    """A console whose closed pipe is no reason to end the run; rich would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop writing."""
+        self.quiet = True
+        write_nowhere(self.file)
+
+
 class Progress:
     """Shows the progress of a run's stages; `quiet` shows nothing. Use as a context manager."""
 
     def __init__(
         self, *, quiet: bool = False, console: Console | None = None, seconds_between_lines: float = 5.0
     ) -> None:
-        self.console = console or Console(stderr=False, quiet=quiet)
+        self.console = console or RunConsole(stderr=False, quiet=quiet)
         self._live: RichProgress | None = None
         self._task: dict[str, int] = {}
         self._steps: dict[str, int] = {}
@@ -93,4 +112,7 @@ class Progress:
     def note(self, text: str) -> None:
         """Print a line that stays above the live display."""
         console = self._live.console if self._live is not None else self.console
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except OSError:  # a terminal that was closed
+            write_nowhere(console.file)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 from opd.data.order import PromptOrder
-from opd.errors import TrainingError
+from opd.errors import RunError, TrainingError
 from opd.evaluation import diagnostics
 from opd.loss.step import PhaseA
 from opd.maths.metrics import Metrics, merged
@@ -22,7 +24,7 @@ from opd.rewards.base import StageRewards
 from opd.stage import checkpoint
 from opd.stage.exams import Exams
 from opd.stage.folder import StageDir
-from opd.stage.interrupt import Interrupt, stopped_after
+from opd.stage.interrupt import Interrupt, StopNow, stopped_after
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
 from opd.stage.resume import Trained
@@ -34,10 +36,10 @@ from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`seconds`: training time without evaluations and comparisons. `stop_requested`: SIGINT came in the last step."""
+    """`seconds`: training time without evaluations and comparisons. `stop`: the signal of the last step, or 0."""
 
     seconds: float
-    stop_requested: bool
+    stop: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,43 +69,62 @@ class Stage:
     folder: StageDir
     progress: Progress
     trackers: ReportWriter
+    interrupt: Interrupt
     # state
     seconds: float = field(default=0.0, init=False)  # of training so far, maximum over processes
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
-    stop_requested: bool = field(default=False, init=False)
+    stop: int = field(default=0, init=False)  # the signal that requests a stop
+    saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
+    saved_at: float = field(default_factory=time.monotonic, init=False)
+    # Updates so far, and what the method remembered then; None while the weights change and are logged.
+    whole: tuple[int, dict[str, Any]] | None = field(default=None, init=False)
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the remaining steps, from 0. After each: save, evaluate and stop when due.
 
-        Continues from the last checkpoint. After SIGINT, saves and raises Stopped.
+        Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
         if self.exams is not None and first == 0 and (measured := self.exams.before()):
             self._write(0, measured)
         self.writers.student.sync(first)
-        with Interrupt(speaks=self.world.main) as interrupt:
+        with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
+                self.whole = (step, self._remembered())
                 yield step
                 done = step + 1  # updates so far
-                stop = self.world.any(interrupt.requested)
-                saved = done % self.spec.checkpoint.every == 0 or self.finished or stop
-                if saved:
+                self.whole = (done, self._remembered())
+                stop, due = self._requests()
+                if done % self.spec.checkpoint.every == 0 or self.finished or stop or due:
                     self._save(done)
                 if self.finished or not stop:
                     self._examine(done)
-                stop = self.world.any(interrupt.requested)
+                stop, _ = self._requests()
                 if self.finished:
                     break
                 if stop:  # the resumed run catches up on a skipped evaluation
-                    if not saved:
-                        self._save(done)
-                    raise stopped_after(self.spec.name, done, self.spec.steps)
-        self.stop_requested = self.world.any(interrupt.requested)
+                    self._save(done)
+                    raise stopped_after(self.spec.name, done, self.spec.steps, stop)
+        self.stop = self._requests()[0]
 
     @property
     def outcome(self) -> Outcome:
         """The outcome, once `steps` is exhausted."""
-        return Outcome(seconds=self.seconds, stop_requested=self.stop_requested)
+        return Outcome(seconds=self.seconds, stop=self.stop)
+
+    def rescue(self) -> None:
+        """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        if self.whole is None:
+            return
+        done, remembered = self.whole
+        if done > (self.saved or 0) and self.world.size == 1:  # other processes would wait in the middle of the step
+            with suppress(RunError):  # the disk is full: the error that ended the step says more
+                self._save(done, remembered)
+        last = self.saved or 0
+        self.progress.note(
+            f"{self.spec.name}: an error after {done} steps, of which {done - last} are lost: the same command "
+            f"continues after step {last}"
+        )
 
     # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
 
@@ -139,6 +160,7 @@ class Stage:
         loss, metrics = self.world.sum(loss), merged(self.world.gather(metrics))
         self._check_finite(step, phase_a, loss, grad_norm)
         rates: Mapping[str, float] = {}
+        self.whole = None
         if phase_a.trains:
             rates = self.method.update(self.optimisation)
             self.teacher.after_step()
@@ -173,7 +195,9 @@ class Stage:
         if saved is None:
             self.folder.rewind(-1)
             return 0
-        self.seconds, self.finished = float(saved.state["seconds"]), bool(saved.state["finished"])
+        self.seconds = float(saved.state["seconds"])
+        self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
+        self.saved = saved.step
         self.folder.rewind(saved.step)
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
         rows = self.folder.read_metrics() if self.world.main else []
@@ -182,21 +206,41 @@ class Stage:
             self._examine(saved.step)  # the run was killed between the checkpoint and its evaluation
         return self.spec.steps if self.finished else saved.step
 
-    def _save(self, done: int) -> None:
-        """Write a checkpoint. The step's metrics are written before it, its evaluation after."""
+    def _requests(self) -> tuple[int, bool]:
+        """(the signal that requests a stop or 0, whether a checkpoint is due by the clock), for all processes."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        stop = int(self.world.max(self.interrupt.requested))
+        return stop, self.world.any(minutes >= self.spec.checkpoint.every_minutes)
+
+    def _remembered(self) -> dict[str, Any]:
+        """A copy of the method's memory, which a step changes before its update."""
+        return {name: deepcopy(one.state_dict()) for name, one in self.memory.items()}
+
+    def _save(self, done: int, remembered: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint, if there is none of this step. The step's metrics are before it, its evaluation after."""
+        if self.saved == done:
+            return
         self._trained.save(
             self.folder.checkpoints,
             done,
             seconds=self.seconds,
-            finished=self.finished,
+            remembered=self._remembered() if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
         )
+        self.saved, self.saved_at = done, time.monotonic()
 
     def _examine(self, done: int) -> None:
-        """Evaluate when due; always at the end of the stage."""
-        if self.exams is not None and (self.finished or self.exams.due(done)):
-            self._write(done, self.exams.after(done, finished=self.finished))
+        """Evaluate when due; always at the end of the stage. A signal in it saves and stops at once, if it can."""
+        if self.exams is None or not (self.finished or self.exams.due(done)):
+            return
+        try:
+            with self.interrupt.at_once():
+                measured = self.exams.after(done, finished=self.finished)
+        except StopNow as now:
+            self._save(done)
+            raise stopped_after(self.spec.name, done, self.spec.steps, now.signal) from None
+        self._write(done, measured)
 
     def _write(self, done: int, metrics: Mapping[str, float]) -> None:
         self.folder.append_metrics(done, metrics)
