@@ -73,10 +73,9 @@ def distill(
     returns one. `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
     a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
     `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
-    section, a function (prompt, text) -> float, or a `Reward`.
-    `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are fields of a
-    recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to `output_dir` (default:
-    a new folder under runs/). `accept_changes`: as in `run`. Raises the errors of `opd.errors`.
+    section, a function (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method
+    (with `options`), or a Method. Further keywords are fields of a recipe's stage: `sampling={...}`, `evaluate={...}`.
+    The run is in `output_dir` (default: a new folder in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
     """
     if quiet:
         quiet_libraries()

@@ -34,6 +34,7 @@ from opd import parallel
 from opd.errors import TrainingError
 from opd.stage import checkpoint
 from opd.stage.interrupt import Interrupt
+from opd.stage.kept_responses import KeptResponses
 
 TRAIN = ("train", "recipe.yaml")
 
@@ -531,3 +532,49 @@ def test_resume_gives_equal_run_when_disk_was_full(fresh: Path, uninterrupted: P
     assert again.code == 0, again.err
     assert "distil: continuing after step 4 of 8" in again.out
     assert_same(fresh / "run", uninterrupted / "run")
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nth", "sampled"),
+    [(2, ["teacher greedy", "teacher drawn"]), (6, ["before greedy", "before drawn"])],
+)
+def test_stopped_evaluation_keeps_its_responses(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, nth: int, sampled: list[str]
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    strike = interrupt("opd.stage.kept_responses.KeptResponses.write", nth, "SIGTERM")
+    stopped = forks.start(folder, *TRAIN, strike=strike)
+    assert stopped.code == 143
+    kept = sorted(file.name for file in (folder / "run/distil/evaluating").iterdir())
+    assert len(kept) == {2: 2, 6: 2}[nth]
+    monkeypatch.chdir(folder)
+    calls: list[str] = []
+    real = KeptResponses.write
+
+    def counted(self: KeptResponses, name: str, rollouts: Any) -> None:
+        calls.append(name)
+        real(self, name, rollouts)
+
+    monkeypatch.setattr(KeptResponses, "write", counted)
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert not set(kept) & {f"{name}.json" for name in calls}
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+def test_kept_responses_of_other_weights_are_removed(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    killed = Strike(call="opd.stage.exams.exact_divergence", nth=2)  # after step 3; the checkpoint is of step 2
+    assert forks.start(folder, *TRAIN, strike=killed).code == -signal.SIGKILL
+    kept = folder / "run/distil/evaluating"
+    assert sorted(file.name for file in kept.iterdir()) == ["step_000003..0.json", "step_000003..1.json"]
+    for file in kept.iterdir():
+        file.write_text("[]")
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert_same(folder / "run", uninterrupted / "run")

@@ -174,6 +174,7 @@ class Session:
 
     def model(self, spec: StageSpec, name: str) -> LanguageModel:
         """A model as it is when stage `spec` begins."""
+        self.progress.phase(f"{spec.name}: loading {name}")
         return model_for(self.recipe, spec, name, self.given, self.directory)
 
 
@@ -225,7 +226,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
             seed=recipe.seed,
             micro_batch_tokens=spec.micro_batch_tokens,
         ),
-        exams=exams_in(exams, spec, student, root, folder, world) if exams else None,
+        exams=exams_in(exams, spec, student, root, folder, world, session.progress) if exams else None,
         folder=folder,
         progress=session.progress,
         trackers=session.trackers,

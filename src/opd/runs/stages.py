@@ -98,6 +98,7 @@ def run_recipe(
                 stage.rescue()
                 raise
             check_learned(stage)
+            shown.phase(f"{spec.name}: saving the model")
             finish(recipe, stage, outcome.seconds, given, directory, before)
             world.wait()
             if outcome.stop and spec is not recipe.stages[-1]:

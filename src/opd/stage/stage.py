@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from opd.data.order import PromptOrder
 from opd.errors import RunError, TrainingError
 from opd.evaluation import diagnostics
+from opd.files import GIB
 from opd.loss.step import PhaseA
 from opd.maths.metrics import Metrics, merged
 from opd.method import Method
@@ -22,14 +24,15 @@ from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import StageRewards
 from opd.stage import checkpoint
-from opd.stage.exams import Exams
+from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
 from opd.stage.optimisation import StageOptimisation
+from opd.stage.pace import Pace
 from opd.stage.progress import Progress
 from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
-from opd.stage.stopwatch import Stopwatch
+from opd.stage.stopwatch import Stopwatch, peak_bytes
 from opd.stage.trackers import ReportWriter
 from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
@@ -73,11 +76,15 @@ class Stage:
     # state
     seconds: float = field(default=0.0, init=False)  # of training so far, maximum over processes
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
+    pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
     # Updates so far, and what the method remembered then; None while the weights change and are logged.
     whole: tuple[int, dict[str, Any]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.spec.steps, lambda done: self.exams is not None and self.exams.due(done))
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the remaining steps, from 0. After each: save, evaluate and stop when due.
@@ -85,12 +92,14 @@ class Stage:
         Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
-        if self.exams is not None and first == 0 and (measured := self.exams.before()):
-            self._write(0, measured)
+        if self.exams is not None and first == 0:
+            self._measured(0, self.exams.before)
         self.writers.student.sync(first)
         with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
                 self.whole = (step, self._remembered())
+                self.progress.phase(f"{self.spec.name}: step {step + 1} of {self.spec.steps}")
+                self.pace.start()
                 yield step
                 done = step + 1  # updates so far
                 self.whole = (done, self._remembered())
@@ -173,13 +182,17 @@ class Stage:
             metrics.value(name, value)
         return metrics.reduce()
 
-    def log(self, step: int, phase_a: PhaseA, metrics: Mapping[str, float], time: Stopwatch) -> None:
+    def log(self, step: int, phase_a: PhaseA, metrics: Mapping[str, float], watch: Stopwatch) -> None:
         """Write metrics, timings and samples of a step to the folder, the trackers and the display."""
         done = step + 1
-        self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
+        self.seconds = self.world.max(self.seconds + watch.total - watch.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
-        self._write(done, metrics)
-        self.folder.append_timings(done, time.row(self.reward.pop_requests()))
+        self.pace.stepped()
+        tokens = self.world.sum(sum(len(rollout.response_ids) for rollout in phase_a.batch.rollouts))
+        self._write(done, metrics, rate=tokens / watch.total)
+        peak = peak_bytes(self.student.device) / GIB
+        counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
+        self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
             self.folder.write_samples(done, self._sample_rows(step, phase_a))
 
@@ -194,6 +207,8 @@ class Stage:
         saved = self._trained.restore(self.folder.checkpoints, self.world)
         if saved is None:
             self.folder.rewind(-1)
+            if self.exams is not None:
+                self.exams.kept.clear(*BEFORE)
             return 0
         self.seconds = float(saved.state["seconds"])
         self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
@@ -202,7 +217,10 @@ class Stage:
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
         rows = self.folder.read_metrics() if self.world.main else []
         evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
-        if not self.world.any(evaluated):
+        evaluated = self.world.any(evaluated)
+        if self.exams is not None:
+            self.exams.kept.clear(*([] if evaluated else [when_after(saved.step)]))
+        if not evaluated:
             self._examine(saved.step)  # the run was killed between the checkpoint and its evaluation
         return self.spec.steps if self.finished else saved.step
 
@@ -236,16 +254,24 @@ class Stage:
             return
         try:
             with self.interrupt.at_once():
-                measured = self.exams.after(done, finished=self.finished)
+                self._measured(done, partial(self.exams.after, done, finished=self.finished))
         except StopNow as now:
             self._save(done)
             raise stopped_after(self.spec.name, done, self.spec.steps, now.signal) from None
-        self._write(done, measured)
 
-    def _write(self, done: int, metrics: Mapping[str, float]) -> None:
+    def _measured(self, done: int, exam: Callable[[], dict[str, float]]) -> None:
+        """Write the metrics of an evaluation after `done` updates."""
+        assert self.exams is not None
+        self.pace.start()
+        if measured := exam():
+            self._write(done, measured)
+        self.exams.kept.clear()
+        self.pace.examined()
+
+    def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
         self.trackers.log(self.spec.name, done, metrics)
-        self.progress.step(self.spec.name, done, metrics)
+        self.progress.step(self.spec.name, done, metrics, rate=rate, left=self.pace.left(done))
 
     def _shown(self, step: int) -> bool:
         """Whether this step writes its responses to a sample file."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -55,6 +56,9 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
         refuse(str(path), [c for c in changes if c.key not in longer], accept=accept)
         for stage in longer.values():
             (path / stage / "done.json").unlink(missing_ok=True)
+        if any(change.effect != "none" for change in changes):  # an unfinished evaluation has sampled before them
+            for folder in path.glob("*/evaluating"):
+                shutil.rmtree(folder)
         for change in changes:
             notes.append(f"changed since the last start: {change}")
             at = datetime.now().isoformat(timespec="seconds")
