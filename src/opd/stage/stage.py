@@ -23,7 +23,6 @@ from opd.parallel import World
 from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import StageRewards
-from opd.stage import checkpoint
 from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
@@ -126,7 +125,9 @@ class Stage:
         if self.whole is None:
             return
         done, remembered = self.whole
-        if done > (self.saved or 0) and self.world.size == 1:  # other processes would wait in the middle of the step
+        good = all(bool(weight.isfinite().all()) for weight in self.student.trainable().values())
+        # Other processes would wait in the middle of the step.
+        if good and done > (self.saved or 0) and self.world.size == 1:
             with suppress(RunError):  # the disk is full: the error that ended the step says more
                 self._save(done, remembered)
         last = self.saved or 0
@@ -295,12 +296,11 @@ class Stage:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        last = checkpoint.latest(self.folder.checkpoints)
         rows = self._sample_rows(step, phase_a)
         responses = self.folder.write_samples(step + 1, rows)
         raise TrainingError(
             f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was "
             f"skipped. Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
-            f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
+            f"The step's responses: {responses}. "
             "Usual causes: too large a learning rate, bfloat16 weights, a teacher that returns NaN."
         )

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -51,8 +51,8 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
     if made_progress(path):
         started = started_at(path)
         old = _last_recipe(path)
-        changes = [*recipe_changes(old, recipe), *_other_inputs(path, inputs)]
         longer = _other_steps(path, old, recipe)
+        changes = [*recipe_changes(old, recipe), *_other_inputs(path, inputs, longer.values())]
         refuse(str(path), [c for c in changes if c.key not in longer], accept=accept)
         for stage in longer.values():
             (path / stage / "done.json").unlink(missing_ok=True)
@@ -89,16 +89,17 @@ def _last_recipe(path: Path) -> Recipe:
         ) from error
 
 
-def _other_inputs(path: Path, inputs: Inputs) -> list[Change]:
-    """The inputs of unfinished stages that differ from those of the last start."""
+def _other_inputs(path: Path, inputs: Inputs, reopened: Collection[str]) -> list[Change]:
+    """The inputs that differ from those of the last start, of stages that are not done or `reopened`."""
     try:
         old: Inputs = {**json.loads((path / INPUTS).read_bytes())}
     except FileNotFoundError:
         return []
     except ValueError as error:
         raise RunError(f"{path / INPUTS} is damaged ({error}). Remove it to go on without a comparison.") from error
-    unfinished = [stage for stage in inputs if stage in old and not (path / stage / "done.json").exists()]
-    return [change for stage in unfinished for change in input_changes(stage, old[stage], inputs[stage])]
+    done = {stage for stage in inputs if stage not in reopened and (path / stage / "done.json").exists()}
+    compared = [stage for stage in inputs if stage in old and stage not in done]
+    return [change for stage in compared for change in input_changes(stage, old[stage], inputs[stage])]
 
 
 def _other_steps(path: Path, old: Recipe, new: Recipe) -> dict[str, str]:
