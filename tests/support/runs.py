@@ -287,7 +287,7 @@ def _fork(job: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
-        _run(job)
+        run_job(job)
     return child
 
 
@@ -347,7 +347,8 @@ def import_all() -> None:
         saving.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
 
 
-def _run(job: dict[str, Any]) -> None:
+def run_job(job: dict[str, Any]) -> None:
+    """Run the command of a job in this process, which ends with it."""
     from opd.cli import main
 
     code = 99
