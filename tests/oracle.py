@@ -600,7 +600,10 @@ def hash_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
 
 
 def top_p_accepts(teacher: Logps, token: int, k: int, p: float) -> bool:
-    """Whether a token is among the teacher's most likely ones that first have the mass p; all are if its k never do."""
+    """Whether a token is among the teacher's most likely ones that first have the mass p, or its k if they never do.
+
+    The released code of Prune-OPD.
+    """
     total = 0.0
     inside: list[int] = []
     for v in top(teacher, k):
@@ -608,7 +611,7 @@ def top_p_accepts(teacher: Logps, token: int, k: int, p: float) -> bool:
             break
         total += math.exp(teacher[v])
         inside.append(v)
-    return total < p or token in inside
+    return token in inside
 
 
 def trust(lost: Sequence[bool], drop: float) -> list[float]:

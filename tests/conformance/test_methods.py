@@ -410,6 +410,7 @@ CASES: dict[str, list[Case]] = {
             average="token",
             learns=False,
         ),
+        case(sampled_log_ratio(False), {"validate_by": "teacher_kl", "move": "released"}, learns=False),
     ],
     "anti_sd": [
         case(clipped(0.2, 0.2), {"template": HINT}, fixed_point=False, learns=False),  # the warm-up: the reward alone
