@@ -395,11 +395,16 @@ def grad_on_support(
 
 
 def policy_gradient(
-    logp: float, old_logp: float, advantage: float, clip: tuple[float, float] | None = None
+    logp: float,
+    old_logp: float,
+    advantage: float,
+    clip: tuple[float, float] | None = None,
+    dual: float | None = None,
 ) -> tuple[float, float]:
     """(loss, dloss/dlogp) of one token: -min(rho A, clip(rho, 1-low, 1+high) A), rho = exp(logp - old_logp).
 
     PPO eq. 7; GRPO eq. 3 and its asymmetric clip (low, high). Without `clip`, -rho A. The clipped branch is constant.
+    `dual` is dual-clip PPO's c: where A < 0 the gain is at least c A, and constant there.
     """
     ratio = math.exp(logp - old_logp)
     free = ratio * advantage
@@ -407,6 +412,8 @@ def policy_gradient(
         return -free, -free
     low, high = clip
     held = min(max(ratio, 1.0 - low), 1.0 + high) * advantage
+    if dual is not None and advantage < 0 and ratio > dual:
+        return -dual * advantage, 0.0
     return (-free, -free) if free <= held else (-held, 0.0)
 
 
@@ -489,6 +496,15 @@ def next_right(samples: Sequence[int], rewards: Sequence[float], of: int) -> int
         if places and rewards[places[0]] >= 1.0:
             return places[0]
     return None
+
+
+def discounted_by_turn(rewards: Sequence[float], trained: Sequence[bool], gamma: float) -> list[float]:
+    """`discounted` of each run of trained tokens alone, 0 on the others: the released code of Revisiting."""
+    out: list[float] = []
+    for mine, run in itertools.groupby(range(len(rewards)), key=lambda t: trained[t]):
+        places = list(run)
+        out += discounted([rewards[t] for t in places], gamma) if mine else [0.0] * len(places)
+    return out
 
 
 def discounted(rewards: Sequence[float], gamma: float) -> list[float]:

@@ -294,6 +294,40 @@ def test_discounted_equals_oracle_and_skips_masked_tokens(gamma: float):
     assert bool(got.isfinite().all()), "padding holds NaN"
 
 
+@pytest.mark.parametrize("gamma", [0.3, 0.9, 1.0])
+def test_discounted_ends_sum_at_untrained_token_when_by_turn(gamma: float):
+    """Three turns: a tool's tokens at 2, at 5 and at 6. Across turns a token also has the discounted later turns."""
+    lm = tiny()
+    mask = [True, True, False, True, True, False, False, True]
+    ratios = [0.5, -1.0, 9.0, 2.0, 0.25, 9.0, -9.0, -0.75]
+    (prompt,) = prompts_of("a")
+    rollout = rollout_of(lm, prompt, [3] * len(mask), trained=mask, policy_logp=torch.zeros(len(mask)))
+    batch = collate([rollout], [Scores(teacher_logp=torch.tensor(ratios))], torch.device("cpu"))
+    kept = torch.tensor(mask)
+    by_turn = credit.discounted(gamma, across_turns=False)(batch)[0]
+    close(by_turn[kept], torch.tensor(oracle.discounted_by_turn(ratios, mask, gamma))[kept], 1e-6)
+    assert by_turn[1] == -1.0, "the last token of a turn has its own log-ratio alone"
+    across = credit.discounted(gamma)(batch)[0]
+    later = oracle.discounted([2.0, 0.25, -0.75], gamma)[0]
+    close(across[1] - by_turn[1], gamma * later, 1e-6)
+
+
+def test_discounted_by_turn_equals_across_turns_without_tools():
+    lm = tiny()
+    (prompt,) = prompts_of("a")
+    batch = collate(
+        [rollout_of(lm, prompt, [3] * 6, policy_logp=-torch.rand(6))],
+        [Scores(teacher_logp=-torch.rand(6))],
+        torch.device("cpu"),
+    )
+    assert torch.equal(credit.discounted(0.7, across_turns=False)(batch), credit.discounted(0.7)(batch))
+
+
+def test_opd_refuses_by_turn_without_gamma():
+    with pytest.raises(ConfigError, match=r"across_turns=False ends the sum .* but gamma is 0.*Set gamma above 0"):
+        methods.build("opd", {"across_turns": False})
+
+
 @pytest.mark.parametrize("gamma", [-0.1, 1.1])
 def test_opd_refuses_gamma_outside_0_to_1(gamma: float):
     with pytest.raises(ConfigError, match=rf"gamma lies between 0 .* and 1 .*, got {gamma}"):

@@ -176,9 +176,7 @@ def test_extrapolation_moves_released_names(name: str):
 
 def test_extrapolation_refuses_choice_without_weights():
     walk = Walk(judge=lambda place: place)
-    with pytest.raises(
-        ConfigError, match=r"move='released' chooses none of the 3 trained weights \(layers.0.w"
-    ):
+    with pytest.raises(ConfigError, match=r"move='released' chooses none of the 3 trained weights \(layers.0.w"):
         extrapolation(move="released")(walk)
 
 

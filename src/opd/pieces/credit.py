@@ -31,9 +31,14 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
     """GRPO's advantage: the reward relative to the responses to the same prompt (arXiv 2402.03300 eq. 3).
 
     A = (r - mean) / (std + epsilon), the same for all tokens of a response. std has the unbiased divisor n - 1, as in
-    the released implementations. `divide_by_std=False` is Dr.GRPO (arXiv 2503.20783): A = r - mean. A = 0 in a group of
-    one response, and in a group in which a response has no reward because a judge failed.
+    the released implementations; epsilon is 1e-4 in TRL and 1e-6 in verl. `divide_by_std=False` is Dr.GRPO (arXiv
+    2503.20783): A = r - mean. A = 0 in a group of one response, and in a group in which a response has no reward
+    because a judge failed. Raises ConfigError for an epsilon that is not positive and finite.
     """
+    if not 0.0 < epsilon < math.inf:
+        raise ConfigError(
+            f"`epsilon`, which is added to a group's standard deviation, must be positive and finite, got {epsilon}."
+        )
 
     def credit(batch: Batch) -> Tensor:
         """[B, T], constant along a response."""
@@ -53,13 +58,17 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
     return needing(credit, Input.REWARD, Input.GROUP)
 
 
-def discounted(gamma: float) -> Credit:
+def discounted(gamma: float, *, across_turns: bool = True) -> Credit:
     """A_t = sum_{t' >= t} gamma^(t' - t) (log q - log p)(y_t'): discounted future rewards (arXiv 2603.25562 eq. 3).
 
     log p is the log-prob recorded during sampling. gamma = 0 is the token-level estimator, with a variance of at most
     order T^2. gamma = 1 is the causal sequence-level estimator, with a variance of at most order T^4: the mean of
-    sum_t A_t grad log p is the gradient of -KL(p||q) between whole responses. Untrained tokens are skipped: they add 0,
-    and t' - t counts trained tokens. Raises ConfigError unless 0 <= gamma <= 1.
+    sum_t A_t grad log p is the gradient of -KL(p||q) between whole responses.
+
+    Untrained tokens, such as a tool's answer, add 0, and t' - t counts trained tokens. `across_turns` carries the sum
+    over them, so that a token has credit for later turns. Without it the sum ends at the next untrained token, as in
+    the released code: a token has credit for its own turn alone, and gamma = 1 no longer gives a gradient of the KL
+    between whole responses. Without untrained tokens the two are equal. Raises ConfigError unless 0 <= gamma <= 1.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError(f"The discount gamma lies between 0 (this token only) and 1 (all later tokens), got {gamma}.")
@@ -69,7 +78,8 @@ def discounted(gamma: float) -> Credit:
         advantage = torch.zeros_like(reward)
         following = torch.zeros_like(reward[:, 0])  # [B]
         for t in reversed(range(reward.shape[1])):
-            following = torch.where(batch.mask[:, t], reward[:, t] + gamma * following, following)
+            skipped = following if across_turns else torch.zeros_like(following)
+            following = torch.where(batch.mask[:, t], reward[:, t] + gamma * following, skipped)
             advantage[:, t] = following
         return advantage
 
