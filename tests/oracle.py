@@ -477,6 +477,59 @@ def entropy_gate(medians: Sequence[float], most: float = 0.5, share: float = 0.9
     return strengths
 
 
+def perplexity_gate(
+    steps: Sequence[tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
+    warm_up: int = 5,
+    share: float = 0.93,
+    again: float = 1.07,
+    most: float = 0.5,
+) -> list[list[float]]:
+    """lambda by step and response. A step is (log q, log p) by response and token. AntiSD, released code.
+
+    The state of a step is decided from the mean perplexity of the step before it, without spikes, after the warm-up.
+    """
+    warm: list[float] = []
+    target, on, previous = 0.0, True, None
+    out: list[list[float]] = []
+    for number, (teacher, _) in enumerate(steps):
+        perplexities = [math.exp(-math.fsum(row) / len(row)) for row in teacher]
+        mean = math.fsum(perplexities) / len(perplexities)
+        if number < warm_up:
+            warm += [mean] if mean < 3.0 else []
+            out.append([0.0] * len(perplexities))
+            continue
+        if target == 0.0:
+            target = max(share * (sorted(warm)[len(warm) // 2] if warm else mean), 1.01)
+        if previous is not None and on and previous < target:
+            on = False
+        elif previous is not None and not on and previous > target / share * again:
+            on = True
+        kept = [x for x in perplexities if x <= 3.0]
+        previous = math.fsum(kept) / len(kept) if kept else None
+        wanted = [min(max(0.2 * math.log(min(max(x / target, 0.5), 3.0)), 0.0), most) for x in perplexities]
+        out.append([value if on and x <= 3.0 else 0.0 for value, x in zip(wanted, perplexities, strict=True)])
+    return out
+
+
+def reference_deviation(steps: Sequence[tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]]) -> float:
+    """sigma: the mean over steps of the deviation (n - 1) of all log-ratios of a step. AntiSD, released code."""
+    deviations: list[float] = []
+    for teacher, student in steps:
+        u = [t - s for row in zip(teacher, student, strict=True) for t, s in zip(*row, strict=True)]
+        mean = math.fsum(u) / len(u)
+        deviations.append(math.sqrt(math.fsum((x - mean) ** 2 for x in u) / (len(u) - 1)) if len(u) > 1 else 0.0)
+    return max(math.fsum(deviations) / len(deviations), 1e-6)
+
+
+def released_anti_term(u: Sequence[float], sigma: float, shape: str = "jsd") -> list[float]:
+    """-phi standardised over one response, with outlying and large u moderated. AntiSD, released code."""
+    moderate = [0.0 if abs(x) > 2.0 * sigma else min(max(x, -5.0), 5.0) for x in u]
+    raw = [anti_advantage(x, 0.0, 1.0, shape) for x in moderate]
+    mean = math.fsum(raw) / len(raw)
+    deviation = max(math.sqrt(math.fsum((x - mean) ** 2 for x in raw) / len(raw)), 1e-6)
+    return [min(max((x - mean) / deviation, -5.0), 5.0) for x in raw]
+
+
 def lower_median(values: Sequence[float]) -> float:
     """The value in the middle; of an even number the lower of the two."""
     return sorted(values)[(len(values) - 1) // 2]

@@ -424,6 +424,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "anti_sd": [
         case(clipped(0.2, 0.2), {"template": HINT}, fixed_point=False, learns=False),  # the warm-up: the reward alone
+        case(clipped(0.2, 0.2), {"template": HINT, "form": "released"}, fixed_point=False, learns=False),
         case(away(), {"template": HINT, "gate": False}, fixed_point=False, learns=False),
         case(
             away(2.0, "reverse_kl"),
