@@ -272,6 +272,20 @@ def test_local_support_matching_refuses_k_of_one():
     assert methods.build("local_support_matching", {"k": 1, "sampled_token": "tail"}).support.with_sampled
 
 
+# --- tokens that a teacher's list lacks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["raw", "stop_gradient"])
+def test_filled_teacher_logp_has_no_value_and_pushes_only_raw(form: str):
+    """The released code of Many Faces takes the student's own log-prob for a token that the teacher's list lacks."""
+    z = STUDENT.clone().requires_grad_()
+    filled = STUDENT.log_softmax(-1)[SUPPORT]
+    value = on_support("reverse_kl", z.log_softmax(-1)[SUPPORT], filled, form)
+    (gradient,) = torch.autograd.grad(value, z)
+    close(value.detach(), 0.0)
+    close(gradient, GRAD_P_S if form == "raw" else torch.zeros(V))
+
+
 # --- discounted credit -----------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,10 @@ With gamma = 1 and a sum over tokens the expected gradient is that of the KL bet
 gets credit for all later tokens. The variance grows with the length (2603.25562 eq. 1-3). With tools the released code
 ends the sum at an untrained token, so that a turn has no credit for later turns; here it goes on by default.
 
+The log-ratio is not clipped, as in slime (THUDM/slime, which adds it to the advantage of any estimator) and in the
+released code of 2605.11182, a fork of slime, which sets it to 0 where the teacher's server gives no log-prob. The
+released code of 2603.25562 can clip it to +-5 (`clip_log_ratio`, off by default).
+
 Differs from the paper: with gamma = 0, p in A_t is the student during the update, not the log-prob recorded during
 sampling; on policy they are equal up to rounding. With gamma > 0 it is the record: the sum needs the whole response.
 """
