@@ -51,7 +51,6 @@ from opd.types import Average, Credit, MakeMemory
 
 
 def anti_sd(
-    form: Literal["paper", "released"] = "paper",
     strength: float = 0.5,
     gate: bool = True,
     closes_below: float = 0.93,
@@ -63,6 +62,7 @@ def anti_sd(
     average: Average = "sequence",
     temperature: float = 1.0,
     allow_sign_conflict: bool = False,
+    form: Literal["paper", "released"] = "paper",
 ) -> Method:
     """GRPO with a bounded move away from the solution-reading self.
 

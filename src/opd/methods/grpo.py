@@ -29,10 +29,10 @@ def grpo(
     variant: Literal["grpo", "dr_grpo"] = "grpo",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    epsilon: float = 1e-4,
     length: int | None = None,
     temperature: float = 1.0,
+    dual_clip: float | None = None,
+    epsilon: float = 1e-4,
 ) -> Method:
     """Reinforcement learning with group-relative advantages; `length` is Dr.GRPO's constant divisor in tokens."""
     if variant == "dr_grpo" and length is None:

@@ -45,10 +45,10 @@ def opd(
     average: Average = "sequence",
     importance: bool = False,
     gamma: float = 0.0,
-    across_turns: bool = True,
     mask_tokens: tuple[str | tuple[int, ...], ...] = (),
     mask: Literal["first", "every"] = "first",
     temperature: float = 1.0,
+    across_turns: bool = True,
 ) -> Method:
     """The log-ratio of each sampled token as its advantage; `gamma` adds the discounted log-ratios of later tokens.
 

@@ -36,10 +36,10 @@ def ropd(
     advantage: Literal["standardised", "centred"] = "standardised",
     clip_low: float = 0.2,
     clip_high: float = 0.2,
-    dual_clip: float | None = None,
-    epsilon: float = 1e-4,
     average: Average = "token",
     temperature: float = 1.0,
+    dual_clip: float | None = None,
+    epsilon: float = 1e-4,
 ) -> Method:
     """Reinforcement learning from a rubric built on a teacher's texts, each response relative to its group."""
     against_group = credit.group_reward(divide_by_std=advantage == "standardised", epsilon=epsilon)
