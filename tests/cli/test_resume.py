@@ -154,6 +154,13 @@ REMEMBERING: dict[str, dict[str, Any]] = {
         "reward": {"name": "final_number"},
         "sampling": {"max_completion_length": 3, "n": 2},
     },
+    "anti_sd released": {
+        "method": "anti_sd",
+        "options": {"template": "{privileged_context}{prompt}", "form": "released", "solution": "answer", "warm_up": 4},
+        "teacher": None,
+        "reward": {"name": "final_number"},
+        "sampling": {"max_completion_length": 3, "n": 2},
+    },
     "prune_opd": {
         "method": "prune_opd",
         "options": {"k": 4, "drop": 0.4, "budget": 6, "budget_min": 2, "budget_max": 8, "budget_step": 1, "margin": 1},
@@ -199,7 +206,10 @@ def test_resume_restores_method_memory(tmp_path: Path, forks: Forks, stage: dict
     saved = spoilt / "run/distil/checkpoints/step_000003"
     loaded = checkpoint.load(saved)
     assert loaded.state["method"]
-    forgetful = {name: dict.fromkeys(state, 1) for name, state in loaded.state["method"].items()}
+    forgetful = {
+        name: {key: [1.0] if isinstance(value, list) else 1 for key, value in state.items()}
+        for name, state in loaded.state["method"].items()
+    }
     checkpoint.save(saved.parent, 3, tensors=loaded.tensors, state=loaded.state | {"method": forgetful})
     assert forks.start(spoilt, *TRAIN).code == 0
     assert left(spoilt / "run")["distil/metrics.jsonl"] != left(whole / "run")["distil/metrics.jsonl"]
