@@ -137,7 +137,7 @@ def evaluate(
     quiet_libraries()
     set_waiting(say)
     from opd.commands.eval import evaluate_model
-    from opd.recipe.tree import parse_value
+    from opd.recipe.yaml_text import parse_value
 
     if options and reward is None:
         raise ConfigError(

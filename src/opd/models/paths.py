@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.errors import ConfigError, nearest
+from opd.files import expanded
 from opd.models.adapters import adapter_settings
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
@@ -52,7 +53,7 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
     assert spec.path is not None
     label = where or f"models.{name}.path"
     path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_file() and local.suffix == ".gguf":
         return local
     if local.is_dir():

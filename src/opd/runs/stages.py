@@ -46,7 +46,7 @@ def run_recipe(
     """
     given = given or Given()
     with world.main_first():
-        prepared = check_stages(recipe, given, processes=world.size).prepared
+        checked = check_stages(recipe, given, processes=world.size)
         directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
     trackers = ReportWriter(
         recipe.report_to if world.main else (),
@@ -59,6 +59,8 @@ def run_recipe(
     with closing(trackers), shown, clock_at(directory.started):
         if directory.replaced:
             shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
+        for line in checked.notes:
+            shown.note(line)
         session = Session(
             recipe=recipe, given=given, directory=directory, progress=shown, trackers=trackers, world=world
         )
@@ -68,10 +70,10 @@ def run_recipe(
                 shown.note(f"{spec.name}: already done")
                 continue
             shown.stage(spec.name, spec.steps)
-            for name, task in prepared[spec.name].tasks.items():
+            for name, task in checked.prepared[spec.name].tasks.items():
                 for line in task.notes:
                     shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
-            stage = build(session, spec, prepared[spec.name])
+            stage = build(session, spec, checked.prepared[spec.name])
             student = stage.student if world.size == 1 else None  # a sharded one is not whole
             before = rehearse(recipe, stage, given, directory)
             outcome = train(stage)
