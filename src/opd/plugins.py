@@ -67,6 +67,8 @@ def check_options(
 def packaged(path: str) -> Path:
     """`package:NAME/FILE` -> the file in an installed package, without importing it. Raises DataError."""
     package, _, rest = path.removeprefix("package:").partition("/")
+    if not package or not rest:
+        raise DataError(f"{path!r} names no file of an installed package. Write package:NAME/FILE.")
     try:
         found = importlib.util.find_spec(package)
     except (ImportError, ValueError):  # of a name such as `a.b` without `a`, or the empty one

@@ -12,6 +12,7 @@ import torch
 
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
+from opd.models.paths import looks_local, near_path
 from opd.models.tokenizer_files import load_tokenizer
 from opd.recipe.schema import ModelSpec
 
@@ -139,9 +140,11 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
     if spec.tokenizer is None:
         raise ConfigError(f"models.{name}: a new model needs `tokenizer: {{characters: ...}}` or a tokenizer's path.")
     if isinstance(spec.tokenizer, str):
-        local = expanded(spec.tokenizer)
-        path = local if local.is_dir() else spec.tokenizer
-        return load_tokenizer(path, trust_remote_code=False, where=f"models.{name}.tokenizer")
+        local, where = expanded(spec.tokenizer), f"models.{name}.tokenizer"
+        if not local.is_dir() and (looks_local(spec.tokenizer) or local.exists()):
+            problem = "is not a folder" if local.exists() else "does not exist"
+            raise ConfigError(f"{where}: {local} {problem}.{near_path(local)} Give a tokenizer's folder or hub id.")
+        return load_tokenizer(local if local.is_dir() else spec.tokenizer, trust_remote_code=False, where=where)
     return character_tokenizer(spec.tokenizer.characters, spec.tokenizer.merges)
 
 

@@ -73,11 +73,15 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
                 f"{remedy}"
             )
         return files[0]
-    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
-    if looks_local or local.suffix == ".gguf" or local.exists():
+    if looks_local(str(path)) or local.suffix == ".gguf" or local.exists():
         problem = f"{local} is not a model folder" if local.exists() else f"{local} does not exist"
         raise ConfigError(f"{label}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
     return str(path)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path cannot be a hub id."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
 def near_path(path: Path) -> str:

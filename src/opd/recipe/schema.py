@@ -35,7 +35,7 @@ class Lora(Section):
 class Characters(Section):
     """A tokenizer with one token per character, and one per pair in `merges`, which joins that pair everywhere."""
 
-    characters: str
+    characters: Text
     merges: list[tuple[str, str]] = []  # in order of application
 
 
@@ -54,7 +54,7 @@ class ModelSpec(Section):
     from_stage: str | None = None  # the model that this stage trained
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
     options: dict[str, Any] = {}  # of `scorer`
-    tokenizer: str | Characters | None = None  # for `init`
+    tokenizer: Text | Characters | None = None  # for `init`
     seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights

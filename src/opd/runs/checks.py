@@ -113,9 +113,9 @@ def check_models(recipe: Recipe, spec: StageSpec, given: Given, seen: set[str]) 
         origin, own = origin_of(recipe, name), recipe.models[name]
         device_of(own, f"models.{name}")
         lines += known_weights(origin, name)
-        check_new(origin, name, recipe.seed)
         if own.lora is not None:
             check_lora(own, origin, name)
+        check_new(origin, name, recipe.seed)
     check_judges(recipe, spec, given)
     return lines
 
