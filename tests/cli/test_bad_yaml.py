@@ -49,9 +49,7 @@ BAD: dict[str, tuple[bytes, str]] = {
     "deep": (b"name: " + b"[" * 3000 + b"]" * 3000, "line 1, column 106: more than 100 levels of nesting"),
     "aliases of aliases": (
         b"a: &a [x, x, x, x, x, x, x, x, x, x]\n"
-        + b"".join(
-            b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 10)) for n in range(ord("b"), ord("g"))
-        ),
+        + b"".join(b"%c: &%c [%s]\n" % (n, n, b", ".join([b"*%c" % (n - 1)] * 10)) for n in range(ord("b"), ord("g"))),
         "more than 100,000 values",
     ),
     "key twice": (

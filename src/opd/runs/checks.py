@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 from opd.data.order import PromptOrder
 from opd.errors import ConfigError, RunError
+from opd.files import refused
 from opd.models.loading import check_new, device_of
 from opd.models.lora_targets import check_targets
 from opd.models.preview import known_config, known_weights, tokenizer_of, without_weights
@@ -65,17 +67,17 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
 
 def check_output_dir(folder: Path) -> None:
     """Refuse a run's folder that cannot be made or written to. Creates nothing. Raises RunError."""
+    whole = folder.absolute()
     try:
-        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        there = next(place for place in (whole, *whole.parents) if place.exists())
     except OSError as error:
-        raise RunError(
-            f"output_dir: {folder} cannot be a folder: {error.strerror or error}. Use another one."
-        ) from error
+        raise refused(folder, error) from error
+    if there == whole and not there.is_dir():
+        raise RunError(f"{folder} is a file, and a run needs a folder. Use another output_dir=..., or move the file.")
     if not there.is_dir():
-        what = f"{folder} is" if there == folder.absolute() else f"{folder} is below {there},"
-        raise RunError(f"{what} a file, and a run needs a folder. Use another output_dir=..., or move the file.")
+        raise refused(folder, NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR)))
     if not os.access(there, os.W_OK | os.X_OK):
-        raise RunError(f"output_dir: {there} cannot be written to. Allow writing there, or use another output_dir=...")
+        raise refused(folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
 
 
 def unused_settings(spec: StageSpec, order: PromptOrder) -> list[str]:

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +31,7 @@ from typing import Any
 from filelock import BaseFileLock
 
 from opd.errors import ConfigError, RunError
-from opd.files import GIB, append_line, check_finite, read_lines, read_table, refused, write_atomically, write_table
+from opd.files import append_line, check_finite, read_lines, read_table, refused, write_atomically, write_table
 from opd.stage.claim import LOCK, clear, lock_folder, made_progress
 
 _RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tensorboard", "wandb"})
@@ -271,17 +270,6 @@ def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
         f"{path} holds a run of another recipe:\n{difference}\n{running}Use another output_dir=... to keep both, or "
         "remove the folder to start again there."
     )
-
-
-def check_space(path: Path, needed: int) -> None:
-    """Raise RunError when the disk under `path` has fewer than `needed` bytes free."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise RunError(
-            f"{path} has {free / GIB:.2f} GiB free, and this run needs about {needed / GIB:.2f} GiB for its "
-            "checkpoints. Free space there, use an output_dir=... on another disk, or keep fewer checkpoints."
-        )
 
 
 def _started(path: Path) -> datetime:
