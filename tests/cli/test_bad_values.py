@@ -82,10 +82,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "eps of 0": (optimizer(eps=0), "`stages.0.optimizer.eps`: Input should be greater than 0 (got 0)"),
     "eps negative": (optimizer(eps=-1), "`stages.0.optimizer.eps`: Input should be greater than 0 (got -1)"),
     "eps infinite": (optimizer(eps=INF), "`stages.0.optimizer.eps`: Input should be a finite number"),
-    "warm-up beyond the end": (
-        optimizer(warmup_steps=3),
-        "`optimizer.warmup_steps` is 3 and `steps` is 2, so the learning rate would never be reached",
-    ),
     # sampling
     "temperature infinite": (sampling(temperature=INF), "`stages.0.sampling.temperature`: Input should be a finite"),
     "temperature tiny": (sampling(temperature=1e-300), "divided by less than 1e-6, logits overflow: give 0"),
@@ -259,6 +255,10 @@ MODELS = {"student": tiny_model(2), "teacher": tiny_model(1), "spare": {"path": 
             "distil: task rare has the share 1e-300 and no prompt in the 2 steps: 1e+300 steps come before its first",
         ),
         (
+            optimizer(warmup_steps=20, learning_rate=1e-3),
+            "distil: optimizer.warmup_steps is 20 and steps is 2, so the learning rate ends at 10% of 0.001",
+        ),
+        (
             sampling(temperature=0, n=2),
             "distil: sampling draws 2 responses to each prompt at temperature 0, and they are all the same",
         ),
@@ -267,7 +267,7 @@ MODELS = {"student": tiny_model(2), "teacher": tiny_model(1), "spare": {"path": 
             "distil: evaluate.sampling.greedy draws 3 responses to each prompt at temperature 0",
         ),
     ],
-    ids=["unused model", "share of a task", "greedy responses", "greedy evaluation"],
+    ids=["unused model", "share of a task", "warm-up beyond the end", "greedy responses", "greedy evaluation"],
 )
 def test_check_shows_settings_without_effect(recipe: dict[str, Any], said: str):
     ended = check(recipe)

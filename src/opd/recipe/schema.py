@@ -288,15 +288,6 @@ class StageSpec(Section):
     save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
     save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
-    @model_validator(mode="after")
-    def _warms_up(self) -> StageSpec:
-        if self.optimizer.warmup_steps > self.steps:
-            raise ValueError(
-                f"`optimizer.warmup_steps` is {self.optimizer.warmup_steps} and `steps` is {self.steps}, so the "
-                "learning rate would never be reached: lower `warmup_steps`, or raise `steps`"
-            )
-        return self
-
     @property
     def by_task(self) -> dict[str | None, TaskSection]:
         """The tasks by name. A stage without tasks has a single task, named None."""

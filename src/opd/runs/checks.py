@@ -81,8 +81,14 @@ def check_output_dir(folder: Path) -> None:
 
 
 def unused_settings(spec: StageSpec, order: PromptOrder) -> list[str]:
-    """Lines about settings of a stage without effect: tasks that no step takes, and several greedy responses."""
+    """Lines about settings of a stage without effect: an unreached rate, unused tasks, several greedy responses."""
     lines: list[str] = []
+    warmup, rate = spec.optimizer.warmup_steps, spec.optimizer.learning_rate
+    if warmup > spec.steps:
+        lines.append(
+            f"optimizer.warmup_steps is {warmup} and steps is {spec.steps}, so the learning rate ends at "
+            f"{spec.steps / warmup:.0%} of {rate:g}"
+        )
     names = list(spec.by_task)
     for task, first in order.unused_tasks(spec.steps).items():
         lines.append(
