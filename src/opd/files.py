@@ -25,7 +25,7 @@ def expanded(path: str | Path) -> Path:
     if "\0" in text or not is_unicode(text):
         raise ConfigError(f"The path {text!r} holds a character that no path has. Correct it.")
     try:
-        return Path(path).expanduser()
+        return Path(path).expanduser() if text.startswith("~") else Path(path)  # a folder `./~` is none
     except RuntimeError as error:
         name = text.partition("/")[0]
         raise ConfigError(

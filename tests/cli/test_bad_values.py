@@ -161,7 +161,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "A text is one regular expression for whole names",
     ),
     "pattern that is none": (student(lora={"target_modules": "(["}), "'([', which does not compile: unterminated"),
-    "no module": (student(lora={"target_modules": []}), "List should have at least 1 item"),
+    "no module": (student(lora={"target_modules": []}), "it names no module: give a list of names, or all"),
     "module without weights": (student(lora={"target_modules": ["input_layernorm"]}), "LlamaRMSNorm((16,), eps=1e-06)"),
     "output layer": (
         student(lora={"target_modules": ["lm_head"]}),
@@ -328,6 +328,27 @@ def _errors(section: type[Section], name: str, value: Any) -> list[str]:
     except ValidationError as error:
         return [one["type"] for one in error.errors() if one["loc"][:1] == (name,)]
     return []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("eval", "model", "held_out.jsonl", "--seed", "-1"), "Input should be greater than or equal to 0"),
+        (("doctor", "recipe.yaml", "--seed", "-1"), "Input should be greater than or equal to 0"),
+        (("eval", "", "held_out.jsonl"), "opd eval got an empty path of a model"),
+        (("eval", "model", "held_out.jsonl", "--teacher", ""), "opd eval got an empty path of a model"),
+        (("eval", "~nouser/x", "held_out.jsonl"), "begins with ~nouser, a home folder that does not exist"),
+        (("check", "."), "There is no recipe at ."),
+        (("check", "a\0b"), "The path 'a\\x00b' holds a character that no path has"),
+        (("check", "recipe.yaml", "stages.².steps=1"), "Override stages.²: no such entry"),
+        (("check", "recipe.yaml", "a..b=1"), "unknown key `a`"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_commands_refuse_bad_arguments(arguments: tuple[str, ...], said: str):
+    ended = command(*arguments)
+    assert ended.code == 2
+    assert said in ended.err, ended.err
 
 
 def test_gradient_norm_may_be_infinite():

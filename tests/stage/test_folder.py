@@ -244,6 +244,7 @@ def test_open_raises_run_error_when_writing_is_denied(tmp_path: Path, monkeypatc
     assert names(tmp_path) == [".lock"]
 
 
+@pytest.mark.parametrize("name", ["", ".hidden", "a/b", "..", "recipe.yaml", "tensorboard"])
 def test_stage_refuses_name_that_is_no_folder(tmp_path: Path, name: str):
     with pytest.raises(
         ConfigError, match=re.escape(f"A stage cannot be named {name!r}: its folder has the same name.")

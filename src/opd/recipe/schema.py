@@ -26,10 +26,17 @@ Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", 
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
+def _named(modules: str | list[str]) -> str | list[str]:
+    if not modules or (isinstance(modules, list) and "" in modules):
+        raise ValueError("it names no module: give a list of names, or all-linear")
+    return modules
+
+
 class Lora(Section):
     rank: Int = Field(default=16, ge=1, le=8192)
     alpha: Float = Field(default=32.0, gt=0)
-    target_modules: Text | Annotated[list[Text], Field(min_length=1)] = "all-linear"  # names, or one regular expression
+    # Names, or one regular expression.
+    target_modules: Annotated[str | list[str], AfterValidator(_named)] = "all-linear"
 
 
 class Characters(Section):
@@ -54,7 +61,7 @@ class ModelSpec(Section):
     from_stage: str | None = None  # the model that this stage trained
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
     options: dict[str, Any] = {}  # of `scorer`
-    tokenizer: Text | Characters | None = None  # for `init`
+    tokenizer: str | Characters | None = None  # for `init`
     seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights

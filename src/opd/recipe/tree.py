@@ -95,7 +95,7 @@ def _descend(node: Any, part: str, where: str) -> tuple[str, Any]:
     """(the key or the position of a part, its value; an empty mapping for a missing one)."""
     if isinstance(node, list):
         names = [str(item.get("name")) for item in node if isinstance(item, dict)]
-        at = names.index(part) if part in names else int(part) if part.isdigit() else len(node)
+        at = names.index(part) if part in names else int(part) if part.isdecimal() else len(node)
         if at < len(node):
             return str(at), node[at]
         raise ConfigError(f"Override {where}: no such entry.{nearest(part, names)} There are {names}.")
