@@ -83,7 +83,8 @@ def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Meth
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
         for p in signature.parameters.values()
     }
-    schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=False, allow_inf_nan=False), **fields)
+    own = function not in METHODS.values()  # whose options may be infinite
+    schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=False, allow_inf_nan=own), **fields)
     booleans = [key for key, value in options.items() if isinstance(value, bool) and not _takes_booleans(hints, key)]
     if booleans:  # pydantic would read them as 1 and 0
         raise ConfigError(f"Method {name!r}:\n  option `{booleans[0]}` is a number (got {options[booleans[0]]})")
