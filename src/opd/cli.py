@@ -86,7 +86,7 @@ def doctor(
     stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher (or the student itself)")] = None,
     task: Annotated[str | None, typer.Option(help="One of the stage's tasks, if it has tasks")] = None,
     prompts: Annotated[int, typer.Option(help="The number of the stage's prompts to use")] = 16,
-    seed: Annotated[int | None, typer.Option(help="Seed of the sample; default: the recipe's")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sample; default: the recipe's")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
 ) -> None:
     """Before a run: will this teacher teach this student? Verdict, reasons, remedies. Exit status 3 for stop."""
@@ -131,7 +131,7 @@ def evaluate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
     teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
 ) -> None:
     """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
     from opd.commands.waiting import set_waiting
@@ -142,8 +142,10 @@ def evaluate(
     quiet_libraries()
     set_waiting(say)
     from opd.commands.eval import evaluate_model
-    from opd.recipe.tree import parse_value
+    from opd.recipe.yaml_text import parse_value
 
+    if not model or teacher == "":
+        raise ConfigError("opd eval got an empty path of a model. Give a folder, a hub id or a GGUF file.")
     if options and reward is None:
         raise ConfigError(
             f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "

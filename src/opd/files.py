@@ -16,6 +16,33 @@ from opd.errors import ConfigError, DataError, RunError, TrainingError
 GIB = 1 << 30
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with a home folder in place of `~` or `~USER`. Every path of a user comes through here.
+
+    Raises ConfigError for a user without a home folder, and for a path that no file system has.
+    """
+    text = str(path)
+    if "\0" in text or not is_unicode(text):
+        raise ConfigError(f"The path {text!r} holds a character that no path has. Correct it.")
+    try:
+        return Path(path).expanduser() if text.startswith("~") else Path(path)  # a folder `./~` is none
+    except RuntimeError as error:
+        name = text.partition("/")[0]
+        raise ConfigError(
+            f"The path {text!r} begins with {name}, a home folder that does not exist. Write ./{text} "
+            "for a folder of that name, or the whole path."
+        ) from error
+
+
+def is_unicode(text: str) -> bool:
+    """Whether the text has no half of a surrogate pair, which UTF-8 cannot hold."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 _GO_ON = "Free space or allow writing there, then start the same command again."
 
 

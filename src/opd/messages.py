@@ -22,15 +22,22 @@ ROLES = {
 
 
 def fields_of(what: str, pattern: str, known: Sequence[str], needed: str | None = None) -> set[str]:
-    """The fields of a pattern. Raises ConfigError for an unknown field, or without the needed field."""
+    """The fields of a pattern. Raises ConfigError for an unknown field, a format, or without the needed field."""
     listed = ", ".join(f"{{{name}}}" + (" (needed)" if name == needed else "") for name in known)
     try:
-        fields = {name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None}
+        found = [part for part in string.Formatter().parse(pattern) if part[1] is not None]
     except ValueError as error:
         raise ConfigError(
             f"{what} has braces that do not match: {error}, in {pattern!r:.80}. Write a literal brace twice. "
             f"The fields are {listed}."
         ) from error
+    fields = {str(name) for _, name, _, _ in found}
+    for _, name, form, conversion in found:
+        if form or conversion:
+            raise ConfigError(
+                f"{what} formats the field {{{name}}} with {f'!{conversion}' if conversion else f':{form}'!r}: a model "
+                f"would read another text than the data's. Write {{{name}}} alone."
+            )
     if fields - set(known) or (needed is not None and needed not in fields):
         raise ConfigError(f"{what} has the fields {listed}; got {sorted(fields)}. Write a literal brace twice.")
     return fields

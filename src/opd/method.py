@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from opd.errors import ConfigError
 from opd.pieces.contexts import same_prompt
 from opd.pieces.credit import no_credit
 from opd.pieces.filters import everything
@@ -36,6 +37,10 @@ from opd.types import (
 PIECES = ("source", "filter", "context", "credit", "weight", "signal", "normalise", "update")
 
 
+# Divided by less, float32 logits overflow; divided by more, they are equal to rounding.
+TEMPERATURES = (1e-6, 1e6)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
     """The choices of a paper. Uses no device, process group or file.
@@ -56,6 +61,15 @@ class Method:
     update: Update = optimizer_step()  # what the step does with the gradient
     memory: Mapping[str, MakeMemory] = field(default_factory=dict[str, MakeMemory])  # makers of the pieces' memory
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a temperature by which logits cannot be divided."""
+        least, most = TEMPERATURES
+        if not least <= self.temperature <= most:
+            raise ConfigError(
+                f"The method's `temperature` is {self.temperature}. It divides the logits of student and teacher: give "
+                f"a number from {least:g} to {most:g}; 1 leaves the logits as they are."
+            )
 
     @property
     def needs(self) -> Needs:

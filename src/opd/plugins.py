@@ -23,7 +23,7 @@ def import_function(reference: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # any line of the user's module may raise
+    except (Exception, SystemExit) as error:  # any line of the user's module may raise or exit
         raise ConfigError(
             f"{reference}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
             "Correct the name, install the package, or run in the folder of its file."
@@ -67,7 +67,12 @@ def check_options(
 def packaged(path: str) -> Path:
     """`package:NAME/FILE` -> the file in an installed package, without importing it. Raises DataError."""
     package, _, rest = path.removeprefix("package:").partition("/")
-    found = importlib.util.find_spec(package)
+    if not package or not rest:
+        raise DataError(f"{path!r} names no file of an installed package. Write package:NAME/FILE.")
+    try:
+        found = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a name such as `a.b` without `a`, or the empty one
+        found = None
     if found is None or not found.submodule_search_locations:
         raise DataError(
             f"{path}: the package {package!r} is not installed. Install it with "

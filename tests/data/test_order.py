@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
+import random
 from collections import Counter
 from fractions import Fraction
 
 import pytest
 
-from opd.data.order import PromptOrder, interleave
+from opd.data.order import PromptOrder, first_turn, interleave
 from opd.types import Prompt
 
 
@@ -112,3 +114,20 @@ def test_different_at_least_is_never_below_half_of_step():
     """So that no step with twice as many prompts as processes has to be taken to know that each gets its own."""
     one = order(1000, 400, shares=(0.7, 0.2), count=16)
     assert min(one.different_at_least(step) for step in range(20_000)) == 8
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_first_turn_is_place_in_interleaved_sequence(seed: int):
+    """Counted: the position of a task's first turn among the turns themselves, ties included."""
+    rng = random.Random(seed)
+    shares = [rng.choice([0.1, 0.25, 1.0, 1.0, 3.0, 7.5]) for _ in range(rng.randint(1, 5))]
+    turns = [task for task, _ in interleave(shares, first=0, count=600)]
+    for task in range(len(shares)):
+        assert first_turn(shares, task) == turns.index(task)
+
+
+def test_first_turn_of_tiny_share_is_exact():
+    assert first_turn([1.0, 1e-300], 1) == math.ceil((1 / Fraction(1e-300) - 1) / 2)
+    order = PromptOrder(prompts=([], []), shares=(1.0, 0.01), count=4, seed=0, mixed=True)
+    assert order.unused_tasks(12) == {1: 12}
+    assert order.unused_tasks(13) == {}

@@ -174,7 +174,7 @@ def test_load_model_notes_that_cuts_are_unknown(tmp_path, monkeypatch, name):
         assert re.match(r"student: .*model\.gguf states (no pre-tokenizer|the pre-tokenizer 'of-next-year')", note)
         assert note.removeprefix("student: ") in known_weights(ModelSpec(path=str(file)), "student")[0]
     folder = gguf.convert_gguf(file)
-    tokenizer = load_tokenizer(folder, ModelSpec(path=str(folder)), "student")
+    tokenizer = load_tokenizer(folder, trust_remote_code=False, where="student")
     assert pieces(tokenizer, "x 12") == ["x", "Ġ", "1", "2"]
 
 
@@ -186,11 +186,11 @@ def test_load_tokenizer_keeps_cuts_when_kind_has_own_class(tmp_path, monkeypatch
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
     file, _ = model_file(tmp_path / "model.gguf", "qwen2", vocabulary=byte_level(["1234"], **{"<eos>": CONTROL}))
     folder = gguf.convert_gguf(file)
-    tokenizer = load_tokenizer(folder, ModelSpec(path=str(folder)), "student")
+    tokenizer = load_tokenizer(folder, trust_remote_code=False, where="student")
     assert pieces(tokenizer, "1234") == ["1234"]  # AutoTokenizer cuts a qwen2's digits apart
     tokenizer.save_pretrained(tmp_path / "trained")
     (tmp_path / "trained/config.json").write_text((folder / "config.json").read_text())
-    again = load_tokenizer(tmp_path / "trained", ModelSpec(path="trained"), "student")
+    again = load_tokenizer(tmp_path / "trained", trust_remote_code=False, where="student")
     assert pieces(again, "1234") == ["1234"]
 
 

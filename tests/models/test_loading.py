@@ -49,7 +49,7 @@ def test_character_tokenizer_decodes_encoded_text():
         (
             {"init": {"model_type": "llama", "hidden_size": "4"}, "tokenizer": {"characters": "a"}},
             ConfigError,
-            "init is no llama config: .*'hidden_size' expected int, got str",
+            "transformers makes no llama model of `init`: .*'hidden_size' expected int, got str",
         ),
         ({"init": {"model_type": "t5"}, "tokenizer": {"characters": "a"}}, ConfigError, "init is a t5 model, of which"),
     ],
@@ -113,7 +113,7 @@ def test_load_tokenizer_suggests_near_path_when_id_is_misspelt(tmp_path, monkeyp
     Path("teacher").mkdir()
     Path("runs/mine").mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"hub id\. Did you mean '(teacher|mine)'\?"):
-        loading.load_tokenizer(path, ModelSpec(path=path), "teacher")
+        loading.load_tokenizer(path, trust_remote_code=False, where="models.teacher.path")
 
 
 def test_load_model_reads_tokenizer_from_path(tmp_path):

@@ -202,7 +202,8 @@ DATA = {"path": "x"}
 def test_parse_recipe_suggests_near_key_when_unknown(key: str, near: str, override: str):
     message = refused(recipe(), override)
     line = next(line for line in message.splitlines() if "unknown key" in line)
-    assert line.startswith(f"  unknown key `{key}`. Did you mean {near!r}? Known here: ")
+    place = override.partition("=")[0]
+    assert line.startswith(f"  override {place}: unknown key `{key}`. Did you mean {near!r}? Known here: ")
     assert near in line.split("Known here: ")[1].split(", ")
 
 
@@ -298,7 +299,7 @@ def test_parse_recipe_cuts_long_value_in_error():
 def test_load_recipe_error_names_file(tmp_path: Path):
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(recipe(seed="x")))
-    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid:\n  `seed`"):
+    with pytest.raises(ConfigError, match=r"mine\.yaml is not valid:\n  line 7: `seed`"):
         load_recipe(file)
 
 

@@ -544,5 +544,5 @@ def test_author_takes_recipe_model_and_judge_needs_template(tmp_path: Path, monk
     monkeypatch.chdir(prepare(tmp_path / "bad", bad))
     ended = command("train", "recipe.yaml")
     assert ended.code == 2
-    assert "is a list of messages, but" in ended.err
+    assert "teacher is the judge of the reward, and its questions are conversations" in ended.err
     assert "has no chat template" in ended.err

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.gguf_files import write_file
 from support.models import byte_tokenizer, tiny
 from support.runs import EVALUATE, command, forbid, one_stage, prepare, self_taught, tiny_model, write_rows
 
@@ -144,7 +145,7 @@ def test_check_labels_lines_with_tasks():
 
 
 def test_check_says_that_gguf_is_shown_when_it_loads(work: Path, monkeypatch: pytest.MonkeyPatch):
-    (work / "model.gguf").write_bytes(b"GGUF")
+    write_file(work / "model.gguf", {"general.architecture": "llama"})
     monkeypatch.setattr(gguf, "cached_gguf", lambda file: None)
     recipe = one_stage(method="sft", teacher=None)
     recipe["models"] = {"student": {"path": "model.gguf"}}

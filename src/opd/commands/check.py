@@ -19,7 +19,7 @@ def check_recipe(recipe: Recipe) -> list[str]:
     from opd.runs.prepare import Given
 
     checked = check_stages(recipe, Given())
-    lines: list[str] = []
+    lines = list(checked.notes)
     for spec in recipe.stages:
         lines += described(spec, checked.prepared[spec.name])
         lines += [f"  {line}" for line in checked.lines[spec.name]]

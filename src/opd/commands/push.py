@@ -10,6 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineMod
 from huggingface_hub.utils import validate_repo_id
 
 from opd.errors import ConfigError, RunError, nearest
+from opd.files import expanded
 
 # The HTTP client's own base of errors. Versions of huggingface_hub use different clients.
 CLIENT_ERROR: type[Exception] = HfHubHTTPError.__mro__[1]
@@ -33,7 +34,7 @@ def push(
 
     Raises ConfigError for a wrong argument or a missing token, RunError if the hub cannot be reached or refuses.
     """
-    folder = folder_of(Path(run).expanduser(), stage, "adapter" if adapter else None)
+    folder = folder_of(expanded(run), stage, "adapter" if adapter else None)
     _check_repo(repo)
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     for file in files:

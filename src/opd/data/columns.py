@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import mimetypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.data.files import ArrowRow
 from opd.errors import DataError, nearest
+from opd.files import is_unicode
 from opd.messages import conversation, text_of, text_or_none
 from opd.recipe.schema import DataSection
 from opd.types import Prompt
@@ -90,6 +91,30 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     )
     prompt, of_answer = without_answer(prompt, where, section)
     return prompt, list(dict.fromkeys([*said, *of_answer]))
+
+
+def check_unicode(prompt: Prompt, where: str) -> None:
+    """Raise DataError, beginning with `where`, for half of a surrogate pair in a text of the prompt.
+
+    JSON may hold one, such as the first half of a cut emoji. Tokenizers and UTF-8 files do not.
+    """
+    texts = (prompt.content, prompt.answer, prompt.response, prompt.privileged_context, prompt.prefill)
+    bad = next((text for value in (*texts, *prompt.tools) for text in _texts_of(value) if not is_unicode(text)), None)
+    if bad is not None:
+        raise DataError(
+            f"{where}: the text {bad!r:.80} holds half of a surrogate pair, most often of a cut emoji, and no "
+            "tokenizer reads it. Correct the text, or leave the row out."
+        )
+
+
+def _texts_of(value: Any) -> Iterator[str]:
+    """All texts in a value, at any depth."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (text for one in value.values() for text in _texts_of(one))
+    elif isinstance(value, (list, tuple)):
+        yield from (text for one in value for text in _texts_of(one))
 
 
 def _for_template(row: Mapping[str, Any], source: Mapping[str, str], where: str) -> tuple[dict[str, Any], bool]:

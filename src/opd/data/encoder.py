@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from opd.data.similarity import Embeddings
 from opd.errors import ConfigError, incomplete
-from opd.files import tensor_shapes
+from opd.files import expanded, tensor_shapes
 
 BATCH = 64
 
@@ -61,7 +60,9 @@ def load_encoder(path: str) -> Encoder:
     from safetensors import SafetensorError
     from transformers import AutoModel, AutoTokenizer
 
-    for file in sorted(Path(path).glob("*.safetensors")):
+    local = expanded(path)
+    path = str(local) if local.is_dir() else path
+    for file in sorted(local.glob("*.safetensors")):
         tensor_shapes(file, "`select.encoder`")  # names a damaged file
     how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
     try:

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import reprlib
+import sys
 import zlib
 from collections.abc import Iterator
 from functools import partial
@@ -66,27 +67,43 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = json.loads(line, object_pairs_hook=_object)
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"Line {number} of {path} is not valid JSON: {error.msg} at column {error.colno}, got "
-                f"{reprlib.repr(line)}. Every line of a .jsonl file is one JSON object; correct or remove the line."
+                f"Line {number} of {path} is not valid JSON: {_why(error)}, got {reprlib.repr(line)}. Every line of a "
+                ".jsonl file is one JSON object; correct or remove the line."
             ) from error
         yield f"Line {number} of {path}", row
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON. Raises ValueError for a key given twice, of which json would keep the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is given twice")
+    return found
+
+
+def _why(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    if isinstance(error, RecursionError):
+        return "its lists and objects are nested too deeply"
+    return f"an integer has more than {sys.get_int_max_str_digits()} digits" if "digits" in str(error) else str(error)
 
 
 def _json_rows(path: Path) -> Iterator[Row]:
     text = _read_text(path)
     try:
-        rows = json.loads(text) if text.strip() else []
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and not text.lstrip().startswith("["):  # one object per line, as in .jsonl
+        rows = json.loads(text, object_pairs_hook=_object) if text.strip() else []
+    except (ValueError, RecursionError) as error:
+        damaged = isinstance(error, json.JSONDecodeError)
+        if damaged and error.msg == "Extra data" and not text.lstrip().startswith("["):  # one object per line
             yield from _jsonl_rows(path)
             return
-        raise DataError(
-            f"Line {error.lineno} of {path} is not valid JSON: {error.msg} at column {error.colno}. "
-            "A .json file holds a list of objects."
-        ) from error
+        where = f"Line {error.lineno} of {path}" if damaged else str(path)
+        raise DataError(f"{where} is not valid JSON: {_why(error)}. A .json file holds a list of objects.") from error
     if not isinstance(rows, list):
         raise DataError(
             f"{path} holds a {type(rows).__name__}, but a .json file must hold a list of objects. Wrap it in []."
@@ -95,6 +112,7 @@ def _json_rows(path: Path) -> Iterator[Row]:
 
 
 def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)  # a prompt may be longer than the default, 131,072 characters
     reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, delimiter=delimiter)
     try:
         header = next(reader, [])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from math import ceil, lcm
 
 import numpy as np
 
@@ -54,6 +54,12 @@ class PromptOrder:
             firsts.setdefault(task, []).append(earlier)
         return [Span(task, earlier[0], len(earlier)) for task, earlier in sorted(firsts.items())]
 
+    def unused_tasks(self, steps: int) -> dict[int, int]:
+        """The tasks without a prompt in so many steps, by number, and how many steps come before their first prompt."""
+        turns = self.count if self.mixed else 1  # of a step
+        firsts = {task: first_turn(self.shares, task) // turns for task in range(len(self.shares))}
+        return {task: first for task, first in firsts.items() if first >= steps}
+
     def different_at_least(self, step: int) -> int:
         """The number of prompts of a step that are certainly different, computed without their order.
 
@@ -89,6 +95,20 @@ def interleave(shares: Sequence[float], *, first: int, count: int) -> list[tuple
             found.append((task, had[task]))
         had[task] += 1
     return found
+
+
+def first_turn(shares: Sequence[float], task: int) -> int:
+    """The number of turns before the first one of a task, in the sequence of `interleave`.
+
+    Task j has turns k with (k + 1/2) / p_j < 1 / (2 p_i), or = if j < i, before it.
+    """
+    fractions = [Fraction(share) for share in shares]
+    own = fractions[task]
+    before = 0
+    for other, share in enumerate(fractions):
+        latest = (share / own - 1) / 2  # k is below this
+        before += 0 if other == task else max(0, ceil(latest) + (other < task and latest == ceil(latest)))
+    return before
 
 
 def shuffled(prompts: Sequence[Prompt], *, first: int, count: int, seed: int) -> list[Prompt]:

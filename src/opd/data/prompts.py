@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.data.columns import COLUMNS, Converted, prompt_of, without_answer
+from opd.data.columns import COLUMNS, Converted, check_unicode, prompt_of, without_answer
 from opd.data.files import READERS, ArrowRow, Row, ending_of
 from opd.data.rows import FUNCTION, rows_of
 from opd.data.selection import Selected, check_selection, select
@@ -100,6 +101,7 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
 
 def _checked(prompt: Prompt) -> Prompt:
     """A Prompt of the caller's, whose messages a row could have, too."""
+    check_unicode(prompt, f"Prompt {prompt.id}")
     if isinstance(prompt.content, str):
         return prompt
     return replace(prompt, content=conversation(prompt.content, f"Prompt {prompt.id}"))
@@ -134,6 +136,8 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
                 f"{nearest(column, seen)} Its columns: {', '.join(seen)}."
             )
     pairs = [prompt_of(index, where, row, section) for index, (where, row) in enumerate(rows, start=section.skip)]
+    for (where, _), (prompt, _) in zip(rows, pairs, strict=True):
+        check_unicode(prompt, where)
     return [prompt for prompt, _ in pairs], seen, _counted([said for _, said in pairs], section)
 
 
@@ -164,7 +168,7 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
     """Raise DataError, with the number of rows, if prompts lack one of the columns `names`."""
     for name in names:
         values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
-        empty = [p.id for p, value in zip(prompts, values, strict=True) if value is None or value == ""]
+        empty = [p.id for p, value in zip(prompts, values, strict=True) if _is_empty(value)]
         if empty and name != "prompt":
             which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
             columns = f" Its columns: {', '.join(seen)}." if seen else ""
@@ -173,3 +177,8 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
                 f"This run needs `{name}` in every row, but {len(empty)} of {len(prompts)} rows of {source} have none "
                 f"(rows {which}).{meant}{columns} Fill it, or map it with `columns:`."
             )
+
+
+def _is_empty(value: Any) -> bool:
+    """None, an empty text, or NaN, which tables hold in place of a missing value."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

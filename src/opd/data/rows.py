@@ -12,6 +12,7 @@ from typing import Any
 from opd.data.files import READERS, ArrowRow, Row, ending_of, file_rows, missing
 from opd.data.gym import gym_task
 from opd.errors import ConfigError, DataError, OPDError, nearest
+from opd.files import expanded
 from opd.plugins import check_options, import_function, packaged
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
@@ -22,7 +23,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
     """The rows of `source`, in the forms of `DataSection.path`. Raises ConfigError or DataError."""
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source.startswith("package:"):
         return file_rows(packaged(source))
     if source.startswith("reasoning_gym:"):
@@ -51,7 +52,7 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
         if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
             raise TypeError(f"it returned a {type(rows).__name__}, but must return an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
-    except Exception as error:  # any line of the user's function may raise
+    except (Exception, SystemExit) as error:  # any line of the user's function may raise or exit
         why = str(error).removesuffix(".")
         raise DataError(f"{source} failed with {type(error).__name__}: {why}. Correct the function.") from error
 

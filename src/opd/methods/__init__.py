@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from pydantic import ConfigDict, ValidationError, create_model
 
@@ -75,12 +75,19 @@ def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Meth
     function = function_of(name) if isinstance(name, str) else name
     name = name if isinstance(name, str) else function.__name__
     signature = inspect.signature(function)
-    hints = get_type_hints(function)
+    try:
+        hints = get_type_hints(function)
+    except (NameError, TypeError, SyntaxError, AttributeError) as error:
+        raise ConfigError(f"Method {name!r}: a type in its signature cannot be read: {error}. Correct it.") from error
     fields: dict[str, Any] = {
         p.name: (hints.get(p.name, Any), ... if p.default is p.empty else p.default)
         for p in signature.parameters.values()
     }
-    schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=False), **fields)
+    own = function not in METHODS.values()  # whose options may be infinite
+    schema = create_model("Options", __config__=ConfigDict(extra="forbid", strict=False, allow_inf_nan=own), **fields)
+    booleans = [key for key, value in options.items() if isinstance(value, bool) and not _takes_booleans(hints, key)]
+    if booleans:  # pydantic would read them as 1 and 0
+        raise ConfigError(f"Method {name!r}:\n  option `{booleans[0]}` is a number (got {options[booleans[0]]})")
     try:
         checked = schema.model_validate(dict(options))
     except ValidationError as error:
@@ -91,12 +98,24 @@ def build(name: str | Callable[..., Method], options: Mapping[str, Any]) -> Meth
     return method
 
 
+def _takes_booleans(hints: Mapping[str, Any], key: str) -> bool:
+    """Whether an option may be true or false, or is not a number."""
+    kinds = (hints.get(key, Any), *get_args(hints.get(key, Any)))
+    return bool in kinds or not {int, float} & {kind for kind in kinds if isinstance(kind, type)}
+
+
 def _combination(name: str, options: Mapping[str, Any]) -> Method:
     names = [part.strip() for part in name.split("+")]
     if unknown := [key for key in options if key not in names]:
         raise ConfigError(
             f"Method {name!r} combines several methods and takes its options by method; got {', '.join(unknown)}. "
             f"Write e.g. options: {{{names[0]}: {{...}}}}."
+        )
+    wrong = [key for key, value in options.items() if not isinstance(value, Mapping | None)]
+    if wrong:
+        raise ConfigError(
+            f"Method {name!r}: the options of {wrong[0]} are {options[wrong[0]]!r:.80}. Give a mapping, e.g. "
+            f"options: {{{wrong[0]}: {{k: 20}}}}."
         )
     method = build(names[0], options.get(names[0]) or {})
     for i, part in enumerate(names[1:], 1):

@@ -17,6 +17,7 @@ from torch import nn
 from opd.errors import ConfigError
 from opd.files import tensor_shapes
 from opd.models.experts import routers_of
+from opd.models.lora_targets import check_targets
 
 # Merged into the weights, an adapter changes logits only by rounding: by this part of the largest logit.
 ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -35,10 +36,11 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, target_modules: str |
     """The model with trainable low-rank adapters (arXiv 2106.09685) and everything else frozen.
 
     Routers that are linear layers with a result of several parts (PhiMoE, Llama 4) are left out: peft would add its
-    product to the tuple. Raises ConfigError for an adapter of a weight that two modules share.
+    product to the tuple. Raises ConfigError for an adapter of a weight that two modules share, and as `check_targets`.
     """
     from peft import LoraConfig, get_peft_model
 
+    check_targets(model, target_modules, "LoRA")
     targets: Any = target_modules
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, task_type="CAUSAL_LM")  # type: ignore[arg-type]
     config.exclude_modules = [r.name for r in routers_of(model) if isinstance(r.module, nn.Linear)] or None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,9 +15,13 @@ from opd.errors import ConfigError, OPDError
 from opd.models import adapters, weights, wrapping
 from opd.models.gguf import convert_gguf, notes_of
 from opd.models.language_model import LanguageModel
-from opd.models.new import new_model, read_config
-from opd.models.paths import Source, near_path, source_of
+from opd.models.new import attention_of, new_config, new_model, new_tokenizer, read_config
+from opd.models.paths import Source, source_of
+from opd.models.preview import without_weights
+from opd.models.tokenizer_files import load_tokenizer
 from opd.recipe.schema import ModelSpec
+
+SMALL = 5_000_000  # parameters of a new model that a check makes
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -39,15 +42,15 @@ def load_model(
     its base. With `trains` and without `lora` it stays an adapter, and goes on training. In `folder` it has been
     merged, and a new adapter of its settings trains.
     """
-    from safetensors import SafetensorError
-
     try:
         model, tokenizer, notes = _load(spec, name, folder, seed, where, trains)
     except OPDError:
         raise
-    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:  # adds the place to the message
-        origin = folder or spec.path or "init"
-        raise ConfigError(f"{where or f'models.{name}'}: {origin} could not be loaded as a model: {error}") from error
+    except Exception as error:  # of sizes that do not fit, transformers, peft and torch raise any type
+        origin, kind = folder or spec.path or "init", type(error).__name__
+        raise ConfigError(
+            f"{where or f'models.{name}'}: {origin} could not be loaded as a model: {kind}: {error}"
+        ) from error
     lm = wrapping.wrap(
         model.eval(), tokenizer, name=name, template_options=spec.template_options, autocast=spec.autocast
     )
@@ -57,7 +60,7 @@ def load_model(
 def _load(
     spec: ModelSpec, name: str, folder: Path | None, seed: int, where: str | None, trains: bool
 ) -> tuple[Any, Any, list[str]]:
-    device = torch.device(spec.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_of(spec, f"models.{name}")
     label = where or f"models.{name}.path"
     notes: list[str] = []
     source = Source(weights=folder, tokenizer=folder) if folder is not None else None
@@ -66,7 +69,7 @@ def _load(
         model, tokenizer = new_model(spec, name, seed)
     else:
         source = source or loadable(source_of(spec, name, where))
-        tokenizer = load_tokenizer(source.tokenizer, spec, name, where)
+        tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=label)
         model, notes = pretrained(source.weights, spec, label)
         notes += [f"{name}: {note}" for note in conversion_notes(source)]
     if spec.chat_template is not None:
@@ -103,6 +106,40 @@ def _seeded(seed: int, name: str) -> Iterator[None]:
         yield
 
 
+def check_new(spec: ModelSpec, name: str, seed: int) -> None:
+    """Make a small new model, and read with it as `wrapping.wrap` does: its config holds all that is known of it.
+
+    A larger one is made without storage. Other models pass. Raises the errors of `load_model`.
+    """
+    if spec.init is None:
+        return
+    config = new_config(spec, name, new_tokenizer(spec, name))
+    made = without_weights(config, trust_remote_code=False)
+    if made is None or sum(p.numel() for p in made.parameters()) <= SMALL:
+        load_model(spec.model_copy(update={"device": "cpu"}), name=name, seed=seed)
+
+
+def device_of(spec: ModelSpec, where: str) -> torch.device:
+    """The device of a model: its `device`, else a GPU if there is one. Raises ConfigError for one that is not here."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if spec.device is None:
+        return torch.device("cuda" if count else "cpu")
+    try:
+        device = torch.device(spec.device)
+        if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= count):
+            raise RuntimeError("there is no such device" if device.type == "cuda" else "it holds no numbers")
+        if device.type not in ("cpu", "cuda"):
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0].removesuffix(".")
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
+        raise ConfigError(
+            f"{where}.device is {spec.device!r}, which cannot be used: {why:.200}. This machine has: {here}. Set one "
+            "of these, or leave `device` out."
+        ) from error
+    return device
+
+
 def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list[str]]:
     """The model of a folder or hub id with all of its weights, and notes. Raises ConfigError if it lacks any."""
     from transformers import AutoModelForCausalLM
@@ -111,7 +148,6 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
     if folder is not None:
         read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
         weights.headers(folder, label)  # names a damaged file
-    attention = {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
     with weights.silent():
         # Only safetensors: a pickle can run code. Shapes that differ are refused below, by name.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -121,41 +157,12 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
-            **attention,
+            **attention_of(spec),
         )
     model, info = loaded
     notes = weights.check_loaded(info, f"{label}: {path}")
     weights.check_values(model, folder, f"{label}: {path}")
     return model, notes
-
-
-def load_tokenizer(path: Path | str, spec: ModelSpec, name: str, where: str | None = None) -> Any:
-    """The tokenizer of a folder or hub id. Raises ConfigError."""
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    try:
-        if _is_whole(path):
-            return PreTrainedTokenizerFast.from_pretrained(path)
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
-    except (OSError, ValueError) as error:
-        taken = "a folder" if isinstance(path, Path) else "not a local folder and so used as a hub id"
-        near = "" if isinstance(path, Path) else near_path(Path(path))
-        raise ConfigError(
-            f"{where or f'models.{name}.path'}: no tokenizer could be loaded from {path}, which is {taken}."
-            f"{near} {error}"
-        ) from error
-
-
-def _is_whole(path: Path | str) -> bool:
-    """Whether the tokenizer of a folder is all in its tokenizer.json.
-
-    For some kinds of model, such as qwen2 and phi3, AutoTokenizer of transformers 5.23 makes such a tokenizer into the
-    class of that kind, which cuts text in its own way.
-    """
-    config = Path(path) / "tokenizer_config.json"
-    if not (isinstance(path, Path) and config.exists() and (path / "tokenizer.json").exists()):
-        return False
-    return json.loads(config.read_text()).get("tokenizer_class") == "TokenizersBackend"
 
 
 def conversion_notes(source: Source) -> list[str]:

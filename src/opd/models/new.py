@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from opd.errors import ConfigError, nearest
+from opd.files import expanded
+from opd.models.paths import looks_local, near_path
+from opd.models.tokenizer_files import load_tokenizer
 from opd.recipe.schema import ModelSpec
 
-# What a config's values raise when transformers reads them.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError)
+# Sizes of a transformers config, which it also takes below 1.
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "vocab_size", "max_position_embeddings", "num_experts", "num_local_experts"),
+    *("n_embd", "n_layer", "n_head", "n_positions", "n_inner", "d_model"),
+)
 
 
 def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
     """A randomly initialised model from `init` (a transformers config, with `model_type`) and `tokenizer`.
 
-    The tokenizer is {characters: "..."}, one token per character, or a path.
+    The tokenizer is {characters: "..."}, one token per character, or a path. Raises ConfigError if transformers refuses
+    the config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -28,7 +36,23 @@ def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
     config = new_config(spec, name, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{seed}-{name}".encode()) if spec.seed is None else spec.seed)
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32), tokenizer
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention_of(spec)), tokenizer
+        except Exception as error:  # of sizes that do not fit, transformers and torch raise any type
+            raise ConfigError(_no_model(name, config.model_type, error)) from error
+
+
+def attention_of(spec: ModelSpec) -> dict[str, Any]:
+    """The argument of transformers that chooses the implementation of attention."""
+    return {} if spec.attn_implementation is None else {"attn_implementation": spec.attn_implementation}
+
+
+def _no_model(name: str, model_type: str, error: Exception) -> str:
+    why = " ".join(str(error).split()).removesuffix(".") or "no reason given"
+    return (
+        f"models.{name}: transformers makes no {model_type} model of `init`: {type(error).__name__}: {why:.300}. "
+        f"Correct models.{name}.init."
+    )
 
 
 def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
@@ -37,22 +61,39 @@ def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
 
     settings = dict(spec.init or {})
     model_type = settings.pop("model_type", None)
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         known = nearest(str(model_type), CONFIG_MAPPING.keys())
         raise ConfigError(f"models.{name}.init needs `model_type`, e.g. llama; got {model_type!r}.{known}")
     default = AutoConfig.for_model(model_type)
     for key in settings:
-        if not hasattr(default, key):
+        if not hasattr(default, key) or callable(getattr(type(default), key, None)):
             raise ConfigError(
                 f"models.{name}.init: a {model_type} config has no {key!r}.{nearest(key, default.to_dict())}"
             )
+    for key, value in settings.items():
+        if key in SIZES and isinstance(value, int) and value < 1:
+            raise ConfigError(f"models.{name}.init: `{key}` is {value}, and a model needs at least 1.")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     try:
         config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
-    except UNREADABLE as error:
-        raise ConfigError(f"models.{name}.init is no {model_type} config: {' '.join(str(error).split())}.") from error
+    except Exception as error:  # of values that do not fit, transformers raises any type
+        raise ConfigError(_no_model(name, model_type, error)) from error
+    _check_ids(config, settings, name)
     check_kind(config, f"models.{name}.init")
     return config
+
+
+def _check_ids(config: Any, settings: Mapping[str, Any], name: str) -> None:
+    """Refuse the id of a special token beyond the vocabulary. Raises ConfigError."""
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    if not isinstance(rows, int):
+        return
+    for key, value in settings.items():
+        given = value if isinstance(value, list) else [value]
+        if key.endswith("_token_id") and any(isinstance(one, int) and not 0 <= one < rows for one in given):
+            raise ConfigError(
+                f"models.{name}.init: `{key}` is {value}, and the vocabulary has the ids 0 to {rows - 1}."
+            )
 
 
 def read_config(folder: Path, *, trust_remote_code: bool, where: str) -> Any:
@@ -61,11 +102,23 @@ def read_config(folder: Path, *, trust_remote_code: bool, where: str) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except UNREADABLE as error:
+    except Exception as error:  # of a damaged file transformers raises any type
         why = " ".join(str(error).split())
         raise ConfigError(f"{where}: {folder / 'config.json'} cannot be read: {why:.300}") from error
     check_kind(config, f"{where}: {folder}")
+    _check_generation_config(folder, where)
     return config
+
+
+def _check_generation_config(folder: Path, where: str) -> None:
+    """Refuse a damaged generation_config.json, which transformers leaves out without a word. Raises ConfigError."""
+    file = folder / "generation_config.json"
+    try:
+        settings = json.loads(file.read_bytes()) if file.exists() else {}
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{where}: {file} cannot be read: {error}. Correct or remove it.") from error
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{where}: {file} holds a {type(settings).__name__}, not an object. Correct or remove it.")
 
 
 def check_kind(config: Any, where: str) -> None:
@@ -83,13 +136,15 @@ def check_kind(config: Any, where: str) -> None:
 
 
 def new_tokenizer(spec: ModelSpec, name: str) -> Any:
-    """The tokenizer of a new model. Raises ConfigError if the recipe names none."""
-    from transformers import AutoTokenizer
-
+    """The tokenizer of a new model. Raises ConfigError if the recipe names none, or it cannot be loaded."""
     if spec.tokenizer is None:
         raise ConfigError(f"models.{name}: a new model needs `tokenizer: {{characters: ...}}` or a tokenizer's path.")
     if isinstance(spec.tokenizer, str):
-        return AutoTokenizer.from_pretrained(spec.tokenizer)
+        local, where = expanded(spec.tokenizer), f"models.{name}.tokenizer"
+        if not local.is_dir() and (looks_local(spec.tokenizer) or local.exists()):
+            problem = "is not a folder" if local.exists() else "does not exist"
+            raise ConfigError(f"{where}: {local} {problem}.{near_path(local)} Give a tokenizer's folder or hub id.")
+        return load_tokenizer(local if local.is_dir() else spec.tokenizer, trust_remote_code=False, where=where)
     return character_tokenizer(spec.tokenizer.characters, spec.tokenizer.merges)
 
 

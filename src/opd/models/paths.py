@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from opd.errors import ConfigError, nearest
+from opd.files import expanded
 from opd.models.adapters import adapter_settings
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
@@ -52,7 +53,7 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
     assert spec.path is not None
     label = where or f"models.{name}.path"
     path: Path | str = packaged(spec.path) if spec.path.startswith("package:") else spec.path
-    local = Path(path).expanduser()
+    local = expanded(path)
     if local.is_file() and local.suffix == ".gguf":
         return local
     if local.is_dir():
@@ -72,11 +73,15 @@ def resolved_path(spec: ModelSpec, name: str, where: str | None = None) -> Path 
                 f"{remedy}"
             )
         return files[0]
-    looks_local = local.is_absolute() or str(path).startswith((".", "~")) or str(path).count("/") > 1
-    if looks_local or local.suffix == ".gguf" or local.exists():
+    if looks_local(str(path)) or local.suffix == ".gguf" or local.exists():
         problem = f"{local} is not a model folder" if local.exists() else f"{local} does not exist"
         raise ConfigError(f"{label}: {problem}.{near_path(local)} Give an existing folder or a GGUF file.")
     return str(path)
+
+
+def looks_local(path: str) -> bool:
+    """Whether a path cannot be a hub id."""
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
 
 
 def near_path(path: Path) -> str:

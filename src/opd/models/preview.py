@@ -23,8 +23,8 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
     Also None for a user's scorer.
     """
-    from opd.models.loading import load_tokenizer
     from opd.models.new import new_config, new_tokenizer
+    from opd.models.tokenizer_files import load_tokenizer
 
     if spec.scorer is not None:
         return None
@@ -35,7 +35,9 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
         source = _source(spec, name)
         if source is None:
             return None
-        tokenizer = load_tokenizer(source.tokenizer, spec, name)
+        tokenizer = load_tokenizer(
+            source.tokenizer, trust_remote_code=spec.trust_remote_code, where=f"models.{name}.path"
+        )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer
@@ -66,7 +68,7 @@ def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
     if source is not None:
         try:
             config = GenerationConfig.from_pretrained(source.weights)
-        except (OSError, ValueError):  # without one, or with one that loading the model will report
+        except Exception:  # without one; of a damaged one transformers raises any type, and `read_config` reports it
             config = known_config(spec, name, tokenizer)
     rows = known_rows(spec, name, tokenizer)
     return endings_of(tokenizer, spec.template_options, generation=generation_ids(config), below=rows)
@@ -76,7 +78,7 @@ def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     """The transformers config of a recipe's model; None if it cannot be read yet. `tokenizer`: of a new model."""
     from transformers import AutoConfig
 
-    from opd.models.new import UNREADABLE, new_config
+    from opd.models.new import new_config
 
     if spec.init is not None:
         return new_config(spec, name, tokenizer)
@@ -85,7 +87,7 @@ def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
         return None
     try:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
-    except UNREADABLE:  # `known_weights`, or loading the model, reports the error
+    except Exception:  # of a damaged file transformers raises any type; `known_weights`, or loading it, reports it
         return None
 
 
@@ -104,9 +106,13 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
     from opd.models.adapters import adapter_tensors
     from opd.models.gguf import notes_of
+    from opd.models.gguf_file import read_gguf
+    from opd.models.paths import source_of
     from opd.models.weights import check_weights
 
     source = None if spec.path is None else _source(spec, name)
+    if spec.path is not None and source is None:
+        read_gguf(Path(source_of(spec, name).weights))  # names a damaged file
     if source is None:
         return []
     for adapter in source.adapters:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from opd.errors import ConfigError, DataError, nearest
 from opd.messages import ids_after
 from opd.models.endings import Endings
@@ -45,7 +43,7 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
         text = tokenizer.apply_chat_template(
             messages, chat_template=dated(template), tokenize=False, add_generation_prompt=True, **options
         )
-    except (TemplateError, TypeError) as error:
+    except Exception as error:  # any expression of a template may raise
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
             f"The chat template of {_name(tokenizer)} refused prompt {prompt.id} (roles: {roles}): {error}. "

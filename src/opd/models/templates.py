@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from jinja2 import TemplateError
-
 from opd.errors import ConfigError
 from opd.messages import text_of
 from opd.types import Message
@@ -103,7 +101,7 @@ def generation_prompt(messages: Sequence[Message], template: str, tokenizer: Any
     try:
         answer = {"role": "assistant", "content": _content(WORD, form)}
         answered = _render(template, tokenizer, [*shown, answer], False, options)
-    except (TemplateError, TypeError):
+    except Exception:  # any expression of a template may raise
         return False
     return answered.startswith(before) and not answered.removeprefix(before).partition(WORD)[0].strip()
 
@@ -136,7 +134,7 @@ def _shown(template: str, tokenizer: Any, content: Any) -> list[str]:
     for roles in tried:
         try:
             shown.append(_render(template, tokenizer, [said[role] for role in roles], True, {}))
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+        except Exception:  # any expression of a template may raise
             continue
     return shown
 

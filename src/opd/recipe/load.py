@@ -6,46 +6,49 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import ValidationError
 
 from opd.errors import ConfigError, nearest
+from opd.files import expanded
 from opd.recipe.mistakes import explain
 from opd.recipe.references import check_references
 from opd.recipe.schema import Recipe, Section, StageSpec
 from opd.recipe.tree import fresh, merged, override, with_whole_tasks
+from opd.recipe.yaml_text import Source, read_file, write_text
 
 AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read, override, merge `defaults`, validate. Raises ConfigError with the key, the value it got, and the remedy."""
-    file = Path(path)
+    file = expanded(path)
     if not file.is_file():
         there = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
         raise ConfigError(f"There is no recipe at {file}.{nearest(file.name, there)} Give the path of a YAML file.")
-    try:
-        raw = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{file} is not valid YAML: {error}") from error
+    raw, source = read_file(file)
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} is a {type(raw).__name__}; a recipe is a mapping with `models` and `stages`.")
-    return parse_recipe(raw, overrides, source=str(file))
+    return parse_recipe(raw, overrides, source)
 
 
-def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str = "recipe") -> Recipe:
-    """The Recipe of a mapping, as read from YAML. `defaults` is merged under every stage. Raises ConfigError."""
+def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str | Source = "recipe") -> Recipe:
+    """The Recipe of a mapping, as read from YAML. `defaults` is merged under every stage. Raises ConfigError.
+
+    `source` is the origin of `raw` in messages; a `Source` also knows the lines.
+    """
+    source = Source(name=source) if isinstance(source, str) else source
     tree: dict[str, Any] = fresh(raw)
     for text in overrides:
-        override(tree, text, stage_keys=StageSpec.model_fields, recipe_keys=Recipe.model_fields)
+        source = override(tree, text, source, stage_keys=StageSpec.model_fields, recipe_keys=Recipe.model_fields)
     defaults = tree.pop("defaults", {})
     if not isinstance(defaults, dict):
+        where = source.where(("defaults",))
         raise ConfigError(
-            f"{source} is not valid: `defaults` is a mapping of fields for all stages (got {defaults!r})."
+            f"{source.name} is not valid:\n  {f'{where}: ' if where else ''}`defaults` is a mapping of fields for all "
+            f"stages (got {defaults!r:.80})."
         )
     if isinstance(tree.get("stages"), list):
-        stages = [merged(defaults, s) if isinstance(s, dict) else s for s in tree["stages"]]
-        tree["stages"] = [with_whole_tasks(s, source) if isinstance(s, dict) else s for s in stages]
+        tree["stages"] = [_whole(defaults, stage, source, i) for i, stage in enumerate(tree["stages"])]
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -55,9 +58,17 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
     return recipe
 
 
+def _whole(defaults: dict[str, Any], stage: Any, source: Source, number: int) -> Any:
+    """A stage with `defaults` under it, and its tasks with its own settings under them."""
+    if not isinstance(stage, dict):
+        return stage
+    shared = merged(defaults, stage, f"{source.at('defaults')}: defaults")
+    return with_whole_tasks(shared, source.at("stages", number))
+
+
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML."""
-    return yaml.safe_dump(recipe.model_dump(mode="json", exclude_defaults=False), sort_keys=False, allow_unicode=True)
+    return write_text(recipe.model_dump(mode="json", exclude_defaults=False))
 
 
 def parse_section(section: type[AnySection], values: Mapping[str, Any], source: str) -> AnySection:
@@ -65,4 +76,4 @@ def parse_section(section: type[AnySection], values: Mapping[str, Any], source: 
     try:
         return section.model_validate(fresh(values))
     except ValidationError as error:
-        raise ConfigError(explain(error, source, section)) from error
+        raise ConfigError(explain(error, Source(name=source), section)) from error

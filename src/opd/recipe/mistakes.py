@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from opd.errors import nearest
+from opd.recipe.yaml_text import Source
 
 # Keys of other trainers, and the hint for each.
 OTHER_NAMES = {
@@ -55,13 +56,13 @@ _EXAMPLES = {  # the shortest section, for a message about a plain value in its 
 
 def explain(
     error: ValidationError,
-    source: str,
+    source: Source,
     section: type[BaseModel],
     *,
     stage_keys: Collection[str] = (),
     overrides: Sequence[str] = (),
 ) -> str:
-    """A validation error as lines with the key, the value it got, and the nearest known key.
+    """A validation error as lines with the place, the key, the value it got, and the nearest known key.
 
     An override may begin with a key of a stage (`stage_keys`), so an unknown key is compared with those too.
     """
@@ -71,17 +72,19 @@ def explain(
         path = ".".join(str(part) for part in one["loc"])
         if one["type"] == "extra_forbidden":
             key, top = str(one["loc"][-1]), len(one["loc"]) == 1
-            lines.append(_unknown(path, key, _section_at(one["loc"][:-1], section), stage_keys if top else (), short))
+            line = _unknown(path, key, _section_at(one["loc"][:-1], section), stage_keys if top else (), short)
         elif one["type"] == "missing":
-            lines.append(f"`{path}` is missing")
+            line = f"`{path}` is missing"
         elif one["type"] == "model_type":
-            lines.append(_no_section(path, one["input"], _section_at(one["loc"], section)))
+            line = _no_section(path, one["input"], _section_at(one["loc"], section))
         else:
             # Do not print a section that its own check refuses: it may hold secrets.
             own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
             got = "" if own else f" (got {one['input']!r:.80})"
-            lines.append(f"`{path}`: {one['msg']}{got}")
-    return f"{source} is not valid:\n  " + "\n  ".join(lines)
+            line = f"`{path}`: {one['msg']}{got}"
+        where = source.where(one["loc"])
+        lines.append(f"{where}: {line}" if where else line)
+    return f"{source.name} is not valid:\n  " + "\n  ".join(lines)
 
 
 def _unknown(

@@ -8,28 +8,30 @@ from opd.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
     from opd.recipe.schema import Recipe, StageSpec
+    from opd.recipe.yaml_text import Source
 
 
-def check_references(recipe: Recipe, source: str) -> None:
+def check_references(recipe: Recipe, source: Source) -> None:
     """Refuse names of models and stages that do not exist or come too late. Raises ConfigError."""
     seen: list[str] = []
-    for stage in recipe.stages:
-        where = f"{source}: stage {stage.name!r}"
+    for number, stage in enumerate(recipe.stages):
+        where = f"{source.at('stages', number)}: stage {stage.name!r}"
         if stage.name in seen:
             raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
         check_tasks(stage, where)
         teachers = [("teacher" if t is None else f"tasks.{t}.teacher", s.teacher) for t, s in stage.by_task.items()]
         judges = [("lm", name) for name in stage.judge_models]
         for role, name in [("train", stage.train), *teachers, *judges]:
+            place = f"{source.at('stages', number, *role.split('.'))}: stage {stage.name!r}"
             if name is not None and name not in recipe.models:
                 raise ConfigError(
-                    f"{where}: `{role}: {name}` is not among the models.{nearest(name, recipe.models)} "
+                    f"{place}: `{role}: {name}` is not among the models.{nearest(name, recipe.models)} "
                     f"There are {sorted(recipe.models)}."
                 )
             origin = None if name is None else recipe.models[name].from_stage
             if origin is not None and origin not in seen:
                 raise ConfigError(
-                    f"{where}: model {name!r} comes from stage {origin!r}, and no such stage comes before this one."
+                    f"{place}: model {name!r} comes from stage {origin!r}, and no such stage comes before this one."
                 )
         if stage.train in stage.judge_models:
             raise ConfigError(
@@ -40,6 +42,13 @@ def check_references(recipe: Recipe, source: str) -> None:
         if stage.seconds_of is not None and stage.seconds_of not in seen:
             raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` names no earlier stage. Earlier: {seen}.")
         seen.append(stage.name)
+
+
+def unused_models(recipe: Recipe) -> list[str]:
+    """A line about models that no stage names; else none."""
+    used = {name for stage in recipe.stages for name in (stage.train, *stage.teachers, *stage.judge_models)}
+    spare = [f"models.{name}" for name in recipe.models if name not in used]
+    return [f"no stage uses {' and '.join(spare)}: nothing in it is checked"] if spare else []
 
 
 def check_tasks(stage: StageSpec, where: str) -> None:

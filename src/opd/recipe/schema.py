@@ -11,44 +11,61 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
 
+from opd.files import expanded
+from opd.recipe.numbers import Float, Int
 from opd.recipe.templates import template_text
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys."""
+    """A frozen section that refuses unknown keys, NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
-Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")]
+Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # of a file or folder
+Text: TypeAlias = Annotated[str, Field(min_length=1)]
+
+
+def _named(modules: str | list[str]) -> str | list[str]:
+    if not modules or (isinstance(modules, list) and "" in modules):
+        raise ValueError("it names no module: give a list of names, or all-linear")
+    return modules
 
 
 class Lora(Section):
-    rank: int = Field(default=16, ge=1)
-    alpha: float = Field(default=32.0, gt=0)
-    target_modules: str | list[str] = "all-linear"
+    rank: Int = Field(default=16, ge=1, le=8192)
+    alpha: Float = Field(default=32.0, gt=0)
+    # Names, or one regular expression.
+    target_modules: Annotated[str | list[str], AfterValidator(_named)] = "all-linear"
 
 
 class Characters(Section):
     """A tokenizer with one token per character, and one per pair in `merges`, which joins that pair everywhere."""
 
-    characters: str
+    characters: Text
     merges: list[tuple[str, str]] = []  # in order of application
+
+
+def _unread_by(origin: str) -> tuple[str, ...]:
+    """The fields of a model section that a model of this origin does not use."""
+    if origin == "scorer":
+        return tuple(name for name in ModelSpec.model_fields if name not in ("scorer", "options"))
+    return ("options",) if origin == "init" else ("options", "tokenizer", "seed")
 
 
 class ModelSpec(Section):
     """The origin of a model: a path, a config for random weights, an earlier stage, or a function."""
 
-    path: str | None = None  # folder or hub id of a model or an adapter, GGUF file, or package:NAME/FILE
+    path: Text | None = None  # folder or hub id of a model or an adapter, GGUF file, or package:NAME/FILE
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
     from_stage: str | None = None  # the model that this stage trained
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
     options: dict[str, Any] = {}  # of `scorer`
     tokenizer: str | Characters | None = None  # for `init`
-    seed: int | None = None  # of the random weights; default: from the recipe's seed and the model's name
+    seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights
-    device: str | None = None  # default: cuda if there is one
+    device: Text | None = None  # default: cuda if there is one
     offload: bool = False  # a teacher that stays on the CPU while unused
     lora: Lora | None = None
     gradient_checkpointing: bool = False
@@ -63,8 +80,9 @@ class ModelSpec(Section):
         given = [name for name in ("path", "init", "from_stage", "scorer") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"a model comes from exactly one of path, init, from_stage, scorer; got {given or 'none'}")
-        if self.options and self.scorer is None:
-            raise ValueError("`options` belong to `scorer`, which is missing: leave them out")
+        fields = type(self).model_fields
+        if unread := [name for name in _unread_by(given[0]) if getattr(self, name) != fields[name].default]:
+            raise ValueError(f"`{given[0]}` does not read {', '.join(f'`{name}`' for name in unread)}: leave it out")
         return self
 
 
@@ -78,10 +96,10 @@ class SelectSection(Section):
     keep: Literal["near", "far"] | None = None  # of `by`
     distinct: bool = False  # leave out questions similar to an earlier one
     measure: Literal["exact", "words", "characters", "encoder"] = "exact"
-    threshold: float | None = Field(default=None, gt=0, le=1)  # least cosine of two similar ones; equal ones always are
-    n: int | None = Field(default=None, ge=1)  # of the n-grams of words or characters
+    threshold: Float | None = Field(default=None, gt=0, le=1)  # least cosine of two similar ones; equal ones always are
+    n: Int | None = Field(default=None, ge=1)  # of the n-grams of words or characters
     encoder: str | None = None  # folder or hub id of a text encoder
-    limit: int | None = Field(default=None, ge=1)  # keep the first of the remaining rows
+    limit: Int | None = Field(default=None, ge=1)  # keep the first of the remaining rows
 
 
 class DataSection(Section):
@@ -101,8 +119,8 @@ class DataSection(Section):
     split: str = "train"  # of a folder or a hub name
     columns: dict[str, str] = {}  # opd's name -> the file's column
     options: dict[str, Any] = {}
-    skip: int = Field(default=0, ge=0)  # rows to leave out at the start, e.g. those of an earlier stage
-    limit: int | None = Field(default=None, ge=1)  # number of rows after `skip`
+    skip: Int = Field(default=0, ge=0)  # rows to leave out at the start, e.g. those of an earlier stage
+    limit: Int | None = Field(default=None, ge=1)  # number of rows after `skip`
     chat: bool = False  # a text prompt becomes one user message
     system: str | None = None  # a system message before the messages; implies chat
     # A conversation's last message, if it is the assistant's, leaves the prompt: it becomes the row's `response`, the
@@ -115,15 +133,21 @@ class DataSection(Section):
 SelectSection.model_rebuild()  # the two sections refer to each other
 
 
+def _overflows(temperature: float) -> float:
+    if 0 < temperature < 1e-6:
+        raise ValueError("divided by less than 1e-6, logits overflow: give 0 for the most likely token")
+    return temperature
+
+
 class SamplingSection(Section):
     """See `opd.types.Sampling`; n is the number of responses per prompt."""
 
-    max_completion_length: int = Field(default=256, ge=1)
-    temperature: float = Field(default=1.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=0)
-    n: int = Field(default=1, ge=1)
-    stop: list[str] = []
+    max_completion_length: Int = Field(default=256, ge=1)
+    temperature: Annotated[Float, Field(ge=0), AfterValidator(_overflows)] = 1.0
+    top_p: Float = Field(default=1.0, gt=0, le=1)
+    top_k: Int = Field(default=0, ge=0)
+    n: Int = Field(default=1, ge=1)
+    stop: list[Text] = []
 
 
 OF_A_SERVER = ("model", "api_key_env", "body", "timeout_s", "patience_s", "concurrency")
@@ -136,14 +160,14 @@ class JudgeSection(Section):
     model: str | None = None  # the server's name of the model
     api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
     body: dict[str, Any] = {}  # more fields of a request; null removes one of opd's
-    timeout_s: float = Field(default=300.0, gt=0)  # per request
-    patience_s: float = Field(default=300.0, ge=0)  # per question: how long to wait while the server is busy
-    concurrency: int = Field(default=8, ge=1)  # parallel requests
+    timeout_s: Float = Field(default=300.0, gt=0)  # per request
+    patience_s: Float = Field(default=300.0, ge=0)  # per question: how long to wait while the server is busy
+    concurrency: Int = Field(default=8, ge=1)  # parallel requests
     lm: str | None = None  # one of the recipe's models, in this process
     function: str | None = None  # my_package.mine:function, called (question, **options); see `asked.protocol.Question`
     options: dict[str, Any] = {}  # of the function
-    max_tokens: int = Field(default=4096, ge=1)  # per answer; not passed to a function
-    retries: int = Field(default=2, ge=0)  # after a failed request, and as many after an unreadable answer
+    max_tokens: Int = Field(default=4096, ge=1)  # per answer; not passed to a function
+    retries: Int = Field(default=2, ge=0)  # after a failed request, and as many after an unreadable answer
 
     @model_validator(mode="after")
     def _one_kind(self) -> JudgeSection:
@@ -181,16 +205,19 @@ class RewardSection(Section, Asks):
     options: dict[str, Any] = {}
 
 
+Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]
+
+
 class OptimizerSection(Section):
     """Settings of AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
 
-    learning_rate: float = Field(default=1e-6, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    learning_rate: Float = Field(default=1e-6, gt=0)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
+    eps: Float = Field(default=1e-8, gt=0)
+    weight_decay: Float = Field(default=0.0, ge=0)
+    max_grad_norm: Float = Field(default=1.0, gt=0, allow_inf_nan=True)  # .inf: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Int = Field(default=0, ge=0)
 
 
 class EvaluateSection(Section):
@@ -198,26 +225,26 @@ class EvaluateSection(Section):
 
     data: DataSection
     reward: RewardSection | None = None
-    sampling: dict[str, SamplingSection] = {"sampled": SamplingSection()}
-    every: int = Field(default=0, ge=0)
+    sampling: dict[Name, SamplingSection] = Field(default={"sampled": SamplingSection()}, min_length=1)
+    every: Int = Field(default=0, ge=0)
     before: bool = True
     teacher: bool = False  # also measure the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
-    pass_at: list[int] = [1]
+    pass_at: list[Int] = [1]
 
 
 class DiagnosticsSection(Section):
     """Diagnostics of a stage's own responses: see docs/diagnostics.md."""
 
-    every: int = Field(default=0, ge=0)  # steps between full comparisons of student and teacher; 0: none
-    k: int = Field(default=16, ge=1)  # number of most likely tokens of each model to compare
-    bucket: int = Field(default=64, ge=1)  # tokens per bucket of positions; doubled until 16 buckets suffice
+    every: Int = Field(default=0, ge=0)  # steps between full comparisons of student and teacher; 0: none
+    k: Int = Field(default=16, ge=1)  # number of most likely tokens of each model to compare
+    bucket: Int = Field(default=64, ge=1)  # tokens per bucket of positions; doubled until 16 buckets suffice
 
 
 class CheckpointSection(Section):
-    every: int = Field(default=50, ge=1)  # steps
-    every_minutes: float = Field(default=10.0, gt=0)  # since the last one, after the step that passes them
-    keep: int = Field(default=2, ge=1)
+    every: Int = Field(default=50, ge=1)  # steps
+    every_minutes: Float = Field(default=10.0, gt=0)  # since the last one, after the step that passes them
+    keep: Int = Field(default=2, ge=1)
 
 
 class TaskSection(Section):
@@ -232,7 +259,7 @@ class TaskSection(Section):
     sampling: SamplingSection = SamplingSection()
     teacher_sampling: SamplingSection | None = None
     evaluate: EvaluateSection | None = None
-    share: float = Field(default=1.0, gt=0, allow_inf_nan=False)  # of the steps or prompts, relative to other tasks
+    share: Float = Field(default=1.0, gt=0)  # of the steps or prompts, relative to other tasks
 
 
 TASK_FIELDS = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # also of a stage without tasks
@@ -254,20 +281,18 @@ class StageSpec(Section):
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
-    steps: int = Field(ge=1)
+    steps: Int = Field(ge=1)
     seconds_of: str | None = None  # stop after as many seconds of training as that stage took
-    prompts_per_step: int = Field(default=16, ge=1)
-    micro_batch_tokens: int = Field(default=4096, ge=1)
-    max_prompt_length: int | None = Field(default=None, ge=1)
+    prompts_per_step: Int = Field(default=16, ge=1)
+    micro_batch_tokens: Int = Field(default=4096, ge=1)
+    max_prompt_length: Int | None = Field(default=None, ge=1)
     optimizer: OptimizerSection = OptimizerSection()
     # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
-    router_aux_loss: StrictBool | Annotated[float, Field(ge=0, allow_inf_nan=False)] = Field(
-        default=False, union_mode="left_to_right"
-    )
+    router_aux_loss: StrictBool | Annotated[Float, Field(ge=0)] = Field(default=False, union_mode="left_to_right")
     evaluate: EvaluateSection | None = None
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()
-    samples_every: int = Field(default=10, ge=0)  # steps between sample files; 0: none
+    samples_every: Int = Field(default=10, ge=0)  # steps between sample files; 0: none
     save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
     save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
@@ -302,15 +327,16 @@ class StageSpec(Section):
 class Recipe(Section):
     name: Name
     description: str = ""
-    seed: int = Field(default=0, ge=0)
-    output_dir: str | None = None  # default: runs/NAME
+    seed: Int = Field(default=0, ge=0)
+    output_dir: Text | None = None  # default: runs/NAME
     models: dict[str, ModelSpec]
     stages: list[StageSpec] = Field(min_length=1)
     report_to: list[str] = []
 
     @property
     def folder(self) -> Path:
-        return Path(self.output_dir or f"runs/{self.name}")
+        """The run's folder, with a home folder in place of `~`."""
+        return expanded(self.output_dir or f"runs/{self.name}")
 
     def stage(self, name: str) -> StageSpec:
         return next(stage for stage in self.stages if stage.name == name)

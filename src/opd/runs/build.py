@@ -28,10 +28,11 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_other_weights
+from opd.runs.space import check_space, space_of
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
-from opd.stage import checkpoint, optimisation
-from opd.stage.folder import RunDir, check_space
+from opd.stage import optimisation
+from opd.stage.folder import RunDir
 from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
@@ -243,7 +244,8 @@ def loaded(
     with session.world.main_first():
         student = session.model(spec, spec.train)
         check_student(spec, method, student, session.progress)
-        check_space(session.directory.path, space_needed(spec, method, student))
+        folder = session.directory.stage(spec.name)
+        check_space(space_of(spec, method, student, folder), folder)
         loadable = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
         externals = {name: session.model(spec, name) for name in loadable}
         # Also finds copies in other folders. The checks before the load have noted the weights that they know.
@@ -307,16 +309,3 @@ def seconds_limit(spec: StageSpec, directory: RunDir) -> float:
     done = directory.stage(spec.seconds_of).done()
     assert done is not None, "stages run in order"
     return float(done["seconds"])
-
-
-def space_needed(spec: StageSpec, method: Method, student: LanguageModel) -> int:
-    """Peak bytes that a stage has on disk: `keep` + 1 checkpoints and the model.
-
-    A checkpoint has the weights, two moments, a copy of the weights if the method keeps one, and the float32 average of
-    an EMA teacher.
-    """
-    trained = checkpoint.size_of(student.trainable())
-    average = method.teacher.kind == "self_ema"
-    return (3 + (Input.WEIGHT_COPY in method.needs) + average) * trained * (
-        spec.checkpoint.keep + 1
-    ) + checkpoint.size_of(dict(student.model.named_parameters()))

@@ -44,10 +44,15 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         )
     on_policy = Trait.OFF_POLICY not in needs
     if Trait.POLICY_GRADIENT in needs and on_policy and method.temperature != part.sampling.temperature:
+        greedy = part.sampling.temperature == 0
+        remedy = (
+            f"Set sampling.temperature to {method.temperature}"
+            if greedy
+            else "Give sampling.temperature and the method's `temperature` the same value"
+        )
         raise ConfigError(
             f"{where}: method {spec.method!r} is a policy gradient. Its responses are sampled at temperature "
-            f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. Give "
-            "sampling.temperature and the method's `temperature` the same value."
+            f"{part.sampling.temperature} and scored at {method.temperature}: the gradient would be biased. {remedy}."
         )
     check_coherence(Facts(method=method, sampling=part.sampling, asks=asks), f"{where}: method {spec.method!r}")
     longest = needs_of(method.source).response_tokens

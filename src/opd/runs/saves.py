@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
+from opd.files import expanded
 from opd.models.paths import resolved_path, source_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 
@@ -132,7 +133,7 @@ def _name_or_path(lm: LanguageModel) -> str:
 
 def _absolute(path: Path | str) -> str:
     """A folder as an absolute path, so that the adapter is found from anywhere; a hub id unchanged."""
-    local = Path(path).expanduser()
+    local = expanded(path)
     return str(local.absolute()) if isinstance(path, Path) or local.exists() else str(path)
 
 

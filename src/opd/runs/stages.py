@@ -54,10 +54,10 @@ def run_recipe(
     given = given or Given()
     shown = progress if progress and world.main else Progress(quiet=not world.main)
     with world.main_first():
-        prepared = check_stages(recipe, given, processes=world.size).prepared
+        checked = check_stages(recipe, given, processes=world.size)
         directory = RunDir(recipe.folder, False)
         if world.main:
-            inputs = inputs_of(recipe, prepared, given)
+            inputs = inputs_of(recipe, checked.prepared, given)
             directory = RunDir.open(recipe.folder, recipe, inputs, accept=accept_changes, say=shown.note)
     trackers = ReportWriter(
         recipe.report_to if world.main else (),
@@ -76,9 +76,9 @@ def run_recipe(
         interrupt=interrupt,
     )
     with closing(directory), interrupt, closing(trackers), shown, clock_at(directory.started):
-        for line in directory.notes:
+        for line in (*directory.notes, *checked.notes):
             shown.note(line)
-        student = run_stages(session, prepared)
+        student = run_stages(session, checked.prepared)
     if student is None:
         student = finished_student(recipe, given, directory)
     return Run(

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -28,7 +27,6 @@ from typing import Any
 
 from opd.errors import ConfigError, RunError
 from opd.files import (
-    GIB,
     append_line,
     check_finite,
     read_lines,
@@ -246,14 +244,3 @@ class StageDir:
             return json.loads(file.read_bytes()) if file.exists() else None
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}). Remove it to run the stage again.") from error
-
-
-def check_space(path: Path, needed: int) -> None:
-    """Raise RunError when the disk under `path` has fewer than `needed` bytes free."""
-    there = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise RunError(
-            f"{path} has {free / GIB:.2f} GiB free, and this run needs about {needed / GIB:.2f} GiB for its "
-            "checkpoints. Free space there, use an output_dir=... on another disk, or keep fewer checkpoints."
-        )

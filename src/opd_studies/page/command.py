@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from opd.errors import ConfigError
-from opd.files import write_atomically
+from opd.files import expanded, write_atomically
 from opd_studies import STUDIES, headline, study, use
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
@@ -32,7 +32,7 @@ def command(name: str | None, every: bool, out: str | None) -> None:
     for one in names:
         study(one)
     report.check_drawing()
-    folder = Path(out) if out is not None else ALL if every else ALONE
+    folder = expanded(out) if out is not None else ALL if every else ALONE
     lab = Lab(note=lambda text: typer.echo(f"  {text}", err=True))
     for one in names:
         typer.echo(f"{one}: {headline(one)}")
