@@ -26,6 +26,13 @@ RewardFn: TypeAlias = Callable[[Prompt, str], float]  # (prompt, text of the res
 Judging: TypeAlias = Callable[[Sequence[Rollout], Mapping[str, CachedJudge]], list[Rollout]]
 
 
+class TimedOut(float):
+    """A reward whose computation was cut off at its time limit. It is trained on, and counted."""
+
+
+TIMED_OUT = TimedOut(0.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionReward(Reward):
     """The reward of a function (prompt, text) -> float, called once per response."""
@@ -34,6 +41,7 @@ class FunctionReward(Reward):
     function: RewardFn
     needs: frozenset[str] = frozenset()
     undeclared: bool = False  # a user's function: it may read other columns than `needs`
+    unreadable: Callable[[Prompt], str | None] | None = None  # why it cannot read a row, e.g. an answer; None: it can
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Raises TrainingError if the function raises (its error is the cause) or returns no finite number."""

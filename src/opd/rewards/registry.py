@@ -11,7 +11,8 @@ from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import Asks
 from opd.rewards.base import FunctionReward, RewardFn
-from opd.rewards.functions import exact, final_number, math_verify, max_words, reasoning_gym, regex
+from opd.rewards.functions import exact, final_number, max_words, reasoning_gym, regex
+from opd.rewards.mathematics import math_verify
 from opd.rewards.rubric import rubric
 from opd.types import Reward
 
