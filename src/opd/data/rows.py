@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.files import READERS, ArrowRow, Row, ending_of, file_rows, missing
-from opd.data.gym import gym_task
+from opd.data.gym import BLOCK, gym_rows
 from opd.errors import ConfigError, DataError, OPDError, nearest
 from opd.plugins import check_options, import_function, packaged
 
@@ -26,7 +26,7 @@ def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int |
     if source.startswith("package:"):
         return file_rows(packaged(source))
     if source.startswith("reasoning_gym:"):
-        return _gym_rows(source, {"size": limit or 500, "seed": 0, **options})
+        return _gym_rows(source, options, limit)
     if not path.is_dir() and (path.is_file() or nearest(ending_of(path), READERS)):
         return file_rows(path)
     if FUNCTION.fullmatch(source):
@@ -34,13 +34,12 @@ def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int |
     return _datasets_rows(source, path, split, options)
 
 
-def _gym_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
+def _gym_rows(source: str, options: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
     task = source.removeprefix("reasoning_gym:")
-    dataset = gym_task(task, options)
-    for index in range(len(dataset)):
-        entry = dataset[index]
+    of_scorer = {"size": BLOCK, "seed": 0, **options}
+    for index, entry in enumerate(gym_rows(task, options, limit)):
         row = {"prompt": entry["question"], "answer": entry["answer"]}
-        yield f"Row {index} of {source}", row | {"reasoning_gym": {"task": task, "options": options, "entry": entry}}
+        yield f"Row {index} of {source}", row | {"reasoning_gym": {"task": task, "options": of_scorer, "entry": entry}}
 
 
 def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:

@@ -90,7 +90,8 @@ class DataSection(Section):
     - a file that ends with .json (a list of objects, or an object per line), .jsonl, .csv, .tsv (an empty cell is a
       missing value), the same with .gz, or .parquet
     - `package:NAME/FILE`, such a file inside an installed package, which is not imported
-    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
+    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `seed` defaults to 0, the number of rows to
+      `skip` + `limit` or 500, which changes no row: see `opd.data.gym.gym_rows`
     - `package.module:function`, rows of `function(**options)`, an iterable of dicts
     - a folder of such files, in the splits and the order of `datasets`, with `options` such as `name` or `data_files`
     - another folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`.

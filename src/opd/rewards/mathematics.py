@@ -25,6 +25,7 @@ from opd.rewards.base import TIMED_OUT, FunctionReward
 from opd.types import Prompt
 
 TOLERANCE = Fraction(1, 10**6)  # of two numbers; times the larger of them where that is below 1
+LONGEST_NUMBER = 300  # characters; Python refuses to convert integers of thousands of digits
 
 BOLD = re.compile(r"(?<![\w*)])\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?![\w*(])")
 MARKER = re.compile(r"\banswer\b(?:\s+is\b|\s+should\s+be\b)?\s*[:=]?", re.IGNORECASE)
@@ -210,7 +211,7 @@ def near(one: Fraction, other: Fraction) -> bool:
 
 def number_of(text: str) -> Number | None:
     """The number that a whole text is; None if it is anything else."""
-    match = NUMBER.fullmatch(text)
+    match = NUMBER.fullmatch(text) if len(text) <= LONGEST_NUMBER else None
     if match is None or (match["sign"] and match["sign2"]):
         return None
     minus = "-" if "-" in (match["sign"], match["sign2"]) else ""
