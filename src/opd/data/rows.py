@@ -12,7 +12,7 @@ from typing import Any
 from opd.data.files import READERS, ArrowRow, Row, ending_of, file_rows, missing
 from opd.data.gym import BLOCK, gym_rows
 from opd.errors import ConfigError, DataError, OPDError, nearest
-from opd.plugins import check_options, import_function, packaged
+from opd.plugins import RAISED, check_options, import_function, packaged
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -50,7 +50,7 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
         if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
             raise TypeError(f"it returned a {type(rows).__name__}, but must return an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
-    except Exception as error:  # any line of the user's function may raise
+    except RAISED as error:  # any line of the user's function may raise
         why = str(error).removesuffix(".")
         raise DataError(f"{source} failed with {type(error).__name__}: {why}. Correct the function.") from error
 

@@ -175,11 +175,17 @@ class Asks(BaseModel):
         return {role: section for role, section in given.items() if section is not None}
 
 
+MAX_FAILED = 0.1  # ours; arXiv 2605.07396 allows LLM judges 0.4, see the reward `rubric`
+
+
 class RewardSection(Section, Asks):
-    """A reward with its options, and its judges if it uses any."""
+    """A reward with its options, its judges if it uses any, and what a failed call of a function means."""
 
     name: str
     options: dict[str, Any] = {}
+    on_error: Literal["stop", "drop"] = "stop"  # drop: the response has no reward, and is counted
+    max_failed: float = Field(default=MAX_FAILED, ge=0, le=1)  # with `drop`: largest share of a step's groups
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # seconds per response; None: no limit
 
 
 class OptimizerSection(Section):

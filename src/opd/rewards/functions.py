@@ -64,7 +64,13 @@ def final_number() -> FunctionReward:
             raise DataError(f"The answer {prompt.answer!r:.80} of prompt {prompt.id} holds no number.")
         return float(_last_number(response) == wanted)
 
-    return FunctionReward(name="final_number", function=reward, needs=ANSWER)
+    def unreadable(prompt: Prompt) -> str | None:
+        """Why a row has no number to compare with."""
+        if _last_number(str(_answer(prompt))) is None:
+            return f"its answer {prompt.answer!r:.80} holds no number"
+        return None
+
+    return FunctionReward(name="final_number", function=reward, needs=ANSWER, unreadable=unreadable)
 
 
 def max_words(n: int) -> FunctionReward:
@@ -104,7 +110,11 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None, full_o
             return malformed
         return float(score >= 1.0) if full_only else score
 
-    return FunctionReward(name="reasoning_gym", function=reward)
+    def unreadable(prompt: Prompt) -> str | None:
+        """Why a row is none of a task."""
+        return None if "reasoning_gym" in prompt.metadata else "it is no row of `reasoning_gym:TASK`"
+
+    return FunctionReward(name="reasoning_gym", function=reward, unreadable=unreadable)
 
 
 def _answer(prompt: Prompt) -> Any:
