@@ -813,6 +813,29 @@ def test_mask_tokens_raises_config_error_when_token_is_unknown(no_weights: None,
     assert_says(said, "ConfigError: ", str(token), "tokenizer")
 
 
+def test_check_audits_rewards_and_counts_shared_prompts(work: Path):
+    """The reward that cannot tell right from wrong, and held-out prompts that are training prompts, are told."""
+    evaluate = {"data": {"path": "train.jsonl", "limit": 3}}
+    (work / "mine.py").write_text("def always(prompt, response): return 1.0\n")
+    said = opd("check", one_stage(reward={"name": "mine:always"}, evaluate=evaluate)).out
+    assert_says(said, "the reward mine:always pays on 12 rows: right: the answer 1.00", "cannot tell right from wrong")
+    assert_says(
+        said, "3 of 3 held-out prompts are training prompts of student, word for word", "select: {by: {path: tra"
+    )
+    said = opd("check", one_stage(reward={"name": "exact"})).out
+    assert_says(said, "the reward exact pays on 12 rows: right: the answer 1.00, in a sentence 0.00")
+    assert "cannot tell" not in said
+    assert "word for word" not in said
+
+
+def test_check_refuses_answers_that_the_reward_cannot_read(work: Path):
+    (work / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2=", "answer": "four"}\n')
+    said = refusal(one_stage(reward={"name": "final_number"}))
+    assert_says(
+        said, "DataError: ", "the reward 'final_number' cannot read 1 of 2 rows (rows 1)", "'four' holds no num"
+    )
+
+
 def test_check_counts_answers_when_no_part_reads_them(work: Path):
     """Training without a reward is the usual case, so it is no mistake; but then no accuracy comes out."""
     measured = {"data": {"path": "held_out.jsonl"}}

@@ -181,12 +181,12 @@ def test_reward_of_section_passes_settings_to_functions_alone():
         (
             "final_number",
             ["3", "none", "x"],
-            r"'final_number' cannot read 2 of 3 rows \(rows 1, 2\); of row 1: its ans",
+            r"'final_number' cannot read 2 of 3 rows \(rows 1, 2\); of row 1: its",
         ),
         (
             "math_verify",
             ["3", " "],
-            r"'math_verify' cannot read 1 of 2 rows \(rows 1\); of row 1: its `answer` is empty",
+            r"'math_verify' cannot read 1 of 2 rows \(rows 1\); of row 1: its `answer` is",
         ),
         ("reasoning_gym", ["3"], r"cannot read 1 of 1 rows .*: it is no row of `reasoning_gym:TASK`"),
     ],

@@ -4,7 +4,7 @@ The package draws row i of most tasks from the seed `seed + i`, so row i of seed
 on all 105 tasks of 0.1.25 that need no options: true of 102. The rows of `acre` depend on the size of the data set, so
 rows are taken from blocks of `BLOCK`. `list_functions` draws from Python's global random numbers, which are seeded here
 for each row. Tasks in `HASHED` iterate over sets of texts, whose order is that of PYTHONHASHSEED: a process with the
-seed 0 makes their rows. `benchmarks/reasoning_gym_rows.py` measures all this again.
+seed 0 makes their rows. `benchmarks/reasoning_gym_rewards.py` measures the first again, tests the rest.
 """
 
 from __future__ import annotations
@@ -25,7 +25,16 @@ from opd.errors import ConfigError, DataError, nearest
 from opd.plugins import _import_extra
 
 BLOCK = 500  # rows of a data set of reasoning-gym, its own default
-HASHED = frozenset({"isomorphic_strings", "knight_swap", "polynomial_multiplication", "ransom_note", "word_ladder"})
+HASHED = frozenset(
+    {
+        "intermediate_integration",
+        "isomorphic_strings",
+        "knight_swap",
+        "polynomial_multiplication",
+        "ransom_note",
+        "word_ladder",
+    }
+)
 CHILD = "from opd.data.gym import answer_parent; answer_parent()"
 
 

@@ -1,4 +1,4 @@
-"""One call of a function that may raise, exit, hang or take long: its limit of time, and lines while it is waited for."""
+"""One call of a function that may raise, exit or hang: its limit of time, and lines while it is waited for."""
 
 from __future__ import annotations
 
