@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import redirect_stdout
 from importlib import metadata
 
 from opd.data.gym import gym_rows
@@ -28,6 +29,7 @@ SHORT = {
     "an empty text": "empty",
     '"hello"': "hello",
     "another row's answer": "another's",
+    "a longer number": "longer",
 }
 
 
@@ -38,7 +40,8 @@ def row_of(task: str, rows: int) -> tuple[str, str]:
         found = audit(load_reward("reasoning_gym", {}), prompts, rows=rows, seconds=60)
         following = [entry["question"] for entry in gym_rows(task, {"seed": 1}, rows)]
     except OPDError as error:
-        return f"| `{task}` | {error!s:.60} |" + " |" * (len(SHORT) + 2), "none"
+        print(f"{task}: {error}")
+        return f"| `{task}` | needs options |" + " |" * (len(SHORT) + 2), "none"
     first = [prompt.content for prompt in prompts]
     shift = sum(a == b for a, b in zip(first[1:], following, strict=False)) / (rows - 1)
     if found is None:
@@ -61,7 +64,8 @@ def main() -> None:
     print("|---|---|" + "--:|" * (len(SHORT) + 2))
     levels: list[str] = []
     for task in given.task or sorted(DATASETS):
-        row, level = row_of(task, given.rows)
+        with redirect_stdout(sys.stderr):  # some tasks print
+            row, level = row_of(task, given.rows)
         levels.append(level)
         print(row, flush=True)
     counts = ", ".join(f"{levels.count(level)} {level}" for level in ("stop", "change", "ok", "none"))

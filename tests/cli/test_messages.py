@@ -37,6 +37,7 @@ from opd.models import saving
 from opd.models.loading import load_model
 from opd.recipe.schema import ModelSpec
 from opd.stage import checkpoint
+from opd.stage.folder import StageDir
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -649,7 +650,19 @@ def test_divergence_raises_config_error_when_support_is_sampled(mine: None):
     ],
 )
 def test_train_raises_training_error_when_reward_fails(mine: None, name: str, parts: list[str]):
-    assert_says(refusal(one_stage(reward={"name": name}), code=1), "TrainingError: ", *parts)
+    trained = {"method": "grpo", "teacher": None, "sampling": {"n": 2, "max_completion_length": 3}}
+    assert_says(refusal(one_stage(reward={"name": name}, **trained), code=1), "TrainingError: ", *parts)
+    dropped = {"name": name, "on_error": "drop", "max_failed": 0.5}
+    said = refusal(one_stage(reward=dropped, **trained), code=1)
+    assert_says(said, "got no answer for 2 of this step's 2 groups of responses, and `max_failed` allows 50%")
+
+
+def test_train_goes_on_when_a_reward_that_is_only_shown_fails(mine: None, work: Path):
+    said = opd("train", one_stage(reward={"name": "mine:reward"})).out
+    assert_says(said, "distil: the reward failed on 4 responses")
+    rows = StageDir(work / "run" / "distil").read_metrics()
+    assert [row["rollout/rewards_failed"] for row in rows] == [2.0, 2.0]
+    assert not any("rollout/reward" in row for row in rows)
 
 
 # --- files that could run code ---------------------------------------------------------------------------------------

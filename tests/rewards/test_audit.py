@@ -26,7 +26,7 @@ def test_exact_tells_right_from_wrong_and_pays_one_form():
     assert found is not None
     assert (found.level, found.verdict, found.rows) == ("ok", None, 4)
     assert found.right == {kind: float(kind == "the answer") for kind in RIGHT}
-    assert found.wrong == dict.fromkeys(WRONG, 0.0)
+    assert found.wrong == dict.fromkeys(WRONG, 0.0)  # the mean over the rows that have such a text
     assert found.line.startswith("the reward exact pays on 4 rows: right: the answer 1.00, in a sentence 0.00")
 
 
@@ -43,7 +43,7 @@ def test_reward_that_pays_another_answer_in_part_is_a_change():
     found = audit(as_reward(lambda prompt, text: 1.0 if text == prompt.answer else 0.25 * bool(text)), rows("3", "5"))
     assert found is not None
     assert found.level == "change"
-    assert found.verdict == 'It pays wrong texts in part: "hello" 0.25, another row\'s answer 0.25.'
+    assert found.verdict == 'It pays wrong texts in part: "hello" 0.25, another row\'s answer 0.25, a longer number 0.25.'
 
 
 def test_reward_that_pays_no_form_is_a_change_unless_the_response_is_paid():
@@ -66,9 +66,9 @@ def test_failures_are_counted_with_the_first_reason():
     for reward in (as_reward(picky), watched(as_reward(picky))):
         found = audit(reward, rows("3", "5"))
         assert found is not None
-        assert (found.level, found.failed, found.texts) == ("change", 2, 18)
+        assert (found.level, found.failed, found.texts) == ("change", 2, 20)
         assert '"hello"' not in found.wrong
-        assert found.verdict == "It failed on 2 of 18 texts: no number."
+        assert found.verdict == "It failed on 2 of 20 texts: no number."
 
 
 class Longest(Reward):
@@ -82,7 +82,7 @@ class Longest(Reward):
 def test_user_reward_is_audited_and_rewards_without_answers_are_not():
     found = audit(Longest(), rows("3", "5"))
     assert found is not None
-    assert found.level == "ok"  # a longer text is paid more, and the forms of the answer are longer than "hello"
+    assert (found.level, found.worst, found.best) == ("change", 5.0, 18.0)  # "hello", "<answer>3</answer>"
     assert audit(load_reward("max_words", {"n": 5}), rows("3")) is None
     assert audit(load_reward("exact", {}), rows(None, " ")) is None
     judged = load_reward("rubric", {"judge": _judge()})
@@ -97,8 +97,9 @@ def _judge() -> Any:
 
 def test_texts_leave_out_another_answer_where_all_are_equal():
     prompts = rows("Yes", "yes")
-    assert WRONG[2] not in texts_of(prompts[0], prompts, 0)
-    assert texts_of(rows("3", "5")[0], rows("3", "5"), 0)[WRONG[2]] == "5"
+    assert set(WRONG) - set(texts_of(prompts[0], prompts, 0)) == {"another row's answer", "a longer number"}
+    numbers = texts_of(rows("3", "5")[0], rows("3", "5"), 0)
+    assert [numbers[kind] for kind in WRONG] == ["", "hello", "5", "13"]
 
 
 def test_audit_stops_after_its_seconds_and_spreads_its_rows():
@@ -117,7 +118,9 @@ def test_audit_stops_after_its_seconds_and_spreads_its_rows():
     assert cut.rows == 1
 
 
-@pytest.mark.parametrize(("task", "level"), [("game_of_life_halting", "stop"), ("chain_sum", "ok")])
+@pytest.mark.parametrize(
+    ("task", "level"), [("game_of_life_halting", "stop"), ("gcd", "change"), ("word_sorting", "ok")]
+)
 def test_audit_of_reasoning_gym_tasks(task, level):
     pytest.importorskip("reasoning_gym")
     prompts = load_prompts(DataSection(path=f"reasoning_gym:{task}", limit=5))

@@ -18,6 +18,7 @@ from opd.rewards.base import FunctionReward, rewarded
 from opd.types import Prompt, Reward, Rollout
 
 ROWS = 16  # rows that `opd check` and `opd doctor` try
+PART = 0.005  # ours: what is paid a smaller share of the right answer counts as not paid
 SECONDS = 20.0  # after this time no further row is tried
 
 Form: TypeAlias = Callable[[str], str]
@@ -31,7 +32,7 @@ RIGHT: Mapping[str, Form] = {
     "in answer tags": lambda answer: f"<answer>{answer}</answer>",
 }
 REFERENCE = "the row's `response`"
-WRONG = ("an empty text", '"hello"', "another row's answer")
+WRONG = ("an empty text", '"hello"', "another row's answer", "a longer number")
 
 Level: TypeAlias = Literal["stop", "change", "ok"]
 
@@ -47,7 +48,6 @@ class Audit:
     rows: int
     right: Mapping[str, float]
     wrong: Mapping[str, float]
-    full: Mapping[str, float]  # share of texts, of all kinds, that get as much as the row's best right form
     failed: int = 0
     texts: int = 0
     why: str | None = None  # of the first failure
@@ -67,7 +67,12 @@ class Audit:
         """stop: a wrong text is paid as much as the right answer; change: it is paid in part, or the reward failed."""
         if self.worst >= self.best and self.worst != 0.0:
             return "stop"
-        return "change" if self.worst > 0.0 or self.best <= 0.0 or self.failed else "ok"
+        return "change" if self.paid_in_part or self.best <= 0.0 or self.failed else "ok"
+
+    @property
+    def paid_in_part(self) -> dict[str, float]:
+        """The wrong texts that are paid at least the share `PART` of the right answer."""
+        return {kind: value for kind, value in self.wrong.items() if value > 0.0 and value >= PART * self.best}
 
     @property
     def line(self) -> str:
@@ -88,8 +93,8 @@ class Audit:
             )
         elif self.best <= 0.0:
             says.append("None of these forms of the right answer is paid: try one response that should be.")
-        elif paid := [f"{kind} {value:.2f}" for kind, value in self.wrong.items() if value > 0.0]:
-            says.append(f"It pays wrong texts in part: {', '.join(paid)}.")
+        elif paid := self.paid_in_part:
+            says.append(f"It pays wrong texts in part: {', '.join(f'{kind} {paid[kind]:.2f}' for kind in paid)}.")
         if self.failed:
             says.append(f"It failed on {self.failed} of {self.texts} texts: {self.why}.")
         return " ".join(says) or None
@@ -150,17 +155,16 @@ def compares_answers(reward: Reward) -> bool:
 
 
 def texts_of(prompt: Prompt, prompts: Sequence[Prompt], place: int) -> dict[str, str]:
-    """The texts by kind. The other row is the next one with another answer."""
+    """The texts by kind. The other row is the next one with another answer; the longer number ends with the answer."""
     answer = str(prompt.answer)
     others = [str(one.answer) for one in (*prompts[place + 1 :], *prompts[:place])]
     other = next((one for one in others if one.strip().casefold() != answer.strip().casefold()), None)
     texts = {kind: form(answer) for kind, form in RIGHT.items()}
     if prompt.response:
         texts[REFERENCE] = prompt.response
-    texts |= dict(zip(WRONG, ("", "hello", other or ""), strict=True))
-    if other is None:
-        del texts[WRONG[2]]
-    return texts
+    longer = f"1{answer}" if answer.isdecimal() else None
+    wrong = zip(WRONG, ("", "hello", other, longer), strict=True)
+    return texts | {kind: text for kind, text in wrong if text is not None}
 
 
 def as_rollout(prompt: Prompt, text: str) -> Rollout:

@@ -32,7 +32,7 @@ def reward_audit(spec: StageSpec, task: Task) -> Finding:
         level=found.level,
         says=f"{says} {found.verdict}",
         numbers=numbers,
-        remedy=f"Change {where} of stage {spec.name!r}: another reward; for reasoning_gym `options: {{full_only: true}}`, "
-        "another task, or your own function.",
+        remedy=f"Change {where} of stage {spec.name!r}: another reward; for reasoning_gym "
+        "`options: {full_only: true}`, another task, or your own function.",
         study=STUDY,
     )
