@@ -12,6 +12,9 @@ from typing import Any
 
 from opd.errors import ConfigError, DataError, nearest
 
+# What a user's code may raise: sys.exit is an error of that code, not the end of the run.
+RAISED = (Exception, SystemExit)
+
 
 def import_function(reference: str) -> Callable[..., Any]:
     """`package.module:function` -> the function; also finds modules in the working directory.
@@ -23,7 +26,7 @@ def import_function(reference: str) -> Callable[..., Any]:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # any line of the user's module may raise or exit
+    except RAISED as error:  # any line of the user's module may raise or exit
         raise ConfigError(
             f"{reference}: importing {module_name!r} failed with {type(error).__name__}: {error}. "
             "Correct the name, install the package, or run in the folder of its file."

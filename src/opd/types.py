@@ -116,7 +116,8 @@ class Rollout:
     sampler_version: int = 0
     sampling: Sampling | None = None
     reward: float | None = None
-    unjudged: str | None = None  # why the judges gave no reward
+    unjudged: str | None = None  # why there is no reward: its judges or its function failed
+    reward_failure: Literal["failed", "timed_out"] | None = None  # of a function; timed_out: it has a reward, 0
     judged: Mapping[str, float] = field(
         default_factory=dict[str, float]
     )  # further numbers from the judges, for the metrics

@@ -37,6 +37,7 @@ from opd.models import saving
 from opd.models.loading import load_model
 from opd.recipe.schema import ModelSpec
 from opd.stage import checkpoint
+from opd.stage.folder import StageDir
 
 Change = Callable[[dict[str, Any]], Any]
 
@@ -649,7 +650,19 @@ def test_divergence_raises_config_error_when_support_is_sampled(mine: None):
     ],
 )
 def test_train_raises_training_error_when_reward_fails(mine: None, name: str, parts: list[str]):
-    assert_says(refusal(one_stage(reward={"name": name}), code=1), "TrainingError: ", *parts)
+    trained = {"method": "grpo", "teacher": None, "sampling": {"n": 2, "max_completion_length": 3}}
+    assert_says(refusal(one_stage(reward={"name": name}, **trained), code=1), "TrainingError: ", *parts)
+    dropped = {"name": name, "on_error": "drop", "max_failed": 0.5}
+    said = refusal(one_stage(reward=dropped, **trained), code=1)
+    assert_says(said, "got no answer for 2 of this step's 2 groups of responses, and `max_failed` allows 50%")
+
+
+def test_train_goes_on_when_a_reward_that_is_only_shown_fails(mine: None, work: Path):
+    said = opd("train", one_stage(reward={"name": "mine:reward"})).out
+    assert_says(said, "distil: the reward failed on 4 responses")
+    rows = StageDir(work / "run" / "distil").read_metrics()
+    assert [row["rollout/rewards_failed"] for row in rows] == [2.0, 2.0]
+    assert not any("rollout/reward" in row for row in rows)
 
 
 # --- files that could run code ---------------------------------------------------------------------------------------
@@ -811,6 +824,29 @@ def test_privileged_context_raises_data_error_when_rows_lack_it(
 def test_mask_tokens_raises_config_error_when_token_is_unknown(no_weights: None, what: str, token: Any):
     said = refusal(one_stage(method="local_support_matching", options={"k": 3, "mask_tokens": [token]}), what=what)
     assert_says(said, "ConfigError: ", str(token), "tokenizer")
+
+
+def test_check_audits_rewards_and_counts_shared_prompts(work: Path):
+    """The reward that cannot tell right from wrong, and held-out prompts that are training prompts, are told."""
+    evaluate = {"data": {"path": "train.jsonl", "limit": 3}}
+    (work / "mine.py").write_text("def always(prompt, response): return 1.0\n")
+    said = opd("check", one_stage(reward={"name": "mine:always"}, evaluate=evaluate)).out
+    assert_says(said, "the reward mine:always pays on 12 rows: right: the answer 1.00", "cannot tell right from wrong")
+    assert_says(
+        said, "3 of 3 held-out prompts are training prompts of student, word for word", "select: {by: {path: tra"
+    )
+    said = opd("check", one_stage(reward={"name": "exact"})).out
+    assert_says(said, "the reward exact pays on 12 rows: right: the answer 1.00, in a sentence 0.00")
+    assert "cannot tell" not in said
+    assert "word for word" not in said
+
+
+def test_check_refuses_answers_that_the_reward_cannot_read(work: Path):
+    (work / "train.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "2+2=", "answer": "four"}\n')
+    said = refusal(one_stage(reward={"name": "final_number"}))
+    assert_says(
+        said, "DataError: ", "the reward 'final_number' cannot read 1 of 2 rows (rows 1)", "'four' holds no num"
+    )
 
 
 def test_check_counts_answers_when_no_part_reads_them(work: Path):

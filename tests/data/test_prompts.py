@@ -181,12 +181,13 @@ def test_skip_raises_error_when_too_large_or_negative(tmp_path):
         load(path, skip=-1)
 
 
-def test_reasoning_gym_defaults_to_seed_0_and_limit_as_size():
+def test_reasoning_gym_defaults_to_seed_0_and_size_500():
     pytest.importorskip("reasoning_gym")
     prompts = load("reasoning_gym:chain_sum", limit=4)
     assert len(prompts) == 4
-    assert prompts[0].metadata["reasoning_gym"]["options"] == {"size": 4, "seed": 0}
+    assert prompts[0].metadata["reasoning_gym"]["options"] == {"size": 500, "seed": 0}
     assert len(load("reasoning_gym:chain_sum")) == 500
+    assert len(load("reasoning_gym:chain_sum", options={"size": 3}, limit=4)) == 3
 
 
 def test_load_prompts_calls_function_with_options_up_to_limit(user_module):

@@ -177,7 +177,7 @@ def test_privileged_raises_data_error_when_reward_is_missing():
     ):
         read(reward=None, template="{prompt}{verdict}")
     with pytest.raises(
-        DataError, match=r"no reward, but .* Its judge failed \(timed out\)\. Run the same command again"
+        DataError, match=r"no reward, but .* Its reward failed \(timed out\)\. Run the same command again"
     ):
         read(reward=None, unjudged="timed out", template="{prompt}{verdict}")
 

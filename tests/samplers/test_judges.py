@@ -25,6 +25,7 @@ from opd.samplers.asked.endpoint import Endpoint
 from opd.samplers.asked.local import LocalJudge
 from opd.samplers.asked.program import Program
 from opd.samplers.asked.protocol import Failure, Question, Reply, UnreadableError
+from opd.samplers.hf import TransformersSampler
 
 
 def question(text: str = "?", **fields: Any) -> Question:
@@ -234,12 +235,58 @@ def test_program_reads_about_of_question():
     assert one(Program(function=lambda asked: None, name="f")).failure == "it returned no answer"
 
 
-def test_program_raises_training_error_when_function_fails():
+def test_program_is_called_again_when_it_raises():
+    calls: list[str] = []
+
+    def raises_twice(asked: Question) -> str:
+        calls.append("call")
+        if len(calls) < 3:
+            raise SystemExit("no network")
+        return "good"
+
+    assert one(Program(function=raises_twice, name="f", retries=2, backoff_s=0.0)) == Reply(text="good", requests=3)
+    calls.clear()
+    failed = one(Program(function=raises_twice, name="f", retries=1, backoff_s=0.0))
+    assert (failed.text, failed.failure) == (None, "the judge f raised SystemExit: no network")
+
+
+def test_program_waits_longer_before_each_call(monkeypatch: pytest.MonkeyPatch):
+    waits: list[float] = []
+    monkeypatch.setattr("opd.samplers.asked.program.time.sleep", waits.append)
+
+    def broken(asked: Question) -> str:
+        raise ValueError
+
+    one(Program(function=broken, name="f", retries=3))
+    assert waits == [1.0, 2.0, 4.0]
+
+
+def test_local_judge_samples_again_when_torch_fails(monkeypatch: pytest.MonkeyPatch):
+    judge, calls = local(retries=1), []
+    good = one(judge)
+    sample = TransformersSampler.__call__
+
+    def fails_once(*given: Any, **settings: Any) -> Any:
+        calls.append("call")
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("no memory")
+        return sample(*given, **settings)
+
+    monkeypatch.setattr(TransformersSampler, "__call__", fails_once)
+    again = one(judge)
+    assert (again.text, again.requests) == (good.text, 2)
+    calls.clear()
+    failed = one(local(retries=0))
+    assert failed.text is None
+    assert "raised OutOfMemoryError: no memory" in str(failed.failure)
+
+
+def test_program_fails_after_its_retries():
     def broken(asked: Question) -> str:
         raise KeyError("points")
 
-    with pytest.raises(TrainingError, match="The judge mine:f raised KeyError: 'points'"):
-        one(Program(function=broken, name="mine:f"))
+    reply = one(Program(function=broken, name="mine:f", backoff_s=0.0))
+    assert (reply.text, reply.failure, reply.requests) == (None, "the judge mine:f raised KeyError: 'points'", 3)
     with pytest.raises(TrainingError, match="The judge mine:f returned a dict"):
         one(Program(function=lambda asked: {}, name="mine:f"))  # type: ignore[arg-type,return-value]
 

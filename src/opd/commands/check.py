@@ -23,6 +23,26 @@ def check_recipe(recipe: Recipe) -> list[str]:
     for spec in recipe.stages:
         lines += described(spec, checked.prepared[spec.name])
         lines += [f"  {line}" for line in checked.lines[spec.name]]
+        lines += [f"  {line}" for line in audited(spec, checked.prepared[spec.name])]
+    return lines
+
+
+def audited(spec: StageSpec, prepared: Prepared) -> list[str]:
+    """What the rewards of a stage pay for wrong texts and for forms of the right answer: see `opd.rewards.audit`."""
+    from opd.rewards.audit import audit
+
+    lines: list[str] = []
+    for name, task in prepared.tasks.items():
+        of_evaluation = spec.by_task[name].evaluate
+        own = task.held_out is not None and of_evaluation is not None and of_evaluation.reward is not None
+        pairs = [("", task.reward, task.prompts)]
+        if task.held_out is not None and (own or task.reward is None):
+            pairs.append(("evaluate: ", task.held_out.reward, list(task.held_out.prompts)))
+        for where, reward, prompts in pairs:
+            found = None if reward is None else audit(reward, prompts)
+            if found is not None:
+                says = [found.line] if found.verdict is None else [found.line, found.verdict]
+                lines += [f"{'' if name is None else f'task {name}: '}{where}{one}" for one in says]
     return lines
 
 

@@ -15,9 +15,9 @@ from opd.models.paths import resolved_path
 from opd.models.vocabularies import on_common_tokens
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
-from opd.recipe.schema import DataSection, ModelSpec, SamplingSection
+from opd.recipe.schema import DataSection, ModelSpec, RewardSection, SamplingSection
 from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
-from opd.rewards.registry import load_reward
+from opd.rewards.registry import reward_of
 from opd.teachers.local import local_teacher
 from opd.types import Sampling, TeacherRule
 
@@ -40,7 +40,7 @@ def evaluate_model(
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
-    measured_by = None if reward is None else load_reward(**reward)
+    measured_by = None if reward is None else reward_of(parse_section(RewardSection, reward, "reward"))
     if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
         raise ConfigError(f"The reward is {measured_by.name!r}, {unfit}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")

@@ -33,9 +33,7 @@ def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list
     The columns read are `prompt` (text, or a list of messages {role, content}), `answer`, `response` (or, in a row
     without it, TRL's `completion`), `privileged_context`, `teacher_id`, and for the chat template `tools` and
     `chat_template_kwargs`; other columns go to `metadata`. A reasoning-gym row keeps {task, options, entry} in
-    metadata["reasoning_gym"], for the reward of that name. The same options give the same rows in every process,
-    except for tasks that iterate over Python sets (word_ladder,
-    knight_swap, ransom_note, isomorphic_strings, polynomial_multiplication): these also need a fixed PYTHONHASHSEED.
+    metadata["reasoning_gym"], for the reward of that name. The same options give the same rows in every process.
 
     Raises ConfigError for contradicting fields, DataError for an unusable file or row.
     """

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.files import READERS, ArrowRow, Row, ending_of, file_rows, missing
-from opd.data.gym import gym_task
+from opd.data.gym import BLOCK, gym_rows
 from opd.errors import ConfigError, DataError, OPDError, nearest
 from opd.files import expanded
-from opd.plugins import check_options, import_function, packaged
+from opd.plugins import RAISED, check_options, import_function, packaged
 
 FUNCTION = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
@@ -27,7 +27,7 @@ def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int |
     if source.startswith("package:"):
         return file_rows(packaged(source))
     if source.startswith("reasoning_gym:"):
-        return _gym_rows(source, {"size": limit or 500, "seed": 0, **options})
+        return _gym_rows(source, options, limit)
     if not path.is_dir() and (path.is_file() or nearest(ending_of(path), READERS)):
         return file_rows(path)
     if FUNCTION.fullmatch(source):
@@ -35,13 +35,12 @@ def rows_of(source: str, *, split: str, options: Mapping[str, Any], limit: int |
     return _datasets_rows(source, path, split, options)
 
 
-def _gym_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
+def _gym_rows(source: str, options: Mapping[str, Any], limit: int | None) -> Iterator[Row]:
     task = source.removeprefix("reasoning_gym:")
-    dataset = gym_task(task, options)
-    for index in range(len(dataset)):
-        entry = dataset[index]
+    of_scorer = {"size": BLOCK, "seed": 0, **options}
+    for index, entry in enumerate(gym_rows(task, options, limit)):
         row = {"prompt": entry["question"], "answer": entry["answer"]}
-        yield f"Row {index} of {source}", row | {"reasoning_gym": {"task": task, "options": options, "entry": entry}}
+        yield f"Row {index} of {source}", row | {"reasoning_gym": {"task": task, "options": of_scorer, "entry": entry}}
 
 
 def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
@@ -52,7 +51,7 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
         if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
             raise TypeError(f"it returned a {type(rows).__name__}, but must return an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
-    except (Exception, SystemExit) as error:  # any line of the user's function may raise or exit
+    except RAISED as error:  # any line of the user's function may raise or exit
         why = str(error).removesuffix(".")
         raise DataError(f"{source} failed with {type(error).__name__}: {why}. Correct the function.") from error
 

@@ -6,6 +6,7 @@ method's data does not allow is left out.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -50,6 +51,8 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
     if rewards:
         metrics.mean("rollout/reward", sum(rewards), len(rewards))
     metrics.merge(of_judges(batch))
+    for failure, count in Counter(r.reward_failure for r in batch.rollouts if r.reward_failure is not None).items():
+        metrics.sum(f"rollout/rewards_{failure}", count)
     written = [rollout for rollout in batch.rollouts if rollout.sampler_logp is not None]
     if written:
         metrics.max("rollout/staleness_max", max(version - rollout.sampler_version for rollout in written))
@@ -75,7 +78,7 @@ def of_judges(batch: Batch) -> Metrics:
     """Metrics judge/...: numbers of the judges besides the reward, and the share of responses without a reward."""
     metrics = Metrics()
     for rollout in batch.rollouts:
-        if rollout.judged or rollout.unjudged is not None:
+        if rollout.reward_failure is None and (rollout.judged or rollout.unjudged is not None):
             metrics.mean("judge/failed_share", rollout.unjudged is not None, 1)
         for name, value in rollout.judged.items():
             metrics.mean(f"judge/{name}", value, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -78,7 +79,10 @@ def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sam
 
 
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
-    """Metrics of responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse."""
+    """Metrics of responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse.
+
+    The reward is over the prompts of which all responses have one: `rewards_failed` counts responses without.
+    """
     groups: dict[int, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.prompt.id, []).append(rollout)
@@ -91,8 +95,11 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
         "distinct_share": distinct_share([r.text for r in rollouts]),
         "empty_share": sum(not r.text.strip() for r in rollouts) / n,
     }
-    rewards = [[r.reward for r in group if r.reward is not None] for group in groups.values()]
-    if not all(rewards):
+    for failure, count in Counter(r.reward_failure for r in rollouts if r.reward_failure is not None).items():
+        out[f"rewards_{failure}"] = float(count)
+    complete = [group for group in groups.values() if all(r.reward_failure != "failed" for r in group)]
+    rewards = [[r.reward for r in group if r.reward is not None] for group in complete]
+    if not rewards or not all(rewards):
         return out
     binary = all(value in (0.0, 1.0) for group in rewards for value in group)
     interval = mean_interval([sum(group) / len(group) for group in rewards], binary=binary)

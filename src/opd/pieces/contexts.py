@@ -168,8 +168,8 @@ def _filled(pattern: str, rollout: Rollout, verdicts: tuple[str, str], text: str
             remedy = "Set the stage's `reward`, or leave {verdict} out."
             if rollout.unjudged is not None:
                 remedy = (
-                    f"Its judge failed ({rollout.unjudged}). Run the same command again: it continues from the last "
-                    "checkpoint and queries the judge again. Or use a function as the reward."
+                    f"Its reward failed ({rollout.unjudged}). Run the same command again: it continues from the last "
+                    "checkpoint and queries a judge again. Or correct the reward, or the row."
                 )
             raise DataError(
                 f"The response to prompt {rollout.prompt.id} has no reward, but the context shows the teacher its "

@@ -108,7 +108,8 @@ class DataSection(Section):
     - a file that ends with .json (a list of objects, or an object per line), .jsonl, .csv, .tsv (an empty cell is a
       missing value), the same with .gz, or .parquet
     - `package:NAME/FILE`, such a file inside an installed package, which is not imported
-    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `size` defaults to `limit` or 500, `seed` to 0
+    - `reasoning_gym:TASK`, rows of `create_dataset(TASK, **options)`; `seed` defaults to 0, the number of rows to
+      `skip` + `limit` or 500, which changes no row: see `opd.data.gym.gym_rows`
     - `package.module:function`, rows of `function(**options)`, an iterable of dicts
     - a folder of such files, in the splits and the order of `datasets`, with `options` such as `name` or `data_files`
     - another folder or a hub name: `datasets.load_from_disk(path)`, or `load_dataset(path, split=split, **options)`.
@@ -198,11 +199,17 @@ class Asks(BaseModel):
         return {role: section for role, section in given.items() if section is not None}
 
 
+MAX_FAILED = 0.1  # ours; arXiv 2605.07396 allows LLM judges 0.4, see the reward `rubric`
+
+
 class RewardSection(Section, Asks):
-    """A reward with its options, and its judges if it uses any."""
+    """A reward with its options, its judges if it uses any, and what a failed call of a function means."""
 
     name: str
     options: dict[str, Any] = {}
+    on_error: Literal["stop", "drop"] = "stop"  # drop: the response has no reward, and is counted
+    max_failed: float = Field(default=MAX_FAILED, ge=0, le=1)  # with `drop`: largest share of a step's groups
+    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # seconds per response; None: no limit
 
 
 Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]

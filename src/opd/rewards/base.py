@@ -7,14 +7,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from opd.errors import ConfigError, TeacherError, TrainingError
+from opd.errors import ConfigError, DataError, OPDError, TeacherError, TrainingError
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE
-from opd.recipe.schema import JudgeSection
+from opd.plugins import RAISED
+from opd.recipe.schema import MAX_FAILED, JudgeSection
+from opd.rewards.calls import Waiting, called
 from opd.samplers.asked.build import judge_of
 from opd.samplers.asked.cache import AnswerCache, CachedJudge
 from opd.types import Gather, Prompt, Reward, Rollout
@@ -26,34 +28,62 @@ RewardFn: TypeAlias = Callable[[Prompt, str], float]  # (prompt, text of the res
 Judging: TypeAlias = Callable[[Sequence[Rollout], Mapping[str, CachedJudge]], list[Rollout]]
 
 
+class TimedOut(float):
+    """A reward whose computation was cut off at its time limit. It is trained on, and counted."""
+
+
+TIMED_OUT = TimedOut(0.0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FunctionReward(Reward):
-    """The reward of a function (prompt, text) -> float, called once per response."""
+    """The reward of a function (prompt, text) -> float, called once per response.
+
+    A call fails if the function raises, exits, returns no finite number, or takes longer than `timeout_s` seconds. With
+    `on_error="stop"` that ends the run. With "drop" the response has no reward, is counted
+    (`rollout/rewards_failed`), and the run ends if more than `max_failed` of a step's groups have such a response: a
+    group of responses to one prompt without all of its rewards has no advantage.
+    """
 
     name: str
     function: RewardFn
     needs: frozenset[str] = frozenset()
     undeclared: bool = False  # a user's function: it may read other columns than `needs`
+    unreadable: Callable[[Prompt], str | None] | None = None  # why it cannot read a row, e.g. an answer; None: it can
+    on_error: Literal["stop", "drop"] = "stop"
+    max_failed: float = MAX_FAILED
+    timeout_s: float | None = None
 
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
-        """Raises TrainingError if the function raises (its error is the cause) or returns no finite number."""
-        return [replace(rollout, reward=self._reward(rollout)) for rollout in rollouts]
+        """Raises TrainingError if a call fails (the function's error is the cause), unless failures are dropped."""
+        with Waiting() as waiting:
+            return [self._rewarded(rollout, waiting) for rollout in rollouts]
 
-    def _reward(self, rollout: Rollout) -> float:
+    def _rewarded(self, rollout: Rollout, waiting: Waiting) -> Rollout:
+        waiting.now(f"the reward {self.name!r} on prompt {rollout.prompt.id}")
         about = f"on prompt {rollout.prompt.id}, response {rollout.text[:200]!r}"
         try:
-            value = self.function(rollout.prompt, rollout.text)
-        except Exception as error:  # a user's function may raise anything
-            raise TrainingError(
-                f"The reward {self.name!r} raised {type(error).__name__} {about}: {error}. "
-                "A reward must accept every text: correct it, or the row."
-            ) from error
+            value = called(lambda: self.function(rollout.prompt, rollout.text), self.timeout_s)
+        except RAISED as error:  # a user's function may raise anything
+            why = f"raised {type(error).__name__} {about}: {error}"
+            return self._failed(rollout, why, "A reward must accept every text: correct it, or the row.", error)
         if not _is_finite(value):
-            raise TrainingError(
-                f"The reward {self.name!r} returned {value!r:.80} ({type(value).__name__}) {about}. Return a finite "
-                "number."
-            )
-        return float(value)
+            why = f"returned {shown(value)} ({type(value).__name__}) {about}"
+            return self._failed(rollout, why, "Return a finite number.")
+        return replace(rollout, reward=float(value), reward_failure="timed_out" if value is TIMED_OUT else None)
+
+    def _failed(self, rollout: Rollout, why: str, remedy: str, error: BaseException | None = None) -> Rollout:
+        """The rollout without a reward. Raises TrainingError if failures are not dropped."""
+        if self.on_error == "drop":
+            return replace(rollout, reward=None, unjudged=f"the reward {self.name!r} {why}", reward_failure="failed")
+        raise TrainingError(
+            f"The reward {self.name!r} {why}. {remedy} Or leave such responses out and count them: `on_error: drop` of "
+            "the reward."
+        ) from error
+
+    def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
+        """Raise TrainingError on every rank if more than `max_failed` of the step's groups lack a reward."""
+        check_failed_share(self.name, rollouts, gather, self.max_failed, TrainingError)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,18 +129,7 @@ class GroupReward(Reward):
 
     def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
         """Raise TeacherError on every rank if more than `max_failed` of the step's groups have no reward."""
-        failed = {r.prompt.id: r.unjudged for r in rollouts if r.unjudged is not None}
-        counts = gather((len(failed), len({r.prompt.id for r in rollouts}), next(iter(failed.items()), None)))
-        missing, groups = (sum(part[i] for part in counts) for i in (0, 1))
-        if groups == 0 or missing <= self.max_failed * groups:
-            return
-        prompt, why = next(first for _, _, first in counts if first is not None)
-        raise TeacherError(
-            f"The reward {self.name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
-            f"`max_failed` allows {self.max_failed:.0%}. For prompt {prompt}: {why}. The update was not made. The "
-            "answers so far are kept: correct the cause and start the same command again. A larger `max_failed` makes "
-            "it another run, which needs another output_dir."
-        )
+        check_failed_share(self.name, rollouts, gather, self.max_failed, TeacherError)
 
     def pop_requests(self) -> dict[str, float]:
         """The judges' counts (`CachedJudge.counts`) since the last call."""
@@ -118,6 +137,43 @@ class GroupReward(Reward):
         for judge in self.judges.values():
             judge.counts.clear()
         return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WatchedReward(Reward):
+    """A Reward that is only shown: a failure leaves all responses of a call without a reward and stops nothing."""
+
+    inner: Reward
+    name: str
+    needs: frozenset[str]
+    asks: Mapping[str, Any] = field()
+    comparable: bool
+
+    def for_stage(
+        self, models: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]], folder: Path, rank: int
+    ) -> WatchedReward:
+        return replace(self, inner=self.inner.for_stage(models, origins, folder, rank))
+
+    def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
+        try:
+            return rewarded(self.inner, rollouts)
+        except RAISED as error:  # of a user's Reward, of a judge, or of this library about them
+            why = f"{type(error).__name__}: {error}"
+            return [replace(one, reward=None, unjudged=why, reward_failure="failed") for one in rollouts]
+
+    def pop_requests(self) -> dict[str, float]:
+        return self.inner.pop_requests()
+
+
+def watched(reward: Reward) -> Reward:
+    """The reward for showing alone: its failures are counted, and none stops a run."""
+    if isinstance(reward, FunctionReward):
+        return replace(reward, on_error="drop", max_failed=1.0)
+    if isinstance(reward, WatchedReward):
+        return reward
+    return WatchedReward(
+        inner=reward, name=reward.name, needs=reward.needs, asks=reward.asks, comparable=reward.comparable
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +216,24 @@ class StageRewards:
         return total
 
 
+def check_failed_share(
+    name: str, rollouts: Sequence[Rollout], gather: Gather, max_failed: float, error: type[OPDError]
+) -> None:
+    """Raise `error` on every rank if more than `max_failed` of a step's groups have a response without a reward."""
+    failed = {r.prompt.id: r.unjudged for r in rollouts if r.unjudged is not None}
+    counts = gather((len(failed), len({r.prompt.id for r in rollouts}), next(iter(failed.items()), None)))
+    missing, groups = (sum(part[i] for part in counts) for i in (0, 1))
+    if groups == 0 or missing <= max_failed * groups:
+        return
+    prompt, why = next(first for _, _, first in counts if first is not None)
+    raise error(
+        f"The reward {name!r} got no answer for {missing} of this step's {groups} groups of responses, and "
+        f"`max_failed` allows {max_failed:.0%}. For prompt {prompt}: {why}. The update was not made. The "
+        "answers so far are kept: correct the cause and start the same command again, if need be with a larger "
+        "`max_failed`."
+    )
+
+
 def rewarded(reward: Reward | None, rollouts: Sequence[Rollout]) -> list[Rollout]:
     """The rollouts with their rewards; unchanged without a reward.
 
@@ -186,12 +260,23 @@ def _is_rewarded(one: Any) -> bool:
 
 def _described(one: Any) -> str:
     if isinstance(one, Rollout):
-        return f"one with reward={one.reward!r:.80} and unjudged={one.unjudged!r:.80}"
-    return f"{one!r:.80} ({type(one).__name__})"
+        return f"one with reward={shown(one.reward)} and unjudged={shown(one.unjudged)}"
+    return f"{shown(one)} ({type(one).__name__})"
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, (Real, np.bool_)) and math.isfinite(value)
+    try:
+        return isinstance(value, (Real, np.bool_)) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value's text."""
+    try:
+        return f"{value!r:.80}"
+    except Exception as error:  # of the object's own __repr__; of an integer with too many digits
+        return f"a value that cannot be shown ({type(error).__name__})"
 
 
 def unfit_to_measure(reward: Reward) -> str | None:
@@ -202,6 +287,19 @@ def unfit_to_measure(reward: Reward) -> str | None:
             "builds each rubric from the responses that it grades)"
         )
     return "which needs judges, and only the training of a stage starts them" if reward.asks else None
+
+
+def check_readable(reward: Reward | None, prompts: Sequence[Prompt], where: str) -> None:
+    """Raise DataError, beginning with `where`, if the reward cannot read some rows, e.g. their answers."""
+    if not isinstance(reward, FunctionReward) or reward.unreadable is None:
+        return
+    found = [(prompt.id, why) for prompt in prompts if (why := reward.unreadable(prompt)) is not None]
+    if found:
+        rows = ", ".join(str(key) for key, _ in found[:5]) + (", ..." if len(found) > 5 else "")
+        raise DataError(
+            f"{where}: the reward {reward.name!r} cannot read {len(found)} of {len(prompts)} rows (rows {rows}); of "
+            f"row {found[0][0]}: {found[0][1]}. Correct these rows, leave them out, or choose another reward."
+        )
 
 
 def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *rewards: Reward | None) -> int:

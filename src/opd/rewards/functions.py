@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from decimal import Decimal
 from typing import Any
 
@@ -65,7 +64,13 @@ def final_number() -> FunctionReward:
             raise DataError(f"The answer {prompt.answer!r:.80} of prompt {prompt.id} holds no number.")
         return float(_last_number(response) == wanted)
 
-    return FunctionReward(name="final_number", function=reward, needs=ANSWER)
+    def unreadable(prompt: Prompt) -> str | None:
+        """Why a row has no number to compare with."""
+        if _last_number(str(_answer(prompt))) is None:
+            return f"its answer {prompt.answer!r:.80} holds no number"
+        return None
+
+    return FunctionReward(name="final_number", function=reward, needs=ANSWER, unreadable=unreadable)
 
 
 def max_words(n: int) -> FunctionReward:
@@ -75,37 +80,13 @@ def max_words(n: int) -> FunctionReward:
     return FunctionReward(name="max_words", function=lambda prompt, text: float(1 <= len(text.split()) <= n))
 
 
-def math_verify(timeout_s: int = 5) -> FunctionReward:
-    """1 if math-verify finds the response's final expression equal to the answer, in LaTeX or plain mathematics.
-
-    A parse or comparison that takes longer than `timeout_s` whole seconds counts as unequal, and math-verify logs it; 0
-    means no timeout. The timeout is an alarm signal, which only the main thread can set: other threads have no timeout.
-    """
-    if not isinstance(timeout_s, int) or timeout_s < 0:
-        raise ConfigError(f"The reward 'math_verify' got `timeout_s: {timeout_s!r}`. Give whole seconds, 0 for none.")
-    verifier = _import_extra("math_verify", "math")
-
-    def reward(prompt: Prompt, response: str) -> float:
-        alarm = timeout_s if threading.current_thread() is threading.main_thread() else 0
-        text = str(_answer(prompt))
-        # math-verify recognises bare LaTeX only between dollars.
-        text = text if "$" in text or "\\boxed" in text else f"${text}$"
-        gold = verifier.parse(text, parsing_timeout=alarm)
-        if not gold:
-            raise DataError(
-                f"math-verify finds no expression in the answer {prompt.answer!r:.80} of prompt {prompt.id}."
-            )
-        return float(verifier.verify(gold, verifier.parse(response, parsing_timeout=alarm), timeout_seconds=alarm))
-
-    return FunctionReward(name="math_verify", function=reward, needs=ANSWER)
-
-
-def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> FunctionReward:
+def reasoning_gym(tag: str | None = None, malformed: float | None = None, full_only: bool = False) -> FunctionReward:
     """The score of the row's reasoning-gym task, in [0, 1]; the data is `reasoning_gym:TASK`.
 
     With `tag`, scores the text between the last <tag> and </tag> (0 without these tags) instead of the whole response.
     Some scorers raise for an unreadable answer (prime_factorization for a word): `malformed` is the score of such an
-    answer; without it the error stops the run. The scorer of n_queens evaluates the answer as Python.
+    answer; without it the error stops the run. Most scorers pay parts of 1, some for any text: with `full_only` a score
+    below 1 counts as 0. docs/rewards.md has a table of all tasks. The scorer of n_queens runs the answer as Python.
     """
     gym = _import_extra("reasoning_gym", "gym")
     from reasoning_gym.utils import extract_answer
@@ -122,13 +103,18 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None) -> Fun
             tasks[key] = gym.create_dataset(origin["task"], **origin["options"])
         answer = response.strip() if tag is None else extract_answer(response, tag_name=tag)
         try:
-            return 0.0 if answer is None else float(tasks[key].score_answer(answer=answer, entry=origin["entry"]))
+            score = 0.0 if answer is None else float(tasks[key].score_answer(answer=answer, entry=origin["entry"]))
         except Exception:  # scorers raise any error of their parsing
             if malformed is None:
                 raise
             return malformed
+        return float(score >= 1.0) if full_only else score
 
-    return FunctionReward(name="reasoning_gym", function=reward)
+    def unreadable(prompt: Prompt) -> str | None:
+        """Why a row is none of a task."""
+        return None if "reasoning_gym" in prompt.metadata else "it is no row of `reasoning_gym:TASK`"
+
+    return FunctionReward(name="reasoning_gym", function=reward, unreadable=unreadable)
 
 
 def _answer(prompt: Prompt) -> Any:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, TypeGuard
 
 from opd.errors import ConfigError, nearest
 from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
-from opd.recipe.schema import Asks
+from opd.recipe.schema import MAX_FAILED, Asks, RewardSection
 from opd.rewards.base import FunctionReward, RewardFn
-from opd.rewards.functions import exact, final_number, math_verify, max_words, reasoning_gym, regex
+from opd.rewards.functions import exact, final_number, max_words, reasoning_gym, regex
+from opd.rewards.mathematics import math_verify
 from opd.rewards.rubric import rubric
 from opd.types import Reward
 
@@ -44,6 +46,28 @@ def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
         )
     check_options(f"The reward {name!r}", REWARDS[name], options, beside=tuple(Asks.model_fields))
     return REWARDS[name](**options)
+
+
+def reward_of(section: RewardSection) -> Reward:
+    """The reward of a recipe's section. Raises as `load_reward`, and ConfigError for settings that have no effect."""
+    reward = load_reward(section.name, {**section.options, **section.asks})
+    if isinstance(reward, FunctionReward):
+        if section.on_error == "stop" and section.max_failed != MAX_FAILED:
+            raise ConfigError(
+                f"The reward {section.name!r} got `max_failed: {section.max_failed:g}`, but its `on_error: stop` ends "
+                "the run at the first failure. Set `on_error: drop`, or leave `max_failed` out."
+            )
+        return replace(reward, on_error=section.on_error, max_failed=section.max_failed, timeout_s=section.timeout_s)
+    for_functions = ("on_error", "max_failed", "timeout_s")
+    fields = RewardSection.model_fields
+    given = [name for name in for_functions if getattr(section, name) != fields[name].default]
+    if given:
+        raise ConfigError(
+            f"The reward {section.name!r} does not read {', '.join(given)}, which are for functions (prompt, text) -> "
+            "float. Leave them out: judges have `retries`, `timeout_s` and `options.max_failed` of their own, and a "
+            "Reward object sets `unjudged` of a rollout that it cannot reward."
+        )
+    return reward
 
 
 def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> Reward:

@@ -17,6 +17,7 @@ from opd.models.preview import known_config, known_weights, tokenizer_of, withou
 from opd.recipe.references import unused_models
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
+from opd.runs.held_out import with_shared
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
 from opd.runs.same_model import check_other_weights
@@ -45,8 +46,9 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
     notes = unused_models(recipe)
     lines: dict[str, list[str]] = {}
     seen: set[str] = set()
+    trained_on: dict[str, set[str]] = {}
     for spec in recipe.stages:
-        of_stage = prepared[spec.name] = prepare(spec, given, recipe.seed)
+        of_stage = prepared[spec.name] = with_shared(spec, prepare(spec, given, recipe.seed), trained_on)
         notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
         own = check_own(recipe, spec, of_stage, given)
         checked = check_tokenizers(recipe, spec, of_stage, given.models)

@@ -160,3 +160,14 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")
+
+
+def check_dropped_rewards(spec: StageSpec, task: str | None, method: Method) -> None:
+    """Refuse failed rewards that are left out where the teacher reads the verdict. Raises ConfigError."""
+    reward = spec.by_task[task].reward
+    needs = needs_of(method.context)
+    if reward is not None and reward.on_error == "drop" and Input.REWARD in needs and Input.GROUP not in needs:
+        raise ConfigError(
+            f"{spec.where(task)}: the reward has `on_error: drop`, which leaves responses without a reward, but the "
+            "teacher reads whether a response is right. Set `on_error: stop`, or leave {verdict} out of the template."
+        )

@@ -15,10 +15,10 @@ from opd.messages import is_chat
 from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, Needs, needs_of
-from opd.recipe.schema import DataSection, EvaluateSection, RewardSection, SamplingSection, StageSpec, TaskSection
-from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
-from opd.rewards.registry import load_reward
-from opd.runs.fit import check_diagnostics, check_evaluate, check_needs, check_update_reward
+from opd.recipe.schema import DataSection, EvaluateSection, SamplingSection, StageSpec, TaskSection
+from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line, watched
+from opd.rewards.registry import reward_of
+from opd.runs.fit import check_diagnostics, check_dropped_rewards, check_evaluate, check_needs, check_update_reward
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -46,12 +46,13 @@ class Task:
     held_out: HeldOut | None
     reports: tuple[Report, ...] = ()  # of the data sections: conversions and selections, held-out last
     unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # counts by "training", "held-out"
+    warnings: tuple[str, ...] = ()  # of the checks that compare this task with others
 
     @property
     def notes(self) -> list[str]:
-        """Lines that a run prints at its start: rows converted or left out, and answers that nothing reads."""
+        """Lines that a run prints at its start: rows converted or left out, answers that nothing reads, warnings."""
         unscored = [unscored_line(count, which) for which, count in self.unscored_answers.items()]
-        return [*map(str, self.reports), *unscored]
+        return [*map(str, self.reports), *unscored, *self.warnings]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +84,14 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     for name, part in spec.by_task.items():
         named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
-        reward = reward_of(part.reward) if given.reward is None else given.reward
+        reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
         check_update_reward(spec, name, method, reward)
+        check_dropped_rewards(spec, name, method)
+        if reward is not None and Input.REWARD not in method.needs and not method.needs.undeclared:
+            reward = watched(reward)
         columns = PROMPT_COLUMNS & method.needs.columns
         prompts, reports = prompts_of(part.data, columns | needs_of_reward(reward), given)
+        check_readable(reward, prompts, spec.where(name))
         prompts = assigned(prompts, spec, name, part, first)
         first = 1 + max(prompt.id for prompt in prompts)
         held_out, unscored = None, dict[str, int]()
@@ -125,7 +130,7 @@ def held_out_of(
     training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
     such a reward.
     """
-    own = reward_of(evaluate.reward)
+    own = evaluate.reward and reward_of(evaluate.reward)
     if own is not None and (unfit := unfit_to_measure(own)):
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.reward is {own.name!r}, {unfit}. Give a reward that scores each response "
@@ -141,10 +146,11 @@ def held_out_of(
         )
     read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
     prompts, reports = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
+    check_readable(measured_by, prompts, f"Stage {spec.name!r}: evaluate")
     held_out = HeldOut(
         prompts=prompts,
         sampling={name: sampling_of(s) for name, s in evaluate.sampling.items()},
-        reward=measured_by,
+        reward=measured_by and watched(measured_by),
         seed=seed,
         pass_at=evaluate.pass_at,
         max_prompt_length=spec.max_prompt_length,
@@ -197,7 +203,3 @@ def needs_of_reward(reward: Reward | None) -> frozenset[str]:
 
 def sampling_of(section: SamplingSection) -> Sampling:
     return Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
-
-
-def reward_of(section: RewardSection | None) -> Reward | None:
-    return None if section is None else load_reward(section.name, {**section.options, **section.asks})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +121,17 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
     return student
 
 
+def failed_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
+    """How many responses of training and evaluations have no reward, or one that was cut off; one line each."""
+    lines: list[str] = []
+    for what, says in (("rewards_failed", "failed"), ("rewards_timed_out", "ran out of time (0)")):
+        keys = {key for row in metrics for key in row if key.endswith(f"/{what}")}
+        count = sum(row[key] for row in metrics for key in keys if key in row)
+        if count:
+            lines.append(f"the reward {says} on {count:.0f} responses ({', '.join(sorted(keys))} in metrics.jsonl)")
+    return lines
+
+
 def check_learned(stage: Stage) -> None:
     """Report steps in which a filter left nothing to train. Raises TrainingError if no step made an update."""
     skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
@@ -131,6 +142,8 @@ def check_learned(stage: Stage) -> None:
             "filter among the method's options (keep, must_contain), raise the n of sampling or teacher_sampling for "
             "more attempts, or use prompts that the writer can solve."
         )
+    for line in failed_rewards(stage.folder.read_metrics()):
+        stage.progress.note(f"{stage.spec.name}: {line}")
     if any(skipped):
         stage.progress.note(
             f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because no response passed "

@@ -14,6 +14,8 @@ from opd.files import write_atomically
 from opd.parallel import World
 from opd.types import Prompt, Rollout, Sampling
 
+REWARD = ("reward", "unjudged", "reward_failure")  # fields of a rollout
+
 
 @dataclass(frozen=True, slots=True)
 class KeptResponses:
@@ -64,7 +66,7 @@ def _row(rollout: Rollout) -> dict[str, Any]:
         **{name: None if value is None else value.tolist() for name, value in logp.items()},
         "sampler_version": rollout.sampler_version,
         "sampled": rollout.sampling is not None,
-        "reward": rollout.reward,
+        **{name: getattr(rollout, name) for name in REWARD},
     }
 
 
@@ -83,5 +85,5 @@ def _rollout(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollout
         policy_logp=None if policy_logp is None else torch.tensor(policy_logp),
         sampler_version=row["sampler_version"],
         sampling=sampling if row["sampled"] else None,
-        reward=row["reward"],
+        **{name: row[name] for name in REWARD},
     )

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from opd.commands.doctor import bias, cost, headroom, information, signal, special_tokens, tokenizers
+from opd.commands.doctor import bias, cost, headroom, information, reward, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, skipped
 from opd.commands.doctor.subject import Subject, check_loadable, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
@@ -43,12 +43,14 @@ def examine(
     spec = stage_to_examine(recipe, stage, given, task)
     check_loadable(recipe, spec)
     prepared = prepare(spec, given, recipe.seed)
+    say("the reward")
+    audited = reward.reward_audit(spec, prepared.tasks[None])
     return Report(
         recipe=recipe.name,
         stage=spec.name if task is None else f"{spec.name}, task {task}",
         prompts=min(prompts, len(prepared.tasks[None].prompts)),
         seed=seed,
-        findings=tuple(findings(recipe, spec, prepared, given, prompts, seed, say)),
+        findings=(audited, *findings(recipe, spec, prepared, given, prompts, seed, say)),
         seconds=time.perf_counter() - started,
     )
 

@@ -70,9 +70,11 @@ def judged(subject: Subject) -> Judged | str:
             if missing := missing_for(needs_of(subject.method.context).columns, prompts):
                 return f"The teacher reads {', '.join(missing)}, which the held-out prompts do not have."
             rollouts = subject.student_responses(prompts)
-    return Judged(
-        reward=reward, student=rewarded(reward, rollouts), teacher=rewarded(reward, subject.teacher_responses(prompts))
-    )
+    student, teacher = rewarded(reward, rollouts), rewarded(reward, subject.teacher_responses(prompts))
+    failed = [one.unjudged for one in (*student, *teacher) if one.reward is None]
+    if failed:
+        return f"The reward failed on {len(failed)} of {len(student) + len(teacher)} responses: {failed[0]}"
+    return Judged(reward=reward, student=student, teacher=teacher)
 
 
 def without_reward(subject: Subject) -> str:

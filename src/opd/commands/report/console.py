@@ -20,6 +20,8 @@ ROWS = (
     ("distinct_share", "distinct", True),
     ("repeat_ratio", "repetition", True),
     ("empty_share", "empty", True),
+    ("rewards_failed", "without reward", False),
+    ("rewards_timed_out", "reward timed out", False),
 )
 
 END = 200  # characters of a long prompt shown at each end

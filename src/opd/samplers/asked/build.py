@@ -48,9 +48,14 @@ def judge_of(
             )
         lm = models[section.lm]
         origin = {**origins[section.lm], "weights": weights_digest(lm)}
-        return LocalJudge(lm=lm, origin=origin, max_tokens=section.max_tokens)
+        return LocalJudge(lm=lm, origin=origin, max_tokens=section.max_tokens, retries=section.retries)
     assert section.function is not None, "sections without url, lm or function are refused earlier"
-    return Program(function=import_function(section.function), name=section.function, options=section.options)
+    return Program(
+        function=import_function(section.function),
+        name=section.function,
+        options=section.options,
+        retries=section.retries,
+    )
 
 
 def check_judge(section: JudgeSection, where: str) -> None:

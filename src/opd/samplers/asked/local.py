@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from opd.errors import OPDError
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.samplers.asked.protocol import Question, Reply
 from opd.samplers.hf import TransformersSampler
-from opd.types import Prompt, Sampling
+from opd.types import Prompt, Sampler, Sampling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +25,7 @@ class LocalJudge:
     lm: LanguageModel
     origin: Mapping[str, Any]  # the model's section of the recipe, and what else tells it from other models
     max_tokens: int
+    retries: int = 2
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -33,7 +35,9 @@ class LocalJudge:
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
         """Replies, sampled in one batch per temperature. A question that is too long for the model is a failure.
 
-        Raises DataError if a question is a conversation and the tokenizer has no chat template.
+        A batch that raises a RuntimeError, as torch does without memory, is sampled again `retries` times; then its
+        questions have no answer. Raises DataError if a question is a conversation and the tokenizer has no chat
+        template.
         """
         by_temperature: dict[float, list[int]] = {}
         for i, question in enumerate(questions):
@@ -55,8 +59,21 @@ class LocalJudge:
                 lm=self.lm, sampling=Sampling(max_completion_length=self.max_tokens, temperature=temperature)
             )
             prompts = [Prompt(id=number_of(questions[i]), content=questions[i].content) for i in rows]
-            for i, written in zip(rows, sampler(prompts, seed=(0, 0)), strict=True):
-                yield i, Reply(text=written.text, cut=not written.finished)
+            yield from zip(rows, self._answered(sampler, prompts), strict=True)
+
+    def _answered(self, sampler: Sampler, prompts: Sequence[Prompt]) -> list[Reply]:
+        for failed in range(self.retries + 1):
+            try:
+                written = sampler(prompts, seed=(0, 0))
+            except OPDError:
+                raise
+            except RuntimeError as error:
+                if failed == self.retries:
+                    why = f"the judge {self.lm.name} raised {type(error).__name__}: {error}"
+                    return [Reply(failure=why, requests=failed + 1) for _ in prompts]
+                continue
+            return [Reply(text=one.text, cut=not one.finished, requests=failed + 1) for one in written]
+        raise AssertionError("the loop returns")
 
 
 def weights_digest(lm: LanguageModel, places: int = 64) -> str:
