@@ -548,7 +548,7 @@ def test_doctor_prints_json_and_writes_no_run(work):
     assert read["stage"] == "distil"
     assert read["prompts"] == 4
     assert {row["name"].split("/")[0] for row in read["findings"]} == {
-        "tokens", "signal", "headroom", "information", "cost",
+        "reward", "tokens", "signal", "headroom", "information", "cost",
     }  # fmt: skip
     assert "doctor: tokenizers" in ended.err
     assert not Path("run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -128,3 +129,22 @@ def test_audit_of_reasoning_gym_tasks(task, level):
     found = audit(load_reward("reasoning_gym", {}), prompts)
     assert found is not None
     assert found.level == level
+
+
+def test_page_counts_the_tasks_of_its_table():
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if "| 1.00 |" in line]
+    names = next(line for line in page.splitlines() if line.startswith("| task | level |"))
+    columns = [cell.strip() for cell in names.strip("|").split("|")]
+    audited = [dict(zip(columns, row, strict=True)) for row in table if row[1] in ("stop", "change", "ok")]
+    levels = [row["level"] for row in audited]
+    words = " ".join(page.split())
+    assert f"{len(audited)} of 106 tasks can be audited" in words
+    assert f"{levels.count('stop')} are a stop, {levels.count('change')} a change" in words
+    paid = [sum(float(row[kind] or 0) > 0 for row in audited) for kind in ("empty", "hello", "another's", "longer")]
+    assert (
+        'An empty text is paid by {} tasks, "hello" by {}, another row\'s answer by {}, a longer number by {}'.format(
+            *paid
+        )
+        in words
+    )

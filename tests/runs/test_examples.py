@@ -57,11 +57,16 @@ def chatting(student: str = STUDENTS, teacher: str = TEACHERS, **stage: Any) -> 
     return recipe
 
 
+def read_in(lines: list[str]) -> list[str]:
+    """The lines on what the models read, and what ends a response."""
+    return [line for line in lines if " reads " in line or line.startswith("a response ends")]
+
+
 # --- opd check -------------------------------------------------------------------------------------------------------
 
 
 def test_check_shows_what_both_models_read():
-    assert lines_of(chatting(evaluate=HELD_OUT))[-5:] == [
+    assert read_in(lines_of(chatting(evaluate=HELD_OUT))) == [
         "the student reads (7 tokens): '0+0=<eos>+;'",
         "the teacher reads (7 tokens): '<eos>0+0=;='",
         "a response ends with <eos> (1)",
@@ -213,7 +218,7 @@ def test_train_prints_what_is_read_and_keeps_it_in_rows(work: Path):
     (work / "recipe.yaml").write_text(json.dumps(recipe))
     ended = command("train", "recipe.yaml")
     assert ended.code == 0, ended.err
-    wanted = [f"distil: {line}" for line in lines_of(recipe)[-5:]]
+    wanted = [f"distil: {line}" for line in read_in(lines_of(recipe))]
     assert [line for line in ended.out.splitlines() if line in wanted] == wanted
     stage = StageDir(work / "run/distil")
     for row in stage.read_samples():

@@ -49,13 +49,20 @@ def test_space_needed_is_peak_of_writing(keep: int, there: int, sizes: tuple[int
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that failed after step 4, with the checkpoints of steps 2 and 4."""
-    recipe = one_stage(reward={"name": "mine:reward"}, steps=6, checkpoint={"every": 2, "keep": 2})
+    recipe = one_stage(
+        method="grpo",
+        teacher=None,
+        reward={"name": "mine:reward"},
+        sampling={"max_completion_length": 3, "n": 2},
+        steps=6,
+        checkpoint={"every": 2, "keep": 2},
+    )
     monkeypatch.chdir(prepare(tmp_path / "work", recipe))
     monkeypatch.setattr(sys, "path", list(sys.path))
     sys.modules.pop("mine", None)
     Path("mine.py").write_text(
         "calls = 0\n\n\ndef reward(prompt, text):\n    global calls\n    calls += 1\n"
-        "    assert calls != 9, 'a stop'\n    return 1.0\n"
+        "    assert calls != 17, 'a stop'\n    return 1.0\n"
     )
     ended = command("train", "recipe.yaml")
     assert ended.code == 1, ended

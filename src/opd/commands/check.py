@@ -22,8 +22,8 @@ def check_recipe(recipe: Recipe) -> list[str]:
     lines = list(checked.notes)
     for spec in recipe.stages:
         lines += described(spec, checked.prepared[spec.name])
-        lines += [f"  {line}" for line in checked.lines[spec.name]]
         lines += [f"  {line}" for line in audited(spec, checked.prepared[spec.name])]
+        lines += [f"  {line}" for line in checked.lines[spec.name]]
     return lines
 
 

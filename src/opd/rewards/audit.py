@@ -41,7 +41,8 @@ Level: TypeAlias = Literal["stop", "change", "ok"]
 class Audit:
     """The mean reward of each kind of text over the rows, and how often the reward failed.
 
-    A kind that no row has (another answer, if all are equal) is left out, as are texts on which the reward failed.
+    A row without a text of a kind (another answer, if all are equal), or on which the reward failed, counts as 0; a
+    kind without any reward is left out.
     """
 
     name: str
@@ -127,7 +128,7 @@ def audit(reward: Reward, prompts: Sequence[Prompt], *, rows: int = ROWS, second
                 failures.append(value)
             else:
                 paid.setdefault(kind, []).append(value)
-    means = {kind: math.fsum(values) / len(values) for kind, values in paid.items()}
+    means = {kind: math.fsum(values) / tried for kind, values in paid.items()}
     return Audit(
         name=reward.name,
         rows=tried,
