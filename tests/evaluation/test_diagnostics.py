@@ -245,7 +245,11 @@ def logged(lm: LanguageModel) -> set[str]:
     pair = Pair()
     reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
     method = replace(build("topk_reverse_kl", {"k": 3, "by": "union"}), weight=reader)
-    numbers = of(method, pair.batch(method, pair.write(method.record()), entropy=True))
+    written = pair.write(method.record())
+    failures = ("failed", "timed_out")
+    failed = [replace(one, reward_failure=why) for one, why in zip(written, failures, strict=False)]
+    numbers = of(method, pair.batch(method, [*failed, *written[len(failed) :]], entropy=True))
+    assert all(numbers[f"rollout/rewards_{why}"] == 1 for why in failures)
     one = torch.ones(1, dtype=torch.long)
     columns = Comparison(k=1, **{n: one for n in Comparison.__dataclass_fields__ if n != "k"}).columns()
     return {name.split("/from_")[0] for name in numbers} | {f"compare/{name}" for name in columns}
