@@ -31,6 +31,19 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_reverse_kl+eff_opd", "opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
+SELF_TAUGHT = ("context_distillation", "anti_sd", "grpo", "ropd")
+POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "opd", "eff_opd", "vopd", "local_support_matching")
+JUDGE = """
+import json
+
+
+def judge(question):
+    about = question.about
+    if about["ask"] == "rubric":
+        points = min(len(about["teacher"]), 5)
+        return json.dumps({"criteria": [{"criterion": str(i), "points": points} for i in range(4)]})
+    return json.dumps({"verdicts": [[len(answer) % 2, 0, 1, 1] for answer in about["answers"]]})
+"""
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -62,12 +75,14 @@ def drawn(rng: random.Random) -> dict[str, Any]:
     chat = rng.random() < 0.3
     student, teacher = models(rng, method, chat)
     names = ["only"] if rng.random() < 0.7 else ["first", "second"]
-    tasks = {name: task(rng, method, chat) for name in names}
+    n = rng.choice([2, 3]) if set(method.split("+")) & {"grpo", "ropd", "anti_sd"} else rng.choice([1, 2, 3])
+    plain = rng.random() < 0.8 and bool(set(method.split("+")) & {*POLICY_GRADIENTS})
+    tasks = {name: task(rng, method, chat, n, plain) for name in names}
     stage: dict[str, Any] = {
         "name": "fuzz",
         "train": "student",
         "method": method,
-        "options": options(rng, method),
+        "options": options(rng, method, plain),
         "steps": 2,
         "prompts_per_step": rng.choice([2, 4]),
         "micro_batch_tokens": rng.choice([16, 64, 4096]),
@@ -79,9 +94,8 @@ def drawn(rng: random.Random) -> dict[str, Any]:
         },
         "checkpoint": {"every": rng.choice([1, 2, 50])},
         "samples_every": rng.choice([0, 1, 10]),
-        "save": rng.choice(["merged", "merged", "adapter", "both"]) if "lora" in student else "merged",
     }
-    if rng.random() < 0.2:
+    if rng.random() < 0.2 and method not in ("sft", "grpo", "ropd", *TWO_TOKENIZERS):
         stage["diagnostics"] = {"every": 1, "k": 3, "bucket": 2}
     if len(names) == 1:
         stage |= tasks["only"]
@@ -96,12 +110,12 @@ def models(rng: random.Random, method: str, chat: bool) -> tuple[dict[str, Any],
     from support.runs import CHARACTERS, tiny_model
 
     template = {"chat_template": TEMPLATE} if chat else {}
-    student = tiny_model(rng.randrange(9), **template)
-    teacher = tiny_model(rng.randrange(9), hidden_size=rng.choice([16, 24]), **template)
+    student = tiny_model(rng.randrange(5), **template)
+    teacher = tiny_model(rng.randrange(5, 9), hidden_size=rng.choice([16, 24]), **template)
     if rng.random() < 0.3:
         student["lora"] = {
             "rank": rng.choice([1, 4]),
-            "target_modules": rng.choice(["all-linear", ["q_proj"], ".*mlp.*"]),
+            "target_modules": rng.choice(["all-linear", ["q_proj"], ".*(gate|up)_proj"]),
         }
     if rng.random() < 0.15:
         student["dtype"] = teacher["dtype"] = "bfloat16"
@@ -114,7 +128,7 @@ def models(rng: random.Random, method: str, chat: bool) -> tuple[dict[str, Any],
     return student, teacher
 
 
-def task(rng: random.Random, method: str, chat: bool) -> dict[str, Any]:
+def task(rng: random.Random, method: str, chat: bool, n: int, plain: bool) -> dict[str, Any]:
     """The fields of a task: prompts, sampling, and perhaps a teacher, a reward and an evaluation."""
     data: dict[str, Any] = {"path": "train.jsonl", "chat": chat}
     if rng.random() < 0.2:
@@ -123,11 +137,14 @@ def task(rng: random.Random, method: str, chat: bool) -> dict[str, Any]:
         data["template"] = "{prompt};"
     if rng.random() < 0.1:
         data["select"] = {"distinct": True, "measure": rng.choice(["exact", "characters"])}
-    own = method.split("+")[0] in ("context_distillation", "anti_sd", "grpo")
-    found: dict[str, Any] = {"data": data, "sampling": sampling(rng)}
-    if rng.random() < (0.1 if own else 0.95):
+    drawn_from = {"temperature": 1.0, "top_p": 1.0, "top_k": 0} if plain else {}
+    found: dict[str, Any] = {"data": data, "sampling": sampling(rng) | {"n": n} | drawn_from}
+    if rng.random() < (0.05 if method.split("+")[0] in SELF_TAUGHT else 0.95):
         found["teacher"] = "teacher"
-    if rng.random() < 0.5 or "eff_opd" in method or method in ("grpo", "ropd"):
+    if method == "ropd":
+        asked = {"column": "response", "max_failed": 1.0}
+        found["reward"] = {"name": "rubric", "options": asked, "judge": {"function": "fuzz_judge:judge"}}
+    elif rng.random() < 0.5 or "eff_opd" in method or method in ("grpo", "anti_sd", "anti_sd+eff_opd"):
         found["reward"] = reward(rng)
     if rng.random() < 0.2:
         settings = {"greedy": {"temperature": 0, "max_completion_length": 2}, "drawn": sampling(rng)}
@@ -136,8 +153,8 @@ def task(rng: random.Random, method: str, chat: bool) -> dict[str, Any]:
             "reward": reward(rng),
             "sampling": settings,
             "every": rng.choice([0, 1]),
-            "kl": rng.random() < 0.4,
-            "teacher": rng.random() < 0.4,
+            "kl": "teacher" in found and method not in TWO_TOKENIZERS and rng.random() < 0.5,
+            "teacher": "teacher" in found and rng.random() < 0.4,
         }
     return found
 
@@ -164,14 +181,24 @@ def reward(rng: random.Random) -> dict[str, Any]:
     )
 
 
-def options(rng: random.Random, method: str) -> dict[str, Any]:
-    """Some options of a method, or of each part of a combination, by the types of its signature."""
+def options(rng: random.Random, method: str, plain: bool) -> dict[str, Any]:
+    """Some options of a method, or of each part of a combination, by the types of its signature.
+
+    `plain`: without a temperature, which a policy gradient must share with its sampling.
+    """
     from opd.methods import METHODS
 
     if "+" in method:
-        return {name: options(rng, name) for name in method.split("+")}
+        return {name: options(rng, name, True) for name in method.split("+")}
     hints = get_type_hints(METHODS[method])
     names = [name for name in inspect.signature(METHODS[method]).parameters if rng.random() < 0.35]
+    names = [name for name in names if not (plain and name == "temperature")]
+    if {"budget", "budget_min", "budget_max"} & {*names}:
+        names = [*dict.fromkeys([*names, "budget", "budget_min", "budget_max"])]
+    if method == "prune_opd":
+        names = [*dict.fromkeys([*names, "stop", "every", "budget", "budget_min", "budget_max"])]
+    if method == "context_distillation":
+        names = [*dict.fromkeys([*names, "template"])]
     if "k" in hints and "k" not in names:
         names.append("k")  # the defaults are larger than the vocabulary
     return {
@@ -201,6 +228,7 @@ def write_data(folder: Path) -> None:
 
     write_rows(folder / "train.jsonl", sums(0, 12))
     write_rows(folder / "held_out.jsonl", sums(12, 4))
+    (folder / "fuzz_judge.py").write_text(JUDGE)
 
 
 def outcome(recipe: dict[str, Any]) -> tuple[str, str]:
