@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from opd.cli import app
 from opd.errors import ConfigError, DataError
-from opd.maths.statistics import Interval
+from opd.maths.intervals import Interval
 from opd_studies import STUDIES, headline, use
 from opd_studies.claims import estimators, fixed_points, prefixes, privileged
 from opd_studies.lab import ablation, distilling

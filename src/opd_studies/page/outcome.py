@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from opd.errors import ConfigError
-from opd.maths.statistics import Interval
+from opd.maths.intervals import Interval
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
