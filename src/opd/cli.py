@@ -203,7 +203,10 @@ def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; without one, the list", metavar="[NAME]")] = None,
     every: Annotated[bool, typer.Option("--all", help="Run all, and write docs/studies.md")] = False,
-    out: Annotated[str | None, typer.Option(help="Folder of results (default: runs/studies, with --all docs)")] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="Run none; write the pages of the results again")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Folder of results (default: runs/studies; docs with --all or --pages)")
+    ] = None,
 ) -> None:
     """Rerun a paper's claims on small models: measurements with intervals, a verdict and a figure."""
     quiet_libraries()
@@ -217,7 +220,7 @@ def study(
         if error.name != "opd_studies":
             raise
         raise ConfigError("opd study needs the package opd-studies: pip install opd-studies.") from None
-    command(name, every, out)
+    command(name, every, pages, out)
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.models import prompts_of, rollout_of, tiny
 
@@ -53,6 +53,7 @@ def test_clopper_pearson_matches_published_values():
         assert clopper_pearson(right / n, n) == pytest.approx((low, high), abs=5e-5)
 
 
+@settings(deadline=None)
 @given(st.floats(0, 1), st.floats(1, 1e4))
 def test_clopper_pearson_contains_share_and_is_symmetric(share: float, n: float):
     low, high = clopper_pearson(share, n)
@@ -67,6 +68,7 @@ def test_clopper_pearson_contains_share_and_is_symmetric(share: float, n: float)
 SHARES = st.lists(st.sampled_from([0.0, 0.125, 0.5, 0.6, 1.0]), min_size=1, max_size=40)
 
 
+@settings(deadline=None)
 @given(SHARES)
 def test_effective_prompts_equals_oracle_and_counts_prompts(shares: list[float]):
     found = effective_prompts(shares)
@@ -75,6 +77,7 @@ def test_effective_prompts_equals_oracle_and_counts_prompts(shares: list[float])
     assert found == pytest.approx(effective_prompts([1 - share for share in shares]))
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=40))
 def test_mean_interval_is_exact_for_single_binary_samples(values: list[float]):
     n, share = len(values), sum(values) / len(values)

@@ -47,8 +47,9 @@ def clopper_pearson(share: float, n: float, confidence: float = 0.95) -> Bounds:
     assert 0 < confidence < 1, f"confidence {confidence}"
     tail = (1 - confidence) / 2
     right, wrong = share * n, (1 - share) * n
-    low = beta_quantile(tail, right, wrong + 1) if right > 0 else 0.0
-    high = beta_quantile(1 - tail, right + 1, wrong) if wrong > 0 else 1.0
+    # With less than 0.01 of a success (0, but for rounding) the bound is below 1e-158.
+    low = beta_quantile(tail, right, wrong + 1) if right > 0.01 else 0.0
+    high = beta_quantile(1 - tail, right + 1, wrong) if wrong > 0.01 else 1.0
     return low, high
 
 
