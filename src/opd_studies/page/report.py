@@ -194,11 +194,12 @@ def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> 
 def how_many(verdicts: Sequence[str]) -> str:
     """The number of claims by verdict, and how many verdicts may be chance."""
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    chance = round(0.05 * len(verdicts))
     return (
-        f"Of {len(verdicts)} claims: {counts}. An interval of 95 % misses the truth with a probability of 5 %, and\n"
-        f"nothing here is corrected for the number of claims: about {0.05 * len(verdicts):.0f} of {len(verdicts)} "
-        "verdicts may be chance. Read a single verdict with\nits numbers, and trust one more if another study or a "
-        "second setting agrees."
+        f"Of {len(verdicts)} claims: {counts}.\n"
+        "An interval of 95 % misses the truth with a probability of 5 %, and nothing is corrected for the number of\n"
+        f"claims: about {chance} of {len(verdicts)} verdicts may be chance. Read a verdict with its numbers, and\n"
+        "trust it more where another study or a second setting agrees."
     )
 
 
