@@ -1,6 +1,6 @@
 """How often the 95 % intervals of an evaluation contain the truth, and how wide they are, beside other rules.
 
-    python benchmarks/coverage.py [--draws 2000]
+    python benchmarks/coverage.py [--draws 1000]
 
 Prompts have different rates of right samples, drawn from a beta distribution. Its `clustering` is the correlation of
 two samples of one prompt: 0 is one rate for all prompts, and near 1 a prompt is always right or always wrong. The truth
@@ -245,7 +245,7 @@ def print_table(title: str, rows: Iterable[Row]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000, help="evaluations drawn per setting")
+    parser.add_argument("--draws", type=int, default=1000, help="evaluations drawn per setting")
     draws: int = parser.parse_args().draws
     print_table("avg@n", rows_of(GRID, draws, passes=False))
     print_table("pass@k", rows_of(GRID, draws, passes=True))

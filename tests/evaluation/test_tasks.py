@@ -183,10 +183,20 @@ def test_load_tasks_reads_data_of_local_folder(folder: Path):
     task = yaml.safe_load((folder / "spoken.yaml").read_text())
     del task["dataset_kwargs"]
     (library / "spoken.yaml").write_text(yaml.safe_dump({**task, "dataset_path": "no/such_data"}))
-    (one,) = load_tasks(Tasks(names=[f"spoken={other}"], folder=str(library)))
+    (one,) = load_tasks(Tasks(names=[f"spoken={other}"], folder=str(library))).tasks.values()
     assert [doc["question"] for doc in one.test_docs()] == ["zz"]
     with pytest.raises(DataError, match=r"Task spoken of lm-eval cannot be loaded .*--tasks spoken=FOLDER"):
         load_tasks(Tasks(names=["spoken"], folder=str(library)))
+
+
+def test_load_tasks_sets_number_of_examples(folder: Path):
+    task = yaml.safe_load((folder / "spoken.yaml").read_text())
+    (folder / "none.yaml").write_text(yaml.safe_dump({**task, "task": "none", "num_fewshot": 0}))
+    for fewshot, expected in ((None, 0), (2, 2)):
+        (one,) = load_tasks(Tasks(names=[str(folder / "spoken.yaml")], fewshot=fewshot)).tasks.values()
+        assert one.get_config("num_fewshot") == expected
+    with pytest.raises(ConfigError, match=r"Task none is one without examples .* --fewshot is 2. Measure it alone"):
+        load_tasks(Tasks(names=[str(folder / "none.yaml")], fewshot=2))
 
 
 @pytest.mark.parametrize(

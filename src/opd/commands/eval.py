@@ -13,7 +13,7 @@ from opd.data.prompts import load_selected
 from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
-from opd.evaluation.tasks import Tasks, load_tasks, require, run_tasks
+from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
 from opd.files import write_atomically
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
@@ -66,13 +66,10 @@ def evaluate_model(
     say = say or _silent
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     own = None if data is None else _own(data, reward, section, say)
-    loaded: list[Any] = []
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
-    if tasks is not None:
-        require()
-        loaded = load_tasks(tasks)
+    loaded = None if tasks is None else load_tasks(tasks)
     lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
     others: dict[str, LanguageModel] = {}
     if teacher is not None:  # loaded first: the model is measured on the tokens that both have
@@ -83,7 +80,7 @@ def evaluate_model(
     found = Evaluated(metrics={}, rows=[])
     if own is not None:
         _measure(own, lm, others, seed, micro_batch_tokens, found)
-    if tasks is not None:
+    if tasks is not None and loaded is not None:
         from opd.evaluation.harness import HarnessModel, Override
 
         given = {key: getattr(section, key) for key in section.model_fields_set & Override.__dataclass_fields__.keys()}

@@ -6,11 +6,15 @@ the intervals, over prompts.
 
 from __future__ import annotations
 
+import functools
 import math
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from opd.errors import ConfigError, DataError, nearest
 from opd.evaluation.evaluate import summary
@@ -45,6 +49,14 @@ class TaskResults:
     rows: list[dict[str, Any]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """lm-eval's tasks and groups of tasks, by name."""
+
+    tasks: dict[str, Any] = field(default_factory=dict)
+    groups: dict[str, Any] = field(default_factory=dict)
+
+
 def require() -> None:
     """Raise ConfigError when lm-eval is not installed."""
     try:
@@ -56,26 +68,48 @@ def require() -> None:
         ) from error
 
 
-def load_tasks(tasks: Tasks) -> list[Any]:
-    """lm-eval's tasks and groups, with their data.
+def load_tasks(tasks: Tasks) -> Loaded:
+    """The tasks and groups with their data, and the number of examples that each prompt has.
 
-    Raises ConfigError for a name that lm-eval does not know and for tasks that run code or show images, DataError for
-    data that cannot be read.
+    Raises ConfigError without lm-eval, for a name that it does not know, for examples of a task that allows none, and
+    for tasks that run code or show images; DataError for data that cannot be read.
     """
-    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-
+    require()
     if tasks.limit is not None and tasks.limit < 1:
         raise ConfigError(f"--limit {tasks.limit} leaves no prompt of a task. Give at least 1, or leave it out.")
     if tasks.folder is not None and not Path(tasks.folder).is_dir():
         raise ConfigError(f"--task-folder {tasks.folder} is no folder. Give one with the YAML files of your tasks.")
-    manager = TaskManager(include_path=tasks.folder)
-    found: list[Any] = []
+    manager = _known() if tasks.folder is None else _manager(tasks.folder)
+    found = Loaded()
     for name in tasks.names:
-        found += _loaded(manager, name)
+        one = _loaded(manager, name)
+        found.tasks.update(one["tasks"])
+        if "=" not in name:
+            found.groups.update(one.get("groups") or {})
+    for task in found.tasks.values():
+        own = task.get_config("num_fewshot")
+        if own == 0 and tasks.fewshot:
+            raise ConfigError(
+                f"Task {task.task_name} is one without examples (num_fewshot: 0), because its prompt has them already "
+                f"or its data have none, and --fewshot is {tasks.fewshot}. Measure it alone, without --fewshot."
+            )
+        task.set_config(key="num_fewshot", value=(own or 0) if tasks.fewshot is None else tasks.fewshot)
     return found
 
 
-def _loaded(manager: Any, name: str) -> list[Any]:
+def _manager(folder: str | None) -> Any:
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    return TaskManager(include_path=folder)
+
+
+@functools.cache
+def _known() -> Any:
+    """The index of lm-eval's own tasks: 14,683 names, 6 s of CPU time."""
+    return _manager(None)
+
+
+def _loaded(manager: Any, name: str) -> Mapping[str, Any]:
     """The tasks and groups of one name, or of NAME=FOLDER."""
     task, _, folder = name.partition("=")
     if task not in manager.all_tasks and not Path(task).expanduser().is_file():
@@ -100,25 +134,27 @@ def _loaded(manager: Any, name: str) -> list[Any]:
         if getattr(one, "UNSAFE_CODE", False) or getattr(one, "MULTIMODAL", False):
             what = "runs code that the model writes" if getattr(one, "UNSAFE_CODE", False) else "shows images"
             raise ConfigError(f"Task {one.task_name} {what}, which opd eval does not do. Use lm-eval's own command.")
-    return list((loaded["tasks"] if folder else loaded["groups"] or loaded["tasks"]).values())
+    return loaded
 
 
-def run_tasks(tasks: Tasks, loaded: Sequence[Any], model: HarnessModel) -> TaskResults:
+def run_tasks(tasks: Tasks, loaded: Loaded, model: HarnessModel) -> TaskResults:
     """Metrics of every task with 95 % intervals over prompts, pass@k, and the responses."""
-    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval import evaluate  # pyright: ignore[reportMissingImports]
 
     runs: list[Mapping[str, Any]] = []
     for sample in range(model.override.n):
         model.sample = sample
-        result = simple_evaluate(
+        for task in loaded.tasks.values():
+            task.set_fewshot_seed(seed=model.seed)  # the same examples for every sample
+        random.seed(model.seed)  # some tasks shuffle with it
+        np.random.seed(model.seed)
+        result = evaluate(
             model,
-            tasks=list(loaded),
-            num_fewshot=tasks.fewshot,
+            {"tasks": loaded.tasks, "groups": loaded.groups},
             limit=tasks.limit,
             bootstrap_iters=0,  # the intervals are opd's
             apply_chat_template=tasks.chat,
-            random_seed=model.seed,
-            fewshot_random_seed=model.seed,
+            fewshot_as_multiturn=tasks.chat,
         )
         assert result is not None, "a process of rank 0"
         runs.append(result)
