@@ -138,8 +138,6 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON")] = False,
 ) -> None:
     """Measure a model on held-out prompts or lm-eval's tasks: avg@n, pass@k with intervals, lengths, repetition."""
-    from pathlib import Path
-
     from opd.commands.waiting import set_waiting
 
     def say(text: str) -> None:
@@ -147,22 +145,13 @@ def evaluate(
 
     quiet_libraries()
     set_waiting(say)
-    from opd.commands.eval import as_json, check_file, evaluate_model, refuse_combination, write_responses
+    from opd.commands.eval import evaluate_model, output, refuse_combination
     from opd.evaluation.tasks import Tasks
     from opd.recipe.tree import parse_value
 
     names = [name for one in tasks or [] for name in one.split(",") if name]
-    refuse_combination(
-        data=data,
-        reward=reward,
-        options=options,
-        tasks=names,
-        fewshot=fewshot,
-        folder=task_folder,
-        teacher=teacher,
-    )
-    if responses is not None:
-        check_file(Path(responses).expanduser())
+    asked = Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat)
+    refuse_combination(data=data, reward=reward, options=options, tasks=asked, teacher=teacher, responses=responses)
     named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
@@ -171,19 +160,14 @@ def evaluate(
         model,
         data=None if data is None else {"path": data, "limit": limit, "chat": chat, "columns": named},
         reward=None if reward is None else {"name": reward, "options": reward_options},
-        tasks=Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat) if names else None,
+        tasks=asked if names else None,
         sampling={key: value for key, value in sampling.items() if value is not None},
         teacher=teacher,
         seed=seed,
         say=say,
     )
-    if responses is not None:
-        write_responses(Path(responses).expanduser(), found.rows)
-    if json:
-        typer.echo(as_json(model, found.metrics))
-        return
-    for name, value in found.metrics.items():
-        typer.echo(f"{name:24} {value:.4g}")
+    for line in output(found, model, as_json=json, responses=responses):
+        typer.echo(line)
 
 
 @app.command()

@@ -43,6 +43,7 @@ class Own:
     prompts: list[Prompt]
     sampling: Sampling
     reward: Reward | None
+    notes: list[str]  # about the data
 
 
 def evaluate_model(
@@ -65,7 +66,7 @@ def evaluate_model(
     """
     say = say or _silent
     section = parse_section(SamplingSection, sampling or {}, "sampling")
-    own = None if data is None else _own(data, reward, section, say)
+    own = None if data is None else _own(data, reward, section)
     for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
         if path is not None:
             resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
@@ -75,7 +76,7 @@ def evaluate_model(
     if teacher is not None:  # loaded first: the model is measured on the tokens that both have
         other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
         lm, others = on_common_tokens(lm, {"teacher": other})
-    for note in (*lm.notes, *(note for other in others.values() for note in other.notes)):
+    for note in (*(own.notes if own else ()), *lm.notes, *(note for other in others.values() for note in other.notes)):
         say(note)
     found = Evaluated(metrics={}, rows=[])
     if own is not None:
@@ -94,21 +95,18 @@ def _silent(text: str) -> None:
     pass
 
 
-def _own(
-    data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: SamplingSection, say: Callable[[str], None]
-) -> Own:
-    """The held-out prompts and their reward, with warnings about them."""
+def _own(data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: SamplingSection) -> Own:
+    """The held-out prompts and their reward, with notes about them."""
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     measured_by = None if reward is None else load_reward(**reward)
     if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
         raise ConfigError(f"The reward is {measured_by.name!r}, {unfit}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")
     prompts, reports = load_selected(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
-    for report in reports:
-        say(str(report))
+    notes = [str(report) for report in reports]
     if count := unscored_answers(prompts, frozenset(), measured_by):
-        say(unscored_line(count, "held-out"))
-    return Own(prompts=prompts, sampling=settings, reward=measured_by)
+        notes.append(unscored_line(count, "held-out"))
+    return Own(prompts=prompts, sampling=settings, reward=measured_by, notes=notes)
 
 
 def _measure(
@@ -146,25 +144,18 @@ def _measure(
         found.metrics.update(exact_divergence(lm, scorer, rollouts, same_prompt(), micro_batch_tokens=tokens))
 
 
-def write_responses(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """The rows as JSON lines. Raises RunError when the file cannot be written."""
-    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
-    write_atomically(file, "".join(f"{line}\n" for line in lines))
+def output(found: Evaluated, model: str, *, as_json: bool, responses: str | None) -> list[str]:
+    """The lines to print: one per number, or JSON, where a number that is not finite is null.
 
-
-def check_file(file: Path) -> None:
-    """Raise ConfigError for a file of responses that cannot be written, before a model is loaded."""
-    if file.is_dir() or not file.parent.is_dir():
-        what = "is a folder" if file.is_dir() else f"is in a folder that does not exist, {file.parent}"
-        raise ConfigError(
-            f"--responses {file} {what}. Give a path of a file in an existing folder, e.g. responses.jsonl."
-        )
-
-
-def as_json(model: str, metrics: Mapping[str, float]) -> str:
-    """The model and its metrics; a number that is not finite is null."""
-    finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-    return json.dumps({"model": model, "metrics": finite}, indent=1)
+    With `responses` the rows are also written to that file, as JSON lines. Raises RunError when it cannot be written.
+    """
+    if responses is not None:
+        lines = (json.dumps(row, ensure_ascii=False, default=str) for row in found.rows)
+        write_atomically(Path(responses).expanduser(), "".join(f"{line}\n" for line in lines))
+    if not as_json:
+        return [f"{name:24} {value:.4g}" for name, value in found.metrics.items()]
+    finite = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
+    return [json.dumps({"model": model, "metrics": finite}, indent=1)]
 
 
 def refuse_combination(
@@ -172,13 +163,12 @@ def refuse_combination(
     data: str | None,
     reward: str | None,
     options: Sequence[str] | None,
-    tasks: Sequence[str],
-    fewshot: int | None,
-    folder: str | None,
+    tasks: Tasks,
     teacher: str | None,
+    responses: str | None,
 ) -> None:
-    """Raise ConfigError for options of the command that say nothing together."""
-    if data is None and not tasks:
+    """Raise ConfigError for options that say nothing together, and for a file that cannot be written."""
+    if data is None and not tasks.names:
         raise ConfigError(
             "opd eval got neither held-out prompts nor --tasks. Give a file of prompts, or tasks of lm-eval, e.g. "
             "--tasks gsm8k."
@@ -198,6 +188,15 @@ def refuse_combination(
             f"opd eval got --teacher {teacher} without held-out prompts, and the divergence from a teacher is measured "
             "on those. Give a file of prompts, or leave --teacher out."
         )
-    for name, value in (("--fewshot", fewshot), ("--task-folder", folder)):
-        if value is not None and not tasks:
+    for name, value in (("--fewshot", tasks.fewshot), ("--task-folder", tasks.folder)):
+        if value is not None and not tasks.names:
             raise ConfigError(f"opd eval got {name} {value} without --tasks. Name the tasks, or leave {name} out.")
+    if responses is not None and (unfit := _unfit(Path(responses).expanduser())):
+        raise ConfigError(f"--responses {responses} {unfit}. Give the path of a file in an existing folder.")
+
+
+def _unfit(file: Path) -> str:
+    """Why the file cannot be written; empty if it can."""
+    if file.is_dir():
+        return "is a folder"
+    return "" if file.parent.is_dir() else f"is in a folder that does not exist, {file.parent}"
