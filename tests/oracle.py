@@ -632,6 +632,18 @@ def top_share(values: Sequence[float], share: float) -> float:
     return math.fsum(v for v in chosen if v > 0) / math.fsum(v for v in values if v > 0)
 
 
+def effective_prompts(shares: Sequence[float]) -> float:
+    """n over the ratio of the variance of the shares to that of right-or-wrong samples of the same mean.
+
+    With half a prompt that is always right and half a prompt that is always wrong.
+    """
+    weighted = [(1.0, share) for share in shares] + [(0.5, 0.0), (0.5, 1.0)]
+    total = math.fsum(weight for weight, _ in weighted)
+    mean = math.fsum(weight * share for weight, share in weighted) / total
+    variance = math.fsum(weight * (share - mean) ** 2 for weight, share in weighted) / total
+    return len(shares) * mean * (1 - mean) / variance
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """Linear between the two neighbours in order: the place is share (n - 1)."""
     ordered, place = sorted(values), share * (len(values) - 1)

@@ -118,22 +118,31 @@ def doctor(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],
-    data: Annotated[str, typer.Argument(help="Held-out prompts: a file, reasoning_gym:TASK, ...")],
+    data: Annotated[str | None, typer.Argument(help="Held-out prompts: a file, reasoning_gym:TASK, ...")] = None,
     reward: Annotated[str | None, typer.Option(help="exact, math_verify, ..., or my_package.mine:function")] = None,
     options: Annotated[list[str] | None, typer.Option("--option", help="Option of the reward: key=value")] = None,
-    n: Annotated[int, typer.Option(help="Responses per prompt")] = 1,
-    temperature: Annotated[float, typer.Option()] = 1.0,
-    top_p: Annotated[float, typer.Option()] = 1.0,
-    max_completion_length: Annotated[int, typer.Option()] = 256,
-    limit: Annotated[int | None, typer.Option(help="Use only the first prompts")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-eval: NAME,NAME, a YAML file, or NAME=FOLDER with its data")
+    ] = None,
+    task_folder: Annotated[str | None, typer.Option(help="A folder with YAML files of further tasks")] = None,
+    fewshot: Annotated[
+        int | None, typer.Option(min=0, help="Examples before a task's prompt; default: its own")
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="Responses per prompt (1)")] = None,
+    temperature: Annotated[float | None, typer.Option(help="1.0, of tasks their own")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1.0, of tasks their own")] = None,
+    max_completion_length: Annotated[int | None, typer.Option(help="256, of tasks their own")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts, of each task too")] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")
     ] = None,
     chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
     teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    responses: Annotated[str | None, typer.Option(help="Write the responses to this file, as JSON lines")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON")] = False,
 ) -> None:
-    """Measure a model on held-out prompts: avg@n, pass@k with intervals, lengths, repetition."""
+    """Measure a model on held-out prompts or lm-eval's tasks: avg@n, pass@k with intervals, lengths, repetition."""
     from opd.commands.waiting import set_waiting
 
     def say(text: str) -> None:
@@ -141,35 +150,31 @@ def evaluate(
 
     quiet_libraries()
     set_waiting(say)
-    from opd.commands.eval import evaluate_model
+    from opd.commands.eval import evaluate_model, output, refuse_combination
+    from opd.evaluation.tasks import Tasks
     from opd.recipe.yaml_text import parse_value
 
     if not model or teacher == "":
         raise ConfigError("opd eval got an empty path of a model. Give a folder, a hub id or a GGUF file.")
-    if options and reward is None:
-        raise ConfigError(
-            f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "
-            "given. Name it, e.g. --reward max_words, or leave --option out."
-        )
+    names = [name for one in tasks or [] for name in one.split(",") if name]
+    asked = Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat)
+    refuse_combination(data=data, reward=reward, options=options, tasks=asked, teacher=teacher, responses=responses)
     named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
-    metrics = evaluate_model(
+    sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_completion_length": max_completion_length}
+    found = evaluate_model(
         model,
-        data={"path": data, "limit": limit, "chat": chat, "columns": named},
+        data=None if data is None else {"path": data, "limit": limit, "chat": chat, "columns": named},
         reward=None if reward is None else {"name": reward, "options": reward_options},
-        sampling={
-            "n": n,
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_completion_length": max_completion_length,
-        },
+        tasks=asked if names else None,
+        sampling={key: value for key, value in sampling.items() if value is not None},
         teacher=teacher,
         seed=seed,
         say=say,
     )
-    for name, value in metrics.items():
-        typer.echo(f"{name:24} {value:.4g}")
+    for line in output(found, model, as_json=json, responses=responses):
+        typer.echo(line)
 
 
 @app.command()
@@ -210,7 +215,10 @@ def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_
 def study(
     name: Annotated[str | None, typer.Argument(help="A study; without one, the list", metavar="[NAME]")] = None,
     every: Annotated[bool, typer.Option("--all", help="Run all, and write docs/studies.md")] = False,
-    out: Annotated[str | None, typer.Option(help="Folder of results (default: runs/studies, with --all docs)")] = None,
+    pages: Annotated[bool, typer.Option("--pages", help="Run none; write the pages of the results again")] = False,
+    out: Annotated[
+        str | None, typer.Option(help="Folder of results (default: runs/studies; docs with --all or --pages)")
+    ] = None,
 ) -> None:
     """Rerun a paper's claims on small models: measurements with intervals, a verdict and a figure."""
     quiet_libraries()
@@ -224,7 +232,7 @@ def study(
         if error.name != "opd_studies":
             raise
         raise ConfigError("opd study needs the package opd-studies: pip install opd-studies.") from None
-    command(name, every, out)
+    command(name, every, pages, out)
 
 
 def main() -> None:

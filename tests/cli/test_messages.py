@@ -952,6 +952,23 @@ def test_eval_reads_columns_under_their_own_names(model_folder: Path):
     assert_says(command("eval", "model", "named.jsonl", "--column", "promt=question").err, "Did you mean 'prompt'?")
 
 
+def test_eval_prints_json_and_writes_responses(model_folder: Path):
+    ask = ("eval", "model", "held_out.jsonl", "--reward", "exact", "--n", "2", "--max-completion-length", "2")
+    expected = numbers(command(*ask))
+    ended = command(*ask, "--json", "--responses", "responses.jsonl")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["model"] == "model"
+    assert found["metrics"] == pytest.approx(expected, rel=1e-3)
+    assert {"pass@2", "pass@2_low", "pass@2_high"} <= found["metrics"].keys()
+    rows = [json.loads(line) for line in Path("responses.jsonl").read_text().splitlines()]
+    assert [(row["prompt_id"], row["sample"]) for row in rows] == [(i, s) for i in range(5) for s in range(2)]
+    assert sum(row["metrics"]["reward"] for row in rows) / 10 == pytest.approx(found["metrics"]["reward"])
+    assert rows[0].keys() == {
+        *("task", "prompt_id", "sample", "prompt", "target", "response", "tokens", "finished", "metrics")
+    }
+
+
 def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
     ask = ("eval", "model", "held_out.jsonl", "--max-completion-length", "1")
     unread = "eval: 5 held-out rows have an `answer`, but no reward or method reads it"
@@ -971,6 +988,13 @@ def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
             ("model", "held_out.jsonl", "--option", "n=1"),
             ["ConfigError: opd eval got --option n=1", "--reward is not given"],
         ),
+        (("model",), ["neither held-out prompts nor --tasks", "--tasks gsm8k"]),
+        (("model", "--tasks", "gsm8k", "--reward", "exact"), ["--reward exact without held-out prompts"]),
+        (("model", "--tasks", "gsm8k", "--teacher", "model"), ["--teacher model without held-out prompts"]),
+        (("model", "held_out.jsonl", "--fewshot", "2"), ["--fewshot 2 without --tasks"]),
+        (("model", "held_out.jsonl", "--task-folder", "x"), ["--task-folder x without --tasks"]),
+        (("model", "held_out.jsonl", "--responses", "no/file"), ["--responses no/file", "does not exist, no"]),
+        (("model", "held_out.jsonl", "--responses", "."), ["--responses .", "is a folder"]),
         (("model", "held_ot.jsonl"), ["held_ot.jsonl does not exist. Did you mean 'held_out.jsonl'?"]),
         (("model", "held_out.jsonl", "--reward", "exct"), ["There is no reward 'exct'. Did you mean 'exact'?"]),
         (("model", "held_out.jsonl", "--n", "0"), ["n", "1"]),

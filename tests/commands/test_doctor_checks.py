@@ -23,7 +23,7 @@ from opd.errors import ConfigError
 from opd.evaluation.compare import compare
 from opd.evaluation.continuation import Depth, Transitions
 from opd.evaluation.evaluate import HeldOut
-from opd.maths.statistics import Interval
+from opd.maths.intervals import Interval
 from opd.models.endings import turn_end
 from opd.models.language_model import LanguageModel
 from opd.rewards.registry import load_reward

@@ -10,7 +10,7 @@ from support.runs import EVALUATE, command, one_stage, prepare
 
 from opd.commands.report.console import held_out_table, recoveries
 from opd.evaluation.recovery import as_metrics, recovered
-from opd.maths.statistics import Recovery, gap_recovery
+from opd.maths.intervals import Recovery, gap_recovery
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import StageSpec
 from opd.stage.folder import StageDir

@@ -10,7 +10,7 @@ from support.models import chain, policy, prompts_of, rollout_of, tiny
 
 from opd.errors import ConfigError, DataError
 from opd.evaluation.continuation import Transitions, continuation, prefix_of
-from opd.maths.statistics import wilson
+from opd.maths.intervals import clopper_pearson
 from opd.models.language_model import LanguageModel
 from opd.pieces.teacher_rules import external
 from opd.rewards.registry import as_reward
@@ -142,7 +142,7 @@ def right_length(prompt: Prompt, response: str) -> float:
 def test_continuation_counts_transitions_by_depth(lm: LanguageModel):
     found = continuation(teacher_of(lm), student_rollouts(lm), [0, 0.5, 3, 50], right_length, sampling=GREEDY)
     assert (found.alone.mean, found.student.mean) == (1.0, 0.25)
-    assert (found.alone.low, found.alone.high) == pytest.approx(wilson(4, 4))
+    assert (found.alone.low, found.alone.high) == pytest.approx(clopper_pearson(1.0, 4))
     assert found.unreached == (50,)
     start, half, three = found.depths
     # From the prompt it is the teacher alone.
@@ -150,7 +150,7 @@ def test_continuation_counts_transitions_by_depth(lm: LanguageModel):
     # Half of "bcd" and of "cdefgh" is on its way; "h" (half of "hd" and of "hdh") ends it.
     assert half.transitions == Transitions(right_right=2, right_wrong=2, wrong_right=0, wrong_wrong=0)
     assert (half.continuing.mean, half.student.mean, half.gain, half.change) == (0.5, 0.25, 0.25, -0.5)
-    assert (half.continuing.low, half.continuing.high) == pytest.approx(wilson(2, 4))
+    assert (half.continuing.low, half.continuing.high) == pytest.approx(clopper_pearson(0.5, 4))
     assert half.prefix_length == (1 + 3 + 1 + 1) / 4
     # "hd" has two tokens: left out, and counted.
     assert (three.responses, three.too_short) == (3, 1)
@@ -173,7 +173,7 @@ def test_continuation_counts_one_prompt_for_two_responses(lm: LanguageModel):
     rollouts = [rollout_of(lm, prompts_of("a")[0], ids_of(lm, text)) for text in ("bcd", "h")]
     found = continuation(teacher_of(lm), rollouts, [0.5], ends_with_h, sampling=GREEDY)
     assert found.alone.mean == 1.0
-    assert (found.alone.low, found.alone.high) == pytest.approx(wilson(1, 1))
+    assert (found.alone.low, found.alone.high) == pytest.approx(clopper_pearson(1.0, 1))
     assert found.depths[0].responses == 2
 
 

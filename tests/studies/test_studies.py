@@ -17,14 +17,13 @@ from typer.testing import CliRunner
 
 from opd.cli import app
 from opd.errors import ConfigError, DataError
-from opd.maths.statistics import Interval
 from opd_studies import STUDIES, headline, use
 from opd_studies.claims import estimators, fixed_points, prefixes, privileged
 from opd_studies.lab import ablation, distilling
 from opd_studies.lab import lab as labs
 from opd_studies.lab.lab import Lab, PairSize
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short, verdict
+from opd_studies.page.outcome import VERDICTS, Check, Outcome, SeedInterval, differences, finding, over_seeds, short
 
 ROOT = Path(__file__).parents[2]
 ARXIV = re.compile(r"\b2\d{3}\.\d{5}\b")
@@ -40,7 +39,7 @@ def student_t_tail(t: float, degrees: int, pieces: int = 20_000) -> float:
     return 1 - 2 * (t / pieces) * (math.fsum(height) - (height[0] + height[-1]) / 2)
 
 
-@pytest.mark.parametrize("n", range(3, 21))
+@pytest.mark.parametrize("n", [*range(3, 9), 20, 60])
 def test_over_seeds_gives_student_t_interval(n):
     values = [math.sin(3 * i) for i in range(n)]
     interval = over_seeds(values)
@@ -51,9 +50,9 @@ def test_over_seeds_gives_student_t_interval(n):
     assert interval.high - mean == pytest.approx(mean - interval.low)
 
 
-@pytest.mark.parametrize("n", [0, 2, 21])
-def test_over_seeds_refuses_too_few_or_too_many_seeds(n):
-    with pytest.raises(ConfigError, match=f"needs 3 to 20 seeds, got {n}. Give more seeds"):
+@pytest.mark.parametrize("n", [0, 2])
+def test_over_seeds_refuses_too_few_seeds(n):
+    with pytest.raises(ConfigError, match=f"needs at least 3 seeds, got {n}. Give more seeds"):
         over_seeds([0.0] * n)
 
 
@@ -63,38 +62,79 @@ def test_differences_pair_seeds():
         differences([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
-def check(low: float, high: float, **bounds: float) -> Check:
-    return Check(what="x", interval=Interval((low + high) / 2, low, high), **bounds)
+def check(low: float, high: float, at_floor: bool = False, **bounds: float) -> Check:
+    return Check(what="x", interval=SeedInterval((low + high) / 2, low, high, at_floor), **bounds)
 
 
-def test_check_holds_only_when_whole_interval_is_inside():
-    assert check(0.2, 0.4, above=0.1).holds
-    assert not check(0.05, 0.4, above=0.1).holds
-    assert check(-0.4, -0.2, below=-0.1).holds
-    assert not check(-0.4, 0.0, below=-0.1).holds
-    assert check(-0.05, 0.05, above=-0.1, below=0.1).holds
-    assert not check(-0.05, 0.2, above=-0.1, below=0.1).holds
-    assert not check(math.nan, math.nan, above=-1.0).holds
+def test_check_state_depends_on_whole_interval():
+    assert check(0.2, 0.4, above=0.1).state == "holds"
+    assert check(0.05, 0.4, above=0.1).state == "undecided"
+    assert check(0.0, 0.1, above=0.1).state == "contradicted"
+    assert check(-0.4, -0.2, below=-0.1).state == "holds"
+    assert check(-0.4, 0.0, below=-0.1).state == "undecided"
+    assert check(0.1, 0.2, below=-0.1).state == "contradicted"
+    assert check(-0.05, 0.05, above=-0.1, below=0.1).state == "holds"
+    assert check(-0.05, 0.2, above=-0.1, below=0.1).state == "undecided"
+    assert check(0.15, 0.2, above=-0.1, below=0.1).state == "contradicted"
+    assert check(math.nan, math.nan, above=-1.0).state == "undecided"
     with pytest.raises(AssertionError, match="cannot fail"):
         check(0.0, 1.0)
 
 
-def test_verdict_needs_all_checks_of_one_setting():
-    yes, no = check(1.0, 2.0, above=0.0), check(-2.0, -1.0, above=0.0)
-    assert verdict([yes, yes], [no]) == "holds"
-    assert verdict([yes, no]) == "does not hold"
-    assert verdict([yes, no], [yes]) == "holds in setting B only"
-    assert verdict([no], [yes, no]) == "does not hold"
-    with pytest.raises(AssertionError):
-        verdict([])
+def test_check_is_undecided_at_a_floor():
+    """Two accuracies of 0 on every seed say nothing; two that differ by seed, but not from each other, do."""
+    zero, one, differ = [0.0] * 3, [1.0] * 3, [0.5, 0.6, 0.7]
+    for a, b, at_floor in ((zero, zero, True), (one, one, True), (differ, differ, False), (one, zero, False)):
+        found = differences(a, b)
+        assert found.at_floor is at_floor
+        assert found.low == found.high
+        stays = Check(what="x", interval=found, above=-0.1)
+        assert stays.state == ("undecided" if at_floor else "holds")
+        falls = Check(what="x", interval=found, below=-0.1)
+        assert falls.state == ("undecided" if at_floor else "contradicted")
+        assert ("at the end of its range" in str(stays)) is at_floor
+    assert over_seeds(zero).at_floor
+    assert not over_seeds([0.0, 0.0, 0.1]).at_floor
+    assert not over_seeds([0.5] * 3).at_floor
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("y", "", "holds"),
+        ("n", "", "contradicted"),
+        ("u", "", "undecided"),
+        ("yy", "y", "holds"),
+        ("yy", "n", "holds in A only"),
+        ("y", "u", "holds in A only"),
+        ("yn", "y", "holds in B only"),
+        ("yu", "yy", "holds in B only"),
+        ("un", "n", "contradicted"),
+        ("n", "yu", "contradicted"),
+        ("yu", "n", "undecided"),
+        ("u", "u", "undecided"),
+    ],
+)
+def test_verdict_of_both_settings(first, second, expected):
+    intervals = {"y": (1.0, 2.0), "n": (-2.0, -1.0), "u": (-1.0, 1.0)}
+    sides = [[check(*intervals[letter], above=0.0) for letter in letters] for letters in (first, second)]
+    assert finding("c", "2605.11182", *sides).verdict == expected
+    assert expected in VERDICTS
+
+
+def test_finding_needs_a_check():
+    with pytest.raises(AssertionError, match="without a check cannot fail"):
+        finding("c", "2605.11182", [])
 
 
 def test_finding_states_number_interval_rule_and_settings():
     one = finding("c", "2605.11182", [check(0.1, 0.3, above=0.25)], [check(0.5, 0.7, above=0.25, below=0.9)])
-    assert (
-        one.measured == "A: x 0.2 [0.1, 0.3] (claim: above 0.25). B: x 0.6 [0.5, 0.7] (claim: above 0.25 and below 0.9)"
+    assert one.measured == (
+        "A (undecided): x 0.2 [0.1, 0.3] (claim: above 0.25). "
+        "B (holds): x 0.6 [0.5, 0.7] (claim: above 0.25 and below 0.9)"
     )
-    assert one.verdict == "holds in setting B only"
+    assert one.verdict == "holds in B only"
+    assert finding("c", "2605.11182", one.checks).measured == "x 0.2 [0.1, 0.3] (claim: above 0.25)"
 
 
 def test_short_rounds_to_three_digits():
@@ -135,14 +175,14 @@ def test_studies_name_paper_and_use(name):
 def test_judge_gives_opposite_verdict_when_numbers_are_opposite(name):
     as_claimed, opposite = NUMBERS[name]
     assert [one.verdict for one in module_of(name).judge(as_claimed) if one.verdict != "holds"] == []
-    assert [one.claim for one in module_of(name).judge(opposite) if one.verdict != "does not hold"] == []
+    assert [one.claim for one in module_of(name).judge(opposite) if one.verdict != "contradicted"] == []
 
 
 @pytest.mark.parametrize("name", SECOND)
 def test_judge_gives_setting_b_only_when_first_setting_fails(name):
     numbers, places = SECOND[name]
     verdicts = [one.verdict for one in module_of(name).judge(numbers)]
-    assert [place for place, verdict in enumerate(verdicts) if verdict == "holds in setting B only"] == places
+    assert [place for place, verdict in enumerate(verdicts) if verdict == "holds in B only"] == places
 
 
 def test_lengths_end_plateau_at_nine_tenths():
@@ -275,7 +315,7 @@ def test_estimators_and_prefixes_run_at_reduced_size(tmp_path):
 def outcome(claim: str = "a | b") -> Outcome:
     made, axes = report.figure(1)
     axes[0][0].plot([0, 1], [1, 0])
-    one = Finding(claim=claim, citation="2605.11182 eq. 1", measured="x 1 [0, 2]", verdict="does not hold")
+    one = finding(claim, "2605.11182 eq. 1", [check(0.0, 2.0, above=0.5)], [check(0.0, 0.0, at_floor=True, below=1.0)])
     return Outcome(setup="three seeds", findings=(one,), figure=made, table=(("a", "b"), ("1", "2")))
 
 
@@ -287,10 +327,18 @@ def test_pages_contain_saved_results(tmp_path):
     pages = report.pages(results, {"gamma": "About gamma"}, {"gamma": "Use it."})
     assert list(pages) == ["studies.md", "studies/gamma.md"]
     assert "| [gamma](studies/gamma.md) | Use it. |" in pages["studies.md"]
-    assert "| [gamma](studies/gamma.md) | a \\| b | 2605.11182 eq. 1 | **does not hold** |" in pages["studies.md"]
+    assert "| [gamma](studies/gamma.md) | a \\| b | 2605.11182 eq. 1 | **undecided** |" in pages["studies.md"]
     page = pages["studies/gamma.md"]
     assert page.startswith("# gamma\n\nAbout gamma.\n\n**What you do with it.** Use it.\n\n## Setting\n\nthree seeds\n")
-    assert "| a \\| b | 2605.11182 eq. 1 | x 1 [0, 2] | **does not hold** |" in page
+    sides = (
+        "A (undecided): x 1 [0, 2] (claim: above 0.5). "
+        "B (undecided): x 0 [0, 0] (at the end of its range; claim: below 1)"
+    )
+    assert f"| a \\| b | 2605.11182 eq. 1 | {sides} | **undecided** |" in page
+    assert (
+        "Of 1 claims: 0 holds, 0 holds in A only, 0 holds in B only, 0 contradicted, 1 undecided."
+        in pages["studies.md"]
+    )
     assert "| 1 | 2 |" in page
     assert "![gamma](../figures/studies/gamma.png)" in page
     assert "\n12 s of CPU time" in page
@@ -301,6 +349,39 @@ def test_load_raises_os_error_when_result_is_damaged(tmp_path):
     (tmp_path / "studies" / "gamma.json").write_text("{")
     with pytest.raises(OSError, match=r"gamma.json cannot be read .* Run `opd study gamma` again"):
         report.load(tmp_path, ["gamma"])
+
+
+@pytest.mark.parametrize("findings", [[{"claim": "c", "citation": "d", "verdict": "holds"}], ["holds"], None])
+def test_load_raises_os_error_when_findings_have_no_numbers(tmp_path, findings):
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies" / "gamma.json").write_text(json.dumps({"findings": findings}))
+    with pytest.raises(OSError, match=r"gamma.json has findings without the numbers .* Run `opd study gamma` again"):
+        report.load(tmp_path, ["gamma"])
+
+
+def test_how_many_counts_verdicts_and_chance():
+    text = report.how_many(["holds"] * 60 + ["contradicted"] * 44)
+    assert text.startswith(
+        "Of 104 claims: 60 holds, 0 holds in A only, 0 holds in B only, 44 contradicted, 0 undecided."
+    )
+    assert "about 5 of 104 verdicts may be chance" in text
+
+
+def test_opd_study_pages_follow_numbers_in_results(tmp_path):
+    report.save(tmp_path, "gamma", outcome(), 12.4)
+    command = ["study", "--pages", "--out", str(tmp_path)]
+    ended = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert ended.stdout.split() == [str(tmp_path / name) for name in ("studies.md", "studies/gamma.md")]
+    assert "**undecided**" in (tmp_path / "studies.md").read_text()
+    numbers = tmp_path / "studies" / "gamma.json"
+    result = json.loads(numbers.read_text())
+    result["findings"][0]["A"][0]["low"] = 0.75
+    numbers.write_text(json.dumps(result))
+    CliRunner().invoke(app, command, catch_exceptions=False)
+    assert "**holds in A only**" in (tmp_path / "studies.md").read_text()
+    assert "x 1 [0.75, 2]" in (tmp_path / "studies" / "gamma.md").read_text()
+    with pytest.raises(ConfigError, match=r"has no results of a study .* opd study NAME --out"):
+        CliRunner().invoke(app, ["study", "--pages", "--out", str(tmp_path / "x")], catch_exceptions=False)
 
 
 def test_opd_study_names_extra_when_matplotlib_is_missing(monkeypatch):
@@ -321,6 +402,8 @@ def test_opd_study_lists_studies():
     [
         (["gama"], r"There is no study 'gama'. Did you mean 'gamma'\? Known: fixed_points"),
         (["gamma", "--all"], r"got both 'gamma' and --all. Name one study, or run all of them"),
+        (["gamma", "--pages"], r"got --pages and 'gamma'. --pages runs no study"),
+        (["--all", "--pages"], r"got --pages and --all. --pages runs no study"),
     ],
 )
 def test_opd_study_refuses_unknown_name_or_name_with_all(arguments, message):
@@ -335,8 +418,11 @@ def test_opd_study_writes_result_figure_and_page(tmp_path, monkeypatch):
     ended = CliRunner().invoke(app, ["study", "privileged", "--out", str(tmp_path)], catch_exceptions=False)
     assert ended.stdout.count("HOLDS: ") == 3, ended.stdout
     result = json.loads((tmp_path / "studies" / "privileged.json").read_text())
-    assert [one["verdict"] for one in result["findings"]] == ["holds"] * 3
-    assert "KL(student || geometric mean), nats" in result["findings"][0]["measured"]
+    assert [one["A"][0]["what"] for one in result["findings"]] == [
+        "KL(student || geometric mean), nats",
+        "kept, shared",
+        "kept on held-out prompts, shared",
+    ]
     assert (tmp_path / "figures" / "studies" / "privileged.png").stat().st_size > 5000
     assert "[privileged](studies/privileged.md)" in (tmp_path / "studies.md").read_text()
     assert "# privileged" in (tmp_path / "studies" / "privileged.md").read_text()

@@ -12,6 +12,7 @@ from support.study_numbers.drifting import prune_numbers
 from opd_studies.claims import prune
 from opd_studies.lab import ablation
 from opd_studies.lab.distilling import Trained
+from opd_studies.page.outcome import state
 
 
 def test_prune_cost_gives_tokens_seconds_and_lost_share(tmp_path: Path):
@@ -39,7 +40,7 @@ def test_prune_cost_gives_tokens_seconds_and_lost_share(tmp_path: Path):
 )
 def test_prune_judge_rejects_saving_that_costs_elsewhere(what: str, value: float, failing: list[int]):
     numbers = prune_numbers(True, False)
-    assert [one.verdict for one in prune.judge(numbers)] == ["holds"] * 5
+    assert [state(one.checks) for one in prune.judge(numbers)] == ["holds"] * 5
     numbers["A: stop"] = {**numbers["A: stop"], what: spread(value)}
-    verdicts = [one.verdict for one in prune.judge(numbers)]
-    assert [i for i, one in enumerate(verdicts) if one == "does not hold"] == failing
+    states = [state(one.checks) for one in prune.judge(numbers)]
+    assert [i for i, one in enumerate(states) if one == "contradicted"] == failing

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.errors import ConfigError, DataError
-from opd.maths.statistics import Interval, mean_interval
+from opd.maths.intervals import SHARE, Interval, mean_interval
 from opd.rewards.base import rewarded
 from opd.samplers.hf import TransformersSampler
 from opd.types import Prompt, Reward, Rollout, Sampling, Teacher
@@ -81,7 +81,7 @@ def continuation(
     student's token ids. `sampling.max_completion_length` limits the continuation alone, so every depth has the same
     limit; n must be 1. Random numbers are a function of (seed, prompt, index of the depth).
 
-    Intervals are over prompts: Wilson's for one response per prompt, else a bootstrap (`statistics.mean_interval`).
+    Intervals are over prompts (`intervals.mean_interval`).
     Raises ConfigError for an invalid depth, n > 1, or a reward other than 0 and 1; DataError without rollouts or when
     prefix and continuation exceed the model's positions.
     """
@@ -197,4 +197,4 @@ def _accuracy(rollouts: Sequence[Rollout], right: Mapping[int, bool]) -> Interva
     by_prompt: dict[int, list[float]] = {}
     for i, value in right.items():
         by_prompt.setdefault(rollouts[i].prompt.id, []).append(float(value))
-    return mean_interval([sum(values) / len(values) for values in by_prompt.values()], binary=True)
+    return mean_interval([sum(values) / len(values) for values in by_prompt.values()], SHARE)

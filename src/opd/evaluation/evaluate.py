@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
-from opd.maths.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
+from opd.maths.intervals import SHARE, bounds_of, mean_interval
+from opd.maths.statistics import distinct_share, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
 from opd.rewards.base import rewarded
@@ -79,7 +80,7 @@ def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sam
 
 
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
-    """Metrics of responses: reward avg@n with its 95 % interval over prompts, pass@k, length, collapse.
+    """Metrics of responses: reward avg@n and pass@k with 95 % intervals over prompts, length, collapse.
 
     The reward is over the prompts of which all responses have one: `rewards_failed` counts responses without.
     """
@@ -101,12 +102,12 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
     rewards = [[r.reward for r in group if r.reward is not None] for group in complete]
     if not rewards or not all(rewards):
         return out
-    binary = all(value in (0.0, 1.0) for group in rewards for value in group)
-    interval = mean_interval([sum(group) / len(group) for group in rewards], binary=binary)
-    out |= {"reward": interval.mean, "reward_low": interval.low, "reward_high": interval.high}
-    if binary:
+    values = [value for group in rewards for value in group]
+    means = [sum(group) / len(group) for group in rewards]
+    out |= mean_interval(means, bounds_of(values)).numbers("reward")
+    if all(value in (0.0, 1.0) for value in values):
         for k in pass_at:
             if 1 < k <= min(map(len, rewards)):
                 each = [pass_at_k(len(group), int(sum(group)), k) for group in rewards]
-                out[f"pass@{k}"] = sum(each) / len(each)
+                out |= mean_interval(each, SHARE).numbers(f"pass@{k}")
     return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
-from opd.maths.statistics import Recovery, gap_recovery
+from opd.maths.intervals import Recovery, gap_recovery
 
 Rows: TypeAlias = Sequence[Mapping[str, Any]]  # of `samples.sample_rows`, with `task` and `sampling`
 
@@ -13,7 +13,7 @@ Rows: TypeAlias = Sequence[Mapping[str, Any]]  # of `samples.sample_rows`, with 
 def recovered(
     before: Rows, teacher: Rows, after: Rows, task: str | None, samplings: Iterable[str]
 ) -> dict[str, Recovery]:
-    """The gap recovery (`statistics.gap_recovery`, arXiv 2604.13016) of a task by sampling setting.
+    """The gap recovery (`intervals.gap_recovery`, arXiv 2604.13016) of a task by sampling setting.
 
     Leaves out settings in which one of the three has no measurement or no reward, or in which the teacher is not ahead.
     """

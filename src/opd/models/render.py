@@ -37,10 +37,17 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
     """
     if isinstance(prompt.content, str):
         return _encode_text(prompt.content + prompt.prefill, tokenizer)
+    text = chat_text(prompt, tokenizer, template_options)
+    return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
+
+
+def chat_text(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}) -> str:
+    """The text that the chat template writes for a prompt of messages, without its prefill. Raises as `render`."""
+    assert not isinstance(prompt.content, str)
     template, options = template_for(prompt, tokenizer, template_options)
     messages = in_form(prompt.content, content_form(template, tokenizer))
     try:
-        text = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages, chat_template=dated(template), tokenize=False, add_generation_prompt=True, **options
         )
     except Exception as error:  # any expression of a template may raise
@@ -49,7 +56,6 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
             f"The chat template of {_name(tokenizer)} refused prompt {prompt.id} (roles: {roles}): {error}. "
             f"Change the messages, or {_SET_TEMPLATE}."
         ) from error
-    return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
 
 
 def template_for(

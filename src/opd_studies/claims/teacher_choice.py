@@ -84,7 +84,7 @@ class Numbers:
     def recovery(self, teacher: str) -> list[float]:
         """(after - before) / (teacher - before), arXiv 2604.13016; NaN if the teacher is not better than the start.
 
-        A check on NaN does not hold.
+        A check on NaN is undecided.
         """
         triples = zip(self.before(teacher), self.teacher[teacher], self.after(teacher), strict=True)
         return [(after - start) / (top - start) if top > start else float("nan") for start, top, after in triples]

@@ -16,13 +16,23 @@ from opd_studies.page import report
 ALONE, ALL = Path("runs/studies"), Path("docs")  # default output folders
 
 
-def command(name: str | None, every: bool, out: str | None) -> None:
+def command(name: str | None, every: bool, pages: bool, out: str | None) -> None:
     """List the studies; with a name or --all, run them, print, and write figure, numbers and pages under `out`.
 
-    Raises ConfigError for an unknown study, a name together with --all, or a missing matplotlib, before a study runs.
+    With `pages`, run none, and write the pages of the results under `out` again. Raises ConfigError for an unknown
+    study, options that exclude each other, or a missing matplotlib, before a study runs.
     """
     if name is not None and every:
         raise ConfigError(f"`opd study` got both {name!r} and --all. Name one study, or run all of them.")
+    if pages:
+        if name is not None or every:
+            raise ConfigError(
+                f"`opd study` got --pages and {'--all' if every else repr(name)}. --pages runs no study: it writes the "
+                "pages of all results again. Leave one of them out."
+            )
+        for file in write_pages(Path(out) if out is not None else ALL):
+            typer.echo(file)
+        return
     if name is None and not every:
         width = max(map(len, STUDIES))
         for one in STUDIES:
@@ -45,14 +55,21 @@ def command(name: str | None, every: bool, out: str | None) -> None:
         write_pages(folder)
 
 
-def write_pages(folder: Path) -> None:
-    """Write studies.md and one page per study from the results under `folder`, without running a study.
-    Raises RunError for a damaged result or a page that cannot be written.
+def write_pages(folder: Path) -> list[Path]:
+    """Write studies.md and one page per study from the results under `folder`, without running a study; their paths.
+
+    Raises ConfigError without a result, RunError for a damaged result or a page that cannot be written.
     """
     results = report.load(folder, list(STUDIES))
+    if not results:
+        raise ConfigError(
+            f"{folder / 'studies'} has no results of a study (NAME.json). Run one first: opd study NAME --out {folder}"
+        )
     headlines, uses = ({name: line(name) for name in results} for line in (headline, use))
-    for file, text in report.pages(results, headlines, uses).items():
+    made = report.pages(results, headlines, uses)
+    for file, text in made.items():
         write_atomically(folder / file, text)
+    return [folder / file for file in made]
 
 
 def cpu_seconds(lab: Lab) -> float:

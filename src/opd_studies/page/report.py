@@ -6,14 +6,13 @@ import contextlib
 import json
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, RunError
 from opd.files import refused, write_atomically
-from opd_studies.page.outcome import Finding, Outcome, over_seeds
+from opd_studies.page.outcome import VERDICTS, Finding, Outcome, as_record, from_record, over_seeds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,10 +42,20 @@ study's page has its setting, the measured numbers with 95 % intervals over seed
 
 RULES = """## Claims
 
-Each verdict follows from a threshold in the study's file, printed beside the number on the study's page: the whole
-interval has to be on the claim's side of it. "Does not hold" means that the effect did not show at this scale; it may
-show at another. If a study has two settings, A is the paper's own or the nearest to it, and B is another one in which
-the effect should be easier to see.
+Each verdict follows from a threshold in the study's file, printed beside the number on the study's page. A number
+agrees with the claim if its whole interval is on the claim's side of the threshold, and contradicts it if the whole
+interval is on the other side. If a study has two settings, A is the paper's own or the nearest to it, and B is another
+one in which the effect should be easier to see.
+
+| verdict | meaning |
+|---|---|
+| holds | every number agrees with the claim, in B too if there is a B |
+| holds in A only, holds in B only | every number of that setting agrees, and of the other one not every number |
+| contradicted | it holds in no setting, and a number of A contradicts it at this scale |
+| undecided | it holds in no setting, and no number of A contradicts it: the intervals are too wide |
+
+An interval of no width at the end of a range, such as two accuracies that are 0 on every seed, is undecided: the
+number can go no further there, so it shows neither an effect nor its absence. Such a number is marked.
 
 Not everything was fixed before the first results. In `gamma` and `estimators` thresholds were changed after them, in
 `two_teachers` they were set after seed 0; the other studies kept theirs. Some second settings were added, and some
@@ -120,7 +129,7 @@ def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
     result = {
         "setup": outcome.setup,
         "cpu_seconds": round(seconds),
-        "findings": [asdict(one) for one in outcome.findings],
+        "findings": [as_record(one) for one in outcome.findings],
         "table": outcome.table,
         "environment": {"torch": _version("torch"), "python": platform.python_version()},
     }
@@ -135,16 +144,25 @@ def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
 
 
 def load(folder: Path, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The results of the studies in `names` that have run, in order. Raises RunError for a damaged file."""
+    """The results of the studies in `names` that have run, in order, with their `Finding`s.
+
+    Raises RunError for a file that is damaged or of an earlier version.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         _, file = paths(folder, name)
         if not file.exists():
             continue
         try:
-            found[name] = json.loads(file.read_text())
+            result = json.loads(file.read_text())
+            found[name] = {**result, "findings": [from_record(record) for record in result["findings"]]}
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}). Run `opd study {name}` again.") from error
+        except (AssertionError, AttributeError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{file} has findings without the numbers that a verdict is computed from ({error!r}): an earlier "
+                f"version wrote it. Run `opd study {name}` again."
+            ) from error
     return found
 
 
@@ -165,11 +183,24 @@ def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> 
     """The page of all studies: a table of their advice, and a table of all claims with verdicts."""
     lines = [INTRODUCTION, "| study | what you do with it |", "|---|---|"]
     lines += [row((f"[{name}](studies/{name}.md)", uses[name])) for name in results]
-    lines += ["", RULES, "| study | claim | source | verdict |", "|---|---|---|---|"]
+    lines += ["", RULES, how_many([one.verdict for result in results.values() for one in result["findings"]]), ""]
+    lines += ["| study | claim | source | verdict |", "|---|---|---|---|"]
     for name, result in results.items():
         for one in result["findings"]:
-            lines.append(row((f"[{name}](studies/{name}.md)", one["claim"], one["citation"], f"**{one['verdict']}**")))
+            lines.append(row((f"[{name}](studies/{name}.md)", one.claim, one.citation, f"**{one.verdict}**")))
     return "\n".join(lines) + "\n"
+
+
+def how_many(verdicts: Sequence[str]) -> str:
+    """The number of claims by verdict, and how many verdicts may be chance."""
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS)
+    chance = round(0.05 * len(verdicts))
+    return (
+        f"Of {len(verdicts)} claims: {counts}.\n"
+        "An interval of 95 % misses the truth with a probability of 5 %, and nothing is corrected for the number of\n"
+        f"claims: about {chance} of {len(verdicts)} verdicts may be chance. Read a verdict with its numbers, and\n"
+        "trust it more where another study or a second setting agrees."
+    )
 
 
 def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
@@ -189,7 +220,7 @@ def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
     ]
     lines += ["## Claims", "", "| claim | source | measured | verdict |", "|---|---|---|---|"]
     for one in result["findings"]:
-        lines.append(row((one["claim"], one["citation"], one["measured"], f"**{one['verdict']}**")))
+        lines.append(row((one.claim, one.citation, one.measured, f"**{one.verdict}**")))
     lines += ["", "## Numbers", ""]
     if result["table"]:
         header, *rows = result["table"]

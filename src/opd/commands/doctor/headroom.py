@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Subject, sample_of
 from opd.evaluation.continuation import Continuation, Depth, continuation
-from opd.maths.statistics import Interval, bootstrap_mean, pass_at_k, wilson
+from opd.maths.intervals import SHARE, Interval, bounds_of, mean_interval, paired_interval
+from opd.maths.statistics import pass_at_k
 from opd.models.render import render
 from opd.pieces.needs import Trait, needs_of
 from opd.rewards.base import rewarded, unfit_to_measure
@@ -110,23 +111,23 @@ def headroom(subject: Subject, judgement: Judged | str) -> Finding:
     if isinstance(judgement, str):
         return skipped("headroom/accuracy", judgement)
     ours, theirs = by_prompt(judgement.student), by_prompt(judgement.teacher)
-    student, teacher = (_interval(scores, judgement.binary) for scores in (ours, theirs))
-    gaps = [sum(t) / len(t) - sum(s) / len(s) for s, t in zip(ours, theirs, strict=True)]
-    gap = Interval(math.fsum(gaps) / len(gaps), *bootstrap_mean(gaps))
+    student, teacher = (_interval(scores) for scores in (ours, theirs))
+    gap = paired_interval(theirs, ours)
     numbers = {
-        "prompts": len(gaps),
+        "prompts": len(ours),
         "responses_a_prompt": len(ours[0]),
-        **bounds("student", student),
-        **bounds("teacher", teacher),
-        **bounds("gap", gap),
+        **student.numbers("student"),
+        **teacher.numbers("teacher"),
+        **gap.numbers("gap"),
     }
     says = f"Mean reward of the student {student}, of the teacher {teacher}, paired difference {gap}"
     if judgement.binary and (k := len(ours[0])) > 1:
-        numbers[f"student_pass@{k}"] = sum(pass_at_k(k, int(sum(s)), k) for s in ours) / len(ours)
+        solved = mean_interval([pass_at_k(k, int(sum(s)), k) for s in ours], SHARE)
+        numbers |= solved.numbers(f"student_pass@{k}")
         numbers["only_teacher"] = sum(any(t) and not any(s) for s, t in zip(ours, theirs, strict=True))
         says += (
-            f"; pass@{k} of the student {numbers[f'student_pass@{k}']:.2f}, and {numbers['only_teacher']} of "
-            f"{len(gaps)} prompts only the teacher solved"
+            f"; pass@{k} of the student {solved}, and {numbers['only_teacher']} of "
+            f"{len(ours)} prompts only the teacher solved"
         )
     if gap.mean <= 0:
         return Finding(
@@ -141,7 +142,7 @@ def headroom(subject: Subject, judgement: Judged | str) -> Finding:
         return Finding(
             name="headroom/accuracy",
             level="change",
-            says=f"{says}. {len(gaps)} prompts are too few to tell whether the teacher is better.",
+            says=f"{says}. {len(ours)} prompts are too few to tell whether the teacher is better.",
             numbers=numbers,
             remedy=f"Run opd doctor again with a larger --prompts, or: {_better_teacher(subject)}",
             study=NEW_KNOWLEDGE,
@@ -230,11 +231,6 @@ def share_after(rollouts: Sequence[Rollout], limit: int) -> float:
     return sum(max(length - limit, 0) for length in lengths) / sum(lengths)
 
 
-def bounds(name: str, interval: Interval) -> dict[str, float]:
-    """An interval as three numbers of a finding."""
-    return {name: interval.mean, f"{name}_low": interval.low, f"{name}_high": interval.high}
-
-
 def by_prompt(rollouts: Sequence[Rollout]) -> list[list[float]]:
     """Rewards grouped by prompt, in order."""
     groups: dict[int, list[float]] = {}
@@ -249,12 +245,10 @@ def quantile(lengths: Sequence[int], share: float) -> int:
     return sorted(lengths)[math.ceil(share * len(lengths)) - 1]
 
 
-def _interval(scores: Sequence[Sequence[float]], binary: bool) -> Interval:
-    """The mean over prompts with its 95 % interval: Wilson's if rewards are 0 or 1, else a bootstrap over prompts."""
+def _interval(scores: Sequence[Sequence[float]]) -> Interval:
+    """The mean over prompts of scores [prompts][samples], with its 95 % interval."""
     means = [sum(group) / len(group) for group in scores]
-    total = math.fsum(means)
-    ends = wilson(min(total, len(means)), len(means)) if binary else bootstrap_mean(means)
-    return Interval(total / len(means), *ends)
+    return mean_interval(means, bounds_of(score for group in scores for score in group))
 
 
 def _better_teacher(subject: Subject) -> str:

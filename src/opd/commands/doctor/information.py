@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from opd.commands.doctor.findings import Finding, skipped
-from opd.commands.doctor.headroom import Judged, bounds, by_prompt
+from opd.commands.doctor.headroom import Judged, by_prompt
 from opd.commands.doctor.subject import Subject
 from opd.evaluation.compare import compare
 from opd.evaluation.disagreement import mean_disagreement
-from opd.maths.statistics import Interval, bootstrap_mean
+from opd.maths.intervals import paired_interval
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.rewards.base import rewarded
 from opd.types import Context, Prompt, Rollout
@@ -105,8 +105,8 @@ def transfer(subject: Subject, judgement: Judged | str) -> Finding:
         rewarded(judgement.reward, subject.teacher_responses([r.prompt for r in rows], fixed(swapped[0])))
     )
     own, ours = by_prompt(judgement.teacher), by_prompt(judgement.student)
-    own_gain, other_gain = (_gain(scores, ours) for scores in (own, elsewhere))
-    numbers = {**bounds("own_gain", own_gain), **bounds("other_gain", other_gain)}
+    own_gain, other_gain = (paired_interval(scores, ours) for scores in (own, elsewhere))
+    numbers = {**own_gain.numbers("own_gain"), **other_gain.numbers("other_gain")}
     says = f"The teacher gains {own_gain} over the student with a prompt's own information, {other_gain} with another's"
     lost = own_gain.low > 0 and other_gain.high < own_gain.mean and other_gain.mean < 0.5 * own_gain.mean
     if not lost:
@@ -162,9 +162,3 @@ def fixed(contexts: Sequence[Prompt]) -> Context:
 def _shown(prompts: Sequence[Prompt]) -> list[Prompt]:
     """The prompts without columns that no model reads."""
     return [replace(prompt, answer=None, response=None, privileged_context=None, metadata={}) for prompt in prompts]
-
-
-def _gain(scores: Sequence[Sequence[float]], base: Sequence[Sequence[float]]) -> Interval:
-    """The mean difference of two sets of rewards over the same prompts, with its 95 % interval."""
-    gains = [sum(a) / len(a) - sum(b) / len(b) for a, b in zip(scores, base, strict=True)]
-    return Interval(sum(gains) / len(gains), *bootstrap_mean(gains))
