@@ -157,8 +157,8 @@ def evaluate(
     if not model or teacher == "":
         raise ConfigError("opd eval got an empty path of a model. Give a folder, a hub id or a GGUF file.")
     names = [name for one in tasks or [] for name in one.split(",") if name]
-    asked = Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat)
-    refuse_combination(data=data, reward=reward, options=options, tasks=asked, teacher=teacher, responses=responses)
+    chosen = Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat)
+    refuse_combination(data=data, reward=reward, options=options, tasks=chosen, teacher=teacher, responses=responses)
     named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
     pairs = [option.partition("=") for option in options or []]
     reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
@@ -167,7 +167,7 @@ def evaluate(
         model,
         data=None if data is None else {"path": data, "limit": limit, "chat": chat, "columns": named},
         reward=None if reward is None else {"name": reward, "options": reward_options},
-        tasks=asked if names else None,
+        tasks=chosen if names else None,
         sampling={key: value for key, value in sampling.items() if value is not None},
         teacher=teacher,
         seed=seed,

@@ -1038,7 +1038,7 @@ def test_policy_gradient_refuses_bad_dual_clip(dual: float, clip: tuple[float, f
 @pytest.mark.parametrize("epsilon", [0.0, -1e-6, math.inf, math.nan])
 @pytest.mark.parametrize("name", ["grpo", "ropd"])
 def test_build_refuses_bad_epsilon(name: str, epsilon: float):
-    with pytest.raises(ConfigError, match=r"a group's standard deviation, must be positive and finite, got"):
+    with pytest.raises(ConfigError, match="finite"):
         methods.build(name, {"epsilon": epsilon})
 
 

@@ -23,6 +23,7 @@ class Section(BaseModel):
 
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # of a file or folder
+SettingName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")]  # part of metrics' names
 Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
@@ -232,7 +233,7 @@ class EvaluateSection(Section):
 
     data: DataSection
     reward: RewardSection | None = None
-    sampling: dict[Name, SamplingSection] = Field(default={"sampled": SamplingSection()}, min_length=1)
+    sampling: dict[SettingName, SamplingSection] = Field(default={"sampled": SamplingSection()}, min_length=1)
     every: Int = Field(default=0, ge=0)
     before: bool = True
     teacher: bool = False  # also measure the teacher's own responses, once
