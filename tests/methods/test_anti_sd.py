@@ -343,7 +343,7 @@ def test_anti_sd_refuses_wrong_gate_options(options: dict[str, float]):
 
 @pytest.mark.parametrize("strength", [-0.1, math.inf, math.nan])
 def test_anti_sd_refuses_wrong_strength(strength: float):
-    with pytest.raises(ConfigError, match=r"at least 0 and finite, got"):
+    with pytest.raises(ConfigError, match=r"at least 0 and finite, got|Input should be a finite number"):
         methods.build("anti_sd", {"strength": strength})
 
 
