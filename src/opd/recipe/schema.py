@@ -222,7 +222,8 @@ class DiagnosticsSection(Section):
 
 
 class CheckpointSection(Section):
-    every: int = Field(default=50, ge=1)
+    every: int = Field(default=50, ge=1)  # steps
+    every_minutes: float = Field(default=10.0, gt=0)  # since the last one, after the step that passes them
     keep: int = Field(default=2, ge=1)
 
 
