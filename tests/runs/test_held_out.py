@@ -19,8 +19,8 @@ def test_words_are_compared_without_system_messages_and_white_space():
     user = {"role": "user", "content": "1 + 1\n= "}
     system = {"role": "system", "content": "Be short."}
     assert words_of(prompt("1 + 1 =")) == words_of(prompt((user,))) == words_of(prompt((system, user)))
-    asked = {"role": "assistant", "content": "2"}
-    assert words_of(prompt((user, asked, user))) != words_of(prompt((user,)))
+    reply = {"role": "assistant", "content": "2"}
+    assert words_of(prompt((user, reply, user))) != words_of(prompt((user,)))
 
 
 def test_shared_counts_held_out_prompts():

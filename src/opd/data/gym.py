@@ -131,9 +131,9 @@ def _whole(task: str, options: Mapping[str, Any], name: str, default: int, *, le
 def _from_child(task: str, options: Mapping[str, Any], count: int) -> Iterator[dict[str, Any]]:
     """The entries, made in a process with PYTHONHASHSEED=0."""
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    asked = pickle.dumps((task, dict(options), count))
+    request = pickle.dumps((task, dict(options), count))
     done = subprocess.run(
-        [sys.executable, "-c", CHILD], input=asked, stdout=subprocess.PIPE, env=environment, check=False
+        [sys.executable, "-c", CHILD], input=request, stdout=subprocess.PIPE, env=environment, check=False
     )
     if done.returncode != 0:
         raise DataError(
