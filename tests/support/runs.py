@@ -357,7 +357,8 @@ def run_job(job: dict[str, Any]) -> None:
         os.dup2(os.open(job["out"], os.O_WRONLY | os.O_APPEND), 1)
         os.dup2(os.open(job["err"], os.O_WRONLY | os.O_APPEND), 2)
         os.chdir(job["folder"])
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and under nohup this one
         if job["strike"] is not None:
             Strike(**job["strike"]).install()
         sys.argv = ["opd", *job["arguments"]]

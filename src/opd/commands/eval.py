@@ -14,7 +14,7 @@ from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
 from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
-from opd.files import write_atomically
+from opd.files import expanded, write_atomically
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
@@ -151,7 +151,7 @@ def output(found: Evaluated, model: str, *, as_json: bool, responses: str | None
     """
     if responses is not None:
         lines = (json.dumps(row, ensure_ascii=False, default=str) for row in found.rows)
-        write_atomically(Path(responses).expanduser(), "".join(f"{line}\n" for line in lines))
+        write_atomically(expanded(responses), "".join(f"{line}\n" for line in lines))
     if not as_json:
         return [f"{name:24} {value:.4g}" for name, value in found.metrics.items()]
     finite = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
@@ -191,7 +191,7 @@ def refuse_combination(
     for name, value in (("--fewshot", tasks.fewshot), ("--task-folder", tasks.folder)):
         if value is not None and not tasks.names:
             raise ConfigError(f"opd eval got {name} {value} without --tasks. Name the tasks, or leave {name} out.")
-    if responses is not None and (unfit := _unfit(Path(responses).expanduser())):
+    if responses is not None and (unfit := _unfit(expanded(responses))):
         raise ConfigError(f"--responses {responses} {unfit}. Give the path of a file in an existing folder.")
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from opd.errors import ConfigError, DataError, nearest
 from opd.evaluation.evaluate import summary
+from opd.files import expanded
 from opd.maths.intervals import SHARE, bounds_of, mean_interval
 from opd.maths.statistics import pass_at_k
 
@@ -112,16 +113,16 @@ def _known() -> Any:
 def _loaded(manager: Any, name: str) -> Mapping[str, Any]:
     """The tasks and groups of one name, or of NAME=FOLDER."""
     task, _, folder = name.partition("=")
-    if task not in manager.all_tasks and not Path(task).expanduser().is_file():
+    if task not in manager.all_tasks and not expanded(task).is_file():
         raise ConfigError(
             f"lm-eval has no task {task!r}.{nearest(task, manager.all_tasks)} `lm-eval ls tasks` lists its "
             f"{len(manager.all_tasks)} tasks, groups and tags. A task of your own is a YAML file: give its path."
         )
-    if folder and not Path(folder).expanduser().is_dir():
+    if folder and not expanded(folder).is_dir():
         raise ConfigError(f"--tasks {name}: {folder} is no folder. Give one with the data of {task}, as JSON lines.")
     spec: Any = task
     if folder:
-        own = {"task": task, "dataset_path": str(Path(folder).expanduser()), "dataset_name": None}
+        own = {"task": task, "dataset_path": str(expanded(folder)), "dataset_name": None}
         spec = {"group": f"{task} of {folder}", "task": [own]}
     try:
         loaded = manager.load([spec])

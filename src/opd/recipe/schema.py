@@ -209,8 +209,8 @@ class RewardSection(Section, Asks):
     name: str
     options: dict[str, Any] = {}
     on_error: Literal["stop", "drop"] = "stop"  # drop: the response has no reward, and is counted
-    max_failed: float = Field(default=MAX_FAILED, ge=0, le=1)  # with `drop`: largest share of a step's groups
-    timeout_s: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # seconds per response; None: no limit
+    max_failed: Float = Field(default=MAX_FAILED, ge=0, le=1)  # with `drop`: largest share of a step's groups
+    timeout_s: Float | None = Field(default=None, gt=0)  # seconds per response; None: no limit
 
 
 Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]
