@@ -395,11 +395,16 @@ def grad_on_support(
 
 
 def policy_gradient(
-    logp: float, old_logp: float, advantage: float, clip: tuple[float, float] | None = None
+    logp: float,
+    old_logp: float,
+    advantage: float,
+    clip: tuple[float, float] | None = None,
+    dual: float | None = None,
 ) -> tuple[float, float]:
     """(loss, dloss/dlogp) of one token: -min(rho A, clip(rho, 1-low, 1+high) A), rho = exp(logp - old_logp).
 
     PPO eq. 7; GRPO eq. 3 and its asymmetric clip (low, high). Without `clip`, -rho A. The clipped branch is constant.
+    `dual` is dual-clip PPO's c: where A < 0 the gain is at least c A, and constant there.
     """
     ratio = math.exp(logp - old_logp)
     free = ratio * advantage
@@ -407,6 +412,8 @@ def policy_gradient(
         return -free, -free
     low, high = clip
     held = min(max(ratio, 1.0 - low), 1.0 + high) * advantage
+    if dual is not None and advantage < 0 and ratio > dual:
+        return -dual * advantage, 0.0
     return (-free, -free) if free <= held else (-held, 0.0)
 
 
@@ -470,6 +477,59 @@ def entropy_gate(medians: Sequence[float], most: float = 0.5, share: float = 0.9
     return strengths
 
 
+def perplexity_gate(
+    steps: Sequence[tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]],
+    warm_up: int = 5,
+    share: float = 0.93,
+    again: float = 1.07,
+    most: float = 0.5,
+) -> list[list[float]]:
+    """lambda by step and response. A step is (log q, log p) by response and token. AntiSD, released code.
+
+    The state of a step is decided from the mean perplexity of the step before it, without spikes, after the warm-up.
+    """
+    warm: list[float] = []
+    target, on, previous = 0.0, True, None
+    out: list[list[float]] = []
+    for number, (teacher, _) in enumerate(steps):
+        perplexities = [math.exp(-math.fsum(row) / len(row)) for row in teacher]
+        mean = math.fsum(perplexities) / len(perplexities)
+        if number < warm_up:
+            warm += [mean] if mean < 3.0 else []
+            out.append([0.0] * len(perplexities))
+            continue
+        if target == 0.0:
+            target = max(share * (sorted(warm)[len(warm) // 2] if warm else mean), 1.01)
+        if previous is not None and on and previous < target:
+            on = False
+        elif previous is not None and not on and previous > target / share * again:
+            on = True
+        kept = [x for x in perplexities if x <= 3.0]
+        previous = math.fsum(kept) / len(kept) if kept else None
+        wanted = [min(max(0.2 * math.log(min(max(x / target, 0.5), 3.0)), 0.0), most) for x in perplexities]
+        out.append([value if on and x <= 3.0 else 0.0 for value, x in zip(wanted, perplexities, strict=True)])
+    return out
+
+
+def reference_deviation(steps: Sequence[tuple[Sequence[Sequence[float]], Sequence[Sequence[float]]]]) -> float:
+    """sigma: the mean over steps of the deviation (n - 1) of all log-ratios of a step. AntiSD, released code."""
+    deviations: list[float] = []
+    for teacher, student in steps:
+        u = [t - s for row in zip(teacher, student, strict=True) for t, s in zip(*row, strict=True)]
+        mean = math.fsum(u) / len(u)
+        deviations.append(math.sqrt(math.fsum((x - mean) ** 2 for x in u) / (len(u) - 1)) if len(u) > 1 else 0.0)
+    return max(math.fsum(deviations) / len(deviations), 1e-6)
+
+
+def released_anti_term(u: Sequence[float], sigma: float, shape: str = "jsd") -> list[float]:
+    """-phi standardised over one response, with outlying and large u moderated. AntiSD, released code."""
+    moderate = [0.0 if abs(x) > 2.0 * sigma else min(max(x, -5.0), 5.0) for x in u]
+    raw = [anti_advantage(x, 0.0, 1.0, shape) for x in moderate]
+    mean = math.fsum(raw) / len(raw)
+    deviation = max(math.sqrt(math.fsum((x - mean) ** 2 for x in raw) / len(raw)), 1e-6)
+    return [min(max((x - mean) / deviation, -5.0), 5.0) for x in raw]
+
+
 def lower_median(values: Sequence[float]) -> float:
     """The value in the middle; of an even number the lower of the two."""
     return sorted(values)[(len(values) - 1) // 2]
@@ -489,6 +549,15 @@ def next_right(samples: Sequence[int], rewards: Sequence[float], of: int) -> int
         if places and rewards[places[0]] >= 1.0:
             return places[0]
     return None
+
+
+def discounted_by_turn(rewards: Sequence[float], trained: Sequence[bool], gamma: float) -> list[float]:
+    """`discounted` of each run of trained tokens alone, 0 on the others: the released code of Revisiting."""
+    out: list[float] = []
+    for mine, run in itertools.groupby(range(len(rewards)), key=lambda t: trained[t]):
+        places = list(run)
+        out += discounted([rewards[t] for t in places], gamma) if mine else [0.0] * len(places)
+    return out
 
 
 def discounted(rewards: Sequence[float], gamma: float) -> list[float]:
@@ -600,7 +669,10 @@ def hash_order(uid: str, answers: Sequence[tuple[str, int, str]]) -> list[int]:
 
 
 def top_p_accepts(teacher: Logps, token: int, k: int, p: float) -> bool:
-    """Whether a token is among the teacher's most likely ones that first have the mass p; all are if its k never do."""
+    """Whether a token is among the teacher's most likely ones that first have the mass p, or its k if they never do.
+
+    The released code of Prune-OPD.
+    """
     total = 0.0
     inside: list[int] = []
     for v in top(teacher, k):
@@ -608,7 +680,7 @@ def top_p_accepts(teacher: Logps, token: int, k: int, p: float) -> bool:
             break
         total += math.exp(teacher[v])
         inside.append(v)
-    return total < p or token in inside
+    return token in inside
 
 
 def trust(lost: Sequence[bool], drop: float) -> list[float]:

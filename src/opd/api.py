@@ -25,10 +25,15 @@ from opd.stage.progress import Progress, quiet_libraries
 from opd.types import Prompt, Reward, Sampler, Teacher
 
 
-def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False) -> Run:
+def run(
+    recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet: bool = False, accept_changes: bool = False
+) -> Run:
     """Run a recipe: a path, a mapping, or a Recipe; `overrides` as on the command line, e.g. "seed=1".
 
-    A stopped run continues from its last checkpoint. Raises the errors of `opd.errors`.
+    A stopped run continues from its last checkpoint. `accept_changes`: also if its recipe, rows, models or code have
+    changed in ways that change the numbers; the changes are recorded in changes.jsonl.
+
+    Raises the errors of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -36,7 +41,7 @@ def run(recipe: str | Path | Mapping[str, Any] | Recipe, *overrides: str, quiet:
         recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
     elif overrides:
         raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
-    return _start(recipe, Given(), quiet)
+    return _start(recipe, Given(), quiet, accept_changes)
 
 
 def distill(
@@ -57,6 +62,7 @@ def distill(
     output_dir: str | Path | None = None,
     seed: int = 0,
     quiet: bool = False,
+    accept_changes: bool = False,
     **stage: Any,
 ) -> Run:
     """One stage of distillation.
@@ -67,10 +73,9 @@ def distill(
     returns one. `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
     a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
     `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
-    section, a function (prompt, text) -> float, or a `Reward`.
-    `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are fields of a
-    recipe's stage: `sampling={...}`, `optimizer={...}`, `evaluate={...}`. The run is written to `output_dir` (default:
-    a new folder under runs/). Raises the errors of `opd.errors`.
+    section, a function (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method
+    (with `options`), or a Method. Further keywords are fields of a recipe's stage: `sampling={...}`, `evaluate={...}`.
+    The run is in `output_dir` (default: a new folder in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -98,7 +103,7 @@ def distill(
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, sampler=own)
-    return _start(recipe, replace(given, teachers=scorers), quiet)
+    return _start(recipe, replace(given, teachers=scorers), quiet, accept_changes)
 
 
 def _data(prompts: Any, **reading: Any) -> tuple[dict[str, Any], list[Prompt] | None, tuple[Report, ...]]:
@@ -116,14 +121,14 @@ def _reward(reward: Any) -> tuple[Any, Reward | None]:
     return None, as_reward(reward, "The `reward` of opd.distill")
 
 
-def _start(recipe: Recipe, given: Given, quiet: bool) -> Run:
+def _start(recipe: Recipe, given: Given, quiet: bool, accept_changes: bool) -> Run:
     with join() as world:
         if given.models and world.size > 1:
             raise ConfigError(
                 f"{' and '.join(given.models)}: {world.size} processes cannot share a model object. Save it, and give "
                 "its path."
             )
-        return run_recipe(recipe, given, Progress(quiet=quiet), world)
+        return run_recipe(recipe, given, Progress(quiet=quiet), world, accept_changes=accept_changes)
 
 
 def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:

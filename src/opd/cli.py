@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from opd.errors import ConfigError, OPDError
-from opd.stage.interrupt import Stopped
+from opd.stage.interrupt import StopNow, Stopped
 from opd.stage.progress import quiet_libraries
 
 app = typer.Typer(
@@ -29,7 +29,13 @@ Overrides = Annotated[
 
 
 @app.command()
-def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def train(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Continue a run whose recipe, rows, models or code have changed")
+    ] = False,
+) -> None:
     """Run a recipe. The same command continues a stopped run.
 
     Under torchrun, its processes share the work: torchrun --nproc-per-node 2 -m opd train RECIPE
@@ -41,21 +47,20 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
         from opd.recipe.load import load_recipe
 
         resolved = load_recipe(recipe, overrides or [])
-        from rich.console import Console
-
         from opd.commands.waiting import set_waiting
-        from opd.stage.progress import Progress
+        from opd.stage.progress import Progress, RunConsole
 
-        console = Console()
+        console = RunConsole()
         progress = Progress(console=console)
         set_waiting(progress.note)  # before the next two imports, which load torch
         from opd.commands.report.console import print_report
         from opd.runs.stages import run_recipe
 
         try:
-            run_recipe(resolved, progress=progress, world=world)
-        except KeyboardInterrupt:
-            raise Stopped("Stopped at once. The same command continues from the last checkpoint.") from None
+            run_recipe(resolved, progress=progress, world=world, accept_changes=accept_changes)
+        except StopNow as now:
+            text = "Stopped at once. The same command continues from the last checkpoint."
+            raise Stopped(text, now.signal) from None
         if world.main:
             print_report(resolved, console)
 
@@ -228,7 +233,7 @@ def main() -> None:
         app()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
-        sys.exit(130)
+        sys.exit(128 + stopped.signal)
     except OPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -172,6 +172,12 @@ def follow_umask(folder: Path) -> None:
             file.chmod(mode)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of atomic writes in a folder."""
+    for part in folder.glob(".*.writing-*"):
+        part.unlink(missing_ok=True)
+
+
 def refused(path: Path, error: OSError) -> RunError:
     why = error.strerror or str(error)
     return RunError(

@@ -14,7 +14,7 @@ from opd.stage.stopwatch import Stopwatch
 def train(stage: Stage) -> Outcome:
     """Run or resume a stage.
 
-    Raises TrainingError (what, step, prompts, last good checkpoint), and Stopped after SIGINT, with a checkpoint saved.
+    Raises TrainingError (what, step, prompts), and Stopped after a signal, with a checkpoint saved.
     """
     method, student, teacher, world = stage.method, stage.student, stage.teacher, stage.world
     for step in stage.steps():  # resumes; after each step saves, evaluates and stops when due

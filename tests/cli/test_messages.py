@@ -601,9 +601,9 @@ def test_train_keeps_last_checkpoint_when_loss_is_not_finite(mine: None, work: P
     )
     said = refusal(recipe, code=1)
     rows = Path("run/distil/samples/step_000004.parquet")
-    saved = Path("run/distil/checkpoints/step_000002")
+    saved = Path("run/distil/checkpoints/step_000003")
     assert_says(said, "TrainingError: Stage 'distil', step 4: loss ", "The update was skipped.")
-    assert_says(said, f"Last good checkpoint: {saved}", f"The step's responses: {rows}", "Usual causes: ")
+    assert_says(said, f"The step's responses: {rows}", "Usual causes: ")
 
     import pyarrow.parquet as pq
 
@@ -611,13 +611,13 @@ def test_train_keeps_last_checkpoint_when_loss_is_not_finite(mine: None, work: P
     assert_says(said, f"Prompts of the step: {prompts}.")
     assert [row["step"] for row in metrics()] == [1, 2, 3]
     kept = checkpoint.load(saved)
-    assert kept.step == 2
+    assert kept.step == 3
     assert all(bool(torch.isfinite(tensor).all()) for tensor in kept.tensors["student"].values())
 
     sys.modules["mine"].calls = -100
     again = opd("train", recipe)
     assert again.code == 0, again.err
-    assert "distil: continuing after step 2 of 6" in again.out
+    assert "distil: continuing after step 3 of 6" in again.out
     assert [row["step"] for row in metrics()] == [1, 2, 3, 4, 5, 6]
 
 

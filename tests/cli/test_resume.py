@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import itertools
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.runs import (
+    ENVIRONMENT,
     Forks,
     Strike,
     assert_same,
@@ -18,6 +23,7 @@ from support.runs import (
     forbid,
     left,
     one_stage,
+    owner_of,
     prepare,
     self_taught,
     start,
@@ -25,7 +31,10 @@ from support.runs import (
 )
 
 from opd import parallel
+from opd.errors import TrainingError
 from opd.stage import checkpoint
+from opd.stage.interrupt import Interrupt
+from opd.stage.kept_responses import KeptResponses
 
 TRAIN = ("train", "recipe.yaml")
 
@@ -145,6 +154,13 @@ REMEMBERING: dict[str, dict[str, Any]] = {
         "reward": {"name": "final_number"},
         "sampling": {"max_completion_length": 3, "n": 2},
     },
+    "anti_sd released": {
+        "method": "anti_sd",
+        "options": {"template": "{privileged_context}{prompt}", "form": "released", "solution": "answer", "warm_up": 4},
+        "teacher": None,
+        "reward": {"name": "final_number"},
+        "sampling": {"max_completion_length": 3, "n": 2},
+    },
     "prune_opd": {
         "method": "prune_opd",
         "options": {"k": 4, "drop": 0.4, "budget": 6, "budget_min": 2, "budget_max": 8, "budget_step": 1, "margin": 1},
@@ -190,29 +206,45 @@ def test_resume_restores_method_memory(tmp_path: Path, forks: Forks, stage: dict
     saved = spoilt / "run/distil/checkpoints/step_000003"
     loaded = checkpoint.load(saved)
     assert loaded.state["method"]
-    forgetful = {name: dict.fromkeys(state, 1) for name, state in loaded.state["method"].items()}
+    forgetful = {
+        name: {key: [1.0] if isinstance(value, list) else 1 for key, value in state.items()}
+        for name, state in loaded.state["method"].items()
+    }
     checkpoint.save(saved.parent, 3, tensors=loaded.tensors, state=loaded.state | {"method": forgetful})
     assert forks.start(spoilt, *TRAIN).code == 0
     assert left(spoilt / "run")["distil/metrics.jsonl"] != left(whole / "run")["distil/metrics.jsonl"]
 
 
-# --- SIGINT ----------------------------------------------------------------------------------------------------------
+# --- signals ---------------------------------------------------------------------------------------------------------
 
 
-def interrupt(call: str, nth: int, times: int = 1) -> Strike:
-    return Strike(call=call, nth=nth, when="after", signals=("SIGINT",) * times)
+def interrupt(call: str, nth: int, *signals: str) -> Strike:
+    return Strike(call=call, nth=nth, when="after", signals=signals or ("SIGINT",))
+
+
+CODES = {"SIGINT": 130, "SIGTERM": 143, "SIGHUP": 129}
 
 
 @pytest.mark.parametrize(
-    "strike",
-    [interrupt("opd.loss.step.loss_of", 7), interrupt("opd.stage.exams.measure", 3)],
-    ids=["in a step", "in an evaluation"],
+    ("signals", "call", "nth"),
+    [
+        (("SIGINT",), "opd.loss.step.loss_of", 7),
+        (("SIGTERM",), "opd.loss.step.loss_of", 7),
+        (("SIGHUP",), "opd.loss.step.loss_of", 7),
+        (("SIGTERM", "SIGTERM"), "opd.loss.step.loss_of", 7),
+        (("SIGINT",), "opd.stage.exams.measure", 3),
+        (("SIGTERM",), "opd.stage.exams.measure", 3),
+    ],
 )
-def test_sigint_saves_checkpoint_at_end_of_step(tmp_path: Path, forks: Forks, uninterrupted: Path, strike: Strike):
+def test_signal_saves_checkpoint_of_last_step(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, signals: tuple[str, ...], call: str, nth: int
+):
     folder = prepare(tmp_path / "work", two_stages())
-    stopped = forks.start(folder, *TRAIN, strike=strike)
-    assert stopped.code == 130
-    assert "Stopping after this step; press Ctrl-C again to stop at once." in stopped.out
+    stopped = forks.start(folder, *TRAIN, strike=interrupt(call, nth, *signals))
+    assert stopped.code == CODES[signals[0]]
+    hint = "; press Ctrl-C again to stop at once" if signals[0] == "SIGINT" else ""
+    said = stopped.out.count(f"{signals[0]}: Stopping after this step{hint}.")
+    assert said == (call == "opd.loss.step.loss_of")  # an evaluation stops at once
     assert "Stopped after step 3 of 8 of stage 'distil'; everything is saved." in stopped.err
     assert "The same command continues from there." in stopped.err
     assert "Traceback" not in stopped.err
@@ -228,7 +260,7 @@ def test_sigint_saves_checkpoint_at_end_of_step(tmp_path: Path, forks: Forks, un
 
 def test_sigint_stops_immediately_when_sent_twice(tmp_path: Path, forks: Forks, uninterrupted: Path):
     folder = prepare(tmp_path / "work", two_stages())
-    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 7, times=2))
+    stopped = forks.start(folder, *TRAIN, strike=interrupt("opd.loss.step.loss_of", 7, "SIGINT", "SIGINT"))
     assert stopped.code == 130
     assert "Traceback" not in stopped.err
     saved = checkpoint.latest(folder / "run/distil/checkpoints")
@@ -266,6 +298,129 @@ def test_sigint_prints_resume_hint_when_outside_steps(
     assert_same(folder / "run", uninterrupted / "run")
 
 
+def test_sighup_stays_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Interrupt() as handler, handler.after_step():
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not handler.requested
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert handler.requested == signal.SIGTERM
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_passed_on_by_torchrun_is_one(capfd: pytest.CaptureFixture[str]):
+    with Interrupt(alone=False) as handler, handler.after_step():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert handler.requested == signal.SIGINT
+
+
+def test_train_goes_on_when_reader_of_its_output_ends(tmp_path: Path):
+    folder = prepare(tmp_path / "work", one_stage())
+    process = subprocess.Popen(
+        [sys.executable, "-m", "opd", *TRAIN], cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(timeout=300) == 0
+    assert (folder / "run/distil/done.json").exists()
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, nth: int) -> None:
+    """The `nth` call raises RuntimeError, once."""
+    owner, name = owner_of(call)
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == nth:
+            raise RuntimeError("out of memory")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, fails)
+
+
+@pytest.mark.parametrize(
+    ("call", "nth", "done"),
+    [
+        ("opd.train.written", 8, 3),  # the fourth step of the second stage
+        ("opd.loss.step.loss_of", 8, 3),
+        ("opd.stage.exams.measure", 4, 6),  # the evaluation after the sixth step
+    ],
+)
+def test_error_in_step_loses_no_step(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path, call: str, nth: int, done: int
+):
+    with monkeypatch.context() as patch:
+        fail_at(patch, call, nth)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            command(*TRAIN)
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert f"distil: continuing after step {done} of 8" in again.out
+    assert_same(fresh / "run", uninterrupted / "run")
+
+
+def test_error_in_update_goes_back_to_checkpoint(fresh: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path):
+    with monkeypatch.context() as patch:
+        fail_at(patch, "opd.stage.optimisation.Optimiser.step", 8)  # the weights may have changed in part
+        with pytest.raises(RuntimeError, match="out of memory"):
+            command(*TRAIN)
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: continuing after step 2 of 8" in again.out
+    assert_same(fresh / "run", uninterrupted / "run")
+
+
+def test_error_says_how_many_steps_are_lost(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    owner, name = owner_of("opd.train.written")
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def fails(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == 8:
+            raise TrainingError("the reward failed")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, fails)
+    ended = command(*TRAIN)
+    assert ended.code == 1
+    assert "the reward failed" in ended.err
+    assert "distil: an error after 3 steps, of which 0 are lost: the same command continues after step 3" in ended.out
+
+
+@pytest.mark.parametrize("method", sorted(REMEMBERING))
+def test_error_keeps_memory_of_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, forks: Forks, method: str):
+    recipe = one_stage(**REMEMBERING[method], steps=6, checkpoint={"every": 2})
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+    folder = prepare(tmp_path / "failed", recipe)
+    monkeypatch.chdir(folder)
+    with monkeypatch.context() as patch:
+        fail_at(patch, "opd.train.gradient", 4)  # after phase A, in which the memory learns from the step
+        with pytest.raises(RuntimeError, match="out of memory"):
+            command(*TRAIN)
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert "continuing after step 3 of 6" in again.out
+    assert_same(folder / "run", whole / "run")
+
+
+def test_checkpoint_is_written_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    folder = prepare(
+        tmp_path / "work", one_stage(steps=5, checkpoint={"every": 1000, "every_minutes": 1e-9, "keep": 9})
+    )
+    monkeypatch.chdir(folder)
+    assert command(*TRAIN).code == 0
+    written = sorted(path.name for path in (folder / "run/distil/checkpoints").iterdir())
+    assert written == [f"step_{step:06d}" for step in range(1, 6)]
+
+
 # --- a folder that holds a run ---------------------------------------------------------------------------------------
 
 
@@ -295,21 +450,20 @@ def test_train_only_prints_report_when_run_is_finished(finished: Path, uninterru
 
 
 @pytest.mark.parametrize(
-    ("override", "old", "new"),
+    ("override", "change"),
     [
-        ("seed=1", "-seed: 0", "+seed: 1"),
-        ("stages.distil.steps=9", "-  steps: 8", "+  steps: 9"),
-        ("models.student.seed=5", "-    seed: 2", "+    seed: 5"),
+        ("seed=1", "  seed: 0 -> 1"),
+        ("stages.distil.prompts_per_step=3", "  stages.distil.prompts_per_step: 4 -> 3"),
+        ("models.student.seed=5", "  models.student.seed: 2 -> 5"),
     ],
 )
-def test_train_prints_difference_when_folder_has_other_recipe(
-    finished: Path, override: str, old: str, new: str, uninterrupted: Path
+def test_train_prints_changes_when_folder_has_other_recipe(
+    finished: Path, override: str, change: str, uninterrupted: Path
 ):
     refused = command(*TRAIN, override)
     assert refused.code == 1
-    assert "run holds a run of another recipe:" in refused.err
-    assert old in refused.err.splitlines()
-    assert new in refused.err.splitlines()
+    assert "run holds a run with other values:" in refused.err
+    assert change in refused.err.splitlines()
     assert "output_dir=..." in refused.err
     assert_same(finished / "run", uninterrupted / "run")
 
@@ -382,8 +536,55 @@ def test_resume_gives_equal_run_when_disk_was_full(fresh: Path, uninterrupted: P
     assert "No space left on device" in stopped.err
     assert "step_000002 is complete and unchanged" in stopped.err
     assert "it continues from step 2" in stopped.err
+    assert "an error after 4 steps, of which 0 are lost" in stopped.out  # the second attempt found room
 
     again = command(*TRAIN)
     assert again.code == 0, again.err
-    assert "distil: continuing after step 2 of 8" in again.out
+    assert "distil: continuing after step 4 of 8" in again.out
     assert_same(fresh / "run", uninterrupted / "run")
+
+
+# --- evaluations -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("nth", "sampled"),
+    [(2, ["teacher greedy", "teacher drawn"]), (6, ["before greedy", "before drawn"])],
+)
+def test_stopped_evaluation_keeps_its_responses(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch, nth: int, sampled: list[str]
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    strike = interrupt("opd.stage.kept_responses.KeptResponses.write", nth, "SIGTERM")
+    stopped = forks.start(folder, *TRAIN, strike=strike)
+    assert stopped.code == 143
+    kept = sorted(file.name for file in (folder / "run/distil/evaluating").iterdir())
+    assert len(kept) == {2: 2, 6: 2}[nth]
+    monkeypatch.chdir(folder)
+    calls: list[str] = []
+    real = KeptResponses.write
+
+    def counted(self: KeptResponses, name: str, rollouts: Any) -> None:
+        calls.append(name)
+        real(self, name, rollouts)
+
+    monkeypatch.setattr(KeptResponses, "write", counted)
+    again = command(*TRAIN)
+    assert again.code == 0, again.err
+    assert not set(kept) & {f"{name}.json" for name in calls}
+    assert_same(folder / "run", uninterrupted / "run")
+
+
+def test_kept_responses_of_other_weights_are_removed(
+    tmp_path: Path, forks: Forks, uninterrupted: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = prepare(tmp_path / "work", two_stages())
+    killed = Strike(call="opd.stage.exams.exact_divergence", nth=2)  # after step 3; the checkpoint is of step 2
+    assert forks.start(folder, *TRAIN, strike=killed).code == -signal.SIGKILL
+    kept = folder / "run/distil/evaluating"
+    assert sorted(file.name for file in kept.iterdir()) == ["step_000003..0.json", "step_000003..1.json"]
+    for file in kept.iterdir():
+        file.write_text("[]")
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert_same(folder / "run", uninterrupted / "run")

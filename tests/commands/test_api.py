@@ -392,13 +392,13 @@ def test_distill_returns_finished_run_when_output_dir_repeats(work: Path):
 
 def test_distill_refuses_output_dir_when_seed_differs():
     distill(output_dir="here")
-    with pytest.raises(RunError, match="here holds a run of another recipe"):
+    with pytest.raises(RunError, match="here holds a run with other values"):
         distill(output_dir="here", seed=1)
 
 
 def test_distill_refuses_output_dir_when_prompts_differ():
     distill(output_dir="here")
-    with pytest.raises(RunError, match="here holds a run of another recipe"):
+    with pytest.raises(RunError, match="here holds a run with other values"):
         distill(output_dir="here", prompts=PROMPTS[:3])
 
 

@@ -114,6 +114,8 @@ class Case:
     fixed_point: bool = True  # no gradient where student and teacher are the same distribution
     learns: bool = True  # the exact KL falls in the tiny run below
     gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
+    across_turns: bool = True  # the sum of log-ratios goes on over untrained tokens
+    epsilon: float = 1e-4  # added to the std of a group's rewards
     scale: bool = True  # the group's reward is divided by its std (but with a constant length)
     weigh: Weigh | None = None  # None: every token weighs 1
 
@@ -122,9 +124,9 @@ def nll() -> tuple[Loss, Slope]:
     return (lambda at: -at.student_logp), (lambda at: at.along_token(-1.0))
 
 
-def clipped(low: float, high: float) -> tuple[Loss, Slope]:
+def clipped(low: float, high: float, dual: float | None = None) -> tuple[Loss, Slope]:
     def both(at: Position) -> tuple[float, float]:
-        return oracle.policy_gradient(at.student_logp, at.sampler_logp, at.advantage, clip=(low, high))
+        return oracle.policy_gradient(at.student_logp, at.sampler_logp, at.advantage, clip=(low, high), dual=dual)
 
     return (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
 
@@ -321,6 +323,13 @@ CASES: dict[str, list[Case]] = {
     "grpo": [
         case(clipped(0.2, 0.2), fixed_point=False, learns=False),
         case(clipped(0.1, 0.3), {"clip_low": 0.1, "clip_high": 0.3}, fixed_point=False, learns=False),
+        case(
+            clipped(0.2, 5.0, dual=1.05),
+            {"clip_high": 5.0, "dual_clip": 1.05, "epsilon": 0.3},
+            fixed_point=False,
+            learns=False,
+            epsilon=0.3,
+        ),
         case(clipped(0.2, 0.2), {"variant": "dr_grpo", "length": 5}, average=5, fixed_point=False, learns=False),
     ],
     "opd": [
@@ -329,6 +338,7 @@ CASES: dict[str, list[Case]] = {
         case(sampled_log_ratio(True), {"importance": True}, learns=False),
         case(coupled(), {"gamma": 0.6}, gamma=0.6, learns=False),
         case(coupled(), {"gamma": 1.0, "average": "token"}, average="token", gamma=1.0, learns=False),
+        case(coupled(), {"gamma": 0.6, "across_turns": False}, gamma=0.6, across_turns=False, learns=False),
         case(sampled_log_ratio(False), {"mask_tokens": ["a", "d"], "mask": "every"}, learns=False),
     ],
     "gkd": [
@@ -410,9 +420,11 @@ CASES: dict[str, list[Case]] = {
             average="token",
             learns=False,
         ),
+        case(sampled_log_ratio(False), {"validate_by": "teacher_kl", "move": "released"}, learns=False),
     ],
     "anti_sd": [
         case(clipped(0.2, 0.2), {"template": HINT}, fixed_point=False, learns=False),  # the warm-up: the reward alone
+        case(clipped(0.2, 0.2), {"template": HINT, "form": "released"}, fixed_point=False, learns=False),
         case(away(), {"template": HINT, "gate": False}, fixed_point=False, learns=False),
         case(
             away(2.0, "reverse_kl"),
@@ -424,6 +436,14 @@ CASES: dict[str, list[Case]] = {
     ],
     "ropd": [
         case(clipped(0.2, 0.2), average="token", fixed_point=False, learns=False),
+        case(
+            clipped(0.2, 0.2, dual=3.0),
+            {"dual_clip": 3.0, "epsilon": 1e-6},
+            average="token",
+            fixed_point=False,
+            learns=False,
+            epsilon=1e-6,
+        ),
         case(
             clipped(0.1, 0.3),
             {"advantage": "centred", "clip_low": 0.1, "clip_high": 0.3, "average": "sequence"},
@@ -548,20 +568,25 @@ def scene(name: str, one: Case, *, float64: bool = False, **student: Any) -> Sce
     return Scene(method=method, student=learner, teacher=teacher, rollouts=rollouts)
 
 
-def advantages(rollouts: Sequence[Rollout], scale: bool) -> list[float]:
+def advantages(rollouts: Sequence[Rollout], scale: bool, epsilon: float = 1e-4) -> list[float]:
     """GRPO's, by group of responses to one prompt, which stand together."""
     out: list[float] = []
     for _, group in groupby(rollouts, key=lambda rollout: rollout.prompt.id):
-        out += oracle.group_advantage([float(rollout.reward or 0.0) for rollout in group], scale=scale)
+        out += oracle.group_advantage([float(rollout.reward or 0.0) for rollout in group], epsilon, scale=scale)
     return out
 
 
-def coupled_returns(rollout: Rollout, z: Tensor, other: Tensor, gamma: float) -> dict[int, float]:
-    """The discounted log-ratios of the trained tokens, as if the others were not there."""
-    kept = [t for t in range(len(rollout.response_ids)) if rollout.trained[t]]
+def coupled_returns(rollout: Rollout, z: Tensor, other: Tensor, one: Case) -> dict[int, float]:
+    """The discounted log-ratios of the trained tokens, as if the others were not there, or of each turn alone."""
+    places = range(len(rollout.response_ids))
+    kept = [t for t in places if rollout.trained[t]]
     ids = rollout.response_ids.tolist()
-    ratios = [oracle.log_softmax(other[t].tolist())[ids[t]] - oracle.log_softmax(z[t].tolist())[ids[t]] for t in kept]
-    return dict(zip(kept, oracle.discounted(ratios, gamma), strict=True))
+    ratios = [oracle.log_softmax(other[t].tolist())[ids[t]] - oracle.log_softmax(z[t].tolist())[ids[t]] for t in places]
+    gamma = one.gamma
+    assert gamma is not None
+    if not one.across_turns:
+        return dict(zip(places, oracle.discounted_by_turn(ratios, rollout.trained.tolist(), gamma), strict=True))
+    return dict(zip(kept, oracle.discounted([ratios[t] for t in kept], gamma), strict=True))
 
 
 def reference(on: Scene, one: Case) -> Gradient:
@@ -571,7 +596,7 @@ def reference(on: Scene, one: Case) -> Gradient:
     judge = None if on.teacher.lm is None else double(on.teacher.lm)
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
-    credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int))
+    credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int), epsilon=one.epsilon)
     loss = 0.0
     contexts = method.context(on.rollouts)
     for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
@@ -583,7 +608,7 @@ def reference(on: Scene, one: Case) -> Gradient:
             with torch.no_grad():
                 other = full_logits(judge, read, rollout.response_ids, student.vocabulary) / method.temperature
         slope = torch.zeros_like(z)
-        returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one.gamma)
+        returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one)
         positions = [
             Position(
                 student=z[t].tolist(),

@@ -350,16 +350,21 @@ def test_train_prints_error_once_when_one_process_fails(tmp_path: Path, runs: Pa
     assert_equal_runs(runs / "one" / GRPO, folder)
 
 
+IN_A_STEP = Strike(call="opd.loss.step.loss_of", nth=4)  # the other one waits for its gradient
+IN_ITS_SHARD = Strike(call="safetensors.torch.save", nth=5)  # of the second checkpoint
+
+
 @pytest.mark.parametrize(
-    ("strike", "goes_on"),
+    ("strike", "goes_on", "after"),
     [
-        (Strike(call="opd.loss.step.loss_of", nth=4), "distil: after step 0"),  # the other one waits for its gradient
-        (Strike(call="safetensors.torch.save", nth=5), f"distil: continuing after step {HALF} of {STEPS}"),
+        (IN_A_STEP, "distil: after step 0", 2),
+        (IN_ITS_SHARD, f"distil: continuing after step {HALF} of {STEPS}", 1),
+        (IN_ITS_SHARD, f"distil: continuing after step {HALF} of {STEPS}", 2),
+        (IN_ITS_SHARD, f"distil: continuing after step {HALF} of {STEPS}", 3),
     ],
-    ids=["in a step", "writing its shard of the second checkpoint"],
 )
 def test_resume_gives_equal_run_when_one_process_was_killed(
-    tmp_path: Path, runs: Path, forks: Forks, strike: Strike, goes_on: str
+    tmp_path: Path, runs: Path, forks: Forks, strike: Strike, goes_on: str, after: int
 ):
     number = str(list(SCENARIOS).index("full tied, reverse_kl"))
     folder = prepare(tmp_path / "work", SCENARIOS["full tied, reverse_kl"])
@@ -367,7 +372,7 @@ def test_resume_gives_equal_run_when_one_process_was_killed(
     assert killed.code not in (0, 97)
     assert killed.err.count("RunError: Another process of this run died") == 1
     assert "Traceback" not in killed.err
-    again = forks.start(folder, "train", "recipe.yaml", processes=2)
+    again = forks.start(folder, "train", "recipe.yaml", processes=after)
     assert again.code == 0, again.err
     assert goes_on in again.out
     assert_equal_runs(runs / "one" / number, folder)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from opd import methods
 from opd.errors import ConfigError
 from opd.maths import divergences
 from opd.maths.divergences import forward_kl, generalised_jsd, on_support, reverse_kl, skew_kl
@@ -1008,6 +1009,37 @@ def test_policy_gradient_uses_importance_when_clip_is_given():
 def test_policy_gradient_refuses_bad_clip(clip):
     with pytest.raises(ConfigError, match=r"\(low, high\)"):
         signals.policy_gradient(clip=clip)
+
+
+@pytest.mark.parametrize("dual", [1.15, 3.0, 1e6])
+@pytest.mark.parametrize("clip", [(0.2, 0.28), (0.2, 5.0)], ids=str)
+def test_policy_gradient_equals_oracle_with_dual_clip(dual: float, clip: tuple[float, float]):
+    tokens = sampled_tokens()
+    signal = signals.policy_gradient(clip=clip, dual_clip=dual)
+    rows = list(zip(*(getattr(tokens, n).tolist() for n in ("student_logp", "sampler_logp", "advantage")), strict=True))
+    expected = [oracle.policy_gradient(*row, clip, dual) for row in rows]
+    close(signal(tokens), [value for value, _ in expected], EXACT)
+    got = gradient(lambda logp: signal(with_student(tokens, logp)), tokens.student_logp)
+    close(got, [slope for _, slope in expected], EXACT)
+    changed = [value != oracle.policy_gradient(*row, clip)[0] for row, (value, _) in zip(rows, expected, strict=True)]
+    assert changed == [a < 0 and math.exp(p - mu) > dual for p, mu, a in rows]
+    if dual == 1.15:
+        assert any(changed)
+
+
+@pytest.mark.parametrize(
+    ("dual", "clip"), [(1.0, (0.2, 0.2)), (math.inf, (0.2, 0.2)), (math.nan, (0.2, 0.2)), (3, None)]
+)
+def test_policy_gradient_refuses_bad_dual_clip(dual: float, clip: tuple[float, float] | None):
+    with pytest.raises(ConfigError, match=r"dual_clip bounds a clipped ratio and must be above 1 and finite; got dual"):
+        signals.policy_gradient(clip=clip, dual_clip=dual)
+
+
+@pytest.mark.parametrize("epsilon", [0.0, -1e-6, math.inf, math.nan])
+@pytest.mark.parametrize("name", ["grpo", "ropd"])
+def test_build_refuses_bad_epsilon(name: str, epsilon: float):
+    with pytest.raises(ConfigError, match=r"a group's standard deviation, must be positive and finite, got"):
+        methods.build(name, {"epsilon": epsilon})
 
 
 @pytest.mark.parametrize(("advantage", "expected"), [(1.0, -1.28), (0.5, -0.64)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,9 +23,10 @@ from opd.errors import ConfigError, DataError
 from opd.maths import divergences
 from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
-from opd.pieces import contexts, credit, signals, solutions, supports
+from opd.pieces import contexts, credit, perplexity_gate, signals, solutions, supports
 from opd.pieces.gates import EntropyGate
 from opd.pieces.needs import Input, Reads, needs_of
+from opd.pieces.perplexity_gate import PerplexityGate, Settings
 from opd.pieces.solutions import Solutions, from_peers
 from opd.types import Batch, Prompt, Rollout
 
@@ -345,6 +347,184 @@ def test_anti_sd_refuses_wrong_strength(strength: float):
         methods.build("anti_sd", {"strength": strength})
 
 
+# --- the released form ------------------------------------------------------------------------------------------------
+
+Scored = tuple[list[list[float]], list[list[float]]]  # log q and log p by response and token
+
+
+def scored_steps(seed: int, count: int, spikes: bool = False) -> list[Scored]:
+    """Steps whose mean perplexity of the teacher wanders about 1.6, with responses of three to seven tokens."""
+    draw = torch.Generator().manual_seed(seed)
+    level, steps = 0.45, list[Scored]()
+    for number in range(count):
+        level = max(0.1, 0.45 + 0.8 * (level - 0.45) + 0.08 * float(torch.randn(1, generator=draw)))
+        lengths = [int(x) for x in torch.randint(3, 8, (4,), generator=draw)]
+        teacher = [(-level * 2 * torch.rand(n, generator=draw, dtype=torch.float64)).tolist() for n in lengths]
+        if spikes and number > 1 and float(torch.rand(1, generator=draw)) < 0.4:
+            teacher[0] = [-1.5] * lengths[0]
+        student = [(-0.9 * torch.rand(n, generator=draw, dtype=torch.float64)).tolist() for n in lengths]
+        student[1][0] = teacher[1][0] - 2.5  # an outlier
+        steps.append((teacher, student))
+    return steps
+
+
+def batch_of_step(step: Scored, **memory: Any) -> Batch:
+    """The responses padded to one length, right and wrong in turn; the padding holds NaN."""
+    rewards = [1.0, 0.0, 1.0, 0.0][: len(step[0])]
+    width = max(map(len, step[0]))
+    teacher, student = (
+        torch.tensor([row + [math.nan] * (width - len(row)) for row in rows], dtype=torch.float64) for rows in step
+    )
+    return replace(batch_of(teacher, student, rewards=rewards, mask=~teacher.isnan()), memory=memory)
+
+
+def run_perplexity(gate: PerplexityGate, steps: Sequence[Scored]) -> list[list[float]]:
+    out: list[list[float]] = []
+    for step in steps:
+        batch = batch_of_step(step, gate=gate)
+        metrics = gate.observe(batch, alone)
+        got = perplexity_gate.strengths(batch)[:, 0].tolist()
+        assert metrics["gate/strength"] == pytest.approx(sum(got) / len(got))
+        assert metrics["gate/open"] or not any(got)
+        out.append(got)
+    return out
+
+
+@pytest.mark.parametrize("spikes", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("stop", [2, 5, 6, 20])
+def test_perplexity_gate_equals_oracle_when_restored(seed: int, stop: int, spikes: bool):
+    steps = scored_steps(seed, 40, spikes)
+    expected = oracle.perplexity_gate(steps, warm_up=4)
+    first, second = (PerplexityGate(ALL, Settings(warm_up=4)) for _ in range(2))
+    before = run_perplexity(first, steps[:stop])
+    state = json.loads(json.dumps(first.state_dict()))
+    second.load_state_dict(state, first.tensors())
+    got = before + run_perplexity(second, steps[stop:])
+    assert [pytest.approx(row, abs=1e-12) for row in expected] == got
+    assert second.sigma == pytest.approx(oracle.reference_deviation(steps[:4]), rel=1e-12)
+    values = [value for row in expected[5:] for value in row]
+    assert 0.0 in values
+    assert spikes or max(values) > 0.0  # spikes in a warm-up step raise the target: the gate may stay closed
+    assert max(values) <= 0.2 * math.log(3 / 1.01)
+
+
+def test_perplexity_gate_closes_one_step_late_and_opens_above_median():
+    """Perplexities 2 in the warm-up: target 1.86, opens again above 2.14; a step sees the state before it."""
+    means = [2.0, 2.0, 2.5, 1.8, 2.5, 2.1, 2.1, 2.2, 2.0, 1.9]
+    steps: list[Scored] = [([[-math.log(x)] * 3] * 2, [[-0.5] * 3] * 2) for x in means]
+    got = run_perplexity(PerplexityGate(ALL, Settings(warm_up=2)), steps)
+    assert [bool(row[0]) for row in got] == [False, False, True, False, False, True, True, True, True, True]
+    assert got == [pytest.approx(row) for row in oracle.perplexity_gate(steps, warm_up=2)]
+    free = run_perplexity(PerplexityGate(ALL, Settings(warm_up=2, closes=False)), steps)
+    assert free[4][0] == pytest.approx(0.2 * math.log(2.5 / 1.86))
+    assert free[3][0] == 0.0, "below the target lambda is 0 in any case"
+
+
+def test_perplexity_gate_takes_first_step_when_warm_up_spikes():
+    means = [9.0, 9.0, 1.5, 1.6]
+    steps: list[Scored] = [([[-math.log(x)] * 3], [[-0.5] * 3]) for x in means]
+    gate = PerplexityGate(ALL, Settings(warm_up=2))
+    got = run_perplexity(gate, steps)
+    assert gate.target == pytest.approx(0.93 * 1.5)
+    assert got == [pytest.approx(row) for row in oracle.perplexity_gate(steps, warm_up=2)]
+
+
+def test_perplexity_gate_measures_solved_of_all_processes():
+    """Two processes of two responses are one of four, and a response without a solution is in neither."""
+    (step,) = scored_steps(3, 1)
+    whole, half = (PerplexityGate(ALL, Settings()) for _ in range(2))
+    whole.observe(batch_of_step(step), alone)
+    parts = [batch_of_step((step[0][at : at + 2], step[1][at : at + 2])) for at in (0, 2)]
+    said: list[Any] = []
+    PerplexityGate(ALL, Settings()).observe(parts[1], lambda value: said.append(value) or [value])
+    half.observe(parts[0], lambda value: [value, *said])
+    assert half.state_dict() == whole.state_dict()
+    only = PerplexityGate(lambda rollouts: ["x", "x", None, None], Settings())
+    only.observe(batch_of_step(step), alone)
+    alike = PerplexityGate(ALL, Settings())
+    alike.observe(parts[0], alone)
+    assert only.state_dict() == alike.state_dict()
+    nothing = PerplexityGate(lambda rollouts: [None] * 4, Settings())
+    assert nothing.observe(batch_of_step(step), alone) == {"gate/open": 0.0}
+    assert nothing.measured == 0
+
+
+@pytest.mark.parametrize("shape", ["jsd", "reverse_kl"])
+@pytest.mark.parametrize("seed", range(3))
+def test_anti_sd_released_credit_equals_oracle(seed: int, shape: str):
+    """A at every token, in float64, in the warm-up and after it."""
+    options = {"form": "released", "solution": "privileged_context", "shape": shape, "warm_up": 2}
+    method = methods.build("anti_sd", options)
+    memory, steps = method.make_memory(), scored_steps(seed, 3)
+    steps[2][0][3] = [-0.9] * len(steps[2][0][3])  # a teacher of perplexity e^.9 = 2.46
+    sigma = oracle.reference_deviation(steps[:2])
+    rewards = (1.0, 0.0, 1.0, 0.0)
+    zeroed = 0
+    for number, step in enumerate(steps):
+        batch = batch_of_step(step, **memory)
+        memory["gate"].observe(batch, alone)
+        got = method.credit(batch)
+        strengths = oracle.perplexity_gate(steps[: number + 1], warm_up=2)[-1]
+        group = oracle.group_advantage(rewards)
+        for row, (teacher, student) in enumerate(zip(*step, strict=True)):
+            u = [t - s for t, s in zip(teacher, student, strict=True)]
+            zeroed += sum(abs(x) > 2 * sigma for x in u)
+            term = oracle.released_anti_term(u, sigma, shape)
+            expected = [group[row] + strengths[row] * value for value in term]
+            assert got[row, : len(u)].tolist() == pytest.approx(expected, rel=1e-12, abs=1e-12)
+            assert not bool(got[row, len(u) :].isnan().any()), "padding holds NaN"
+    assert zeroed
+    assert any(strengths)
+
+
+def test_standardised_sums_to_zero_and_is_bounded():
+    values = logits(0, 3, 200)
+    values[1, 0] = 1e4
+    mask = torch.rand(3, 200, generator=torch.Generator().manual_seed(1)) < 0.8
+    batch = batch_of(values, torch.zeros_like(values), mask=mask)
+    part = credit.scale(-1.0, credit.diverge_from_teacher(1.0, ALL, shape="reverse_kl"))
+    got = credit.standardised(part, bound=5.0)(batch)
+    assert got[~mask].abs().max() == 0.0
+    assert float(got[0].sum()) == pytest.approx(0.0, abs=1e-9)
+    assert float(got[0].square().sum() / mask[0].sum()) == pytest.approx(1.0)
+    assert float(got[1].max()) == 5.0
+    assert torch.equal(credit.standardised(credit.scale(7.0, part), 5.0)(batch).sign(), got.sign())
+    with pytest.raises(ConfigError, match=r"bound of a standardised credit must be above 0, got 0\.0"):
+        credit.standardised(part, bound=0.0)
+
+
+def test_anti_sd_reads_solutions_by_form():
+    read = {
+        form: methods.build("anti_sd", {"form": form}).context([response(0, 0.0)]) for form in ("paper", "released")
+    }
+    assert "hg" in str(read["paper"][0].content)
+    assert read["released"] == [PROMPT]
+    chosen = methods.build("anti_sd", {"form": "released", "solution": "answer"}).context([response(0, 0.0)])
+    assert "7" in str(chosen[0].content)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"closes_below": 0.0}, r"needs closes_below above 0 .* got closes_below 0\.0"),
+        ({"warm_up": 0}, r"warm_up of at least 1 step; got .*warm_up 0"),
+        ({"strength": -0.1}, r"at least 0 and finite, got sensitivity 0\.2 and most -0\.1"),
+    ],
+)
+def test_anti_sd_released_refuses_wrong_options(options: dict[str, float], message: str):
+    with pytest.raises(ConfigError, match=message):
+        methods.build("anti_sd", {"form": "released", **options})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [("opens_above", 0.9), ("spike", 1.0), ("sigmas", 0.0), ("largest", -1.0)]
+)
+def test_settings_refuse_numbers_outside_range(setting: str, value: float):
+    with pytest.raises(ConfigError, match=rf"A perplexity gate needs .*{value}"):
+        Settings(**{setting: value})
+
+
 # --- two that pull against each other --------------------------------------------------------------------------------
 
 AWAY = credit.diverge_from_teacher(0.5, ALL)
@@ -434,6 +614,18 @@ def test_anti_sd_run_equals_grpo_until_gate_opens(work: Path):
     assert [row["train/loss"] for row in rows[:5]] == [row["train/loss"] for row in plain[:5]]
     assert any(row["gate/open"] for row in rows)
     assert [row["optim/grad_norm"] for row in rows] != [row["optim/grad_norm"] for row in plain]
+
+
+def test_anti_sd_released_run_equals_grpo_until_warm_up_ends(work: Path):
+    """The target and the open steps follow from the logged perplexities; the reward alone trains in the warm-up."""
+    options = {"template": "{privileged_context}{prompt}", "form": "released", "solution": "answer", "warm_up": 3}
+    rows = opd.run(stage(options=options, steps=6), quiet=True).metrics
+    plain = opd.run(stage(method="grpo", options={}, steps=6) | {"output_dir": "plain"}, quiet=True).metrics
+    assert [row["train/loss"] for row in rows[:3]] == [row["train/loss"] for row in plain[:3]]
+    assert [row["gate/open"] for row in rows[:4]] == [0.0, 0.0, 0.0, 1.0]
+    warm = [row["gate/teacher_perplexity"] for row in rows[:3] if row["gate/teacher_perplexity"] < 3]
+    expected = sorted(warm)[len(warm) // 2] if warm else rows[3]["gate/teacher_perplexity"]
+    assert rows[-1]["gate/target_perplexity"] == pytest.approx(max(0.93 * expected, 1.01))
 
 
 def test_anti_sd_run_counts_unsolved_when_solution_is_none(work: Path):

@@ -21,10 +21,7 @@ SIMCT = methods.build("simct", {})
 GROUP = credit.group_reward()
 ATTEMPT = contexts.privileged(template="{prompt}{attempt}")
 JUDGED = methods.build("ropd", {})
-JUMPS = {
-    by: updates.extrapolation(by=by, prompts=1, candidates=1, ties=False, matrices=False)
-    for by in ("reward", "teacher_kl")
-}
+JUMPS = {by: updates.extrapolation(by=by, prompts=1, candidates=1, ties=False) for by in ("reward", "teacher_kl")}
 TOP_P = Sampling(top_p=0.9)
 
 # A method that breaks each rule, in their order; with what of the recipe's sampling it takes.

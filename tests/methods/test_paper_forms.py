@@ -272,6 +272,20 @@ def test_local_support_matching_refuses_k_of_one():
     assert methods.build("local_support_matching", {"k": 1, "sampled_token": "tail"}).support.with_sampled
 
 
+# --- tokens that a teacher's list lacks ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["raw", "stop_gradient"])
+def test_filled_teacher_logp_has_no_value_and_pushes_only_raw(form: str):
+    """The released code of Many Faces takes the student's own log-prob for a token that the teacher's list lacks."""
+    z = STUDENT.clone().requires_grad_()
+    filled = STUDENT.log_softmax(-1)[SUPPORT]
+    value = on_support("reverse_kl", z.log_softmax(-1)[SUPPORT], filled, form)
+    (gradient,) = torch.autograd.grad(value, z)
+    close(value.detach(), 0.0)
+    close(gradient, GRAD_P_S if form == "raw" else torch.zeros(V))
+
+
 # --- discounted credit -----------------------------------------------------------------------------------------------
 
 
@@ -292,6 +306,40 @@ def test_discounted_equals_oracle_and_skips_masked_tokens(gamma: float):
         ratios = (score.teacher_logp - rollout.policy_logp)[kept].tolist()
         close(got[row, kept], oracle.discounted(ratios, gamma), 1e-6)
     assert bool(got.isfinite().all()), "padding holds NaN"
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.9, 1.0])
+def test_discounted_ends_sum_at_untrained_token_when_by_turn(gamma: float):
+    """Three turns: a tool's tokens at 2, at 5 and at 6. Across turns a token also has the discounted later turns."""
+    lm = tiny()
+    mask = [True, True, False, True, True, False, False, True]
+    ratios = [0.5, -1.0, 9.0, 2.0, 0.25, 9.0, -9.0, -0.75]
+    (prompt,) = prompts_of("a")
+    rollout = rollout_of(lm, prompt, [3] * len(mask), trained=mask, policy_logp=torch.zeros(len(mask)))
+    batch = collate([rollout], [Scores(teacher_logp=torch.tensor(ratios))], torch.device("cpu"))
+    kept = torch.tensor(mask)
+    by_turn = credit.discounted(gamma, across_turns=False)(batch)[0]
+    close(by_turn[kept], torch.tensor(oracle.discounted_by_turn(ratios, mask, gamma))[kept], 1e-6)
+    assert by_turn[1] == -1.0, "the last token of a turn has its own log-ratio alone"
+    across = credit.discounted(gamma)(batch)[0]
+    later = oracle.discounted([2.0, 0.25, -0.75], gamma)[0]
+    close(across[1] - by_turn[1], gamma * later, 1e-6)
+
+
+def test_discounted_by_turn_equals_across_turns_without_tools():
+    lm = tiny()
+    (prompt,) = prompts_of("a")
+    batch = collate(
+        [rollout_of(lm, prompt, [3] * 6, policy_logp=-torch.rand(6))],
+        [Scores(teacher_logp=-torch.rand(6))],
+        torch.device("cpu"),
+    )
+    assert torch.equal(credit.discounted(0.7, across_turns=False)(batch), credit.discounted(0.7)(batch))
+
+
+def test_opd_refuses_by_turn_without_gamma():
+    with pytest.raises(ConfigError, match=r"across_turns=False ends the sum .* but gamma is 0.*Set gamma above 0"):
+        methods.build("opd", {"across_turns": False})
 
 
 @pytest.mark.parametrize("gamma", [-0.1, 1.1])

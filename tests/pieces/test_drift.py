@@ -64,7 +64,7 @@ def test_lost_equals_oracle_when_metric_is_overlap(threshold: float, seed: int):
         assert 0 < sum(got) < len(got)
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5, 0.8, 0.95, 1.0])
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.5, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_lost_equals_oracle_when_metric_is_teacher_top_p_accept(threshold: float, seed: int):
     student, teacher, ids = random_scores(seed)
@@ -78,7 +78,7 @@ def test_lost_equals_oracle_when_metric_is_teacher_top_p_accept(threshold: float
 
 
 def test_lost_takes_smallest_top_p_set_of_teacher():
-    """Of .5, .3, .15, .05: two tokens have .75; three are needed for .8 and more, and three never have .96."""
+    """Of .5, .3, .15, .05: two have .75, .81 needs three, and three never have .96: the set is those three."""
     teacher = torch.tensor([0.5, 0.3, 0.15, 0.05], dtype=torch.float64).log().expand(4, 4)
     ids = torch.arange(4)
     lost = {p: lost_of(Drift(metric="teacher_top_p_accept", k=3, threshold=p), teacher, teacher, ids) for p in
@@ -87,7 +87,7 @@ def test_lost_takes_smallest_top_p_set_of_teacher():
         0.5: [False, True, True, True],
         0.75: [False, False, True, True],
         0.81: [False, False, False, True],
-        0.96: [False] * 4,
+        0.96: [False, False, False, True],
     }
 
 
@@ -110,6 +110,7 @@ def test_trust_equals_oracle_and_never_rises(drop: float):
     [
         ({"k": 0}, r"needs k of at least 1.* got k 0, threshold 0.7 and drop 0.01"),
         ({"threshold": 1.2}, r"a threshold and a drop between 0 and 1.*threshold 1.2"),
+        ({"metric": "teacher_top_p_accept", "threshold": 0.0}, r"of 0 accepts no token.* got threshold 0.0"),
         ({"drop": -0.1}, r"a threshold and a drop between 0 and 1.*drop -0.1"),
         ({"base": -1.0}, r"`base` that is added to the trust must be at least 0, got -1.0"),
         ({"stop": "rollout", "every": 0}, r"`every`, .* must be at least 1, got 0"),

@@ -49,9 +49,12 @@ def run(folder: Path, method: Method, options: Any = None, **settings: Any) -> o
     )
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "anti_sd released"])
 def test_distill_gives_equal_runs_when_method_is_reused(tmp_path: Path, name: str):
+    name, *form = name.split()
     settings = METHODS[name]
+    if form:
+        settings = {**settings, "options": {**settings["options"], "form": form[0], "solution": "answer"}}
     method = methods.build(name, settings["options"])
     runs = [run(tmp_path / which, method, **settings) for which in ("first", "second")]
     rows = [(tmp_path / which / "distill/metrics.jsonl").read_bytes() for which in ("first", "second")]

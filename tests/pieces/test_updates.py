@@ -67,9 +67,7 @@ class Walk:
 
 
 def extrapolation(**settings: Any) -> Update:
-    return updates.extrapolation(
-        **{"by": "reward", "prompts": 7, "candidates": 5, "ties": False, "matrices": False, **settings}
-    )
+    return updates.extrapolation(**{"by": "reward", "prompts": 7, "candidates": 5, "ties": False, **settings})
 
 
 def test_extrapolation_tries_rising_factors_at_powers_of_two():
@@ -128,7 +126,7 @@ def test_extrapolation_rejects_nan():
 
 def test_extrapolation_moves_only_matrices_when_set():
     walk = Walk(judge=lambda place: place)
-    extrapolation(matrices=True)(walk)
+    extrapolation(move="matrices")(walk)
     assert [float(walk.weights[name].flatten()[0]) for name in (WEIGHT, EMBEDDING, NORM)] == [11, 1, 1]
 
 
@@ -143,8 +141,43 @@ def test_extrapolation_moves_only_matrices_when_set():
 )
 def test_extrapolation_moves_experts_and_no_embeddings(name: str, shape: tuple[int, ...], place: int):
     walk = Walk(judge=lambda place: place, weights={WEIGHT: torch.zeros(1, 2), name: torch.zeros(shape)})
-    extrapolation(matrices=True)(walk)
+    extrapolation(move="matrices")(walk)
     assert float(walk.weights[name].flatten()[0]) == place
+
+
+# Names of parameters in transformers models, and whether the released keyword list chooses them.
+RELEASED = {
+    "model.embed_tokens.weight": False,
+    "lm_head.weight": False,
+    "model.norm.weight": False,
+    "model.layers.0.input_layernorm.weight": False,
+    "model.layers.0.post_attention_layernorm.weight": True,
+    "model.layers.0.pre_feedforward_layernorm.weight": False,
+    "model.layers.0.self_attn.q_proj.weight": True,
+    "model.layers.0.self_attn.q_proj.bias": True,
+    "model.layers.0.self_attn.k_norm.weight": True,
+    "model.layers.0.mlp.gate.weight": True,
+    "model.layers.0.mlp.experts.down_proj": True,
+    "model.layers.0.self_attn.o_proj.lora_A.default.weight": True,
+    "transformer.h.0.attn.c_attn.weight": True,
+    "transformer.h.0.ln_1.weight": False,
+    "decoder.FFN.w1": True,
+}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_extrapolation_moves_released_names(name: str):
+    weights = {WEIGHT: torch.zeros(1, 2), "layers.0.mlp.weight": torch.zeros(1, 2), name: torch.zeros(2)}
+    walk = Walk(judge=lambda place: 0.0, weights=weights)
+    extrapolation(move="released", ties=True)(walk)
+    moved = {one: float(weight.flatten()[0]) == 11 for one, weight in walk.weights.items()}
+    assert moved == {WEIGHT: False, "layers.0.mlp.weight": True, name: RELEASED[name]}
+
+
+def test_extrapolation_refuses_choice_without_weights():
+    walk = Walk(judge=lambda place: place)
+    with pytest.raises(ConfigError, match=r"move='released' chooses none of the 3 trained weights \(layers.0.w"):
+        extrapolation(move="released")(walk)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_parse_recipe_suggests_near_key_when_unknown(key: str, near: str, overri
 
 def test_parse_recipe_lists_known_keys_when_none_is_near():
     message = refused(recipe(), "checkpoint.zzz=1")
-    assert "unknown key `stages.0.checkpoint.zzz`. Known here: every, keep" in message
+    assert "unknown key `stages.0.checkpoint.zzz`. Known here: every, every_minutes, keep" in message
     assert "Did you mean" not in message
 
 
@@ -270,7 +270,7 @@ def test_parse_recipe_translates_no_keys_of_judge():
         ("models.student.lora=true", "(got True). Write {rank: 16}, or null"),
         ("data=train.jsonl", "(got 'train.jsonl'). Write {path: train.jsonl}"),
         ("models.student=./x", "(got './x'). Write {path: ./x}"),
-        ("checkpoint=3", "(got 3). Its keys: every, keep"),
+        ("checkpoint=3", "(got 3). Its keys: every, every_minutes, keep"),
     ],
 )
 def test_parse_recipe_suggests_section_when_value_is_plain(override: str, said: str):

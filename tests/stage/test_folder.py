@@ -11,23 +11,35 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
+from support.runs import one_stage
 
 from opd.errors import ConfigError, DataError, RunError, TrainingError
 from opd.files import write_atomically
-from opd.stage import folder
+from opd.recipe.load import load_recipe, parse_recipe
+from opd.recipe.schema import Recipe
 from opd.stage.folder import RunDir, StageDir
 
-RECIPE = "name: demo\nseed: 0\nstages:\n- name: distil\n  steps: 5\n"
+RECIPE = parse_recipe(one_stage())
+OTHER = RECIPE.model_copy(update={"seed": 1})
+
+
+def opened(path: Path, recipe: Recipe = RECIPE, **more: Any) -> RunDir:
+    return RunDir.open(path, recipe, {}, **more)
 
 
 @pytest.fixture
-def stage(tmp_path: Path) -> StageDir:
-    return RunDir.open(tmp_path / "run", RECIPE).stage("distil")
+def stage(tmp_path: Path) -> Iterator[StageDir]:
+    with closing(opened(tmp_path / "run")) as run:
+        yield run.stage("distil")
 
 
 def names(folder: Path) -> list[str]:
@@ -35,9 +47,10 @@ def names(folder: Path) -> list[str]:
 
 
 def test_open_writes_recipe_and_environment(tmp_path: Path):
-    run = RunDir.open(tmp_path / "deep" / "run", RECIPE)
-    assert names(run.path) == [".lock", "environment.json", "recipe.yaml"]
-    assert (run.path / "recipe.yaml").read_bytes() == RECIPE.encode()
+    with closing(opened(tmp_path / "deep" / "run")) as run:
+        assert names(run.path) == [".holder.json", ".lock", "environment.json", "inputs.json", "recipe.yaml"]
+    assert names(run.path) == [".lock", "environment.json", "inputs.json", "recipe.yaml"]
+    assert load_recipe(run.path / "recipe.yaml") == RECIPE
     environment = json.loads((run.path / "environment.json").read_text())
     assert environment["python"] == sys.version.split()[0]
     assert environment["packages"]["torch"].startswith("2.")
@@ -49,21 +62,18 @@ def test_open_writes_recipe_and_environment(tmp_path: Path):
 def test_open_keeps_time_of_first_start(tmp_path: Path):
     file = tmp_path / "run" / "environment.json"
     before = datetime.now().replace(microsecond=0)
-    first = RunDir.open(tmp_path / "run", RECIPE)
-    assert before <= first.started <= datetime.now()
+    with closing(opened(tmp_path / "run")) as first:
+        assert before <= first.started <= datetime.now()
     file.write_text(json.dumps({"started": "2001-02-03T04:05:06"}))
-    assert first.lock is not None
-    first.lock.release()
-    again = RunDir.open(tmp_path / "run", RECIPE)
-    assert again.started == datetime(2001, 2, 3, 4, 5, 6)
-    assert again.lock is not None
-    again.lock.release()
-    assert RunDir.open(tmp_path / "run", RECIPE + "# another\n").started >= before
+    with closing(opened(tmp_path / "run")) as again:
+        assert again.started == datetime(2001, 2, 3, 4, 5, 6)
+    with closing(opened(tmp_path / "run", OTHER)) as other:
+        assert other.started >= before
 
 
 def test_open_records_git_commit_of_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def commit(name: str) -> str | None:
-        return json.loads((RunDir.open(tmp_path / name, RECIPE).path / "environment.json").read_text())["git_commit"]
+        return json.loads((opened(tmp_path / name).path / "environment.json").read_text())["git_commit"]
 
     (tmp_path / "code").mkdir()
     monkeypatch.chdir(tmp_path / "code")
@@ -78,57 +88,70 @@ def test_open_records_git_commit_of_working_directory(tmp_path: Path, monkeypatc
     assert commit("without-git") is None
 
 
-def test_open_keeps_metrics_when_recipe_is_equal(tmp_path: Path):
-    first = RunDir.open(tmp_path, RECIPE).stage("distil")
-    first.append_metrics(0, {"a/b": 1.0})
-    assert RunDir.open(tmp_path, RECIPE).stage("distil").read_metrics() == [{"step": 0, "a/b": 1.0}]
-
-
-def begun(path: Path) -> StageDir:
-    """A run that has made a step."""
-    stage = RunDir.open(path, RECIPE).stage("distil")
-    stage.append_metrics(1, {"a/b": 1.0})
+def begun(path: Path, steps: int = 1) -> StageDir:
+    """The stage of a run that has made steps."""
+    with closing(opened(path)) as run:
+        stage = run.stage("distil")
+        for step in range(steps):
+            stage.append_metrics(step + 1, {"a/b": 1.0})
     return stage
 
 
-OTHER = RECIPE.replace("seed: 0", "seed: 1")
+def test_open_keeps_metrics_when_recipe_is_equal(tmp_path: Path):
+    begun(tmp_path)
+    with closing(opened(tmp_path)) as run:
+        assert run.stage("distil").read_metrics() == [{"step": 1, "a/b": 1.0}]
+        assert run.notes == ()
 
 
 def test_open_replaces_recipe_when_run_made_no_step(tmp_path: Path):
-    first = RunDir.open(tmp_path, RECIPE)
-    assert not first.replaced
-    stage = first.stage("distil")
-    stage.write_samples(1, [{"prompt": "x"}])
-    stage.write_held_out("before", [{"prompt": "x"}])
-    stage.metrics.write_bytes(b"")
-    (tmp_path / "report_id.txt").write_text("abc")
-    assert not RunDir.open(tmp_path, RECIPE).replaced
-    assert (tmp_path / "report_id.txt").exists()
-    again = RunDir.open(tmp_path, OTHER)
-    assert again.replaced
-    assert (tmp_path / "recipe.yaml").read_text() == OTHER
-    assert again.stage("distil").read_held_out("before") == []
-    assert not (tmp_path / "report_id.txt").exists()
+    with closing(opened(tmp_path)) as first:
+        assert first.notes == ()
+        stage = first.stage("distil")
+        stage.write_samples(1, [{"prompt": "x"}])
+        stage.write_held_out("before", [{"prompt": "x"}])
+        stage.metrics.write_bytes(b"")
+        (tmp_path / "report_id.txt").write_text("abc")
+    with closing(opened(tmp_path)) as second:
+        assert second.notes == ()
+        assert (tmp_path / "report_id.txt").exists()
+    with closing(opened(tmp_path, OTHER)) as again:
+        assert "a run of another recipe that made no step" in again.notes[0]
+        assert load_recipe(tmp_path / "recipe.yaml") == OTHER
+        assert again.stage("distil").read_held_out("before") == []
+        assert not (tmp_path / "report_id.txt").exists()
 
 
 @pytest.mark.parametrize("made", ["metrics.jsonl", "checkpoints/step_000001", "done.json", "model/config.json"])
 def test_open_refuses_other_recipe_when_run_made_output(tmp_path: Path, made: str):
-    file = RunDir.open(tmp_path, RECIPE).stage("distil").path / made
+    with closing(opened(tmp_path)) as run:
+        file = run.stage("distil").path / made
     file.parent.mkdir(exist_ok=True)
-    file.write_text("{}")
-    with pytest.raises(RunError, match="another recipe") as caught:
-        RunDir.open(tmp_path, OTHER)
-    assert "another process is running it" not in str(caught.value)
-    assert (tmp_path / "recipe.yaml").read_text() == RECIPE
+    file.write_text("" if made == "metrics.jsonl" else "{}")
+    if made == "metrics.jsonl":
+        file.write_text('{"step": 1}\n')
+    with pytest.raises(RunError, match="a run with other values:\n  seed: 0 -> 1\n"):
+        opened(tmp_path, OTHER)
+    assert load_recipe(tmp_path / "recipe.yaml") == RECIPE
+    assert not (tmp_path / ".holder.json").exists()
 
 
-def test_open_refuses_other_recipe_while_process_is_at_work(tmp_path: Path):
+@pytest.mark.parametrize("recipe", [RECIPE, OTHER])
+def test_open_refuses_run_while_process_is_at_work(tmp_path: Path, recipe: Recipe):
     other = at_work(tmp_path)
-    with pytest.raises(RunError, match=r"It has made no step, but another process is running it\. Use"):
-        RunDir.open(tmp_path, OTHER)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    with pytest.raises(RunError, match=rf"is in use: it is held by process {other.pid} on .* Nothing was changed"):
+        opened(tmp_path, recipe)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     other.kill()
     other.communicate()
-    assert RunDir.open(tmp_path, OTHER).replaced
+    opened(tmp_path, recipe).close()
+
+
+def test_open_refuses_second_run_of_same_process(tmp_path: Path):
+    with closing(opened(tmp_path)), pytest.raises(RunError, match="this process already runs it"):
+        opened(tmp_path)
+    opened(tmp_path).close()
 
 
 def at_work(path: Path) -> subprocess.Popen[str]:
@@ -136,8 +159,9 @@ def at_work(path: Path) -> subprocess.Popen[str]:
     code = f"""
 import sys
 from pathlib import Path
+from opd.recipe.load import parse_recipe
 from opd.stage.folder import RunDir
-run = RunDir.open(Path({str(path)!r}), {RECIPE!r})
+run = RunDir.open(Path({str(path)!r}), parse_recipe({RECIPE.model_dump(mode="json")!r}), {{}})
 print("open", flush=True)
 sys.stdin.read()
 """
@@ -147,65 +171,63 @@ sys.stdin.read()
     return other
 
 
-def another_process_may_lock(path: Path) -> bool:
-    code = """
-import sys
-from pathlib import Path
-from opd.stage.claim import lock_folder
-sys.exit(lock_folder(Path(sys.argv[1])) is None)
-"""
-    return subprocess.run([sys.executable, "-c", code, path], check=False).returncode == 0
-
-
-def test_open_locks_until_the_last_run_of_the_process_ends(tmp_path: Path):
-    first, second = RunDir.open(tmp_path, RECIPE), RunDir.open(tmp_path, OTHER)
-    assert second.lock is first.lock
-    del first
-    assert not another_process_may_lock(tmp_path)
-    del second
-    assert another_process_may_lock(tmp_path)
-
-
-def test_open_locks_anew_when_the_folder_was_removed(tmp_path: Path):
-    first = RunDir.open(tmp_path / "run", RECIPE)
-    shutil.rmtree(tmp_path / "run")
-    second = RunDir.open(tmp_path / "run", OTHER)
-    assert second.lock is first.lock
-    assert not another_process_may_lock(tmp_path / "run")
-
-
-def test_open_goes_on_when_there_can_be_no_lock(tmp_path: Path):
-    (tmp_path / ".lock").mkdir()
-    run = RunDir.open(tmp_path, RECIPE)
-    assert run.lock is not None
-    assert not run.lock.is_locked
-
-
-def test_open_shows_difference_when_recipe_differs(tmp_path: Path):
+def test_open_shows_difference_and_changes_nothing(tmp_path: Path):
     begun(tmp_path)
     before = (tmp_path / "environment.json").stat().st_mtime_ns
     with pytest.raises(RunError) as caught:
-        RunDir.open(tmp_path, RECIPE.replace("seed: 0", "seed: 1"))
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path} holds a run of another recipe:\n--- the run's\n+++ this recipe\n")
-    assert "\n-seed: 0\n+seed: 1\n" in message
-    assert "stages" in message  # one line of context
-    assert "steps" not in message
-    assert "Use another output_dir=... to keep both, or remove the folder" in message
-    assert (tmp_path / "recipe.yaml").read_text() == RECIPE
+        opened(tmp_path, OTHER)
+    assert str(caught.value) == (
+        f"{tmp_path} holds a run with other values:\n  seed: 0 -> 1\nTo go on with the new values from here, add "
+        "--accept-changes (in Python accept_changes=True); they are then recorded in changes.jsonl. Use another "
+        "output_dir=... to keep both, or remove the folder to start again there."
+    )
+    assert load_recipe(tmp_path / "recipe.yaml") == RECIPE
     assert (tmp_path / "environment.json").stat().st_mtime_ns == before
-    with pytest.raises(OSError, match="another recipe"):
-        RunDir.open(tmp_path, "x")
+    assert not (tmp_path / "changes.jsonl").exists()
+    with pytest.raises(OSError, match="other values"):
+        opened(tmp_path, OTHER)
 
 
-def test_open_cuts_long_difference_and_names_line_ends(tmp_path: Path):
+def test_open_records_accepted_changes(tmp_path: Path):
     begun(tmp_path)
-    with pytest.raises(RunError) as caught:
-        RunDir.open(tmp_path, "".join(f"line {i}\n" for i in range(100)))
-    assert len(str(caught.value).splitlines()) == 1 + 12 + 1 + 1
-    assert "\n...\nUse another" in str(caught.value)
-    with pytest.raises(RunError, match="only in line ends"):
-        RunDir.open(tmp_path, RECIPE.replace("\n", "\r\n"))
+    with closing(opened(tmp_path, OTHER, accept=True)) as run:
+        assert run.notes == ("changed since the last start: seed: 0 -> 1",)
+    (line,) = (tmp_path / "changes.jsonl").read_text().splitlines()
+    row = json.loads(line)
+    datetime.fromisoformat(row.pop("at"))
+    assert row == {"key": "seed", "before": 0, "after": 1, "effect": "numbers"}
+    with closing(opened(tmp_path, OTHER)) as run:
+        assert run.notes == ()
+
+
+def test_open_reads_recipe_of_version_with_fewer_fields(tmp_path: Path):
+    stage = begun(tmp_path)
+    values = yaml.safe_load((tmp_path / "recipe.yaml").read_text())
+    del values["stages"][0]["save"], values["stages"][0]["optimizer"]["eps"], values["report_to"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with closing(opened(tmp_path)) as run:
+        assert run.notes == ()
+    assert len(stage.read_metrics()) == 1
+    values["stages"][0]["of_another_version"] = 1
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(RunError, match=r"(?s)cannot be read\.\n.*of_another_version.*\nGo on with the version"):
+        opened(tmp_path)
+
+
+def test_open_compares_inputs_of_unfinished_stages(tmp_path: Path):
+    rows = {"distil": {"training rows": "40 rows, aa", "held-out rows": "4 rows, bb"}}
+    RunDir.open(tmp_path, RECIPE, rows).close()
+    stage = begun(tmp_path)
+    RunDir.open(tmp_path, RECIPE, rows).close()
+    other = {"distil": {**rows["distil"], "training rows": "3 rows, cc"}}
+    with pytest.raises(RunError, match="\n  distil, training rows: 40 rows, aa -> 3 rows, cc\n"):
+        RunDir.open(tmp_path, RECIPE, other)
+    assert json.loads((tmp_path / "inputs.json").read_text()) == rows
+    stage.mark_done({})
+    RunDir.open(tmp_path, RECIPE, other).close()
+    (stage.path / "done.json").unlink()
+    RunDir.open(tmp_path, RECIPE, rows, accept=True).close()
+    assert len((tmp_path / "changes.jsonl").read_text().splitlines()) == 1
 
 
 def test_open_refuses_folder_of_other_content(tmp_path: Path):
@@ -213,24 +235,24 @@ def test_open_refuses_folder_of_other_content(tmp_path: Path):
     with pytest.raises(
         RunError, match=r"is not a run directory: it holds 'thesis\.tex' and no recipe\.yaml \(1 entries"
     ):
-        RunDir.open(tmp_path, RECIPE)
+        opened(tmp_path)
     assert names(tmp_path) == ["thesis.tex"]
 
 
 def test_open_takes_folder_of_killed_first_start(tmp_path: Path):
     (tmp_path / ".lock").touch()
     (tmp_path / ".recipe.yaml.writing-17").write_text("name")
-    RunDir.open(tmp_path, RECIPE)
-    assert names(tmp_path) == [".lock", "environment.json", "recipe.yaml"]
+    opened(tmp_path).close()
+    assert names(tmp_path) == [".lock", "environment.json", "inputs.json", "recipe.yaml"]
 
 
 def test_open_raises_run_error_when_path_is_no_folder(tmp_path: Path):
     file = tmp_path / "file"
     file.write_text("x")
     with pytest.raises(RunError, match=r"file is a file, and a run needs a folder\. Use another output_dir=\.\.\., or"):
-        RunDir.open(file, RECIPE)
+        opened(file)
     with pytest.raises(RunError, match=r"file/run cannot be written \(Not a directory\)\. .*another output_dir"):
-        RunDir.open(file / "run", RECIPE)
+        opened(file / "run")
 
 
 def test_open_raises_run_error_when_writing_is_denied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -239,8 +261,8 @@ def test_open_raises_run_error_when_writing_is_denied(tmp_path: Path, monkeypatc
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "write_bytes", refuse)
-    with pytest.raises(RunError, match=r"recipe\.yaml cannot be written \(Permission denied\)\. Free space or allow"):
-        RunDir.open(tmp_path, RECIPE)
+    with pytest.raises(RunError, match=r"\.holder\.json cannot be written \(Permission denied\)\. Free space or allow"):
+        opened(tmp_path)
     assert names(tmp_path) == [".lock"]
 
 
@@ -249,11 +271,11 @@ def test_stage_refuses_name_that_is_no_folder(tmp_path: Path, name: str):
     with pytest.raises(
         ConfigError, match=re.escape(f"A stage cannot be named {name!r}: its folder has the same name.")
     ):
-        RunDir.open(tmp_path, RECIPE).stage(name)
+        opened(tmp_path).stage(name)
 
 
 def test_stage_raises_run_error_when_folder_cannot_be_made(tmp_path: Path):
-    run = RunDir.open(tmp_path, RECIPE)
+    run = opened(tmp_path)
     (tmp_path / "distil").write_text("x")
     with pytest.raises(RunError, match="distil cannot be written"):
         run.stage("distil")
@@ -262,7 +284,7 @@ def test_stage_raises_run_error_when_folder_cannot_be_made(tmp_path: Path):
 def test_append_metrics_writes_equal_bytes_for_equal_runs(tmp_path: Path):
     written = []
     for name in ("a", "b"):
-        stage = RunDir.open(tmp_path / name, RECIPE).stage("distil")
+        stage = opened(tmp_path / name).stage("distil")
         for step in range(3):
             stage.append_metrics(step, {"train/loss": 1 / (step + 1), "rollout/length": 3})
             stage.append_timings(step, {"time/step_seconds": time.perf_counter()})
@@ -372,7 +394,7 @@ def test_write_atomically_keeps_old_file_when_write_fails(tmp_path: Path, monkey
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(folder.os, broken, full)
+    monkeypatch.setattr(os, broken, full)
     with pytest.raises(RunError, match=r"x\.json cannot be written \(No space left on device\)\. Free space or allow"):
         write_atomically(file, "new")
     assert file.read_text() == "old"

@@ -7,12 +7,15 @@ from dataclasses import replace
 import pytest
 from support.study_numbers.rl import choice_numbers, reverse_numbers
 
+from opd import methods
 from opd.data.toy import sorting
 from opd.errors import ConfigError
+from opd.recipe.load import parse_recipe
 from opd_studies.claims import teacher_choice
 from opd_studies.lab import lab as labs
 from opd_studies.lab import rl_teachers
 from opd_studies.lab.lab import Lab
+from opd_studies.lab.rl_teachers import Teaching
 from opd_studies.worlds.bad_habit_data import sorting_both_ways
 
 
@@ -83,3 +86,17 @@ def test_family_trains_and_teaches_at_reduced_size(tmp_path):
     assert list(rl_teachers.curve(one)) == [0, 1, 2]
     assert 0 <= rl_teachers.teacher_accuracy(one.before) <= 1
     assert 0 < one.rows[0]["compare/overlap_ratio"] <= 1
+
+
+@pytest.mark.parametrize(("teacher", "kind"), [("student", "self_frozen"), ("larger", "external")])
+def test_teaching_control_is_student_itself(tmp_path, teacher, kind):
+    recipe = parse_recipe(
+        rl_teachers.distillation(
+            Teaching(teacher=tmp_path / teacher, student=tmp_path / "student", seed=0, steps=1)
+        ).recipe
+    )
+    (stage,) = recipe.stages
+    method = methods.build(stage.method, stage.options)
+    assert method.teacher.kind == kind
+    assert stage.teacher == (None if kind == "self_frozen" else "teacher")
+    assert set(recipe.models) == {"student", "teacher"} - ({"teacher"} if stage.teacher is None else set())

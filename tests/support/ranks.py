@@ -47,7 +47,7 @@ def all_masked() -> Method:
 def jumping_average() -> Method:
     """A student taught by its own moving average, which follows its jumps."""
     options = {"k": None, "template": "{privileged_context}{prompt}", "teacher": "ema", "decay": 0.7}
-    jumps = extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False, matrices=False)
+    jumps = extrapolation(by="teacher_kl", prompts=5, candidates=3, ties=False)
     method = methods.build("context_distillation", options)
     return replace(method, update=jumps, memory={"extrapolation": kept_weights()})
 

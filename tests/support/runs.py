@@ -204,7 +204,7 @@ class Strike:
     signals: tuple[str, ...] = ("SIGKILL",)
 
     def install(self) -> None:
-        owner, name = _owner(self.call)
+        owner, name = owner_of(self.call)
         real = getattr(owner, name)
         calls = 0
 
@@ -226,7 +226,7 @@ class Strike:
         setattr(owner, name, struck)
 
 
-def _owner(dotted: str) -> tuple[Any, str]:
+def owner_of(dotted: str) -> tuple[Any, str]:
     """The object whose attribute the last part of the name is: a module, a module's module, or a class."""
     *path, name = dotted.split(".")
     owner: Any = None
@@ -245,7 +245,7 @@ def forbid(patch: pytest.MonkeyPatch, call: str) -> None:
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError(f"{call} was called")
 
-    patch.setattr(*_owner(call), forbidden)
+    patch.setattr(*owner_of(call), forbidden)
 
 
 class Forks:
@@ -287,7 +287,7 @@ def _fork(job: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     child = os.fork()
     if child == 0:
         os.environ.update(environment)
-        _run(job)
+        run_job(job)
     return child
 
 
@@ -347,7 +347,8 @@ def import_all() -> None:
         saving.save(load_model(ModelSpec(**tiny_model()), name="tiny"), Path(folder))
 
 
-def _run(job: dict[str, Any]) -> None:
+def run_job(job: dict[str, Any]) -> None:
+    """Run the command of a job in this process, which ends with it."""
     from opd.cli import main
 
     code = 99

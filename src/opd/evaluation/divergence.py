@@ -13,6 +13,7 @@ from opd.maths.divergences import DIVERGENCES, reverse_kl
 from opd.method import Method
 from opd.models.head import paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
+from opd.models.ticks import counted
 from opd.parallel import ALONE, World
 from opd.pieces.normalise import per
 from opd.pieces.signals import divergence
@@ -58,7 +59,7 @@ def _divergence_sums(
     student_head, teacher_head = student.head(), teacher.head()
     totals = dict.fromkeys(names, 0.0)
     with evaluating(student.model):
-        for micro in split(phase_a.batch, phase_a.denominator, micro_batch_tokens):
+        for micro in counted("micro-batches compared", split(phase_a.batch, phase_a.denominator, micro_batch_tokens)):
             hidden_NH = hidden_of(student, micro)
             assert micro.teacher_hidden is not None
             for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):

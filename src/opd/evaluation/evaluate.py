@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeAlias
 
 from opd.maths.statistics import distinct_share, mean_interval, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
@@ -34,20 +36,31 @@ class Measurement:
     rollouts: dict[str, list[Rollout]]
 
 
-def measure(held_out: HeldOut, writers: Mapping[str, Writer], world: World = ALONE) -> Measurement:
+Sampled: TypeAlias = Callable[[], list[Rollout]]
+
+
+def measure(
+    held_out: HeldOut,
+    writers: Mapping[str, Writer],
+    world: World = ALONE,
+    around: Callable[[str, Sampled], list[Rollout]] = lambda _, sampled: sampled(),
+) -> Measurement:
     """Sample responses to every held-out prompt with each setting and summarise them.
 
-    Processes share the prompts; each returns all responses.
+    Processes share the prompts; each returns all responses. `around` is called with each setting's name and the
+    function that samples, and returns the responses.
     """
     metrics: dict[str, float] = {}
     rollouts: dict[str, list[Rollout]] = {}
     positions = world.positions(range(len(held_out.prompts)))
     prompts = [held_out.prompts[i] for i in positions]
+
+    def sampled(writer: Writer) -> list[Rollout]:
+        mine = writer(prompts, seed=(held_out.seed, ReservedStep.EVALUATION)) if prompts else []
+        return world.in_order(positions, rewarded(held_out.reward, mine) if prompts else [])
+
     for name, writer in writers.items():
-        mine = (
-            rewarded(held_out.reward, writer(prompts, seed=(held_out.seed, ReservedStep.EVALUATION))) if prompts else []
-        )
-        written = rollouts[name] = world.in_order(positions, mine)
+        written = rollouts[name] = around(name, partial(sampled, writer))
         metrics |= {f"eval/{name}/{key}": value for key, value in summary(written, held_out.pass_at).items()}
     return Measurement(metrics=metrics, rollouts=rollouts)
 

@@ -19,6 +19,7 @@ from opd.maths.metrics import Metrics
 from opd.method import Method
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel, Root
+from opd.models.ticks import counted
 from opd.parallel import ALONE, World
 from opd.pieces.memory import observed
 from opd.types import Batch, Denominator, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
@@ -108,7 +109,7 @@ def gradient(
         split_up = split(phase_a.batch, phase_a.denominator, micro_batch_tokens, shares=student.caches)
         micros = even(split_up, world)
         load = ExpertLoad.of(student, micros, router_aux_loss, root, world)
-        for micro in micros:
+        for micro in counted("micro-batches", micros):
             part, more = root(loss_part, method, student, teacher, micro, phase_a.count, heads, load)
             part.backward()
             loss += part.item()

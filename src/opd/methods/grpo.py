@@ -10,6 +10,8 @@ Shao et al., "DeepSeekMath", arXiv 2402.03300, eq. 3. Dr.GRPO: Liu et al., arXiv
 | G | `sampling.n` of the recipe |
 | pi_old | `sampler` (`sampler_logp`: after temperature and truncation) |
 | e, e' | `clip_low`, `clip_high` |
+| std + epsilon (TRL 1e-4, verl 1e-6) | `epsilon` |
+| dual clip, c (arXiv 1912.09729; 3 in verl) | `dual_clip`: where A < 0, min(rho, c) |
 | Dr.GRPO: no std, constant length | `variant="dr_grpo"`, `length` |
 
 Differs from the paper: no KL to a reference model (its coefficient is 0 in DAPO and Dr.GRPO); one update per batch, so
@@ -29,6 +31,8 @@ def grpo(
     clip_high: float = 0.2,
     length: int | None = None,
     temperature: float = 1.0,
+    dual_clip: float | None = None,
+    epsilon: float = 1e-4,
 ) -> Method:
     """Reinforcement learning with group-relative advantages; `length` is Dr.GRPO's constant divisor in tokens."""
     if variant == "dr_grpo" and length is None:
@@ -36,8 +40,8 @@ def grpo(
     return Method(
         teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
-        credit=credit.group_reward(divide_by_std=variant == "grpo"),
-        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
+        credit=credit.group_reward(divide_by_std=variant == "grpo", epsilon=epsilon),
+        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high), dual_clip=dual_clip),
         normalise=normalise.per(length if variant == "dr_grpo" and length else "sequence"),
         temperature=temperature,
     )

@@ -12,7 +12,7 @@
 | paper | here |
 |---|---|
 | K, tau, w_drop, w_base | `k`, `threshold`, `drop`, `base`; `drift.Drift`, `drift.trusted` |
-| metric `overlap`, `teacher_top_p_accept` | `metric`; the second: y_t outside the teacher's top-p, p = tau |
+| metric `overlap`, `teacher_top_p_accept` | `metric`; the second: y_t outside the teacher's top-p (p = tau) of its k |
 | B, B_min, B_max | `budget`, `budget_min`, `budget_max`, in tokens, of the next step's responses; `drift.Budget` |
 | step, margin, rho, patience | `budget_step`, `margin`, `hit_share`, `patience` |
 

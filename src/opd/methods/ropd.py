@@ -15,6 +15,8 @@ arXiv 2605.07396, eq. 4 and 6; released code Peregrine123/ROPD_official.
 | a judge that fails: A = 0 for the group; its largest rate | `credit.group_reward`; reward `rubric`: `max_failed` |
 | A_i of the released code: no std | `advantage="centred"` |
 | e_low, e_high | `clip_low`, `clip_high` |
+| std + e of the released code, 1e-6 | `epsilon` |
+| dual clip of the released code, c = 3 | `dual_clip`: where A < 0, min(rho, c) |
 
 Subtracting a constant from the group's rewards, such as the teacher's own reward, does not change A. No KL term.
 
@@ -36,14 +38,16 @@ def ropd(
     clip_high: float = 0.2,
     average: Average = "token",
     temperature: float = 1.0,
+    dual_clip: float | None = None,
+    epsilon: float = 1e-4,
 ) -> Method:
     """Reinforcement learning from a rubric built on a teacher's texts, each response relative to its group."""
-    against_group = credit.group_reward(divide_by_std=advantage == "standardised")
+    against_group = credit.group_reward(divide_by_std=advantage == "standardised", epsilon=epsilon)
     return Method(
         teacher=teacher_rules.no_teacher(),
         support=supports.no_support(),
         credit=Piece(against_group, needs_of(against_group) | Needs(inputs=frozenset({Input.JUDGE}))),
-        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high)),
+        signal=signals.policy_gradient(signals.credit, clip=(clip_low, clip_high), dual_clip=dual_clip),
         normalise=normalise.per(average),
         temperature=temperature,
     )

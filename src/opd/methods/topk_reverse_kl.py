@@ -19,7 +19,15 @@ The defaults are those of its Table 1 and eq. 17. We recommend `by="teacher", fo
 gradient of the right sign for the mass on the support; the renormalised form does not control this mass (study
 `losses`).
 
-Differs from the paper: `tail` is not in it. Positions with an empty intersection have no loss and stay in the mean.
+The released code (ulab-uiuc/Open-On-Policy-Distillation, a fork of slime) asks the teacher's server for a list of its
+own top tokens. For a token v of S that the list lacks it takes the student's recorded log p(v) as log q(v). The value
+of its term is then 0, and so is its gradient in `stop_gradient`; `raw` and `tail` still differentiate p(v), and `raw`
+adds grad p(v), which lowers v. Renormalised on the intersection, such tokens are left out. Here the teacher scores
+every token of S, so that no log q(v) is filled in. Neither clips log p(v) - log q(v); slime itself, THUDM/slime, has no
+top-k loss.
+
+Differs from the paper: `tail` is only in its released code, for the student's k. Positions with an empty intersection
+have no loss and stay in the mean.
 """
 
 import warnings

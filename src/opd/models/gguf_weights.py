@@ -16,6 +16,7 @@ import torch
 
 from opd.errors import ConfigError
 from opd.models.gguf_file import GGUFFile
+from opd.models.ticks import counted
 
 DIRECT = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 # Keys that transformers' table lacks, and the field of the config that they set.
@@ -104,7 +105,7 @@ def _weights(file: GGUFFile, architecture: str, model: Any) -> dict[str, torch.T
             "model's Hugging Face folder."
         )
     weights: dict[str, torch.Tensor] = {}
-    for name, target in stored.items():
+    for name, target in counted("tensors converted", [*stored.items()]):
         value = processor.process(weights=file.tensor(name), name=name).weights
         weights[target] = torch.from_numpy(np.array(value, dtype=np.float32))
         if weights[target].shape != shapes[target]:

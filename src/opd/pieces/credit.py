@@ -31,9 +31,14 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
     """GRPO's advantage: the reward relative to the responses to the same prompt (arXiv 2402.03300 eq. 3).
 
     A = (r - mean) / (std + epsilon), the same for all tokens of a response. std has the unbiased divisor n - 1, as in
-    the released implementations. `divide_by_std=False` is Dr.GRPO (arXiv 2503.20783): A = r - mean. A = 0 in a group of
-    one response, and in a group in which a response has no reward because a judge failed.
+    the released implementations; epsilon is 1e-4 in TRL and 1e-6 in verl. `divide_by_std=False` is Dr.GRPO (arXiv
+    2503.20783): A = r - mean. A = 0 in a group of one response, and in a group in which a response has no reward
+    because a judge failed. Raises ConfigError for an epsilon that is not positive and finite.
     """
+    if not 0.0 < epsilon < math.inf:
+        raise ConfigError(
+            f"`epsilon`, which is added to a group's standard deviation, must be positive and finite, got {epsilon}."
+        )
 
     def credit(batch: Batch) -> Tensor:
         """[B, T], constant along a response."""
@@ -53,13 +58,17 @@ def group_reward(*, divide_by_std: bool = True, epsilon: float = 1e-4) -> Credit
     return needing(credit, Input.REWARD, Input.GROUP)
 
 
-def discounted(gamma: float) -> Credit:
+def discounted(gamma: float, *, across_turns: bool = True) -> Credit:
     """A_t = sum_{t' >= t} gamma^(t' - t) (log q - log p)(y_t'): discounted future rewards (arXiv 2603.25562 eq. 3).
 
     log p is the log-prob recorded during sampling. gamma = 0 is the token-level estimator, with a variance of at most
     order T^2. gamma = 1 is the causal sequence-level estimator, with a variance of at most order T^4: the mean of
-    sum_t A_t grad log p is the gradient of -KL(p||q) between whole responses. Untrained tokens are skipped: they add 0,
-    and t' - t counts trained tokens. Raises ConfigError unless 0 <= gamma <= 1.
+    sum_t A_t grad log p is the gradient of -KL(p||q) between whole responses.
+
+    Untrained tokens, such as a tool's answer, add 0, and t' - t counts trained tokens. `across_turns` carries the sum
+    over them, so that a token has credit for later turns. Without it the sum ends at the next untrained token, as in
+    the released code: a token has credit for its own turn alone, and gamma = 1 no longer gives a gradient of the KL
+    between whole responses. Without untrained tokens the two are equal. Raises ConfigError unless 0 <= gamma <= 1.
     """
     if not 0.0 <= gamma <= 1.0:
         raise ConfigError(f"The discount gamma lies between 0 (this token only) and 1 (all later tokens), got {gamma}.")
@@ -69,15 +78,26 @@ def discounted(gamma: float) -> Credit:
         advantage = torch.zeros_like(reward)
         following = torch.zeros_like(reward[:, 0])  # [B]
         for t in reversed(range(reward.shape[1])):
-            following = torch.where(batch.mask[:, t], reward[:, t] + gamma * following, following)
+            skipped = following if across_turns else torch.zeros_like(following)
+            following = torch.where(batch.mask[:, t], reward[:, t] + gamma * following, skipped)
             advantage[:, t] = following
         return advantage
 
     return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Trait.MINIMISES_DIVERGENCE)
 
 
+def log_ratio(batch: Batch) -> Tensor:
+    """u = log q(y) - log p(y), [B, T]; log p is the log-prob recorded during sampling."""
+    return batch.teacher_logp - batch.policy_logp
+
+
 def diverge_from_teacher(
-    strength: float, found: Solutions, *, shape: Literal["jsd", "reverse_kl"] = "jsd", allow_sign_conflict: bool = False
+    strength: float,
+    found: Solutions,
+    *,
+    shape: Literal["jsd", "reverse_kl"] = "jsd",
+    ratio: Callable[[Batch], Tensor] = log_ratio,
+    allow_sign_conflict: bool = False,
 ) -> Credit:
     """-strength phi(u), u = log q(y) - log p(y): ascent of a divergence from the teacher (arXiv 2605.11609 eq. 6).
 
@@ -85,8 +105,8 @@ def diverge_from_teacher(
                 most strength (log 2) / 2, as q(y) -> 0, and about -strength u / 2 at large u
     reverse_kl  phi(u) = u: the mean is the gradient of KL(p||q); A has no bound
 
-    log p is the log-prob recorded during sampling. A = 0 in a response without a solution (`found`): its teacher read
-    only the student's prompt. `opd check` refuses a method that also moves the student towards its teacher, unless
+    `ratio` gives u, e.g. `perplexity_gate.moderated`. A = 0 in a response without a solution (`found`): its teacher
+    read only the student's prompt. `opd check` refuses a method that also moves the student towards its teacher, unless
     `allow_sign_conflict` is set. Raises ConfigError for a strength below 0, which would move the student towards the
     teacher.
     """
@@ -99,12 +119,33 @@ def diverge_from_teacher(
     phi = phis[shape]
 
     def credit(batch: Batch) -> Tensor:
-        advantage = -strength * phi(batch.teacher_logp - batch.policy_logp)
+        advantage = -strength * phi(ratio(batch))
         return advantage.masked_fill(~(solved(found, batch)[:, None] & batch.mask), 0.0)
 
     both = {Reads.TEACHER_LOGP, Reads.POLICY_LOGP}
     allowed = {Trait.ALLOWS_SIGN_CONFLICT} if allow_sign_conflict else set[Need]()
     return needing(credit, *both, Input.REWARD, Input.GROUP, Trait.MAXIMISES_DIVERGENCE, *allowed)
+
+
+def standardised(credit: Credit, bound: float) -> Credit:
+    """A credit minus its mean over a response's trained tokens, by its deviation there, clamped to +-`bound`.
+
+    The deviation has the divisor n and is at least 1e-6: the released code of arXiv 2605.11609. A response's credits
+    then sum to 0 unless the bound binds, whatever their size: only differences between its tokens are left. Raises
+    ConfigError for a bound that is not positive.
+    """
+    if not bound > 0.0:
+        raise ConfigError(f"The bound of a standardised credit must be above 0, got {bound}.")
+
+    def even(batch: Batch) -> Tensor:
+        part, mask = credit(batch), batch.mask
+        count = mask.sum(1, keepdim=True).clamp(min=1)
+        part = part.masked_fill(~mask, 0.0)
+        centred = (part - part.sum(1, keepdim=True) / count).masked_fill(~mask, 0.0)
+        deviation = (centred.square().sum(1, keepdim=True) / count).sqrt().clamp(min=1e-6)
+        return (centred / deviation).clamp(-bound, bound)
+
+    return Piece(even, needs_of(credit))
 
 
 def add(*parts: Credit) -> Credit:
@@ -116,8 +157,12 @@ def add(*parts: Credit) -> Credit:
     return Piece(credit, needs_of(*parts))
 
 
-def scale(factor: float | Callable[[Batch], float], credit: Credit) -> Credit:
-    """`factor` times a credit. A factor that is a function of the batch, such as `gates.factor`, must be at least 0."""
+def scale(factor: float | Callable[[Batch], float | Tensor], credit: Credit) -> Credit:
+    """`factor` times a credit.
+
+    A factor that is a function of the batch, such as `gates.factor`, or `perplexity_gate.strengths` with a number per
+    response [B, 1], must be at least 0.
+    """
 
     def scaled(batch: Batch) -> Tensor:
         return (factor(batch) if callable(factor) else factor) * credit(batch)

@@ -27,9 +27,11 @@ class Drift:
 
     `overlap`: a token is lost if the k most likely tokens of student and teacher share less than `threshold`. This does
     not depend on y_t. `teacher_top_p_accept`: a token y_t is lost if it lies outside the smallest set of the teacher's
-    most likely tokens with at least the mass `threshold`; never if the teacher's top k hold less than that mass.
+    most likely tokens with at least the mass `threshold`; if the teacher's top k hold less than that mass, the set is
+    those k, as in the released code.
 
-    Raises ConfigError for k < 1, and for a threshold or a drop outside [0, 1].
+    Raises ConfigError for k < 1, for a threshold or a drop outside [0, 1], and for `teacher_top_p_accept` with a
+    threshold of 0, at which the set is empty.
     """
 
     metric: Literal["overlap", "teacher_top_p_accept"] = "overlap"
@@ -43,6 +45,11 @@ class Drift:
                 "Drift needs k of at least 1, and a threshold and a drop between 0 and 1; "
                 f"got k {self.k}, threshold {self.threshold} and drop {self.drop}."
             )
+        if self.metric == "teacher_top_p_accept" and self.threshold == 0.0:
+            raise ConfigError(
+                "With teacher_top_p_accept a threshold of 0 accepts no token, so that every token is lost; got "
+                f"threshold {self.threshold}. Set a mass above 0, such as 0.9."
+            )
 
     @property
     def needs(self) -> tuple[Need, ...]:
@@ -54,12 +61,9 @@ class Drift:
         teacher = teacher_top[..., : self.k]
         if self.metric == "overlap":
             return shared(student_top[..., : self.k], teacher).double().mean(-1) < self.threshold
-        mass = teacher_top_logp[..., : self.k].double().exp()
-        up_to = mass.cumsum(-1)
-        before = up_to.roll(1, -1)
+        before = teacher_top_logp[..., : self.k].double().exp().cumsum(-1).roll(1, -1)  # mass of more likely tokens
         before[..., 0] = 0.0
-        inside = ((teacher == ids[..., None]) & (before < self.threshold)).any(-1)
-        return ~inside & (up_to[..., -1] >= self.threshold)
+        return ~((teacher == ids[..., None]) & (before < self.threshold)).any(-1)
 
     def trust(self, lost: Tensor) -> Tensor:
         """W [..., T] in float64, from `lost` [..., T]: never increasing, between 1 and 0."""

@@ -95,16 +95,26 @@ log_ratio = needing(_log_ratio, Trait.MINIMISES_DIVERGENCE)
 
 
 def policy_gradient(
-    advantage: Advantage = credit, *, importance: bool = False, clip: tuple[float, float] | None = None
+    advantage: Advantage = credit,
+    *,
+    importance: bool = False,
+    clip: tuple[float, float] | None = None,
+    dual_clip: float | None = None,
 ) -> Signal:
     """-A log p(y_t), or -A r with the importance ratio r = p(y_t) / mu(y_t), optionally clipped as in PPO.
 
     `clip = (low, high)` clips r to [1 - low, 1 + high] where that lowers A r (arXiv 1707.06347 eq. 7; two bounds: DAPO,
     arXiv 2503.14476) and implies `importance`. On policy, with one update per batch, r = 1 and all three have the same
-    gradient.
+    gradient. `dual_clip` = c bounds the loss of a token with A < 0 by -c A, where r > c (arXiv 1912.09729 eq. 5; 3 in
+    verl): such a token then has no gradient. Raises ConfigError for a negative distance, and unless c > 1 with `clip`.
     """
     if clip is not None and not (clip[0] >= 0 and clip[1] >= 0):
         raise ConfigError(f"clip is (low, high), two distances from 1 of at least 0; got {clip}.")
+    if dual_clip is not None and (clip is None or not 1.0 < dual_clip < float("inf")):
+        raise ConfigError(
+            f"dual_clip bounds a clipped ratio and must be above 1 and finite; got dual_clip {dual_clip} with clip "
+            f"{clip}. verl has 3; leave it out for no bound."
+        )
 
     def signal(tokens: Tokens) -> Tensor:
         a = advantage(tokens).detach()
@@ -113,7 +123,10 @@ def policy_gradient(
         ratio = (tokens.student_logp - tokens.sampler_logp).clamp(max=LARGEST_LOG_RATIO).exp()
         if clip is None:
             return -a * ratio
-        return -torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
+        gain = torch.minimum(a * ratio, a * ratio.clamp(1.0 - clip[0], 1.0 + clip[1]))
+        if dual_clip is not None:
+            gain = torch.where(a < 0, torch.maximum(gain, dual_clip * a), gain)
+        return -gain
 
     reads = [Reads.SAMPLER_LOGP] if importance or clip is not None else []
     return Piece(signal, needing(signal, Trait.POLICY_GRADIENT, *reads).needs | needs_of(advantage))

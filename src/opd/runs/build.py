@@ -33,6 +33,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisation
 from opd.stage.folder import RunDir
+from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
@@ -170,9 +171,11 @@ class Session:
     progress: Progress
     trackers: ReportWriter
     world: World
+    interrupt: Interrupt
 
     def model(self, spec: StageSpec, name: str) -> LanguageModel:
         """A model as it is when stage `spec` begins."""
+        self.progress.phase(f"{spec.name}: loading {name}")
         return model_for(self.recipe, spec, name, self.given, self.directory)
 
 
@@ -224,10 +227,11 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
             seed=recipe.seed,
             micro_batch_tokens=spec.micro_batch_tokens,
         ),
-        exams=exams_in(exams, spec, student, root, folder, world) if exams else None,
+        exams=exams_in(exams, spec, student, root, folder, world, session.progress) if exams else None,
         folder=folder,
         progress=session.progress,
         trackers=session.trackers,
+        interrupt=session.interrupt,
         seconds_limit=seconds_limit(spec, session.directory),
         router_aux_loss=coefficient_of(student.model, spec.router_aux_loss, spec.where(None)),
     )

@@ -14,6 +14,7 @@ from opd.runs.prepare import Prepared
 from opd.samplers.writers import TeacherWriter
 from opd.stage.exams import Exam, Exams
 from opd.stage.folder import StageDir
+from opd.stage.progress import Progress
 from opd.teachers.local import LocalTeacher
 from opd.types import Teacher, Writer
 
@@ -92,7 +93,13 @@ def scorer_of(
 
 
 def exams_in(
-    exams: list[Exam], spec: StageSpec, student: LanguageModel, root: Root, folder: StageDir, world: World
+    exams: list[Exam],
+    spec: StageSpec,
+    student: LanguageModel,
+    root: Root,
+    folder: StageDir,
+    world: World,
+    progress: Progress,
 ) -> Exams:
     """The stage's evaluations, with the folder for their results."""
     return Exams(
@@ -101,5 +108,6 @@ def exams_in(
         world=world,
         root=root,
         folder=folder,
+        progress=progress,
         micro_batch_tokens=spec.micro_batch_tokens,
     )

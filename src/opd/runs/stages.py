@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,14 +12,14 @@ from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.templates import clock_at
 from opd.parallel import ALONE, World
-from opd.recipe import load
 from opd.recipe.schema import Recipe
 from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
 from opd.runs.export import finish, finished_student, rehearse
-from opd.runs.prepare import Given
+from opd.runs.inputs import inputs_of
+from opd.runs.prepare import Given, Prepared
 from opd.stage.folder import RunDir
-from opd.stage.interrupt import stopped_after
+from opd.stage.interrupt import Interrupt, Stopped, stopped_after
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
@@ -38,50 +39,46 @@ class Run:
 
 
 def run_recipe(
-    recipe: Recipe, given: Given | None = None, progress: Progress | None = None, world: World = ALONE
+    recipe: Recipe,
+    given: Given | None = None,
+    progress: Progress | None = None,
+    world: World = ALONE,
+    *,
+    accept_changes: bool = False,
 ) -> Run:
     """Run all stages, or continue where an earlier run stopped. Raises the errors of `opd.errors`.
 
-    Every process of `world` calls this; the main process writes and shows progress.
+    Every process of `world` calls this; the main process writes and shows progress. `accept_changes`: go on although
+    the recipe, the rows, a model or the user's code has changed since the last start (`opd.stage.changes`).
     """
     given = given or Given()
+    shown = progress if progress and world.main else Progress(quiet=not world.main)
     with world.main_first():
         checked = check_stages(recipe, given, processes=world.size)
-        directory = RunDir.open(recipe.folder, load.dump(recipe)) if world.main else RunDir(recipe.folder, False)
+        directory = RunDir(recipe.folder, False)
+        if world.main:
+            inputs = inputs_of(recipe, checked.prepared, given)
+            directory = RunDir.open(recipe.folder, recipe, inputs, accept=accept_changes, say=shown.note)
     trackers = ReportWriter(
         recipe.report_to if world.main else (),
         folder=directory.path,
         name=recipe.name,
         config=recipe.model_dump(mode="json"),
     )
-    student: LanguageModel | None = None
-    shown = progress if progress and world.main else Progress(quiet=not world.main)
-    with closing(trackers), shown, clock_at(directory.started):
-        if directory.replaced:
-            shown.note(f"{directory.path}: a run of another recipe that made no step was here; this run replaces it")
-        for line in checked.notes:
+    interrupt = Interrupt(speaks=world.main, alone=world.size == 1)
+    session = Session(
+        recipe=recipe,
+        given=given,
+        directory=directory,
+        progress=shown,
+        trackers=trackers,
+        world=world,
+        interrupt=interrupt,
+    )
+    with closing(directory), interrupt, closing(trackers), shown, clock_at(directory.started):
+        for line in (*directory.notes, *checked.notes):
             shown.note(line)
-        session = Session(
-            recipe=recipe, given=given, directory=directory, progress=shown, trackers=trackers, world=world
-        )
-        for spec in recipe.stages:
-            folder = directory.stage(spec.name)
-            if folder.done() is not None:
-                shown.note(f"{spec.name}: already done")
-                continue
-            shown.stage(spec.name, spec.steps)
-            for name, task in checked.prepared[spec.name].tasks.items():
-                for line in task.notes:
-                    shown.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
-            stage = build(session, spec, checked.prepared[spec.name])
-            student = stage.student if world.size == 1 else None  # a sharded one is not whole
-            before = rehearse(recipe, stage, given, directory)
-            outcome = train(stage)
-            check_learned(stage)
-            finish(recipe, stage, outcome.seconds, given, directory, before)
-            world.wait()
-            if outcome.stop_requested and spec is not recipe.stages[-1]:
-                raise stopped_after(spec.name, spec.steps, spec.steps)
+        student = run_stages(session, checked.prepared)
     if student is None:
         student = finished_student(recipe, given, directory)
     return Run(
@@ -92,6 +89,36 @@ def run_recipe(
         metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
         samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
     )
+
+
+def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageModel | None:
+    """Run the stages that are not done; the last one's student, if this process has trained all of it."""
+    recipe, progress, student = session.recipe, session.progress, None
+    for spec in recipe.stages:
+        if session.directory.stage(spec.name).done() is not None:
+            progress.note(f"{spec.name}: already done")
+            continue
+        progress.stage(spec.name, spec.steps)
+        for name, task in prepared[spec.name].tasks.items():
+            for line in task.notes:
+                progress.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
+        stage = build(session, spec, prepared[spec.name])
+        student = stage.student if session.world.size == 1 else None  # a sharded one is not whole
+        before = rehearse(recipe, stage, session.given, session.directory)
+        try:
+            outcome = train(stage)
+        except Stopped:
+            raise
+        except Exception:
+            stage.rescue()
+            raise
+        check_learned(stage)
+        progress.phase(f"{spec.name}: saving the model")
+        finish(recipe, stage, outcome.seconds, session.given, session.directory, before)
+        session.world.wait()
+        if outcome.stop and spec is not recipe.stages[-1]:
+            raise stopped_after(spec.name, spec.steps, spec.steps, outcome.stop)
+    return student
 
 
 def check_learned(stage: Stage) -> None:

@@ -18,6 +18,7 @@ from opd.messages import text_after
 from opd.models.decoding import batches_of, begin
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.render import render_checked
+from opd.models.ticks import Count, counting
 from opd.pieces.supports import check_fits
 from opd.samplers.draw import draw
 from opd.samplers.prepack import prepacked
@@ -104,13 +105,20 @@ class TransformersSampler(Sampler):
         ]
         # no_grad, not inference mode, in which autocast does not cache the weights that it casts.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
-        with evaluating(self.lm.model), self.lm.casting_once(), prepacked(self.lm) as logits_of, free:
+        model, counted = evaluating(self.lm.model), counting("responses", len(rows))
+        with model, self.lm.casting_once(), prepacked(self.lm) as logits_of, free, counted as count:
             for batch in batches_of(self.lm, rows, [len(row.read) for row in rows], ROWS):
-                self._decode(batch, logits_of, record, stop)
+                self._decode(batch, logits_of, record, stop, count)
+                count.add(len(batch))
         return [self._rollout(row) for row in rows]
 
     def _decode(
-        self, rows: list[_Row], logits_of: Callable[[Tensor], Tensor], record: Record, stop: EarlyStop | None
+        self,
+        rows: list[_Row],
+        logits_of: Callable[[Tensor], Tensor],
+        record: Record,
+        stop: EarlyStop | None,
+        count: Count,
     ) -> None:
         lm = self.lm
         known = lm.positions
@@ -118,6 +126,7 @@ class TransformersSampler(Sampler):
         decoder = begin(lm, [row.read for row in rows])
         for t in range(self.sampling.max_completion_length):
             ids = self._write(active, logits_of(decoder.hidden), t, record)
+            count.add(tokens=len(active))
             if stop is not None and (t + 1) % stop.every == 0:
                 self._end_early(stop, active)
             keep = [i for i, row in enumerate(active) if not row.ended]

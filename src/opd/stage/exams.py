@@ -9,13 +9,22 @@ from typing import Any, TypeAlias
 from torch import nn
 
 from opd.evaluation.divergence import exact_divergence
-from opd.evaluation.evaluate import HeldOut, measure, student_samplers
+from opd.evaluation.evaluate import HeldOut, Sampled, measure, student_samplers
 from opd.evaluation.recovery import as_metrics, recovered
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
 from opd.stage.folder import StageDir
+from opd.stage.kept_responses import KeptResponses
+from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
 from opd.types import Context, Rollout, Teacher, Writer
+
+BEFORE = ("teacher", "before")  # the evaluations before the first step, by the names of their files
+
+
+def when_after(done: int) -> str:
+    """The name of the evaluation after `done` updates."""
+    return f"step_{done:06d}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +72,12 @@ class Exams:
     root: nn.Module  # the student's, for gathering its weights
     folder: StageDir
     micro_batch_tokens: int
+    progress: Progress
+
+    @property
+    def kept(self) -> KeptResponses:
+        """The responses of an evaluation that was stopped; to be cleared once its metrics are written."""
+        return KeptResponses(self.folder.path / "evaluating", self.world)
 
     def due(self, done: int) -> bool:
         """Whether any exam is due after `done` updates."""
@@ -77,7 +92,7 @@ class Exams:
     def after(self, done: int, *, finished: bool) -> dict[str, float]:
         """Measure the student after `done` updates: the due exams, or all if `finished`."""
         due = [exam for exam in self.exams if finished or exam.due(done)]
-        when = f"step_{done:06d}"
+        when = when_after(done)
         with self.world.gathered(self.root):
             measured = self._measure(when, due, self._student)
         return measured | self._recovered(when, due)
@@ -96,12 +111,12 @@ class Exams:
             out |= as_metrics(found, exam.task)
         return out
 
-    def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam], Measured]) -> dict[str, float]:
+    def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam, str], Measured]) -> dict[str, float]:
         """The metrics of some exams; writes the responses of all to one file."""
         out: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
         for exam in exams:
-            metrics, written = how(exam)
+            metrics, written = how(exam, when)
             prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
             out |= {prefix + key.removeprefix("eval/"): value for key, value in metrics.items()}
             rows += [{"when": when, **row} for row in written]
@@ -109,17 +124,34 @@ class Exams:
             self.folder.write_held_out(when, rows)
         return out
 
-    def _taught(self, exam: Exam) -> Measured:
-        taught = measure(exam.held_out, exam.teacher_writers, self.world)
+    def _around(self, exam: Exam, when: str) -> Callable[[str, Sampled], list[Rollout]]:
+        """Shows a setting's evaluation, and samples only what is not kept."""
+        settings, task = list(exam.held_out.sampling), "" if exam.task is None else f"{exam.task}, "
+
+        def around(setting: str, sampled: Sampled) -> list[Rollout]:
+            self.progress.phase(f"{self.folder.path.name}: held out ({when}), {task}{setting}")
+            name = f"{when}.{exam.task or ''}.{settings.index(setting)}"
+            found = self.kept.read(name, exam.held_out.prompts, exam.held_out.sampling[setting])
+            if found is None:
+                found = sampled()
+                self.kept.write(name, found)
+            return found
+
+        return around
+
+    def _taught(self, exam: Exam, when: str) -> Measured:
+        taught = measure(exam.held_out, exam.teacher_writers, self.world, self._around(exam, when))
         metrics = {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}
         return metrics, self._rows(exam, taught.rollouts, exam.teacher_writers, by_teacher=True)
 
-    def _student(self, exam: Exam) -> Measured:
-        measured = measure(exam.held_out, student_samplers(exam.held_out, self.student), self.world)
+    def _student(self, exam: Exam, when: str) -> Measured:
+        samplers = student_samplers(exam.held_out, self.student)
+        measured = measure(exam.held_out, samplers, self.world, self._around(exam, when))
         metrics = dict(measured.metrics)
         compared: list[Rollout] = []
         if exam.kl_teacher is not None:
             compared = exam.kl_rollouts(measured.rollouts)
+            self.progress.phase(f"{self.folder.path.name}: held out ({when}), divergence from the teacher")
             divergences = exact_divergence(
                 self.student,
                 exam.kl_teacher,

@@ -1,8 +1,10 @@
 """One run's folder: its files, and how they survive a kill.
 
-    <run>/recipe.yaml           the resolved recipe; the run's identity
+    <run>/recipe.yaml           the resolved recipe of the last start
     <run>/environment.json      versions and hardware of the last process that opened the run, and when the run started
-    <run>/.lock                 held by the process that runs it
+    <run>/inputs.json           fingerprints of rows, models and code at the last start
+    <run>/changes.jsonl         accepted changes of recipe and inputs, see `changes.py`
+    <run>/.lock, .holder.json   the process that runs it, see `claim.py`
     <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
     <run>/<stage>/samples/step_000012.parquet
@@ -15,29 +17,30 @@ line, which reading ignores and `rewind` removes. Call `rewind` before continuin
 
 from __future__ import annotations
 
-import difflib
 import json
-import os
-import platform
 import re
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from filelock import BaseFileLock
-
 from opd.errors import ConfigError, RunError
-from opd.files import append_line, check_finite, read_lines, read_table, refused, write_atomically, write_table
-from opd.stage.claim import LOCK, clear, lock_folder, made_progress
+from opd.files import (
+    append_line,
+    check_finite,
+    read_lines,
+    read_table,
+    refused,
+    remove_unfinished,
+    write_atomically,
+    write_table,
+)
+from opd.recipe.schema import Recipe
+from opd.stage.claim import FolderLock, lock_folder
+from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
-_RESERVED = frozenset({"recipe.yaml", "environment.json", "report_id.txt", "tensorboard", "wandb"})
-
-
-_DIFF_LINES = 12
+_RESERVED = frozenset({"recipe.yaml", "environment.json", INPUTS, CHANGES, "report_id.txt", "tensorboard", "wandb"})
 
 
 def check_stage_name(name: str) -> None:
@@ -51,46 +54,56 @@ def check_stage_name(name: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class RunDir:
-    """A run's folder. Make it with `RunDir.open`."""
+    """A run's folder. Make it with `RunDir.open`, and close it at the run's end."""
 
     path: Path
     writes: bool = True
-    replaced: bool = False  # whether another recipe's run without a step was here
-    lock: BaseFileLock | None = None
+    lock: FolderLock | None = None
+    notes: tuple[str, ...] = ()  # a replaced run, accepted changes
 
     @classmethod
-    def open(cls, path: Path, recipe_yaml: str) -> RunDir:
-        """Start a run in `path`, or continue an existing run with the same recipe text.
+    def open(
+        cls,
+        path: Path,
+        recipe: Recipe,
+        inputs: Inputs,
+        *,
+        accept: bool = False,
+        say: Callable[[str], None] = print,
+    ) -> RunDir:
+        """Start a run in `path`, or continue the run of the same recipe that is there.
 
-        The recipe of a run that made no step is replaced, unless another process is running it.
+        `inputs`: fingerprints by stage and name. A change of recipe or inputs since the last start is
+        accepted, refused or needs `accept` by the rules of `changes.py`. The recipe of a run that made no step is
+        replaced. `say` gets a line if this waits for the lock.
 
         Raises:
-            RunError: `path` is a file, cannot be written to, or holds another run or other files. Nothing in it is
-                changed.
+            RunError: `path` is a file, cannot be written to, holds other files or another run, or is in use. Nothing in
+                it is changed.
         """
         try:
-            lock = lock_folder(path) if (path / "recipe.yaml").exists() else None
-            continues = _holds_this_run(path, recipe_yaml, free=lock is not None)
-            replaced = not continues and (path / "recipe.yaml").exists()
+            check_place(path)
             path.mkdir(parents=True, exist_ok=True)
-            lock = lock or lock_folder(path)
-            _remove_unfinished(path)
-            if replaced:
-                clear(path)
+            lock = lock_folder(path, say)
+            try:
+                return cls(path, lock=lock, notes=begin(path, recipe, inputs, accept=accept))
+            except BaseException:
+                lock.release()
+                raise
         except RunError:
             raise
         except OSError as error:
             raise refused(path, error) from error
-        if not continues:
-            write_atomically(path / "recipe.yaml", recipe_yaml)
-        started = _started(path) if continues else datetime.now()
-        write_atomically(path / "environment.json", json.dumps(_environment(started), indent=2) + "\n")
-        return cls(path, replaced=replaced, lock=lock)
+
+    def close(self) -> None:
+        """Let other processes run it."""
+        if self.lock is not None:
+            self.lock.release()
 
     @property
     def started(self) -> datetime:
         """The time at which the run was started first. Chat templates read it."""
-        return _started(self.path)
+        return started_at(self.path)
 
     def stage(self, name: str) -> StageDir:
         """The folder of one stage, created if needed.
@@ -180,8 +193,8 @@ class StageDir:
                 match = re.fullmatch(r"step_(\d{6,})\.parquet", file.name)
                 if match and int(match[1]) > step:
                     file.unlink()
-            _remove_unfinished(self.path)
-            _remove_unfinished(self.samples)
+            remove_unfinished(self.path)
+            remove_unfinished(self.samples)
         except OSError as error:
             raise refused(self.path, error) from error
 
@@ -231,80 +244,3 @@ class StageDir:
             return json.loads(file.read_bytes()) if file.exists() else None
         except (OSError, ValueError) as error:
             raise RunError(f"{file} cannot be read ({error}). Remove it to run the stage again.") from error
-
-
-def _remove_unfinished(folder: Path) -> None:
-    for part in folder.glob(".*.writing-*"):
-        part.unlink(missing_ok=True)
-
-
-def _holds_this_run(path: Path, recipe_yaml: str, *, free: bool) -> bool:
-    """True to continue, False to start; raises RunError to refuse. `free`: no other process holds the lock."""
-    if not path.exists():
-        return False
-    if not path.is_dir():
-        raise RunError(f"{path} is a file, and a run needs a folder. Use another output_dir=..., or move the file.")
-    recipe = path / "recipe.yaml"
-    if not recipe.exists():
-        # A first start that was killed leaves its lock and an unfinished recipe; that still counts as empty.
-        entries = [entry.name for entry in path.iterdir()]
-        others = sorted(name for name in entries if name != LOCK and ".writing-" not in name)
-        if others:
-            raise RunError(
-                f"{path} is not a run directory: it holds {others[0]!r} and no recipe.yaml ({len(others)} entries). "
-                "Nothing was written. Use another output_dir=..., or empty the folder."
-            )
-        return False
-    existing = recipe.read_bytes().decode(errors="replace")
-    if existing == recipe_yaml:
-        return True
-    idle = not made_progress(path)
-    if idle and free:
-        return False
-    old, new = existing.splitlines(), recipe_yaml.splitlines()
-    lines = list(difflib.unified_diff(old, new, "the run's", "this recipe", n=1, lineterm=""))
-    shown = lines[:_DIFF_LINES] + ["..."] * (len(lines) > _DIFF_LINES)
-    difference = "\n".join(shown) or "(only in line ends)"
-    running = "It has made no step, but another process is running it. " if idle else ""
-    raise RunError(
-        f"{path} holds a run of another recipe:\n{difference}\n{running}Use another output_dir=... to keep both, or "
-        "remove the folder to start again there."
-    )
-
-
-def _started(path: Path) -> datetime:
-    """The time that the run's folder states; the present for a new run."""
-    try:
-        return datetime.fromisoformat(json.loads((path / "environment.json").read_text())["started"])
-    except (OSError, ValueError, KeyError):
-        return datetime.now()
-
-
-def _environment(started: datetime) -> dict[str, Any]:
-    import torch
-
-    return {
-        "started": started.isoformat(timespec="seconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "packages": {name: _version(name) for name in ("torch", "transformers", "datasets", "peft", "opd")},
-        "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        "git_commit": _git_commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of the working directory, or None outside a repository, before its first commit or without git."""
-    try:
-        result = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() if result.returncode == 0 else None

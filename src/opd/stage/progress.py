@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import IO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as RichProgress
+
+from opd.models.ticks import running
+from opd.stage.pace import spoken
 
 # Metrics of a progress line, in this order, if present.
 SHOWN = {
@@ -32,18 +38,43 @@ def quiet_libraries() -> None:
         sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
+def write_nowhere(stream: IO[str]) -> None:
+    """Throw away what is written to a stream of this process from now on."""
+    with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+class RunConsole(Console):
+    """A console whose closed pipe is no reason to end the run; rich would exit with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Stop writing."""
+        self.quiet = True
+        write_nowhere(self.file)
+
+
 class Progress:
     """Shows the progress of a run's stages; `quiet` shows nothing. Use as a context manager."""
 
     def __init__(
-        self, *, quiet: bool = False, console: Console | None = None, seconds_between_lines: float = 5.0
+        self,
+        *,
+        quiet: bool = False,
+        console: Console | None = None,
+        seconds_between_lines: float = 5.0,
+        longest_silence: float = 15.0,
     ) -> None:
-        self.console = console or Console(stderr=False, quiet=quiet)
+        self.console = console or RunConsole(stderr=False, quiet=quiet)
         self._live: RichProgress | None = None
         self._task: dict[str, int] = {}
         self._steps: dict[str, int] = {}
         self._between = seconds_between_lines
-        self._last_line = 0.0
+        self._last_line = self._last_note = 0.0  # of steps, of any kind
+        self._silence = longest_silence
+        self._phase, self._since = "", time.monotonic()
+        self._ended = threading.Event()
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal and not self.console.quiet:
@@ -52,19 +83,40 @@ class Progress:
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
-                TimeRemainingColumn(),
                 TextColumn("{task.fields[numbers]}"),
                 console=self.console,
             )
             self._live.start()
+        if not self.console.quiet:
+            self._ended.clear()
+            threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._live is not None:
             self._live.stop()
             self._live = None
+
+    def phase(self, text: str) -> None:
+        """State what begins now. If it takes long without a line, a line shows it with the count of its loop."""
+        self._phase, self._since = text, time.monotonic()
+
+    def _watch(self) -> None:
+        """Print a line whenever none was printed for `longest_silence` seconds."""
+        while not self._ended.wait(min(1.0, self._silence / 4)):
+            now = time.monotonic()
+            if not self._phase or now - max(self._since, self._last_note) < self._silence:
+                continue
+            count = running()
+            text = f"{self._phase}: {count + ', ' if count else ''}{spoken(now - self._since)} so far"
+            if self._live is not None and self._task:
+                self._live.update(list(self._task.values())[-1], numbers=text)  # type: ignore[arg-type]
+                self._last_note = now
+            else:
+                self.note(text)
 
     def stage(self, name: str, steps: int) -> None:
         """Begin a stage of `steps` updates."""
@@ -74,8 +126,13 @@ class Progress:
         else:
             self.note(f"{name}: {steps} steps")
 
-    def step(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
-        """Show numbers after `step` updates of a stage; evaluations are always shown."""
+    def step(
+        self, stage: str, step: int, metrics: Mapping[str, float], *, rate: float = 0.0, left: float = 0.0
+    ) -> None:
+        """Show numbers after `step` updates of a stage; evaluations are always shown.
+
+        `rate`: response tokens per second. `left`: seconds to the end of the stage.
+        """
         evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(("/reward", "_kl"))}
         if evaluated:
             shown = "  ".join(
@@ -84,6 +141,8 @@ class Progress:
             self.note(f"{stage}: after step {step}, held out: {shown}")
             return
         numbers = "  ".join(f"{label} {metrics[key]:.3g}" for key, label in SHOWN.items() if key in metrics)
+        numbers += f"  {rate:,.0f} tokens/s" if rate else ""
+        numbers += f"  {spoken(left)} left" if left >= 1 else ""
         if self._live is not None and stage in self._task:
             self._live.update(self._task[stage], completed=step, numbers=numbers)  # type: ignore[arg-type]
         elif time.monotonic() - self._last_line >= self._between or step == self._steps.get(stage):
@@ -92,5 +151,9 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a line that stays above the live display."""
+        self._last_note = time.monotonic()
         console = self._live.console if self._live is not None else self.console
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        try:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
+        except OSError:  # a terminal that was closed
+            write_nowhere(console.file)

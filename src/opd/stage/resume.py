@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,8 +26,13 @@ class Trained:
     optimisation: StageOptimisation
     memory: Mapping[str, Memory]  # of the method, by name
 
-    def save(self, folder: Path, step: int, *, seconds: float, finished: bool, keep: int, world: World) -> None:
-        """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`."""
+    def save(
+        self, folder: Path, step: int, *, seconds: float, remembered: Mapping[str, Any], keep: int, world: World
+    ) -> None:
+        """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`.
+
+        `remembered`: the state of each memory at that time.
+        """
         tensors = {"student": {name: p.detach() for name, p in self.student.trainable().items()}}
         tensors |= self.optimisation.optimiser.tensors()
         tensors |= {f"method.{name}": dict(one.tensors()) for name, one in self.memory.items()}
@@ -38,9 +44,8 @@ class Trained:
             tensors=tensors,
             state={
                 "seconds": seconds,
-                "finished": finished,
                 "updates": self.optimisation.updates,
-                "method": {name: state for name, one in self.memory.items() if (state := one.state_dict())},
+                "method": {name: state for name, state in remembered.items() if state},
             },
             keep=keep,
             world=world,

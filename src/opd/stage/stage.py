@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from opd.data.order import PromptOrder
-from opd.errors import TrainingError
+from opd.errors import RunError, TrainingError
 from opd.evaluation import diagnostics
+from opd.files import GIB
 from opd.loss.step import PhaseA
 from opd.maths.metrics import Metrics, merged
 from opd.method import Method
@@ -19,25 +23,25 @@ from opd.parallel import World
 from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import StageRewards
-from opd.stage import checkpoint
-from opd.stage.exams import Exams
+from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
-from opd.stage.interrupt import Interrupt, stopped_after
+from opd.stage.interrupt import Interrupt, StopNow, stopped_after
 from opd.stage.optimisation import StageOptimisation
+from opd.stage.pace import Pace
 from opd.stage.progress import Progress
 from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
-from opd.stage.stopwatch import Stopwatch
+from opd.stage.stopwatch import Stopwatch, peak_bytes
 from opd.stage.trackers import ReportWriter
 from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """`seconds`: training time without evaluations and comparisons. `stop_requested`: SIGINT came in the last step."""
+    """`seconds`: training time without evaluations and comparisons. `stop`: the signal of the last step, or 0."""
 
     seconds: float
-    stop_requested: bool
+    stop: int
 
 
 @dataclass(slots=True, kw_only=True)
@@ -67,43 +71,70 @@ class Stage:
     folder: StageDir
     progress: Progress
     trackers: ReportWriter
+    interrupt: Interrupt
     # state
     seconds: float = field(default=0.0, init=False)  # of training so far, maximum over processes
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
-    stop_requested: bool = field(default=False, init=False)
+    pace: Pace = field(init=False)
+    stop: int = field(default=0, init=False)  # the signal that requests a stop
+    saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
+    saved_at: float = field(default_factory=time.monotonic, init=False)
+    # Updates so far, and what the method remembered then; None while the weights change and are logged.
+    whole: tuple[int, dict[str, Any]] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self.pace = Pace(self.spec.steps, lambda done: self.exams is not None and self.exams.due(done))
 
     def steps(self) -> Iterator[int]:
         """Yield the numbers of the remaining steps, from 0. After each: save, evaluate and stop when due.
 
-        Continues from the last checkpoint. After SIGINT, saves and raises Stopped.
+        Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
-        if self.exams is not None and first == 0 and (measured := self.exams.before()):
-            self._write(0, measured)
+        if self.exams is not None and first == 0:
+            self._measured(0, self.exams.before)
         self.writers.student.sync(first)
-        with Interrupt(speaks=self.world.main) as interrupt:
+        with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
+                self.whole = (step, self._remembered())
+                self.progress.phase(f"{self.spec.name}: step {step + 1} of {self.spec.steps}")
+                self.pace.start()
                 yield step
                 done = step + 1  # updates so far
-                stop = self.world.any(interrupt.requested)
-                saved = done % self.spec.checkpoint.every == 0 or self.finished or stop
-                if saved:
+                self.whole = (done, self._remembered())
+                stop, due = self._requests()
+                if done % self.spec.checkpoint.every == 0 or self.finished or stop or due:
                     self._save(done)
                 if self.finished or not stop:
                     self._examine(done)
-                stop = self.world.any(interrupt.requested)
+                stop, _ = self._requests()
                 if self.finished:
                     break
                 if stop:  # the resumed run catches up on a skipped evaluation
-                    if not saved:
-                        self._save(done)
-                    raise stopped_after(self.spec.name, done, self.spec.steps)
-        self.stop_requested = self.world.any(interrupt.requested)
+                    self._save(done)
+                    raise stopped_after(self.spec.name, done, self.spec.steps, stop)
+        self.stop = self._requests()[0]
 
     @property
     def outcome(self) -> Outcome:
         """The outcome, once `steps` is exhausted."""
-        return Outcome(seconds=self.seconds, stop_requested=self.stop_requested)
+        return Outcome(seconds=self.seconds, stop=self.stop)
+
+    def rescue(self) -> None:
+        """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        if self.whole is None:
+            return
+        done, remembered = self.whole
+        good = all(bool(weight.isfinite().all()) for weight in self.student.trainable().values())
+        # Other processes would wait in the middle of the step.
+        if good and done > (self.saved or 0) and self.world.size == 1:
+            with suppress(RunError):  # the disk is full: the error that ended the step says more
+                self._save(done, remembered)
+        last = self.saved or 0
+        self.progress.note(
+            f"{self.spec.name}: an error after {done} steps, of which {done - last} are lost: the same command "
+            f"continues after step {last}"
+        )
 
     # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
 
@@ -139,6 +170,7 @@ class Stage:
         loss, metrics = self.world.sum(loss), merged(self.world.gather(metrics))
         self._check_finite(step, phase_a, loss, grad_norm)
         rates: Mapping[str, float] = {}
+        self.whole = None
         if phase_a.trains:
             rates = self.method.update(self.optimisation)
             self.teacher.after_step()
@@ -151,13 +183,17 @@ class Stage:
             metrics.value(name, value)
         return metrics.reduce()
 
-    def log(self, step: int, phase_a: PhaseA, metrics: Mapping[str, float], time: Stopwatch) -> None:
+    def log(self, step: int, phase_a: PhaseA, metrics: Mapping[str, float], watch: Stopwatch) -> None:
         """Write metrics, timings and samples of a step to the folder, the trackers and the display."""
         done = step + 1
-        self.seconds = self.world.max(self.seconds + time.total - time.laps["diagnose"])
+        self.seconds = self.world.max(self.seconds + watch.total - watch.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
-        self._write(done, metrics)
-        self.folder.append_timings(done, time.row(self.reward.pop_requests()))
+        self.pace.stepped()
+        tokens = self.world.sum(sum(len(rollout.response_ids) for rollout in phase_a.batch.rollouts))
+        self._write(done, metrics, rate=tokens / watch.total)
+        peak = peak_bytes(self.student.device) / GIB
+        counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
+        self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
             self.folder.write_samples(done, self._sample_rows(step, phase_a))
 
@@ -172,36 +208,71 @@ class Stage:
         saved = self._trained.restore(self.folder.checkpoints, self.world)
         if saved is None:
             self.folder.rewind(-1)
+            if self.exams is not None:
+                self.exams.kept.clear(*BEFORE)
             return 0
-        self.seconds, self.finished = float(saved.state["seconds"]), bool(saved.state["finished"])
+        self.seconds = float(saved.state["seconds"])
+        self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
+        self.saved = saved.step
         self.folder.rewind(saved.step)
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
         rows = self.folder.read_metrics() if self.world.main else []
         evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
-        if not self.world.any(evaluated):
+        evaluated = self.world.any(evaluated)
+        if self.exams is not None:
+            self.exams.kept.clear(*([] if evaluated else [when_after(saved.step)]))
+        if not evaluated:
             self._examine(saved.step)  # the run was killed between the checkpoint and its evaluation
         return self.spec.steps if self.finished else saved.step
 
-    def _save(self, done: int) -> None:
-        """Write a checkpoint. The step's metrics are written before it, its evaluation after."""
+    def _requests(self) -> tuple[int, bool]:
+        """(the signal that requests a stop or 0, whether a checkpoint is due by the clock), for all processes."""
+        minutes = (time.monotonic() - self.saved_at) / 60
+        stop = int(self.world.max(self.interrupt.requested))
+        return stop, self.world.any(minutes >= self.spec.checkpoint.every_minutes)
+
+    def _remembered(self) -> dict[str, Any]:
+        """A copy of the method's memory, which a step changes before its update."""
+        return {name: deepcopy(one.state_dict()) for name, one in self.memory.items()}
+
+    def _save(self, done: int, remembered: Mapping[str, Any] | None = None) -> None:
+        """Write a checkpoint, if there is none of this step. The step's metrics are before it, its evaluation after."""
+        if self.saved == done:
+            return
         self._trained.save(
             self.folder.checkpoints,
             done,
             seconds=self.seconds,
-            finished=self.finished,
+            remembered=self._remembered() if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
         )
+        self.saved, self.saved_at = done, time.monotonic()
 
     def _examine(self, done: int) -> None:
-        """Evaluate when due; always at the end of the stage."""
-        if self.exams is not None and (self.finished or self.exams.due(done)):
-            self._write(done, self.exams.after(done, finished=self.finished))
+        """Evaluate when due; always at the end of the stage. A signal in it saves and stops at once, if it can."""
+        if self.exams is None or not (self.finished or self.exams.due(done)):
+            return
+        try:
+            with self.interrupt.at_once():
+                self._measured(done, partial(self.exams.after, done, finished=self.finished))
+        except StopNow as now:
+            self._save(done)
+            raise stopped_after(self.spec.name, done, self.spec.steps, now.signal) from None
 
-    def _write(self, done: int, metrics: Mapping[str, float]) -> None:
+    def _measured(self, done: int, exam: Callable[[], dict[str, float]]) -> None:
+        """Write the metrics of an evaluation after `done` updates."""
+        assert self.exams is not None
+        self.pace.start()
+        if measured := exam():
+            self._write(done, measured)
+        self.exams.kept.clear()
+        self.pace.examined()
+
+    def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
         self.trackers.log(self.spec.name, done, metrics)
-        self.progress.step(self.spec.name, done, metrics)
+        self.progress.step(self.spec.name, done, metrics, rate=rate, left=self.pace.left(done))
 
     def _shown(self, step: int) -> bool:
         """Whether this step writes its responses to a sample file."""
@@ -225,12 +296,11 @@ class Stage:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
         if math.isfinite(loss) and math.isfinite(grad_norm):
             return
-        last = checkpoint.latest(self.folder.checkpoints)
         rows = self._sample_rows(step, phase_a)
         responses = self.folder.write_samples(step + 1, rows)
         raise TrainingError(
             f"Stage {self.spec.name!r}, step {step + 1}: loss {loss}, gradient norm {grad_norm}. The update was "
             f"skipped. Prompts of the step: {sorted({row['prompt_id'] for row in rows})}. "
-            f"Last good checkpoint: {last or 'none yet'}. The step's responses: {responses}. "
+            f"The step's responses: {responses}. "
             "Usual causes: too large a learning rate, bfloat16 weights, a teacher that returns NaN."
         )

@@ -17,6 +17,7 @@ from opd.models.forward import batches, response_states
 from opd.models.head import Head
 from opd.models.language_model import LanguageModel, evaluating, frozen_copy
 from opd.models.render import render
+from opd.models.ticks import counting
 from opd.models.vocabularies import check_same_tokens
 from opd.parallel import whole_tensor
 from opd.pieces.supports import sampled, top_k
@@ -67,7 +68,7 @@ class LocalTeacher(Teacher):
             "Lower max_completion_length, or shorten the teacher's context.",
         )
         scores: list[Scores | None] = [None] * len(rollouts)
-        with self.at_work() as head:
+        with self.at_work() as head, counting("responses scored", len(rollouts)) as count:
             device = self.lm.device
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
                 states = response_states(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
@@ -77,6 +78,7 @@ class LocalTeacher(Teacher):
                     top = None if top is None else top.to(device)
                     score = teacher_scores(head, states.of(place, lengths[i]), ids, request, top)
                     scores[i] = _to(score, self.student_device)
+                count.add(len(indices), tokens=sum(lengths[i] for i in indices))
         return [score for score in scores if score is not None]
 
     @contextlib.contextmanager

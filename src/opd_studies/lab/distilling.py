@@ -29,10 +29,12 @@ class Distillation:
     @property
     def recipe(self) -> dict[str, Any]:
         """A recipe of one stage: 64 prompts per step, 150 steps, and an evaluation at the end."""
+        paths = {"teacher": self.pair.teacher, "student": self.pair.student}
+        unused = {"teacher"} if self.stage.get("teacher", "teacher") is None else frozenset[str]()
         return {
             "name": f"{self.method.rpartition(':')[2]}-{self.seed}".translate(str.maketrans("_+", "--")),
             "seed": self.seed,
-            "models": {"teacher": {"path": str(self.pair.teacher)}, "student": {"path": str(self.pair.student)}},
+            "models": {name: {"path": str(path)} for name, path in paths.items() if name not in unused},
             "stages": [
                 {
                     "name": "distil",

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from opd.method import Method
+from opd.methods.reverse_kl import reverse_kl
+from opd.pieces.teacher_rules import self_frozen
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTING, Lab, Pair, PairSize, Task, optimizer, student_recipe, teacher_recipe
 
@@ -127,10 +130,11 @@ class Teaching:
 
 def teach(lab: Lab, lessons: Sequence[Teaching]) -> list[Trained]:
     """Run all distillations, with held-out numbers of teachers and students. Raises the kinds of `opd.errors`."""
-    return distil_all(lab, [_distillation(one) for one in lessons])
+    return distil_all(lab, [distillation(one) for one in lessons])
 
 
-def _distillation(one: Teaching) -> Distillation:
+def distillation(one: Teaching) -> Distillation:
+    """The recipe of one distillation; without a teacher's model if the student is its own teacher."""
     sampling = {"max_completion_length": SORTING.longest}
     evaluate = held_out(
         SORTING,
@@ -140,18 +144,25 @@ def _distillation(one: Teaching) -> Distillation:
         teacher=True,
         kl=False,
     )
+    itself = one.teacher == one.student  # the control: a teacher with the student's path is refused as a mistake
     return Distillation(
         pair=Pair(teacher=one.teacher, student=one.student),
         seed=one.seed,
-        method="reverse_kl",
+        method="opd_studies.lab.rl_teachers:from_itself" if itself else "reverse_kl",
         task=SORTING,
         stage={
+            **({"teacher": None} if itself else {}),
             "steps": one.steps,
             "optimizer": optimizer(one.learning_rate, 5),
             "evaluate": evaluate,
             "diagnostics": {"every": one.steps, "k": TOP},  # the first update only
         },
     )
+
+
+def from_itself() -> Method:
+    """The exact reverse KL from the student's own weights at the start: the control of reverse distillation."""
+    return replace(reverse_kl(), teacher=self_frozen())
 
 
 def curve(one: Trained, sampling: str = "sampled") -> dict[int, float]:

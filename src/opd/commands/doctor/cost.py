@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import time
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from opd.files import GIB
 from opd.loss.step import gradient, scored, written
 from opd.models.experts import coefficient_of
 from opd.stage.checkpoint import size_of
+from opd.stage.stopwatch import peak_bytes
 from opd.types import ReservedStep
 
 
@@ -105,13 +105,6 @@ def one_step(subject: Subject) -> Step:
         train=_now(subject) - rated,
         grad_norm=sum(squares) ** 0.5,
     )
-
-
-def peak_bytes(device: torch.device) -> int:
-    """Peak memory: of this process on a CPU, of torch's allocations on a GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def total_bytes(device: torch.device) -> int:

@@ -1,0 +1,99 @@
+"""Stop runs at random moments, and compare what they leave with a run that was never stopped, byte for byte.
+
+python benchmarks/kills.py                              100 SIGKILLs and 30 SIGTERMs
+python benchmarks/kills.py --kills 10 --terms 5 --seed 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from common import HERE
+
+sys.path.insert(0, str(HERE.parent / "tests"))
+from support.runs import ENVIRONMENT, import_all, left, prepare, run_job, two_stages
+
+TRAIN = ("train", "recipe.yaml")
+
+
+def started(folder: Path) -> int:
+    """Fork a process that trains in `folder`; its id."""
+    out, err = folder.with_suffix(".out"), folder.with_suffix(".err")
+    for file in (out, err):
+        file.write_bytes(b"")
+    child = os.fork()
+    if child == 0:
+        run_job({"folder": str(folder), "arguments": TRAIN, "out": str(out), "err": str(err), "strike": None})
+    return child
+
+
+def where(folder: Path) -> str:
+    """What the run was doing, by the files that it has left."""
+    stages = [stage for stage in (folder / "run").glob("*") if stage.is_dir() and not (stage / "done.json").exists()]
+    if any(any(stage.glob("checkpoints/.writing-*")) for stage in stages):
+        return "in a checkpoint"
+    if any((stage / "evaluating").exists() for stage in stages):
+        return "in an evaluation"
+    if any(any(stage.glob(".writing-*")) for stage in stages):
+        return "in a file"
+    if any((stage / "metrics.jsonl").exists() for stage in stages):
+        return "in the steps"
+    return "before the first step of a stage"
+
+
+def stopped(folder: Path, number: signal.Signals, after: float) -> int | None:
+    """Send the signal `after` seconds; the exit code, None if the run has ended before."""
+    child = started(folder)
+    time.sleep(after)
+    ended, status = os.waitpid(child, os.WNOHANG)
+    if not ended:
+        os.kill(child, number)
+        _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    assert code in (0, -signal.SIGKILL, 128 + signal.SIGTERM), folder.with_suffix(".err").read_text()
+    return None if code == 0 else code
+
+
+def main() -> None:
+    """Print one line per signal and place, and the number of runs that differ."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--terms", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    os.environ.update(ENVIRONMENT)
+    import_all()
+    rng = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as place:
+        whole = prepare(Path(place) / "whole", two_stages())
+        began = time.monotonic()
+        assert os.waitstatus_to_exitcode(os.waitpid(started(whole), 0)[1]) == 0, whole.with_suffix(".err").read_text()
+        seconds, expected = time.monotonic() - began, left(whole / "run")
+        print(f"an uninterrupted run: {seconds:.1f} s, {len(expected)} files")
+        differ = runs = 0
+        for number, wanted in ((signal.SIGKILL, given.kills), (signal.SIGTERM, given.terms)):
+            places: Counter[str] = Counter()
+            while places.total() < wanted:
+                runs += 1
+                folder = prepare(Path(place) / f"run-{runs}", two_stages())
+                while places.total() < wanted and stopped(folder, number, rng.uniform(0.1, seconds)) is not None:
+                    places[where(folder)] += 1
+                while stopped(folder, number, 600.0 if places.total() >= wanted else seconds * 30) is not None:
+                    pass
+                differ += left(folder / "run") != expected
+            for name, count in places.most_common():
+                print(f"{number.name:8} {count:4}  {name}")
+        print(f"{runs} runs, {differ} of them differ from the uninterrupted one")
+    sys.exit(differ > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The responses of an evaluation that has not ended, in files, so that a stopped run does not sample them again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd.files import write_atomically
+from opd.parallel import World
+from opd.types import Prompt, Rollout, Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class KeptResponses:
+    """The files of one stage: one for each evaluation, task and sampling setting. The main process writes."""
+
+    folder: Path
+    world: World
+
+    def read(self, name: str, prompts: Sequence[Prompt], sampling: Sampling) -> list[Rollout] | None:
+        """The responses that are kept under `name`, on every process; None if there are none."""
+        file = self.folder / f"{name}.json"
+        found = json.loads(file.read_bytes()) if self.world.main and file.exists() else None
+        rows = self.world.gather(found)[0]
+        if rows is None:
+            return None
+        by_id = {prompt.id: prompt for prompt in prompts}
+        return [_rollout(row, by_id[row["prompt_id"]], sampling) for row in rows]
+
+    def write(self, name: str, rollouts: Sequence[Rollout]) -> None:
+        """Keep the responses to all prompts."""
+        if self.world.main:
+            self.folder.mkdir(exist_ok=True)
+            write_atomically(self.folder / f"{name}.json", json.dumps([_row(one) for one in rollouts]))
+
+    def clear(self, *but: str) -> None:
+        """Remove the files of all evaluations but these: of one that is written, or whose weights are gone."""
+        if not self.world.main or not self.folder.exists():
+            return
+        for file in self.folder.iterdir():
+            if file.name.split(".")[0] not in but:
+                file.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _row(rollout: Rollout) -> dict[str, Any]:
+    logp = {name: getattr(rollout, name) for name in ("sampler_logp", "policy_logp")}
+    return {
+        "prompt_id": rollout.prompt.id,
+        "sample": rollout.sample,
+        "prompt_ids": list(rollout.prompt_ids),
+        "response_ids": rollout.response_ids.tolist(),
+        "trained": rollout.trained.tolist(),
+        "turn": rollout.turn.tolist(),
+        "finished": rollout.finished,
+        "text": rollout.text,
+        # A float32 number is the same after a way through Python's float and JSON.
+        **{name: None if value is None else value.tolist() for name, value in logp.items()},
+        "sampler_version": rollout.sampler_version,
+        "sampled": rollout.sampling is not None,
+        "reward": rollout.reward,
+    }
+
+
+def _rollout(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollout:
+    sampler_logp, policy_logp = row["sampler_logp"], row["policy_logp"]
+    return Rollout(
+        prompt=prompt,
+        sample=row["sample"],
+        prompt_ids=tuple(row["prompt_ids"]),
+        response_ids=torch.tensor(row["response_ids"]),
+        trained=torch.tensor(row["trained"], dtype=torch.bool),
+        turn=torch.tensor(row["turn"], dtype=torch.long),
+        finished=row["finished"],
+        text=row["text"],
+        sampler_logp=None if sampler_logp is None else torch.tensor(sampler_logp),
+        policy_logp=None if policy_logp is None else torch.tensor(policy_logp),
+        sampler_version=row["sampler_version"],
+        sampling=sampling if row["sampled"] else None,
+        reward=row["reward"],
+    )

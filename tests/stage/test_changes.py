@@ -1,0 +1,122 @@
+"""Which changes of a recipe a stopped run accepts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.runs import one_stage
+
+from opd.errors import RunError
+from opd.recipe.load import parse_recipe
+from opd.recipe.schema import Recipe
+from opd.stage.changes import recipe_changes
+from opd.stage.folder import RunDir
+
+CONSTANT = {"optimizer": {"schedule": "constant"}}
+
+
+def recipe(**stage: Any) -> Recipe:
+    return parse_recipe(one_stage(**stage))
+
+
+def two(steps: int = 2) -> Recipe:
+    """Two stages, of which the first has this many steps."""
+    whole = one_stage(steps=steps)
+    return parse_recipe({**whole, "stages": [*whole["stages"], {**whole["stages"][0], "name": "more", "steps": 3}]})
+
+
+def begin(folder: Path, first: Recipe, *, made: Mapping[str, int]) -> None:
+    """A run with this many steps in its stages."""
+    run = RunDir.open(folder, first, {})
+    for name, steps in made.items():
+        for step in range(steps):
+            run.stage(name).append_metrics(step + 1, {"a": 1.0})
+        if steps == first.stage(name).steps:
+            run.stage(name).mark_done({})
+    run.close()
+
+
+def effects(changed: Recipe) -> dict[str, str]:
+    return {change.key: change.effect for change in recipe_changes(recipe(), changed)}
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ({"checkpoint": {"every": 7, "keep": 3}}, {"checkpoint.every": "none", "checkpoint.keep": "none"}),
+        ({"samples_every": 1, "save_dtype": "float32"}, {"samples_every": "none", "save_dtype": "none"}),
+        ({"diagnostics": {"every": 3}}, {"diagnostics.every": "none"}),
+        ({"micro_batch_tokens": 64}, {"micro_batch_tokens": "rounding"}),
+        ({"prompts_per_step": 3}, {"prompts_per_step": "numbers"}),
+        ({"optimizer": {"learning_rate": 0.5}}, {"optimizer.learning_rate": "numbers"}),
+        ({"method": "opd"}, {"method": "structure"}),
+        ({"options": {"temperature": 2.0}}, {"options.temperature": "numbers"}),
+    ],
+)
+def test_changes_have_effects(stage: dict[str, Any], expected: dict[str, str]):
+    assert effects(recipe(**stage)) == {f"stages.distil.{key}": value for key, value in expected.items()}
+
+
+def test_changes_of_models_and_run_have_effects():
+    changed = one_stage()
+    changed["models"]["teacher"] |= {"device": "cpu", "dtype": "bfloat16"}
+    changed |= {"description": "more", "report_to": ["tensorboard"], "output_dir": "elsewhere"}
+    assert effects(parse_recipe(changed)) == {
+        "description": "none",
+        "output_dir": "none",
+        "report_to": "none",
+        "models.teacher.dtype": "structure",
+        "models.teacher.device": "rounding",
+    }
+
+
+def test_open_accepts_changes_without_effect_on_numbers(tmp_path: Path):
+    begin(tmp_path, recipe(), made={"distil": 1})
+    run = RunDir.open(tmp_path, recipe(checkpoint={"every": 7}, micro_batch_tokens=64), {})
+    run.close()
+    assert run.notes == (
+        "changed since the last start: stages.distil.micro_batch_tokens: 4096 -> 64",
+        "changed since the last start: stages.distil.checkpoint.every: 50 -> 7",
+    )
+    assert [json.loads(line)["after"] for line in (tmp_path / "changes.jsonl").read_text().splitlines()] == [64, 7]
+
+
+def test_open_refuses_other_structure_even_if_accepted(tmp_path: Path):
+    begin(tmp_path, recipe(), made={"distil": 1})
+    with pytest.raises(RunError, match=r"cannot go on after a change of stages\.distil\.method\."):
+        RunDir.open(tmp_path, recipe(method="opd"), {}, accept=True)
+    with pytest.raises(RunError, match="cannot go on after a change of the stages"):
+        RunDir.open(tmp_path, two(), {}, accept=True)
+
+
+@pytest.mark.parametrize("made", [1, 6])
+def test_open_lets_steps_grow_under_constant_rate(tmp_path: Path, made: int):
+    begin(tmp_path, recipe(steps=6, **CONSTANT), made={"distil": made})
+    RunDir.open(tmp_path, recipe(steps=12, **CONSTANT), {}).close()
+    assert not (tmp_path / "distil/done.json").exists()
+    RunDir.open(tmp_path, recipe(steps=8, **CONSTANT), {}).close()
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_open_refuses_other_steps_under_falling_rate(tmp_path: Path, schedule: str):
+    begin(tmp_path, recipe(steps=6, optimizer={"schedule": schedule}), made={"distil": 2})
+    with pytest.raises(RunError, match=f"and now has 12. Its learning rate falls to 0.*schedule: {schedule}"):
+        RunDir.open(tmp_path, recipe(steps=12, optimizer={"schedule": schedule}), {}, accept=True)
+
+
+@pytest.mark.parametrize(
+    ("made", "steps", "message"),
+    [
+        ({"distil": 2}, 1, "had 2 steps, and now has 1, but 2 are made. Use at least 2"),
+        ({"distil": 2, "more": 1}, 4, "but stage 'more', which begins after it, has begun"),
+    ],
+)
+def test_open_refuses_steps_that_cannot_be(tmp_path: Path, made: dict[str, int], steps: int, message: str):
+    begin(tmp_path, two(2), made=made)
+    with pytest.raises(RunError, match=re.escape(message)):
+        RunDir.open(tmp_path, two(steps), {}, accept=True)
