@@ -251,7 +251,8 @@ class DiagnosticsSection(Section):
 
 class CheckpointSection(Section):
     every: Int = Field(default=50, ge=1)  # steps
-    every_minutes: Float = Field(default=10.0, gt=0)  # since the last one, after the step that passes them
+    # Since the last one, after the step that passes them; .inf: never.
+    every_minutes: Float = Field(default=10.0, gt=0, allow_inf_nan=True)
     keep: Int = Field(default=2, ge=1)
 
 
