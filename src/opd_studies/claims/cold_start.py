@@ -22,8 +22,9 @@ from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 USE = (
-    "Begin with `sft` on the teacher's filtered responses where the student starts near zero, and compare with "
-    "as many updates of `sft` alone, which on-policy distillation after the cold start did not beat here."
+    "Where the student starts near zero, try `sft` on the teacher's filtered responses first, and compare with "
+    "as many updates of `sft` alone, which on-policy distillation after the cold start did not beat here. Whether "
+    "the cold start beats on-policy distillation alone is undecided."
 )
 
 

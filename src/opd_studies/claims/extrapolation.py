@@ -28,7 +28,7 @@ from opd_studies.page.outcome import Check, Finding, Outcome, differences, findi
 
 USE = (
     "Tune the learning rate before you try `eff_opd`: at the best rate its jumps saved no updates and cost "
-    "validation responses; what they saved at a small rate shrank as the rate grew. They did no harm."
+    "validation responses. Whether they save more at a small rate is undecided. They did no harm."
 )
 
 

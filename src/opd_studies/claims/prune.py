@@ -27,7 +27,7 @@ from opd_studies.page.outcome import Check, Finding, Outcome, finding, over_seed
 
 USE = (
     "Try a fixed `sampling.max_completion_length` first: at about as many tokens the stop of `prune_opd` was "
-    "not better. If no limit is known, its budget or stop saves tokens at no loss; time is saved mostly by "
+    "better in B only. If no limit is known, its budget or stop saves tokens at no loss; time is saved mostly by "
     "the budget."
 )
 

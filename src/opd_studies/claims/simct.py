@@ -35,8 +35,8 @@ from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Check, Finding, Outcome, finding
 
 USE = (
-    "Use `simct` for a teacher with another tokenizer: matching shared tokens alone (`spans: false`), `uld` "
-    "and the hybrid of GOLD taught less."
+    "Use `simct` for a teacher with another tokenizer: in A `uld` and the hybrid of GOLD taught less. That "
+    "matching shared tokens alone (`spans: false`) teaches less is undecided."
 )
 
 

@@ -38,9 +38,9 @@ from opd_studies.page import report
 from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 USE = (
-    "Choose a teacher by its own score on your prompts, not by overlap: with more overlap and less skill it "
-    "taught less. Between an RLVR version of the student and a larger model of about the same score no "
-    "difference showed."
+    "Choose a teacher by its own score on your prompts; whether more overlap makes up for less skill is "
+    "undecided. Between an RLVR version of the student and a larger model of about the same score no difference "
+    "showed."
 )
 
 
