@@ -14,6 +14,7 @@ import torch
 
 from opd.errors import ConfigError, DataError, TrainingError
 from opd.evaluation.evaluate import summary
+from opd.models.ticks import running
 from opd.recipe.schema import RewardSection
 from opd.rewards.base import TIMED_OUT, FunctionReward, StageRewards, check_readable, watched
 from opd.rewards.calls import TooLongError, Waiting, called
@@ -199,3 +200,10 @@ def test_check_readable_names_rows_that_a_reward_cannot_read(name, answers, mess
         check_readable(load_reward(name, {}), rows, "Here")
     check_readable(load_reward("exact", {}), rows, "Here")
     check_readable(None, rows, "Here")
+
+
+def test_long_rewards_are_counted_for_the_display():
+    seen: list[str] = []
+    reward = FunctionReward(name="seen", function=lambda prompt, text: float(seen.append(running()) is None))
+    assert [one.reward for one in reward([rollout("a"), rollout("b")])] == [1.0, 1.0]
+    assert seen == ["0/2 responses rewarded", "1/2 responses rewarded"]

@@ -13,6 +13,7 @@ import numpy as np
 
 from opd.errors import ConfigError, DataError, OPDError, TeacherError, TrainingError
 from opd.models.language_model import LanguageModel
+from opd.models.ticks import counted
 from opd.parallel import ALONE
 from opd.plugins import RAISED
 from opd.recipe.schema import MAX_FAILED, JudgeSection
@@ -57,7 +58,7 @@ class FunctionReward(Reward):
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """Raises TrainingError if a call fails (the function's error is the cause), unless failures are dropped."""
         with Waiting() as waiting:
-            return [self._rewarded(rollout, waiting) for rollout in rollouts]
+            return [self._rewarded(rollout, waiting) for rollout in counted("responses rewarded", rollouts)]
 
     def _rewarded(self, rollout: Rollout, waiting: Waiting) -> Rollout:
         waiting.now(f"the reward {self.name!r} on prompt {rollout.prompt.id}")

@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from opd.errors import RunError
 from opd.files import append_row, read_rows, refused, write_atomically
+from opd.models.ticks import counting
 from opd.samplers.asked.protocol import Failure, Judge, Question, Reply, UnreadableError
 
 T = TypeVar("T")
@@ -86,11 +87,13 @@ class CachedJudge:
             self.count("retries", len(pending) if attempt else 0)
             batch = [(key, replace(question, attempt=attempt)) for key, question in pending.items()]
             again: set[str] = set()
-            for i, reply in self.judge.ask([question for _, question in batch]):
-                key, question = batch[i]
-                found[key] = self._read(key, question, reply, read, whole)
-                if isinstance(found[key], Failure) and reply.text is not None:
-                    again.add(key)
+            with counting("answers of a judge", len(batch)) as count:
+                for i, reply in self.judge.ask([question for _, question in batch]):
+                    count.add(1)
+                    key, question = batch[i]
+                    found[key] = self._read(key, question, reply, read, whole)
+                    if isinstance(found[key], Failure) and reply.text is not None:
+                        again.add(key)
             pending = {key: question for key, question in batch if key in again}
         self.count("failed", sum(isinstance(one, Failure) for one in found.values()))
         self.count("seconds", time.perf_counter() - started)
