@@ -268,6 +268,7 @@ def one(seed: int, number: int) -> tuple[dict[str, Any], str, str]:
             return recipe, *outcome(recipe)
         finally:
             os.chdir(before)
+            sys.modules.pop("fuzz_judge", None)  # its file goes with the folder
 
 
 def start_of(why: str) -> str:
