@@ -143,6 +143,7 @@ def run_tasks(tasks: Tasks, loaded: Loaded, model: HarnessModel) -> TaskResults:
     from lm_eval import evaluate  # pyright: ignore[reportMissingImports]
 
     runs: list[Mapping[str, Any]] = []
+    chosen: Any = {"tasks": loaded.tasks, "groups": loaded.groups}  # the decorated function has another's signature
     for sample in range(model.override.n):
         model.sample = sample
         for task in loaded.tasks.values():
@@ -151,7 +152,7 @@ def run_tasks(tasks: Tasks, loaded: Loaded, model: HarnessModel) -> TaskResults:
         np.random.seed(model.seed)
         result = evaluate(
             model,
-            {"tasks": loaded.tasks, "groups": loaded.groups},
+            chosen,
             limit=tasks.limit,
             bootstrap_iters=0,  # the intervals are opd's
             apply_chat_template=tasks.chat,
