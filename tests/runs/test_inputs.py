@@ -74,6 +74,8 @@ def test_files_of_function_are_its_module_and_those_beside_it(modules: Path):
 
     assert files_of(my_reward.reward) == {modules / "my_reward.py", modules / "my_tables.py"}
     assert files_of(len) == set()
+    (modules / "my_tables.py").unlink()  # as of a notebook whose file was moved
+    assert files_of(my_reward.reward) == {modules / "my_reward.py"}
     assert files_of(write_rows) == {Path(write_rows.__code__.co_filename).resolve()}
 
 

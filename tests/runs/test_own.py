@@ -232,3 +232,13 @@ def test_own_sampler_raises_config_error_when_no_sampler():
     teacher = tiny(seed=4)
     with pytest.raises(ConfigError, match=r"returned a NoSync, not a Sampler: it lacks sync, temperature\. Derive"):
         distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=NoSync)
+
+
+def test_own_maker_that_raises_is_named():
+    Path("raising.py").write_text(
+        "def teacher(student):\n    return {}['key']\n\n\ndef sampler(student, sampling):\n    raise SystemExit(3)\n"
+    )
+    with pytest.raises(ConfigError, match=r"scorer raising:teacher raised KeyError: 'key'\. Correct the function"):
+        distill(teacher="raising:teacher")
+    with pytest.raises(ConfigError, match=r"raising:sampler raised SystemExit: 3\. Correct the function or its"):
+        distill(teacher="my_teacher:Plain", sampler="raising:sampler")

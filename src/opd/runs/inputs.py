@@ -124,7 +124,8 @@ def _file(module: ModuleType | None) -> Path | None:
     installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(
         Path(sys.base_prefix) / "lib"
     )
-    return path if path.suffix == ".py" and not installed else None
+    # A module of a notebook may have lost its file.
+    return path if path.suffix == ".py" and not installed and path.is_file() else None
 
 
 def _hash(parts: Iterable[bytes]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from opd.errors import ConfigError
+from opd.errors import ConfigError, OPDError
 from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, needs_of
-from opd.plugins import check_options, import_function
+from opd.plugins import RAISED, check_options, import_function
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec
 from opd.runs.prepare import Given, Prepared
 from opd.types import Sampler, Sampling, Teacher
@@ -49,15 +50,28 @@ def own_teacher(name: str, section: ModelSpec, student: LanguageModel, given: Gi
     assert section.scorer is not None
     found = given.teachers.get(name)
     if found is None:
-        found = import_function(section.scorer)(student, **section.options)
+        found = _made(f"models.{name}.scorer {section.scorer}", section.scorer, student, **section.options)
     return checked(found, Teacher, f"models.{name}.scorer {section.scorer}")
 
 
 def own_sampler(spec: StageSpec, student: LanguageModel, sampling: Sampling, given: Given) -> Sampler:
     """The result of `sampler(student, sampling, **sampler_options)`. Raises ConfigError if it is not a Sampler."""
     assert spec.sampler is not None
-    function = given.sampler or import_function(spec.sampler)
-    return checked(function(student, sampling, **spec.sampler_options), Sampler, f"{spec.where(None)}: {spec.sampler}")
+    what = f"{spec.where(None)}: {spec.sampler}"
+    return checked(_made(what, given.sampler or spec.sampler, student, sampling, **spec.sampler_options), Sampler, what)
+
+
+def _made(what: str, maker: str | Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """The result of the user's `maker`. Raises ConfigError if it raises."""
+    function = import_function(maker) if isinstance(maker, str) else maker
+    try:
+        return function(*given, **options)
+    except OPDError:
+        raise
+    except RAISED as error:
+        raise ConfigError(
+            f"{what} raised {type(error).__name__}: {error}. Correct the function or its options."
+        ) from error
 
 
 def checked(found: Any, protocol: Any, what: str) -> Any:
