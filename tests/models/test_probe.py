@@ -12,6 +12,7 @@ from support.models import build, prompts_of, sampler, tiny
 from torch import nn
 
 from opd.errors import ConfigError
+from opd.models import probe as probes
 from opd.models import wrapping
 from opd.models.language_model import LanguageModel, Reading
 from opd.models.new import character_tokenizer
@@ -146,3 +147,17 @@ def test_notes_say_that_checkpointing_has_no_effect_in_eval():
     model.gradient_checkpointing_enable()
     lm = wrapping.wrap(model, character_tokenizer(CHARACTERS), name="m")
     assert "so it trains in eval(), and gradient checkpointing has no effect" in lm.notes[-1]
+
+
+@pytest.mark.parametrize(("moved", "times"), [(0.0, 1.0), (5e-5, 4.0), (1.0, 20.0), (float("inf"), 20.0)])
+def test_limit_follows_rounding_that_the_model_amplifies(monkeypatch: pytest.MonkeyPatch, moved: float, times: float):
+    """SmolLM2's batches differ from single rows by 6e-5 nats on one processor and by 1.8e-4 on another."""
+    lm = small("llama")
+    rows = probes.rows_for(lm)
+    with torch.no_grad():
+        expected = [probes.log_probs(lm, hidden) for hidden in probes.alone(lm, rows)]
+        assert 0 < probes.amplified(lm, rows, expected, torch.finfo(torch.float32).eps) < 1e-5
+        monkeypatch.setattr(probes, "amplified", lambda *_: 0.0)
+        least = probes.rounding(lm, rows, expected)
+        monkeypatch.setattr(probes, "amplified", lambda *_: moved)
+        assert probes.rounding(lm, rows, expected) == pytest.approx(times * least, rel=0.02)
