@@ -335,14 +335,14 @@ def test_train_goes_on_when_reader_of_its_output_ends(tmp_path: Path):
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, nth: int) -> None:
-    """The `nth` call raises RuntimeError, once."""
+def fail_at(monkeypatch: pytest.MonkeyPatch, call: str, nth: int, error: Exception | None = None) -> None:
+    """The `nth` call raises `error`, once."""
     owner, name = owner_of(call)
     real, calls = getattr(owner, name), itertools.count(1)
 
     def fails(*arguments: Any, **options: Any) -> Any:
         if next(calls) == nth:
-            raise RuntimeError("out of memory")
+            raise error or RuntimeError("out of memory")
         return real(*arguments, **options)
 
     monkeypatch.setattr(owner, name, fails)
@@ -381,15 +381,7 @@ def test_error_in_update_goes_back_to_checkpoint(fresh: Path, monkeypatch: pytes
 
 
 def test_error_says_how_many_steps_are_lost(fresh: Path, monkeypatch: pytest.MonkeyPatch):
-    owner, name = owner_of("opd.train.written")
-    real, calls = getattr(owner, name), itertools.count(1)
-
-    def fails(*arguments: Any, **options: Any) -> Any:
-        if next(calls) == 8:
-            raise TrainingError("the reward failed")
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(owner, name, fails)
+    fail_at(monkeypatch, "opd.train.written", 8, TrainingError("the reward failed"))
     ended = command(*TRAIN)
     assert ended.code == 1
     assert "the reward failed" in ended.err

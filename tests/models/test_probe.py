@@ -149,7 +149,7 @@ def test_notes_say_that_checkpointing_has_no_effect_in_eval():
     assert "so it trains in eval(), and gradient checkpointing has no effect" in lm.notes[-1]
 
 
-@pytest.mark.parametrize(("moved", "times"), [(0.0, 1.0), (5e-5, 4.0), (1.0, 20.0), (float("inf"), 20.0)])
+@pytest.mark.parametrize(("moved", "times"), [(0.0, 1.0), (5e-5, 4.0), (1.0, 10.0), (float("inf"), 10.0)])
 def test_limit_follows_rounding_that_the_model_amplifies(monkeypatch: pytest.MonkeyPatch, moved: float, times: float):
     """SmolLM2's batches differ from single rows by 6e-5 nats on one processor and by 1.8e-4 on another."""
     lm = small("llama")

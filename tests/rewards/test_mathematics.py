@@ -12,7 +12,8 @@ import pytest
 
 from opd.errors import ConfigError, DataError
 from opd.rewards.base import TimedOut
-from opd.rewards.mathematics import bare, cpu_limit, final_answer, is_words, last_box, math_verify, number_of
+from opd.rewards.calls import interrupted
+from opd.rewards.mathematics import OutOfTime, bare, final_answer, is_words, last_box, math_verify, number_of
 from opd.types import Prompt
 
 pytest.importorskip("math_verify")
@@ -123,7 +124,7 @@ def test_math_verify_stops_at_its_limit_and_marks_the_reward():
 
 def test_cpu_limit_ignores_time_without_work():
     """The verdict of a waiting process is that of a quiet machine."""
-    with cpu_limit(0.05):
+    with interrupted(0.05, OutOfTime, cpu=True):
         time.sleep(0.2)
 
 

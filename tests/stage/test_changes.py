@@ -62,6 +62,12 @@ def test_changes_have_effects(stage: dict[str, Any], expected: dict[str, str]):
     assert effects(recipe(**stage)) == {f"stages.distil.{key}": value for key, value in expected.items()}
 
 
+def test_changes_of_options_are_of_numbers_whatever_their_name():
+    old, new = (recipe(reward={"name": "math_verify", "options": {"timeout_s": limit}}) for limit in (5, 3))
+    (change,) = recipe_changes(old, new)
+    assert (change.key, change.effect) == ("stages.distil.reward.options.timeout_s", "numbers")
+
+
 def test_changes_of_models_and_run_have_effects():
     changed = one_stage()
     changed["models"]["teacher"] |= {"device": "cpu", "dtype": "bfloat16"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -94,8 +95,33 @@ def test_lock_takes_over_at_once_from_long_silent_holder(tmp_path: Path):
 
 
 def test_lock_without_file_locks_goes_by_heartbeat(tmp_path: Path, no_locks: None):
-    first = lock_folder(tmp_path)
+    said: list[str] = []
+    first = lock_folder(tmp_path, said.append)
+    assert said == [f"{tmp_path}/.lock cannot be locked (no locks here). Heartbeats alone keep other processes out."]
     with pytest.raises(RunError, match="this process already runs it"):
         lock_folder(tmp_path, lambda _: None)
     first.release()
     lock_folder(tmp_path).release()
+
+
+def test_lock_that_cannot_be_opened_is_said(tmp_path: Path):
+    (tmp_path / ".lock").mkdir()
+    said: list[str] = []
+    first = lock_folder(tmp_path, said.append)
+    assert ".lock cannot be locked (" in said[0]
+    with pytest.raises(RunError, match="this process already runs it"):
+        lock_folder(tmp_path, said.append)
+    first.release()
+
+
+def test_lock_of_removed_folder_does_not_hold_new_one(tmp_path: Path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    first = lock_folder(folder)
+    shutil.rmtree(folder)
+    folder.mkdir()
+    second = lock_folder(folder)
+    first.release()
+    with pytest.raises(RunError, match="this process already runs it"):
+        lock_folder(folder)
+    second.release()

@@ -124,20 +124,35 @@ def device_of(spec: ModelSpec, where: str) -> torch.device:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if spec.device is None:
         return torch.device("cuda" if count else "cpu")
-    try:
-        device = torch.device(spec.device)
-        if device.type == "meta" or (device.type == "cuda" and (device.index or 0) >= count):
-            raise RuntimeError("there is no such device" if device.type == "cuda" else "it holds no numbers")
-        if device.type not in ("cpu", "cuda"):
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        why = str(error).partition("\n")[0].removesuffix(".")
+    if why := unusable(spec.device, count):
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(count))])
         raise ConfigError(
             f"{where}.device is {spec.device!r}, which cannot be used: {why:.200}. This machine has: {here}. Set one "
             "of these, or leave `device` out."
-        ) from error
-    return device
+        )
+    return torch.device(spec.device)
+
+
+def unusable(name: str, gpus: int) -> str | None:
+    """Why a device cannot hold a model, or None. `gpus`: how many GPUs of CUDA there are."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:  # no name of a device
+        return _first_line(error)
+    if device.type == "cuda":
+        return "there is no such device" if (device.index or 0) >= gpus else None
+    if device.type == "meta":
+        return "it holds no numbers"
+    try:
+        torch.empty(0, device=device)
+    # What torch raises for a backend that it was not built with, that is not here, or that lacks this operation.
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0].removesuffix(".")
 
 
 def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list[str]]:

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from jinja2 import TemplateError
+
 from opd.errors import ConfigError
 from opd.messages import text_of
 from opd.types import Message
 
+# What a template raises that refuses messages, or an expression in it that they do not fit.
+UNRENDERED = (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 WORD = "opdprobe"  # a text that no template writes itself
 
 
@@ -101,7 +105,7 @@ def generation_prompt(messages: Sequence[Message], template: str, tokenizer: Any
     try:
         answer = {"role": "assistant", "content": _content(WORD, form)}
         answered = _render(template, tokenizer, [*shown, answer], False, options)
-    except Exception:  # any expression of a template may raise
+    except UNRENDERED:
         return False
     return answered.startswith(before) and not answered.removeprefix(before).partition(WORD)[0].strip()
 
@@ -134,7 +138,7 @@ def _shown(template: str, tokenizer: Any, content: Any) -> list[str]:
     for roles in tried:
         try:
             shown.append(_render(template, tokenizer, [said[role] for role in roles], True, {}))
-        except Exception:  # any expression of a template may raise
+        except UNRENDERED:  # a form of content that the template refuses
             continue
     return shown
 

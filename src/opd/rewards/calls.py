@@ -34,7 +34,7 @@ def called(function: Callable[[], T], timeout_s: float | None) -> T:
     if timeout_s is None:
         return function()
     try:
-        with _alarm(timeout_s):
+        with interrupted(timeout_s, _Interrupt):
             result = function()
     except _Interrupt:
         raise TooLongError(f"it took longer than {timeout_s:g} s") from None
@@ -44,21 +44,26 @@ def called(function: Callable[[], T], timeout_s: float | None) -> T:
 
 
 @contextmanager
-def _alarm(seconds: float) -> Iterator[None]:
+def interrupted(seconds: float, error: type[BaseException], *, cpu: bool = False) -> Iterator[None]:
+    """Raise `error` in the block after `seconds` of wall time, with `cpu` of this process's CPU time.
+
+    There is no limit outside of the main thread and on Windows, which have no such signal.
+    """
     if not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise _Interrupt
+        raise error
 
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    number, timer = (signal.SIGVTALRM, signal.ITIMER_VIRTUAL) if cpu else (signal.SIGALRM, signal.ITIMER_REAL)
+    before = signal.signal(number, stop)
+    signal.setitimer(timer, seconds)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(timer, 0)
+        signal.signal(number, before)
 
 
 def say(line: str) -> None:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import logging
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from types import FrameType
 from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.plugins import _import_extra
 from opd.rewards.base import TIMED_OUT, FunctionReward
+from opd.rewards.calls import interrupted
 from opd.types import Prompt
 
 TOLERANCE = Fraction(1, 10**6)  # of two numbers; times the larger of them where that is below 1
@@ -75,7 +73,7 @@ def math_verify(timeout_s: float = 5) -> FunctionReward:
         if why := unreadable(prompt):
             raise DataError(f"Prompt {prompt.id}: {why}. Fill the column.")
         try:
-            with cpu_limit(timeout_s):
+            with interrupted(timeout_s, OutOfTime, cpu=True) if timeout_s else nullcontext():
                 return float(same_answer(str(prompt.answer), response, lambda a, b: equal(verifier, a, b)))
         except OutOfTime:
             return TIMED_OUT
@@ -241,26 +239,4 @@ def _mathematics(text: str, number: Number | None) -> str:
 
 
 class OutOfTime(BaseException):
-    """The limit of `cpu_limit`. No Exception: sympy and its parsers catch those."""
-
-
-@contextmanager
-def cpu_limit(seconds: float) -> Iterator[None]:
-    """Raise OutOfTime in the block after `seconds` of this process's CPU time.
-
-    0 means no limit. There is none outside the main thread and on Windows, which has no such signal.
-    """
-    if seconds == 0 or not hasattr(signal, "setitimer") or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise OutOfTime
-
-    before = signal.signal(signal.SIGVTALRM, stop)
-    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, before)
+    """The end of the time of a comparison. No Exception: sympy and its parsers catch those."""

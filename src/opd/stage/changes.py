@@ -27,6 +27,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("models.*.device", "rounding"),
     ("models.*.attn_implementation", "rounding"),
     ("models.*.gradient_checkpointing", "rounding"),
+    ("stages.*.options.*", "numbers"),  # of methods, rewards and data, whatever their names
     ("stages.*.micro_batch_tokens", "rounding"),
     ("stages.*.checkpoint.*", "none"),
     ("stages.*.samples_every", "none"),

@@ -61,6 +61,7 @@ class FolderLock:
         self._ended = threading.Event()
         self._pid = os.getpid()
         write_atomically(folder / HOLDER, json.dumps(asdict(Holder.this())) + "\n")
+        self._file = (folder / HOLDER).stat().st_ino
         threading.Thread(target=_beat, args=(folder / HOLDER, self._ended), daemon=True).start()
 
     def release(self) -> None:
@@ -68,7 +69,9 @@ class FolderLock:
         if self._ended.is_set():
             return
         self._ended.set()
-        (self._folder / HOLDER).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # the folder was removed; another lock's file stays
+            if (self._folder / HOLDER).stat().st_ino == self._file:
+                (self._folder / HOLDER).unlink()
         self._lock.release(force=True)
 
     def __del__(self) -> None:
@@ -78,9 +81,11 @@ class FolderLock:
 
 
 def lock_folder(folder: Path, say: Callable[[str], None] = print) -> FolderLock:
-    """Lock an existing folder. `say` gets one line if a holder on another machine may have ended without a trace.
+    """Lock an existing folder.
 
-    Where the file system has no locks, `.holder.json` alone decides.
+    Where `.lock` cannot be locked, because the file system has no locks or the file cannot be opened, `.holder.json`
+    alone decides. `say` gets a line about that, and one while a holder on another machine may have ended without a
+    trace.
 
     Raises RunError, which names the holder, if another process has the folder, or this process already has it.
     """
@@ -90,8 +95,8 @@ def lock_folder(folder: Path, say: Callable[[str], None] = print) -> FolderLock:
         lock.acquire()
     except Timeout:
         raise _in_use(folder, _holder(folder)) from None
-    except (OSError, NotImplementedError):  # no locks here
-        pass
+    except (OSError, NotImplementedError) as error:  # filelock raises the second where there is no flock
+        say(f"{folder / LOCK} cannot be locked ({error}). Heartbeats alone keep other processes out.")
     try:
         _wait_for_end(folder, locked=lock.is_locked, say=say)
         return FolderLock(folder, lock)

@@ -125,9 +125,8 @@ class Stage:
         if self.whole is None:
             return
         done, remembered = self.whole
-        good = all(bool(weight.isfinite().all()) for weight in self.student.trainable().values())
-        # Other processes would wait in the middle of the step.
-        if good and done > (self.saved or 0) and self.world.size == 1:
+        # With other processes, which wait in the middle of the step, neither the weights nor a checkpoint can be had.
+        if self.world.size == 1 and done > (self.saved or 0) and self._finite():
             with suppress(RunError):  # the disk is full: the error that ended the step says more
                 self._save(done, remembered)
         last = self.saved or 0
@@ -268,6 +267,10 @@ class Stage:
             self._write(done, measured)
         self.exams.kept.clear()
         self.pace.examined()
+
+    def _finite(self) -> bool:
+        """Whether all trained weights are finite."""
+        return all(bool(weight.isfinite().all()) for weight in self.student.trainable().values())
 
     def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
