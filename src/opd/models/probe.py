@@ -137,7 +137,8 @@ def amplified(lm: LanguageModel, rows: Sequence[list[int]], expected: Sequence[T
         signs = torch.randint(0, 2, embeddings.shape, generator=draws).to(embeddings) * 2 - 1
         return embeddings * (1 + eps * signs)
 
-    hook = lm.causal_lm.get_input_embeddings().register_forward_hook(changed)
+    model: Any = lm.causal_lm
+    hook = model.get_input_embeddings().register_forward_hook(changed)
     try:
         read = [log_probs(lm, hidden) for hidden in alone(lm, rows)]
     finally:
