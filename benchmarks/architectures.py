@@ -48,7 +48,8 @@ Some limits of length follow from the config (`positions_of`): dynamic scaling a
 whole batch once a row is long, and where an index selects the tokens to attend to (DeepSeek V3.2, GLM-5, MiniMax M3,
 Doge) ties and rounding decide what it selects. Rows end before that.
 
-In float32 a difference of up to 1e-4 nats, and what the size of the logits adds to it, counts as rounding.
+In float32 a difference of up to 1e-4 nats, and what the size of the logits adds to it, counts as rounding; where one
+rounding of the embeddings moves the log-probs by much, up to ten times that.
 
 {counts}
 
