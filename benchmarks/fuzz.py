@@ -33,17 +33,6 @@ COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_revers
 TWO_TOKENIZERS = ("simct", "uld")
 SELF_TAUGHT = ("context_distillation", "anti_sd", "grpo", "ropd")
 POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "opd", "eff_opd", "vopd", "local_support_matching")
-JUDGE = """
-import json
-
-
-def judge(question):
-    about = question.about
-    if about["ask"] == "rubric":
-        points = min(len(about["teacher"]), 5)
-        return json.dumps({"criteria": [{"criterion": str(i), "points": points} for i in range(4)]})
-    return json.dumps({"verdicts": [[len(answer) % 2, 0, 1, 1] for answer in about["answers"]]})
-"""
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -224,11 +213,12 @@ def value(rng: random.Random, hint: Any) -> Any:
 
 
 def write_data(folder: Path) -> None:
+    from support.judges import COUNTING_JUDGE
     from support.runs import sums, write_rows
 
     write_rows(folder / "train.jsonl", sums(0, 12))
     write_rows(folder / "held_out.jsonl", sums(12, 4))
-    (folder / "fuzz_judge.py").write_text(JUDGE)
+    (folder / "fuzz_judge.py").write_text(COUNTING_JUDGE)
 
 
 def outcome(recipe: dict[str, Any]) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
+from support.rollouts import text_rollout
 
 from opd.errors import ConfigError, DataError, TrainingError
 from opd.evaluation.evaluate import summary
@@ -23,17 +23,7 @@ from opd.types import Prompt, Reward, Rollout
 
 
 def rollout(text: str, prompt: int = 0, answer: Any = None) -> Rollout:
-    ids = torch.tensor([1])
-    return Rollout(
-        prompt=Prompt(id=prompt, content="?", answer=answer),
-        sample=0,
-        prompt_ids=(0,),
-        response_ids=ids,
-        trained=ids > 0,
-        turn=ids * 0,
-        finished=True,
-        text=text,
-    )
+    return text_rollout(text, Prompt(id=prompt, content="?", answer=answer))
 
 
 def picky(prompt: Prompt, text: str) -> Any:

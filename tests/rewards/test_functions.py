@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+from support.rollouts import text_rollout
 
 from opd.data.prompts import load_prompts
 from opd.errors import ConfigError, DataError, TrainingError
@@ -26,17 +26,7 @@ def prompt(answer: Any = None, **fields: Any) -> Prompt:
 
 
 def rollout(text: str, answer: Any = None, **fields: Any) -> Rollout:
-    ids = torch.tensor([1])
-    return Rollout(
-        prompt=prompt(answer, **fields),
-        sample=0,
-        prompt_ids=(0,),
-        response_ids=ids,
-        trained=ids > 0,
-        turn=ids * 0,
-        finished=True,
-        text=text,
-    )
+    return text_rollout(text, prompt(answer, **fields))
 
 
 def function_of(name: str, options: dict[str, Any]) -> RewardFn:

@@ -13,8 +13,9 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from support.judges import SECRET, Said, Server, completion, judging, serving
+from support.judges import COUNTING_JUDGE, SECRET, Said, Server, completion, judging, serving
 from support.models import unscored
+from support.rollouts import text_rollout
 from support.runs import Forks, Strike, assert_same, command, one_stage, prepare, sums, write_rows
 
 from opd.errors import ConfigError, DataError, TeacherError
@@ -36,19 +37,9 @@ LETTERS = "abcd"
 
 
 def rollout(text: str, prompt: int = 0, sample: int = 0, **columns: Any) -> Rollout:
-    ids = torch.tensor([1, 2])
     metadata = {"teacher_answers": columns.pop("teacher", TEACHER)}
-    return Rollout(
-        prompt=Prompt(id=prompt, content=columns.pop("content", f"prompt {prompt}"), metadata=metadata),
-        sample=sample,
-        prompt_ids=(0,),
-        response_ids=ids,
-        trained=ids > 0,
-        turn=ids * 0,
-        finished=True,
-        text=text,
-        **columns,
-    )
+    row = Prompt(id=prompt, content=columns.pop("content", f"prompt {prompt}"), metadata=metadata)
+    return text_rollout(text, row, tokens=2, sample=sample, **columns)
 
 
 def group(*texts: str, prompt: int = 0, **columns: Any) -> list[Rollout]:
@@ -508,19 +499,6 @@ def test_opd_train_stops_both_processes_when_judges_fail(tmp_path: Path, forks: 
     assert "got no answer for 4 of this step's 4 groups" in ended.err
 
 
-COUNTING = """
-import json
-
-
-def judge(question):
-    about = question.about
-    if about["ask"] == "rubric":
-        points = min(len(about["teacher"]), 5)
-        return json.dumps({"criteria": [{"criterion": str(i), "points": points} for i in range(4)]})
-    return json.dumps({"verdicts": [[len(answer) % 2, 0, 1, 1] for answer in about["answers"]]})
-"""
-
-
 def test_author_takes_recipe_model_and_judge_needs_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A tiny model writes no rubric: its answers are the author's, and as a judge it only fails."""
     reward = {
@@ -530,7 +508,7 @@ def test_author_takes_recipe_model_and_judge_needs_template(tmp_path: Path, monk
         "judge": {"function": "counting_judge:judge"},
     }
     monkeypatch.chdir(prepare(tmp_path / "work", with_judge(URL, reward=reward)))
-    Path("counting_judge.py").write_text(COUNTING)
+    Path("counting_judge.py").write_text(COUNTING_JUDGE)
     ended = command("train", "recipe.yaml")
     assert ended.code == 0, ended.err
     rows = rows_of(Path("run"))

@@ -132,3 +132,17 @@ def serving(rule: Rule = judging, *, keeps_connections: bool = False) -> Iterato
         http.shutdown()
         thread.join()
         http.server_close()
+
+
+# The source of a judge that a recipe names: it counts answers and letters.
+COUNTING_JUDGE = """
+import json
+
+
+def judge(question):
+    about = question.about
+    if about["ask"] == "rubric":
+        points = min(len(about["teacher"]), 5)
+        return json.dumps({"criteria": [{"criterion": str(i), "points": points} for i in range(4)]})
+    return json.dumps({"verdicts": [[len(answer) % 2, 0, 1, 1] for answer in about["answers"]]})
+"""

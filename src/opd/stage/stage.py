@@ -94,9 +94,9 @@ class Stage:
         if self.exams is not None and first == 0:
             self._measured(0, self.exams.before)
         self.writers.student.sync(first)
+        self.whole = (first, self._remembered())
         with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
-                self.whole = (step, self._remembered())
                 self.progress.phase(f"{self.spec.name}: step {step + 1} of {self.spec.steps}")
                 self.pace.start()
                 yield step
@@ -122,7 +122,10 @@ class Stage:
 
     def rescue(self) -> None:
         """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        last = self.saved or 0
         if self.whole is None:
+            what = f"{self.spec.name}: an error while the weights were changing"
+            self.progress.note(f"{what}: the same command continues after step {last}")
             return
         done, remembered = self.whole
         # With other processes, which wait in the middle of the step, neither the weights nor a checkpoint can be had.
