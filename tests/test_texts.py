@@ -80,6 +80,16 @@ def test_text_after_has_no_space_behind_added_token():
     assert text_after(ids[:1], ids[1:], tokenizer) == "12"
 
 
+@pytest.mark.parametrize("make", [lambda: llama(strip=True), lambda: character_tokenizer(CHARACTERS)])
+def test_text_after_reads_id_without_token_as_nothing(make: Any):
+    """A student can draw such an id: its vocabulary reaches to the largest one, and tokenizers have gaps."""
+    tokenizer = make()
+    beyond = max(tokenizer.get_vocab().values()) + 1
+    prompt, ids = tokenizer("1=").input_ids, tokenizer("12", add_special_tokens=False).input_ids
+    assert tokenizer.convert_ids_to_tokens(beyond) is None
+    assert text_after(prompt, [beyond, *ids], tokenizer) == tokenizer.decode(ids)
+
+
 @pytest.mark.parametrize("response", ["12", " 12", "\n", "", "a 12\n", "é", "▁1"])
 @pytest.mark.parametrize(
     "tokenizer",

@@ -219,7 +219,8 @@ def text_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str
     tokenizer puts before a text. Behind an added token, which begins a text anew for some tokenizers, it may be that.
     """
     alone = tokenizer.decode(ids, skip_special_tokens=True)
-    if not before or not ids or not tokenizer.convert_ids_to_tokens(int(ids[0])).startswith("▁"):
+    first = tokenizer.convert_ids_to_tokens(int(ids[0])) if before and ids else None
+    if first is None or not first.startswith("▁"):  # None: an id between the tokenizer's that has no token
         return alone
     last = int(before[-1])
     if last in tokenizer.added_tokens_decoder:

@@ -115,7 +115,8 @@ def encode_response(text: str, prompt: Prompt, tokenizer: Any, endings: Endings)
             f"{_name(tokenizer)} has no end-of-sequence token, so no response can end. Set its eos_token."
         )
     replaced = {end, endings.text}
-    spelt = tuple(tokenizer.convert_ids_to_tokens([i for i in replaced if i is not None]))
+    named = tokenizer.convert_ids_to_tokens([i for i in replaced if i is not None])
+    spelt = tuple(token for token in named if token is not None)
     lead = endings.before(prompt)
     text = text if text.startswith(lead) else lead + text
     ids = ids_after(text.rstrip() if text.rstrip().endswith(spelt) else text, tokenizer)
