@@ -26,12 +26,18 @@ def rollout(text: str, prompt: int = 0, answer: Any = None) -> Rollout:
     return text_rollout(text, Prompt(id=prompt, content="?", answer=answer))
 
 
+class Panic(BaseException):
+    """What a library in Rust raises for a fault of its own."""
+
+
 def picky(prompt: Prompt, text: str) -> Any:
     """Fails for the texts that the tests name."""
     if text == "raise":
         raise KeyError("points")
     if text == "exit":
         sys.exit("bye")
+    if text == "panic":
+        raise Panic("index out of range")
     if text == "sleep":
         time.sleep(5)
     if text == "swallow":
@@ -51,6 +57,7 @@ def reward_for(**settings: Any) -> FunctionReward:
     [
         ("raise", r"raised KeyError on prompt 0, response 'raise': 'points'"),
         ("exit", r"raised SystemExit on prompt 0, response 'exit': bye"),
+        ("panic", r"raised RuntimeError on prompt 0, response 'panic': Panic: index out of range"),
         ("none", r"returned None \(NoneType\)"),
         ("huge", r"returned 1000+.* \(int\)"),
         ("digits", r"returned a value that cannot be shown \(ValueError\) \(int\)"),
@@ -66,6 +73,11 @@ def test_failure_stops_or_is_dropped_and_counted(text, why):
     assert (good.reward, good.reward_failure) == (1.0, None)
     assert (bad.reward, bad.reward_failure) == (None, "failed")
     assert str(bad.unjudged).startswith("the reward 'picky' r")
+
+
+def test_panic_within_a_limit_is_the_rewards_error():
+    with pytest.raises(TrainingError, match=r"raised RuntimeError .*: Panic: index out of range"):
+        reward_for(timeout_s=5)([rollout("panic")])
 
 
 def test_keyboard_interrupt_is_no_failure_of_the_reward():
