@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,14 +23,21 @@ def contained(*passing: type[BaseException]) -> Iterator[None]:
     """Raise RuntimeError for what a user's code raises that is neither in `RAISED` nor a stop of the run.
 
     The panic of a library in Rust, GeneratorExit and asyncio's CancelledError are no Exception. KeyboardInterrupt and
-    `passing` are raised unchanged.
+    `passing` are raised unchanged. The working folder, to which a run's paths are relative, is then what it was.
     """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # removed since the start: a run with absolute paths goes on
+        here = None
     try:
         yield
     except (*RAISED, KeyboardInterrupt, *passing):
         raise
     except BaseException as error:  # there is no other name for what remains
         raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        if here is not None:
+            os.chdir(here)
 
 
 def import_function(reference: str) -> Callable[..., Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,6 +75,20 @@ def test_failure_stops_or_is_dropped_and_counted(text, why):
     assert (good.reward, good.reward_failure) == (1.0, None)
     assert (bad.reward, bad.reward_failure) == (None, "failed")
     assert str(bad.unjudged).startswith("the reward 'picky' r")
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_reward_that_changes_folder_leaves_the_working_folder(tmp_path: Path, limit: float | None):
+    """A grader that runs programs in a temporary folder; the run's own paths are relative."""
+
+    def moves(prompt: Prompt, text: str) -> float:
+        os.chdir(tmp_path)
+        return {"fine": 1.0}[text]
+
+    here = Path.cwd()
+    reward = FunctionReward(name="moves", function=moves, timeout_s=limit, on_error="drop")
+    assert [one.reward for one in reward([rollout("fine"), rollout("raise")])] == [1.0, None]
+    assert Path.cwd() == here
 
 
 def test_panic_within_a_limit_is_the_rewards_error():

@@ -27,7 +27,7 @@ class _Interrupt(BaseException):
 
 
 def called(function: Callable[[], T], timeout_s: float | None) -> T:
-    """The result of `function()`. Raises what it raises (`contained`), and TooLongError after `timeout_s` seconds.
+    """The result of `function()`. Raises what it raises, `contained`, and TooLongError after `timeout_s` seconds.
 
     The limit is the signal SIGALRM, which only the main thread can receive. In other threads, on Windows, and while the
     function computes in C without returning to Python, the call is not interrupted: TooLongError is raised at its end.
