@@ -22,7 +22,7 @@ from opd.stage.changes import Change, check_steps, input_changes, recipe_changes
 from opd.stage.claim import HOLDER, LOCK, clear, made_progress, made_something
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
-FILES = {"another recipe": "recipe.yaml", "other rows, models or code": INPUTS}  # that say which run is in a folder
+FILES = {"of another recipe": "recipe.yaml", "with other rows, models or code": INPUTS}  # which run a folder holds
 
 Inputs: TypeAlias = Mapping[str, Mapping[str, str]]  # by stage: fingerprints of rows, models and code by name
 
@@ -69,7 +69,7 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
         if not (other := [what for what, file in FILES.items() if not _holds(path / file, texts[file])]):
             started = started_at(path)
         else:
-            notes.append(f"{path}: a run with {other[0]} that made no step was here; this run replaces it")
+            notes.append(f"{path}: a run {other[0]} that made no step was here; this run replaces it")
             clear(path)
     remove_unfinished(path)
     for name, text in texts.items():
