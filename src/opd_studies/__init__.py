@@ -12,6 +12,7 @@ from types import ModuleType
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
     anti_sd,
+    baseline_cost,
     cold_start,
     control_variate,
     estimators,
@@ -21,6 +22,7 @@ from opd_studies.claims import (
     length,
     losses,
     one_token,
+    overlap_mass,
     prefixes,
     privileged,
     prompts,
@@ -33,6 +35,7 @@ from opd_studies.claims import (
     teacher_choice,
     top_p,
     two_teachers,
+    weight_change,
 )
 from opd_studies.lab.lab import Lab
 from opd_studies.page.outcome import Outcome
@@ -52,12 +55,15 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "cold_start": cold_start.run,
     "prompts": prompts.run,
     "supports": supports.run,
+    "overlap_mass": overlap_mass.run,
     "length": length.run,
     "prune": prune.run,
     "simct": simct.run,
     "two_teachers": two_teachers.run,
     "control_variate": control_variate.run,
+    "baseline_cost": baseline_cost.run,
     "extrapolation": extrapolation.run,
+    "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
 }

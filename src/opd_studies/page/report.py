@@ -200,8 +200,8 @@ def how_many(verdicts: Sequence[str]) -> str:
         "An interval of 95 % misses the truth with a probability of 5 %, and nothing is corrected for the number of\n"
         f"claims: about {chance} of {len(verdicts)} verdicts may be chance. Read a verdict with its numbers, and\n"
         "trust it more where another study or a second setting agrees. The last digits of matrix products\n"
-        "differ between processors: of the 104 verdicts in the documentation of opd, 21 differ between two of them,\n"
-        "and none from holds to contradicted or back."
+        "differ between processors: of 104 verdicts that were compared on two of them, 21 differ, and none from\n"
+        "holds to contradicted or back."
     )
 
 
