@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from opd.types import Prompt
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from opd.deferred import np
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,13 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
-import numpy as np
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from opd.deferred import np
+
 
 BLOCK = 256  # questions compared at once
 
@@ -21,7 +25,7 @@ BLOCK = 256  # questions compared at once
 Unit: TypeAlias = Literal["words", "characters"]
 
 
-Cosines: TypeAlias = Callable[["Vectors"], np.ndarray]
+Cosines: TypeAlias = Callable[["Vectors"], "np.ndarray"]
 
 
 class Vectors(Protocol):

@@ -13,14 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from opd.maths import closed_forms
 
-WithGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from opd.deferred import torch
+
+WithGradient = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 
 
 BLOCK = 4096  # entries of a row that a program holds at once

@@ -11,11 +11,14 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from opd.deferred import np
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9

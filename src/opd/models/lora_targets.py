@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    from opd.deferred import torch
 
 
 def check_targets(model: nn.Module, target_modules: str | list[str], where: str) -> None:
@@ -17,7 +22,7 @@ def check_targets(model: nn.Module, target_modules: str | list[str], where: str)
     if target_modules == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
-    kinds = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)})
+    kinds = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)})
     if isinstance(target_modules, str):
         try:
             missing = [] if any(re.fullmatch(target_modules, name) for name in names) else [target_modules]

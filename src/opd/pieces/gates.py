@@ -7,9 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
@@ -17,6 +15,12 @@ from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Gather, MakeMemory
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from opd.deferred import torch
 
 
 class EntropyGate(SavedAttributes):

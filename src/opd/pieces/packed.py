@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
 from opd.types import Tokens
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from opd.deferred import torch
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

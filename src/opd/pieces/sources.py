@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needs_of
 from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    from opd.deferred import np
 
 
 @cache

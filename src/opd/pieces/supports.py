@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from opd.errors import ConfigError
 from opd.types import ChosenBy, Support
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from opd.deferred import torch
 
 
 def no_support() -> Support:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from opd.pieces import token_sequences
 from opd.pieces.needs import Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
 from opd.types import Batch, Weight
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+else:
+    from opd.deferred import torch
 
 
 @cache

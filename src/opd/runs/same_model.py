@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable
 from pathlib import Path
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
 from opd.method import Method
@@ -16,6 +14,12 @@ from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+else:
+    from opd.deferred import torch
 
 SELF_TAUGHT = ("context_distillation", "anti_sd")  # methods whose teacher is the student, with more in its prompt
 

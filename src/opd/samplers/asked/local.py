@@ -6,16 +6,18 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import OPDError
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.samplers.asked.protocol import Question, Reply
-from opd.samplers.hf import TransformersSampler
 from opd.types import Prompt, Sampler, Sampling
+
+if TYPE_CHECKING:
+    import torch
+else:
+    from opd.deferred import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +41,8 @@ class LocalJudge:
         questions have no answer. Raises DataError if a question is a conversation and the tokenizer has no chat
         template.
         """
+        from opd.samplers.hf import TransformersSampler
+
         by_temperature: dict[float, list[int]] = {}
         for i, question in enumerate(questions):
             prompt = Prompt(id=number_of(question), content=question.content)
