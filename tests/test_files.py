@@ -34,6 +34,14 @@ def test_read_lines_skips_partial_last_line_and_names_damaged(tmp_path: Path):
             read_lines(file)
 
 
+def test_append_line_leaves_partial_line_of_its_own(tmp_path: Path):
+    file = tmp_path / "m.jsonl"
+    file.write_text('{"step": 0}\n{"ste')
+    append_line(file, 1, {})
+    append_line(file, 2, {})
+    assert file.read_text().splitlines() == ['{"step": 0}', '{"ste', '{"step": 1}', '{"step": 2}']
+
+
 def test_append_line_raises_run_error_when_not_writable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(RunError, match=r"missing/m\.jsonl could not be written \(No such file or directory\)\. Free"):
         append_line(tmp_path / "missing" / "m.jsonl", 0, {})

@@ -64,11 +64,17 @@ def append_line(file: Path, step: int, numbers: Mapping[str, float]) -> None:
 
 
 def append_row(file: Path, row: Mapping[str, Any], what: str) -> None:
-    """Append a row as a line of JSON with one `write`. Raises RunError, which names `what`, if that fails."""
+    """Append a row as a line of JSON with one `write`. Raises RunError, which names `what`, if that fails.
+
+    A partial last line, which a kill left, stays a line of its own.
+    """
     line = (json.dumps(dict(row)) + "\n").encode()
     try:
-        descriptor = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
+        descriptor = os.open(file, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)  # less the umask
         try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
             written = os.write(descriptor, line)
         finally:
             os.close(descriptor)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,28 @@ from opd.errors import ConfigError, DataError, nearest
 
 # What a user's code may raise: sys.exit is an error of that code, not the end of the run.
 RAISED = (Exception, SystemExit)
+
+
+@contextmanager
+def contained(*passing: type[BaseException]) -> Iterator[None]:
+    """Raise RuntimeError for what a user's code raises that is neither in `RAISED` nor a stop of the run.
+
+    The panic of a library in Rust, GeneratorExit and asyncio's CancelledError are no Exception. KeyboardInterrupt and
+    `passing` are raised unchanged. The working folder, to which a run's paths are relative, is then what it was.
+    """
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # removed since the start: a run with absolute paths goes on
+        here = None
+    try:
+        yield
+    except (*RAISED, KeyboardInterrupt, *passing):
+        raise
+    except BaseException as error:  # there is no other name for what remains
+        raise RuntimeError(f"{type(error).__name__}: {error}") from error
+    finally:
+        if here is not None:
+            os.chdir(here)
 
 
 def import_function(reference: str) -> Callable[..., Any]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,12 +28,18 @@ def rollout(text: str, prompt: int = 0, answer: Any = None) -> Rollout:
     return text_rollout(text, Prompt(id=prompt, content="?", answer=answer))
 
 
+class Panic(BaseException):
+    """What a library in Rust raises for a fault of its own."""
+
+
 def picky(prompt: Prompt, text: str) -> Any:
     """Fails for the texts that the tests name."""
     if text == "raise":
         raise KeyError("points")
     if text == "exit":
         sys.exit("bye")
+    if text == "panic":
+        raise Panic("index out of range")
     if text == "sleep":
         time.sleep(5)
     if text == "swallow":
@@ -51,6 +59,7 @@ def reward_for(**settings: Any) -> FunctionReward:
     [
         ("raise", r"raised KeyError on prompt 0, response 'raise': 'points'"),
         ("exit", r"raised SystemExit on prompt 0, response 'exit': bye"),
+        ("panic", r"raised RuntimeError on prompt 0, response 'panic': Panic: index out of range"),
         ("none", r"returned None \(NoneType\)"),
         ("huge", r"returned 1000+.* \(int\)"),
         ("digits", r"returned a value that cannot be shown \(ValueError\) \(int\)"),
@@ -66,6 +75,25 @@ def test_failure_stops_or_is_dropped_and_counted(text, why):
     assert (good.reward, good.reward_failure) == (1.0, None)
     assert (bad.reward, bad.reward_failure) == (None, "failed")
     assert str(bad.unjudged).startswith("the reward 'picky' r")
+
+
+@pytest.mark.parametrize("limit", [None, 5])
+def test_reward_that_changes_folder_leaves_the_working_folder(tmp_path: Path, limit: float | None):
+    """A grader that runs programs in a temporary folder; the run's own paths are relative."""
+
+    def moves(prompt: Prompt, text: str) -> float:
+        os.chdir(tmp_path)
+        return {"fine": 1.0}[text]
+
+    here = Path.cwd()
+    reward = FunctionReward(name="moves", function=moves, timeout_s=limit, on_error="drop")
+    assert [one.reward for one in reward([rollout("fine"), rollout("raise")])] == [1.0, None]
+    assert Path.cwd() == here
+
+
+def test_panic_within_a_limit_is_the_rewards_error():
+    with pytest.raises(TrainingError, match=r"raised RuntimeError .*: Panic: index out of range"):
+        reward_for(timeout_s=5)([rollout("panic")])
 
 
 def test_keyboard_interrupt_is_no_failure_of_the_reward():

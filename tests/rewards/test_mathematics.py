@@ -53,10 +53,50 @@ def test_math_verify_pays_as_the_page_says(answer, response, reward):
         ("e", "2.718282", 1),
         ("H2O", "\\boxed{H2O}", 1),
         ("6", "He bought $5 and $6, so the answer is $6.", 1),
+        ("-5", "\\boxed{\u20135}", 1),
+        ("1234567", "1'234'567", 1),
     ],
 )
 def test_math_verify_reads_forms_of_answers(answer, response, reward):
     assert value_of(answer, response) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "response", "reward"),
+    [
+        ("14", "<Answer>14</Answer>", 1),
+        ("14", "<answer>14", 1),  # the closing tag was the stop string
+        ("14", "<answer>12</answer> <answer>14</answer>", 1),
+        ("12", "<answer>12</answer> <answer>14</answer>", 0),
+        ("14", "<answer>13</answer> 14", 0),
+        ("14", "14 <answer></answer>", 0),
+        ("Paris", "<answer>Paris</answer>", 1),
+        ("5", "<think>\\boxed{5}</think>\nThe answer is 6.", 0),
+        ("5", "<think>\\boxed{5}</think>", 1),
+    ],
+)
+def test_math_verify_reads_the_part_that_answers(answer, response, reward):
+    assert value_of(answer, response) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "response"),
+    [
+        ("12 \\text{ inches}", "\\boxed{12 \\text{ feet}}"),
+        ("12 \\text{ cm}^2", "\\boxed{12 \\text{ cm}}"),
+        ("$5", "\\boxed{5\\%}"),
+        ("12 \\text{ million}", "\\boxed{12}"),
+        ("1010_2", "\\boxed{1010_{3}}"),
+        ("y'", "\\boxed{y}"),
+        ("2", "\\boxed{\\neq 2}"),
+        ("> 2", "\\boxed{< 2}"),
+        ("2024", "\\boxed{20 24}"),
+        ("5", "The answer is 5 and 6"),
+    ],
+)
+def test_math_verify_refuses_what_the_package_drops(answer, response):
+    assert value_of(answer, response) == 0
+    assert value_of(answer, f"\\boxed{{{answer}}}") == 1
 
 
 @pytest.mark.parametrize(
@@ -107,6 +147,8 @@ def test_bare_removes_markup_until_nothing_changes():
     assert bare(" **$\\text{Paris}$**. ") == "Paris"
     assert bare("\\(x\\)") == "x"
     assert bare("2**3") == "2**3"
+    assert bare("'yes'") == "yes"
+    assert bare("$y'$") == "y'"
     assert final_answer("x\n\nIt is 5\n").text == "It is 5"
 
 

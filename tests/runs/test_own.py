@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any, ClassVar
 
 import pytest
 from support.models import prompts_of, tiny
+from support.runs import Forks, one_stage, prepare
 
 import opd
 from opd.commands.doctor.examine import examine
@@ -242,3 +244,21 @@ def test_own_maker_that_raises_is_named():
         distill(teacher="raising:teacher")
     with pytest.raises(ConfigError, match=r"raising:sampler raised SystemExit: 3\. Correct the function or its"):
         distill(teacher="my_teacher:Plain", sampler="raising:sampler")
+
+
+def test_train_goes_on_after_reward_moves_and_stops_gradients(tmp_path: Path, forks: Forks):
+    """A grader that runs programs in another folder, beside a model of its own, leaves both switched."""
+    recipe = one_stage(
+        method="grpo", teacher=None, sampling={"n": 2, "max_completion_length": 3}, reward={"name": "mine:reward"}
+    )
+    del recipe["models"]["teacher"]
+    folder = prepare(tmp_path / "work", recipe)
+    (folder / "mine.py").write_text(
+        "import os\n\nimport torch\n\ntorch.set_grad_enabled(False)\n\n\n"
+        "def reward(prompt, text):\n    os.chdir('/')\n    return float(len(set(text)))\n"
+    )
+    ended = forks.start(folder, "train", "recipe.yaml")
+    assert ended.code == 0, ended.err
+    rows = [json.loads(line) for line in (folder / "run/distil/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2]
+    assert any(row["optim/grad_norm"] > 0 for row in rows)

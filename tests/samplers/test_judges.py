@@ -235,6 +235,14 @@ def test_program_reads_about_of_question():
     assert one(Program(function=lambda asked: None, name="f")).failure == "it returned no answer"
 
 
+def test_program_that_panics_is_called_again_and_fails():
+    def panics(asked: Question) -> str:
+        raise GeneratorExit("closed")
+
+    failed = one(Program(function=panics, name="f", retries=1, backoff_s=0.0))
+    assert failed == Reply(failure="the judge f raised RuntimeError: GeneratorExit: closed", requests=2)
+
+
 def test_program_is_called_again_when_it_raises():
     calls: list[str] = []
 

@@ -68,6 +68,48 @@ def test_changes_of_options_are_of_numbers_whatever_their_name():
     assert (change.key, change.effect) == ("stages.distil.reward.options.timeout_s", "numbers")
 
 
+def test_names_that_are_also_keys_have_no_effect():
+    """Tasks, sampling settings and options may be called as keys without effect on the numbers are."""
+    task = {"data": {"path": "train.jsonl"}, "teacher": "teacher", "sampling": {"n": 1, "max_completion_length": 3}}
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": {"checkpoint": {"n": 1}}}
+
+    def with_task(**changed: Any) -> Recipe:
+        tasks = {"diagnostics": {**task, **changed}, "a.options.b": task}
+        return recipe(data=None, teacher=None, sampling=None, tasks=tasks, method="reverse_kl")
+
+    (change,) = recipe_changes(with_task(), with_task(teacher="student"))
+    assert (change.key, change.effect) == ("stages.distil.tasks.diagnostics.teacher", "numbers")
+    (change,) = recipe_changes(with_task(evaluate=evaluate), with_task(evaluate={**evaluate, "every": 3}))
+    assert (change.key, change.effect) == ("stages.distil.tasks.diagnostics.evaluate.every", "none")
+    other = {**evaluate, "sampling": {"checkpoint": {"n": 2}}}
+    (change,) = recipe_changes(recipe(evaluate=evaluate), recipe(evaluate=other))
+    assert (change.key, change.effect) == ("stages.distil.evaluate.sampling.checkpoint.n", "numbers")
+    (change,) = recipe_changes(*(recipe(sampler="a:b", sampler_options={"timeout_s": s}) for s in (1, 2)))
+    assert (change.key, change.effect) == ("stages.distil.sampler_options.timeout_s", "numbers")
+
+
+def test_names_with_dots_do_not_hide_a_change_of_structure():
+    old, new = (recipe(name="a.options.b", method=method) for method in ("reverse_kl", "opd"))
+    (change,) = recipe_changes(old, new)
+    assert (change.key, change.effect) == ("stages.a.options.b.method", "structure")
+
+
+@pytest.mark.parametrize(("file", "text"), [("inputs.json", "[1]"), ("inputs.json", '{"distil": 3}')])
+def test_open_refuses_damaged_inputs(tmp_path: Path, file: str, text: str):
+    begin(tmp_path, recipe(), made={"distil": 1})
+    (tmp_path / file).write_text(text)
+    with pytest.raises(RunError, match=r"inputs\.json is damaged \(.*Remove it to go on without a comparison"):
+        RunDir.open(tmp_path, recipe(), {"distil": {}})
+
+
+@pytest.mark.parametrize("text", ["[]", '{"started": 5}', "{"])
+def test_open_replaces_damaged_environment(tmp_path: Path, text: str):
+    begin(tmp_path, recipe(), made={"distil": 1})
+    (tmp_path / "environment.json").write_text(text)
+    RunDir.open(tmp_path, recipe(), {}).close()
+    assert "started" in json.loads((tmp_path / "environment.json").read_text())
+
+
 def test_changes_of_models_and_run_have_effects():
     changed = one_stage()
     changed["models"]["teacher"] |= {"device": "cpu", "dtype": "bfloat16"}
@@ -106,6 +148,14 @@ def test_open_lets_steps_grow_under_constant_rate(tmp_path: Path, made: int):
     RunDir.open(tmp_path, recipe(steps=12, **CONSTANT), {}).close()
     assert not (tmp_path / "distil/done.json").exists()
     RunDir.open(tmp_path, recipe(steps=8, **CONSTANT), {}).close()
+
+
+def test_open_lets_steps_grow_after_metrics_were_cut(tmp_path: Path):
+    """A stage without `seconds_of` has no limit that could have ended it."""
+    begin(tmp_path, recipe(steps=2, **CONSTANT), made={"distil": 2})
+    metrics = tmp_path / "distil/metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes()[:-3])
+    RunDir.open(tmp_path, recipe(steps=4, **CONSTANT), {}).close()
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -87,6 +87,7 @@ def scored(
     )
 
 
+@torch.enable_grad()  # a user's module may have switched gradients off for its own model
 def gradient(
     method: Method,
     student: LanguageModel,

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
 
+from opd.plugins import contained
+
 T = TypeVar("T")
 
 FIRST_LINE_S = 10.0  # how long a call takes before a line says what is waited for; then after twice as long, and so on
@@ -25,16 +27,17 @@ class _Interrupt(BaseException):
 
 
 def called(function: Callable[[], T], timeout_s: float | None) -> T:
-    """The result of `function()`. Raises what it raises, and TooLongError after `timeout_s` seconds.
+    """The result of `function()`. Raises what it raises, `contained`, and TooLongError after `timeout_s` seconds.
 
     The limit is the signal SIGALRM, which only the main thread can receive. In other threads, on Windows, and while the
     function computes in C without returning to Python, the call is not interrupted: TooLongError is raised at its end.
     """
     started = time.monotonic()
     if timeout_s is None:
-        return function()
+        with contained():
+            return function()
     try:
-        with interrupted(timeout_s, _Interrupt):
+        with interrupted(timeout_s, _Interrupt), contained(_Interrupt):
             result = function()
     except _Interrupt:
         raise TooLongError(f"it took longer than {timeout_s:g} s") from None

@@ -20,6 +20,7 @@ from opd.errors import ConfigError, DataError
 from opd.plugins import _import_extra
 from opd.rewards.base import TIMED_OUT, FunctionReward
 from opd.rewards.calls import interrupted
+from opd.rewards.quantities import unit_of, without_scales
 from opd.types import Prompt
 
 TOLERANCE = Fraction(1, 10**6)  # of two numbers; times the larger of them where that is below 1
@@ -28,6 +29,19 @@ LONGEST_NUMBER = 300  # characters; Python refuses to convert integers of thousa
 BOLD = re.compile(r"(?<![\w*)])\*\*(?=\S)([^*\n]+)(?<=\S)\*\*(?![\w*(])")
 MARKER = re.compile(r"\banswer\b(?:\s+is\b|\s+should\s+be\b)?\s*[:=]?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?:\s|$)|\n")
+ANSWER_TAG = re.compile(r"<answer\s*>", re.IGNORECASE)
+CHOICE = re.compile(r"(?<=[\d}])\s*,?\s+(?:or|and)\s+(?=[-\d\\])")
+BASE = re.compile(r"[0-9A-Za-z]+\s*_\s*\{?\s*(\d+)\s*\}?")
+RELATION = re.compile(r"[<>\u2264\u2265\u2260]=?|!=|\\(?:leq?|geq?|neq?|lt|gt)(?![A-Za-z])")
+SAME_RELATION = {
+    **dict.fromkeys(("<=", "\\le", "\\leq"), "\u2264"),
+    **dict.fromkeys((">=", "\\ge", "\\geq"), "\u2265"),
+    **dict.fromkeys(("!=", "\\ne", "\\neq"), "\u2260"),
+    "\\lt": "<",
+    "\\gt": ">",
+}
+PRIME = re.compile(r"(?<=[\w)}])(?:'(?!\d)|\^?\s*\{?\\prime\}?)|\u2032")
+APART = re.compile(r"\d+(?: +\d+)+")
 BRACE = re.compile(r"\\f?boxed\s*\{|(?<!\\)[{}]")
 ENCLOSED = re.compile(
     r"\$\$(?P<a>[^$]+)\$\$|\$(?P<b>[^$]+)\$|\\\((?P<c>(?:(?!\\\)).)+)\\\)|\\\[(?P<d>(?:(?!\\\]).)+)\\\]"
@@ -56,9 +70,11 @@ def math_verify(timeout_s: float = 5) -> FunctionReward:
 
     The final answer is the last \boxed{...}; else the rest of the line after the last `####`; else what follows the
     last "answer", "answer is" or "answer:", up to the end of the sentence; else the last line. If that is prose,
-    math-verify searches the whole response. An answer of letters alone is compared as text, without spaces, and from
+    math-verify searches the whole response. Of a response with `<answer>` tags the last one's content counts; else what
+    follows `</think>`. An answer of letters alone is compared as text, without spaces, and from
     two letters on without case. Plain numbers (`\$72`, `12 000`, `1 1/2`, `1e-3`, `50%`) are equal up to `TOLERANCE`;
-    50% equals 50 and 0.5. docs/rewards.md has a table of answers and responses.
+    50% equals 50 and 0.5, `3 million` 3000000. Two known units that differ (`5 km`, `5 m`), two bases of digits, and a
+    different relation or number of primes make a response wrong. docs/rewards.md has a table of answers and responses.
 
     A response whose comparison takes longer than `timeout_s` seconds of this process's CPU time (so the load of the
     machine does not matter) gets 0 and is counted: `rollout/rewards_timed_out`. 0 means no limit. The limit is a
@@ -88,10 +104,13 @@ def same_answer(answer: str, response: str, equal: Callable[[str, str], bool]) -
     """Whether the final answer of `response` is `answer`. `equal` compares texts of mathematics, the answer first."""
     if answer.strip() == response.strip():
         return True
+    answer, response = without_scales(answer), without_scales(answered(response))
     gold, found = final_answer(answer), final_answer(response)
     wanted, given = gold.text, found.text
     if compact(wanted) == compact(given):
         return True
+    if differ_in_notation(wanted, given):
+        return False
     if is_words(wanted):
         return words_equal(wanted, given)
     ours, theirs = number_of(wanted), number_of(given)
@@ -128,9 +147,28 @@ def final_answer(text: str) -> Final:
     markers = list(MARKER.finditer(plain))
     tail = plain[markers[-1].end() :].strip() if markers else ""
     if tail:
-        return Final(bare(SENTENCE_END.split(tail)[0]))
+        return Final(bare(CHOICE.sub(", ", SENTENCE_END.split(tail)[0])))
     lines = [line for line in plain.splitlines() if line.strip()]
     return Final(bare(lines[-1] if lines else ""))
+
+
+def answered(response: str) -> str:
+    """The part of a response that answers: what the last `<answer>` holds; else what follows the last `</think>`."""
+    opened = list(ANSWER_TAG.finditer(response))
+    if opened:
+        return re.split(r"</answer\s*>", response[opened[-1].end() :], maxsplit=1, flags=re.IGNORECASE)[0]
+    after = response.rpartition("</think>")[2]
+    return after if after.strip() else response
+
+
+def differ_in_notation(wanted: str, given: str) -> bool:
+    """Whether two texts differ in something that math-verify drops: units, bases, primes, `>`, a space in digits."""
+    units = {unit_of(wanted), unit_of(given)} - {None}
+    bases = {match[1] for text in (wanted, given) if (match := BASE.fullmatch(text))}
+    relations = [match and SAME_RELATION.get(match[0], match[0]) for match in map(RELATION.match, (wanted, given))]
+    primes = [0 if is_prose(text) else len(PRIME.findall(text)) for text in (wanted, given)]
+    apart = any(APART.fullmatch(text) and number_of(text) is None for text in (wanted, given))
+    return len(units) > 1 or len(bases) > 1 or relations[0] != relations[1] or primes[0] != primes[1] or apart
 
 
 def last_box(text: str) -> str | None:
@@ -150,7 +188,9 @@ def last_box(text: str) -> str | None:
 def bare(text: str) -> str:
     """The text without white space, bold, a full stop, and the dollars, quotes or \\text{} around all of it."""
     while True:
-        inner = BOLD.sub(r"\1", text.replace("\N{MINUS SIGN}", "-").strip()).rstrip(".,;: \n").strip("\"' ")
+        dashed = re.sub(r"^\s*\N{EN DASH}(?=[\d.\\])", "-", text.replace("\N{MINUS SIGN}", "-"))
+        inner = BOLD.sub(r"\1", dashed.strip()).rstrip(".,;: \n").strip('" ')
+        inner = inner.strip("' ") if inner.startswith("'") else inner  # the last one alone is a prime
         if match := ENCLOSED.fullmatch(inner):
             inner = next(part for part in match.groups() if part is not None)
         if inner == text:
@@ -159,7 +199,8 @@ def bare(text: str) -> str:
 
 
 def compact(text: str) -> str:
-    return re.sub(r"\s+", "", text)
+    """The text without white space, but for one space between digits: `1 2` is not 12."""
+    return re.sub(r"(?<!\d) +| +(?!\d)", "", re.sub(r"\s+", " ", text))
 
 
 def is_words(text: str) -> bool:

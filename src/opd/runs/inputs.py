@@ -5,15 +5,19 @@ A resumed run compares them with those of its last start (`opd.stage.starting`).
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import inspect
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from opd.files import expanded
 from opd.models.paths import source_of
 from opd.plugins import import_function
 from opd.recipe.schema import Recipe, StageSpec, origin_of
@@ -23,7 +27,7 @@ from opd.types import Prompt
 
 SAMPLES = 16  # places in a file of weights that are read, evenly spaced
 BYTES = 1 << 16  # at each place
-READ = frozenset({".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt"})  # endings of a model's files
+READ = frozenset({".safetensors", ".gguf", ".json", ".jinja", ".model", ".txt", ".py"})  # endings of a model's files
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # in the text of a Python object, another in every process
 
 
@@ -55,7 +59,11 @@ def rows_fingerprint(prompts: Sequence[Prompt]) -> str:
 def _models(recipe: Recipe, spec: StageSpec, given: Given) -> Iterator[tuple[str, str]]:
     for name in dict.fromkeys((spec.train, *spec.teachers, *spec.judge_models)):
         origin = origin_of(recipe, name)
-        if name in given.models or origin.path is None:
+        if name in given.models:
+            continue
+        if isinstance(origin.tokenizer, str) and (place := expanded(origin.tokenizer)).is_dir():
+            yield f"tokenizer of model {name}", model_fingerprint(place)
+        if origin.path is None:
             continue
         source = source_of(origin, name)
         for what, place in (("weights", source.weights), *(("adapter", one) for one in source.adapters)):
@@ -89,43 +97,101 @@ def _code(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given) -> 
         named += [part.reward and part.reward.name, *judged]
         if part.evaluate is not None:
             named.append(part.evaluate.reward and part.evaluate.reward.name)
-    functions = [import_function(name) for name in dict.fromkeys(named) if name and _is_own(name)]
+    own = [name for name in dict.fromkeys(named) if name and _is_own(name)]
     made = [given.reward, given.method, given.sampler, *given.teachers.values()]
+    functions = [import_function(name) for name in own]
     functions += [getattr(one, "function", one) for one in made if one is not None]
-    for file in sorted({file for function in functions for file in files_of(function)}):
-        yield f"code {file.name}", _hash([file.read_bytes()])
+    modules = {name.partition(":")[0] for name in own}.union(*map(modules_of, functions))
+    for name, file in sorted(own_code(modules).items()):
+        yield f"code {name}", _hash([file.read_bytes()])
 
 
 def _is_own(name: str) -> bool:
     return ":" in name and not name.startswith(("opd.", "opd_studies."))
 
 
-def files_of(function: Any) -> set[Path]:
-    """The file of the user's module that has the function or its class, and those that the module imports beside it."""
+def own_code(modules: Iterable[str]) -> dict[str, Path]:
+    """The user's files that some loaded modules are made of, by a name that no two of them share.
+
+    These are the files of the modules, wherever they are, and those that they import, also in functions and through
+    each other: outside of installed packages, or in the package of the module. An import by a text, as of `importlib`,
+    and files that are read as data are not found.
+    """
+    found: dict[str, Path] = {}
+    left = [(name, _file(sys.modules.get(name), name.partition(".")[0])) for name in modules]
+    while left:
+        name, file = left.pop()
+        if file is None or (label := _label(name, file)) in found:
+            continue
+        found[label] = file
+        top = name.partition(".")[0]
+        for one in _imported(name, file):
+            left.append((one, _file(sys.modules.get(one), top) if one in sys.modules else _unloaded(one, top)))
+    return found
+
+
+def modules_of(function: Any) -> set[str]:
+    """The module of a function or of an object's class; of a `functools.partial` that of its function."""
+    while isinstance(function, partial):
+        function = function.func
     target = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
-    module = sys.modules.get(getattr(target, "__module__", None) or "")
-    own = _file(module)
-    if module is None or own is None:
-        return set()
-    imported = [
-        value if isinstance(value, ModuleType) else sys.modules.get(getattr(value, "__module__", None) or "")
-        for value in vars(module).values()
-    ]
-    beside = {file for one in imported if (file := _file(one)) is not None and own.parent in file.parents}
-    return {own, *beside}
+    return {target.__module__} if isinstance(getattr(target, "__module__", None), str) else set()
 
 
-def _file(module: ModuleType | None) -> Path | None:
-    """A module's file, unless it is of Python, of an installed package, or of opd."""
-    file = getattr(module, "__file__", None)
-    if module is None or file is None or module.__name__.split(".")[0] in ("opd", "opd_studies"):
+def _label(name: str, file: Path) -> str:
+    """A module's name as a path: unlike a file's name, no two modules share it."""
+    if name == "__main__":
+        return file.name
+    return name.replace(".", "/") + ("/__init__.py" if file.name == "__init__.py" else ".py")
+
+
+def _imported(name: str, file: Path) -> Iterator[str]:
+    """The modules that a file's import statements name, and the packages that hold them; some names are no module's."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # of a module that a function imports, and may never
+        return
+    package = name.split(".") if file.name == "__init__.py" else name.split(".")[:-1]
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [one.name for one in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            names = [f"{base}.{one.name}" for one in node.names]
+        for dotted in names:
+            parts = dotted.split(".")
+            yield from (".".join(parts[: i + 1]) for i in range(len(parts)))
+
+
+def _unloaded(name: str, top: str) -> Path | None:
+    """The file of a module that is not loaded, if it is the user's. Loads nothing."""
+    spec, where = None, None
+    for i in range(name.count(".") + 1):
+        part = ".".join(name.split(".")[: i + 1])
+        spec = None if i == 0 and part in sys.stdlib_module_names else PathFinder.find_spec(part, where)
+        if spec is None or (i < name.count(".") and spec.submodule_search_locations is None):
+            return None
+        where = spec.submodule_search_locations
+    return _users(name, spec and spec.origin, top)
+
+
+def _file(module: ModuleType | None, top: str) -> Path | None:
+    return None if module is None else _users(module.__name__, getattr(module, "__file__", None), top)
+
+
+def _users(name: str, file: str | None, top: str) -> Path | None:
+    """A module's file, unless it is of opd, of Python, or of another installed package than `top`."""
+    package = name.partition(".")[0]
+    if file is None or package in ("opd", "opd_studies"):
         return None
     path = Path(file).resolve()
-    installed = {"site-packages", "dist-packages"} & set(path.parts) or path.is_relative_to(
-        Path(sys.base_prefix) / "lib"
-    )
+    installed = {"site-packages", "dist-packages"} & set(path.parts)
+    if not installed and path.is_relative_to(Path(sys.base_prefix) / "lib"):
+        return None
     # A module of a notebook may have lost its file.
-    return path if path.suffix == ".py" and not installed and path.is_file() else None
+    return path if path.suffix == ".py" and (not installed or package == top) and path.is_file() else None
 
 
 def _hash(parts: Iterable[bytes]) -> str:

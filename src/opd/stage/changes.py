@@ -17,17 +17,21 @@ from opd.recipe.schema import Recipe, StageSpec
 # The effect of a change on the steps to come; after a change of structure there is no checkpoint to go on from.
 Effect = Literal["none", "rounding", "numbers", "structure"]
 
-# The first pattern that matches a key decides; `*` also matches dots. Judges' servers are among the keys of rewards.
+# The first pattern that matches a key decides; `*` also matches dots. Judges' servers are among the keys of rewards. In
+# place of names that the recipe gives (of models, stages, tasks, sampling settings) keys have NAME here.
 EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("name", "none"),
     ("description", "none"),
     ("output_dir", "none"),
     ("report_to*", "none"),
-    ("models.*.offload", "none"),
-    ("models.*.device", "rounding"),
-    ("models.*.attn_implementation", "rounding"),
-    ("models.*.gradient_checkpointing", "rounding"),
+    ("models.NAME.offload", "none"),
+    ("models.NAME.device", "rounding"),
+    ("models.NAME.attn_implementation", "rounding"),
+    ("models.NAME.gradient_checkpointing", "rounding"),
     ("stages.*.options.*", "numbers"),  # of methods, rewards and data, whatever their names
+    ("stages.*.sampler_options.*", "numbers"),
+    ("stages.*.columns.*", "numbers"),
+    ("stages.*.body.*", "numbers"),  # of requests to judges
     ("stages.*.micro_batch_tokens", "rounding"),
     ("stages.*.checkpoint.*", "none"),
     ("stages.*.samples_every", "none"),
@@ -44,12 +48,12 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("stages.*.retries", "none"),
     ("stages.*.on_error", "none"),
     ("stages.*.max_failed", "none"),
-    ("models.*.path", "numbers"),
-    ("models.*.chat_template", "numbers"),
-    ("models.*.template_options.*", "numbers"),
+    ("models.NAME.path", "numbers"),
+    ("models.NAME.chat_template", "numbers"),
+    ("models.NAME.template_options.*", "numbers"),
     ("models.*", "structure"),
-    ("stages.*.train", "structure"),
-    ("stages.*.method", "structure"),
+    ("stages.NAME.train", "structure"),
+    ("stages.NAME.method", "structure"),
     ("*", "numbers"),
 )
 
@@ -75,8 +79,10 @@ def recipe_changes(old: Recipe, new: Recipe) -> list[Change]:
     if names[0] != names[1]:
         return [Change("the stages", ", ".join(names[0]), ", ".join(names[1]), "structure")]
     flat = [dict(_flat(_by_name(recipe))) for recipe in (old, new)]
-    keys = [key for key in {**flat[0], **flat[1]} if flat[0].get(key, MISSING) != flat[1].get(key, MISSING)]
-    return [Change(key, flat[0].get(key, MISSING), flat[1].get(key, MISSING), _effect(key)) for key in keys]
+    paths = [path for path in {**flat[0], **flat[1]} if flat[0].get(path, MISSING) != flat[1].get(path, MISSING)]
+    return [
+        Change(".".join(path), flat[0].get(path, MISSING), flat[1].get(path, MISSING), _effect(path)) for path in paths
+    ]
 
 
 def input_changes(stage: str, old: Mapping[str, str], new: Mapping[str, str]) -> list[Change]:
@@ -133,8 +139,22 @@ def refuse(folder: str, changes: Sequence[Change], *, accept: bool) -> None:
 _SHOWN = 12
 
 
-def _effect(key: str) -> Effect:
+def _effect(path: tuple[str, ...]) -> Effect:
+    key = _pattern_key(path)
     return next(effect for pattern, effect in EFFECTS if fnmatchcase(key, pattern))
+
+
+def _pattern_key(path: tuple[str, ...]) -> str:
+    """The dotted key with NAME for names: a task may be called `checkpoint`, and any name may have dots."""
+    parts = list(path)
+    named = [0] if parts[0] in ("models", "stages") else []
+    if parts[0] == "stages":
+        named += [2] if parts[2:3] == ["tasks"] else []
+        named += [i for i in range(2, len(parts)) if parts[i - 1 : i + 1] == ["evaluate", "sampling"]]
+    for i in named:
+        if i + 1 < len(parts):
+            parts[i + 1] = "NAME"
+    return ".".join(parts)
 
 
 def _by_name(recipe: Recipe) -> dict[str, Any]:
@@ -142,11 +162,11 @@ def _by_name(recipe: Recipe) -> dict[str, Any]:
     return {**values, "stages": {stage["name"]: stage for stage in values["stages"]}}
 
 
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys and values; empty mappings have no key."""
+def _flat(values: Mapping[str, Any], before: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The paths of keys, and values; empty mappings have no path."""
     for name, value in values.items():
-        key = f"{before}{name}"
+        path = (*before, name)
         if isinstance(value, Mapping):
-            yield from _flat(value, f"{key}.")
+            yield from _flat(value, path)
         else:
-            yield key, value
+            yield path, value

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -168,13 +169,15 @@ def made_progress(run: Path) -> bool:
 
 
 def clear(run: Path) -> None:
-    """Remove files of a run without progress that a run of another recipe would read: evaluations and the trackers' id.
+    """Remove files of a run without progress that another run would read: evaluations and the trackers' id.
 
     Judges' answers stay: each is stored with its question.
     """
     for stage in _stages(run):
         for file in stage.glob("held_out_*.parquet"):
             file.unlink()
+        if (stage / "evaluating").exists():
+            shutil.rmtree(stage / "evaluating")
     with contextlib.suppress(FileNotFoundError):
         (run / "report_id.txt").unlink()
 

@@ -22,6 +22,7 @@ from opd.stage.changes import Change, check_steps, input_changes, recipe_changes
 from opd.stage.claim import HOLDER, LOCK, clear, made_progress, made_something
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
+FILES = {"of another recipe": "recipe.yaml", "with other rows, models or code": INPUTS}  # which run a folder holds
 
 Inputs: TypeAlias = Mapping[str, Mapping[str, str]]  # by stage: fingerprints of rows, models and code by name
 
@@ -48,6 +49,7 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
     """Write the files of a start into the locked folder; returns notes. Raises RunError for another run's folder."""
     notes: list[str] = []
     started = datetime.now()
+    texts = {"recipe.yaml": dump(recipe), INPUTS: json.dumps(inputs, indent=2) + "\n"}
     if made_progress(path):
         started = started_at(path)
         old = _last_recipe(path)
@@ -64,17 +66,21 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
             at = datetime.now().isoformat(timespec="seconds")
             append_row(path / CHANGES, {"at": at, **asdict(change)}, "a change")
     elif (path / "recipe.yaml").exists():
-        if (path / "recipe.yaml").read_bytes() == dump(recipe).encode():
+        if not (other := [what for what, file in FILES.items() if not _holds(path / file, texts[file])]):
             started = started_at(path)
         else:
-            notes.append(f"{path}: a run of another recipe that made no step was here; this run replaces it")
+            notes.append(f"{path}: a run {other[0]} that made no step was here; this run replaces it")
             clear(path)
     remove_unfinished(path)
-    for name, text in (("recipe.yaml", dump(recipe)), (INPUTS, json.dumps(inputs, indent=2) + "\n")):
-        if not (path / name).exists() or (path / name).read_bytes() != text.encode():
+    for name, text in texts.items():
+        if not _holds(path / name, text):
             write_atomically(path / name, text)
     write_atomically(path / "environment.json", json.dumps(_environment(started), indent=2) + "\n")
     return tuple(notes)
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.exists() and file.read_bytes() == text.encode()
 
 
 def _last_recipe(path: Path) -> Recipe:
@@ -92,10 +98,10 @@ def _last_recipe(path: Path) -> Recipe:
 def _other_inputs(path: Path, inputs: Inputs, reopened: Collection[str]) -> list[Change]:
     """The inputs that differ from those of the last start, of stages that are not done or `reopened`."""
     try:
-        old: Inputs = {**json.loads((path / INPUTS).read_bytes())}
+        old: Inputs = {stage: {**names} for stage, names in {**json.loads((path / INPUTS).read_bytes())}.items()}
     except FileNotFoundError:
         return []
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise RunError(f"{path / INPUTS} is damaged ({error}). Remove it to go on without a comparison.") from error
     done = {stage for stage in inputs if stage not in reopened and (path / stage / "done.json").exists()}
     compared = [stage for stage in inputs if stage in old and stage not in done]
@@ -111,7 +117,7 @@ def _other_steps(path: Path, old: Recipe, new: Recipe) -> dict[str, str]:
         rows = [row for _, row in read_lines(path / before.name / "metrics.jsonl")]
         later = [one.name for one in old.stages[i + 1 :] if made_something(path / one.name)]
         made = max((row["step"] for row in rows), default=0)
-        limited = (path / before.name / "done.json").exists() and made < before.steps
+        limited = before.seconds_of is not None and (path / before.name / "done.json").exists() and made < before.steps
         check_steps(before, after.steps, made=made, later=later, limited=limited)
         out[f"stages.{before.name}.steps"] = before.name
     return out
@@ -121,7 +127,7 @@ def started_at(path: Path) -> datetime:
     """The time that the run's folder states; the present for a new run."""
     try:
         return datetime.fromisoformat(json.loads((path / "environment.json").read_text())["started"])
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return datetime.now()
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from opd.errors import TrainingError
-from opd.plugins import RAISED
+from opd.plugins import RAISED, contained
 from opd.samplers.asked.protocol import Question, Reply
 
 
@@ -39,7 +39,8 @@ class Program:
     def _answered(self, question: Question) -> Reply:
         for failed in range(self.retries + 1):
             try:
-                text = self.function(question, **self.options)
+                with contained():
+                    text = self.function(question, **self.options)
             except RAISED as error:  # a user's function may raise anything
                 if failed == self.retries:
                     why = f"the judge {self.name} raised {type(error).__name__}: {error}"
