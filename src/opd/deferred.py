@@ -1,17 +1,13 @@
-"""torch and numpy, imported at their first use, so that a command which touches no tensor does not load them.
+"""torch and numpy, imported at their first use, so that a command that touches no tensor does not load them.
 
-A file that has to be importable without them writes:
-
-    if TYPE_CHECKING:
-        import torch
-    else:
-        from opd.deferred import torch
+A file that such a command imports writes `from opd.deferred import torch`, and `from torch import Tensor` under
+TYPE_CHECKING.
 """
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class Deferred:
@@ -32,5 +28,11 @@ class Deferred:
         return getattr(module, attribute)  # also what the module makes on demand
 
 
-torch = Deferred("torch")
-np = Deferred("numpy")
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+    __all__ = ["np", "torch"]
+else:
+    torch = Deferred("torch")
+    np = Deferred("numpy")

@@ -30,13 +30,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from opd.deferred import torch
 from opd.errors import TeacherError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 Message: TypeAlias = Mapping[str, Any]
 Average: TypeAlias = Literal["token", "sequence"]  # the unit of equal weight in the loss

@@ -17,15 +17,11 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd.deferred import np
 from opd.errors import ConfigError, DataError, nearest
 from opd.plugins import _import_extra
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 BLOCK = 500  # rows of a data set of reasoning-gym, its own default
 HASHED = frozenset(

@@ -6,14 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
-from typing import TYPE_CHECKING
 
+from opd.deferred import np
 from opd.types import Prompt
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 
 @dataclass(frozen=True, slots=True)

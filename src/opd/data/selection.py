@@ -8,16 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repeats
+from opd.deferred import np
 from opd.errors import ConfigError, DataError
 from opd.recipe.schema import SelectSection
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 THRESHOLD = 0.6  # default of `threshold`: arXiv 2604.13016 App. C.3, for all-mpnet-base-v2
 

@@ -11,13 +11,9 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
-
+from opd.deferred import np
 
 BLOCK = 256  # questions compared at once
 

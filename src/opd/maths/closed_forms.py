@@ -17,13 +17,11 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from opd.deferred import torch
 from opd.maths import divergences
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 WithGradient: TypeAlias = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 

@@ -28,13 +28,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 Divergence: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 

@@ -8,15 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from opd.deferred import np
 from opd.errors import DataError
 from opd.maths.quantiles import beta_quantile, student_t_quantile
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 Bounds: TypeAlias = tuple[float, float]
 

@@ -15,13 +15,11 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
+from opd.deferred import torch
 from opd.maths import closed_forms
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 WithGradient = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 

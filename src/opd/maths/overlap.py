@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.maths import divergences
 from opd.types import Support
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 
 def shared(student_top: Tensor, teacher_top: Tensor) -> Tensor:

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from opd.deferred import np
 from opd.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -12,13 +12,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
-else:
-    from opd.deferred import torch
 
 # Routers whose result has probabilities in the place of the logits.
 GIVE_PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")

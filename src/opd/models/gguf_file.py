@@ -11,14 +11,10 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd.deferred import np
 from opd.errors import ConfigError
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9

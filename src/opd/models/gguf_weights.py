@@ -9,17 +9,12 @@ transformers.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd.deferred import np, torch
 from opd.errors import ConfigError
 from opd.models.gguf_file import GGUFFile
 from opd.models.ticks import counted
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
-else:
-    from opd.deferred import np, torch
 
 DIRECT = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 # Keys that transformers' table lacks, and the field of the config that they set.

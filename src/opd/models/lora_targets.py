@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-else:
-    from opd.deferred import torch
 
 
 def check_targets(model: nn.Module, target_modules: str | list[str], where: str) -> None:

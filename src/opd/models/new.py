@@ -6,18 +6,14 @@ import json
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
 from opd.models.paths import looks_local, near_path
 from opd.models.tokenizer_files import load_tokenizer
 from opd.recipe.schema import ModelSpec
-
-if TYPE_CHECKING:
-    import torch
-else:
-    from opd.deferred import torch
 
 # Sizes of a transformers config, which it also takes below 1.
 SIZES = (

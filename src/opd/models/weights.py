@@ -12,6 +12,7 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from opd.deferred import torch
 from opd.errors import ConfigError, incomplete
 from opd.files import tensor_shapes
 from opd.models.new import read_config
@@ -19,10 +20,7 @@ from opd.models.remembered import keep, recall
 from opd.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
-else:
-    from opd.deferred import torch
 
 
 def check_weights(folder: Path, spec: ModelSpec, label: str) -> list[str]:

@@ -9,16 +9,12 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
+from opd.deferred import torch
 from opd.pieces import token_sequences
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
 from opd.types import Filter, Rollout
-
-if TYPE_CHECKING:
-    import torch
-else:
-    from opd.deferred import torch
 
 Test: TypeAlias = Callable[[Rollout], bool]
 

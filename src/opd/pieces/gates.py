@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Reads, needing
@@ -17,10 +18,7 @@ from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Gather, MakeMemory
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 
 class EntropyGate(SavedAttributes):

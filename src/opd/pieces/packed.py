@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.types import Tokens
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

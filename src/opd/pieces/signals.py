@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.maths import divergences
 from opd.pieces.needs import Needs, Piece, Reads, Trait, needing, needs_of
@@ -14,10 +15,7 @@ from opd.pieces.packed import support_of
 from opd.types import Advantage, Signal, Tokens
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 # Importance ratios are clamped at e^60, below the overflow of float32, so that a clipped token has a gradient of
 # exactly 0, not 0 x inf. A larger ratio means a broken run.

@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from opd.deferred import torch
 from opd.pieces.filters import PASS
 from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import needing
 from opd.types import Batch, Gather, MakeMemory, Rollout
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one per rollout, None without a solution
 

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING
 
+from opd.deferred import np
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needs_of
 from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 
 @cache

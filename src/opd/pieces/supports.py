@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.types import ChosenBy, Support
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
-else:
-    from opd.deferred import torch
 
 
 def no_support() -> Support:

@@ -9,16 +9,12 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
+from opd.deferred import torch
 from opd.plugins import RAISED
 from opd.rewards.base import FunctionReward, rewarded
 from opd.types import Prompt, Reward, Rollout
-
-if TYPE_CHECKING:
-    import torch
-else:
-    from opd.deferred import torch
 
 ROWS = 16  # rows that `opd check` and `opd doctor` try
 PART = 0.005  # ours: what is paid a smaller share of the right answer counts as not paid

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from opd.deferred import np
 from opd.errors import ConfigError, DataError, OPDError, TeacherError, TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.ticks import counted
@@ -18,11 +19,6 @@ from opd.recipe.schema import MAX_FAILED, JudgeSection
 from opd.rewards.calls import Waiting, called
 from opd.samplers.asked.cache import AnswerCache, CachedJudge
 from opd.types import Gather, Prompt, Reward, Rollout
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    from opd.deferred import np
 
 RewardFn: TypeAlias = Callable[[Prompt, str], float]  # (prompt, text of the response) -> a finite number
 

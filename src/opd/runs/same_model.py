@@ -7,6 +7,7 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.paths import source_of
@@ -16,10 +17,7 @@ from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
-else:
-    from opd.deferred import torch
 
 SELF_TAUGHT = ("context_distillation", "anti_sd")  # methods whose teacher is the student, with more in its prompt
 

@@ -6,18 +6,14 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from opd.deferred import torch
 from opd.errors import OPDError
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.samplers.asked.protocol import Question, Reply
 from opd.types import Prompt, Sampler, Sampling
-
-if TYPE_CHECKING:
-    import torch
-else:
-    from opd.deferred import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
