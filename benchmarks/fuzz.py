@@ -272,7 +272,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="SEED-NUMBER of one recipe")
     given = parser.parse_args()
-    from opd.stage.progress import quiet_libraries
+    from opd.stage.quiet import quiet_libraries
 
     quiet_libraries()
     if given.only:

@@ -10,7 +10,8 @@ from common import Record, timed
 
 from opd.loss.step import gradient, scored
 from opd.method import Method
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
+from opd.models.root import Root
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation

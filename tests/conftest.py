@@ -12,6 +12,12 @@ if not torch.cuda.is_available():  # before Triton is imported: without a GPU it
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+@pytest.fixture(autouse=True)
+def answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads what another one, or an earlier run, has kept about a folder of the same content."""
+    monkeypatch.setattr("opd.models.remembered._file", lambda what, folder: None)
+
+
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Forks]:
     """Runs of the command in forks of a process that has imported everything: a second each, not ten."""

@@ -21,7 +21,8 @@ from opd.rewards.base import RewardFn
 from opd.rewards.registry import as_reward
 from opd.runs.prepare import Given
 from opd.runs.stages import Run, run_recipe
-from opd.stage.progress import Progress, quiet_libraries
+from opd.stage.progress import Progress
+from opd.stage.quiet import quiet_libraries
 from opd.types import Prompt, Reward, Sampler, Teacher
 
 

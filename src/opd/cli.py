@@ -9,7 +9,7 @@ import typer
 
 from opd.errors import ConfigError, OPDError
 from opd.stage.interrupt import StopNow, Stopped
-from opd.stage.progress import quiet_libraries
+from opd.stage.quiet import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -34,6 +34,11 @@ def expanded(path: str | Path) -> Path:
         ) from error
 
 
+def cache_dir() -> Path:
+    """The folder of everything that can be made again: OPD_CACHE, or ~/.cache/opd."""
+    return expanded(os.environ.get("OPD_CACHE", "~/.cache/opd"))
+
+
 def is_unicode(text: str) -> bool:
     """Whether the text has no half of a surrogate pair, which UTF-8 cannot hold."""
     try:
@@ -245,7 +250,7 @@ def tensor_shapes(file: Path, label: str) -> dict[str, tuple[int, ...]]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, "pt") as stored:
+        with safe_open(file, "np") as stored:
             return {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         size = file.stat().st_size if file.exists() else 0

@@ -24,16 +24,17 @@ A worked example, one prompt, response "4 ." and the end token, padded to T = 4:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from enum import IntEnum
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.errors import TeacherError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Message: TypeAlias = Mapping[str, Any]
 Average: TypeAlias = Literal["token", "sequence"]  # the unit of equal weight in the loss
@@ -121,6 +122,30 @@ class Rollout:
     judged: Mapping[str, float] = field(
         default_factory=dict[str, float]
     )  # further numbers from the judges, for the metrics
+
+
+class Unwritten(Rollout):
+    """A text in place of a response. The tensors that it was not given are made when they are read: no token, [0].
+
+    It takes the fields of a `Rollout` by name.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, **values: Any) -> None:
+        for one in fields(Rollout):
+            if one.name in values:
+                value = values[one.name]
+            elif one.default is not MISSING or one.default_factory is not MISSING:
+                value = one.default if one.default_factory is MISSING else one.default_factory()
+            else:
+                continue
+            object.__setattr__(self, one.name, value)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name not in ("response_ids", "trained", "turn"):
+            raise AttributeError(f"{type(self).__name__} has no {name!r}")
+        return torch.zeros(0, dtype=torch.bool if name == "trained" else torch.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -426,10 +451,10 @@ Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record
 Watch: TypeAlias = Callable[[Writers], EarlyStop]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
-Credit: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T]
-Weight: TypeAlias = Callable[[Batch], Tensor]  # -> [B, T], >= 0
-Signal: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
-Advantage: TypeAlias = Callable[[Tokens], Tensor]  # -> [N], of a policy gradient
+Credit: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T]
+Weight: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T], >= 0
+Signal: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N]
+Advantage: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N], of a policy gradient
 Normalise: TypeAlias = Callable[[Batch], Denominator]
 Gather: TypeAlias = Callable[[Any], list[Any]]  # the values of all processes, in rank order, on every process
 MakeMemory: TypeAlias = Callable[[], Memory]

@@ -710,7 +710,10 @@ def test_trust_remote_code_blocks_model_folder_code_when_unset(model_folder: Pat
 # --- the other commands ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("train", "missing.yaml"), ("train", "--help")], ids=" ".join)
+LIGHT = (("--help",), ("train", "missing.yaml"), ("train", "--help"), ("methods",), ("describe", "opd"))
+
+
+@pytest.mark.parametrize("arguments", LIGHT, ids=" ".join)
 def test_cli_imports_no_torch_when_no_model_is_needed(tmp_path: Path, arguments: tuple[str, ...]):
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
@@ -724,7 +727,7 @@ def test_cli_imports_no_torch_when_no_model_is_needed(tmp_path: Path, arguments:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     imported = {line.split("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "opd.cli" in imported
-    assert not imported & {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy"}
+    assert not imported & {"torch", "transformers", "datasets", "peft", "pyarrow", "numpy", "rich"}
     # Of the processor, so that a busy machine does not count; importing torch alone takes twice this.
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
     if "--help" in arguments:

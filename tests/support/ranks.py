@@ -78,7 +78,8 @@ def main(folders: Sequence[str]) -> None:
     from opd.parallel import join
     from opd.recipe.load import load_recipe
     from opd.runs.stages import run_recipe
-    from opd.stage.progress import Progress, quiet_libraries
+    from opd.stage.progress import Progress
+    from opd.stage.quiet import quiet_libraries
     from support.runs import import_all
 
     quiet_libraries()

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import ConfigError, DataError, nearest
 from opd.plugins import _import_extra
 

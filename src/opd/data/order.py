@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
 
-import numpy as np
-
+from opd.deferred import np
 from opd.types import Prompt
 
 

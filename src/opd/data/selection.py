@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repeats
+from opd.deferred import np
 from opd.errors import ConfigError, DataError
 from opd.recipe.schema import SelectSection
 

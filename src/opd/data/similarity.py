@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-import numpy as np
+from opd.deferred import np
 
 BLOCK = 256  # questions compared at once
 
@@ -21,7 +21,7 @@ BLOCK = 256  # questions compared at once
 Unit: TypeAlias = Literal["words", "characters"]
 
 
-Cosines: TypeAlias = Callable[["Vectors"], np.ndarray]
+Cosines: TypeAlias = Callable[["Vectors"], "np.ndarray"]
 
 
 class Vectors(Protocol):

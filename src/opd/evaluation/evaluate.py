@@ -13,7 +13,6 @@ from opd.maths.statistics import distinct_share, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
 from opd.parallel import ALONE, World
 from opd.rewards.base import rewarded
-from opd.samplers.hf import TransformersSampler
 from opd.types import Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Writer
 
 
@@ -68,6 +67,8 @@ def measure(
 
 
 def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sampler]:
+    from opd.samplers.hf import TransformersSampler
+
     return {
         name: TransformersSampler(
             lm=student,

@@ -31,7 +31,8 @@ from opd.loss.collate import MicroBatch
 from opd.maths.metrics import Columns, Metrics
 from opd.models.experts import Decisions, Recording, Router, recorded, routers_of
 from opd.models.forward import reads_of, response_states
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
+from opd.models.root import Root
 from opd.parallel import World
 
 

@@ -18,7 +18,8 @@ from opd.loss.token_loss import loss_of
 from opd.maths.metrics import Metrics
 from opd.method import Method
 from opd.models.head import Head
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
+from opd.models.root import Root
 from opd.models.ticks import counted
 from opd.parallel import ALONE, World
 from opd.pieces.memory import observed

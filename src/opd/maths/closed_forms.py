@@ -15,14 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.maths import divergences
 
-WithGradient: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WithGradient: TypeAlias = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> tuple[Tensor, Tensor]:

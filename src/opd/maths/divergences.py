@@ -26,14 +26,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 
-Divergence: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Divergence: TypeAlias = Callable[["Tensor", "Tensor"], "Tensor"]
 
 
 def reverse_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
@@ -97,7 +98,9 @@ def named(divergence: str | Divergence, **options: float | str) -> Divergence:
             f"There is no divergence {divergence!r}.{nearest(divergence, DIVERGENCES)} "
             f"Known: {', '.join(DIVERGENCES)}; a function (student_logp, teacher_logp) -> [...] works too."
         )
-    function = partial(DIVERGENCES[divergence], **options) if options else DIVERGENCES[divergence]
+    if not options:
+        return DIVERGENCES[divergence]
+    function = partial(DIVERGENCES[divergence], **options)
     try:
         function(torch.zeros(1), torch.zeros(1))  # refuses invalid options here, not in the first step
     except TypeError as error:

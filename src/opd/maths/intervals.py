@@ -10,8 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import DataError
 from opd.maths.quantiles import beta_quantile, student_t_quantile
 

@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.util import find_spec
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.maths import closed_forms
 
-WithGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WithGradient = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
 
 
 BLOCK = 4096  # entries of a row that a program holds at once

@@ -6,11 +6,14 @@ S_p and S_q are the k most likely tokens of student and teacher at a position (a
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.maths import divergences
 from opd.types import Support
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def shared(student_top: Tensor, teacher_top: Tensor) -> Tensor:

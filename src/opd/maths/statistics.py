@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import ConfigError
 
 

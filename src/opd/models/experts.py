@@ -10,19 +10,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from opd.deferred import torch
 from opd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 # Routers whose result has probabilities in the place of the logits.
 GIVE_PROBABILITIES = ("Gemma4TextRouter", "DiffusionGemmaTextRouter")
 # Their results do not say which experts run: Zaya's gives tokens that skip the layer to expert 0, Doge's has the logits
 # of keys whose products are the experts, DBRX's only logits.
 UNREADABLE = ("ZayaRouter", "DogeCDMoE", "DbrxRouter")
-_INTEGERS = (torch.int64, torch.int32)
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef")
 
 
@@ -144,10 +144,14 @@ def _decisions(router: Router, result: Any, reads: Tensor, *, logits: bool) -> D
     """
     values: Sequence[Any] = result if isinstance(result, (tuple, list)) else [result]
     scores = values[router.index] if len(values) > router.index else values[0]
-    if not router.readable or not isinstance(scores, Tensor) or scores.ndim != 2 or len(scores) != len(reads):
+    if not router.readable or not isinstance(scores, torch.Tensor) or scores.ndim != 2 or len(scores) != len(reads):
         return None
     n, k = len(reads), getattr(router.module, "top_k", None)
-    integers = [v for v in values if isinstance(v, Tensor) and v.ndim == 2 and len(v) == n and v.dtype in _INTEGERS]
+    integers = [
+        v
+        for v in values
+        if isinstance(v, torch.Tensor) and v.ndim == 2 and len(v) == n and v.dtype in (torch.int64, torch.int32)
+    ]
     if not integers and not isinstance(k, int):
         return None
     chosen = integers[0] if integers else scores.detach().topk(k or 1, dim=-1).indices

@@ -16,18 +16,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from opd.errors import ConfigError
-from opd.files import expanded, follow_umask, fsync_path, write_atomically
+from opd.files import cache_dir, follow_umask, fsync_path, write_atomically
 from opd.models.gguf_file import read_gguf
 from opd.models.gguf_tokenizer import end_ids, read_tokenizer
 from opd.models.gguf_weights import load_model
 
 CONVERTER = 2  # raise it when a change of this code changes what a file becomes
 RECORD = "conversion.json"
-
-
-def cache_dir() -> Path:
-    """The folder of everything that can be made again: OPD_CACHE, or ~/.cache/opd."""
-    return expanded(os.environ.get("OPD_CACHE", "~/.cache/opd"))
 
 
 def cached_gguf(file: Path) -> Path | None:

@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import ConfigError
 
 VERSIONS = (2, 3)

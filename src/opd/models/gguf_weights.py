@@ -11,9 +11,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-import torch
-
+from opd.deferred import np, torch
 from opd.errors import ConfigError
 from opd.models.gguf_file import GGUFFile
 from opd.models.ticks import counted

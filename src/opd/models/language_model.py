@@ -6,19 +6,21 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, DataError
 from opd.models.endings import Endings, endings_of
-from opd.models.head import Head
 from opd.models.positions import check_positions, positions_of
 
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from opd.models.head import Head
+else:
+    from opd.deferred import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,8 +85,10 @@ class LanguageModel:
 
     def head(self) -> Head:
         """The output layer, with the multiplier and soft cap of the model's config."""
+        from opd.models.head import Head
+
         layer = self.causal_lm.get_output_embeddings()  # type: ignore[operator]
-        if not isinstance(getattr(layer, "weight", None), Tensor) or hasattr(layer, "lora_A"):
+        if not isinstance(getattr(layer, "weight", None), torch.Tensor) or hasattr(layer, "lora_A"):
             raise ConfigError(
                 f"{self.name}: the output layer is a {type(layer).__name__}, but opd needs one weight matrix. "
                 "Leave the output layer out of the LoRA target modules."
@@ -115,7 +119,7 @@ class LanguageModel:
         """
         lm: Any = self.causal_lm
         named = getattr(lm, lm.base_model_prefix, None)
-        if isinstance(named, nn.Module):
+        if isinstance(named, torch.nn.Module):
             return named
         embeddings = lm.get_input_embeddings()
         inside = [child for child in lm.children() if any(module is embeddings for module in child.modules())]
@@ -256,21 +260,6 @@ def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: f
             f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1:.0f}. Remove the "
             "token from the data or from the chat template, or use models that have it."
         )
-
-
-class Root(nn.Module):
-    """A wrapper of a model: its forward runs any function over the weights.
-
-    The losses call the backbone and read the head's weight, but not the model itself. FSDP gathers sharded weights in
-    the forward of the module that holds them all, and reduces their gradients after its backward. This is that module.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[..., Result], *arguments: Any) -> Result:
-        return function(*arguments)
 
 
 @contextlib.contextmanager

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
 
-from torch import nn
-
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def check_targets(model: nn.Module, target_modules: str | list[str], where: str) -> None:
@@ -17,7 +20,7 @@ def check_targets(model: nn.Module, target_modules: str | list[str], where: str)
     if target_modules == "all-linear":
         return
     names = [name for name, _ in model.named_modules()]
-    kinds = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, nn.Linear)})
+    kinds = sorted({name.rpartition(".")[2] for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)})
     if isinstance(target_modules, str):
         try:
             missing = [] if any(re.fullmatch(target_modules, name) for name in names) else [target_modules]

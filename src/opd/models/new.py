@@ -8,8 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
 from opd.models.paths import looks_local, near_path

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
-from opd.models.adapters import adapter_settings
+from opd.models.adapter_files import adapter_settings
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
 

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd.models.endings import Endings, endings_of, generation_ids
+from opd.models.experts import coefficient_in
 from opd.models.positions import positions_of
+from opd.models.remembered import keep, recall
 from opd.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:
     from torch import nn
 
     from opd.models.paths import Source
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Facts:
+    """What a transformers config says; `remembered` keeps it as JSON."""
+
+    rows: float  # of the input and output layers; infinite if it does not say
+    positions: float  # `positions_of`
+    balance: float  # `experts.coefficient_in`
 
 
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
@@ -45,15 +56,34 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
-    config = known_config(spec, name, tokenizer)
-    return math.inf if config is None else positions_of(config)
+    known = known_facts(spec, name, tokenizer)
+    return math.inf if known is None else known.positions
 
 
 def known_rows(spec: ModelSpec, name: str, tokenizer: Any) -> float:
     """The number of rows of the input and output layers of a recipe's model; infinite if its config cannot be read."""
+    known = known_facts(spec, name, tokenizer)
+    return math.inf if known is None else known.rows
+
+
+def known_facts(spec: ModelSpec, name: str, tokenizer: Any) -> Facts | None:
+    """Facts of a model's config; None if it cannot be read yet. Of a folder seen before they are remembered."""
+    source = None if spec.path is None or spec.trust_remote_code else _source(spec, name)
+    kept = None if source is None else recall("config", source.weights)
+    if kept is not None:
+        return Facts(**kept)
     config = known_config(spec, name, tokenizer)
-    rows = None if config is None else getattr(config.get_text_config(), "vocab_size", None)
-    return rows if isinstance(rows, int) else math.inf
+    if config is None:
+        return None
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    facts = Facts(
+        rows=rows if isinstance(rows, int) else math.inf,
+        positions=positions_of(config),
+        balance=coefficient_in(config),
+    )
+    if source is not None:
+        keep("config", source.weights, asdict(facts))
+    return facts
 
 
 def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
@@ -76,15 +106,15 @@ def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
 
 def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
     """The transformers config of a recipe's model; None if it cannot be read yet. `tokenizer`: of a new model."""
-    from transformers import AutoConfig
-
-    from opd.models.new import new_config
-
     if spec.init is not None:
+        from opd.models.new import new_config
+
         return new_config(spec, name, tokenizer)
     source = _source(spec, name)
     if source is None:
         return None
+    from transformers import AutoConfig
+
     try:
         return AutoConfig.from_pretrained(source.weights, trust_remote_code=spec.trust_remote_code)
     except Exception:  # of a damaged file transformers raises any type; `known_weights`, or loading it, reports it
@@ -104,7 +134,7 @@ def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module | None
 
 def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
-    from opd.models.adapters import adapter_tensors
+    from opd.models.adapter_files import adapter_tensors
     from opd.models.gguf import notes_of
     from opd.models.gguf_file import read_gguf
     from opd.models.paths import source_of

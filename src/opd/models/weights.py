@@ -10,15 +10,17 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from logging import CRITICAL
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-
+from opd.deferred import torch
 from opd.errors import ConfigError, incomplete
 from opd.files import tensor_shapes
 from opd.models.new import read_config
+from opd.models.remembered import keep, recall
 from opd.recipe.schema import ModelSpec
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 def check_weights(folder: Path, spec: ModelSpec, label: str) -> list[str]:
@@ -28,6 +30,10 @@ def check_weights(folder: Path, spec: ModelSpec, label: str) -> list[str]:
     weights all count. Raises ConfigError for missing tensors and other shapes, and for damaged files. Quantised weights
     and models that cannot be built without storage pass: `check_loaded` compares them when they load.
     """
+    what, trusts = f"{label}: {folder}", spec.trust_remote_code
+    spare = None if trusts else recall("weights", folder)
+    if spare is not None:
+        return _spare_notes(spare, what)
     config = read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
     tensors = {
         name: torch.empty(shape, device="meta")
@@ -35,7 +41,12 @@ def check_weights(folder: Path, spec: ModelSpec, label: str) -> list[str]:
         for name, shape in shapes.items()
     }
     info = _loading_info(config, spec, tensors)
-    return [] if info is None else check_loaded(info, f"{label}: {folder}")
+    if info is None:
+        return []
+    notes = check_loaded(info, what)
+    if not trusts:
+        keep("weights", folder, sorted(info["unexpected_keys"]))
+    return notes
 
 
 def check_loaded(info: Mapping[str, Any], what: str) -> list[str]:
@@ -48,7 +59,11 @@ def check_loaded(info: Mapping[str, Any], what: str) -> list[str]:
             f"{what}: {problem}. transformers would fill them with random numbers. Copy or download the files again, "
             "or correct config.json, e.g. num_hidden_layers, vocab_size or tie_word_embeddings."
         )
-    spare = sorted(info["unexpected_keys"])
+    return _spare_notes(sorted(info["unexpected_keys"]), what)
+
+
+def _spare_notes(spare: Sequence[str], what: str) -> list[str]:
+    """A line if the model does not use some tensors of its folder; else none."""
     return [f"{what} has {len(spare)} tensors that the model does not use ({_some(spare)})"] if spare else []
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from opd.errors import ConfigError
 from opd.models import adapters
+from opd.models.adapter_files import refuse_kind
 from opd.models.endings import endings_of, generation_ids
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.noise import remember_noise
@@ -54,7 +55,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
 def refuse_adapters(lm: LanguageModel) -> None:
     """Raise ConfigError for an adapter that is not part of the model's layers."""
     for settings in getattr(lm.model, "peft_config", {}).values():
-        adapters.refuse_kind(str(getattr(settings.peft_type, "value", settings.peft_type)), lm.name)
+        refuse_kind(str(getattr(settings.peft_type, "value", settings.peft_type)), lm.name)
 
 
 def within_rows(lm: LanguageModel) -> LanguageModel:

@@ -8,16 +8,17 @@ which it is scored, and that no weight depends on y. `opd check` refuses other c
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.pieces.needs import Needs, Piece, Trait, needs_of
 from opd.pieces.packed import support_of
 from opd.types import Advantage, Tokens
 
-Baseline: TypeAlias = Callable[[Tokens], Tensor]  # -> [N]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Baseline: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N]
 
 
 def expected_log_ratio(tokens: Tokens) -> Tensor:

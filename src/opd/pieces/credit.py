@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-from torch.nn.functional import softplus
-
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Need, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Credit
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @cache
@@ -113,7 +113,7 @@ def diverge_from_teacher(
     if not 0 <= strength < math.inf:
         raise ConfigError(f"`strength` of diverge_from_teacher must be at least 0 and finite, got {strength}.")
     phis: dict[str, Callable[[Tensor], Tensor]] = {
-        "jsd": lambda u: 0.5 * (softplus(u) - math.log(2.0)),
+        "jsd": lambda u: 0.5 * (torch.nn.functional.softplus(u) - math.log(2.0)),
         "reverse_kl": lambda u: u,
     }
     phi = phis[shape]

@@ -8,15 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from opd.errors import ConfigError
 from opd.maths.overlap import shared
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Need, Trait, needing
 from opd.types import Batch, EarlyStop, Gather, MakeMemory, Rollout, Scores, Watch, Weight, Writers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ALIVE = 1e-8  # a trust above this counts as positive, as in the released code
 

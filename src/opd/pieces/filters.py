@@ -11,8 +11,7 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeAlias
 
-import torch
-
+from opd.deferred import torch
 from opd.pieces import token_sequences
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
 from opd.types import Filter, Rollout

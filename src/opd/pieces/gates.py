@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
 from opd.types import Batch, Gather, MakeMemory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class EntropyGate(SavedAttributes):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeVar
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from opd.errors import ConfigError
 from opd.types import Batch, Gather, Memory
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = TypeVar("Kind", bound=Memory)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.types import Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def valid(values: Tensor, mask: Tensor) -> Tensor:

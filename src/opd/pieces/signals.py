@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.maths import divergences
 from opd.pieces.needs import Needs, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.packed import support_of
 from opd.types import Advantage, Signal, Tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Importance ratios are clamped at e^60, below the overflow of float32, so that a clipped token has a gradient of
 # exactly 0, not 0 x inf. A larger ratio means a broken run.
@@ -29,7 +30,7 @@ IMITATES = Needs(traits=frozenset({Trait.MINIMISES_DIVERGENCE}))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DivergencePiece(Piece[[Tokens], Tensor]):
+class DivergencePiece(Piece[[Tokens], "Tensor"]):
     """A signal that is a divergence, so that the loss can use its closed-form gradient on the whole vocabulary."""
 
     divergence: divergences.Divergence

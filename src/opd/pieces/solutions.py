@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.pieces.filters import PASS
 from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import needing
 from opd.types import Batch, Gather, MakeMemory, Rollout
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Solutions: TypeAlias = Callable[[Sequence[Rollout]], list[str | None]]  # one per rollout, None without a solution
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needs_of
 from opd.types import Prompt, Record, Rollout, Source, Watch, Writers

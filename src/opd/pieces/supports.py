@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.types import ChosenBy, Support
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def no_support() -> Support:

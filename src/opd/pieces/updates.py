@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, Literal, TypeAlias
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, needing
 from opd.types import MakeMemory, Optimisation, Update
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The weights that a jump moves: all; attention and MLP by name, as the released code; or only a layer's matrices.
 Moved: TypeAlias = Literal["all", "released", "matrices"]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from opd.deferred import torch
 from opd.pieces import token_sequences
 from opd.pieces.needs import Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
 from opd.types import Batch, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @cache

@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-import torch
-
+from opd.deferred import torch
 from opd.plugins import RAISED
 from opd.rewards.base import FunctionReward, rewarded
 from opd.types import Prompt, Reward, Rollout
@@ -109,8 +108,6 @@ def audit(reward: Reward, prompts: Sequence[Prompt], *, rows: int = ROWS, second
     answered = [prompt for prompt in prompts if prompt.answer is not None and str(prompt.answer).strip()]
     if reward.asks or not answered or not compares_answers(reward):
         return None
-    if isinstance(reward, FunctionReward):
-        reward = replace(reward, on_error="stop")
     step = max(1, len(answered) // rows)
     chosen = answered[::step][:rows]
     started = time.monotonic()
@@ -143,6 +140,8 @@ def audit(reward: Reward, prompts: Sequence[Prompt], *, rows: int = ROWS, second
 def value_of(reward: Reward, prompt: Prompt, text: str) -> float | str:
     """The reward of a text, or why it has none."""
     try:
+        if isinstance(reward, FunctionReward):  # which reads texts, so that no tensor is made
+            return reward.value(prompt, text)
         (one,) = rewarded(reward, [as_rollout(prompt, text)])
     except RAISED as error:
         return str(error.__cause__ or error)

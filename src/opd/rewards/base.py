@@ -9,8 +9,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
+from opd.deferred import np
 from opd.errors import ConfigError, DataError, OPDError, TeacherError, TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.ticks import counted
@@ -18,7 +17,6 @@ from opd.parallel import ALONE
 from opd.plugins import RAISED
 from opd.recipe.schema import MAX_FAILED, JudgeSection
 from opd.rewards.calls import Waiting, called
-from opd.samplers.asked.build import judge_of
 from opd.samplers.asked.cache import AnswerCache, CachedJudge
 from opd.types import Gather, Prompt, Reward, Rollout
 
@@ -34,6 +32,15 @@ class TimedOut(float):
 
 
 TIMED_OUT = TimedOut(0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """A call of a reward's function without a finite number: why, the remedy, and what the function raised."""
+
+    why: str
+    remedy: str
+    error: BaseException | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,27 +67,41 @@ class FunctionReward(Reward):
         with Waiting() as waiting:
             return [self._rewarded(rollout, waiting) for rollout in counted("responses rewarded", rollouts)]
 
+    def value(self, prompt: Prompt, text: str) -> float:
+        """The reward of a text. Raises TrainingError if the call fails (the function's error is the cause)."""
+        with Waiting() as waiting:
+            found = self._called(prompt, text, waiting)
+        if isinstance(found, _Failure):
+            raise self._error(found) from found.error
+        return float(found)
+
     def _rewarded(self, rollout: Rollout, waiting: Waiting) -> Rollout:
-        waiting.now(f"the reward {self.name!r} on prompt {rollout.prompt.id}")
-        about = f"on prompt {rollout.prompt.id}, response {rollout.text[:200]!r}"
+        """The rollout with its reward, or without if failures are dropped. Raises TrainingError if they are not."""
+        found = self._called(rollout.prompt, rollout.text, waiting)
+        if not isinstance(found, _Failure):
+            return replace(rollout, reward=float(found), reward_failure="timed_out" if found is TIMED_OUT else None)
+        if self.on_error == "drop":
+            why = f"the reward {self.name!r} {found.why}"
+            return replace(rollout, reward=None, unjudged=why, reward_failure="failed")
+        raise self._error(found) from found.error
+
+    def _called(self, prompt: Prompt, text: str, waiting: Waiting) -> float | _Failure:
+        waiting.now(f"the reward {self.name!r} on prompt {prompt.id}")
+        about = f"on prompt {prompt.id}, response {text[:200]!r}"
         try:
-            value = called(lambda: self.function(rollout.prompt, rollout.text), self.timeout_s)
+            value = called(lambda: self.function(prompt, text), self.timeout_s)
         except RAISED as error:  # a user's function may raise anything
             why = f"raised {type(error).__name__} {about}: {error}"
-            return self._failed(rollout, why, "A reward must accept every text: correct it, or the row.", error)
+            return _Failure(why, "A reward must accept every text: correct it, or the row.", error)
         if not _is_finite(value):
-            why = f"returned {shown(value)} ({type(value).__name__}) {about}"
-            return self._failed(rollout, why, "Return a finite number.")
-        return replace(rollout, reward=float(value), reward_failure="timed_out" if value is TIMED_OUT else None)
+            return _Failure(f"returned {shown(value)} ({type(value).__name__}) {about}", "Return a finite number.")
+        return value
 
-    def _failed(self, rollout: Rollout, why: str, remedy: str, error: BaseException | None = None) -> Rollout:
-        """The rollout without a reward. Raises TrainingError if failures are not dropped."""
-        if self.on_error == "drop":
-            return replace(rollout, reward=None, unjudged=f"the reward {self.name!r} {why}", reward_failure="failed")
-        raise TrainingError(
-            f"The reward {self.name!r} {why}. {remedy} Or leave such responses out and count them: `on_error: drop` of "
-            "the reward."
-        ) from error
+    def _error(self, failure: _Failure) -> TrainingError:
+        return TrainingError(
+            f"The reward {self.name!r} {failure.why}. {failure.remedy} Or leave such responses out and count them: "
+            "`on_error: drop` of the reward."
+        )
 
     def check_failures(self, rollouts: Sequence[Rollout], gather: Gather) -> None:
         """Raise TrainingError on every rank if more than `max_failed` of the step's groups lack a reward."""
@@ -112,6 +133,8 @@ class GroupReward(Reward):
         rank: int,
     ) -> GroupReward:
         """The reward with its judges; `folder` keeps their answers. Raises RunError as `AnswerCache`."""
+        from opd.samplers.asked.build import judge_of
+
         cache = AnswerCache(folder, rank)
         judges = {
             role: CachedJudge(judge=judge_of(section, models, origins), cache=cache, retries=section.retries)
@@ -267,7 +290,8 @@ def _described(one: Any) -> str:
 
 def _is_finite(value: Any) -> bool:
     try:
-        return isinstance(value, (Real, np.bool_)) and math.isfinite(value)
+        number = isinstance(value, Real)
+        return (number or isinstance(value, np.bool_)) and math.isfinite(value)  # in this order: numpy loads when used
     except OverflowError:  # an integer that no float holds
         return False
 

@@ -14,8 +14,9 @@ from opd.evaluation.compare import check_comparable, check_k
 from opd.method import Method
 from opd.models.adapters import coverage
 from opd.models.experts import coefficient_of, left_out
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
+from opd.models.root import Root
 from opd.models.vocabularies import on_common_tokens
 from opd.parallel import World
 from opd.pieces.contexts import same_prompt

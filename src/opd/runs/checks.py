@@ -11,9 +11,8 @@ from pathlib import Path
 from opd.data.order import PromptOrder
 from opd.errors import ConfigError, RunError
 from opd.files import refused
-from opd.models.loading import check_new, device_of
 from opd.models.lora_targets import check_targets
-from opd.models.preview import known_config, known_weights, tokenizer_of, without_weights
+from opd.models.preview import known_config, known_facts, known_weights, tokenizer_of, without_weights
 from opd.recipe.references import unused_models
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
@@ -121,11 +120,17 @@ def check_models(recipe: Recipe, spec: StageSpec, given: Given, seen: set[str]) 
     lines: list[str] = []
     for name in new:
         origin, own = origin_of(recipe, name), recipe.models[name]
-        device_of(own, f"models.{name}")
+        if own.device not in (None, "cpu"):  # these two are always here
+            from opd.models.loading import device_of
+
+            device_of(own, f"models.{name}")
         lines += known_weights(origin, name)
         if own.lora is not None:
             check_lora(own, origin, name)
-        check_new(origin, name, recipe.seed)
+        if origin.init is not None:
+            from opd.models.loading import check_new
+
+            check_new(origin, name, recipe.seed)
     check_judges(recipe, spec, given)
     return lines
 
@@ -161,15 +166,17 @@ def check_judges(recipe: Recipe, spec: StageSpec, given: Given) -> None:
 
 def check_experts(recipe: Recipe, spec: StageSpec, given: Given) -> list[str]:
     """Compare `router_aux_loss` with the student's config. Returns a note; raises ConfigError: see `coefficient_of`."""
-    from opd.models.experts import coefficient_in, coefficient_of, left_out
+    from opd.models.experts import coefficient_of, left_out
 
     name, setting, model = spec.train, spec.router_aux_loss, None
     if name in given.models:
         model = given.models[name].model
     else:
         origin = origin_of(recipe, name)
-        config = known_config(origin, name, tokenizer_of(origin, name) if origin.init is not None else None)
-        if config is not None and (setting or coefficient_in(config)):
+        tokenizer = tokenizer_of(origin, name) if origin.init is not None else None
+        facts = known_facts(origin, name, tokenizer)
+        if facts is not None and (setting or facts.balance):
+            config = known_config(origin, name, tokenizer)
             model = without_weights(config, trust_remote_code=origin.trust_remote_code)
     if model is None:
         return []

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable
 from opd.method import Method
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
+from opd.models.root import Root
 from opd.parallel import World
 from opd.recipe.schema import StageSpec, TaskSection
 from opd.runs.prepare import Prepared

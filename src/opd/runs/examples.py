@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from opd.errors import OPDError
 from opd.method import Method
 from opd.models.endings import Endings
@@ -16,7 +14,7 @@ from opd.models.render import encode_response, render
 from opd.models.shown import end_texts, text_of_ids
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import StageSpec, TaskSection
-from opd.types import Prompt, Rollout
+from opd.types import Prompt, Rollout, Unwritten
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
@@ -171,15 +169,4 @@ def shown(ids: Sequence[int], reader: Reader) -> str:
 
 def _unwritten(prompt: Prompt) -> Rollout:
     """A rollout with placeholders for the response and its reward."""
-    nothing = torch.zeros(0, dtype=torch.long)
-    return Rollout(
-        prompt=prompt,
-        sample=0,
-        prompt_ids=(),
-        response_ids=nothing,
-        trained=nothing.bool(),
-        turn=nothing,
-        finished=True,
-        text=RESPONSE,
-        reward=1.0,
-    )
+    return Unwritten(prompt=prompt, sample=0, prompt_ids=(), finished=True, text=RESPONSE, reward=1.0)

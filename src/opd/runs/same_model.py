@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
-
+from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.paths import source_of
@@ -16,6 +15,9 @@ from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SELF_TAUGHT = ("context_distillation", "anti_sd")  # methods whose teacher is the student, with more in its prompt
 

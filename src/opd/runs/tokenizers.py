@@ -174,12 +174,13 @@ def check_responses(
 
 def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
     """Refuse a support or a comparison of more tokens than the tokenizer has. Raises ConfigError."""
-    from opd.evaluation.compare import check_k
     from opd.pieces.supports import check_fits
 
     vocabulary = max(tokenizer.get_vocab().values()) + 1
     check_fits(max(method.support.k, method.top_k), vocabulary)
     if spec.diagnostics.every:
+        from opd.evaluation.compare import check_k
+
         check_k(spec.diagnostics.k, vocabulary)
 
 
@@ -311,8 +312,9 @@ def check_tokens(
 
 def absent_tokens(name: str, tokenizer: Any, rows: float) -> list[str]:
     """A note on added tokens without a row in the model's layers; empty if there are none."""
+    absent = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if not absent:
+        return []
     from opd.models.wrapping import rows_note
 
-    tokens = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    absent = [token for token, i in tokens if i >= rows]
-    return [rows_note(name, absent, int(rows))] if absent else []
+    return [rows_note(name, sorted(absent, key=lambda token: absent[token]), int(rows))]

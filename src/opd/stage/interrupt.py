@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 
 from opd.errors import OPDError
-from opd.stage.progress import write_nowhere
+from opd.stage.quiet import write_nowhere
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 TWICE = 2.0  # seconds; torchrun passes a terminal's Ctrl-C on to processes that have received it already

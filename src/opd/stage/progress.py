@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import sys
 import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -17,6 +13,7 @@ from rich.progress import Progress as RichProgress
 
 from opd.models.ticks import running
 from opd.stage.pace import spoken
+from opd.stage.quiet import write_nowhere
 
 # Metrics of a progress line, in this order, if present.
 SHOWN = {
@@ -26,24 +23,6 @@ SHOWN = {
     "rollout/length": "length",
     "optim/grad_norm": "grad",
 }
-
-
-def quiet_libraries() -> None:
-    """Turn off progress bars and advice of other libraries, which would break the display."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    if "transformers" in sys.modules:  # it reads the variables above when it is imported
-        sys.modules["transformers"].utils.logging.disable_progress_bar()
-
-
-def write_nowhere(stream: IO[str]) -> None:
-    """Throw away what is written to a stream of this process from now on."""
-    with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, stream.fileno())
-        os.close(nowhere)
 
 
 class RunConsole(Console):

@@ -18,7 +18,8 @@ from opd.files import GIB
 from opd.loss.step import PhaseA
 from opd.maths.metrics import Metrics, merged
 from opd.method import Method
-from opd.models.language_model import LanguageModel, Root
+from opd.models.language_model import LanguageModel
+from opd.models.root import Root
 from opd.parallel import World
 from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec

@@ -21,7 +21,7 @@ from pathlib import Path
 from time import process_time
 from typing import Any
 
-from opd.models.gguf import cache_dir
+from opd.files import cache_dir
 
 SOURCE = Path(__file__).parents[2]
 

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from opd.deferred import torch
 from opd.errors import OPDError
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.samplers.asked.protocol import Question, Reply
-from opd.samplers.hf import TransformersSampler
 from opd.types import Prompt, Sampler, Sampling
 
 
@@ -39,6 +37,8 @@ class LocalJudge:
         questions have no answer. Raises DataError if a question is a conversation and the tokenizer has no chat
         template.
         """
+        from opd.samplers.hf import TransformersSampler
+
         by_temperature: dict[float, list[int]] = {}
         for i, question in enumerate(questions):
             prompt = Prompt(id=number_of(question), content=question.content)
