@@ -172,6 +172,20 @@ def ratios(rows: list[Record]) -> list[Record]:
     ]
 
 
+def against_default(rows: list[Record], model: str, condition: str, part: str) -> float | None:
+    """`part` (wall or cpu) of `chosen` over that of `default`, whose threads spin; None if not measured.
+
+    If `default` made no step in time, the ratio of wall seconds is an upper bound, and that of CPU seconds unknown.
+    """
+    found = {row["policy"]: row for row in rows if (row["model"], row["condition"]) == (model, condition)}
+    if not {"chosen", "default"} <= found.keys():
+        return None
+    chosen, default = found["chosen"][part]["median"], found["default"]
+    if "none_in" in default:
+        return chosen / default["none_in"] if part == "wall" else None
+    return chosen / default[part]["median"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=ROUNDS, nargs="?")
