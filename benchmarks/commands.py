@@ -21,7 +21,7 @@ from common import Record, measured, say, spread
 from quickstart import BEFORE, NOW, archived, prepare
 
 COMMANDS = {"check": ("check", "recipes/quickstart.yaml"), "methods": ("methods",), "describe": ("describe", "opd")}
-ROUNDS = 3
+ROUNDS = 2
 
 
 def run(source: Path, arguments: tuple[str, ...]) -> Record:

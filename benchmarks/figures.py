@@ -135,12 +135,10 @@ def scaling(result: Record) -> Any:
     axes_data = {axis: rows for axis, rows in result["axes"].items() if axis in WORK}
     figure, grid = plt.subplots(1, len(axes_data), figsize=(2.6 * len(axes_data), 2.8), layout="constrained")
     labels = {
-        "tokens": "tokens of the step",
         "length": "tokens of the response",
         "vocabulary": "vocabulary, tokens",
         "support": "tokens of the support",
         "group": "responses per prompt",
-        "teachers": "teachers (scoring alone)",
     }
     for axes, (axis, rows) in zip(grid, axes_data.items(), strict=True):
         names = [f"{row[VARIED[axis]]:,}" if row[VARIED[axis]] else "full" for row in rows]

@@ -41,7 +41,7 @@ from opd.samplers.prepack import prepacked
 from opd.types import Rollout, Sampling
 
 SHOWN = 8
-RACES = 9
+RACES = 5
 
 
 def ratio(result: Record) -> float:

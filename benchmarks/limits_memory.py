@@ -3,7 +3,7 @@
 `limits.py` runs this file as a worker, in a process of its own, so that resident memory is that of the step.
 
 The student has SmolLM2's shapes (135M, V = 49,152) in float32; the teacher is the student's own model, without
-gradient. 8 prompts of 32 tokens, 128 new tokens each, reverse KL on the whole vocabulary. A part's bytes are the growth
+gradient. 8 prompts of 32 tokens, 64 new tokens each, reverse KL on the whole vocabulary. A part's bytes are the growth
 of the highest resident size while the part is made:
 
 * `weights`, `gradients`, `moments`: floor 4, 4 and 8 bytes per parameter. `gradients` are what stays after the
@@ -49,7 +49,7 @@ from opd.samplers.prepack import prepacked
 from opd.types import Prompt, Rollout, Sampling
 
 STUDENT = "135M"
-PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 128
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 LOGITS_FLOOR = 2**22  # entries of one model's chunk
 ROUNDS = 3
 BFLOAT16 = (49_152, 512, 576)  # V, N, H

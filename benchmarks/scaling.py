@@ -1,24 +1,22 @@
-"""How the cost of opd's step grows: responses, length, vocabulary, support, group size, teachers, ranks.
+"""How the cost of opd's step grows: length, vocabulary, support, group size, ranks.
 
     python benchmarks/scaling.py [--quick]
 
 Student 5M, teacher 26M, float32; the base is a step of 8 prompts of 32 tokens, 128 new tokens, reverse KL on the full
 vocabulary. One quantity varies at a time; the points of an axis take turns:
 
-* `tokens`: 2 to 16 prompts;
 * `length`: one response of 128 to 4,096 tokens;
 * `vocabulary`: 32,768 to 262,144 tokens, both heads, 4 prompts;
 * `support`: `topk_reverse_kl` with k = 8 to 512, and the full vocabulary;
 * `group`: 16 responses of 32 tokens in total, to 16, 8, 4, 2 or 1 prompts of 512 tokens: the saving by a shared prompt;
 * `prompt`: 1 and 8 responses of 32 tokens to one prompt of 32 or 512 tokens; here the student is the 26M model;
-* `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
 * `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch divided among them, one thread per core
   in total; 8 steps.
 
 `of linear` compares a point with the points of less work on its axis. It is the cost per unit of work over the least
 one among them: at most 1 where cost grows no faster than the work, and 1 at the first point. The unit is the token that
-is generated or trained (`length`, `tokens`; with a prompt once per group in `group`), the vocabulary's token, or the
-teacher. `support` and `ranks` should be flat, so there it is the cost over the least one.
+is generated or trained (`length`; with a prompt once per group in `group`), or the vocabulary's token. `support` and
+`ranks` should be flat, so there it is the cost over the least one.
 
 Two more pairs of runs compare the parameters of 2 ranks with those of 1 after 20 steps of 4 prompts and 16 new tokens,
 one thread per process: full weights, and adapters (LoRA, rank 16, all linear layers). See `difference`.
@@ -38,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import opd_side
-from common import Record, Worker, measured, say, serve, spread, timed, workers
+from common import Record, Worker, measured, say, serve, spread, workers
 from workload import SIZES, causal_lm, language_model, prompts, tokenizer, tokenizer_folder
 
 from opd.methods.reverse_kl import reverse_kl
@@ -54,12 +52,9 @@ BASE: Record = {
     "new_tokens": 128,
     "vocabulary": SMOLLM2_VOCABULARY,
     "k": 0,  # 0: the full vocabulary
-    "teachers": 1,
-    "scoring_alone": False,
     "student": "5M",
 }
 AXES: dict[str, list[Record]] = {
-    "tokens": [{"prompts": count} for count in (2, 4, 8, 16)],
     "length": [{"prompts": 1, "new_tokens": length} for length in (128, 512, 2048, 4096)],
     "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (2**15, 2**16, 2**17, 2**18)],
     "support": [{"k": k} for k in (8, 32, 128, 512, 0)],
@@ -69,30 +64,25 @@ AXES: dict[str, list[Record]] = {
         for n in (1, 8)
         for length in (32, 512)
     ],
-    "teachers": [{"teachers": count, "scoring_alone": True} for count in (1, 2, 4)],
 }
 VARIED = {
-    "tokens": "tokens",
     "length": "new_tokens",
     "vocabulary": "vocabulary",
     "support": "k",
     "group": "n",
     "prompt": "prompt_tokens",
-    "teachers": "teachers",
 }
 # The work that an axis grows with, by a key of its rows; None: the cost should not grow.
 WORK = {
-    "tokens": "tokens",
     "length": "tokens",
     "vocabulary": "vocabulary",
     "support": None,
     "group": "read_once",
-    "teachers": "teachers",
 }
 PARTS = ("total", "generate", "teacher", "loss", "backward")
 TRAINING = ("loss", "backward")
 LINEAR = ("total", "generate", "teacher", "training")
-ROUNDS = {"prompt": 7, "length": 2}  # the first of them warms up
+ROUNDS = {"prompt": 5, "length": 2}  # the first of them warms up
 OTHER_ROUNDS = 3
 QUICK_AXES = {"length": AXES["length"][:2], "support": AXES["support"][-1:], "prompt": AXES["prompt"]}
 RANKS = (1, 2)
@@ -118,8 +108,6 @@ def worker() -> None:
             sides[key] = make_side(point, tok)
         step_prompts = prompts(point["prompts"], point["prompt_tokens"], tok)
         seed = (0, next(steps))
-        if point["scoring_alone"]:
-            return score_by_several(sides[key], step_prompts, seed, point["teachers"])
         return opd_side.step(sides[key], step_prompts, seed)
 
     serve(work)
@@ -133,16 +121,6 @@ def make_side(point: Record, tok: Any) -> opd_side.Side:
     )
     method = topk_reverse_kl(k=point["k"], by="teacher", form="tail") if point["k"] else reverse_kl()
     return opd_side.side(method, student, teacher, Sampling(max_completion_length=point["new_tokens"], n=point["n"]))
-
-
-def score_by_several(side: opd_side.Side, step_prompts: Any, seed: tuple[int, int], teachers: int) -> Record:
-    """The teacher's scoring alone, `teachers` times; all teachers have one size, so one model stands for all."""
-    out: Record = {}
-    rollouts = side.sampler(step_prompts, seed=seed)
-    with timed(out, "teacher"):
-        for _ in range(teachers):
-            side.teacher.score(rollouts, side.method.context(rollouts), side.method.request(shown=True))
-    return out
 
 
 def run_axis(started: Worker, axis: str, points: list[Record]) -> list[Record]:
@@ -175,8 +153,6 @@ def of_linear(rows: list[Record], work: str | None) -> list[Record]:
     out: list[Record] = [{} for _ in rows]
     for part in LINEAR:
         names = TRAINING if part == "training" else (part,)
-        if not set(names) <= rows[0]["seconds"].keys():  # the teachers' axis has the scoring alone
-            continue
         costs = [sum(row["seconds"][name]["median"] for name in names) for row in rows]
         if work is None:
             least = [min(costs)] * len(costs)

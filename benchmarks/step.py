@@ -10,7 +10,7 @@ responses, score them with the teacher, forward, backward, clip, AdamW. The cont
 
 * `opd`: the parts of opd's loop, in its order, without writing files;
 * `trl_distillation`, `trl_gkd`: TRL's trainers as users get them, see peers.py;
-* `trl_tuned`: `trl_distillation` with tile sizes for a CPU, 128 tokens x 4,096 of the vocabulary (trl_tiles.py), raced
+* `trl_tuned`: `trl_distillation` with tile sizes for a CPU, 256 tokens x 4,096 of the vocabulary (trl_tiles.py), raced
   on CPUs only;
 * `bare`: no generation, no divergence, no optimiser: the teacher's forward with logits, the student's forward with
   logits and a backward through them from a given gradient, in plain torch, on the same number of tokens. Logits are
@@ -57,7 +57,7 @@ TRAINERS = ("trl_distillation", *(() if ON_GPU else ("trl_tuned",)), "trl_gkd")
 CONTESTANTS = ("opd", *TRAINERS, "bare")
 PAIRED = ("opd", "trl_distillation", "trl_tuned")  # with one thread
 BESIDE_BUSY = ("opd", "trl_tuned")
-ROUNDS, MORE_ROUNDS = 5, 3  # timed steps of each contestant, after one to warm up: in the first race, in the others
+ROUNDS, MORE_ROUNDS = 4, 3  # timed steps of each contestant, after one to warm up: in the first race, in the others
 QUICK: Record = {"PROMPTS": 2, "NEW_TOKENS": 8, "ROUNDS": 1, "MORE_ROUNDS": 1}
 
 
@@ -155,7 +155,8 @@ def check_worker() -> None:
     ids = torch.stack([torch.tensor([*r.prompt_ids, *r.response_ids.tolist()]) for r in rollouts]).to(DEVICE)
     losses = {"opd": opd_side.training_part(mine, rollouts, {})}
     whole, tuned = trl_tiles.tiles(), trl_tiles.CPU_TILES
-    for name, (build, loss_fn) in zip(TRAINERS, map(peers.check_side, TRAINERS), strict=True):
+    for name in TRAINERS:
+        build, loss_fn = peers.check_side(name)
         trl_tiles.set_tiles(*(tuned if name == "trl_tuned" else whole))
         trainer = build(models[name], teacher, tok, step_prompts, NEW_TOKENS, LEARNING_RATE, exact=True)
         loss = loss_fn(trainer, ids, PROMPT_TOKENS)

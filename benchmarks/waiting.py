@@ -79,11 +79,12 @@ def worker(policy: str, recipe_file: str) -> None:
 
         started: tuple[float, float] | None = None
 
-        def step(self, stage: str, step: int, metrics: Any) -> None:
+        def step(self, stage: str, step: int, metrics: Any, **more: Any) -> None:
+            now = time.perf_counter(), time.process_time()
             if self.started is None:
                 channel.send({"ready": True})
             else:
-                wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+                wall, cpu = (end - start for end, start in zip(now, self.started, strict=True))
                 channel.send({"wall": wall, "cpu": cpu, "said": said})
             channel.receive()
             self.started = time.perf_counter(), time.process_time()
