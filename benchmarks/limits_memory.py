@@ -1,6 +1,6 @@
 """Memory of a training step by part against each part's floor, the optimiser's time, and the error of bfloat16.
 
-`limits.py` runs this file as a worker, in a process of its own, so that resident memory is that of the step.
+`benchmarks/limits.py` runs this file as a worker, in a process of its own, so that resident memory is that of the step.
 
 The student has SmolLM2's shapes (135M, V = 49,152) in float32; the teacher is the student's own model, without
 gradient. 8 prompts of 32 tokens, 64 new tokens each, reverse KL on the whole vocabulary. A part's bytes are the growth
