@@ -6,9 +6,9 @@ The student has SmolLM2's shapes (135M, V = 49,152) in float32; the teacher is t
 gradient. 8 prompts of 32 tokens, 64 new tokens each, reverse KL on the whole vocabulary. A part's bytes are the growth
 of the highest resident size while the part is made:
 
-* `weights`, `gradients`, `moments`: floor 4, 4 and 8 bytes per parameter. `gradients` are what stays after the
-  backward, `moments` the peak of clip and AdamW's first step;
-* `KV cache`: the sampling call, without the copy below; floor: keys and values of all positions;
+* `weights`, `gradients`, `moments`: floor 4, 4 and 8 bytes per parameter. `weights` and `gradients` are what stays when
+  they are made, `moments` the peak of clip and AdamW's first step;
+* `KV cache`: the sampling call, without the next copy; floor: keys and values of all positions;
 * `prepacked weights`: the sampler's copy for faster products (samplers/prepack.py). The floor is 0: it buys time;
 * `activations`: the student's forward with gradient; floor: what autograd keeps in a plain forward of the same rows;
 * `logits chunks`: the loss without a gradient of the head; floor: 2^22 entries of either model, the smallest chunk at
@@ -77,7 +77,8 @@ def memory_by_part(student: str) -> list[Record]:
     """The parts of a step, in the order in which they are made."""
     base = resident()
     tok = tokenizer()
-    model, weights = growth(lambda: causal_lm(student, seed=1))
+    model = causal_lm(student, seed=1)
+    weights = resident() - base  # what stays: the making of random weights is no part of a run
     count = sum(p.numel() for p in model.parameters())
     lm = language_model(model, tok)
     mine = opd_side.side(reverse_kl(), lm, lm, Sampling(max_completion_length=NEW_TOKENS))
