@@ -104,7 +104,8 @@ def generate(result: Record) -> Any:
     threads = result["machine"]["threads"]
     rows = [row for row in result["rows"] if row["peaked"] and row["threads"] == threads]
     sizes, top_ps = list(dict.fromkeys(r["size"] for r in rows)), list(dict.fromkeys(r["top_p"] for r in rows))
-    figure, grid = plt.subplots(len(top_ps), len(sizes), figsize=(2.6 * len(sizes), 2.4 * len(top_ps)), sharex=True)
+    place = {"figsize": (2.6 * len(sizes), 2.4 * len(top_ps)), "sharex": True, "squeeze": False}
+    figure, grid = plt.subplots(len(top_ps), len(sizes), **place)
     figure.set_layout_engine("constrained")
     for line, top_p in enumerate(top_ps):
         for column, size in enumerate(sizes):
