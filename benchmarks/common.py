@@ -8,6 +8,10 @@ while one works, the others sleep.
 Peak memory is the resident high-water mark (VmHWM, reset through /proc/self/clear_refs) above the resident size at the
 start, after freed memory was returned to the kernel.
 
+Beside wall seconds, `timed` records the CPU seconds of the process, all its threads together: they vary less with the
+load of the machine. A request with `threads` runs with that number of torch's threads, any other with torch's default.
+`--quick` runs small sizes, to try the code; its results are in results/quick.
+
 On a machine with a GPU, step and loss run on it, with float32 products in TF32; then peak memory is torch's allocated
 memory, clocks are read when the GPU has finished, and torch's cache is emptied between turns. Their results are in
 results/gpu. The other benchmarks always run on CPUs.
@@ -37,6 +41,7 @@ HERE = Path(__file__).resolve().parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RESULTS = HERE / "results"
+THREADS = torch.get_num_threads()
 RACED_ON_GPU = ("step", "loss")
 GIB = 2**30
 
@@ -65,7 +70,9 @@ class Channel:
         if not line:
             self.out.flush()
             os._exit(0)
-        return json.loads(line)
+        request: Record = json.loads(line)
+        torch.set_num_threads(request.pop("threads", THREADS))
+        return request
 
     def send(self, answer: Record) -> None:
         if ON_GPU:
@@ -90,15 +97,20 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.start = torch.cuda.memory_allocated()
             return
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        self.start = resident()
         Path("/proc/self/clear_refs").write_text("5")
-        self.start = _status("VmRSS")
 
     def above_start(self) -> int:
         """Bytes of the peak so far."""
         if ON_GPU:
             return torch.cuda.max_memory_allocated() - self.start
         return _status("VmHWM") - self.start
+
+
+def resident() -> int:
+    """Bytes of this process in memory, after freed memory was returned to the kernel."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return _status("VmRSS")
 
 
 def _status(name: str) -> int:
@@ -110,12 +122,13 @@ def _status(name: str) -> int:
 
 @contextmanager
 def timed(record: Record, name: str) -> Iterator[None]:
-    """Add the seconds that the block takes to record[name]."""
+    """Add the seconds that the block takes to record[name], and its CPU seconds to record[name + "_cpu"]."""
     wait_for_device()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     yield
     wait_for_device()
     record[name] = record.get(name, 0.0) + time.perf_counter() - start
+    record[f"{name}_cpu"] = record.get(f"{name}_cpu", 0.0) + time.process_time() - cpu
 
 
 def wait_for_device() -> None:
@@ -161,14 +174,24 @@ class Worker:
 
 
 @contextmanager
-def workers(script: str, names: Sequence[str], *arguments: str) -> Iterator[dict[str, Worker]]:
-    """Start one process per contestant, one after the other; all are ended on exit, also after errors."""
+def workers(
+    script: str,
+    names: Sequence[str],
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    interpreter: str = sys.executable,
+) -> Iterator[dict[str, Worker]]:
+    """Start one process per contestant, one after the other; all are ended on exit, also after errors.
+
+    `environment`: variables that the processes get in addition to this one's.
+    """
     started: dict[str, Worker] = {}
+    pipes: Record = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     try:
         for name in names:
-            command = [sys.executable, script, "--worker", name, *arguments]
+            command = [interpreter, script, "--worker", name, *arguments]
             log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the worker
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+            process = subprocess.Popen(command, stderr=log, env={**os.environ, **(environment or {})}, **pipes)
             started[name] = Worker(name, process, log)
             started[name].answer()
         yield started
@@ -229,10 +252,14 @@ def machine() -> Record:
 
 
 @contextmanager
-def measured(benchmark: str) -> Iterator[Record]:
-    """A result to fill, written to results/<benchmark>.json at the end, with the machine's rate before and after."""
+def measured(benchmark: str, quick: bool = False) -> Iterator[Record]:
+    """A result to fill, written to results/<benchmark>.json at the end, with the machine's rate before and after.
+
+    `quick`: it is written to results/quick.
+    """
     on_gpu = ON_GPU and benchmark in RACED_ON_GPU
     device, folder = (DEVICE, RESULTS / "gpu") if on_gpu else (torch.device("cpu"), RESULTS)
+    folder = RESULTS / "quick" if quick else folder
     started = time.perf_counter()
     result: Record = {
         "benchmark": benchmark,

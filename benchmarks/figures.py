@@ -20,10 +20,12 @@ COLOURS = {
     "trl": "#d1603d",
     "trl_distillation": "#d1603d",
     "trl_gkd": "#e8a87c",
+    "trl_tuned": "#8c2f14",
     "liger": "#7a9e3f",
     "naive": "#999999",
     "bare": "#999999",
     "generate": "#d1603d",
+    "generate_static": "#e8a87c",
     "vllm": "#7a9e3f",
 }
 PARTS = {"generate": "#4c9f9a", "teacher": "#e0b04c", "loss": "#1b6ca8", "backward": "#0d3b5c", "optimiser": "#999999"}
@@ -62,7 +64,9 @@ def step(result: Record) -> Any:
 def loss(result: Record) -> Any:
     """Time and peak memory by vocabulary and by tokens."""
     figure, grid = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
-    rows = [row for row in result["rows"] if "skipped" not in row and row["name"] in COLOURS]
+    threads = result["machine"]["threads"]
+    known = [row for row in result["rows"] if row["name"] in COLOURS]
+    rows = [row for row in known if "skipped" not in row and row["threads"] == threads]
     by_vocabulary = most_of(rows, fixed=("N", "H"), varied="V")
     by_tokens = most_of(rows, fixed=("V", "H"), varied="N")
     for column, (chosen, varied, label) in enumerate(
@@ -97,9 +101,11 @@ def most_of(rows: list[Record], *, fixed: tuple[str, str], varied: str) -> list[
 
 def generate(result: Record) -> Any:
     """Tokens per second by rows, one panel per model and top-p."""
-    rows = [row for row in result["rows"] if row["peaked"]]
+    threads = result["machine"]["threads"]
+    rows = [row for row in result["rows"] if row["peaked"] and row["threads"] == threads]
     sizes, top_ps = list(dict.fromkeys(r["size"] for r in rows)), list(dict.fromkeys(r["top_p"] for r in rows))
-    figure, grid = plt.subplots(len(top_ps), len(sizes), figsize=(2.6 * len(sizes), 2.4 * len(top_ps)), sharex=True)
+    place = {"figsize": (2.6 * len(sizes), 2.4 * len(top_ps)), "sharex": True, "squeeze": False}
+    figure, grid = plt.subplots(len(top_ps), len(sizes), **place)
     figure.set_layout_engine("constrained")
     for line, top_p in enumerate(top_ps):
         for column, size in enumerate(sizes):
@@ -125,16 +131,15 @@ def generate(result: Record) -> Any:
 
 def scaling(result: Record) -> Any:
     """Seconds by each varied quantity, in stacked parts."""
-    from scaling import VARIED
+    from scaling import VARIED, WORK
 
-    axes_data = result["axes"]
+    axes_data = {axis: rows for axis, rows in result["axes"].items() if axis in WORK}
     figure, grid = plt.subplots(1, len(axes_data), figsize=(2.6 * len(axes_data), 2.8), layout="constrained")
     labels = {
-        "tokens": "tokens of the step",
+        "length": "tokens of the response",
         "vocabulary": "vocabulary, tokens",
         "support": "tokens of the support",
         "group": "responses per prompt",
-        "teachers": "teachers (scoring alone)",
     }
     for axes, (axis, rows) in zip(grid, axes_data.items(), strict=True):
         names = [f"{row[VARIED[axis]]:,}" if row[VARIED[axis]] else "full" for row in rows]

@@ -1,9 +1,10 @@
-"""opd's time by operation in generation and in the training part: torch.profiler on the step's pair.
+"""opd's limits: time by operation, products with the output layer, memory of a step by part.
 
-    python benchmarks/limits.py
+    python benchmarks/limits.py [--quick]
 
-The same 8 prompts, student and teacher as in step.py, both parts warm. An operation's share is its own CPU time over
-that of all operations. It includes the profiler's cost, so shares of small operations are upper bounds.
+Times by operation are torch.profiler's, in generation and in the training part: the same 8 prompts, student and teacher
+as in step.py, both parts warm. An operation's share is its own CPU time over that of all operations. It includes the
+profiler's cost, so shares of small operations are upper bounds.
 
 `products with the output layer` times that product alone, 8 rows as in a decode step and 1,024 as in training: the
 minimum work of either step. Compare GFLOP/s with the calibration. `prepacked` is the layout of the sampler's products
@@ -11,10 +12,13 @@ on a CPU (samplers/prepack.py).
 
 `training part against bare` is also in step.py, where each is a process that waits for the others between turns; here
 both alternate in one process, so that the memory of both is warm.
+
+Memory, the optimiser and bfloat16 are in limits_memory.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import itertools
 from collections.abc import Callable, Sequence
@@ -22,10 +26,12 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+import limits_memory
 import opd_side
+import step
 import torch
-from common import Record, measured, say, spread
-from step import NEW_TOKENS, PROMPT_TOKENS, PROMPTS, bare, pair
+from common import Record, measured, say, spread, workers
+from step import bare, pair
 from torch.profiler import ProfilerActivity, profile
 from workload import language_model, prompts
 
@@ -35,7 +41,7 @@ from opd.samplers.prepack import prepacked
 from opd.types import Rollout, Sampling
 
 SHOWN = 8
-RACES = 9
+RACES = 5
 
 
 def ratio(result: Record) -> float:
@@ -85,31 +91,48 @@ def against_bare(mine: opd_side.Side, teacher: Any, rollouts: Sequence[Rollout])
         parts: Record = {}
         opd_side.training_part(mine, rollouts, parts)
         mine.student.model.zero_grad()
-        times["opd"].append(sum(parts.values()))
+        times["opd"].append(sum(parts[part] for part in ("teacher", "loss", "backward")))
     return {name: spread(seconds[1:]) for name, seconds in times.items()}
 
 
-def main() -> None:
+def by_operation(result: Record) -> None:
+    """Fill in `products`, `against_bare` and `parts`."""
     student, teacher, tok = pair()
-    sampling = Sampling(max_completion_length=NEW_TOKENS)
+    sampling = Sampling(max_completion_length=step.NEW_TOKENS)
     mine = opd_side.side(reverse_kl(), language_model(student, tok), language_model(teacher, tok), sampling)
-    step_prompts = prompts(PROMPTS, PROMPT_TOKENS, tok)
+    step_prompts = prompts(step.PROMPTS, step.PROMPT_TOKENS, tok)
     steps = itertools.count()
     rollouts = mine.sampler(step_prompts, seed=(0, 0))
-    with measured("limits") as result, torch.no_grad():
-        lm = mine.student
-        result["products"] = [row for rows in (PROMPTS, PROMPTS * NEW_TOKENS) for row in product(lm, rows)]
-        with torch.enable_grad():
-            result["against_bare"] = against_bare(mine, teacher, rollouts)
-            result["parts"] = {
-                "generation": shares(lambda: mine.sampler(step_prompts, seed=(0, next(steps)))),
-                "training part": shares(lambda: opd_side.training_part(mine, rollouts, {})),
-            }
+    with torch.no_grad():
+        counts = (step.PROMPTS, step.PROMPTS * step.NEW_TOKENS)
+        result["products"] = [row for rows in counts for row in product(mine.student, rows)]
+    result["against_bare"] = against_bare(mine, teacher, rollouts)
+    result["parts"] = {
+        "generation": shares(lambda: mine.sampler(step_prompts, seed=(0, next(steps)))),
+        "training part": shares(lambda: opd_side.training_part(mine, rollouts, {})),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the code")
+    options = parser.parse_args()
+    if options.quick:
+        vars(step).update(step.QUICK)
+    flags = ["--quick"] if options.quick else []
+    with measured("limits", options.quick) as result:
+        by_operation(result)
+        with workers(limits_memory.__file__, ["memory"], *flags) as started:
+            result |= started["memory"].ask({})
     for part, rows in result["parts"].items():
         say(f"{part}: " + ", ".join(f"{row['operation']} {row['share']:.0%}" for row in rows))
     say(f"training part against bare: {ratio(result):.2f}")
     for row in result["products"]:
         say(f"product with the output layer, {row['rows']} rows, {row['layout']}: {row['gflops']:.0f} GFLOP/s")
+    for row in result["memory"]:
+        say(limits_memory.line(row))
+    say(f"optimiser step against a loop over tensors: {limits_memory.optimiser_ratio(result):.2f}")
+    say(f"bfloat16: {result['bfloat16']}")
 
 
 if __name__ == "__main__":

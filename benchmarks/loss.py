@@ -3,9 +3,9 @@
     python benchmarks/loss.py [--quick | --full]
 
 Inputs are student and teacher hidden states [N, H] and heads [V, H], float32. Gradients are with respect to the
-student's hidden states and head. The grid varies V, N and H one at a time around a base, and includes the point of the
-table of goals (V = 151,936, N = 4,096, H = 1,024); `--quick` runs that point and two small ones, `--full` every
-combination.
+student's hidden states and head. The grid varies V and N around a base, and includes the large point of the table of
+goals (V = 151,936, N = 2,048, on a GPU 4,096, H = 1,024). The point V = 49,152, N = 512, H = 576 is also run with one
+thread. `--quick` runs one small point with every contestant, `--full` every combination.
 
 Peak memory is above the inputs and the head's gradient [V, H], which every contestant must return. Each contestant is a
 process; at each point they take turns on the same random inputs, created again for every turn.
@@ -17,32 +17,41 @@ opd, each with its own published method:
 * `top32_tail`, `top32_stop_gradient`, `top32_renormalised`: `topk_reverse_kl`, student's side, given teacher scores;
 * `sampled`: the policy gradient of the sampled token, `opd`, student's side, given teacher scores.
 
-Peers, all full-vocabulary reverse KL:
+Peers of `full`, all full-vocabulary reverse KL:
 * `trl`: the chunked divergence of `DistillationTrainer`, with its own tile sizes (4,096 tokens x 32,768 of the
   vocabulary);
+* `trl_tuned`: the same with tiles for a CPU, 256 x 4,096 (trl_tiles.py), on CPUs only;
 * `liger`: `LigerFusedLinearJSDLoss(beta=1)`, soft loss alone, its own chunk of 1,024 tokens. It is plain torch, so it
-  runs on the CPU; `compiled=False`. With `--compiled` its default runs too, as `liger_compiled`, after an untimed call
-  that compiles for the shape;
+  runs on the CPU; `compiled=False`;
+* `liger_compiled`: with its default, after an untimed call that compiles for the shape (`compile_seconds`). It is at
+  that one point alone, because every shape is compiled anew. Where torch.compile fails, the result has its error;
 * `naive`: both logits, both log-softmaxes, the sum, autograd.
 
-The two largest points have only the contestants of the table of goals; with `--full` every point has all. A combination
-that needs more than an estimated 12 GiB is skipped and marked in the result. Contestants that compute the same function
-must agree on loss and gradient within 1e-4, or the benchmark fails.
+Peers of `sampled`, the same policy gradient on TRL's chunked log-prob kernel, which its GRPO uses:
+* `trl_sampled`: with its own tiles;
+* `trl_sampled_tuned`: with tiles for a CPU.
+
+A ratio to TRL is taken between contestants that compute the same function. They must agree on loss and gradient within
+1e-4, or the benchmark fails. The two largest points have only the contestants of the table of goals; with `--full`
+every point has all. A combination that needs more than an estimated 12 GiB is skipped and marked in the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
+import trl_tiles
 from common import (
     DEVICE,
     GIB,
     ON_GPU,
+    THREADS,
     PeakMemory,
     Record,
     calibrate,
@@ -65,12 +74,18 @@ from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.models.head import Head
 from opd.pieces import signals
 
-TABLE = (151_936, 4096, 1024)
-GOALS = ("full", "full_generic", "top32_renormalised", "trl")  # at every point
+TABLE = (151_936, 4096 if ON_GPU else 2048, 1024)
+MAIN = (49_152, 512, 576)  # with one thread too, and the compiled peer
+SMALL = (4096, 64, 64)
+TUNED = () if ON_GPU else ("trl_tuned",)
+GOALS = ("full", "top32_renormalised", "trl", *TUNED)  # at every point
 SIDES = (*GOALS, "liger", "naive")  # at every point but the largest
 LARGE = 1e11  # V x N x H
-FORMS = ("skew", "top32_tail", "top32_stop_gradient", "sampled")  # at the points that compare supports
-SAME_FUNCTION = ("full", "full_generic", "trl", "liger", "liger_compiled", "naive")
+SAMPLED = ("sampled", "trl_sampled", *(() if ON_GPU else ("trl_sampled_tuned",)))
+FORMS = ("full_generic", "skew", "top32_tail", "top32_stop_gradient", *SAMPLED)  # at the points that compare supports
+# Contestants that compute one function; PEERS has TRL's among them. Its tuned variant is named `<peer>_tuned`.
+SAME_FUNCTION = (("full", "full_generic", "trl", "trl_tuned", "liger", "liger_compiled", "naive"), SAMPLED)
+PEERS = {name: peer for names, peer in zip(SAME_FUNCTION, ("trl", "trl_sampled"), strict=True) for name in names}
 K = 32
 LOGIT_STD = 3.0  # both heads; about the spread of a trained model's logits
 LARGEST_GIB = 60.0 if ON_GPU else 12.0
@@ -156,13 +171,33 @@ def opd_side(method: Method) -> Loss:
 # --- Peers ------------------------------------------------------------------------------------------------------------
 
 
-def trl_side() -> Loss:
+def trl_side(tuned: bool) -> Loss:
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    if tuned:
+        trl_tiles.set_tiles()
 
     def loss(x: Inputs) -> Tensor:
         mask = torch.ones(1, len(x["hidden"]), dtype=torch.long, device=DEVICE)
         hidden, teacher = x["hidden"][None], x["teacher_hidden"][None]
         return _chunked_divergence_loss(hidden, teacher, x["head"], x["teacher_head"], mask, beta=1.0)[0]
+
+    return loss
+
+
+def trl_sampled_side(tuned: bool) -> Loss:
+    """-sg[log q - log p] log p of the sampled tokens, without the entropy and the other values of the kernel."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer import utils
+
+    if tuned:
+        trl_tiles.set_tiles()
+    size = utils._CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def loss(x: Inputs) -> Tensor:
+        chosen = x["hidden"], x["head"], None, x["token_ids"]
+        logp = ChunkedLogProbFunction.apply(*chosen, 1.0, size, None, 1.0, ())[0]
+        return -((x["teacher_logp"] - logp.detach()) * logp).mean()
 
     return loss
 
@@ -186,7 +221,10 @@ def naive_side() -> Loss:
 
 def side(name: str) -> Loss:
     peers: dict[str, Callable[[], Loss]] = {
-        "trl": trl_side,
+        "trl": lambda: trl_side(tuned=False),
+        "trl_tuned": lambda: trl_side(tuned=True),
+        "trl_sampled": lambda: trl_sampled_side(tuned=False),
+        "trl_sampled_tuned": lambda: trl_sampled_side(tuned=True),
         "liger": lambda: liger_side(compiled=False),
         "liger_compiled": lambda: liger_side(compiled=True),
         "naive": naive_side,
@@ -197,7 +235,7 @@ def side(name: str) -> Loss:
 def estimated_gib(name: str, V: int, N: int, H: int) -> float:
     """GiB of the inputs, the head's gradient, and a contestant's known needs."""
     logits = {"naive": 7 * N * V, "liger": 6 * min(N, 1024) * V, "liger_compiled": 6 * min(N, 1024) * V}
-    own = logits.get(name, 6 * min(N, 4096) * 32768 if name == "trl" else 2**28)
+    own = logits.get(name, 6 * min(N, 4096) * 32768 if name in ("trl", "trl_sampled") else 2**28)
     return 4 * (own + 3 * V * H + 3 * N * H) / GIB
 
 
@@ -206,29 +244,42 @@ def estimated_gib(name: str, V: int, N: int, H: int) -> float:
 
 def worker(name: str) -> None:
     loss_of_side = side(name)
+    if name != "liger_compiled":  # its warm-up compiles for one shape
+        loss_and_gradient(loss_of_side, *SMALL)
 
     def work(point: Record) -> Record:
-        x = inputs(point["V"], point["N"], point["H"])
-        if name == "liger_compiled":
-            loss_of_side(x).detach()
-        memory = PeakMemory()
-        out: Record = {}
+        where = point["V"], point["N"], point["H"]
+        if name != "liger_compiled":
+            return loss_and_gradient(loss_of_side, *where)
+        started = time.perf_counter()
+        try:
+            loss_of_side(inputs(*where)).detach()
+        except torch._dynamo.exc.TorchDynamoException as error:  # the result says why
+            return {"skipped": f"torch.compile: {type(error).__name__}: {str(error).strip().splitlines()[0]}"}
+        seconds = time.perf_counter() - started
+        return {**loss_and_gradient(loss_of_side, *where), "compile_seconds": seconds}
+
+    serve(work)
+
+
+def loss_and_gradient(loss_of_side: Loss, V: int, N: int, H: int) -> Record:
+    """Seconds, peak memory and values of one forward and backward."""
+    x = inputs(V, N, H)
+    memory = PeakMemory()
+    out: Record = {}
+    with timed(out, "total"):
         with timed(out, "forward"):
             loss = loss_of_side(x)
         with timed(out, "backward"):
             loss.backward()
-        head_gradient, hidden_gradient = x["head"].grad, x["hidden"].grad
-        assert head_gradient is not None
-        assert hidden_gradient is not None
-        out["total"] = out["forward"] + out["backward"]
-        out["peak_bytes"] = max(0, memory.above_start() - head_gradient.nbytes)
-        out["loss"] = loss.item()
-        out["head_gradient"] = head_gradient.norm().item()
-        out["hidden_gradient"] = hidden_gradient.norm().item()
-        return out
-
-    work({"V": 4096, "N": 64, "H": 64})
-    serve(work)
+    head_gradient, hidden_gradient = x["head"].grad, x["hidden"].grad
+    assert head_gradient is not None
+    assert hidden_gradient is not None
+    out["peak_bytes"] = max(0, memory.above_start() - head_gradient.nbytes)
+    out["loss"] = loss.item()
+    out["head_gradient"] = head_gradient.norm().item()
+    out["hidden_gradient"] = hidden_gradient.norm().item()
+    return out
 
 
 def grid(which: str) -> list[Record]:
@@ -237,37 +288,48 @@ def grid(which: str) -> list[Record]:
     if which == "full":
         points = {(V, N, H) for V in sizes for N in lengths for H in widths}
     elif which == "quick":
-        points = {TABLE, (49_152, 1024, 576), (151_936, 512, 1024)}
+        points = {SMALL}
     elif ON_GPU:
         points = {TABLE, (151_936, 16_384, 1024)}
     else:
-        points = {TABLE, *((V, 512, 576) for V in sizes), *((32_000, N, 576) for N in (2048, 8192))}
+        points = {TABLE, *((V, 512, 576) for V in sizes), (32_000, 2048, 576)}
     out: list[Record] = []
     for V, N, H in sorted(points, key=math.prod):
         work = V * N * H
-        forms = FORMS if which == "full" or ON_GPU or (N == 512 and V in (49_152, 151_936)) else ()
-        names = [*(SIDES if which == "full" or ON_GPU or work < LARGE else GOALS), *forms]
-        out.append({"V": V, "N": N, "H": H, "rounds": 5 if ON_GPU else 2 if work < 3e10 else 1, "names": names})
+        every = which != "default" or ON_GPU
+        forms = FORMS if every or (N == 512 and V in (49_152, 151_936)) else ()
+        names = [*(SIDES if every or work < LARGE else GOALS), *forms]
+        if (V, N, H) in (MAIN, SMALL):
+            names.append("liger_compiled")
+        rounds = 5 if ON_GPU else 2 if work < 3e10 else 1
+        out.append({"V": V, "N": N, "H": H, "threads": THREADS, "rounds": rounds, "names": names})
+        if (V, N, H) in (MAIN, SMALL) and not ON_GPU:
+            out.append({**out[-1], "threads": 1, "rounds": 1, "names": [*SIDES, *SAMPLED]})
     return out
 
 
 def run_point(started: dict[str, Any], point: Record) -> list[Record]:
     """Rows of one point: each contestant's times, peak memory and values, or the reason why it was skipped."""
-    V, N, H = point["V"], point["N"], point["H"]
-    need = {name: estimated_gib(name, V, N, H) for name in point["names"]}
+    where = {key: point[key] for key in ("V", "N", "H", "threads")}
+    need = {name: estimated_gib(name, point["V"], point["N"], point["H"]) for name in point["names"]}
     able = {name: started[name] for name in point["names"] if need[name] <= LARGEST_GIB}
     rows: list[Record] = [
-        {"name": name, "V": V, "N": N, "H": H, "skipped": f"needs about {need[name]:.0f} GiB"}
+        {"name": name, **where, "skipped": f"needs about {need[name]:.0f} GiB"}
         for name in point["names"]
         if name not in able
     ]
     rate = calibrate(0.3)
-    for name, answers in take_turns(able, {"V": V, "N": N, "H": H}, point["rounds"]).items():
-        times = {part: spread([a[part] for a in answers]) for part in ("forward", "backward", "total")}
+    for name, answers in take_turns(able, where, point["rounds"]).items():
+        if "skipped" in answers[0]:
+            rows.append({"name": name, **where, "skipped": answers[0]["skipped"]})
+            continue
+        times = {part: spread([a[part] for a in answers]) for part in ("forward", "backward", "total", "total_cpu")}
         peak = max(a["peak_bytes"] for a in answers)
         values = {key: answers[0][key] for key in ("loss", "head_gradient", "hidden_gradient")}
-        rows.append({"name": name, "V": V, "N": N, "H": H, **times, "peak_bytes": peak, **values, "gflops": rate})
-    check_agreement([row for row in rows if row["name"] in SAME_FUNCTION and "skipped" not in row])
+        compiling = {key: answers[0][key] for key in ("compile_seconds",) if key in answers[0]}
+        rows.append({"name": name, **where, **times, "peak_bytes": peak, **values, **compiling, "gflops": rate})
+    for names in SAME_FUNCTION:
+        check_agreement([row for row in rows if row["name"] in names and "skipped" not in row])
     return rows
 
 
@@ -283,23 +345,21 @@ def main() -> None:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", dest="grid", action="store_const", const="quick", default="default")
     which.add_argument("--full", dest="grid", action="store_const", const="full", help="every combination: hours")
-    parser.add_argument("--compiled", action="store_true", help="race Liger's compiled variant too")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         worker(options.worker)
         return
-    with measured("loss") as result:
+    with measured("loss", options.grid == "quick") as result:
         result["rows"] = []
         points = grid(options.grid)
-        for point in points if options.compiled else ():
-            point["names"].append("liger_compiled")
         names = list(dict.fromkeys(name for point in points for name in point["names"]))
         with workers(__file__, names) as started:
             for point in points:
                 for row in run_point(started, point):
                     result["rows"].append(row)
-                    label = f"V {row['V']:7} N {row['N']:5} H {row['H']:5} {row['name']:20}"
+                    sizes = f"V {row['V']:7} N {row['N']:5} H {row['H']:5}"
+                    label = f"{sizes} threads {row['threads']} {row['name']:20}"
                     cost = (
                         f"{row['total']['median']:7.3f} s {row['peak_bytes'] / GIB:6.2f} GiB" if "total" in row else ""
                     )

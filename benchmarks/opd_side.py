@@ -62,12 +62,16 @@ def training_part(s: Side, rollouts: Sequence[Rollout], parts: Record) -> float:
     with timed(parts, "teacher"):
         contexts = s.method.context(rollouts)
         phase_a = scored(s.method, s.teacher, rollouts, contexts, s.method.request(), s.student.device)
-    before = parts.get("loss", 0.0)
+    before, before_cpu = parts.get("loss", 0.0), parts.get("loss_cpu", 0.0)
     both: Record = {}
     with timed(both, "loss and backward"):
         root = TimedRoot(s.student.model, parts)
         loss, _ = gradient(s.method, s.student, s.teacher, phase_a, MICRO_BATCH_TOKENS, root)
-    parts["backward"] = parts.get("backward", 0.0) + both["loss and backward"] - (parts["loss"] - before)
+    for name, whole, inside in (
+        ("backward", both["loss and backward"], parts["loss"] - before),
+        ("backward_cpu", both["loss and backward_cpu"], parts["loss_cpu"] - before_cpu),
+    ):
+        parts[name] = parts.get(name, 0.0) + whole - inside
     return loss
 
 

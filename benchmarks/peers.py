@@ -6,7 +6,8 @@ Their own methods are timed in place. The settings, and why:
 * float32 on the CPU, bfloat16 autocast over float32 weights on a GPU; one batch of all prompts, no gradient
   checkpointing (TRL turns it on; it costs time);
 * temperature 1, top-p 1, top-k off, reverse KL (`beta=1.0`), fully on-policy (`lmbda=1.0` in GKD);
-* `DistillationTrainer` with its chunked divergence, its only loss, which TRL recommends over GKD;
+* `DistillationTrainer` with its chunked divergence, its only loss, which TRL recommends over GKD; `trl_tuned` is the
+  same trainer after `trl_tiles.set_tiles`;
 * GKD divides by the number of labels in the dataset, not in the responses: its dummy completions are as long as the
   responses, so that the denominators agree;
 * no stop tokens, as on every side: all responses have the full length;
@@ -117,7 +118,7 @@ class Gate(TrainerCallback):
         self.channel = channel
         self.parts = parts
         self.memory: PeakMemory | None = None
-        self.started = 0.0
+        self.started = self.started_cpu = 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.memory is None:
@@ -126,13 +127,14 @@ class Gate(TrainerCallback):
         self.memory = self.memory or PeakMemory()
         self.parts.clear()
         wait_for_device()
-        self.started = time.perf_counter()
+        self.started, self.started_cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         wait_for_device()
-        total = time.perf_counter() - self.started
+        total, cpu = time.perf_counter() - self.started, time.process_time() - self.started_cpu
         assert self.memory is not None
-        self.channel.send({**self.parts, "total": total, "peak_bytes": self.memory.above_start()})
+        answer = {"total": total, "total_cpu": cpu, "peak_bytes": self.memory.above_start()}
+        self.channel.send({**self.parts, **answer})
 
 
 def run(trainer: Any, generate_method: str) -> None:
@@ -156,6 +158,11 @@ def _timing(function: Callable[..., Any], parts: Record, name: str) -> Callable[
         return out
 
     return call
+
+
+def check_side(name: str) -> tuple[Callable[..., Any], Callable[..., Tensor]]:
+    """A trainer's builder and its loss of given sequences, by the name of the contestant."""
+    return (gkd_trainer, gkd_loss) if name == "trl_gkd" else (distillation_trainer, distillation_loss)
 
 
 def distillation_loss(trainer: Any, ids: Tensor, prompt_tokens: int) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 from common import HERE, Record, measured, say, spread
 from workload import SMOLLM2
 
-BEFORE = "8182c87"  # the last commit before fused scoring
+BEFORE = "92f0e36"  # the last commit before the race with the tuned peers
 SEEDS = (0, 1, 2)
 NOW = HERE.parent
 SAMPLING = ("greedy", "sampled")

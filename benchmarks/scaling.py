@@ -1,17 +1,22 @@
-"""How the cost of opd's step grows: tokens, vocabulary, support, group size, teachers, ranks.
+"""How the cost of opd's step grows: length, vocabulary, support, group size, ranks.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py [--quick]
 
 Student 5M, teacher 26M, float32; the base is a step of 8 prompts of 32 tokens, 128 new tokens, reverse KL on the full
 vocabulary. One quantity varies at a time; the points of an axis take turns:
 
-* `tokens`: 2 to 16 prompts;
-* `vocabulary`: 49,152 to 262,144 tokens, both heads, 4 prompts;
+* `length`: one response of 128 to 4,096 tokens;
+* `vocabulary`: 32,768 to 262,144 tokens, both heads, 4 prompts;
 * `support`: `topk_reverse_kl` with k = 8 to 512, and the full vocabulary;
-* `group`: 8 responses of 32 tokens in total, to 8, 4, 2 or 1 prompts of 512 tokens: the saving by a shared prompt;
-* `teachers`: the scoring of one step's responses by 1, 2 and 4 teachers, one after the other;
+* `group`: 16 responses of 32 tokens in total, to 16, 8, 4, 2 or 1 prompts of 512 tokens: the saving by a shared prompt;
+* `prompt`: 1 and 8 responses of 32 tokens to one prompt of 32 or 512 tokens; here the student is the 26M model;
 * `ranks`: `torchrun --nproc-per-node 1` and `2` of `opd train`, the same batch divided among them, one thread per core
   in total; 8 steps.
+
+`of linear` compares a point with the points of less work on its axis. It is the cost per unit of work over the least
+one among them: at most 1 where cost grows no faster than the work, and 1 at the first point. The unit is the token that
+is generated or trained (`length`; with a prompt once per group in `group`), or the vocabulary's token. `support` and
+`ranks` should be flat, so there it is the cost over the least one.
 
 Two more pairs of runs compare the parameters of 2 ranks with those of 1 after 20 steps of 4 prompts and 16 new tokens,
 one thread per process: full weights, and adapters (LoRA, rank 16, all linear layers). See `difference`.
@@ -31,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import opd_side
-from common import Record, Worker, measured, say, serve, spread, timed, workers
+from common import Record, Worker, measured, say, serve, spread, workers
 from workload import SIZES, causal_lm, language_model, prompts, tokenizer, tokenizer_folder
 
 from opd.methods.reverse_kl import reverse_kl
@@ -47,18 +52,39 @@ BASE: Record = {
     "new_tokens": 128,
     "vocabulary": SMOLLM2_VOCABULARY,
     "k": 0,  # 0: the full vocabulary
-    "teachers": 1,
-    "scoring_alone": False,
+    "student": "5M",
 }
 AXES: dict[str, list[Record]] = {
-    "tokens": [{"prompts": count} for count in (2, 4, 8, 16)],
-    "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (SMOLLM2_VOCABULARY, 151936, 262144)],
+    "length": [{"prompts": 1, "new_tokens": length} for length in (128, 512, 2048, 4096)],
+    "vocabulary": [{"prompts": 4, "vocabulary": size} for size in (2**15, 2**16, 2**17, 2**18)],
     "support": [{"k": k} for k in (8, 32, 128, 512, 0)],
-    "group": [{"prompts": 8 // n, "n": n, "prompt_tokens": 512, "new_tokens": 32} for n in (1, 2, 4, 8)],
-    "teachers": [{"teachers": count, "scoring_alone": True} for count in (1, 2, 4)],
+    "group": [{"prompts": 16 // n, "n": n, "prompt_tokens": 512, "new_tokens": 32} for n in (16, 8, 4, 2, 1)],
+    "prompt": [
+        {"prompts": 1, "n": n, "prompt_tokens": length, "new_tokens": 32, "student": "26M"}
+        for n in (1, 8)
+        for length in (32, 512)
+    ],
 }
-VARIED = {"tokens": "tokens", "vocabulary": "vocabulary", "support": "k", "group": "n", "teachers": "teachers"}
-ROUNDS = 3  # the first of them warms up
+VARIED = {
+    "length": "new_tokens",
+    "vocabulary": "vocabulary",
+    "support": "k",
+    "group": "n",
+    "prompt": "prompt_tokens",
+}
+# The work that an axis grows with, by a key of its rows; None: the cost should not grow.
+WORK = {
+    "length": "tokens",
+    "vocabulary": "vocabulary",
+    "support": None,
+    "group": "read_once",
+}
+PARTS = ("total", "generate", "teacher", "loss", "backward")
+TRAINING = ("loss", "backward")
+LINEAR = ("total", "generate", "teacher", "training")
+ROUNDS = {"prompt": 5, "length": 2}  # the first of them warms up
+OTHER_ROUNDS = 3
+QUICK_AXES = {"length": AXES["length"][:2], "support": AXES["support"][-1:], "prompt": AXES["prompt"]}
 RANKS = (1, 2)
 RANK_STEPS = 20
 SPEED_STEPS = 8
@@ -82,8 +108,6 @@ def worker() -> None:
             sides[key] = make_side(point, tok)
         step_prompts = prompts(point["prompts"], point["prompt_tokens"], tok)
         seed = (0, next(steps))
-        if point["scoring_alone"]:
-            return score_by_several(sides[key], step_prompts, seed, point["teachers"])
         return opd_side.step(sides[key], step_prompts, seed)
 
     serve(work)
@@ -93,37 +117,60 @@ def make_side(point: Record, tok: Any) -> opd_side.Side:
     V = point["vocabulary"]
     student, teacher = (
         replace(language_model(causal_lm(size, seed=seed, vocabulary=V), tok), vocabulary=V)
-        for size, seed in (("5M", 1), ("26M", 2))
+        for size, seed in ((point["student"], 1), ("26M", 2))
     )
     method = topk_reverse_kl(k=point["k"], by="teacher", form="tail") if point["k"] else reverse_kl()
     return opd_side.side(method, student, teacher, Sampling(max_completion_length=point["new_tokens"], n=point["n"]))
 
 
-def score_by_several(side: opd_side.Side, step_prompts: Any, seed: tuple[int, int], teachers: int) -> Record:
-    """The teacher's scoring alone, `teachers` times; all teachers have one size, so one model stands for all."""
-    out: Record = {}
-    rollouts = side.sampler(step_prompts, seed=seed)
-    with timed(out, "teacher"):
-        for _ in range(teachers):
-            side.teacher.score(rollouts, side.method.context(rollouts), side.method.request(shown=True))
-    return out
-
-
-def run_axis(started: Worker, points: list[Record]) -> list[Record]:
-    """One row per point: tokens of the step, seconds of each part."""
+def run_axis(started: Worker, axis: str, points: list[Record]) -> list[Record]:
+    """One row per point: the step's work, seconds of each part, cost over linear."""
     answers: list[list[Record]] = [[] for _ in points]
-    for turn in range(ROUNDS):
+    for turn in range(ROUNDS.get(axis, OTHER_ROUNDS)):
         for i, point in enumerate(points):
             fresh = turn == 0 and i == 0
             answers[i].append(started.ask({**BASE, **point, "fresh": fresh}))
     rows: list[Record] = []
     for point, mine in zip(points, answers, strict=True):
         whole = {**BASE, **point}
-        parts = [part for part in ("total", "generate", "teacher", "loss", "backward") if part in mine[0]]
-        seconds = {part: spread([a[part] for a in mine[1:]]) for part in parts}
-        tokens = whole["prompts"] * whole["n"] * (whole["prompt_tokens"] + whole["new_tokens"])
-        rows.append({**whole, "tokens": tokens, "seconds": seconds})
+        names = [name for part in PARTS for name in (part, f"{part}_cpu") if name in mine[0]]
+        seconds = {name: spread([a[name] for a in mine[1:]]) for name in names}
+        new = whole["prompts"] * whole["n"] * whole["new_tokens"]
+        tokens = new + whole["prompts"] * whole["n"] * whole["prompt_tokens"]
+        read_once = new + whole["prompts"] * whole["prompt_tokens"]
+        rows.append({**whole, "tokens": tokens, "read_once": read_once, "seconds": seconds})
+    if axis in WORK:
+        for row, ratios in zip(rows, of_linear(rows, WORK[axis]), strict=True):
+            row["of_linear"] = ratios
     return rows
+
+
+def of_linear(rows: list[Record], work: str | None) -> list[Record]:
+    """By part, each row's cost per unit of work over the least one of this and the rows before it.
+
+    Rows come by rising work. Without `work` the cost over the least one of all rows.
+    """
+    out: list[Record] = [{} for _ in rows]
+    for part in LINEAR:
+        names = TRAINING if part == "training" else (part,)
+        costs = [sum(row["seconds"][name]["median"] for name in names) for row in rows]
+        if work is None:
+            least = [min(costs)] * len(costs)
+        else:
+            costs = [cost / row[work] for cost, row in zip(costs, rows, strict=True)]
+            least = list(itertools.accumulate(costs[:1] + costs[:-1], min))
+        for ratios, cost, low in zip(out, costs, least, strict=True):
+            ratios[part] = cost / low
+    return out
+
+
+def shared_prompt(rows: list[Record]) -> float:
+    """The training cost of a prompt of 512 tokens under 8 responses over that under one, above a prompt of 32 tokens.
+
+    1 where a group reads its prompt once, 8 where every response reads it.
+    """
+    cost = {(row["n"], row["prompt_tokens"]): sum(row["seconds"][part]["median"] for part in TRAINING) for row in rows}
+    return (cost[8, 512] - cost[8, 32]) / (cost[1, 512] - cost[1, 32])
 
 
 def recipe(folder: Path, ranks: int, kind: str) -> Path:
@@ -183,7 +230,8 @@ def run_ranks(folder: Path, ranks: int, kind: str) -> Record:
     (file,) = (folder / f"{kind}-{ranks}").rglob("timings.jsonl")
     steps = [json.loads(line) for line in file.read_text().splitlines()][2:]
     parts = {part: spread([step[part] for step in steps]) for part in ("total", "generate", "score", "train")}
-    return {"ranks": ranks, "threads_each": threads, "seconds": parts}
+    cpu = spread([step["cpu"] for step in steps])
+    return {"ranks": ranks, "threads_each": threads, "seconds": parts, "cpu_of_first_rank": cpu}
 
 
 def difference(folder: Path, kind: str) -> Record:
@@ -222,20 +270,28 @@ def all_ranks(result: Record) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a few points, without ranks, to try the code")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    if parser.parse_args().worker:
+    options = parser.parse_args()
+    if options.worker:
         worker()
         return
-    with measured("scaling") as result:
+    with measured("scaling", options.quick) as result:
         result["axes"] = {}
         with workers(__file__, ["opd"]) as started:
-            for axis, points in AXES.items():
-                rows = run_axis(started["opd"], points)
+            for axis, points in (QUICK_AXES if options.quick else AXES).items():
+                rows = run_axis(started["opd"], axis, points)
                 result["axes"][axis] = rows
                 key = VARIED[axis]
                 shown = (f"{row[key]}: {next(iter(row['seconds'].values()))['median']:.2f}" for row in rows)
                 say(f"{axis} ({key}: seconds) {', '.join(shown)}")
-        all_ranks(result)
+        result["shared_prompt"] = shared_prompt(result["axes"]["prompt"])
+        say(f"a prompt of 512 tokens under 8 responses, against under one: {result['shared_prompt']:.2f} of the cost")
+        if options.quick:
+            result["ranks"] = [{"ranks": ranks, "skipped": "--quick"} for ranks in RANKS]
+            result["ranks_difference"] = {"full": None, "lora": None}
+        else:
+            all_ranks(result)
 
 
 if __name__ == "__main__":

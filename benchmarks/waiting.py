@@ -79,11 +79,12 @@ def worker(policy: str, recipe_file: str) -> None:
 
         started: tuple[float, float] | None = None
 
-        def step(self, stage: str, step: int, metrics: Any) -> None:
+        def step(self, stage: str, step: int, metrics: Any, **more: Any) -> None:
+            now = time.perf_counter(), time.process_time()
             if self.started is None:
                 channel.send({"ready": True})
             else:
-                wall, cpu = time.perf_counter() - self.started[0], time.process_time() - self.started[1]
+                wall, cpu = (end - start for end, start in zip(now, self.started, strict=True))
                 channel.send({"wall": wall, "cpu": cpu, "said": said})
             channel.receive()
             self.started = time.perf_counter(), time.process_time()
@@ -170,6 +171,20 @@ def ratios(rows: list[Record]) -> list[Record]:
         for (model, condition, policy), seconds in wall.items()
         if policy == "chosen" and (over := "default" if condition == "quiet" else "passive")
     ]
+
+
+def against_default(rows: list[Record], model: str, condition: str, part: str) -> float | None:
+    """`part` (wall or cpu) of `chosen` over that of `default`, whose threads spin; None if not measured.
+
+    If `default` made no step in time, the ratio of wall seconds is an upper bound, and that of CPU seconds unknown.
+    """
+    found = {row["policy"]: row for row in rows if (row["model"], row["condition"]) == (model, condition)}
+    if not {"chosen", "default"} <= found.keys():
+        return None
+    chosen, default = found["chosen"][part]["median"], found["default"]
+    if "none_in" in default:
+        return chosen / default["none_in"] if part == "wall" else None
+    return chosen / default[part]["median"]
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ SIZES = {
     "1M": Size(hidden=20, layers=4, heads=2, intermediate=56),
     "5M": Size(hidden=96, layers=4, heads=3, intermediate=256),
     "26M": Size(hidden=384, layers=4, heads=6, intermediate=1024),
+    "135M": Size(576, 30, 9, 1536, key_value_heads=3),  # SmolLM2's shapes
     # The shapes of Qwen3, for a GPU.
     "0.6B": Size(1024, 28, 16, 3072, key_value_heads=8, head_dim=128, vocabulary=151_936),
     "1.7B": Size(2048, 28, 16, 6144, key_value_heads=8, head_dim=128, vocabulary=151_936),
@@ -74,7 +75,7 @@ def causal_lm(
         num_key_value_heads=shape.key_value_heads or shape.heads,
         head_dim=shape.head_dim,
         intermediate_size=shape.intermediate,
-        max_position_embeddings=2048,
+        max_position_embeddings=8192,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=None,
