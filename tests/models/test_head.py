@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd.models.head
+import opd.teachers.scoring
 from opd import methods
 from opd.loss.collate import attach, split
 from opd.loss.fused import ChunkLoss, fused_loss
@@ -569,6 +570,7 @@ def test_loss_holds_no_logits_of_all_tokens(
     assert n > 60
     chunk = 20 * LARGE
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.teachers.scoring, "CHUNKS_AT_ONCE", 1)
     assert student.head().weight.numel() < chunk < n * LARGE / 3
     teacher = teacher_of(method, student, external)
     with at_least(chunk + 1) as trap:

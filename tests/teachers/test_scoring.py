@@ -27,13 +27,13 @@ def test_score_reads_head_once_for_responses_of_batch(support: Support, monkeypa
     request = ScoreRequest(support=support, temperature=0.7, entropy=True)
     alone = [teacher.score([one], [one.prompt], request)[0] for one in rollouts]
     rows: list[int] = []
-    logits = Head.logits
+    project_into = Head.project_into
 
-    def counted(head: Head, hidden: Tensor) -> Tensor:
+    def counted(head: Head, out: Tensor, hidden: Tensor) -> Tensor:
         rows.append(len(hidden))
-        return logits(head, hidden)
+        return project_into(head, out, hidden)
 
-    monkeypatch.setattr(Head, "logits", counted)
+    monkeypatch.setattr(Head, "project_into", counted)
     together = teacher.score(rollouts, [one.prompt for one in rollouts], request)
     assert rows == [sum(len(one.response_ids) for one in rollouts)]
     for mine, expected in zip(together, alone, strict=True):

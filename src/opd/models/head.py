@@ -63,9 +63,13 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: only the matrix and the bias."""
+        return self._product(hidden).float()
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        """`project` in the type of the weights."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
-        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
@@ -74,7 +78,7 @@ class Head:
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
-            return rows.copy_(self.project(hidden))
+            return rows.copy_(self._product(hidden))
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 
     def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
@@ -100,14 +104,14 @@ def chunk_rows(width: int, device: torch.device) -> int:
     return max(1, GPU_FACTOR * CHUNK_ENTRIES // width)
 
 
-def chunks(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of 0..n of `chunk_rows(width, device)` rows; the last one may have fewer."""
-    return _slices(n, chunk_rows(width, device))
+def chunks(n: int, width: int, device: torch.device, times: int = 1) -> Iterator[slice]:
+    """Slices of 0..n of `times` x `chunk_rows(width, device)` rows; the last one may have fewer."""
+    return _slices(n, times * chunk_rows(width, device))
 
 
-def buffer(n: int, width: int, device: torch.device) -> Tensor:
-    """Memory for the logits of the largest of `chunks(n, width, device)`."""
-    return torch.empty(next(chunks(n, width, device), slice(0, 0)).stop, width, device=device)
+def buffer(n: int, width: int, device: torch.device, times: int = 1) -> Tensor:
+    """Memory for the logits of the largest of `chunks(n, width, device, times)`."""
+    return torch.empty(next(chunks(n, width, device, times), slice(0, 0)).stop, width, device=device)
 
 
 def tiles(chunk: Tensor) -> Iterator[slice]:
