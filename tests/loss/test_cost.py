@@ -151,7 +151,7 @@ def in_passes(count: Count) -> tuple[int, float, float]:
 
 REVERSE_KL = signals.divergence("reverse_kl")
 # CHUNKS matmuls forward and 2 CHUNKS backward, and what is done to TILES tiles. A log_softmax counts as one pass and
-# makes several inside: the closed forms write in place instead, which is more passes by this count in 0.7 of the time.
+# makes several inside: the closed forms write in place instead: more passes by this count, 0.8 of the time.
 LOSSES: dict[str, tuple[Signal, Support, Cost]] = {
     "full-reverse_kl": (REVERSE_KL, supports.full(), Cost(operations=306, made=2.11, written=13.25)),
     "full-forward_kl": (
