@@ -38,7 +38,7 @@ ABOVE: dict[str, tuple[str, ...]] = {
     "data": ("recipe",),
     "models": ("recipe", "maths"),
     "loss": ("maths", "pieces", "method", "models"),
-    "samplers": ("recipe", "pieces", "models"),
+    "samplers": ("recipe", "maths", "pieces", "models"),
     "teachers": ("maths", "pieces", "models"),
     "rewards": ("recipe", "pieces", "models", "samplers"),
     "evaluation": (

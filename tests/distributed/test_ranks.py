@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import ranks
+import torch
+from support import ranks, shards
 from support.runs import ENVIRONMENT, EVALUATE, Ended, Forks, Strike, one_stage, prepare, tiny_model
 from torch import Tensor
 
+from opd.parallel import ALONE
 from opd.stage import checkpoint
 
 HERE = Path(__file__).parents[1] / "support"
@@ -261,6 +263,19 @@ def test_prune_opd_moves_budget_and_ends_drifted_rollouts(runs: Path):
 
     assert len(set(column("full tied, a budget of what drifts", "budget/tokens"))) > 1
     assert any(0 < share < 1 for share in column("lora, what drifts ends", "drift/ended_share"))
+
+
+def test_adamw_on_shards_equals_whole_and_unfused(tmp_path: Path):
+    """To the last places, which depend on an entry's place in a vector of the processor: it may be fused there."""
+    process = torchrun(2, str(HERE / "shards.py"), str(tmp_path / "two.pt"))
+    alone = shards.updated(ALONE, fused=True)
+    done = ended(process)
+    assert done.code == 0, done.err
+    found = torch.load(tmp_path / "two.pt")
+    assert sorted(found[True]) == sorted(found[False]) == sorted(alone)
+    for name, wanted in alone.items():
+        for fused in (True, False):
+            torch.testing.assert_close(found[fused][name], wanted, atol=1e-7, rtol=5e-7, msg=f"{name}, fused: {fused}")
 
 
 # --- going on with another number of processes -----------------------------------------------------------------------

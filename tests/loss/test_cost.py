@@ -150,18 +150,19 @@ def in_passes(count: Count) -> tuple[int, float, float]:
 
 
 REVERSE_KL = signals.divergence("reverse_kl")
-# CHUNKS matmuls forward and 2 CHUNKS backward, and what is done to TILES tiles.
+# CHUNKS matmuls forward and 2 CHUNKS backward, and what is done to TILES tiles. A log_softmax counts as one pass and
+# makes several inside: the closed forms write in place instead: more passes by this count, 0.8 of the time.
 LOSSES: dict[str, tuple[Signal, Support, Cost]] = {
-    "full-reverse_kl": (REVERSE_KL, supports.full(), Cost(operations=203, made=6.10, written=11.32)),
+    "full-reverse_kl": (REVERSE_KL, supports.full(), Cost(operations=306, made=2.11, written=13.25)),
     "full-forward_kl": (
         signals.divergence("forward_kl"),
         supports.full(),
-        Cost(operations=203, made=7.10, written=11.32),
+        Cost(operations=322, made=2.11, written=13.26),
     ),
     "full-generalised_jsd": (
         signals.divergence("generalised_jsd"),
         supports.full(),
-        Cost(operations=300, made=12.11, written=18.32),
+        Cost(operations=419, made=5.12, written=20.26),
     ),
     "full-any-signal": (
         lambda tokens: REVERSE_KL(tokens),
@@ -213,12 +214,13 @@ def test_cost_check_fails_when_pass_is_added(sizes: None):
 
 # --- the teacher's scores ---------------------------------------------------------------------------------------------
 
+# The memory of the logits counts as written when it is made, and when the product is written into it.
 SCORES: dict[str, tuple[Support, dict[str, Any], Cost]] = {
     "full-unread": (supports.full(), {"sampled": False}, Cost(operations=1, made=0.001, written=0.001)),
-    "full": (supports.full(), {}, Cost(operations=27, made=1.00, written=1.00)),
-    "sampled": (supports.sampled(), {}, Cost(operations=27, made=1.00, written=1.00)),
-    "sampled-entropy": (supports.sampled(), {"entropy": True}, Cost(operations=60, made=4.01, written=4.01)),
-    "top_k": (supports.top_k(K), {}, Cost(operations=62, made=1.07, written=1.07)),
+    "full": (supports.full(), {}, Cost(operations=27, made=1.00, written=2.00)),
+    "sampled": (supports.sampled(), {}, Cost(operations=27, made=1.00, written=2.00)),
+    "sampled-entropy": (supports.sampled(), {"entropy": True}, Cost(operations=60, made=4.01, written=5.01)),
+    "top_k": (supports.top_k(K), {}, Cost(operations=86, made=1.08, written=2.08)),
 }
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import opd.models.head
+import opd.teachers.scoring
 from opd import methods
 from opd.loss.collate import attach, split
 from opd.loss.fused import ChunkLoss, fused_loss
@@ -409,6 +410,40 @@ def test_fused_loss_gives_value_alone_when_no_grad(whole: bool):
     torch.testing.assert_close(frozen, value)
 
 
+@pytest.mark.parametrize("n", [0, 1, N])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_loss_overwrites_new_memory(n: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    """The first chunk writes the gradient of the output layer. What lay in its memory, NaN too, is not read."""
+    monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", 4 * V)
+    (hidden, head), (other_hidden, other) = leaves("bias", dtype), leaves("bias", dtype)
+    fused_loss(by_autograd(entropy), hidden[:n], head).backward()
+    monkeypatch.setattr(torch, "empty_like", lambda *given, **named: torch.full_like(given[0], torch.nan, **named))
+    fused_loss(by_autograd(entropy), other_hidden[:n], other).backward()
+    for mine, expected in ((other.weight.grad, head.weight.grad), (other_hidden.grad, hidden.grad)):
+        assert mine is not None
+        assert expected is not None
+        assert torch.equal(mine, expected)
+        assert bool(mine.isfinite().all())
+
+
+def test_fused_loss_hands_gradient_over_when_not_scaled():
+    """The gradient of a step's output layer is not copied, nor multiplied by 1, on its way to the weight."""
+    made: list[str] = []
+    hidden, head = leaves("plain")
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.shape == head.weight.shape:
+                made.append(str(func))
+            return out
+
+    loss = fused_loss(by_autograd(entropy), hidden, head)
+    with Made():
+        loss.backward()
+    assert made == ["aten.detach.default"], "a view; a product or a copy would be another operation"
+
+
 @pytest.mark.parametrize("kind", heads())
 def test_fused_loss_gradient_is_zero_when_loss_is_constant(kind: str):
     hidden, head = leaves(kind)
@@ -535,6 +570,7 @@ def test_loss_holds_no_logits_of_all_tokens(
     assert n > 60
     chunk = 20 * LARGE
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", chunk)
+    monkeypatch.setattr(opd.teachers.scoring, "CHUNKS_AT_ONCE", 1)
     assert student.head().weight.numel() < chunk < n * LARGE / 3
     teacher = teacher_of(method, student, external)
     with at_least(chunk + 1) as trap:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import prompts_of, tiny
-from torch import nn
+from torch import Tensor, nn
 
 from opd.parallel import ALONE
 from opd.pieces.contexts import same_prompt
@@ -96,6 +96,34 @@ def test_build_passes_settings_to_adamw():
     assert group["initial_lr"] == 0.2
 
 
+def adamw_by_hand(weight: Tensor, gradients: Sequence[Tensor], settings: OptimizerSection) -> Tensor:
+    """The published formula in float64; the learning rate is constant."""
+    w, m, v = weight.double(), torch.zeros(weight.shape).double(), torch.zeros(weight.shape).double()
+    (one, two), rate = settings.betas, settings.learning_rate
+    for t, gradient in enumerate(gradients, start=1):
+        g = gradient.double()
+        m, v = one * m + (1 - one) * g, two * v + (1 - two) * g.square()
+        w = w - rate * settings.weight_decay * w
+        w = w - rate * (m / (1 - one**t)) / ((v / (1 - two**t)).sqrt() + settings.eps)
+    return w
+
+
+@pytest.mark.parametrize(
+    ("dtype", "close"), [(torch.float32, 1e-6), (torch.bfloat16, 0.05)]
+)  # six roundings of a weight below 4
+def test_step_follows_formula_of_adamw(dtype: torch.dtype, close: float):
+    settings = section(learning_rate=0.01, weight_decay=0.1, schedule="constant", warmup_steps=0)
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(37, 5, generator=generator).to(dtype)
+    gradients = [torch.randn(37, 5, generator=generator).to(dtype) for _ in range(6)]
+    optimiser = optimisation.build({"w": nn.Parameter(start.clone())}, settings, 10)
+    for gradient in gradients:
+        optimiser.parameters["w"].grad = gradient.clone()
+        optimiser.step()
+    expected = adamw_by_hand(start, gradients, settings)
+    torch.testing.assert_close(optimiser.parameters["w"].detach().double(), expected, atol=close, rtol=0)
+
+
 # --- clipping -------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +147,16 @@ def test_clip_keeps_small_gradient():
     assert all(
         torch.equal(p.grad, torch.full_like(p, 0.01)) for p in optimiser.parameters.values() if p.grad is not None
     )
+
+
+def test_clip_writes_no_gradient_that_is_small():
+    """A product with 1 would read and write every gradient."""
+    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
+    for parameter in optimiser.parameters.values():
+        parameter.grad = torch.full_like(parameter, 0.01)
+    before = [p.grad._version for p in optimiser.parameters.values() if p.grad is not None]
+    optimiser.clip()
+    assert [p.grad._version for p in optimiser.parameters.values() if p.grad is not None] == before
 
 
 def test_clip_returns_nan_when_gradient_is_nan():
@@ -159,6 +197,30 @@ def test_restore_gives_byte_equal_steps(tmp_path: Path, schedule: str, stop: int
     for mine, theirs in zip(second.adamw.state.values(), whole.adamw.state.values(), strict=True):
         assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
     assert second.updates == whole.updates == 10
+
+
+def test_restore_continues_run_of_unfused_adamw(tmp_path: Path):
+    """Checkpoints of a plain AdamW have the same names, shapes and types."""
+    settings = section(schedule="linear", weight_decay=0.01)
+    plain = optimisation.build(parameters(), settings, 10)
+    plain.adamw.param_groups[0]["fused"] = False
+    for i in range(3):
+        update(plain, i)
+    saved = checkpoint.save(tmp_path, 3, tensors=plain.tensors(), state={"updates": plain.updates})
+    weights = {name: nn.Parameter(p.detach().clone()) for name, p in plain.parameters.items()}
+
+    fused = optimisation.build(weights, settings, 10)
+    assert fused.adamw.param_groups[0]["fused"]
+    loaded = checkpoint.load(saved)
+    fused.restore(loaded.tensors, loaded.state["updates"])
+    assert [update(fused, i) for i in range(3, 10)] == [update(plain, i) for i in range(3, 10)]
+    for name, parameter in plain.parameters.items():
+        torch.testing.assert_close(fused.parameters[name], parameter, atol=1e-6, rtol=1e-6)
+    for group, named in plain.tensors().items():
+        for name, tensor in named.items():
+            got = fused.tensors()[group][name]
+            assert (got.dtype, got.shape) == (tensor.dtype, tensor.shape)
+            torch.testing.assert_close(got, tensor, atol=1e-6, rtol=1e-6)
 
 
 def test_tensors_are_named_by_parameter():

@@ -52,13 +52,14 @@ class _Fused(torch.autograd.Function):
     ) -> Tensor:
         """The loss. Computes the gradients of hidden [N, H], weight [>= V, H] and bias; `backward` returns them."""
         head = replace(head, weight=weight.detach(), bias=None if bias is None else bias.detach())
-        grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3])
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         width = head.vocabulary if ids is None else ids.shape[1] * weight.shape[1]  # of _Rows: [n, K, H] is gathered
         parts = parts or list(chunks(len(hidden), width, hidden.device))
+        whole = ids is None and len(parts) > 0  # the first chunk writes each row of a token
+        grads = _Gradients.like(hidden, weight, bias, ctx.needs_input_grad[:3], head.vocabulary if whole else 0)
         longest = max((part.stop - part.start for part in parts), default=0)
         layer = _Rows(head, ids) if ids is not None else _Whole(head, torch.empty(longest, width, device=hidden.device))
-        for rows in parts:
+        for number, rows in enumerate(parts):
             piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
             logits = layer.project(piece, rows)
             slope = head.finish_(logits, temperature)
@@ -66,7 +67,7 @@ class _Fused(torch.autograd.Function):
             grad = logits if head.multiplier == temperature else logits.mul_(head.multiplier / temperature)
             if slope is not None:
                 grad.mul_(slope)
-            layer.add_gradients(grads, grad, piece, rows)
+            layer.add_gradients(grads, grad, piece, rows, first=number == 0)
         ctx.grads = grads
         return total
 
@@ -89,19 +90,28 @@ class _Gradients:
     dtypes: tuple[torch.dtype, torch.dtype]
 
     @classmethod
-    def like(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]) -> _Gradients:
+    def like(
+        cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...], written: int
+    ) -> _Gradients:
+        """Zeros, but for the first `written` rows of the weight's, which may hold anything: zeros cost a pass."""
+        own = torch.empty_like(weight, dtype=torch.float32) if needed[1] else None
+        if own is not None:
+            own[written:] = 0.0
         return cls(
             hidden=torch.zeros_like(hidden) if needed[0] else None,
-            weight=torch.zeros_like(weight, dtype=torch.float32) if needed[1] else None,
+            weight=own,
             bias=torch.zeros_like(bias, dtype=torch.float32) if bias is not None and needed[2] else None,
             dtypes=(weight.dtype, weight.dtype if bias is None else bias.dtype),
         )
 
     def times(self, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The gradients times `upstream`, computed in place, in the inputs' dtypes."""
-        weight = None if self.weight is None else self.weight.mul_(upstream).to(self.dtypes[0])
-        bias = None if self.bias is None else self.bias.mul_(upstream).to(self.dtypes[1])
-        return None if self.hidden is None else self.hidden.mul_(upstream), weight, bias
+        if upstream.item() != 1.0:  # a loss that is not scaled, as in a step, costs no pass over the weight's
+            for gradient in (self.hidden, self.weight, self.bias):
+                if gradient is not None:
+                    gradient.mul_(upstream)
+        weight = None if self.weight is None else self.weight.to(self.dtypes[0])
+        return self.hidden, weight, None if self.bias is None else self.bias.to(self.dtypes[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,15 +124,20 @@ class _Whole:
     def project(self, hidden: Tensor, rows: slice) -> Tensor:
         return self.head.project_into(self.memory, hidden)
 
-    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice, *, first: bool) -> None:
+        """Add a chunk's gradients; the `first` chunk's overwrite what the memory held."""
         weight = self.head.weight[: self.head.vocabulary]
         small = grad.to(weight.dtype)
         if grads.hidden is not None:
             grads.hidden[rows] = small @ weight
-        if grads.weight is not None and weight.dtype == torch.float32:
-            grads.weight[: self.head.vocabulary].addmm_(grad.t(), hidden)
-        elif grads.weight is not None:  # the product in the weight's dtype, the sum over chunks in float32
-            grads.weight[: self.head.vocabulary] += small.t() @ hidden
+        if grads.weight is not None:
+            total = grads.weight[: self.head.vocabulary]
+            if weight.dtype == torch.float32:
+                total.addmm_(grad.t(), hidden, beta=0.0 if first else 1.0)  # at 0, NaN in `total` is not read
+            elif first:
+                total.copy_(small.t() @ hidden)
+            else:  # the product in the weight's dtype, the sum over chunks in float32
+                total += small.t() @ hidden
         if grads.bias is not None:
             grads.bias[: self.head.vocabulary] += grad.sum(0)
 
@@ -139,7 +154,7 @@ class _Rows:
         logits = torch.einsum("nkh,nh->nk", self.head.weight[ids], hidden).float()
         return logits if self.head.bias is None else logits + self.head.bias[ids]
 
-    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice) -> None:
+    def add_gradients(self, grads: _Gradients, grad: Tensor, hidden: Tensor, rows: slice, *, first: bool) -> None:
         ids = self.ids[rows]
         if grads.hidden is not None:
             picked = self.head.weight[ids]

@@ -29,7 +29,7 @@ def unit_chunks(micro: MicroBatch, student: Head, teacher: Head) -> list[slice]:
     """Chunks of the micro-batch's tokens that cut no unit, sized for either model's logits plus one entry."""
     assert micro.units is not None
     width = max(student.vocabulary, teacher.vocabulary) + 1
-    return whole_chunks(micro.units.size, max(1, head.chunk_entries(micro.token_ids.device) // width))
+    return whole_chunks(micro.units.size, head.chunk_rows(width, micro.token_ids.device))
 
 
 def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, observe: Observe) -> ChunkLoss:

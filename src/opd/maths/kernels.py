@@ -17,12 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from opd.deferred import torch
 from opd.maths import closed_forms
+from opd.maths.closed_forms import ClosedForm
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-WithGradient = Callable[["Tensor", "Tensor"], tuple["Tensor", "Tensor"]]
-
 
 BLOCK = 4096  # entries of a row that a program holds at once
 
@@ -41,18 +39,18 @@ def into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> None:
 
 
 def into_gradient(
-    logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: WithGradient
+    logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: ClosedForm
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A divergence with a closed form (`closed_forms.CLOSED`) at logits [n, V] of both models.
 
     Returns [n] each: the value, and the student's and the teacher's log-probs of the `sampled` tokens [n, 1].
-    Overwrites `logits` with the gradient of sum_i weight_i value_i, `weight` [n].
+    Overwrites `logits` with the gradient of sum_i weight_i value_i, `weight` [n]; `teacher_logits` may be lost.
     """
-    student, teacher = logits.log_softmax(-1), teacher_logits.log_softmax(-1)
-    student_logp, teacher_logp = student.gather(-1, sampled)[:, 0], teacher.gather(-1, sampled)[:, 0]
-    per_token, grad = closed(student, teacher)
-    torch.mul(grad, weight[:, None], out=logits)
-    return per_token, student_logp, teacher_logp
+    logits.sub_(logits.amax(-1, keepdim=True))
+    teacher_logits.sub_(teacher_logits.amax(-1, keepdim=True))
+    student, teacher = logits.gather(-1, sampled)[:, 0], teacher_logits.gather(-1, sampled)[:, 0]
+    found = closed(logits, teacher_logits, weight)
+    return found.value, student - found.student_log_z, teacher - found.teacher_log_z
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +59,7 @@ class Kernels:
 
     log_normaliser: Callable[[Tensor], Tensor]
     into_probabilities: Callable[[Tensor, Tensor, Tensor], None]
-    into_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, WithGradient], tuple[Tensor, Tensor, Tensor]]
+    into_gradient: Callable[[Tensor, Tensor, Tensor, Tensor, ClosedForm], tuple[Tensor, Tensor, Tensor]]
 
 
 PLAIN = Kernels(log_normaliser, into_probabilities, into_gradient)
@@ -101,7 +99,7 @@ def fused_into_probabilities(logits: Tensor, log_z: Tensor, factor: Tensor) -> N
 
 
 def fused_into_gradient(
-    logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: WithGradient
+    logits: Tensor, teacher_logits: Tensor, sampled: Tensor, weight: Tensor, closed: ClosedForm
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`into_gradient` that reads both models' logits three times and writes once."""
     from opd.maths import triton_kernels
@@ -131,7 +129,7 @@ def fused_into_gradient(
 FORMS = {closed_forms.reverse_kl: 0, closed_forms.forward_kl: 1, closed_forms.generalised_jsd: 2}
 
 
-def _form_of(closed: WithGradient) -> tuple[int, float]:
+def _form_of(closed: ClosedForm) -> tuple[int, float]:
     """The number of the divergence in the kernel, and beta (used by the generalised JSD only)."""
     if isinstance(closed, partial):
         return FORMS[closed.func], closed.keywords.get("beta", 0.5)

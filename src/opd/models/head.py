@@ -15,17 +15,26 @@ from torch import Tensor
 from opd.maths import kernels
 from opd.types import Shared
 
-# Entries of one chunk's logits: 2^25 float32 are 128 MiB, or 220 positions of a vocabulary of 150,000 tokens. Below
-# about 200 positions the matmul of a CPU is bound by reading the output layer; on a GPU below about 800, so chunks are
-# larger there by GPU_FACTOR.
-CHUNK_ENTRIES = 2**25
+# Entries of one chunk's logits on a CPU: 2^22 float32 are 16 MiB. With fewer rows a product is bound by reading the
+# output layer; with more, the memory of a loss is that of its chunks. A loss on the whole vocabulary against one with
+# 2^25 entries, H = 576, one thread, N = 128 to 512 (memory: the same for every N; without the layer's gradient):
+#     V                 32,000    49,152    151,936    262,144
+#     CPU seconds        1.13      1.08       1.07       1.14
+#     peak memory        0.38      0.22       0.30       0.55
+CHUNK_ENTRIES = 2**22
 
 
-GPU_FACTOR = 4
+# A wider vocabulary gets chunks of more entries, so that a chunk on a CPU has at least 2^22 / 2^16 = 64 rows: with 16
+# rows of 262,144 tokens the same loss takes 1.9 times as long.
+WIDE = 2**16
 
 
-# Entries of one tile, 2 MiB: a tile and its temporaries stay in the cache.
-TILE_ENTRIES = 2**19
+GPU_FACTOR = 32  # a GPU's products are bound by reading the output layer below about 800 rows
+
+
+# Entries of one tile, 1 MiB: the tiles of both models and a temporary stay in the cache of a core. With one thread a
+# loss takes 0.72 to 0.90 of the time with 2^19; with two threads no size was clearly faster.
+TILE_ENTRIES = 2**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +63,13 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: only the matrix and the bias."""
+        return self._product(hidden).float()
+
+    def _product(self, hidden: Tensor) -> Tensor:
+        """`project` in the type of the weights."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
-        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias).float()
+        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
 
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
@@ -65,7 +78,7 @@ class Head:
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
-            return rows.copy_(self.project(hidden))
+            return rows.copy_(self._product(hidden))
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 
     def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
@@ -84,19 +97,21 @@ class Head:
         return replace(self, weight=self.weight.detach(), bias=None if self.bias is None else self.bias.detach())
 
 
-def chunk_entries(device: torch.device) -> int:
-    """The most entries of a chunk's logits on this device."""
-    return CHUNK_ENTRIES if device.type == "cpu" else GPU_FACTOR * CHUNK_ENTRIES
+def chunk_rows(width: int, device: torch.device) -> int:
+    """The number of rows of `width` logits in a chunk on this device, at least one."""
+    if device.type == "cpu":
+        return max(1, CHUNK_ENTRIES // min(width, WIDE))
+    return max(1, GPU_FACTOR * CHUNK_ENTRIES // width)
 
 
-def chunks(n: int, width: int, device: torch.device) -> Iterator[slice]:
-    """Slices of 0..n such that a slice's rows of `width` have at most `chunk_entries` (and at least one row)."""
-    return _slices(n, chunk_entries(device) // width)
+def chunks(n: int, width: int, device: torch.device, times: int = 1) -> Iterator[slice]:
+    """Slices of 0..n of `times` x `chunk_rows(width, device)` rows; the last one may have fewer."""
+    return _slices(n, times * chunk_rows(width, device))
 
 
-def buffer(n: int, width: int, device: torch.device) -> Tensor:
-    """Memory for the logits of the largest of `chunks(n, width, device)`."""
-    return torch.empty(next(chunks(n, width, device), slice(0, 0)).stop, width, device=device)
+def buffer(n: int, width: int, device: torch.device, times: int = 1) -> Tensor:
+    """Memory for the logits of the largest of `chunks(n, width, device, times)`."""
+    return torch.empty(next(chunks(n, width, device, times), slice(0, 0)).stop, width, device=device)
 
 
 def tiles(chunk: Tensor) -> Iterator[slice]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.maths.largest import largest
 from opd.messages import text_after
 from opd.models.decoding import batches_of, begin
 from opd.models.language_model import LanguageModel, evaluating
@@ -151,7 +152,7 @@ class TransformersSampler(Sampler):
             top_k=sampling.top_k,
             entropy=record.entropy,
         )
-        top = logits.topk(record.top_k, dim=-1).indices.cpu() if record.top_k else None
+        top = largest(logits, record.top_k)[1].cpu() if record.top_k else None
         entropy = None if drawn.entropy is None else drawn.entropy.tolist()
         columns = zip(active, drawn.ids.tolist(), drawn.sampler_logp.tolist(), drawn.policy_logp.tolist(), strict=True)
         for i, (row, token, mu, p) in enumerate(columns):

@@ -22,6 +22,8 @@ from opd.rewards.base import StageRewards
 from opd.teachers.routed import routed
 from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, Teacher
 
+FUSED_ON = ("cpu", "cuda")  # where torch has a fused AdamW, of the devices that runs use
+
 
 @dataclass(slots=True, kw_only=True)
 class StageOptimisation:
@@ -117,8 +119,10 @@ class Optimiser:
         """Scale the gradient down to `max_grad_norm`; returns its global norm before."""
         gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
         norm = whole_tensor(nn.utils.get_total_norm(gradients))
-        nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
-        return float(norm)
+        value = float(norm)
+        if not value < self.max_grad_norm:  # also for NaN; a smaller gradient would be multiplied by 1
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
+        return value
 
     def step(self) -> dict[str, float]:
         rate = float(self.schedule.get_last_lr()[0])
@@ -145,7 +149,9 @@ class Optimiser:
         for group, named in tensors.items():
             if group.startswith("adamw."):
                 for name, value in named.items():
-                    self.adamw.state[self.parameters[name]][group.removeprefix("adamw.")] = value
+                    parameter = self.parameters[name]
+                    # The fused step reads its own count on the parameter's device; checkpoints are read on the CPU.
+                    self.adamw.state[parameter][group.removeprefix("adamw.")] = value.to(parameter.device)
         self.schedule.last_epoch = updates
         rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, self.adamw.param_groups, strict=True)
         for base, factor_at, group in rates:
@@ -156,12 +162,15 @@ class Optimiser:
 def build(parameters: dict[str, nn.Parameter], section: OptimizerSection, steps: int) -> Optimiser:
     """An Optimiser over named parameters for a stage of `steps` updates."""
     assert parameters, "a model without trainable parameters is refused before this"
+    # One pass over weight, gradient and both moments, instead of a dozen; on shards, each process updates its own.
+    fused = all(parameter.device.type in FUSED_ON for parameter in parameters.values())
     adamw = torch.optim.AdamW(
         list(parameters.values()),
         lr=section.learning_rate,
         betas=section.betas,
         eps=section.eps,
         weight_decay=section.weight_decay,
+        fused=fused,
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor(section, steps))
     return Optimiser(parameters, adamw, schedule, section.max_grad_norm)

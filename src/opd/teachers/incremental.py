@@ -13,7 +13,7 @@ from opd.models.render import render
 from opd.pieces.supports import sampled
 from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import routed
-from opd.teachers.scoring import teacher_scores
+from opd.teachers.scoring import parted, teacher_scores
 from opd.types import Context, Rollout, Scorer, ScoreRequest, Scores, Teacher
 
 
@@ -80,7 +80,7 @@ class IncrementalScorer:
             ids = torch.stack([rollout.response_ids[self.read :] for rollout in rollouts]).to(hidden.device)  # [b, n]
             states = torch.cat([hidden[:, None], self.decoder.read(ids)[:, :-1]], 1)  # [b, n, H] predict `ids`
             flat = teacher_scores(head, states.flatten(0, 1), ids.flatten(), self.request)
-        new = [_rows(flat, slice(i * ids.shape[1], (i + 1) * ids.shape[1])) for i in range(len(rollouts))]
+        new = parted(flat, [ids.shape[1]] * len(rollouts))
         self.scores = [_joined(old, one) for old, one in zip(self.scores, new, strict=True)] if self.scores else new
         self.places, self.read = {key: i for i, key in enumerate(keys)}, length
         return self.scores
@@ -97,15 +97,6 @@ class IncrementalScorer:
         if rows != list(range(len(self.decoder.hidden))):
             self.scores = [self.scores[row] for row in rows]
         self.decoder.keep(rows)
-
-
-def _rows(scores: Scores, rows: slice) -> Scores:
-    top, logp = scores.teacher_top_ids, scores.teacher_top_logp
-    return Scores(
-        teacher_logp=scores.teacher_logp[rows],
-        teacher_top_ids=None if top is None else top[rows],
-        teacher_top_logp=None if logp is None else logp[rows],
-    )
 
 
 def _joined(old: Scores, new: Scores) -> Scores:

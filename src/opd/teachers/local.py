@@ -21,7 +21,7 @@ from opd.models.ticks import counting
 from opd.models.vocabularies import check_same_tokens
 from opd.parallel import whole_tensor
 from opd.pieces.supports import sampled, top_k
-from opd.teachers.scoring import teacher_scores
+from opd.teachers.scoring import parted, teacher_scores
 from opd.types import Prompt, Record, Rollout, ScoreRequest, Scores, Teacher, TeacherRule
 
 
@@ -72,12 +72,14 @@ class LocalTeacher(Teacher):
             device = self.lm.device
             for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
                 states = response_states(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
-                for place, i in enumerate(indices):
-                    ids = rollouts[i].response_ids.to(device)
-                    top = rollouts[i].student_top_ids
-                    top = None if top is None else top.to(device)
-                    score = teacher_scores(head, states.of(place, lengths[i]), ids, request, top)
-                    scores[i] = _to(score, self.student_device)
+                own = [lengths[i] for i in indices]
+                # The tokens of the whole batch at once: with few rows a product reads the output layer for little.
+                hidden = torch.cat([states.of(place, length) for place, length in enumerate(own)])
+                ids = torch.cat([rollouts[i].response_ids for i in indices]).to(device)
+                top = _student_top([rollouts[i] for i in indices], request, device)
+                found = _to(teacher_scores(head, hidden, ids, request, top), self.student_device)
+                for i, score in zip(indices, parted(found, own), strict=True):
+                    scores[i] = score
                 count.add(len(indices), tokens=sum(lengths[i] for i in indices))
         return [score for score in scores if score is not None]
 
@@ -192,6 +194,16 @@ def local_teacher(
     if rule.kind == "self_frozen" and student.adapters and adds_nothing(student.model):
         return LocalTeacher(lm=student, is_student=True, base=True, **common)
     return LocalTeacher(lm=frozen_copy(student), follows=student, decay=rule.decay, **common)
+
+
+def _student_top(rollouts: Sequence[Rollout], request: ScoreRequest, device: torch.device) -> Tensor | None:
+    """The student's most likely tokens [N, k] at the tokens of all rollouts; None if the support does not read them."""
+    if not (k := request.support.student_top_k):
+        return None
+    recorded = [rollout.student_top_ids for rollout in rollouts]
+    known = [ids[:, :k] for ids in recorded if ids is not None]
+    assert len(known) == len(recorded), "the support reads the student's top-k, which some responses lack"
+    return torch.cat(known).to(device)
 
 
 def _to(scores: Scores, device: torch.device) -> Scores:
