@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from opd.models.forward import last_states, left_padded, prefix_of, select
+from opd.models.kv_cache import grow_in_place
 from opd.models.language_model import LanguageModel, cache_in
 
 Item = TypeVar("Item")
@@ -101,6 +102,7 @@ def _begin(lm: LanguageModel, prompts: list[tuple[int, ...]]) -> Decoder:
         past_key_values=cache,
         use_cache=True,
     )
+    grow_in_place(cache_in(out))
     return Decoder(
         lm=lm,
         hidden=out.last_hidden_state[:, -1],
