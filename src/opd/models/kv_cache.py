@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -37,7 +38,7 @@ class GrowingLayer(DynamicLayer):
         self.is_initialized = True
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Keep these rows, in this order."""
         super().reorder_cache(beam_idx)
         self.memory = None
@@ -60,7 +61,7 @@ class GrowingLayer(DynamicLayer):
 
 def grow_in_place(cache: Any) -> None:
     """Replace the plain dynamic layers of a cache, in place; layers of other kinds stay as they are."""
-    layers = getattr(cache, "layers", ())
+    layers: list[Any] = getattr(cache, "layers", [])
     for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
             layers[place] = GrowingLayer(layer)
