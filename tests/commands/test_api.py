@@ -374,7 +374,8 @@ def test_distill_loads_method_from_working_directory(work: Path):
     )
     run = distill(method="mine:method", options={"strength": 2})
     plain = distill()
-    assert run.metrics[0]["train/loss"] == pytest.approx(2 * plain.metrics[0]["train/loss"], rel=1e-6)
+    # The built-in signal has a closed form; both round in float32 logits, which are about 1 in size.
+    assert run.metrics[0]["train/loss"] == pytest.approx(2 * plain.metrics[0]["train/loss"], abs=1e-6)
     with pytest.raises(ConfigError, match=r"unknown option `strenght`. Did you mean 'strength'"):
         distill(method="mine:method", options={"strenght": 2})
 

@@ -144,8 +144,8 @@ def draw(numbers: Numbers) -> report.Figure:
             for place, name in enumerate(METHODS):
                 values = getattr(cost, what)[name]
                 at = place + 0.38 * shift
-                label_ = implementation if place == 0 else None
-                panel.barh(at, sum(values) / len(values), 0.34, color=report.COLOURS[shift], alpha=0.6, label=label_)
+                legend = implementation if place == 0 else None
+                panel.barh(at, sum(values) / len(values), 0.34, color=report.COLOURS[shift], alpha=0.6, label=legend)
                 panel.plot(values, [at] * len(values), "o", color="black", markersize=2.5)
         panel.set_yticks([place + 0.19 for place in range(len(METHODS))], METHODS, fontsize=8)
         panel.invert_yaxis()

@@ -160,66 +160,68 @@ def course(one: Trained) -> Course:
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers."""
-
-    def nearly_all(teacher: str, k: int) -> list[Check]:
-        return [
-            Check(
-                what=f"least {model}'s mass on the overlap, k={k}, {teacher}",
-                interval=over_seeds([min(getattr(one, f"{model}_mass").values()) for one in numbers[teacher, k]]),
-                above=NEARLY_ALL,
-            )
-            for model in ("student", "teacher")
-        ]
-
-    def moves(k: int) -> list[Check]:
-        runs = numbers[OWN, k]
-        stays = [
-            Check(
-                what=f"{model}'s mass on the overlap, k={k}, after minus before",
-                interval=over_seeds([one.change(f"{model}_mass") for one in runs]),
-                above=-STAYS,
-                below=STAYS,
-            )
-            for model in ("student", "teacher")
-        ]
-        rises = over_seeds([one.change("overlap") for one in runs])
-        return [Check(what=f"overlap ratio, k={k}, after minus before", interval=rises, above=RISES), *stays]
-
-    def tells_apart(k: int) -> list[Check]:
-        own, opposite = ([one.student_mass[min(one.student_mass)] for one in numbers[t, k]] for t in (OWN, OPPOSITE))
-        what = f"student's mass at the first update, k={k}, {OPPOSITE}"
-        return [
-            Check(what=f"{what}, minus {OWN}", interval=differences(opposite, own), below=0.0),
-            Check(what=what, interval=over_seeds(opposite), below=NEARLY_ALL),
-        ]
-
     figure = "2604.13016 Fig. 18"
     return (
         finding(
             "From the first update to the last the overlap holds nearly all mass of both models",
             figure,
-            nearly_all(OWN, K),
-            nearly_all(OWN, SMALLER),
+            _nearly_all(numbers, OWN, K),
+            _nearly_all(numbers, OWN, SMALLER),
         ),
         finding(
             "It does so with a teacher of the student's own pipeline too",
             figure,
-            nearly_all(SAME_ROWS, K),
-            nearly_all(SAME_ROWS, SMALLER),
+            _nearly_all(numbers, SAME_ROWS, K),
+            _nearly_all(numbers, SAME_ROWS, SMALLER),
         ),
         finding(
             "While the student learns, the overlap ratio rises and the mass stays",
             figure,
-            moves(K),
-            moves(SMALLER),
+            _moves(numbers, K),
+            _moves(numbers, SMALLER),
         ),
         finding(
             "The mass is lower with a teacher of the opposite habit",
             f"{figure} (the control is ours)",
-            tells_apart(K),
-            tells_apart(SMALLER),
+            _tells_apart(numbers, K),
+            _tells_apart(numbers, SMALLER),
         ),
     )
+
+
+def _nearly_all(numbers: Numbers, teacher: str, k: int) -> list[Check]:
+    return [
+        Check(
+            what=f"least {model}'s mass on the overlap, k={k}, {teacher}",
+            interval=over_seeds([min(getattr(one, f"{model}_mass").values()) for one in numbers[teacher, k]]),
+            above=NEARLY_ALL,
+        )
+        for model in ("student", "teacher")
+    ]
+
+
+def _moves(numbers: Numbers, k: int) -> list[Check]:
+    runs = numbers[OWN, k]
+    stays = [
+        Check(
+            what=f"{model}'s mass on the overlap, k={k}, after minus before",
+            interval=over_seeds([one.change(f"{model}_mass") for one in runs]),
+            above=-STAYS,
+            below=STAYS,
+        )
+        for model in ("student", "teacher")
+    ]
+    rises = over_seeds([one.change("overlap") for one in runs])
+    return [Check(what=f"overlap ratio, k={k}, after minus before", interval=rises, above=RISES), *stays]
+
+
+def _tells_apart(numbers: Numbers, k: int) -> list[Check]:
+    own, opposite = ([one.student_mass[min(one.student_mass)] for one in numbers[t, k]] for t in (OWN, OPPOSITE))
+    what = f"student's mass at the first update, k={k}, {OPPOSITE}"
+    return [
+        Check(what=f"{what}, minus {OWN}", interval=differences(opposite, own), below=0.0),
+        Check(what=what, interval=over_seeds(opposite), below=NEARLY_ALL),
+    ]
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:

@@ -173,83 +173,87 @@ def accuracy_of(model: Path, pair: Pair, seed: int, size: Size) -> float:
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers."""
-
-    def values(name: str, what: str) -> list[float]:
-        return [getattr(one, what) for one in numbers[name]]
-
-    def concentrated(name: str, other: str) -> list[Check]:
-        return [
-            Check(
-                what=f"{what}, {name} minus {other}",
-                interval=differences(values(name, field_), values(other, field_)),
-                **side,
-            )
-            for what, field_, side in (
-                ("spectral over Frobenius norm", "concentration", {"above": 0.0}),
-                ("effective rank over full rank", "effective_rank", {"below": 0.0}),
-            )
-        ]
-
-    def recovers(name: str) -> list[Check]:
-        rescued = [one.beyond("early, rescaled", RECOVERED) for one in numbers[name]]
-        plain = differences(*([one.accuracy[v] for one in numbers[name]] for v in ("early, rescaled", "early")))
-        return [
-            Check(
-                what=f"gain of early, rescaled, minus {RECOVERED} of the final gain, {name}",
-                interval=over_seeds(rescued),
-                above=0.0,
-            ),
-            Check(what=f"accuracy, early, rescaled minus early, {name}", interval=plain, above=0.0),
-        ]
-
-    def settled(name: str, other: str) -> Check:
-        cosines = [[one.cosine[min(one.cosine)] for one in numbers[each]] for each in (name, other)]
-        what = f"cosine of early and final change, {name} minus {other}"
-        return Check(what=what, interval=differences(*cosines), above=0.0)
-
-    def keeps(name: str) -> list[Check]:
-        kept = over_seeds([one.beyond("a tenth of the directions", KEPT) for one in numbers[name]])
-        return [
-            Check(
-                what=f"gain of a tenth of the directions minus {KEPT} of the final gain, {name}",
-                interval=kept,
-                above=0.0,
-            )
-        ]
-
     paper = "2605.11739"
     return (
         finding(
             "The change has fewer effective directions than that of reinforcement learning",
             f"{paper}, results on the geometry of the change",
-            concentrated(SAMPLED, GRPO),
-            concentrated(EXACT, GRPO),
+            _concentrated(numbers, SAMPLED, GRPO),
+            _concentrated(numbers, EXACT, GRPO),
         ),
         finding(
             "It has fewer than that of SFT",
             f"{paper}, results on the geometry of the change (the control is ours)",
-            concentrated(SAMPLED, SFT),
-            concentrated(EXACT, SFT),
+            _concentrated(numbers, SAMPLED, SFT),
+            _concentrated(numbers, EXACT, SFT),
         ),
         finding(
             "The direction is settled early, more than in reinforcement learning",
             f"{paper}, results on early locking",
-            [settled(SAMPLED, GRPO)],
-            [settled(EXACT, GRPO)],
+            [_settled(numbers, SAMPLED, GRPO)],
+            [_settled(numbers, EXACT, GRPO)],
         ),
         finding(
             "The change after a tenth of the updates, rescaled to the final norm, gives most of the gain",
             f"{paper}, results of the norm rescue",
-            recovers(SAMPLED),
-            recovers(EXACT),
+            _recovers(numbers, SAMPLED),
+            _recovers(numbers, EXACT),
         ),
         finding(
             "A tenth of the singular directions keeps nearly all of the gain",
             f"{paper}, results of truncated ranks",
-            keeps(SAMPLED),
-            keeps(EXACT),
+            _keeps(numbers, SAMPLED),
+            _keeps(numbers, EXACT),
         ),
     )
+
+
+def _values(numbers: Numbers, name: str, what: str) -> list[float]:
+    return [getattr(one, what) for one in numbers[name]]
+
+
+def _concentrated(numbers: Numbers, name: str, other: str) -> list[Check]:
+    return [
+        Check(
+            what=f"{what}, {name} minus {other}",
+            interval=differences(_values(numbers, name, attribute), _values(numbers, other, attribute)),
+            **side,
+        )
+        for what, attribute, side in (
+            ("spectral over Frobenius norm", "concentration", {"above": 0.0}),
+            ("effective rank over full rank", "effective_rank", {"below": 0.0}),
+        )
+    ]
+
+
+def _recovers(numbers: Numbers, name: str) -> list[Check]:
+    rescued = [one.beyond("early, rescaled", RECOVERED) for one in numbers[name]]
+    plain = differences(*([one.accuracy[v] for one in numbers[name]] for v in ("early, rescaled", "early")))
+    return [
+        Check(
+            what=f"gain of early, rescaled, minus {RECOVERED} of the final gain, {name}",
+            interval=over_seeds(rescued),
+            above=0.0,
+        ),
+        Check(what=f"accuracy, early, rescaled minus early, {name}", interval=plain, above=0.0),
+    ]
+
+
+def _settled(numbers: Numbers, name: str, other: str) -> Check:
+    cosines = [[one.cosine[min(one.cosine)] for one in numbers[each]] for each in (name, other)]
+    what = f"cosine of early and final change, {name} minus {other}"
+    return Check(what=what, interval=differences(*cosines), above=0.0)
+
+
+def _keeps(numbers: Numbers, name: str) -> list[Check]:
+    kept = over_seeds([one.beyond("a tenth of the directions", KEPT) for one in numbers[name]])
+    return [
+        Check(
+            what=f"gain of a tenth of the directions minus {KEPT} of the final gain, {name}",
+            interval=kept,
+            above=0.0,
+        )
+    ]
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
