@@ -27,7 +27,7 @@ BENCHMARKS = sorted((ROOT / "benchmarks").glob("*.py"))
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # Each room, in the one order, and the rooms above it that it may import. Every room may import the ground.
-GROUND = ("errors", "types", "messages", "files", "plugins", "parallel", "deferred")
+GROUND = ("errors", "types", "messages", "files", "plugins", "parallel")
 ABOVE: dict[str, tuple[str, ...]] = {
     "ground": (),
     "recipe": (),
@@ -60,7 +60,7 @@ STUDIES_ABOVE: dict[str, tuple[str, ...]] = {
 ROOT_FILES = {
     *("train.py", "types.py", "method.py"),  # what to read first
     *("api.py", "cli.py", "__init__.py", "__main__.py", "errors.py", "messages.py", "files.py"),
-    *("plugins.py", "parallel.py", "deferred.py"),
+    *("plugins.py", "parallel.py"),
 }
 # `opd study` is a command of the library whose code is in a package beside it, found when the command runs.
 EXCEPT = {("opd.cli", "opd_studies.page.command")}

@@ -1,4 +1,8 @@
-"""A user's own functions by name: `my_package.mine:function`."""
+"""Imports at run time: a user's own functions by name, `my_package.mine:function`; torch and numpy at their first use.
+
+A file that a command without tensors imports writes `from opd.plugins import torch`, and `from torch import Tensor`
+under TYPE_CHECKING.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,13 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, DataError, nearest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch as torch
 
 # What a user's code may raise: sys.exit is an error of that code, not the end of the run.
 RAISED = (Exception, SystemExit)
@@ -119,3 +127,26 @@ def _import_extra(module: str, extra: str) -> Any:
         raise ConfigError(
             f"{module} is not installed ({error}). Install it with `pip install 'opd[{extra}]'`."
         ) from error
+
+
+class Deferred:
+    """Stands for a module, which is imported when an attribute of it is first read.
+
+    From then on it has the module's own dictionary: reading an attribute costs what it costs on the module, and a value
+    that is set on the module is seen here.
+    """
+
+    __slots__ = ("__dict__", "_name")
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        module = importlib.import_module(self._name)
+        self.__dict__ = module.__dict__
+        return getattr(module, attribute)  # also what the module makes on demand
+
+
+if not TYPE_CHECKING:
+    torch = Deferred("torch")
+    np = Deferred("numpy")

@@ -30,8 +30,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
-from opd.deferred import torch
 from opd.errors import TeacherError
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -62,7 +62,7 @@ def recipe(folder: Path) -> dict[str, Any]:
         "stages": [
             stage("teach", "teacher", 60),
             stage("cold", "student", 40),
-            stage("distil", "student", 20, "reverse_kl", teacher="teacher"),
+            stage("distil", "student", 20, "reverse_kl", teacher="teacher", optimizer={"learning_rate": 0.003}),
         ],
     }
 
@@ -83,10 +83,9 @@ def test_trained_model_stops_in_generate(trained: opd.Run, stage: str):
             [{"role": "user", "content": word}], add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
         written = model.generate(**read, max_new_tokens=12, do_sample=False)[0, read["input_ids"].shape[1] :]
-        text, end, rest = tokenizer.decode(written).partition("<end_of_turn>")
-        assert (end, rest) == ("<end_of_turn>", "")
-        # Which answers a short distillation keeps depends on rounding; that a response ends does not.
-        assert text == answer or stage == "distil"
+        # Whether a short distillation keeps every answer depends on the processor's rounding; that it ends does not.
+        right = [answer] if stage != "distil" else list(WORDS.values())
+        assert tokenizer.decode(written) in [f"{one}<end_of_turn>" for one in right]
 
 
 def test_check_says_what_ends_response(tmp_path: Path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.study_numbers import collected, first
+from support.tiny_pair import TINY
 from typer.testing import CliRunner
 
 from opd.cli import app
@@ -21,7 +22,7 @@ from opd_studies import STUDIES, headline, use
 from opd_studies.claims import estimators, fixed_points, prefixes, privileged
 from opd_studies.lab import ablation, distilling
 from opd_studies.lab import lab as labs
-from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.lab.lab import Lab
 from opd_studies.page import report
 from opd_studies.page.outcome import VERDICTS, Check, Outcome, SeedInterval, differences, finding, over_seeds, short
 
@@ -193,14 +194,6 @@ def test_lengths_end_plateau_at_nine_tenths():
 
 
 # --- models, kept by what made them ---------------------------------------------------------------------------------
-
-TINY = PairSize(
-    teacher={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-    student={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
-    teacher_steps=2,
-    student_steps=2,
-    prompts_per_step=4,
-)
 
 
 def test_fingerprint_depends_on_recipe_and_library_not_place(tmp_path, monkeypatch):

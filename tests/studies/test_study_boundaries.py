@@ -8,23 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.tiny_pair import TINY
 
 from opd.errors import ConfigError
 from opd.types import Prompt
 from opd_studies.claims import length, special_tokens
 from opd_studies.lab import distilling, signal_depth, signal_shares
 from opd_studies.lab.ablation import START
-from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.lab.lab import Lab
 from opd_studies.lab.on_policy_batch import OnPolicyBatch
 from opd_studies.worlds import boundaries
-
-TINY = PairSize(
-    teacher={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-    student={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
-    teacher_steps=2,
-    student_steps=2,
-    prompts_per_step=4,
-)
 
 
 def test_marked_places_markers_and_moves_read_ones_to_prompt():

@@ -8,23 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import tiny_pair
 
 from opd.types import Prompt
 from opd_studies.claims import baseline_cost, overlap_mass, weight_change
 from opd_studies.lab import lab as labs
 from opd_studies.lab import loss_costs, weight_changes
-from opd_studies.lab.lab import Lab, PairSize
+from opd_studies.lab.lab import Lab
 from opd_studies.lab.rl_teachers import MIXED, FamilySize, grpo_recipe
 
 NAME = "model.layers.0.mlp.up_proj.weight"
-TINY = PairSize(
-    teacher={"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1},
-    student={"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1},
-    teacher_steps=2,
-    student_steps=2,
-    prompts_per_step=4,
-    task=labs.SORTING,
-)
+TINY = replace(tiny_pair.TINY, task=labs.SORTING)
 
 
 def length(prompt: Prompt, response: str) -> float:

@@ -19,9 +19,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from opd.deferred import np
 from opd.errors import ConfigError, DataError, nearest
-from opd.plugins import _import_extra
+from opd.plugins import _import_extra, np
 
 BLOCK = 500  # rows of a data set of reasoning-gym, its own default
 HASHED = frozenset(

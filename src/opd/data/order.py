@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil, lcm
 
-from opd.deferred import np
+from opd.plugins import np
 from opd.types import Prompt
 
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from opd.data.similarity import Vectors, grams, nearest_cosine, normalised, repeats
-from opd.deferred import np
 from opd.errors import ConfigError, DataError
+from opd.plugins import np
 from opd.recipe.schema import SelectSection
 
 THRESHOLD = 0.6  # default of `threshold`: arXiv 2604.13016 App. C.3, for all-mpnet-base-v2

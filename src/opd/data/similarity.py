@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, TypeAlias
 
-from opd.deferred import np
+from opd.plugins import np
 
 BLOCK = 256  # questions compared at once
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from opd.deferred import torch
 from opd.maths import divergences
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

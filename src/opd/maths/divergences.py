@@ -28,8 +28,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from opd.deferred import torch
 from opd.errors import ConfigError, nearest
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

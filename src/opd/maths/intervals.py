@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from opd.deferred import np
 from opd.errors import DataError
 from opd.maths.quantiles import beta_quantile, student_t_quantile
+from opd.plugins import np
 
 Bounds: TypeAlias = tuple[float, float]
 

@@ -15,9 +15,9 @@ from functools import cache, partial
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
-from opd.deferred import torch
 from opd.maths import closed_forms
 from opd.maths.closed_forms import ClosedForm
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import Tensor

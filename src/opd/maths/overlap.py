@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from opd.deferred import torch
 from opd.maths import divergences
+from opd.plugins import torch
 from opd.types import Support
 
 if TYPE_CHECKING:

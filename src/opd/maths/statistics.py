@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from opd.deferred import np
 from opd.errors import ConfigError
+from opd.plugins import np
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:

@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from opd.deferred import torch
 from opd.errors import ConfigError
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

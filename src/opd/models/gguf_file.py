@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.deferred import np
 from opd.errors import ConfigError
+from opd.plugins import np
 
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9

@@ -11,10 +11,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from opd.deferred import np, torch
 from opd.errors import ConfigError
 from opd.models.gguf_file import GGUFFile
 from opd.models.ticks import counted
+from opd.plugins import np, torch
 
 DIRECT = ("llama", "qwen2", "qwen3", "gemma2", "gemma3")
 # Keys that transformers' table lacks, and the field of the config that they set.

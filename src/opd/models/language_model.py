@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from opd.models.head import Head
 else:
-    from opd.deferred import torch
+    from opd.plugins import torch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -146,7 +146,7 @@ def unusable(name: str, gpus: int) -> str | None:
     try:
         torch.empty(0, device=device)
     # What torch raises for a backend that it was not built with, that is not here, or that lacks this operation.
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
+    except (AssertionError, RuntimeError) as error:
         return _first_line(error)
     return None
 

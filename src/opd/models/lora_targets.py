@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import TYPE_CHECKING
 
-from opd.deferred import torch
 from opd.errors import ConfigError, nearest
+from opd.plugins import torch
 
 if TYPE_CHECKING:
     from torch import nn

@@ -8,11 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
 from opd.models.paths import looks_local, near_path
 from opd.models.tokenizer_files import load_tokenizer
+from opd.plugins import torch
 from opd.recipe.schema import ModelSpec
 
 # Sizes of a transformers config, which it also takes below 1.

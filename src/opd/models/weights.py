@@ -12,11 +12,11 @@ from logging import CRITICAL
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.deferred import torch
 from opd.errors import ConfigError, incomplete
 from opd.files import tensor_shapes
 from opd.models.new import read_config
 from opd.models.remembered import keep, recall
+from opd.plugins import torch
 from opd.recipe.schema import ModelSpec
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias
 
-from opd.deferred import torch
 from opd.pieces.needs import Needs, Piece, Trait, needs_of
 from opd.pieces.packed import support_of
+from opd.plugins import torch
 from opd.types import Advantage, Tokens
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Need, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.solutions import Solutions, solved
+from opd.plugins import torch
 from opd.types import Batch, Credit
 
 if TYPE_CHECKING:

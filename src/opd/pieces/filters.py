@@ -11,9 +11,9 @@ from dataclasses import replace
 from functools import cache
 from typing import TypeAlias
 
-from opd.deferred import torch
 from opd.pieces import token_sequences
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
+from opd.plugins import torch
 from opd.types import Filter, Rollout
 
 Test: TypeAlias = Callable[[Rollout], bool]

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
-from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
+from opd.plugins import torch
 from opd.types import Batch, Gather, MakeMemory
 
 if TYPE_CHECKING:

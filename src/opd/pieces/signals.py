@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
 
-from opd.deferred import torch
 from opd.errors import ConfigError, nearest
 from opd.maths import divergences
 from opd.pieces.needs import Needs, Piece, Reads, Trait, needing, needs_of
 from opd.pieces.packed import support_of
+from opd.plugins import torch
 from opd.types import Advantage, Signal, Tokens
 
 if TYPE_CHECKING:

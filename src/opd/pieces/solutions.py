@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
-from opd.deferred import torch
 from opd.pieces.filters import PASS
 from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import needing
+from opd.plugins import torch
 from opd.types import Batch, Gather, MakeMemory, Rollout
 
 if TYPE_CHECKING:

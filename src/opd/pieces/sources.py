@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cache
 
-from opd.deferred import np
 from opd.errors import ConfigError
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needs_of
+from opd.plugins import np
 from opd.types import Prompt, Record, Rollout, Source, Watch, Writers
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from opd.deferred import torch
 from opd.errors import ConfigError
+from opd.plugins import torch
 from opd.types import ChosenBy, Support
 
 if TYPE_CHECKING:

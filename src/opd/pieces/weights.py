@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING
 
-from opd.deferred import torch
 from opd.pieces import token_sequences
 from opd.pieces.needs import Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
+from opd.plugins import torch
 from opd.types import Batch, Weight
 
 if TYPE_CHECKING:

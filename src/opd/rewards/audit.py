@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from opd.deferred import torch
-from opd.plugins import RAISED
+from opd.plugins import RAISED, torch
 from opd.rewards.base import FunctionReward, rewarded
 from opd.types import Prompt, Reward, Rollout
 

@@ -9,12 +9,11 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from opd.deferred import np
 from opd.errors import ConfigError, DataError, OPDError, TeacherError, TrainingError
 from opd.models.language_model import LanguageModel
 from opd.models.ticks import counted
 from opd.parallel import ALONE
-from opd.plugins import RAISED
+from opd.plugins import RAISED, np
 from opd.recipe.schema import MAX_FAILED, JudgeSection
 from opd.rewards.calls import Waiting, called
 from opd.samplers.asked.cache import AnswerCache, CachedJudge

@@ -7,12 +7,12 @@ from collections.abc import Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from opd.deferred import torch
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.paths import source_of
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
+from opd.plugins import torch
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
 

@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.deferred import torch
 from opd.errors import OPDError
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
+from opd.plugins import torch
 from opd.samplers.asked.protocol import Question, Reply
 from opd.types import Prompt, Sampler, Sampling
 

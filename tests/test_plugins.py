@@ -1,4 +1,4 @@
-"""`deferred`: the module itself, from its first use on."""
+"""`plugins.Deferred`: the module itself, from its first use on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from opd.deferred import Deferred
+from opd.plugins import Deferred
 from opd.types import Prompt, Rollout, Unwritten
 
 
@@ -25,7 +25,7 @@ def test_deferred_is_the_module_after_first_use(monkeypatch: pytest.MonkeyPatch)
 
 def test_deferred_imports_at_first_use_alone():
     code = (
-        "import sys; from opd.deferred import torch, np; assert not {'torch', 'numpy'} & set(sys.modules); "
+        "import sys; from opd.plugins import torch, np; assert not {'torch', 'numpy'} & set(sys.modules); "
         "np.zeros(1); assert 'numpy' in sys.modules; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
