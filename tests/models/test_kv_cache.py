@@ -77,6 +77,16 @@ def test_growing_layer_keeps_its_memory():
     assert growing.keys.data_ptr() != place
 
 
+def test_growing_layer_makes_no_room_beyond_its_length():
+    plain, _ = layers()
+    growing = GrowingLayer(plain, longest=8)
+    for length in (6, 7, 8, 9):  # 9 is past the length that was announced: the layer grows as without one
+        growing.update(states(1), states(1))
+        assert growing.memory is not None
+        assert growing.memory[0].shape[-2] == (8 if length <= 8 else 9 + kv_cache.ROOM)
+        assert growing.get_seq_length() == length
+
+
 def test_grow_in_place_changes_plain_layers_alone():
     class Other(DynamicLayer):
         pass
@@ -95,3 +105,12 @@ def test_decoder_uses_growing_layers():
         decoder = begin(lm, [[5, 6, 7], [8, 9]])
         decoder.read(torch.tensor([[3], [4]]))
         assert {type(layer) for layer in decoder.cache.layers} == {GrowingLayer}
+
+
+def test_sampler_makes_room_for_its_responses_alone():
+    lm = tiny()
+    with torch.no_grad():
+        decoder = begin(lm, [[5, 6, 7], [8, 9]], more=4)
+        for _ in range(4):
+            decoder.read(torch.tensor([[3], [4]]))
+        assert {layer.memory[0].shape[-2] for layer in decoder.cache.layers} == {3 + 4}

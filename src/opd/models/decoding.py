@@ -69,22 +69,23 @@ class Decoder:
         return out.last_hidden_state
 
 
-def begin(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> Decoder:
+def begin(lm: LanguageModel, prompts: Sequence[Sequence[int]], *, more: int | None = None) -> Decoder:
     """Read prompts: equal prompts once, and their common prefix, such as a system prompt, once.
 
+    `more` is the most tokens that will follow, where that is known: the cache then makes no room for others.
     Prompts of one call must fit together: see `batches_of`.
     """
     different = list(dict.fromkeys(map(tuple, prompts)))
     lm.check_length(max(map(len, different)), "Leave out the longest prompts.")
     lm.check_ids(different)
-    decoder = _begin(lm, different) if lm.reading.cache else _begin_without_cache(lm, different)
+    decoder = _begin(lm, different, more) if lm.reading.cache else _begin_without_cache(lm, different)
     if len(different) < len(prompts):
         place = {prompt: i for i, prompt in enumerate(different)}
         decoder.keep([place[tuple(prompt)] for prompt in prompts])
     return decoder
 
 
-def _begin(lm: LanguageModel, prompts: list[tuple[int, ...]]) -> Decoder:
+def _begin(lm: LanguageModel, prompts: list[tuple[int, ...]], more: int | None) -> Decoder:
     shared = prefix_of(prompts) if lm.sees_everything and lm.reading.continues else ()
     cache = None
     if shared:
@@ -102,7 +103,7 @@ def _begin(lm: LanguageModel, prompts: list[tuple[int, ...]]) -> Decoder:
         past_key_values=cache,
         use_cache=True,
     )
-    grow_in_place(cache_in(out))
+    grow_in_place(cache_in(out), None if more is None else mask.shape[1] + more)
     return Decoder(
         lm=lm,
         hidden=out.last_hidden_state[:, -1],

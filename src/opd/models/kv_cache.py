@@ -16,10 +16,14 @@ ROOM = 256  # tokens; a copy every 256 tokens costs little, and at most this muc
 
 
 class GrowingLayer(DynamicLayer):
-    """A `DynamicLayer` whose keys and values [b, heads, L, D] begin a memory with room for more tokens."""
+    """A `DynamicLayer` whose keys and values [b, heads, L, D] begin a memory with room for more tokens.
 
-    def __init__(self, layer: DynamicLayer) -> None:
+    `longest` is the L that the rows are expected to reach: no room is made for more tokens until they pass it.
+    """
+
+    def __init__(self, layer: DynamicLayer, longest: int | None = None) -> None:
         super().__init__()
+        self.longest = longest
         self.dtype, self.device = layer.dtype, layer.device
         self.keys, self.values = layer.keys, layer.values
         self.is_initialized = True
@@ -30,7 +34,10 @@ class GrowingLayer(DynamicLayer):
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if self.memory is None or self.memory[0].shape[-2] < after:
-            self.memory = (_with_room(self.keys, key_states, after), _with_room(self.values, value_states, after))
+            room = after + ROOM
+            if self.longest is not None and after <= self.longest:
+                room = min(room, self.longest)
+            self.memory = (_with_room(self.keys, key_states, room), _with_room(self.values, value_states, room))
         keys, values = self.memory
         keys[..., before:after, :] = key_states
         values[..., before:after, :] = value_states
@@ -59,17 +66,17 @@ class GrowingLayer(DynamicLayer):
         self.memory = None
 
 
-def grow_in_place(cache: Any) -> None:
+def grow_in_place(cache: Any, longest: int | None = None) -> None:
     """Replace the plain dynamic layers of a cache, in place; layers of other kinds stay as they are."""
     layers: list[Any] = getattr(cache, "layers", [])
     for place, layer in enumerate(layers):
         if type(layer) is DynamicLayer and layer.is_initialized:
-            layers[place] = GrowingLayer(layer)
+            layers[place] = GrowingLayer(layer, longest)
 
 
 def _with_room(old: Tensor | None, new: Tensor, length: int) -> Tensor:
-    """Memory for `length` tokens and more, which begins with the `old` ones."""
-    memory = new.new_empty((*new.shape[:-2], length + ROOM, new.shape[-1]))
+    """Memory for `length` tokens, which begins with the `old` ones."""
+    memory = new.new_empty((*new.shape[:-2], length, new.shape[-1]))
     if old is not None and old.numel():
         memory[..., : old.shape[-2], :] = old
     return memory

@@ -124,7 +124,7 @@ class TransformersSampler(Sampler):
         lm = self.lm
         known = lm.positions
         active = list(rows)
-        decoder = begin(lm, [row.read for row in rows])
+        decoder = begin(lm, [row.read for row in rows], more=self.sampling.max_completion_length - 1)
         for t in range(self.sampling.max_completion_length):
             ids = self._write(active, logits_of(decoder.hidden), t, record)
             count.add(tokens=len(active))
@@ -153,17 +153,18 @@ class TransformersSampler(Sampler):
             entropy=record.entropy,
         )
         top = largest(logits, record.top_k)[1].cpu() if record.top_k else None
-        entropy = None if drawn.entropy is None else drawn.entropy.tolist()
-        columns = zip(active, drawn.ids.tolist(), drawn.sampler_logp.tolist(), drawn.policy_logp.tolist(), strict=True)
-        for i, (row, token, mu, p) in enumerate(columns):
-            row.ids.append(token)
+        values = [drawn.ids, drawn.sampler_logp, drawn.policy_logp, *([] if drawn.entropy is None else [drawn.entropy])]
+        # One copy from a GPU, which waits for it. float64 is exact for every id.
+        for i, (row, (token, mu, p, *entropy)) in enumerate(
+            zip(active, torch.stack([value.double() for value in values], 1).tolist(), strict=True)
+        ):
+            row.ids.append(int(token))
             row.sampler_logp.append(mu)
             row.policy_logp.append(p)
+            row.entropy += entropy
             if top is not None:
                 row.top_ids.append(top[i])
-            if entropy is not None:
-                row.entropy.append(entropy[i])
-            row.finished = row.ended = token in self.lm.stop_ids or self._stopped(row)
+            row.finished = row.ended = row.ids[-1] in self.lm.stop_ids or self._stopped(row)
         return drawn.ids
 
     def _end_early(self, stop: EarlyStop, active: list[_Row]) -> None:
