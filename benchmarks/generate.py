@@ -39,7 +39,7 @@ from opd.types import Sampling
 
 PROMPT_TOKENS = 32
 ROWS = (1, 8, 32)
-NEW_TOKENS = {"5M": 64, SMOLLM2_NAME: 16}
+NEW_TOKENS = {"5M": 64, SMOLLM2_NAME: 32}
 ROUNDS = 2
 CONTESTANTS = ("opd", "generate", "generate_static")
 VLLM = str(HERE / "vllm_side.py")

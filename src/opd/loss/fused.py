@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from opd.models.head import Head, chunks
+from opd.models.products import linear
 
 # Logits [n, C] of some rows, after temperature -> the chunk's loss; overwrites the logits with its gradient.
 ChunkLoss: TypeAlias = Callable[[Tensor, slice], Tensor]
@@ -129,7 +130,7 @@ class _Whole:
         weight = self.head.weight[: self.head.vocabulary]
         small = grad.to(weight.dtype)
         if grads.hidden is not None:
-            grads.hidden[rows] = small @ weight
+            grads.hidden[rows] = linear(small, weight.t())
         if grads.weight is not None:
             total = grads.weight[: self.head.vocabulary]
             if weight.dtype == torch.float32:

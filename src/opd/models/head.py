@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.maths import kernels
+from opd.models.products import linear, slow_mkl
 from opd.types import Shared
 
 # Entries of one chunk's logits on a CPU: 2^22 float32 are 16 MiB. With fewer rows a product is bound by reading the
@@ -69,7 +70,7 @@ class Head:
         """`project` in the type of the weights."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
-        return torch.nn.functional.linear(hidden.to(weight.dtype), weight, bias)
+        return linear(hidden.to(weight.dtype), weight, bias)
 
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
@@ -77,7 +78,7 @@ class Head:
         For a constant head. Reused memory costs no page faults.
         """
         rows = out[: len(hidden)]
-        if self.weight.dtype != torch.float32 or self.bias is not None:
+        if self.weight.dtype != torch.float32 or self.bias is not None or slow_mkl():
             return rows.copy_(self._product(hidden))
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 

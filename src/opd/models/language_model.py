@@ -108,7 +108,11 @@ class LanguageModel:
         backbone = self.backbone
         if "past_key_values" in given and cache_name(type(backbone)) != "past_key_values":
             given[cache_name(type(backbone))] = given.pop("past_key_values")
-        with self.compute():
+        from opd.models.products import faster_products
+
+        # Gradient checkpointing computes the layers again outside the block, where the products must be the same.
+        again = torch.is_grad_enabled() and self.checkpointing
+        with self.compute(), faster_products(0 if again else input_ids.numel()):
             return backbone(input_ids=input_ids, **given)
 
     @property
@@ -157,9 +161,12 @@ class LanguageModel:
         """
         if self.packs or not self.reading.shares:
             return False
-        new, old = "is_activation_checkpointing", "is_gradient_checkpointing"  # renamed by transformers
-        checkpointing = getattr(self.model, new if hasattr(self.model, new) else old, False)
-        return not (self.model.training and (checkpointing or self.sharded))
+        return not (self.model.training and (self.checkpointing or self.sharded))
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether gradient checkpointing is on. It has an effect in train() alone."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules())
 
     @property
     def sees_everything(self) -> bool:

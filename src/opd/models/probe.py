@@ -84,14 +84,9 @@ def notes_on(lm: LanguageModel) -> tuple[str, ...]:
         notes.append(f"{name} gives a padded row other states, so only prompts of one length are sampled together")
     if not reading.training:
         # transformers computes layers again in train() alone
-        without = ", and gradient checkpointing has no effect" if checkpoints(lm) else ""
+        without = ", and gradient checkpointing has no effect" if lm.checkpointing else ""
         notes.append(f"{name} gives other states in train() than in eval(), so it trains in eval(){without}")
     return tuple(notes)
-
-
-def checkpoints(lm: LanguageModel) -> bool:
-    """Whether gradient checkpointing is on."""
-    return any(getattr(module, "gradient_checkpointing", False) for module in lm.model.modules())
 
 
 def rows_for(lm: LanguageModel) -> list[list[int]]:
