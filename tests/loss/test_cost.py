@@ -87,6 +87,12 @@ N, V, H, K = 256, 1024, 16, 8
 CHUNKS, TILES = 2, 8  # of the loss below
 
 
+@pytest.fixture(autouse=True)
+def products_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN has no product into given memory, so with it each chunk's logits are copied: a pass more."""
+    monkeypatch.setattr("opd.models.products.slow_mkl", lambda: False)
+
+
 @pytest.fixture
 def sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opd.models.head, "CHUNK_ENTRIES", N * V // CHUNKS)

@@ -9,7 +9,7 @@ import torch
 from support.models import tiny
 from torch import Tensor, nn
 
-from opd.models import head, products
+from opd.models import products
 from opd.models.head import Head
 from opd.models.products import faster_products, linear, slow_mkl
 
@@ -29,8 +29,7 @@ def onednn(monkeypatch) -> list[tuple[int, ...]]:
         return inside(inputs, weight, bias)
 
     monkeypatch.setattr(products, "_product", noted)
-    for module in (products, head):
-        monkeypatch.setattr(module, "slow_mkl", lambda: True)
+    monkeypatch.setattr(products, "slow_mkl", lambda: True)
     monkeypatch.setattr(products, "SMALLEST", 1)
     monkeypatch.setattr(products, "NARROWEST", 1)
     return computed

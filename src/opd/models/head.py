@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.maths import kernels
-from opd.models.products import linear, slow_mkl
+from opd.models.products import linear, prefers_onednn
 from opd.types import Shared
 
 # Entries of one chunk's logits on a CPU: 2^22 float32 are 16 MiB. With fewer rows a product is bound by reading the
@@ -78,7 +78,7 @@ class Head:
         For a constant head. Reused memory costs no page faults.
         """
         rows = out[: len(hidden)]
-        if self.weight.dtype != torch.float32 or self.bias is not None or slow_mkl():
+        if self.weight.dtype != torch.float32 or self.bias is not None or prefers_onednn():
             return rows.copy_(self._product(hidden))
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 

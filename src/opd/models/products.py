@@ -37,6 +37,11 @@ def slow_mkl() -> bool:
         return False
 
 
+def prefers_onednn() -> bool:
+    """Whether large float32 products are computed with oneDNN."""
+    return slow_mkl() and torch.backends.mkldnn.enabled
+
+
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """inputs [..., H] times weight [V, H], transposed, plus bias [V]: [..., V]. Either may have any strides."""
     if _gains(inputs, weight, bias):
@@ -49,7 +54,7 @@ def faster_products(tokens: int) -> AbstractContextManager[Any]:
 
     A decode step is left out: the block costs Python time at each call of a function of torch.
     """
-    return _Products() if tokens >= NARROWEST and slow_mkl() else contextlib.nullcontext()
+    return _Products() if tokens >= NARROWEST and prefers_onednn() else contextlib.nullcontext()
 
 
 class _Products(TorchFunctionMode):
@@ -68,8 +73,7 @@ class _Products(TorchFunctionMode):
 def _gains(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN computes this product, and in less time. Sharded weights and autocast are left to torch."""
     return (
-        slow_mkl()
-        and torch.backends.mkldnn.enabled
+        prefers_onednn()
         and inputs.numel() * len(weight) >= SMALLEST
         and all(_plain(tensor) for tensor in (inputs, weight, bias) if tensor is not None)
         and not torch.is_autocast_enabled("cpu")
