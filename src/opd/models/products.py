@@ -39,7 +39,7 @@ def slow_mkl() -> bool:
 
 def prefers_onednn() -> bool:
     """Whether large float32 products are computed with oneDNN."""
-    return slow_mkl() and torch.backends.mkldnn.enabled
+    return slow_mkl() and bool(torch.backends.mkldnn.enabled)
 
 
 def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
