@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -204,6 +205,31 @@ class InProcess:
 
     def ask(self, request: Any) -> Any:
         return self.work(json.loads(json.dumps(request)))
+
+
+def test_decode_contestants_give_the_same_logits(toy, monkeypatch: pytest.MonkeyPatch):
+    decode, workload = toy("decode"), toy("workload")
+    for name, value in {"ROWS": 2, "PROMPT_TOKENS": 4, "NEW_TOKENS": 3, "ROUNDS": 1}.items():
+        monkeypatch.setattr(decode, name, value)
+    rows = decode.race(workload.language_model(workload.causal_lm("5M"), workload.tokenizer()))
+    assert set(rows) >= {"opd", "static"}
+    for row in rows.values():
+        assert row["difference"] < 1e-5
+        assert row["milliseconds"]["low"] > 0
+
+
+def test_gpu_script_names_files_and_options_that_exist():
+    """It runs by hand, on a GPU or with `--quick`: a path that moved would be seen too late."""
+    script = (FOLDER / "gpu.sh").read_text()
+    for path in re.findall(r"(?:benchmarks|tests|recipes)/[\w/]+\.(?:py|yaml)", script):
+        assert (FOLDER.parent / path).exists(), path
+    limits = [int(limit) for limit in re.findall(r"^part \w+ (\d+) ", script, re.MULTILINE)]
+    assert len(limits) == 5
+    assert sum(limits) <= 10 * 60
+    overrides = dict(re.findall(r" ([\w.]+)=([\w]+)", script.split("recipes/quickstart.yaml")[1].splitlines()[0]))
+    recipe = load_recipe(FOLDER.parent / "recipes/quickstart.yaml", [f"{k}={v}" for k, v in overrides.items()])
+    assert recipe.stages[0].steps == 4
+    assert recipe.stages[0].evaluate is None
 
 
 def test_scaling_axes_run(toy, served, monkeypatch: pytest.MonkeyPatch):

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import tiny
+from support.models import DEVICE, tiny
 from torch import Tensor, nn
 
 from opd.models import products
 from opd.models.head import Head
-from opd.models.products import faster_products, linear, slow_mkl
+from opd.models.products import faster_products, linear, slow_mkl, to_float32
 
 pytestmark = pytest.mark.numeric
 
@@ -160,3 +160,15 @@ def test_mkl_is_slow_on_amd_with_avx512(monkeypatch, tmp_path: Path, capability:
     monkeypatch.setattr(products, "CPU_INFO", info)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert slow_mkl.__wrapped__() is slow
+
+
+def test_half_precision_is_summed_in_float32_on_cuda_alone():
+    """On a CPU, as `linear` rounds it. A CUDA tensor is only where a GPU is: OPD_TEST_DEVICE=cuda."""
+    x, w, b = torch.randn(2, 3, 8).bfloat16(), torch.randn(5, 8).bfloat16(), torch.randn(5).bfloat16()
+    exact = x.double() @ w.double().t() + b.double()
+    rounded = to_float32(x, w, b)
+    assert rounded.dtype == torch.float32
+    torch.testing.assert_close(rounded, nn.functional.linear(x, w, b).float(), rtol=0, atol=0)
+    if DEVICE.type == "cuda":
+        got = to_float32(x.to(DEVICE), w.to(DEVICE), b.to(DEVICE)).cpu()
+        torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.maths import kernels
-from opd.models.products import linear, prefers_onednn
+from opd.models.products import prefers_onednn, to_float32
 from opd.types import Shared
 
 # Entries of one chunk's logits on a CPU: 2^22 float32 are 16 MiB. With fewer rows a product is bound by reading the
@@ -64,13 +64,9 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: only the matrix and the bias."""
-        return self._product(hidden).float()
-
-    def _product(self, hidden: Tensor) -> Tensor:
-        """`project` in the type of the weights."""
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
-        return linear(hidden.to(weight.dtype), weight, bias)
+        return to_float32(hidden.to(weight.dtype), weight, bias)
 
     def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
@@ -79,7 +75,7 @@ class Head:
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None or prefers_onednn():
-            return rows.copy_(self._product(hidden))
+            return rows.copy_(self.project(hidden))
         return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
 
     def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:

@@ -49,6 +49,19 @@ def linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return nn.functional.linear(inputs, weight, bias)
 
 
+def to_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` in float32, from weights and inputs of one type.
+
+    On CUDA a product of bfloat16 or float16 is summed in float32 and stays float32. On a CPU torch 2.13 has no such
+    product: there the result is rounded to the weights' type first, 4.5e-3 nats per log-prob in bfloat16
+    (benchmarks/limits.py).
+    """
+    if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cuda" and not weight.requires_grad:
+        out = torch.mm(inputs.flatten(0, -2), weight.t(), out_dtype=torch.float32)
+        return (out if bias is None else out + bias).unflatten(0, inputs.shape[:-1])
+    return linear(inputs, weight, bias).float()
+
+
 def faster_products(tokens: int) -> AbstractContextManager[Any]:
     """A block in which linear layers compute with `linear`, where that can gain for so many tokens.
 
