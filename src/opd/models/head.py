@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.maths import kernels
-from opd.models.products import prefers_onednn, to_float32
+from opd.models.products import linear, prefers_onednn, to_float32
 from opd.types import Shared
 
 # Entries of one chunk's logits on a CPU: 2^22 float32 are 16 MiB. With fewer rows a product is bound by reading the
@@ -36,6 +36,9 @@ GPU_FACTOR = 32  # a GPU's products are bound by reading the output layer below 
 # Entries of one tile, 1 MiB: the tiles of both models and a temporary stay in the cache of a core. With one thread a
 # loss takes 0.72 to 0.90 of the time with 2^19; with two threads no size was clearly faster.
 TILE_ENTRIES = 2**18
+
+
+COLUMNS = 2**13  # of a product that is copied: the memory of a step is then that of a product in place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,15 @@ class Head:
         For a constant head. Reused memory costs no page faults.
         """
         rows = out[: len(hidden)]
-        if self.weight.dtype != torch.float32 or self.bias is not None or prefers_onednn():
+        if self.weight.dtype != torch.float32 or self.bias is not None:
             return rows.copy_(self.project(hidden))
-        return torch.mm(hidden.float(), self.weight[: self.vocabulary].t(), out=rows)
+        weight = self.weight[: self.vocabulary]
+        if not prefers_onednn():
+            return torch.mm(hidden.float(), weight.t(), out=rows)
+        for start in range(0, len(weight), COLUMNS):  # oneDNN has no product into given memory: copy small ones
+            part = slice(start, start + COLUMNS)
+            rows[:, part] = linear(hidden.float(), weight[part])
+        return rows
 
     def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
         """Apply multiplier, soft cap and temperature to logits in place; returns the soft cap's derivative, if any."""
