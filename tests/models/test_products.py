@@ -135,13 +135,14 @@ def test_model_and_head_compute_with_onednn(onednn):
         assert len(onednn) == count
 
 
-def test_project_into_writes_the_given_memory(onednn):
+def test_project_into_writes_the_given_memory(onednn, monkeypatch):
+    monkeypatch.setattr("opd.models.head.COLUMNS", 2)
     layer = Head(weight=torch.randn(6, 8), bias=None, vocabulary=5)
     out, hidden = torch.zeros(4, 5), torch.randn(3, 8)
     rows = layer.project_into(out, hidden)
     assert rows.data_ptr() == out.data_ptr()
     torch.testing.assert_close(out[:3], hidden @ layer.weight[:5].t())
-    assert onednn == [(3, 8, 5)]
+    assert onednn == [(3, 8, 2), (3, 8, 2), (3, 8, 1)]
 
 
 @pytest.mark.parametrize(
