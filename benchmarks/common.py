@@ -12,7 +12,7 @@ Beside wall seconds, `timed` records the CPU seconds of the process, all its thr
 load of the machine. A request with `threads` runs with that number of torch's threads, any other with torch's default.
 `--quick` runs small sizes, to try the code; its results are in results/quick.
 
-On a machine with a GPU, step and loss run on it, with float32 products in TF32; then peak memory is torch's allocated
+On a machine with a GPU, step, loss and decode run on it, with float32 products in TF32; then peak memory is torch's allocated
 memory, clocks are read when the GPU has finished, and torch's cache is emptied between turns. Their results are in
 results/gpu. The other benchmarks always run on CPUs.
 """
@@ -42,7 +42,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
 RESULTS = HERE / "results"
 THREADS = torch.get_num_threads()
-RACED_ON_GPU = ("step", "loss")
+RACED_ON_GPU = ("step", "loss", "decode")
 GIB = 2**30
 
 Record = dict[str, Any]

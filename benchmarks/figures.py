@@ -86,7 +86,7 @@ def loss(result: Record) -> Any:
                 ", ".join(f"{key} = {chosen[0][key]:,}" for key in ("V", "N", "H") if key != varied) if chosen else ""
             )
             axes.set_title(fixed, fontsize=9)
-    grid[0][0].legend(frameon=False)
+    legend_above(figure, grid[0][0])
     return figure
 
 
@@ -125,8 +125,14 @@ def generate(result: Record) -> Any:
                 axes.set_xlabel("rows")
             if column == 0:
                 axes.set_ylabel("tokens/s")
-    grid[0][0].legend(frameon=False)
+    legend_above(figure, grid[0][0])
     return figure
+
+
+def legend_above(figure: Any, axes: Any) -> None:
+    """One legend for all panels, of the lines of one of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, ncols=6, frameon=False, loc="outside upper center")
 
 
 def scaling(result: Record) -> Any:
