@@ -122,6 +122,8 @@ class Rollout:
     judged: Mapping[str, float] = field(
         default_factory=dict[str, float]
     )  # further numbers from the judges, for the metrics
+    part: str = ""  # the name in `Method.parts` of the pieces that train it; "": the method's own
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])  # by its source: metrics part/NAME/...
 
 
 class Unwritten(Rollout):
@@ -385,7 +387,9 @@ class Writers:
 
     `complete` adds the values of a `Record` to rollouts that lack them because the student did not write them. `scorer`
     returns a new `Scorer` of unfinished responses. `teacher` answers the prompts; `authors` are all teachers of the
-    stage that can write, for a source that shows them more than the prompt or calls them several times.
+    stage that can write, for a source that shows them more than the prompt or calls them several times. `reward` gives
+    candidates their rewards, for a source that chooses among them: every process calls it equally often, if need be
+    with no candidate.
     """
 
     student: Sampler
@@ -394,6 +398,7 @@ class Writers:
     teacher: Writer | None = None
     authors: Mapping[str | None, Author] = field(default_factory=dict[str | None, "Author"])  # by `Prompt.teacher_id`
     scorer: Callable[[], Scorer] | None = None
+    reward: Callable[[Sequence[Rollout]], list[Rollout]] | None = None  # of the step
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 
 

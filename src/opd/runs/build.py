@@ -283,10 +283,11 @@ def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
     """Refuse a teacher that cannot compute the scores that the stage needs. Raises ConfigError."""
     if method.teacher.kind == "none":
         return
-    if why := teacher.refuses(method.request(shown=True)):
-        raise ConfigError(
-            f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
-        )
+    for one in (method, *(part.method for part in method.parts.values())):
+        if why := teacher.refuses(one.request(shown=True)):
+            raise ConfigError(
+                f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
+            )
     if spec.diagnostics.every:
         check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
 
@@ -295,7 +296,9 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     """Checks that need the loaded student. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
-    check_fits(max(method.support.k, method.top_k), student.vocabulary)
+    check_fits(max(method.support.k, method.top_k, method.record().top_k), student.vocabulary)
+    for part in method.parts.values():
+        check_fits(part.method.support.k, student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
     coefficient_of(student.model, spec.router_aux_loss, spec.where(None))
