@@ -28,8 +28,8 @@ class TextCache:
 
     A process reads the files of all and appends to its own. A resumed run repeats the steps after its last checkpoint;
     a call that is in a file is read from it, token for token. A kill leaves at most one partial last line, which is
-    removed. Files are never shortened: they are the transcript of the stage, with about 12 bytes per token and the
-    text. Raises RunError if a file cannot be read or written, or a line of it is damaged.
+    removed. Files are never shortened otherwise: they are the transcript of the stage. Raises RunError if a file cannot
+    be read or written, or a line of it is damaged.
     """
 
     folder: Path
