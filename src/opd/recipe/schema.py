@@ -256,6 +256,11 @@ class CheckpointSection(Section):
     keep: Int = Field(default=2, ge=1)
 
 
+def teachers_in(teacher: str | None) -> list[str]:
+    """The models of a `teacher` field: `one+other` names several teachers of one row."""
+    return [] if teacher is None else [name.strip() for name in teacher.split("+")]
+
+
 class TaskSection(Section):
     """One task of a stage: prompts, teacher, reward, sampling and evaluation.
 
@@ -263,7 +268,7 @@ class TaskSection(Section):
     """
 
     data: DataSection
-    teacher: str | None = None
+    teacher: str | None = None  # several, which all score each row: one+other
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
     teacher_sampling: SamplingSection | None = None
@@ -319,7 +324,7 @@ class StageSpec(Section):
     @property
     def teachers(self) -> list[str]:
         """The models that teach in this stage, without the student itself."""
-        named = [task.teacher for task in self.by_task.values() if task.teacher is not None]
+        named = [name for task in self.by_task.values() for name in teachers_in(task.teacher)]
         return [name for name in dict.fromkeys(named) if name != self.train]
 
     @property

@@ -22,7 +22,7 @@ from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec
+from opd.recipe.schema import Recipe, StageSpec, teachers_in
 from opd.rewards.base import StageRewards
 from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
@@ -41,9 +41,10 @@ from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
-from opd.teachers.local import with_record
+from opd.teachers.local import LocalTeacher, with_record
+from opd.teachers.mixed import MixedTeacher
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import Memory, Mixture, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
 
 def teacher_of(
@@ -62,7 +63,7 @@ def teacher_of(
     `chat`: whether prompts are conversations, for a teacher with its own tokenizer.
     """
 
-    def one(name: str | None) -> Teacher:
+    def single(name: str | None) -> Teacher:
         if rule.kind == "external" and name is not None and name in own:
             return own[name]
         return teacher_by_rule(
@@ -74,9 +75,26 @@ def teacher_of(
             chat=chat,
         )
 
+    def one(teacher: str | None) -> Teacher:
+        if rule.mixture is None or teacher is None:
+            return single(teacher)
+        return mixed({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec)
+
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
-    return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
+    named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
+    return RoutedTeacher(teachers={str(name): one(name) for name in named})
+
+
+def mixed(teachers: Mapping[str, Teacher], mixture: Mixture, spec: StageSpec) -> MixedTeacher:
+    """Several teachers of one row. Raises ConfigError for one without weights in this process."""
+    local = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, LocalTeacher)}
+    if missing := [name for name in teachers if name not in local]:
+        raise ConfigError(
+            f"{spec.where(None)}: method {spec.method!r} mixes its teachers' output layers, and the teacher "
+            f"{missing[0]!r} is your own scorer, which has none in this process. Give a model with `path`."
+        )
+    return MixedTeacher(teachers=local, mixture=mixture)
 
 
 def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:

@@ -13,7 +13,7 @@ from opd.models.paths import source_of
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.plugins import torch
-from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.recipe.schema import Recipe, StageSpec, origin_of, teachers_in
 from opd.runs.prepare import Given
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: 
     """
     if method.teacher.kind != "external":
         return []
-    names = {part.teacher for part in spec.by_task.values() if part.teacher is not None}
+    names = {name for part in spec.by_task.values() for name in teachers_in(part.teacher)}
     same = sorted(name for name in names if _same_start(recipe, spec, name, given))
     if not same:
         return []

@@ -16,7 +16,7 @@ from opd.methods import build as build_method
 from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec
+from opd.recipe.schema import Recipe, StageSpec, teachers_in
 from opd.rewards.base import rewarded
 from opd.runs.build import model_for, writers_of
 from opd.runs.own import own_sampler
@@ -158,7 +158,12 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
 
 
 def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
-    """Refuse a teacher that is no model in this process. Raises ConfigError."""
+    """Refuse several teachers of one row, and a teacher that is no model in this process. Raises ConfigError."""
+    if len(names := teachers_in(spec.teacher)) > 1:
+        raise ConfigError(
+            f"{spec.where(None)}: opd doctor examines one teacher, and the stage has {spec.teacher!r}. Examine them "
+            f"one by one: stages.{spec.name}.teacher={names[0]}."
+        )
     if spec.teacher is not None and (scorer := recipe.models[spec.teacher].scorer) is not None:
         raise ConfigError(
             f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and teacher "
