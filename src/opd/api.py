@@ -84,18 +84,13 @@ def distill(
     models: dict[str, LanguageModel] = {}
     scorers: dict[str, Teacher] = {}
     specs = {"student": _model(student, "student", tokenizer, models)}
-    if teacher is not None:
-        several = teacher if isinstance(teacher, Mapping) else {"teacher": teacher}
-        if "student" in several:
-            raise ConfigError("A teacher of opd.distill is named 'student', as the student is. Give it another name.")
-        for name, one in several.items():
-            specs[name] = _teacher(one, name, teacher_tokenizer or tokenizer, models, scorers)
+    teachers = _teachers(teacher, teacher_tokenizer or tokenizer, models, scorers)
     data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
     section, given_reward = _reward(reward)
     described = {
         "name": "distill",
         "train": "student",
-        "teacher": None if teacher is None else "+".join(name for name in specs if name != "student"),
+        "teacher": "+".join(teachers) or None,
         "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
@@ -104,8 +99,8 @@ def distill(
         "steps": steps,
         **stage,
     }
-    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder()), "models": specs}
-    recipe = parse_recipe({**whole, "stages": [described]}, source="distill(...)")
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
+    recipe = parse_recipe({**whole, "models": specs | teachers, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, sampler=own)
@@ -144,6 +139,16 @@ def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
         if sampler is None or isinstance(sampler, str)
         else f"({getattr(sampler, '__name__', type(sampler).__name__)} given in Python)"
     )
+
+
+def _teachers(
+    teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
+) -> dict[str, dict[str, Any]]:
+    """The model sections of the teachers, by name. Raises ConfigError for one that is named as the student is."""
+    several = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    if "student" in several:
+        raise ConfigError("A teacher of opd.distill is named 'student', as the student is. Give it another name.")
+    return {name: _teacher(one, name, tokenizer, given, scorers) for name, one in several.items()}
 
 
 def _teacher(

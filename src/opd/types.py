@@ -66,6 +66,11 @@ class Prompt:
     teacher_weights: Mapping[str, float] = field(default_factory=dict[str, float], repr=False)
 
 
+def teachers_in(teacher: str | None) -> list[str]:
+    """The models of a recipe's `teacher` or a `Prompt.teacher_id`: `one+other` names several teachers of one row."""
+    return [] if teacher is None else [name.strip() for name in teacher.split("+")]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """Sampling settings: temperature, then top-k, then top-p (the smallest set with at least that mass)."""
@@ -273,6 +278,29 @@ class Writer(Protocol):
         ...
 
 
+class Author(Protocol):
+    """A teacher that writes for a source: whatever the source shows it, as often as the source wants."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        contexts: Sequence[Prompt] | None = None,
+        n: int = 1,
+        first: int = 0,
+        sampling: Sampling | None = None,
+    ) -> list[Rollout]:
+        """`n` responses to each prompt, in the order of the prompts, as rollouts of a student that reads the prompts.
+
+        The teacher reads `contexts`, one per prompt; default: the prompts. `sample` counts from `first`: a source that
+        calls an author again for the same prompts in one step, e.g. in a second round, continues the count, because
+        the random numbers depend on (seed, step), author, prompt id and sample alone. `sampling` replaces that of the
+        stage; its `n` is not read. `seed` is (seed of the run, step).
+        """
+        ...
+
+
 class Sampler(Protocol):
     """Samples the student's responses. Subclass it to inherit `sync` and `temperature`."""
 
@@ -369,13 +397,15 @@ class Writers:
     """The writers of a stage; a `Source` chooses among them.
 
     `complete` adds the values of a `Record` to rollouts that lack them because the student did not write them. `scorer`
-    returns a new `Scorer` of unfinished responses.
+    returns a new `Scorer` of unfinished responses. `teacher` answers the prompts; `authors` are all teachers of the
+    stage that can write, for a source that shows them more than the prompt or calls them several times.
     """
 
     student: Sampler
     reference: Writer  # the data's responses
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     teacher: Writer | None = None
+    authors: Mapping[str | None, Author] = field(default_factory=dict[str | None, "Author"])  # by `Prompt.teacher_id`
     scorer: Callable[[], Scorer] | None = None
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 

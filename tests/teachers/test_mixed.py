@@ -183,10 +183,8 @@ def test_mixed_scores_are_those_of_the_mean(mixture: Mixture, support: Support):
             logps.append(teacher.head().logits_at(one.teacher_hidden, 0.7).log_softmax(-1))
         share = torch.tensor([weighed(rollout)[name] for name in lms])[:, None, None]
         every = torch.stack(logps)
-        if mixture == "geometric":
-            mean = (share * every).sum(0).log_softmax(-1)
-        else:
-            mean = (share.log() + every).logsumexp(0)
+        arithmetic = (share.log() + every).logsumexp(0)
+        mean = (share * every).sum(0).log_softmax(-1) if mixture == "geometric" else arithmetic
         picked = mean.gather(1, rollout.response_ids[:, None])[:, 0]
         torch.testing.assert_close(score.teacher_logp, picked, atol=2e-5, rtol=1e-5)
         assert score.teacher_entropy is not None

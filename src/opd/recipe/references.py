@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError, nearest
-from opd.recipe.schema import teachers_in
+from opd.types import teachers_in
 
 if TYPE_CHECKING:
     from opd.recipe.schema import Recipe, StageSpec

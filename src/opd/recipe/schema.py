@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, m
 from opd.files import expanded
 from opd.recipe.numbers import Float, Int
 from opd.recipe.templates import template_text
+from opd.types import teachers_in
 
 
 class Section(BaseModel):
@@ -254,11 +255,6 @@ class CheckpointSection(Section):
     # Since the last one, after the step that passes them; .inf: never.
     every_minutes: Float = Field(default=10.0, gt=0, allow_inf_nan=True)
     keep: Int = Field(default=2, ge=1)
-
-
-def teachers_in(teacher: str | None) -> list[str]:
-    """The models of a `teacher` field: `one+other` names several teachers of one row."""
-    return [] if teacher is None else [name.strip() for name in teacher.split("+")]
 
 
 class TaskSection(Section):

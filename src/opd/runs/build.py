@@ -22,7 +22,7 @@ from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec, teachers_in
+from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import StageRewards
 from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
@@ -30,6 +30,7 @@ from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_other_weights
 from opd.runs.space import check_space, space_of
+from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisation
@@ -41,10 +42,21 @@ from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
-from opd.teachers.local import LocalTeacher, with_record
-from opd.teachers.mixed import MixedTeacher
+from opd.teachers.local import with_record
+from opd.teachers.mixed import mixed_teacher
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Memory, Mixture, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import (
+    Author,
+    Memory,
+    Record,
+    Rollout,
+    Sampler,
+    Teacher,
+    TeacherRule,
+    Writer,
+    Writers,
+    teachers_in,
+)
 
 
 def teacher_of(
@@ -78,23 +90,12 @@ def teacher_of(
     def one(teacher: str | None) -> Teacher:
         if rule.mixture is None or teacher is None:
             return single(teacher)
-        return mixed({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec)
+        return mixed_teacher({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec.where(None))
 
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
     named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
     return RoutedTeacher(teachers={str(name): one(name) for name in named})
-
-
-def mixed(teachers: Mapping[str, Teacher], mixture: Mixture, spec: StageSpec) -> MixedTeacher:
-    """Several teachers of one row. Raises ConfigError for one without weights in this process."""
-    local = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, LocalTeacher)}
-    if missing := [name for name in teachers if name not in local]:
-        raise ConfigError(
-            f"{spec.where(None)}: method {spec.method!r} mixes its teachers' output layers, and the teacher "
-            f"{missing[0]!r} is your own scorer, which has none in this process. Give a model with `path`."
-        )
-    return MixedTeacher(teachers=local, mixture=mixture)
 
 
 def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
@@ -119,8 +120,12 @@ def writers_of(
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
+    cache: TextCache | None = None,
 ) -> Writers:
-    """The writers of this stage's responses, from which the method's source chooses."""
+    """The writers of this stage's responses, from which the method's source chooses.
+
+    `cache` keeps the texts of the authors; default: they are not kept.
+    """
     teachers: dict[str | None, Writer] = {}
     for name, part in spec.by_task.items():
         if part.teacher is not None and part.teacher in externals:
@@ -131,6 +136,18 @@ def writers_of(
                 context=same_prompt(),
                 max_prompt_length=spec.max_prompt_length,
             )
+    authors: dict[str | None, Author] = {
+        name: TeacherAuthor(
+            name=name,
+            teacher=externals[name],
+            student=student,
+            sampling={task: sampling_of(part.teacher_sampling or part.sampling) for task, part in spec.by_task.items()},
+            max_prompt_length=spec.max_prompt_length,
+            cache=cache,
+        )
+        for name in spec.teachers
+        if name in externals
+    }
     reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
 
     def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
@@ -147,6 +164,7 @@ def writers_of(
         reference=reference,
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
+        authors=authors,
         scorer=None if method.teacher.kind == "none" else scoring_along(teacher, method.context, method.request()),
         memory=memory,
     )
@@ -217,7 +235,8 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     world.shard(root, student.blocks())
     folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    writers = writers_of(spec, method, student, teacher, externals, samplers_of(spec, student, given), memory)
+    samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,

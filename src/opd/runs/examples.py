@@ -13,8 +13,8 @@ from opd.models.language_model import LanguageModel
 from opd.models.render import encode_response, render
 from opd.models.shown import end_texts, text_of_ids
 from opd.pieces.needs import Input, Trait, needs_of
-from opd.recipe.schema import StageSpec, TaskSection, teachers_in
-from opd.types import Prompt, Rollout, Unwritten
+from opd.recipe.schema import StageSpec, TaskSection
+from opd.types import Prompt, Rollout, Unwritten, teachers_in
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared

@@ -14,8 +14,8 @@ from opd.models.preview import known_positions
 from opd.models.render import render
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, Trait, needs_of
-from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of, teachers_in
-from opd.types import Prompt
+from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
+from opd.types import Prompt, teachers_in
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared

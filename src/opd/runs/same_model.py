@@ -13,8 +13,9 @@ from opd.models.paths import source_of
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.plugins import torch
-from opd.recipe.schema import Recipe, StageSpec, origin_of, teachers_in
+from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
+from opd.types import teachers_in
 
 if TYPE_CHECKING:
     from torch import nn

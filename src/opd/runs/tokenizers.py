@@ -13,10 +13,10 @@ from opd.models.endings import Endings
 from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.pieces.needs import needs_of
-from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of, teachers_in
+from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
-from opd.types import Prompt, TeacherRule
+from opd.types import Prompt, TeacherRule, teachers_in
 
 if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel

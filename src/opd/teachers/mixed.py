@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from opd.errors import TeacherError, nearest
+from opd.errors import ConfigError, TeacherError, nearest
 from opd.models.language_model import LanguageModel
 from opd.models.mixed_head import MixedHead
 from opd.pieces.supports import full
@@ -82,6 +82,17 @@ class MixedTeacher(Teacher):
                 head.join(states, torch.tensor([row], dtype=torch.float64).to(states[0].device).expand(n, -1))
             )
         return joined
+
+
+def mixed_teacher(teachers: Mapping[str, Teacher], mixture: Mixture, where: str) -> MixedTeacher:
+    """Several teachers of one row. Raises ConfigError, beginning with `where`, for one without weights here."""
+    local = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, LocalTeacher)}
+    if missing := [name for name in teachers if name not in local]:
+        raise ConfigError(
+            f"{where}: the method mixes its teachers' output layers, and the teacher {missing[0]!r} is your own "
+            "scorer, which has none in this process. Give a model with `path`."
+        )
+    return MixedTeacher(teachers=local, mixture=mixture)
 
 
 def weights_of(context: Prompt, names: Sequence[str]) -> list[float]:

@@ -16,7 +16,7 @@ from opd.methods import build as build_method
 from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec, teachers_in
+from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import rewarded
 from opd.runs.build import model_for, writers_of
 from opd.runs.own import own_sampler
@@ -26,7 +26,7 @@ from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
-from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers
+from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers, teachers_in
 
 SAMPLES = 4  # responses per prompt, for pass@k
 
