@@ -676,6 +676,48 @@ def expected_reverse_kl(student: Logps, teachers: Sequence[Logps]) -> float:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Several teachers of one row: MAD-OPD = arXiv 2605.01347
+
+
+def mixed_loss(
+    divergence: Divergence, student: Sequence[float], teachers: Sequence[Sequence[float]], weights: Sequence[float]
+) -> float:
+    """sum_k w_k D(q_k, p) from logits. MAD-OPD eq. 10; in K passes."""
+    p = log_softmax(student)
+    return math.fsum(w * divergence(p, log_softmax(teacher)) for w, teacher in zip(weights, teachers, strict=True))
+
+
+def grad_mixed_loss(
+    slope: Slope, student: Sequence[float], teachers: Sequence[Sequence[float]], weights: Sequence[float]
+) -> list[float]:
+    """d/dz_j of `mixed_loss`: the weighted sum of the K gradients."""
+    every = list(range(len(student)))
+    parts = [grad_on_support(slope, "raw", student, teacher, every) for teacher in teachers]
+    return [math.fsum(w * part[j] for w, part in zip(weights, parts, strict=True)) for j in every]
+
+
+def geometric_mean(teachers: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """log g with g = prod_k q_k^w_k / Z."""
+    logps = [log_softmax(teacher) for teacher in teachers]
+    return log_softmax([math.fsum(w * q[v] for w, q in zip(weights, logps, strict=True)) for v in range(len(logps[0]))])
+
+
+def arithmetic_mean(teachers: Sequence[Sequence[float]], weights: Sequence[float]) -> list[float]:
+    """log m with m = sum_k w_k q_k."""
+    qs = [softmax(teacher) for teacher in teachers]
+    return [math.log(math.fsum(w * q[v] for w, q in zip(weights, qs, strict=True))) for v in range(len(qs[0]))]
+
+
+def confidence_weights(confidences: Sequence[float | None], tau: float, missing: str) -> list[float]:
+    """w_k = softmax_k(c_k / 100 / tau); without some c_k: "uniform" gives all 1 / K, "zero" gives those teachers 0."""
+    if missing == "uniform" and any(c is None for c in confidences):
+        return [1 / len(confidences)] * len(confidences)
+    powers = [0.0 if c is None else math.exp(c / 100 / tau) for c in confidences]
+    total = math.fsum(powers)
+    return [power / total if total else 0.0 for power in powers]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Rubrics: ROPD
 
 

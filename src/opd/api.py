@@ -71,7 +71,8 @@ def distill(
     `student` and `teacher` are paths, hub ids, transformers models or peft models. Model objects need `tokenizer`;
     `teacher_tokenizer` defaults to it. A student object is trained in place. `teacher` may also be an object with the
     methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
-    returns one. `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
+    returns one; or several of these by name, {"one": ..., "other": ...}, for a method in which all score each row.
+    `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
     a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
     `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
     section, a function (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method
@@ -83,14 +84,13 @@ def distill(
     models: dict[str, LanguageModel] = {}
     scorers: dict[str, Teacher] = {}
     specs = {"student": _model(student, "student", tokenizer, models)}
-    if teacher is not None:
-        specs["teacher"] = _teacher(teacher, teacher_tokenizer or tokenizer, models, scorers)
+    teachers = _teachers(teacher, teacher_tokenizer or tokenizer, models, scorers)
     data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
     section, given_reward = _reward(reward)
     described = {
         "name": "distill",
         "train": "student",
-        "teacher": "teacher" if teacher is not None else None,
+        "teacher": "+".join(teachers) or None,
         "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
@@ -99,8 +99,8 @@ def distill(
         "steps": steps,
         **stage,
     }
-    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder()), "models": specs}
-    recipe = parse_recipe({**whole, "stages": [described]}, source="distill(...)")
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
+    recipe = parse_recipe({**whole, "models": specs | teachers, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     own = None if isinstance(sampler, str) else sampler
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, sampler=own)
@@ -141,17 +141,27 @@ def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
     )
 
 
-def _teacher(
+def _teachers(
     teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
+) -> dict[str, dict[str, Any]]:
+    """The model sections of the teachers, by name. Raises ConfigError for one that is named as the student is."""
+    several = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    if "student" in several:
+        raise ConfigError("A teacher of opd.distill is named 'student', as the student is. Give it another name.")
+    return {name: _teacher(one, name, tokenizer, given, scorers) for name, one in several.items()}
+
+
+def _teacher(
+    teacher: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
 ) -> dict[str, Any]:
     """The model section of a teacher: a path, a model object, a `Teacher`, or the name of its maker."""
     if isinstance(teacher, str):
         own = ":" in teacher and not teacher.startswith("package:")
         return {"scorer": teacher} if own else {"path": teacher}
     if hasattr(teacher, "score"):
-        scorers["teacher"] = teacher
+        scorers[name] = teacher
         return {"scorer": f"(a {type(teacher).__name__} given in Python)"}
-    return _model(teacher, "teacher", tokenizer, given)
+    return _model(teacher, name, tokenizer, given)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

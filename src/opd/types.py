@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 Average: TypeAlias = Literal["token", "sequence"]  # the unit of equal weight in the loss
+# How several teachers of one row become what the student is compared with: one normalised geometric or arithmetic
+# mean of their distributions, or each of them in turn, with the losses averaged.
+Mixture: TypeAlias = Literal["geometric", "arithmetic", "each"]
 # The top k of one model, or a set built from both models' top k.
 ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]
 
@@ -57,6 +60,15 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, for the chat template
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # override `template_options`
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    # A context for several teachers of one row: what each reads, by name (default: this prompt), and their weights,
+    # which need not sum to 1 (default: equal). Empty in the data, so they are no part of the rows' fingerprint.
+    views: Mapping[str, Prompt] = field(default_factory=dict[str, "Prompt"], repr=False)
+    teacher_weights: Mapping[str, float] = field(default_factory=dict[str, float], repr=False)
+
+
+def teachers_in(teacher: str | None) -> list[str]:
+    """The models of a recipe's `teacher` or a `Prompt.teacher_id`: `one+other` names several teachers of one row."""
+    return [] if teacher is None else [name.strip() for name in teacher.split("+")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -245,6 +257,7 @@ class TeacherRule:
     kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
     decay: float = 1.0
     tokenizer: Literal["students", "any"] = "students"
+    mixture: Mixture | None = None  # of several teachers of one row; None: a row has one teacher
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -347,7 +360,7 @@ class Teacher(Protocol):
         return None
 
     def head(self, teacher_id: str | None = None) -> Any:
-        """The `Head` for `Scores.teacher_hidden`, for a support that reads hidden states."""
+        """The `TeacherHead` for `Scores.teacher_hidden`, for a support that reads hidden states."""
         raise TeacherError(f"The teacher {self.name!r} has no output layer in this process.")
 
     def of(self, teacher_id: str | None) -> Teacher:

@@ -27,6 +27,7 @@ from support.runs import (
     prepare,
     self_taught,
     start,
+    tiny_model,
     two_stages,
 )
 
@@ -188,6 +189,31 @@ def test_resume_restores_ema_teacher(tmp_path: Path, forks: Forks, model: dict[s
     checkpoint.save(saved.parent, 2, tensors=loaded.tensors | {"teacher": student}, state=loaded.state)
     assert forks.start(spoilt, *TRAIN).code == 0
     assert left(spoilt / "run")["self/metrics.jsonl"] != left(whole / "run")["self/metrics.jsonl"]
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
+def test_resume_finds_debates_of_killed_steps(tmp_path: Path, forks: Forks, model: dict[str, Any]):
+    """Transcripts are read again, not held again: the file of texts has each call once."""
+    texts = {"opening": "{prompt}", "reply": "{prompt}+{debate}", "reads": "{prompt}={debate}", "turn": "{text}"}
+    recipe = one_stage(
+        method="mad_opd",
+        options=texts | {"tag": r"1(\d)"},
+        teacher="teacher+other",
+        steps=8,
+        checkpoint={"every": 3},
+    )
+    recipe["models"]["other"] = tiny_model(3, hidden_size=24)
+    recipe["models"]["student"] |= model
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+    folder = prepare(tmp_path / "killed", recipe)
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=6)).code == -signal.SIGKILL
+    kept = (folder / "run/distil/texts/texts-0.jsonl").read_bytes()
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", whole / "run")
+    now = (folder / "run/distil/texts/texts-0.jsonl").read_bytes()
+    assert now.startswith(kept)
+    assert len(now.splitlines()) == 8 * 2 * 2
 
 
 @pytest.mark.parametrize("stage", REMEMBERING.values(), ids=REMEMBERING)

@@ -56,6 +56,8 @@ from opd.rewards.base import StageRewards
 from opd.samplers.hf import TransformersSampler
 from opd.stage import optimisation
 from opd.stage.optimisation import StageOptimisation
+from opd.teachers.local import LocalTeacher
+from opd.teachers.mixed import MixedTeacher, mixed_teacher
 from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest, Teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
@@ -79,10 +81,11 @@ class Position:
     """What a paper's formula may look at: logits z/temperature of both models [V], and numbers of the token."""
 
     student: list[float]
-    teacher: list[float]
+    teacher: list[float]  # of several, the mean that the method compares with; in turn, the first
     token: int
     sampler_logp: float
     advantage: float
+    teachers: list[list[float]] = field(default_factory=list[list[float]])  # all of them, if there are several
 
     @property
     def student_logp(self) -> float:
@@ -236,6 +239,19 @@ def compared(
         return oracle.grad_on_support(slope, form, at.student, at.teacher, ids) if ids else [0.0] * len(at.student)
 
     return loss, gradient
+
+
+def in_turn(beta: float) -> tuple[Loss, Slope]:
+    """The JSD with each of several teachers of equal weights."""
+    value, slope = (partial(function, beta=beta) for function in VALUES["generalised_jsd"])
+
+    def weights(at: Position) -> list[float]:
+        return [1 / len(at.teachers)] * len(at.teachers)
+
+    return (
+        lambda at: oracle.mixed_loss(value, at.student, at.teachers, weights(at)),
+        lambda at: oracle.grad_mixed_loss(slope, at.student, at.teachers, weights(at)),
+    )
 
 
 def released(k: int, by: str, weights: str = "student", normalised: bool = True) -> tuple[Loss, Slope]:
@@ -512,6 +528,12 @@ CASES: dict[str, list[Case]] = {
         case(compared("generalised_jsd", beta=0.5), {"matched": "generalised_jsd"}, average="token"),
         case(compared("reverse_kl"), {"matched": "reverse_kl", "average": "sequence"}, learns=False),
     ],
+    "mad_opd": [  # two teachers of equal weights
+        case(compared("reverse_kl"), {"rounds": 0}),
+        case(compared("forward_kl"), {"rounds": 0, "beta": 0.0, "temperature": 0.7}, learns=False),
+        case(in_turn(0.5), {"rounds": 0, "beta": 0.5}),
+        case(in_turn(0.2), {"rounds": 0, "beta": 0.2, "average": "token"}, average="token", learns=False),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), ALL_TOKENS),
         case(compared("reverse_kl"), {**ALL_TOKENS, "prefill": "ab"}, fixed_point=False, learns=False),
@@ -603,6 +625,15 @@ def scene(name: str, one: Case, *, float64: bool = False, **student: Any) -> Sce
         learner.model.double()
         external.model.double()
     teacher = teacher_of(method, learner, external)
+    if method.teacher.mixture is not None:
+        other = LocalTeacher(
+            lm=tiny(seed=2, hidden=8, name="other", padding_rows=1),
+            micro_batch_tokens=64,
+            student_device=learner.device,
+        )
+        if float64:
+            other.lm.model.double()
+        teacher = mixed_teacher({"teacher": teacher, "other": other}, method.teacher.mixture, "test")
     with torch.no_grad():  # a teacher made of the student is not the student any more
         for parameter in learner.model.parameters():
             parameter.mul_(1.1)
@@ -631,11 +662,28 @@ def coupled_returns(rollout: Rollout, z: Tensor, other: Tensor, one: Case) -> di
     return dict(zip(kept, oracle.discounted([ratios[t] for t in kept], gamma), strict=True))
 
 
+def judging(teacher: Teacher) -> list[LanguageModel]:
+    """The models that score a row."""
+    if isinstance(teacher, MixedTeacher):
+        return [one.lm for one in teacher.teachers.values()]
+    return [] if teacher.lm is None else [teacher.lm]
+
+
+def mean_of(teachers: list[Tensor], mixture: str | None) -> Tensor:
+    """The mean of equal weights of several teachers' logits [T, V]; in turn, and of one teacher, the first."""
+    if mixture not in ("geometric", "arithmetic"):
+        return teachers[0]
+    mean = oracle.geometric_mean if mixture == "geometric" else oracle.arithmetic_mean
+    weights = [1 / len(teachers)] * len(teachers)
+    rows = [mean([one[t].tolist() for one in teachers], weights) for t in range(len(teachers[0]))]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
 def reference(on: Scene, one: Case) -> Gradient:
     """The step in float64: logits of unpadded rows from the models themselves, then the paper's formula a token."""
     method, student = on.method, on.student
     learner = double(student)
-    judge = None if on.teacher.lm is None else double(on.teacher.lm)
+    judges = [double(lm) for lm in judging(on.teacher)]
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     cases = {"": (one, 1.0), **one.parts}
     totals: dict[str, dict[str, int]] = {}
@@ -649,11 +697,11 @@ def reference(on: Scene, one: Case) -> Gradient:
         (formula, factor), total = cases[rollout.part], totals[rollout.part]
         logits = full_logits(learner, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
         z = logits / method.temperature
-        other = z.detach()
-        if judge is not None:
-            read = render(context, student.tokenizer)
-            with torch.no_grad():
-                other = full_logits(judge, read, rollout.response_ids, student.vocabulary) / method.temperature
+        read = render(context, student.tokenizer)
+        with torch.no_grad():
+            others = [full_logits(one, read, rollout.response_ids, student.vocabulary) for one in judges]
+        others = [other / method.temperature for other in others] or [z.detach()]
+        other = mean_of(others, method.teacher.mixture)
         slope = torch.zeros_like(z)
         returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one)
         positions = [
@@ -663,6 +711,7 @@ def reference(on: Scene, one: Case) -> Gradient:
                 token=int(rollout.response_ids[t]),
                 sampler_logp=math.nan if rollout.sampler_logp is None else float(rollout.sampler_logp[t]),
                 advantage=returns.get(t, advantage),
+                teachers=[one[t].tolist() for one in others],
             )
             for t in range(len(rollout.response_ids))
         ]

@@ -73,7 +73,15 @@ def experts(**stage: Any) -> dict[str, Any]:
     return made
 
 
+def debate(model: Mapping[str, Any] | None = None, **stage: Any) -> dict[str, Any]:
+    """Two teachers of different sizes, which score every row after a debate."""
+    made = recipe(model, method="mad_opd", teacher="teacher+larger", prompts_per_step=3, **stage)
+    made["models"]["larger"] = tiny_model(4, hidden_size=24)
+    return made
+
+
 LORA = {"lora": {"rank": 2, "alpha": 4}}
+TEXTS = {"opening": "{prompt}", "reply": "{prompt}+{debate}", "reads": "{prompt}={debate}", "turn": "{text}"}
 SELF = {"template": "{privileged_context}{prompt}", "k": None}
 EMA = SELF | {"teacher": "ema", "decay": 0.7}
 GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
@@ -134,6 +142,8 @@ SCENARIOS = {
         LORA, method="prune_opd", options=DRIFT | {"stop": "rollout", "every": 2}, prompts_per_step=3
     ),
     "full untied, experts that are balanced": experts(router_aux_loss=0.3, prompts_per_step=5),
+    "full tied, a debate": debate(options=TEXTS | {"tag": r"1(\d)"}),
+    "lora, a debate in turn": debate(LORA, options=TEXTS | {"tag": r"1(\d)", "beta": 0.4, "missing": "zero"}),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
     "full untied, two teachers in turn": two_teachers(
         method="topk_reverse_kl", options={"k": 4, "by": "teacher", "form": "tail"}
@@ -211,7 +221,11 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert_equal_numbers(one, other)
     assert_equal_responses(one, other)
     files = [
-        sorted(str(f.relative_to(w / "run")) for f in (w / "run").rglob("*") if "step_" not in str(f))
+        sorted(  # each process writes a file of its teachers' texts
+            str(f.relative_to(w / "run"))
+            for f in (w / "run").rglob("*")
+            if "step_" not in str(f) and f.parent.name != "texts"
+        )
         for w in (one, other)
     ]
     assert files[0] == files[1]

@@ -32,6 +32,8 @@ OPTIONS = {
     "simct": {},
     "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
+    "mad_opd": {"beta": 0.5, "opening": "{prompt}", "reply": "{prompt}{debate}", "reads": "{prompt}{debate}"}
+    | {"turn": "{text}", "tag": r"9(\d\d)"},
     "reverse_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
     "local_support_matching": {"k": 3, "mask_tokens": ["7"]},
@@ -72,6 +74,9 @@ def recipe_of(method: str, folder: Path) -> dict:
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
         "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": other, "seed": 2},
     }
+    if method == "mad_opd":
+        stage["teacher"] = "teacher+other"
+        models["other"] = {"init": {**shape, "hidden_size": 8}, "tokenizer": tokenizer, "seed": 3}
     return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
 
 

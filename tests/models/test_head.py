@@ -556,6 +556,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("ropd", {}),
         ("simct", {}),
         ("uld", {}),
+        ("mad_opd", {"rounds": 0}),
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])

@@ -22,7 +22,7 @@ from opd.maths.metrics import Metrics
 from opd.maths.overlap import entropy, overlap_advantage, overlap_mass, rank, shared
 from opd.maths.statistics import repeated
 from opd.models.forward import batches, response_states
-from opd.models.head import Head, paired_log_probs
+from opd.models.head import Head, TeacherHead, paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.pieces.supports import full
 from opd.types import Prompt, Rollout, ScoreRequest, Teacher
@@ -191,7 +191,7 @@ def _states(
 
 
 def _measured(
-    heads: tuple[Head, Head], student_NH: Tensor, teacher_NH: Tensor, ids: Tensor, k: int, temperature: float
+    heads: tuple[Head, TeacherHead], student_NH: Tensor, teacher_NH: Tensor, ids: Tensor, k: int, temperature: float
 ) -> dict[str, Tensor]:
     """The columns of `MEASURED` at hidden states of the same N positions."""
     parts: list[dict[str, Tensor]] = []

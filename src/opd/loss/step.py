@@ -17,7 +17,7 @@ from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_t
 from opd.loss.token_loss import loss_of
 from opd.maths.metrics import Metrics
 from opd.method import Method
-from opd.models.head import Head
+from opd.models.head import TeacherHead
 from opd.models.language_model import LanguageModel
 from opd.models.root import Root
 from opd.models.ticks import counted
@@ -171,7 +171,7 @@ def gradient(
     return loss, metrics
 
 
-def heads_of(method: Method, teacher: Teacher, batch: Batch) -> dict[str | None, Head]:
+def heads_of(method: Method, teacher: Teacher, batch: Batch) -> dict[str | None, TeacherHead]:
     """The teachers' output layers by `teacher_id`, for a support that applies them in phase B.
 
     Empty if the student is its own teacher: sharded weights are whole only inside a forward.
@@ -188,7 +188,7 @@ class Job:
     method: Method
     micro: MicroBatch
     count: float  # the part's denominator
-    heads: Mapping[str | None, Head]
+    heads: Mapping[str | None, TeacherHead]
     prefix: str = ""  # of its metrics
 
 

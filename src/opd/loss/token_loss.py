@@ -26,14 +26,15 @@ from opd.maths.closed_forms import closed_form
 from opd.maths.metrics import Metrics
 from opd.method import Method
 from opd.models.forward import response_states
-from opd.models.head import Head, buffer, into_probabilities, log_normaliser, tiles
+from opd.models.head import Head, TeacherHead, buffer, into_probabilities, log_normaliser, tiles
 from opd.models.language_model import LanguageModel
+from opd.models.mixed_head import MixedHead
 from opd.pieces.signals import divergence_of, shift_invariant
 from opd.types import Tokens
 
 
 def loss_of(
-    method: Method, student: LanguageModel, micro: MicroBatch, count: float, teacher_head: Head | None = None
+    method: Method, student: LanguageModel, micro: MicroBatch, count: float, teacher_head: TeacherHead | None = None
 ) -> tuple[Tensor, Metrics]:
     """This micro-batch's part of the step's loss, (1 / count) sum_i share_i weight_i signal_i, and its metrics.
 
@@ -49,7 +50,7 @@ def hidden_of(lm: LanguageModel, micro: MicroBatch) -> Tensor:
 
 
 def loss_at(
-    method: Method, hidden: Tensor, head: Head, micro: MicroBatch, count: float, teacher_head: Head | None = None
+    method: Method, hidden: Tensor, head: Head, micro: MicroBatch, count: float, teacher_head: TeacherHead | None = None
 ) -> tuple[Tensor, Metrics]:
     """`loss_of` from the hidden states [N, H] that predict the micro-batch's tokens."""
     observed = _Observed()
@@ -57,12 +58,13 @@ def loss_at(
     support = method.support
     ids = parts = None
     if support.kind == "units":
-        assert teacher_head is not None
+        assert isinstance(teacher_head, Head)
         chunk_loss = on_units(method, micro, weight, teacher_head, observed.add)
         parts = unit_chunks(micro, head, teacher_head)
     elif support.kind == "full":
         assert teacher_head is not None
-        chunk_loss = _on_full(method, micro, weight, teacher_head, observed)
+        on_full = _on_full if not in_turn(teacher_head) else _on_each
+        chunk_loss = on_full(method, micro, weight, teacher_head, observed)
     elif support.kind == "top_k" and shift_invariant(method.signal):
         ids = _scored_ids(micro, slice(None))
         chunk_loss = _on_rows(method, micro, weight, observed)
@@ -72,20 +74,69 @@ def loss_at(
     return loss, observed.metrics(len(hidden))
 
 
-def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: Head, observed: _Observed) -> ChunkLoss:
+def _on_full(
+    method: Method, micro: MicroBatch, weight: Tensor, teacher_head: TeacherHead, observed: _Observed
+) -> ChunkLoss:
     """The loss on the whole vocabulary: both models' log-probs of all tokens."""
-    closed = closed_form(divergence_of(method.signal))
     memory = buffer(len(weight), teacher_head.vocabulary, weight.device)
+    differ = _full_difference(method, micro, weight, observed)
 
     def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
         """[n, V] logits of the student at `rows`: their part of the loss, and its gradient in their place."""
         assert micro.teacher_hidden is not None
-        teacher_logits = teacher_head.project_into(memory, micro.teacher_hidden[rows])
+        teacher_logits = teacher_head.project_into(memory, micro.teacher_hidden[rows], method.temperature)
         teacher_head.finish_(teacher_logits, method.temperature)
+        return differ(logits, teacher_logits, rows, None)
+
+    return chunk_loss
+
+
+def _on_each(
+    method: Method, micro: MicroBatch, weight: Tensor, teacher_head: TeacherHead, observed: _Observed
+) -> ChunkLoss:
+    """The loss on the whole vocabulary with several teachers in turn, weighed by row: sum_k w_k D(q_k, p).
+
+    Beside the memory of one teacher's loss, two more chunks of logits: a copy of the student's, and the sum.
+    """
+    assert isinstance(teacher_head, MixedHead)
+    memory, copy, total = (buffer(len(weight), teacher_head.vocabulary, weight.device) for _ in range(3))
+    differ = _full_difference(method, micro, weight, observed)
+
+    def chunk_loss(logits: Tensor, rows: slice) -> Tensor:
+        assert micro.teacher_hidden is not None
+        loss, gradient = torch.zeros((), device=logits.device), total[: len(logits)].zero_()
+        for head, hidden, share in teacher_head.passes(micro.teacher_hidden[rows]):
+            teacher_logits = head.project_into(memory, hidden)
+            head.finish_(teacher_logits, method.temperature)
+            own = copy[: len(logits)].copy_(logits)
+            loss += differ(own, teacher_logits, rows, share)
+            gradient += own
+        logits.copy_(gradient)
+        return loss
+
+    return chunk_loss
+
+
+def in_turn(teacher_head: TeacherHead) -> bool:
+    """Whether the loss compares with several teachers one after the other."""
+    return isinstance(teacher_head, MixedHead) and teacher_head.mixture == "each"
+
+
+def _full_difference(
+    method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed
+) -> Callable[[Tensor, Tensor, slice, Tensor | None], Tensor]:
+    """A function of both models' logits [n, V] at `rows`: the loss, and its gradient in place of the student's.
+
+    With a `share` [n], the teacher's part of each row, loss, gradient and metrics are multiplied by it.
+    """
+    closed = closed_form(divergence_of(method.signal))
+
+    def differ(logits: Tensor, teacher_logits: Tensor, rows: slice, share: Tensor | None) -> Tensor:
         total = torch.zeros((), device=logits.device)
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
-            w, y = weight[at], micro.token_ids[at, None]
+            part = None if share is None else share[tile]
+            w, y = _times(weight[at], part), micro.token_ids[at, None]
             student = grad = None
             if closed is not None:
                 into_gradient = kernels.on(logits.device).into_gradient
@@ -96,11 +147,11 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
                 student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
                 per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w)
             total += (per_token * w).sum()
-            observed.add("train/signal", per_token)
-            observed.add("train/student_nll", -student_logp)
-            observed.add("teacher/log_ratio", teacher_logp - student_logp)
+            observed.add("train/signal", _times(per_token, part))
+            observed.add("train/student_nll", _times(-student_logp, part))
+            observed.add("teacher/log_ratio", _times(teacher_logp - student_logp, part))
             if micro.task is not None:
-                observed.add(f"task/{micro.task}/log_ratio", teacher_logp - student_logp)
+                observed.add(f"task/{micro.task}/log_ratio", _times(teacher_logp - student_logp, part))
             if student is not None and grad is not None:
                 # Last, because the signal's result may be a view of the log-probs that this overwrites. Divide by the
                 # sum of p, which is not 1 in float32 (see closed_forms), so that each row of the gradient sums to 0.
@@ -109,7 +160,11 @@ def _on_full(method: Method, micro: MicroBatch, weight: Tensor, teacher_head: He
                 torch.sub(grad, p, out=logits[tile])
         return total
 
-    return chunk_loss
+    return differ
+
+
+def _times(values: Tensor, share: Tensor | None) -> Tensor:
+    return values if share is None else values * share
 
 
 def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _Observed) -> ChunkLoss:

@@ -21,6 +21,7 @@ from opd.methods.eff_opd import eff_opd
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
+from opd.methods.mad_opd import mad_opd
 from opd.methods.opd import opd
 from opd.methods.prune_opd import prune_opd
 from opd.methods.rethinking_opd import rethinking_opd
@@ -51,6 +52,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "brts": brts,
     "simct": simct,
     "uld": uld,
+    "mad_opd": mad_opd,
 }
 
 

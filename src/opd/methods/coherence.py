@@ -55,6 +55,12 @@ class Facts:
         """Whether the teacher's tokenizer may differ from the student's."""
         return self.method.teacher.tokenizer == "any"
 
+    @property
+    def source_needs(self) -> frozenset[Need]:
+        """The inputs and traits of the source."""
+        needs = needs_of(self.method.source)
+        return needs.inputs | needs.traits
+
     def update_needs(self, need: Need) -> bool:
         """Whether the update declares `need`."""
         return need in needs_of(self.method.update)
@@ -163,6 +169,11 @@ RULES: tuple[Rule, ...] = (
         "a piece compares the models token by token, but the teacher has another tokenizer",
         "The piece is the validation by teacher_kl. Validate by the reward; the metric units/signal is the divergence "
         "on units.",
+    ),
+    Rule(
+        lambda f: f.method.teacher.mixture is not None and {Trait.OFF_POLICY, Input.TEACHER_MODEL} <= f.source_needs,
+        "the teacher writes the responses, but a row has several teachers, which write none in common",
+        "Use a source in which the student writes, or a method with one teacher of a row.",
     ),
     Rule(
         lambda f: bool(f.towards and f.away) and Trait.ALLOWS_SIGN_CONFLICT not in f.needs,

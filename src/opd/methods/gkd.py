@@ -19,7 +19,6 @@ own use of the two KLs. Default `on_policy_share` 1, the paper's on-policy GKD; 
 
 from opd.method import Method
 from opd.pieces import signals, sources, supports
-from opd.types import Signal
 
 
 def gkd(beta: float = 0.5, on_policy_share: float = 1.0, temperature: float = 1.0) -> Method:
@@ -27,14 +26,6 @@ def gkd(beta: float = 0.5, on_policy_share: float = 1.0, temperature: float = 1.
     return Method(
         source=sources.mixture(on_policy_share, sources.dataset()),
         support=supports.full(),
-        signal=_signal(beta),
+        signal=signals.jsd_and_limits(beta),
         temperature=temperature,
     )
-
-
-def _signal(beta: float) -> Signal:
-    if beta == 0.0:
-        return signals.divergence("forward_kl")
-    if beta == 1.0:
-        return signals.divergence("reverse_kl")
-    return signals.divergence("generalised_jsd", beta=beta)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,6 +42,25 @@ TILE_ENTRIES = 2**18
 COLUMNS = 2**13  # of a product that is copied: the memory of a step is then that of a product in place
 
 
+class TeacherHead(Protocol):
+    """What turns a teacher's hidden states into logits: a `Head`, or several (`mixed_head.MixedHead`)."""
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
+        """[n, H] -> [n, V] in float32, divided by the temperature."""
+        ...
+
+    def project_into(self, out: Tensor, hidden: Tensor, temperature: float) -> Tensor:
+        """[n, H] into the first n rows of `out` [>= n, V]; returns these rows, for `finish_`."""
+        ...
+
+    def finish_(self, logits: Tensor, temperature: float) -> Any:
+        """The rest of the way to logits divided by the temperature, in place."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Head:
     """The output layer: last hidden state -> logits.
@@ -71,10 +91,14 @@ class Head:
         weight = self.weight[: self.vocabulary]
         return to_float32(hidden.to(weight.dtype), weight, bias)
 
-    def project_into(self, out: Tensor, hidden: Tensor) -> Tensor:
+    def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
+        """`logits` divided by the temperature."""
+        return tempered(self.logits(hidden), temperature)
+
+    def project_into(self, out: Tensor, hidden: Tensor, temperature: float = 1.0) -> Tensor:
         """`project` of [n, H] into the first n rows of `out` [>= n, V] float32; returns these rows.
 
-        For a constant head. Reused memory costs no page faults.
+        For a constant head. Reused memory costs no page faults. The temperature is left to `finish_`.
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
@@ -151,10 +175,11 @@ def tempered(logits: Tensor, temperature: float) -> Tensor:
 
 @torch.no_grad()
 def paired_log_probs(
-    student: Head, student_hidden: Tensor, teacher: Head, teacher_hidden: Tensor, temperature: float = 1.0
+    student: Head, student_hidden: Tensor, teacher: TeacherHead, teacher_hidden: Tensor, temperature: float = 1.0
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Both models' log-probs [n, V] at hidden states [N, H] of the same positions, tile by tile, in order."""
     for rows in chunks(len(student_hidden), student.vocabulary, student_hidden.device):
-        ours, theirs = student.logits(student_hidden[rows]), teacher.logits(teacher_hidden[rows])
+        ours = student.logits_at(student_hidden[rows], temperature)
+        theirs = teacher.logits_at(teacher_hidden[rows], temperature)
         for tile in tiles(ours):
-            yield tempered(ours[tile], temperature).log_softmax(-1), tempered(theirs[tile], temperature).log_softmax(-1)
+            yield ours[tile].log_softmax(-1), theirs[tile].log_softmax(-1)

@@ -70,6 +70,16 @@ def divergence(
     return DivergencePiece(signal, IMITATES, divergence=function, shift_invariant=form == "renormalised")
 
 
+def jsd_and_limits(beta: float) -> DivergencePiece:
+    """The generalised JSD, and where it would vanish its limit divided by beta or 1 - beta.
+
+    beta = 0 is KL(q||p), beta = 1 is KL(p||q) (GKD, arXiv 2306.13649).
+    """
+    if beta in (0.0, 1.0):
+        return divergence("reverse_kl" if beta else "forward_kl")
+    return divergence("generalised_jsd", beta=beta)
+
+
 def nll() -> Signal:
     """-log p(y_t): supervised fine-tuning on the responses of the source."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from opd.errors import ConfigError
-from opd.types import TeacherRule
+from opd.types import Mixture, TeacherRule
 
 
 def no_teacher() -> TeacherRule:
@@ -20,6 +20,20 @@ def external(tokenizer: Literal["students", "any"] = "students") -> TeacherRule:
     tokens, and the support is `supports.units`.
     """
     return TeacherRule(kind="external", tokenizer=tokenizer)
+
+
+def several(mixture: Mixture) -> TeacherRule:
+    """The stage's `teacher`, of which the recipe may name several: `teacher: one+other`. All score every row.
+
+    The student is compared with their normalised `geometric` or `arithmetic` mean, or with `each`. The weights are
+    those of the context (`Prompt.teacher_weights`), else equal. Over probabilities q_k with weights w_k of sum 1:
+
+        sum_k w_k KL(p||q_k) = KL(p||g) - log Z       g = prod_k q_k^w_k / Z      geometric: one reverse KL
+        sum_k w_k KL(q_k||p) = KL(m||p) + constant    m = sum_k w_k q_k           arithmetic: one forward KL
+
+    Z and the constant do not depend on the student, so the gradients are equal. No mean does this for the JSD.
+    """
+    return TeacherRule(kind="external", mixture=mixture)
 
 
 def self_frozen() -> TeacherRule:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError, nearest
+from opd.types import teachers_in
 
 if TYPE_CHECKING:
     from opd.recipe.schema import Recipe, StageSpec
@@ -19,7 +20,12 @@ def check_references(recipe: Recipe, source: Source) -> None:
         if stage.name in seen:
             raise ConfigError(f"{where}: the name is used twice. A stage's folder carries its name; choose another.")
         check_tasks(stage, where)
-        teachers = [("teacher" if t is None else f"tasks.{t}.teacher", s.teacher) for t, s in stage.by_task.items()]
+        teachers = [
+            ("teacher" if task is None else f"tasks.{task}.teacher", name)
+            for task, part in stage.by_task.items()
+            for name in teachers_in(part.teacher) or [None]
+        ]
+        check_several(stage, where)
         judges = [("lm", name) for name in stage.judge_models]
         for role, name in [("train", stage.train), *teachers, *judges]:
             place = f"{source.at('stages', number, *role.split('.'))}: stage {stage.name!r}"
@@ -42,6 +48,21 @@ def check_references(recipe: Recipe, source: Source) -> None:
         if stage.seconds_of is not None and stage.seconds_of not in seen:
             raise ConfigError(f"{where}: `seconds_of: {stage.seconds_of}` names no earlier stage. Earlier: {seen}.")
         seen.append(stage.name)
+
+
+def check_several(stage: StageSpec, where: str) -> None:
+    """Refuse several teachers of one row of which two are one model, or one is the student. Raises ConfigError."""
+    for part in stage.by_task.values():
+        names = teachers_in(part.teacher)
+        if len(names) == 1:
+            continue
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ConfigError(f"{where}: `teacher: {part.teacher}` names {twice[0]} twice. Name each model once.")
+        if stage.train in names:
+            raise ConfigError(
+                f"{where}: `teacher: {part.teacher}` names the student {stage.train!r} among several teachers, and its "
+                "weights change. Name a copy of it, under another name in `models`."
+            )
 
 
 def unused_models(recipe: Recipe) -> list[str]:

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, m
 from opd.files import expanded
 from opd.recipe.numbers import Float, Int
 from opd.recipe.templates import template_text
+from opd.types import teachers_in
 
 
 class Section(BaseModel):
@@ -263,7 +264,7 @@ class TaskSection(Section):
     """
 
     data: DataSection
-    teacher: str | None = None
+    teacher: str | None = None  # several, which all score each row: one+other
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
     teacher_sampling: SamplingSection | None = None
@@ -319,7 +320,7 @@ class StageSpec(Section):
     @property
     def teachers(self) -> list[str]:
         """The models that teach in this stage, without the student itself."""
-        named = [task.teacher for task in self.by_task.values() if task.teacher is not None]
+        named = [name for task in self.by_task.values() for name in teachers_in(task.teacher)]
         return [name for name in dict.fromkeys(named) if name != self.train]
 
     @property

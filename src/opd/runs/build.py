@@ -43,8 +43,20 @@ from opd.stage.trackers import ReportWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
+from opd.teachers.mixed import mixed_teacher
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Author, Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import (
+    Author,
+    Memory,
+    Record,
+    Rollout,
+    Sampler,
+    Teacher,
+    TeacherRule,
+    Writer,
+    Writers,
+    teachers_in,
+)
 
 
 def teacher_of(
@@ -63,7 +75,7 @@ def teacher_of(
     `chat`: whether prompts are conversations, for a teacher with its own tokenizer.
     """
 
-    def one(name: str | None) -> Teacher:
+    def single(name: str | None) -> Teacher:
         if rule.kind == "external" and name is not None and name in own:
             return own[name]
         return teacher_by_rule(
@@ -75,9 +87,15 @@ def teacher_of(
             chat=chat,
         )
 
+    def one(teacher: str | None) -> Teacher:
+        if rule.mixture is None or teacher is None:
+            return single(teacher)
+        return mixed_teacher({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec.where(None))
+
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
-    return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
+    named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
+    return RoutedTeacher(teachers={str(name): one(name) for name in named})
 
 
 def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:

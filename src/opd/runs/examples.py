@@ -14,7 +14,7 @@ from opd.models.render import encode_response, render
 from opd.models.shown import end_texts, text_of_ids
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import StageSpec, TaskSection
-from opd.types import Prompt, Rollout, Unwritten
+from opd.types import Prompt, Rollout, Unwritten, teachers_in
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
@@ -83,8 +83,7 @@ def _training_lines(
         if "response" in needs_of(method.source).columns and prompt.response:
             ids = encode_response(prompt.response, prompt, student.tokenizer, student.endings)
             yield f"a response of the data is {shown(ids, student)}"
-    teacher = _teacher_of(spec, part, method)
-    if teacher is not None:
+    for teacher in teachers_in(_teacher_of(spec, part, method)):
         yield from _teacher_lines(teacher, spec, method, prompt, readers, "")
 
 
@@ -98,8 +97,9 @@ def _held_out_lines(
     if student is not None:
         yield f"{of}the student reads {shown(student.read(prompt), student)}"
     scorer = part.teacher if method.teacher.kind == "none" else _teacher_of(spec, part, method)
-    if scorer is not None and (part.evaluate.teacher or part.evaluate.kl):
-        yield from _teacher_lines(scorer, spec, method, prompt, readers, of)
+    if part.evaluate.teacher or part.evaluate.kl:
+        for name in teachers_in(scorer):
+            yield from _teacher_lines(name, spec, method, prompt, readers, of)
 
 
 def _teacher_of(spec: StageSpec, part: TaskSection, method: Method) -> str | None:
@@ -114,7 +114,8 @@ def _teacher_of(spec: StageSpec, part: TaskSection, method: Method) -> str | Non
 def _teacher_lines(
     name: str, spec: StageSpec, method: Method, prompt: Prompt, readers: Mapping[str, Reader], of: str
 ) -> Iterator[str]:
-    who = f"{of}the student as its teacher" if name == spec.train else f"{of}the teacher"
+    several = any(name in names for names in _panels(spec))
+    who = f"{of}the student as its teacher" if name == spec.train else f"{of}the teacher{f' {name}' if several else ''}"
     reader, student = readers.get(name), readers.get(spec.train)
     if reader is None:  # a function or class of the user; or a line says that the tokenizer is not there yet
         return
@@ -125,7 +126,7 @@ def _teacher_lines(
     depends = needs.undeclared or Trait.READS_ATTEMPT in needs or Input.REWARD in needs
     try:
         (context,) = method.context([_unwritten(prompt)])
-        ids = reader.read(context)
+        ids = reader.read(context.views.get(name, context))
     except Exception as error:
         if isinstance(error, OPDError) and not depends:
             raise
@@ -141,6 +142,11 @@ def _teacher_lines(
         return
     with_placeholders = f", with {RESPONSE} in its place and a reward of 1" if depends else ""
     yield f"{who} reads{with_placeholders} {shown(ids, reader)}"
+
+
+def _panels(spec: StageSpec) -> list[list[str]]:
+    """The teachers of each task that has several for one row."""
+    return [names for part in spec.by_task.values() if len(names := teachers_in(part.teacher)) > 1]
 
 
 def _end_lines(spec: StageSpec, method: Method, part: TaskSection, readers: Mapping[str, Reader]) -> Iterator[str]:

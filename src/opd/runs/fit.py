@@ -8,7 +8,7 @@ from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
-from opd.types import Reward
+from opd.types import Reward, teachers_in
 
 REMEDIES = {
     Input.REWARD: "a reward: set the {owner}'s `reward`, e.g. {{name: math_verify}}",
@@ -71,7 +71,19 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         )
     if remedies:
         raise ConfigError(f"{where}: method {spec.method!r} needs {'; '.join(remedies)}.")
-    if part.teacher is not None and method.teacher.kind.startswith("self_"):
+    check_teacher(spec, task, method)
+
+
+def check_teacher(spec: StageSpec, task: str | None, method: Method) -> None:
+    """Refuse several teachers for a method with one, and a teacher for a method without. Raises ConfigError."""
+    part, where, owner = spec.by_task[task], spec.where(task), "stage" if task is None else "task"
+    teaches_itself = method.teacher.kind.startswith("self_")
+    if len(teachers_in(part.teacher)) > 1 and method.teacher.mixture is None and not teaches_itself:
+        raise ConfigError(
+            f"{where}: the {owner}'s teacher is {part.teacher!r}, and method {spec.method!r} takes one teacher "
+            "of a row. Name one, give each task its own, or use a method for several teachers of a row: mad_opd."
+        )
+    if part.teacher is not None and teaches_itself:
         raise ConfigError(
             f"{where}: in method {spec.method!r} the student is its own teacher, and the {owner} names "
             f"{part.teacher!r}, which would never be used. Remove `teacher`, or use a method with an external one."
@@ -157,6 +169,11 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
             f"{spec.where(task)}: it sets {' and '.join(enabled)}, and there is no teacher: method {spec.method!r} has "
             f"none, and the {owner} names none. Set the {owner}'s `teacher` to one of the models other "
             f"than {spec.train!r}, or {' and '.join(enabled)} to false."
+        )
+    if evaluate.teacher and len(teachers_in(spec.by_task[task].teacher)) > 1:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.teacher lets the teacher write responses, and "
+            f"{spec.by_task[task].teacher!r} are several, which write none in common. Set evaluate.teacher to false."
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")

@@ -15,7 +15,7 @@ from opd.models.render import render
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
-from opd.types import Prompt
+from opd.types import Prompt, teachers_in
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
@@ -104,8 +104,8 @@ def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -
                 "lengths": of_training[name],
             }
             yield LengthCheck(model=spec.train, writes=True, **about)
-            if same and scorer is not None:
-                yield LengthCheck(model=scorer, writes=False, **about)
+            if same:
+                yield from (LengthCheck(model=name, writes=False, **about) for name in teachers_in(scorer))
         if Input.TEACHER_MODEL in needs and part.teacher is not None and method.teacher.tokenizer == "students":
             section = part.teacher_sampling or part.sampling
             yield LengthCheck(
@@ -133,10 +133,10 @@ def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -
                 "lengths": of_held_out,
             }
             yield LengthCheck(model=spec.train, writes=True, **about)
-            if same and scorer is not None and part.evaluate.teacher:
-                yield LengthCheck(model=scorer, writes=True, **about)
-            if scorer is not None and setting == compared:
-                yield LengthCheck(model=scorer, writes=False, **about)
+            if same and part.evaluate.teacher:
+                yield from (LengthCheck(model=name, writes=True, **about) for name in teachers_in(scorer))
+            if setting == compared:
+                yield from (LengthCheck(model=name, writes=False, **about) for name in teachers_in(scorer))
 
 
 def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:

@@ -15,6 +15,7 @@ from opd.pieces.needs import Input, needs_of
 from opd.plugins import torch
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Given
+from opd.types import teachers_in
 
 if TYPE_CHECKING:
     from torch import nn
@@ -36,7 +37,7 @@ def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: 
     """
     if method.teacher.kind != "external":
         return []
-    names = {part.teacher for part in spec.by_task.values() if part.teacher is not None}
+    names = {name for part in spec.by_task.values() for name in teachers_in(part.teacher)}
     same = sorted(name for name in names if _same_start(recipe, spec, name, given))
     if not same:
         return []

@@ -16,7 +16,7 @@ from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
-from opd.types import Prompt, TeacherRule
+from opd.types import Prompt, TeacherRule, teachers_in
 
 if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel
@@ -118,7 +118,7 @@ def check_teachers_prompts(
         if name not in tokenizers:
             continue
         tokenizer, options = tokenizers[name], origin_of(recipe, name).template_options
-        mine = [prompt for prompt in prompts if taught_by[prompt.task] == name]
+        mine = [prompt for prompt in prompts if name in teachers_in(taught_by[prompt.task])]
         lacks = bool(absent_tokens(name, tokenizer, rows[name]))
         lines += taught_lines(name, tokenizer, [one for one in mine if not isinstance(one.content, str)], options)
         read = [render(one, tokenizer, options) for one in mine] if lacks else []
@@ -269,7 +269,7 @@ def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> 
         taught_by = {task: part.teacher for task, part in spec.by_task.items()}
         used += [origin_of(recipe, name) for name in spec.judge_models]
         for name in (spec.train, *spec.teachers):
-            reads = [p for p in prompts if name == spec.train or taught_by[p.task] == name]
+            reads = [p for p in prompts if name == spec.train or name in teachers_in(taught_by[p.task])]
             if is_chat(reads):
                 used.append(origin_of(recipe, name))
             elif recipe.models[name].template_options:

@@ -76,7 +76,7 @@ class LocalTeacher(Teacher):
                 # The tokens of the whole batch at once: with few rows a product reads the output layer for little.
                 hidden = torch.cat([states.of(place, length) for place, length in enumerate(own)])
                 ids = torch.cat([rollouts[i].response_ids for i in indices]).to(device)
-                top = _student_top([rollouts[i] for i in indices], request, device)
+                top = student_top([rollouts[i] for i in indices], request, device)
                 found = _to(teacher_scores(head, hidden, ids, request, top), self.student_device)
                 for i, score in zip(indices, parted(found, own), strict=True):
                     scores[i] = score
@@ -196,7 +196,7 @@ def local_teacher(
     return LocalTeacher(lm=frozen_copy(student), follows=student, decay=rule.decay, **common)
 
 
-def _student_top(rollouts: Sequence[Rollout], request: ScoreRequest, device: torch.device) -> Tensor | None:
+def student_top(rollouts: Sequence[Rollout], request: ScoreRequest, device: torch.device) -> Tensor | None:
     """The student's most likely tokens [N, k] at the tokens of all rollouts; None if the support does not read them."""
     if not (k := request.support.student_top_k):
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from opd.maths import kernels
 from opd.maths.largest import largest
-from opd.models.head import Head, buffer, chunks, tiles
+from opd.models.head import TeacherHead, buffer, chunks, tiles
 from opd.pieces.supports import check_fits, support_tokens
 from opd.types import ScoreRequest, Scores, Support
 
@@ -21,7 +21,7 @@ CHUNKS_AT_ONCE = 4
 
 @torch.no_grad()
 def teacher_scores(
-    head: Head,
+    head: TeacherHead,
     hidden: Tensor,
     response_ids: Tensor,
     request: ScoreRequest,
@@ -44,7 +44,7 @@ def teacher_scores(
     times = CHUNKS_AT_ONCE if hidden.device.type == "cpu" else 1
     memory = buffer(len(response_ids), head.vocabulary, hidden.device, times)
     for rows in chunks(len(response_ids), head.vocabulary, hidden.device, times):
-        logits = head.project_into(memory, hidden[rows])
+        logits = head.project_into(memory, hidden[rows], request.temperature)
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)
             student_top = None if student_top_ids is None else student_top_ids[at, : support.k]

@@ -26,7 +26,7 @@ from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
-from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers
+from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers, teachers_in
 
 SAMPLES = 4  # responses per prompt, for pass@k
 
@@ -158,7 +158,12 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
 
 
 def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
-    """Refuse a teacher that is no model in this process. Raises ConfigError."""
+    """Refuse several teachers of one row, and a teacher that is no model in this process. Raises ConfigError."""
+    if len(names := teachers_in(spec.teacher)) > 1:
+        raise ConfigError(
+            f"{spec.where(None)}: opd doctor examines one teacher, and the stage has {spec.teacher!r}. Examine them "
+            f"one by one: stages.{spec.name}.teacher={names[0]}."
+        )
     if spec.teacher is not None and (scorer := recipe.models[spec.teacher].scorer) is not None:
         raise ConfigError(
             f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and teacher "
