@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd.errors import TeacherError
 from opd.loss.balance import ExpertLoad
 from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.loss.token_loss import loss_of
@@ -71,7 +72,13 @@ def scored(
     filter; DataError and TeacherError as `collate`.
     """
     memory = method.make_memory() if memory is None else memory
-    batch = replace(collate(rollouts, teacher.score(rollouts, contexts, request), device), memory=memory)
+    scores = teacher.score(rollouts, contexts, request)
+    if request.base and any(one.base_logp is None for one in scores):
+        raise TeacherError(
+            f"The method reads the base model's log-probs, and the teacher {teacher.name!r} returned none. Name the "
+            "stage's `base`; in Python, score with teachers.with_base.WithBase."
+        )
+    batch = replace(collate(rollouts, scores, device), memory=memory)
     trains = has_trained(batch, method, world)
     learned = observed(batch, world.gather)  # before credit and weight, which read the memory
     batch = attach(batch, method)
