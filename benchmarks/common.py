@@ -12,9 +12,9 @@ Beside wall seconds, `timed` records the CPU seconds of the process, all its thr
 load of the machine. A request with `threads` runs with that number of torch's threads, any other with torch's default.
 `--quick` runs small sizes, to try the code; its results are in results/quick.
 
-On a machine with a GPU, step, loss and decode run on it, with float32 products in TF32; then peak memory is torch's allocated
-memory, clocks are read when the GPU has finished, and torch's cache is emptied between turns. Their results are in
-results/gpu. The other benchmarks always run on CPUs.
+On a machine with a GPU, step, loss and decode run on it, with float32 products in TF32; then peak memory is torch's
+allocated memory, clocks are read when the GPU has finished, and torch's cache is emptied between turns. Their results
+are in results/gpu. The other benchmarks always run on CPUs.
 """
 
 from __future__ import annotations

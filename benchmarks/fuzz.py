@@ -30,9 +30,10 @@ from common import HERE
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_reverse_kl+eff_opd", "opd+eff_opd"]
+COMBINED += ["extrapolated_opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
 SELF_TAUGHT = ("context_distillation", "anti_sd", "grpo", "ropd")
-POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "opd", "eff_opd", "vopd", "local_support_matching")
+POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "opd", "eff_opd", "vopd", "extrapolated_opd", "local_support_matching")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -52,6 +53,8 @@ VALUES: dict[str, list[Any]] = {
     "every": [1, 2],
     "length": [None, 4],
     "decay": [0.5, 0.99],
+    "strength": [0.5, 1.0, 1.3],
+    "bound": [1.2, 5.0],
     "least_mass": [0.0, 0.5],
 }
 
@@ -91,6 +94,10 @@ def drawn(rng: random.Random) -> dict[str, Any]:
     else:
         stage |= {"tasks": tasks, "task_order": rng.choice(["alternate", "mixed"])}
     used = {"student": student} | ({"teacher": teacher} if any("teacher" in one for one in tasks.values()) else {})
+    if "extrapolated_opd" in method and rng.random() < 0.9:
+        own = "lora" in student and rng.random() < 0.5
+        stage["base"] = "student" if own else "base"
+        used |= {} if own else {"base": {**student, "seed": 9}}
     return {"name": "fuzz", "seed": rng.randrange(100), "output_dir": "run", "models": used, "stages": [stage]}
 
 

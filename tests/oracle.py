@@ -435,6 +435,31 @@ def policy_gradient(
     return (-free, -free) if free <= held else (-held, 0.0)
 
 
+def extrapolated_advantage(student_logp: float, teacher_logp: float, base_logp: float, strength: float) -> float:
+    """lambda log(q/b) - log(p/b) at the sampled token. Extrapolation Cliff; G-OPD."""
+    return strength * (teacher_logp - base_logp) - (student_logp - base_logp)
+
+
+def extrapolation(teacher: Sequence[float], base: Sequence[float], strength: float) -> list[float]:
+    """q^lambda b^(1 - lambda) / Z from logits, as a product of probabilities. Extrapolation Cliff."""
+    weights = [
+        math.pow(q, strength) * math.pow(b, 1.0 - strength)
+        for q, b in zip(softmax(teacher), softmax(base), strict=True)
+    ]
+    return [w / math.fsum(weights) for w in weights]
+
+
+def largest_strength(p: float, b: float, bound: float) -> float:
+    """The lambda at which the tail of q^lambda b^(1 - lambda) is (1 - p)/c, by bisection. Extrapolation Cliff."""
+    low, high = 1.0, 1e3
+    for _ in range(200):
+        middle = (low + high) / 2
+        head, tail = middle * math.log(p / b) + math.log(b), middle * math.log((1 - p) / (1 - b)) + math.log(1 - b)
+        odds = math.exp(tail - head)
+        low, high = (middle, high) if odds / (1 + odds) > (1 - p) / bound else (low, middle)
+    return low
+
+
 def value_baseline(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> float:
     """V = -sum_S bar-p (log bar-p - log bar-q), bar the distributions renormalised on S; S = V: -KL(p||q). vOPD."""
     s, t = (

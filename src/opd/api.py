@@ -52,6 +52,7 @@ def distill(
     method: str | Method | Callable[..., Method] = "reverse_kl",
     steps: int,
     teacher: Any = None,
+    base: Any = None,
     sampler: str | Callable[..., Sampler] | None = None,
     options: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
@@ -72,25 +73,27 @@ def distill(
     `teacher_tokenizer` defaults to it. A student object is trained in place. `teacher` may also be an object with the
     methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
     returns one; or several of these by name, {"one": ..., "other": ...}, for a method in which all score each row.
+    `base` is given likewise; the student object itself stands for its weights without the adapter.
     `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
     a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
     `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
     section, a function (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method
-    (with `options`), or a Method. Further keywords are fields of a recipe's stage: `sampling={...}`, `evaluate={...}`.
-    The run is in `output_dir` (default: a new folder in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
+    (with `options`), or a Method. Further keywords are fields of a recipe's stage: `sampling={...}`. The run is in
+    `output_dir` (default: a new folder in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
     """
     if quiet:
         quiet_libraries()
-    models: dict[str, LanguageModel] = {}
-    scorers: dict[str, Teacher] = {}
-    specs = {"student": _model(student, "student", tokenizer, models)}
-    teachers = _teachers(teacher, teacher_tokenizer or tokenizer, models, scorers)
+    own_base = base is student and not isinstance(base, str | Path)  # its weights without the adapter
+    several = _several(teacher)
+    others = {name: (one, teacher_tokenizer or tokenizer) for name, one in several.items()}
+    specs, models, scorers = _models((student, tokenizer), others | {"base": (None if own_base else base, tokenizer)})
     data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
     section, given_reward = _reward(reward)
     described = {
         "name": "distill",
         "train": "student",
-        "teacher": "+".join(teachers) or None,
+        "teacher": "+".join(several) or None,
+        "base": "student" if own_base else "base" if "base" in specs else None,
         "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
         "options": dict(options or {}),
@@ -100,11 +103,30 @@ def distill(
         **stage,
     }
     whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
-    recipe = parse_recipe({**whole, "models": specs | teachers, "stages": [described]}, source="distill(...)")
+    recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
-    own = None if isinstance(sampler, str) else sampler
-    given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, sampler=own)
-    return _start(recipe, replace(given, teachers=scorers), quiet, accept_changes)
+    given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, teachers=scorers)
+    return _start(recipe, given if isinstance(sampler, str) else replace(given, sampler=sampler), quiet, accept_changes)
+
+
+def _several(teacher: Any) -> Mapping[str, Any]:
+    """The teachers by name. Raises ConfigError for one that has the name of another model."""
+    several = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
+    for taken, whose in (("student", "the student"), ("base", "the base")):
+        if taken in several:
+            raise ConfigError(f"A teacher of opd.distill is named {taken!r}, as {whose} is. Give it another name.")
+    return several
+
+
+def _models(
+    student: tuple[Any, Any], others: Mapping[str, tuple[Any, Any]]
+) -> tuple[dict[str, dict[str, Any]], dict[str, LanguageModel], dict[str, Teacher]]:
+    """(model sections by name, models given in Python, teachers given in Python), from (model, tokenizer) each."""
+    models: dict[str, LanguageModel] = {}
+    scorers: dict[str, Teacher] = {}
+    specs = {"student": _model(student[0], "student", student[1], models)}
+    specs |= {name: _other(name, *one, models, scorers) for name, one in others.items() if one[0] is not None}
+    return specs, models, scorers
 
 
 def _data(prompts: Any, **reading: Any) -> tuple[dict[str, Any], list[Prompt] | None, tuple[Report, ...]]:
@@ -141,27 +163,17 @@ def _named(sampler: str | Callable[..., Sampler] | None) -> str | None:
     )
 
 
-def _teachers(
-    teacher: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
-) -> dict[str, dict[str, Any]]:
-    """The model sections of the teachers, by name. Raises ConfigError for one that is named as the student is."""
-    several = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
-    if "student" in several:
-        raise ConfigError("A teacher of opd.distill is named 'student', as the student is. Give it another name.")
-    return {name: _teacher(one, name, tokenizer, given, scorers) for name, one in several.items()}
-
-
-def _teacher(
-    teacher: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
+def _other(
+    name: str, model: Any, tokenizer: Any, given: dict[str, LanguageModel], scorers: dict[str, Teacher]
 ) -> dict[str, Any]:
-    """The model section of a teacher: a path, a model object, a `Teacher`, or the name of its maker."""
-    if isinstance(teacher, str):
-        own = ":" in teacher and not teacher.startswith("package:")
-        return {"scorer": teacher} if own else {"path": teacher}
-    if hasattr(teacher, "score"):
-        scorers[name] = teacher
-        return {"scorer": f"(a {type(teacher).__name__} given in Python)"}
-    return _model(teacher, name, tokenizer, given)
+    """The model section of a teacher or base: a path, a model object, a `Teacher`, or the name of its maker."""
+    if isinstance(model, str):
+        own = ":" in model and not model.startswith("package:")
+        return {"scorer": model} if own else {"path": model}
+    if hasattr(model, "score"):
+        scorers[name] = model
+        return {"scorer": f"(a {type(model).__name__} given in Python)"}
+    return _model(model, name, tokenizer, given)
 
 
 def _model(model: Any, name: str, tokenizer: Any, given: dict[str, LanguageModel]) -> dict[str, Any]:

@@ -107,6 +107,7 @@ class Method:
             sampled=shown or self.reads(Reads.TEACHER_LOGP),
             entropy=self.reads(Reads.TEACHER_ENTROPY),
             top_k=self.top_k,
+            base=Reads.BASE_LOGP in self.needs,
         )
 
     def make_memory(self) -> dict[str, Memory]:

@@ -8,6 +8,7 @@
     K  tokens of a support                         c, context   what the teacher reads
     H  hidden size                                 y, response  what the student wrote
     M  teachers                                    S, support   the tokens that are compared
+                                                   b, base      a fixed third model, which reads the student's prompt
 
 `*_logp` is the natural log-probability of the sampled token, `*_support_logp` the full-vocabulary log-probabilities
 of the tokens of the support. Masks are bool and `True` means train. Units are nats and tokens unless a name says
@@ -174,6 +175,7 @@ class Scores:
     teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
     teacher_top_ids: Tensor | None = None  # [T, K] in falling order, `ScoreRequest.top_k` of them
     teacher_top_logp: Tensor | None = None  # [T, K]
+    base_logp: Tensor | None = None  # [T] of the base model, if a piece reads it
     scored: Tensor | None = None  # [T] bool, False for tokens that the teacher could not score; None: it scored all
     units: Units | None = None  # [T] if student and teacher have different tokenizers
 
@@ -199,6 +201,7 @@ class Batch:
     student_top_ids: Tensor | None = None  # [B, T, K] in falling order, as many as the pieces need
     teacher_top_ids: Tensor | None = None  # [B, T, K]
     teacher_top_logp: Tensor | None = None  # [B, T, K]
+    base_logp: Tensor | None = None  # [B, T] if a piece reads it
     units: Units | None = None  # [B, T]
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # the run's memory, by name
     advantage: Tensor | None = None  # [B, T] from Method.credit
@@ -214,6 +217,7 @@ class Tokens:
     teacher_logp: Tensor  # [N]     log q(y_t | c, y_<t)
     advantage: Tensor  # [N]     credit, from phase A
     weight: Tensor  # [N]     from phase A
+    base_logp: Tensor | None = None  # [N]     log b(y_t | x, y_<t), if a piece reads it
     student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
     teacher_support_logp: Tensor | None = None  # [N, K]
     support_mask: Tensor | None = None  # [N, K] bool: which entries exist; None: K is the whole vocabulary
@@ -338,6 +342,7 @@ class ScoreRequest:
     sampled: bool = True  # the log-probs of the sampled tokens; without them `teacher_logp` may be NaN
     entropy: bool = False  # of the teacher's distribution
     top_k: int = 0  # number of the teacher's most likely tokens, with their log-probs
+    base: bool = False  # the base model's log-probs of the sampled tokens; see `teachers.with_base`
 
 
 class Teacher(Protocol):

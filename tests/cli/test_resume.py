@@ -241,6 +241,19 @@ def test_resume_restores_method_memory(tmp_path: Path, forks: Forks, stage: dict
     assert left(spoilt / "run")["distil/metrics.jsonl"] != left(whole / "run")["distil/metrics.jsonl"]
 
 
+def test_resume_gives_equal_run_when_method_reads_base(tmp_path: Path, forks: Forks):
+    recipe = one_stage(
+        steps=6, checkpoint={"every": 2}, method="extrapolated_opd", options={"strength": 1.5}, base="base"
+    )
+    recipe["models"]["base"] = tiny_model(3)
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+    folder = prepare(tmp_path / "killed", recipe)
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=4)).code == -signal.SIGKILL
+    assert forks.start(folder, *TRAIN).code == 0
+    assert_same(folder / "run", whole / "run")
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 

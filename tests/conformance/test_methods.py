@@ -58,6 +58,7 @@ from opd.stage import optimisation
 from opd.stage.optimisation import StageOptimisation
 from opd.teachers.local import LocalTeacher
 from opd.teachers.mixed import MixedTeacher, mixed_teacher
+from opd.teachers.with_base import WithBase
 from opd.types import Batch, Prompt, Rollout, Sampling, ScoreRequest, Teacher
 
 pytestmark = pytest.mark.filterwarnings("ignore:form='raw' is biased")
@@ -86,6 +87,7 @@ class Position:
     sampler_logp: float
     advantage: float
     teachers: list[list[float]] = field(default_factory=list[list[float]])  # all of them, if there are several
+    base: list[float] = field(default_factory=list[float])  # of a method of three models
 
     @property
     def student_logp(self) -> float:
@@ -156,6 +158,22 @@ def away(strength: float = 0.5, shape: str = "jsd") -> tuple[Loss, Slope]:
         return oracle.policy_gradient(at.student_logp, at.sampler_logp, advantage, clip=(0.2, 0.2))
 
     return (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+
+
+def beyond(strength: float, clip: str = "teacher/student", bound: float = 5.0) -> tuple[Loss, Slope]:
+    """The log-ratio of three models, weighed by a cut ratio."""
+
+    def slope(at: Position) -> float:
+        log_b = oracle.log_softmax(at.base)[at.token]
+        log_q = at.log_ratio + at.student_logp
+        weight = {
+            "teacher/student": min(bound, math.exp(at.log_ratio)),
+            "student/sampler": min(bound, math.exp(at.student_logp - at.sampler_logp)),
+            "none": 1.0,
+        }
+        return -weight[clip] * oracle.extrapolated_advantage(at.student_logp, log_q, log_b, strength)
+
+    return (lambda at: slope(at) * at.student_logp), (lambda at: at.along_token(slope(at)))
 
 
 def coupled() -> tuple[Loss, Slope]:
@@ -455,6 +473,24 @@ CASES: dict[str, list[Case]] = {
         ),
         case(sampled_log_ratio(False), {"validate_by": "teacher_kl", "move": "released"}, learns=False),
     ],
+    "extrapolated_opd": [
+        case(beyond(1.15), average="token", fixed_point=False, learns=False),
+        case(beyond(1.0, "none"), {"strength": 1.0, "clip": "none", "average": "sequence"}),
+        case(
+            beyond(1.6, bound=1.2),
+            {"strength": 1.6, "bound": 1.2, "average": "sequence", "temperature": 0.7},
+            fixed_point=False,
+            learns=False,
+        ),
+        case(
+            beyond(1.25, "student/sampler", 1.1),
+            {"strength": 1.25, "clip": "student/sampler", "bound": 1.1},
+            average="token",
+            fixed_point=False,
+            learns=False,
+        ),
+        case(beyond(0.5, "none"), {"strength": 0.5, "clip": "none"}, average="token", fixed_point=False, learns=False),
+    ],
     "anti_sd": [
         case(clipped(0.2, 0.2), {"template": HINT}, fixed_point=False, learns=False),  # the warm-up: the reward alone
         case(clipped(0.2, 0.2), {"template": HINT, "form": "released"}, fixed_point=False, learns=False),
@@ -702,6 +738,12 @@ def reference(on: Scene, one: Case) -> Gradient:
             others = [full_logits(one, read, rollout.response_ids, student.vocabulary) for one in judges]
         others = [other / method.temperature for other in others] or [z.detach()]
         other = mean_of(others, method.teacher.mixture)
+        thirds = [[] for _ in range(len(z))]
+        if isinstance(on.teacher, WithBase):
+            base = double(on.teacher.third.lm)
+            with torch.no_grad():
+                own = full_logits(base, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
+            thirds = (own / method.temperature).tolist()
         slope = torch.zeros_like(z)
         returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one)
         positions = [
@@ -712,6 +754,7 @@ def reference(on: Scene, one: Case) -> Gradient:
                 sampler_logp=math.nan if rollout.sampler_logp is None else float(rollout.sampler_logp[t]),
                 advantage=returns.get(t, advantage),
                 teachers=[one[t].tolist() for one in others],
+                base=thirds[t],
             )
             for t in range(len(rollout.response_ids))
         ]

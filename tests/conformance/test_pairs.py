@@ -16,7 +16,7 @@ from opd.methods.combine import PLAIN, combined, conflict
 from opd.methods.describe import ROWS
 from opd.models.loading import load_model
 from opd.models.new import character_tokenizer
-from opd.pieces.needs import Input, Needs
+from opd.pieces.needs import Input, Needs, Reads
 from opd.recipe.schema import ModelSpec
 
 # What tiny vocabularies and a few prompts ask for, beside the row's own options.
@@ -74,6 +74,7 @@ def test_combined_trains_pair_or_refuses_with_reason(one: str, other: str, tmp_p
     run = opd.distill(
         student=tiny(2),
         teacher=tiny(1) if method.teacher.kind == "external" else None,
+        base=tiny(3) if Reads.BASE_LOGP in method.needs else None,
         tokenizer=character_tokenizer(CHARACTERS),
         prompts=rows,
         method="+".join(names),

@@ -141,6 +141,14 @@ SCENARIOS = {
     "lora, what drifts ends": recipe(
         LORA, method="prune_opd", options=DRIFT | {"stop": "rollout", "every": 2}, prompts_per_step=3
     ),
+    "lora, a base that is the student without its adapter": recipe(
+        LORA,
+        method="extrapolated_opd",
+        options={"strength": 1.5},
+        base="student",
+        prompts_per_step=3,
+        sampling={"max_completion_length": 6},
+    ),
     "full untied, experts that are balanced": experts(router_aux_loss=0.3, prompts_per_step=5),
     "full tied, a debate": debate(options=TEXTS | {"tag": r"1(\d)"}),
     "lora, a debate in turn": debate(LORA, options=TEXTS | {"tag": r"1(\d)", "beta": 0.4, "missing": "zero"}),

@@ -25,6 +25,7 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "eff_opd": {"prompts": 4},
+    "extrapolated_opd": {"strength": 1.3, "bound": 1.5},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
@@ -70,7 +71,10 @@ def recipe_of(method: str, folder: Path) -> dict:
         }
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
+    if method == "extrapolated_opd":
+        stage["base"] = "base"
     models = {
+        "base": {"init": {**shape, "initializer_range": 0.3}, "tokenizer": tokenizer, "seed": 3},
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
         "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": other, "seed": 2},
     }

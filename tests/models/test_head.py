@@ -541,6 +541,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("opd", {}),
         ("vopd", {"k": 4}),
         ("eff_opd", {}),
+        ("extrapolated_opd", {}),
         ("grpo", {}),
         ("sft", {"source": "teacher"}),
         ("topk_reverse_kl", {"k": 4, "by": "union", "form": "tail", "with_sampled": True}),

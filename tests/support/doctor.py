@@ -101,6 +101,7 @@ def recipe_of(*, models: Sequence[str] = ("student", "teacher"), **stage: Any) -
         "name": "distil",
         "train": "student",
         "teacher": "teacher" if "teacher" in models else None,
+        "base": "base" if "base" in models else None,
         "method": "topk_reverse_kl",
         "options": {"k": 8, "by": "teacher", "form": "tail"},
         "data": {"path": "given.jsonl"},
@@ -114,13 +115,21 @@ def recipe_of(*, models: Sequence[str] = ("student", "teacher"), **stage: Any) -
     return parse_recipe({"name": "pair", "models": {name: {"path": "given"} for name in models}, "stages": [kept]})
 
 
-def pair_of(student: LanguageModel, teacher: LanguageModel | None, prompts: list[Prompt], **stage: object) -> Subject:
-    """A pair as `examine` builds it."""
-    models = {"student": student} | ({} if teacher is None else {"teacher": teacher})
+def pair_of(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    prompts: list[Prompt],
+    *,
+    base: LanguageModel | None = None,
+    **stage: object,
+) -> Subject:
+    """A pair as `examine` builds it, or three models."""
+    others = {name: lm for name, lm in (("teacher", teacher), ("base", base)) if lm is not None}
+    models = {"student": student, **others}
     recipe = recipe_of(models=tuple(models), **stage)
     given = Given(models=models, prompts=prompts)
     spec = recipe.stages[0]
-    return subject_of(recipe, spec, prepared_of(spec, given, 0), student, teacher, given, prompts=len(prompts), seed=0)
+    return subject_of(recipe, spec, prepared_of(spec, given, 0), student, others, given, prompts=len(prompts), seed=0)
 
 
 def diagnosis(

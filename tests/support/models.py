@@ -21,7 +21,7 @@ from opd.models import wrapping
 from opd.models.language_model import LanguageModel
 from opd.models.new import character_tokenizer
 from opd.pieces.contexts import same_prompt
-from opd.pieces.needs import needs_of
+from opd.pieces.needs import Reads, needs_of
 from opd.pieces.signals import nll
 from opd.samplers.authors import TeacherAuthor
 from opd.samplers.hf import TransformersSampler
@@ -29,6 +29,7 @@ from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
+from opd.teachers.with_base import WithBase, base_teacher
 from opd.types import Batch, Denominator, NoTeacher, Prompt, Record, Rollout, Sampling, Scores, Teacher, Writers
 
 # Where the models under test are; references are computed on the CPU. `OPD_TEST_DEVICE=cuda` tries the GPU paths.
@@ -322,7 +323,15 @@ class Gradient:
 def teacher_of(
     method: Method, student: LanguageModel, external: LanguageModel | None, micro_batch_tokens: int = 64
 ) -> Teacher:
-    return teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    """The teacher by the method's rule; for a method of three models beside a base, a flatter copy of the student."""
+    teacher = teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    if Reads.BASE_LOGP not in method.needs:
+        return teacher
+    third = replace(student, model=copy.deepcopy(student.model), name="base")  # shares no frozen weight either
+    with torch.no_grad():
+        for parameter in third.model.parameters():
+            parameter.mul_(0.8)
+    return WithBase(teacher=teacher, third=base_teacher(student, third, micro_batch_tokens=micro_batch_tokens))
 
 
 def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:

@@ -35,6 +35,7 @@ class MicroBatch:
     support_mask: Tensor | None  # [N, K]
     teacher_support_logp: Tensor | None  # [N, K]
     teacher_hidden: Tensor | None  # [N, H]
+    base_logp: Tensor | None = None  # [N]
     teacher_id: str | None = None  # the teacher of `teacher_hidden`
     task: str | None = None  # of all rows, if `teacher_hidden` is set
     units: Units | None = None  # [N]
@@ -77,6 +78,7 @@ def collate(rollouts: Sequence[Rollout], scores: Sequence[Scores], device: torch
         student_top_ids=_pad_all(_student_top(rollouts, scores), 0, device),
         teacher_top_ids=_pad_all([s.teacher_top_ids for s in scores], 0, device),
         teacher_top_logp=_pad_all([s.teacher_top_logp for s in scores], torch.nan, device),
+        base_logp=_pad_all([s.base_logp for s in scores], torch.nan, device),
         units=_pad_units([s.units for s in scores], device),
     )
 
@@ -167,6 +169,7 @@ def _micro(
         support_mask=packed(batch.support_mask),
         teacher_support_logp=packed(batch.teacher_support_logp),
         teacher_hidden=states,
+        base_logp=packed(batch.base_logp),
         teacher_id=teacher_id,
         task=task,
         units=None if batch.units is None else batch.units.each(lambda field: valid(field[chosen], mask)),

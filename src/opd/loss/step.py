@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from opd.errors import TeacherError
 from opd.loss.balance import ExpertLoad
 from opd.loss.collate import MicroBatch, attach, check_responses, collate, has_trained, split
 from opd.loss.token_loss import loss_of
@@ -23,7 +24,7 @@ from opd.models.root import Root
 from opd.models.ticks import counted
 from opd.parallel import ALONE, World
 from opd.pieces.memory import observed
-from opd.types import Batch, Denominator, Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.types import Batch, Denominator, Memory, Prompt, Rollout, ScoreRequest, Scores, Teacher, Writers
 
 
 def written(
@@ -86,7 +87,8 @@ def scored(
     parts = _parts(method, teacher, rollouts, contexts, device, memory, world)
     own = [i for i, rollout in enumerate(rollouts) if not rollout.part]
     rollouts, contexts = [rollouts[i] for i in own], [contexts[i] for i in own]
-    batch = replace(collate(rollouts, teacher.score(rollouts, contexts, request), device), memory=memory)
+    scores = _scores(teacher, rollouts, contexts, request)
+    batch = replace(collate(rollouts, scores, device), memory=memory)
     trains = has_trained(batch, method, world) or (bool(method.parts) and world.any(bool(parts)))
     learned = observed(batch, world.gather)  # before credit and weight, which read the memory
     batch = attach(batch, method)
@@ -101,6 +103,18 @@ def scored(
         learned=learned,
         parts=parts,
     )
+
+
+def _scores(
+    teacher: Teacher, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest
+) -> list[Scores]:
+    scores = teacher.score(rollouts, contexts, request)
+    if request.base and any(one.base_logp is None for one in scores):
+        raise TeacherError(
+            f"The method reads the base model's log-probs, and the teacher {teacher.name!r} returned none. Name the "
+            "stage's `base`; in Python, score with teachers.with_base.WithBase."
+        )
+    return scores
 
 
 def _parts(
@@ -119,7 +133,7 @@ def _parts(
         chosen, read = [rollouts[i] for i in rows], [contexts[i] for i in rows]
         batch = denominator = None
         if rows:
-            scores = teacher.score(chosen, read, part.method.request())
+            scores = _scores(teacher, chosen, read, part.method.request())
             batch = attach(replace(collate(chosen, scores, device), memory=memory), part.method)
             denominator = part.method.normalise(batch)
         count = world.sum(0.0 if denominator is None else denominator.count)

@@ -245,6 +245,7 @@ def _tokens(micro: MicroBatch, at: slice, student_logp: Tensor) -> Tokens:
         teacher_logp=micro.teacher_logp[at],
         advantage=micro.advantage[at],
         weight=micro.weight[at],
+        base_logp=None if micro.base_logp is None else micro.base_logp[at],
     )
 
 

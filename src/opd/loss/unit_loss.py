@@ -113,6 +113,7 @@ def _tokens(
         teacher_logp=teacher_joint,
         advantage=cut.mean(micro.advantage[rows]),
         weight=cut.mean(micro.weight[rows]),
+        base_logp=None if micro.base_logp is None else cut.sum(micro.base_logp[rows]),
         student_support_logp=columns,
         teacher_support_logp=says,
         support_mask=mask,

@@ -18,6 +18,7 @@ from opd.methods.brts import brts
 from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
 from opd.methods.eff_opd import eff_opd
+from opd.methods.extrapolated_opd import extrapolated_opd
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
@@ -46,6 +47,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "context_distillation": context_distillation,
     "vopd": vopd,
     "eff_opd": eff_opd,
+    "extrapolated_opd": extrapolated_opd,
     "anti_sd": anti_sd,
     "ropd": ropd,
     "prune_opd": prune_opd,

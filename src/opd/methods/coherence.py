@@ -176,6 +176,12 @@ RULES: tuple[Rule, ...] = (
         "Use a source in which the student writes, or a method with one teacher of a row.",
     ),
     Rule(
+        lambda f: Reads.BASE_LOGP in f.needs and f.update_needs(Input.TEACHER),
+        "the update compares weights by the divergence from the teacher, but the signal's target is another "
+        "distribution, of teacher and base",
+        "Validate by the reward.",
+    ),
+    Rule(
         lambda f: bool(f.towards and f.away) and Trait.ALLOWS_SIGN_CONFLICT not in f.needs,
         "a piece moves the student towards its teacher (the {f.towards}) and a piece moves it away (the {f.away})",
         "One undoes the other. Leave one of the two out, or set allow_sign_conflict (an option of method anti_sd and "

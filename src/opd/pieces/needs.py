@@ -41,6 +41,7 @@ class Reads(StrEnum):
     STUDENT_ENTROPY = "student_entropy"
     POLICY_LOGP = "policy_logp"  # the student's, before truncation: no OFF_POLICY source
     SAMPLER_LOGP = "sampler_logp"  # the student's, after truncation: no OFF_POLICY source
+    BASE_LOGP = "base_logp"  # of a third model, the stage's `base`; computed if any piece declares it
 
 
 class Trait(StrEnum):

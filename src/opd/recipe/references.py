@@ -27,7 +27,7 @@ def check_references(recipe: Recipe, source: Source) -> None:
         ]
         check_several(stage, where)
         judges = [("lm", name) for name in stage.judge_models]
-        for role, name in [("train", stage.train), *teachers, *judges]:
+        for role, name in [("train", stage.train), *teachers, ("base", stage.base), *judges]:
             place = f"{source.at('stages', number, *role.split('.'))}: stage {stage.name!r}"
             if name is not None and name not in recipe.models:
                 raise ConfigError(
@@ -67,7 +67,7 @@ def check_several(stage: StageSpec, where: str) -> None:
 
 def unused_models(recipe: Recipe) -> list[str]:
     """A line about models that no stage names; else none."""
-    used = {name for stage in recipe.stages for name in (stage.train, *stage.teachers, *stage.judge_models)}
+    used = {name for stage in recipe.stages for name in stage.models}
     spare = [f"models.{name}" for name in recipe.models if name not in used]
     return [f"no stage uses {' and '.join(spare)}: nothing in it is checked"] if spare else []
 

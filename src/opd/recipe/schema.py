@@ -281,6 +281,7 @@ class StageSpec(Section):
     name: Name
     train: str
     teacher: str | None = None
+    base: str | None = None  # a fixed third model; `train` with LoRA: its weights without the adapter
     method: str
     options: dict[str, Any] = {}
     data: DataSection | None  # None: the stage has tasks
@@ -322,6 +323,17 @@ class StageSpec(Section):
         """The models that teach in this stage, without the student itself."""
         named = [name for task in self.by_task.values() for name in teachers_in(task.teacher)]
         return [name for name in dict.fromkeys(named) if name != self.train]
+
+    @property
+    def scoring(self) -> list[str]:
+        """The models besides the student that score its responses: the teachers, then the base."""
+        others = [] if self.base in (None, self.train) else [str(self.base)]
+        return list(dict.fromkeys([*self.teachers, *others]))
+
+    @property
+    def models(self) -> list[str]:
+        """All models of the stage: the student, those that score, those that judge."""
+        return list(dict.fromkeys([self.train, *self.scoring, *self.judge_models]))
 
     @property
     def judge_models(self) -> list[str]:

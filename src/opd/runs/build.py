@@ -28,7 +28,7 @@ from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
-from opd.runs.same_model import check_other_weights
+from opd.runs.same_model import check_base_weights, check_other_weights
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
@@ -45,6 +45,7 @@ from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
 from opd.teachers.mixed import mixed_teacher
 from opd.teachers.routed import RoutedTeacher
+from opd.teachers.with_base import WithBase, base_teacher
 from opd.types import (
     Author,
     Memory,
@@ -69,7 +70,7 @@ def teacher_of(
     *,
     chat: bool = False,
 ) -> Teacher:
-    """The stage's teacher; with several tasks, one that routes to theirs.
+    """The stage's teacher; with several tasks, one that routes to theirs. A base stands beside it.
 
     `externals`: loaded models by name. `own`: the user's teachers by name.
     `chat`: whether prompts are conversations, for a teacher with its own tokenizer.
@@ -92,10 +93,32 @@ def teacher_of(
             return single(teacher)
         return mixed_teacher({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec.where(None))
 
-    if not spec.tasks or rule.kind != "external":
-        return one(spec.teacher)
-    named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
-    return RoutedTeacher(teachers={str(name): one(name) for name in named})
+    teacher = one(spec.teacher)
+    if spec.tasks and rule.kind == "external":
+        named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
+        teacher = RoutedTeacher(teachers={str(name): one(name) for name in named})
+    if spec.base is None:
+        return teacher
+    return WithBase(teacher=teacher, third=base_of(recipe, spec, student, externals, own))
+
+
+def base_of(
+    recipe: Recipe,
+    spec: StageSpec,
+    student: LanguageModel,
+    externals: Mapping[str, LanguageModel],
+    own: Mapping[str, Teacher],
+) -> Teacher:
+    """The scorer of the stage's base."""
+    assert spec.base is not None
+    if spec.base in own:
+        return own[spec.base]
+    return base_teacher(
+        student,
+        externals.get(spec.base),
+        micro_batch_tokens=spec.micro_batch_tokens,
+        offload=recipe.models[spec.base].offload,
+    )
 
 
 def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
@@ -227,7 +250,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
-    scorers = [name for name in spec.teachers if recipe.models[name].scorer is not None]
+    scorers = [name for name in spec.scoring if recipe.models[name].scorer is not None]
     own = {name: own_teacher(name, recipe.models[name], student, given) for name in scorers}
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
@@ -284,17 +307,30 @@ def loaded(
         check_student(spec, method, student, session.progress)
         folder = session.directory.stage(spec.name)
         check_space(space_of(spec, method, student, folder), folder)
-        loadable = [name for name in spec.teachers if session.recipe.models[name].scorer is None]
+        loadable = [name for name in spec.scoring if session.recipe.models[name].scorer is None]
         externals = {name: session.model(spec, name) for name in loadable}
         # Also finds copies in other folders. The checks before the load have noted the weights that they know.
-        check_other_weights(session.recipe, spec, method, Given(models={spec.train: student, **externals}))
+        known = Given(models={spec.train: student, **externals})
+        check_other_weights(session.recipe, spec, method, known)
+        check_base_weights(session.recipe, spec, method, known)
         judges = {name: externals.get(name) or session.model(spec, name) for name in spec.judge_models}
-        if method.teacher.tokenizer == "students":
-            student, externals = on_common_tokens(student, externals)
+        student, externals = comparable(spec, method, student, externals)
     for lm in (student, *externals.values(), *(judges[name] for name in judges if name not in externals)):
         for line in lm.notes:
             session.progress.note(f"{spec.name}: {line}")
     return student, externals, judges
+
+
+def comparable(
+    spec: StageSpec, method: Method, student: LanguageModel, externals: Mapping[str, LanguageModel]
+) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The models with one vocabulary, but for teachers whose tokenizer may differ. Raises AlignmentError."""
+    students = method.teacher.tokenizer == "students"
+    together = {name: lm for name, lm in externals.items() if students or name == spec.base}
+    if not together and not students:
+        return student, {**externals}
+    student, narrowed = on_common_tokens(student, together)
+    return student, {**externals, **narrowed}
 
 
 def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:

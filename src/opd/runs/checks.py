@@ -19,7 +19,7 @@ from opd.runs.fit import check_processes
 from opd.runs.held_out import with_shared
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
-from opd.runs.same_model import check_other_weights
+from opd.runs.same_model import check_base_weights, check_other_weights
 from opd.runs.saves import check_save
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
@@ -53,6 +53,7 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
         checked = check_tokenizers(recipe, spec, of_stage, given.models)
         saved = check_save(recipe, spec, given.models)
         same = check_other_weights(recipe, spec, of_stage.method, given)
+        check_base_weights(recipe, spec, of_stage.method, given)
         lines[spec.name] = [
             *own,
             *saved,
@@ -114,8 +115,7 @@ def check_models(recipe: Recipe, spec: StageSpec, given: Given, seen: set[str]) 
 
     `seen`: names of models that need no further look; this adds the stage's. Returns notes. Raises ConfigError.
     """
-    names = dict.fromkeys((spec.train, *spec.teachers, *spec.judge_models))
-    new = [name for name in names if name not in seen and name not in given.models]
+    new = [name for name in spec.models if name not in seen and name not in given.models]
     seen.update(new)
     lines: list[str] = []
     for name in new:

@@ -6,7 +6,7 @@ from opd.data.order import PromptOrder
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
-from opd.pieces.needs import Input, Trait, needs_of
+from opd.pieces.needs import Input, Reads, Trait, needs_of
 from opd.recipe.schema import EvaluateSection, Recipe, StageSpec
 from opd.types import Reward, teachers_in
 
@@ -90,6 +90,23 @@ def check_teacher(spec: StageSpec, task: str | None, method: Method) -> None:
         )
 
 
+def check_base(spec: StageSpec, method: Method) -> None:
+    """Refuse a missing base model, and one that the method does not read. Raises ConfigError."""
+    reads = Reads.BASE_LOGP in method.needs
+    if reads and spec.base is None:
+        raise ConfigError(
+            f"{spec.where(None)}: method {spec.method!r} compares three models, and the stage names no base. Set its "
+            f"`base` to one of the models. For {spec.train!r} as it is when the stage begins, add an entry with the "
+            "same `path` or `from_stage` to `models`."
+        )
+    if spec.base is not None and not reads:
+        raise ConfigError(
+            f"{spec.where(None)}: it names the base {spec.base!r}, which method {spec.method!r} would never read. "
+            "Remove `base`, or use a method that reads it, such as extrapolated_opd. A piece of your own declares it: "
+            "needing(piece, Reads.BASE_LOGP)."
+        )
+
+
 def check_update_reward(spec: StageSpec, task: str | None, method: Method, reward: Reward | None) -> None:
     """Refuse an update that compares weights by a reward whose values cannot be compared. Raises ConfigError."""
     if reward is None or reward.comparable or Input.REWARD not in needs_of(method.update):
@@ -131,7 +148,7 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
             f"Stage {spec.name!r}: prompts_per_step is {count}, and {size} processes were started: each needs at least "
             f"one prompt. Set prompts_per_step to {size} or more, or use a smaller --nproc-per-node."
         )
-    for name in (spec.train, *spec.teachers):
+    for name in (spec.train, *spec.scoring):
         device = recipe.models[name].device
         if device is not None and ":" in device:
             raise ConfigError(

@@ -57,7 +57,7 @@ def rows_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _models(recipe: Recipe, spec: StageSpec, given: Given) -> Iterator[tuple[str, str]]:
-    for name in dict.fromkeys((spec.train, *spec.teachers, *spec.judge_models)):
+    for name in spec.models:
         origin = origin_of(recipe, name)
         if name in given.models:
             continue
@@ -91,7 +91,7 @@ def _parts(file: Path) -> Iterator[bytes]:
 
 
 def _code(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given) -> Iterator[tuple[str, str]]:
-    named = [spec.method, spec.sampler, *(recipe.models[name].scorer for name in spec.teachers)]
+    named = [spec.method, spec.sampler, *(recipe.models[name].scorer for name in spec.scoring)]
     for part in spec.by_task.values():
         judged = [] if part.reward is None else [one.function for one in part.reward.asks.values()]
         named += [part.reward and part.reward.name, *judged]

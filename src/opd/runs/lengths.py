@@ -106,6 +106,8 @@ def length_checks(spec: StageSpec, prepared: Prepared, lengths: Sequence[int]) -
             yield LengthCheck(model=spec.train, writes=True, **about)
             if same:
                 yield from (LengthCheck(model=name, writes=False, **about) for name in teachers_in(scorer))
+            if spec.base is not None:
+                yield LengthCheck(model=spec.base, writes=False, **about)
         if Input.TEACHER_MODEL in needs and part.teacher is not None and method.teacher.tokenizer == "students":
             section = part.teacher_sampling or part.sampling
             yield LengthCheck(

@@ -24,7 +24,7 @@ def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given)
         function = import_function(spec.sampler)
         check_options(f"{spec.where(None)}: sampler {spec.sampler}", function, spec.sampler_options, given=2)
         lines.append(f"responses are sampled by {spec.sampler}")
-    for name in (spec.train, *spec.teachers):
+    for name in (spec.train, *spec.scoring):
         scorer = recipe.models[name].scorer
         if scorer is None:
             continue
@@ -33,7 +33,7 @@ def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given)
                 f"{spec.where(None)}: `train: {name}`, and models.{name}.scorer makes a teacher, which has no weights "
                 "to train. Train a model with `path` or `init`."
             )
-        if Input.TEACHER_MODEL in needs_of(prepared.method.source).inputs:
+        if name in spec.teachers and Input.TEACHER_MODEL in needs_of(prepared.method.source).inputs:
             raise ConfigError(
                 f"{spec.where(None)}: in method {spec.method!r} the teacher writes responses, and models.{name}.scorer "
                 "makes one that only scores. Use a method in which the student writes, or a teacher with `path`."
@@ -41,7 +41,8 @@ def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given)
         if name not in given.teachers:
             what = f"models.{name}.scorer {scorer}"
             check_options(what, import_function(scorer), recipe.models[name].options, given=1)
-        lines.append(f"teacher {name}: scored by {scorer}, created when the stage begins")
+        role = "teacher" if name in spec.teachers else "base"
+        lines.append(f"{role} {name}: scored by {scorer}, created when the stage begins")
     return lines
 
 

@@ -18,7 +18,14 @@ from opd.pieces.needs import Input, Needs, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line, watched
 from opd.rewards.registry import reward_of
-from opd.runs.fit import check_diagnostics, check_dropped_rewards, check_evaluate, check_needs, check_update_reward
+from opd.runs.fit import (
+    check_base,
+    check_diagnostics,
+    check_dropped_rewards,
+    check_evaluate,
+    check_needs,
+    check_update_reward,
+)
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -79,6 +86,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
     method = given.method or methods.build(spec.method, spec.options)
     check_diagnostics(spec, method)
+    check_base(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.by_task.items():

@@ -1,4 +1,4 @@
-"""Whether a stage's teacher has the student's weights: then there is nothing to learn from it."""
+"""Whether two models of a stage have the same weights, so that their difference says nothing."""
 
 from __future__ import annotations
 
@@ -28,6 +28,12 @@ REMEDY = (
 )
 
 
+FROZEN = (
+    "Name a frozen copy as the base: another entry in `models` with the same `path` or `from_stage`; or train with "
+    "`lora`, whose base is the student without its adapter."
+)
+
+
 def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: Given) -> list[str]:
     """Refuse teachers that all have the student's weights when the stage begins. Returns notes.
 
@@ -53,11 +59,55 @@ def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: 
     return [f"teacher {name} has the weights of the student {spec.train} when the stage begins" for name in same]
 
 
-def _same_start(recipe: Recipe, spec: StageSpec, name: str, given: Given) -> bool:
-    both = [given.models.get(one) for one in (name, spec.train)]
+def check_base_weights(recipe: Recipe, spec: StageSpec, method: Method, given: Given) -> None:
+    """Refuse a base that changes with the student, and one that is the teacher reading the same prompt.
+
+    The student without its adapter is a base; the student itself is none. A base with the weights that the student has
+    when the stage begins is the usual one. Raises ConfigError.
+    """
+    base = spec.base
+    if base is None:
+        return
+    objects = [given.models[name].model for name in (base, spec.train) if name in given.models]
+    if base != spec.train and len(objects) == 2 and objects[0] is objects[1]:
+        raise ConfigError(
+            f"{spec.where(None)}: the base {base!r} is the same Python object as the student, which training changes. "
+            f"{FROZEN}"
+        )
+    if base == spec.train and not _has_adapter(recipe, base, given):
+        raise ConfigError(
+            f"{spec.where(None)}: the base is the model {base!r} that the stage trains. With p as its own base, lambda "
+            f"log q - log p - (lambda - 1) log p is lambda (log q - log p): no extrapolation, only longer steps. "
+            f"{FROZEN}"
+        )
+    if method.context is not same_prompt() or method.teacher.kind != "external" or base == spec.train:
+        return
+    teachers = {part.teacher for part in spec.by_task.values() if part.teacher is not None}
+    if same := sorted(name for name in teachers if _same_start(recipe, spec, name, given, base)):
+        raise ConfigError(
+            f"{spec.where(None)}: the base {base!r} has the weights of the teacher {same[0]!r} and reads the same "
+            "prompt, so their ratio is 1 and the base changes nothing. Name the model that the teacher was trained "
+            "from, or the student as it was before the stage."
+        )
+
+
+def _has_adapter(recipe: Recipe, name: str, given: Given) -> bool:
+    """Whether a model that the stage trains has an adapter that can be switched off."""
+    if name in given.models:
+        return given.models[name].adapters
+    origin = origin_of(recipe, name)
+    return recipe.models[name].lora is not None or (origin.path is not None and bool(source_of(origin, name).adapters))
+
+
+def _same_start(recipe: Recipe, spec: StageSpec, name: str, given: Given, other: str | None = None) -> bool:
+    """Whether a model begins the stage with the weights of `other`, by default the student's."""
+    other = other or spec.train
+    both = [given.models.get(one) for one in (name, other)]
+    if name == other:
+        return True
     if both[0] is not None and both[1] is not None:
         return equal_weights(both[0].model, both[1].model)
-    return both == [None, None] and start_of(recipe, spec, name) == start_of(recipe, spec, spec.train)
+    return both == [None, None] and start_of(recipe, spec, name) == start_of(recipe, spec, other)
 
 
 def equal_weights(one: nn.Module, other: nn.Module) -> bool:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel
     from opd.runs.prepare import Prepared
 
+BASE_RULE = TeacherRule(kind="external")  # a base has the student's tokens, whatever the teacher may have
+
 
 def check_tokenizers(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Mapping[str, LanguageModel] | None = None
@@ -36,7 +38,7 @@ def check_tokenizers(
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
     given, prompts, method = given or {}, prepared.all_prompts, prepared.method
-    for name in (spec.train, *spec.teachers):
+    for name in (spec.train, *spec.scoring):
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
         if recipe.models[name].scorer is not None:
@@ -114,11 +116,11 @@ def check_teachers_prompts(
 
     lines: list[str] = []
     taught_by = {task: part.teacher for task, part in spec.by_task.items()}
-    for name in spec.teachers:
+    for name in spec.scoring:
         if name not in tokenizers:
             continue
         tokenizer, options = tokenizers[name], origin_of(recipe, name).template_options
-        mine = [prompt for prompt in prompts if name in teachers_in(taught_by[prompt.task])]
+        mine = [prompt for prompt in prompts if name in (*teachers_in(taught_by[prompt.task]), spec.base)]
         lacks = bool(absent_tokens(name, tokenizer, rows[name]))
         lines += taught_lines(name, tokenizer, [one for one in mine if not isinstance(one.content, str)], options)
         read = [render(one, tokenizer, options) for one in mine] if lacks else []
@@ -129,11 +131,11 @@ def check_teachers_prompts(
 def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Mapping[str, Any]) -> list[str]:
     """What the student's tokenizer shares with those of the teachers, in words. Raises AlignmentError."""
     rule = prepared.method.teacher
-    names = [name for name in spec.teachers if name in tokenizers and spec.train in tokenizers]
+    names = [name for name in spec.scoring if name in tokenizers and spec.train in tokenizers]
     ours = origin_of(recipe, spec.train).template_options
     found = [
         check_tokens(
-            rule,
+            BASE_RULE if name == spec.base else rule,
             tokenizers[spec.train],
             tokenizers[name],
             (spec.train, name),
@@ -163,7 +165,8 @@ def check_responses(
     student = tokenizers.get(spec.train)
     if student is None or "response" not in needs_of(method.source).columns:
         return
-    others = [name for name in spec.teachers if name in tokenizers and method.teacher.tokenizer == "students"]
+    students = method.teacher.tokenizer == "students"
+    others = [name for name in spec.scoring if name in tokenizers and (students or name == spec.base)]
     sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
     size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
     if absent_tokens(spec.train, student, size):
@@ -268,8 +271,8 @@ def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> 
         prompts = prepared[spec.name].all_prompts
         taught_by = {task: part.teacher for task, part in spec.by_task.items()}
         used += [origin_of(recipe, name) for name in spec.judge_models]
-        for name in (spec.train, *spec.teachers):
-            reads = [p for p in prompts if name == spec.train or name in teachers_in(taught_by[p.task])]
+        for name in (spec.train, *spec.scoring):
+            reads = [p for p in prompts if name in (spec.train, spec.base, *teachers_in(taught_by[p.task]))]
             if is_chat(reads):
                 used.append(origin_of(recipe, name))
             elif recipe.models[name].template_options:

@@ -22,7 +22,7 @@ from opd.loss.token_loss import hidden_of
 from opd.maths.divergences import Divergence, reverse_kl
 from opd.method import Method
 from opd.models.language_model import evaluating
-from opd.pieces.needs import Input, Trait, needs_of
+from opd.pieces.needs import Input, Reads, Trait, needs_of
 from opd.pieces.signals import divergence_of
 from opd.types import Rollout, Signal, Tokens
 
@@ -62,6 +62,8 @@ def truncation(subject: Subject) -> Finding:
     name, method = "signal/bias", subject.method
     if subject.maximises_divergence:
         return skipped(name, "The method maximises the divergence from its teacher: there is none to minimise.")
+    if Reads.BASE_LOGP in method.needs:
+        return skipped(name, "The method's target is not its teacher: its gradient should differ from that of the KL.")
     if method.support.kind == "full":
         return Finding(name=name, level="ok", says="The method reads the whole vocabulary: nothing is truncated.")
     rollouts, micros = phase_a(subject)

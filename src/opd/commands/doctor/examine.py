@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from opd.commands.doctor import bias, cost, headroom, information, reward, signal, special_tokens, tokenizers
+from opd.commands.doctor import bias, cliff, cost, headroom, information, reward, signal, special_tokens, tokenizers
 from opd.commands.doctor.findings import Finding, Report, skipped
 from opd.commands.doctor.subject import Subject, check_loadable, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
@@ -14,9 +14,10 @@ from opd.messages import is_chat
 from opd.models.alignment import pair_of
 from opd.models.language_model import LanguageModel
 from opd.models.preview import tokenizer_of
-from opd.models.vocabularies import on_common_tokens
 from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.runs.build import comparable
 from opd.runs.prepare import Given, Prepared, prepare
+from opd.runs.same_model import check_base_weights
 from opd.runs.tokenizers import check_tokenizers
 
 
@@ -70,26 +71,24 @@ def findings(
         return of_two_tokenizers(recipe, spec, prepared, given, prompts, seed, say)
     found = map_without_weights(recipe, spec, given)
     student: LanguageModel | None = None
-    external: LanguageModel | None = None
+    externals: dict[str, LanguageModel] = {}
     if not found:
         check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
-        student, external = load(recipe, spec, given)
-        if external is not None:
+        student, externals = load(recipe, spec, given)
+        if (external := externals.get(str(spec.teacher))) is not None:
             found = [tokenizers.same_map(student.tokenizer, external.tokenizer, (spec.train, str(spec.teacher)))]
     if found and found[0].level == "stop":
         return [*found, skipped("everything else", "Different tokens cannot be compared position by position.")]
     if student is None:
         check_tokenizers(recipe, spec, prepared, given.models)
         say("models")
-        student, external = load(recipe, spec, given)
-    if external is not None:
-        student, narrowed = on_common_tokens(student, {str(spec.teacher): external})
-        external = narrowed[str(spec.teacher)]
-    lms = {spec.train: student} | ({} if external is None else {str(spec.teacher): external})
-    check_tokenizers(recipe, spec, prepared, lms)
+        student, externals = load(recipe, spec, given)
+    student, externals = comparable(spec, prepared.method, student, externals)
+    check_tokenizers(recipe, spec, prepared, {spec.train: student, **externals})
+    check_base_weights(recipe, spec, prepared.method, Given(models={spec.train: student, **externals}))
     say("the student's responses")
-    subject = subject_of(recipe, spec, prepared, student, external, given, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, externals, given, prompts=prompts, seed=seed)
     found += of_tokens(subject)
     found += of_signal(subject, say)
     found += of_knowledge(subject, say)
@@ -109,12 +108,12 @@ def of_two_tokenizers(
     """The findings about a teacher with its own tokenizer: rewards of texts, and the cost of a step."""
     check_tokenizers(recipe, spec, prepared, given.models)
     say("models")
-    student, external = load(recipe, spec, given)
+    student, externals = comparable(spec, prepared.method, *load(recipe, spec, given))
     say("the student's responses")
-    subject = subject_of(recipe, spec, prepared, student, external, given, prompts=prompts, seed=seed)
+    subject = subject_of(recipe, spec, prepared, student, externals, given, prompts=prompts, seed=seed)
     say("rewards of both")
     judgement = headroom.judged(subject)
-    assert external is not None, "only an external teacher has its own tokenizer"
+    external = externals[str(spec.teacher)]  # only an external teacher has its own tokenizer
     sides = tokenizers.Side.of(student, spec.train), tokenizers.Side.of(external, str(spec.teacher))
     aligned = pair_of(
         student.tokenizer,
@@ -186,6 +185,7 @@ def of_signal(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
         signal.by_position(comparison),
         special_tokens.special_tokens(subject, comparison),
         bias.truncation(subject),
+        *([] if subject.base is None else [cliff.cliff(subject)]),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from opd.samplers.writers import TeacherWriter
 from opd.stage.folder import RunDir
 from opd.teachers.cross_tokenizer import by_rule
 from opd.teachers.local import LocalTeacher, local_teacher, placed
+from opd.teachers.with_base import WithBase, base_teacher
 from opd.types import Context, Prompt, ReservedStep, Reward, Rollout, Sampler, Sampling, Teacher, Writers, teachers_in
 
 SAMPLES = 4  # responses per prompt, for pass@k
@@ -46,11 +47,12 @@ class Subject:
     student: LanguageModel
     external: LanguageModel | None
     teacher: LocalTeacher  # scores in its own tokens
-    step_teacher: Teacher  # as in a training step: by the method's rule on tokenizers
+    step_teacher: Teacher  # as in a training step: by the method's rule on tokenizers, with a base beside it
     given: Given  # Python objects of the stage
     prompts: Sequence[Prompt]
     seed: int
     rollouts: Sequence[Rollout] = ()
+    base: LocalTeacher | None = None  # of a method of three models
     has_judge_reward: bool = False  # then `reward` is None: the doctor calls no judge
 
     @property
@@ -158,18 +160,19 @@ def stage_to_examine(recipe: Recipe, name: str | None, given: Given, task: str |
 
 
 def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
-    """Refuse several teachers of one row, and a teacher that is no model in this process. Raises ConfigError."""
+    """Refuse several teachers of one row, and a teacher or base that is no model here. Raises ConfigError."""
     if len(names := teachers_in(spec.teacher)) > 1:
         raise ConfigError(
             f"{spec.where(None)}: opd doctor examines one teacher, and the stage has {spec.teacher!r}. Examine them "
             f"one by one: stages.{spec.name}.teacher={names[0]}."
         )
-    if spec.teacher is not None and (scorer := recipe.models[spec.teacher].scorer) is not None:
-        raise ConfigError(
-            f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and teacher "
-            f"{spec.teacher!r} is made by {scorer}, which only scores. Give the doctor a model with `path` as the "
-            "stage's teacher, or train a few steps and read the metrics teacher/..."
-        )
+    for role, name in (("teacher", spec.teacher), ("base", spec.base)):
+        if name is not None and (scorer := recipe.models[name].scorer) is not None:
+            raise ConfigError(
+                f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and {role} "
+                f"{name!r} is made by {scorer}, which only scores. Give the doctor a model with `path` as the "
+                f"stage's {role}, or train a few steps and read the metrics teacher/..."
+            )
 
 
 def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
@@ -195,16 +198,16 @@ def sampling_for(spec: StageSpec, method: Method) -> Sampling:
     return replace(sampling, n=several if sampling.temperature > 0 else 1)
 
 
-def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, LanguageModel | None]:
-    """Student and external teacher (None if the student teaches itself) as they are when the stage begins.
+def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The student, and the external teacher and base by name, as they are when the stage begins.
 
-    Only reads the run's folder. Raises ConfigError if a model comes from an earlier stage that has not finished.
+    The student itself, as its own teacher or base, has no entry. Only reads the run's folder. Raises ConfigError if a
+    model comes from an earlier stage that has not finished.
     """
     directory = RunDir(recipe.folder, False)
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
-    external = spec.teacher if spec.teacher != spec.train else None
-    for name in (spec.train, external):
-        if name is None or name in given.models:
+    for name in (spec.train, *spec.scoring):
+        if name in given.models:
             continue
         made_by = [stage.name for stage in before if stage.train == name]
         origin = made_by[-1] if made_by else recipe.models[name].from_stage
@@ -215,7 +218,7 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
                 "choose an earlier stage with --stage."
             )
     student = model_for(recipe, spec, spec.train, given, directory)
-    return student, None if external is None else model_for(recipe, spec, external, given, directory)
+    return student, {name: model_for(recipe, spec, name, given, directory) for name in spec.scoring}
 
 
 def subject_of(
@@ -223,7 +226,7 @@ def subject_of(
     spec: StageSpec,
     prepared: Prepared,
     student: LanguageModel,
-    external: LanguageModel | None,
+    externals: Mapping[str, LanguageModel],
     given: Given,
     *,
     prompts: int,
@@ -238,6 +241,7 @@ def subject_of(
     part = prepared.tasks[None]
     chosen = sample_of(part.prompts, prompts, seed)
     rule = prepared.method.teacher
+    external = externals.get(str(spec.teacher))
     teacher = local_teacher(
         rule,
         student,
@@ -252,6 +256,10 @@ def subject_of(
             "needs a judge, which the doctor does not call. Give the doctor a reward that is a function, e.g. the "
             f"override `stages.{spec.name}.reward={{name: exact}}`."
         )
+    step_teacher, base = by_rule(rule, student, teacher, chat=is_chat(chosen)), None
+    if spec.base is not None:
+        base = base_teacher(student, externals.get(spec.base), micro_batch_tokens=spec.micro_batch_tokens)
+        step_teacher = WithBase(teacher=step_teacher, third=base)
     subject = Subject(
         recipe=recipe,
         spec=spec,
@@ -262,7 +270,8 @@ def subject_of(
         external=external,
         teacher=teacher,
         given=given,
-        step_teacher=by_rule(rule, student, teacher, chat=is_chat(chosen)),
+        step_teacher=step_teacher,
+        base=base,
         prompts=chosen,
         seed=seed,
         has_judge_reward=has_judge_reward,
