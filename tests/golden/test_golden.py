@@ -26,6 +26,7 @@ OPTIONS = {
     "vopd": {"k": 3},
     "eff_opd": {"prompts": 4},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
+    "uni_opd": {"delta": 1.0},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "simct": {},

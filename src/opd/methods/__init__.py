@@ -29,6 +29,7 @@ from opd.methods.sft import sft
 from opd.methods.simct import simct
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.methods.uld import uld
+from opd.methods.uni_opd import uni_opd
 from opd.methods.vopd import vopd
 from opd.plugins import import_function
 
@@ -45,6 +46,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "vopd": vopd,
     "eff_opd": eff_opd,
     "anti_sd": anti_sd,
+    "uni_opd": uni_opd,
     "ropd": ropd,
     "prune_opd": prune_opd,
     "simct": simct,

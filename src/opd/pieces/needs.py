@@ -57,6 +57,7 @@ class Trait(StrEnum):
     ALLOWS_SIGN_CONFLICT = "allows_sign_conflict"  # allows the two above in one method
     POLICY_GRADIENT = "policy_gradient"  # responses must be drawn at the temperature at which they are scored
     UNBIASED_BASELINE = "unbiased_baseline"  # responses must be drawn from the student's whole distribution
+    SHIFTS_RESPONSES = "shifts_responses"  # a credit: one number for all tokens of a response. A mean per sequence
     SAMPLED_TOKEN_LAST = "sampled_token_last"  # reads the last column of the support as the sampled token
 
 
