@@ -31,8 +31,8 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 
 COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_reverse_kl+eff_opd", "opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
-SELF_TAUGHT = ("context_distillation", "anti_sd", "grpo", "ropd")
-POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "opd", "eff_opd", "vopd", "local_support_matching")
+SELF_TAUGHT = ("context_distillation", "anti_sd", "visd", "grpo", "ropd")
+POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "local_support_matching")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -64,7 +64,11 @@ def drawn(rng: random.Random) -> dict[str, Any]:
     chat = rng.random() < 0.3
     student, teacher = models(rng, method, chat)
     names = ["only"] if rng.random() < 0.7 else ["first", "second"]
-    n = rng.choice([2, 3]) if set(method.split("+")) & {"grpo", "ropd", "anti_sd", "uni_opd"} else rng.choice([1, 2, 3])
+    n = (
+        rng.choice([2, 3])
+        if set(method.split("+")) & {"grpo", "ropd", "anti_sd", "uni_opd", "visd"}
+        else rng.choice([1, 2, 3])
+    )
     plain = rng.random() < 0.8 and bool(set(method.split("+")) & {*POLICY_GRADIENTS})
     tasks = {name: task(rng, method, chat, n, plain) for name in names}
     stage: dict[str, Any] = {

@@ -495,6 +495,23 @@ def order_left_out(
     return out
 
 
+def sized_advantage(
+    student: Sequence[float],
+    teacher: Sequence[float],
+    k: int,
+    token: int,
+    advantage: float,
+    share: float,
+    bound: float = 0.2,
+) -> float:
+    """A ((1 - l) + l m): VISD's code. The support is the teacher's k most likely tokens and the sampled one."""
+    ids = {*sorted(range(len(teacher)), key=lambda v: -teacher[v])[:k], token}
+    p, q = (math.exp(z[token]) / math.fsum(math.exp(z[v]) for v in ids) for z in (student, teacher))
+    sign = (advantage > 0) - (advantage < 0)
+    size = min(max((q / p) ** sign, 1 - bound), 1 + bound)
+    return advantage * ((1 - share) + share * size)
+
+
 def anti_advantage(log_ratio: float, reward_advantage: float, strength: float, shape: str = "jsd") -> float:
     """A^seq - lambda phi(u), u = log q(y) - log p(y), phi(u) = (log(1 + e^u) - log 2) / 2, or u. AntiSD eq. 2 and 6."""
     phi = {"jsd": 0.5 * (logsumexp([0.0, log_ratio]) - math.log(2.0)), "reverse_kl": log_ratio}[shape]

@@ -122,6 +122,7 @@ class Rollout:
     judged: Mapping[str, float] = field(
         default_factory=dict[str, float]
     )  # further numbers from the judges, for the metrics
+    feedback: str | None = None  # a judge's text about the response, which a teacher may read
 
 
 class Unwritten(Rollout):
@@ -187,7 +188,7 @@ class Batch:
     teacher_top_logp: Tensor | None = None  # [B, T, K]
     units: Units | None = None  # [B, T]
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # the run's memory, by name
-    advantage: Tensor | None = None  # [B, T] from Method.credit
+    advantage: Tensor | None = None  # [B, T] from Method.credit; [B, T, C] for a signal that reads C numbers per token
     weight: Tensor | None = None  # [B, T] from Method.weight
 
 
@@ -198,7 +199,7 @@ class Tokens:
     student_logp: Tensor  # [N]     log p(y_t | x, y_<t)
     sampler_logp: Tensor  # [N]     log mu(y_t | x, y_<t), recorded when sampled
     teacher_logp: Tensor  # [N]     log q(y_t | c, y_<t)
-    advantage: Tensor  # [N]     credit, from phase A
+    advantage: Tensor  # [N]     credit, from phase A; [N, C] for a signal that reads C numbers per token
     weight: Tensor  # [N]     from phase A
     student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
     teacher_support_logp: Tensor | None = None  # [N, K]
@@ -451,7 +452,7 @@ Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record
 Watch: TypeAlias = Callable[[Writers], EarlyStop]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
-Credit: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T]
+Credit: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T], or [B, T, C]
 Weight: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N]
 Advantage: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N], of a policy gradient

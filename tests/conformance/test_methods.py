@@ -362,6 +362,19 @@ def ordered(**options: Any) -> Case:
     return case(formula, settings, credit=credit, average=average, fixed_point=plain or masks, learns=plain)
 
 
+def sized(k: int = 4, share: float = 0.5, bound: float = 0.2, **options: Any) -> Case:
+    """VISD in its first step, in which l is `share`."""
+
+    def both(at: Position) -> tuple[float, float]:
+        advantage = oracle.sized_advantage(at.student, at.teacher, k, at.token, at.advantage, share, bound)
+        return oracle.policy_gradient(at.student_logp, at.sampler_logp, advantage, clip=(0.2, 0.2))
+
+    formula: tuple[Loss, Slope] = (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+    settings = {"k": k, "share": share, "bound": bound, "hint": "privileged_context", "template": HINT, **options}
+    average = options.get("average", "sequence")
+    return case(formula, settings, average=average, fixed_point=False, learns=False)
+
+
 HINT = "{privileged_context}{prompt}"
 ALL_TOKENS = {"template": HINT, "k": None}
 CASES: dict[str, list[Case]] = {
@@ -484,6 +497,12 @@ CASES: dict[str, list[Case]] = {
             learns=False,
         ),
     ],
+    "visd": [
+        sized(),
+        sized(k=1, share=1.0, bound=3.0, average="token"),
+        sized(k=9, share=1.0, bound=0.9, fades=1),
+        sized(share=0.0),
+    ],
     "uni_opd": [
         ordered(),
         ordered(gap="minmax", delta=1.5),
@@ -557,8 +576,8 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
-NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd"}
-NO_TARGET = {"grpo", "anti_sd", "ropd"}  # they do not go where a teacher is
+NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd", "visd"}
+NO_TARGET = {"grpo", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
 CLIPPED = {"uni_opd"}  # a policy gradient with a clip, beside a teacher
 
 

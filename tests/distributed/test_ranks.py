@@ -124,6 +124,13 @@ SCENARIOS = {
         prompts_per_step=3,
         **GROUPS,
     ),
+    "lora, sized by itself": recipe(
+        LORA,
+        method="visd",
+        options={"template": EMA["template"], "hint": "privileged_context", "k": 4, "fades": 6},
+        prompts_per_step=3,
+        **GROUPS,
+    ),
     "full tied, in the order of outcomes": recipe(
         tied=True,
         method="uni_opd",

@@ -27,6 +27,7 @@ OPTIONS = {
     "eff_opd": {"prompts": 4},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "uni_opd": {"delta": 1.0},
+    "visd": {"template": "{privileged_context}9{prompt}", "k": 3, "fades": 30},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "simct": {},
@@ -66,6 +67,9 @@ def recipe_of(method: str, folder: Path) -> dict:
             "author": author,
             "judge": {"function": "opd_studies.worlds.graders:grader"},
         }
+    elif method == "visd":
+        judge = {"function": "opd_studies.worlds.graders:adviser"}
+        stage["reward"] = {"name": "feedback", "options": {"by": "regex", "options": {"pattern": "7"}}, "judge": judge}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     models = {

@@ -28,6 +28,7 @@ class Input(StrEnum):
     REWARD = "reward"  # reads rewards
     GROUP = "group"  # compares several responses to a prompt
     JUDGE = "judge"  # reads rewards of a judge
+    FEEDBACK = "feedback"  # reads a judge's texts about the responses
     TEACHER = "teacher"  # calls the teacher, which may be the student itself: the method needs a teacher
     TEACHER_MODEL = "teacher_model"  # calls a teacher that is another model than the student
     WEIGHT_COPY = "weight_copy"  # keeps a copy of the weights, which every checkpoint must have space for

@@ -18,7 +18,14 @@ from opd.pieces.needs import Input, Needs, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line, watched
 from opd.rewards.registry import reward_of
-from opd.runs.fit import check_diagnostics, check_dropped_rewards, check_evaluate, check_needs, check_update_reward
+from opd.runs.fit import (
+    check_diagnostics,
+    check_dropped_rewards,
+    check_evaluate,
+    check_feedback,
+    check_needs,
+    check_update_reward,
+)
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -86,6 +93,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
         reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
         check_update_reward(spec, name, method, reward)
+        check_feedback(spec, name, method, reward)
         check_dropped_rewards(spec, name, method)
         if reward is not None and Input.REWARD not in method.needs and not method.needs.undeclared:
             reward = watched(reward)
