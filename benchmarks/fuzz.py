@@ -32,8 +32,9 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_reverse_kl+eff_opd", "opd+eff_opd"]
 COMBINED += ["extrapolated_opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
-SELF_TAUGHT = ("context_distillation", "anti_sd", "grpo", "ropd")
-POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "opd", "eff_opd", "vopd", "extrapolated_opd", "local_support_matching")
+SELF_TAUGHT = ("context_distillation", "anti_sd", "visd", "grpo", "ropd")
+POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "extrapolated_opd")
+POLICY_GRADIENTS += ("local_support_matching",)
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -67,7 +68,11 @@ def drawn(rng: random.Random) -> dict[str, Any]:
     chat = rng.random() < 0.3
     student, teacher = models(rng, method, chat)
     names = ["only"] if rng.random() < 0.7 else ["first", "second"]
-    n = rng.choice([2, 3]) if set(method.split("+")) & {"grpo", "ropd", "anti_sd"} else rng.choice([1, 2, 3])
+    n = (
+        rng.choice([2, 3])
+        if set(method.split("+")) & {"grpo", "ropd", "anti_sd", "uni_opd", "visd"}
+        else rng.choice([1, 2, 3])
+    )
     plain = rng.random() < 0.8 and bool(set(method.split("+")) & {*POLICY_GRADIENTS})
     tasks = {name: task(rng, method, chat, n, plain) for name in names}
     stage: dict[str, Any] = {
@@ -140,7 +145,7 @@ def task(rng: random.Random, method: str, chat: bool, n: int, plain: bool) -> di
     if method == "ropd":
         asked = {"column": "response", "max_failed": 1.0}
         found["reward"] = {"name": "rubric", "options": asked, "judge": {"function": "fuzz_judge:judge"}}
-    elif rng.random() < 0.5 or "eff_opd" in method or method in ("grpo", "anti_sd", "anti_sd+eff_opd"):
+    elif rng.random() < 0.5 or "eff_opd" in method or method in ("grpo", "anti_sd", "uni_opd", "anti_sd+eff_opd"):
         found["reward"] = reward(rng)
     if rng.random() < 0.2:
         settings = {"greedy": {"temperature": 0, "max_completion_length": 2}, "drawn": sampling(rng)}

@@ -493,6 +493,68 @@ def group_advantage(rewards: Sequence[float], epsilon: float = 1e-4, scale: bool
     return [value / (deviation + epsilon) for value in centred]
 
 
+def order_gap(right: Sequence[float], wrong: Sequence[float], statistic: str) -> float:
+    """mean_{S+} G - mean_{S-} G, or the smallest of all differences G+ - G-. Uni-OPD, scripts and eq. 9-11."""
+    if statistic == "mean":
+        return math.fsum(right) / len(right) - math.fsum(wrong) / len(wrong)
+    return min(a - b for a in right for b in wrong)
+
+
+def order_shifts(
+    scores: Sequence[float], right: Sequence[bool], delta: float, statistic: str = "mean", side: str = "both"
+) -> list[float]:
+    """What is added to every token of each response of one group. Uni-OPD."""
+    ups = [g for g, passed in zip(scores, right, strict=True) if passed]
+    downs = [g for g, passed in zip(scores, right, strict=True) if not passed]
+    if not ups or not downs:
+        return [0.0] * len(scores)
+    lacking = max(0.0, delta - order_gap(ups, downs, statistic))
+    up = {"both": lacking / 2, "correct_up": lacking, "incorrect_down": 0.0}[side]
+    return [up if passed else up - lacking for passed in right]
+
+
+def order_left_out(
+    scores: Sequence[float], right: Sequence[bool], delta: float, keep: float, statistic: str = "mean"
+) -> list[bool]:
+    """The responses of one group that the greedy mask leaves out: every single removal is tried. Uni-OPD, code."""
+    out = [False] * len(scores)
+    if all(right) or not any(right):
+        return out
+
+    def gap_without(removed: Sequence[bool]) -> float:
+        left = [i for i in range(len(scores)) if not removed[i]]
+        return order_gap([scores[i] for i in left if right[i]], [scores[i] for i in left if not right[i]], statistic)
+
+    while gap_without(out) < delta:
+        tries: list[tuple[float, bool, int]] = []
+        for i in range(len(scores)):
+            of_class = [j for j in range(len(scores)) if right[j] == right[i]]
+            staying = sum(not out[j] for j in of_class)
+            if not out[i] and staying > max(1, math.floor(keep * len(of_class))):
+                tries.append((gap_without([*out[:i], True, *out[i + 1 :]]), right[i], -i))
+        if not tries or max(tries)[0] <= gap_without(out):
+            return out
+        out[-max(tries)[2]] = True
+    return out
+
+
+def sized_advantage(
+    student: Sequence[float],
+    teacher: Sequence[float],
+    k: int,
+    token: int,
+    advantage: float,
+    share: float,
+    bound: float = 0.2,
+) -> float:
+    """A ((1 - l) + l m): VISD's code. The support is the teacher's k most likely tokens and the sampled one."""
+    ids = {*sorted(range(len(teacher)), key=lambda v: -teacher[v])[:k], token}
+    p, q = (math.exp(z[token]) / math.fsum(math.exp(z[v]) for v in ids) for z in (student, teacher))
+    sign = (advantage > 0) - (advantage < 0)
+    size = min(max((q / p) ** sign, 1 - bound), 1 + bound)
+    return advantage * ((1 - share) + share * size)
+
+
 def anti_advantage(log_ratio: float, reward_advantage: float, strength: float, shape: str = "jsd") -> float:
     """A^seq - lambda phi(u), u = log q(y) - log p(y), phi(u) = (log(1 + e^u) - log 2) / 2, or u. AntiSD eq. 2 and 6."""
     phi = {"jsd": 0.5 * (logsumexp([0.0, log_ratio]) - math.log(2.0)), "reverse_kl": log_ratio}[shape]

@@ -137,6 +137,7 @@ class Rollout:
     )  # further numbers from the judges, for the metrics
     part: str = ""  # the name in `Method.parts` of the pieces that train it; "": the method's own
     measured: Mapping[str, float] = field(default_factory=dict[str, float])  # by its source: metrics part/NAME/...
+    feedback: str | None = None  # a judge's text about the response, which a teacher may read
 
 
 class Unwritten(Rollout):
@@ -204,7 +205,7 @@ class Batch:
     base_logp: Tensor | None = None  # [B, T] if a piece reads it
     units: Units | None = None  # [B, T]
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # the run's memory, by name
-    advantage: Tensor | None = None  # [B, T] from Method.credit
+    advantage: Tensor | None = None  # [B, T] from Method.credit; [B, T, C] for a signal that reads C numbers per token
     weight: Tensor | None = None  # [B, T] from Method.weight
 
 
@@ -215,7 +216,7 @@ class Tokens:
     student_logp: Tensor  # [N]     log p(y_t | x, y_<t)
     sampler_logp: Tensor  # [N]     log mu(y_t | x, y_<t), recorded when sampled
     teacher_logp: Tensor  # [N]     log q(y_t | c, y_<t)
-    advantage: Tensor  # [N]     credit, from phase A
+    advantage: Tensor  # [N]     credit, from phase A; [N, C] for a signal that reads C numbers per token
     weight: Tensor  # [N]     from phase A
     base_logp: Tensor | None = None  # [N]     log b(y_t | x, y_<t), if a piece reads it
     student_support_logp: Tensor | None = None  # [N, K]  full-vocabulary log-probs on the scored support
@@ -499,7 +500,7 @@ Source: TypeAlias = Callable[[Sequence[Prompt], Writers, tuple[int, int], Record
 Watch: TypeAlias = Callable[[Writers], EarlyStop]
 Context: TypeAlias = Callable[[Sequence[Rollout]], list[Prompt]]
 Filter: TypeAlias = Callable[[Sequence[Rollout]], list[Rollout]]
-Credit: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T]
+Credit: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T], or [B, T, C]
 Weight: TypeAlias = Callable[[Batch], "Tensor"]  # -> [B, T], >= 0
 Signal: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N]
 Advantage: TypeAlias = Callable[[Tokens], "Tensor"]  # -> [N], of a policy gradient

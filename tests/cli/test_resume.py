@@ -155,6 +155,13 @@ REMEMBERING: dict[str, dict[str, Any]] = {
         "reward": {"name": "final_number"},
         "sampling": {"max_completion_length": 3, "n": 2},
     },
+    "visd": {
+        "method": "visd",
+        "options": {"template": "{privileged_context}{prompt}", "hint": "privileged_context", "k": 4, "fades": 6},
+        "teacher": None,
+        "reward": {"name": "final_number"},
+        "sampling": {"max_completion_length": 3, "n": 2},
+    },
     "anti_sd released": {
         "method": "anti_sd",
         "options": {"template": "{privileged_context}{prompt}", "form": "released", "solution": "answer", "warm_up": 4},

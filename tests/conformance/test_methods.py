@@ -105,6 +105,8 @@ class Position:
 
 Loss = Callable[[Position], float]
 Slope = Callable[[Position], list[float]]
+# Of all responses of a step and their positions: an advantage per token.
+Credit = Callable[[Sequence[Rollout], Sequence[Sequence[Position]]], list[list[float]]]
 Weigh = Callable[[Sequence[Position], Sequence[bool]], list[float]]  # of a response's tokens, and which are trained
 
 
@@ -124,6 +126,7 @@ class Case:
     scale: bool = True  # the group's reward is divided by its std (but with a constant length)
     weigh: Weigh | None = None  # None: every token weighs 1
     parts: Mapping[str, tuple[Case, float]] = field(default_factory=dict[str, Any])  # with its factor
+    credit: Credit | None = None  # None: the advantage is the group's reward
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -363,6 +366,66 @@ def pruned(learns: bool = False, k: int = 4, average: Any = "token", **options: 
 
 SHORT = {"budget": 4, "budget_min": 3, "budget_max": 6, "budget_step": 1, "margin": 1}  # of responses of up to 6 tokens
 
+
+def in_order(delta: float, passes: float, statistic: str, side: str | None, keep: float, bound: float) -> Credit:
+    """Uni-OPD's advantages; `side` None: the mask in place of the shift. Left out is an advantage of 0."""
+
+    def credit(rollouts: Sequence[Rollout], positions: Sequence[Sequence[Position]]) -> list[list[float]]:
+        out = [[at.log_ratio if abs(at.log_ratio) < bound else 0.0 for at in row] for row in positions]
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            if bool(rollout.trained.any()):
+                groups.setdefault(rollout.prompt.id, []).append(i)
+        for rows in groups.values():
+            ratios = [
+                [at.log_ratio for at, counts in zip(positions[i], rollouts[i].trained.tolist(), strict=True) if counts]
+                for i in rows
+            ]
+            scores = [math.fsum(one) / len(one) for one in ratios]
+            right = [float(rollouts[i].reward or 0.0) >= passes for i in rows]
+            if side is None:
+                left_out = oracle.order_left_out(scores, right, delta, keep, statistic)
+                out = [[0.0] * len(row) if i in rows and left_out[rows.index(i)] else row for i, row in enumerate(out)]
+                continue
+            for i, shift in zip(rows, oracle.order_shifts(scores, right, delta, statistic, side), strict=True):
+                out[i] = [
+                    a + shift if abs(at.log_ratio) < bound else 0.0 for a, at in zip(out[i], positions[i], strict=True)
+                ]
+        return out
+
+    return credit
+
+
+def ordered(**options: Any) -> Case:
+    """Uni-OPD on groups of three, of which a reward of .5 is right; everything is trained unless `balance` is given."""
+    settings: dict[str, Any] = {"passes": 0.5, "balance": None, "delta": 0.4, "gap": "mean", "side": "both", **options}
+    masks, plain = settings.get("margin") == "mask", settings.get("margin") == "none"
+    credit = in_order(
+        0.0 if plain else settings["delta"],
+        -1.0 if plain else settings["passes"],
+        settings["gap"],
+        None if masks else settings["side"],
+        settings.get("keep", 0.25),
+        settings.get("bound", 10.0),
+    )
+    formula = clipped(settings.get("clip_low", 0.2), settings.get("clip_high", 0.28))
+    average = settings.get("average", "sequence")
+    return case(formula, settings, credit=credit, average=average, fixed_point=plain or masks, learns=plain)
+
+
+def sized(k: int = 4, share: float = 0.5, bound: float = 0.2, **options: Any) -> Case:
+    """VISD in its first step, in which l is `share`."""
+
+    def both(at: Position) -> tuple[float, float]:
+        advantage = oracle.sized_advantage(at.student, at.teacher, k, at.token, at.advantage, share, bound)
+        return oracle.policy_gradient(at.student_logp, at.sampler_logp, advantage, clip=(0.2, 0.2))
+
+    formula: tuple[Loss, Slope] = (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+    settings = {"k": k, "share": share, "bound": bound, "hint": "privileged_context", "template": HINT, **options}
+    average = options.get("average", "sequence")
+    return case(formula, settings, average=average, fixed_point=False, learns=False)
+
+
 HINT = "{privileged_context}{prompt}"
 ALL_TOKENS = {"template": HINT, "k": None}
 CASES: dict[str, list[Case]] = {
@@ -503,6 +566,21 @@ CASES: dict[str, list[Case]] = {
             learns=False,
         ),
     ],
+    "visd": [
+        sized(),
+        sized(k=1, share=1.0, bound=3.0, average="token"),
+        sized(k=9, share=1.0, bound=0.9, fades=1),
+        sized(share=0.0),
+    ],
+    "uni_opd": [
+        ordered(),
+        ordered(gap="minmax", delta=1.5),
+        ordered(side="correct_up", balance=1.0),
+        ordered(side="incorrect_down", delta=2.0, bound=1.0, clip_low=0.3, clip_high=0.1),
+        ordered(margin="mask", delta=3.0),
+        ordered(margin="mask", gap="minmax", delta=3.0, keep=0.0, average="token"),
+        ordered(margin="none"),
+    ],
     "ropd": [
         case(clipped(0.2, 0.2), average="token", fixed_point=False, learns=False),
         case(
@@ -598,8 +676,9 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
-NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd"}
-NO_TARGET = {"grpo", "anti_sd", "ropd"}  # they do not go where a teacher is
+NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd", "visd"}
+NO_TARGET = {"grpo", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
+CLIPPED = {"uni_opd"}  # a policy gradient with a clip, beside a teacher
 
 
 def label(name: str, one: Case) -> str:
@@ -729,8 +808,8 @@ def reference(on: Scene, one: Case) -> Gradient:
     credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int), epsilon=one.epsilon)
     loss = 0.0
     contexts = method.context(on.rollouts)
-    for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
-        (formula, factor), total = cases[rollout.part], totals[rollout.part]
+    rows: list[tuple[Tensor, list[Position]]] = []
+    for rollout, context, advantage in zip(on.rollouts, contexts, credit, strict=True):
         logits = full_logits(learner, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
         z = logits / method.temperature
         read = render(context, student.tokenizer)
@@ -744,7 +823,6 @@ def reference(on: Scene, one: Case) -> Gradient:
             with torch.no_grad():
                 own = full_logits(base, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
             thirds = (own / method.temperature).tolist()
-        slope = torch.zeros_like(z)
         returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one)
         positions = [
             Position(
@@ -758,6 +836,16 @@ def reference(on: Scene, one: Case) -> Gradient:
             )
             for t in range(len(rollout.response_ids))
         ]
+        rows.append((z, positions))
+    if one.credit is not None:
+        found = one.credit(on.rollouts, [positions for _, positions in rows])
+        rows = [
+            (z, [replace(at, advantage=a) for at, a in zip(positions, mine, strict=True)])
+            for (z, positions), mine in zip(rows, found, strict=True)
+        ]
+    for rollout, (z, positions), count in zip(on.rollouts, rows, counts, strict=True):
+        (formula, factor), total = cases[rollout.part], totals[rollout.part]
+        slope = torch.zeros_like(z)
         weights = [1.0] * len(positions)
         if one.weigh is not None:
             weights = one.weigh(positions, rollout.trained.tolist())
@@ -843,7 +931,7 @@ def test_method_gradient_is_zero_for_untrained_tokens(name: str, one: Case, monk
         assert not bool((moved & ~expected).any())
         # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
         symmetric = on.method.support.by in ("intersection", "symmetric_difference")
-        if name not in NO_TARGET and not symmetric:
+        if name not in NO_TARGET | CLIPPED and not symmetric:
             assert torch.equal(moved, expected)
 
 

@@ -31,6 +31,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "mad_opd": {"opening": "{prompt}", "reply": "{prompt}{debate}", "reads": "{prompt}{debate}"}
     | {"turn": "{text}", "tag": r"2(\d)"},
     "anti_sd": {"template": "{privileged_context}{prompt}"},
+    "uni_opd": {"balance": 1.0},
+    "visd": {"k": 4, "hint": "privileged_context", "template": "{privileged_context}{prompt}"},
     "prune_opd": {"k": 4, "budget": 3, "budget_min": 2, "budget_max": 4, "budget_step": 1, "margin": 1},
 }
 PAIRS = [(one, other) for one, other in combinations(ROWS, 2) if ROWS[one][0] != ROWS[other][0]]

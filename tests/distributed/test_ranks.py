@@ -132,6 +132,20 @@ SCENARIOS = {
         prompts_per_step=3,
         **GROUPS,
     ),
+    "lora, sized by itself": recipe(
+        LORA,
+        method="visd",
+        options={"template": EMA["template"], "hint": "privileged_context", "k": 4, "fades": 6},
+        prompts_per_step=3,
+        **GROUPS,
+    ),
+    "full tied, in the order of outcomes": recipe(
+        tied=True,
+        method="uni_opd",
+        options={"delta": 1.0},
+        prompts_per_step=3,
+        **{**GROUPS, "teacher": "teacher"},
+    ),
     "full tied, a budget of what drifts": recipe(
         tied=True,
         method="prune_opd",

@@ -27,6 +27,8 @@ OPTIONS = {
     "eff_opd": {"prompts": 4},
     "extrapolated_opd": {"strength": 1.3, "bound": 1.5},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
+    "uni_opd": {"delta": 1.0},
+    "visd": {"template": "{privileged_context}9{prompt}", "k": 3, "fades": 30},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "brts": {"k": 3, "n": 2, "weight": 2.0, "hint": "{answer}9{prompt}", "marker": "9"},
@@ -69,6 +71,9 @@ def recipe_of(method: str, folder: Path) -> dict:
             "author": author,
             "judge": {"function": "opd_studies.worlds.graders:grader"},
         }
+    elif method == "visd":
+        judge = {"function": "opd_studies.worlds.graders:adviser"}
+        stage["reward"] = {"name": "feedback", "options": {"by": "regex", "options": {"pattern": "7"}}, "judge": judge}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     if method == "extrapolated_opd":

@@ -24,6 +24,11 @@ from opd.types import Batch, Gather
 METHODS: dict[str, dict[str, Any]] = {
     "eff_opd": {"options": {"prompts": 3, "candidates": 2}, "reward": "final_number"},
     "prune_opd": {"options": {"k": 4, "budget": 6, "budget_min": 2, "budget_max": 8, "budget_step": 1, "margin": 1}},
+    "visd": {
+        "options": {"template": "{privileged_context}{prompt}", "hint": "privileged_context", "k": 4, "fades": 3},
+        "reward": "final_number",
+        "sampling": {"max_completion_length": 8, "n": 2},
+    },
     "anti_sd": {
         "options": {"template": "{privileged_context}{prompt}", "warm_up": 2},
         "reward": "final_number",

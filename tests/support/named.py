@@ -17,3 +17,10 @@ def judge(question: Any) -> str:
         return json.dumps({"criteria": [{"criterion": f"has {c}", "points": 2} for c in "1234"]})
     met = [[int(c[-1] in text) for c in question.about["criteria"]] for text in question.about["answers"]]
     return json.dumps({"verdicts": met})
+
+
+def adviser(question: Any) -> str | None:
+    """Feedback that names the answer; none on responses that begin with 1."""
+    if question.about["response"].startswith("1"):
+        return None
+    return json.dumps({"feedback": f"{question.about['answer']}"})

@@ -16,13 +16,14 @@ from opd.data.columns import COLUMNS, Converted, check_unicode, prompt_of, witho
 from opd.data.files import READERS, ArrowRow, Row, ending_of
 from opd.data.rows import FUNCTION, rows_of
 from opd.data.selection import Selected, check_selection, select
+from opd.data.upsampling import Upsampled, check_upsampling, upsample
 from opd.errors import ConfigError, DataError, nearest
 from opd.messages import conversation, fields_of, question_of, with_question
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection
 from opd.types import Prompt
 
-Report: TypeAlias = Selected | Converted  # a line about a data section
+Report: TypeAlias = Selected | Converted | Upsampled  # a line about a data section
 
 
 def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list[Prompt]:
@@ -44,6 +45,9 @@ def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tup
     """`load_prompts`, and a report of each conversion and selection. Raises as `load_prompts`."""
     prompts, reports, columns = _selected_prompts(section)
     require_columns(prompts, require, source=section.path, seen=columns)
+    if section.upsample is not None:
+        prompts, more = upsample(prompts, section.upsample, section.path)
+        reports = [*reports, more]
     if section.template is not None:
         pattern = section.template
         prompts = [
@@ -152,6 +156,8 @@ def check_data(section: DataSection) -> None:
         fields_of("The `template` of a data section", section.template, ("prompt",), needed="prompt")
     if section.select is not None:
         check_selection(section.select)
+    if section.upsample is not None:
+        check_upsampling(section.upsample)
     is_file = section.path.startswith("package:") or ending_of(Path(section.path)) in READERS
     if is_file and section.options:
         raise ConfigError(f"The file {section.path} takes no options, got {sorted(section.options)}. Remove `options`.")

@@ -29,7 +29,7 @@ from opd.models.forward import response_states
 from opd.models.head import Head, TeacherHead, buffer, into_probabilities, log_normaliser, tiles
 from opd.models.language_model import LanguageModel
 from opd.models.mixed_head import MixedHead
-from opd.pieces.signals import divergence_of, shift_invariant
+from opd.pieces.signals import MeasuredPiece, divergence_of, shift_invariant
 from opd.types import Tokens
 
 
@@ -145,7 +145,7 @@ def _full_difference(
                 student = logits[tile].log_softmax(-1)  # [n, V]
                 teacher = teacher_logits[tile].log_softmax(-1)
                 student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
-                per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w)
+                per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w, observed)
             total += (per_token * w).sum()
             observed.add("train/signal", _times(per_token, part))
             observed.add("train/student_nll", _times(-student_logp, part))
@@ -176,7 +176,7 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
         log_z = log_normaliser(logits)
         selected = logits.gather(-1, ids) - log_z  # [n, 1 + K]
         per_token, grad = _differentiated(
-            method, lambda p: _with_support(_tokens(micro, rows, p[:, 0]), micro, rows, p[:, 1:]), selected, w
+            method, lambda p: _with_support(_tokens(micro, rows, p[:, 0]), micro, rows, p[:, 1:]), selected, w, observed
         )
         into_probabilities(logits, log_z, -grad.sum(-1, keepdim=True))
         logits.scatter_add_(-1, ids, grad)
@@ -205,6 +205,7 @@ def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Obser
             lambda z: _with_support(_tokens(micro, rows, torch.full_like(w, torch.nan)), micro, rows, z),
             logits[:, 1:],
             w,
+            observed,
         )
         observed.add("train/signal", per_token)
         if known:
@@ -225,9 +226,12 @@ def _scored_ids(micro: MicroBatch, rows: slice) -> Tensor:
 
 
 def _differentiated(
-    method: Method, tokens_of: Callable[[Tensor], Tokens], values: Tensor, weight: Tensor
+    method: Method, tokens_of: Callable[[Tensor], Tokens], values: Tensor, weight: Tensor, observed: _Observed
 ) -> tuple[Tensor, Tensor]:
     """The signal [n] at `tokens_of(values)`, and the gradient of its weighted sum with respect to `values`."""
+    if isinstance(method.signal, MeasuredPiece):
+        for name, found in method.signal.measure(tokens_of(values.detach())).items():
+            observed.add(name, found, over=len(found))
     with torch.enable_grad():
         leaf = values.detach().requires_grad_()
         per_token = method.signal(tokens_of(leaf))

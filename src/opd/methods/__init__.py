@@ -32,6 +32,8 @@ from opd.methods.sft import sft
 from opd.methods.simct import simct
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.methods.uld import uld
+from opd.methods.uni_opd import uni_opd
+from opd.methods.visd import visd
 from opd.methods.vopd import vopd
 from opd.plugins import import_function
 
@@ -49,6 +51,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "eff_opd": eff_opd,
     "extrapolated_opd": extrapolated_opd,
     "anti_sd": anti_sd,
+    "visd": visd,
+    "uni_opd": uni_opd,
     "ropd": ropd,
     "prune_opd": prune_opd,
     "brts": brts,

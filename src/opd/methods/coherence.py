@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from opd.errors import ConfigError
 from opd.method import PIECES, Method
 from opd.pieces.needs import Input, Need, Needs, Reads, Trait, needs_of
+from opd.pieces.normalise import per
 from opd.recipe.schema import SamplingSection
 from opd.types import Sampling
 
@@ -191,6 +192,12 @@ RULES: tuple[Rule, ...] = (
         lambda f: Trait.WEIGHS_BY_TRUST in f.needs and Input.REWARD in needs_of(f.method.credit),
         "the weight measures the trust in the teacher, but it would weigh a reward",
         "The reward does not depend on the teacher. Leave the weight or the reward out.",
+    ),
+    Rule(
+        lambda f: Trait.SHIFTS_RESPONSES in f.needs and f.method.normalise != per("sequence"),
+        "the credit adds the same number to every token of a response, and the mean is not per sequence: a response of "
+        "500 tokens would be pushed 100 times as far as one of 5",
+        "Set average: sequence.",
     ),
     Rule(
         lambda f: f.judged and f.update_needs(Input.REWARD),

@@ -12,7 +12,7 @@ from functools import cache
 from opd.errors import ConfigError, DataError
 from opd.messages import fields_of, with_question
 from opd.pieces.filters import PASS
-from opd.pieces.needs import Input, Need, Trait, needing
+from opd.pieces.needs import Input, Need, Trait, needing, needs_of
 from opd.pieces.solutions import Solutions, showing
 from opd.types import Context, Message, Prompt, Rollout
 
@@ -49,6 +49,13 @@ INFORMATION: Mapping[str, Mapping[str, str]] = {
         "{verdict}.\n\nNow solve this problem step by step."
     },
 }
+
+
+# A template of arXiv 2605.06094: the verified answer, and a judge's feedback on the response. The wording is ours.
+ADVISED = (
+    "{prompt}\n\nThe verified answer is: {answer}\n\nFeedback on an attempt:\n{privileged_context}\n\n"
+    "Solve the problem yourself, step by step, with this feedback in mind."
+)
 
 
 @cache
@@ -113,7 +120,7 @@ def privileged(
 
     needs = set[Need]()
     if solutions is not None:
-        needs |= {Input.REWARD, Input.GROUP, Trait.READS_ATTEMPT}
+        needs |= {Input.REWARD, Input.GROUP, Trait.READS_ATTEMPT, *needs_of(solutions).inputs}
     if fields & {"attempt", "verdict"}:
         needs |= {Trait.READS_ATTEMPT}
     if "verdict" in fields:

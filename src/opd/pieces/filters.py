@@ -5,18 +5,21 @@ A filtered response or token has `trained` False: it has no gradient and is not 
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import TypeAlias
 
+from opd.errors import ConfigError
 from opd.pieces import token_sequences
 from opd.pieces.needs import Input, Needs, Piece, Trait, needing, needing_tokenizer, needs_of, with_tokenizer
-from opd.plugins import torch
+from opd.plugins import np, torch
 from opd.types import Filter, Rollout
 
 Test: TypeAlias = Callable[[Rollout], bool]
+PASS = 1.0  # the least reward that counts as correct; the verifiers in `rewards` give 0 or 1
 
 
 @cache
@@ -99,6 +102,42 @@ def without_tokens(
     return needing_tokenizer("filters.without_tokens", make, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
 
+def balanced(ratio: float = 1.0, passes: float = PASS, seed: int = 0) -> Filter:
+    """Right to wrong responses of a prompt are trained in `ratio`: surplus ones of one class are left out at random.
+
+    The online balance of arXiv 2605.03677, within a prompt's group. A response is right if its reward is at least
+    `passes`. The number that stays is rounded down, and at least 1. A group without a right or without a wrong response
+    stays whole, and a response without a reward is trained. The choice depends on `seed`, the step and the prompt.
+    Raises ConfigError for a ratio that is not positive and finite, and for a `seed` below 0.
+    """
+    if not 0.0 < ratio < math.inf:
+        raise ConfigError(f"The balance is right to wrong responses, above 0 and finite, got {ratio}.")
+    if seed < 0:
+        raise ConfigError(f"The seed of the balance must be at least 0, got {seed}.")
+
+    def surplus(places: Sequence[int], rollouts: Sequence[Rollout]) -> set[int]:
+        """Of a prompt's responses, given by their places, those that are left out."""
+        rewards = {i: rollouts[i].reward for i in sorted(places, key=lambda i: rollouts[i].sample)}
+        right = [i for i, reward in rewards.items() if reward is not None and reward >= passes]
+        wrong = [i for i, reward in rewards.items() if reward is not None and reward < passes]
+        if not right or not wrong:
+            return set()
+        rights, wrongs = max(1, int(len(wrong) * ratio)), max(1, int(len(right) / ratio))
+        many, stay = (right, rights) if len(right) > rights else (wrong, wrongs)
+        first = rollouts[places[0]]
+        order = np.random.default_rng((seed, first.sampler_version, first.prompt.id)).permutation(len(many))
+        return {many[i] for i in order[stay:]}
+
+    def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        groups: dict[int, list[int]] = {}
+        for i, rollout in enumerate(rollouts):
+            groups.setdefault(rollout.prompt.id, []).append(i)
+        out = set[int]().union(*(surplus(places, rollouts) for places in groups.values()))
+        return [replace(r, trained=torch.zeros_like(r.trained)) if i in out else r for i, r in enumerate(rollouts)]
+
+    return needing(keep, Input.REWARD, Input.GROUP, Trait.LOOKS_AT_SAMPLED_TOKEN)
+
+
 def in_turn(*filters: Filter) -> Filter:
     """Several filters, one after another."""
 
@@ -112,9 +151,6 @@ def in_turn(*filters: Filter) -> Filter:
         return in_turn(*(with_tokenizer(one, tokenizer) for one in filters))
 
     return Piece(keep, needs_of(*filters), make)
-
-
-PASS = 1.0  # the least reward that counts as correct; the verifiers in `rewards` give 0 or 1
 
 
 def repeats_a_line(text: str, *, length: int = 20, times: int = 5) -> bool:

@@ -28,6 +28,7 @@ class Input(StrEnum):
     REWARD = "reward"  # reads rewards
     GROUP = "group"  # compares several responses to a prompt
     JUDGE = "judge"  # reads rewards of a judge
+    FEEDBACK = "feedback"  # reads a judge's texts about the responses
     TEACHER = "teacher"  # calls the teacher, which may be the student itself: the method needs a teacher
     TEACHER_MODEL = "teacher_model"  # calls a teacher that is another model than the student
     WEIGHT_COPY = "weight_copy"  # keeps a copy of the weights, which every checkpoint must have space for
@@ -58,6 +59,7 @@ class Trait(StrEnum):
     ALLOWS_SIGN_CONFLICT = "allows_sign_conflict"  # allows the two above in one method
     POLICY_GRADIENT = "policy_gradient"  # responses must be drawn at the temperature at which they are scored
     UNBIASED_BASELINE = "unbiased_baseline"  # responses must be drawn from the student's whole distribution
+    SHIFTS_RESPONSES = "shifts_responses"  # a credit: one number for all tokens of a response. A mean per sequence
     SAMPLED_TOKEN_LAST = "sampled_token_last"  # reads the last column of the support as the sampled token
 
 

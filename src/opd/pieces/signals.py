@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Literal
@@ -36,6 +36,13 @@ class DivergencePiece(Piece[[Tokens], "Tensor"]):
     divergence: divergences.Divergence
     # Adding a constant to a position's log-probs changes nothing, so unnormalised logits suffice.
     shift_invariant: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPiece(Piece[[Tokens], "Tensor"]):
+    """A signal with metrics of its own: by name, values whose mean is logged, one for each of some tokens, [n]."""
+
+    measure: Callable[[Tokens], Mapping[str, Tensor]]
 
 
 def divergence_of(signal: Signal) -> divergences.Divergence | None:

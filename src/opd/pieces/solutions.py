@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from opd.pieces.filters import PASS
 from opd.pieces.memory import SavedAttributes
-from opd.pieces.needs import needing
+from opd.pieces.needs import Input, needing
 from opd.plugins import torch
 from opd.types import Batch, Gather, MakeMemory, Rollout
 
@@ -39,6 +39,24 @@ def from_peers(column: str | None = "privileged_context") -> Solutions:
         return [_given(r, column) if peer is None else peer for r, peer in zip(rollouts, found, strict=True)]
 
     return solutions
+
+
+def from_column(column: str) -> Solutions:
+    """The data's `column`; None in a row without a value."""
+
+    def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
+        return [_given(rollout, column) for rollout in rollouts]
+
+    return solutions
+
+
+def from_feedback() -> Solutions:
+    """A judge's text about the response, `Rollout.feedback` of the reward `feedback`; None where the judge failed."""
+
+    def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
+        return [rollout.feedback for rollout in rollouts]
+
+    return needing(solutions, Input.FEEDBACK)
 
 
 def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Rollout | None]:

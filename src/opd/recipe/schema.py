@@ -104,6 +104,18 @@ class SelectSection(Section):
     limit: Int | None = Field(default=None, ge=1)  # keep the first of the remaining rows
 
 
+class UpsampleSection(Section):
+    """Rows that occur several times: those whose `column`, a share such as a pass rate, is within bounds.
+
+    The offline balance of arXiv 2605.03677: prompts that the student sometimes answers correctly. No row is left out.
+    """
+
+    column: Text = "pass_rate"  # a number from 0 to 1 in every row
+    above: Float = Field(default=0.0, ge=-1, le=1)  # the share is larger than this; -1: also 0
+    below: Float = Field(default=1.0, ge=0, le=2)  # the share is smaller than this; 2: also 1
+    times: Int = Field(default=2, ge=2)  # occurrences of such a row
+
+
 class DataSection(Section):
     """The source of prompts. `path` is one of
 
@@ -131,6 +143,7 @@ class DataSection(Section):
     last_assistant: Literal["response", "continue", "drop"] = "response"
     template: str | None = None  # rewrites the text, or the last user message; {prompt} is the original
     select: SelectSection | None = None  # which of these rows to keep
+    upsample: UpsampleSection | None = None  # which of the kept rows occur several times
 
 
 SelectSection.model_rebuild()  # the two sections refer to each other

@@ -315,9 +315,10 @@ def unfit_to_measure(reward: Reward) -> str | None:
 
 def check_readable(reward: Reward | None, prompts: Sequence[Prompt], where: str) -> None:
     """Raise DataError, beginning with `where`, if the reward cannot read some rows, e.g. their answers."""
-    if not isinstance(reward, FunctionReward) or reward.unreadable is None:
+    unreadable: Callable[[Prompt], str | None] | None = getattr(reward, "unreadable", None)
+    if reward is None or unreadable is None:
         return
-    found = [(prompt.id, why) for prompt in prompts if (why := reward.unreadable(prompt)) is not None]
+    found = [(prompt.id, why) for prompt in prompts if (why := unreadable(prompt)) is not None]
     if found:
         rows = ", ".join(str(key) for key, _ in found[:5]) + (", ..." if len(found) > 5 else "")
         raise DataError(

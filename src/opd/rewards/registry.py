@@ -10,12 +10,46 @@ from typing import Any, TypeGuard
 from opd.errors import ConfigError, nearest
 from opd.pieces.needs import columns_of
 from opd.plugins import check_options, import_function
-from opd.recipe.schema import MAX_FAILED, Asks, RewardSection
+from opd.recipe.schema import MAX_FAILED, Asks, JudgeSection, RewardSection
 from opd.rewards.base import FunctionReward, RewardFn
+from opd.rewards.feedback import FeedbackReward
 from opd.rewards.functions import exact, final_number, max_words, reasoning_gym, regex
 from opd.rewards.mathematics import math_verify
 from opd.rewards.rubric import rubric
+from opd.samplers.asked.build import check_judge
 from opd.types import Reward
+
+
+def feedback(
+    by: str = "exact",
+    options: Mapping[str, Any] | None = None,
+    limit: int = 1000,
+    temperature: float = 0.7,
+    judge: JudgeSection | None = None,
+) -> FeedbackReward:
+    """The reward `by`, one of a function, with its `options`, and feedback of a judge of up to `limit` characters.
+
+    Raises ConfigError without a judge, for a reward of judges, and for a limit below 1.
+    """
+    if not isinstance(judge, JudgeSection):
+        raise ConfigError(
+            "The reward 'feedback' needs a judge, next to `options`: e.g. {url: http://localhost:8000/v1, model: NAME} "
+            "or {function: my_package.mine:function}."
+        )
+    check_judge(judge, "The reward 'feedback', judge")
+    if limit < 1 or temperature < 0:
+        raise ConfigError(
+            f"The reward 'feedback' has a `limit` of at least 1 character and a `temperature` of at least 0, got "
+            f"{limit} and {temperature}."
+        )
+    inner = load_reward(by, options or {})
+    if not isinstance(inner, FunctionReward):
+        raise ConfigError(
+            f"The reward 'feedback' takes its number from {by!r}, which needs judges or is a Reward of your own. Name "
+            "a function (prompt, text) -> float."
+        )
+    return FeedbackReward(inner=inner, asks={"judge": judge}, needs=inner.needs, limit=limit, temperature=temperature)
+
 
 REWARDS: dict[str, Callable[..., Reward]] = {
     "exact": exact,
@@ -25,6 +59,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "math_verify": math_verify,
     "reasoning_gym": reasoning_gym,
     "rubric": rubric,
+    "feedback": feedback,
 }
 MEMBERS = ("name", "needs", "asks", "comparable", "__call__", "for_stage", "check_failures", "pop_requests")
 

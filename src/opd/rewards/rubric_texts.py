@@ -175,7 +175,15 @@ def _listed(answers: Sequence[str]) -> str:
 
 
 def _json(text: str, name: str) -> list[Any]:
-    """The list `name` of the JSON object in a text, possibly in a code fence. Raises UnreadableError."""
+    """The list `name` of the JSON object in a text. Raises UnreadableError."""
+    given = json_of(text)
+    if not isinstance(given.get(name), list):
+        raise UnreadableError(f"the answer is not a JSON object with a list {name!r}: {text.strip()[:120]!r}")
+    return given[name]
+
+
+def json_of(text: str) -> dict[str, Any]:
+    """The JSON object in a text after its thought, possibly in a code fence. Raises UnreadableError."""
     body = without_thought(text)
     if body.startswith("```") and body.endswith("```"):
         body = body.removesuffix("```").partition("\n")[2]
@@ -183,6 +191,6 @@ def _json(text: str, name: str) -> list[Any]:
         given = json.loads(body)
     except (ValueError, RecursionError) as error:  # RecursionError: endless brackets
         raise UnreadableError(f"the answer is not JSON ({error}): {text.strip()[:120]!r}") from error
-    if not isinstance(given, dict) or not isinstance(given.get(name), list):
-        raise UnreadableError(f"the answer is not a JSON object with a list {name!r}: {text.strip()[:120]!r}")
-    return given[name]
+    if not isinstance(given, dict):
+        raise UnreadableError(f"the answer is not a JSON object: {text.strip()[:120]!r}")
+    return given

@@ -107,6 +107,21 @@ def check_base(spec: StageSpec, method: Method) -> None:
         )
 
 
+def check_feedback(spec: StageSpec, task: str | None, method: Method, reward: Reward | None) -> None:
+    """Refuse a method that reads feedback beside a reward that gives none. Raises ConfigError.
+
+    A Reward that sets `Rollout.feedback` has the attribute `gives_feedback`, True.
+    """
+    if Input.FEEDBACK not in method.needs or getattr(reward, "gives_feedback", False):
+        return
+    raise ConfigError(
+        f"{spec.where(task)}: method {spec.method!r} reads a judge's feedback on each response, and the reward "
+        f"{'' if reward is None else repr(reward.name) + ' '}gives none. Set the reward to {{name: feedback, options: "
+        "{by: NAME_OF_A_REWARD}, judge: {url: http://localhost:8000/v1, model: NAME}}, or a hint without a judge "
+        "among the method's options."
+    )
+
+
 def check_update_reward(spec: StageSpec, task: str | None, method: Method, reward: Reward | None) -> None:
     """Refuse an update that compares weights by a reward whose values cannot be compared. Raises ConfigError."""
     if reward is None or reward.comparable or Input.REWARD not in needs_of(method.update):

@@ -23,6 +23,7 @@ from opd.runs.fit import (
     check_diagnostics,
     check_dropped_rewards,
     check_evaluate,
+    check_feedback,
     check_needs,
     check_update_reward,
 )
@@ -94,6 +95,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
         reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
         check_update_reward(spec, name, method, reward)
+        check_feedback(spec, name, method, reward)
         check_dropped_rewards(spec, name, method)
         if reward is not None and Input.REWARD not in method.needs and not method.needs.undeclared:
             reward = watched(reward)

@@ -20,7 +20,8 @@ from opd.types import teachers_in
 if TYPE_CHECKING:
     from torch import nn
 
-SELF_TAUGHT = ("context_distillation", "anti_sd")  # methods whose teacher is the student, with more in its prompt
+# Methods whose teacher is the student, with more in its prompt.
+SELF_TAUGHT = ("context_distillation", "anti_sd", "visd")
 
 REMEDY = (
     f"Name another model as the teacher, or use a method in which the student teaches itself with more information: "

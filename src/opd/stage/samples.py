@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from opd.loss.step import PhaseA
 from opd.messages import text_of
 from opd.models.language_model import LanguageModel
@@ -60,8 +62,13 @@ def rows_of(phase_a: PhaseA, tokenizer: Any, readers: Mapping[str | None, Langua
         teacher_logp = batch.teacher_logp[i, :t]
         row["teacher_logp"] = None if bool(teacher_logp.isnan().any()) else teacher_logp.tolist()
         row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
-        row["advantage"] = None if batch.advantage is None else batch.advantage[i, :t].tolist()
+        row["advantage"] = None if batch.advantage is None else _first(batch.advantage[i, :t]).tolist()
     return rows
+
+
+def _first(advantage: Tensor) -> Tensor:
+    """The advantages of a response, [T]: the first number of each token, if there are several."""
+    return advantage if advantage.dim() == 1 else advantage[:, 0]
 
 
 def read_by(

@@ -102,3 +102,9 @@ def _uniform(*parts: Any) -> float:
     """A number in [0, 1), a hash of the parts."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def adviser(question: Question) -> str:
+    """A judge of the reward `feedback` for models of characters: the verified answer, or 7 if there is none."""
+    answer = question.about["answer"]
+    return json.dumps({"feedback": "7" if answer is None else str(answer)})
