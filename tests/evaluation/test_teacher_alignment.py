@@ -100,7 +100,8 @@ def test_flat_and_silent_visits_are_left_out_and_counted():
     row = found.row("t", "reverse_kl")
     assert (found.flat, row.silent, found.visits["all"]) == (1, 1, 1)
     assert not row.cosine
-    assert row.together is None
+    assert row.together is not None
+    assert row.together.mean == pytest.approx(0.0, abs=1e-9)
     assert choice(found, "reverse_kl") is None
 
 

@@ -84,7 +84,7 @@ def alignment(visits: Sequence[Visit], rewards: Mapping[NodeKey, Tensor], seed: 
     groups = [group for group in _groups(visits) if any(group in one.groups for one in with_ideal)]
     names = list(dict.fromkeys(of for one in measured for of in one.cosines))
     return Alignment(
-        rows=tuple(_row(of, with_ideal, groups) for of in names),
+        rows=tuple(_row(of, measured, groups) for of in names),
         visits={group: sum(group in one.groups for one in with_ideal) for group in groups},
         ceiling={group: _ceiling(with_ideal, group) for group in groups},
         flat=len(measured) - len(with_ideal),
@@ -149,14 +149,16 @@ def _row(of: Compared, measured: Sequence[Measured], groups: Sequence[str]) -> R
         sums = [one for prompt in prompts for one in prompt]
         return same_direction({key: math.fsum(one[key] for one in sums) for key in ("product", "halves", "teacher")})
 
-    of_group = {group: _by_prompt(measured, group, lambda one: one.cosines[of]) for group in groups}
+    # A visit without an ideal gradient is in no mean of cosines, but its teacher's gradient is part of the one vector:
+    # left out by what few continuations show, it would make that vector's direction depend on their number.
+    ideal = [one for one in measured if not one.flat]
+    of_group = {group: _by_prompt(ideal, group, lambda one: one.cosines[of]) for group in groups}
+    means = {group: list(values.values()) for group, values in of_group.items() if values}
     return Row(
         of=of,
-        cosine={
-            group: mean_interval(list(values.values()), DIFFERENCE) for group, values in of_group.items() if values
-        },
+        cosine={group: mean_interval(values, DIFFERENCE) for group, values in means.items()},
         together=jackknife_interval(together, list(by_prompt.values())),
-        silent=sum(one.cosines[of] is None for one in measured),
+        silent=sum(one.cosines[of] is None for one in ideal),
         by_prompt=of_group.get(ALL, {}),
     )
 
