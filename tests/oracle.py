@@ -939,3 +939,31 @@ def grad_rank_distance(student: Sequence[float], teacher: Sequence[float]) -> li
         sign[v] = math.copysign(1.0, gap) if gap else 0.0
     mean = math.fsum(a * s for a, s in zip(p, sign, strict=True))
     return [a * (s - mean) for a, s in zip(p, sign, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A tree of responses: Unmasking OPD = arXiv 2605.10889. `logits[node]` of a node, the tuple of the tokens before it.
+
+Tree = dict[tuple[int, ...], list[float]]
+
+
+def success(tree: Tree, rewards: dict[tuple[int, ...], float], node: tuple[int, ...] = ()) -> float:
+    """The mean reward of responses that pass the node: sum_j P_j Q_j; of a whole response its reward."""
+    if node in rewards:
+        return rewards[node]
+    return math.fsum(p * success(tree, rewards, (*node, j)) for j, p in enumerate(softmax(tree[node])))
+
+
+def reach(tree: Tree, node: tuple[int, ...]) -> float:
+    """The probability that a response passes the node."""
+    return math.prod(softmax(tree[node[:t]])[j] for t, j in enumerate(node))
+
+
+def node_gradient(probs: Sequence[float], values: Sequence[float]) -> list[float]:
+    """P_j (f_j - sum_k P_k f_k)."""
+    mean = math.fsum(p * f for p, f in zip(probs, values, strict=True))
+    return [p * (f - mean) for p, f in zip(probs, values, strict=True)]
+
+
+def cosine(a: Sequence[float], b: Sequence[float]) -> float:
+    return math.fsum(x * y for x, y in zip(a, b, strict=True)) / (math.hypot(*a) * math.hypot(*b))

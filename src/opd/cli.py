@@ -115,6 +115,54 @@ def doctor(
         raise typer.Exit(3)
 
 
+@app.command()
+def probe(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    teachers: Annotated[
+        list[str] | None, typer.Option(help="Models of the recipe: NAME,NAME; default: the stage's teacher")
+    ] = None,
+    contexts: Annotated[
+        list[str] | None, typer.Option(help="plain, stage, answer, solution, hint, history, or a template (plain)")
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Default: the first with a teacher (or the student itself)")] = None,
+    task: Annotated[str | None, typer.Option(help="One of the stage's tasks, if it has tasks")] = None,
+    prompts: Annotated[int, typer.Option(help="The number of the stage's prompts to use")] = 16,
+    responses: Annotated[int, typer.Option(help="The student's responses per prompt")] = 200,
+    visits: Annotated[int, typer.Option(help="Continuations per forced token")] = 100,
+    nodes: Annotated[int, typer.Option(help="Nodes per prompt, on right responses and as many on wrong ones")] = 8,
+    tau: Annotated[float, typer.Option(help="Force tokens to which a model gives more than this probability")] = 0.05,
+    form: Annotated[str, typer.Option(help="Rank teachers by reverse_kl or forward_kl")] = "reverse_kl",
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sample; default: the recipe's")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only sample the responses, and say the cost")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON")] = False,
+) -> None:
+    """Which teacher and context point to right responses? Trains nothing. Exit status 3 if none does."""
+    from opd.commands.waiting import set_waiting
+    from opd.recipe.load import load_recipe
+
+    def say(text: str) -> None:
+        typer.echo(f"probe: {text}", err=True)
+
+    resolved = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    set_waiting(say)
+    from opd.commands.probe.measure import Settings, measured, planned, subject_of
+    from opd.commands.probe.report import as_json, as_text
+
+    sizes = Settings(prompts=prompts, responses=responses, visits=visits, nodes=nodes, tau=tau, form=form)
+    subject = subject_of(
+        resolved, teachers=teachers or [], contexts=contexts or [], stage=stage, task=task, settings=sizes, seed=seed
+    )
+    plan = planned(subject, say)
+    if dry_run:
+        return
+    report = measured(plan, say)
+    typer.echo(as_json(report) if json else as_text(report))
+    if report.choice is None or report.choice.best is None:
+        raise typer.Exit(3)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],

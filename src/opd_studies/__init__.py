@@ -11,6 +11,7 @@ from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
+    alignment,
     anti_sd,
     baseline_cost,
     cold_start,
@@ -66,6 +67,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
+    "alignment": alignment.run,
 }
 
 

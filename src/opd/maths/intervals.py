@@ -6,15 +6,17 @@ Samples of one prompt are not independent, so an interval is over prompts, never
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 from opd.errors import DataError
 from opd.maths.quantiles import beta_quantile, student_t_quantile
 from opd.plugins import np
 
 Bounds: TypeAlias = tuple[float, float]
+
+T = TypeVar("T")
 
 SHARE: Bounds = (0.0, 1.0)  # a probability, or a reward of right and wrong
 DIFFERENCE: Bounds = (-1.0, 1.0)  # of two shares
@@ -107,6 +109,21 @@ def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[
     gains = [math.fsum(a) / len(a) - math.fsum(b) / len(b) for a, b in zip(first, second, strict=True)]
     known = bounds_of(score for group in (*first, *second) for score in group)
     return mean_interval(gains, None if known is None else DIFFERENCE)
+
+
+def jackknife_interval(statistic: Callable[[Sequence[T]], float | None], prompts: Sequence[T]) -> Interval | None:
+    """A statistic of all prompts that is no mean over them, with its 95 % interval by leaving out each prompt in turn.
+
+    Tukey's jackknife (1958): Student's t of the pseudo-values n s - (n - 1) s_without_i, around s. None if the
+    statistic of all prompts is; of infinite width for a single prompt, or if one is missing without some prompt.
+    """
+    whole, n = statistic(prompts), len(prompts)
+    if whole is None:
+        return None
+    without = [statistic([*prompts[:i], *prompts[i + 1 :]]) for i in range(n)] if n > 1 else [None]
+    pseudo = [n * whole - (n - 1) * one for one in without if one is not None]
+    half = _half(pseudo, math.fsum(pseudo) / n) if len(pseudo) == n else math.inf
+    return Interval(whole, whole - half, whole + half)
 
 
 def _half(values: Sequence[float], mean: float, confidence: float = 0.95) -> float:

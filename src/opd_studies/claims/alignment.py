@@ -1,0 +1,377 @@
+"""Does a teacher's gradient point to right responses, does `opd probe` measure it, and is it worth training by?
+
+arXiv 2605.10889 compares a teacher's gradient at a node of the tree of responses with the ideal one, which raises the
+probability of a right response most. It finds the cosine higher on the student's wrong responses than on its right
+ones. It estimates the ideal from forced tokens and trains nothing by it.
+
+Here the reward of sorting allows one mistake, so that the ideal gradient is known exactly
+(`opd_studies.worlds.nearly_sorted`), and the probe's estimate can be compared with it on the same nodes. Then students
+are trained on the half of each step's tokens that is better aligned, by the exact values of the weights of that step,
+against a random half of the same size. The control that could embarrass it: the half of the tokens at which the
+response can still become right, which a verifier of prefixes knows without any probe.
+
+Setting A: the trained teacher. B: the teacher stopped early, which is often wrong itself. In the training study B is
+the same runs after a third of the updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
+from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize, optimizer
+from opd_studies.page import report
+from opd_studies.page.outcome import Check, Finding, Outcome, SeedInterval, differences, finding, over_seeds, short
+
+if TYPE_CHECKING:
+    from opd.evaluation.response_tree import Node, Visit
+    from opd.evaluation.teacher_alignment import Alignment
+    from opd_studies.worlds.nearly_sorted import Values
+
+USE = ""
+
+
+REWARD = "opd_studies.worlds.nearly_sorted:nearly"
+
+
+SAMPLER = "opd_studies.worlds.nearly_sorted:chosen_half"
+
+
+# Arms: the argument `by` of the sampler; none trains all tokens.
+EVERY, BETTER, WORSE, RANDOM, ALIVE, LARGEST = (
+    *("all tokens", "better half", "worse half", "random half"),
+    *("half that can still be right", "half with the largest KL"),
+)
+
+
+ARMS = {EVERY: None, BETTER: "aligned", WORSE: "misaligned", RANDOM: "random", ALIVE: "alive", LARGEST: "kl"}
+
+
+FORM = "reverse_kl"
+
+
+# Thresholds.
+EQUAL = 0.05  # cosine: estimate minus exact
+
+
+NO_ALIGNMENT = 0.1  # cosine of noise
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Seeds (one pair each); the sizes of the probe, as of `opd probe`; updates and candidate learning rates."""
+
+    seeds: Sequence[int] = (0, 1, 2, 3, 4)
+    prompts: int = 24
+    responses: int = 100
+    nodes: int = 4
+    visits: Sequence[int] = (10, 40)  # the first are among the last
+    tau: float = 0.02
+    pairs: Mapping[str, PairSize] = field(
+        default_factory=lambda: {"A": SORTERS, "B": replace(SORTERS, teacher_steps=100)}
+    )
+    steps: int = 60
+    every: int = 20
+    learning_rates: Sequence[float] = (1e-3, 3e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probed:
+    """One pair: exact alignments over the chosen visits, and estimates by the number of continuations of a token."""
+
+    exact: Alignment
+    same: Mapping[int, Alignment]  # exact, of the visits whose estimate is not flat
+    estimate: Mapping[int, Alignment]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Numbers:
+    """By setting, one probe per seed; by arm, one training per seed, and its learning rate."""
+
+    probed: Mapping[str, Sequence[Probed]]
+    curve: Mapping[str, Sequence[Mapping[int, float]]]  # held-out accuracy by update
+    learning_rate: Mapping[str, float]
+
+    def after(self, arm: str, update: int) -> list[float]:
+        return [one[update] for one in self.curve[arm]]
+
+
+def run(lab: Lab, size: Size | None = None) -> Outcome:
+    """Probe all pairs, and train all arms; see the file's docstring."""
+    size = size or Size()
+    numbers = measure(lab, size)
+    rates = ", ".join(f"{arm} {rate:g}" for arm, rate in numbers.learning_rate.items())
+    return Outcome(
+        setup=(
+            f"Sorting five digits, right with at most one wrong character; {len(size.seeds)} pairs of their own seeds. "
+            f"Probe: {size.prompts} held-out rows, {size.responses} responses each, {size.nodes} nodes on right and as "
+            f"many on wrong ones, tokens above {size.tau:g}, {' and '.join(map(str, size.visits))} continuations of "
+            "each, against the exact alignment of the same nodes. A: the trained teacher; B: a teacher stopped after "
+            f"{size.pairs['B'].teacher_steps} updates. Training: exact reverse KL, {size.steps} updates of 64 "
+            "responses, on all tokens or on a half of each step's, with the trained teacher; 200 held-out rows, one "
+            f"sample each. Learning rate: the best on seed {size.seeds[0]} of "
+            f"{', '.join(f'{rate:g}' for rate in size.learning_rates)} (chosen: {rates}). B of the trained halves: "
+            f"after {size.every} updates."
+        ),
+        findings=judge(numbers, size),
+        figure=draw(numbers, size),
+        table=table(numbers, size),
+    )
+
+
+def measure(lab: Lab, size: Size) -> Numbers:
+    """All probes and trainings."""
+    probed: dict[str, list[Probed]] = {}
+    for setting, pair_size in size.pairs.items():
+        pairs = lab.pairs(size.seeds, pair_size)
+        probed[setting] = [probe(pair, seed, size) for pair, seed in zip(pairs, size.seeds, strict=True)]
+        lab.note(f"setting {setting} probed")
+    pairs = lab.pairs(size.seeds, size.pairs["A"])
+    rates, trained = tuned(lab, size, pairs)
+    curve = {
+        arm: [{int(row["step"]): row["eval/sampled/reward"] for row in one.evaluations} for one in ones]
+        for arm, ones in trained.items()
+    }
+    return Numbers(probed=probed, curve=curve, learning_rate=rates)
+
+
+def probe(pair: Pair, seed: int, size: Size) -> Probed:
+    """The probe of one pair, and the exact alignment of the same nodes."""
+    import torch
+
+    from opd.data.prompts import load_prompts
+    from opd.evaluation.forced_tokens import rewards_after
+    from opd.evaluation.response_tree import Reader, chosen_visits, likely_tokens, tree_of
+    from opd.evaluation.teacher_alignment import alignment
+    from opd.models.loading import load_model
+    from opd.pieces.teacher_rules import external, self_live
+    from opd.recipe.schema import DataSection, ModelSpec
+    from opd.rewards.registry import load_reward
+    from opd.samplers.hf import TransformersSampler
+    from opd.teachers.local import local_teacher
+    from opd.types import Sampling
+    from opd_studies.worlds.nearly_sorted import exact_values
+
+    student = load_model(ModelSpec(path=str(pair.student)), name="student")
+    other = load_model(ModelSpec(path=str(pair.teacher)), name="teacher")
+    own = local_teacher(self_live(), student, None, micro_batch_tokens=4096)
+    teacher = local_teacher(external(), student, other, micro_batch_tokens=4096)
+    reward = load_reward(REWARD, {})
+    sampling = Sampling(max_completion_length=SORTING.longest)
+    prompts = load_prompts(DataSection(**SORTING.rows(size.prompts, part="held_out", seed=seed)))
+    write = TransformersSampler(lm=student, sampling=replace(sampling, n=size.responses))
+    values = dict(zip((p.id for p in prompts), exact_values(student, prompts), strict=True))
+    visits: list[Visit] = []
+    for prompt in prompts:
+        tree = tree_of(reward(write([prompt], seed=(seed, 1))))
+        readers = {"teacher": Reader(teacher=teacher, context=prompt)}
+        nodes = likely_tokens(tree, Reader(teacher=own, context=prompt), readers, tau=size.tau, temperature=1.0)
+        visits += chosen_visits(tree, nodes, size.nodes, (seed, prompt.id))
+    nodes = {visit.node.key: visit.node for visit in visits}
+    most = max(size.visits)
+    found = rewards_after(student, list(nodes.values()), reward, sampling=sampling, visits=most, seed=seed)
+    drawn = dict(zip(nodes, found, strict=True))
+    true = {key: torch.stack([exact_at(node, values)] * 2, -1) for key, node in nodes.items()}
+    some = {n: {key: rewards[:, :n] for key, rewards in drawn.items()} for n in size.visits}
+    seen = {n: [one for one in visits if len(set(some[n][one.node.key].mean(-1).tolist())) > 1] for n in size.visits}
+    return Probed(
+        exact=alignment(visits, true, seed),
+        same={n: alignment(seen[n], true, seed) for n in size.visits},
+        estimate={n: alignment(visits, some[n], seed) for n in size.visits},
+    )
+
+
+def exact_at(node: Node, values: Mapping[int, Values]) -> Any:
+    """The exact Q of a node's tokens, [S]."""
+    import torch
+
+    at = values[node.prompt.id].at(node.prefix)
+    return torch.zeros(len(node.ids), dtype=torch.float64) if at is None else at[1][node.ids]
+
+
+def tuned(lab: Lab, size: Size, pairs: Sequence[Pair]) -> tuple[dict[str, float], dict[str, list[Trained]]]:
+    """The best learning rate of every arm on the first seed, and the arm's runs with it on all."""
+    tried = [(arm, rate) for arm in ARMS for rate in size.learning_rates]
+    first = distil_all(lab, [training(size, pairs[0], size.seeds[0], *one) for one in tried])
+    ends = {one: run.after["eval/sampled/reward"] for one, run in zip(tried, first, strict=True)}
+    best = {arm: max(size.learning_rates, key=lambda rate: ends[arm, rate]) for arm in ARMS}
+    jobs = [(arm, seed, pair) for arm in ARMS for seed, pair in zip(size.seeds, pairs, strict=True)]
+    runs = distil_all(lab, [training(size, pair, seed, arm, best[arm]) for arm, seed, pair in jobs])
+    found: dict[str, list[Trained]] = {arm: [] for arm in ARMS}
+    for (arm, _, _), one in zip(jobs, runs, strict=True):
+        found[arm].append(one)
+    return best, found
+
+
+def training(size: Size, pair: Pair, seed: int, arm: str, learning_rate: float) -> Distillation:
+    """The distillation of one arm."""
+    by = ARMS[arm]
+    own = {} if by is None else {"sampler": SAMPLER, "sampler_options": {"teacher": str(pair.teacher), "by": by}}
+    sampled = {"sampled": {"temperature": 1, "max_completion_length": SORTING.longest}}
+    return Distillation(
+        pair=pair,
+        seed=seed,
+        method=FORM,
+        task=SORTING,
+        stage={
+            **own,
+            "steps": size.steps,
+            "optimizer": optimizer(learning_rate, 5),
+            "evaluate": held_out(
+                SORTING, reward={"name": REWARD}, sampling=sampled, kl=False, before=True, every=size.every
+            ),
+        },
+    )
+
+
+# --- the numbers of the page -----------------------------------------------------------------------------------------
+
+
+def cosines(found: Sequence[Alignment], name: str = "teacher", group: str = "all") -> list[float]:
+    """Mean cosines, one per seed; NaN where no visit of the group has one."""
+    form = FORM if name == "teacher" else ""
+    rows = [one.row(name, form).cosine for one in found]
+    return [row[group].mean if group in row else float("nan") for row in rows]
+
+
+def together(found: Sequence[Alignment]) -> list[float]:
+    """The cosine of all nodes as one vector, one per seed; NaN where it is too noisy."""
+    rows = [one.row("teacher", FORM).together for one in found]
+    return [float("nan") if one is None else one.mean for one in rows]
+
+
+def judge(numbers: Numbers, size: Size) -> tuple[Finding, ...]:
+    """The findings: each claim, judged by the numbers of both settings."""
+    few, many = min(size.visits), max(size.visits)
+
+    def estimates(setting: str) -> list[Check]:
+        ones = numbers.probed[setting]
+        corrected = [
+            cosine / one.estimate[many].ceiling["all"]
+            for cosine, one in zip(cosines([one.estimate[many] for one in ones]), ones, strict=True)
+        ]
+        vector = differences(together([one.estimate[many] for one in ones]), together([one.exact for one in ones]))
+        mean = differences(corrected, cosines([one.same[many] for one in ones]))
+        return [
+            Check(what=f"{what}, {many} visits, estimate minus exact", interval=gap, above=-EQUAL, below=EQUAL)
+            for what, gap in (("cosine as one vector", vector), ("mean cosine over its ceiling", mean))
+        ]
+
+    def too_small(setting: str) -> list[Check]:
+        ones = numbers.probed[setting]
+        gap = differences(cosines([one.estimate[few] for one in ones]), cosines([one.same[few] for one in ones]))
+        return [Check(what=f"mean cosine, {few} visits, estimate minus exact", interval=gap, below=0.0)]
+
+    def null(setting: str) -> list[Check]:
+        found = over_seeds(cosines([one.estimate[many] for one in numbers.probed[setting]], "noise"))
+        return [Check(what="mean cosine of noise", interval=found, above=-NO_ALIGNMENT, below=NO_ALIGNMENT)]
+
+    def wrong(setting: str) -> list[Check]:
+        exact = [one.exact for one in numbers.probed[setting]]
+        gap = differences(cosines(exact, group="wrong"), cosines(exact, group="right"))
+        return [Check(what="exact mean cosine, wrong minus right responses", interval=gap, above=0.0)]
+
+    def gain(other: str, update: int) -> list[Check]:
+        gap = differences(numbers.after(BETTER, update), numbers.after(other, update))
+        return [Check(what=f"accuracy after {update} updates, {BETTER} minus {other}", interval=gap, above=0.0)]
+
+    return (
+        finding(
+            "The corrected estimates of the probe equal the exact alignment",
+            "2605.10889, procedure (ours: the correction)",
+            estimates("A"),
+            estimates("B"),
+        ),
+        finding(
+            "With few continuations the mean cosine is smaller than the exact one",
+            "2605.10889, procedure (control)",
+            too_small("A"),
+            too_small("B"),
+        ),
+        finding("A teacher of noise has no alignment", "2605.10889 (control)", null("A"), null("B")),
+        finding(
+            "The teacher's gradient is better aligned on wrong than on right responses",
+            "2605.10889",
+            wrong("A"),
+            wrong("B"),
+        ),
+        finding(
+            "Training on the better aligned half of the tokens beats a random half",
+            "2605.10889 (not tested there)",
+            gain(RANDOM, size.steps),
+            gain(RANDOM, size.every),
+        ),
+        finding(
+            "It beats the half at which the response can still become right",
+            "2605.10889 (control)",
+            gain(ALIVE, size.steps),
+            gain(ALIVE, size.every),
+        ),
+    )
+
+
+def table(numbers: Numbers, size: Size) -> tuple[tuple[str, ...], ...]:
+    """Means over seeds: alignments by setting, then accuracies by arm."""
+    rows: list[tuple[str, ...]] = [("what", "A", "B")]
+
+    def line(what: str, *columns: Sequence[float]) -> None:
+        rows.append((what, *(_cell(values) for values in columns)))
+
+    settings = list(numbers.probed.values())
+    exact = [[one.exact for one in ones] for ones in settings]
+    line("teacher, exact mean cosine", *(cosines(ones) for ones in exact))
+    line("on right responses", *(cosines(ones, group="right") for ones in exact))
+    line("on wrong responses", *(cosines(ones, group="wrong") for ones in exact))
+    line("teacher, exact cosine as one vector", *(together(ones) for ones in exact))
+    for n in size.visits:
+        estimate = [[one.estimate[n] for one in ones] for ones in settings]
+        same = [[one.same[n] for one in ones] for ones in settings]
+        line(f"{n} visits: mean cosine", *(cosines(ones) for ones in estimate))
+        line(f"{n} visits: exact mean cosine of the same visits", *(cosines(ones) for ones in same))
+        line(f"{n} visits: ceiling", *([one.ceiling["all"] for one in ones] for ones in estimate))
+        line(f"{n} visits: cosine as one vector", *(together(ones) for ones in estimate))
+        line(f"{n} visits: seeds whose interval of it holds the exact one", *(_covered(ones, n) for ones in settings))
+    line("the student, sharper: exact mean cosine", *(cosines(ones, "the student, sharper") for ones in exact))
+    for arm in ARMS:
+        line(f"accuracy, {arm} (A: the end, B: early)", *(numbers.after(arm, n) for n in (size.steps, size.every)))
+    line("accuracy before", numbers.after(EVERY, 0), numbers.after(EVERY, 0))
+    return tuple(rows)
+
+
+def _covered(probed: Sequence[Probed], n: int) -> list[float]:
+    """1 for a seed at which the interval of the cosine as one vector holds the exact one, else 0."""
+    found: list[float] = []
+    for one, wanted in zip(probed, together([one.exact for one in probed]), strict=True):
+        interval = one.estimate[n].row("teacher", FORM).together
+        found.append(float(interval is not None and interval.low <= wanted <= interval.high))
+    return found
+
+
+def _cell(values: Sequence[float]) -> str:
+    one = over_seeds(values)
+    return f"{short(one.mean)} [{short(one.low)}, {short(one.high)}]"
+
+
+def draw(numbers: Numbers, size: Size) -> report.Figure:
+    """Estimates against exact values, one point a seed; accuracy by update, one line an arm."""
+    figure, axes = report.figure(2, width=3.9, height=3.4)
+    left, right = axes[0]
+    ends: list[float] = []
+    for (setting, ones), colour in zip(numbers.probed.items(), report.COLOURS, strict=False):
+        wanted = together([one.exact for one in ones])
+        for n, marker in zip(size.visits, "o^", strict=False):
+            got = together([one.estimate[n] for one in ones])
+            left.plot(wanted, got, marker, color=colour, markersize=4, label=f"{setting}, {n} continuations")
+            ends += [*wanted, *got]
+    left.plot([min(ends), max(ends)], [min(ends), max(ends)], "-", color="black", linewidth=0.8)
+    left.set(xlabel="exact cosine, all nodes as one vector", ylabel="estimate", title="a point a seed")
+    left.legend(fontsize=7)
+    for arm, colour in zip(ARMS, report.COLOURS, strict=False):
+        updates = sorted(numbers.curve[arm][0])
+        means: list[SeedInterval] = [over_seeds(numbers.after(arm, update)) for update in updates]
+        right.plot(updates, [one.mean for one in means], "o-", color=colour, markersize=3, label=arm)
+    right.set(xlabel="update", ylabel="accuracy, share", title="trained on")
+    right.legend(fontsize=7)
+    return figure
