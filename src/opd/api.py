@@ -73,26 +73,25 @@ def distill(
     `teacher_tokenizer` defaults to it. A student object is trained in place. `teacher` may also be an object with the
     methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
     returns one; or several of these by name, {"one": ..., "other": ...}, for a method in which all score each row.
-    `base` is given likewise; the student object itself stands for its weights without the adapter.
-    `sampler`, or its name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is
-    a path as in a recipe's data section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or
-    `Prompt`s; `chat`, `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward
-    section, a function (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method
-    (with `options`), or a Method. Further keywords are fields of a recipe's stage: `sampling={...}`. The run is in
-    `output_dir` (default: a new folder in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
+    `base` is given likewise; the student object itself stands for its weights without the adapter. `sampler`, or its
+    name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is a path as in a recipe's data
+    section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`,
+    `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward section, a function
+    (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method (with `options`), or a
+    Method. Further keywords are fields of a recipe's stage: `sampling={...}`. The run is in `output_dir` (default: a
+    new one in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
     """
     if quiet:
         quiet_libraries()
     own_base = base is student and not isinstance(base, str | Path)  # its weights without the adapter
-    several = _several(teacher)
-    others = {name: (one, teacher_tokenizer or tokenizer) for name, one in several.items()}
-    specs, models, scorers = _models((student, tokenizer), others | {"base": (None if own_base else base, tokenizer)})
+    teachers = _several(teacher, teacher_tokenizer or tokenizer)
+    specs, models, scorers = _models((student, tokenizer), teachers | {"base": (None if own_base else base, tokenizer)})
     data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
     section, given_reward = _reward(reward)
     described = {
         "name": "distill",
         "train": "student",
-        "teacher": "+".join(several) or None,
+        "teacher": "+".join(teachers) or None,
         "base": "student" if own_base else "base" if "base" in specs else None,
         "sampler": _named(sampler),
         "method": method if isinstance(method, str) else f"(a {type(method).__name__} given in Python)",
@@ -109,13 +108,13 @@ def distill(
     return _start(recipe, given if isinstance(sampler, str) else replace(given, sampler=sampler), quiet, accept_changes)
 
 
-def _several(teacher: Any) -> Mapping[str, Any]:
-    """The teachers by name. Raises ConfigError for one that has the name of another model."""
+def _several(teacher: Any, tokenizer: Any) -> dict[str, tuple[Any, Any]]:
+    """The teachers with their tokenizer, by name. Raises ConfigError for one that has the name of another model."""
     several = teacher if isinstance(teacher, Mapping) else {} if teacher is None else {"teacher": teacher}
     for taken, whose in (("student", "the student"), ("base", "the base")):
         if taken in several:
             raise ConfigError(f"A teacher of opd.distill is named {taken!r}, as {whose} is. Give it another name.")
-    return several
+    return {name: (one, tokenizer) for name, one in several.items()}
 
 
 def _models(

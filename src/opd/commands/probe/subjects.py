@@ -91,10 +91,9 @@ def load_models(recipe: Recipe, spec: StageSpec, names: Sequence[str], given: Gi
     loaded = given
     externals: dict[str, LanguageModel] = {}
     for name in [spec.train, *(name for name in names if name != spec.train)]:
-        student, other = load(recipe, spec.model_copy(update={"teacher": name}), loaded)
+        student, others = load(recipe, spec.model_copy(update={"teacher": name}), loaded)
         loaded = replace(loaded, models={**loaded.models, spec.train: student})
-        if other is not None:
-            externals[name] = other
+        externals |= others
     student = loaded.models[spec.train]
     if externals:
         student, externals = on_common_tokens(student, externals)
