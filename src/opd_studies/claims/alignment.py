@@ -87,6 +87,7 @@ class Size:
     )
     steps: int = 60
     every: int = 20
+    responses_per_step: int = 32
     learning_rates: Sequence[float] = (1e-3, 3e-3)
 
 
@@ -119,9 +120,9 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Probe: {size.prompts} held-out rows, {size.responses} responses each, {size.nodes} nodes on right and as "
             f"many on wrong ones, tokens above {size.tau:g}, {' and '.join(map(str, size.visits))} continuations of "
             "each, against the exact alignment of the same nodes. A: the trained teacher; B: a teacher stopped after "
-            f"{size.pairs['B'].teacher_steps} updates. Training: exact reverse KL, {size.steps} updates of 64 "
-            "responses, on all tokens or on a half of each step's, with the trained teacher; 200 held-out rows, one "
-            f"sample each. Learning rate: the best on seed {size.seeds[0]} of "
+            f"{size.pairs['B'].teacher_steps} updates. Training: exact reverse KL, {size.steps} updates of "
+            f"{size.responses_per_step} responses, on all tokens or on a half of each step's, by the trained teacher; "
+            f"200 held-out rows, one sample each. Learning rate: the best on seed {size.seeds[0]} of "
             f"{', '.join(f'{rate:g}' for rate in size.learning_rates)} (chosen: {rates}). B of the trained halves: "
             f"after {size.every} updates."
         ),
@@ -260,6 +261,7 @@ def training(size: Size, pair: Pair, seed: int, arm: str, learning_rate: float) 
         stage={
             **own,
             "steps": size.steps,
+            "prompts_per_step": size.responses_per_step,
             "optimizer": optimizer(learning_rate, 5),
             "evaluate": held_out(
                 SORTING, reward={"name": REWARD}, sampling=sampled, kl=False, before=True, every=size.every
