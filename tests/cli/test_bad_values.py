@@ -335,6 +335,10 @@ def _errors(section: type[Section], name: str, value: Any) -> list[str]:
     [
         (("eval", "model", "held_out.jsonl", "--seed", "-1"), "Input should be greater than or equal to 0"),
         (("doctor", "recipe.yaml", "--seed", "-1"), "Input should be greater than or equal to 0"),
+        (("probe", "recipe.yaml", "--seed", "-1"), "Input should be greater than or equal to 0"),
+        (("probe", "recipe.yaml", "--visits", "3"), "opd probe got --visits 3. With fewer than 10 continuations"),
+        (("probe", "recipe.yaml", "--teachers", "other"), "--teachers other: the recipe has no such model"),
+        (("probe", "recipe.yaml", "--tau", "nan"), "opd probe got --tau nan"),
         (("eval", "", "held_out.jsonl"), "opd eval got an empty path of a model"),
         (("eval", "model", "held_out.jsonl", "--teacher", ""), "opd eval got an empty path of a model"),
         (("eval", "~nouser/x", "held_out.jsonl"), "begins with ~nouser, a home folder that does not exist"),

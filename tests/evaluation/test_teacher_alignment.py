@@ -163,3 +163,25 @@ def test_choice_names_tied_teachers():
 @pytest.mark.parametrize(("window", "name"), [(0, "depth 0"), (1, "depth 1"), (4, "depth 8 to 15")])
 def test_group_of_names_depths(window: int, name: str):
     assert group_of(window) == name
+
+
+def test_together_is_unbiased_where_many_nodes_look_flat():
+    """Right responses are rare: ten continuations show a difference at few nodes, and those are no fair sample."""
+    generator = torch.Generator().manual_seed(5)
+    visits, drawn_rewards, true = list[Visit](), dict[NodeKey, Tensor](), dict[NodeKey, Tensor]()
+    for prompt in range(3000):
+        mean = 0.1 * torch.rand(3, generator=generator, dtype=torch.float64)
+        noisy = mean + 0.03 * torch.randn(3, generator=generator, dtype=torch.float64)
+        one = visit(prompt, 0, {"t": towards(noisy.tolist(), 1.0)})
+        visits.append(one)
+        drawn_rewards[one.node.key] = (
+            torch.rand(3, 10, generator=generator, dtype=torch.float64) < mean[:, None]
+        ).double()
+        true[one.node.key] = constant(mean.tolist(), 2)
+    got, exact = (alignment(visits, rewards, 0) for rewards in (drawn_rewards, true))
+    assert got.flat > 500
+    estimate, wanted = (one.row("t", "reverse_kl").together for one in (got, exact))
+    assert estimate is not None
+    assert wanted is not None
+    assert estimate.low < wanted.mean < estimate.high
+    assert estimate.high - estimate.low < 0.5

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize, optimizer
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, SeedInterval, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
 
 if TYPE_CHECKING:
     from opd.evaluation.response_tree import Node, Visit
     from opd.evaluation.teacher_alignment import Alignment
     from opd_studies.worlds.nearly_sorted import Values
 
-USE = ""
+USE = "TO BE WRITTEN from the numbers of the study, in a sentence or two."
 
 
 REWARD = "opd_studies.worlds.nearly_sorted:nearly"
@@ -50,6 +50,19 @@ ARMS = {EVERY: None, BETTER: "aligned", WORSE: "misaligned", RANDOM: "random", A
 
 
 FORM = "reverse_kl"
+
+
+# Names of the numbers of a probe; those of the estimate follow the number of continuations.
+EXACT, RIGHT, WRONG, VECTOR, SHARPER = (
+    *("teacher, exact mean", "teacher, exact mean on right responses", "teacher, exact mean on wrong responses"),
+    *("teacher, exact, as one vector", "the student, sharper, exact mean"),
+)
+
+
+MEAN, SAME, CEILING, TOGETHER, COVERED, NOISE = (
+    *("estimated mean", "exact mean of the same visits", "ceiling", "estimate as one vector"),
+    *("share of seeds whose interval of it holds the exact one", "noise, estimated mean"),
+)
 
 
 # Thresholds.
@@ -74,28 +87,26 @@ class Size:
     )
     steps: int = 60
     every: int = 20
+    responses_per_step: int = 32
     learning_rates: Sequence[float] = (1e-3, 3e-3)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probed:
-    """One pair: exact alignments over the chosen visits, and estimates by the number of continuations of a token."""
-
-    exact: Alignment
-    same: Mapping[int, Alignment]  # exact, of the visits whose estimate is not flat
-    estimate: Mapping[int, Alignment]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Numbers:
-    """By setting, one probe per seed; by arm, one training per seed, and its learning rate."""
+    """Lists hold one number per seed. `probed` is by setting and by a name of `numbers_of`, in cosines."""
 
-    probed: Mapping[str, Sequence[Probed]]
-    curve: Mapping[str, Sequence[Mapping[int, float]]]  # held-out accuracy by update
-    learning_rate: Mapping[str, float]
+    visits: Sequence[int]  # numbers of continuations, rising
+    probed: Mapping[str, Mapping[str, Sequence[float]]]
+    curve: Mapping[str, Sequence[Mapping[int, float]]]  # by arm: held-out accuracy by update
+    learning_rate: Mapping[str, float]  # by arm
 
     def after(self, arm: str, update: int) -> list[float]:
         return [one[update] for one in self.curve[arm]]
+
+    @property
+    def updates(self) -> list[int]:
+        """The updates before which accuracy was measured, the first 0."""
+        return sorted(next(iter(self.curve.values()))[0])
 
 
 def run(lab: Lab, size: Size | None = None) -> Outcome:
@@ -109,24 +120,25 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"Probe: {size.prompts} held-out rows, {size.responses} responses each, {size.nodes} nodes on right and as "
             f"many on wrong ones, tokens above {size.tau:g}, {' and '.join(map(str, size.visits))} continuations of "
             "each, against the exact alignment of the same nodes. A: the trained teacher; B: a teacher stopped after "
-            f"{size.pairs['B'].teacher_steps} updates. Training: exact reverse KL, {size.steps} updates of 64 "
-            "responses, on all tokens or on a half of each step's, with the trained teacher; 200 held-out rows, one "
-            f"sample each. Learning rate: the best on seed {size.seeds[0]} of "
+            f"{size.pairs['B'].teacher_steps} updates. Training: exact reverse KL, {size.steps} updates of "
+            f"{size.responses_per_step} responses, on all tokens or on a half of each step's, by the trained teacher; "
+            f"200 held-out rows, one sample each. Learning rate: the best on seed {size.seeds[0]} of "
             f"{', '.join(f'{rate:g}' for rate in size.learning_rates)} (chosen: {rates}). B of the trained halves: "
             f"after {size.every} updates."
         ),
-        findings=judge(numbers, size),
-        figure=draw(numbers, size),
-        table=table(numbers, size),
+        findings=judge(numbers),
+        figure=draw(numbers),
+        table=table(numbers),
     )
 
 
 def measure(lab: Lab, size: Size) -> Numbers:
     """All probes and trainings."""
-    probed: dict[str, list[Probed]] = {}
+    probed: dict[str, dict[str, list[float]]] = {}
     for setting, pair_size in size.pairs.items():
         pairs = lab.pairs(size.seeds, pair_size)
-        probed[setting] = [probe(pair, seed, size) for pair, seed in zip(pairs, size.seeds, strict=True)]
+        ones = [probe(pair, seed, size) for pair, seed in zip(pairs, size.seeds, strict=True)]
+        probed[setting] = {name: [one[name] for one in ones] for name in ones[0]}
         lab.note(f"setting {setting} probed")
     pairs = lab.pairs(size.seeds, size.pairs["A"])
     rates, trained = tuned(lab, size, pairs)
@@ -134,11 +146,11 @@ def measure(lab: Lab, size: Size) -> Numbers:
         arm: [{int(row["step"]): row["eval/sampled/reward"] for row in one.evaluations} for one in ones]
         for arm, ones in trained.items()
     }
-    return Numbers(probed=probed, curve=curve, learning_rate=rates)
+    return Numbers(visits=sorted(size.visits), probed=probed, curve=curve, learning_rate=rates)
 
 
-def probe(pair: Pair, seed: int, size: Size) -> Probed:
-    """The probe of one pair, and the exact alignment of the same nodes."""
+def probe(pair: Pair, seed: int, size: Size) -> dict[str, float]:
+    """The numbers of one pair: of the probe, and of the exact alignment of the same nodes."""
     import torch
 
     from opd.data.prompts import load_prompts
@@ -176,11 +188,42 @@ def probe(pair: Pair, seed: int, size: Size) -> Probed:
     true = {key: torch.stack([exact_at(node, values)] * 2, -1) for key, node in nodes.items()}
     some = {n: {key: rewards[:, :n] for key, rewards in drawn.items()} for n in size.visits}
     seen = {n: [one for one in visits if len(set(some[n][one.node.key].mean(-1).tolist())) > 1] for n in size.visits}
-    return Probed(
-        exact=alignment(visits, true, seed),
-        same={n: alignment(seen[n], true, seed) for n in size.visits},
-        estimate={n: alignment(visits, some[n], seed) for n in size.visits},
+    return numbers_of(
+        alignment(visits, true, seed),
+        {n: alignment(seen[n], true, seed) for n in size.visits},
+        {n: alignment(visits, some[n], seed) for n in size.visits},
     )
+
+
+def numbers_of(exact: Alignment, same: Mapping[int, Alignment], estimate: Mapping[int, Alignment]) -> dict[str, float]:
+    """The numbers of the page. `estimate` by continuations; `same`: exact, of the visits with an estimated gradient."""
+    vector = exact.row("teacher", FORM).together
+    assert vector is not None, "exact values have no noise"
+    found = {
+        EXACT: cosine(exact),
+        RIGHT: cosine(exact, group="right"),
+        WRONG: cosine(exact, group="wrong"),
+        VECTOR: vector.mean,
+        SHARPER: cosine(exact, "the student, sharper"),
+    }
+    for n, one in estimate.items():
+        together = one.row("teacher", FORM).together
+        inside = together is not None and together.low <= vector.mean <= together.high
+        found |= {
+            f"{n}: {MEAN}": cosine(one),
+            f"{n}: {SAME}": cosine(same[n]),
+            f"{n}: {CEILING}": one.ceiling["all"],
+            f"{n}: {TOGETHER}": float("nan") if together is None else together.mean,
+            f"{n}: {COVERED}": float(inside),
+            f"{n}: {NOISE}": cosine(one, "noise"),
+        }
+    return found
+
+
+def cosine(found: Alignment, name: str = "teacher", group: str = "all") -> float:
+    """A mean cosine; NaN where no visit of the group has one."""
+    means = found.row(name, FORM if name == "teacher" else "").cosine
+    return means[group].mean if group in means else float("nan")
 
 
 def exact_at(node: Node, values: Mapping[int, Values]) -> Any:
@@ -218,6 +261,7 @@ def training(size: Size, pair: Pair, seed: int, arm: str, learning_rate: float) 
         stage={
             **own,
             "steps": size.steps,
+            "prompts_per_step": size.responses_per_step,
             "optimizer": optimizer(learning_rate, 5),
             "evaluate": held_out(
                 SORTING, reward={"name": REWARD}, sampling=sampled, kl=False, before=True, every=size.every
@@ -229,48 +273,34 @@ def training(size: Size, pair: Pair, seed: int, arm: str, learning_rate: float) 
 # --- the numbers of the page -----------------------------------------------------------------------------------------
 
 
-def cosines(found: Sequence[Alignment], name: str = "teacher", group: str = "all") -> list[float]:
-    """Mean cosines, one per seed; NaN where no visit of the group has one."""
-    form = FORM if name == "teacher" else ""
-    rows = [one.row(name, form).cosine for one in found]
-    return [row[group].mean if group in row else float("nan") for row in rows]
-
-
-def together(found: Sequence[Alignment]) -> list[float]:
-    """The cosine of all nodes as one vector, one per seed; NaN where it is too noisy."""
-    rows = [one.row("teacher", FORM).together for one in found]
-    return [float("nan") if one is None else one.mean for one in rows]
-
-
-def judge(numbers: Numbers, size: Size) -> tuple[Finding, ...]:
+def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers of both settings."""
-    few, many = min(size.visits), max(size.visits)
+    few, many = numbers.visits[0], numbers.visits[-1]
+    _, early, *_, end = numbers.updates
 
     def estimates(setting: str) -> list[Check]:
-        ones = numbers.probed[setting]
-        corrected = [
-            cosine / one.estimate[many].ceiling["all"]
-            for cosine, one in zip(cosines([one.estimate[many] for one in ones]), ones, strict=True)
-        ]
-        vector = differences(together([one.estimate[many] for one in ones]), together([one.exact for one in ones]))
-        mean = differences(corrected, cosines([one.same[many] for one in ones]))
+        of = numbers.probed[setting]
+        corrected = [a / b for a, b in zip(of[f"{many}: {MEAN}"], of[f"{many}: {CEILING}"], strict=True)]
+        gaps = {
+            "cosine as one vector": differences(of[f"{many}: {TOGETHER}"], of[VECTOR]),
+            "mean cosine over its ceiling": differences(corrected, of[f"{many}: {SAME}"]),
+        }
         return [
-            Check(what=f"{what}, {many} visits, estimate minus exact", interval=gap, above=-EQUAL, below=EQUAL)
-            for what, gap in (("cosine as one vector", vector), ("mean cosine over its ceiling", mean))
+            Check(what=f"{what}, {many} continuations, estimate minus exact", interval=gap, above=-EQUAL, below=EQUAL)
+            for what, gap in gaps.items()
         ]
 
     def too_small(setting: str) -> list[Check]:
-        ones = numbers.probed[setting]
-        gap = differences(cosines([one.estimate[few] for one in ones]), cosines([one.same[few] for one in ones]))
-        return [Check(what=f"mean cosine, {few} visits, estimate minus exact", interval=gap, below=0.0)]
+        of = numbers.probed[setting]
+        gap = differences(of[f"{few}: {MEAN}"], of[f"{few}: {SAME}"])
+        return [Check(what=f"mean cosine, {few} continuations, estimate minus exact", interval=gap, below=0.0)]
 
     def null(setting: str) -> list[Check]:
-        found = over_seeds(cosines([one.estimate[many] for one in numbers.probed[setting]], "noise"))
+        found = over_seeds(numbers.probed[setting][f"{many}: {NOISE}"])
         return [Check(what="mean cosine of noise", interval=found, above=-NO_ALIGNMENT, below=NO_ALIGNMENT)]
 
     def wrong(setting: str) -> list[Check]:
-        exact = [one.exact for one in numbers.probed[setting]]
-        gap = differences(cosines(exact, group="wrong"), cosines(exact, group="right"))
+        gap = differences(numbers.probed[setting][WRONG], numbers.probed[setting][RIGHT])
         return [Check(what="exact mean cosine, wrong minus right responses", interval=gap, above=0.0)]
 
     def gain(other: str, update: int) -> list[Check]:
@@ -280,73 +310,49 @@ def judge(numbers: Numbers, size: Size) -> tuple[Finding, ...]:
     return (
         finding(
             "The corrected estimates of the probe equal the exact alignment",
-            "2605.10889, procedure (ours: the correction)",
+            "2605.10889 (exact baseline, ours)",
             estimates("A"),
             estimates("B"),
         ),
         finding(
             "With few continuations the mean cosine is smaller than the exact one",
-            "2605.10889, procedure (control)",
+            "2605.10889 (exact baseline, ours)",
             too_small("A"),
             too_small("B"),
         ),
-        finding("A teacher of noise has no alignment", "2605.10889 (control)", null("A"), null("B")),
+        finding("A teacher of noise has no alignment", "2605.10889 (baseline, ours)", null("A"), null("B")),
         finding(
             "The teacher's gradient is better aligned on wrong than on right responses",
-            "2605.10889",
+            "2605.10889 abstract",
             wrong("A"),
             wrong("B"),
         ),
         finding(
             "Training on the better aligned half of the tokens beats a random half",
-            "2605.10889 (not tested there)",
-            gain(RANDOM, size.steps),
-            gain(RANDOM, size.every),
+            "2605.10889 abstract (it trains nothing; ours)",
+            gain(RANDOM, end),
+            gain(RANDOM, early),
         ),
         finding(
             "It beats the half at which the response can still become right",
-            "2605.10889 (control)",
-            gain(ALIVE, size.steps),
-            gain(ALIVE, size.every),
+            "2605.10889 (baseline, ours)",
+            gain(ALIVE, end),
+            gain(ALIVE, early),
         ),
     )
 
 
-def table(numbers: Numbers, size: Size) -> tuple[tuple[str, ...], ...]:
-    """Means over seeds: alignments by setting, then accuracies by arm."""
-    rows: list[tuple[str, ...]] = [("what", "A", "B")]
-
-    def line(what: str, *columns: Sequence[float]) -> None:
-        rows.append((what, *(_cell(values) for values in columns)))
-
-    settings = list(numbers.probed.values())
-    exact = [[one.exact for one in ones] for ones in settings]
-    line("teacher, exact mean cosine", *(cosines(ones) for ones in exact))
-    line("on right responses", *(cosines(ones, group="right") for ones in exact))
-    line("on wrong responses", *(cosines(ones, group="wrong") for ones in exact))
-    line("teacher, exact cosine as one vector", *(together(ones) for ones in exact))
-    for n in size.visits:
-        estimate = [[one.estimate[n] for one in ones] for ones in settings]
-        same = [[one.same[n] for one in ones] for ones in settings]
-        line(f"{n} visits: mean cosine", *(cosines(ones) for ones in estimate))
-        line(f"{n} visits: exact mean cosine of the same visits", *(cosines(ones) for ones in same))
-        line(f"{n} visits: ceiling", *([one.ceiling["all"] for one in ones] for ones in estimate))
-        line(f"{n} visits: cosine as one vector", *(together(ones) for ones in estimate))
-        line(f"{n} visits: seeds whose interval of it holds the exact one", *(_covered(ones, n) for ones in settings))
-    line("the student, sharper: exact mean cosine", *(cosines(ones, "the student, sharper") for ones in exact))
-    for arm in ARMS:
-        line(f"accuracy, {arm} (A: the end, B: early)", *(numbers.after(arm, n) for n in (size.steps, size.every)))
-    line("accuracy before", numbers.after(EVERY, 0), numbers.after(EVERY, 0))
+def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
+    """Means over seeds with intervals: alignments by setting, then accuracies by arm."""
+    _, early, *_, end = numbers.updates
+    rows: list[tuple[str, ...]] = [("cosine, or accuracy", "A", "B")]
+    rows += [(name, *(_cell(of[name]) for of in numbers.probed.values())) for name in numbers.probed["A"]]
+    rows.append(("accuracy before", *[_cell(numbers.after(EVERY, 0))] * 2))
+    rows += [
+        (f"accuracy, {arm} (A: {end} updates, B: {early})", *(_cell(numbers.after(arm, n)) for n in (end, early)))
+        for arm in numbers.curve
+    ]
     return tuple(rows)
-
-
-def _covered(probed: Sequence[Probed], n: int) -> list[float]:
-    """1 for a seed at which the interval of the cosine as one vector holds the exact one, else 0."""
-    found: list[float] = []
-    for one, wanted in zip(probed, together([one.exact for one in probed]), strict=True):
-        interval = one.estimate[n].row("teacher", FORM).together
-        found.append(float(interval is not None and interval.low <= wanted <= interval.high))
-    return found
 
 
 def _cell(values: Sequence[float]) -> str:
@@ -354,24 +360,22 @@ def _cell(values: Sequence[float]) -> str:
     return f"{short(one.mean)} [{short(one.low)}, {short(one.high)}]"
 
 
-def draw(numbers: Numbers, size: Size) -> report.Figure:
+def draw(numbers: Numbers) -> report.Figure:
     """Estimates against exact values, one point a seed; accuracy by update, one line an arm."""
     figure, axes = report.figure(2, width=3.9, height=3.4)
     left, right = axes[0]
     ends: list[float] = []
-    for (setting, ones), colour in zip(numbers.probed.items(), report.COLOURS, strict=False):
-        wanted = together([one.exact for one in ones])
-        for n, marker in zip(size.visits, "o^", strict=False):
-            got = together([one.estimate[n] for one in ones])
-            left.plot(wanted, got, marker, color=colour, markersize=4, label=f"{setting}, {n} continuations")
-            ends += [*wanted, *got]
+    for (setting, of), colour in zip(numbers.probed.items(), report.COLOURS, strict=False):
+        for n, marker in zip(numbers.visits, "o^", strict=False):
+            got = of[f"{n}: {TOGETHER}"]
+            left.plot(of[VECTOR], got, marker, color=colour, markersize=4, label=f"{setting}, {n} continuations")
+            ends += [*of[VECTOR], *got]
     left.plot([min(ends), max(ends)], [min(ends), max(ends)], "-", color="black", linewidth=0.8)
     left.set(xlabel="exact cosine, all nodes as one vector", ylabel="estimate", title="a point a seed")
     left.legend(fontsize=7)
-    for arm, colour in zip(ARMS, report.COLOURS, strict=False):
-        updates = sorted(numbers.curve[arm][0])
-        means: list[SeedInterval] = [over_seeds(numbers.after(arm, update)) for update in updates]
-        right.plot(updates, [one.mean for one in means], "o-", color=colour, markersize=3, label=arm)
+    for arm, colour in zip(numbers.curve, report.COLOURS, strict=False):
+        means = [over_seeds(numbers.after(arm, update)).mean for update in numbers.updates]
+        right.plot(numbers.updates, means, "o-", color=colour, markersize=3, label=arm)
     right.set(xlabel="update", ylabel="accuracy, share", title="trained on")
     right.legend(fontsize=7)
     return figure

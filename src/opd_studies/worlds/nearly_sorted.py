@@ -58,41 +58,45 @@ class Values:
 
     def at(self, prefix: Sequence[int]) -> tuple[Tensor, Tensor] | None:
         """The student's log-probs [V] and the exact Q [V] at a node; None where no token leads to a right response."""
-        row = self._row(prefix)
+        row = row_of(self.answer, self.wrong, prefix)
         if row is None:
             return None
         t = len(prefix)
         reward = torch.zeros_like(self.logp[row, t])
         reward[self.answer[t]] = self.values[row, t + 1]
-        if row == 0:
-            for k, (place, token) in enumerate(self.wrong, start=1):
-                if place == t:
-                    reward[token] = self.values[k, t + 1]
+        if row == 0 and t < len(self.answer) - 1:
+            rows, tokens = _mistakes_at(self.wrong, t)
+            reward[tokens] = self.values[rows, t + 1]
         return self.logp[row, t], reward
 
-    def _row(self, prefix: Sequence[int]) -> int | None:
-        """The row of a node; None after two mistakes, at a token that is no character, or behind the answer."""
-        if len(prefix) >= len(self.answer):
-            return None
-        wrong = [(t, token) for t, token in enumerate(prefix) if token != self.answer[t]]
-        if not wrong:
-            return 0
-        return 1 + self.wrong.index(wrong[0]) if len(wrong) == 1 and wrong[0] in self.wrong else None
+
+def row_of(answer: Sequence[int], wrong: Sequence[tuple[int, int]], prefix: Sequence[int]) -> int | None:
+    """The row of a node; None after two mistakes, at a token that is no character, or behind the answer."""
+    if len(prefix) >= len(answer):
+        return None
+    made = [(t, token) for t, token in enumerate(prefix) if token != answer[t]]
+    if not made:
+        return 0
+    return 1 + wrong.index(made[0]) if len(made) == 1 and made[0] in wrong else None
+
+
+def rows_of(lm: LanguageModel, prompt: Prompt) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...]]:
+    """The answer's ids with the end token, and its possible mistakes (place, id)."""
+    special = {*lm.tokenizer.all_special_ids, *lm.stop_ids}
+    ids = lm.tokenizer(str(prompt.answer), add_special_tokens=False).input_ids
+    characters = [i for i in range(lm.vocabulary) if i not in special]
+    return (*ids, lm.tokenizer.eos_token_id), tuple((t, c) for t in range(len(ids)) for c in characters if c != ids[t])
 
 
 @torch.no_grad()
 def exact_values(lm: LanguageModel, prompts: Sequence[Prompt]) -> list[Values]:
     """The values of each prompt under the model's current weights, at temperature 1."""
-    special = {*lm.tokenizer.all_special_ids, *lm.stop_ids}
-    characters = [i for i in range(lm.vocabulary) if i not in special]
     found: list[Values] = []
     rows: list[tuple[int, ...]] = []
     questions: list[list[int]] = []
     kept: list[tuple[tuple[int, ...], tuple[tuple[int, int], ...]]] = []
     for prompt in prompts:
-        ids = lm.tokenizer(str(prompt.answer), add_special_tokens=False).input_ids
-        answer = (*ids, lm.tokenizer.eos_token_id)
-        wrong = tuple((t, c) for t in range(len(ids)) for c in characters if c != ids[t])
+        answer, wrong = rows_of(lm, prompt)
         kept.append((answer, wrong))
         rows += [answer, *((*answer[:t], c, *answer[t + 1 :]) for t, c in wrong)]
         questions += [render(prompt, lm.tokenizer, lm.template_options)] * (1 + len(wrong))
@@ -109,10 +113,15 @@ def _values(answer: tuple[int, ...], wrong: tuple[tuple[int, int], ...], logp: T
     values = torch.ones(1 + len(wrong), length + 1, dtype=torch.float64)
     for t in reversed(range(length)):
         values[:, t] = p[:, t, answer[t]] * values[:, t + 1]
-        for k, (place, token) in enumerate(wrong, start=1):
-            if place == t:
-                values[0, t] += p[0, t, token] * values[k, t + 1]
+        rows, tokens = _mistakes_at(wrong, t)
+        values[0, t] += (p[0, t, tokens] * values[rows, t + 1]).sum()
     return values
+
+
+def _mistakes_at(wrong: tuple[tuple[int, int], ...], t: int) -> tuple[list[int], list[int]]:
+    """The rows with their mistake at place `t`, and its tokens."""
+    chosen = [(k, token) for k, (place, token) in enumerate(wrong, start=1) if place == t]
+    return [k for k, _ in chosen], [token for _, token in chosen]
 
 
 @torch.no_grad()
@@ -170,26 +179,28 @@ def scores_of(student: LanguageModel, teacher: LanguageModel, rollouts: Sequence
         return np.zeros(sum(len(one.response_ids) for one in rollouts))
     questions = [one.prompt_ids for one in rollouts]
     responses = [one.response_ids.tolist() for one in rollouts]
+    different = {one.prompt.id: one.prompt for one in rollouts}
+    if by == "alive":
+        known = {key: rows_of(student, prompt) for key, prompt in different.items()}
+        return np.array(
+            [
+                float(row_of(*known[one.prompt.id], ids[:t]) is not None)
+                for one, ids in zip(rollouts, responses, strict=True)
+                for t in range(len(ids))
+            ]
+        )
     theirs = log_probs(teacher, questions, responses)
-    ours = log_probs(student, questions, responses)
     if by == "kl":
+        ours = log_probs(student, questions, responses)
         kl = (ours.exp() * (ours - theirs)).sum(-1)
         return np.concatenate([kl[i, : len(ids)].numpy() for i, ids in enumerate(responses)])
-    different = {one.prompt.id: one.prompt for one in rollouts}
     values = dict(zip(different, exact_values(student, list(different.values())), strict=True))
     scores: list[float] = []
     for i, (one, ids) in enumerate(zip(rollouts, responses, strict=True)):
         for t in range(len(ids)):
             at = values[one.prompt.id].at(ids[:t])
-            scores.append(_score(at, theirs[i, t], by))
-    return np.array(scores)
-
-
-def _score(at: tuple[Tensor, Tensor] | None, teacher_logp: Tensor, by: By) -> float:
-    if at is None or by == "alive":
-        return float(at is not None)
-    found = alignment_at(*at, teacher_logp) or 0.0
-    return found if by == "aligned" else -found
+            scores.append(0.0 if at is None else alignment_at(*at, theirs[i, t]) or 0.0)
+    return np.array(scores) if by == "aligned" else -np.array(scores)
 
 
 def alignment_at(student_logp: Tensor, reward: Tensor, teacher_logp: Tensor) -> float | None:

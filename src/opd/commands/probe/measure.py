@@ -146,7 +146,7 @@ def check_settings(settings: Settings) -> None:
     for name, value in (("prompts", settings.prompts), ("responses", settings.responses), ("nodes", settings.nodes)):
         if value < 1:
             raise ConfigError(f"opd probe got --{name} {value}. Give at least 1.")
-    if settings.tau >= 1:
+    if not settings.tau < 1:  # NaN too
         raise ConfigError(
             f"opd probe got --tau {settings.tau:g}, a probability that no token exceeds. Give one below 0.5, e.g. 0.05."
         )
