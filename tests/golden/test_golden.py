@@ -34,6 +34,7 @@ OPTIONS = {
     "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
     "reverse_kl": {},
+    "forward_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
     "local_support_matching": {"k": 3, "mask_tokens": ["7"]},
 }
