@@ -465,6 +465,15 @@ CASES: dict[str, list[Case]] = {
         case(compared("reverse_kl")),
         case(compared("reverse_kl"), {"average": "token", "temperature": 0.7}, average="token", learns=False),
     ],
+    "forward_kl": [
+        case(compared("forward_kl"), average="token"),
+        case(
+            compared("forward_kl"),
+            {"source": "student", "average": "sequence", "temperature": 0.7},
+            learns=False,
+        ),
+        case(compared("forward_kl"), {"source": "dataset"}, average="token", learns=False),
+    ],
     "topk_reverse_kl": [
         topk(k=5, learns=True),
         topk(k=3, form="stop_gradient"),

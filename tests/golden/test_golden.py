@@ -38,6 +38,7 @@ OPTIONS = {
     "mad_opd": {"beta": 0.5, "opening": "{prompt}", "reply": "{prompt}{debate}", "reads": "{prompt}{debate}"}
     | {"turn": "{text}", "tag": r"9(\d\d)"},
     "reverse_kl": {},
+    "forward_kl": {},
     "rethinking_opd": {"k": 3, "form": "released"},
     "local_support_matching": {"k": 3, "mask_tokens": ["7"]},
 }

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from opd.evaluation.buckets import Buckets, starting_at
 from opd.evaluation.compare import compare
+from opd.evaluation.learned import DIFFERS
 from opd.loss.step import PhaseA
 from opd.maths.metrics import Columns, Metrics
 from opd.maths.overlap import overlap_of_support
 from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
 from opd.method import Method
 from opd.models.language_model import LanguageModel
-from opd.pieces.needs import Reads, Trait
+from opd.pieces.needs import Input, Reads, Trait
 from opd.pieces.packed import valid
 from opd.recipe.schema import StageSpec
 from opd.teachers.routed import routed
@@ -51,6 +52,9 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
     rewards = [rollout.reward for rollout in batch.rollouts if rollout.reward is not None]
     if rewards:
         metrics.mean("rollout/reward", sum(rewards), len(rewards))
+    if Input.GROUP in method.needs and rewards:
+        differs = contrasts(batch)
+        metrics.mean(DIFFERS, sum(differs), len(differs))
     metrics.merge(of_judges(batch))
     for failure, count in Counter(r.reward_failure for r in batch.rollouts if r.reward_failure is not None).items():
         metrics.sum(f"rollout/rewards_{failure}", count)
@@ -73,6 +77,16 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
                 _log_ratios(metrics, batch, buckets, full=full)
     metrics.merge(by_task(batch, method))
     return metrics
+
+
+def contrasts(batch: Batch) -> list[bool]:
+    """For each prompt of the batch, whether its responses have different rewards. One without a reward is left out."""
+    rewards: dict[int, set[float]] = {}
+    for rollout in batch.rollouts:
+        found = rewards.setdefault(rollout.prompt.id, set())
+        if rollout.reward is not None:
+            found.add(rollout.reward)
+    return [len(found) > 1 for found in rewards.values()]
 
 
 def of_judges(batch: Batch) -> Metrics:

@@ -19,6 +19,7 @@ from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
 from opd.methods.eff_opd import eff_opd
 from opd.methods.extrapolated_opd import extrapolated_opd
+from opd.methods.forward_kl import forward_kl
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
 from opd.methods.local_support_matching import local_support_matching
@@ -43,6 +44,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "opd": opd,
     "gkd": gkd,
     "reverse_kl": reverse_kl,
+    "forward_kl": forward_kl,
     "topk_reverse_kl": topk_reverse_kl,
     "rethinking_opd": rethinking_opd,
     "local_support_matching": local_support_matching,

@@ -305,6 +305,7 @@ class StageSpec(Section):
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
+    apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
     steps: Int = Field(ge=1)
     seconds_of: str | None = None  # stop after as many seconds of training as that stage took
     prompts_per_step: Int = Field(default=16, ge=1)

@@ -16,10 +16,10 @@ from opd.models.preview import known_config, known_facts, known_weights, tokeniz
 from opd.recipe.references import unused_models
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
-from opd.runs.held_out import with_shared
+from opd.runs.held_out import check_apart, with_shared
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
-from opd.runs.same_model import check_base_weights, check_other_weights
+from opd.runs.same_model import check_base_weights, check_other_weights, untrained_teachers
 from opd.runs.saves import check_save
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
@@ -48,6 +48,8 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
     trained_on: dict[str, set[str]] = {}
     for spec in recipe.stages:
         of_stage = prepared[spec.name] = with_shared(spec, prepare(spec, given, recipe.seed), trained_on)
+        check_apart(spec, prepared)
+        notes += [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
         notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
         own = check_own(recipe, spec, of_stage, given)
         checked = check_tokenizers(recipe, spec, of_stage, given.models)

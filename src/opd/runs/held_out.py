@@ -1,11 +1,12 @@
-"""Held-out prompts that are training prompts, word for word: what they measure is memory."""
+"""Prompts that occur twice, word for word: held-out ones that are trained on, and stages that should share none."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from opd.errors import ConfigError, DataError, nearest
 from opd.recipe.schema import DataSection, StageSpec
 from opd.runs.prepare import Prepared
 from opd.types import Prompt
@@ -47,6 +48,30 @@ def with_shared(spec: StageSpec, prepared: Prepared, seen: dict[str, set[str]]) 
             )
             tasks[name] = replace(task, warnings=(*task.warnings, line))
     return replace(prepared, tasks=tasks)
+
+
+def check_apart(spec: StageSpec, prepared: Mapping[str, Prepared]) -> None:
+    """Refuse prompts that a stage of `apart_from` has too, word for word. `prepared`: stages up to this one, by name.
+
+    Raises ConfigError for a name that is not an earlier stage, DataError for shared prompts.
+    """
+    earlier = [name for name in prepared if name != spec.name]
+    own = [prompt for task in prepared[spec.name].tasks.values() for prompt in task.prompts]
+    for name in spec.apart_from:
+        if name not in earlier:
+            raise ConfigError(
+                f"{spec.where(None)}: `apart_from` names {name!r}, which is not an earlier stage."
+                f"{nearest(name, earlier)} Earlier ones: {', '.join(earlier) or 'none'}."
+            )
+        theirs = {words_of(prompt) for task in prepared[name].tasks.values() for prompt in task.prompts}
+        both = [prompt.id for prompt in own if words_of(prompt) in theirs]
+        if both:
+            rows = ", ".join(map(str, both[:5])) + (", ..." if len(both) > 5 else "")
+            raise DataError(
+                f"{spec.where(None)}: {len(both)} of its {len(own)} prompts are prompts of stage {name!r} too (rows "
+                f"{rows}), and `apart_from` keeps the two apart. Use other rows, with `skip` or "
+                "`select: {by: ..., keep: far}`, or remove `apart_from` to train on the same prompts again."
+            )
 
 
 def remedy(training: DataSection, held_out: DataSection) -> str:

@@ -60,6 +60,28 @@ def check_other_weights(recipe: Recipe, spec: StageSpec, method: Method, given: 
     return [f"teacher {name} has the weights of the student {spec.train} when the stage begins" for name in same]
 
 
+def untrained_teachers(recipe: Recipe, spec: StageSpec) -> list[str]:
+    """Lines about teachers that no earlier stage trains, though one trains another model from the same folder."""
+    names = [stage.name for stage in recipe.stages]
+    before = recipe.stages[: names.index(spec.name)]
+    trained = {stage.train: stage.name for stage in before}
+    lines: list[str] = []
+    for name in spec.teachers:
+        own = recipe.models[name]
+        if own.path is None or name in trained:
+            continue
+        twins = [
+            other for other in trained if other not in (name, spec.train) and origin_of(recipe, other).path == own.path
+        ]
+        lines += [
+            f"the teacher {name} is {own.path} as it was, and stage {trained[other]} has trained {other} from the same "
+            f"weights: name {other} as the teacher, or give {name} `from_stage: {trained[other]}`, if that one should "
+            "teach"
+            for other in twins
+        ]
+    return lines
+
+
 def check_base_weights(recipe: Recipe, spec: StageSpec, method: Method, given: Given) -> None:
     """Refuse a base that changes with the student, and one that is the teacher reading the same prompt.
 

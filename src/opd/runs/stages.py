@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opd.errors import TrainingError
+from opd.evaluation.learned import warnings_of
 from opd.models.language_model import LanguageModel
 from opd.models.templates import clock_at
 from opd.parallel import ALONE, World
@@ -121,31 +122,16 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
     return student
 
 
-def failed_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
-    """How many responses of training and evaluations have no reward, or one that was cut off; one line each."""
-    lines: list[str] = []
-    for what, says in (("rewards_failed", "failed"), ("rewards_timed_out", "ran out of time (0)")):
-        keys = {key for row in metrics for key in row if key.endswith(f"/{what}")}
-        count = sum(row[key] for row in metrics for key in keys if key in row)
-        if count:
-            lines.append(f"the reward {says} on {count:.0f} responses ({', '.join(sorted(keys))} in metrics.jsonl)")
-    return lines
-
-
 def check_learned(stage: Stage) -> None:
-    """Report steps in which a filter left nothing to train. Raises TrainingError if no step made an update."""
-    skipped = [row["train/update_skipped"] for row in stage.folder.read_metrics() if "train/update_skipped" in row]
+    """Report why the stage may have learned nothing. Raises TrainingError if no step made an update."""
+    metrics = stage.folder.read_metrics()
     if stage.optimisation.updates == 0:
+        steps = sum("train/update_skipped" in row for row in metrics)
         raise TrainingError(
-            f"Stage {stage.spec.name!r} made no update: in all of its {len(skipped)} steps no response passed the "
+            f"Stage {stage.spec.name!r} made no update: in all of its {steps} steps no response passed the "
             f"method's filter, and the student is unchanged. The responses are in {stage.folder.samples}. Loosen the "
             "filter among the method's options (keep, must_contain), raise the n of sampling or teacher_sampling for "
             "more attempts, or use prompts that the writer can solve."
         )
-    for line in failed_rewards(stage.folder.read_metrics()):
+    for line in warnings_of(metrics):
         stage.progress.note(f"{stage.spec.name}: {line}")
-    if any(skipped):
-        stage.progress.note(
-            f"{stage.spec.name}: {sum(skipped):.0f} of {len(skipped)} steps made no update, because no response passed "
-            "the method's filter"
-        )

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from opd.evaluation.learned import warnings_of
 from opd.evaluation.recovery import recovered
 from opd.recipe.schema import Recipe, StageSpec
 from opd.stage.folder import RunDir, StageDir
@@ -33,6 +34,8 @@ def print_report(recipe: Recipe, console: Console) -> None:
     for spec in recipe.stages:
         folder = directory.stage(spec.name)
         metrics = folder.read_metrics()
+        for line in warnings_of(metrics):
+            console.print(f"{spec.name}: {line}", highlight=False, markup=False, soft_wrap=True)
         for task, section in spec.by_task.items():
             rows = of_task(metrics, task)
             if rows and section.evaluate is not None:
