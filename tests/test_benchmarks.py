@@ -354,3 +354,15 @@ def test_report_makes_page_of_recorded_results(load: Callable[[str], Any]):
     page = report.page(results)
     assert all(title in page for title in ("# Performance", "## Goals", "## Where the memory goes"))
     assert {len(row) for row in report.goals(results)} == {4}
+
+
+def test_several_teachers_race_gives_ratios(toy, monkeypatch: pytest.MonkeyPatch):
+    several = toy("several_teachers")
+    for name, value in {"PROMPTS": 2, "PROMPT_TOKENS": 4, "NEW_TOKENS": 3}.items():
+        monkeypatch.setattr(several, name, value)
+    found = several.race(2)
+    losses = {name: {row["loss"] for row in found[name]} for name in ("one", "two")}
+    assert all(len(values) == 1 for values in losses.values()), "every round is the same step"
+    assert losses["one"] != losses["two"]
+    result = several.summary(found)
+    assert result["extra"] == pytest.approx(2 * result["two"] - 1)

@@ -227,3 +227,38 @@ def test_denominator_of_mixed_step_is_that_of_the_rows():
     assert phase_a.count == sum(int(rollout.trained.sum()) for rollout in rollouts)
     got = gradient_of(method, student, teacher, phase_a.batch, phase_a.denominator)
     assert got.distance(passes(method, student, lms, rollouts)) < 1e-5
+
+
+# --- what it costs --------------------------------------------------------------------------------------------------
+
+
+def flops(work: Any) -> int:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def test_second_teacher_costs_its_forward_and_output_layer_alone(monkeypatch: pytest.MonkeyPatch):
+    """Counted products, so the same on every machine; `benchmarks/several_teachers.py` measures seconds."""
+    monkeypatch.setattr("opd.models.products.slow_mkl", lambda: False)
+    student = tiny(seed=1, name="student")
+    lms = {name: tiny(seed=seed, hidden=32, name=name) for name, seed in (("small", 2), ("large", 3))}
+    prompts = [Prompt(id=i, content="abcd") for i in range(4)]
+    rollouts = [rollout_of(student, one, [2 + (one.id + t) % 8 for t in range(9)]) for one in prompts]
+    method = method_of("geometric", context=lambda found: prompts, temperature=1.0)
+
+    def work(teacher: MixedTeacher) -> None:
+        phase_a = scored(method, teacher, rollouts, prompts, method.request(), student.device)
+        gradient_of(method, student, teacher, phase_a.batch, phase_a.denominator)
+
+    def forward() -> None:
+        teacher = local(student, lms["large"])
+        for score in teacher.score(rollouts, prompts, method.request()):
+            assert score.teacher_hidden is not None
+            teacher.head().logits_at(score.teacher_hidden, 1.0)
+
+    one, two = (mixed(student, dict(list(lms.items())[:k]), "geometric") for k in (1, 2))
+    extra = flops(lambda: work(two)) - flops(lambda: work(one))
+    assert 0 < extra <= 1.15 * flops(forward)

@@ -20,7 +20,20 @@ from opd.errors import ConfigError
 from opd.messages import fields_of, with_question
 from opd.pieces.memory import SavedAttributes
 from opd.pieces.needs import Input, Trait, needing
-from opd.types import Author, Batch, Context, Gather, MakeMemory, Prompt, Record, Rollout, Source, Writers, teachers_in
+from opd.types import (
+    Author,
+    Batch,
+    Context,
+    Gather,
+    MakeMemory,
+    Prompt,
+    Record,
+    Rollout,
+    Source,
+    Unwritten,
+    Writers,
+    teachers_in,
+)
 
 Missing: TypeAlias = Literal["uniform", "zero"]
 NAME = "debate"  # in Prompt.metadata, of the transcript
@@ -174,17 +187,19 @@ def held(
 def after_debate(rules: Rules) -> Context:
     """Each teacher reads the prompt with the debate, and weighs as its confidence in the last round says.
 
-    A prompt without a debate, such as a held-out one, is read as it is, by all teachers with equal weights.
+    A prompt without a debate, such as a held-out one, is read as it is, by all teachers with equal weights. Before
+    anything is written, as in `opd check`, the turns of the debate are empty.
     """
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
-        return [_read(rules, rollout.prompt) for rollout in rollouts]
+        return [_read(rules, rollout.prompt, isinstance(rollout, Unwritten)) for rollout in rollouts]
 
     return needing(context)
 
 
-def _read(rules: Rules, prompt: Prompt) -> Prompt:
-    rounds = prompt.metadata.get(NAME)
+def _read(rules: Rules, prompt: Prompt, unwritten: bool) -> Prompt:
+    empty = [Turn(teacher=name, text="", confidence=None, answered=True) for name in teachers_in(prompt.teacher_id)]
+    rounds = prompt.metadata.get(NAME, [empty] * rules.rounds if unwritten and empty else None)
     if rounds is None:
         return prompt
     views = {one.teacher: rules.shown(rules.reads, prompt, one.teacher, rounds) for one in rounds[-1]}

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
-from opd.pieces import credit
-from opd.types import Tokens
+from opd.methods.mad_opd import mad_opd
+from opd.pieces import credit, debate
+from opd.pieces.needs import Piece, needs_of
+from opd.types import Context, Prompt, Rollout, Tokens
 
 
 def differentiated_log_ratio() -> Method:
@@ -29,3 +33,47 @@ def self_distillation(strength: float = 0.5, template: str | None = None) -> Met
     turned = anti_sd(strength, gate=False, template=template)
     towards = credit.scale(strength, credit.discounted(0.0))
     return replace(turned, credit=credit.add(credit.group_reward(), towards))
+
+
+def shuffled_debate(
+    beta: float = 1.0, opening: str = "", reply: str = "", reads: str = "", turn: str = "", tag: str = ""
+) -> Method:
+    """`mad_opd`, but the teachers read the debate of the step's next prompt: as many tokens, and nothing about x."""
+    method = mad_opd(beta=beta, opening=opening, reply=reply, reads=reads, turn=turn, tag=tag)
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        debates = [
+            rollout.prompt.metadata[debate.NAME] for rollout in rollouts if debate.NAME in rollout.prompt.metadata
+        ]
+        if not debates:  # held-out prompts
+            return method.context(rollouts)
+        others = [*debates[1:], debates[0]]
+        return method.context([_with_debate(rollout, other) for rollout, other in zip(rollouts, others, strict=True)])
+
+    return replace(method, context=_like(method.context, context))
+
+
+def one_reader(
+    reader: str = "l",
+    beta: float = 1.0,
+    opening: str = "",
+    reply: str = "",
+    reads: str = "",
+    turn: str = "",
+    tag: str = "",
+) -> Method:
+    """`mad_opd`, but after the debate only one of the teachers scores the responses."""
+    method = mad_opd(beta=beta, opening=opening, reply=reply, reads=reads, turn=turn, tag=tag)
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        return [replace(prompt, teacher_weights={reader: 1.0}) for prompt in method.context(rollouts)]
+
+    return replace(method, context=_like(method.context, context))
+
+
+def _with_debate(rollout: Rollout, other: Any) -> Rollout:
+    return replace(rollout, prompt=replace(rollout.prompt, metadata={**rollout.prompt.metadata, debate.NAME: other}))
+
+
+def _like(piece: Context, changed: Context) -> Context:
+    return Piece(changed, needs_of(piece))
