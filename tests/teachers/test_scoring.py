@@ -29,9 +29,9 @@ def test_score_reads_head_once_for_responses_of_batch(support: Support, monkeypa
     rows: list[int] = []
     project_into = Head.project_into
 
-    def counted(head: Head, out: Tensor, hidden: Tensor) -> Tensor:
+    def counted(head: Head, out: Tensor, hidden: Tensor, *rest: float) -> Tensor:
         rows.append(len(hidden))
-        return project_into(head, out, hidden)
+        return project_into(head, out, hidden, *rest)
 
     monkeypatch.setattr(Head, "project_into", counted)
     together = teacher.score(rollouts, [one.prompt for one in rollouts], request)
