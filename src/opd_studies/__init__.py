@@ -24,6 +24,7 @@ from opd_studies.claims import (
     length,
     losses,
     one_token,
+    order_margin,
     overlap_mass,
     prefixes,
     privileged,
@@ -68,6 +69,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "extrapolation": extrapolation.run,
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
+    "order_margin": order_margin.run,
     "ropd": ropd.run,
     "alignment": alignment.run,
 }

@@ -11,13 +11,27 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods.coherence import RULES, Facts, broken, check_coherence
 from opd.methods.combine import PLAIN, combined, conflict
-from opd.pieces import contexts, credit, drift, filters, signals, sources, supports, updates, weights
+from opd.pieces import (
+    contexts,
+    credit,
+    drift,
+    filters,
+    normalise,
+    signals,
+    sources,
+    supports,
+    teacher_rules,
+    updates,
+    weights,
+)
 from opd.types import Sampling
 
 SAMPLED = signals.sampled_reverse_kl()
 DRIFT = drift.Drift(k=3)
 VOPD = methods.build("vopd", {"k": 3})
 SIMCT = methods.build("simct", {})
+BRTS = methods.build("brts", {"k": 3})
+PEERS = methods.build("context_distillation", {"information": "solution", "peers": True})
 GROUP = credit.group_reward()
 ATTEMPT = contexts.privileged(template="{prompt}{attempt}")
 JUDGED = methods.build("ropd", {})
@@ -36,10 +50,15 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
     (replace(VOPD, filter=filters.first_passing(filters.clean())), None),
     (replace(VOPD, context=ATTEMPT), None),
     (Method(support=supports.units(), signal=signals.divergence()), None),
+    (replace(SIMCT, parts=BRTS.parts), None),
+    (replace(BRTS, context=PEERS.context), None),
     (replace(SIMCT, weight=drift.trusted(DRIFT)), None),
     (replace(SIMCT, update=JUMPS["teacher_kl"]), None),
+    (Method(source=sources.teacher_writes(), teacher=teacher_rules.several("geometric"), signal=SAMPLED), None),
+    (replace(methods.build("extrapolated_opd", {}), update=JUMPS["teacher_kl"]), None),
     (Method(signal=signals.add(SAMPLED, signals.scale(-0.1, SAMPLED))), None),
     (Method(weight=drift.trusted(DRIFT), credit=GROUP, signal=signals.policy_gradient()), None),
+    (replace(methods.build("uni_opd", {}), normalise=normalise.per("token")), None),
     (replace(JUDGED, update=JUMPS["reward"]), None),
 ]
 

@@ -558,6 +558,10 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("simct", {}),
         ("uld", {}),
         ("mad_opd", {"rounds": 0}),
+        ("forward_kl", {}),
+        ("uni_opd", {}),
+        ("visd", {"k": 4, "template": "{privileged_context}{prompt}"}),
+        ("brts", {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+"}),
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])

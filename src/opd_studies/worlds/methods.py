@@ -11,7 +11,7 @@ from torch import Tensor
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
 from opd.methods.mad_opd import mad_opd
-from opd.pieces import credit, debate
+from opd.pieces import credit, debate, normalise, signals
 from opd.pieces.needs import Piece, needs_of
 from opd.types import Context, Prompt, Rollout, Tokens
 
@@ -33,6 +33,15 @@ def self_distillation(strength: float = 0.5, template: str | None = None) -> Met
     turned = anti_sd(strength, gate=False, template=template)
     towards = credit.scale(strength, credit.discounted(0.0))
     return replace(turned, credit=credit.add(credit.group_reward(), towards))
+
+
+def opd_with_reward(weight: float = 1.0) -> Method:
+    """The teacher's log-ratio plus `weight` times GRPO's advantage, in the loss of `uni_opd`: its shift's control."""
+    return Method(
+        credit=credit.add(credit.discounted(0.0), credit.scale(weight, credit.group_reward())),
+        signal=signals.policy_gradient(signals.credit, clip=(0.2, 0.28)),
+        normalise=normalise.per("sequence"),
+    )
 
 
 def shuffled_debate(

@@ -1,0 +1,182 @@
+"""A made-up world of tables: prompts with one right response, and a teacher that is sure of a wrong last token on some.
+
+A prompt has one right response of a fixed number of tokens out of `LETTERS`. A policy has a logit for every token of
+every prefix of every prompt, so nothing is shared between prompts, and its accuracy, the mass of the right responses,
+is exact. The teacher gives each right token of its prefixes `SURE`, but on a share of the prompts it gives a wrong last
+token `HABIT` and the right one the rest. The student begins with random logits that prefer the right tokens a little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd.method import Method
+from opd.pieces.memory import observed
+from opd.pieces.packed import valid
+from opd.types import Batch, Prompt, Rollout, Tokens
+
+LETTERS = 4
+PROMPTS, WRONG = 40, 0.3  # prompts, and the share of them on which the teacher has the habit
+SURE, HABIT = 0.9, 0.7  # the teacher's probability of the right token, and of the wrong last one
+GROUP, PER_STEP = 8, 10  # responses per prompt, and prompts per step
+NOISE = 0.5  # deviation of the student's first logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Tokens of a response, and what the student's first logits of right tokens have in addition to noise."""
+
+    tokens: int
+    head_start: float
+
+    @property
+    def prefixes(self) -> int:
+        """The number of prefixes of a prompt, of 0 to `tokens` - 1 tokens."""
+        return (LETTERS**self.tokens - 1) // (LETTERS - 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class World:
+    """`right` [X, T]; `habit` [X] bool; the teacher's log-probs [X, prefixes, LETTERS]."""
+
+    kind: Kind
+    right: Tensor
+    habit: Tensor
+    teacher: Tensor
+
+    @property
+    def prefixes(self) -> Tensor:
+        """The numbers of the prefixes of the right responses, [X, T]."""
+        return prefixes_of(self.right)
+
+
+def prefixes_of(tokens: Tensor) -> Tensor:
+    """[B, T] -> the number of the prefix before each token, in a tree of all prefixes, [B, T]."""
+    places = [torch.zeros_like(tokens[:, 0])]
+    for t in range(tokens.shape[1] - 1):
+        places.append(places[-1] * LETTERS + 1 + tokens[:, t])
+    return torch.stack(places, 1)
+
+
+def world(kind: Kind, generator: torch.Generator) -> World:
+    """New prompts, and their teacher."""
+    right = torch.randint(LETTERS, (PROMPTS, kind.tokens), generator=generator)
+    habit = torch.arange(PROMPTS) < WRONG * PROMPTS
+    p = torch.full((PROMPTS, kind.prefixes, LETTERS), 1.0 / LETTERS)
+    rows, places = torch.arange(PROMPTS), prefixes_of(right)
+    for t in range(kind.tokens):
+        p[rows, places[:, t]] = (1.0 - SURE) / (LETTERS - 1)
+        p[rows, places[:, t], right[:, t]] = SURE
+    last, wrong = places[habit, -1], (right[habit, -1] + 1) % LETTERS
+    p[rows[habit], last] = (1.0 - SURE) / (LETTERS - 1)
+    p[rows[habit], last, right[habit, -1]] = 1.0 - HABIT - (1.0 - SURE) * (LETTERS - 2) / (LETTERS - 1)
+    p[rows[habit], last, wrong] = HABIT
+    return World(kind=kind, right=right, habit=habit, teacher=p.log())
+
+
+def beginner(given: World, generator: torch.Generator) -> Tensor:
+    """The student's first logits, [X, prefixes, LETTERS]."""
+    z = NOISE * torch.randn(given.teacher.shape, generator=generator)
+    rows, places = torch.arange(PROMPTS), given.prefixes
+    for t in range(given.kind.tokens):
+        z[rows, places[:, t], given.right[:, t]] += given.kind.head_start
+    return z
+
+
+def accuracy(z: Tensor, given: World) -> dict[str, float]:
+    """The exact mass of right responses: of all prompts, of those with the habit, and of the others."""
+    logp = z.log_softmax(-1)
+    rows = torch.arange(PROMPTS)[:, None]
+    mass = logp[rows, given.prefixes, given.right].sum(1).exp()
+    parts = {"all": mass, "habit": mass[given.habit], "others": mass[~given.habit]}
+    return {name: float(part.mean()) for name, part in parts.items()}
+
+
+def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch, Tensor]:
+    """GROUP responses to some prompts, with rewards and scores; the student's log-probs [B, T] with gradient."""
+    chosen = torch.randperm(PROMPTS, generator=generator)[:PER_STEP].repeat_interleave(GROUP)
+    logp = z.log_softmax(-1)
+    tokens = torch.zeros(len(chosen), given.kind.tokens, dtype=torch.long)
+    for t in range(given.kind.tokens):
+        place = prefixes_of(tokens)[:, t]
+        tokens[:, t] = torch.multinomial(logp.detach()[chosen, place].exp(), 1, generator=generator)[:, 0]
+    places = prefixes_of(tokens)
+    student = logp[chosen[:, None], places, tokens]
+    reward = (tokens == given.right[chosen]).all(1).float()
+    pairs = zip(chosen.tolist(), reward.tolist(), strict=True)
+    batch = Batch(
+        rollouts=tuple(_rollout(given.kind, x, i % GROUP, r) for i, (x, r) in enumerate(pairs)),
+        response_ids=tokens,
+        mask=torch.ones_like(tokens, dtype=torch.bool),
+        sampler_logp=student.detach(),
+        policy_logp=student.detach(),
+        teacher_logp=given.teacher[chosen[:, None], places, tokens],
+        reward=reward,
+        group=torch.arange(PER_STEP).repeat_interleave(GROUP),
+    )
+    return batch, student
+
+
+def _rollout(kind: Kind, prompt: int, sample: int, reward: float) -> Rollout:
+    """A rollout with the fields that a method reads."""
+    nothing = torch.zeros(kind.tokens, dtype=torch.long)
+    return Rollout(
+        prompt=Prompt(id=prompt, content=""),
+        sample=sample,
+        prompt_ids=(),
+        response_ids=nothing,
+        trained=torch.ones(kind.tokens, dtype=torch.bool),
+        turn=nothing,
+        finished=True,
+        text="",
+        reward=reward,
+    )
+
+
+def update(method: Method, batch: Batch, student_logp: Tensor) -> dict[str, float]:
+    """Filter, credit, weight, signal and denominator of the method, and backward; the metrics of its memory."""
+    batch = replace(batch, rollouts=tuple(method.filter(batch.rollouts)))
+    batch = replace(batch, mask=torch.stack([rollout.trained for rollout in batch.rollouts]))
+    logged = observed(batch, lambda value: [value])
+    advantage, weight, denominator = method.credit(batch), method.weight(batch), method.normalise(batch)
+    tokens = Tokens(
+        student_logp=valid(student_logp, batch.mask),
+        sampler_logp=valid(batch.sampler_logp, batch.mask),
+        teacher_logp=valid(batch.teacher_logp, batch.mask),
+        advantage=valid(advantage, batch.mask),
+        weight=valid(weight, batch.mask),
+    )
+    per_token = method.signal(tokens) * tokens.weight * valid(denominator.share, batch.mask)
+    (per_token.sum() / denominator.count).backward()
+    return logged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """A training: accuracies by update, and the metrics of the method's memory, one row per update."""
+
+    exams: dict[int, dict[str, float]]
+    logged: list[dict[str, float]]
+
+
+def train(made: Callable[[], Method], kind: Kind, seed: int, rate: float, *, steps: int, every: int) -> Course:
+    """Train a beginner by a method. World and beginner depend on the seed alone, so that methods can be compared."""
+    drawn, sampled = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
+    given = world(kind, drawn)
+    z, method = beginner(given, drawn).requires_grad_(), made()
+    memory = method.make_memory()
+    optimiser = torch.optim.Adam([z], lr=rate)
+    exams = {0: accuracy(z.detach(), given)}
+    logged: list[dict[str, float]] = []
+    for step in range(1, steps + 1):
+        batch, student_logp = written(z, given, sampled)
+        optimiser.zero_grad()
+        logged.append(update(method, replace(batch, memory=memory), student_logp))
+        optimiser.step()
+        if step % every == 0 or step == steps:
+            exams[step] = accuracy(z.detach(), given)
+    return Course(exams=exams, logged=logged)
