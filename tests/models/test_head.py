@@ -561,7 +561,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("forward_kl", {}),
         ("uni_opd", {}),
         ("visd", {"k": 4, "template": "{privileged_context}{prompt}"}),
-        ("brts", {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+"}),
+        ("brts", {"k": 4, "n": 2, "hint": "{answer}h{prompt}", "marker": "+"}),
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])
@@ -570,7 +570,7 @@ def test_loss_holds_no_logits_of_all_tokens(
 ):
     student, external = wide()
     method = methods.build(name, options)
-    prompts = prompts_of("ab", "cde", privileged_context="fg", response="abcdefghab")
+    prompts = prompts_of("ab", "cde", privileged_context="fg", response="abcdefghab", answer="b")
     rollouts = write(method, student, external, prompts, Sampling(max_completion_length=12, n=4))
     n = sum(len(r.response_ids) for r in rollouts)
     assert n > 60
