@@ -561,7 +561,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("forward_kl", {}),
         ("uni_opd", {}),
         ("visd", {"k": 4, "template": "{privileged_context}{prompt}"}),
-        ("brts", {"k": 4, "n": 2, "hint": "{answer}h{prompt}", "marker": "+"}),
+        ("brts", {"k": 4, "n": 2, "hint": "{answer}h{prompt}", "marker": "h"}),
     ],
 )
 @pytest.mark.parametrize("micro_batch_tokens", [40, 10**6])
