@@ -73,13 +73,13 @@ def distill(
     `teacher_tokenizer` defaults to it. A student object is trained in place. `teacher` may also be an object with the
     methods of `opd.types.Teacher`, or the name of a function or class, "my_module:MyTeacher", called (student), that
     returns one; or several of these by name, {"one": ..., "other": ...}, for a method in which all score each row.
-    `base` is given likewise; the student object itself stands for its weights without the adapter. `sampler`, or its
-    name, is called (student, sampling) and returns an `opd.types.Sampler`. `prompts` is a path as in a recipe's data
-    section, or rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`,
-    `last_assistant` and `columns` are fields of that section. `reward` is a name, a recipe's reward section, a function
-    (prompt, text) -> float, or a `Reward`. `method` is a name, a function that returns a Method (with `options`), or a
-    Method. Further keywords are fields of a recipe's stage: `sampling={...}`. The run is in `output_dir` (default: a
-    new one in runs/). `accept_changes`: see `run`. Raises `opd.errors`.
+    `base` likewise; the student object stands for its weights without the adapter. `sampler`, or its name, is called
+    (student, sampling) and returns an `opd.types.Sampler`. `prompts` is a path as in a recipe's data section, or rows:
+    strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`, `last_assistant` and `columns`
+    are fields of that section. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a
+    `Reward`. `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are
+    fields of a stage: `sampling={...}`. The run is in `output_dir` (default: new, in runs/). `accept_changes`: see
+    `run`.
     """
     if quiet:
         quiet_libraries()
