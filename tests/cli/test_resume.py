@@ -261,6 +261,31 @@ def test_resume_gives_equal_run_when_method_reads_base(tmp_path: Path, forks: Fo
     assert_same(folder / "run", whole / "run")
 
 
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
+def test_resume_reads_texts_of_the_teacher_again(tmp_path: Path, forks: Forks, model: dict[str, Any]):
+    """The repeated steps take their texts from the file: a call that was made again would stand in it twice."""
+    recipe = one_stage(
+        steps=8,
+        checkpoint={"every": 3},
+        method="brts",
+        options={"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+"},
+        reward={"name": "final_number"},
+        sampling={"max_completion_length": 3, "n": 2},
+    )
+    recipe["models"]["student"] |= model
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+    folder = prepare(tmp_path / "killed", recipe)
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=10)).code == -signal.SIGKILL
+    texts = folder / "run/distil/texts/texts-0.jsonl"
+    assert len(texts.read_bytes().splitlines()) == 10  # of 5 steps, plain and with the answer shown
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: continuing after step 3 of 8" in again.out
+    assert len(texts.read_bytes().splitlines()) == 16
+    assert_same(folder / "run", whole / "run")
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 

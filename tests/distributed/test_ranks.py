@@ -85,6 +85,11 @@ TEXTS = {"opening": "{prompt}", "reply": "{prompt}+{debate}", "reads": "{prompt}
 SELF = {"template": "{privileged_context}{prompt}", "k": None}
 EMA = SELF | {"teacher": "ema", "decay": 0.7}
 GROUPS = {"sampling": {"max_completion_length": 5, "n": 4}, "reward": {"name": "ranks:odd"}, "teacher": None}
+BEST: dict[str, Any] = {
+    "method": "brts",
+    "options": {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+", "weight": 2.0},
+    "reward": {"name": "ranks:rare"},
+}
 DRIFT = {"k": 4, "threshold": 0.7, "drop": 0.4}
 SCENARIOS = {
     "full tied, reverse_kl": recipe(tied=True, evaluate=EVALUATE, optimizer={"learning_rate": 0.003}),
@@ -163,6 +168,10 @@ SCENARIOS = {
         prompts_per_step=3,
         sampling={"max_completion_length": 6},
     ),
+    "full tied, the best of the teacher's responses": recipe(  # of some prompts there is none
+        tied=True, prompts_per_step=3, **BEST | {"options": BEST["options"] | {"fallback": "skip"}}
+    ),
+    "lora, the best of the teacher's responses": recipe(LORA, prompts_per_step=5, **BEST),
     "full untied, experts that are balanced": experts(router_aux_loss=0.3, prompts_per_step=5),
     "full tied, a debate": debate(options=TEXTS | {"tag": r"1(\d)"}),
     "lora, a debate in turn": debate(LORA, options=TEXTS | {"tag": r"1(\d)", "beta": 0.4, "missing": "zero"}),
@@ -234,7 +243,7 @@ def assert_equal_responses(one: Path, other: Path) -> None:
     from opd.stage.folder import StageDir
 
     rows, got = (StageDir(folder / "run/distil").read_samples() for folder in (one, other))
-    for key in ("step", "prompt_id", "sample", "response", "reward"):
+    for key in ("step", "prompt_id", "sample", "part", "response", "reward"):
         assert [row[key] for row in got] == [row[key] for row in rows], key
 
 
@@ -242,12 +251,9 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     assert_equal_training(one, other)
     assert_equal_numbers(one, other)
     assert_equal_responses(one, other)
+    own = ("step_", "texts-")  # of each process
     files = [
-        sorted(  # each process writes a file of its teachers' texts
-            str(f.relative_to(w / "run"))
-            for f in (w / "run").rglob("*")
-            if "step_" not in str(f) and f.parent.name != "texts"
-        )
+        sorted(str(f.relative_to(w / "run")) for f in (w / "run").rglob("*") if not any(n in str(f) for n in own))
         for w in (one, other)
     ]
     assert files[0] == files[1]
@@ -289,6 +295,13 @@ def test_update_skipped_takes_both_values_when_rows_are_filtered(runs: Path):
     number = list(SCENARIOS).index("full tied, what passes a filter")
     lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
     assert {json.loads(line)["train/update_skipped"] for line in lines} == {0.0, 1.0}
+
+
+def test_brts_leaves_a_process_without_rows_of_the_teacher(runs: Path):
+    number = list(SCENARIOS).index("full tied, the best of the teacher's responses")
+    lines = (runs / "two" / str(number) / "run/distil/metrics.jsonl").read_text().splitlines()
+    assert {0.0, 1.0} & {json.loads(line)["part/teacher/rows"] for line in lines}
+    assert max(json.loads(line)["part/teacher/rows"] for line in lines) >= 1.0
 
 
 def test_prune_opd_moves_budget_and_ends_drifted_rollouts(runs: Path):
