@@ -31,7 +31,8 @@ LONGEST = 28  # tokens of the longest response to a sum
 
 # Files of the studies that training depends on.
 TRAINED_WITH = tuple(
-    f"opd_studies/worlds/{name}.py" for name in ("boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods")
+    f"opd_studies/worlds/{name}.py"
+    for name in ("boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods", "lists")
 )
 
 
