@@ -33,8 +33,8 @@ COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_revers
 COMBINED += ["extrapolated_opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
 SELF_TAUGHT = ("context_distillation", "anti_sd", "visd", "grpo", "ropd")
-POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "extrapolated_opd")
-POLICY_GRADIENTS += ("local_support_matching",)
+POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "iw_opd")
+POLICY_GRADIENTS += ("extrapolated_opd", "local_support_matching")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {

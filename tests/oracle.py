@@ -665,6 +665,12 @@ def discounted_by_turn(rewards: Sequence[float], trained: Sequence[bool], gamma:
     return out
 
 
+def early(ratios: Sequence[float], gamma: float, epsilon: float = 1e-8) -> list[float]:
+    """w_t a_t with w_t = 1 + gamma (1 - sum_{j < t} |a_j| / sum_j |a_j|). IW-OPD, Algorithm 1."""
+    total = max(math.fsum(abs(a) for a in ratios), epsilon)
+    return [(1 + gamma * (1 - math.fsum(abs(b) for b in ratios[:t]) / total)) * a for t, a in enumerate(ratios)]
+
+
 def discounted(rewards: Sequence[float], gamma: float) -> list[float]:
     """sum_{t' >= t} gamma^(t' - t) r_t', the sum written out for every t. Revisiting eq. 3."""
     n = len(rewards)

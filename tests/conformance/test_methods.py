@@ -122,6 +122,7 @@ class Case:
     learns: bool = True  # the exact KL falls in the tiny run below
     gamma: float | None = None  # the advantage is the discounted log-ratio, not the group's reward
     across_turns: bool = True  # the sum of log-ratios goes on over untrained tokens
+    early: float | None = None  # the advantage is the log-ratio times a weight of early tokens
     epsilon: float = 1e-4  # added to the std of a group's rewards
     scale: bool = True  # the group's reward is divided by its std (but with a constant length)
     weigh: Weigh | None = None  # None: every token weighs 1
@@ -545,6 +546,11 @@ CASES: dict[str, list[Case]] = {
         ),
         case(sampled_log_ratio(False), {"validate_by": "teacher_kl", "move": "released"}, learns=False),
     ],
+    "iw_opd": [
+        case(coupled(), average="token", early=0.5),
+        case(coupled(), {"gamma": 3.0, "average": "sequence"}, early=3.0, learns=False),
+        case(coupled(), {"gamma": 0.0}, average="token", early=0.0, learns=False),
+    ],
     "extrapolated_opd": [
         case(beyond(1.15), average="token", fixed_point=False, learns=False),
         case(beyond(1.0, "none"), {"strength": 1.0, "clip": "none", "average": "sequence"}),
@@ -779,6 +785,8 @@ def coupled_returns(rollout: Rollout, z: Tensor, other: Tensor, one: Case) -> di
     kept = [t for t in places if rollout.trained[t]]
     ids = rollout.response_ids.tolist()
     ratios = [oracle.log_softmax(other[t].tolist())[ids[t]] - oracle.log_softmax(z[t].tolist())[ids[t]] for t in places]
+    if one.early is not None:
+        return dict(zip(kept, oracle.early([ratios[t] for t in kept], one.early), strict=True))
     gamma = one.gamma
     assert gamma is not None
     if not one.across_turns:
@@ -832,7 +840,7 @@ def reference(on: Scene, one: Case) -> Gradient:
             with torch.no_grad():
                 own = full_logits(base, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
             thirds = (own / method.temperature).tolist()
-        returns = {} if one.gamma is None else coupled_returns(rollout, z, other, one)
+        returns = {} if one.gamma is None and one.early is None else coupled_returns(rollout, z, other, one)
         positions = [
             Position(
                 student=z[t].tolist(),

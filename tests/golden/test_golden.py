@@ -24,6 +24,7 @@ OPTIONS = {
     "grpo": {},
     "opd": {},
     "vopd": {"k": 3},
+    "iw_opd": {},
     "eff_opd": {"prompts": 4},
     "extrapolated_opd": {"strength": 1.3, "bound": 1.5},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},

@@ -540,6 +540,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
     [
         ("opd", {}),
         ("vopd", {"k": 4}),
+        ("iw_opd", {}),
         ("eff_opd", {}),
         ("extrapolated_opd", {}),
         ("grpo", {}),

@@ -22,6 +22,7 @@ from opd.methods.extrapolated_opd import extrapolated_opd
 from opd.methods.forward_kl import forward_kl
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
+from opd.methods.iw_opd import iw_opd
 from opd.methods.local_support_matching import local_support_matching
 from opd.methods.mad_opd import mad_opd
 from opd.methods.opd import opd
@@ -50,6 +51,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "local_support_matching": local_support_matching,
     "context_distillation": context_distillation,
     "vopd": vopd,
+    "iw_opd": iw_opd,
     "eff_opd": eff_opd,
     "extrapolated_opd": extrapolated_opd,
     "anti_sd": anti_sd,

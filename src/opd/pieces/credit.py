@@ -86,6 +86,28 @@ def discounted(gamma: float, *, across_turns: bool = True) -> Credit:
     return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Trait.MINIMISES_DIVERGENCE)
 
 
+def early(strength: float, epsilon: float = 1e-8) -> Credit:
+    """w_t a_t, a_t = log q - log p, w_t = 1 + strength (1 - sum_{j < t} |a_j| / sum_j |a_j|): arXiv 2606.22600.
+
+    Sums are over a response's trained tokens; the last one is at least `epsilon`. log p is the log-prob recorded during
+    sampling. Raises ConfigError for a strength below 0 and an epsilon that is not positive.
+    """
+    if not (0.0 <= strength < math.inf and 0.0 < epsilon < math.inf):
+        raise ConfigError(
+            f"The weight of early tokens needs a gamma of at least 0 and an epsilon above 0, both finite; got "
+            f"{strength} and {epsilon}. A gamma of 0 weighs all tokens alike."
+        )
+
+    def credit(batch: Batch) -> Tensor:
+        ratio = log_ratio(batch).masked_fill(~batch.mask, 0.0)  # [B, T]
+        size = ratio.abs()
+        before = size.cumsum(1) - size
+        share = before / size.sum(1, keepdim=True).clamp(min=epsilon)
+        return (1.0 + strength * (1.0 - share)) * ratio
+
+    return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Trait.MINIMISES_DIVERGENCE)
+
+
 def log_ratio(batch: Batch) -> Tensor:
     """u = log q(y) - log p(y), [B, T]; log p is the log-prob recorded during sampling."""
     return batch.teacher_logp - batch.policy_logp

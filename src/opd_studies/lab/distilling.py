@@ -25,6 +25,7 @@ class Distillation:
     task: Task = ADDITION
     options: Mapping[str, Any] = field(default_factory=dict[str, Any])
     stage: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    models: Mapping[str, Any] = field(default_factory=dict[str, Any])  # further model sections, or other ones
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -34,7 +35,8 @@ class Distillation:
         return {
             "name": f"{self.method.rpartition(':')[2]}-{self.seed}".translate(str.maketrans("_+", "--")),
             "seed": self.seed,
-            "models": {name: {"path": str(path)} for name, path in paths.items() if name not in unused},
+            "models": {name: {"path": str(path)} for name, path in paths.items() if name not in unused}
+            | dict(self.models),
             "stages": [
                 {
                     "name": "distil",

@@ -32,7 +32,7 @@ LONGEST = 28  # tokens of the longest response to a sum
 # Files of the studies that training depends on.
 TRAINED_WITH = tuple(
     f"opd_studies/worlds/{name}.py"
-    for name in ("answer_styles", "boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods")
+    for name in ("answer_styles", "boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods", "lists")
     + ("nearly_sorted", "half_keys")
 )
 

@@ -154,10 +154,15 @@ def _structure(text: str) -> str:
 
 
 @torch.no_grad()
-def measured(subject: Subject, rollouts: Sequence[Rollout]) -> list[ClassOfTokens]:
-    """The classes that the teacher finds likely somewhere, with mean masses at those positions."""
+def measured(
+    subject: Subject, rollouts: Sequence[Rollout], classes: tuple[Tensor, list[str]] | None = None
+) -> list[ClassOfTokens]:
+    """The classes that the teacher finds likely somewhere, with mean masses at those positions.
+
+    `classes`: the class of each token and the classes' texts; default: `classes_of`.
+    """
     assert subject.base is not None
-    class_of, texts = classes_of(subject)
+    class_of, texts = classes or classes_of(subject)
     sums = torch.zeros(len(texts), 3, dtype=torch.float64)  # positions, p, b
     states = [
         _states(subject.teacher, rollouts, subject.contexts(rollouts), subject.method.temperature),
