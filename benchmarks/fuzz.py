@@ -57,7 +57,14 @@ VALUES: dict[str, list[Any]] = {
     "strength": [0.5, 1.0, 1.3],
     "bound": [1.2, 5.0],
     "least_mass": [0.0, 0.5],
+    "rounds": [1, 2],
+    "opening": ["{prompt}"],
+    "reply": ["{prompt}{debate}"],
+    "reads": ["{prompt}{debate}", "{debate}{prompt}"],
+    "turn": ["{text}"],
+    "tag": [r"1(\d)", r"(\d)"],
 }
+DEBATE = ("opening", "reply", "reads", "turn", "tag")  # the defaults are in other characters than the tokenizer's
 
 
 def drawn(rng: random.Random) -> dict[str, Any]:
@@ -200,6 +207,8 @@ def options(rng: random.Random, method: str, plain: bool) -> dict[str, Any]:
         names = [*dict.fromkeys([*names, "stop", "every", "budget", "budget_min", "budget_max"])]
     if method == "context_distillation":
         names = [*dict.fromkeys([*names, "template"])]
+    if method == "mad_opd":
+        names = [*dict.fromkeys([*names, *DEBATE])]
     if "k" in hints and "k" not in names:
         names.append("k")  # the defaults are larger than the vocabulary
     return {

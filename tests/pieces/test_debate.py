@@ -268,7 +268,7 @@ def model(seed: int) -> Any:
     return load_model(ModelSpec(**tiny_model(seed)), name="tiny").model
 
 
-def run(folder: Path, steps: int = 3, **options: Any) -> opd.Run:
+def run(folder: Path, steps: int = 3, stage: Any = None, **options: Any) -> opd.Run:
     return opd.distill(
         student=model(2),
         teacher={"x": model(1), "y": model(3)},
@@ -282,6 +282,7 @@ def run(folder: Path, steps: int = 3, **options: Any) -> opd.Run:
         steps=steps,
         output_dir=folder,
         quiet=True,
+        **(stage or {}),
     )
 
 
@@ -294,6 +295,18 @@ def test_run_trains_counts_and_keeps_transcripts(tmp_path: Path, beta: float):
     lines = (tmp_path / "run/distill/texts/texts-0.jsonl").read_text().splitlines()
     said = [(row["author"], row["step"]) for row in map(json.loads, lines)]
     assert said == [(name, step) for step in range(3) for _ in range(2) for name in ("x", "y")]
+
+
+@pytest.mark.parametrize("beta", [0.5, 1.0])
+def test_run_compares_student_with_the_mean(tmp_path: Path, beta: float):
+    rows = tmp_path / "held_out.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in sums(6, 3)))
+    evaluate = {"data": {"path": str(rows)}, "sampling": {"sampled": {"max_completion_length": 4}}, "kl": True}
+    stage = {"evaluate": evaluate, "diagnostics": {"every": 1, "k": 4}, "samples_every": 1}
+    done = run(tmp_path / "run", 2, stage, beta=beta)
+    (end,) = [row for row in done.metrics if row["step"] == 2 and "eval/reverse_kl" in row]
+    assert end["eval/reverse_kl"] > 0
+    assert all(row["compare/reverse_kl"] > 0 for row in done.metrics if "train/loss" in row)
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,11 @@ LONGEST = 28  # tokens of the longest response to a sum
 
 
 # Files of the studies that training depends on.
-TRAINED_WITH = tuple(
-    f"opd_studies/worlds/{name}.py"
-    for name in ("answer_styles", "boundaries", "graders", "bad_habit_data", "sorting_kinds", "methods", "lists")
-    + ("nearly_sorted", "half_keys")
+WORLDS = (
+    *("answer_styles", "boundaries", "graders", "bad_habit_data", "half_keys", "lists", "methods", "nearly_sorted"),
+    "sorting_kinds",
 )
+TRAINED_WITH = tuple(f"opd_studies/worlds/{name}.py" for name in WORLDS)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
