@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from opd.evaluation.teacher_alignment import Alignment
     from opd_studies.worlds.nearly_sorted import Values
 
-USE = "TO BE WRITTEN from the numbers of the study, in a sentence or two."
+USE = (
+    "Read a cosine of `opd probe` beside its ceiling and its controls. Do not choose tokens by it before you have "
+    "compared with a random half of the same size."
+)
 
 
 REWARD = "opd_studies.worlds.nearly_sorted:nearly"
