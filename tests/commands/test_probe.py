@@ -77,7 +77,7 @@ def test_probe_takes_teacher_that_knows(sums_probed):
     assert best.best == "teacher, plain", as_text(report)
     assert best.others["misled, plain"].low > 0
     assert report.alignment.row("misled, plain", "reverse_kl").cosine["all"].mean < best.cosine.mean - 0.3
-    assert as_text(report).splitlines()[3].startswith("Take teacher, plain: its gradient of reverse_kl points most")
+    assert as_text(report).splitlines()[3].startswith("Take 'teacher, plain': its gradient of reverse_kl points most")
 
 
 def test_probe_says_cost_before_and_counts_continuations(sums_probed):

@@ -30,7 +30,10 @@ if TYPE_CHECKING:
     from opd.evaluation.teacher_alignment import Alignment
     from opd_studies.worlds.nearly_sorted import Values
 
-USE = "TO BE WRITTEN from the numbers of the study, in a sentence or two."
+USE = (
+    "Read a cosine of `opd probe` beside its ceiling and its controls. Do not choose tokens by it before you have "
+    "compared with a random half of the same size."
+)
 
 
 REWARD = "opd_studies.worlds.nearly_sorted:nearly"
@@ -275,71 +278,79 @@ def training(size: Size, pair: Pair, seed: int, arm: str, learning_rate: float) 
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers of both settings."""
+    a, b = numbers.probed["A"], numbers.probed["B"]
     few, many = numbers.visits[0], numbers.visits[-1]
     _, early, *_, end = numbers.updates
-
-    def estimates(setting: str) -> list[Check]:
-        of = numbers.probed[setting]
-        corrected = [a / b for a, b in zip(of[f"{many}: {MEAN}"], of[f"{many}: {CEILING}"], strict=True)]
-        gaps = {
-            "cosine as one vector": differences(of[f"{many}: {TOGETHER}"], of[VECTOR]),
-            "mean cosine over its ceiling": differences(corrected, of[f"{many}: {SAME}"]),
-        }
-        return [
-            Check(what=f"{what}, {many} continuations, estimate minus exact", interval=gap, above=-EQUAL, below=EQUAL)
-            for what, gap in gaps.items()
-        ]
-
-    def too_small(setting: str) -> list[Check]:
-        of = numbers.probed[setting]
-        gap = differences(of[f"{few}: {MEAN}"], of[f"{few}: {SAME}"])
-        return [Check(what=f"mean cosine, {few} continuations, estimate minus exact", interval=gap, below=0.0)]
-
-    def null(setting: str) -> list[Check]:
-        found = over_seeds(numbers.probed[setting][f"{many}: {NOISE}"])
-        return [Check(what="mean cosine of noise", interval=found, above=-NO_ALIGNMENT, below=NO_ALIGNMENT)]
-
-    def wrong(setting: str) -> list[Check]:
-        gap = differences(numbers.probed[setting][WRONG], numbers.probed[setting][RIGHT])
-        return [Check(what="exact mean cosine, wrong minus right responses", interval=gap, above=0.0)]
-
-    def gain(other: str, update: int) -> list[Check]:
-        gap = differences(numbers.after(BETTER, update), numbers.after(other, update))
-        return [Check(what=f"accuracy after {update} updates, {BETTER} minus {other}", interval=gap, above=0.0)]
-
     return (
         finding(
             "The corrected estimates of the probe equal the exact alignment",
             "2605.10889 (exact baseline, ours)",
-            estimates("A"),
-            estimates("B"),
+            _estimates(a, many),
+            _estimates(b, many),
         ),
         finding(
             "With few continuations the mean cosine is smaller than the exact one",
             "2605.10889 (exact baseline, ours)",
-            too_small("A"),
-            too_small("B"),
+            _too_small(a, few),
+            _too_small(b, few),
         ),
-        finding("A teacher of noise has no alignment", "2605.10889 (baseline, ours)", null("A"), null("B")),
+        finding(
+            "A teacher of noise has no alignment",
+            "2605.10889 (baseline, ours)",
+            _null(a, many),
+            _null(b, many),
+        ),
         finding(
             "The teacher's gradient is better aligned on wrong than on right responses",
             "2605.10889 abstract",
-            wrong("A"),
-            wrong("B"),
+            _wrong_over_right(a),
+            _wrong_over_right(b),
         ),
         finding(
             "Training on the better aligned half of the tokens beats a random half",
             "2605.10889 abstract (it trains nothing; ours)",
-            gain(RANDOM, end),
-            gain(RANDOM, early),
+            _gain(numbers, RANDOM, end),
+            _gain(numbers, RANDOM, early),
         ),
         finding(
             "It beats the half at which the response can still become right",
             "2605.10889 (baseline, ours)",
-            gain(ALIVE, end),
-            gain(ALIVE, early),
+            _gain(numbers, ALIVE, end),
+            _gain(numbers, ALIVE, early),
         ),
     )
+
+
+def _estimates(of: Mapping[str, Sequence[float]], n: int) -> list[Check]:
+    corrected = [a / b for a, b in zip(of[f"{n}: {MEAN}"], of[f"{n}: {CEILING}"], strict=True)]
+    gaps = {
+        "cosine as one vector": differences(of[f"{n}: {TOGETHER}"], of[VECTOR]),
+        "mean cosine over its ceiling": differences(corrected, of[f"{n}: {SAME}"]),
+    }
+    return [
+        Check(what=f"{what}, {n} continuations, estimate minus exact", interval=gap, above=-EQUAL, below=EQUAL)
+        for what, gap in gaps.items()
+    ]
+
+
+def _too_small(of: Mapping[str, Sequence[float]], n: int) -> list[Check]:
+    gap = differences(of[f"{n}: {MEAN}"], of[f"{n}: {SAME}"])
+    return [Check(what=f"mean cosine, {n} continuations, estimate minus exact", interval=gap, below=0.0)]
+
+
+def _null(of: Mapping[str, Sequence[float]], n: int) -> list[Check]:
+    found = over_seeds(of[f"{n}: {NOISE}"])
+    return [Check(what="mean cosine of noise", interval=found, above=-NO_ALIGNMENT, below=NO_ALIGNMENT)]
+
+
+def _wrong_over_right(of: Mapping[str, Sequence[float]]) -> list[Check]:
+    gap = differences(of[WRONG], of[RIGHT])
+    return [Check(what="exact mean cosine, wrong minus right responses", interval=gap, above=0.0)]
+
+
+def _gain(numbers: Numbers, other: str, update: int) -> list[Check]:
+    gap = differences(numbers.after(BETTER, update), numbers.after(other, update))
+    return [Check(what=f"accuracy after {update} updates, {BETTER} minus {other}", interval=gap, above=0.0)]
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:

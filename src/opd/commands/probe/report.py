@@ -73,13 +73,13 @@ def verdict(report: Report) -> str:
     if best.best is None:
         return (
             f"Take none: no gradient of {report.form} points to right responses more than that of a teacher that knows "
-            f"nothing, 0 (the highest is {best.highest}: {best.cosine}). Try another teacher or context, or more "
+            f"nothing, 0 (the highest is {best.highest!r}: {best.cosine}). Try another teacher or context, or more "
             f"--prompts.{more}"
         )
-    says = f"Take {best.best}: its gradient of {report.form} points most to right responses, {best.cosine}."
+    says = f"Take {best.best!r}: its gradient of {report.form} points most to right responses, {best.cosine}."
     if best.others:
-        gaps = "; ".join(f"{name}: {gap}" for name, gap in best.others.items())
-        tied = f", so {' and '.join(best.tied)} may be as good" if best.tied else ""
+        gaps = "; ".join(f"{name!r}: {gap}" for name, gap in best.others.items())
+        tied = f", so {' and '.join(map(repr, best.tied))} may be as good" if best.tied else ""
         says += f" Its cosine minus that of the others, over prompts: {gaps}{tied}."
     says += f" Minus the control {SHARPER!r}, which needs no teacher: {best.over_sharper}"
     return f"{says}{', so the teacher may add nothing' if best.over_sharper.low <= 0 else ''}.{more}"
