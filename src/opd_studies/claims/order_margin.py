@@ -159,12 +159,12 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         finding("The margin mask ends above plain OPD", "2605.03677 ablations", *above(MASK, OPD)),
         finding(
             "With its best margin the shift ends above OPD plus GRPO's advantage at its best weight",
-            "control of 2605.03677",
+            "2605.03677 ablations (control)",
             *above(BEST_SHIFT, BEST_SUM),
         ),
         finding(
             "With its best margin the shift ends above the reward alone, on as many responses",
-            "control of 2605.03677",
+            "2605.03677 ablations (control)",
             *above(BEST_SHIFT, GRPO),
         ),
     )
