@@ -94,9 +94,9 @@ def recipe_of(method: str, folder: Path) -> dict:
 def measure(method: str) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "prompts.jsonl").write_text(
-            "".join(json.dumps({"prompt": str(n), "answer": str(n % 9)}) + "\n" for n in range(10, 20))
-        )
+        answers = [{"answer": str(n % 9)} if method == "brts" else {} for n in range(10, 20)]
+        rows = [{"prompt": str(n), **answer} for n, answer in zip(range(10, 20), answers, strict=True)]
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rows = opd.run(recipe_of(method, folder), quiet=True).metrics
     return {key: [row[key] for row in rows] for key in RECORDED}
 
