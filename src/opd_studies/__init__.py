@@ -11,7 +11,6 @@ from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
-    alignment,
     anti_sd,
     baseline_cost,
     cold_start,
@@ -67,7 +66,6 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
-    "alignment": alignment.run,
 }
 
 
