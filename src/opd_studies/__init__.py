@@ -11,7 +11,6 @@ from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
-    alignment,
     anti_sd,
     baseline_cost,
     cold_start,
@@ -71,7 +70,6 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "anti_sd": anti_sd.run,
     "order_margin": order_margin.run,
     "ropd": ropd.run,
-    "alignment": alignment.run,
 }
 
 
