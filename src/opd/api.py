@@ -78,8 +78,7 @@ def distill(
     strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`, `last_assistant` and `columns`
     are fields of that section. `reward` is a name, a recipe's reward section, a function (prompt, text) -> float, or a
     `Reward`. `method` is a name, a function that returns a Method (with `options`), or a Method. Further keywords are
-    fields of a stage: `sampling={...}`. The run is in `output_dir` (default: new, in runs/). `accept_changes`: see
-    `run`.
+    fields of a stage: `sampling={...}`. The run is in `output_dir` (default: new, in runs/).
     """
     if quiet:
         quiet_libraries()
