@@ -8,10 +8,10 @@ import pytest
 
 from opd import methods
 from opd.errors import ConfigError
-from opd.method import Method
+from opd.method import Method, Part
 from opd.methods.coherence import RULES, Facts, broken, check_coherence
 from opd.methods.combine import PLAIN, combined, conflict
-from opd.pieces import contexts, credit, drift, filters, signals, sources, supports, updates, weights
+from opd.pieces import contexts, credit, drift, filters, signals, solutions, sources, supports, updates, weights
 from opd.types import Sampling
 
 SAMPLED = signals.sampled_reverse_kl()
@@ -23,6 +23,8 @@ ATTEMPT = contexts.privileged(template="{prompt}{attempt}")
 JUDGED = methods.build("ropd", {})
 JUMPS = {by: updates.extrapolation(by=by, prompts=1, candidates=1, ties=False) for by in ("reward", "teacher_kl")}
 TOP_P = Sampling(top_p=0.9)
+PARTS = {"other": Part(method=Method(signal=SAMPLED))}
+PEERS = contexts.privileged(template="{prompt}{privileged_context}", solutions=solutions.from_peers())
 
 # A method that breaks each rule, in their order; with what of the recipe's sampling it takes.
 BROKEN: list[tuple[Method, Sampling | None]] = [
@@ -36,6 +38,8 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
     (replace(VOPD, filter=filters.first_passing(filters.clean())), None),
     (replace(VOPD, context=ATTEMPT), None),
     (Method(support=supports.units(), signal=signals.divergence()), None),
+    (replace(SIMCT, parts=PARTS), None),
+    (Method(context=PEERS, signal=SAMPLED, parts=PARTS), None),
     (replace(SIMCT, weight=drift.trusted(DRIFT)), None),
     (replace(SIMCT, update=JUMPS["teacher_kl"]), None),
     (Method(signal=signals.add(SAMPLED, signals.scale(-0.1, SAMPLED))), None),
