@@ -56,16 +56,8 @@ def brts(
     temperature: float = 1.0,
 ) -> Method:
     """The student's own responses, and one right response of the teacher per prompt (`hint` None: the built-in one)."""
-    chosen = best_of_n.BestOfN(
-        n=n,
-        hinted=hinted,
-        k=k,
-        pick=pick,
-        overlap=overlap,
-        fallback=fallback,
-        hint=hint or best_of_n.HINT,
-        marker=marker,
-    )
+    shown = {"hint": hint or best_of_n.HINT, "marker": marker}
+    chosen = best_of_n.BestOfN(n=n, hinted=hinted, k=k, pick=pick, overlap=overlap, fallback=fallback, **shown)
     own, teachers = {
         "paper": (signals.divergence("reverse_kl"), signals.divergence("forward_kl")),
         "released_teacher_topk": (signals.support_policy_gradient(), signals.weighed_log_ratio("teacher")),
