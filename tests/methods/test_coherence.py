@@ -8,7 +8,7 @@ import pytest
 
 from opd import methods
 from opd.errors import ConfigError
-from opd.method import Method
+from opd.method import Method, Part
 from opd.methods.coherence import RULES, Facts, broken, check_coherence
 from opd.methods.combine import PLAIN, combined, conflict
 from opd.pieces import (
@@ -18,6 +18,7 @@ from opd.pieces import (
     filters,
     normalise,
     signals,
+    solutions,
     sources,
     supports,
     teacher_rules,
@@ -30,13 +31,13 @@ SAMPLED = signals.sampled_reverse_kl()
 DRIFT = drift.Drift(k=3)
 VOPD = methods.build("vopd", {"k": 3})
 SIMCT = methods.build("simct", {})
-BRTS = methods.build("brts", {"k": 3})
-PEERS = methods.build("context_distillation", {"information": "solution", "peers": True})
 GROUP = credit.group_reward()
 ATTEMPT = contexts.privileged(template="{prompt}{attempt}")
 JUDGED = methods.build("ropd", {})
 JUMPS = {by: updates.extrapolation(by=by, prompts=1, candidates=1, ties=False) for by in ("reward", "teacher_kl")}
 TOP_P = Sampling(top_p=0.9)
+PARTS = {"other": Part(method=Method(signal=SAMPLED))}
+PEERS = contexts.privileged(template="{prompt}{privileged_context}", solutions=solutions.from_peers())
 
 # A method that breaks each rule, in their order; with what of the recipe's sampling it takes.
 BROKEN: list[tuple[Method, Sampling | None]] = [
@@ -50,8 +51,8 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
     (replace(VOPD, filter=filters.first_passing(filters.clean())), None),
     (replace(VOPD, context=ATTEMPT), None),
     (Method(support=supports.units(), signal=signals.divergence()), None),
-    (replace(SIMCT, parts=BRTS.parts), None),
-    (replace(BRTS, context=PEERS.context), None),
+    (replace(SIMCT, parts=PARTS), None),
+    (Method(context=PEERS, signal=SAMPLED, parts=PARTS), None),
     (replace(SIMCT, weight=drift.trusted(DRIFT)), None),
     (replace(SIMCT, update=JUMPS["teacher_kl"]), None),
     (Method(source=sources.teacher_writes(), teacher=teacher_rules.several("geometric"), signal=SAMPLED), None),

@@ -51,14 +51,13 @@ def brts(
     overlap: best_of_n.Overlap = "positional",
     fallback: Literal["most_similar", "skip"] = "most_similar",
     form: Literal["paper", "released_teacher_topk", "released_student_p"] = "paper",
-    hint: str = best_of_n.HINT,
-    marker: str = best_of_n.MARKER,
+    hint: str | None = None,
+    marker: str = "SILENT_VALIDATION_KEY",
     temperature: float = 1.0,
 ) -> Method:
-    """The student's own responses, and one right response of the teacher for each prompt."""
-    chosen = best_of_n.BestOfN(
-        n=n, hinted=hinted, k=k, pick=pick, overlap=overlap, fallback=fallback, hint=hint, marker=marker
-    )
+    """The student's own responses, and one right response of the teacher per prompt (`hint` None: the built-in one)."""
+    shown = {"hint": hint or best_of_n.HINT, "marker": marker}
+    chosen = best_of_n.BestOfN(n=n, hinted=hinted, k=k, pick=pick, overlap=overlap, fallback=fallback, **shown)
     own, teachers = {
         "paper": (signals.divergence("reverse_kl"), signals.divergence("forward_kl")),
         "released_teacher_topk": (signals.support_policy_gradient(), signals.weighed_log_ratio("teacher")),
