@@ -298,6 +298,24 @@ def support_weights(student_logp: Logps, teacher_logp: Logps, weights: str, norm
     return [math.exp(value) for value in (renormalise(chosen) if normalised else chosen)]
 
 
+def weighed_log_ratio(student: Sequence[float], teacher: Sequence[float], ids: Sequence[int], weights: str) -> float:
+    """The released teacher-context losses of BRTS (arXiv 2605.09725), dp_actor.py, on the tokens `ids`."""
+    s, t = log_softmax(student), log_softmax(teacher)
+    masses = [math.exp((t if weights == "teacher" else s)[v]) for v in ids]
+    sign = 1.0 if weights == "teacher" else -1.0
+    return sum(m / sum(masses) * sign * (t[v] - s[v]) for v, m in zip(ids, masses, strict=True))
+
+
+def grad_weighed_log_ratio(
+    student: Sequence[float], teacher: Sequence[float], ids: Sequence[int], weights: str
+) -> list[float]:
+    """With the weights fixed: -+ (w_j - p_j), because the weights sum to 1 and d log p_v / dz_j = [v=j] - p_j."""
+    s, t = log_softmax(student), log_softmax(teacher)
+    masses = {v: math.exp((t if weights == "teacher" else s)[v]) for v in ids}
+    total, sign = sum(masses.values()), -1.0 if weights == "teacher" else 1.0
+    return [sign * (masses.get(j, 0.0) / total - math.exp(s[j])) for j in range(len(student))]
+
+
 def support_policy_gradient(
     student_logp: Logps, teacher_logp: Logps, weights: str = "student", normalised: bool = True
 ) -> float:

@@ -61,20 +61,25 @@ class Method:
     update: Update = optimizer_step()  # what the step does with the gradient
     memory: Mapping[str, MakeMemory] = field(default_factory=dict[str, MakeMemory])  # makers of the pieces' memory
     temperature: float = 1.0  # divides the logits of student and teacher before they are compared
+    parts: Mapping[str, Part] = field(default_factory=dict[str, "Part"])  # of rows with that `Rollout.part`
 
     def __post_init__(self) -> None:
-        """Raises ConfigError for a temperature by which logits cannot be divided."""
+        """Raises ConfigError for a temperature by which logits cannot be divided, and for a part that sets too much."""
         least, most = TEMPERATURES
         if not least <= self.temperature <= most:
             raise ConfigError(
                 f"The method's `temperature` is {self.temperature}. It divides the logits of student and teacher: give "
                 f"a number from {least:g} to {most:g}; 1 leaves the logits as they are."
             )
+        for name, part in self.parts.items():
+            part.check(name)
 
     @property
     def needs(self) -> Needs:
         """The needs of all pieces; `opd.runs.fit.check_needs` compares them with a recipe."""
         declared = needs_of(*(getattr(self, name) for name in PIECES), *self.memory.values())
+        for part in self.parts.values():
+            declared |= needs_of(part.method.credit, part.method.weight, part.method.signal, part.method.normalise)
         return declared | Needs(inputs=frozenset({Input.TEACHER_MODEL} if self.teacher.kind == "external" else ()))
 
     def reads(self, number: Reads) -> bool:
@@ -87,8 +92,12 @@ class Method:
         return self.needs.top_k
 
     def record(self) -> Record:
-        """The values that the writer of a response must record for each token."""
-        return Record(top_k=max(self.support.student_top_k, self.top_k), entropy=self.reads(Reads.STUDENT_ENTROPY))
+        """The values that the writer of a response must record for each token, whatever its part."""
+        methods = (self, *(part.method for part in self.parts.values()))
+        return Record(
+            top_k=max(self.top_k, *(one.support.student_top_k for one in methods)),
+            entropy=any(one.reads(Reads.STUDENT_ENTROPY) for one in methods),
+        )
 
     def request(self, *, shown: bool = False) -> ScoreRequest:
         """The teacher's request of a step; `shown` adds the sampled tokens' log-probs, for the file of samples."""
@@ -113,4 +122,35 @@ class Method:
         Raises ConfigError for tokens that the tokenizer does not know.
         """
         pieces: dict[str, Any] = {name: with_tokenizer(getattr(self, name), tokenizer) for name in PIECES}
-        return replace(self, **pieces)
+        parts = {name: replace(part, method=part.method.with_tokenizer(tokenizer)) for name, part in self.parts.items()}
+        return replace(self, **pieces, parts=parts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """The pieces of the rows that a source marks with a `Rollout.part`: a second term, L + `factor` L_part.
+
+    `method` gives support, credit, weight, signal, normalise and temperature; they see these rows alone, and the
+    method's own see none of them. Each part has a denominator of its own, over all processes: a mean over its rows, so
+    that the sum of the terms does not depend on how many rows a part has. The other fields are those of the whole
+    method, because they act before rows have parts: context, teacher, source, update, memory. A part without a row in
+    the whole step adds nothing.
+    """
+
+    method: Method
+    factor: float = 1.0
+
+    def check(self, name: str) -> None:
+        """Raise ConfigError for a factor that is not above 0, and a field that the whole method decides."""
+        if not 0.0 < self.factor < float("inf"):
+            raise ConfigError(
+                f"Part {name!r} of the method has the factor {self.factor}. Its loss is multiplied by it: give a "
+                "number above 0, or leave the part out."
+            )
+        plain = Method(signal=self.method.signal)
+        whole = ("source", "filter", "context", "teacher", "update", "memory", "parts")
+        if wrong := [field for field in whole if getattr(self.method, field) != getattr(plain, field)]:
+            raise ConfigError(
+                f"Part {name!r} of the method sets {', '.join(wrong)}, which the whole method decides. Give it to the "
+                "method, or leave it out."
+            )

@@ -122,6 +122,8 @@ class Rollout:
     judged: Mapping[str, float] = field(
         default_factory=dict[str, float]
     )  # further numbers from the judges, for the metrics
+    part: str = ""  # the name in `Method.parts` of the pieces that train it; "": the method's own
+    measured: Mapping[str, float] = field(default_factory=dict[str, float])  # by its source: metrics part/NAME/...
 
 
 class Unwritten(Rollout):
@@ -265,6 +267,29 @@ class Writer(Protocol):
         ...
 
 
+class Author(Protocol):
+    """A teacher that writes for a source: whatever the source shows it, as often as the source wants."""
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        contexts: Sequence[Prompt] | None = None,
+        n: int = 1,
+        first: int = 0,
+        sampling: Sampling | None = None,
+    ) -> list[Rollout]:
+        """`n` responses to each prompt, in the order of the prompts, as rollouts of a student that reads the prompts.
+
+        The teacher reads `contexts`, one per prompt; default: the prompts. `sample` counts from `first`: a source that
+        calls an author again for the same prompts in one step, e.g. in a second round, continues the count, because
+        the random numbers depend on (seed, step), author, prompt id and sample alone. `sampling` replaces that of the
+        stage; its `n` is not read. `seed` is (seed of the run, step).
+        """
+        ...
+
+
 class Sampler(Protocol):
     """Samples the student's responses. Subclass it to inherit `sync` and `temperature`."""
 
@@ -361,14 +386,19 @@ class Writers:
     """The writers of a stage; a `Source` chooses among them.
 
     `complete` adds the values of a `Record` to rollouts that lack them because the student did not write them. `scorer`
-    returns a new `Scorer` of unfinished responses.
+    returns a new `Scorer` of unfinished responses. `teacher` answers the prompts; `authors` are all teachers of the
+    stage that can write, for a source that shows them more than the prompt or calls them several times. `reward` gives
+    candidates their rewards, for a source that chooses among them: every process calls it equally often, if need be
+    with no candidate.
     """
 
     student: Sampler
     reference: Writer  # the data's responses
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     teacher: Writer | None = None
+    authors: Mapping[str | None, Author] = field(default_factory=dict[str | None, "Author"])  # by `Prompt.teacher_id`
     scorer: Callable[[], Scorer] | None = None
+    reward: Callable[[Sequence[Rollout]], list[Rollout]] | None = None  # of the step
     memory: Mapping[str, Memory] = field(default_factory=dict[str, "Memory"])  # of the method in this run, by name
 
 

@@ -65,9 +65,9 @@ SPLIT = 1e-6  # two orders of the same sums
 FIXED = 5e-6
 SAMPLING = Sampling(max_completion_length=6, n=3, top_p=0.7)
 PROMPTS = [
-    Prompt(id=0, content="a", response="bcd", privileged_context="hh"),
-    Prompt(id=7, content="bcdfa", response="a", privileged_context="g"),
-    Prompt(id=3, content="hg", response="abcdefghab", privileged_context="abc"),
+    Prompt(id=0, content="a", answer="c", response="bcd", privileged_context="hh"),
+    Prompt(id=7, content="bcdfa", answer="d", response="a", privileged_context="g"),
+    Prompt(id=3, content="hg", answer="ef", response="abcdefghab", privileged_context="abc"),
 ]
 
 
@@ -118,6 +118,7 @@ class Case:
     epsilon: float = 1e-4  # added to the std of a group's rewards
     scale: bool = True  # the group's reward is divided by its std (but with a constant length)
     weigh: Weigh | None = None  # None: every token weighs 1
+    parts: Mapping[str, tuple[Case, float]] = field(default_factory=dict[str, Any])  # with its factor
 
 
 def nll() -> tuple[Loss, Slope]:
@@ -257,6 +258,22 @@ def sampled_tail(k: int, by: str, bounds: tuple[float, float] = (0.0, math.inf))
         lambda at: oracle.ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp, bounds),
         lambda at: oracle.grad_ema_pg(at.student, at.teacher, listed(at, k, by), at.token, at.sampler_logp, bounds),
     )
+
+
+def weighed_ratio(k: int, weights: str) -> tuple[Loss, Slope]:
+    """The released teacher-context losses of BRTS."""
+    by = "teacher" if weights == "teacher" else "student"
+    return (
+        lambda at: oracle.weighed_log_ratio(at.student, at.teacher, listed(at, k, by), weights),
+        lambda at: oracle.grad_weighed_log_ratio(at.student, at.teacher, listed(at, k, by), weights),
+    )
+
+
+def best_of(teachers: tuple[Loss, Slope], own: tuple[Loss, Slope], options: Mapping[str, Any], **rest: Any) -> Case:
+    """BRTS: the mean over the student's tokens, and the weighed mean over the tokens of the teacher's rows."""
+    settings = {"k": 3, "n": 2, "weight": 2.5, "hinted": 0, **options}
+    parts = {"teacher": (case(teachers, average="token"), settings["weight"])}
+    return case(own, settings, **{"average": "token", "parts": parts, "learns": False, **rest})
 
 
 def case(formula: tuple[Loss, Slope], options: Mapping[str, Any] | None = None, **rest: Any) -> Case:
@@ -460,6 +477,31 @@ CASES: dict[str, list[Case]] = {
         pruned(loss="sampled"),
         pruned(stop="rollout", every=3, drop=0.3, threshold=0.7),
     ],
+    "brts": [
+        best_of(compared("forward_kl", k=9), compared("reverse_kl", k=9, by="student"), {"k": 9}, learns=True),
+        best_of(
+            compared("forward_kl", k=3),
+            compared("reverse_kl", k=3, by="student"),
+            {"hinted": 2, "hint": "{answer}h{prompt}", "marker": "h", "overlap": "forced", "temperature": 0.7},
+        ),
+        best_of(
+            compared("forward_kl", k=3),
+            compared("reverse_kl", k=3, by="student"),
+            {"pick": "shortest", "fallback": "skip", "weight": 0.05},
+        ),
+        best_of(
+            weighed_ratio(3, "teacher"),
+            released(3, "student"),
+            {"form": "released_teacher_topk"},
+            fixed_point=False,
+        ),
+        best_of(
+            weighed_ratio(3, "student"),
+            released(3, "student"),
+            {"form": "released_student_p", "pick": "first"},
+            fixed_point=False,
+        ),
+    ],
     "simct": [  # with one tokenizer: the exact reverse KL
         case(compared("reverse_kl"), average="token"),
         case(compared("reverse_kl"), {"spans": False, "average": "sequence", "temperature": 0.7}, learns=False),
@@ -595,11 +637,16 @@ def reference(on: Scene, one: Case) -> Gradient:
     learner = double(student)
     judge = None if on.teacher.lm is None else double(on.teacher.lm)
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
-    total = {"token": sum(counts), "sequence": sum(count > 0 for count in counts)}
+    cases = {"": (one, 1.0), **one.parts}
+    totals: dict[str, dict[str, int]] = {}
+    for name in cases:
+        of_part = [n for n, rollout in zip(counts, on.rollouts, strict=True) if rollout.part == name]
+        totals[name] = {"token": sum(of_part), "sequence": sum(count > 0 for count in of_part)}
     credit = advantages(on.rollouts, scale=one.scale and not isinstance(one.average, int), epsilon=one.epsilon)
     loss = 0.0
     contexts = method.context(on.rollouts)
     for rollout, context, count, advantage in zip(on.rollouts, contexts, counts, credit, strict=True):
+        (formula, factor), total = cases[rollout.part], totals[rollout.part]
         logits = full_logits(learner, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
         z = logits / method.temperature
         other = z.detach()
@@ -625,13 +672,13 @@ def reference(on: Scene, one: Case) -> Gradient:
         for t, at in enumerate(positions):
             if not rollout.trained[t]:
                 continue
-            if isinstance(one.average, int):
-                share = 1.0 / (len(on.rollouts) * one.average)
+            if isinstance(formula.average, int):
+                share = 1.0 / (len(on.rollouts) * formula.average)
             else:
-                share = 1.0 / total[one.average] / (count if one.average == "sequence" else 1)
-            share *= weights[t]
-            loss += share * one.loss(at)
-            slope[t] = share * torch.tensor(one.slope(at), dtype=torch.float64)
+                share = 1.0 / total[formula.average] / (count if formula.average == "sequence" else 1)
+            share *= weights[t] * factor
+            loss += share * formula.loss(at)
+            slope[t] = share * torch.tensor(formula.slope(at), dtype=torch.float64)
         z.backward(slope)
     grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in learner.named_parameters()}
     return Gradient(loss=loss, grads=grads)
@@ -689,22 +736,23 @@ def test_method_gradient_is_zero_for_untrained_tokens(name: str, one: Case, monk
 
     monkeypatch.setattr(opd.loss.token_loss, "response_states", recorded)
     on.step()
-    ((responses, got),) = seen
-    hidden = got.hidden
-    assert hidden.grad is not None
-    expected = torch.zeros(hidden.shape[:2], dtype=torch.bool)
-    left = [r for r in on.rollouts if bool(r.trained.any())]
-    for i, response in enumerate(responses):
-        found = next(r for r in left if r.response_ids.tolist() == response)
-        left.remove(found)
-        start = int(got.first[i])
-        expected[int(got.row[i]), start : start + len(response)] |= found.trained
-    moved = (hidden.grad != 0).any(-1).cpu()
-    assert not bool((moved & ~expected).any())
-    # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
-    symmetric = on.method.support.by in ("intersection", "symmetric_difference")
-    if name not in NO_TARGET and not symmetric:
-        assert torch.equal(moved, expected)
+    parts = ["", *(part for part in on.method.parts if any(r.part == part for r in on.rollouts))]
+    for part, (responses, got) in zip(parts, seen, strict=True):
+        hidden = got.hidden
+        assert hidden.grad is not None
+        expected = torch.zeros(hidden.shape[:2], dtype=torch.bool)
+        left = [r for r in on.rollouts if bool(r.trained.any()) and r.part == part]
+        for i, response in enumerate(responses):
+            found = next(r for r in left if r.response_ids.tolist() == response)
+            left.remove(found)
+            start = int(got.first[i])
+            expected[int(got.row[i]), start : start + len(response)] |= found.trained
+        moved = (hidden.grad != 0).any(-1).cpu()
+        assert not bool((moved & ~expected).any())
+        # A clipped token, and a support of one token or none, may rightly give nothing; of all else, nothing is zero.
+        symmetric = on.method.support.by in ("intersection", "symmetric_difference")
+        if name not in NO_TARGET and not symmetric:
+            assert torch.equal(moved, expected)
 
 
 def poisoned(batch: Batch, value: float, token: int) -> Batch:
@@ -732,6 +780,7 @@ def poisoned(batch: Batch, value: float, token: int) -> Batch:
 @pytest.mark.parametrize("value", [math.nan, math.inf, 0.0])
 def test_method_gradient_ignores_padding_and_masked_tokens(name: str, one: Case, value: float):
     on = scene(name, one)
+    on = replace(on, rollouts=[rollout for rollout in on.rollouts if not rollout.part])  # tests/loss/test_parts.py
     plain = batch_of(on.method, on.student, on.teacher, on.rollouts)
     assert bool((~plain.mask).any(1).all()), "every row has padding or a masked token"
     expected = on.step()

@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "context_distillation": {"k": 4, "system": "5"},
     "vopd": {"k": 4},
     "eff_opd": {"prompts": 2, "candidates": 1},
+    "brts": {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+"},
     "anti_sd": {"template": "{privileged_context}{prompt}"},
     "prune_opd": {"k": 4, "budget": 3, "budget_min": 2, "budget_max": 4, "budget_step": 1, "margin": 1},
 }

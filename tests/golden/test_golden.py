@@ -28,6 +28,7 @@ OPTIONS = {
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
+    "brts": {"k": 3, "n": 2, "weight": 2.0, "hint": "{answer}9{prompt}", "marker": "9"},
     "simct": {},
     "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
@@ -77,7 +78,9 @@ def recipe_of(method: str, folder: Path) -> dict:
 def measure(method: str) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "prompts.jsonl").write_text("".join(json.dumps({"prompt": str(n)}) + "\n" for n in range(10, 20)))
+        (folder / "prompts.jsonl").write_text(
+            "".join(json.dumps({"prompt": str(n), "answer": str(n % 9)}) + "\n" for n in range(10, 20))
+        )
         rows = opd.run(recipe_of(method, folder), quiet=True).metrics
     return {key: [row[key] for row in rows] for key in RECORDED}
 

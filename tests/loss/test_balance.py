@@ -14,8 +14,8 @@ from torch import Tensor
 from opd import methods
 from opd.errors import TrainingError
 from opd.loss.balance import Fractions, fractions_of, load_summary
-from opd.loss.collate import MicroBatch, attach, collate
-from opd.loss.step import PhaseA, gradient, loss_part
+from opd.loss.collate import attach, collate
+from opd.loss.step import Job, PhaseA, gradient, loss_part
 from opd.loss.token_loss import loss_of
 from opd.maths.metrics import Metrics
 from opd.models.experts import Decisions, Recording
@@ -199,8 +199,8 @@ def test_loss_part_is_loss_of_bit_for_bit_when_off(kind: str, monkeypatch: pytes
     lm = student_of(kind)
     loss, grads, metrics = stepped(lm, 70, 0.0)
 
-    def without(method: Any, student: LanguageModel, teacher: Any, micro: MicroBatch, count: float, *_: Any) -> Any:
-        return loss_of(method, student, micro, count)
+    def without(student: LanguageModel, teacher: Any, job: Job, load: Any) -> Any:
+        return loss_of(job.method, student, job.micro, job.count)
 
     monkeypatch.setattr("opd.loss.step.loss_part", without)
     assert loss_part is not without

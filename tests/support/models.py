@@ -23,6 +23,7 @@ from opd.models.new import character_tokenizer
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import needs_of
 from opd.pieces.signals import nll
+from opd.samplers.authors import TeacherAuthor
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
@@ -222,9 +223,10 @@ def rollout_of(
 
 
 def writers_of(student: LanguageModel, external: LanguageModel | None, sampling: Sampling) -> Writers:
-    teacher = None
+    teacher = author = None
     if external is not None:
         teacher = TeacherWriter(teacher=external, student=student, sampling=sampling, context=same_prompt())
+        author = TeacherAuthor(name="teacher", teacher=external, student=student, sampling={None: sampling})
 
     def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
         temperature = sampling.temperature or 1.0
@@ -235,6 +237,7 @@ def writers_of(student: LanguageModel, external: LanguageModel | None, sampling:
         reference=ReferenceWriter(student=student),
         complete=complete,
         teacher=teacher,
+        authors={None: author} if author is not None else {},
     )
 
 
@@ -328,7 +331,8 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:
 
 
 def batch_of(method: Method, student: LanguageModel, teacher: Teacher, rollouts: list[Rollout]) -> Batch:
-    """Phase A without its end: context, scores, padding."""
+    """Phase A without its end: context, scores, padding. Of the method's own rows."""
+    rollouts = [rollout for rollout in rollouts if not rollout.part]
     scores = teacher.score(rollouts, method.context(rollouts), replace(method.request(shown=True), entropy=False))
     return replace(collate(rollouts, scores, student.device), memory=method.make_memory())
 
@@ -340,10 +344,17 @@ def gradient_of(
     batch: Batch,
     denominator: Denominator,
     micro_batch_tokens: int = 10**6,
+    parts: Mapping[str, PhaseA] | None = None,
 ) -> Gradient:
     """Phase B of a batch whose credit and weight are attached."""
     phase_a = PhaseA(
-        batch=batch, contexts=(), denominator=denominator, count=denominator.count, trains=True, learned={}
+        batch=batch,
+        contexts=(),
+        denominator=denominator,
+        count=denominator.count,
+        trains=True,
+        learned={},
+        parts=parts or {},
     )
     student.model.zero_grad(set_to_none=True)
     loss, _ = gradient(method, student, teacher, phase_a, micro_batch_tokens=micro_batch_tokens)
@@ -365,4 +376,4 @@ def step(
     """Scores, batch, credit, denominator, micro-batches, loss, gradient: the loop's lines 3 to 8."""
     contexts = method.context(rollouts)
     phase_a = scored(method, teacher, rollouts, contexts, method.request(shown=True), device=student.device)
-    return gradient_of(method, student, teacher, phase_a.batch, phase_a.denominator, micro_batch_tokens)
+    return gradient_of(method, student, teacher, phase_a.batch, phase_a.denominator, micro_batch_tokens, phase_a.parts)

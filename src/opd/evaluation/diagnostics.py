@@ -15,6 +15,7 @@ from torch import Tensor
 
 from opd.evaluation.buckets import Buckets, starting_at
 from opd.evaluation.compare import compare
+from opd.loss.step import PhaseA
 from opd.maths.metrics import Columns, Metrics
 from opd.maths.overlap import overlap_of_support
 from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
@@ -82,6 +83,27 @@ def of_judges(batch: Batch) -> Metrics:
             metrics.mean("judge/failed_share", rollout.unjudged is not None, 1)
         for name, value in rollout.judged.items():
             metrics.mean(f"judge/{name}", value, 1)
+    return metrics
+
+
+def of_parts(method: Method, phase_a: PhaseA) -> Metrics:
+    """Metrics part/NAME/... of rows that a part of the method trains, also of a part without rows.
+
+    rows, tokens (trained), length, cut_share, reward, the support's masses from the loss, and what the source measured.
+    """
+    metrics = Metrics()
+    for name in method.parts:
+        phase = phase_a.parts.get(name)
+        rollouts = () if phase is None else phase.batch.rollouts
+        metrics.sum(f"part/{name}/rows", len(rollouts))
+        metrics.sum(f"part/{name}/tokens", 0.0 if phase is None else float(phase.batch.mask.sum()))
+        for rollout in rollouts:
+            metrics.mean(f"part/{name}/length", len(rollout.response_ids), 1)
+            metrics.mean(f"part/{name}/cut_share", not rollout.finished, 1)
+            if rollout.reward is not None:
+                metrics.mean(f"part/{name}/reward", rollout.reward, 1)
+            for key, value in rollout.measured.items():
+                metrics.mean(f"part/{name}/{key}", value, 1)
     return metrics
 
 

@@ -63,6 +63,13 @@ class Metrics:
         for summary, tables in other._rows.items():
             self._rows.setdefault(summary, []).extend(tables)
 
+    def under(self, prefix: str) -> Metrics:
+        """The same numbers as `prefix` + name. For metrics without rows."""
+        assert not self._rows, "a summary of rows names its own metrics"
+        out = Metrics()
+        out._entries = {prefix + name: entry for name, entry in self._entries.items()}
+        return out
+
     def reduce(self) -> dict[str, float]:
         """One number per name, sorted by name."""
         numbers = {

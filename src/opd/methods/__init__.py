@@ -14,6 +14,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 from opd.errors import ConfigError, nearest
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
+from opd.methods.brts import brts
 from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
 from opd.methods.eff_opd import eff_opd
@@ -47,6 +48,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "anti_sd": anti_sd,
     "ropd": ropd,
     "prune_opd": prune_opd,
+    "brts": brts,
     "simct": simct,
     "uld": uld,
 }

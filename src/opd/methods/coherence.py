@@ -144,6 +144,16 @@ RULES: tuple[Rule, ...] = (
         "teacher=external(tokenizer='any') and support=units(), or neither.",
     ),
     Rule(
+        lambda f: bool(f.method.parts) and f.two_tokenizers,
+        "rows that another writes are compared token by token, but the teacher has another tokenizer",
+        "Use a teacher with the student's tokenizer, or a method without a second kind of rows.",
+    ),
+    Rule(
+        lambda f: bool(f.method.parts) and Input.GROUP in needs_of(f.method.context),
+        "the teacher reads other responses of the group, among which are rows that another wrote",
+        "Use a context that reads the prompt alone, or a method without a second kind of rows.",
+    ),
+    Rule(
         lambda f: f.two_tokenizers and f.needs.top_k > 0,
         "a piece compares the models token by token, but the teacher has another tokenizer",
         "The piece reads the most likely tokens of both. Leave it out, or use a method for one tokenizer.",

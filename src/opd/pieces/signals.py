@@ -163,6 +163,28 @@ def support_policy_gradient(
     return Piece(signal, IMITATES)
 
 
+def weighed_log_ratio(weights: Literal["teacher", "student"]) -> Signal:
+    """The released teacher-context losses of arXiv 2605.09725 (BRTS), [N, K], [N, K] -> [N].
+
+        teacher   sum_S q/Q_S (log q - log p)         gradient -sum_S q/Q_S grad log p
+        student   sum_S sg[p/P_S] (log p - log q)     gradient grad log P_S
+
+    The first is KL(q/Q_S || p) but for a constant: its minimum is the teacher cut off outside S, not the teacher. The
+    second has a gradient in which no q occurs: whatever the teacher says, it moves mass out of S. An empty support
+    gives 0.
+    """
+
+    def signal(tokens: Tokens) -> Tensor:
+        s, t = support_of(tokens)
+        exists = torch.ones_like(s, dtype=torch.bool) if tokens.support_mask is None else tokens.support_mask
+        s, t = s.masked_fill(~exists, 0.0), t.masked_fill(~exists, 0.0)
+        log_w = (t if weights == "teacher" else s.detach()).masked_fill(~exists, -torch.inf)
+        w = log_w.softmax(-1).nan_to_num(0.0)
+        return (w * (t - s if weights == "teacher" else s - t)).sum(-1)
+
+    return Piece(signal, IMITATES if weights == "teacher" else Needs())
+
+
 def reverse_kl_with_sampled_tail(ratio_bounds: tuple[float, float] | None = None) -> Signal:
     """sum_S p l + 1[y not in S] s p(y)/sg[p(y)] sg[l(y)], [N, K + 1] -> [N]: EMA-PG in arXiv 2603.25562 App. G.3.
 

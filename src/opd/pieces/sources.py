@@ -41,6 +41,32 @@ def teacher_writes() -> Source:
     return needing(source, Input.TEACHER_MODEL, Trait.OFF_POLICY)
 
 
+def drafted(
+    writers: Writers,
+    prompts: Sequence[Prompt],
+    seed: tuple[int, int],
+    *,
+    contexts: Sequence[Prompt] | None = None,
+    n: int = 1,
+    first: int = 0,
+) -> list[Rollout]:
+    """`n` responses to each prompt, each by the prompt's own teacher, in the order of the prompts.
+
+    The arguments are those of `types.Author`. A source that calls this declares Input.TEACHER_MODEL.
+    """
+    shown = prompts if contexts is None else contexts
+    places: dict[str | None, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        places.setdefault(prompt.teacher_id, []).append(i)
+    found: dict[int, list[Rollout]] = {}
+    for name, own in places.items():
+        assert name in writers.authors, "recipes without a teacher that writes are refused earlier"
+        author = writers.authors[name]
+        written = author([prompts[i] for i in own], seed=seed, contexts=[shown[i] for i in own], n=n, first=first)
+        found |= {at: written[k * n : (k + 1) * n] for k, at in enumerate(own)}
+    return [rollout for i in range(len(prompts)) for rollout in found[i]]
+
+
 def mixture(on_policy_share: float, other: Source) -> Source:
     """In each step the student with probability `on_policy_share`, else the other source.
 

@@ -30,6 +30,7 @@ from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_other_weights
 from opd.runs.space import check_space, space_of
+from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisation
@@ -43,7 +44,7 @@ from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import Author, Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
 
 def teacher_of(
@@ -101,8 +102,12 @@ def writers_of(
     externals: Mapping[str, LanguageModel],
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
+    cache: TextCache | None = None,
 ) -> Writers:
-    """The writers of this stage's responses, from which the method's source chooses."""
+    """The writers of this stage's responses, from which the method's source chooses.
+
+    `cache` keeps the texts of the authors; default: they are not kept.
+    """
     teachers: dict[str | None, Writer] = {}
     for name, part in spec.by_task.items():
         if part.teacher is not None and part.teacher in externals:
@@ -113,6 +118,18 @@ def writers_of(
                 context=same_prompt(),
                 max_prompt_length=spec.max_prompt_length,
             )
+    authors: dict[str | None, Author] = {
+        name: TeacherAuthor(
+            name=name,
+            teacher=externals[name],
+            student=student,
+            sampling={task: sampling_of(part.teacher_sampling or part.sampling) for task, part in spec.by_task.items()},
+            max_prompt_length=spec.max_prompt_length,
+            cache=cache,
+        )
+        for name in spec.teachers
+        if name in externals
+    }
     reference = ReferenceWriter(student=student, max_prompt_length=spec.max_prompt_length)
 
     def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
@@ -129,6 +146,7 @@ def writers_of(
         reference=reference,
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
+        authors=authors,
         scorer=None if method.teacher.kind == "none" else scoring_along(teacher, method.context, method.request()),
         memory=memory,
     )
@@ -199,7 +217,8 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     world.shard(root, student.blocks())
     folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    writers = writers_of(spec, method, student, teacher, externals, samplers_of(spec, student, given), memory)
+    samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,
@@ -264,10 +283,11 @@ def check_teacher(spec: StageSpec, method: Method, teacher: Teacher) -> None:
     """Refuse a teacher that cannot compute the scores that the stage needs. Raises ConfigError."""
     if method.teacher.kind == "none":
         return
-    if why := teacher.refuses(method.request(shown=True)):
-        raise ConfigError(
-            f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
-        )
+    for one in (method, *(part.method for part in method.parts.values())):
+        if why := teacher.refuses(one.request(shown=True)):
+            raise ConfigError(
+                f"Stage {spec.name!r}: the teacher {teacher.name!r} cannot score method {spec.method!r}: {why}."
+            )
     if spec.diagnostics.every:
         check_comparable(teacher, f"Stage {spec.name!r}: diagnostics.every")
 
@@ -276,7 +296,9 @@ def check_student(spec: StageSpec, method: Method, student: LanguageModel, progr
     """Checks that need the loaded student. Raises ConfigError."""
     if not student.trainable():
         raise ConfigError(f"Stage {spec.name!r}: model {spec.train!r} has no parameter that requires a gradient.")
-    check_fits(max(method.support.k, method.top_k), student.vocabulary)
+    check_fits(max(method.support.k, method.top_k, method.record().top_k), student.vocabulary)
+    for part in method.parts.values():
+        check_fits(part.method.support.k, student.vocabulary)
     if spec.diagnostics.every:
         check_k(spec.diagnostics.k, student.vocabulary)
     coefficient_of(student.model, spec.router_aux_loss, spec.where(None))

@@ -59,6 +59,7 @@ class TransformersSampler(Sampler):
     sampling: Sampling
     max_prompt_length: int | None = None
     limited_by: str = "sampling.max_completion_length"  # the setting that makes responses shorter
+    first_sample: int = 0  # the number of the first response to each prompt
     version: int = 0  # the step of the weights, recorded in every rollout
     ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
 
@@ -102,7 +103,7 @@ class TransformersSampler(Sampler):
         rows = [
             _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, limit), tuple(prefix))
             for prompt, prompt_ids, prefix in zip(prompts, ids, prefixes or [()] * len(prompts), strict=True)
-            for sample in range(self.sampling.n)
+            for sample in range(self.first_sample, self.first_sample + self.sampling.n)
         ]
         # no_grad, not inference mode, in which autocast does not cache the weights that it casts.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()

@@ -34,30 +34,7 @@ class TeacherWriter(Writer):
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         written = self.own(prompts, seed=seed)
-        read = render_checked(
-            prompts,
-            self.student.tokenizer,
-            max_prompt_length=self.max_prompt_length,
-            template_options=self.student.template_options,
-        )
-        rollouts = [
-            replace(
-                rollout,
-                prompt=prompts[i // self.sampling.n],
-                prompt_ids=tuple(read[i // self.sampling.n]),
-                sampler_logp=None,
-                policy_logp=None,
-                student_top_ids=None,
-                student_entropy=None,
-            )
-            for i, rollout in enumerate(written)
-        ]
-        if same_ids(self.student, self.teacher):
-            rollouts = [ended_as_by(self.student, self.teacher, rollout) for rollout in rollouts]
-        else:
-            rollouts = [in_tokens_of(self.student, rollout) for rollout in rollouts]
-        self.student.check_ids(read, [rollout.response_ids.tolist() for rollout in rollouts])
-        return rollouts
+        return for_student(self.student, self.teacher, prompts, written, self.max_prompt_length)
 
     def own(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         """The same responses as the teacher writes them: in its tokens, with its end token, to what it reads."""
@@ -92,6 +69,42 @@ class ReferenceWriter(Writer):
             _rollout(prompt, ids, response, finished=True, text=text)
             for prompt, ids, response, text in zip(prompts, read, responses, texts, strict=True)
         ]
+
+
+def for_student(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    prompts: Sequence[Prompt],
+    written: Sequence[Rollout],
+    max_prompt_length: int | None = None,
+) -> list[Rollout]:
+    """Responses of a teacher, equally many to each prompt, as rollouts of a student that reads the prompts.
+
+    They have no `sampler_logp` and end as `TeacherWriter` says. Raises DataError for a prompt that is too long.
+    """
+    read = render_checked(
+        prompts, student.tokenizer, max_prompt_length=max_prompt_length, template_options=student.template_options
+    )
+    each = len(written) // max(1, len(prompts))
+    assert each * len(prompts) == len(written), f"{len(written)} responses to {len(prompts)} prompts"
+    rollouts = [
+        replace(
+            rollout,
+            prompt=prompts[i // each],
+            prompt_ids=tuple(read[i // each]),
+            sampler_logp=None,
+            policy_logp=None,
+            student_top_ids=None,
+            student_entropy=None,
+        )
+        for i, rollout in enumerate(written)
+    ]
+    if same_ids(student, teacher):
+        rollouts = [ended_as_by(student, teacher, rollout) for rollout in rollouts]
+    else:
+        rollouts = [in_tokens_of(student, rollout) for rollout in rollouts]
+    student.check_ids(read, [rollout.response_ids.tolist() for rollout in rollouts])
+    return rollouts
 
 
 def in_tokens_of(student: LanguageModel, rollout: Rollout) -> Rollout:

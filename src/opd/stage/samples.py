@@ -34,6 +34,7 @@ def sample_rows(
             "task": r.prompt.task,
             "prompt_id": r.prompt.id,
             "sample": r.sample,
+            "part": r.part,
             "prompt": last_text(r.prompt),
             "student_reads": None if by_teacher else texts[r.prompt_ids],
             "teacher_reads": teacher_reads[i],

@@ -159,6 +159,8 @@ class Stage:
         spec = self.spec
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
+        own = [i for i, rollout in enumerate(rollouts) if not rollout.part]
+        rollouts, contexts = [rollouts[i] for i in own], [contexts[i] for i in own]
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
@@ -167,7 +169,7 @@ class Stage:
         Raises TrainingError, before the update, if the loss or the gradient is not finite.
         """
         metrics = diagnostics.step_metrics(phase_a.batch, self.method, step, buckets=diagnostics.buckets_of(self.spec))
-        for more in observed:
+        for more in (diagnostics.of_parts(self.method, phase_a), *observed):
             metrics.merge(more)
         grad_norm = self.optimisation.optimiser.clip()
         loss, metrics = self.world.sum(loss), merged(self.world.gather(metrics))
@@ -192,7 +194,8 @@ class Stage:
         self.seconds = self.world.max(self.seconds + watch.total - watch.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
         self.pace.stepped()
-        tokens = self.world.sum(sum(len(rollout.response_ids) for rollout in phase_a.batch.rollouts))
+        lengths = [len(rollout.response_ids) for phase in phase_a.all for rollout in phase.batch.rollouts]
+        tokens = self.world.sum(sum(lengths))
         self._write(done, metrics, rate=tokens / watch.total)
         peak = peak_bytes(self.student.device) / GIB
         counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
@@ -295,9 +298,15 @@ class Stage:
         return self.world.positions([prompt.id if groups else i for i, prompt in enumerate(self.order.take(step))])
 
     def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
-        """The responses of all processes, as rows of a sample file."""
-        rows = rows_of(phase_a, self.student.tokenizer, self.readers)
-        return self.world.in_order(self._positions(step), rows)
+        """The responses of all processes, as rows of a sample file: the method's own, then those of its parts."""
+        rows = [rows_of(phase, self.student.tokenizer, self.readers) for phase in phase_a.all]
+        own = self.world.in_order(self._positions(step), rows[0])
+        others = [row for part in rows[1:] for row in part]
+        if not self.method.parts:
+            return own
+        shared = [row for of_process in self.world.gather(others) for row in of_process]
+        place = {prompt.id: i for i, prompt in enumerate(self.order.take(step))}
+        return [*own, *sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"]))]
 
     def _check_finite(self, step: int, phase_a: PhaseA, loss: float, grad_norm: float) -> None:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
