@@ -17,6 +17,7 @@ from opd.methods.anti_sd import anti_sd
 from opd.methods.brts import brts
 from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
+from opd.methods.copd import copd
 from opd.methods.eff_opd import eff_opd
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
@@ -49,6 +50,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ropd": ropd,
     "prune_opd": prune_opd,
     "brts": brts,
+    "copd": copd,
     "simct": simct,
     "uld": uld,
 }

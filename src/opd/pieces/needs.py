@@ -30,6 +30,7 @@ class Input(StrEnum):
     JUDGE = "judge"  # reads rewards of a judge
     TEACHER = "teacher"  # calls the teacher, which may be the student itself: the method needs a teacher
     TEACHER_MODEL = "teacher_model"  # calls a teacher that is another model than the student
+    PEERS = "peers"  # calls other models that the stage trains
     WEIGHT_COPY = "weight_copy"  # keeps a copy of the weights, which every checkpoint must have space for
 
 

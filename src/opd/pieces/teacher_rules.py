@@ -22,6 +22,11 @@ def external(tokenizer: Literal["students", "any"] = "students") -> TeacherRule:
     return TeacherRule(kind="external", tokenizer=tokenizer)
 
 
+def peer() -> TeacherRule:
+    """Other models that the stage trains, as they are before the step. A row without one has no teacher's scores."""
+    return TeacherRule(kind="peer")
+
+
 def self_frozen() -> TeacherRule:
     """The student at the start of the stage. With a new adapter, which adds nothing yet: the base model without it."""
     return TeacherRule(kind="self_frozen")

@@ -28,13 +28,13 @@ from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
-from opd.runs.same_model import check_other_weights
+from opd.runs.same_model import check_common_start, check_other_weights
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisation
-from opd.stage.folder import RunDir
+from opd.stage.folder import RunDir, StageDir
 from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
@@ -44,7 +44,7 @@ from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
 from opd.teachers.routed import RoutedTeacher
-from opd.types import Author, Memory, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
+from opd.types import Author, Memory, NoTeacher, Record, Rollout, Sampler, Teacher, TeacherRule, Writer, Writers
 
 
 def teacher_of(
@@ -75,6 +75,8 @@ def teacher_of(
             chat=chat,
         )
 
+    if rule.kind == "peer":
+        return RoutedTeacher(teachers={name: one(name) for name in spec.teachers}, otherwise=NoTeacher())
     if not spec.tasks or rule.kind != "external":
         return one(spec.teacher)
     return RoutedTeacher(teachers={name: one(name) for name in spec.teachers})
@@ -199,7 +201,24 @@ class Session:
 
 
 def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
-    """Load the stage's models and build the stage."""
+    """Load the stage's models and build the stage; of several models, that of the first, with the others as peers."""
+    if not spec.peers:
+        return of_model(session, spec, prepared, session.directory.stage(spec.name))
+    with session.world.main_first():
+        models = {name: session.model(spec, name) for name in spec.trains}
+    check_common_start(session.recipe, spec, Given(models=models))
+    session = replace(session, given=replace(session.given, models={**session.given.models, **models}))
+    first = session.directory.stage(spec.name)
+    stages = [
+        of_model(session, view, prepared.peers.get(view.train, prepared), first.of_peer(view.train) if i else first)
+        for i, view in enumerate(spec.views)
+    ]
+    stages[0].peers = tuple(stages[1:])
+    return stages[0]
+
+
+def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: StageDir) -> Stage:
+    """The stage of one model, with its files in `folder`."""
     recipe, given, world = session.recipe, session.given, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
     prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
@@ -215,7 +234,6 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
-    folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
@@ -319,11 +337,11 @@ def model_for(
     if name in given.models:
         return given.models[name]
     before = recipe.stages[: [s.name for s in recipe.stages].index(spec.name)]
-    trained = [s.name for s in before if s.train == name]
+    trained = [s.name for s in before if name in s.trains]
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
     described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
-    return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name == spec.train)
+    return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name in spec.trains)
 
 
 def seconds_limit(spec: StageSpec, directory: RunDir) -> float:

@@ -35,7 +35,7 @@ def inputs_of(recipe: Recipe, prepared: Mapping[str, Prepared], given: Given) ->
     """The fingerprints by stage and name."""
     return {
         spec.name: {
-            **dict(_rows(prepared[spec.name])),
+            **{k: v for one in reversed(prepared[spec.name].views) for k, v in _rows(one)},
             **dict(_models(recipe, spec, given)),
             **dict(_code(recipe, spec, prepared[spec.name], given)),
         }
@@ -57,7 +57,7 @@ def rows_fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _models(recipe: Recipe, spec: StageSpec, given: Given) -> Iterator[tuple[str, str]]:
-    for name in dict.fromkeys((spec.train, *spec.teachers, *spec.judge_models)):
+    for name in dict.fromkeys((*spec.trains, *spec.teachers, *spec.judge_models)):
         origin = origin_of(recipe, name)
         if name in given.models:
             continue

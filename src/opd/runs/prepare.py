@@ -18,7 +18,14 @@ from opd.pieces.needs import Input, Needs, needs_of
 from opd.recipe.schema import DataSection, EvaluateSection, SamplingSection, StageSpec, TaskSection
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line, watched
 from opd.rewards.registry import reward_of
-from opd.runs.fit import check_diagnostics, check_dropped_rewards, check_evaluate, check_needs, check_update_reward
+from opd.runs.fit import (
+    check_diagnostics,
+    check_dropped_rewards,
+    check_evaluate,
+    check_needs,
+    check_peer_method,
+    check_update_reward,
+)
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -62,6 +69,12 @@ class Prepared:
     method: Method
     tasks: Mapping[str | None, Task]
     order: PromptOrder
+    peers: Mapping[str, Prepared] = field(default_factory=dict[str, "Prepared"])  # of the stage's other models, by name
+
+    @property
+    def views(self) -> list[Prepared]:
+        """This one, and those of the stage's other models."""
+        return [self, *self.peers.values()]
 
     @property
     def chat(self) -> bool:
@@ -79,6 +92,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
     method = given.method or methods.build(spec.method, spec.options)
     check_diagnostics(spec, method)
+    check_peer_method(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.by_task.items():

@@ -46,7 +46,7 @@ def saves_of(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]
 def read_later(recipe: Recipe, spec: StageSpec) -> bool:
     """Whether a later stage begins with the model that this stage trains."""
     later = recipe.stages[[stage.name for stage in recipe.stages].index(spec.name) + 1 :]
-    used = {name for stage in later for name in (stage.train, *stage.teachers, *stage.judge_models)}
+    used = {name for stage in later for name in (*stage.trains, *stage.teachers, *stage.judge_models)}
     return spec.train in used or any(recipe.models[name].from_stage == spec.name for name in used)
 
 
@@ -81,7 +81,7 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
 def _trained_before(recipe: Recipe, spec: StageSpec) -> dict[str, str]:
     """Model -> the last stage before this one that trained it."""
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
-    return {stage.train: stage.name for stage in before}
+    return {name: stage.name for stage in before for name in stage.trains}
 
 
 def _base(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], directory: RunDir) -> str:

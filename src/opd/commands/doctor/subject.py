@@ -201,7 +201,7 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
     for name in (spec.train, external):
         if name is None or name in given.models:
             continue
-        made_by = [stage.name for stage in before if stage.train == name]
+        made_by = [stage.name for stage in before if name in stage.trains]
         origin = made_by[-1] if made_by else recipe.models[name].from_stage
         if origin is not None and not directory.stage(origin).model.exists():
             raise ConfigError(
