@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import opd
+from opd.errors import ConfigError
+from opd.recipe.schema import DataSection, StageSpec, TaskSection
 from opd.stage import checkpoint
 from opd.stage.folder import StageDir
 
@@ -175,3 +178,124 @@ def test_steps_alone_have_no_rows_of_peers(run: Path):
     rows = StageDir(run / "together").read_metrics()
     assert [row["part/taught/rows"] for row in rows] == [0, 0, 0, 9]
     assert len({row["train/loss"] for row in rows}) == 4
+
+
+@pytest.mark.numeric
+def test_saved_model_is_the_mean_of_lora_products(work: Path):
+    made = recipe(work, lora={"rank": 2, "alpha": 4}) | {"output_dir": str(work / "lora")}
+    opd.run(made, quiet=True)
+    after, _ = saved(work / "lora/together", 4)
+    base, merged = (
+        dict(AutoModelForCausalLM.from_pretrained(work / f"lora/{stage}/model").named_parameters())
+        for stage in ("warm", "together")
+    )
+    places = {name.split("base_model.model.")[-1].partition(".lora_")[0] for name in after[0]["student"]}
+    off: list[float] = []
+    for place in sorted(places):
+        factors = [
+            [next(t for n, t in one["student"].items() if place in n and f"lora_{side}" in n) for side in "AB"]
+            for one in after
+        ]
+        mean = sum((2.0 * b.double() @ a.double() for a, b in factors), torch.zeros(())) / 2
+        got = merged[f"{place}.weight"].double() - base[f"{place}.weight"].double()
+        assert float((got - mean).abs().max()) < 1e-7
+        (a0, b0), (a1, b1) = factors
+        of_factors = 2.0 * (b0 + b1).double() @ (a0 + a1).double() / 4
+        off.append(float((of_factors - mean).norm() / mean.norm()))
+    assert min(off) > 0.1  # the mean of the factors is another model
+
+
+def change(made: dict[str, Any], **stage: Any) -> dict[str, Any]:
+    made["stages"][1] |= stage
+    return made
+
+
+def without(made: dict[str, Any], *keys: str) -> dict[str, Any]:
+    made["stages"][1] = {key: value for key, value in made["stages"][1].items() if key not in keys}
+    return made
+
+
+def other_model(made: dict[str, Any], **spec: Any) -> dict[str, Any]:
+    made["models"]["two"] = spec
+    return made
+
+
+def other_owner(made: dict[str, Any], owner: str | None) -> dict[str, Any]:
+    made["stages"][1]["tasks"]["two"]["train"] = owner
+    return made
+
+
+ALONE = {"data": {"path": "one.jsonl"}, "reward": {"name": "support.ranks:odd"}, "task_order": "alternate"}
+REFUSED: dict[str, tuple[Any, str]] = {
+    "one branch": (
+        lambda made: change(without(made, "tasks", "peers"), **ALONE),
+        "needs several models in one stage: name the others in `peers`",
+    ),
+    "no teaching": (lambda made: change(made, topology="none"), "needs several models in one stage"),
+    "no peers in the method": (lambda made: change(made, method="grpo", options={}), "lets none of them teach another"),
+    "another start": (lambda made: other_model(made, **tiny_model(7)), "do not begin with the same weights"),
+    "another tokenizer": (
+        lambda made: other_model(made, **tiny_model(1, characters="0123456789+=x")),
+        "do not begin with the same weights",
+    ),
+    "another adapter": (
+        lambda made: other_model(made, from_stage="warm", lora={"rank": 2}),
+        "weights of other names or shapes",
+    ),
+    "twice": (lambda made: change(made, peers=["one"]), "one of them twice"),
+    "no model": (lambda made: change(made, peers=["too"]), "Did you mean 'two'"),
+    "no owner": (lambda made: other_owner(made, None), "tasks.two.train is None"),
+    "no own data": (lambda made: other_owner(made, "one"), "'two' has no data of its own"),
+    "adapter": (lambda made: change(made, save="adapter"), "the mean of LoRA factors is not the mean of models"),
+    "order": (lambda made: change(made, task_order="alternate"), "Set `task_order: mixed`"),
+    "diagnostics": (lambda made: change(made, diagnostics={"every": 2}), "`diagnostics.every` is not supported"),
+    "cycle": (lambda made: change(made, options={"together": 0}), "1 or more"),
+    "beta": (lambda made: change(made, options={"beta": 0.0}), "factor 0"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_recipe_of_several_models_is_refused(work: Path, tmp_path: Path, case: str):
+    spoil, why = REFUSED[case]
+    made = spoil(recipe(work)) | {"output_dir": str(tmp_path / "run")}
+    if "data" in made["stages"][1]:
+        made["stages"][1]["data"] = {"path": str(work / "one.jsonl")}
+    with pytest.raises(ConfigError, match=re.escape(why)):
+        opd.run(made, quiet=True)
+    loaded = case == "another adapter"  # alone this one needs the weights
+    assert (tmp_path / "run/together/metrics.jsonl").exists() is False
+    assert (tmp_path / "run/warm/model").exists() is loaded
+
+
+def test_setting_of_peers_is_refused_for_one_model(work: Path):
+    with pytest.raises(ConfigError, match=r"`tasks\.one\.train` is for several models"):
+        opd.run(without(recipe(work), "peers"), quiet=True)
+
+
+def test_hub_learns_from_all_and_the_others_from_it():
+    tasks = {name: TaskSection(data=DataSection(path="x"), train=name) for name in "abc"}
+    spec = StageSpec(name="s", train="a", peers=["b", "c"], method="copd", data=None, tasks=tasks, steps=1)
+    taught = {
+        topology: {
+            view.train: [task.teacher for task in view.tasks.values() if task.teacher]
+            for view in spec.model_copy(update={"topology": topology}).views
+        }
+        for topology in ("all", "hub", "none")
+    }
+    assert taught["all"] == {"a": ["b", "c"], "b": ["a", "c"], "c": ["a", "b"]}
+    assert taught["hub"] == {"a": ["b", "c"], "b": ["a"], "c": ["a"]}
+    assert taught["none"] == {"a": [], "b": [], "c": []}
+
+
+def test_models_without_teaching_train_as_alone_and_are_merged(work: Path, tmp_path: Path):
+    """The mean of experts: each model makes the steps that it makes in a stage of its own."""
+    made = change(recipe(work), method="grpo", options={}, topology="none") | {"output_dir": str(tmp_path / "run")}
+    opd.run(made, quiet=True)
+    together, _ = saved(tmp_path / "run/together", 4)
+    for k, name in enumerate(MODELS):
+        alone = without(change(recipe(work), method="grpo", options={}, train=name), "peers")
+        alone["stages"][1]["tasks"] = {name: alone["stages"][1]["tasks"][name] | {"train": None}}
+        opd.run(alone | {"output_dir": str(tmp_path / name)}, quiet=True)
+        own, _ = saved(tmp_path / name / "together", 4)
+        weights = together[k]["student"]
+        assert all(torch.equal(values, weights[key]) for key, values in own[0]["student"].items())

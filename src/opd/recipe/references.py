@@ -21,7 +21,6 @@ def check_references(recipe: Recipe, source: Source) -> None:
         check_tasks(stage, where)
         teachers = [("teacher" if t is None else f"tasks.{t}.teacher", s.teacher) for t, s in stage.by_task.items()]
         judges = [("lm", name) for name in stage.judge_models]
-        check_peers(stage, where)
         peers = [("peers", name) for name in stage.peers]
         for role, name in [("train", stage.train), *peers, *teachers, *judges]:
             place = f"{source.at('stages', number, *role.split('.'))}: stage {stage.name!r}"
@@ -35,6 +34,7 @@ def check_references(recipe: Recipe, source: Source) -> None:
                 raise ConfigError(
                     f"{place}: model {name!r} comes from stage {origin!r}, and no such stage comes before this one."
                 )
+        check_peers(stage, where)
         if judging := [name for name in stage.trains if name in stage.judge_models]:
             raise ConfigError(
                 f"{where}: its `reward` uses the model {judging[0]!r} as a judge, and the stage trains that model: "
