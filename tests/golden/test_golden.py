@@ -29,6 +29,7 @@ OPTIONS = {
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "brts": {"k": 3, "n": 2, "weight": 2.0, "hint": "{answer}9{prompt}", "marker": "9"},
+    "copd": {"alone": 2, "together": 2, "beta": 2.0},
     "simct": {},
     "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
@@ -66,12 +67,18 @@ def recipe_of(method: str, folder: Path) -> dict:
             "author": author,
             "judge": {"function": "opd_studies.worlds.graders:grader"},
         }
+    elif method == "copd":
+        own = {"data": stage.pop("data"), "reward": stage.pop("reward")}
+        stage |= {"peers": ["teacher"], "task_order": "mixed", "prompts_per_step": 8}
+        stage["tasks"] = {name: {**own, "train": name} for name in ("student", "teacher")}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     models = {
         "student": {"init": shape, "tokenizer": tokenizer, "seed": 1},
         "teacher": {"init": {**shape, "initializer_range": 0.5}, "tokenizer": other, "seed": 2},
     }
+    if method == "copd":
+        models["teacher"] = models["student"]  # they begin as one model
     return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
 
 

@@ -29,6 +29,7 @@ from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
+from opd.teachers.routed import RoutedTeacher
 from opd.types import Batch, Denominator, NoTeacher, Prompt, Record, Rollout, Sampling, Scores, Teacher, Writers
 
 # Where the models under test are; references are computed on the CPU. `OPD_TEST_DEVICE=cuda` tries the GPU paths.
@@ -249,10 +250,15 @@ def write(
     sampling: Sampling,
     seed: tuple[int, int] = (0, 0),
 ) -> list[Rollout]:
-    """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
+    """The method's source, with a reward that differs between responses (a method may not look), and what it keeps.
+
+    Of a method with peers, the last prompt is a peer's.
+    """
+    if method.teacher.kind == "peer":
+        prompts = [*prompts[:-1], replace(prompts[-1], teacher_id=PEER)]
     method = method.with_tokenizer(student.tokenizer)
     writers = writers_of(student, external, sampling)
-    if external is not None or method.teacher.kind != "external":
+    if external is not None or method.teacher.kind not in ("external", "peer"):
         teacher = teacher_of(method, student, external)
         scorer = scoring_along(teacher, method.context, method.request())
         writers = replace(writers, scorer=scorer, memory=method.make_memory())
@@ -319,10 +325,14 @@ class Gradient:
         return self.loss == other.loss and self.grads.keys() == other.grads.keys() and same
 
 
+PEER = "peer"  # the name of another model that the stage trains
+
+
 def teacher_of(
     method: Method, student: LanguageModel, external: LanguageModel | None, micro_batch_tokens: int = 64
 ) -> Teacher:
-    return teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    one = teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    return RoutedTeacher(teachers={PEER: one}, otherwise=NoTeacher()) if method.teacher.kind == "peer" else one
 
 
 def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:
