@@ -39,6 +39,10 @@ OPTIONS = {
 }
 
 
+def regex(pattern: str) -> dict:
+    return {"name": "regex", "options": {"pattern": pattern}}
+
+
 def recipe_of(method: str, folder: Path) -> dict:
     shape = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     shape |= {"num_attention_heads": 2, "max_position_embeddings": 64}
@@ -58,7 +62,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         "micro_batch_tokens": 32,
         "steps": STEPS,
         "optimizer": {"learning_rate": 1e-2},
-        "reward": {"name": "regex", "options": {"pattern": "7"}},
+        "reward": regex("7"),
     }
     if method == "ropd":
         author = {"lm": "teacher", "max_tokens": 40}  # an answer that was cut is none
@@ -68,9 +72,11 @@ def recipe_of(method: str, folder: Path) -> dict:
             "judge": {"function": "opd_studies.worlds.graders:grader"},
         }
     elif method == "copd":
-        own = {"data": stage.pop("data"), "reward": stage.pop("reward")}
+        own = {"data": stage.pop("data")}
+        del stage["reward"]
         stage |= {"peers": ["teacher"], "task_order": "mixed", "prompts_per_step": 8}
-        stage["tasks"] = {name: {**own, "train": name} for name in ("student", "teacher")}
+        rewards = {"student": "7", "teacher": "1"}
+        stage["tasks"] = {name: {**own, "train": name, "reward": regex(one)} for name, one in rewards.items()}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     models = {
