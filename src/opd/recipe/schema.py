@@ -284,14 +284,14 @@ class StageSpec(Section):
 
     name: Name
     train: str
-    peers: list[str] = []  # other models that this stage trains beside `train`
-    topology: Literal["all", "hub", "none"] = "all"  # all: all teach each other; hub: `train` and each peer do
     teacher: str | None = None
     method: str
     options: dict[str, Any] = {}
     data: DataSection | None  # None: the stage has tasks
     tasks: dict[Name, TaskSection] = {}
     task_order: Literal["alternate", "mixed"] = "alternate"  # a step has prompts of one task, or of all
+    peers: list[str] = []  # other models that this stage trains beside `train`
+    topology: Literal["all", "hub", "none"] = "all"  # all: all teach each other; hub: `train` and each peer do
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
