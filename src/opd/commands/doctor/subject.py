@@ -195,6 +195,11 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
 
     Only reads the run's folder. Raises ConfigError if a model comes from an earlier stage that has not finished.
     """
+    if spec.peers:
+        raise ConfigError(
+            f"Stage {spec.name!r} trains {', '.join(spec.trains)}, which teach each other, and opd doctor examines one "
+            "student and its teacher. Choose another stage with --stage."
+        )
     directory = RunDir(recipe.folder, False)
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
     external = spec.teacher if spec.teacher != spec.train else None
