@@ -80,7 +80,8 @@ class Method:
         declared = needs_of(*(getattr(self, name) for name in PIECES), *self.memory.values())
         for part in self.parts.values():
             declared |= needs_of(part.method.credit, part.method.weight, part.method.signal, part.method.normalise)
-        return declared | Needs(inputs=frozenset({Input.TEACHER_MODEL} if self.teacher.kind == "external" else ()))
+        model = {"external": Input.TEACHER_MODEL, "peer": Input.PEERS}.get(self.teacher.kind)
+        return declared | Needs(inputs=frozenset() if model is None else frozenset({model}))
 
     def reads(self, number: Reads) -> bool:
         """Whether phase A reads a costly number of the batch; see `needs.Needs.reads`."""

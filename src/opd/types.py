@@ -260,7 +260,7 @@ class Support:
 class TeacherRule:
     """The model that the student is compared with. Build with `opd.pieces.teacher_rules`."""
 
-    kind: Literal["none", "external", "self_frozen", "self_live", "self_ema"]
+    kind: Literal["none", "external", "peer", "self_frozen", "self_live", "self_ema"]
     decay: float = 1.0
     tokenizer: Literal["students", "any"] = "students"
     mixture: Mixture | None = None  # of several teachers of one row; None: a row has one teacher

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from support.runs import (
     ENVIRONMENT,
+    EVALUATE,
     Forks,
     Strike,
     assert_same,
@@ -283,6 +284,55 @@ def test_resume_reads_texts_of_the_teacher_again(tmp_path: Path, forks: Forks, m
     assert again.code == 0, again.err
     assert "distil: continuing after step 3 of 8" in again.out
     assert len(texts.read_bytes().splitlines()) == 16
+    assert_same(folder / "run", whole / "run")
+
+
+def several_models(**model: Any) -> dict[str, Any]:
+    """Two models that teach each other, each with an evaluation; one starts alone."""
+    tasks = {
+        name: {"train": name, "data": {"path": path}, "reward": {"name": "final_number"}, "evaluate": evaluate}
+        for name, path, evaluate in (("one", "train.jsonl", EVALUATE), ("two", "held_out.jsonl", None))
+    }
+    made = one_stage(
+        train="one",
+        peers=["two"],
+        teacher=None,
+        data=None,
+        method="copd",
+        options={"alone": 1, "together": 2},
+        tasks=tasks,
+        task_order="mixed",
+        steps=6,
+        prompts_per_step=4,
+        sampling={"max_completion_length": 3, "n": 2},
+        optimizer={"learning_rate": 3e-3},
+        checkpoint={"every": 2, "keep": 1},
+        samples_every=2,
+    )
+    return made | {"models": {name: tiny_model(1, **model) for name in ("one", "two")}}
+
+
+@pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
+def test_resume_continues_all_models_of_a_stage(tmp_path: Path, forks: Forks, model: dict[str, Any]):
+    """Killed between the two models' gradients, updates, logs and evaluations, and in a checkpoint of both."""
+    whole = prepare(tmp_path / "whole", several_models(**model))
+    first = forks.start(whole, *TRAIN)
+    assert first.code == 0, first.err
+    folder = prepare(tmp_path / "killed", several_models(**model))
+    strikes = [
+        Strike(call="opd.loss.step.loss_of", nth=8),
+        Strike(call="opd.stage.folder.StageDir.append_metrics", nth=3, when="after"),
+        Strike(call="opd.stage.exams.measure", nth=1),
+        Strike(call="opd.stage.checkpoint.write_tensors", nth=1, when="half"),
+        Strike(call="opd.stage.folder.StageDir.append_timings", nth=4),
+        Strike(call="opd.runs.export.saving.save", nth=1),
+    ]
+    for strike in strikes:
+        stopped = forks.start(folder, *TRAIN, strike=strike)
+        assert stopped.code == -signal.SIGKILL, stopped.err
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: continuing after step 6 of 6" in again.out
     assert_same(folder / "run", whole / "run")
 
 

@@ -314,6 +314,17 @@ def best_of(teachers: tuple[Loss, Slope], own: tuple[Loss, Slope], options: Mapp
     return case(own, settings, **{"average": "token", "parts": parts, "learns": False, **rest})
 
 
+def taught(clip: tuple[float, float], beta: float, **options: Any) -> Case:
+    """CoPD in phase II: GRPO on own prompts, and the clipped log-ratio to a peer on the peer's."""
+
+    def both(at: Position) -> tuple[float, float]:
+        return oracle.policy_gradient(at.student_logp, at.sampler_logp, at.log_ratio, clip=clip)
+
+    ratio = (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+    settings = {"alone": 0, "together": 1, "beta": beta, **options}
+    return case(clipped(*clip), settings, parts={"taught": (case(ratio), beta)}, fixed_point=False, learns=False)
+
+
 def case(formula: tuple[Loss, Slope], options: Mapping[str, Any] | None = None, **rest: Any) -> Case:
     return Case(loss=formula[0], slope=formula[1], options=options or {}, **rest)
 
@@ -647,6 +658,10 @@ CASES: dict[str, list[Case]] = {
             fixed_point=False,
         ),
     ],
+    "copd": [
+        taught((0.2, 0.28), 1.0),
+        taught((0.1, 0.3), 2.5, clip_low=0.1, clip_high=0.3, temperature=0.7),
+    ],
     "simct": [  # with one tokenizer: the exact reverse KL
         case(compared("reverse_kl"), average="token"),
         case(compared("reverse_kl"), {"spans": False, "average": "sequence", "temperature": 0.7}, learns=False),
@@ -691,8 +706,8 @@ CASES: dict[str, list[Case]] = {
     ],
 }
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
-NO_FIXED_POINT = {"sft", "grpo", "anti_sd", "ropd", "visd"}
-NO_TARGET = {"grpo", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
+NO_FIXED_POINT = {"sft", "grpo", "copd", "anti_sd", "ropd", "visd"}
+NO_TARGET = {"grpo", "copd", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
 CLIPPED = {"uni_opd"}  # a policy gradient with a clip, beside a teacher
 
 
@@ -815,7 +830,10 @@ def reference(on: Scene, one: Case) -> Gradient:
     """The step in float64: logits of unpadded rows from the models themselves, then the paper's formula a token."""
     method, student = on.method, on.student
     learner = double(student)
-    judges = [double(lm) for lm in judging(on.teacher)]
+    judges = {
+        name: [double(lm) for lm in judging(on.teacher.of(name))]
+        for name in {rollout.prompt.teacher_id for rollout in on.rollouts}
+    }
     counts = [int(rollout.trained.sum()) for rollout in on.rollouts]
     cases = {"": (one, 1.0), **one.parts}
     totals: dict[str, dict[str, int]] = {}
@@ -830,8 +848,9 @@ def reference(on: Scene, one: Case) -> Gradient:
         logits = full_logits(learner, rollout.prompt_ids, rollout.response_ids, student.vocabulary)
         z = logits / method.temperature
         read = render(context, student.tokenizer)
+        scored_by = judges[rollout.prompt.teacher_id]
         with torch.no_grad():
-            others = [full_logits(one, read, rollout.response_ids, student.vocabulary) for one in judges]
+            others = [full_logits(one, read, rollout.response_ids, student.vocabulary) for one in scored_by]
         others = [other / method.temperature for other in others] or [z.detach()]
         other = mean_of(others, method.teacher.mixture)
         thirds = [[] for _ in range(len(z))]

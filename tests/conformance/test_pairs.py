@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import CHARACTERS, sums, tiny_model
+from support.runs import CHARACTERS, sums, tiny_model, write_rows
 
 import opd
 from opd import methods
@@ -27,6 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "context_distillation": {"k": 4, "system": "5"},
     "vopd": {"k": 4},
     "eff_opd": {"prompts": 2, "candidates": 1},
+    "copd": {"alone": 1, "together": 1},
     "brts": {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+"},
     "mad_opd": {"opening": "{prompt}", "reply": "{prompt}{debate}", "reads": "{prompt}{debate}"}
     | {"turn": "{text}", "tag": r"2(\d)"},
@@ -73,6 +74,9 @@ def test_combined_trains_pair_or_refuses_with_reason(one: str, other: str, tmp_p
         {**row, "answer": "2", "response": "2", "privileged_context": "7", "teacher_answers": ["12"]}
         for row in sums(0, 4)
     ]
+    if Input.PEERS in method.needs:
+        train_peers("+".join(names), given, rows, tmp_path)
+        return
     run = opd.distill(
         student=tiny(2),
         teacher=tiny(1) if method.teacher.kind == "external" else None,
@@ -87,6 +91,25 @@ def test_combined_trains_pair_or_refuses_with_reason(one: str, other: str, tmp_p
         output_dir=tmp_path / "run",
         quiet=True,
     )
+    assert [row["step"] for row in run.metrics if "train/loss" in row] == [1, 2]
+
+
+def train_peers(method: str, options: dict[str, Any], rows: list[dict[str, Any]], folder: Path) -> None:
+    """Two steps of two models that teach each other."""
+    own = {"data": {"path": str(write_rows(folder / "rows.jsonl", rows))}, "reward": {"name": "exact"}}
+    stage = {
+        "name": "together",
+        "train": "one",
+        "peers": ["two"],
+        "method": method,
+        "options": options,
+        "tasks": {name: {**own, "train": name} for name in ("one", "two")},
+        "task_order": "mixed",
+        "sampling": {"n": 2, "max_completion_length": 4},
+        "steps": 2,
+    }
+    models = {name: tiny_model(2) for name in ("one", "two")}
+    run = opd.run({"name": "pair", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}, quiet=True)
     assert [row["step"] for row in run.metrics if "train/loss" in row] == [1, 2]
 
 

@@ -80,6 +80,32 @@ def debate(model: Mapping[str, Any] | None = None, **stage: Any) -> dict[str, An
     return made
 
 
+def several_models(model: Mapping[str, Any] | None = None, **stage: Any) -> dict[str, Any]:
+    """Two models that teach each other, with an evaluation against the peer."""
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": EVALUATE["sampling"], "kl": True}
+    tasks = {
+        "sums": {"train": "student", "data": {"path": "train.jsonl"}, "evaluate": evaluate},
+        "more": {"train": "second", "data": {"path": "held_out.jsonl"}},
+    }
+    for task in tasks.values():
+        task["reward"] = {"name": "ranks:odd"}
+    made = recipe(
+        model,
+        train="student",
+        peers=["second"],
+        method="copd",
+        options={"alone": 1, "together": 2},
+        tasks=tasks,
+        task_order="mixed",
+        teacher=None,
+        data=None,
+        prompts_per_step=5,
+        **stage,
+    )
+    made["models"] = {"student": made["models"]["student"], "second": made["models"]["student"]}
+    return made
+
+
 LORA = {"lora": {"rank": 2, "alpha": 4}}
 TEXTS = {"opening": "{prompt}", "reply": "{prompt}+{debate}", "reads": "{prompt}={debate}", "turn": "{text}"}
 SELF = {"template": "{privileged_context}{prompt}", "k": None}
@@ -176,6 +202,8 @@ SCENARIOS = {
     "full tied, a debate": debate(options=TEXTS | {"tag": r"1(\d)"}),
     "lora, a debate in turn": debate(LORA, options=TEXTS | {"tag": r"1(\d)", "beta": 0.4, "missing": "zero"}),
     "full untied, two teachers in every step": two_teachers(task_order="mixed", prompts_per_step=5),
+    "full untied, models that teach each other": several_models(sampling={"max_completion_length": 5, "n": 4}),
+    "lora, models that teach each other": several_models(LORA, sampling={"max_completion_length": 5, "n": 4}),
     "full untied, two teachers in turn": two_teachers(
         method="topk_reverse_kl", options={"k": 4, "by": "teacher", "form": "tail"}
     ),

@@ -33,6 +33,7 @@ OPTIONS = {
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "brts": {"k": 3, "n": 2, "weight": 2.0, "hint": "{answer}9{prompt}", "marker": "9"},
+    "copd": {"alone": 2, "together": 2, "beta": 2.0},
     "simct": {},
     "uld": {"matched": "generalised_jsd"},
     "gkd": {"beta": 0.3},
@@ -43,6 +44,10 @@ OPTIONS = {
     "rethinking_opd": {"k": 3, "form": "released"},
     "local_support_matching": {"k": 3, "mask_tokens": ["7"]},
 }
+
+
+def regex(pattern: str) -> dict:
+    return {"name": "regex", "options": {"pattern": pattern}}
 
 
 def recipe_of(method: str, folder: Path) -> dict:
@@ -64,7 +69,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         "micro_batch_tokens": 32,
         "steps": STEPS,
         "optimizer": {"learning_rate": 1e-2},
-        "reward": {"name": "regex", "options": {"pattern": "7"}},
+        "reward": regex("7"),
     }
     if method == "ropd":
         author = {"lm": "teacher", "max_tokens": 40}  # an answer that was cut is none
@@ -76,6 +81,12 @@ def recipe_of(method: str, folder: Path) -> dict:
     elif method == "visd":
         judge = {"function": "opd_studies.worlds.graders:adviser"}
         stage["reward"] = {"name": "feedback", "options": {"by": "regex", "options": {"pattern": "7"}}, "judge": judge}
+    elif method == "copd":
+        own = {"data": stage.pop("data")}
+        del stage["reward"]
+        stage |= {"peers": ["teacher"], "task_order": "mixed", "prompts_per_step": 8}
+        rewards = {"student": "7", "teacher": "1"}
+        stage["tasks"] = {name: {**own, "train": name, "reward": regex(one)} for name, one in rewards.items()}
     elif method not in ("context_distillation", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     if method == "extrapolated_opd":
@@ -88,6 +99,8 @@ def recipe_of(method: str, folder: Path) -> dict:
     if method == "mad_opd":
         stage["teacher"] = "teacher+other"
         models["other"] = {"init": {**shape, "hidden_size": 8}, "tokenizer": tokenizer, "seed": 3}
+    if method == "copd":
+        models["teacher"] = models["student"]  # they begin as one model
     return {"name": "golden", "output_dir": str(folder / "run"), "models": models, "stages": [stage]}
 
 

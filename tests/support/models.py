@@ -29,6 +29,7 @@ from opd.samplers.writers import ReferenceWriter, TeacherWriter
 from opd.teachers.cross_tokenizer import teacher_by_rule
 from opd.teachers.incremental import scoring_along
 from opd.teachers.local import with_record
+from opd.teachers.routed import RoutedTeacher
 from opd.teachers.with_base import WithBase, base_teacher
 from opd.types import Batch, Denominator, NoTeacher, Prompt, Record, Rollout, Sampling, Scores, Teacher, Writers
 
@@ -250,10 +251,15 @@ def write(
     sampling: Sampling,
     seed: tuple[int, int] = (0, 0),
 ) -> list[Rollout]:
-    """The method's source, with a reward that differs between responses (a method may not look), and what it keeps."""
+    """The method's source, with a reward that differs between responses (a method may not look), and what it keeps.
+
+    Of a method with peers, the last prompt is a peer's.
+    """
+    if method.teacher.kind == "peer":
+        prompts = [*prompts[:-1], replace(prompts[-1], teacher_id=PEER)]
     method = method.with_tokenizer(student.tokenizer)
     writers = writers_of(student, external, sampling)
-    if external is not None or method.teacher.kind != "external":
+    if external is not None or method.teacher.kind not in ("external", "peer"):
         teacher = teacher_of(method, student, external)
         scorer = scoring_along(teacher, method.context, method.request())
         writers = replace(writers, scorer=scorer, memory=method.make_memory())
@@ -320,11 +326,16 @@ class Gradient:
         return self.loss == other.loss and self.grads.keys() == other.grads.keys() and same
 
 
+PEER = "peer"  # the name of another model that the stage trains
+
+
 def teacher_of(
     method: Method, student: LanguageModel, external: LanguageModel | None, micro_batch_tokens: int = 64
 ) -> Teacher:
     """The teacher by the method's rule; for a method of three models beside a base, a flatter copy of the student."""
     teacher = teacher_by_rule(method.teacher, student, external, micro_batch_tokens=micro_batch_tokens)
+    if method.teacher.kind == "peer":
+        return RoutedTeacher(teachers={PEER: teacher}, otherwise=NoTeacher())
     if Reads.BASE_LOGP not in method.needs:
         return teacher
     third = replace(student, model=copy.deepcopy(student.model), name="base")  # shares no frozen weight either

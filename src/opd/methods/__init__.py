@@ -17,6 +17,7 @@ from opd.methods.anti_sd import anti_sd
 from opd.methods.brts import brts
 from opd.methods.combine import combined
 from opd.methods.context_distillation import context_distillation
+from opd.methods.copd import copd
 from opd.methods.eff_opd import eff_opd
 from opd.methods.extrapolated_opd import extrapolated_opd
 from opd.methods.forward_kl import forward_kl
@@ -60,6 +61,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "ropd": ropd,
     "prune_opd": prune_opd,
     "brts": brts,
+    "copd": copd,
     "simct": simct,
     "uld": uld,
     "mad_opd": mad_opd,

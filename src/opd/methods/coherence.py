@@ -183,6 +183,11 @@ RULES: tuple[Rule, ...] = (
         "Validate by the reward.",
     ),
     Rule(
+        lambda f: f.method.teacher.kind == "peer" and f.update_needs(Input.TEACHER),
+        "the update compares weights with a teacher, and the teacher is trained in the same step",
+        "Its result would depend on which model is updated first. Validate by the reward.",
+    ),
+    Rule(
         lambda f: bool(f.towards and f.away) and Trait.ALLOWS_SIGN_CONFLICT not in f.needs,
         "a piece moves the student towards its teacher (the {f.towards}) and a piece moves it away (the {f.away})",
         "One undoes the other. Leave one of the two out, or set allow_sign_conflict (an option of method anti_sd and "

@@ -31,6 +31,7 @@ class Input(StrEnum):
     FEEDBACK = "feedback"  # reads a judge's texts about the responses
     TEACHER = "teacher"  # calls the teacher, which may be the student itself: the method needs a teacher
     TEACHER_MODEL = "teacher_model"  # calls a teacher that is another model than the student
+    PEERS = "peers"  # calls other models that the stage trains
     WEIGHT_COPY = "weight_copy"  # keeps a copy of the weights, which every checkpoint must have space for
 
 

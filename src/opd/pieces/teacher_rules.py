@@ -36,6 +36,11 @@ def several(mixture: Mixture) -> TeacherRule:
     return TeacherRule(kind="external", mixture=mixture)
 
 
+def peer() -> TeacherRule:
+    """Other models that the stage trains, as they are before the step. A row without one has no teacher's scores."""
+    return TeacherRule(kind="peer")
+
+
 def self_frozen() -> TeacherRule:
     """The student at the start of the stage. With a new adapter, which adds nothing yet: the base model without it."""
     return TeacherRule(kind="self_frozen")

@@ -27,7 +27,8 @@ def check_references(recipe: Recipe, source: Source) -> None:
         ]
         check_several(stage, where)
         judges = [("lm", name) for name in stage.judge_models]
-        for role, name in [("train", stage.train), *teachers, ("base", stage.base), *judges]:
+        peers = [("peers", name) for name in stage.peers]
+        for role, name in [("train", stage.train), *peers, *teachers, ("base", stage.base), *judges]:
             place = f"{source.at('stages', number, *role.split('.'))}: stage {stage.name!r}"
             if name is not None and name not in recipe.models:
                 raise ConfigError(
@@ -39,9 +40,10 @@ def check_references(recipe: Recipe, source: Source) -> None:
                 raise ConfigError(
                     f"{place}: model {name!r} comes from stage {origin!r}, and no such stage comes before this one."
                 )
-        if stage.train in stage.judge_models:
+        check_peers(stage, where)
+        if judging := [name for name in stage.trains if name in stage.judge_models]:
             raise ConfigError(
-                f"{where}: its `reward` uses the model {stage.train!r} as a judge, and the stage trains that model: "
+                f"{where}: its `reward` uses the model {judging[0]!r} as a judge, and the stage trains that model: "
                 "cached answers would come from other weights. Use another model, or a copy under another name in "
                 "`models`."
             )
@@ -70,6 +72,44 @@ def unused_models(recipe: Recipe) -> list[str]:
     used = {name for stage in recipe.stages for name in stage.models}
     spare = [f"models.{name}" for name in recipe.models if name not in used]
     return [f"no stage uses {' and '.join(spare)}: nothing in it is checked"] if spare else []
+
+
+def check_peers(stage: StageSpec, where: str) -> None:
+    """Refuse a stage of several models without a task for each, or with settings for one. Raises ConfigError."""
+    owners = {name: task.train for name, task in stage.tasks.items()}
+    if not stage.peers:
+        named = [name for name, owner in owners.items() if owner is not None]
+        if named or stage.topology != "all":
+            what = f"tasks.{named[0]}.train" if named else "topology"
+            raise ConfigError(
+                f"{where}: `{what}` is for several models in one stage, and this one trains {stage.train!r} alone. "
+                "Name the others in `peers`, or remove it."
+            )
+        return
+    if len(set(stage.trains)) < len(stage.trains):
+        raise ConfigError(f"{where}: it trains {', '.join(stage.trains)}, one of them twice. Name each model once.")
+    if wrong := [name for name, owner in owners.items() if owner not in stage.trains]:
+        raise ConfigError(
+            f"{where}: tasks.{wrong[0]}.train is {owners[wrong[0]]!r}. In a stage with `peers` each task names the "
+            f"model whose own data it is, one of {', '.join(stage.trains)}."
+        )
+    if idle := [name for name in stage.trains if name not in owners.values()]:
+        raise ConfigError(
+            f"{where}: {idle[0]!r} has no data of its own. Give it a task with `train: {idle[0]}`, or leave it out."
+        )
+    if stage.save != "merged":
+        raise ConfigError(
+            f"{where}: save is {stage.save!r}, and several models become one, the mean of their whole weights: the "
+            "mean of LoRA factors is not the mean of models. Set `save: merged`."
+        )
+    if stage.task_order != "mixed":
+        raise ConfigError(
+            f"{where}: it trains several models, and each step of each has rows of all its tasks. Set "
+            "`task_order: mixed`."
+        )
+    if stage.sampler is not None or stage.diagnostics.every or stage.seconds_of is not None:
+        what = "sampler" if stage.sampler else "diagnostics.every" if stage.diagnostics.every else "seconds_of"
+        raise ConfigError(f"{where}: `{what}` is not supported in a stage with `peers`. Remove it.")
 
 
 def check_tasks(stage: StageSpec, where: str) -> None:

@@ -283,13 +283,18 @@ class TaskSection(Section):
     teacher_sampling: SamplingSection | None = None
     evaluate: EvaluateSection | None = None
     share: Float = Field(default=1.0, gt=0)  # of the steps or prompts, relative to other tasks
+    train: str | None = None  # in a stage with `peers`, the model whose own data this is
 
 
 TASK_FIELDS = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # also of a stage without tasks
 
 
 class StageSpec(Section):
-    """One stage: model, method and data. Either `data`, `teacher` and `reward`, or `tasks` with their own."""
+    """One stage: model, method and data. Either `data`, `teacher` and `reward`, or `tasks` with their own.
+
+    With `peers` the stage trains several models at once, and saves their mean. Each has its own tasks; those of a peer
+    that teaches it are its tasks too, with that peer as their teacher (`as_seen_by`).
+    """
 
     name: Name
     train: str
@@ -300,6 +305,8 @@ class StageSpec(Section):
     data: DataSection | None  # None: the stage has tasks
     tasks: dict[Name, TaskSection] = {}
     task_order: Literal["alternate", "mixed"] = "alternate"  # a step has prompts of one task, or of all
+    peers: list[str] = []  # other models that this stage trains beside `train`
+    topology: Literal["all", "hub", "none"] = "all"  # all: all teach each other; hub: `train` and each peer do
     reward: RewardSection | None = None
     sampling: SamplingSection = SamplingSection()
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
@@ -333,6 +340,35 @@ class StageSpec(Section):
         return self.model_copy(update={name: getattr(self.tasks[task], name) for name in TASK_FIELDS} | {"tasks": {}})
 
     @property
+    def trains(self) -> list[str]:
+        """The models that this stage trains; one, unless it has peers."""
+        return [self.train, *self.peers]
+
+    @property
+    def views(self) -> list[StageSpec]:
+        """The stage as each of its models sees it; without peers, the stage itself."""
+        return [self.as_seen_by(name) for name in self.trains] if self.peers else [self]
+
+    def as_seen_by(self, name: str) -> StageSpec:
+        """The stage of one of several models: its own tasks, and those of the peers that teach it.
+
+        On its own tasks a model has no peer to be compared with in an evaluation.
+        """
+        own: dict[str, TaskSection] = {}
+        theirs: dict[str, TaskSection] = {}
+        for key, task in self.tasks.items():
+            if task.train == name:
+                alone = {} if task.teacher or task.evaluate is None else {"kl": False, "teacher": False}
+                evaluate = task.evaluate and task.evaluate.model_copy(update=alone)
+                own[key] = task.model_copy(update={"evaluate": evaluate})
+            elif task.train is not None and self._teaches(task.train, name):
+                theirs[key] = task.model_copy(update={"teacher": task.train})
+        return self.model_copy(update={"train": name, "tasks": own | theirs})
+
+    def _teaches(self, teacher: str, student: str) -> bool:
+        return self.topology == "all" or (self.topology == "hub" and self.train in (teacher, student))
+
+    @property
     def teachers(self) -> list[str]:
         """The models that teach in this stage, without the student itself."""
         named = [name for task in self.by_task.values() for name in teachers_in(task.teacher)]
@@ -346,8 +382,8 @@ class StageSpec(Section):
 
     @property
     def models(self) -> list[str]:
-        """All models of the stage: the student, those that score, those that judge."""
-        return list(dict.fromkeys([self.train, *self.scoring, *self.judge_models]))
+        """All models of the stage: those that it trains, those that score, those that judge."""
+        return list(dict.fromkeys([*self.trains, *self.scoring, *self.judge_models]))
 
     @property
     def judge_models(self) -> list[str]:

@@ -28,13 +28,13 @@ from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
-from opd.runs.same_model import check_base_weights, check_other_weights
+from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisation
-from opd.stage.folder import RunDir
+from opd.stage.folder import RunDir, StageDir
 from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
@@ -49,6 +49,7 @@ from opd.teachers.with_base import WithBase, base_teacher
 from opd.types import (
     Author,
     Memory,
+    NoTeacher,
     Record,
     Rollout,
     Sampler,
@@ -93,10 +94,13 @@ def teacher_of(
             return single(teacher)
         return mixed_teacher({name: single(name) for name in teachers_in(teacher)}, rule.mixture, spec.where(None))
 
-    teacher = one(spec.teacher)
-    if spec.tasks and rule.kind == "external":
+    if rule.kind == "peer":
+        teacher = RoutedTeacher(teachers={name: one(name) for name in spec.teachers}, otherwise=NoTeacher())
+    elif spec.tasks and rule.kind == "external":
         named = dict.fromkeys(part.teacher for part in spec.by_task.values() if part.teacher not in (None, spec.train))
         teacher = RoutedTeacher(teachers={str(name): one(name) for name in named})
+    else:
+        teacher = one(spec.teacher)
     if spec.base is None:
         return teacher
     return WithBase(teacher=teacher, third=base_of(recipe, spec, student, externals, own))
@@ -240,7 +244,24 @@ class Session:
 
 
 def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
-    """Load the stage's models and build the stage."""
+    """Load the stage's models and build the stage; of several models, that of the first, with the others as peers."""
+    if not spec.peers:
+        return of_model(session, spec, prepared, session.directory.stage(spec.name))
+    with session.world.main_first():
+        models = {name: session.model(spec, name) for name in spec.trains}
+    check_common_start(session.recipe, spec, Given(models=models))
+    session = replace(session, given=replace(session.given, models={**session.given.models, **models}))
+    first = session.directory.stage(spec.name)
+    stages = [
+        of_model(session, view, prepared.peers.get(view.train, prepared), first.of_peer(view.train) if i else first)
+        for i, view in enumerate(spec.views)
+    ]
+    stages[0].peers = tuple(stages[1:])
+    return stages[0]
+
+
+def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: StageDir) -> Stage:
+    """The stage of one model, with its files in `folder`."""
     recipe, given, world = session.recipe, session.given, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
     prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
@@ -256,7 +277,6 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
     check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
-    folder = session.directory.stage(spec.name)
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
@@ -373,11 +393,11 @@ def model_for(
     if name in given.models:
         return given.models[name]
     before = recipe.stages[: [s.name for s in recipe.stages].index(spec.name)]
-    trained = [s.name for s in before if s.train == name]
+    trained = [s.name for s in before if name in s.trains]
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
     described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
-    return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name == spec.train)
+    return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name in spec.trains)
 
 
 def seconds_limit(spec: StageSpec, directory: RunDir) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd.data.order import PromptOrder
@@ -19,7 +19,7 @@ from opd.runs.fit import check_processes
 from opd.runs.held_out import check_apart, with_shared
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
-from opd.runs.same_model import check_base_weights, check_other_weights, untrained_teachers
+from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights, untrained_teachers
 from opd.runs.saves import check_save
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
@@ -46,27 +46,44 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
     lines: dict[str, list[str]] = {}
     seen: set[str] = set()
     trained_on: dict[str, set[str]] = {}
-    for spec in recipe.stages:
-        of_stage = prepared[spec.name] = with_shared(spec, prepare(spec, given, recipe.seed), trained_on)
-        check_apart(spec, prepared)
-        notes += [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
-        notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
-        own = check_own(recipe, spec, of_stage, given)
-        checked = check_tokenizers(recipe, spec, of_stage, given.models)
-        saved = check_save(recipe, spec, given.models)
-        same = check_other_weights(recipe, spec, of_stage.method, given)
-        check_base_weights(recipe, spec, of_stage.method, given)
-        lines[spec.name] = [
-            *own,
-            *saved,
-            *checked,
-            *same,
-            *check_models(recipe, spec, given, seen),
-            *check_experts(recipe, spec, given),
-        ]
-        check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
+    for whole in recipe.stages:
+        if whole.peers:
+            check_common_start(recipe, whole, given)
+        for spec in whole.views:
+            of_stage = with_shared(spec, prepare(spec, given, recipe.seed), trained_on)
+            first = prepared.setdefault(spec.name, of_stage)
+            if of_stage is not first:
+                prepared[spec.name] = replace(first, peers={**first.peers, spec.train: of_stage})
+            check_apart(spec, prepared)
+            more, found = check_view(recipe, spec, of_stage, given, seen, processes)
+            notes += [line for line in more if line not in notes]
+            known = lines.setdefault(spec.name, [])
+            known += [line for line in found if line not in known]
     check_template_options(recipe, prepared)
     return Checked(prepared=prepared, lines=lines, notes=notes)
+
+
+def check_view(
+    recipe: Recipe, spec: StageSpec, of_stage: Prepared, given: Given, seen: set[str], processes: int
+) -> tuple[list[str], list[str]]:
+    """Check a stage as one of its models sees it; returns (lines about settings without effect, lines to report)."""
+    notes = [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
+    notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
+    own = check_own(recipe, spec, of_stage, given)
+    checked = check_tokenizers(recipe, spec, of_stage, given.models)
+    saved = check_save(recipe, spec, given.models)
+    same = check_other_weights(recipe, spec, of_stage.method, given)
+    check_base_weights(recipe, spec, of_stage.method, given)
+    lines = [
+        *own,
+        *saved,
+        *checked,
+        *same,
+        *check_models(recipe, spec, given, seen),
+        *check_experts(recipe, spec, given),
+    ]
+    check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
+    return notes, lines
 
 
 def check_output_dir(folder: Path) -> None:

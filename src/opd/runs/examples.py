@@ -104,7 +104,7 @@ def _held_out_lines(
 
 def _teacher_of(spec: StageSpec, part: TaskSection, method: Method) -> str | None:
     """The model that scores the task's responses, or that writes them without scoring; None if there is none."""
-    if method.teacher.kind == "external":
+    if method.teacher.kind in ("external", "peer"):
         return part.teacher
     if method.teacher.kind != "none":
         return spec.train

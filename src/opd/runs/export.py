@@ -15,6 +15,7 @@ from opd.files import refused
 from opd.models import saving, verifying
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
+from opd.models.mean import mean_of
 from opd.models.render import render
 from opd.parallel import whole_tensor
 from opd.recipe.schema import Recipe
@@ -67,9 +68,11 @@ def finish(
 
     Raises TrainingError if the saved model is another one than the trained.
     """
-    student = whole_student(recipe, stage, given, directory)
-    if student is None:
+    students = [whole_student(recipe, one, given, directory) for one in stage.models]  # each is collective
+    whole = [student for student in students if student is not None]
+    if not whole:
         return
+    student = mean_of(whole) if stage.peers else whole[0]
     saves = saves_of(recipe, stage.spec, given.models, directory)
     metrics = stage.folder.read_metrics()
     summary = {"seconds": seconds}
@@ -90,7 +93,7 @@ def finish(
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
-    if saves.merged and before is not None:
+    if saves.merged and before is not None and not stage.peers:
         _note_rounding(stage, student, saves, before, summary["saved_kl"])
     stage.folder.mark_done(summary)
 

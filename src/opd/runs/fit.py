@@ -15,6 +15,7 @@ REMEDIES = {
     Input.GROUP: "several responses per prompt: set sampling.n to 2 or more",
     Input.JUDGE: "a reward with a judge: set the {owner}'s `reward`, e.g. {{name: rubric, judge: {{url: "
     "http://localhost:8000/v1, model: NAME}}}}",
+    Input.PEERS: "several models in one stage: name the others in `peers`, with `topology` all or hub",
     Input.TEACHER_MODEL: "a teacher model: set the {owner}'s `teacher` to one of the models",
 }
 
@@ -30,6 +31,7 @@ def check_needs(spec: StageSpec, task: str | None, method: Method, *, has_reward
         Input.REWARD: has_reward,
         Input.GROUP: part.sampling.n >= 2,
         Input.JUDGE: asks,
+        Input.PEERS: bool(spec.peers) and spec.topology != "none",
         Input.TEACHER_MODEL: part.teacher is not None and part.teacher != spec.train,
     }
     owner = "stage" if task is None else "task"
@@ -120,6 +122,16 @@ def check_feedback(spec: StageSpec, task: str | None, method: Method, reward: Re
         "{by: NAME_OF_A_REWARD}, judge: {url: http://localhost:8000/v1, model: NAME}}, or a hint without a judge "
         "among the method's options."
     )
+
+
+def check_peer_method(spec: StageSpec, method: Method) -> None:
+    """Refuse a stage whose models would teach each other with a method that has no peers. Raises ConfigError."""
+    if spec.peers and spec.topology != "none" and Input.PEERS not in method.needs:
+        raise ConfigError(
+            f"{spec.where(None)}: it trains {', '.join(spec.trains)}, and method {spec.method!r} lets none of them "
+            "teach another. Use a method with peers, such as copd, or set `topology: none`: each model then trains on "
+            "its own tasks alone, and their mean is saved."
+        )
 
 
 def check_update_reward(spec: StageSpec, task: str | None, method: Method, reward: Reward | None) -> None:

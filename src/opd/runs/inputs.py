@@ -35,7 +35,7 @@ def inputs_of(recipe: Recipe, prepared: Mapping[str, Prepared], given: Given) ->
     """The fingerprints by stage and name."""
     return {
         spec.name: {
-            **dict(_rows(prepared[spec.name])),
+            **{k: v for one in reversed(prepared[spec.name].views) for k, v in _rows(one)},
             **dict(_models(recipe, spec, given)),
             **dict(_code(recipe, spec, prepared[spec.name], given)),
         }

@@ -25,6 +25,7 @@ from opd.runs.fit import (
     check_evaluate,
     check_feedback,
     check_needs,
+    check_peer_method,
     check_update_reward,
 )
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
@@ -70,6 +71,12 @@ class Prepared:
     method: Method
     tasks: Mapping[str | None, Task]
     order: PromptOrder
+    peers: Mapping[str, Prepared] = field(default_factory=dict[str, "Prepared"])  # of the stage's other models, by name
+
+    @property
+    def views(self) -> list[Prepared]:
+        """This one, and those of the stage's other models."""
+        return [self, *self.peers.values()]
 
     @property
     def chat(self) -> bool:
@@ -88,6 +95,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     method = given.method or methods.build(spec.method, spec.options)
     check_diagnostics(spec, method)
     check_base(spec, method)
+    check_peer_method(spec, method)
     tasks: dict[str | None, Task] = {}
     first, first_held_out = 0, 0
     for name, part in spec.by_task.items():

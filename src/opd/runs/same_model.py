@@ -147,7 +147,7 @@ def start_of(recipe: Recipe, spec: StageSpec, name: str) -> Hashable:
     New adapters have no effect, because they start at zero.
     """
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
-    trained = [stage.name for stage in before if stage.train == name]
+    trained = [stage.name for stage in before if name in stage.trains]
     if trained or recipe.models[name].from_stage is not None:
         return trained[-1] if trained else recipe.models[name].from_stage
     model = origin_of(recipe, name)
@@ -157,6 +157,38 @@ def start_of(recipe: Recipe, spec: StageSpec, name: str) -> Hashable:
     if model.init is None or model.seed is None:  # other names give other weights
         return (name,)
     return json.dumps([model.init, model.seed, model.model_dump(mode="json")["tokenizer"]], sort_keys=True, default=str)
+
+
+def check_common_start(recipe: Recipe, spec: StageSpec, given: Given) -> None:
+    """Refuse several models that do not go back to the same weights: their mean would be noise.
+
+    Models in `given` are not asked where they come from: they must have the same shapes, which is all that is known,
+    unless the recipe describes them. Raises ConfigError.
+    """
+    for name in spec.peers:
+        both = [given.models[one].model for one in (spec.train, name) if one in given.models]
+        shapes = [{key: tuple(p.shape) for key, p in model.named_parameters()} for model in both]
+        if len(both) == 2 and shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"{spec.where(None)}: {spec.train!r} and {name!r} have weights of other names or shapes, so they have "
+                "no mean. Train models of one architecture, with the same `lora`."
+            )
+    described = [name for name in spec.trains if name in recipe.models]
+    starts = {name: _root_of(recipe, name) for name in described}
+    for name, start in starts.items():
+        if start != starts[described[0]]:
+            raise ConfigError(
+                f"{spec.where(None)}: {described[0]!r} and {name!r} do not begin with the same weights, and the mean "
+                "of models from different starts is no model. Give both the same `path`, the same `from_stage`, or "
+                "stages that began with the same model."
+            )
+
+
+def _root_of(recipe: Recipe, name: str) -> Hashable:
+    """What determines the weights that all training of a model began with."""
+    while (stage := recipe.models[name].from_stage) is not None:
+        name = recipe.stage(stage).train
+    return start_of(recipe, recipe.stages[0], name)
 
 
 def _same_prompt(recipe: Recipe, spec: StageSpec, teacher: str, method: Method, given: Given) -> bool:

@@ -81,7 +81,7 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
 def _trained_before(recipe: Recipe, spec: StageSpec) -> dict[str, str]:
     """Model -> the last stage before this one that trained it."""
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
-    return {stage.train: stage.name for stage in before}
+    return {name: stage.name for stage in before for name in stage.trains}
 
 
 def _base(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], directory: RunDir) -> str:

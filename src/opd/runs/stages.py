@@ -100,11 +100,12 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
             progress.note(f"{spec.name}: already done")
             continue
         progress.stage(spec.name, spec.steps)
-        for name, task in prepared[spec.name].tasks.items():
+        for name, task in (item for one in reversed(prepared[spec.name].views) for item in one.tasks.items()):
             for line in task.notes:
                 progress.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
         stage = build(session, spec, prepared[spec.name])
-        student = stage.student if session.world.size == 1 else None  # a sharded one is not whole
+        # A sharded one is not whole, and of several models the saved one is another, their mean.
+        student = stage.student if session.world.size == 1 and not stage.peers else None
         before = rehearse(recipe, stage, session.given, session.directory)
         try:
             outcome = train(stage)
@@ -124,6 +125,8 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
 
 def check_learned(stage: Stage) -> None:
     """Report why the stage may have learned nothing. Raises TrainingError if no step made an update."""
+    for peer in stage.peers:
+        check_learned(peer)
     metrics = stage.folder.read_metrics()
     if stage.optimisation.updates == 0:
         steps = sum("train/update_skipped" in row for row in metrics)

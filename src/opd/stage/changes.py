@@ -53,6 +53,9 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("models.NAME.template_options.*", "numbers"),
     ("models.*", "structure"),
     ("stages.NAME.train", "structure"),
+    ("stages.NAME.peers*", "structure"),
+    ("stages.NAME.topology", "structure"),
+    ("stages.NAME.tasks.NAME.train", "structure"),
     ("stages.NAME.method", "structure"),
     ("*", "numbers"),
 )

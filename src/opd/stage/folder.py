@@ -154,6 +154,19 @@ class StageDir:
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
+    def of_peer(self, name: str) -> StageDir:
+        """The folder of another model of the stage, created if needed: its metrics, timings and responses.
+
+        Checkpoints and the saved model of all are in the stage's own. Raises RunError if it cannot be created.
+        """
+        peer = StageDir(self.path / "peers" / name, self.writes)
+        try:
+            if self.writes:
+                peer.samples.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise refused(peer.path, error) from error
+        return peer
+
     def append_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line of metrics, which recipe and seed determine.
 

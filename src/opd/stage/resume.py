@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
@@ -25,31 +26,52 @@ class Trained:
     teacher: Teacher
     optimisation: StageOptimisation
     memory: Mapping[str, Memory]  # of the method, by name
+    peers: Sequence[Trained] = ()  # other models of the stage: in the same checkpoint, so that all are of one step
 
-    def save(
-        self, folder: Path, step: int, *, seconds: float, remembered: Mapping[str, Any], keep: int, world: World
-    ) -> None:
-        """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`.
-
-        `remembered`: the state of each memory at that time.
-        """
+    @property
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """All tensors by group and name; the groups of peer i begin with `peer{i}.`."""
         tensors = {"student": {name: p.detach() for name, p in self.student.trainable().items()}}
         tensors |= self.optimisation.optimiser.tensors()
         tensors |= {f"method.{name}": dict(one.tensors()) for name, one in self.memory.items()}
         if state := self.teacher.state_dict():
             tensors["teacher"] = state
-        checkpoint.save(
-            folder,
-            step,
-            tensors=tensors,
-            state={
-                "seconds": seconds,
-                "updates": self.optimisation.updates,
-                "method": {name: state for name, state in remembered.items() if state},
-            },
-            keep=keep,
-            world=world,
-        )
+        for i, peer in enumerate(self.peers):
+            tensors |= {f"peer{i}.{group}": named for group, named in peer.tensors.items()}
+        return tensors
+
+    @property
+    def sharded(self) -> dict[str, Mapping[str, Tensor]]:
+        """The groups that are sharded as the trained weights are, with these."""
+        groups = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in self.memory)]
+        like: dict[str, Mapping[str, Tensor]] = dict.fromkeys(groups, self.student.trainable())
+        for i, peer in enumerate(self.peers):
+            like |= {f"peer{i}.{group}": named for group, named in peer.sharded.items()}
+        return like
+
+    def save(
+        self,
+        folder: Path,
+        step: int,
+        *,
+        seconds: float,
+        remembered: Sequence[Mapping[str, Any]],
+        keep: int,
+        world: World,
+    ) -> None:
+        """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`.
+
+        `remembered`: the state of each memory at that time, of this model and then of each peer.
+        """
+        states = [
+            {
+                "updates": one.optimisation.updates,
+                "method": {name: state for name, state in memory.items() if state},
+            }
+            for one, memory in zip((self, *self.peers), remembered, strict=True)
+        ]
+        state = {"seconds": seconds, **states[0]} | ({"peers": states[1:]} if self.peers else {})
+        checkpoint.save(folder, step, tensors=self.tensors, state=state, keep=keep, world=world)
 
     def restore(self, folder: Path, world: World) -> Checkpoint | None:
         """Restore the last checkpoint of `folder` and return it; None if there is none."""
@@ -59,14 +81,19 @@ class Trained:
         last = checkpoint.latest(folder)
         if last is None:
             return None
-        trained = self.student.trainable()
-        sharded = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in self.memory)]
-        saved = checkpoint.load(last, like=dict.fromkeys(sharded, trained))
-        with torch.no_grad():
-            for name, parameter in trained.items():
-                parameter.copy_(saved.tensors["student"][name])
-        self.teacher.load_state_dict(saved.tensors.get("teacher", {}))
-        self.optimisation.optimiser.restore(saved.tensors, saved.state["updates"])
-        for name, one in self.memory.items():
-            one.load_state_dict(saved.state["method"].get(name, {}), saved.tensors.get(f"method.{name}", {}))
+        saved = checkpoint.load(last, like=self.sharded)
+        self._take(saved.tensors, saved.state)
+        for i, (peer, state) in enumerate(zip(self.peers, saved.state.get("peers", ()), strict=True)):
+            start = f"peer{i}."
+            own = {g.removeprefix(start): named for g, named in saved.tensors.items() if g.startswith(start)}
+            peer._take(own, state)
         return saved
+
+    def _take(self, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> None:
+        with torch.no_grad():
+            for name, parameter in self.student.trainable().items():
+                parameter.copy_(tensors["student"][name])
+        self.teacher.load_state_dict(tensors.get("teacher", {}))
+        self.optimisation.optimiser.restore(tensors, state["updates"])
+        for name, one in self.memory.items():
+            one.load_state_dict(state["method"].get(name, {}), tensors.get(f"method.{name}", {}))

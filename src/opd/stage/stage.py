@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +68,7 @@ class Stage:
     exams: Exams | None
     seconds_limit: float = math.inf
     router_aux_loss: float = 0.0  # the factor of the load-balancing loss
+    peers: Sequence[Stage] = ()  # of the other models that this one trains; it steps, saves and stops for them
     # outputs
     folder: StageDir
     progress: Progress
@@ -83,6 +84,11 @@ class Stage:
     # Updates so far, and what the method remembered then; None while the weights change and are logged.
     whole: tuple[int, dict[str, Any]] | None = field(default=None, init=False)
 
+    @property
+    def models(self) -> tuple[Stage, ...]:
+        """This stage, and those of its other models. All compute a step's gradient before any is updated."""
+        return (self, *self.peers)
+
     def __post_init__(self) -> None:
         self.pace = Pace(self.spec.steps, lambda done: self.exams is not None and self.exams.due(done))
 
@@ -92,17 +98,21 @@ class Stage:
         Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
-        if self.exams is not None and first == 0:
-            self._measured(0, self.exams.before)
-        self.writers.student.sync(first)
-        self.whole = (first, self._remembered())
+        for one in self.models:
+            if one.exams is not None and first == 0:
+                with self._all_whole():
+                    one._measured(0, one.exams.before)
+            one.writers.student.sync(first)
+            one.whole = (first, one._remembered())
         with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
                 self.progress.phase(f"{self.spec.name}: step {step + 1} of {self.spec.steps}")
-                self.pace.start()
+                for one in self.models:
+                    one.pace.start()
                 yield step
                 done = step + 1  # updates so far
-                self.whole = (done, self._remembered())
+                for one in self.models:
+                    one.whole = (done, one._remembered())
                 stop, due = self._requests()
                 if done % self.spec.checkpoint.every == 0 or self.finished or stop or due:
                     self._save(done)
@@ -124,15 +134,16 @@ class Stage:
     def rescue(self) -> None:
         """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
         last = self.saved or 0
-        if self.whole is None:
+        wholes = [one.whole for one in self.models]
+        if any(whole is None for whole in wholes) or self.whole is None:
             what = f"{self.spec.name}: an error while the weights were changing"
             self.progress.note(f"{what}: the same command continues after step {last}")
             return
-        done, remembered = self.whole
+        done = self.whole[0]
         # With other processes, which wait in the middle of the step, neither the weights nor a checkpoint can be had.
         if self.world.size == 1 and done > (self.saved or 0) and self._finite():
             with suppress(RunError):  # the disk is full: the error that ended the step says more
-                self._save(done, remembered)
+                self._save(done, [whole[1] for whole in wholes if whole is not None])
         last = self.saved or 0
         self.progress.note(
             f"{self.spec.name}: an error after {done} steps, of which {done - last} are lost: the same command "
@@ -146,9 +157,17 @@ class Stage:
         step_prompts = self.order.take(step)
         return [step_prompts[i] for i in self._positions(step)]
 
-    def whole_weights(self) -> AbstractContextManager[None]:
-        """A context manager with the student's whole weights in every process, for code that runs outside of `root`."""
-        return self.world.gathered(self.root)
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """A context with every model's whole weights in every process, for code that runs outside of `root`."""
+        with ExitStack() as stack:
+            for one in self.models:
+                stack.enter_context(self.world.gathered(one.root))
+            yield
+
+    def _all_whole(self) -> AbstractContextManager[None]:
+        """For an evaluation, which gathers its own model: the others too, because they may teach it."""
+        return self.whole_weights() if self.peers else nullcontext()
 
     def request(self, step: int) -> ScoreRequest:
         """The scores that the teacher computes in this step."""
@@ -207,28 +226,36 @@ class Stage:
 
     @property
     def _trained(self) -> Trained:
-        return Trained(student=self.student, teacher=self.teacher, optimisation=self.optimisation, memory=self.memory)
+        return Trained(
+            student=self.student,
+            teacher=self.teacher,
+            optimisation=self.optimisation,
+            memory=self.memory,
+            peers=[one._trained for one in self.peers],
+        )
 
     def _resume(self) -> int:
         """Restore the last checkpoint; returns the first step to make, 0 without a checkpoint."""
         saved = self._trained.restore(self.folder.checkpoints, self.world)
         if saved is None:
-            self.folder.rewind(-1)
-            if self.exams is not None:
-                self.exams.kept.clear(*BEFORE)
+            for one in self.models:
+                one.folder.rewind(-1)
+                if one.exams is not None:
+                    one.exams.kept.clear(*BEFORE)
             return 0
         self.seconds = float(saved.state["seconds"])
         self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
         self.saved = saved.step
-        self.folder.rewind(saved.step)
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
-        rows = self.folder.read_metrics() if self.world.main else []
-        evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
-        evaluated = self.world.any(evaluated)
-        if self.exams is not None:
-            self.exams.kept.clear(*([] if evaluated else [when_after(saved.step)]))
-        if not evaluated:
-            self._examine(saved.step)  # the run was killed between the checkpoint and its evaluation
+        for one in self.models:
+            one.folder.rewind(saved.step)
+            rows = one.folder.read_metrics() if self.world.main else []
+            evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
+            evaluated = self.world.any(evaluated)
+            if one.exams is not None:
+                one.exams.kept.clear(*([] if evaluated else [when_after(saved.step)]))
+            if not evaluated:  # the run was killed between the checkpoint and its evaluation
+                self._examine(saved.step, [one])
         return self.spec.steps if self.finished else saved.step
 
     def _requests(self) -> tuple[int, bool]:
@@ -241,27 +268,40 @@ class Stage:
         """A copy of the method's memory, which a step changes before its update."""
         return {name: deepcopy(one.state_dict()) for name, one in self.memory.items()}
 
-    def _save(self, done: int, remembered: Mapping[str, Any] | None = None) -> None:
-        """Write a checkpoint, if there is none of this step. The step's metrics are before it, its evaluation after."""
+    def _save(self, done: int, remembered: Sequence[Mapping[str, Any]] | None = None) -> None:
+        """Write a checkpoint, if there is none of this step. The step's metrics are before it, its evaluation after.
+
+        `remembered`: of each model; default: as it is now.
+        """
         if self.saved == done:
             return
         self._trained.save(
             self.folder.checkpoints,
             done,
             seconds=self.seconds,
-            remembered=self._remembered() if remembered is None else remembered,
+            remembered=[one._remembered() for one in self.models] if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
         )
         self.saved, self.saved_at = done, time.monotonic()
 
-    def _examine(self, done: int) -> None:
-        """Evaluate when due; always at the end of the stage. A signal in it saves and stops at once, if it can."""
-        if self.exams is None or not (self.finished or self.exams.due(done)):
+    def _examine(self, done: int, models: Sequence[Stage] | None = None) -> None:
+        """Evaluate when due; always at the end of the stage. A signal in it saves and stops at once, if it can.
+
+        `models`: default: all.
+        """
+        due = [
+            (one, one.exams)
+            for one in (self.models if models is None else models)
+            if one.exams is not None and (self.finished or one.exams.due(done))
+        ]
+        if not due:
             return
         try:
             with self.interrupt.at_once():
-                self._measured(done, partial(self.exams.after, done, finished=self.finished))
+                for one, exams in due:
+                    with self._all_whole():
+                        one._measured(done, partial(exams.after, done, finished=self.finished))
         except StopNow as now:
             self._save(done)
             raise stopped_after(self.spec.name, done, self.spec.steps, now.signal) from None
@@ -277,12 +317,16 @@ class Stage:
 
     def _finite(self) -> bool:
         """Whether all trained weights are finite."""
-        return all(bool(weight.isfinite().all()) for weight in self.student.trainable().values())
+        weights = [weight for one in self.models for weight in one.student.trainable().values()]
+        return all(bool(weight.isfinite().all()) for weight in weights)
 
     def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
-        self.trackers.log(self.spec.name, done, metrics)
-        self.progress.step(self.spec.name, done, metrics, rate=rate, left=self.pace.left(done))
+        is_peer = self.spec.train in self.spec.peers  # its numbers are beside those of the stage's first model
+        name = f"{self.spec.name}/{self.spec.train}" if is_peer else self.spec.name
+        self.trackers.log(name, done, metrics)
+        if not is_peer or any(key.startswith("eval/") for key in metrics):
+            self.progress.step(name, done, metrics, rate=rate, left=self.pace.left(done))
 
     def _shown(self, step: int) -> bool:
         """Whether this step writes its responses to a sample file."""
@@ -299,14 +343,12 @@ class Stage:
 
     def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
         """The responses of all processes, as rows of a sample file: the method's own, then those of its parts."""
-        rows = [rows_of(phase, self.student.tokenizer, self.readers) for phase in phase_a.all]
-        own = self.world.in_order(self._positions(step), rows[0])
-        others = [row for part in rows[1:] for row in part]
+        rows = [row for phase in phase_a.all for row in rows_of(phase, self.student.tokenizer, self.readers)]
         if not self.method.parts:
-            return own
-        shared = [row for of_process in self.world.gather(others) for row in of_process]
+            return self.world.in_order(self._positions(step), rows)
+        shared = [row for of_process in self.world.gather(rows) for row in of_process]
         place = {prompt.id: i for i, prompt in enumerate(self.order.take(step))}
-        return [*own, *sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"]))]
+        return sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"]))
 
     def _check_finite(self, step: int, phase_a: PhaseA, loss: float, grad_norm: float) -> None:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""

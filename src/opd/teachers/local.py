@@ -180,7 +180,7 @@ def local_teacher(
     """
     common: dict[str, Any] = {"micro_batch_tokens": micro_batch_tokens, "student_device": student.device}
     assert rule.kind != "none", "NoTeacher is the teacher of a method without one"
-    if rule.kind == "external":
+    if rule.kind in ("external", "peer"):
         if external is None:
             raise ConfigError(
                 "This method needs another model as its teacher, but the stage names none. Set the stage's `teacher`."

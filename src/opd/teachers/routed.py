@@ -20,6 +20,7 @@ class RoutedTeacher(Teacher):
     """
 
     teachers: Mapping[str, Teacher]
+    otherwise: Teacher | None = None  # of rows that name none; None: each row has to name one
 
     @property
     def name(self) -> str:
@@ -28,6 +29,8 @@ class RoutedTeacher(Teacher):
 
     def of(self, teacher_id: str | None) -> Teacher:
         """The teacher of that name. Raises TeacherError for an unknown name."""
+        if teacher_id is None and self.otherwise is not None:
+            return self.otherwise
         if teacher_id not in self.teachers:
             raise TeacherError(
                 f"A prompt's `teacher_id` is {teacher_id!r}, but the teachers are {', '.join(self.teachers)}."

@@ -204,12 +204,17 @@ def load(recipe: Recipe, spec: StageSpec, given: Given) -> tuple[LanguageModel, 
     The student itself, as its own teacher or base, has no entry. Only reads the run's folder. Raises ConfigError if a
     model comes from an earlier stage that has not finished.
     """
+    if spec.peers:
+        raise ConfigError(
+            f"Stage {spec.name!r} trains {', '.join(spec.trains)}, which teach each other, and opd doctor examines one "
+            "student and its teacher. Choose another stage with --stage."
+        )
     directory = RunDir(recipe.folder, False)
     before = recipe.stages[: [stage.name for stage in recipe.stages].index(spec.name)]
     for name in (spec.train, *spec.scoring):
         if name in given.models:
             continue
-        made_by = [stage.name for stage in before if stage.train == name]
+        made_by = [stage.name for stage in before if name in stage.trains]
         origin = made_by[-1] if made_by else recipe.models[name].from_stage
         if origin is not None and not directory.stage(origin).model.exists():
             raise ConfigError(
