@@ -25,7 +25,12 @@ from opd_studies.page.comparison import gap
 from opd_studies.page.outcome import Finding, Outcome, finding
 from opd_studies.worlds.half_keys import ALONE, CHARACTERS, DIGITS, LONGEST, TEXTS
 
-USE = "TO BE WRITTEN"
+USE = (
+    "Let teachers debate (`mad_opd`) if each of them knows a part; compare with `rounds: 0` first if they guess where "
+    "they know nothing, which taught the right letters too. One teacher that reads the debate taught as much, at one "
+    "forward less; and another prompt's debate did, so do not read a gain as proof that the teachers used what was "
+    "said."
+)
 
 
 DEBATE, NONE, SHUFFLED, READER, LONG, ONE = (
@@ -99,7 +104,11 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             "sure of a wrong letter where it does not know, in B it guesses. Both learned in training to take the "
             "other's letters in a debate for the digits that they do not know, so whether a debate can be resolved is "
             f"given here. Held out: {HELD_OUT} prompts, one response each at temperature 1; an answer is right if all "
-            f"{DIGITS} letters are."
+            f"{DIGITS} letters are. After seed 0 showed no learning at first, the student was given rows of another "
+            "key with half of the letters replaced, more updates and a higher rate, and the teachers rows with 3 % of "
+            "the letters replaced; the thresholds were set before. Another prompt's debate gives a teacher wrong "
+            "letters for the digits that it does not know, but other ones for every prompt, while its own letters are "
+            "always the right ones: over many prompts that is enough for the student."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
