@@ -26,10 +26,9 @@ from opd_studies.page.outcome import Finding, Outcome, finding
 from opd_studies.worlds.half_keys import ALONE, CHARACTERS, DIGITS, LONGEST, TEXTS
 
 USE = (
-    "Let teachers debate (`mad_opd`) if each of them knows a part; compare with `rounds: 0` first if they guess where "
-    "they know nothing, which taught the right letters too. One teacher that reads the debate taught as much, at one "
-    "forward less; and another prompt's debate did, so do not read a gain as proof that the teachers used what was "
-    "said."
+    "Let teachers that each know a part debate (`mad_opd`), above all if they are sure where they are wrong. One teacher "
+    "that reads the debate taught as much, at one forward less. So did another prompt's debate: a gain is no proof that "
+    "the teachers used what was said."
 )
 
 
