@@ -38,6 +38,7 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
     (Method(support=supports.units(), signal=signals.divergence()), None),
     (replace(SIMCT, weight=drift.trusted(DRIFT)), None),
     (replace(SIMCT, update=JUMPS["teacher_kl"]), None),
+    (replace(methods.build("mad_opd", {"rounds": 0}), source=sources.teacher_writes()), None),
     (Method(signal=signals.add(SAMPLED, signals.scale(-0.1, SAMPLED))), None),
     (Method(weight=drift.trusted(DRIFT), credit=GROUP, signal=signals.policy_gradient()), None),
     (replace(JUDGED, update=JUMPS["reward"]), None),
