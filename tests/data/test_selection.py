@@ -358,7 +358,7 @@ def test_select_gives_kept_rows_and_dropped_counts():
 def test_check_data_accepts_settings_of_prompts_page():
     page = (Path(__file__).parents[2] / "docs" / "prompts.md").read_text()
     blocks = [yaml.safe_load(block.split("```")[0]) for block in page.split("```yaml\n")[1:]]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks[:2]:
         check_data(section(**block["data"]))
     (stage,) = blocks[2]

@@ -21,7 +21,6 @@ from opd.pieces import (
     solutions,
     sources,
     supports,
-    teacher_rules,
     updates,
     weights,
 )
@@ -55,8 +54,9 @@ BROKEN: list[tuple[Method, Sampling | None]] = [
     (Method(context=PEERS, signal=SAMPLED, parts=PARTS), None),
     (replace(SIMCT, weight=drift.trusted(DRIFT)), None),
     (replace(SIMCT, update=JUMPS["teacher_kl"]), None),
-    (Method(source=sources.teacher_writes(), teacher=teacher_rules.several("geometric"), signal=SAMPLED), None),
+    (replace(methods.build("mad_opd", {"rounds": 0}), source=sources.teacher_writes()), None),
     (replace(methods.build("extrapolated_opd", {}), update=JUMPS["teacher_kl"]), None),
+    (replace(methods.build("copd", {}), update=JUMPS["teacher_kl"]), None),
     (Method(signal=signals.add(SAMPLED, signals.scale(-0.1, SAMPLED))), None),
     (Method(weight=drift.trusted(DRIFT), credit=GROUP, signal=signals.policy_gradient()), None),
     (replace(methods.build("uni_opd", {}), normalise=normalise.per("token")), None),

@@ -560,6 +560,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("uld", {}),
         ("mad_opd", {"rounds": 0}),
         ("forward_kl", {}),
+        ("copd", {}),
         ("uni_opd", {}),
         ("visd", {"k": 4, "template": "{privileged_context}{prompt}"}),
         ("brts", {"k": 4, "n": 2, "hint": "{answer}h{prompt}", "marker": "h"}),

@@ -43,7 +43,7 @@ def uni_opd(
     balance: float | None = 1.0,
     balance_seed: int = 0,
     bound: float | None = 10.0,
-    passes: float = filters.PASS,
+    passes: float = 1.0,
     clip_low: float = 0.2,
     clip_high: float = 0.28,
     average: Average = "sequence",

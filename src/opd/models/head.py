@@ -48,6 +48,13 @@ class TeacherHead(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
+    def into(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """`project` for memory of this type: float64 from a float64 head is not rounded to float32."""
+        if out.dtype != torch.float64:
+            return self.project(hidden)
+        bias = None if self.bias is None else self.bias[: self.vocabulary]
+        return linear(hidden.to(self.weight.dtype), self.weight[: self.vocabulary], bias)
+
     def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
         """[n, H] -> [n, V] in float32, divided by the temperature."""
         ...
@@ -102,7 +109,7 @@ class Head:
         """
         rows = out[: len(hidden)]
         if self.weight.dtype != torch.float32 or self.bias is not None:
-            return rows.copy_(self.project(hidden))
+            return rows.copy_(self.into(rows, hidden))
         weight = self.weight[: self.vocabulary]
         if not prefers_onednn():
             return torch.mm(hidden.float(), weight.t(), out=rows)

@@ -107,7 +107,7 @@ class MixedHead:
             elif head.weight.dtype == rows.dtype == torch.float32 and not prefers_onednn():
                 rows.addmm_(state.float(), head.weight[: head.vocabulary].t())
             else:
-                rows.add_(head.project(state))
+                rows.add_(head.into(rows, state))
         return rows
 
     def _arithmetic(self, rows: Tensor, states: Sequence[Tensor], weights: Tensor, temperature: float) -> Tensor:

@@ -26,10 +26,9 @@ from opd_studies.page.outcome import Finding, Outcome, finding
 from opd_studies.worlds.half_keys import ALONE, CHARACTERS, DIGITS, LONGEST, TEXTS
 
 USE = (
-    "Let teachers debate (`mad_opd`) if each of them knows a part; compare with `rounds: 0` first if they guess where "
-    "they know nothing, which taught the right letters too. One teacher that reads the debate taught as much, at one "
-    "forward less; and another prompt's debate did, so do not read a gain as proof that the teachers used what was "
-    "said."
+    "Let teachers that each know a part debate (`mad_opd`), above all if they are sure where they are wrong. One "
+    "teacher that reads the debate taught as much, at one forward less. So did another prompt's debate: a gain is no "
+    "proof that the teachers used what was said."
 )
 
 
@@ -140,17 +139,17 @@ def judge(numbers: Numbers) -> tuple[Finding, ...]:
         ),
         finding(
             "The debate helps by what it says about the prompt: that of another prompt teaches less",
-            "2605.01347, control",
+            "2605.01347 results, control",
             more("A", DEBATE, SHUFFLED),
         ),
         finding(
             "Two teachers that read the debate teach more than one of them that reads it",
-            "2605.01347, control",
+            "2605.01347 results, control",
             [gap(numbers, f"A: {DEBATE}", f"A: {READER}", above=SAME)],
         ),
         finding(
             "The debate teaches more than one teacher that writes as many turns alone",
-            "2605.01347, control",
+            "2605.01347 results, control",
             more("A", DEBATE, LONG),
         ),
     )
