@@ -23,7 +23,6 @@ from opd_studies.claims import (
     length,
     losses,
     one_token,
-    order_margin,
     overlap_mass,
     prefixes,
     privileged,
@@ -68,7 +67,6 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "extrapolation": extrapolation.run,
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
-    "order_margin": order_margin.run,
     "ropd": ropd.run,
 }
 

@@ -1343,6 +1343,6 @@ def test_methods_all_have_recipe():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_check_recipe_accepts_shipped_recipe(path: Path):
-    stages = load_recipe(path).stages
-    recipe = load_recipe(path, [f"stages.{stage.name}.data.limit=500" for stage in stages if stage.data])
+    large = [one.name for one in load_recipe(path).stages if one.data and not 0 < (one.data.limit or 0) <= 500]
+    recipe = load_recipe(path, [f"stages.{name}.data.limit=500" for name in large])
     assert len(check_recipe(recipe)) >= len(recipe.stages)

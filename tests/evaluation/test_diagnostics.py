@@ -24,7 +24,7 @@ from opd.method import Method
 from opd.methods import build
 from opd.models.language_model import LanguageModel
 from opd.pieces import supports
-from opd.pieces.needs import Reads, needing
+from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.signals import nll
 from opd.pieces.teacher_rules import no_teacher
 from opd.teachers.local import LocalTeacher, local_teacher
@@ -243,7 +243,8 @@ def test_step_metrics_lack_teacher_when_method_has_none():
 def logged(lm: LanguageModel) -> set[str]:
     """Every name that a step can log before its update, without the position."""
     pair = Pair()
-    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY)
+    reads = (Reads.STUDENT_ENTROPY, Reads.TEACHER_ENTROPY, Input.GROUP)
+    reader = needing(lambda batch: torch.ones_like(batch.teacher_logp), *reads)
     method = replace(build("topk_reverse_kl", {"k": 3, "by": "union"}), weight=reader)
     written = pair.write(method.record())
     failures = ("failed", "timed_out")

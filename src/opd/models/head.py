@@ -48,13 +48,6 @@ class TeacherHead(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    def into(self, out: Tensor, hidden: Tensor) -> Tensor:
-        """`project` for memory of this type: float64 from a float64 head is not rounded to float32."""
-        if out.dtype != torch.float64:
-            return self.project(hidden)
-        bias = None if self.bias is None else self.bias[: self.vocabulary]
-        return linear(hidden.to(self.weight.dtype), self.weight[: self.vocabulary], bias)
-
     def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
         """[n, H] -> [n, V] in float32, divided by the temperature."""
         ...
@@ -97,6 +90,13 @@ class Head:
         bias = None if self.bias is None else self.bias[: self.vocabulary]
         weight = self.weight[: self.vocabulary]
         return to_float32(hidden.to(weight.dtype), weight, bias)
+
+    def into(self, out: Tensor, hidden: Tensor) -> Tensor:
+        """`project` for memory of this type: float64 from a float64 head is not rounded to float32."""
+        if out.dtype != torch.float64:
+            return self.project(hidden)
+        bias = None if self.bias is None else self.bias[: self.vocabulary]
+        return linear(hidden.to(self.weight.dtype), self.weight[: self.vocabulary], bias)
 
     def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
         """`logits` divided by the temperature."""

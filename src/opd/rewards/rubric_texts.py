@@ -176,14 +176,15 @@ def _listed(answers: Sequence[str]) -> str:
 
 def _json(text: str, name: str) -> list[Any]:
     """The list `name` of the JSON object in a text. Raises UnreadableError."""
-    given = json_of(text)
+    what = f"a JSON object with a list {name!r}"
+    given = json_of(text, what)
     if not isinstance(given.get(name), list):
-        raise UnreadableError(f"the answer is not a JSON object with a list {name!r}: {text.strip()[:120]!r}")
+        raise UnreadableError(f"the answer is not {what}: {text.strip()[:120]!r}")
     return given[name]
 
 
-def json_of(text: str) -> dict[str, Any]:
-    """The JSON object in a text after its thought, possibly in a code fence. Raises UnreadableError."""
+def json_of(text: str, what: str = "a JSON object") -> dict[str, Any]:
+    """The JSON object in a text after its thought, possibly in a fence. Raises UnreadableError, which says `what`."""
     body = without_thought(text)
     if body.startswith("```") and body.endswith("```"):
         body = body.removesuffix("```").partition("\n")[2]
@@ -192,5 +193,5 @@ def json_of(text: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # RecursionError: endless brackets
         raise UnreadableError(f"the answer is not JSON ({error}): {text.strip()[:120]!r}") from error
     if not isinstance(given, dict):
-        raise UnreadableError(f"the answer is not a JSON object: {text.strip()[:120]!r}")
+        raise UnreadableError(f"the answer is not {what}: {text.strip()[:120]!r}")
     return given
