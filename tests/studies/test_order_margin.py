@@ -101,7 +101,7 @@ def test_order_margin_study_runs_at_reduced_size(tmp_path, monkeypatch):
     assert len(study.judge(numbers)) == 5
 
 
-# --- verdicts: the study is not in the list of studies before it has run -----------------------------------------------
+# --- verdicts: the study is not in the list of studies before it has run -------
 
 END = {
     study.OPD: 0.4,
