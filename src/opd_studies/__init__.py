@@ -13,6 +13,7 @@ from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
     anti_sd,
     baseline_cost,
+    brts,
     cold_start,
     control_variate,
     estimators,
@@ -66,6 +67,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
+    "brts": brts.run,
 }
 
 
