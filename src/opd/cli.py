@@ -252,11 +252,14 @@ def methods() -> None:
 
 
 @app.command()
-def describe(method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")]) -> None:
+def describe(
+    method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")],
+    cite: Annotated[bool, typer.Option("--cite", help="Only the BibTeX entries of its papers")] = False,
+) -> None:
     """A method's paper, formula, symbols and options."""
-    from opd.commands.methods import description
+    from opd.commands.methods import citations, description
 
-    typer.echo(description(method))
+    typer.echo(citations(method) if cite else description(method))
 
 
 @app.command()

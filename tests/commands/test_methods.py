@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 
 import pytest
 
-from opd.commands.methods import description, headline, names
+from opd.commands.methods import citations, description, headline, names, papers
 from opd.errors import ConfigError
 from opd.methods import METHODS
 from opd.methods.describe import headline as imported_headline
@@ -44,3 +45,26 @@ def test_methods_and_describe_import_no_torch():
     )
     for arguments in (["methods"], ["describe", "reverse_kl"]):
         assert subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_citations_has_an_entry_for_each_paper(name: str):
+    ids = set(re.findall(r"\b\d{4}\.\d{5}\b", sys.modules[METHODS[name].__module__].__doc__ or ""))
+    assert ids
+    assert ids <= set(papers())
+    entries = citations(name).split("\n\n")
+    assert {re.findall(r"eprint = \{(.+?)\}", entry)[0] for entry in entries} == ids
+    for entry in entries:
+        assert entry.count("{") == entry.count("}")
+        assert "title = {{" in entry
+
+
+def test_citations_names_a_paper_without_entry(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "cited_method.py").write_text('"""After 2605.07865 and 1901.00001."""\ndef method(): ...\n')
+    (tmp_path / "bare_method.py").write_text('"""Mine."""\ndef method(): ...\n')
+    known, unknown = citations("cited_method:method").split("\n\n")
+    assert "Control Variate" in known
+    assert unknown == "% 1901.00001: https://arxiv.org/abs/1901.00001, no entry in opd's list"
+    with pytest.raises(ConfigError, match="names no arXiv id"):
+        citations("bare_method:method")

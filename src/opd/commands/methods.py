@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -39,6 +40,28 @@ def description(name: str) -> str:
     page, summary, options = _imported(name) if ":" in name else _read(name)
     lines = [name, "=" * len(name), "", page.strip(), "", summary, ""]
     return "\n".join([*lines, "Options:" if options else "No options.", *(f"  {option}" for option in options)])
+
+
+def citations(name: str) -> str:
+    """BibTeX of the papers that a method's page names by arXiv id, in the order of the page.
+
+    Raises ConfigError for an unknown method, and for a page without an id.
+    """
+    page = (_imported(name) if ":" in name else _read(name))[0]
+    ids = list(dict.fromkeys(re.findall(r"\b(\d{4}\.\d{5})\b", page)))
+    if not ids:
+        raise ConfigError(f"The page of method {name!r} names no arXiv id: there is nothing to cite.")
+    known = papers()
+    missing = [f"% {one}: https://arxiv.org/abs/{one}, no entry in opd's list" for one in ids if one not in known]
+    return "\n\n".join([*(known[one] for one in ids if one in known), *missing])
+
+
+@cache
+def papers() -> dict[str, str]:
+    """BibTeX entries by arXiv id."""
+    entries = re.findall(r"^@misc\{.*?^\}", (HERE / "assets" / "papers.bib").read_text(), re.DOTALL | re.MULTILINE)
+    found = [(re.search(r"eprint = \{(.+?)\}", entry), entry) for entry in entries]
+    return {one.group(1): entry for one, entry in found if one is not None}
 
 
 def _read(name: str) -> tuple[str, str, list[str]]:
