@@ -115,8 +115,9 @@ def worker() -> None:
 
 def make_side(point: Record, tok: Any) -> opd_side.Side:
     V = point["vocabulary"]
+    rows = max(V, len(tok))  # of a smaller vocabulary, the rows beyond it are padding, which no product reads
     student, teacher = (
-        replace(language_model(causal_lm(size, seed=seed, vocabulary=V), tok), vocabulary=V)
+        replace(language_model(causal_lm(size, seed=seed, vocabulary=rows), tok), vocabulary=V)
         for size, seed in ((point["student"], 1), ("26M", 2))
     )
     method = topk_reverse_kl(k=point["k"], by="teacher", form="tail") if point["k"] else reverse_kl()

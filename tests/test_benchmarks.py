@@ -246,6 +246,18 @@ def test_scaling_axes_run(toy, served, monkeypatch: pytest.MonkeyPatch):
         assert ("of_linear" in rows[0]) == (axis in scaling.WORK)
 
 
+@pytest.mark.parametrize("vocabulary", [8, VOCABULARY])
+def test_scaling_side_has_fewer_or_more_tokens_than_the_tokenizer(toy, vocabulary: int):
+    scaling = toy("scaling")
+    tok = scaling.tokenizer()
+    assert 8 < len(tok) < VOCABULARY
+    point = {**scaling.BASE, "prompts": 2, "prompt_tokens": 4, "new_tokens": 3, "vocabulary": vocabulary}
+    side = scaling.make_side(point, tok)
+    assert side.student.head().vocabulary == side.teacher.head().vocabulary == vocabulary
+    rollouts = side.sampler(scaling.prompts(2, 4, tok), seed=(0, 0))
+    assert max(int(rollout.response_ids.max()) for rollout in rollouts) < vocabulary
+
+
 def test_of_linear_is_cost_per_work_over_least_before(load: Callable[[str], Any]):
     scaling = load("scaling")
     rows = [
