@@ -18,6 +18,27 @@ from workload import SMOLLM2_NAME
 
 FORMS_AT = (151_936, 512, 576)  # the largest point of loss.py with every form and its peers
 Row = list[str]  # what | goal | measured | reached
+# By the beginning of a goal that a machine may not reach: what limits it.
+LIMITS = {
+    "reverse KL at V 151,936": "a chunk has at least 64 rows, because with fewer a product is bound by reading the "
+    "output layer: 64 x 151,936 float32 of both models are 74 MiB",
+    "generation, SmolLM2-135M, 8 rows": "a forward reads 0.5 GiB of float32 weights on either side",
+    "top-32 step": "the tail form needs every product of the whole vocabulary: the teacher's log-normaliser, the "
+    "student's, and both gradients. Renormalised on the student's k it took 0.49 of the training part",
+    "group of 8": "the prompt's states are computed once; the responses' attention to 512 more tokens is counted with "
+    "it, forward and backward",
+    "cost curve by tokens": "attention reads all earlier tokens: its share grows with the length",
+    "optimiser step": "one pass over weights, gradients and moments, bound by memory: with one thread it took 0.17",
+    "memory of a step of 135M: KV cache": "the sampler's logits and float64 sums of a token are counted with it",
+    "memory of a step of 135M: logits chunks": "a part of a product, 2^13 columns, is copied where oneDNN computes",
+    "memory of a step of 135M: whole": "the sampler's prepacked copy of the weights, which no floor has",
+    "bfloat16 weights": "mm(out_dtype=) has no kernel for a CPU in torch 2.13, and cast tiles take 2.8 times",
+    "the same, time": "the same code on both sides",
+    "`opd methods`": "the older commit did not import torch any more; typer alone takes 0.10 s",
+    "`opd describe`": "as `opd methods`",
+    "quickstart step, busy": "threads that spin lose less on this processor: its step ended after 17 s, not minutes",
+    "SmolLM2 quickstart, wall": "a step fell from 5.7 to 3.9 s; loading and the evaluations stayed as they were",
+}
 
 
 def goals(results: Mapping[str, Record]) -> list[Row]:
@@ -33,6 +54,16 @@ def goals(results: Mapping[str, Record]) -> list[Row]:
         "quickstart": quickstart_goals,
     }
     return [row for name, rows in groups.items() if name in results for row in rows(results[name])]
+
+
+def missed(rows: list[Row]) -> list[str]:
+    """A line about each goal that is not reached: what limits it, where that is known."""
+    lines: list[str] = []
+    for what, _, measured, reached in rows:
+        if reached == "**no**":
+            known = [why for beginning, why in LIMITS.items() if what.startswith(beginning)]
+            lines.append(f"* {what} ({measured}): {known[0] if known else 'the cause is not known'}.")
+    return lines
 
 
 def goal(what: str, limit: float, value: float | None, *, at_least: bool = False, unit: str = "") -> Row:

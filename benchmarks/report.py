@@ -17,7 +17,7 @@ from typing import Any
 
 import figures
 from common import GIB, HERE, RESULTS, Record, say
-from goals import goals
+from goals import goals, missed
 from tables import (
     commands_section,
     generate_section,
@@ -80,6 +80,10 @@ def page(results: dict[str, Record]) -> str:
         "ratio are from one run.",
         "",
         *table(HEADER, goals(results)),
+        "",
+        "What limits the goals that are not reached:",
+        "",
+        *missed(goals(results)),
     ]
     sections = {
         "step": step_section,
