@@ -23,6 +23,7 @@ from opd_studies.claims import (
     length,
     losses,
     one_token,
+    order_margin,
     overlap_mass,
     prefixes,
     privileged,
@@ -68,6 +69,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
+    "order_margin": order_margin.run,
 }
 
 

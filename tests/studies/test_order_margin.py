@@ -9,7 +9,6 @@ from dataclasses import replace
 import oracle
 import pytest
 import torch
-from support.study_numbers import spread
 
 from opd.methods.uni_opd import uni_opd
 from opd_studies.claims import order_margin as study
@@ -99,40 +98,3 @@ def test_order_margin_study_runs_at_reduced_size(tmp_path, monkeypatch):
     numbers = study.measure(Lab(folder=tmp_path, workers=1), size)
     assert list(numbers.accuracy) == ["A", "B"]
     assert len(study.judge(numbers)) == 5
-
-
-# --- verdicts: the study is not in the list of studies before it has run -------
-
-END = {
-    study.OPD: 0.4,
-    study.SHIFT: 0.5,
-    study.MASK: 0.45,
-    study.BEST_SHIFT: 0.8,
-    study.BEST_SUM: 0.7,
-    study.GRPO: 0.6,
-}
-
-
-def courses(end: float) -> list[dict[int, dict[str, float]]]:
-    return [{0: dict.fromkeys(PARTS, 0.1), 100: dict.fromkeys(PARTS, one)} for one in spread(end)]
-
-
-PARTS = ("all", "habit", "others")
-
-
-def numbers(first: bool, second: bool) -> study.Numbers:
-    """By setting, whether its numbers are the paper's."""
-    good = {"A": first, "B": second}
-    return study.Numbers(
-        accuracy={
-            setting: {name: courses(end if well else 0.9 - end) for name, end in END.items()}
-            for setting, well in good.items()
-        },
-        best={"A": (0.4, 1.0), "B": (6.4, 4.0)},
-    )
-
-
-def test_judge_follows_numbers():
-    assert {one.verdict for one in study.judge(numbers(True, True))} == {"holds"}
-    assert {one.verdict for one in study.judge(numbers(False, False))} == {"contradicted"}
-    assert {one.verdict for one in study.judge(numbers(False, True))} == {"holds in B only"}

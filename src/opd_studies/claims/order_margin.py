@@ -27,8 +27,9 @@ from opd_studies.worlds.methods import opd_with_reward
 from opd_studies.worlds.wrong_habits import GROUP, HABIT, PER_STEP, PROMPTS, WRONG, Course, Kind, train
 
 USE = (
-    "If you have a teacher and a reward, compare `uni_opd` with the reward itself. Its shift beats plain distillation "
-    "from a teacher that is sure of wrong answers; tune `delta`, of which the paper's value is small here."
+    "If you have a teacher and a reward, try the reward beside the log-ratio at a tuned weight first: it ended above "
+    "the shift of `uni_opd` at its best `delta`. The shift beats plain distillation from a teacher that is sure of "
+    "wrong answers; the paper's `delta` is small here."
 )
 
 
@@ -203,5 +204,5 @@ def draw(numbers: Numbers) -> report.Figure:
             )
         panel.set(xlabel="updates", title=f"{setting}: {KINDS[setting].tokens} tokens", ylim=(0.0, 1.0))
     axes[0][0].set_ylabel("accuracy, share")
-    axes[0][0].legend(fontsize=7, loc="upper left")
+    axes[0][-1].legend(fontsize=7, loc="upper left")
     return figure
