@@ -12,8 +12,8 @@ which includes the prompt's prefill and, for opd, the log-probs of the sampled t
 * `generate`: `model.generate(do_sample=True, top_k=0)`, with its default cache;
 * `generate_static`: the same with `cache_implementation="static"`, for 8 and 32 rows. transformers compiles the decode
   step of a static cache on a GPU only, so here it runs eagerly;
-* `vllm`: vLLM for the CPU under the interpreter PYTHON, with its defaults, in float32. Its engine lives as long as the
-  points of one model and takes turns like the others.
+* `vllm`: vLLM for the CPU under the interpreter PYTHON, in float32, with its defaults but for memory (vllm_side.py).
+  Its engine lives as long as the points of one model and takes turns like the others.
 
 With top-p the shape of the distribution matters: a set of few tokens is found faster than one of nearly all. The models
 are `peaked` (about as sure of the next token as SmolLM2; see workload.py), and the 5M model is also measured `flat`, as

@@ -1,4 +1,4 @@
-"""Two processes are one: the same parameters, moments, metrics and responses, whoever has which prompts.
+"""Two processes are one: the same parameters, moments, metrics and responses, however prompts are divided.
 
 Real processes under torchrun, on gloo. Several recipes share a pair of processes, which saves imports.
 """

@@ -32,6 +32,7 @@ def onednn(monkeypatch) -> list[tuple[int, ...]]:
     monkeypatch.setattr(products, "slow_mkl", lambda: True)
     monkeypatch.setattr(products, "SMALLEST", 1)
     monkeypatch.setattr(products, "NARROWEST", 1)
+    monkeypatch.setattr(products, "FEWEST", 1)
     return computed
 
 

@@ -87,7 +87,7 @@ def test_cache_returns_each_call_once_and_token_for_token(tmp_path: Path, monkey
     before = author(cache=TextCache(tmp_path))
     plain, hinted = before(PROMPTS, seed=SEED, n=2), before(PROMPTS, seed=SEED, contexts=CONTEXTS)
     with monkeypatch.context() as patch:
-        patch.setattr(TransformersSampler, "__call__", None)  # whoever samples fails
+        patch.setattr(TransformersSampler, "__call__", None)  # a call of the sampler fails
         after = author(cache=TextCache(tmp_path))
         for was, again in (
             (hinted, after(PROMPTS, seed=SEED, contexts=CONTEXTS)),

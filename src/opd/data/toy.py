@@ -64,7 +64,17 @@ def sorting(
     "12458;58142>", so that a model trained on them learns to read it. Parts as in `addition`, the same for both orders.
     Raises ConfigError if a part has too few rows for `count`.
     """
-    rows = different(
+    rng = np.random.default_rng((seed, count))
+    for row in rows_of_digits(count, digits, seed, part):
+        answer = "".join(map(str, sorted(row, reverse=descending)))
+        shown = f"{answer};" if rng.random() < knowing else ""
+        prompt = shown + "".join(map(str, row)) + ("<" if descending else ">")
+        yield {"prompt": prompt, "response": answer, "answer": answer}
+
+
+def rows_of_digits(count: int, digits: int, seed: int, part: Part) -> Iterator[Numbers]:
+    """`count` different rows of digits. Raises ConfigError if a part has too few."""
+    return different(
         count,
         lambda rng: tuple(int(n) for n in rng.integers(0, 10, digits)),
         seed=seed,
@@ -72,12 +82,6 @@ def sorting(
         total=10**digits,
         what=f"rows of {digits} digits",
     )
-    rng = np.random.default_rng((seed, count))
-    for row in rows:
-        answer = "".join(map(str, sorted(row, reverse=descending)))
-        shown = f"{answer};" if rng.random() < knowing else ""
-        prompt = shown + "".join(map(str, row)) + ("<" if descending else ">")
-        yield {"prompt": prompt, "response": answer, "answer": answer}
 
 
 def different(

@@ -132,6 +132,7 @@ def _full_difference(
     closed = closed_form(divergence_of(method.signal))
 
     def differ(logits: Tensor, teacher_logits: Tensor, rows: slice, share: Tensor | None) -> Tensor:
+        """The loss of the chunk, a scalar; `logits` becomes its gradient."""
         total = torch.zeros((), device=logits.device)
         for tile in tiles(logits):
             at = slice(rows.start + tile.start, rows.start + tile.stop)

@@ -87,16 +87,19 @@ class Head:
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: only the matrix and the bias."""
-        bias = None if self.bias is None else self.bias[: self.vocabulary]
-        weight = self.weight[: self.vocabulary]
+        weight, bias = self._real
         return to_float32(hidden.to(weight.dtype), weight, bias)
+
+    @property
+    def _real(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias without the padding."""
+        return self.weight[: self.vocabulary], None if self.bias is None else self.bias[: self.vocabulary]
 
     def into(self, out: Tensor, hidden: Tensor) -> Tensor:
         """`project` for memory of this type: float64 from a float64 head is not rounded to float32."""
         if out.dtype != torch.float64:
             return self.project(hidden)
-        bias = None if self.bias is None else self.bias[: self.vocabulary]
-        return linear(hidden.to(self.weight.dtype), self.weight[: self.vocabulary], bias)
+        return linear(hidden.to(self.weight.dtype), *self._real)
 
     def logits_at(self, hidden: Tensor, temperature: float) -> Tensor:
         """`logits` divided by the temperature."""

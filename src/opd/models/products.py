@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 CPU_INFO = Path("/proc/cpuinfo")
 SMALLEST = 2**22  # multiplications of a product; for smaller ones the calls differ by less than their own time
+FEWEST = 256  # tokens of a forward; a decode step has fewer
 NARROWEST = 256  # rows and columns of a weight's gradient: narrower ones are as fast or faster with MKL
 
 
@@ -56,7 +57,8 @@ def to_float32(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
     product: there the result is rounded to the weights' type first, 4.5e-3 nats per log-prob in bfloat16
     (benchmarks/limits.py).
     """
-    if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cuda" and not weight.requires_grad:
+    half = weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cuda"
+    if half and not (torch.is_grad_enabled() and (inputs.requires_grad or weight.requires_grad)):
         out = torch.mm(inputs.flatten(0, -2), weight.t(), out_dtype=torch.float32)
         return (out if bias is None else out + bias).unflatten(0, inputs.shape[:-1])
     return linear(inputs, weight, bias).float()
@@ -67,7 +69,7 @@ def faster_products(tokens: int) -> AbstractContextManager[Any]:
 
     A decode step is left out: the block costs Python time at each call of a function of torch.
     """
-    return _Products() if tokens >= NARROWEST and prefers_onednn() else contextlib.nullcontext()
+    return _Products() if tokens >= FEWEST and prefers_onednn() else contextlib.nullcontext()
 
 
 class _Products(TorchFunctionMode):

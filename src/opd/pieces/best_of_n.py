@@ -68,6 +68,7 @@ def with_best_teacher_response(settings: BestOfN) -> Source:
     show = privileged(template=settings.hint) if settings.hinted else None
 
     def source(prompts: Sequence[Prompt], writers: Writers, seed: tuple[int, int], record: Record) -> list[Rollout]:
+        """The student's rows in the order of the prompts, then the chosen rows of the teacher."""
         assert writers.reward is not None, "opd.loss.step.written gives a source the reward of the step"
         students = writers.student(prompts, seed=seed, record=record)
         each = len(students) // len(prompts)

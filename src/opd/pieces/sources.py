@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 
 from opd.errors import ConfigError
@@ -55,16 +55,31 @@ def drafted(
     The arguments are those of `types.Author`. A source that calls this declares Input.TEACHER_MODEL.
     """
     shown = prompts if contexts is None else contexts
-    places: dict[str | None, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        places.setdefault(prompt.teacher_id, []).append(i)
-    found: dict[int, list[Rollout]] = {}
-    for name, own in places.items():
+
+    def by_author(name: str | None, own: list[int]) -> list[Rollout]:
+        """The responses of one author to the prompts at these places."""
         assert name in writers.authors, "recipes without a teacher that writes are refused earlier"
         author = writers.authors[name]
-        written = author([prompts[i] for i in own], seed=seed, contexts=[shown[i] for i in own], n=n, first=first)
-        found |= {at: written[k * n : (k + 1) * n] for k, at in enumerate(own)}
-    return [rollout for i in range(len(prompts)) for rollout in found[i]]
+        return author([prompts[i] for i in own], seed=seed, contexts=[shown[i] for i in own], n=n, first=first)
+
+    return in_order([prompt.teacher_id for prompt in prompts], by_author)
+
+
+def in_order(owners: Sequence[str | None], write: Callable[[str | None, list[int]], list[Rollout]]) -> list[Rollout]:
+    """`write(owner, its places)` for each owner of a place; the responses in the order of the places.
+
+    A call returns equally many responses to each place, those of one place side by side.
+    """
+    places: dict[str | None, list[int]] = {}
+    for i, owner in enumerate(owners):
+        places.setdefault(owner, []).append(i)
+    found: dict[int, list[Rollout]] = {}
+    for owner, own in places.items():
+        responses = write(owner, own)
+        each = len(responses) // len(own)
+        assert each * len(own) == len(responses), f"{len(responses)} responses to {len(own)} prompts"
+        found |= {at: responses[k * each : (k + 1) * each] for k, at in enumerate(own)}
+    return [rollout for i in range(len(owners)) for rollout in found[i]]
 
 
 def mixture(on_policy_share: float, other: Source) -> Source:

@@ -17,6 +17,7 @@ from opd.errors import RunError
 from opd.files import append_row, read_rows, refused, write_atomically
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
+from opd.pieces.sources import in_order
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import for_student
 from opd.types import Author, Prompt, Rollout, Sampling
@@ -98,15 +99,13 @@ class TeacherAuthor(Author):
         """As `types.Author`. Raises DataError for a context or a prompt that is too long for its model."""
         shown = prompts if contexts is None else contexts
         assert len(shown) == len(prompts), f"{len(shown)} contexts of {len(prompts)} prompts"
-        places: dict[str | None, list[int]] = {}
-        for i, prompt in enumerate(prompts):
-            places.setdefault(None if None in self.sampling else prompt.task, []).append(i)
-        found: dict[int, list[Rollout]] = {}
-        for task, own in places.items():
+
+        def of_task(task: str | None, own: list[int]) -> list[Rollout]:
+            """The responses to the prompts of one task at these places."""
             settings = replace(sampling or self.sampling[task], n=n)
-            responses = self._of_task([prompts[i] for i in own], [shown[i] for i in own], seed, first, settings)
-            found |= {at: responses[k * n : (k + 1) * n] for k, at in enumerate(own)}
-        return [rollout for i in range(len(prompts)) for rollout in found[i]]
+            return self._of_task([prompts[i] for i in own], [shown[i] for i in own], seed, first, settings)
+
+        return in_order([None if None in self.sampling else prompt.task for prompt in prompts], of_task)
 
     def _of_task(
         self,

@@ -12,6 +12,7 @@ import torch
 from opd.models.language_model import LanguageModel
 from opd.models.render import encode_response, render_checked
 from opd.models.vocabularies import same_ids
+from opd.pieces.sources import in_order
 from opd.samplers.hf import TransformersSampler
 from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Writer
 
@@ -184,16 +185,7 @@ def in_prompts_order(
     prompts: Sequence[Prompt], write: Callable[[str | None, list[Prompt]], list[Rollout]]
 ) -> list[Rollout]:
     """`write(task, its prompts)` for each task of the prompts; the responses in the order of `prompts`."""
-    places: dict[str | None, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        places.setdefault(prompt.task, []).append(i)
-    found: dict[int, list[Rollout]] = {}
-    for task, indices in places.items():
-        responses = write(task, [prompts[i] for i in indices])
-        each = len(responses) // len(indices)
-        assert each * len(indices) == len(responses), f"{len(responses)} responses to {len(indices)} prompts"
-        found |= {at: responses[k * each : (k + 1) * each] for k, at in enumerate(indices)}
-    return [rollout for i in range(len(prompts)) for rollout in found[i]]
+    return in_order([prompt.task for prompt in prompts], lambda task, own: write(task, [prompts[i] for i in own]))
 
 
 def writer_by_task(writers: Mapping[str | None, Writer]) -> Writer:

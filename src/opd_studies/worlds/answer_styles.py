@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.data.toy import Part, different
+from opd.data.toy import Part, rows_of_digits
 
 # (digits, answer) -> the response. The answer is the last number of all of them.
 STYLES: Mapping[str, Callable[[str, str], str]] = {
@@ -30,16 +30,8 @@ def styled(
     A share `knowing` of the prompts begins with the solution, "12458=58142>", so that a model trained on them learns to
     read it. Parts as in `toy.sorting`. Raises ConfigError if a part has too few rows for `count`.
     """
-    rows = different(
-        count,
-        lambda rng: tuple(int(n) for n in rng.integers(0, 10, digits)),
-        seed=seed,
-        part=part,
-        total=10**digits,
-        what=f"rows of {digits} digits",
-    )
     rng = np.random.default_rng((seed, count))
-    for row in rows:
+    for row in rows_of_digits(count, digits, seed, part):
         given, answer = "".join(map(str, row)), "".join(map(str, sorted(row)))
         shown = f"{answer}=" if rng.random() < knowing else ""
         style = styles[int(rng.integers(len(styles)))]
