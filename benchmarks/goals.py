@@ -20,23 +20,20 @@ FORMS_AT = (151_936, 512, 576)  # the largest point of loss.py with every form a
 Row = list[str]  # what | goal | measured | reached
 # By the beginning of a goal that a machine may not reach: what limits it.
 LIMITS = {
-    "reverse KL at V 151,936": "a chunk has at least 64 rows, because with fewer a product is bound by reading the "
-    "output layer: 64 x 151,936 float32 of both models are 74 MiB",
-    "generation, SmolLM2-135M, 8 rows": "a forward reads 0.5 GiB of float32 weights on either side",
+    "reverse KL at V 151,936": "a chunk has at least 64 rows: 64 x 151,936 float32 of both models are 74 MiB",
+    "generation, SmolLM2-135M, 8 rows": "inferred: a forward reads 0.5 GiB of float32 weights on either side",
     "top-32 step": "the tail form needs every product of the whole vocabulary: the teacher's log-normaliser, the "
-    "student's, and both gradients. Renormalised on the student's k it took 0.49 of the training part",
-    "group of 8": "the prompt's states are computed once; the responses' attention to 512 more tokens is counted with "
-    "it, forward and backward",
-    "cost curve by tokens": "attention reads all earlier tokens: its share grows with the length",
-    "optimiser step": "one pass over weights, gradients and moments, bound by memory: with one thread it took 0.17",
-    "memory of a step of 135M: KV cache": "the sampler's logits and float64 sums of a token are counted with it",
-    "memory of a step of 135M: logits chunks": "a part of a product, 2^13 columns, is copied where oneDNN computes",
-    "memory of a step of 135M: whole": "the sampler's prepacked copy of the weights, which no floor has",
-    "bfloat16 weights": "mm(out_dtype=) has no kernel for a CPU in torch 2.13, and cast tiles take 2.8 times",
+    "student's, and both gradients",
+    "group of 8": "inferred: the responses' attention to 512 more tokens is counted with the prompt",
+    "cost curve by tokens": "inferred: attention reads all earlier tokens",
+    "optimiser step": "on one thread the same race gave 0.23",
+    "memory of a step of 135M: activations": "with torch's own products it is 1.01, see models/products.py",
+    "memory of a step of 135M: whole": "of the excess the sampler's prepacked copy of the weights is 0.48 GiB",
+    "bfloat16 weights": "mm(out_dtype=) has no kernel for a CPU in torch 2.13",
     "the same, time": "the same code on both sides",
-    "`opd methods`": "the older commit did not import torch any more; typer alone takes 0.10 s",
-    "`opd describe`": "as `opd methods`",
-    "quickstart step, busy": "threads that spin lose less on this processor: its step ended after 17 s, not minutes",
+    "`opd methods`": "the older commit did not import torch any more",
+    "`opd describe`": "the older commit did not import torch any more",
+    "quickstart step, busy": "on this processor a step with spinning threads ended after 17 s",
     "SmolLM2 quickstart, wall": "a step fell from 5.7 to 3.9 s; loading and the evaluations stayed as they were",
 }
 
