@@ -27,7 +27,7 @@ LIMITS = {
     "group of 8": "inferred: the responses' attention to 512 more tokens is counted with the prompt",
     "cost curve by tokens": "inferred: attention reads all earlier tokens",
     "optimiser step": "on one thread the same race gave 0.23",
-    "memory of a step of 135M: activations": "the same bytes stay as with torch's own products; the peak inside the forward is higher",
+    "memory of a step of 135M: activations": "what stays equals the floor; the peak inside the forward is higher",
     "memory of a step of 135M: whole": "of the excess the sampler's prepacked copy of the weights is 0.48 GiB",
     "bfloat16 weights": "mm(out_dtype=) has no kernel for a CPU in torch 2.13",
     "the same, time": "the same code on both sides",
