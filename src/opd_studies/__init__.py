@@ -11,8 +11,11 @@ from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
+    alignment,
     anti_sd,
     baseline_cost,
+    brts,
+    cliff,
     cold_start,
     control_variate,
     debate,
@@ -70,6 +73,9 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
     "order_margin": order_margin.run,
+    "cliff": cliff.run,
+    "brts": brts.run,
+    "alignment": alignment.run,
 }
 
 

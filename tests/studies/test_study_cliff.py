@@ -1,4 +1,4 @@
-"""The study of the cliff: its world against plain Python, and its verdicts on numbers as claimed and their opposite."""
+"""The study of the cliff: its world against plain Python, and its table and figure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import oracle
 import pytest
 import torch
 from support.models import double, full_logits, rollout_of, tiny
-from support.study_numbers import spread
+from support.study_numbers.beyond import cliff_numbers
 
 from opd.evaluation.compare import whole
 from opd.teachers.local import LocalTeacher
@@ -16,37 +16,8 @@ from opd.types import Prompt
 from opd_studies.claims import cliff
 from opd_studies.worlds.lists import Beyond, lists, parses
 
-P, B = 0.99, 0.85  # lambda* 1.14 at c 1.5, 1.57 at 5, 2.05 at 20
-
-
-def numbers(*, claimed: bool, at_five: bool) -> cliff.Numbers:
-    """`claimed`: what the paper says; `at_five`: the same at c = 5."""
-    parse: dict[str, list[float]] = {}
-    for name, one in cliff.SETTINGS.items():
-        stays = one.weight != "teacher/student"
-        well = at_five if one.bound == 5.0 and not stays and one.slower == 1 else claimed
-        star = cliff.limit(P, B, one.bound)
-        share = 0.5 if one.strength == 1.0 else 0.9 if stays or one.strength <= star else 0.05
-        parse[name] = spread(share if well else 0.9 - 0.2 * one.strength if stays else 0.3 + 0.1 * (one.strength < 1.1))
-    return cliff.Numbers(
-        parse=parse,
-        start={"student before": spread(0.4), "teacher": spread(0.9)},
-        structure=list(zip(spread(P), spread(B), strict=True)),
-        content=[(0.6, 0.5)] * 3,
-    )
-
-
-def test_judge_follows_numbers():
-    verdicts = [one.verdict for one in cliff.judge(numbers(claimed=True, at_five=True))]
-    assert verdicts == ["holds"] * 7
-    verdicts = [one.verdict for one in cliff.judge(numbers(claimed=False, at_five=False))]
-    assert verdicts == ["contradicted"] * 7
-    verdicts = [one.verdict for one in cliff.judge(numbers(claimed=True, at_five=False))]
-    assert verdicts[:3] == ["holds in B only"] * 3
-
-
 def test_table_and_figure_have_every_setting():
-    made = numbers(claimed=True, at_five=True)
+    made = cliff_numbers(claimed=True, at_five=True)
     assert {row[0] for row in cliff.table(made)} >= {*cliff.SETTINGS, "student before", "teacher"}
     assert len(cliff.draw(made).axes) == 2
 

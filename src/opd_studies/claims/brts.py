@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USE = (
-    "Before you pay for the responses of a teacher, compare `brts` with plain distillation on as many "
-    "generated tokens. If you use it, raise `n` until tier 3 is rare."
+    "Before you pay for a teacher's responses, spend the tokens on plain distillation: it ended far above `brts`. How "
+    "many teacher responses there were, and how one was chosen, had no clear effect."
 )
 
 
@@ -236,10 +236,10 @@ def table(numbers: Mapping[str, Numbers]) -> tuple[tuple[str, ...], ...]:
 
 def draw(numbers: Mapping[str, Numbers]) -> Figure:
     """Sampled accuracy by arm in both settings, and the overlaps of the chosen responses in A."""
-    figure, axes = report.figure(2, 3, width=3.0, height=2.6)
+    figure, axes = report.figure(3, rows=2, width=3.0, height=2.6)
     panels = {
         "sampled accuracy": "sampled accuracy, share",
-        "right of the chosen": "chosen responses that are right, share",
+        "right of the chosen": "chosen that are right, share",
         "positional overlap": "positional overlap, share",
     }
     for row, (setting, measured) in zip(axes, numbers.items(), strict=True):

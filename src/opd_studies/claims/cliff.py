@@ -51,7 +51,7 @@ SETTINGS = {
 Where: TypeAlias = Literal["structure", "ids"]
 
 
-CITED = "2605.08737"
+CITED = "2605.08737 results"
 
 
 # Thresholds, shares of responses that parse.

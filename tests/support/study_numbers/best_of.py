@@ -1,11 +1,13 @@
-"""The study of the best of N responses: its verdicts on numbers as claimed and their opposite."""
+"""Numbers of the best of N responses as the paper claims them, and their opposite."""
 
 from __future__ import annotations
 
-from support.study_numbers import spread
+from collections.abc import Mapping
+from typing import Any
 
 from opd_studies.claims import brts
 from opd_studies.lab.ablation import Numbers
+from support.study_numbers import spread
 
 GOOD = {
     brts.PLAIN: 0.2,
@@ -23,11 +25,9 @@ def setting(name: str, good: bool) -> Numbers:
     return {arm: {"sampled accuracy": spread(GOOD[arm] if good else 1 - GOOD[arm])} for arm in brts.ARMS[name]}
 
 
-def numbers(a: bool, b: bool) -> dict[str, Numbers]:
+def numbers(a: bool, b: bool) -> Mapping[str, Numbers]:
     return {"A": setting("A", a), "B": setting("B", b)}
 
 
-def test_judge_follows_numbers():
-    assert {one.verdict for one in brts.judge(numbers(True, True))} == {"holds"}
-    assert "holds" not in {one.verdict for one in brts.judge(numbers(False, False))}
-    assert "holds in B only" in {one.verdict for one in brts.judge(numbers(False, True))}
+NUMBERS: dict[str, tuple[Any, Any]] = {"brts": (numbers(True, True), numbers(False, False))}
+SECOND: dict[str, tuple[Any, list[int]]] = {"brts": (numbers(False, True), [0, 1, 2, 3])}
