@@ -37,6 +37,7 @@ from opd_studies.claims import (
     teacher_choice,
     top_p,
     two_teachers,
+    visd,
     weight_change,
 )
 from opd_studies.lab.lab import Lab
@@ -68,6 +69,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "extrapolation": extrapolation.run,
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
+    "visd": visd.run,
     "ropd": ropd.run,
     "order_margin": order_margin.run,
 }
