@@ -219,65 +219,61 @@ def _best_rate(made: Callable[[], Method], setting: Setting, size: Size) -> floa
 
 def judge(numbers: Numbers) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers."""
-
-    def faster(method: str, than: str, above: float) -> list[list[Check]]:
-        what = f"updates to an accuracy of {LEVEL:g}, {than}, as a multiple of {method}"
-        return [
-            [Check(what=what, interval=over_seeds(numbers.speed(setting, method, than)), above=above)]
-            for setting in CLAIMED
-        ]
-
-    def directed(method: str) -> list[list[Check]]:
-        what = f"gain in right tokens, {OTHER_REWARDS[method]}, as a share of {method}"
-        pairs = {
-            setting: zip(numbers.learned(setting, OTHER_REWARDS[method]), numbers.learned(setting, method), strict=True)
-            for setting in CLAIMED
-        }
-        return [
-            [Check(what=what, interval=over_seeds([other / own for other, own in pairs[setting]]), below=MOST)]
-            for setting in CLAIMED
-        ]
-
+    abstract, control = "2605.06094 abstract", "2605.06094 abstract (control)"
     ends = [
-        [
-            Check(
-                what="accuracy at the end, VISD minus GRPO",
-                interval=differences(numbers.end(setting, VISD), numbers.end(setting, GRPO)),
-                above=0.0,
-            )
-        ]
+        Check(
+            what="accuracy at the end, VISD minus GRPO",
+            interval=differences(numbers.end(setting, VISD), numbers.end(setting, GRPO)),
+            above=0.0,
+        )
         for setting in CLAIMED
     ]
     return (
-        finding("VISD with the paper's bounds is faster than GRPO", "2605.06094 abstract", *faster(VISD, GRPO, 1.0)),
-        finding("It is nearly twice as fast", "2605.06094 abstract", *faster(VISD, GRPO, NEARLY_TWICE)),
-        finding("It ends at a higher accuracy than GRPO", "2605.06094 abstract", *ends),
+        finding("VISD with the paper's bounds is faster than GRPO", abstract, *_faster(numbers, VISD, GRPO, 1.0)),
+        finding("It is nearly twice as fast", abstract, *_faster(numbers, VISD, GRPO, NEARLY_TWICE)),
+        finding("It ends at a higher accuracy than GRPO", abstract, *([check] for check in ends)),
         finding(
             "It is faster than the same sizes at other tokens of their responses",
-            "2605.06094 abstract (control)",
-            *faster(VISD, OTHER_TOKENS[VISD], 1.0),
+            control,
+            *_faster(numbers, VISD, OTHER_TOKENS[VISD], 1.0),
         ),
         finding(
             "With a wide bound VISD is nearly twice as fast as GRPO",
-            "2605.06094 abstract (control)",
-            *faster(WIDE, GRPO, NEARLY_TWICE),
+            control,
+            *_faster(numbers, WIDE, GRPO, NEARLY_TWICE),
         ),
         finding(
             "With a wide bound it is faster than the same sizes at other tokens of their responses",
-            "2605.06094 abstract (control)",
-            *faster(WIDE, OTHER_TOKENS[WIDE], 1.0),
+            control,
+            *_faster(numbers, WIDE, OTHER_TOKENS[WIDE], 1.0),
         ),
         finding(
             "The reward gives the direction: rewards of other responses teach less than half as much",
-            "2605.06094 abstract (control)",
-            *directed(VISD),
+            control,
+            *_directed(numbers, VISD),
         ),
-        finding(
-            "The reward gives the direction with a wide bound too",
-            "2605.06094 abstract (control)",
-            *directed(WIDE),
-        ),
+        finding("The reward gives the direction with a wide bound too", control, *_directed(numbers, WIDE)),
     )
+
+
+def _faster(numbers: Numbers, method: str, than: str, above: float) -> list[list[Check]]:
+    """By claimed setting, a check of the ratio of updates."""
+    what = f"updates to an accuracy of {LEVEL:g}, {than}, as a multiple of {method}"
+    return [
+        [Check(what=what, interval=over_seeds(numbers.speed(setting, method, than)), above=above)]
+        for setting in CLAIMED
+    ]
+
+
+def _directed(numbers: Numbers, method: str) -> list[list[Check]]:
+    """By claimed setting, a check of the gain that rewards of other responses leave."""
+    other = OTHER_REWARDS[method]
+    what = f"gain in right tokens, {other}, as a share of {method}"
+    checks: list[list[Check]] = []
+    for setting in CLAIMED:
+        pairs = zip(numbers.learned(setting, other), numbers.learned(setting, method), strict=True)
+        checks.append([Check(what=what, interval=over_seeds([a / b for a, b in pairs]), below=MOST)])
+    return checks
 
 
 def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
