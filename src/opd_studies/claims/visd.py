@@ -3,19 +3,20 @@
 "VISD", arXiv 2605.06094: a group-relative advantage of a response is made larger on tokens where a self that reads
 feedback agrees with its sign; nearly twice as fast as reinforcement learning alone, and more accurate (abstract). The
 paper's bounds let a token's advantage differ from its response's by 10 % at most. Controls that the paper does not
-have: the same sizes given to other tokens of their response, so that only their number is left; a wide bound (l = 1,
-b = 3), so that the teacher gives a size and not only a sign; and rewards given to other responses of their group, so
-that whatever is learned comes from the sizes: "the reward gives the direction" says that it is little.
+have: the log-ratios D_t given to other tokens of their response, so that only a response's mean size is left; a wide
+bound (l = 1, b = 3), which few sizes reach; and rewards given to other responses of their group, so that all that is
+learned comes from the sizes. If the reward gives the direction, that is little.
 
 Tables in a made-up world (`opd_studies.worlds.wrong_habits`, `hinted_self`), and the library's `visd` and `grpo`. The
 teacher is the moving average of the student, with a hint that adds to the logit of the right token; in setting B the
 hint names a wrong token at 30 % of the positions. Each token counts for itself, and the reward is the share of right
-ones: the reward of a response says little about a token, which is where sizes can help. In C, without a claim, the
-reward is for whole responses. Vocabulary and support are the same, so D_t is the whole log-ratio. The paper's 1200
-updates with l > 0 in half of them are shortened to a tenth, and the moving average's decay with them.
+ones: the reward of a response says little about a token, which is where sizes can help. In C, without a claim, a
+policy has logits for each prefix, and only whole responses have a reward: a right response has no wrong token. The
+support is the whole vocabulary, so D_t is the whole log-ratio. The paper's 1200 updates, with l > 0 in half of them,
+are shortened to a tenth, and the memory of the moving average with them.
 
 Every method has its own learning rate, by the mean accuracy over a training on seeds that are not reported; with
-shuffled rewards that of the same method with its rewards.
+rewards of other responses it is that of the same method with its own.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ class Size:
     tuning: Sequence[int] = (1000, 1001)
     steps: int = 120
     every: int = 2
-    rates: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.6)
+    rates: Sequence[float] = (0.2, 0.3, 0.4, 0.6, 0.9)
 
     @property
     def fades(self) -> int:

@@ -1,10 +1,10 @@
 """A made-up world of tables: prompts with one right response, and a teacher that is sure of a wrong last token on some.
 
 A prompt has one right response of a fixed number of tokens out of `LETTERS`. A policy has a logit for every token of
-every prefix of every prompt, so nothing is shared between prompts, and its accuracy, the mass of the right responses,
-is exact. The
-teacher gives each right token of its prefixes `SURE`, but on a share of the prompts it gives a wrong last token `HABIT`
-and the right one the rest. The student begins with random logits that prefer the right tokens a little.
+every prefix of every prompt (or of every position, `Kind.separate`), so nothing is shared between prompts, and its
+accuracy, the mass of the right responses, is exact. The teacher gives each right token of its prefixes `SURE`, but on a
+share of the prompts it gives a wrong last token `HABIT` and the right one the rest; `train` takes another teacher, a
+`Tutor`. The student begins with random logits that prefer the right tokens a little.
 """
 
 from __future__ import annotations
