@@ -38,7 +38,8 @@ from opd_studies.worlds.wrong_habits import GROUP, LETTERS, PER_STEP, PROMPTS, C
 
 USE = (
     "With a reward and a hint, expect `visd` at its defaults to save some updates, not half of them. Raise `bound` "
-    "only for hints that are right: a wide bound also learns what the hint says against the reward."
+    "only where hints are right: with some wrong ones a wide bound was slower than `grpo`, and what it learns comes "
+    "from the hint."
 )
 
 
