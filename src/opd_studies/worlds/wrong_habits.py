@@ -129,12 +129,8 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
     recorded = at(tokens, student.detach())
     right = tokens == given.right[chosen]
     reward = right.float().mean(1) if given.kind.separate else right.all(1).float()
-    blank, pairs = _rollout(given.kind.tokens), zip(chosen.tolist(), reward.tolist(), strict=True)
     batch = Batch(
-        rollouts=tuple(
-            replace(blank, prompt=replace(blank.prompt, id=x), sample=i % GROUP, reward=r)
-            for i, (x, r) in enumerate(pairs)
-        ),
+        rollouts=_rollouts(given.kind, chosen.tolist(), reward.tolist()),
         response_ids=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
         sampler_logp=recorded,
@@ -152,18 +148,23 @@ def at(tokens: Tensor, logp: Tensor) -> Tensor:
     return logp.gather(-1, tokens[..., None])[..., 0]
 
 
-def _rollout(tokens: int) -> Rollout:
-    """A rollout with the fields that a method reads. Its hint has no words: a method looks whether there is one."""
-    nothing = torch.zeros(tokens, dtype=torch.long)
-    return Rollout(
-        prompt=Prompt(id=0, content="", privileged_context=""),
-        sample=0,
-        prompt_ids=(),
-        response_ids=nothing,
-        trained=torch.ones(tokens, dtype=torch.bool),
-        turn=nothing,
-        finished=True,
-        text="",
+def _rollouts(kind: Kind, chosen: list[int], rewards: list[float]) -> tuple[Rollout, ...]:
+    """Rollouts with the fields that a method reads. A hint has no words: a method looks whether there is one."""
+    nothing, every = torch.zeros(kind.tokens, dtype=torch.long), torch.ones(kind.tokens, dtype=torch.bool)
+    prompts = {x: Prompt(id=x, content="", privileged_context="") for x in set(chosen)}
+    return tuple(
+        Rollout(
+            prompt=prompts[x],
+            sample=i % GROUP,
+            prompt_ids=(),
+            response_ids=nothing,
+            trained=every,
+            turn=nothing,
+            finished=True,
+            text="",
+            reward=reward,
+        )
+        for i, (x, reward) in enumerate(zip(chosen, rewards, strict=True))
     )
 
 
