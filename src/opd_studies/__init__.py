@@ -40,6 +40,7 @@ from opd_studies.claims import (
     teacher_choice,
     top_p,
     two_teachers,
+    visd,
     weight_change,
 )
 from opd_studies.lab.lab import Lab
@@ -71,6 +72,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "extrapolation": extrapolation.run,
     "weight_change": weight_change.run,
     "anti_sd": anti_sd.run,
+    "visd": visd.run,
     "ropd": ropd.run,
     "order_margin": order_margin.run,
     "cliff": cliff.run,

@@ -195,13 +195,7 @@ def draw(numbers: Numbers) -> report.Figure:
     """Accuracy by update, mean and range of seeds, one panel per setting."""
     figure, axes = report.figure(len(numbers.accuracy), width=3.6, height=3.0)
     for panel, (setting, methods) in zip(axes[0], numbers.accuracy.items(), strict=True):
-        for (name, courses), colour in zip(methods.items(), report.COLOURS, strict=False):
-            updates = sorted(courses[0])
-            by_update = [[course[update]["all"] for course in courses] for update in updates]
-            panel.plot(updates, [sum(v) / len(v) for v in by_update], color=colour, label=name)
-            panel.fill_between(
-                updates, [min(v) for v in by_update], [max(v) for v in by_update], color=colour, alpha=0.15
-            )
+        report.courses(panel, methods, "all")
         panel.set(xlabel="updates", title=f"{setting}: {KINDS[setting].tokens} tokens", ylim=(0.0, 1.0))
     axes[0][0].set_ylabel("accuracy, share")
     axes[0][-1].legend(fontsize=7, loc="upper left")

@@ -119,6 +119,15 @@ def bars(panel: Any, groups: Sequence[str], by_colour: Mapping[str, Sequence[Seq
     panel.set_xticks(range(len(groups)), groups, fontsize=7)
 
 
+def courses(panel: Any, by_name: Mapping[str, Sequence[Mapping[int, Mapping[str, float]]]], part: str) -> None:
+    """Draw a number by update, the mean and the range over seeds; by name, one course of numbers per seed."""
+    for (name, seeds), colour in zip(by_name.items(), COLOURS, strict=False):
+        updates = sorted(seeds[0])
+        by_update = [[course[update][part] for course in seeds] for update in updates]
+        panel.plot(updates, [sum(v) / len(v) for v in by_update], color=colour, label=name)
+        panel.fill_between(updates, [min(v) for v in by_update], [max(v) for v in by_update], color=colour, alpha=0.15)
+
+
 def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
     """Write figures/studies/NAME.png and studies/NAME.json under `folder`; returns the figure's path.
 

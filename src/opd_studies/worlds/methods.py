@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
 from opd.methods.mad_opd import mad_opd
-from opd.pieces import credit, debate, normalise, signals
+from opd.methods.visd import visd
+from opd.pieces import credit, debate, normalise, signals, sized
+from opd.pieces.memory import recalled
 from opd.pieces.needs import Piece, needs_of
-from opd.types import Context, Prompt, Rollout, Tokens
+from opd.pieces.signals import MeasuredPiece
+from opd.types import Batch, Context, Prompt, Rollout, Tokens
 
 
 def differentiated_log_ratio() -> Method:
@@ -78,6 +82,76 @@ def one_reader(
         return [replace(prompt, teacher_weights={reader: 1.0}) for prompt in method.context(rollouts)]
 
     return replace(method, context=_like(method.context, context))
+
+
+def shuffled_visd(
+    share: float = 0.5,
+    fades: int = 600,
+    bound: float = 0.2,
+    k: int = 16,
+    decay: float = 0.99,
+    hint: Literal["feedback", "privileged_context"] = "feedback",
+    template: str | None = None,
+) -> Method:
+    """`visd`, but the D_t of a response go to its tokens in random order: the same numbers, at other tokens.
+
+    A response that the loss splits into chunks keeps its numbers within each chunk.
+    """
+    method = visd(share, fades, bound, k, decay, hint, template)
+    signal = method.signal
+    assert isinstance(signal, MeasuredPiece)
+
+    def numbered(batch: Batch) -> Tensor:
+        """[B, T, 3]: the two numbers of `visd`, and the number of the response plus a random number below 1."""
+        key = torch.rand(batch.mask.shape, generator=_random(batch)) + torch.arange(len(batch.mask))[:, None]
+        return torch.cat([method.credit(batch), key.to(batch.mask.device)[..., None]], -1)
+
+    def shuffled(tokens: Tokens) -> Tokens:
+        key, size = tokens.advantage[:, 2], sized.log_ratio_on_support(tokens)
+        moved = torch.empty_like(size)
+        moved[key.floor().argsort(stable=True)] = size[key.argsort()]
+        return replace(tokens, advantage=tokens.advantage[:, :2], teacher_logp=tokens.teacher_logp + moved - size)
+
+    shuffling = MeasuredPiece(
+        lambda tokens: signal(shuffled(tokens)),
+        needs_of(signal),
+        measure=lambda tokens: signal.measure(shuffled(tokens)),
+    )
+    return replace(method, credit=Piece(numbered, needs_of(method.credit)), signal=shuffling)
+
+
+def with_shuffled_rewards(method: Method) -> Method:
+    """`visd`, but the rewards of a group go to its responses in random order: they say nothing about a response."""
+
+    def credit(batch: Batch) -> Tensor:
+        drawn, reward = torch.rand(len(batch.reward), generator=_random(batch)), torch.empty_like(batch.reward)
+        reward[batch.group.argsort(stable=True)] = batch.reward[(batch.group + drawn.to(batch.group.device)).argsort()]
+        return method.credit(replace(batch, reward=reward))
+
+    return replace(method, credit=Piece(credit, needs_of(method.credit)))
+
+
+def _random(batch: Batch) -> torch.Generator:
+    """Random numbers of the step, for a method with the memory of `visd`: the same in every run."""
+    return torch.Generator().manual_seed(recalled(batch.memory, "size", sized.Fading).step)
+
+
+def with_measured_size(method: Method) -> Method:
+    """`visd` or `shuffled_visd` that also logs |A_t / A_i - 1| of the tokens that the teacher sizes.
+
+    size/change is its mean, size/largest_change its largest value. The loss at a ratio of 1 is -A_t.
+    """
+    signal = method.signal
+    assert isinstance(signal, MeasuredPiece)
+
+    def measure(tokens: Tokens) -> Mapping[str, Tensor]:
+        direction, active = tokens.advantage[:, 0], (tokens.advantage[:, :2] != 0.0).all(-1)
+        advantage = -signal(replace(tokens, sampler_logp=tokens.student_logp)).detach()
+        change = (advantage[active] / direction[active] - 1.0).abs()
+        largest = change.max()[None] if len(change) else change
+        return {**signal.measure(tokens), "size/change": change, "size/largest_change": largest}
+
+    return replace(method, signal=MeasuredPiece(signal, needs_of(signal), measure=measure))
 
 
 def _with_debate(rollout: Rollout, other: Any) -> Rollout:

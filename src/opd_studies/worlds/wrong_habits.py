@@ -1,16 +1,17 @@
 """A made-up world of tables: prompts with one right response, and a teacher that is sure of a wrong last token on some.
 
 A prompt has one right response of a fixed number of tokens out of `LETTERS`. A policy has a logit for every token of
-every prefix of every prompt, so nothing is shared between prompts, and its accuracy, the mass of the right responses,
-is exact. The
-teacher gives each right token of its prefixes `SURE`, but on a share of the prompts it gives a wrong last token `HABIT`
-and the right one the rest. The student begins with random logits that prefer the right tokens a little.
+every prefix of every prompt (or of every position, `Kind.separate`), so nothing is shared between prompts, and its
+accuracy, the mass of the right responses, is exact. The teacher gives each right token of its prefixes `SURE`, but on a
+share of the prompts it gives a wrong last token `HABIT` and the right one the rest; `train` takes another teacher, a
+`Tutor`. The student begins with random logits that prefer the right tokens a little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from opd.method import Method
 from opd.pieces.memory import observed
 from opd.pieces.packed import valid
+from opd.pieces.signals import MeasuredPiece
 from opd.types import Batch, Prompt, Rollout, Tokens
 
 LETTERS = 4
@@ -29,15 +31,25 @@ NOISE = 0.5  # deviation of the student's first logits
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """Tokens of a response, and what the student's first logits of right tokens have in addition to noise."""
+    """Tokens of a response, and what the student's first logits of right tokens have in addition to noise.
+
+    `separate`: each token counts for itself. A policy has logits for each position, whatever the tokens before it, and
+    the reward is the share of right tokens. Otherwise it has logits for each prefix, and the reward is 1 for the right
+    response, and 0 for others.
+    """
 
     tokens: int
     head_start: float
+    separate: bool = False
 
     @property
     def prefixes(self) -> int:
-        """The number of prefixes of a prompt, of 0 to `tokens` - 1 tokens."""
-        return (LETTERS**self.tokens - 1) // (LETTERS - 1)
+        """The number of prefixes of a prompt, of 0 to `tokens` - 1 tokens; one for each length if `separate`."""
+        return self.tokens if self.separate else (LETTERS**self.tokens - 1) // (LETTERS - 1)
+
+    def places(self, tokens: Tensor) -> Tensor:
+        """[B, T] -> the number of the prefix before each token, [B, T]."""
+        return torch.arange(self.tokens).expand(tokens.shape) if self.separate else prefixes_of(tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +64,7 @@ class World:
     @property
     def prefixes(self) -> Tensor:
         """The numbers of the prefixes of the right responses, [X, T]."""
-        return prefixes_of(self.right)
+        return self.kind.places(self.right)
 
 
 def prefixes_of(tokens: Tensor) -> Tensor:
@@ -68,7 +80,7 @@ def world(kind: Kind, generator: torch.Generator) -> World:
     right = torch.randint(LETTERS, (PROMPTS, kind.tokens), generator=generator)
     habit = torch.arange(PROMPTS) < WRONG * PROMPTS
     p = torch.full((PROMPTS, kind.prefixes, LETTERS), 1.0 / LETTERS)
-    rows, places = torch.arange(PROMPTS), prefixes_of(right)
+    rows, places = torch.arange(PROMPTS), kind.places(right)
     for t in range(kind.tokens):
         p[rows, places[:, t]] = (1.0 - SURE) / (LETTERS - 1)
         p[rows, places[:, t], right[:, t]] = SURE
@@ -89,94 +101,141 @@ def beginner(given: World, generator: torch.Generator) -> Tensor:
 
 
 def accuracy(z: Tensor, given: World) -> dict[str, float]:
-    """The exact mass of right responses: of all prompts, of those with the habit, and of the others."""
+    """The exact mass of right responses: of all prompts, of those with the habit, and of the others.
+
+    `tokens`: the mean probability of a right token after right ones.
+    """
     logp = z.log_softmax(-1)
     rows = torch.arange(PROMPTS)[:, None]
-    mass = logp[rows, given.prefixes, given.right].sum(1).exp()
-    parts = {"all": mass, "habit": mass[given.habit], "others": mass[~given.habit]}
+    right = logp[rows, given.prefixes, given.right]
+    mass = right.sum(1).exp()
+    parts = {"all": mass, "habit": mass[given.habit], "others": mass[~given.habit], "tokens": right.exp().mean(1)}
     return {name: float(part.mean()) for name, part in parts.items()}
 
 
 def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch, Tensor]:
-    """GROUP responses to some prompts, with rewards and scores; the student's log-probs [B, T] with gradient."""
+    """GROUP responses to some prompts, with rewards and scores; the student's log-probs [B, T, LETTERS] with gradient.
+
+    The scored support is the whole vocabulary.
+    """
     chosen = torch.randperm(PROMPTS, generator=generator)[:PER_STEP].repeat_interleave(GROUP)
     logp = z.log_softmax(-1)
     tokens = torch.zeros(len(chosen), given.kind.tokens, dtype=torch.long)
     for t in range(given.kind.tokens):
-        place = prefixes_of(tokens)[:, t]
+        place = given.kind.places(tokens)[:, t]
         tokens[:, t] = torch.multinomial(logp.detach()[chosen, place].exp(), 1, generator=generator)[:, 0]
-    places = prefixes_of(tokens)
-    student = logp[chosen[:, None], places, tokens]
-    reward = (tokens == given.right[chosen]).all(1).float()
-    pairs = zip(chosen.tolist(), reward.tolist(), strict=True)
+    places = given.kind.places(tokens)
+    student, teacher = logp[chosen[:, None], places], given.teacher[chosen[:, None], places]
+    recorded = at(tokens, student.detach())
+    right = tokens == given.right[chosen]
+    reward = right.float().mean(1) if given.kind.separate else right.all(1).float()
     batch = Batch(
-        rollouts=tuple(_rollout(given.kind, x, i % GROUP, r) for i, (x, r) in enumerate(pairs)),
+        rollouts=_rollouts(given.kind, chosen.tolist(), reward.tolist()),
         response_ids=tokens,
         mask=torch.ones_like(tokens, dtype=torch.bool),
-        sampler_logp=student.detach(),
-        policy_logp=student.detach(),
-        teacher_logp=given.teacher[chosen[:, None], places, tokens],
+        sampler_logp=recorded,
+        policy_logp=recorded,
+        teacher_logp=at(tokens, teacher),
+        teacher_support_logp=teacher,
         reward=reward,
         group=torch.arange(PER_STEP).repeat_interleave(GROUP),
     )
     return batch, student
 
 
-def _rollout(kind: Kind, prompt: int, sample: int, reward: float) -> Rollout:
-    """A rollout with the fields that a method reads."""
-    nothing = torch.zeros(kind.tokens, dtype=torch.long)
-    return Rollout(
-        prompt=Prompt(id=prompt, content=""),
-        sample=sample,
-        prompt_ids=(),
-        response_ids=nothing,
-        trained=torch.ones(kind.tokens, dtype=torch.bool),
-        turn=nothing,
-        finished=True,
-        text="",
-        reward=reward,
+def at(tokens: Tensor, logp: Tensor) -> Tensor:
+    """The log-probs of the sampled tokens: [B, T], [B, T, LETTERS] -> [B, T]."""
+    return logp.gather(-1, tokens[..., None])[..., 0]
+
+
+def _rollouts(kind: Kind, chosen: list[int], rewards: list[float]) -> tuple[Rollout, ...]:
+    """Rollouts with the fields that a method reads. A hint has no words: a method looks whether there is one."""
+    nothing, every = torch.zeros(kind.tokens, dtype=torch.long), torch.ones(kind.tokens, dtype=torch.bool)
+    prompts = {x: Prompt(id=x, content="", privileged_context="") for x in set(chosen)}
+    return tuple(
+        Rollout(
+            prompt=prompts[x],
+            sample=i % GROUP,
+            prompt_ids=(),
+            response_ids=nothing,
+            trained=every,
+            turn=nothing,
+            finished=True,
+            text="",
+            reward=reward,
+        )
+        for i, (x, reward) in enumerate(zip(chosen, rewards, strict=True))
     )
 
 
-def update(method: Method, batch: Batch, student_logp: Tensor) -> dict[str, float]:
-    """Filter, credit, weight, signal and denominator of the method, and backward; the metrics of its memory."""
+def update(method: Method, batch: Batch, student: Tensor) -> dict[str, float]:
+    """Filter, credit, weight, signal and denominator of the method, and backward; metrics of its memory and signal.
+
+    `batch` and `student` as from `written`.
+    """
     batch = replace(batch, rollouts=tuple(method.filter(batch.rollouts)))
     batch = replace(batch, mask=torch.stack([rollout.trained for rollout in batch.rollouts]))
     logged = observed(batch, lambda value: [value])
     advantage, weight, denominator = method.credit(batch), method.weight(batch), method.normalise(batch)
+    assert batch.teacher_support_logp is not None
     tokens = Tokens(
-        student_logp=valid(student_logp, batch.mask),
+        student_logp=valid(at(batch.response_ids, student), batch.mask),
         sampler_logp=valid(batch.sampler_logp, batch.mask),
         teacher_logp=valid(batch.teacher_logp, batch.mask),
         advantage=valid(advantage, batch.mask),
         weight=valid(weight, batch.mask),
+        student_support_logp=valid(student, batch.mask),
+        teacher_support_logp=valid(batch.teacher_support_logp, batch.mask),
     )
     per_token = method.signal(tokens) * tokens.weight * valid(denominator.share, batch.mask)
     (per_token.sum() / denominator.count).backward()
+    if isinstance(method.signal, MeasuredPiece):
+        measured = method.signal.measure(tokens)
+        logged |= {name: float(values.mean()) for name, values in measured.items() if len(values)}
     return logged
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """A training: accuracies by update, and the metrics of the method's memory, one row per update."""
+    """A training: accuracies by update, and the metrics of the method's memory and signal, one row per update."""
 
     exams: dict[int, dict[str, float]]
     logged: list[dict[str, float]]
 
 
-def train(made: Callable[[], Method], kind: Kind, seed: int, rate: float, *, steps: int, every: int) -> Course:
-    """Train a beginner by a method. World and beginner depend on the seed alone, so that methods can be compared."""
+# From a world and the student's first logits to a function, called before each update: the student's logits -> the
+# teacher's log-probs, both [X, prefixes, LETTERS].
+Tutor: TypeAlias = Callable[[World, Tensor, torch.Generator], Callable[[Tensor], Tensor]]
+
+
+def train(
+    made: Callable[[], Method],
+    kind: Kind,
+    seed: int,
+    rate: float,
+    *,
+    steps: int,
+    every: int,
+    tutor: Tutor | None = None,
+) -> Course:
+    """Train a beginner by a method. World and beginner depend on the seed alone, so that methods can be compared.
+
+    `tutor` gives a teacher that changes with the student; without one it is the world's own.
+    """
     drawn, sampled = torch.Generator().manual_seed(2 * seed), torch.Generator().manual_seed(2 * seed + 1)
     given = world(kind, drawn)
     z, method = beginner(given, drawn).requires_grad_(), made()
+    scores = None if tutor is None else tutor(given, z.detach().clone(), drawn)
     memory = method.make_memory()
     optimiser = torch.optim.Adam([z], lr=rate)
     exams = {0: accuracy(z.detach(), given)}
     logged: list[dict[str, float]] = []
     for step in range(1, steps + 1):
-        batch, student_logp = written(z, given, sampled)
+        if scores is not None:
+            given = replace(given, teacher=scores(z.detach()))
+        batch, student = written(z, given, sampled)
         optimiser.zero_grad()
-        logged.append(update(method, replace(batch, memory=memory), student_logp))
+        logged.append(update(method, replace(batch, memory=memory), student))
         optimiser.step()
         if step % every == 0 or step == steps:
             exams[step] = accuracy(z.detach(), given)
