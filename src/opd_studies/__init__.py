@@ -15,6 +15,7 @@ from opd_studies.claims import (
     baseline_cost,
     cold_start,
     control_variate,
+    copd,
     debate,
     estimators,
     extrapolation,
@@ -70,6 +71,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
     "order_margin": order_margin.run,
+    "copd": copd.run,
 }
 
 
