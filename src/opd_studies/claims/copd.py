@@ -63,12 +63,12 @@ def setup(size: Size) -> str:
         f"{size.prompts * size.group} responses per update of a model. CoPD: {size.updates} updates of each of two "
         f"models, in cycles of {size.cycle[0]} alone and {size.cycle[1]} in which each also writes as many responses "
         f"to the other's prompts, beta {size.beta:g}. Mixed RL: {2 * size.updates} updates, and {size.total} for as "
-        f"many responses. Experts: {size.updates} updates each; then {size.total - 2 * size.updates} of distillation, from "
-        "both experts into the start, or from the second into the first. Mean of experts: of experts with "
-        f"{size.total // 2} updates each. So all but the first mixed RL generate as many tokens. Learning rates "
-        f"{', '.join(f'{name} {rate:g}' for name, rate in size.rates.items())}; those and beta were chosen on an "
-        f"unreported seed. Sampled accuracy at temperature 1: two responses to each of {size.held_out} held-out prompts per "
-        "task."
+        f"many responses. Experts: {size.updates} updates each; then {size.total - 2 * size.updates} updates of "
+        "distillation, from both experts into the start, or from the second into the first. Mean of experts: of "
+        f"experts with {size.total // 2} updates each. So all but the first mixed RL generate as many tokens. Learning "
+        f"rates {', '.join(f'{name} {rate:g}' for name, rate in size.rates.items())}; those and beta were chosen on an "
+        "unreported seed. Sampled accuracy at temperature 1: two responses to each of "
+        f"{size.held_out} held-out prompts per task."
     )
 
 
