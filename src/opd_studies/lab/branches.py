@@ -52,10 +52,10 @@ class Size:
     """Seeds, S, a model's own prompts per update and responses per prompt, the start, learning rates and `copd`."""
 
     seeds: Sequence[int] = (0, 1, 2, 3, 4)
-    updates: int = 30
+    updates: int = 25
     prompts: int = 8
     group: int = 8
-    rows: int = 800  # prompts per task
+    rows: int = 400  # prompts per task
     held_out: int = HELD_OUT
     start: PairSize = field(default_factory=lambda: replace(SORTERS, student_rows=3000, student_steps=100))
     rates: Mapping[str, float] = field(default_factory=lambda: {"grpo": 6e-4, "copd": 6e-4, "opd": 1e-3})
