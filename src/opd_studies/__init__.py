@@ -18,6 +18,7 @@ from opd_studies.claims import (
     cliff,
     cold_start,
     control_variate,
+    copd,
     debate,
     estimators,
     extrapolation,
@@ -78,6 +79,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "cliff": cliff.run,
     "brts": brts.run,
     "alignment": alignment.run,
+    "copd": copd.run,
 }
 
 

@@ -75,11 +75,12 @@ def distil_all(lab: Lab, distillations: Sequence[Distillation]) -> list[Trained]
     return [read(folder, "distil") for folder in lab.run_all([one.recipe for one in distillations])]
 
 
-def read(folder: Path, stage: str) -> Trained:
-    """The numbers of a finished run's stage. Raises RunError for damaged metrics."""
+def read(folder: Path, stage: str, peer: str | None = None) -> Trained:
+    """The numbers of a finished run's stage, or of one of its peers. Raises RunError for damaged metrics."""
     from opd.stage.folder import RunDir
 
     there = RunDir(folder).stage(stage)
+    there = there if peer is None else there.of_peer(peer)
     rows = there.read_metrics()
     steps = [row for row in rows if "train/loss" in row]
     evaluations = [row for row in rows if any(name.startswith("eval/") for name in row)]

@@ -33,6 +33,7 @@ LONGEST = 28  # tokens of the longest response to a sum
 WORLDS = (
     *("answer_styles", "boundaries", "graders", "bad_habit_data", "half_keys", "lists", "methods", "nearly_sorted"),
     "sorting_kinds",
+    "two_signs",
 )
 TRAINED_WITH = tuple(f"opd_studies/worlds/{name}.py" for name in WORLDS)
 

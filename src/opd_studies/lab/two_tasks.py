@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from opd_studies.lab.distilling import HELD_OUT
-from opd_studies.lab.lab import SORTERS, SORTING, Lab, PairSize, optimizer, student_recipe, teacher_recipe
+from opd_studies.lab.lab import SORTERS, SORTING, Lab, PairSize, Task, optimizer, student_recipe, teacher_recipe
 
 CHARACTERS = "0123456789<>"
 
@@ -66,10 +66,10 @@ def models_of(lab: Lab, size: Size) -> dict[int, dict[str, Path]]:
     return {seed: {**{task: next(teachers) for task in TASKS}, "student": next(students)} for seed in size.seeds}
 
 
-def beginner(seed: int, pair: PairSize) -> dict[str, Any]:
+def beginner(seed: int, pair: PairSize, of: Mapping[str, Task] = TASKS) -> dict[str, Any]:
     """The recipe of a student that saw a few worked rows of both tasks, in mixed steps."""
-    made = student_recipe(seed, replace(pair, task=TASKS["ascending"]))
-    tasks = {name: {"data": task.rows(pair.student_rows, seed=2)} for name, task in TASKS.items()}
+    made = student_recipe(seed, replace(pair, task=next(iter(of.values()))))
+    tasks = {name: {"data": task.rows(pair.student_rows, seed=2)} for name, task in of.items()}
     return {**made, "stages": [{**made["stages"][0], "data": None, "tasks": tasks, "task_order": "mixed"}]}
 
 
