@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, RunError
 from opd.files import refused, write_atomically
+from opd_studies.page.not_studied import NOT_STUDIED
 from opd_studies.page.outcome import VERDICTS, Finding, Outcome, as_record, from_record, over_seeds
 
 if TYPE_CHECKING:
@@ -198,6 +199,8 @@ def index(results: Mapping[str, Mapping[str, Any]], uses: Mapping[str, str]) -> 
     for name, result in results.items():
         for one in result["findings"]:
             lines.append(row((f"[{name}](studies/{name}.md)", one.claim, one.citation, f"**{one.verdict}**")))
+    lines += ["", "## Not studied yet", "", "| claim | source | what a study needs |", "|---|---|---|"]
+    lines += [row(one) for one in NOT_STUDIED]
     return "\n".join(lines) + "\n"
 
 
