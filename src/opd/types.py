@@ -374,6 +374,10 @@ class Teacher(Protocol):
         """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it is a `RoutedTeacher`."""
         return self
 
+    def pop_requests(self) -> dict[str, float]:
+        """A served teacher's counts since the last call: requests, bytes, ..."""
+        return {}
+
     def after_step(self) -> None:
         """Called after each update. A teacher that averages the student's weights updates its average here."""
 

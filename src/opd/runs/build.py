@@ -29,6 +29,7 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
+from opd.runs.served import served_lines, served_teacher
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
@@ -271,8 +272,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
-    scorers = [name for name in spec.scoring if recipe.models[name].scorer is not None]
-    own = {name: own_teacher(name, recipe.models[name], student, given) for name in scorers}
+    own = {name: elsewhere(session, method, student, name) for name in spec.scoring if not recipe.models[name].local}
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
@@ -318,6 +318,18 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     )
 
 
+def elsewhere(session: Session, method: Method, student: LanguageModel, name: str) -> Teacher:
+    """A teacher or base without a model in this process: the user's own, or one on servers."""
+    section = session.recipe.models[name]
+    if section.server is None:
+        return own_teacher(name, section, student, session.given)
+    session.progress.phase(f"connecting to {name}")
+    teacher = served_teacher(name, section, student, method)
+    for line in served_lines(teacher, method):
+        session.progress.note(line)
+    return teacher
+
+
 def loaded(
     session: Session, spec: StageSpec, method: Method
 ) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
@@ -327,7 +339,7 @@ def loaded(
         check_student(spec, method, student, session.progress)
         folder = session.directory.stage(spec.name)
         check_space(space_of(spec, method, student, folder), folder)
-        loadable = [name for name in spec.scoring if session.recipe.models[name].scorer is None]
+        loadable = [name for name in spec.scoring if session.recipe.models[name].local]
         externals = {name: session.model(spec, name) for name in loadable}
         # Also finds copies in other folders. The checks before the load have noted the weights that they know.
         known = Given(models={spec.train: student, **externals})
