@@ -65,9 +65,7 @@ def test_real_scores_equal_local_scores(teacher, url, name):
     sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=40, n=2))
     rollouts = sampler(prompts, seed=(0, 0), record=Record(top_k=K))
     replicas = Replicas(servers=(Server(url=url, timeout_s=120.0),))
-    able = probe(
-        replicas, None, tokenizer, by_position=K + 1, top=lambda by_position: top_of(request, by_position) or 0
-    )
+    able = probe(replicas, None, tokenizer, by_position=K + 1, top=lambda by_ids: top_of(request, by_ids, 261) or 0)
     assert able.positions
     served = ServedTeacher(
         name="teacher",

@@ -68,7 +68,7 @@ def served(student: LanguageModel, *engines: Engine, request: ScoreRequest, **se
         None,
         student.tokenizer,
         by_position=k + 1 if k else 0,
-        top=lambda positions: top_of(request, positions) or 0,
+        top=lambda positions: top_of(request, positions, len(student.tokenizer)) or 0,
     )
     return ServedTeacher(
         name="teacher",

@@ -85,7 +85,8 @@ def served_teacher(name: str, section: ModelSpec, student: LanguageModel, method
     requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
 
     def top(by_position: bool) -> int:
-        return max(top_of(one, by_position and bool(one.support.student_top_k)) or 0 for one in requests)
+        size = len(student.tokenizer)
+        return max(top_of(one, by_position and bool(one.support.student_top_k), size) or 0 for one in requests)
 
     return ServedTeacher(
         name=name,

@@ -66,7 +66,7 @@ class ServedTeacher(Teacher):
         ]
         self._check_lengths(rows)
         by_position = bool(request.support.student_top_k) and self.capabilities.positions
-        k = top_of(request, by_position)
+        k = top_of(request, by_position, len(self.tokenizer))
         tops = [] if k is None else self.replicas.answers([self._top_job(row, k) for row in rows])
         by_ids = self.replicas.answers([self._positions_job(row) for row in rows]) if by_position else []
         check_same(self.replicas, self.capabilities, len(self.tokenizer))
@@ -147,13 +147,13 @@ class ServedTeacher(Teacher):
         return replace(scores, support_ids=chosen, support_mask=exists & found, teacher_support_logp=logp)
 
 
-def top_of(request: ScoreRequest, by_position: bool) -> int | None:
+def top_of(request: ScoreRequest, by_position: bool, vocabulary: int) -> int | None:
     """The number of most likely tokens to request for each token; None if scores by position say all."""
     support = request.support
     listed = max(support.k if support.kind == "top_k" and support.by != "student" else 0, request.top_k)
     if not support.student_top_k:
         return listed
-    return (listed or None) if by_position else max(listed, WIDER * support.student_top_k)
+    return (listed or None) if by_position else max(listed, min(WIDER * support.student_top_k, vocabulary))
 
 
 def refusal(request: ScoreRequest) -> str | None:
