@@ -334,6 +334,10 @@ class Sampler(Protocol):
     def sync(self, version: int) -> None:
         """Sample with the student's current weights, and record `version`, the step, in the rollouts."""
 
+    def pop_requests(self) -> dict[str, float]:
+        """An engine's counts since the last call: requests, bytes, ..."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:

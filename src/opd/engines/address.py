@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
+import socket
 from urllib.parse import urlsplit
 
 from opd.engines.server import fits_header, proxy_of
@@ -21,6 +23,23 @@ def check_address(url: str, where: str) -> None:
             "environment variable, and the variable's name into `api_key_env`."
         )
     proxy_of(url)  # raises ConfigError for an unusable proxy
+
+
+def check_private(url: str, where: str) -> None:
+    """Raise ConfigError for an address of neither this machine nor a private network.
+
+    The routes by which weights are updated have no rights of their own: who reaches them controls the server.
+    """
+    host = urlsplit(url).hostname or ""
+    try:
+        found = {ipaddress.ip_address(str(one[4][0])) for one in socket.getaddrinfo(host, None)}
+    except OSError as error:
+        raise ConfigError(f"{where}: the host {host} cannot be found: {error}. Correct the address.") from error
+    if not all(one.is_private or one.is_loopback for one in found):
+        raise ConfigError(
+            f"{where}: {host} is neither this machine nor in a private network, and a server's control routes "
+            "are open to every client. Use a private address, or set `public: true` if the network is closed otherwise."
+        )
 
 
 def check_key(api_key_env: str, where: str) -> None:

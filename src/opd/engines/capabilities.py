@@ -42,12 +42,19 @@ def control_ids(vocabulary: int) -> list[int]:
 
 
 def probe(
-    replicas: Replicas, model: str | None, tokenizer: Any, *, top: Callable[[bool], int], by_position: int
+    replicas: Replicas,
+    model: str | None,
+    tokenizer: Any,
+    *,
+    top: Callable[[bool], int],
+    by_position: int,
+    one_model: bool = True,
 ) -> Capabilities:
     """Look at every server once: its models, its tokens, scores by position if they are needed, and a top-k.
 
     `model` None: the only model of the servers. `tokenizer` is the student's. `by_position`: the number of given tokens
     to score at a position, 0 for none. `top`: whether the servers do that -> the largest top-k that will be requested.
+    `one_model`: whether all servers must have the same weights, which those of an engine get later.
 
     Raises:
         ConfigError: a server does not answer, lacks the model, has other tokens, or refuses `k`; or two servers differ.
@@ -57,7 +64,7 @@ def probe(
     ids = control_ids(len(tokenizer))
     _check_tokens(replicas, named, tokenizer, ids)
     scored = _of_each(replicas, lambda one: _control(one, named, ids, 0), "the log-probs of given tokens")
-    control, notes = _compared(scored)
+    control, notes = _compared(scored) if one_model else (next(iter(scored.values())).logp, [])
     can = by_position > 0 and _by_position(replicas, named, ids, control)
     if can and by_position > 1:
         many = np.arange(by_position, dtype=np.int64)[None, :].repeat(len(ids) - 1, 0)

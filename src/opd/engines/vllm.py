@@ -158,6 +158,11 @@ def _member(body: Any, *path: str | int) -> Any:
     return body
 
 
+def member_of(raw: bytes, *path: str | int) -> Any:
+    """A member of an answer's JSON. Raises BodyError."""
+    return _member(_json(raw), *path)
+
+
 def models_in(raw: bytes) -> Mapping[str, int | None]:
     """The models of `/v1/models`, with their longest sequence. Raises BodyError."""
     rows = _member(_json(raw), "data")
@@ -173,3 +178,41 @@ def text_in(raw: bytes) -> str:
     if not isinstance(text, str):
         raise BodyError("the answer has no text")
     return text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    """One response of T tokens."""
+
+    ids: list[int]
+    logp: list[float]  # of the distribution that each token was drawn from, if the server runs as it must
+    finished: bool  # by a stop token or string, not by the length
+    versions: list[str]  # [T], of the weights that drew each token
+
+
+def draw_fields(model: str, ids: Sequence[int], sampling: Mapping[str, Any], *, seed: int, salt: str) -> dict[str, Any]:
+    """The fields of a request for `parse_drawn`. `sampling` has every field that the server would choose otherwise.
+
+    `salt` separates the caches of the weights' versions: an update does not clear the prefix cache (vLLM 0.32).
+    """
+    params = {**sampling, "seed": seed, "logprobs": 0, "n": 1, "skip_special_tokens": False}
+    return {"model": model, "token_ids": list(ids), "sampling_params": params, "cache_salt": salt}
+
+
+def parse_drawn(raw: bytes) -> Drawn:
+    """A response. Raises BodyError for one that was aborted, or lacks a token's log-prob or version."""
+    choice = _member(_json(raw), "choices", 0)
+    reason = _member(choice, "finish_reason")
+    if reason not in ("stop", "length"):  # a paused server answers "abort" with status 200
+        raise BodyError(f"the response ended by {reason!r}, not by its end or its length")
+    ids, content = _member(choice, "token_ids"), _member(choice, "logprobs", "content")
+    try:
+        logp = [checked(float(one["logprob"])) for one in content]
+        same = [int(one["token_id"]) for one in content] == [int(one) for one in ids]
+        spans = [(str(one["version"]), int(one["start"]), int(one["end"])) for one in choice["weight_versions"] or ()]
+    except (KeyError, TypeError, ValueError) as error:
+        raise BodyError(f"a response cannot be read: {type(error).__name__}: {error}") from error
+    versions = [version for version, start, end in spans for _ in range(start, end)]
+    if not same or len(versions) not in (0, len(ids)):
+        raise BodyError("the tokens, their log-probs and their versions do not fit together")
+    return Drawn(ids=[int(one) for one in ids], logp=logp, finished=reason == "stop", versions=versions)

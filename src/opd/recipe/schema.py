@@ -61,6 +61,25 @@ class ServerSection(Section):
     max_failed: Float = Field(default=0.1, ge=0, le=1)  # largest share of a step's responses without scores
 
 
+class EngineSection(Section):
+    """vLLM servers that write the student's responses in training. They get its weights before every step.
+
+    Start each with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
+    `--enable-scale-out` and `--logprobs-mode processed_logprobs`: see docs/served.md.
+    """
+
+    urls: list[Text] = Field(min_length=1)  # http://host:port of each server
+    model: Text | None = None  # the servers' name of it; default: the only one that they have
+    api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
+    folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
+    tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
+    public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
+    tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
+    timeout_s: Float = Field(default=600.0, gt=0)  # per request
+    patience_s: Float = Field(default=300.0, ge=0)  # how long to wait while no server answers, or while one is busy
+    retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
+
+
 # The fields of a model section that a model without weights in this process uses.
 READ_BY_OTHERS = {
     "scorer": ("scorer", "options"),
@@ -342,6 +361,7 @@ class StageSpec(Section):
     sampling: SamplingSection = SamplingSection()
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
+    engine: EngineSection | None = None  # servers that write the student's responses in training
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
     steps: Int = Field(ge=1)

@@ -29,7 +29,7 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
-from opd.runs.served import served_lines, served_teacher
+from opd.runs.served import engine_samplers, served_lines, served_teacher
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
@@ -126,8 +126,10 @@ def base_of(
     )
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
-    """The student's samplers by task, each with the task's settings."""
+def samplers_of(spec: StageSpec, student: LanguageModel, given: Given, folder: Path) -> dict[str | None, Sampler]:
+    """The student's samplers by task, each with the task's settings. `folder` of the stage: for an engine's weights."""
+    if spec.engine is not None:
+        return {**engine_samplers(spec, spec.engine, student, folder)}
     if spec.sampler is not None:
         return {
             name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
@@ -278,7 +280,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
+    samplers, cache = samplers_of(spec, student, given, folder.path), TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
