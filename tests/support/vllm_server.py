@@ -14,8 +14,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+import opd
+
 PYTHON = os.environ.get("OPD_VLLM", "")
 SITE = Path(__file__).parents[1] / "engines" / "site"
+SOURCE = Path(opd.__file__).parents[1]
 START_S = 600.0  # two busy cores take minutes
 needs_vllm = pytest.mark.skipif(not PYTHON, reason="OPD_VLLM names no Python with vLLM; `make engines` builds one")
 
@@ -34,7 +37,6 @@ def vllm(folder: Path, log: Path, *flags: str, by_position: bool = True) -> Iter
     """
     port = free_port()
     interpreted = {
-        "PYTHONPATH": str(SITE),
         "TRITON_INTERPRET": "1",
         "TRITON_DEFAULT_BACKEND": "cpu",
         "VLLM_USE_V2_MODEL_RUNNER": "1",
@@ -42,6 +44,9 @@ def vllm(folder: Path, log: Path, *flags: str, by_position: bool = True) -> Iter
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_WAIT_POLICY")},
         **(interpreted if by_position else {}),
+        "PYTHONPATH": os.pathsep.join(
+            [str(SOURCE), *([str(SITE)] if by_position else [])]
+        ),  # for the worker's extension
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
