@@ -30,8 +30,10 @@ def free_port() -> int:
 
 
 @contextmanager
-def vllm(folder: Path, log: Path, *flags: str, by_position: bool = True) -> Iterator[str]:
-    """A server of the model in `folder`, named "teacher", in float32; its address.
+def vllm(
+    folder: Path, log: Path, *flags: str, by_position: bool = True, python: str = PYTHON, threads: int = 1
+) -> Iterator[str]:
+    """A server of the model in `folder`, named "teacher", in float32; its address. Later flags replace earlier ones.
 
     `by_position`: with the V2 runner under Triton's interpreter, which is slow and scores given tokens by position.
     """
@@ -48,13 +50,13 @@ def vllm(folder: Path, log: Path, *flags: str, by_position: bool = True) -> Iter
             [str(SOURCE), *([str(SITE)] if by_position else [])]
         ),  # for the worker's extension
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_SERVER_DEV_MODE": "1",
     }
     command = [
-        *(PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "teacher"),
+        *(python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", "teacher"),
         *("--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "256"),
         *("--max-logprobs", "40", "--enable-scale-out", "--generation-config", "vllm", "--enforce-eager"),
         *("--max-num-seqs", "16", *flags),
