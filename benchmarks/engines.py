@@ -143,9 +143,10 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
 
 def of_positions(python: str, folder: Path, quick: bool) -> Record:
     """Bytes and the prompt's cache of scores by position."""
-    lm = tiny("llama", byte_tokenizer(), seed=1, hidden=64, spread=0.15, name="teacher")
+    settings: Record = {"hidden": 64, "spread": 0.15, "max_position_embeddings": 512}
+    lm = tiny("llama", byte_tokenizer(), seed=1, name="teacher", **settings)
     saving.save(lm, folder / "tiny")
-    tokens = 8 if quick else 48
+    tokens = 8 if quick else 96
     prompt = Prompt(id=0, content=("the same long prompt " * 40)[: 4 * tokens])
     sampler = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens, n=8))
     rollouts = sampler([prompt], seed=(0, 0), record=Recorded(top_k=K))
