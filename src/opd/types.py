@@ -334,6 +334,10 @@ class Sampler(Protocol):
     def sync(self, version: int) -> None:
         """Sample with the student's current weights, and record `version`, the step, in the rollouts."""
 
+    def pop_requests(self) -> dict[str, float]:
+        """An engine's counts since the last call: requests, bytes, ..."""
+        return {}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreRequest:
@@ -373,6 +377,10 @@ class Teacher(Protocol):
     def of(self, teacher_id: str | None) -> Teacher:
         """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it is a `RoutedTeacher`."""
         return self
+
+    def pop_requests(self) -> dict[str, float]:
+        """A served teacher's counts since the last call: requests, bytes, ..."""
+        return {}
 
     def after_step(self) -> None:
         """Called after each update. A teacher that averages the student's weights updates its average here."""

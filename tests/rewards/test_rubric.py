@@ -13,7 +13,8 @@ from typing import Any
 import oracle
 import pytest
 import torch
-from support.judges import COUNTING_JUDGE, SECRET, Said, Server, completion, judging, serving
+from support.http_server import Said
+from support.judges import COUNTING_JUDGE, SECRET, Server, completion, judging, serving
 from support.models import unscored
 from support.rollouts import text_rollout
 from support.runs import Forks, Strike, assert_same, command, one_stage, prepare, sums, write_rows

@@ -232,7 +232,9 @@ def test_own_sampler_is_synced_before_and_after_each_step():
 
 def test_own_sampler_raises_config_error_when_no_sampler():
     teacher = tiny(seed=4)
-    with pytest.raises(ConfigError, match=r"returned a NoSync, not a Sampler: it lacks sync, temperature\. Derive"):
+    with pytest.raises(
+        ConfigError, match=r"returned a NoSync, not a Sampler: it lacks pop_requests, sync, temperature\. Derive"
+    ):
         distill(teacher=teacher.model, teacher_tokenizer=teacher.tokenizer, sampler=NoSync)
 
 

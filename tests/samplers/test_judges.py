@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.judges import SECRET, Said, Server, completion, serving
+from support.http_server import Said
+from support.judges import SECRET, Server, completion, serving
 from support.models import byte_tokenizer, tiny
 
 from opd.errors import ConfigError, RunError, TrainingError

@@ -8,25 +8,13 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, TypeAlias
 
+from support.http_server import Arrived, Said, listening
+
 SECRET = "sk-the-key-that-nobody-may-read-8472"
-
-
-@dataclass(frozen=True, slots=True)
-class Said:
-    """One response of the server; a body of bytes goes out as it is."""
-
-    status: int = 200
-    body: Any = None
-    headers: tuple[tuple[str, str], ...] = ()
-    wait_s: float = 0.0  # before the first byte
-    trickle_s: float = 0.0  # between bytes
-    hang_up: bool = False
-    then_close: bool = False  # the connection, without a word in the answer
 
 
 def completion(text: Any, finish: str = "stop") -> Said:
@@ -75,63 +63,28 @@ def judging(text: str) -> Said:
 @contextmanager
 def serving(rule: Rule = judging, *, keeps_connections: bool = False) -> Iterator[Server]:
     """A server on a port of its own, in a thread, until the block ends."""
+    server = Server(url="", rule=rule)
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1" if keeps_connections else "HTTP/1.0"
-
-        def setup(self) -> None:
-            super().setup()
+    def answer(arrived: Arrived) -> Said:
+        assert arrived.target.endswith("/v1/chat/completions")
+        with server.lock:
+            server.at_once += 1
+            server.most_at_once = max(server.most_at_once, server.at_once)
+        try:
+            said = server.answer(arrived.request, arrived.headers, arrived.target)
+            time.sleep(said.wait_s)
+        finally:  # before the answer goes out: a client that has it may ask again before this thread runs on
             with server.lock:
-                server.connections += 1
+                server.at_once -= 1
+        return said
 
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            assert self.path.endswith("/v1/chat/completions")
-            with server.lock:
-                server.at_once += 1
-                server.most_at_once = max(server.most_at_once, server.at_once)
-            try:
-                said = server.answer(json.loads(body), dict(self.headers), self.path)
-                time.sleep(said.wait_s)
-            finally:  # before the answer goes out: a client that has it may ask again before this thread runs on
-                with server.lock:
-                    server.at_once -= 1
-            with suppress(BrokenPipeError, ConnectionResetError):  # a client that has given up
-                self._say(said)
-            self.close_connection |= said.then_close
+    def connected() -> None:
+        with server.lock:
+            server.connections += 1
 
-        def _say(self, said: Said) -> None:
-            if said.hang_up:
-                self.close_connection = True
-                self.connection.close()
-                return
-            body = said.body if isinstance(said.body, bytes) else json.dumps(said.body).encode()
-            self.send_response(said.status)
-            for name, value in (("Content-Length", str(len(body))), *said.headers):
-                self.send_header(name, value)
-            self.end_headers()
-            if not said.trickle_s:
-                self.wfile.write(body)
-                return
-            for i in range(len(body)):
-                self.wfile.write(body[i : i + 1])
-                self.wfile.flush()
-                time.sleep(said.trickle_s)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    server = Server(url=f"http://127.0.0.1:{http.server_address[1]}/v1", rule=rule)
-    thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    try:
+    with listening(answer, connected, keeps_connections=keeps_connections) as root:
+        server.url = f"{root}/v1"
         yield server
-    finally:
-        http.shutdown()
-        thread.join()
-        http.server_close()
 
 
 # The source of a judge that a recipe names: it counts answers and letters.

@@ -32,14 +32,16 @@ class Facts:
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
     """The tokenizer of a folder or a new model; None if it comes with weights that do not exist yet.
 
-    Also None for a user's scorer.
+    Also None for a user's scorer. For a server it is the one that its section names, if it does.
     """
     from opd.models.new import new_config, new_tokenizer
     from opd.models.tokenizer_files import load_tokenizer
 
-    if spec.scorer is not None:
+    if not spec.local and spec.tokenizer is None:
         return None
-    if spec.init is not None:
+    if not spec.local:
+        tokenizer = new_tokenizer(spec, name)
+    elif spec.init is not None:
         tokenizer = new_tokenizer(spec, name)
         new_config(spec, name, tokenizer)
     else:
@@ -158,6 +160,8 @@ def _source(spec: ModelSpec, name: str) -> Source | None:
     from opd.models.gguf import cached_gguf
     from opd.models.paths import source_of
 
+    if not spec.local:
+        return None
     source = source_of(spec, name)
     if not isinstance(source.weights, Path) or source.weights.suffix != ".gguf":
         return source

@@ -107,8 +107,13 @@ def check_peers(stage: StageSpec, where: str) -> None:
             f"{where}: it trains several models, and each step of each has rows of all its tasks. Set "
             "`task_order: mixed`."
         )
-    if stage.sampler is not None or stage.diagnostics.every or stage.seconds_of is not None:
-        what = "sampler" if stage.sampler else "diagnostics.every" if stage.diagnostics.every else "seconds_of"
+    unsupported = {
+        "sampler": stage.sampler,
+        "engine": stage.engine,
+        "diagnostics.every": stage.diagnostics.every,
+        "seconds_of": stage.seconds_of,
+    }
+    if what := next((name for name, value in unsupported.items() if value), None):
         raise ConfigError(f"{where}: `{what}` is not supported in a stage with `peers`. Remove it.")
 
 

@@ -48,11 +48,53 @@ class Characters(Section):
     merges: list[tuple[str, str]] = []  # in order of application
 
 
+class ServerSection(Section):
+    """A teacher on vLLM servers, all of one model. Its token ids have to be the student's: see docs/served.md."""
+
+    urls: list[Text] = Field(min_length=1)  # http://host:port of each server; a response is scored by one of them
+    model: Text | None = None  # the servers' name of the model; default: the only one that they have
+    api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
+    tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
+    timeout_s: Float = Field(default=300.0, gt=0)  # per request
+    patience_s: Float = Field(default=300.0, ge=0)  # how long to wait while no server answers, or while one is busy
+    retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
+    max_failed: Float = Field(default=0.1, ge=0, le=1)  # largest share of a step's responses without scores
+
+
+class EngineSection(Section):
+    """vLLM servers that write the student's responses in training. They get its weights before every step.
+
+    Start each with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
+    `--enable-scale-out` and `--logprobs-mode processed_logprobs`: see docs/served.md.
+    """
+
+    urls: list[Text] = Field(min_length=1)  # http://host:port of each server
+    model: Text | None = None  # the servers' name of it; default: the only one that they have
+    api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
+    folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
+    tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
+    public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
+    tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
+    timeout_s: Float = Field(default=600.0, gt=0)  # per request
+    patience_s: Float = Field(default=300.0, ge=0)  # how long to wait while no server answers, or while one is busy
+    retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
+
+
+# The fields of a model section that a model without weights in this process uses.
+READ_BY_OTHERS = {
+    "scorer": ("scorer", "options"),
+    "server": ("server", "tokenizer", "chat_template", "template_options"),
+}
+
+
 def _unread_by(origin: str) -> tuple[str, ...]:
     """The fields of a model section that a model of this origin does not use."""
-    if origin == "scorer":
-        return tuple(name for name in ModelSpec.model_fields if name not in ("scorer", "options"))
+    if origin in READ_BY_OTHERS:
+        return tuple(name for name in ModelSpec.model_fields if name not in READ_BY_OTHERS[origin])
     return ("options",) if origin == "init" else ("options", "tokenizer", "seed")
+
+
+ORIGINS = ("path", "init", "from_stage", "scorer", "server")
 
 
 class ModelSpec(Section):
@@ -62,8 +104,9 @@ class ModelSpec(Section):
     init: dict[str, Any] | None = None  # a transformers config with model_type: random weights
     from_stage: str | None = None  # the model that this stage trained
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
+    server: ServerSection | None = None  # a teacher on vLLM servers
     options: dict[str, Any] = {}  # of `scorer`
-    tokenizer: str | Characters | None = None  # for `init`
+    tokenizer: str | Characters | None = None  # for `init`; for `server`, a folder or hub id (default: the student's)
     seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"
     autocast: bool = False  # bfloat16 compute over float32 weights
@@ -79,13 +122,20 @@ class ModelSpec(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
-        given = [name for name in ("path", "init", "from_stage", "scorer") if getattr(self, name) is not None]
+        given = [name for name in ORIGINS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"a model comes from exactly one of path, init, from_stage, scorer; got {given or 'none'}")
+            raise ValueError(f"a model comes from exactly one of {', '.join(ORIGINS)}; got {given or 'none'}")
         fields = type(self).model_fields
         if unread := [name for name in _unread_by(given[0]) if getattr(self, name) != fields[name].default]:
             raise ValueError(f"`{given[0]}` does not read {', '.join(f'`{name}`' for name in unread)}: leave it out")
+        if self.server is not None and isinstance(self.tokenizer, Characters):
+            raise ValueError("`tokenizer` of a `server` is a folder or a hub id; without one it is the student's")
         return self
+
+    @property
+    def local(self) -> bool:
+        """Whether the model's weights are loaded in this process."""
+        return self.scorer is None and self.server is None
 
 
 class SelectSection(Section):
@@ -311,6 +361,7 @@ class StageSpec(Section):
     sampling: SamplingSection = SamplingSection()
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
+    engine: EngineSection | None = None  # servers that write the student's responses in training
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
     steps: Int = Field(ge=1)

@@ -29,6 +29,7 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
+from opd.runs.served import engine_samplers, served_lines, served_teacher
 from opd.runs.space import check_space, space_of
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
@@ -125,8 +126,10 @@ def base_of(
     )
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel, given: Given) -> dict[str | None, Sampler]:
-    """The student's samplers by task, each with the task's settings."""
+def samplers_of(spec: StageSpec, student: LanguageModel, given: Given, folder: Path) -> dict[str | None, Sampler]:
+    """The student's samplers by task, each with the task's settings. `folder` of the stage: for an engine's weights."""
+    if spec.engine is not None:
+        return {**engine_samplers(spec, spec.engine, student, folder)}
     if spec.sampler is not None:
         return {
             name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
@@ -271,14 +274,13 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
-    scorers = [name for name in spec.scoring if recipe.models[name].scorer is not None]
-    own = {name: own_teacher(name, recipe.models[name], student, given) for name in scorers}
+    own = {name: elsewhere(session, method, student, name) for name in spec.scoring if not recipe.models[name].local}
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    samplers, cache = samplers_of(spec, student, given), TextCache(folder.path / "texts", world.rank)
+    samplers, cache = samplers_of(spec, student, given, folder.path), TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
@@ -318,6 +320,18 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     )
 
 
+def elsewhere(session: Session, method: Method, student: LanguageModel, name: str) -> Teacher:
+    """A teacher or base without a model in this process: the user's own, or one on servers."""
+    section = session.recipe.models[name]
+    if section.server is None:
+        return own_teacher(name, section, student, session.given)
+    session.progress.phase(f"connecting to {name}")
+    teacher = served_teacher(name, section, student, method)
+    for line in served_lines(teacher, method):
+        session.progress.note(line)
+    return teacher
+
+
 def loaded(
     session: Session, spec: StageSpec, method: Method
 ) -> tuple[LanguageModel, dict[str, LanguageModel], dict[str, LanguageModel]]:
@@ -327,7 +341,7 @@ def loaded(
         check_student(spec, method, student, session.progress)
         folder = session.directory.stage(spec.name)
         check_space(space_of(spec, method, student, folder), folder)
-        loadable = [name for name in spec.scoring if session.recipe.models[name].scorer is None]
+        loadable = [name for name in spec.scoring if session.recipe.models[name].local]
         externals = {name: session.model(spec, name) for name in loadable}
         # Also finds copies in other folders. The checks before the load have noted the weights that they know.
         known = Given(models={spec.train: student, **externals})

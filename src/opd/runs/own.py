@@ -11,6 +11,7 @@ from opd.pieces.needs import Input, needs_of
 from opd.plugins import RAISED, check_options, import_function
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec
 from opd.runs.prepare import Given, Prepared
+from opd.runs.served import check_served
 from opd.types import Sampler, Sampling, Teacher
 
 
@@ -25,19 +26,23 @@ def check_own(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given)
         check_options(f"{spec.where(None)}: sampler {spec.sampler}", function, spec.sampler_options, given=2)
         lines.append(f"responses are sampled by {spec.sampler}")
     for name in (spec.train, *spec.scoring):
-        scorer = recipe.models[name].scorer
-        if scorer is None:
+        section = recipe.models[name]
+        if section.local:
             continue
+        scorer, kind = section.scorer, f"models.{name}.{'server' if section.scorer is None else 'scorer'}"
         if name == spec.train:
             raise ConfigError(
-                f"{spec.where(None)}: `train: {name}`, and models.{name}.scorer makes a teacher, which has no weights "
+                f"{spec.where(None)}: `train: {name}`, and {kind} makes a teacher, which has no weights "
                 "to train. Train a model with `path` or `init`."
             )
         if name in spec.teachers and Input.TEACHER_MODEL in needs_of(prepared.method.source).inputs:
             raise ConfigError(
-                f"{spec.where(None)}: in method {spec.method!r} the teacher writes responses, and models.{name}.scorer "
+                f"{spec.where(None)}: in method {spec.method!r} the teacher writes responses, and {kind} "
                 "makes one that only scores. Use a method in which the student writes, or a teacher with `path`."
             )
+        if scorer is None:
+            lines += check_served(spec, name, section, prepared.method)
+            continue
         if name not in given.teachers:
             what = f"models.{name}.scorer {scorer}"
             check_options(what, import_function(scorer), recipe.models[name].options, given=1)

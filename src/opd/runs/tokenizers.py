@@ -16,6 +16,7 @@ from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
+from opd.runs.served import with_template
 from opd.types import Prompt, TeacherRule, teachers_in
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def check_tokenizers(
     for name in (spec.train, *spec.scoring):
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
+        if recipe.models[name].server is not None and tokenizer is None:
+            tokenizer = with_template(recipe.models[name], tokenizers.get(spec.train))
         if recipe.models[name].scorer is not None:
             lines.append(f"model {name}: it is your own scorer, so what it reads is not shown")
             continue

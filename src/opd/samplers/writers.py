@@ -180,6 +180,10 @@ class SamplerByTask(Sampler):
         for sampler in self.samplers.values():
             sampler.sync(version)
 
+    def pop_requests(self) -> dict[str, float]:
+        """Those of one: samplers on servers share them."""
+        return next(iter(self.samplers.values())).pop_requests()
+
 
 def in_prompts_order(
     prompts: Sequence[Prompt], write: Callable[[str | None, list[Prompt]], list[Rollout]]

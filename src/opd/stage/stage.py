@@ -218,9 +218,16 @@ class Stage:
         self._write(done, metrics, rate=tokens / watch.total)
         peak = peak_bytes(self.student.device) / GIB
         counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
-        self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests()}))
+        self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests(), **self._of_servers()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
             self.folder.write_samples(done, self._sample_rows(step, phase_a))
+
+    def _of_servers(self) -> dict[str, float]:
+        """What servers did in this step, over all processes; empty if teacher and sampler are in this process."""
+        counts = {f"teacher_{name}": value for name, value in self.teacher.pop_requests().items()}
+        counts |= {f"engine_{name}": value for name, value in self.writers.student.pop_requests().items()}
+        of_ranks = self.world.gather(counts)
+        return {name: sum(one[name] for one in of_ranks) for name in of_ranks[0]}
 
     # --- around a step -----------------------------------------------------------------------------------------------
 

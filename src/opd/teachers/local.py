@@ -134,14 +134,17 @@ def with_record(
     *,
     temperature: Callable[[Rollout], float],
     micro_batch_tokens: int,
+    policy: bool = False,
 ) -> list[Rollout]:
     """The rollouts with the student's values named in `record` at each token, also for responses of other writers.
 
-    `temperature` is the student's sampling temperature, as in the sampler's records.
+    `temperature` is the student's sampling temperature, as in the sampler's records. `policy`: also replace
+    `policy_logp`, for a writer that knows its tokens' log-probs after truncation alone.
     """
     missing: defaultdict[float, list[int]] = defaultdict(list)
     for i, rollout in enumerate(rollouts):
-        if (record.top_k and rollout.student_top_ids is None) or (record.entropy and rollout.student_entropy is None):
+        top = record.top_k and rollout.student_top_ids is None
+        if policy or top or (record.entropy and rollout.student_entropy is None):
             missing[temperature(rollout)].append(i)
     out = list(rollouts)
     view = LocalTeacher(lm=student, micro_batch_tokens=micro_batch_tokens, student_device=student.device)
@@ -152,7 +155,18 @@ def with_record(
         scores = view.score(absent, [r.prompt for r in absent], request)
         for i, score in zip(indices, scores, strict=True):
             out[i] = replace(out[i], student_top_ids=score.support_ids, student_entropy=score.teacher_entropy)
+            if policy:
+                out[i] = replace(out[i], policy_logp=score.teacher_logp.cpu())
     return out
+
+
+@torch.no_grad()
+def log_probs(lm: LanguageModel, ids: Sequence[int], temperature: float = 1.0) -> Tensor:
+    """The log-probs [T - 1] of the tokens of a sequence after the first, on the CPU."""
+    with evaluating(lm.model):
+        hidden = response_states(lm, [[ids[0]]], [list(ids[1:])]).of(0, len(ids) - 1)
+        request = ScoreRequest(support=sampled(), temperature=temperature)
+        return teacher_scores(lm.head(), hidden, torch.tensor(ids[1:]).to(lm.device), request).teacher_logp.cpu()
 
 
 @contextlib.contextmanager

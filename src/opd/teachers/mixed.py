@@ -89,8 +89,8 @@ def mixed_teacher(teachers: Mapping[str, Teacher], mixture: Mixture, where: str)
     local = {name: teacher for name, teacher in teachers.items() if isinstance(teacher, LocalTeacher)}
     if missing := [name for name in teachers if name not in local]:
         raise ConfigError(
-            f"{where}: the method mixes its teachers' output layers, and the teacher {missing[0]!r} is your own "
-            "scorer, which has none in this process. Give a model with `path`."
+            f"{where}: the method mixes its teachers' output layers, and the teacher {missing[0]!r} has none "
+            "in this process. Give a model with `path`."
         )
     return MixedTeacher(teachers=local, mixture=mixture)
 

@@ -55,6 +55,10 @@ class RoutedTeacher(Teacher):
             found |= dict(zip(indices, scores, strict=True))
         return [found[i] for i in range(len(rollouts))]
 
+    def pop_requests(self) -> dict[str, float]:
+        """The sums over all teachers."""
+        return summed([teacher.pop_requests() for teacher in self.teachers.values()])
+
     def after_step(self) -> None:
         """Call it on each."""
         for teacher in self.teachers.values():
@@ -75,6 +79,12 @@ class RoutedTeacher(Teacher):
         for name, teacher in self.teachers.items():
             own = {key.removeprefix(f"{name}/"): value for key, value in state.items() if key.startswith(f"{name}/")}
             teacher.load_state_dict(own)
+
+
+def summed(counts: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Counts by name, added up; some may lack a name."""
+    names = dict.fromkeys(name for one in counts for name in one)
+    return {name: sum(one.get(name, 0.0) for one in counts) for name in names}
 
 
 def routed(teacher: Teacher, rollouts: Sequence[Rollout]) -> list[tuple[Teacher, list[int]]]:

@@ -13,6 +13,7 @@ from opd.models.language_model import LanguageModel
 from opd.models.vocabularies import check_same_tokens
 from opd.pieces.supports import sampled
 from opd.teachers.local import LocalTeacher
+from opd.teachers.routed import summed
 from opd.types import Prompt, Rollout, ScoreRequest, Scores, Teacher
 
 
@@ -67,6 +68,10 @@ class WithBase(Teacher):
     def of(self, teacher_id: str | None) -> Teacher:
         """The teacher of those rows, without the base."""
         return self.teacher.of(teacher_id)
+
+    def pop_requests(self) -> dict[str, float]:
+        """The sums of both."""
+        return summed([self.teacher.pop_requests(), self.third.pop_requests()])
 
     def after_step(self) -> None:
         """The teacher's; a base is fixed."""

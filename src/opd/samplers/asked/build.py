@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
+from opd.engines.address import check_address, check_key, key_in
 from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
-from opd.models.server import fits_header, proxy_of
 from opd.plugins import check_options, import_function
 from opd.recipe.schema import JudgeSection
 from opd.samplers.asked.endpoint import Endpoint
@@ -31,7 +28,7 @@ def judge_of(
         return Endpoint(
             url=section.url,
             model=section.model,
-            key=None if section.api_key_env is None else os.environ[section.api_key_env],
+            key=key_in(section.api_key_env),
             body=section.body,
             max_tokens=section.max_tokens,
             retries=section.retries,
@@ -64,32 +61,9 @@ def check_judge(section: JudgeSection, where: str) -> None:
     No message repeats an address or a name that might hold a secret.
     """
     if section.url is not None:
-        parts = urlsplit(section.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"{where}: `url` is not an address. Begin it with http:// or https:// and name a host.")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError(
-                f"{where}: `url` holds more than an address, but it is written to the run's folder. Put a key into an "
-                "environment variable, and the variable's name into `api_key_env`."
-            )
-        proxy_of(section.url)  # raises ConfigError for an unusable proxy
+        check_address(section.url, f"{where}: `url`")
     if section.api_key_env is not None:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", section.api_key_env):
-            raise ConfigError(
-                f"{where}: `api_key_env` is not the name of an environment variable (letters, digits and _). Give the "
-                "name, never the key: recipes are written to the run's folder."
-            )
-        key = os.environ.get(section.api_key_env)
-        if key and not fits_header(key):  # checked here because the HTTP client's error would show the key
-            raise ConfigError(
-                f"{where}: the key in the environment variable {section.api_key_env} has white space, such as a line "
-                "break, or another character that keys never have. Export only the key."
-            )
-        if not key:
-            raise ConfigError(
-                f"{where}: `api_key_env` names the environment variable {section.api_key_env}, which is not set or "
-                "empty. Export the key in it, or leave `api_key_env` out for a server without keys."
-            )
+        check_key(section.api_key_env, where)
     if section.function is not None:
         check_options(
             f"{where}: the function {section.function}", import_function(section.function), section.options, given=1

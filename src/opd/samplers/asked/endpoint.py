@@ -1,6 +1,6 @@
 """A judge on a server with OpenAI's protocol: POST URL/chat/completions.
 
-`opd.models.server` defines failures, retries and waits. An answer that is not a completion is a transient failure.
+`opd.engines.server` defines failures, retries and waits. An answer that is not a completion is a transient failure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.models.server import BodyError, Connection, Server
+from opd.engines.server import BodyError, Connection, Server
 from opd.samplers.asked.protocol import Question, Reply
 
 

@@ -17,7 +17,7 @@ class Program:
     """Calls `function(question, **options)`, which returns a text, or None for no answer.
 
     A call that raises or exits is repeated `retries` times, at growing intervals from `backoff_s` seconds, as a failed
-    request to a server is (`opd.models.server`). Then the question has no answer.
+    request to a server is (`opd.engines.server`). Then the question has no answer.
     """
 
     function: Callable[..., str | None]

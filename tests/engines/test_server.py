@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from support.judges import SECRET, Said, completion, serving
+from support.http_server import Said
+from support.judges import SECRET, completion, serving
 from support.judges import Server as RealServer
 
+from opd.engines import server as module
+from opd.engines.server import Answer, BodyError, Connection, Server, proxy_of
 from opd.errors import ConfigError
-from opd.models import server as module
-from opd.models.server import Answer, BodyError, Connection, Server, proxy_of
 
 
 def rule(text: str) -> Said:

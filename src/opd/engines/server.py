@@ -47,6 +47,10 @@ class Answer(Generic[T]):
     value: T | None = None
     failure: str | None = None
     requests: int = 1  # requests sent
+    transient: bool = field(default=False, compare=False)  # of a failure: the same request may succeed later
+    lost: bool = field(default=False, compare=False)  # of a transient one: the server gave no answer at all
+    sent: int = field(default=0, compare=False)  # bytes
+    received: int = field(default=0, compare=False)  # bytes of the answer's body
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +59,7 @@ class _Trouble:
 
     why: str
     passes: bool = False  # transient: retry
+    lost: bool = False  # no answer at all: no connection, or a time-out
     busy: bool = False  # the server is busy: wait
     after_s: float | None = None  # seconds to wait, if the server says so
 
@@ -125,15 +130,22 @@ class Connection:
 
         `read` raises BodyError for a body that it cannot use.
         """
+        return self._answered("POST", path, json.dumps(fields).encode(), read)
+
+    def get(self, path: str, read: Callable[[bytes], T]) -> Answer[T]:
+        """Get URL/path, as `post` does."""
+        return self._answered("GET", path, b"", read)
+
+    def _answered(self, verb: str, path: str, body: bytes, read: Callable[[bytes], T]) -> Answer[T]:
         server = self.server
-        body = json.dumps(fields).encode()
         waited, busy, failed = 0.0, 0, 0
         while True:
             requests = 1 + busy + failed
-            sent = self._sent(f"{server.url.rstrip('/')}/{path}", body)
+            size = {"requests": requests, "sent": requests * len(body)}
+            sent = self._sent(verb, f"{server.url.rstrip('/')}/{path}", body)
             if isinstance(sent, bytes):
                 try:
-                    return Answer(value=read(sent), requests=requests)
+                    return Answer(value=read(sent), received=len(sent), **size)
                 except BodyError as error:
                     sent = _Trouble(why=server.without_key(str(error)), passes=True)
             if sent.busy and sent.after_s is not None:  # at least backoff_s: 0 or a past date would use no patience
@@ -146,20 +158,20 @@ class Connection:
                         f"{sent.why}; it requests {pause:.3g} s more, after {waited:.3g} s of `patience_s` "
                         f"{server.patience_s:.3g}"
                     )
-                    return Answer(failure=why, requests=requests)
+                    return Answer(failure=why, transient=True, **size)
                 waited, busy = waited + pause, busy + 1
             elif sent.passes and failed < server.retries:
                 failed += 1
             else:
-                return Answer(failure=sent.why, requests=requests)
+                return Answer(failure=sent.why, transient=sent.passes, lost=sent.lost, **size)
             time.sleep(pause)
 
-    def _sent(self, url: str, body: bytes) -> bytes | _Trouble:
+    def _sent(self, verb: str, url: str, body: bytes) -> bytes | _Trouble:
         """Send one request: the body of its answer, or the trouble, without the key in its text."""
         until = time.monotonic() + self.server.timeout_s
-        late = _Trouble(why=f"no answer within {self.server.timeout_s:.3g} s", passes=True)
+        late = _Trouble(why=f"no answer within {self.server.timeout_s:.3g} s", passes=True, lost=True)
         try:
-            with self.client.stream("POST", url, content=body) as response:
+            with self.client.stream(verb, url, content=body or None) as response:
                 if not response.is_success:
                     return self._refused(response, until)
                 parts: list[bytes] = []
@@ -177,7 +189,7 @@ class Connection:
             if isinstance(cause, TimeoutError):
                 return late
             why = self.server.without_key(f"no connection ({type(cause).__name__}: {cause})")[:SHOWN]
-            return _Trouble(why=why, passes=True)
+            return _Trouble(why=why, passes=True, lost=True)
 
     def _refused(self, response: httpx2.Response, until: float) -> _Trouble:
         """The trouble of a status other than success."""

@@ -1,0 +1,259 @@
+"""Teachers and responses from real vLLM servers on the loopback, against this process, in turns.
+
+    python benchmarks/engines.py --vllm PYTHON [--quick]
+
+PYTHON is an interpreter with vLLM for the CPU, as `make engines` builds it. Printed are ratios:
+
+* scores: the teacher's top 64 of 8 responses of 128 tokens, SmolLM2-135M in float32, served / local;
+* responses: 32 rows of 64 tokens of SmolLM2-135M, seconds of the library's sampler / seconds of the engine's;
+* update: writing, loading and proving SmolLM2's weights, as a share of that update and 32 such responses;
+* bytes: 64 given tokens by position / the top 64 in JSON, received for the same responses;
+* cache: seconds of 8 responses of one prompt (four times as long) by position, with the prompt's cache / without;
+* pool: seconds with one of two servers dead / with both alive, on two servers that take a fixed time per request.
+
+Scores by position run under Triton's interpreter here, on a model of 261 tokens: its seconds say something about the
+work that the cache saves, and nothing about a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from common import HERE, THREADS, Record, measured, say, spread
+from workload import SMOLLM2_NAME, causal_lm, language_model, prompts, tokenizer
+
+sys.path.insert(0, str(HERE.parent / "tests"))
+from support.engines import Engine, running
+from support.http_server import Arrived, Said
+from support.models import byte_tokenizer, tiny
+from support.vllm_server import vllm
+
+from opd.engines.capabilities import probe
+from opd.engines.replicas import Replicas
+from opd.engines.server import Server
+from opd.models import saving
+from opd.models.language_model import LanguageModel
+from opd.pieces.supports import sampled, top_k
+from opd.recipe.schema import EngineSection, StageSpec
+from opd.runs.served import engine_samplers
+from opd.samplers.hf import TransformersSampler
+from opd.teachers.local import LocalTeacher
+from opd.teachers.served import ServedTeacher, top_of
+from opd.types import Prompt, Rollout, Sampling, ScoreRequest
+from opd.types import Record as Recorded
+
+K, ROUNDS = 64, 3
+GOALS = {"scores": 3.0, "bytes": 0.1, "cache": 0.5, "proof": 0.02, "pool": 2.2}  # at most
+ENGINE_FLAGS = (
+    *("--max-logprobs", str(K + 1), "--max-model-len", "1024", "--max-num-seqs", "64"),
+    *("--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "opd.engines.worker.WeightLoader"),
+)
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def in_turns(contestants: dict[str, Callable[[], Any]], rounds: int) -> Record:
+    """Seconds of every contestant, after one call each to warm."""
+    found: dict[str, list[float]] = {name: [] for name in contestants}
+    for work in contestants.values():
+        work()
+    for _ in range(rounds):
+        for name, work in contestants.items():
+            found[name].append(seconds(work))
+    return {name: spread(values) for name, values in found.items()}
+
+
+def served_by(url: str, lm: LanguageModel, request: ScoreRequest) -> ServedTeacher:
+    replicas = Replicas(servers=(Server(url=url, timeout_s=600.0),))
+    k, size = request.support.student_top_k, len(lm.tokenizer)
+    able = probe(
+        replicas,
+        None,
+        lm.tokenizer,
+        by_position=k + 1 if k else 0,
+        top=lambda by_ids: top_of(request, by_ids, size) or 0,
+    )
+    return ServedTeacher(
+        name="teacher",
+        replicas=replicas,
+        capabilities=able,
+        tokenizer=lm.tokenizer,
+        template_options={},
+        device=lm.device,
+        max_failed=0.0,
+    )
+
+
+def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
+    """Scores, responses and updates of SmolLM2."""
+    lm = language_model(causal_lm(SMOLLM2_NAME), tokenizer(), name=SMOLLM2_NAME)
+    saving.save(lm, folder / "smollm2")
+    rows, tokens = (4, 8) if quick else (32, 64)
+    written = prompts(rows, 32, lm.tokenizer)
+    spec = StageSpec.model_validate(
+        {
+            "name": "distil",
+            "train": "student",
+            "method": "opd",
+            "data": {"path": "x"},
+            "steps": 1,
+            "sampling": {"max_completion_length": tokens},
+        }
+    )
+    with vllm(
+        folder / "smollm2", folder / "log", *ENGINE_FLAGS, by_position=False, python=python, threads=THREADS
+    ) as url:
+        section = EngineSection(urls=[url], timeout_s=600.0)
+        engine = engine_samplers(spec, section, lm, folder / "weights")[None]
+        versions = iter(range(1, 1000))
+        engine.sync(0)
+        update = [seconds(lambda: engine.sync(next(versions))) for _ in range(ROUNDS)]
+        sync: Any = engine.update
+        proof = [seconds(lambda: sync.prove(engine.version)) for _ in range(ROUNDS)]
+        own = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens))
+        responses = in_turns(
+            {"engine": lambda: engine(written, seed=(0, 0)), "opd": lambda: own(written, seed=(0, 0))}, ROUNDS
+        )
+        longer = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=2 * tokens))
+        rollouts = longer(written[:8], seed=(0, 1))
+        request = ScoreRequest(support=top_k(K, by="teacher"))
+        far = served_by(url, lm, request)
+        near = LocalTeacher(lm=lm, micro_batch_tokens=4096, student_device=lm.device)
+        contexts = [one.prompt for one in rollouts]
+        scores = in_turns(
+            {
+                "served": lambda: far.score(rollouts, contexts, request),
+                "local": lambda: near.score(rollouts, contexts, request),
+            },
+            ROUNDS,
+        )
+    return {"responses": responses, "scores": scores, "update": spread(update), "proof": spread(proof)}
+
+
+def of_positions(python: str, folder: Path, quick: bool) -> Record:
+    """Bytes and the prompt's cache of scores by position."""
+    settings: Record = {"hidden": 64, "spread": 0.15, "max_position_embeddings": 512}
+    lm = tiny("llama", byte_tokenizer(), seed=1, name="teacher", **settings)
+    saving.save(lm, folder / "tiny")
+    tokens = 8 if quick else 96
+    prompt = Prompt(id=0, content=("the same long prompt " * 40)[: 4 * tokens])
+    sampler = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens, n=8))
+    rollouts = sampler([prompt], seed=(0, 0), record=Recorded(top_k=K))
+    contexts = [prompt] * len(rollouts)
+    flags = ("--max-logprobs", str(K + 1), "--max-model-len", "512")
+    with vllm(folder / "tiny", folder / "log2", *flags, python=python, threads=THREADS) as url:
+        by_position, top = (ScoreRequest(support=top_k(K, by=by)) for by in ("student", "teacher"))
+        positions, json = served_by(url, lm, by_position), served_by(url, lm, top)
+        received: Record = {}
+        for name, teacher, request in (("by position", positions, by_position), ("JSON", json, top)):
+            teacher.pop_requests()
+            teacher.score(rollouts, contexts, request)
+            received[name] = teacher.pop_requests()["received_mb"]
+        cache = in_turns(
+            {
+                "with": lambda: positions.score(rollouts, contexts, by_position),
+                "without": lambda: uncached(positions, rollouts, contexts, by_position),
+            },
+            ROUNDS,
+        )
+    return {"bytes": received, "cache": cache, "tokens": sum(len(one.response_ids) for one in rollouts)}
+
+
+def uncached(
+    teacher: ServedTeacher, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest
+) -> None:
+    """The same scores, with every prompt read again."""
+    import opd.teachers.served as module
+
+    fields = module.positions_fields
+    module.positions_fields = lambda *args, cached: fields(*args, cached=False)
+    try:
+        teacher.score(rollouts, contexts, request)
+    finally:
+        module.positions_fields = fields
+
+
+def of_pool(quick: bool) -> Record:
+    """Two servers that take a fixed time per request and serve one request at a time, and one of them dead."""
+    import threading
+
+    wait = 0.02
+    lm = tiny("llama", byte_tokenizer(), seed=1, name="teacher")
+
+    def slow() -> Callable[[Arrived, Said], Said]:
+        one = threading.Lock()
+
+        def fault(arrived: Arrived, said: Said) -> Said:
+            with one:
+                time.sleep(wait)
+            return said
+
+        return fault
+
+    sampler = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=8))
+    count = 8 if quick else 200
+    written = [Prompt(id=i, content=f"prompt {i}") for i in range(count)]
+    rollouts, request = sampler(written, seed=(0, 0)), ScoreRequest(support=sampled())
+    found: Record = {}
+    with ExitStack() as stack:
+        a, b = Engine(lm=lm), Engine(lm=lm)
+        for one in (a, b):
+            one.fault = slow()
+        urls = stack.enter_context(running(a, b))
+        dead = stack.enter_context(ExitStack())
+        (gone,) = dead.enter_context(running(Engine(lm=lm)))
+        dead.close()
+        both = served_by(urls[0], lm, request)
+        for name, addresses in (("alive", urls), ("one dead", [urls[0], gone])):
+            replicas = Replicas(
+                servers=tuple(Server(url=url, timeout_s=60.0) for url in addresses), tokens_in_flight=64
+            )
+            both.replicas = replicas
+            both.score(rollouts, written, request)
+            found[name] = spread([seconds(lambda: both.score(rollouts, written, request)) for _ in range(ROUNDS)])
+    return found
+
+
+def ratios(found: Record) -> Record:
+    def of(group: str, above: str, below: str) -> float:
+        return found[group][above]["median"] / found[group][below]["median"]
+
+    step = found["update"]["median"] + found["responses"]["engine"]["median"]
+    return {
+        "scores": of("scores", "served", "local"),
+        "responses": of("responses", "opd", "engine"),
+        "update": found["update"]["median"] / step,
+        "proof": found["proof"]["median"] / step,
+        "bytes": found["bytes"]["by position"] / found["bytes"]["JSON"],
+        "cache": of("cache", "with", "without"),
+        "pool": of("pool", "one dead", "alive"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--vllm", required=True)
+    parser.add_argument("--quick", action="store_true")
+    given = parser.parse_args()
+    with measured("engines", given.quick) as record, tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        found = {"pool": of_pool(given.quick), **of_positions(given.vllm, folder, given.quick)}
+        found |= of_smollm2(given.vllm, folder, given.quick)
+        record |= {**found, "ratios": ratios(found)}
+        for name, value in record["ratios"].items():
+            say(f"{name}: {value:.3g}" + (f" (goal: at most {GOALS[name]:g})" if name in GOALS else ""))
+
+
+if __name__ == "__main__":
+    main()

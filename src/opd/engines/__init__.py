@@ -1,0 +1,1 @@
+"""Servers of models: one HTTP client, replicas with bounded load, and the protocol of vLLM."""

@@ -1,0 +1,223 @@
+"""Several servers of one model: a bounded load for each, and another server for a request whose server is lost.
+
+vLLM queues requests without a limit and answers neither 429 nor 503 when it is full (0.32, 0.33), so a client that
+sends a whole step at once gets time-outs, retries, and doubles the load. Here the tokens in flight are bounded.
+
+A server that fails `LOST_AFTER` times in a row is left out for a while, which doubles up to `LONGEST_PAUSE_S`; then one
+request tries it again. A request goes to another server, or waits, for at most `patience_s` in which no server answers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
+
+from opd.engines.server import Answer, Connection, Server
+
+T = TypeVar("T")
+
+LOST_AFTER = 2  # failures in a row
+PAUSE_S, LONGEST_PAUSE_S = 1.0, 30.0  # for which a lost server is left out: at first, at most
+AT_ONCE = 32  # requests in flight per server; the tokens in flight bound them further
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job(Generic[T]):
+    """One request, and the parser of its answer, which raises BodyError for one that it cannot use.
+
+    Jobs of one `group` begin with the same tokens. They go to one server as long as it answers, and the first of them
+    is answered before the others are sent: the server then has the common tokens in its cache.
+    """
+
+    path: str
+    fields: Mapping[str, Any]
+    read: Callable[[bytes], T]
+    tokens: int  # that the server holds for it: those of the request and of the response
+    group: Hashable
+
+
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """What requests cost since the last `pop`."""
+
+    requests: int = 0
+    repeated: int = 0  # requests beyond one per job
+    failed: int = 0  # jobs without an answer
+    servers_lost: int = 0  # how often a server was left out
+    sent_mb: float = 0.0
+    received_mb: float = 0.0
+
+    def add(self, answer: Answer[Any]) -> None:
+        """Count an answer's requests and bytes."""
+        self.requests += answer.requests
+        self.sent_mb += answer.sent / 1e6
+        self.received_mb += answer.received / 1e6
+
+    def pop(self) -> dict[str, float]:
+        """The counts by name, which then start again at 0."""
+        found = {name: float(getattr(self, name)) for name in self.__slots__}
+        for name in found:
+            setattr(self, name, type(getattr(self, name))(0))
+        return found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replicas:
+    """Servers of one model.
+
+    `retries` are those of a job whose server answers with a failure or with an unusable body. `patience_s` limits the
+    time without any server, and the time that one job waits for a busy server.
+    """
+
+    servers: tuple[Server, ...]
+    tokens_in_flight: int = 65_536  # per server; a larger single job is sent alone
+    retries: int = 2
+    patience_s: float = 300.0
+    pause_s: float = PAUSE_S
+    counts: Counts = field(default_factory=Counts, compare=False)
+
+    def answers(self, jobs: Sequence[Job[T]]) -> list[Answer[T]]:
+        """The answers in the order of the jobs; one without a value has the reason in `failure`.
+
+        Raises:
+            ConfigError: the environment's proxy for an address cannot be used.
+        """
+        with ExitStack() as stack:
+            connections = self._connected(stack)
+            run = _Run(self, connections, jobs)
+            threads = min(len(jobs), AT_ONCE * len(self.servers))
+            pool = ThreadPoolExecutor(max(threads, 1))
+            try:
+                for worker in [pool.submit(run.work) for _ in range(threads)]:
+                    worker.result()
+            finally:
+                run.stop()
+                pool.shutdown(wait=False, cancel_futures=True)
+        self.counts.failed += sum(answer.value is None for answer in run.done.values())
+        return [run.done[i] for i in range(len(jobs))]
+
+    def each(self, send: Callable[[Connection], Answer[T]]) -> dict[str, Answer[T]]:
+        """The answer of every server, by its address, at the same time."""
+        with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
+            connections = self._connected(stack)
+            found = list(pool.map(send, connections))
+        for answer in found:
+            self.counts.add(answer)
+        return {server.url: answer for server, answer in zip(self.servers, found, strict=True)}
+
+    def _connected(self, stack: ExitStack) -> list[Connection]:
+        """A failure comes back at once, without a retry: another server may answer."""
+        once = [replace(one, retries=0, patience_s=self.patience_s, concurrency=AT_ONCE) for one in self.servers]
+        return [stack.enter_context(server.connected()) for server in once]
+
+
+class _Run(Generic[T]):
+    """The state of one call, which its threads share."""
+
+    def __init__(self, of: Replicas, connections: Sequence[Connection], jobs: Sequence[Job[T]]) -> None:
+        self.of, self.connections, self.jobs = of, connections, jobs
+        self.changed = threading.Condition()
+        self.done: dict[int, Answer[T]] = {}
+        groups: defaultdict[Hashable, list[int]] = defaultdict(list)
+        for i, job in enumerate(jobs):
+            groups[job.group].append(i)
+        self.ready = [members[0] for members in groups.values()]
+        self.behind = {members[0]: members[1:] for members in groups.values()}
+        self.home: dict[Hashable, int] = {}
+        self.tries = [0] * len(jobs)
+        self.load = [0] * len(connections)  # tokens in flight
+        self.failures = [0] * len(connections)  # in a row
+        self.back_at = [0.0] * len(connections)  # when a lost server is tried again
+        self.last_answer = time.monotonic()  # of any server
+        self.why = "no server was tried"
+        self.stopped = False
+
+    def work(self) -> None:
+        """Send jobs until all are done."""
+        while (taken := self._take()) is not None:
+            index, place = taken
+            job = self.jobs[index]
+            try:
+                answer = self.connections[place].post(job.path, job.fields, job.read)
+            except BaseException:
+                self.stop()
+                raise
+            with self.changed:
+                self._finish(index, place, answer)
+                self.changed.notify_all()
+
+    def stop(self) -> None:
+        """Let all threads end after their request."""
+        with self.changed:
+            self.stopped = True
+            self.changed.notify_all()
+
+    def _take(self) -> tuple[int, int] | None:
+        """Wait for a job that a server has room for: (job, server). None if all are done."""
+        with self.changed:
+            while not self.stopped and len(self.done) < len(self.jobs):
+                now = time.monotonic()
+                for index in self.ready:
+                    place = self._place(self.jobs[index], now)
+                    if place is not None:
+                        self.ready.remove(index)
+                        self.load[place] += self.jobs[index].tokens
+                        self.home[self.jobs[index].group] = place
+                        return index, place
+                if self._give_up(now):
+                    self.changed.notify_all()
+                    continue
+                returning = [at - now for at in self.back_at if at > now]
+                self.changed.wait(min([*returning, 1.0]))
+            return None
+
+    def _place(self, job: Job[T], now: float) -> int | None:
+        """The server for a job: that of its group, else the one with the least tokens in flight that has room."""
+        back = [i for i, at in enumerate(self.back_at) if at <= now]
+        there = [i for i in back if self.failures[i] < LOST_AFTER or not self.load[i]]  # one job tries a lost server
+        home = self.home.get(job.group)
+        if home in there:
+            there = [home]
+        room = [i for i in there if not self.load[i] or self.load[i] + job.tokens <= self.of.tokens_in_flight]
+        return min(room, key=self.load.__getitem__, default=None)
+
+    def _finish(self, index: int, place: int, answer: Answer[T]) -> None:
+        """Record an answer, or send the job again."""
+        self.load[place] -= self.jobs[index].tokens
+        self.of.counts.add(answer)
+        if answer.value is not None or not answer.transient:
+            self.failures[place], self.last_answer = 0, time.monotonic()
+            self._settle(index, answer)
+            return
+        self.why = f"{self.connections[place].server.url}: {answer.failure}"
+        self.failures[place] += 1
+        if self.failures[place] >= LOST_AFTER:
+            beyond = self.failures[place] - LOST_AFTER
+            self.back_at[place] = time.monotonic() + min(self.of.pause_s * 2**beyond, LONGEST_PAUSE_S)
+            self.of.counts.servers_lost += 1
+        self.tries[index] += not answer.lost
+        if self.tries[index] > self.of.retries:
+            self._settle(index, replace(answer, failure=self.why))
+            return
+        self.of.counts.repeated += 1
+        self.home.pop(self.jobs[index].group, None)
+        self.ready.insert(0, index)
+
+    def _settle(self, index: int, answer: Answer[T]) -> None:
+        self.done[index] = answer
+        self.ready += self.behind.pop(index, [])
+
+    def _give_up(self, now: float) -> bool:
+        """Fail all waiting jobs if no server is at work and none has answered for `patience_s`."""
+        if any(self.load) or now - self.last_answer < self.of.patience_s:
+            return False
+        while self.ready:
+            failure = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: {self.why}"
+            self._settle(self.ready.pop(), Answer(failure=failure, requests=0, transient=True, lost=True))
+        return True

@@ -1,0 +1,200 @@
+"""Responses from vLLM's servers, which get the student's weights before every step.
+
+Token ids go in and out, so nothing is encoded twice. All sampling fields are sent, because a server takes missing ones
+from the model's `generation_config.json`. A response's randomness depends on (seed, step, prompt id, sample) alone. The
+server has to run with `--logprobs-mode processed_logprobs`: then its log-probs are those of the distribution that the
+tokens were drawn from, after temperature, top-k and top-p.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from opd.engines.replicas import Job, Replicas
+from opd.engines.vllm import Drawn, draw_fields, parse_drawn
+from opd.errors import ConfigError, TrainingError
+from opd.messages import text_after
+from opd.models.language_model import LanguageModel
+from opd.models.render import render_checked
+from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
+
+
+@dataclass(slots=True, kw_only=True)
+class EngineSampler(Sampler):
+    """Writes responses with the student's weights on servers; a `Sampler`.
+
+    `update` gives the servers the student's weights and proves them; None if another sampler of the stage does.
+    `complete` adds the student's own values to responses: the log-probs before truncation, and what a record names.
+    """
+
+    lm: LanguageModel
+    sampling: Sampling
+    replicas: Replicas
+    model: str
+    update: Callable[[int], None] | None
+    complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
+    max_prompt_length: int | None = None
+    version: int = 0
+    updates: int = field(default=0, init=False)  # so far: their number separates the servers' caches
+    ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
+
+    def __post_init__(self) -> None:
+        self.ends = self.lm.stop_ids & self.lm.tokenizer.added_tokens_decoder.keys()
+
+    @property
+    def temperature(self) -> float:
+        """The temperature of `policy_logp` and of recorded entropies."""
+        return self.sampling.temperature or 1.0
+
+    def sync(self, version: int) -> None:
+        """Give the servers the student's weights. Raises TrainingError if they do not serve them."""
+        if self.update is not None:
+            self.update(version)
+        self.version, self.updates = version, self.updates + 1
+
+    def pop_requests(self) -> dict[str, float]:
+        """Requests and bytes since the last call, and the error of the last proof."""
+        return self.replicas.counts.pop()
+
+    def __call__(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        stop: EarlyStop | None = None,
+    ) -> list[Rollout]:
+        """`sampling.n` responses to each prompt, in order. `stop` may end responses during sampling.
+
+        Raises DataError for a prompt that is too long, ConfigError for an early stop beside stop strings, TrainingError
+        for a response that no server gave.
+        """
+        if stop is not None and self.sampling.stop:
+            raise ConfigError(
+                "A method that ends responses early asks an engine for a few tokens at a time, and `sampling.stop` may "
+                "span two parts. Remove `sampling.stop`, or the stage's `engine`."
+            )
+        ids = render_checked(
+            prompts,
+            self.lm.tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            template_options=self.lm.template_options,
+        )
+        rows = [
+            _Row(prompt, sample, prompt_ids)
+            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            for sample in range(self.sampling.n)
+        ]
+        limit = self.sampling.max_completion_length
+        part = limit if stop is None else stop.every
+        active = rows
+        for begin in range(0, limit, part):
+            self._draw(active, min(part, limit - begin), (*seed, begin // part))
+            active = [row for row in active if not row.finished]
+            if stop is not None and active and begin + part < limit:
+                keeps = stop.keeps_going([self._rollout(row) for row in active])
+                active = [row for row, keeps_going in zip(active, keeps, strict=True) if keeps_going]
+        rollouts = [self._rollout(row) for row in rows]
+        truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
+        return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
+
+    def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
+        """Continue the rows by at most `tokens` tokens."""
+        jobs = [
+            Job(
+                path="inference/v1/generate",
+                fields=draw_fields(
+                    self.model,
+                    row.read,
+                    self._params(tokens),
+                    seed=seed_of(seed, row.prompt.id, row.sample),
+                    salt=f"opd-{self.updates}",
+                ),
+                read=parse_drawn,
+                tokens=len(row.read) + tokens,
+                group=tuple(row.prompt_ids),
+            )
+            for row in rows
+        ]
+        for row, answer in zip(rows, self.replicas.answers(jobs), strict=True):
+            if answer.value is None:
+                raise TrainingError(
+                    f"No server of the engine gave a response to prompt {row.prompt.id}: {answer.failure}. Start the "
+                    "servers again; the same command then continues."
+                )
+            self._check_versions(answer.value)
+            row.ids += answer.value.ids
+            row.logp += answer.value.logp
+            row.finished = answer.value.finished
+
+    def _params(self, tokens: int) -> dict[str, Any]:
+        sampling = self.sampling
+        return {
+            "max_tokens": tokens,
+            "min_tokens": 0,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+            "min_p": 0.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "repetition_penalty": 1.0,
+            "ignore_eos": True,
+            "stop_token_ids": sorted(self.lm.stop_ids),
+            "stop": list(sampling.stop),
+            "include_stop_str_in_output": True,
+            "detokenize": bool(sampling.stop),
+        }
+
+    def _check_versions(self, drawn: Drawn) -> None:
+        """Raise TrainingError for tokens of other weights than the last update's."""
+        if wrong := {version for version in drawn.versions if version != str(self.version)}:
+            raise TrainingError(
+                f"A server drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at "
+                f"version {self.version}. Does another run update the same server? Give each run its own."
+            )
+
+    def _rollout(self, row: _Row) -> Rollout:
+        spoken = row.ids[:-1] if row.ids and row.ids[-1] in self.ends else row.ids
+        logp = torch.tensor(row.logp)
+        return Rollout(
+            prompt=row.prompt,
+            sample=row.sample,
+            prompt_ids=tuple(row.prompt_ids),
+            response_ids=torch.tensor(row.ids),
+            trained=torch.ones(len(row.ids), dtype=torch.bool),
+            turn=torch.zeros(len(row.ids), dtype=torch.long),
+            finished=row.finished,
+            text=text_after(row.prompt_ids, spoken, self.lm.tokenizer),
+            sampler_logp=logp,
+            policy_logp=logp,
+            sampler_version=self.version,
+            sampling=self.sampling,
+        )
+
+
+@dataclass(slots=True)
+class _Row:
+    """One response during sampling."""
+
+    prompt: Prompt
+    sample: int
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list[int])
+    logp: list[float] = field(default_factory=list[float])
+    finished: bool = False
+
+    @property
+    def read(self) -> list[int]:
+        """The tokens that the model reads before it writes."""
+        return [*self.prompt_ids, *self.ids]
+
+
+def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
+    """The seed of one request: a function of (seed, step, part), prompt and sample only."""
+    return int(np.random.SeedSequence((*seed, prompt_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))

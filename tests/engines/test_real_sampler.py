@@ -1,0 +1,226 @@
+"""The real server of vLLM as the sampler: what it draws, and updates that must each be proved."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx2
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.models import byte_tokenizer, policy, tiny
+from support.vllm_server import needs_vllm, vllm
+
+from opd.engines import vllm as protocol
+from opd.engines.sync import Sync
+from opd.errors import TrainingError
+from opd.models import saving
+from opd.models.language_model import LanguageModel
+from opd.recipe.schema import EngineSection, StageSpec
+from opd.runs.served import engine_samplers
+from opd.samplers.vllm import EngineSampler
+from opd.types import EarlyStop, Prompt, Record, Rollout
+
+pytestmark = [pytest.mark.engine, needs_vllm]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("vllm")
+    saving.save(learner(), folder / "model")
+    flags = ("--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "opd.engines.worker.WeightLoader")
+    with vllm(folder / "model", folder / "log", *flags, by_position=False) as one:
+        yield one
+
+
+def learner(seed: int = 2) -> LanguageModel:
+    """Embedding and output layer share their weights, as in many small models."""
+    return tiny("llama_tied", byte_tokenizer(), seed=seed, hidden=64, spread=0.15, name="student")
+
+
+def changed(lm: LanguageModel, seed: int) -> None:
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+            parameter.add_(0.1 * noise.to(parameter))
+
+
+def sampler_of(url: str, lm: LanguageModel, folder: Path, **sampling: object) -> EngineSampler:
+    section = EngineSection(urls=[url], timeout_s=120.0)
+    spec = StageSpec.model_validate(
+        {
+            "name": "distil",
+            "train": "student",
+            "method": "opd",
+            "data": {"path": "x"},
+            "steps": 1,
+            "sampling": {"max_completion_length": 12, "n": 3, **sampling},
+        }
+    )
+    return engine_samplers(spec, section, lm, folder)[None]
+
+
+PROMPTS = [Prompt(id=i, content=text) for i, text in enumerate(("the quick brown fox", "x = 12;", "hello"))]
+
+
+def drawn(sampler: EngineSampler, step: int = 0, prompts: list[Prompt] = PROMPTS) -> list[Rollout]:
+    return sampler(prompts, seed=(0, step))
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 5}])
+def test_engine_log_probs_are_those_of_the_student(url, tmp_path, sampling):
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path, **sampling)
+    sampler.sync(0)
+    found = drawn(sampler)
+    assert [one.prompt.id for one in found] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    for one in found:
+        logp = policy(lm, one)
+        taken = logp.gather(1, one.response_ids[:, None])[:, 0]
+        torch.testing.assert_close(one.policy_logp, taken.float(), atol=1e-4, rtol=0)
+        if "top_p" in sampling or "top_k" in sampling:
+            assert (one.sampler_logp > one.policy_logp - 1e-4).all()
+        else:
+            torch.testing.assert_close(one.sampler_logp, taken.float(), atol=1e-4, rtol=0)
+        assert one.finished == (int(one.response_ids[-1]) in lm.stop_ids)
+        assert one.finished or len(one.response_ids) == 12
+
+
+def test_engine_draws_by_seed_prompt_and_sample_alone(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    sampler.sync(0)
+    first, again, back = drawn(sampler), drawn(sampler), drawn(sampler, prompts=PROMPTS[::-1])
+    ids = {(one.prompt.id, one.sample): one.response_ids.tolist() for one in first}
+    assert len({tuple(one) for one in ids.values()}) > 6
+    for other in (again, back):
+        assert {(one.prompt.id, one.sample): one.response_ids.tolist() for one in other} == ids
+    assert {(one.prompt.id, one.sample): one.response_ids.tolist() for one in drawn(sampler, step=1)} != ids
+
+
+def test_engine_serves_new_weights_after_each_update(url, tmp_path):
+    """Five updates, of a model whose output layer is its embedding, with the same prompts: no cache is old."""
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    for version in range(5):
+        changed(lm, version)
+        sampler.sync(version)
+        assert isinstance(sampler.update, Sync)
+        assert sampler.update.error < 1e-4
+        for one in drawn(sampler):
+            taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
+            torch.testing.assert_close(one.sampler_logp, taken.float(), atol=1e-4, rtol=0)
+            assert one.sampler_version == version
+    assert [folder.name for folder in (tmp_path / "engine").iterdir()] == ["version-4"]
+
+
+def test_engine_records_what_pieces_read(url, tmp_path):
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    sampler.sync(0)
+    for one in sampler(PROMPTS, seed=(0, 0), record=Record(top_k=4, entropy=True)):
+        logp = policy(lm, one)
+        assert torch.equal(one.student_top_ids, logp.topk(4).indices)
+        torch.testing.assert_close(one.student_entropy, -(logp.exp() * logp).sum(-1).float(), atol=1e-4, rtol=0)
+
+
+def test_engine_ends_responses_early(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    sampler.sync(0)
+    stop = EarlyStop(every=4, keeps_going=lambda rollouts: [one.sample == 0 for one in rollouts])
+    for one in sampler(PROMPTS, seed=(0, 0), stop=stop):
+        assert len(one.response_ids) == (12 if one.sample == 0 and not one.finished else len(one.response_ids))
+        assert one.finished or one.sample == 0 or len(one.response_ids) == 4
+
+
+# --- four updates that fail without an error ------------------------------------------------------------------------
+
+
+def test_old_output_layer_ends_the_run(url, tmp_path, monkeypatch):
+    """A reload without the worker's second packing of the output layer."""
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    sampler.sync(0)
+    sync = sampler.update
+    assert isinstance(sync, Sync)
+    monkeypatch.setattr(
+        Sync,
+        "_load",
+        lambda self, folder: httpx2.post(
+            f"{url}/collective_rpc",
+            json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            timeout=120.0,
+        ),
+    )
+    changed(lm, 1)
+    with pytest.raises(TrainingError, match=r"does not serve the student's weights of step 1: .* nats"):
+        sampler.sync(1)
+
+
+def test_update_without_effect_ends_the_run(url, tmp_path, monkeypatch):
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    sampler.sync(0)
+    monkeypatch.setattr(Sync, "_load", lambda self, folder: None)
+    changed(lm, 1)
+    with pytest.raises(TrainingError, match=r"They are those of the step before: the update had no effect"):
+        sampler.sync(1)
+
+
+def test_missing_tensor_ends_the_run_with_old_weights(url, tmp_path):
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    sampler.sync(0)
+    before = drawn(sampler)
+    assert isinstance(sampler.update, Sync)
+    whole = sampler.update.write
+
+    def without_one(folder: Path) -> None:
+        whole(folder)
+        tensors = load_file(folder / "model.safetensors")
+        tensors.pop("model.layers.0.mlp.down_proj.weight")
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    sampler.update.write = without_one
+    changed(lm, 1)
+    with pytest.raises(TrainingError, match=r"without \['model.layers.0.mlp.down_proj.weight'\]"):
+        sampler.sync(1)
+    sampler.update.write = whole
+    assert [one.response_ids.tolist() for one in drawn(sampler)] == [one.response_ids.tolist() for one in before]
+
+
+def test_another_run_on_the_same_server_ends_the_run(url, tmp_path):
+    one, other = sampler_of(url, learner(), tmp_path / "a"), sampler_of(url, learner(), tmp_path / "b")
+    one.sync(3)
+    other.sync(4)
+    with pytest.raises(TrainingError, match=r"with the weights of version 4, and the student is at version 3"):
+        drawn(one)
+
+
+def test_old_cache_would_change_the_response(url, tmp_path, monkeypatch):
+    """The control of the salt: with one salt for all versions, the cache of the last weights is read."""
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path, n=1)
+    fields = protocol.draw_fields
+    monkeypatch.setattr(
+        "opd.samplers.vllm.draw_fields", lambda *args, seed, salt: fields(*args, seed=seed, salt="the same")
+    )
+    prompts = [Prompt(id=0, content="a long prompt of more than two blocks of the cache, " * 4)]
+    apart = []
+    for version in range(2):
+        changed(lm, version)
+        sampler.sync(version)
+        (one,) = drawn(sampler, prompts=prompts)
+        taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
+        apart.append(float((one.sampler_logp - taken).abs().max()))
+    assert apart[0] < 1e-4 < 1e-2 < apart[1]
+
+
+def test_folder_of_weights_is_removed(url, tmp_path):
+    lm = learner()
+    sampler = sampler_of(url, lm, tmp_path)
+    sampler.sync(0)
+    shutil.rmtree(tmp_path / "engine")
+    sampler.sync(1)
+    assert len(list((tmp_path / "engine").iterdir())) == 1

@@ -1,0 +1,159 @@
+"""Several servers of one model: bounded load, one lost server, groups that stay together, an end to patience."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+from support.http_server import Arrived, Said, listening
+
+from opd.engines import replicas as module
+from opd.engines.replicas import Job, Replicas
+from opd.engines.server import Server
+
+
+class Counter:
+    """A server that answers the number that it is sent, and knows how many tokens are in flight."""
+
+    def __init__(self, wait_s: float = 0.0, said: Callable[[int], Said | None] = lambda number: None) -> None:
+        self.wait_s, self.said = wait_s, said
+        self.lock = threading.Lock()
+        self.seen: list[int] = []
+        self.load = self.most = 0
+
+    def answer(self, arrived: Arrived) -> Said:
+        number, tokens = arrived.request["number"], arrived.request["tokens"]
+        with self.lock:
+            self.seen.append(number)
+            self.load += tokens
+            self.most = max(self.most, self.load)
+        time.sleep(self.wait_s)
+        with self.lock:
+            self.load -= tokens
+        return self.said(number) or Said(body={"number": number})
+
+
+def job(number: int, tokens: int = 10, group: Any = None) -> Job[int]:
+    return Job(
+        path="score",
+        fields={"number": number, "tokens": tokens},
+        read=lambda raw: json.loads(raw)["number"],
+        tokens=tokens,
+        group=number if group is None else group,
+    )
+
+
+def replicas(*urls: str, **settings: Any) -> Replicas:
+    given = {"patience_s": 5.0, "pause_s": 0.05, **settings}
+    return Replicas(servers=tuple(Server(url=url, timeout_s=2.0) for url in urls), **given)
+
+
+def of(*counters: Counter, numbers: int = 20, **settings: Any) -> tuple[list[int | None], Replicas]:
+    with ExitStack() as stack:
+        urls = [stack.enter_context(listening(one.answer)) for one in counters]
+        made = replicas(*urls, **settings)
+        return [answer.value for answer in made.answers([job(i) for i in range(numbers)])], made
+
+
+def test_answers_come_in_order_from_all_servers():
+    a, b = Counter(0.01), Counter(0.01)
+    found, made = of(a, b)
+    assert found == list(range(20))
+    assert sorted([*a.seen, *b.seen]) == list(range(20))
+    assert min(len(a.seen), len(b.seen)) >= 5
+    assert made.counts.requests == 20
+    assert made.counts.repeated == made.counts.failed == 0
+
+
+def test_tokens_in_flight_are_bounded_per_server():
+    one = Counter(0.01)
+    of(one, tokens_in_flight=35)
+    assert one.most == 30
+
+
+def test_job_larger_than_bound_is_sent_alone():
+    one = Counter(0.02)
+    with listening(one.answer) as url:
+        found = replicas(url, tokens_in_flight=25).answers([job(0, 100), job(1), job(2)])
+    assert [answer.value for answer in found] == [0, 1, 2]
+    assert one.most <= 100
+
+
+def test_group_stays_on_one_server_behind_its_first_job():
+    a, b = Counter(0.01), Counter(0.01)
+    with listening(a.answer) as first, listening(b.answer) as second:
+        jobs = [job(i, group=i % 4) for i in range(24)]
+        assert [one.value for one in replicas(first, second).answers(jobs)] == list(range(24))
+    for group in range(4):
+        at = [[n for n in one.seen if n % 4 == group] for one in (a, b)]
+        assert sorted(map(len, at)) == [0, 6]
+        assert max(at, key=len)[0] == group  # its first job
+
+
+def test_lost_server_is_left_out_and_nothing_is_lost():
+    alive = Counter(0.005)
+    with listening(alive.answer) as url, listening(Counter().answer) as dead:
+        pass
+    with listening(alive.answer) as url:
+        made = replicas(url, dead)
+        started = time.monotonic()
+        assert [one.value for one in made.answers([job(i) for i in range(40)])] == list(range(40))
+        assert time.monotonic() - started < 3.0
+    assert made.counts.servers_lost >= 1
+    assert made.counts.failed == 0
+
+
+def test_lost_server_is_tried_again_by_one_job():
+    ill = [True]
+    a, b = Counter(0.02), Counter(0.02, said=lambda number: Said(status=500, body={}) if ill[0] else None)
+    with listening(a.answer) as first, listening(b.answer) as second:
+        made = replicas(first, second, tokens_in_flight=20, retries=50)
+        timer = threading.Timer(0.2, lambda: ill.__setitem__(0, False))
+        timer.start()
+        assert [one.value for one in made.answers([job(i) for i in range(80)])] == list(range(80))
+        timer.join()
+    assert len(a.seen) + len(b.seen) == 80 + made.counts.repeated
+    assert len(b.seen) > made.counts.repeated  # it answered again
+
+
+def test_answers_end_after_patience_without_a_server():
+    with listening(Counter().answer) as dead:
+        pass
+    started = time.monotonic()
+    found = replicas(dead, patience_s=0.3).answers([job(i) for i in range(3)])
+    assert 0.3 <= time.monotonic() - started < 3.0
+    assert all("no server has answered for 0.3 s (`patience_s`)" in str(one.failure) for one in found)
+
+
+@pytest.mark.parametrize(("status", "tries"), [(500, 3), (400, 1)])
+def test_job_fails_after_its_retries_and_others_do_not(status, tries):
+    one = Counter(said=lambda number: Said(status=status, body={}) if number == 3 else None)
+    found, made = of(one, numbers=6)
+    assert found == [0, 1, 2, None, 4, 5]
+    assert one.seen.count(3) == tries
+    assert made.counts.failed == 1
+
+
+def test_threads_end_when_a_parser_raises():
+    def broken(raw: bytes) -> int:
+        raise ZeroDivisionError
+
+    with listening(lambda arrived: Said(body={})) as url, pytest.raises(ZeroDivisionError):
+        replicas(url).answers([Job(path="score", fields={}, read=broken, tokens=1, group=i) for i in range(9)])
+    until = time.monotonic() + 5.0
+    while left := [one for one in threading.enumerate() if one.name.startswith("ThreadPoolExecutor")]:
+        assert time.monotonic() < until, left
+        time.sleep(0.01)
+
+
+def test_counts_start_again_after_pop():
+    made = Replicas(servers=())
+    made.counts.requests, made.counts.sent_mb = 3, 0.5
+    assert made.counts.pop()["requests"] == 3.0
+    assert set(made.counts.pop().values()) == {0.0}
+    assert module.LOST_AFTER == 2

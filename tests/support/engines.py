@@ -1,0 +1,144 @@
+"""A small server with the protocol of vLLM, which scores with a tiny model: the shapes of 0.32, and its faults."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from opd.models.language_model import LanguageModel
+from support.http_server import Arrived, Said, listening
+
+
+@dataclass
+class Engine:
+    """A model behind a server. `fault` may replace an answer; it gets the request and the answer without it."""
+
+    lm: LanguageModel
+    name: str = "teacher"
+    max_logprobs: int = 20
+    longest: int = 64
+    scale_out: bool = True
+    fault: Callable[[Arrived, Said], Said] = lambda arrived, said: said
+    url: str = ""
+    arrived: list[Arrived] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    in_flight: int = 0  # tokens
+    most_in_flight: int = 0
+
+    def answer(self, arrived: Arrived) -> Said:
+        """The answer to a request, after `fault`."""
+        ids = arrived.request.get("prompt") or arrived.request.get("token_ids") or ()
+        with self.lock:
+            self.arrived.append(arrived)
+            self.in_flight += len(ids)
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        try:
+            said = self.fault(arrived, self._said(arrived.target, arrived.request, ids))
+            time.sleep(said.wait_s)
+        finally:
+            with self.lock:
+                self.in_flight -= len(ids)
+        return said
+
+    @property
+    def scored(self) -> list[dict[str, Any]]:
+        """The requests for scores, in order of arrival, without those of the fixed sequence."""
+        found = [one.request for one in self.arrived if one.target in ("/v1/completions", "/inference/v1/generate")]
+        return [one for one in found if len(one.get("prompt") or one.get("token_ids")) != 24]
+
+    def _said(self, target: str, request: dict[str, Any], ids: Any) -> Said:
+        if target == "/v1/models":
+            return Said(body={"object": "list", "data": [{"id": self.name, "max_model_len": self.longest}]})
+        if request.get("model") not in (None, self.name):
+            return refused(404, f"The model `{request['model']}` does not exist.")
+        if target == "/detokenize":
+            return Said(body={"prompt": self.lm.tokenizer.decode(request["tokens"])})
+        if len(ids) >= self.longest:
+            return refused(400, f"This model's maximum context length is {self.longest} tokens.")
+        if target == "/v1/completions":
+            return self._completion(ids, int(request["prompt_logprobs"]))
+        if target == "/inference/v1/generate" and self.scale_out:
+            return self._positions(ids, request["sampling_params"])
+        if target == "/inference/v1/generate":
+            return refused(403, "Start the server with --enable-scale-out.")
+        return refused(404, "Not Found")
+
+    def _logp(self, ids: Any) -> Tensor:
+        with torch.no_grad():
+            row = torch.tensor([ids], device=self.lm.device)
+            logits = self.lm.model(input_ids=row, use_cache=False).logits[0, :-1, : self.lm.vocabulary]
+        return logits.float().log_softmax(-1).cpu()
+
+    def _completion(self, ids: Any, k: int) -> Said:
+        if k > self.max_logprobs:
+            return refused(400, f"Requested prompt logprobs of {k}, which is greater than max allowed.")
+        rows: list[Any] = [None]
+        for token, logp in zip(ids[1:], self._logp(ids), strict=True):
+            top = logp.topk(k).indices.tolist()
+            rank = int((logp > logp[token]).sum()) + 1
+            ranks = {token: rank} | {other: place for place, other in enumerate(top, 1)}
+            rows.append(
+                {
+                    str(one): {"logprob": float(logp[one]), "rank": at, "decoded_token": self.lm.tokenizer.decode(one)}
+                    for one, at in ranks.items()
+                }
+            )
+        choice = {"index": 0, "text": "", "logprobs": None, "finish_reason": "length", "prompt_logprobs": rows}
+        return Said(body={"object": "text_completion", "model": self.name, "choices": [choice]})
+
+    def _positions(self, ids: Any, params: dict[str, Any]) -> Said:
+        wanted = np.array(params["prompt_logprob_token_ids"])
+        if wanted.shape[1] > self.max_logprobs:
+            return refused(400, f"Set max_logprobs (--max-logprobs) to at least {wanted.shape[1]}.")
+        logp = self._logp(ids)[params["prompt_logprob_start"] :]
+        if len(logp) != len(wanted):
+            return refused(400, f"prompt_logprob_token_ids has {len(wanted)} rows, but {len(logp)} are scored.")
+        values = logp.gather(1, torch.from_numpy(wanted)).numpy()
+        return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": packed(values)})
+
+
+def packed(values: np.ndarray) -> str:
+    """An array as the server sends it."""
+    file = io.BytesIO()
+    np.save(file, values)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def refused(status: int, why: str) -> Said:
+    return Said(status=status, body={"error": {"message": why, "type": "BadRequestError", "code": status}})
+
+
+@contextmanager
+def running(*engines: Engine) -> Iterator[list[str]]:
+    """The addresses of the engines, which answer until the block ends."""
+    if not engines:
+        yield []
+        return
+    with listening(engines[0].answer) as url, running(*engines[1:]) as others:
+        engines[0].url = url
+        yield [url, *others]
+
+
+def spoilt(change: Callable[[dict[str, Any]], Any], times: int = 10**9) -> Callable[[Arrived, Said], Said]:
+    """A fault that changes the body of the first `times` scores of responses."""
+    left = [times]
+
+    def fault(arrived: Arrived, said: Said) -> Said:
+        ids = arrived.request.get("prompt") or arrived.request.get("token_ids") or ()
+        if len(ids) in (0, 24) or left[0] <= 0:
+            return said
+        left[0] -= 1
+        changed = change(said.body)
+        return changed if isinstance(changed, Said) else replace(said, body=changed)
+
+    return fault
