@@ -55,7 +55,7 @@ def test_forward_tail_equals_oracle_and_has_gradient_p_minus_q(k: int):
         assert 0.0 <= value.item() <= oracle.forward_kl(s, t) + 1e-12
 
 
-def test_forward_raw_is_negative_where_student_has_more_mass_on_support():
+def test_forward_raw_is_negative_where_support_has_too_much_mass():
     student, teacher = [3.0, 3.0, *[0.0] * 6], [2.0, 2.0, *[1.0] * 6]
     s, t = oracle.log_softmax(student)[:2], oracle.log_softmax(teacher)[:2]
     got = {

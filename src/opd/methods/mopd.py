@@ -17,13 +17,14 @@ Capability Integration in LLM Post-Training", arXiv 2606.30406.
 | 1/abs(y) | `average="sequence"` |
 
 Direction: towards the teacher of the prompt's domain, and up the reward. Without reward the mean gradient over y ~ mu
-is that of KL(p||q_d), as far as w is not 0. One prompt has one teacher: the teachers are not averaged. The reward makes
-the fixed point another than the teacher. Its part is the same for all tokens of a response, the log-ratio is not.
-A group of equal rewards has the log-ratio alone.
+is that of KL(p||q_d) on the tokens that truncation kept. Nothing is renormalised. One prompt has one teacher: the
+teachers are not averaged. The reward makes the fixed point another than the teacher. Its part is the same for all
+tokens of a response, the log-ratio is not. A group of equal rewards has the log-ratio alone.
 
-No number for alpha and the bounds was found in the two papers: 1 is ours, 0.2 and 5 are those of THUDM/slime pull
-request 2051, whose alpha is 0. In summaries of 2606.30406 its losses are the reverse KL on the whole vocabulary and, on
-k tokens, sum p log(p/q) - p + q: `reverse_kl` and `topk_reverse_kl` with `form="stop_gradient"`, with tasks.
+The formulas were read in summaries of the two papers and in THUDM/slime pull request 2051. The summaries name no number
+for alpha and the bounds: 1 is ours, 0.2 and 5 are those of slime, whose alpha is 0. The losses of 2606.30406 are there
+the reverse KL on the whole vocabulary and, on k tokens, sum p log(p/q) - p + q: `reverse_kl`, and `topk_reverse_kl`
+with `form="stop_gradient"`, with tasks.
 
 Differs from the paper: sampler and trainer are one model, so w differs from 1 only under truncated sampling, where it
 is the mass that was kept. The reward is the recipe's, not an outcome reward model.

@@ -1,7 +1,7 @@
 """TOP-D: the log-ratio to a mixture of teacher and student, with the mean of later tokens, standardised by group.
 
 Xie et al., "Trust Region Policy Distillation", arXiv 2607.04751, eq. 6 and 8, Algorithm 1; PrimeIntellect-ai/prime-rl
-pull request 2966 (`topd`), from which the details come.
+pull request 2966 (`topd`), from which the details come; the paper was read in notes.
 
     r_t = log(alpha q(y_t) / p(y_t) + 1 - alpha)                at least log(1 - alpha)
     R_t = r_t + (1 / (|y| - t)) sum_{j > t} r_j                 R = r at the last token
