@@ -32,9 +32,10 @@ sys.path.insert(0, str(HERE.parent / "tests"))
 COMBINED = ["vopd+eff_opd", "prune_opd+eff_opd", "anti_sd+eff_opd", "topk_reverse_kl+eff_opd", "opd+eff_opd"]
 COMBINED += ["extrapolated_opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
-SELF_TAUGHT = ("context_distillation", "anti_sd", "visd", "grpo", "ropd")
+SELF_TAUGHT = ("context_distillation", "opsd", "sdft", "sdpo", "anti_sd", "visd", "grpo", "ropd")
 POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "iw_opd")
-POLICY_GRADIENTS += ("extrapolated_opd", "local_support_matching")
+POLICY_GRADIENTS += ("extrapolated_opd", "local_support_matching", "mopd", "top_d")
+REWARDED = ("grpo", "anti_sd", "uni_opd", "sdpo", "mopd", "anti_sd+eff_opd")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.
 VALUES: dict[str, list[Any]] = {
@@ -57,6 +58,9 @@ VALUES: dict[str, list[Any]] = {
     "strength": [0.5, 1.0, 1.3],
     "bound": [1.2, 5.0],
     "least_mass": [0.0, 0.5],
+    "alpha": [0.2, 1.0],
+    "least_ratio": [0.2, 1.0],
+    "most_ratio": [1.0, 5.0],
     "rounds": [1, 2],
     "opening": ["{prompt}"],
     "reply": ["{prompt}{debate}"],
@@ -77,7 +81,7 @@ def drawn(rng: random.Random) -> dict[str, Any]:
     names = ["only"] if rng.random() < 0.7 else ["first", "second"]
     n = (
         rng.choice([2, 3])
-        if set(method.split("+")) & {"grpo", "ropd", "anti_sd", "uni_opd", "visd"}
+        if set(method.split("+")) & {"grpo", "ropd", "anti_sd", "uni_opd", "visd", "sdpo", "mopd", "top_d"}
         else rng.choice([1, 2, 3])
     )
     plain = rng.random() < 0.8 and bool(set(method.split("+")) & {*POLICY_GRADIENTS})
@@ -152,7 +156,7 @@ def task(rng: random.Random, method: str, chat: bool, n: int, plain: bool) -> di
     if method == "ropd":
         asked = {"column": "response", "max_failed": 1.0}
         found["reward"] = {"name": "rubric", "options": asked, "judge": {"function": "fuzz_judge:judge"}}
-    elif rng.random() < 0.5 or "eff_opd" in method or method in ("grpo", "anti_sd", "uni_opd", "anti_sd+eff_opd"):
+    elif rng.random() < 0.5 or "eff_opd" in method or method in REWARDED:
         found["reward"] = reward(rng)
     if rng.random() < 0.2:
         settings = {"greedy": {"temperature": 0, "max_completion_length": 2}, "drawn": sampling(rng)}

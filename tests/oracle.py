@@ -671,6 +671,50 @@ def early(ratios: Sequence[float], gamma: float, epsilon: float = 1e-8) -> list[
     return [(1 + gamma * (1 - math.fsum(abs(b) for b in ratios[:t]) / total)) * a for t, a in enumerate(ratios)]
 
 
+def proximal(groups: Sequence[Sequence[Sequence[float]]], alpha: float) -> list[list[list[float]]]:
+    """TOP-D, eq. 8: from log q - log p by group, response and token, the z-scores of r_t + the mean of later r."""
+    out: list[list[list[float]]] = []
+    for group in groups:
+        returns: list[list[float]] = []
+        for ratios in group:
+            r = [math.log(alpha * math.exp(u) + 1 - alpha) for u in ratios]
+            returns.append(
+                [a + (math.fsum(r[t + 1 :]) / len(r[t + 1 :]) if r[t + 1 :] else 0.0) for t, a in enumerate(r)]
+            )
+        flat = [value for row in returns for value in row]
+        mean = math.fsum(flat) / len(flat)
+        spread = math.sqrt(math.fsum((value - mean) ** 2 for value in flat) / (len(flat) - 1)) if len(flat) > 1 else 0.0
+        out.append([[(value - mean) / spread if spread > 0 else 0.0 for value in row] for row in returns])
+    return out
+
+
+def within_bounds(logp: float, old_logp: float, advantage: float, least: float, most: float) -> tuple[float, float]:
+    """MOPD, eq. 7-8: (loss, dloss/dlogp) of -w A log p, w = p/mu within the bounds and 0 outside, constant."""
+    ratio = math.exp(logp - old_logp)
+    weight = ratio if least <= ratio <= most else 0.0
+    return -weight * advantage * logp, -weight * advantage
+
+
+def grad_forward_kl_tail(student: Sequence[float], teacher: Sequence[float], support: Sequence[int]) -> list[float]:
+    """sum_T q log(q/p) + (1-Q) log((1-Q)/(1-P)): p_j - q_j in T, p_j (Q - P) / (1 - P) elsewhere. verl issue 7856."""
+    p, q = softmax(student), softmax(teacher)
+    rest_p = math.fsum(p[v] for v in range(len(p)) if v not in support)
+    rest_q = math.fsum(q[v] for v in range(len(q)) if v not in support)
+    return [p[j] - q[j] if j in support else p[j] * (rest_p - rest_q) / rest_p for j in range(len(p))]
+
+
+def clipped(divergence: Divergence, most: float) -> Divergence:
+    """OPSD's code: each token adds at most `most`."""
+    return lambda student, teacher: math.fsum(
+        min(divergence([s], [t]), most) for s, t in zip(student, teacher, strict=True)
+    )
+
+
+def clipped_slope(divergence: Divergence, slope: Slope, most: float) -> Slope:
+    """Its slope: none for a token at the bound."""
+    return lambda p, q: slope(p, q) if divergence([math.log(p)], [math.log(q)]) <= most else 0.0
+
+
 def discounted(rewards: Sequence[float], gamma: float) -> list[float]:
     """sum_{t' >= t} gamma^(t' - t) r_t', the sum written out for every t. Revisiting eq. 3."""
     n = len(rewards)

@@ -257,6 +257,11 @@ def test_files_and_functions_are_short():
                 assert node.end_lineno - node.lineno < limit, f"{file}: {node.name}"
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_method_file_fits_a_screen_of_80_lines(name):
+    assert (SOURCE / "opd" / "methods" / f"{name}.py").read_text().count("\n") <= 80
+
+
 def test_design_page_quotes_loop_of_train():
     """All lines of it but the clock's, in their order; comments apart."""
 

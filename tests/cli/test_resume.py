@@ -178,6 +178,35 @@ REMEMBERING: dict[str, dict[str, Any]] = {
 }
 
 
+HINTED = {"template": "{privileged_context}{prompt}"}
+REWARDED = {"reward": {"name": "final_number"}, "sampling": {"max_completion_length": 3, "n": 2}}
+PRESETS: dict[str, dict[str, Any]] = {
+    "sdpo": {
+        "options": {**HINTED, "k": 4, "decay": 0.7, "otherwise": "privileged_context"},
+        "teacher": None,
+        **REWARDED,
+    },
+    "sdft": {"options": {**HINTED, "decay": 0.7}, "teacher": None},
+    "opsd": {"options": {**HINTED, "clip": 0.05}, "teacher": None},
+    "mopd": {"options": {"reward": 0.5}, **REWARDED},
+    "top_d": {"sampling": {"max_completion_length": 3, "n": 2}},
+    "topk_forward_kl": {"options": {"k": 4}},
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_resume_gives_equal_run_of_preset(tmp_path: Path, forks: Forks, name: str):
+    recipe = one_stage(steps=6, checkpoint={"every": 2}, method=name, **PRESETS[name])
+    whole = prepare(tmp_path / "whole", recipe)
+    assert forks.start(whole, *TRAIN).code == 0
+    folder = prepare(tmp_path / "killed", recipe)
+    assert forks.start(folder, *TRAIN, strike=Strike(call="opd.loss.step.loss_of", nth=4)).code == -signal.SIGKILL
+    again = forks.start(folder, *TRAIN)
+    assert again.code == 0, again.err
+    assert "distil: continuing after step 2 of 6" in again.out
+    assert_same(folder / "run", whole / "run")
+
+
 @pytest.mark.parametrize("model", [{}, {"lora": {"rank": 2}}], ids=["full weights", "lora"])
 def test_resume_restores_ema_teacher(tmp_path: Path, forks: Forks, model: dict[str, Any]):
     whole = prepare(tmp_path / "whole", self_taught(**model))

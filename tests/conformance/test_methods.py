@@ -180,6 +180,37 @@ def beyond(strength: float, clip: str = "teacher/student", bound: float = 5.0) -
     return (lambda at: slope(at) * at.student_logp), (lambda at: at.along_token(slope(at)))
 
 
+def bounded(least: float = 0.2, most: float = 5.0, reward: float = 0.0) -> tuple[Loss, Slope]:
+    """MOPD: the log-ratio and the group's reward, with an importance weight that is 0 outside two bounds."""
+
+    def both(at: Position) -> tuple[float, float]:
+        advantage = at.log_ratio + reward * at.advantage
+        return oracle.within_bounds(at.student_logp, at.sampler_logp, advantage, least, most)
+
+    return (lambda at: both(at)[0]), (lambda at: at.along_token(both(at)[1]))
+
+
+def standardised(alpha: float = 0.2, clip: float = 0.2, **rest: Any) -> Case:
+    """TOP-D."""
+
+    def credit(rollouts: Sequence[Rollout], positions: Sequence[Sequence[Position]]) -> list[list[float]]:
+        out = [[0.0] * len(row) for row in positions]
+        for group in dict.fromkeys(rollout.prompt.id for rollout in rollouts):
+            kept = [
+                (i, [t for t, counts in enumerate(rollout.trained.tolist()) if counts])
+                for i, rollout in enumerate(rollouts)
+                if rollout.prompt.id == group
+            ]
+            ratios = [[positions[i][t].log_ratio for t in places] for i, places in kept]
+            for (i, places), row in zip(kept, oracle.proximal([ratios], alpha)[0], strict=True):
+                for t, value in zip(places, row, strict=True):
+                    out[i][t] = value
+        return out
+
+    settings = {"alpha": alpha, "clip": clip, **rest.pop("options", {})}
+    return case(clipped(clip, clip), settings, credit=credit, **{"average": "token", "learns": False, **rest})
+
+
 def coupled() -> tuple[Loss, Slope]:
     """The policy gradient with an advantage from phase A."""
     return (lambda at: -at.advantage * at.student_logp), (lambda at: at.along_token(-at.advantage))
@@ -261,6 +292,16 @@ def compared(
         return oracle.grad_on_support(slope, form, at.student, at.teacher, ids) if ids else [0.0] * len(at.student)
 
     return loss, gradient
+
+
+def bounded_entries(divergence: str, most: float, **settings: float) -> tuple[Loss, Slope]:
+    """A divergence on the whole vocabulary, of which each entry adds at most `most`."""
+    value, slope = (partial(function, **settings) for function in VALUES[divergence])
+    cut, cut_slope = oracle.clipped(value, most), oracle.clipped_slope(value, slope, most)
+    return (
+        lambda at: cut(oracle.log_softmax(at.student), oracle.log_softmax(at.teacher)),
+        lambda at: oracle.grad_on_support(cut_slope, "raw", at.student, at.teacher, range(len(at.student))),
+    )
 
 
 def in_turn(beta: float) -> tuple[Loss, Slope]:
@@ -499,6 +540,14 @@ CASES: dict[str, list[Case]] = {
         topk(k=2, by="symmetric_difference", with_sampled=True, form="raw", fixed_point=False),
         case(compared("reverse_kl", k=4, by="intersection", form="renormalised"), {"k": 4}, learns=False),
     ],
+    "topk_forward_kl": [
+        case(compared("forward_kl", k=5), {"k": 5}, average="token"),
+        *(
+            case(compared("forward_kl", k=3, form=form), {"k": 3, "form": form}, average="token", learns=False, **rest)
+            for form, rest in {"raw": {"fixed_point": False}, "stop_gradient": {}, "renormalised": {}}.items()
+        ),
+        case(compared("forward_kl", k=3), {"k": 3, "average": "sequence", "temperature": 0.7}, learns=False),
+    ],
     "rethinking_opd": [
         rethinking(),
         rethinking(by="intersection"),
@@ -561,6 +610,19 @@ CASES: dict[str, list[Case]] = {
         case(coupled(), average="token", early=0.5),
         case(coupled(), {"gamma": 3.0, "average": "sequence"}, early=3.0, learns=False),
         case(coupled(), {"gamma": 0.0}, average="token", early=0.0, learns=False),
+    ],
+    "top_d": [
+        standardised(learns=True),
+        standardised(alpha=1.0, clip=0.1, options={"average": "sequence"}, average="sequence"),
+        standardised(alpha=0.6),
+    ],
+    "mopd": [
+        case(bounded(reward=1.0), fixed_point=False, learns=False),
+        case(bounded(), {"reward": 0.0}),
+        case(bounded(0.8, 1.0), {"reward": 0.0, "least_ratio": 0.8, "most_ratio": 1.0}, learns=False),
+        case(
+            bounded(reward=0.3), {"reward": 0.3, "average": "token"}, average="token", fixed_point=False, learns=False
+        ),
     ],
     "extrapolated_opd": [
         case(beyond(1.15), average="token", fixed_point=False, learns=False),
@@ -678,6 +740,45 @@ CASES: dict[str, list[Case]] = {
         case(in_turn(0.5), {"rounds": 0, "beta": 0.5}),
         case(in_turn(0.2), {"rounds": 0, "beta": 0.2, "average": "token"}, average="token", learns=False),
     ],
+    "opsd": [
+        case(compared("generalised_jsd", beta=0.5), {"template": HINT}, average="token"),
+        case(
+            bounded_entries("forward_kl", 0.05),
+            {"template": HINT, "beta": 0.0, "clip": 0.05, "teacher": "live"},
+            average="token",
+            learns=False,
+        ),
+        case(
+            compared("reverse_kl", k=3),
+            {"template": HINT, "beta": 1.0, "k": 3, "teacher": "ema", "average": "sequence", "temperature": 0.7},
+            learns=False,
+        ),
+    ],
+    "sdft": [
+        case(compared("forward_kl"), {"template": HINT, "decay": 1.0}),
+        case(
+            compared("reverse_kl"), {"template": HINT, "beta": 1.0, "average": "token"}, average="token", learns=False
+        ),
+        case(compared("generalised_jsd", k=3, beta=0.3), {"template": HINT, "beta": 0.3, "k": 3}, learns=False),
+    ],
+    "sdpo": [
+        case(
+            compared("generalised_jsd", k=9, by="student"),
+            {"template": HINT, "k": 9, "decay": 1.0, "otherwise": "privileged_context"},
+            average="token",
+        ),
+        case(
+            compared("reverse_kl", k=3, by="student"),
+            {"template": HINT, "beta": 1.0, "k": 3, "otherwise": "privileged_context", "average": "sequence"},
+            learns=False,
+        ),
+        case(
+            compared("forward_kl"),
+            {"template": HINT, "beta": 0.0, "k": None, "otherwise": "privileged_context", "temperature": 0.7},
+            average="token",
+            learns=False,
+        ),
+    ],
     "context_distillation": [
         case(compared("reverse_kl"), ALL_TOKENS),
         case(compared("reverse_kl"), {**ALL_TOKENS, "prefill": "ab"}, fixed_point=False, learns=False),
@@ -708,7 +809,7 @@ CASES: dict[str, list[Case]] = {
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
 NO_FIXED_POINT = {"sft", "grpo", "copd", "anti_sd", "ropd", "visd"}
 NO_TARGET = {"grpo", "copd", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
-CLIPPED = {"uni_opd"}  # a policy gradient with a clip, beside a teacher
+CLIPPED = {"uni_opd", "top_d", "mopd"}  # a policy gradient with a clip, beside a teacher
 
 
 def label(name: str, one: Case) -> str:
@@ -1064,12 +1165,14 @@ def test_method_gradient_is_byte_equal_when_repeated(name: str, one: Case):
 
 @every(lambda one: one.fixed_point)
 def test_method_gradient_is_zero_when_teacher_is_student(name: str, one: Case):
-    options = {**one.options, "template": "{prompt}"} if "template" in one.options else one.options
-    method = methods.build(name, options)
+    own = "template" in one.options  # of a self-teacher, for which there is nothing more to read
+    method = methods.build(name, {**one.options, "template": HINT} if own else one.options)
     student = tiny(padding_rows=3)
     same = frozen_copy(student)
     teacher = teacher_of(method, student, same)
-    rollouts = masked(write(method, student, same, PROMPTS, SAMPLING))
+    prompts = [replace(prompt, privileged_context="") for prompt in PROMPTS] if own else PROMPTS
+    rollouts = masked(write(method, student, same, prompts, SAMPLING))
+    rollouts = [replace(rollout, reward=0.0) for rollout in rollouts] if own else rollouts  # no right peer
     got = step(method, student, teacher, rollouts)
     assert got.norm < FIXED * scene(name, one).step().norm
 

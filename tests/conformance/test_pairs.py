@@ -33,6 +33,10 @@ SMALL: dict[str, dict[str, Any]] = {
     | {"turn": "{text}", "tag": r"2(\d)"},
     "anti_sd": {"template": "{privileged_context}{prompt}"},
     "uni_opd": {"balance": 1.0},
+    "topk_forward_kl": {"k": 4},
+    "opsd": {"template": "{privileged_context}{prompt}"},
+    "sdft": {"template": "{privileged_context}{prompt}"},
+    "sdpo": {"k": 4, "otherwise": "privileged_context", "template": "{privileged_context}{prompt}"},
     "visd": {"k": 4, "hint": "privileged_context", "template": "{privileged_context}{prompt}"},
     "prune_opd": {"k": 4, "budget": 3, "budget_min": 2, "budget_max": 4, "budget_step": 1, "margin": 1},
 }

@@ -170,6 +170,14 @@ SCENARIOS = {
         prompts_per_step=3,
         **GROUPS,
     ),
+    "full tied, from right responses": recipe(
+        tied=True,
+        method="sdpo",
+        options={"template": EMA["template"], "k": 4, "decay": 0.7, "otherwise": "privileged_context"},
+        prompts_per_step=3,
+        **GROUPS,
+    ),
+    "lora, standardised by group": recipe(LORA, method="top_d", prompts_per_step=3, **{**GROUPS, "teacher": "teacher"}),
     "full tied, in the order of outcomes": recipe(
         tied=True,
         method="uni_opd",

@@ -25,6 +25,12 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "iw_opd": {},
+    "top_d": {},
+    "mopd": {"reward": 0.5},
+    "topk_forward_kl": {"k": 3},
+    "opsd": {"template": "{privileged_context}9{prompt}", "clip": 0.05},
+    "sdft": {"template": "{privileged_context}9{prompt}"},
+    "sdpo": {"template": "{privileged_context}9{prompt}", "k": 3, "decay": 0.8},
     "eff_opd": {"prompts": 4},
     "extrapolated_opd": {"strength": 1.3, "bound": 1.5},
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
@@ -87,7 +93,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         stage |= {"peers": ["teacher"], "task_order": "mixed", "prompts_per_step": 8}
         rewards = {"student": "7", "teacher": "1"}
         stage["tasks"] = {name: {**own, "train": name, "reward": regex(one)} for name, one in rewards.items()}
-    elif method not in ("context_distillation", "grpo", "anti_sd"):
+    elif method not in ("context_distillation", "opsd", "sdft", "sdpo", "grpo", "anti_sd"):
         stage["teacher"] = "teacher"
     if method == "extrapolated_opd":
         stage["base"] = "base"
@@ -107,7 +113,8 @@ def recipe_of(method: str, folder: Path) -> dict:
 def measure(method: str) -> dict[str, list[float]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        answers = [{"answer": str(n % 9)} if method == "brts" else {} for n in range(10, 20)]
+        columns = {"brts": "answer", "opsd": "privileged_context", "sdft": "privileged_context"}
+        answers = [{columns[method]: str(n % 9)} if method in columns else {} for n in range(10, 20)]
         rows = [{"prompt": str(n), **answer} for n, answer in zip(range(10, 20), answers, strict=True)]
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         rows = opd.run(recipe_of(method, folder), quiet=True).metrics

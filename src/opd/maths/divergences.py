@@ -86,6 +86,24 @@ DIVERGENCES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def clipped(divergence: Divergence, most: float) -> Divergence:
+    """sum min(c(p, q), most), [..., K] -> [...]: a token adds at most `most`, and has no gradient above it.
+
+    The released code of arXiv 2601.18734. Contributions below 0 stay, so the sum may be negative. Raises ConfigError
+    for a bound that is not positive and finite.
+    """
+    if not 0.0 < most < math.inf:
+        raise ConfigError(
+            f"The bound of a token's contribution to a divergence must be positive and finite, got {most}. Leave it "
+            "out for no bound."
+        )
+
+    def bounded(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
+        return divergence(student_logp[..., None], teacher_logp[..., None]).clamp(max=most).sum(-1)
+
+    return bounded
+
+
 def named(divergence: str | Divergence, **options: float | str) -> Divergence:
     """The divergence of that name, or the given function, with options bound.
 

@@ -26,13 +26,19 @@ from opd.methods.grpo import grpo
 from opd.methods.iw_opd import iw_opd
 from opd.methods.local_support_matching import local_support_matching
 from opd.methods.mad_opd import mad_opd
+from opd.methods.mopd import mopd
 from opd.methods.opd import opd
+from opd.methods.opsd import opsd
 from opd.methods.prune_opd import prune_opd
 from opd.methods.rethinking_opd import rethinking_opd
 from opd.methods.reverse_kl import reverse_kl
 from opd.methods.ropd import ropd
+from opd.methods.sdft import sdft
+from opd.methods.sdpo import sdpo
 from opd.methods.sft import sft
 from opd.methods.simct import simct
+from opd.methods.top_d import top_d
+from opd.methods.topk_forward_kl import topk_forward_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
 from opd.methods.uld import uld
 from opd.methods.uni_opd import uni_opd
@@ -48,11 +54,17 @@ METHODS: dict[str, Callable[..., Method]] = {
     "reverse_kl": reverse_kl,
     "forward_kl": forward_kl,
     "topk_reverse_kl": topk_reverse_kl,
+    "topk_forward_kl": topk_forward_kl,
     "rethinking_opd": rethinking_opd,
     "local_support_matching": local_support_matching,
     "context_distillation": context_distillation,
+    "opsd": opsd,
+    "sdft": sdft,
+    "sdpo": sdpo,
     "vopd": vopd,
     "iw_opd": iw_opd,
+    "top_d": top_d,
+    "mopd": mopd,
     "eff_opd": eff_opd,
     "extrapolated_opd": extrapolated_opd,
     "anti_sd": anti_sd,

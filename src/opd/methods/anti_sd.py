@@ -8,9 +8,8 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
     A_{i,t} = (R_i - mean R) / std R - lambda sg[phi(u_{i,t})],     lambda = g lambda_max
     g       = 0 if H < 0.93 H_warm, 1 if H >= H_warm, else as it was
 
-    released  u' = clip(u 1[|u| <= 2 sigma], -5, 5),   X_i = exp(-mean_t log q(y_t)),   P = 0.93 median X of the warm-up
-              A_{i,t} = (R_i - mean R) / std R - lambda_i clip((phi(u'_t) - mean_t phi) / std_t phi, -5, 5)
-              lambda_i = g clip(0.2 log(X_i / P), 0, lambda_max),   0 where X_i > 3
+    released  A_{i,t} = (R_i - mean R) / std R - lambda_i clip((phi(u'_t) - mean_t phi) / std_t phi, -5, 5)
+              u' = clip(u 1[|u| <= 2 sigma], -5, 5),   lambda_i = g clip(0.2 log(X_i / P), 0, lambda_max)
 
 | paper | here |
 |---|---|
@@ -19,35 +18,31 @@ Shen et al., "Anti-Self-Distillation for Reasoning RL via Pointwise Mutual Infor
 | A^seq | `credit.group_reward` |
 | -phi(u), ascent of JSD; -u, ascent of KL(p || q) | `credit.diverge_from_teacher`, `shape` |
 | lambda_max, W, 0.93 | `strength`, `warm_up`, `closes_below` |
-| g, H, H_warm | `gates.EntropyGate`; with `gate=False`, the paper's "no gate", it is only logged |
+| g, H, H_warm | `gates.gated_ascent`; with `gate=False`, the paper's "no gate", it is only logged |
 | GRPO's loss, clip ratio 0.2 | `signals.policy_gradient`, `clip` |
-| the launcher of the released code | `form="released"`: `perplexity_gate.PerplexityGate`, `credit.standardised` |
+| the launcher of the released code | `form="released"`: `perplexity_gate.gated_ascent` |
 
 Self-distillation, A^seq + lambda u, rewards tokens that the solution makes likelier and punishes "wait" and "maybe".
 Here the sign is reversed, and phi bounds a token's gain by (log 2) / 2. Sums of u over a response telescope to
 log p(c | x, y) - log p(c | x) (Lemma 3).
 
-The released form is another method in some respects. It standardises the term within each response, which undoes the
-bound and leaves only differences between a response's tokens. The gate follows the teacher's perplexity and opens again
-at 1.07 of the median; c is a right peer's response alone (`solution="by_form"`). lambda_max = 0.5 never binds: with
-X <= 3 and P >= 1.01, lambda <= 0.2 log(3 / 1.01) = 0.218. With `gate=False` the released gate never closes after the
-warm-up.
+The released form is another method in some respects (`pieces/perplexity_gate.py`). It standardises the term within each
+response, which undoes the bound and leaves only differences between a response's tokens. The gate follows the teacher's
+perplexity X, and opens again at 1.07 of its median in the warm-up; with `gate=False` it never closes after that. c is a
+right peer's response alone (`solution="by_form"`).
 
 Differs from the paper: it does not specify how H_warm follows from the five steps' medians (here: their mean), the
 gate's first state (here: open), or the line breaks of the context. The solution is never the response itself. A
-response without a solution, from a right peer or the data, has only A^seq and is counted (`context/unsolved`).
-
-Differs from the released code (read as the stored text of its launcher and actor, without a commit): sigma and X come
-from whole steps over all processes, not from micro-batches; a response without a solution has lambda 0 and does not
-count in them; the solution is not cut behind its last box; the order of peers is cyclic, not random.
+response without a solution, from a right peer or the data, has only A^seq and is counted (`context/unsolved`). The
+solution is not cut behind its last box, as the released code does; the order of peers is cyclic, not random.
 """
 
+from functools import partial
 from typing import Literal
 
 from opd.method import Method
 from opd.pieces import contexts, credit, gates, normalise, perplexity_gate, signals, solutions, teacher_rules
-from opd.pieces.perplexity_gate import Settings
-from opd.types import Average, Credit, MakeMemory
+from opd.types import Average
 
 
 def anti_sd(
@@ -69,24 +64,13 @@ def anti_sd(
     `solution` names the column of the data for responses without a right peer: by_form is `privileged_context` in the
     paper's form and none in the released one.
     """
-    words = contexts.INFORMATION["verified"]["template"] if template is None else template
     by_form = "privileged_context" if form == "paper" else None
     found = solutions.from_peers(by_form if solution == "by_form" else solution)
-    memory: MakeMemory
-    away: Credit
-    if form == "paper":
-        memory = gates.entropy_gate(found, closes_below=closes_below, warm_up=warm_up)
-        ascent = credit.diverge_from_teacher(strength, found, shape=shape, allow_sign_conflict=allow_sign_conflict)
-        away = credit.scale(gates.factor, ascent) if gate else ascent
-    else:
-        settings = Settings(most=strength, closes_below=closes_below, warm_up=warm_up, closes=gate)
-        memory = perplexity_gate.perplexity_gate(found, settings)
-        ascent = credit.diverge_from_teacher(
-            1.0, found, shape=shape, ratio=perplexity_gate.moderated, allow_sign_conflict=allow_sign_conflict
-        )
-        away = credit.scale(perplexity_gate.strengths, credit.standardised(ascent, bound=5.0))
+    gated_ascent = gates.gated_ascent if form == "paper" else perplexity_gate.gated_ascent
+    ascent = partial(credit.diverge_from_teacher, found=found, shape=shape, allow_sign_conflict=allow_sign_conflict)
+    memory, away = gated_ascent(found, ascent, strength, closes_below=closes_below, warm_up=warm_up, closes=gate)
     return Method(
-        context=contexts.privileged(template=words, solutions=found),
+        context=contexts.informed("verified" if template is None else None, template=template, solutions=found),
         teacher=teacher_rules.self_live(),
         memory={"unsolved": solutions.counted(found), "gate": memory},
         credit=credit.add(credit.group_reward(), away),

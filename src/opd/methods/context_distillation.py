@@ -29,10 +29,9 @@ reads only the prompt and the response is counted (`context/unsolved`).
 
 from typing import Literal
 
-from opd.errors import ConfigError
 from opd.method import Method
 from opd.pieces import contexts, normalise, signals, solutions, supports, teacher_rules
-from opd.types import Average, ChosenBy, Context
+from opd.types import Average, ChosenBy
 
 
 def context_distillation(
@@ -52,40 +51,16 @@ def context_distillation(
     temperature: float = 1.0,
 ) -> Method:
     """Train a model to behave without the information as it does with it; `k=None` is the whole vocabulary."""
-    rules = {
-        "frozen": teacher_rules.self_frozen(),
-        "live": teacher_rules.self_live(),
-        "ema": teacher_rules.self_ema(decay),
-    }
     found = solutions.from_peers() if peers else None
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
-        context=_context(system, examples, template, prefill, information, found),
+        context=contexts.informed(
+            information, system=system, examples=examples or (), template=template, prefill=prefill, solutions=found
+        ),
         memory={} if found is None else {"unsolved": solutions.counted(found)},
-        teacher=rules[teacher],
+        teacher=teacher_rules.self_taught(teacher, decay),
         support=supports.for_renormalised(scored, ", or form: tail") if form == "renormalised" else scored,
         signal=signals.divergence(divergence, form=form),
         normalise=normalise.per(average),
         temperature=temperature,
-    )
-
-
-def _context(
-    system: str | None,
-    examples: list[tuple[str, str]] | None,
-    template: str | None,
-    prefill: str | None,
-    information: str | None,
-    found: solutions.Solutions | None,
-) -> Context:
-    if information is not None:
-        words = contexts.INFORMATION[information]
-        twice = [name for name, value in (("template", template), ("prefill", prefill)) if value and name in words]
-        if twice:
-            raise ConfigError(
-                f"`information: {information}` sets `{twice[0]}`, but the options set it too. Leave one of the two out."
-            )
-        template, prefill = words.get("template", template), words.get("prefill", prefill)
-    return contexts.privileged(
-        system=system, examples=examples or (), template=template, prefill=prefill, solutions=found
     )

@@ -15,9 +15,9 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 6-
 | stop-gradient and renormalised together (Table 1) | `form="renormalised"`, where the stop-gradient changes nothing |
 | P_S, Q_S | masses on the support, logged as support/student_mass and support/teacher_mass |
 
-The defaults are those of its Table 1 and eq. 17. We recommend `by="teacher", form="tail"`: the only form with a
-gradient of the right sign for the mass on the support; the renormalised form does not control this mass (study
-`losses`).
+The defaults are those of its Table 1 and eq. 17. We recommend `by="teacher", form="tail"`, which is "Tail-Aware Top-k
+On-Policy Distillation", arXiv 2608.14728: the only form with a gradient of the right sign for the mass on the support;
+the renormalised form does not control this mass (study `losses`). Forward KL: `topk_forward_kl`.
 
 The released code (ulab-uiuc/Open-On-Policy-Distillation, a fork of slime) asks the teacher's server for a list of its
 own top tokens. For a token v of S that the list lacks it takes the student's recorded log p(v) as log q(v). The value

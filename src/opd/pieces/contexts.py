@@ -58,6 +58,18 @@ ADVISED = (
 )
 
 
+# Templates of methods in which the student teaches itself. The last sentence of the first one is that of the released
+# code of arXiv 2601.20802, the second one is that of arXiv 2601.19897, and the wording of the third one is ours.
+SELF_TAUGHT: Mapping[str, str] = {
+    "sdpo": "{prompt}\n\nA correct solution, or feedback on an attempt:\n\n{privileged_context}\n\n"
+    "Correctly solve the original question.",
+    "sdft": "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\n"
+    "Now answer with a response of your own, including the thinking process.",
+    "opsd": "{prompt}\n\nA reference solution of this problem:\n{privileged_context}\n\n"
+    "Understand the reason for each of its steps, then derive the answer on your own, step by step.",
+}
+
+
 @cache
 def same_prompt() -> Context:
     """The teacher reads the student's prompt."""
@@ -127,6 +139,34 @@ def privileged(
         needs |= {Input.REWARD}
     columns = fields & ({"answer"} if solutions is not None else {"answer", "privileged_context"})
     return needing(context, *needs, columns=columns)
+
+
+def informed(
+    information: str | None,
+    *,
+    system: str | None = None,
+    examples: Sequence[tuple[str, str]] = (),
+    template: str | None = None,
+    prefill: str | None = None,
+    solutions: Solutions | None = None,
+) -> Context:
+    """`privileged` with the texts of `INFORMATION[information]`; None: with the given ones alone.
+
+    Raises ConfigError as `privileged`, and for a text that both give.
+    """
+    words = dict[str, str]() if information is None else INFORMATION[information]
+    twice = [name for name, value in (("template", template), ("prefill", prefill)) if value and name in words]
+    if twice:
+        raise ConfigError(
+            f"`information: {information}` sets `{twice[0]}`, but the options set it too. Leave one of the two out."
+        )
+    return privileged(
+        system=system,
+        examples=examples,
+        template=words.get("template", template),
+        prefill=words.get("prefill", prefill),
+        solutions=solutions,
+    )
 
 
 def _enriched(

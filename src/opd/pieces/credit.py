@@ -16,6 +16,9 @@ from opd.types import Batch, Credit
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Log-ratios of two equal models differ by less, in nats: the rounding of float32 log-probs.
+ROUNDING = 1e-5
+
 
 @cache
 def no_credit() -> Credit:
@@ -106,6 +109,37 @@ def early(strength: float, epsilon: float = 1e-8) -> Credit:
         return (1.0 + strength * (1.0 - share)) * ratio
 
     return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Trait.MINIMISES_DIVERGENCE)
+
+
+def proximal(alpha: float) -> Credit:
+    """z-scores of R_t = r_t + mean_{t' > t} r_t', r = log(alpha q/p + 1 - alpha) >= log(1 - alpha): arXiv 2607.04751.
+
+    log p is the log-prob recorded during sampling. The mean over a response's later trained tokens is 0 at the last
+    one. z is over all trained tokens of the responses to a prompt, with the divisor n - 1. A group whose R differ by
+    no more than rounding has A = 0: where student and teacher agree, z would be noise of variance 1. Raises
+    ConfigError unless 0 < alpha <= 1.
+    """
+    if not 0.0 < alpha <= 1.0:
+        raise ConfigError(
+            f"alpha, the teacher's share in the proximal teacher alpha q + (1 - alpha) p, lies above 0 and at most at "
+            f"1, got {alpha}. At 1 it is the teacher, and nothing bounds the log-ratio below."
+        )
+    own = math.log1p(-alpha) if alpha < 1.0 else -math.inf
+
+    def credit(batch: Batch) -> Tensor:
+        ratio = log_ratio(batch).masked_fill(~batch.mask, 0.0)
+        reward = torch.logaddexp(ratio + math.log(alpha), torch.full_like(ratio, own)).masked_fill(~batch.mask, 0.0)
+        later = reward.flip(1).cumsum(1).flip(1) - reward
+        number = batch.mask.flip(1).cumsum(1).flip(1) - 1  # of the later trained tokens, at a trained one
+        value = (reward + later / number.clamp(min=1)).masked_fill(~batch.mask, 0.0)
+        advantage = torch.zeros_like(value)
+        for group in range(int(batch.group.max()) + 1):
+            tokens = (batch.group == group)[:, None] & batch.mask
+            if int(tokens.sum()) > 1 and bool((deviation := value[tokens].std()) > ROUNDING):
+                advantage = torch.where(tokens, (value - value[tokens].mean()) / deviation, advantage)
+        return advantage
+
+    return needing(credit, Reads.TEACHER_LOGP, Reads.POLICY_LOGP, Input.GROUP, Trait.MINIMISES_DIVERGENCE)
 
 
 def log_ratio(batch: Batch) -> Tensor:

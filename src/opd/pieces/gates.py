@@ -5,17 +5,18 @@ Method(memory={"gate": entropy_gate(solutions, closes_below=0.93, warm_up=5)}, c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
+from opd.pieces import credit
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
 from opd.plugins import torch
-from opd.types import Batch, Gather, MakeMemory
+from opd.types import Batch, Credit, Gather, MakeMemory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,3 +81,14 @@ def entropy_gate(solutions: Solutions, *, closes_below: float, warm_up: int) -> 
 def factor(batch: Batch) -> float:
     """g of the batch's step, from the memory `gate`. Raises ConfigError if the method has no such memory."""
     return recalled(batch.memory, "gate", EntropyGate).factor()
+
+
+def gated_ascent(
+    found: Solutions, ascent: Callable[..., Credit], strength: float, *, closes_below: float, warm_up: int, closes: bool
+) -> tuple[MakeMemory, Credit]:
+    """The maker of the memory `gate`, and g ascent(strength); without `closes` g is only logged.
+
+    `ascent` is `credit.diverge_from_teacher` with its other arguments. Raises ConfigError as `entropy_gate` and it.
+    """
+    memory = entropy_gate(found, closes_below=closes_below, warm_up=warm_up)
+    return memory, credit.scale(factor, ascent(strength)) if closes else ascent(strength)

@@ -1,24 +1,30 @@
 """The strength and the log-ratios of AntiSD as its released code has them: by the teacher's perplexity.
 
-Method(memory={"gate": perplexity_gate(solutions)},
-       credit=scale(strengths, standardised(diverge_from_teacher(1.0, solutions, ratio=moderated), bound=5.0)))
+    u' = clip(u 1[|u| <= 2 sigma], -5, 5),   X_i = exp(-mean_t log q(y_t)),   P = 0.93 median X of the warm-up
+    A_{i,t} = -lambda_i clip((phi(u'_t) - mean_t phi) / std_t phi, -5, 5)
+    lambda_i = g clip(0.2 log(X_i / P), 0, lambda_max),   0 where X_i > 3
+
+lambda_max = 0.5 never binds: with X <= 3 and P >= 1.01, lambda <= 0.2 log(3 / 1.01) = 0.218. The code was read as the
+stored text of its launcher and actor, without a commit. Here sigma and X come from whole steps over all processes, not
+from micro-batches; a response without a solution has lambda 0 and does not count in them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
 from opd.errors import ConfigError
+from opd.pieces import credit
 from opd.pieces.memory import SavedAttributes, recalled
 from opd.pieces.needs import Input, Reads, needing
 from opd.pieces.packed import valid
 from opd.pieces.solutions import Solutions, solved
 from opd.plugins import torch
-from opd.types import Batch, Gather, MakeMemory
+from opd.types import Batch, Credit, Gather, MakeMemory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -175,3 +181,15 @@ def moderated(batch: Batch) -> Tensor:
     gate = recalled(batch.memory, "gate", PerplexityGate)
     u = batch.teacher_logp - batch.policy_logp
     return u.masked_fill(gate.outlying(u), 0.0).clamp(-gate.settings.largest, gate.settings.largest)
+
+
+def gated_ascent(
+    found: Solutions, ascent: Callable[..., Credit], strength: float, *, closes_below: float, warm_up: int, closes: bool
+) -> tuple[MakeMemory, Credit]:
+    """The maker of the memory `gate`, and the credit of the formulas above; without `closes` the gate stays open.
+
+    `ascent` is `credit.diverge_from_teacher` with its other arguments. Raises ConfigError as `Settings` and it.
+    """
+    settings = Settings(most=strength, closes_below=closes_below, warm_up=warm_up, closes=closes)
+    even = credit.standardised(ascent(1.0, ratio=moderated), bound=5.0)
+    return perplexity_gate(found, settings), credit.scale(strengths, even)

@@ -77,14 +77,15 @@ def divergence(
     return DivergencePiece(signal, IMITATES, divergence=function, shift_invariant=form == "renormalised")
 
 
-def jsd_and_limits(beta: float) -> DivergencePiece:
+def jsd_and_limits(beta: float, *, most: float | None = None) -> DivergencePiece:
     """The generalised JSD, and where it would vanish its limit divided by beta or 1 - beta.
 
-    beta = 0 is KL(q||p), beta = 1 is KL(p||q) (GKD, arXiv 2306.13649).
+    beta = 0 is KL(q||p), beta = 1 is KL(p||q) (GKD, arXiv 2306.13649). `most` bounds what a token adds
+    (`divergences.clipped`).
     """
-    if beta in (0.0, 1.0):
-        return divergence("reverse_kl" if beta else "forward_kl")
-    return divergence("generalised_jsd", beta=beta)
+    limit = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
+    function = divergences.named("generalised_jsd", beta=beta) if limit is None else divergences.named(limit)
+    return divergence(function if most is None else divergences.clipped(function, most))
 
 
 def nll() -> Signal:

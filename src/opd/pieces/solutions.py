@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from opd.pieces.filters import PASS
 from opd.pieces.memory import SavedAttributes
-from opd.pieces.needs import Input, needing
+from opd.pieces.needs import Input, Trait, needing, needs_of
 from opd.plugins import torch
-from opd.types import Batch, Gather, MakeMemory, Rollout
+from opd.types import Batch, Filter, Gather, MakeMemory, Rollout
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,6 +57,31 @@ def from_feedback() -> Solutions:
         return [rollout.feedback for rollout in rollouts]
 
     return needing(solutions, Input.FEEDBACK)
+
+
+def first_of(*found: Solutions) -> Solutions:
+    """For each response the first text that one of several gives, in their order; None if none gives any."""
+
+    def solutions(rollouts: Sequence[Rollout]) -> list[str | None]:
+        rows = zip(*(one(rollouts) for one in found), strict=True)
+        return [next((text for text in row if text is not None), None) for row in rows]
+
+    return needing(solutions, *needs_of(*found).inputs)
+
+
+def solved_alone(found: Solutions) -> Filter:
+    """Responses without a solution are not trained, and not counted in the denominator.
+
+    A step without any solution makes no update and is counted (`train/update_skipped`).
+    """
+
+    def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        return [
+            rollout if text is not None else replace(rollout, trained=torch.zeros_like(rollout.trained))
+            for rollout, text in zip(rollouts, found(rollouts), strict=True)
+        ]
+
+    return needing(keep, Input.REWARD, Input.GROUP, Trait.FILTERS, *needs_of(found).inputs)
 
 
 def showing(rollouts: Sequence[Rollout], found: Sequence[str | None]) -> list[Rollout | None]:

@@ -59,3 +59,11 @@ def self_ema(decay: float) -> TeacherRule:
     if not 0.0 <= decay <= 1.0:
         raise ConfigError(f"The decay of an EMA teacher lies between 0 (live) and 1 (frozen), got {decay}.")
     return TeacherRule(kind="self_ema", decay=decay)
+
+
+def self_taught(which: Literal["frozen", "live", "ema"], decay: float) -> TeacherRule:
+    """One of the three rules of a student that teaches itself, by name; `decay` is for "ema".
+
+    Raises ConfigError as `self_ema`.
+    """
+    return {"frozen": self_frozen, "live": self_live, "ema": lambda: self_ema(decay)}[which]()
