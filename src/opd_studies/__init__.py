@@ -32,6 +32,7 @@ from opd_studies.claims import (
     reverse,
     ropd,
     simct,
+    sparse_to_dense,
     special_tokens,
     supports,
     teacher_choice,
@@ -70,6 +71,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "anti_sd": anti_sd.run,
     "ropd": ropd.run,
     "order_margin": order_margin.run,
+    "sparse_to_dense": sparse_to_dense.run,
 }
 
 
