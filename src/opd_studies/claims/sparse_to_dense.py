@@ -7,13 +7,12 @@ bridge from the raw teacher, and above 2b alone; the bridge from the raw teacher
 of L1.
 
 Here the task is sorting four digits with 64 labels in each of L1 and L2. The raw teacher sorts half of its rows in
-falling order, which is wrong; the student nearly all in setting A, so that it almost never gets the reward, and fewer
-in setting B. Every update of every stage has 64 responses. Arms are compared at as many updates of the student, and at
-as many generated tokens as the whole recipe, those of the teacher's stage included; tokens are counted, and evaluations
-left out. Controls: GRPO on the student and
-the raw teacher's bridge on that many tokens; and the raw teacher's bridge with GRPO on the student after it, which
-spends the same updates and all labels on the student. Sizes and learning rates were chosen on a seed that is not
-reported.
+falling order, which is wrong. The student does so with nearly all in setting A, and almost never gets the reward; in
+setting B with fewer. Every update of every stage has 64 responses. Arms are compared at as many updates of the student,
+and at as many generated tokens as the whole recipe; the tokens of stage 1 count, those of evaluations do not. Controls:
+GRPO on the student, and the raw teacher's bridge, on that many tokens; and the raw teacher's bridge with GRPO on the
+student after it, which spends all labels on the student in as many updates. Sizes and learning rates were chosen on a
+seed that is not reported.
 """
 
 from __future__ import annotations
@@ -280,9 +279,8 @@ def numbers_of(trained: Sequence[Trained], before: Sequence[Trained] = ()) -> di
 def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
     """The findings: each claim, judged by the numbers."""
 
-    def both(first: str, second: str, **side: float) -> list[list[Check]]:
-        side = side or {"above": BETTER}
-        return [[gap(one, first, second, **side)] for one in numbers.values() if {first, second} <= set(one)]
+    def both(high: str, low: str) -> list[list[Check]]:
+        return [[gap(one, high, low, above=BETTER)] for one in numbers.values() if {high, low} <= set(one)]
 
     results, ablations = "2605.12483 results", "2605.12483 ablation"
     return (
@@ -297,7 +295,7 @@ def judge(numbers: Mapping[str, Numbers]) -> tuple[Finding, ...]:
             f"{results} (control)",
             *both(WHOLE, GRPO_MORE),
         ),
-        finding("From the raw teacher, 2a and 2b end below GRPO", ablations, *both(BRIDGE_RAW, GRPO, below=BETTER)),
+        finding("From the raw teacher, 2a and 2b end below GRPO", ablations, *both(GRPO, BRIDGE_RAW)),
         finding(
             "From the teacher after stage 1, 2a and 2b end above those from the raw teacher, in as many updates of the "
             "student",
