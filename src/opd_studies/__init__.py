@@ -36,6 +36,7 @@ from opd_studies.claims import (
     reverse,
     ropd,
     simct,
+    sparse_to_dense,
     special_tokens,
     supports,
     teacher_choice,
@@ -80,6 +81,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "brts": brts.run,
     "alignment": alignment.run,
     "copd": copd.run,
+    "sparse_to_dense": sparse_to_dense.run,
 }
 
 
