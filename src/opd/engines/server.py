@@ -141,7 +141,7 @@ class Connection:
         waited, busy, failed = 0.0, 0, 0
         while True:
             requests = 1 + busy + failed
-            size = {"requests": requests, "sent": requests * len(body)}
+            size: dict[str, Any] = {"requests": requests, "sent": requests * len(body)}
             sent = self._sent(verb, f"{server.url.rstrip('/')}/{path}", body)
             if isinstance(sent, bytes):
                 try:
