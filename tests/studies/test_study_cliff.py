@@ -16,6 +16,7 @@ from opd.types import Prompt
 from opd_studies.claims import cliff
 from opd_studies.worlds.lists import Beyond, lists, parses
 
+
 def test_table_and_figure_have_every_setting():
     made = cliff_numbers(claimed=True, at_five=True)
     assert {row[0] for row in cliff.table(made)} >= {*cliff.SETTINGS, "student before", "teacher"}

@@ -22,6 +22,7 @@ from opd.engines.vllm import (
 from opd.errors import ConfigError, TeacherError
 
 CONTROL = 24  # tokens of the sequence by which a server's model is recognised
+RECOGNISED_S = 30.0  # for its scores after a step: a server that hangs does not hold up the step
 OTHER_MODEL = 0.1  # nats per token, mean: above the noise of batches in bfloat16, below the distance of two models
 
 
@@ -84,7 +85,7 @@ def probe(
 def check_same(replicas: Replicas, of: Capabilities, vocabulary: int) -> None:
     """Raise TeacherError if a server that answers has another model than `probe` saw."""
     ids = control_ids(vocabulary)
-    for url, answer in replicas.each(lambda one: _control(one, of.model, ids, 0)).items():
+    for url, answer in replicas.each(lambda one: _control(one, of.model, ids, 0), RECOGNISED_S).items():
         if answer.value is None:  # a lost server: the scores came from another
             continue
         apart = float(np.abs(answer.value.logp - of.control).mean())

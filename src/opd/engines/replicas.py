@@ -9,6 +9,7 @@ request tries it again. A request goes to another server, or waits, for at most 
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import defaultdict
@@ -102,18 +103,19 @@ class Replicas:
         self.counts.failed += sum(answer.value is None for answer in run.done.values())
         return [run.done[i] for i in range(len(jobs))]
 
-    def each(self, send: Callable[[Connection], Answer[T]]) -> dict[str, Answer[T]]:
-        """The answer of every server, by its address, at the same time."""
+    def each(self, send: Callable[[Connection], Answer[T]], within_s: float = math.inf) -> dict[str, Answer[T]]:
+        """The answer of every server, by its address, at the same time. `within_s` shortens their time limit."""
         with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
-            connections = self._connected(stack)
+            connections = self._connected(stack, within_s)
             found = list(pool.map(send, connections))
         for answer in found:
             self.counts.add(answer)
         return {server.url: answer for server, answer in zip(self.servers, found, strict=True)}
 
-    def _connected(self, stack: ExitStack) -> list[Connection]:
+    def _connected(self, stack: ExitStack, within_s: float = math.inf) -> list[Connection]:
         """A failure comes back at once, without a retry: another server may answer."""
-        once = [replace(one, retries=0, patience_s=self.patience_s, concurrency=AT_ONCE) for one in self.servers]
+        settings: dict[str, Any] = {"retries": 0, "patience_s": min(self.patience_s, within_s), "concurrency": AT_ONCE}
+        once = [replace(one, timeout_s=min(one.timeout_s, within_s), **settings) for one in self.servers]
         return [stack.enter_context(server.connected()) for server in once]
 
 

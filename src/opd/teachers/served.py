@@ -77,9 +77,10 @@ class ServedTeacher(Teacher):
         ]
 
     def pop_requests(self) -> dict[str, float]:
-        """Requests, bytes and absent scores since the last call."""
-        missing, entries, self.missing, self.entries = self.missing, self.entries, 0, 0
-        return {**self.replicas.counts.pop(), "ids_missing": missing / entries if entries else 0.0}
+        """Requests, bytes, entries of supports and those of them without a score, since the last call."""
+        counts = {"ids": float(self.entries), "ids_missing": float(self.missing)}
+        self.missing = self.entries = 0
+        return {**self.replicas.counts.pop(), **counts}
 
     def _top_job(self, row: _Row, k: int) -> Job[TopScores]:
         return Job(
