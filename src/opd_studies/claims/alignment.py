@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from opd_studies.worlds.nearly_sorted import Values
 
 USE = (
-    "Read a cosine of `opd probe` beside its ceiling and its controls. Do not choose tokens by it before you have "
-    "compared with a random half of the same size."
+    "Trust a cosine of `opd probe` beside its ceiling: it equalled the exact one. Train on all tokens: the better aligned "
+    "half beat a random half at first and not in the end, and the half with the largest KL, which needs no probe, did as well."
 )
 
 
