@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from opd_studies.worlds.nearly_sorted import Values
 
 USE = (
-    "Trust a cosine of `opd probe` beside its ceiling: it equalled the exact one. Train on all tokens: the better aligned "
-    "half beat a random half at first and not in the end, and the half with the largest KL, which needs no probe, did as well."
+    "Trust a cosine of `opd probe` beside its ceiling: it equalled the exact one. Train on all tokens: the better half "
+    "by alignment beat a random half at first, not in the end, and the half with the largest KL did as well."
 )
 
 
