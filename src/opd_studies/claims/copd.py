@@ -29,7 +29,10 @@ from opd_studies.page.outcome import Check, Finding, Outcome, finding
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-USE = "Before you train several models with `copd`, train one with `grpo` on all tasks for as many generated tokens."
+USE = (
+    "Train one model with `grpo` on all tasks first: it ended above `copd` at equal updates and at equal tokens, whether "
+    "the tasks conflict or agree. Where they agree, the mean of experts that never taught each other did better too."
+)
 
 
 MIXED, MIXED_MORE, STATIC, STATIC_EXPERT, MERGED, EXPERTS, COPD, ONE, OTHER = (
