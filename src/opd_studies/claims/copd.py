@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 USE = (
-    "Train one model with `grpo` on all tasks first: it ended above `copd` at equal updates and at equal tokens, whether "
-    "the tasks conflict or agree. Where they agree, the mean of experts that never taught each other did better too."
+    "Train one model with `grpo` on all tasks first: it ended above `copd` at equal updates and at equal tokens, where "
+    "tasks conflict and where they agree. Where they agree, the mean of experts without teaching was better too."
 )
 
 
