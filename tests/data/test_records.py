@@ -22,6 +22,7 @@ from opd.types import Prompt, Rollout, ScoreRequest, Scores
 MESSAGES = ({"role": "system", "content": "é\u2028"}, {"role": "user", "content": "1+1="})
 # Negative zero, the smallest number, infinity and a NaN with a payload, which a way through text would lose.
 SPECIAL = torch.tensor([-(2**31), 1, 0x7F800000, 0x7FC12345, 0x3DCCCCCD], dtype=torch.int32).view(torch.float32)
+SINGLE = pa.list_(pa.list_(pa.int64(), 1))  # lists of lists of one entry
 INFO = {"models": {"student": "a"}, "seed": 3}
 
 
@@ -135,10 +136,10 @@ def test_file_of_two_columns_has_defaults(tmp_path):
         ({"sampler_logp": pa.array([None, [0.5, 0.25]], pa.list_(pa.float64()))}, {"sampler_logp": [0.5, 0.25]}),
         ({"trained": [None, [True, False]]}, {"trained": [True, False]}),
         ({"student_top_ids": [None, [[1, 2], [3, 4]]]}, {"student_top_ids": [[1, 2], [3, 4]]}),
-        ({"student_top_ids": pa.array([None, [[1], [3]]], pa.list_(pa.list_(pa.int64(), 1)))}, {"student_top_ids": [[1], [3]]}),
+        ({"student_top_ids": pa.array([None, [[1], [3]]], SINGLE)}, {"student_top_ids": [[1], [3]]}),
     ],
     ids=["large lists", "fixed lists", "float64", "masks", "lists of lists", "fixed lists of lists"],
-)  # fmt: skip
+)
 def test_other_widths_and_kinds_of_lists_are_read(tmp_path, columns, wanted):
     _, (row, _) = records.read_records(plain(tmp_path, **columns))
     assert {name: getattr(row, name).tolist() for name in wanted} == wanted
@@ -153,7 +154,7 @@ def test_prompt_of_structs_is_read_as_messages(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "said"),
     [
-        ({"prompt_ids": None, "prompts_ids": [[1], [2]]}, r"no column `prompt_ids`\. Did you mean 'prompts_ids'\?.*Add"),
+        ({"prompt_ids": None, "prompts_ids": [[1], [2]]}, r"no column `prompt_ids`\. Did you mean 'prompts_ids'\?"),
         ({"response_ids": [["a"], ["b"]]}, r"`response_ids` of .* has the type list<.*string>.* lists of integers"),
         ({"prompt_ids": [1, 2]}, r"`prompt_ids` of .* has the type int64, but it must hold lists of integers.*rename"),
         ({"trained": [[1], [1, 0]]}, r"`trained` .* must hold lists of booleans"),
@@ -171,7 +172,7 @@ def test_prompt_of_structs_is_read_as_messages(tmp_path):
         ({"teacher_logp": [[0.5], [0.5]]}, r"Row 1 of .*: `teacher_logp` has 1 entries"),
         ({"prompt_ids": pa.array([], records.IDS), "response_ids": pa.array([], records.IDS)}, r"has no rows\. Give"),
     ],
-)  # fmt: skip
+)
 def test_unusable_rows_are_refused_by_number(tmp_path, columns, said):
     with pytest.raises(DataError, match=said):
         list(records.read_records(plain(tmp_path, **columns)))
@@ -181,6 +182,7 @@ def test_unusable_rows_are_refused_by_number(tmp_path, columns, said):
     ("metadata", "said"),
     [
         (b"{", r"The metadata `opd` of .* is damaged.*Remove it"),
+        (b'{"format": 1, "models": 3}', r"The metadata `opd` of .* is damaged"),
         (b"[]", r"The metadata `opd` of .* is damaged"),
         (b'{"format": 2}', r"has format 2 of records, and this version of opd reads formats up to 1\. Install"),
     ],
@@ -198,6 +200,13 @@ def test_file_that_is_no_parquet_is_refused(tmp_path):
         records.open_records(tmp_path / "rows.parquet")
     with pytest.raises(DataError, match=r"row\.parquet does not exist\. Did you mean 'rows\.parquet'\?"):
         records.open_records(tmp_path / "row.parquet")
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+    ids = pa.array([[1]])
+    pq.write_table(pa.table([ids, ids, ids], ["prompt_ids", "response_ids", "prompt_ids"]), tmp_path / "rows.parquet")
+    with pytest.raises(DataError, match=r"has more than one column `prompt_ids`\. Rename all but one\."):
+        records.open_records(tmp_path / "rows.parquet")
 
 
 def test_damage_inside_a_file_is_named(tmp_path):

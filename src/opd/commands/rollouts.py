@@ -58,17 +58,21 @@ def write_rollouts(
             "sampling": asdict(settings),
         }
     )
-    counts = {"tokens": 0, "cut": 0}
+    counts = {"responses": 0, "tokens": 0, "cut": 0}
+    total = len(prompts) * settings.n
 
     def batches() -> Iterator[Any]:
         for rollouts in _written(lm, prompts, settings, top_k, seed):
+            counts["responses"] += len(rollouts)
             counts["tokens"] += sum(len(one.response_ids) for one in rollouts)
             counts["cut"] += sum(not one.finished for one in rollouts)
             yield response_batch(rollouts, schema)
+            if counts["responses"] < total:
+                say(f"{counts['responses']:,} of {total:,} responses")
 
     write_records(file, schema, batches())
     return (
-        f"{out}: {len(prompts) * settings.n:,} responses to {len(prompts):,} prompts, {counts['tokens']:,} tokens; "
+        f"{out}: {total:,} responses to {len(prompts):,} prompts, {counts['tokens']:,} tokens; "
         f"{counts['cut']:,} responses without an end"
     )
 

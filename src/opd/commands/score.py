@@ -75,7 +75,7 @@ def score_file(
     rows = survey(records)
     if request.support.student_top_k:
         _check_student_top(rows, request.support.k)
-    urls = teacher.split(",") if teacher.startswith(("http://", "https://")) else []
+    urls = [one.strip() for one in teacher.split(",")] if teacher.startswith(("http://", "https://")) else []
     if urls:
         section = {"urls": urls, "model": served_model, "api_key_env": api_key_env}
         scorer = _served(parse_section(ModelSpec, {"server": section}, WHERE), records, tokenizer, request)
@@ -89,7 +89,7 @@ def score_file(
         raise ConfigError(f"--k and --top-k count tokens of the teacher, which has {scorer.response_ids}. Lower them.")
     info = {
         **records.info,
-        "models": {**records.info.get("models", {}), "teacher": teacher},
+        "models": {**records.info["models"], "teacher": teacher},
         "request": {"support": support, "k": k, "top_k": top, "temperature": request.temperature},
     }
     schema = scored_schema(records.schema, request, info)
@@ -101,6 +101,8 @@ def score_file(
             scores = scorer.teacher.score_after([one.prompt_ids for one in rollouts], rollouts, request)
             counts.add(rollouts, scores)
             yield scored_batch(batch, scores, schema)
+            if counts.responses < records.rows:
+                say(f"{counts.responses:,} of {records.rows:,} responses")
 
     write_records(target, schema, batches())
     return f"{target}: {counts} by {teacher}"
@@ -143,7 +145,7 @@ def _served(section: ModelSpec, records: Records, tokenizer: str | None, request
     """A teacher on servers, once they have answered. Raises ConfigError."""
     assert section.server is not None
     check_addresses(section.server, WHERE)
-    path = tokenizer or records.info.get("models", {}).get("student")
+    path = tokenizer or records.info["models"].get("student")
     if path is None:
         raise ConfigError(
             f"opd score with a server compares the server's tokens with those of the ids, and {records.path} does not "
@@ -178,15 +180,15 @@ def _local(path: str, records: Records, tokenizer: str | None, micro_batch_token
 
 def _on_tokens_of_ids(lm: LanguageModel, records: Records, tokenizer: str | None) -> tuple[LanguageModel, list[str]]:
     """The teacher on the tokens that it has in common with the writer of the ids, as in training; with notes."""
-    written = records.info.get("tokens", {})
-    path = tokenizer or records.info.get("models", {}).get("student")
+    written = records.info["tokens"]
+    limit = min(lm.vocabulary, written.get("vocabulary", lm.vocabulary))
+    path = tokenizer or records.info["models"].get("student")
     if path is None:
         return lm, [f"{records.path} does not say which model wrote the ids: they are read as the teacher's"]
     if tokenizer is None and written.get("sha256") == digest_of(lm.tokenizer):
-        return replace(lm, vocabulary=min(lm.vocabulary, written["vocabulary"])), []
+        return replace(lm, vocabulary=limit), []
     common = check_same_tokens(_tokenizer(path), lm.tokenizer, ("the student", "the teacher"))
-    size = min([lm.vocabulary, common.size, *([written["vocabulary"]] if "vocabulary" in written else [])])
-    return replace(lm, vocabulary=size), common.differences(("the student", "the teacher"))
+    return replace(lm, vocabulary=min(limit, common.size)), common.differences(("the student", "the teacher"))
 
 
 def _tokenizer(path: str) -> Any:

@@ -10,21 +10,18 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from opd import __version__
+from opd.data.arrow import column_values, described, holds_messages, lists, shape_of
 from opd.data.files import missing, parquet_file
 from opd.errors import ConfigError, DataError, nearest
 from opd.files import encodings, expanded, unfit, write_atomically
 from opd.plugins import torch
 from opd.types import Prompt, Rollout, ScoreRequest, Scores
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 FORMAT = 1
 KEY = b"opd"  # of the file's metadata: JSON
@@ -56,12 +53,11 @@ SCORE: dict[str, Any] = {
     "teacher_top_ids": pa.list_(IDS),
     "teacher_top_logp": pa.list_(LOGP),
 }
-NUMBERS = {"integers": np.int64, "floating-point numbers": np.float32, "booleans": np.bool_}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Records:
-    """An open file. `info` is what its metadata says about models, sampling and scores; empty without."""
+    """A file that can be read. `info` is what its metadata says about models, sampling and scores."""
 
     path: Path
     schema: Any  # pyarrow's
@@ -76,7 +72,8 @@ class Records:
                 yield first, batch
                 first += batch.num_rows
         except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{self.path} is damaged after row {first}: {error}. Write it again.") from error
+            why = str(error).partition("\n")[0]
+            raise DataError(f"{self.path} is damaged after row {first}: {why}. Write it again.") from error
 
     def rollouts(self, first: int, batch: Any) -> list[Rollout]:
         """The responses of a batch that begins with row `first`. Raises DataError, which names the row."""
@@ -91,7 +88,7 @@ class Records:
     def _rows(self, first: int, batch: Any, kinds: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
         """(the place of a row, its values in the columns that the file has) for each row of a batch."""
         places = [f"Row {first + i} of {self.path}" for i in range(batch.num_rows)]
-        given = {name: _column(batch, name, kinds[name], places) for name in kinds if name in batch.schema.names}
+        given = {name: column_values(batch, name, kinds[name], places) for name in kinds if name in batch.schema.names}
         return [(where, {name: values[i] for name, values in given.items()}) for i, where in enumerate(places)]
 
 
@@ -107,7 +104,7 @@ def read_records(file: str | Path) -> Iterator[tuple[Rollout, Scores | None]]:
 
 
 def open_records(path: Path) -> Records:
-    """Raises DataError for a missing or unreadable file, a missing column, and a column of another type."""
+    """Raises DataError for a missing or unreadable file, and for columns that are missing or of another type."""
     if not path.is_file():
         raise missing(path)
     file = parquet_file(path)
@@ -118,11 +115,13 @@ def open_records(path: Path) -> Records:
                 f"{path} has no column `{name}`.{nearest(name, schema.names)} Its columns: {', '.join(schema.names)}. "
                 "A row needs `prompt_ids` and `response_ids`, lists of token ids. Add the column, or rename it."
             )
+    if twice := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise DataError(f"{path} has more than one column `{'`, `'.join(twice)}`. Rename all but one.")
     for name, kind in {**RESPONSE, **SCORE}.items():
         found = schema.field(name).type if name in schema.names else kind
-        if _shape(found) != _shape(kind) and not (name == "prompt" and _holds_messages(found)):
+        if shape_of(found) != shape_of(kind) and not (name == "prompt" and holds_messages(found)):
             raise DataError(
-                f"The column `{name}` of {path} has the type {found}, but it must hold {_described(kind)}. Write it "
+                f"The column `{name}` of {path} has the type {found}, but it must hold {described(kind)}. Write it "
                 f"with that type ({kind}), or rename it."
             )
     if not file.metadata.num_rows:
@@ -159,7 +158,7 @@ def response_batch(rollouts: Sequence[Rollout], schema: Any) -> Any:
         "sampler_version": [one.sampler_version for one in rollouts],
     }
     tensors = [name for name in RESPONSE if name not in columns]
-    columns |= {name: _lists([getattr(one, name) for one in rollouts], RESPONSE[name]) for name in tensors}
+    columns |= {name: lists([getattr(one, name) for one in rollouts], RESPONSE[name]) for name in tensors}
     return pa.record_batch({name: columns[name] for name in schema.names}, schema=schema)
 
 
@@ -182,9 +181,9 @@ def scored_batch(batch: Any, scores: Sequence[Scores], schema: Any) -> Any:
             known = [
                 torch.ones_like(s.teacher_logp, dtype=torch.bool) if s.scored is None else s.scored for s in scores
             ]
-            columns.append(_lists(known, MASK))
+            columns.append(lists(known, MASK))
         else:
-            columns.append(_lists([getattr(score, name) for score in scores], SCORE[name]))
+            columns.append(lists([getattr(score, name) for score in scores], SCORE[name]))
     return pa.record_batch(columns, schema=schema)
 
 
@@ -244,85 +243,6 @@ def survey(records: Records) -> Survey:
             number = 0 if top is None else top.shape[1]
             found.student_top = min(found.student_top, (number, row), key=lambda pair: pair[0])
     return found
-
-
-# --- between tensors and Arrow ---------------------------------------------------------------------------------------
-
-
-def _shape(kind: Any) -> tuple[int, str]:
-    """(the depth of lists in a type, what they hold), the same for every width of number and kind of list."""
-    depth = 0
-    while pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
-        kind, depth = kind.value_type, depth + 1
-    for what, holds in (
-        ("integers", pa.types.is_integer),
-        ("floating-point numbers", pa.types.is_floating),
-        ("booleans", pa.types.is_boolean),
-        ("texts", lambda one: pa.types.is_string(one) or pa.types.is_large_string(one)),
-    ):
-        if holds(kind):
-            return depth, what
-    return depth, str(kind)
-
-
-def _holds_messages(kind: Any) -> bool:
-    return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
-
-
-def _described(kind: Any) -> str:
-    depth, what = _shape(kind)
-    return (what, f"lists of {what}", f"lists of lists of {what}")[depth]
-
-
-def _column(batch: Any, name: str, kind: Any, rows: Sequence[str]) -> list[Any]:
-    """The values of a column by row, None for null: a Python value, or a tensor [T] or [T, K]."""
-    column = batch.column(name)
-    depth, what = _shape(kind)
-    if not depth:
-        return column.to_pylist()
-    scalars = [column[i] for i in range(len(column))]
-    return [
-        None if not one.is_valid else _tensor(one.values, depth, NUMBERS[what], f"{row}: `{name}`")
-        for one, row in zip(scalars, rows, strict=True)
-    ]
-
-
-def _tensor(values: Any, depth: int, dtype: Any, where: str) -> Tensor:
-    """One row's list as a tensor. Raises DataError, which begins with `where`, for a null or a ragged list."""
-    if values.null_count:
-        place = values.is_null().to_pylist().index(True)
-        raise DataError(f"{where} has a null at position {place}. Fill it, or make the whole value null.")
-    if depth == 1:
-        return torch.from_numpy(np.array(values.to_numpy(zero_copy_only=False), dtype=dtype))
-    lengths = set(values.value_lengths().to_pylist()) if not pa.types.is_fixed_size_list(values.type) else {0}
-    if len(lengths) > 1:
-        raise DataError(
-            f"{where} has between {min(lengths)} and {max(lengths)} entries at a position, but needs equally many at "
-            "all positions of a row. Cut or fill them."
-        )
-    flat = _tensor(values.flatten(), depth - 1, dtype, where)
-    return flat.reshape(len(values), -1) if len(values) else flat.reshape(0, 0)
-
-
-def _lists(values: Sequence[Tensor | None], kind: Any) -> Any:
-    """Tensors [T] or [T, K] as lists of a type, None as null."""
-    if all(value is None for value in values):
-        return pa.nulls(len(values), kind)
-    held = [None if value is None else value.cpu() for value in values]
-    depth, _ = _shape(kind)
-    inner = kind.value_type
-    number = (inner.value_type if depth == 2 else inner).to_pandas_dtype()
-    flat: Any = pa.array(np.concatenate([value.numpy().astype(number).ravel() for value in held if value is not None]))
-    if depth == 2:
-        widths = np.concatenate([np.repeat(value.shape[1], len(value)) for value in held if value is not None])
-        flat = pa.ListArray.from_arrays(_offsets(widths), flat, type=inner)
-    lengths = np.array([0 if value is None else len(value) for value in held])
-    absent = pa.array([value is None for value in held])
-    return pa.ListArray.from_arrays(_offsets(lengths), flat, type=kind, mask=absent)
-
-
-def _offsets(lengths: Any) -> Any:
-    return pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
 
 
 def _rollout(row: Mapping[str, Any], number: int, where: str) -> Rollout:
@@ -403,13 +323,15 @@ def _json(info: Mapping[str, Any]) -> bytes:
 
 
 def _info(text: bytes | None, path: Path) -> dict[str, Any]:
-    """What the metadata says. Raises DataError for a damaged text, and for a format of a later version."""
-    if text is None:
-        return {}
+    """What the metadata says, with `models` and `tokens`, empty without.
+
+    Raises DataError for a damaged text, and for a format of a later version.
+    """
     try:
-        info = dict(json.loads(text))
+        info = {"format": FORMAT} if text is None else dict(json.loads(text))
         number = int(info.pop("format"))
         info.pop("library", None)
+        models, tokens = ({**info.get(name, {})} for name in ("models", "tokens"))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"The metadata `opd` of {path} is damaged ({error!r}). Remove it, or write it again."
@@ -419,4 +341,4 @@ def _info(text: bytes | None, path: Path) -> dict[str, Any]:
             f"{path} has format {number} of records, and this version of opd reads formats up to {FORMAT}. Install a "
             "newer version, or remove the metadata `opd`."
         )
-    return info
+    return {**info, "models": models, "tokens": tokens}
