@@ -17,6 +17,7 @@ from support.engines import Engine, refused, running
 from support.models import DEVICE, full_logits
 from support.runs import CHARACTERS, Ended, Strike, command, sums, tiny_model, write_rows
 
+import opd
 from opd.commands.score import request_of
 from opd.data.prompts import load_prompts
 from opd.data.records import KEY, read_records
@@ -167,6 +168,7 @@ def test_file_of_two_columns_is_scored_in_place():
 def test_scored_file_says_teacher_and_request():
     scored("--teacher", "teacher", *SUPPORTS["student"])
     said = json.loads(pq.read_schema("scored.parquet").metadata[KEY])
+    assert (said["format"], said["library"]) == (1, f"opd {opd.__version__}")
     assert said["models"] == {"student": "student", "teacher": "teacher"}
     assert said["request"] == {"support": "student", "k": K, "top_k": 2, "temperature": 1.0}
     assert said["sampling"]["n"] == 2

@@ -106,7 +106,6 @@ def test_records_return_every_value_bit_for_bit(tmp_path):
 
 def test_file_says_format_and_what_it_was_made_with(tmp_path):
     said = json.loads(pq.read_schema(written(tmp_path, [rollout(0)])).metadata[records.KEY])
-    assert said.pop("library").startswith("opd ")
     assert said == {"format": 1, **INFO}
 
 
@@ -234,6 +233,27 @@ def test_scored_file_keeps_other_columns(tmp_path):
     assert table["info"].to_pylist() == extra["info"].to_pylist()
     assert table["teacher_logp"].to_pylist() == [[-2.0], [-2.0, -2.0]]
     assert table["scored"].to_pylist() == [[True], [True, True]]
+
+
+def test_file_of_datasets_is_read_and_scored_for_datasets(tmp_path):
+    """Its metadata describe columns without the scores; it reads those by their types."""
+    from datasets import Dataset
+
+    messages = [{"role": "user", "content": "a"}]
+    given = {"prompt": [messages] * 2, "prompt_ids": [[1, 2], [3]], "response_ids": [[4], [5, 6]]}
+    file = tmp_path / "rows.parquet"
+    Dataset.from_dict(given).to_parquet(file)
+    opened = records.open_records(file)
+    schema = records.scored_schema(opened.schema, ScoreRequest(support=top_k(3), top_k=1), opened.info)
+    ((first, batch),) = opened.batches()
+    rollouts = opened.rollouts(first, batch)
+    assert rollouts[0].prompt.content == tuple(messages)
+    new = [scores(one) for one in rollouts]
+    records.write_records(file, schema, iter([records.scored_batch(batch, new, schema)]))
+    found = Dataset.from_parquet(str(file), cache_dir=str(tmp_path))
+    assert found[1]["prompt"] == messages
+    assert found[1]["support_ids"] == scores(rollouts[1]).support_ids.tolist()
+    assert found[1]["teacher_support_logp"] == scores(rollouts[1]).teacher_support_logp.tolist()
 
 
 def test_write_that_ends_early_leaves_the_old_file(tmp_path):

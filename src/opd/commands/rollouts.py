@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from opd import __version__
 from opd.data.prompts import load_selected
 from opd.data.records import ROWS, response_batch, response_schema, target_of, write_records
 from opd.errors import ConfigError
@@ -51,6 +52,7 @@ def write_rollouts(
     _check_fits(lm, prompts, settings, top_k)
     schema = response_schema(
         {
+            "library": f"opd {__version__}",
             "models": {"student": model},
             "tokens": {"vocabulary": lm.vocabulary, "sha256": digest_of(lm.tokenizer)},
             "data": data["path"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from opd import __version__
 from opd.data.records import (
     Records,
     Survey,
@@ -89,6 +90,7 @@ def score_file(
         raise ConfigError(f"--k and --top-k count tokens of the teacher, which has {scorer.response_ids}. Lower them.")
     info = {
         **records.info,
+        "library": f"opd {__version__}",
         "models": {**records.info["models"], "teacher": teacher},
         "request": {"support": support, "k": k, "top_k": top, "temperature": request.temperature},
     }

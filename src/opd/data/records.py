@@ -15,7 +15,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from opd import __version__
 from opd.data.arrow import column_values, described, holds_messages, lists, shape_of
 from opd.data.files import missing, parquet_file
 from opd.errors import ConfigError, DataError, nearest
@@ -319,7 +318,7 @@ def _content(row: Mapping[str, Any], where: str) -> str | tuple[Mapping[str, Any
 
 
 def _json(info: Mapping[str, Any]) -> bytes:
-    return json.dumps({"format": FORMAT, "library": f"opd {__version__}", **info}).encode()
+    return json.dumps({"format": FORMAT, **info}).encode()
 
 
 def _info(text: bytes | None, path: Path) -> dict[str, Any]:
@@ -328,10 +327,9 @@ def _info(text: bytes | None, path: Path) -> dict[str, Any]:
     Raises DataError for a damaged text, and for a format of a later version.
     """
     try:
-        info = {"format": FORMAT} if text is None else dict(json.loads(text))
+        info: dict[str, Any] = {"format": FORMAT} if text is None else dict(json.loads(text))
         number = int(info.pop("format"))
-        info.pop("library", None)
-        models, tokens = ({**info.get(name, {})} for name in ("models", "tokens"))
+        models, tokens = (dict(info.get(name, {})) for name in ("models", "tokens"))
     except (ValueError, TypeError, KeyError) as error:
         raise DataError(
             f"The metadata `opd` of {path} is damaged ({error!r}). Remove it, or write it again."
