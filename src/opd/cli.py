@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -191,13 +192,7 @@ def evaluate(
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON")] = False,
 ) -> None:
     """Measure a model on held-out prompts or lm-eval's tasks: avg@n, pass@k with intervals, lengths, repetition."""
-    from opd.commands.waiting import set_waiting
-
-    def say(text: str) -> None:
-        typer.echo(f"eval: {text}", err=True)
-
-    quiet_libraries()
-    set_waiting(say)
+    say = _prepared("eval")
     from opd.commands.eval import evaluate_model, output, refuse_combination
     from opd.evaluation.tasks import Tasks
     from opd.recipe.yaml_text import parse_value
@@ -223,6 +218,90 @@ def evaluate(
     )
     for line in output(found, model, as_json=json, responses=responses):
         typer.echo(line)
+
+
+@app.command()
+def rollouts(
+    model: Annotated[str, typer.Argument(help="A model folder, hub id, GGUF file, or package:NAME/FILE")],
+    data: Annotated[str, typer.Option(help="Prompts: a file, reasoning_gym:TASK, ...")],
+    out: Annotated[str, typer.Option(help="The file to write: FILE.parquet")],
+    n: Annotated[int, typer.Option(help="Responses per prompt")] = 1,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    max_completion_length: Annotated[int, typer.Option()] = 256,
+    limit: Annotated[int | None, typer.Option(help="Use only the first prompts")] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
+    top_k: Annotated[
+        int, typer.Option(help="Also write the model's K most likely tokens at each position; limits no sampling")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write a model's responses to a Parquet file of records (docs/records.md)."""
+    say = _prepared("rollouts")
+    from opd.commands.rollouts import write_rollouts
+
+    if not model:
+        raise ConfigError("opd rollouts got an empty path of a model. Give a folder, a hub id or a GGUF file.")
+    named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
+    sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_completion_length": max_completion_length}
+    section = {"path": data, "limit": limit, "chat": chat, "columns": named}
+    typer.echo(write_rollouts(model, data=section, sampling=sampling, out=out, top_k=top_k, seed=seed, say=say))
+
+
+@app.command()
+def score(
+    file: Annotated[str, typer.Argument(help="Responses: a Parquet file with prompt_ids and response_ids")],
+    teacher: Annotated[
+        str, typer.Option(help="A model folder, hub id or GGUF file, or vLLM servers: http://HOST:PORT,http://...")
+    ],
+    support: Annotated[
+        str, typer.Option(help="Scored tokens: sampled, or k of the teacher or the student")
+    ] = "sampled",
+    k: Annotated[int | None, typer.Option(help="The number of tokens of the support")] = None,
+    top_k: Annotated[int, typer.Option(help="Also write the teacher's K most likely tokens")] = 0,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="The tokenizer of the ids; default: of the model that wrote the file")
+    ] = None,
+    served_model: Annotated[
+        str | None, typer.Option(help="The servers' name of the model; default: the only one")
+    ] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the servers' key")] = None,
+    out: Annotated[str | None, typer.Option(help="The file to write; default: FILE, which is replaced")] = None,
+) -> None:
+    """Add a teacher's scores to a Parquet file of responses (docs/records.md)."""
+    say = _prepared("score")
+    from opd.commands.score import score_file
+
+    if not teacher:
+        raise ConfigError("opd score got an empty path of a model. Give a folder, a hub id, a GGUF file or an address.")
+    line = score_file(
+        file,
+        teacher=teacher,
+        support=support,
+        k=k,
+        top=top_k,
+        tokenizer=tokenizer,
+        served_model=served_model,
+        api_key_env=api_key_env,
+        out=out,
+        say=say,
+    )
+    typer.echo(line)
+
+
+def _prepared(command: str) -> Callable[[str], None]:
+    """What a command's notes go to, once the process is ready to load torch."""
+    from opd.commands.waiting import set_waiting
+
+    def say(text: str) -> None:
+        typer.echo(f"{command}: {text}", err=True)
+
+    quiet_libraries()
+    set_waiting(say)
+    return say
 
 
 @app.command()

@@ -189,6 +189,13 @@ def remove_unfinished(folder: Path) -> None:
         part.unlink(missing_ok=True)
 
 
+def unfit(file: Path) -> str:
+    """Why a file cannot be written at this path; empty if it can."""
+    if file.is_dir():
+        return "is a folder"
+    return "" if file.parent.is_dir() else f"is in a folder that does not exist, {file.parent}"
+
+
 def refused(path: Path, error: OSError) -> RunError:
     why = error.strerror or str(error)
     return RunError(
@@ -218,12 +225,17 @@ def write_table(file: Path, rows: list[dict[str, Any]]) -> Path:
                 f"{file.name}: column {name!r} mixes types ({error}). Use one type there in every row."
             ) from error
     table = pa.table(columns)
-    # A column of long texts, such as rendered prompts, holds each different text once.
-    repeated: Any = [path for name in names for path in _repeating(name, columns[name].type)]
-    write_atomically(
-        file, lambda part: pq.write_table(table, part, use_dictionary=repeated, dictionary_pagesize_limit=GIB)
-    )
+    write_atomically(file, lambda part: pq.write_table(table, part, **encodings(table.schema)))
     return file
+
+
+def encodings(schema: Any) -> dict[str, Any]:
+    """The options with which pyarrow writes a Parquet file of this schema.
+
+    A column of long texts, such as rendered prompts, holds each different text once.
+    """
+    repeated = [path for column in schema for path in _repeating(column.name, column.type)]
+    return {"use_dictionary": repeated, "dictionary_pagesize_limit": GIB}
 
 
 def _repeating(name: str, kind: Any) -> list[str]:

@@ -93,6 +93,7 @@ class ReservedStep(IntEnum):
     EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training only the weights differ
     VALIDATION = 2**31 - 2  # the same for all candidates of an update
     DOCTOR = 2**31 - 3
+    RECORDS = 2**31 - 4  # `opd rollouts`
     PROBE = 2**30  # the responses; continuations of a node at depth d have the step PROBE + 1 + d
 
 

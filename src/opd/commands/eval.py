@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from opd.data.prompts import load_selected
@@ -14,7 +13,7 @@ from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, measure, student_samplers
 from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
-from opd.files import expanded, write_atomically
+from opd.files import expanded, unfit, write_atomically
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
@@ -99,8 +98,8 @@ def _own(data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: Sam
     """The held-out prompts and their reward, with notes about them."""
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     measured_by = None if reward is None else reward_of(parse_section(RewardSection, reward, "reward"))
-    if measured_by is not None and (unfit := unfit_to_measure(measured_by)):
-        raise ConfigError(f"The reward is {measured_by.name!r}, {unfit}. Use a reward that scores each response alone.")
+    if measured_by is not None and (why := unfit_to_measure(measured_by)):
+        raise ConfigError(f"The reward is {measured_by.name!r}, {why}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")
     prompts, reports = load_selected(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
     notes = [str(report) for report in reports]
@@ -191,12 +190,5 @@ def refuse_combination(
     for name, value in (("--fewshot", tasks.fewshot), ("--task-folder", tasks.folder)):
         if value is not None and not tasks.names:
             raise ConfigError(f"opd eval got {name} {value} without --tasks. Name the tasks, or leave {name} out.")
-    if responses is not None and (unfit := _unfit(expanded(responses))):
-        raise ConfigError(f"--responses {responses} {unfit}. Give the path of a file in an existing folder.")
-
-
-def _unfit(file: Path) -> str:
-    """Why the file cannot be written; empty if it can."""
-    if file.is_dir():
-        return "is a folder"
-    return "" if file.parent.is_dir() else f"is in a folder that does not exist, {file.parent}"
+    if responses is not None and (why := unfit(expanded(responses))):
+        raise ConfigError(f"--responses {responses} {why}. Give the path of a file in an existing folder.")

@@ -128,17 +128,21 @@ def _csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row]:
         ) from error
 
 
-def _parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_file(path: Path) -> Any:
+    """An open pyarrow ParquetFile. Raises DataError for a file that is not one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        file = pq.ParquetFile(path)
+        return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path} is not a readable Parquet file: {error}. Write it again, or correct `path`."
         ) from error
-    rows = (ArrowRow(row) for batch in file.iter_batches() for row in batch.to_pylist())
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    rows = (ArrowRow(row) for batch in parquet_file(path).iter_batches() for row in batch.to_pylist())
     yield from ((f"Row {index} of {path}", row) for index, row in enumerate(rows))
 
 

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import numpy as np
+    import torch
 
     from opd.engines.replicas import Replicas
     from opd.models.language_model import LanguageModel
     from opd.samplers.vllm import EngineSampler
     from opd.teachers.served import ServedTeacher
-    from opd.types import Record, Rollout
+    from opd.types import Record, Rollout, ScoreRequest
 
 
 def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method) -> list[str]:
@@ -165,21 +166,32 @@ def with_template(section: ModelSpec, students: Any) -> Any:
 
 
 def served_teacher(name: str, section: ModelSpec, student: LanguageModel, method: Method) -> ServedTeacher:
-    """The teacher, once its servers have answered. Raises ConfigError and AlignmentError."""
+    """The teacher of a stage, once its servers have answered. Raises ConfigError and AlignmentError."""
+    requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
+    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device)
+
+
+def teacher_on_servers(
+    name: str, section: ModelSpec, student: tuple[str, Any], requests: Sequence[ScoreRequest], device: torch.device
+) -> ServedTeacher:
+    """A teacher that answers `requests`, once its servers have answered. Raises ConfigError and AlignmentError.
+
+    `student`: the name and the tokenizer of the model whose ids are scored. The scores are put on `device`.
+    """
     from opd.engines.capabilities import probe
     from opd.models.vocabularies import check_same_tokens
     from opd.teachers.served import ServedTeacher, top_of
 
     server = section.server
     assert server is not None
+    students, tokenizer = student
     own = tokenizer_of(section, name)
     if own is not None:
-        check_same_tokens(student.tokenizer, own, (student.name, name))
+        check_same_tokens(tokenizer, own, (students, name))
     replicas = replicas_of(server)
-    requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
 
     def top(by_position: bool) -> int:
-        size = len(student.tokenizer)
+        size = len(tokenizer)
         return max(top_of(one, by_position and bool(one.support.student_top_k), size) or 0 for one in requests)
 
     return ServedTeacher(
@@ -188,13 +200,13 @@ def served_teacher(name: str, section: ModelSpec, student: LanguageModel, method
         capabilities=probe(
             replicas,
             server.model,
-            student.tokenizer,
+            tokenizer,
             top=top,
             by_position=max(k + 1 if (k := one.support.student_top_k) else 0 for one in requests),
         ),
-        tokenizer=with_template(section, student.tokenizer) if own is None else own,
+        tokenizer=with_template(section, tokenizer) if own is None else own,
         template_options=dict(section.template_options),
-        device=student.device,
+        device=device,
         max_failed=server.max_failed,
     )
 

@@ -60,7 +60,14 @@ class LocalTeacher(Teacher):
 
         Raises DataError for a row longer than the model's positions.
         """
-        prompt_ids = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
+        rendered = [render(c, self.lm.tokenizer, self.lm.template_options) for c in contexts]
+        return self.score_after(rendered, rollouts, request)
+
+    @torch.no_grad()
+    def score_after(
+        self, prompt_ids: Sequence[Sequence[int]], rollouts: Sequence[Rollout], request: ScoreRequest
+    ) -> list[Scores]:
+        """`score` after given ids, one sequence per rollout, which the teacher reads as they are."""
         responses = [rollout.response_ids.tolist() for rollout in rollouts]
         lengths = [len(response) for response in responses]
         self.lm.check_length(

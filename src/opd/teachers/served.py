@@ -60,10 +60,14 @@ class ServedTeacher(Teacher):
         Raises DataError for a row that is longer than the servers read, TeacherError if more than `max_failed` of the
         responses have no scores, or if a server has another model than at the start.
         """
-        rows = [
-            _Row(render(context, self.tokenizer, self.template_options), rollout, request)
-            for rollout, context in zip(rollouts, contexts, strict=True)
-        ]
+        rendered = [render(context, self.tokenizer, self.template_options) for context in contexts]
+        return self.score_after(rendered, rollouts, request)
+
+    def score_after(
+        self, prompt_ids: Sequence[Sequence[int]], rollouts: Sequence[Rollout], request: ScoreRequest
+    ) -> list[Scores]:
+        """`score` after given ids, one sequence per rollout, which the servers read as they are."""
+        rows = [_Row(ids, rollout, request) for ids, rollout in zip(prompt_ids, rollouts, strict=True)]
         self._check_lengths(rows)
         by_position = bool(request.support.student_top_k) and self.capabilities.positions
         k = top_of(request, by_position, len(self.tokenizer))
