@@ -3,7 +3,7 @@
     python benchmarks/plan.py [--quick]
 
 Every case is a step of the library in float32 on the CPU: 8 prompts of 32 tokens, 64 new tokens each, a teacher of 26M.
-Measured is the highest resident size in each phase of the third step above the size before the models were made.
+Measured is the highest resident size in each phase of the second step above the size before the models were made.
 
 The formulas count live memory. glibc keeps freed blocks below 32 MB for later ones, so there resident memory is that of
 several phases together. The worker `returned` runs with MALLOC_MMAP_THRESHOLD_=65536, with which every block above
@@ -35,7 +35,7 @@ from opd.types import Sampling
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 TEACHER = "26M"
 MIB = 2**20
-WARM_UP = 2  # steps; the first makes the moments
+SIZES_ALONE = 3  # cases that also run with glibc's settings
 PLAIN: Record = {"student": "26M", "k": 0, "checkpointing": False, "autocast": False, "tokens": 4096}
 CASES: list[Record] = [
     PLAIN | {"student": "5M"},
@@ -122,9 +122,8 @@ def measured_step(case: Record) -> Record:
     method = topk_reverse_kl(k=case["k"], by="teacher", form="tail") if case["k"] else reverse_kl()
     mine = opd_side.side(method, lm, teacher, Sampling(max_completion_length=NEW_TOKENS))
     step_prompts = prompts(PROMPTS, PROMPT_TOKENS, tok)
-    for number in range(WARM_UP):
-        phases(mine, step_prompts, number, case["tokens"], base)
-    return phases(mine, step_prompts, WARM_UP, case["tokens"], base)
+    phases(mine, step_prompts, 0, case["tokens"], base)  # makes the moments
+    return phases(mine, step_prompts, 1, case["tokens"], base)
 
 
 def phases(mine: opd_side.Side, step_prompts: list[Any], number: int, tokens: int, base: int) -> Record:
@@ -183,7 +182,7 @@ def main() -> None:
         result["cases"] = []
         for allocator, environment in ALLOCATORS.items():
             with workers(__file__, ["opd"], environment=environment) as started:
-                for case in CASES[:1] if options.quick else CASES:
+                for case in CASES[: 1 if options.quick else len(CASES) if environment else SIZES_ALONE]:
                     row = {"case": case, "allocator": allocator, "measured": started["opd"].ask(case)}
                     row["predicted"] = predicted(case)
                     result["cases"].append(row)

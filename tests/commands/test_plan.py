@@ -191,14 +191,15 @@ def test_flops_of_a_forward_counted_by_loops():
 
 
 def test_memory_is_sharded_in_training_and_whole_in_phase_a():
-    one, four = (step.memory(work(devices=devices)) for devices in (1, 4))
-    size = SMALL.parameters * 4
+    deep = replace(SMALL, layers=6)
+    one, four = (step.memory(work(shape=deep, devices=devices)) for devices in (1, 4))
+    size = deep.parameters * 4
     assert part(one, "weights") == Part("weights", size, size, size, size)
     assert part(four, "weights").sampling == size + size / 4
-    assert part(four, "weights").loss < size + size / 4
+    assert part(four, "weights").loss == size / 4 + (deep.outside + 2 * deep.layer) * 4
     assert part(four, "Adam moments").loss == 2 * size / 4
-    assert part(four, "teacher's weights").sampling == SMALL.parameters * 2
-    on_paper = step.memory(work(devices=4, gathers=False, writer="engine"))
+    assert part(four, "teacher's weights").sampling == deep.parameters * 2
+    on_paper = step.memory(work(shape=deep, devices=4, gathers=False, writer="engine"))
     assert part(on_paper, "weights").sampling == size / 4
     assert not any(one.name == "KV cache" for one in on_paper)
 
@@ -242,12 +243,13 @@ def test_seconds_name_what_limits():
     wide = Shape(
         layers=2, hidden=1024, heads=16, key_value_heads=8, head_dim=64, intermediate=4096, vocabulary=1000, tied=True
     )
-    times = {one.name: one for one in flow.seconds(work(shape=wide, response_tokens=500, prompts=64), device)}
+    large = work(shape=wide, response_tokens=500, micro_batch_tokens=50_000)
+    times = {one.name: one for one in flow.seconds(large, device)}
     assert list(times) == ["sampling", "scoring", "training"]
     assert (times["sampling"].limit, times["training"].limit) == ("memory", "arithmetic")
-    faster = flow.seconds(work(shape=wide, response_tokens=500, prompts=64), replace(device, bandwidth_gbs=33_500))
+    faster = flow.seconds(large, replace(device, bandwidth_gbs=33_500))
     assert faster[0].seconds < times["sampling"].seconds
-    network = flow.seconds(work(shape=wide, prompts=64, devices=64), device)
+    network = flow.seconds(replace(large, devices=64), device)
     assert network[-1].limit == "link"
 
 

@@ -152,7 +152,7 @@ def known_of(recipe: Recipe, name: str, known: dict[str, Known]) -> Known:
         origin = origin_of(recipe, name)
         config = known_config(origin, name, tokenizer_of(origin, name) if origin.init is not None else None)
         model = None if config is None else without_weights(config, trust_remote_code=origin.trust_remote_code)
-        if model is None:
+        if config is None or model is None:
             raise ConfigError(
                 f"models.{name}: its config cannot be read before it is loaded, so its size is not known "
                 f"({_origin(origin)}). Download the model, or convert it by `opd train`, and plan again."
@@ -184,15 +184,18 @@ def shape_of(config: Any, model: nn.Module) -> Known:
         biases=biases // layers,
     )
     extra = sum(p.numel() for p in names.values()) - shape.parameters
-    matrices = [
-        (name, *(int(size) for size in module.weight.shape))
-        for name, module in model.named_modules()
-        if type(module).__name__ == "Linear" and module is not model.get_output_embeddings()  # type: ignore[operator]
-    ]
+    output = model.get_output_embeddings()  # type: ignore[operator]
+    linear: list[tuple[str, Any]] = [(name, one) for name, one in model.named_modules() if one is not output]
+    matrices = [(name, *_size(one)) for name, one in linear if type(one).__name__ == "Linear"]
     note = None
     if extra:
         note = f"{extra:,} parameters are not those of Llama's layers: activations and cache are counted as Llama's"
     return Known(shape=replace(shape, extra=extra), matrices=matrices, note=note)
+
+
+def _size(layer: Any) -> tuple[int, int]:
+    """[out, in] of a linear layer."""
+    return int(layer.weight.shape[0]), int(layer.weight.shape[1])
 
 
 def longest_prompt(recipe: Recipe, spec: StageSpec, prepared: Prepared, lengths: Lengths) -> tuple[int, list[str]]:
@@ -214,7 +217,7 @@ def longest_prompt(recipe: Recipe, spec: StageSpec, prepared: Prepared, lengths:
     return max(len(render(prompt, tokenizer, origin.template_options)) for prompt in prompts), notes
 
 
-CONTEXT = "the teacher's context is counted as long as the prompt: give --context-tokens"
+CONTEXT = "the teacher's context is counted as long as the prompt: give --context-tokens (`opd check` shows one)"
 
 
 def _targeted(name: str, targets: str | list[str]) -> bool:

@@ -23,7 +23,13 @@ def plan_recipe(recipe: Recipe, device: Device, devices: int, lengths: Lengths) 
         work, notes = work_of(recipe, spec, checked.prepared[spec.name], devices, lengths)
         lines += ["", f"stage {spec.name}: {spec.method}", *described(work), *(f"  {note}" for note in notes)]
         lines += ["", *memory_lines(work, device), "", *traffic_lines(work), "", *seconds_lines(work, device)]
-    return [*lines, "", "Computed from configs, not measured: docs/scale.md has the formulas' errors."]
+    return [*lines, "", ASSUMED]
+
+
+ASSUMED = (
+    f"Computed from configs, not measured. Seconds are with {COMPUTE:.0%} of the peak rate, {BANDWIDTH:.0%} of the "
+    f"bandwidth and {LINK:.0%} of a link, which are assumed: see docs/scale.md."
+)
 
 
 def device_line(device: Device, devices: int) -> str:
@@ -63,15 +69,16 @@ PLACES = {
 
 
 def memory_lines(work: Work, device: Device) -> list[str]:
-    """GiB per device by part and phase."""
+    """GiB per device by part and phase, or MiB where the peak is below one GiB."""
     parts = memory(work)
-    rows = [[part.name, *(f"{getattr(part, phase) / GIB:.2f}" for phase in PHASES)] for part in parts]
-    totals = [f"{sum(getattr(part, phase) for part in parts) / GIB:.2f}" for phase in PHASES]
     phase, most = peak(parts)
+    unit, each = ("GiB", GIB) if most >= GIB else ("MiB", 2**20)
+    rows = [[part.name, *(f"{getattr(part, phase) / each:.2f}" for phase in PHASES)] for part in parts]
+    totals = [f"{sum(getattr(part, phase) for part in parts) / each:.2f}" for phase in PHASES]
     fits = "fits" if most <= device.memory else "does not fit"
     return [
-        *table(["GiB per device", *PHASES], [*rows, ["total", *totals]]),
-        f"  peak {most / GIB:.2f} GiB, in the phase {phase}: {fits} in {device.memory / GIB:.1f} GiB",
+        *table([f"{unit} per device", *PHASES], [*rows, ["total", *totals]]),
+        f"  peak {most / each:.2f} {unit}, in the phase {phase}: {fits} in {device.memory / GIB:.1f} GiB",
     ]
 
 
@@ -90,10 +97,7 @@ def seconds_lines(work: Work, device: Device) -> list[str]:
     rows = [[one.name, f"{one.seconds:.3g}", one.limit] for one in times]
     lines = table(["phase", "seconds, at least", "limited by"], rows)
     total = sum(one.seconds for one in times)
-    lines.append(
-        f"  a step: at least {total:.3g} s, {work.tokens / total:,.0f} response tokens per second; with {COMPUTE:.0%} "
-        f"of the peak rate, {BANDWIDTH:.0%} of the bandwidth and {LINK:.0%} of the link, which are assumed"
-    )
+    lines.append(f"  a step: at least {total:.3g} s, {work.tokens / total:,.0f} response tokens per second")
     return lines
 
 
