@@ -1,16 +1,19 @@
-"""The tables of docs/scale.md that are computed: bytes per token, and layouts from 1 GPU to 64 nodes.
+"""The computed tables of docs/scale.md: bytes per token, layouts from 1 GPU to 64 nodes, parts against limits.json.
 
     python benchmarks/layouts.py
 
-Nothing here runs a model. The formulas are those of `opd plan`. Shapes are Qwen3's as published; 70B has Llama 3's
-layers with Qwen3's vocabulary, so that every teacher has the student's tokens. Responses have 2,048 tokens after 512.
+Nothing here runs a model; `benchmarks/limits.py` measured the memory of a step by part. The formulas are those of
+`opd plan`. Shapes are Qwen3's as published; 70B has Llama 3's layers with Qwen3's vocabulary, so that every teacher
+has the student's tokens. Responses have 2,048 tokens after 512.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from opd.commands.plan import formulas
 from opd.commands.plan.devices import DEVICES, LINK, NETWORK_GBS, NODE
@@ -25,6 +28,7 @@ CHUNK_ENTRIES = 2**27  # of a loss on a GPU, `models.head.GPU_FACTOR` times thos
 RATES = (1.25e9, 12.5e9, 50e9)  # bytes per second of 10, 100 and 400 Gbit/s
 GPU = DEVICES["h100"]
 K = 64
+MIB = 2**20
 
 
 def _dense(layers: int, hidden: int, heads: int, intermediate: int, *, tied: bool = False, norms: bool = True) -> Shape:
@@ -165,6 +169,64 @@ def time_rows() -> list[list[str]]:
     return rows
 
 
+def limits_work() -> Work:
+    """The step of limits_memory.py: SmolLM2's shapes in float32, the student's own model as its teacher."""
+    shape = Shape(
+        layers=30,
+        hidden=576,
+        heads=9,
+        key_value_heads=3,
+        head_dim=64,
+        intermediate=1536,
+        vocabulary=49_152,
+        tied=True,
+    )
+    return Work(
+        student=Student(shape=shape, width=FLOAT32, trained=shape.parameters),
+        teachers=(TeacherModel(name="student", place="student", shape=shape, width=FLOAT32),),
+        support="full",
+        k=0,
+        by_position=False,
+        prompts=8,
+        n=1,
+        prompt_tokens=32,
+        context_tokens=32,
+        response_tokens=64,
+        micro_batch_tokens=4096,
+        devices=1,
+        chunk_rows=2**22 // shape.vocabulary,
+        on_cpu=True,
+    )
+
+
+# A part of limits.json: the part of the formulas, and its phase.
+LIMITS = {
+    "weights": ("weights", "loss"),
+    "prepacked weights": ("prepacked weights", "sampling"),
+    "KV cache": ("KV cache", "sampling"),
+    "activations": ("activations", "loss"),
+    "logits chunks": ("logits of a token or chunk", "loss"),
+    "head gradient": ("output layer's gradient", "loss"),
+    "gradients": ("gradients", "backward"),
+    "moments": ("Adam moments", "loss"),
+}
+
+
+def limits_rows() -> list[list[str]]:
+    """Predicted bytes of a part of a step of 135M over those that results/limits.json has."""
+    found = json.loads((Path(__file__).parent / "results" / "limits.json").read_text())["memory"]
+    measured = {row["part"]: row["bytes"] for row in found}
+    parts = memory(limits_work())
+    computed = {
+        name: next(getattr(one, phase) for one in parts if one.name == part) for name, (part, phase) in LIMITS.items()
+    }
+    computed["whole step"] = peak(parts)[1]
+    rows = [["part", "predicted MiB", "measured MiB", "ratio"]]
+    for name, value in computed.items():
+        rows.append([name, f"{value / MIB:.0f}", f"{measured[name] / MIB:.0f}", f"{value / measured[name]:.2f}"])
+    return rows
+
+
 def gpus(devices: int) -> str:
     return str(devices) if devices <= NODE else f"{devices} ({devices // NODE} nodes)"
 
@@ -211,6 +273,7 @@ def main() -> None:
         ("weights", weight_rows()),
         ("memory", memory_rows()),
         ("seconds", time_rows()),
+        ("parts", limits_rows()),
     ):
         print(f"{title}\n\n{markdown(rows)}\n")
 

@@ -35,14 +35,15 @@ from opd.types import Sampling
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 8, 32, 64
 TEACHER = "26M"
 MIB = 2**20
-SIZES_ALONE = 3  # cases that also run with glibc's settings
+SIZES_ALONE = 4  # cases that also run with glibc's settings
 PLAIN: Record = {"student": "26M", "k": 0, "checkpointing": False, "autocast": False, "tokens": 4096}
 CASES: list[Record] = [
     PLAIN | {"student": "5M"},
+    PLAIN | {"student": "11M"},
     PLAIN,
     PLAIN | {"student": "135M"},
-    PLAIN | {"student": "135M", "checkpointing": True},
-    PLAIN | {"student": "135M", "tokens": 190},  # two rows a micro-batch
+    PLAIN | {"checkpointing": True},
+    PLAIN | {"tokens": 190},  # two rows a micro-batch
     PLAIN | {"k": 32},
     PLAIN | {"autocast": True},
 ]
