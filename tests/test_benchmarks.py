@@ -400,3 +400,14 @@ def test_page_of_scale_has_the_tables_of_layouts(load: Callable[[str], Any]):
     made = (layouts.signal_rows, layouts.weight_rows, layouts.memory_rows, layouts.time_rows, layouts.limits_rows)
     for rows in made:
         assert layouts.markdown(rows()) in page
+
+
+def test_signals_reads_both_answers(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys):
+    signals = load("signals")
+    monkeypatch.setattr(signals, "TOKENS", 4)
+    monkeypatch.setattr(sys, "argv", ["signals.py"])
+    signals.main()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "top 64 in JSON",
+        "64 given ids by position",
+    ]
