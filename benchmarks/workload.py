@@ -42,6 +42,7 @@ class Size:
 SIZES = {
     "1M": Size(hidden=20, layers=4, heads=2, intermediate=56),
     "5M": Size(hidden=96, layers=4, heads=3, intermediate=256),
+    "11M": Size(hidden=192, layers=4, heads=4, intermediate=512),
     "26M": Size(hidden=384, layers=4, heads=6, intermediate=1024),
     "135M": Size(576, 30, 9, 1536, key_value_heads=3),  # SmolLM2's shapes
     # The shapes of Qwen3, for a GPU.

@@ -378,3 +378,36 @@ def test_several_teachers_race_gives_ratios(toy, monkeypatch: pytest.MonkeyPatch
     assert losses["one"] != losses["two"]
     result = several.summary(found)
     assert result["extra"] == pytest.approx(2 * result["two"] - 1)
+
+
+def test_plan_measures_and_predicts_every_phase(toy, monkeypatch: pytest.MonkeyPatch):
+    plan = toy("plan")
+    for name, value in {"PROMPTS": 2, "PROMPT_TOKENS": 4, "NEW_TOKENS": 3}.items():
+        monkeypatch.setattr(plan, name, value)
+    for case in (plan.PLAIN, plan.PLAIN | {"k": 2, "checkpointing": True}):
+        row = {
+            "case": case,
+            "allocator": "kept",
+            "measured": plan.measured_step(case),
+            "predicted": plan.predicted(case),
+        }
+        assert set(row["measured"]) == set(row["predicted"]) == set(plan.MEASURED)
+        assert plan.table([row]).count("=") == len(plan.MEASURED) + 1
+
+
+def test_page_of_scale_has_the_tables_of_layouts(load: Callable[[str], Any]):
+    layouts, page = load("layouts"), (FOLDER.parent / "docs" / "scale.md").read_text()
+    made = (layouts.signal_rows, layouts.weight_rows, layouts.memory_rows, layouts.time_rows, layouts.limits_rows)
+    for rows in made:
+        assert layouts.markdown(rows()) in page
+
+
+def test_signals_reads_both_answers(load: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, capsys):
+    signals = load("signals")
+    monkeypatch.setattr(signals, "TOKENS", 4)
+    monkeypatch.setattr(sys, "argv", ["signals.py"])
+    signals.main()
+    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "top 64 in JSON",
+        "64 given ids by position",
+    ]

@@ -81,6 +81,36 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    gpu: Annotated[str, typer.Option(help="b200, h200, h100, a100-80, a100-40, l40s or rtx-4090")] = "h100",
+    devices: Annotated[int, typer.Option(min=1, help="Number of devices, one process each")] = 1,
+    memory_gib: Annotated[float | None, typer.Option(help="In place of the device's own")] = None,
+    tflops: Annotated[float | None, typer.Option(help="In place of the device's own, of every precision")] = None,
+    bandwidth_gbs: Annotated[float | None, typer.Option(help="Of its memory, in place of the device's own")] = None,
+    prompt_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the longest prompt's")] = None,
+    context_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of the prompt that the teacher reads; default: the prompt's")
+    ] = None,
+    response_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the recipe's limit")] = None,
+) -> None:
+    """Before a run: memory per device, bytes and seconds of a step, and what limits them. Loads no weights."""
+    from opd.commands.plan.devices import device_of
+    from opd.recipe.load import load_recipe
+
+    device = device_of(gpu, memory_gib=memory_gib, tflops=tflops, bandwidth_gbs=bandwidth_gbs)
+    resolved = load_recipe(recipe, overrides or [])
+    quiet_libraries()
+    from opd.commands.plan.recipe import Lengths
+    from opd.commands.plan.tables import plan_recipe
+
+    lengths = Lengths(prompt=prompt_tokens, context=context_tokens, response=response_tokens)
+    for line in plan_recipe(resolved, device, devices, lengths):
+        typer.echo(line)
+
+
+@app.command()
 def doctor(
     recipe: RecipeArgument,
     overrides: Overrides = None,
