@@ -158,11 +158,11 @@ def test_train_refuses_unknown_init_option(no_weights: None):
         ),
         (
             lambda r: r["models"]["student"].update(path="./x"),
-            ["`models.student`", "exactly one of path, init, from_stage, scorer; got ['path', 'init']"],
+            ["`models.student`", "exactly one of path, init, from_stage, scorer, server; got ['path', 'init']"],
         ),
         (
             lambda r: r["models"].update(student={}),
-            ["`models.student`", "exactly one of path, init, from_stage, scorer; got none"],
+            ["`models.student`", "exactly one of path, init, from_stage, scorer, server; got none"],
         ),
         (lambda r: r.update(defaults=5), ["`defaults`", "(got 5)"]),
     ],
