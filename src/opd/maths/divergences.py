@@ -49,13 +49,18 @@ def forward_kl(student_logp: Tensor, teacher_logp: Tensor) -> Tensor:
     return (t.exp() * (t - s)).sum(-1)
 
 
+def check_beta(beta: float) -> None:
+    """Raise ConfigError unless 0 < beta < 1."""
+    _open_unit_interval("beta", beta, "use forward_kl for the limit at 0 and reverse_kl for the limit at 1")
+
+
 def generalised_jsd(student_logp: Tensor, teacher_logp: Tensor, *, beta: float = 0.5) -> Tensor:
     """beta KL(q||m) + (1 - beta) KL(p||m) with m = beta q + (1 - beta) p, [..., K] -> [...] (GKD, arXiv 2306.13649).
 
     Its limits, divided by beta or 1 - beta, are forward KL (beta -> 0) and reverse KL (beta -> 1). Raises ConfigError
     unless 0 < beta < 1.
     """
-    _open_unit_interval("beta", beta, "use forward_kl for the limit at 0 and reverse_kl for the limit at 1")
+    check_beta(beta)
     s, t = _at_least_float32(student_logp, teacher_logp)
     m = torch.logaddexp(t + math.log(beta), s + math.log1p(-beta))
     return (beta * t.exp() * (t - m) + (1 - beta) * s.exp() * (s - m)).sum(-1)

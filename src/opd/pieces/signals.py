@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Literal
 
 from opd.errors import ConfigError, nearest
@@ -84,7 +84,9 @@ def jsd_and_limits(beta: float, *, most: float | None = None) -> DivergencePiece
     (`divergences.clipped`).
     """
     limit = {0.0: "forward_kl", 1.0: "reverse_kl"}.get(beta)
-    function = divergences.named("generalised_jsd", beta=beta) if limit is None else divergences.named(limit)
+    if limit is None:
+        divergences.check_beta(beta)  # not by a trial: `opd check` builds methods without torch
+    function = partial(divergences.generalised_jsd, beta=beta) if limit is None else divergences.named(limit)
     return divergence(function if most is None else divergences.clipped(function, most))
 
 
