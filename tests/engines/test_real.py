@@ -104,7 +104,7 @@ def contract() -> list[tuple[str, dict[str, Any]]]:
     ids = sequences()[0]
     rows = np.zeros((len(ids) - 4, 2), dtype=np.int64)
     made += [
-        ("v1/completions", completion_fields("nobody's", ids, 1)),
+        ("v1/completions", completion_fields("unknown", ids, 1)),
         ("v1/completions", completion_fields("teacher", ids, 41)),
         ("v1/completions", completion_fields("teacher", [7] * 300, 1)),
         ("detokenize", {"model": "another", "tokens": ids[:2]}),

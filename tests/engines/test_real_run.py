@@ -20,7 +20,7 @@ STEPS = 20
 
 
 def run(folder: Path, models: dict[str, Any], **stage: Any) -> tuple[list[float], list[dict[str, float]]]:
-    """The losses and the timings of a run. Greedy responses depend on the weights alone, whoever writes them."""
+    """The losses and the timings of a run. Greedy responses depend on the weights alone."""
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "teacher", "form": "tail"},
@@ -56,4 +56,5 @@ def test_served_run_with_engine_equals_local_run(tmp_path):
     assert len(far) == len(near) == STEPS
     assert far == pytest.approx(near, abs=1e-3)
     assert near[-1] < near[0]
+    assert max(row["engine_sync_error"] for row in timings) < 1e-3
     assert all(row["teacher_failed"] == row["engine_failed"] == row["teacher_repeated"] == 0 for row in timings)

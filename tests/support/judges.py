@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 from support.http_server import Arrived, Said, listening
 
-SECRET = "sk-the-key-that-nobody-may-read-8472"
+SECRET = "sk-the-key-that-no-output-shows-8472"
 
 
 def completion(text: Any, finish: str = "stop") -> Said:

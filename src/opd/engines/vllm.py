@@ -58,7 +58,7 @@ def completion_fields(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:
 def parse_top(ids: Sequence[int], start: int, k: int) -> Callable[[bytes], TopScores]:
     """The parser of a completion's scores of `ids[start:]`. It raises BodyError for an answer without them."""
 
-    def parse(raw: bytes) -> TopScores:
+    def _parse(raw: bytes) -> TopScores:
         rows = _member(_json(raw), "choices", 0, "prompt_logprobs")
         if not isinstance(rows, list) or len(rows) != len(ids):
             found = len(rows) if isinstance(rows, list) else "no"
@@ -70,7 +70,7 @@ def parse_top(ids: Sequence[int], start: int, k: int) -> Callable[[bytes], TopSc
             top_logp=np.array([values for _, _, values in taken], dtype=np.float32).reshape(len(taken), k),
         )
 
-    return parse
+    return _parse
 
 
 def _entry(row: Any, token: int, k: int) -> tuple[float, list[int], list[float]]:
@@ -121,7 +121,7 @@ def positions_fields(model: str, ids: Sequence[int], start: int, wanted: np.ndar
 def parse_positions(wanted: np.ndarray) -> Callable[[bytes], np.ndarray]:
     """The parser of the log-probs [T, K] float32 of `wanted`. It raises BodyError for another shape or no scores."""
 
-    def parse(raw: bytes) -> np.ndarray:
+    def _parse(raw: bytes) -> np.ndarray:
         body = _json(raw)
         text = body.get("prompt_token_id_logprobs") if isinstance(body, dict) else None
         if text is None:
@@ -138,7 +138,7 @@ def parse_positions(wanted: np.ndarray) -> Callable[[bytes], np.ndarray]:
             raise BodyError("a log-prob is NaN, infinite or positive")
         return values
 
-    return parse
+    return _parse
 
 
 def _json(raw: bytes) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from opd.engines.replicas import Job, Replicas
+from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import ConfigError, TrainingError
 from opd.messages import text_after
@@ -36,7 +37,7 @@ class EngineSampler(Sampler):
     sampling: Sampling
     replicas: Replicas
     model: str
-    update: Callable[[int], None] | None
+    update: Sync | None
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     max_prompt_length: int | None = None
     version: int = 0
@@ -58,8 +59,8 @@ class EngineSampler(Sampler):
         self.version, self.updates = version, self.updates + 1
 
     def pop_requests(self) -> dict[str, float]:
-        """Requests and bytes since the last call, and the error of the last proof."""
-        return self.replicas.counts.pop()
+        """Requests and bytes since the last call, and the error of the last proof in nats."""
+        return {**self.replicas.counts.pop(), "sync_error": 0.0 if self.update is None else self.update.error}
 
     def __call__(
         self,

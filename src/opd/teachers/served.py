@@ -10,7 +10,7 @@ softmax is over all rows of its output layer; that of a teacher in this process 
 | union, intersection, symmetric difference | both |
 
 A server without scores by position gets a larger top k instead. Tokens of the student's top k that are not in it have
-no score: they are left out of the support, and counted (`teacher/ids_missing`).
+no score: they are left out of the support, and counted (`teacher_ids_missing`).
 """
 
 from __future__ import annotations

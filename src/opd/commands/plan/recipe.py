@@ -105,6 +105,7 @@ def copies_of(method: Any) -> int:
 
 
 def student_of(recipe: Recipe, spec: StageSpec, prepared: Prepared, known: dict[str, Known]) -> Student:
+    """The stage's student: its shape, what is trained, and the width of its weights in bytes."""
     from opd.pieces.needs import Input
 
     own, one = recipe.models[spec.train], known_of(recipe, spec.train, known)
