@@ -192,10 +192,13 @@ def main() -> None:
 
 
 def cells(row: Record) -> list[str]:
-    """Predicted / measured MiB = their ratio, by phase; last the step's peak."""
+    """Predicted / measured MiB = their ratio, by phase; last the step's peak.
+
+    A phase that fits in memory that the process already held grows by nothing: it has no ratio.
+    """
     found = [(row["predicted"][name], row["measured"][name]) for name in MEASURED]
     found.append((max(row["predicted"].values()), max(row["measured"].values())))
-    return [f"{mine / MIB:.0f} / {own / MIB:.0f} = {mine / own:.2f}" for mine, own in found]
+    return [f"{mine / MIB:.0f} / {own / MIB:.0f} = {f'{mine / own:.2f}' if own > 0 else '-'}" for mine, own in found]
 
 
 def table(rows: list[Record]) -> str:

@@ -13,6 +13,12 @@ if not torch.cuda.is_available():  # before Triton is imported: without a GPU it
 
 
 @pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test draws the same numbers alone, after others and in another worker."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads what another one, or an earlier run, has kept about a folder of the same content."""
     monkeypatch.setattr("opd.models.remembered._file", lambda what, folder: None)

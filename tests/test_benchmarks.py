@@ -393,6 +393,8 @@ def test_plan_measures_and_predicts_every_phase(toy, monkeypatch: pytest.MonkeyP
         }
         assert set(row["measured"]) == set(row["predicted"]) == set(plan.MEASURED)
         assert plan.table([row]).count("=") == len(plan.MEASURED) + 1
+    row |= {"measured": dict.fromkeys(plan.MEASURED, 0)}
+    assert plan.cells(row)[-1].endswith("/ 0 = -"), "memory that the process held already"
 
 
 def test_page_of_scale_has_the_tables_of_layouts(load: Callable[[str], Any]):
