@@ -24,6 +24,8 @@ def train(stage: Stage) -> Outcome:
         for one in stage.models:  # of several models, each has its gradient before any is updated
             method, student, teacher = one.method, one.student, one.teacher
             prompts = one.prompts(step)  # 1 list[Prompt], of this process
+            one.writers.student.sync(step)  # an engine gets the weights, and proves it
+            time.lap("sync")
             with stage.whole_weights():
                 rollouts = written(method, prompts, one.writers, one.reward, (one.seed, step))  # 2 list[Rollout]
                 time.lap("generate")
@@ -40,7 +42,7 @@ def train(stage: Stage) -> Outcome:
             taken.append((one, phase_a, loss, [compared, observed]))
             time.lap("train")
         for one, phase_a, loss, observed in taken:
-            metrics = one.update(step, phase_a, loss, observed)  # 9, 10 clip, update, sync, EMA
+            metrics = one.update(step, phase_a, loss, observed)  # 9, 10 clip, update, EMA
             time.lap("train")
             one.log(step, phase_a, metrics, time)  # 11 metrics, timings, samples
     return stage.outcome

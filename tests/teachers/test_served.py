@@ -175,6 +175,27 @@ def test_served_notices_server_that_has_another_model(models, rollouts, engine):
         teacher.score(rollouts, contexts(rollouts), REQUESTS["sampled"])
 
 
+def test_served_recognises_its_model_at_a_later_start(models, engine):
+    teacher, later = (served(models[0], engine, request=REQUESTS["sampled"]) for _ in range(2))
+    later.load_state_dict(teacher.state_dict())
+    later.load_state_dict({})  # of an older checkpoint
+    engine.lm = models[0]
+    with pytest.raises(TeacherError, match=r"another model than in the stage's last steps.* nats per token"):
+        served(models[0], engine, request=REQUESTS["sampled"]).load_state_dict(teacher.state_dict())
+
+
+def test_served_notices_other_model_behind_a_failure(models, rollouts, engine):
+    """The fixed sequence is scored again after a failed answer, not left out."""
+    teacher = served(models[0], engine, request=REQUESTS["sampled"])
+    engine.lm = models[0]
+    failures = [Said(status=500, body={})]
+    engine.fault = lambda arrived, said: (
+        failures.pop() if failures and len(arrived.request.get("prompt") or ()) == 24 else said
+    )
+    with pytest.raises(TeacherError, match="another model than at the start"):
+        teacher.score(rollouts, contexts(rollouts), REQUESTS["sampled"])
+
+
 def test_served_refuses_row_longer_than_servers_read(models, rollouts, engine):
     engine.longest = 25  # the fixed sequence has 24 tokens
     teacher = served(models[0], engine, request=REQUESTS["sampled"])

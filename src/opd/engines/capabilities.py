@@ -111,7 +111,7 @@ def _positions(one: Connection, model: str, ids: Sequence[int], wanted: np.ndarr
 
 def _of_each(replicas: Replicas, send: Any, what: str, remedy: str = "") -> dict[str, Any]:
     """The value of every server. Raises ConfigError for a server without one."""
-    found = replicas.each(send)
+    found = replicas.each(send, wait_s=replicas.pause_s)
     for url, answer in found.items():
         if answer.value is None:
             raise ConfigError(f"The server {url} does not give {what}: {answer.failure}. {remedy}".rstrip())
@@ -171,7 +171,7 @@ def _compared(scored: dict[str, TopScores]) -> tuple[np.ndarray, list[str]]:
 def _by_position(replicas: Replicas, model: str, ids: Sequence[int], control: np.ndarray) -> bool:
     """Whether every server scores given ids by position, and gives the numbers of the other endpoint."""
     wanted = np.array(ids[1:], dtype=np.int64)[:, None]
-    found = replicas.each(lambda one: _positions(one, model, ids, wanted))
+    found = replicas.each(lambda one: _positions(one, model, ids, wanted), wait_s=replicas.pause_s)
     return all(
         answer.value is not None and float(np.abs(answer.value[:, 0] - control).mean()) < OTHER_MODEL
         for answer in found.values()

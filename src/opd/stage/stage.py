@@ -79,6 +79,7 @@ class Stage:
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
+    begun: bool = field(default=False, init=False)  # the first step of this start, or an evaluation before it
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
     # Updates so far, and what the method remembered then; None while the weights change and are logged.
@@ -98,11 +99,11 @@ class Stage:
         Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
+        self.begun = True
         for one in self.models:
             if one.exams is not None and first == 0:
                 with self._all_whole():
                     one._measured(0, one.exams.before)
-            one.writers.student.sync(first)
             one.whole = (first, one._remembered())
         with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
@@ -133,6 +134,8 @@ class Stage:
 
     def rescue(self) -> None:
         """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        if not self.begun:
+            return
         last = self.saved or 0
         wholes = [one.whole for one in self.models]
         if any(whole is None for whole in wholes) or self.whole is None:
@@ -198,7 +201,6 @@ class Stage:
         if phase_a.trains:
             rates = self.method.update(self.optimisation)
             self.teacher.after_step()
-        self.writers.student.sync(step + 1)
         metrics.value("train/loss", loss)
         metrics.value("optim/grad_norm", grad_norm)
         if Trait.FILTERS in self.method.needs:

@@ -15,7 +15,7 @@ no score: they are left out of the support, and counted (`teacher_ids_missing`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.engines.capabilities import Capabilities, check_same
+from opd.engines.capabilities import OTHER_MODEL, Capabilities, check_same
 from opd.engines.replicas import Job, Replicas
 from opd.engines.server import Answer
 from opd.engines.vllm import TopScores, completion_fields, parse_positions, parse_top, positions_fields
@@ -85,6 +85,22 @@ class ServedTeacher(Teacher):
         counts = {"ids": float(self.entries), "ids_missing": float(self.missing)}
         self.missing = self.entries = 0
         return {**self.replicas.counts.pop(), **counts}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The log-probs of the fixed sequence, by which a later start recognises the model."""
+        return {"control": torch.from_numpy(self.capabilities.control)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TeacherError if the servers have another model than when the stage was saved."""
+        if "control" not in state:
+            return
+        apart = float((torch.from_numpy(self.capabilities.control) - state["control"].cpu()).abs().mean())
+        if apart > OTHER_MODEL:
+            raise TeacherError(
+                f"The servers of the teacher {self.name!r} have another model than in the stage's last steps: the "
+                f"log-probs of a fixed sequence differ by {apart:.3g} nats per token. Start them with that model; the "
+                "same command then continues. For another teacher, use another output_dir=..."
+            )
 
     def _top_job(self, row: _Row, k: int) -> Job[TopScores]:
         return Job(
