@@ -13,9 +13,10 @@ from support.models import byte_tokenizer, policy, tiny
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines import vllm as protocol
+from opd.engines.control import check_control
 from opd.engines.server import Answer
 from opd.engines.sync import Sync
-from opd.errors import TrainingError
+from opd.errors import ConfigError, TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.recipe.schema import EngineSection, StageSpec
@@ -228,6 +229,16 @@ def test_later_start_reads_no_cache_of_an_earlier_one(url, tmp_path):
         (one,) = drawn(sampler, prompts=prompts)
         taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
         torch.testing.assert_close(one.sampler_logp, taken.float(), atol=1e-4, rtol=0)
+
+
+def test_control_finds_what_the_server_has(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    sampler.sync(7)
+    found = check_control(sampler.replicas, sampler.model, 261, str(tmp_path))
+    assert {one.version for one in found.values()} == {"7"}
+    assert {one.tensors > 0 for one in found.values()} == {True}
+    with pytest.raises(ConfigError, match=r"does not see the folder .*nowhere"):
+        check_control(sampler.replicas, sampler.model, 261, str(tmp_path / "nowhere"))
 
 
 def test_folder_of_weights_is_removed(url, tmp_path):

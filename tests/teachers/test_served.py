@@ -15,13 +15,14 @@ from support.models import DEVICE, byte_tokenizer, tiny
 
 from opd.engines.capabilities import probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import refusal, top_of
 from opd.engines.server import Server
 from opd.errors import ConfigError, DataError, TeacherError
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import full, sampled, top_k
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ABSENT, ServedTeacher, refusal, top_of
+from opd.teachers.served import ABSENT, ServedTeacher
 from opd.types import Prompt, Record, Rollout, Sampling, ScoreRequest, Scores
 
 K = 3
