@@ -20,7 +20,7 @@ def train(stage: Stage) -> Outcome:
     world = stage.world
     for step in stage.steps():  # resumes; after each step saves, evaluates and stops when due
         time = Stopwatch()
-        stage.sync(step)  # the samplers get the student's weights
+        stage.sync(step)  # an engine gets the weights, and proves it
         time.lap("sync")
         taken: list[tuple[Stage, PhaseA, float, list[Metrics]]] = []
         for one in stage.models:  # of several models, each has its gradient before any is updated

@@ -17,13 +17,14 @@ from support.vllm_server import needs_vllm, vllm
 
 from opd.engines.capabilities import control_ids, probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import top_of
 from opd.engines.server import Server
 from opd.engines.vllm import completion_fields, parse_positions, parse_top, positions_fields
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled, top_k
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ServedTeacher, top_of
+from opd.teachers.served import ServedTeacher
 from opd.types import Prompt, Record, Sampling, ScoreRequest
 
 pytestmark = [pytest.mark.engine, needs_vllm]

@@ -171,7 +171,7 @@ PHASES = {
     "before weights are written": Strike(call="opd.engines.sync.Sync.__call__", nth=4),
     "before the servers load": Strike(call="opd.engines.sync.Sync._load", nth=4),
     "after the servers load": Strike(call="opd.engines.sync.Sync._load", nth=4, when="after"),
-    "before an update is proved": Strike(call="opd.engines.sync.Sync.prove", nth=4),
+    "before an update is proved": Strike(call="opd.engines.sync.Sync._prove", nth=4),
     "before responses are taken": Strike(call="opd.samplers.ahead.Ahead.__call__", nth=4),
     "before the next are begun": Strike(call="opd.samplers.ahead.Ahead.begin", nth=4),
     "in the teacher's scores": Strike(call="opd.teachers.local.teacher_scores", nth=5),

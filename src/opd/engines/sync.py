@@ -7,17 +7,16 @@ have left an old output layer, half of the weights, or weights of neither model 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from opd.engines.capabilities import control_ids
+from opd.engines.capabilities import RECOGNISED_S, control_ids
 from opd.engines.replicas import Replicas
-from opd.engines.server import Answer, BodyError, Connection
-from opd.engines.vllm import completion_fields, draw_fields, member_of, parse_drawn, parse_top
+from opd.engines.server import Answer, BodyError, Connection, in_turn
+from opd.engines.vllm import TopScores, completion_fields, draw_fields, member_of, models_in, parse_drawn, parse_top
 from opd.errors import TrainingError
 
 DRAWN = 16  # tokens that show which log-probs a server gives
@@ -49,31 +48,61 @@ class Sync:
     def __call__(self, version: int) -> None:
         """Write, load, name and prove version `version`.
 
+        Of several servers, one that gives no answer at all is left out until a later update finds it again.
+
         Raises:
-            TrainingError: a server refuses the weights, or scores with others than the trainer's.
+            TrainingError: a server refuses the weights, or scores with others than the trainer's, or none answers.
         """
         folder = self.folder / f"version-{version}"
         self.write(folder)
-        self._load(folder)
-        self._call("update_weight_version", {"new_version": str(version)}, lambda raw: True)
+        ids = control_ids(self.vocabulary)
+        fields = completion_fields(self.model, ids, 0)
+        named = {"new_version": str(version)}
+
+        def update(one: Connection) -> Answer[TopScores]:
+            return in_turn(
+                lambda: self._load(one, folder),
+                lambda: one.post("update_weight_version", named, lambda raw: True),
+                lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
+            )
+
+        found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
+        scored = self._answered(found)
         if self.before is None:
             self._check_mode()
-        self.prove(version)
+        self._prove(version, {url: one.logp for url, one in scored.items()}, self.logp(ids, 1.0))
         for old in self.folder.glob("version-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def prove(self, version: int) -> None:
+    def _there(self) -> set[str]:
+        """The servers to update: all but those that the last update left out and that are still silent."""
+        replicas = self.replicas
+        urls = {one.url for one in replicas.servers}
+        if not replicas.left_out:
+            return urls
+        found = replicas.each(lambda one: one.get("v1/models", models_in), RECOGNISED_S, among=replicas.left_out)
+        return urls - {url for url, answer in found.items() if answer.value is None}
+
+    def _answered(self, found: Mapping[str, Answer[TopScores]]) -> dict[str, TopScores]:
+        """The scores of the servers that have the weights; leaves out the silent ones. Raises TrainingError."""
+        replicas = self.replicas
+        scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
+        for url, answer in found.items():
+            if answer.value is None and (not answer.lost or not scored or self.before is None):
+                raise _not_given(url, answer.failure)
+        replicas.left_out.clear()
+        replicas.left_out.update(one.url for one in replicas.servers if one.url not in scored)
+        replicas.counts.add(servers_lost=len(replicas.left_out))
+        return scored
+
+    def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
         """Compare the servers' scores of a fixed sequence with the student's. Raises TrainingError."""
-        ids = control_ids(self.vocabulary)
-        own = self.logp(ids, 1.0)
-        fields = completion_fields(self.model, ids, 0)
-        scored = self._each(lambda one: one.post("v1/completions", fields, parse_top(ids, 1, 0)))
-        self.error = max(float(np.abs(one.logp - own).max()) for one in scored.values())
-        for url, one in scored.items():
-            apart = float(np.abs(one.logp - own).max())
-            if apart > self.tolerance:
-                stale = self.before is not None and float(np.abs(one.logp - self.before).max()) < self.tolerance
+        self.error = max(float(np.abs(logp - own).max()) for logp in scored.values())
+        for url, logp in scored.items():
+            apart = float(np.abs(logp - own).max())
+            if not apart <= self.tolerance:
+                stale = self.before is not None and float(np.abs(logp - self.before).max()) < self.tolerance
                 raise TrainingError(
                     f"The server {url} does not serve the student's weights of step {version}: the log-probs of a "
                     f"fixed sequence differ by up to {apart:.3g} nats, and {self.tolerance:g} are allowed "
@@ -86,9 +115,17 @@ class Sync:
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
         prompt = control_ids(self.vocabulary)[:8]
-        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "ignore_eos": True, "detokenize": False}
+        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
         fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
-        for url, drawn in self._each(lambda one: one.post("inference/v1/generate", fields, parse_drawn)).items():
+        replicas = self.replicas
+        found = replicas.each(
+            lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
+        )
+        for url, answer in found.items():
+            if answer.value is None:
+                raise _not_given(url, answer.failure)
+            drawn = answer.value
             own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:
@@ -97,21 +134,15 @@ class Sync:
                     f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
                 )
 
-    def _load(self, folder: Path) -> None:
+    def _load(self, one: Connection, folder: Path) -> Answer[int]:
         fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
-        self._call("collective_rpc", fields, loaded)
+        return one.post("collective_rpc", fields, loaded)
 
-    def _call(self, path: str, fields: dict[str, Any], read: Callable[[bytes], Any]) -> None:
-        self._each(lambda one: one.post(path, fields, read))
 
-    def _each(self, send: Callable[[Connection], Answer[Any]]) -> dict[str, Any]:
-        found = self.replicas.each(send)
-        for url, answer in found.items():
-            if answer.value is None:
-                raise TrainingError(
-                    f"The server {url} could not be given the student's weights: {answer.failure}. {START}."
-                )
-        return {url: answer.value for url, answer in found.items()}
+def _not_given(url: str, why: str | None) -> TrainingError:
+    return TrainingError(
+        f"The server {url} could not be given the student's weights: {why}. {START}; the same command then continues."
+    )
 
 
 def loaded(raw: bytes) -> int:

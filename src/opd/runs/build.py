@@ -29,7 +29,7 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
-from opd.runs.served import engine_samplers, served_lines, served_teacher
+from opd.runs.served import able_lines, engine_samplers, served_teacher
 from opd.runs.space import check_space, space_of
 from opd.samplers.ahead import Ahead, one_ahead
 from opd.samplers.authors import TeacherAuthor, TextCache
@@ -331,7 +331,7 @@ def elsewhere(session: Session, method: Method, student: LanguageModel, name: st
         return own_teacher(name, section, student, session.given)
     session.progress.phase(f"connecting to {name}")
     teacher = served_teacher(name, section, student, method)
-    for line in served_lines(teacher, method):
+    for line in able_lines(name, teacher.replicas, teacher.capabilities, method.support.student_top_k):
         session.progress.note(line)
     return teacher
 

@@ -8,6 +8,7 @@ tokens were drawn from, after temperature, top-k and top-p.
 
 from __future__ import annotations
 
+import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from opd.engines.replicas import Job, Replicas
+from opd.engines.server import BodyError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import ConfigError, TrainingError
@@ -43,7 +45,9 @@ class EngineSampler(Sampler):
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     max_prompt_length: int | None = None
     version: int = 0
-    updates: int = field(default=0, init=False)  # so far: their number separates the servers' caches
+    updates: int = field(default=0, init=False)  # so far
+    # Separates the servers' caches of other weights, also those of an earlier start of this run.
+    salt: str = field(default_factory=lambda: secrets.token_hex(8), init=False)
     ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
 
     def __post_init__(self) -> None:
@@ -133,9 +137,9 @@ class EngineSampler(Sampler):
                     row.read,
                     self._params(tokens),
                     seed=seed_of(seed, row.prompt.id, row.sample),
-                    salt=f"opd-{self.updates}",
+                    salt=f"opd-{self.salt}-{self.updates}",
                 ),
-                read=parse_drawn,
+                read=self._read,
                 tokens=len(row.read) + tokens,
                 group=tuple(row.prompt_ids),
             )
@@ -147,7 +151,6 @@ class EngineSampler(Sampler):
                     f"No server of the engine gave a response to prompt {row.prompt.id}: {answer.failure}. Start the "
                     "servers again; the same command then continues."
                 )
-            self._check_versions(answer.value)
             row.ids += answer.value.ids
             row.logp += answer.value.logp
             row.finished = answer.value.finished
@@ -171,13 +174,17 @@ class EngineSampler(Sampler):
             "detokenize": bool(sampling.stop),
         }
 
-    def _check_versions(self, drawn: Drawn) -> None:
-        """Raise TrainingError for tokens of other weights than the last update's."""
-        if wrong := {version for version in drawn.versions if version != str(self.version)}:
-            raise TrainingError(
-                f"A server drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at "
-                f"version {self.version}. Does another run update the same server? Give each run its own."
+    def _read(self, raw: bytes) -> Drawn:
+        """A response of the last update's weights. Raises BodyError for another one."""
+        drawn = parse_drawn(raw)
+        if wrong := set(drawn.versions) - {str(self.version)}:
+            raise BodyError(
+                f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
+                f"{self.version}: it was started again, or another run updates it. Give each run its own servers"
             )
+        if drawn.ids and not drawn.versions:
+            raise BodyError("it does not say which weights drew its tokens, as vLLM does since 0.32")
+        return drawn
 
     def _rollout(self, row: _Row) -> Rollout:
         spoken = row.ids[:-1] if row.ids and row.ids[-1] in self.ends else row.ids

@@ -48,6 +48,8 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("stages.*.retries", "none"),
     ("stages.*.on_error", "none"),
     ("stages.*.max_failed", "none"),
+    ("models.NAME.server.*", "none"),  # another model on the servers is recognised by its log-probs
+    ("stages.NAME.engine.*", "none"),  # its servers get the student's weights and prove it
     ("models.NAME.path", "numbers"),
     ("models.NAME.chat_template", "numbers"),
     ("models.NAME.template_options.*", "numbers"),

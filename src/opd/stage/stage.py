@@ -82,6 +82,7 @@ class Stage:
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
+    begun: bool = field(default=False, init=False)  # the first step of this start, or an evaluation before it
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
     # Updates so far, and what the method remembered then; None while the weights change and are logged.
@@ -101,6 +102,7 @@ class Stage:
         Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
+        self.begun = True
         for one in self.models:
             if one.exams is not None and first == 0:
                 with self._all_whole():
@@ -135,6 +137,8 @@ class Stage:
 
     def rescue(self) -> None:
         """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        if not self.begun:
+            return
         last = self.saved or 0
         wholes = [one.whole for one in self.models]
         if any(whole is None for whole in wholes) or self.whole is None:
