@@ -18,7 +18,8 @@ from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection
 from opd.engines.vllm import completion_fields, draw_fields, member_of, parse_drawn, parse_top
-from opd.errors import TrainingError
+from opd.errors import NotFiniteError, TrainingError
+from opd.parallel import ALONE, World
 
 DRAWN = 16  # tokens that show which log-probs a server gives
 
@@ -30,10 +31,11 @@ START = (
 
 @dataclass(slots=True, kw_only=True)
 class Sync:
-    """Sends weights by a folder that trainer and servers share.
+    """Sends weights by a folder that trainer and servers share. Every process of `world` makes the same calls.
 
-    `write` writes the student's whole weights as safetensors to a folder; `logp(ids, temperature)` are its log-probs of
-    the tokens after the first. `tolerance`: the largest difference of a log-prob, in nats.
+    `write` gathers the student's weights and writes them, whole, as safetensors to a folder; `logp(ids, temperature)`
+    are its log-probs of the tokens after the first. Both gather weights in all processes, and have ended in all of
+    them before the main process alone speaks to the servers. `tolerance`: of a log-prob's difference, in nats.
     """
 
     replicas: Replicas
@@ -43,30 +45,30 @@ class Sync:
     logp: Callable[[Sequence[int], float], np.ndarray]
     vocabulary: int
     tolerance: float
-    error: float = 0.0  # of the last proof: the largest difference of a log-prob, in nats
+    world: World = ALONE
+    error: float = 0.0  # in the main process, of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
     def __call__(self, version: int) -> None:
         """Write, load, name and prove version `version`.
 
-        Raises:
+        Raises, in every process:
+            NotFiniteError: a log-prob of the student is not finite. The servers keep their weights.
             TrainingError: a server refuses the weights, or scores with others than the trainer's.
         """
+        own = self.logp(control_ids(self.vocabulary), 1.0)
+        if not np.isfinite(own).all():
+            raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         folder = self.folder / f"version-{version}"
         self.write(folder)
-        self._load(folder)
-        self._call("update_weight_version", {"new_version": str(version)}, lambda raw: True)
+        self.world.by_main(lambda: self._give(folder, version, own))
         if self.before is None:
             self._check_mode()
-        self.prove(version)
-        for old in self.folder.glob("version-*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        self.before = own
 
-    def prove(self, version: int) -> None:
-        """Compare the servers' scores of a fixed sequence with the student's. Raises TrainingError."""
+    def prove(self, version: int, own: np.ndarray) -> None:
+        """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
         ids = control_ids(self.vocabulary)
-        own = self.logp(ids, 1.0)
         fields = completion_fields(self.model, ids, 0)
         scored = self._each(lambda one: one.post("v1/completions", fields, parse_top(ids, 1, 0)))
         self.error = max(float(np.abs(one.logp - own).max()) for one in scored.values())
@@ -81,14 +83,25 @@ class Sync:
                     + ("They are those of the step before: the update had no effect. " if stale else "")
                     + f"{START}; in another precision than the student's, raise `tolerance`."
                 )
-        self.before = own
+
+    def _give(self, folder: Path, version: int, own: np.ndarray) -> None:
+        """In the main process: the servers load the folder, and prove it."""
+        self._load(folder)
+        self._call("update_weight_version", {"new_version": str(version)}, lambda raw: True)
+        self.prove(version, own)
+        for old in self.folder.glob("version-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
         prompt = control_ids(self.vocabulary)[:8]
         params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "ignore_eos": True, "detokenize": False}
         fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
-        for url, drawn in self._each(lambda one: one.post("inference/v1/generate", fields, parse_drawn)).items():
+        of_servers = self.world.by_main(
+            lambda: self._each(lambda one: one.post("inference/v1/generate", fields, parse_drawn))
+        )
+        for url, drawn in of_servers.items():
             own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:

@@ -19,6 +19,7 @@ from opd.errors import ConfigError, RunError
 from opd.files import follow_umask
 from opd.models.language_model import LanguageModel
 from opd.models.noise import config_of_origin
+from opd.parallel import World, whole_tensor
 
 ADAPTER = "default"  # PEFT's name of the adapter, which its files do not carry
 
@@ -35,6 +36,24 @@ def save(lm: LanguageModel, folder: Path, dtype: torch.dtype | None = None) -> N
     if failed := _describe(lm, plain, folder, dtype):
         raise RunError(f"{folder} has the weights, and could not be completed: {'; '.join(failed)}.")
     follow_umask(folder)
+
+
+def whole(lm: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> LanguageModel | None:
+    """The model with its whole weights, in the process that writes files; None in the others. Every process calls this.
+
+    A sharded model's trained weights are gathered one tensor after the other into `load()`: the model as it was before
+    the stage, without shards and on the CPU. The gathers have ended in all processes when this returns.
+    """
+    if world.size == 1:
+        return lm
+    copied = load() if world.main else None
+    into = {} if copied is None else copied.trainable()
+    with torch.no_grad():
+        for name, parameter in lm.trainable().items():
+            values = whole_tensor(parameter.detach())
+            if copied is not None:
+                into[name].copy_(values)
+    return copied
 
 
 def save_adapter(lm: LanguageModel, folder: Path, base: str) -> None:

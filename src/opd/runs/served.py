@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import TYPE_CHECKING, Any
 
 from opd.engines.address import check_address, check_key, check_private
-from opd.errors import ConfigError
+from opd.errors import ConfigError, OPDError
 from opd.method import Method
 from opd.models.preview import tokenizer_of
+from opd.parallel import ALONE, World
 from opd.recipe.schema import EngineSection, ModelSpec, ServerSection, StageSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     import numpy as np
     import torch
+    from torch import nn
 
     from opd.engines.replicas import Replicas
     from opd.models.language_model import LanguageModel
@@ -65,7 +68,7 @@ def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
         check_key(section.api_key_env, where)
 
 
-def check_engine(spec: StageSpec, processes: int) -> list[str]:
+def check_engine(spec: StageSpec) -> list[str]:
     """Refuse an engine that the stage cannot use. Sends nothing. Returns a line. Raises ConfigError."""
     section, where = spec.engine, f"{spec.where(None)}: `engine`"
     if section is None:
@@ -73,41 +76,49 @@ def check_engine(spec: StageSpec, processes: int) -> list[str]:
     check_addresses(section, where)
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
-    if processes > 1:
-        raise ConfigError(
-            f"{where}: {processes} processes were started, and weights go to an engine from one process. Start one."
-        )
+    if spec.peers:
+        raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
     number = len(section.urls)
     return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
 
 
-def replicas_of(section: ServerSection | EngineSection) -> Replicas:
-    """The servers of a section that `check_addresses` accepts."""
+def replicas_of(section: ServerSection | EngineSection, world: World = ALONE) -> Replicas:
+    """The servers of a section that `check_addresses` accepts, as a process of `world` uses them.
+
+    The processes share the tokens in flight, and each begins with another server.
+    """
     from opd.engines.address import key_in
     from opd.engines.replicas import Replicas
     from opd.engines.server import Server
 
     key = key_in(section.api_key_env)
     roots = [url.rstrip("/").removesuffix("/v1") for url in section.urls]
+    first = world.rank % len(roots)
     return Replicas(
-        servers=tuple(Server(url=url, key=key, timeout_s=section.timeout_s) for url in roots),
-        tokens_in_flight=section.tokens_in_flight,
+        servers=tuple(Server(url=url, key=key, timeout_s=section.timeout_s) for url in roots[first:] + roots[:first]),
+        tokens_in_flight=max(1, section.tokens_in_flight // world.size),
         retries=section.retries,
         patience_s=section.patience_s,
     )
 
 
 def engine_samplers(
-    spec: StageSpec, section: EngineSection, student: LanguageModel, folder: Path
+    spec: StageSpec,
+    section: EngineSection,
+    student: LanguageModel,
+    folder: Path,
+    root: nn.Module | None = None,
+    world: World = ALONE,
+    load: Callable[[], LanguageModel] | None = None,
 ) -> dict[str | None, EngineSampler]:
     """The samplers of a stage with an engine, by task. The first of them sends the weights.
 
-    Raises ConfigError for servers that do not answer or have other tokens.
+    Every process of `world` calls this. `root`: of a sharded student. `load` loads it as it was before the stage, whole
+    and on the CPU. Raises ConfigError for servers that do not answer or have other tokens.
     """
     from opd.engines.capabilities import probe
     from opd.engines.sync import Sync
     from opd.files import expanded
-    from opd.models import saving
     from opd.runs.prepare import sampling_of
     from opd.samplers.vllm import EngineSampler
     from opd.teachers.local import log_probs, with_record
@@ -115,7 +126,7 @@ def engine_samplers(
     if not section.public:
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
-    replicas = replicas_of(section)
+    replicas = replicas_of(section, world)
     able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
     tokens = spec.micro_batch_tokens
 
@@ -131,16 +142,17 @@ def engine_samplers(
         )
 
     def logp(ids: Sequence[int], temperature: float) -> np.ndarray:
-        return log_probs(student, ids, temperature).numpy()
+        return world.over(root or student.model, lambda: log_probs(student, ids, temperature)).numpy()
 
     sync = Sync(
         replicas=replicas,
         model=able.model,
         folder=folder / "engine" if section.folder is None else expanded(section.folder),
-        write=lambda to: saving.save(student, to),
+        write=weights_writer(student, world, load or (lambda: student)),
         logp=logp,
         vocabulary=len(student.tokenizer),
         tolerance=section.tolerance,
+        world=world,
     )
     return {
         task: EngineSampler(
@@ -156,6 +168,35 @@ def engine_samplers(
     }
 
 
+def weights_writer(student: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> Callable[[Path], None]:
+    """Writes the student's whole weights to a folder; every process calls it. `load`: see `saving.whole`, once.
+
+    It raises RunError, in every process, if the folder cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    from opd.files import refused
+    from opd.models import saving
+
+    copied = functools.cache(load)
+
+    def write(to: Path) -> None:
+        whole = saving.whole(student, world, copied)
+
+        def saved() -> None:
+            assert whole is not None, "the main process has the weights"
+            try:
+                saving.save(whole, to)
+            except (OSError, SafetensorError) as error:
+                if isinstance(error, OPDError):
+                    raise
+                raise refused(to, error if isinstance(error, OSError) else OSError(str(error))) from error
+
+        world.by_main(saved)
+
+    return write
+
+
 def with_template(section: ModelSpec, students: Any) -> Any:
     """The tokenizer that renders what a served teacher reads: the student's, with the section's chat template."""
     if students is None or section.chat_template is None:
@@ -165,14 +206,21 @@ def with_template(section: ModelSpec, students: Any) -> Any:
     return own
 
 
-def served_teacher(name: str, section: ModelSpec, student: LanguageModel, method: Method) -> ServedTeacher:
+def served_teacher(
+    name: str, section: ModelSpec, student: LanguageModel, method: Method, world: World = ALONE
+) -> ServedTeacher:
     """The teacher of a stage, once its servers have answered. Raises ConfigError and AlignmentError."""
     requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
-    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device)
+    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device, world)
 
 
 def teacher_on_servers(
-    name: str, section: ModelSpec, student: tuple[str, Any], requests: Sequence[ScoreRequest], device: torch.device
+    name: str,
+    section: ModelSpec,
+    student: tuple[str, Any],
+    requests: Sequence[ScoreRequest],
+    device: torch.device,
+    world: World = ALONE,
 ) -> ServedTeacher:
     """A teacher that answers `requests`, once its servers have answered. Raises ConfigError and AlignmentError.
 
@@ -188,7 +236,7 @@ def teacher_on_servers(
     own = tokenizer_of(section, name)
     if own is not None:
         check_same_tokens(tokenizer, own, (students, name))
-    replicas = replicas_of(server)
+    replicas = replicas_of(server, world)
 
     def top(by_position: bool) -> int:
         size = len(tokenizer)

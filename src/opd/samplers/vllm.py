@@ -8,6 +8,7 @@ tokens were drawn from, after temperature, top-k and top-p.
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,9 @@ class EngineSampler(Sampler):
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     max_prompt_length: int | None = None
     version: int = 0
-    updates: int = field(default=0, init=False)  # so far: their number separates the servers' caches
+    updates: int = field(default=0, init=False)  # so far
+    # Separates the servers' caches of other weights, also those of an earlier start of this run.
+    salt: str = field(default_factory=lambda: secrets.token_hex(8), init=False)
     ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
 
     def __post_init__(self) -> None:
@@ -53,7 +56,7 @@ class EngineSampler(Sampler):
         return self.sampling.temperature or 1.0
 
     def sync(self, version: int) -> None:
-        """Give the servers the student's weights. Raises TrainingError if they do not serve them."""
+        """Give the servers the student's weights; every process calls this. Raises TrainingError if that fails."""
         if self.update is not None:
             self.update(version)
         self.version, self.updates = version, self.updates + 1
@@ -114,7 +117,7 @@ class EngineSampler(Sampler):
                     row.read,
                     self._params(tokens),
                     seed=seed_of(seed, row.prompt.id, row.sample),
-                    salt=f"opd-{self.updates}",
+                    salt=f"opd-{self.salt}-{self.updates}",
                 ),
                 read=parse_drawn,
                 tokens=len(row.read) + tokens,
