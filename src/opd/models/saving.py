@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +61,18 @@ def save_adapter(lm: LanguageModel, folder: Path, base: str) -> None:
 
     Raises RunError if the adapter is written and the tokenizer could not be.
     """
-    model: Any = lm.model
-    with _based_on(model, base):
-        # Without this, PEFT looks for the base model's config on the hub.
-        model.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False)
+    write_adapter(lm, folder, base)
     if failed := _tried({"the tokenizer": lambda: lm.tokenizer.save_pretrained(folder)}):
         raise RunError(f"{folder} has the adapter, and could not be completed: {'; '.join(failed)}.")
     follow_umask(folder)
+
+
+def write_adapter(lm: LanguageModel, folder: Path, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """The adapter alone, in PEFT's format. `tensors`: its weights by parameter, where `lm` has shards of them."""
+    model: Any = lm.model
+    with _based_on(model, base):
+        # Without save_embedding_layers, PEFT looks for the base model's config on the hub.
+        model.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False, state_dict=tensors)
 
 
 def load_adapter(lm: LanguageModel, folder: Path) -> None:

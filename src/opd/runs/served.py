@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import TYPE_CHECKING, Any
 
 from opd.engines.address import check_address, check_key, check_private
-from opd.errors import ConfigError, OPDError
+from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.preview import tokenizer_of
 from opd.parallel import ALONE, World
-from opd.recipe.schema import EngineSection, ModelSpec, ServerSection, StageSpec
+from opd.recipe.schema import EngineSection, ModelSpec, Recipe, ServerSection, StageSpec
+from opd.runs.saves import trains_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     import torch
     from torch import nn
 
@@ -68,7 +67,7 @@ def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
         check_key(section.api_key_env, where)
 
 
-def check_engine(spec: StageSpec) -> list[str]:
+def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> list[str]:
     """Refuse an engine that the stage cannot use. Sends nothing. Returns a line. Raises ConfigError."""
     section, where = spec.engine, f"{spec.where(None)}: `engine`"
     if section is None:
@@ -78,6 +77,11 @@ def check_engine(spec: StageSpec) -> list[str]:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
     if spec.peers:
         raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
+    if section.weights == "lora" and not trains_adapter(recipe, spec, given):
+        raise ConfigError(
+            f"{where}: `weights: lora` sends an adapter, and the model {spec.train!r} trains its full weights. Give "
+            f"models.{spec.train} a `lora` section, or set `weights: full`."
+        )
     number = len(section.urls)
     return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
 
@@ -116,43 +120,28 @@ def engine_samplers(
     Every process of `world` calls this. `root`: of a sharded student. `load` loads it as it was before the stage, whole
     and on the CPU. Raises ConfigError for servers that do not answer or have other tokens.
     """
+    from opd.engines.adapters import AdapterSync
     from opd.engines.capabilities import probe
-    from opd.engines.sync import Sync
     from opd.files import expanded
     from opd.runs.prepare import sampling_of
+    from opd.runs.weights import sync_of
     from opd.samplers.vllm import EngineSampler
-    from opd.teachers.local import log_probs, with_record
 
     if not section.public:
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section, world)
     able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
-    tokens = spec.micro_batch_tokens
-
-    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
-        temperature = {task: sampling_of(part.sampling).temperature or 1.0 for task, part in spec.by_task.items()}
-        return with_record(
-            student,
-            rollouts,
-            record,
-            temperature=lambda rollout: temperature[None if None in temperature else rollout.prompt.task],
-            micro_batch_tokens=tokens,
-            policy=True,
-        )
-
-    def logp(ids: Sequence[int], temperature: float) -> np.ndarray:
-        return world.over(root or student.model, lambda: log_probs(student, ids, temperature)).numpy()
-
-    sync = Sync(
+    sync = sync_of(
+        section,
+        student,
         replicas=replicas,
         model=able.model,
         folder=folder / "engine" if section.folder is None else expanded(section.folder),
-        write=weights_writer(student, world, load or (lambda: student)),
-        logp=logp,
-        vocabulary=len(student.tokenizer),
-        tolerance=section.tolerance,
+        root=root or student.model,
         world=world,
+        load=load or (lambda: student),
+        where=f"{spec.where(None)}: `engine`",
     )
     return {
         task: EngineSampler(
@@ -161,40 +150,32 @@ def engine_samplers(
             replicas=replicas,
             model=able.model,
             update=None if i else sync,
-            complete=complete,
+            complete=completing(spec, student),
+            adapters=sync if isinstance(sync, AdapterSync) else None,
             max_prompt_length=spec.max_prompt_length,
         )
         for i, (task, part) in enumerate(spec.by_task.items())
     }
 
 
-def weights_writer(student: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> Callable[[Path], None]:
-    """Writes the student's whole weights to a folder; every process calls it. `load`: see `saving.whole`, once.
+def completing(spec: StageSpec, student: LanguageModel) -> Callable[[Sequence[Rollout], Record], list[Rollout]]:
+    """Adds the student's own values to responses of an engine: `policy_logp`, and what a record names."""
+    from opd.runs.prepare import sampling_of
+    from opd.teachers.local import with_record
 
-    It raises RunError, in every process, if the folder cannot be written.
-    """
-    from safetensors import SafetensorError
+    temperature = {task: sampling_of(part.sampling).temperature or 1.0 for task, part in spec.by_task.items()}
 
-    from opd.files import refused
-    from opd.models import saving
+    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        return with_record(
+            student,
+            rollouts,
+            record,
+            temperature=lambda rollout: temperature[None if None in temperature else rollout.prompt.task],
+            micro_batch_tokens=spec.micro_batch_tokens,
+            policy=True,
+        )
 
-    copied = functools.cache(load)
-
-    def write(to: Path) -> None:
-        whole = saving.whole(student, world, copied)
-
-        def saved() -> None:
-            assert whole is not None, "the main process has the weights"
-            try:
-                saving.save(whole, to)
-            except (OSError, SafetensorError) as error:
-                if isinstance(error, OPDError):
-                    raise
-                raise refused(to, error if isinstance(error, OSError) else OSError(str(error))) from error
-
-        world.by_main(saved)
-
-    return write
+    return complete
 
 
 def with_template(section: ModelSpec, students: Any) -> Any:

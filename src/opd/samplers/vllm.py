@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd.engines.adapters import AdapterSync
 from opd.engines.replicas import Job, Replicas
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
@@ -31,6 +32,7 @@ class EngineSampler(Sampler):
     """Writes responses with the student's weights on servers; a `Sampler`.
 
     `update` gives the servers the student's weights and proves them; None if another sampler of the stage does.
+    `adapters`: if it sends LoRA adapters, what says the name of the last one.
     `complete` adds the student's own values to responses: the log-probs before truncation, and what a record names.
     """
 
@@ -38,8 +40,9 @@ class EngineSampler(Sampler):
     sampling: Sampling
     replicas: Replicas
     model: str
-    update: Sync | None
+    update: Sync | AdapterSync | None
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
+    adapters: AdapterSync | None = None
     max_prompt_length: int | None = None
     version: int = 0
     updates: int = field(default=0, init=False)  # so far
@@ -109,11 +112,12 @@ class EngineSampler(Sampler):
 
     def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
         """Continue the rows by at most `tokens` tokens."""
+        model = self.model if self.adapters is None else self.adapters.serves
         jobs = [
             Job(
                 path="inference/v1/generate",
                 fields=draw_fields(
-                    self.model,
+                    model,
                     row.read,
                     self._params(tokens),
                     seed=seed_of(seed, row.prompt.id, row.sample),
@@ -156,11 +160,12 @@ class EngineSampler(Sampler):
         }
 
     def _check_versions(self, drawn: Drawn) -> None:
-        """Raise TrainingError for tokens of other weights than the last update's."""
-        if wrong := {version for version in drawn.versions if version != str(self.version)}:
+        """Raise TrainingError for tokens of other weights than the last update's; with adapters, of another base."""
+        wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
+        if wrong := set(drawn.versions) - wanted:
             raise TrainingError(
                 f"A server drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at "
-                f"version {self.version}. Does another run update the same server? Give each run its own."
+                f"version {', '.join(sorted(wanted))}. Does another run update the same server? Give each run its own."
             )
 
     def _rollout(self, row: _Row) -> Rollout:
