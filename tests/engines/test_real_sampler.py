@@ -15,7 +15,7 @@ from support.vllm_server import needs_vllm, vllm
 from opd.engines import vllm as protocol
 from opd.engines.control import check_control
 from opd.engines.server import Answer
-from opd.engines.sync import Sync
+from opd.engines.sync import Folder, Sync
 from opd.errors import ConfigError, TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
@@ -146,11 +146,11 @@ def test_old_output_layer_ends_the_run(url, tmp_path, monkeypatch):
     sync = sampler.update
     assert isinstance(sync, Sync)
     monkeypatch.setattr(
-        Sync,
-        "_load",
-        lambda self, one, folder: one.post(
+        Folder,
+        "load",
+        lambda self, one: one.post(
             "collective_rpc",
-            {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            {"method": "reload_weights", "kwargs": {"weights_path": str(self._now)}},
             lambda raw: 1,
         ),
     )
@@ -163,7 +163,7 @@ def test_update_without_effect_ends_the_run(url, tmp_path, monkeypatch):
     lm = learner()
     sampler = sampler_of(url, lm, tmp_path)
     sampler.sync(0)
-    monkeypatch.setattr(Sync, "_load", lambda self, one, folder: Answer(value=1))
+    monkeypatch.setattr(Folder, "load", lambda self, one: Answer(value=1))
     changed(lm, 1)
     with pytest.raises(TrainingError, match=r"They are those of the step before: the update had no effect"):
         sampler.sync(1)
@@ -175,7 +175,9 @@ def test_missing_tensor_ends_the_run_with_old_weights(url, tmp_path):
     sampler.sync(0)
     before = drawn(sampler)
     assert isinstance(sampler.update, Sync)
-    whole = sampler.update.write
+    delivery = sampler.update.delivery
+    assert isinstance(delivery, Folder)
+    whole = delivery.write
 
     def without_one(folder: Path) -> None:
         whole(folder)
@@ -183,11 +185,11 @@ def test_missing_tensor_ends_the_run_with_old_weights(url, tmp_path):
         tensors.pop("model.layers.0.mlp.down_proj.weight")
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
-    sampler.update.write = without_one
+    delivery.write = without_one
     changed(lm, 1)
     with pytest.raises(TrainingError, match=r"without \['model.layers.0.mlp.down_proj.weight'\]"):
         sampler.sync(1)
-    sampler.update.write = whole
+    delivery.write = whole
     assert [one.response_ids.tolist() for one in drawn(sampler)] == [one.response_ids.tolist() for one in before]
 
 

@@ -305,3 +305,16 @@ def test_try_to_describe_refuses_what_save_would(tmp_path: Path):
     lm.causal_lm.generation_config.temperature = 0.7  # type: ignore[union-attr]
     with pytest.raises(ConfigError, match=r"could not be saved after the training: model\.generation_config .*`do_sa"):
         saving.try_to_describe(lm, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama_tied", "gpt2", "mixtral", "lora"])
+def test_tensors_of_are_those_of_the_file(tmp_path, kind):
+    """Names, shapes and values: of experts one by one, without a shared output layer, merged."""
+    lm = wrapped(moe(kind)) if kind == "mixtral" else tiny(kind.replace("lora", "llama_tied"))
+    if kind == "lora":
+        lm = wrapped(lm.model, rank=3)
+    lm = moved(lm)
+    saving.save(lm, tmp_path)
+    written, found = load_file(tmp_path / "model.safetensors"), saving.tensors_of(lm)
+    assert found.keys() == written.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in written.items())

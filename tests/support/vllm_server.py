@@ -31,11 +31,18 @@ def free_port() -> int:
 
 @contextmanager
 def vllm(
-    folder: Path, log: Path, *flags: str, by_position: bool = True, python: str = PYTHON, threads: int = 1
+    folder: Path,
+    log: Path,
+    *flags: str,
+    by_position: bool = True,
+    python: str = PYTHON,
+    threads: int = 1,
+    imports: tuple[Path, ...] = (),
 ) -> Iterator[str]:
     """A server of the model in `folder`, named "teacher", in float32; its address. Later flags replace earlier ones.
 
-    `by_position`: with the V2 runner under Triton's interpreter, which is slow and scores given tokens by position.
+    `imports`: more folders of modules for it. `by_position`: with the V2 runner under Triton's interpreter, which is
+    slow and scores given tokens by position.
     """
     port = free_port()
     interpreted = {
@@ -47,7 +54,7 @@ def vllm(
         **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_WAIT_POLICY")},
         **(interpreted if by_position else {}),
         "PYTHONPATH": os.pathsep.join(
-            [str(SOURCE), *([str(SITE)] if by_position else [])]
+            [str(SOURCE), *([str(SITE)] if by_position else []), *map(str, imports)]
         ),  # for the worker's extension
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": str(threads),

@@ -62,19 +62,24 @@ def _engine(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, section: EngineSection, tokenizer: Any, lengths: list[int]
 ) -> Iterator[str]:
     from opd.engines.capabilities import probe
-    from opd.engines.control import check_control
+    from opd.engines.control import check_control, check_transfer
 
     if not section.public:
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section)
     able = probe(replicas, section.model, tokenizer, by_position=0, top=lambda _: 0, one_model=False)
-    folder = recipe.folder if section.folder is None else expanded(section.folder)
-    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
-    for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
-        loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
-        yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
-    yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
+    if section.weights == "transfer":
+        for url, workers in check_transfer(replicas, able.model, len(tokenizer)).items():
+            yield f"engine {url}: {able.model}, workers: {workers}; its log-probs are those of its draws"
+        yield "engine: weights go by NCCL, which is not tried here"
+    else:
+        folder = recipe.folder if section.folder is None else expanded(section.folder)
+        there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+        for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
+            loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
+            yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
+        yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
     if able.longest is not None:
         yield f"engine: {_room(spec, prepared, spec.train, lengths, able.longest)}"
 

@@ -6,6 +6,7 @@ import ipaddress
 import os
 import re
 import socket
+from collections.abc import Sequence
 from urllib.parse import urlsplit
 
 from opd.engines.server import fits_header, proxy_of
@@ -40,6 +41,24 @@ def check_private(url: str, where: str) -> None:
             f"{where}: {host} is neither this machine nor in a private network, and a server's control routes "
             "are open to every client. Use a private address, or set `public: true` if the network is closed otherwise."
         )
+
+
+def own_address(urls: Sequence[str]) -> tuple[str, int]:
+    """The address of this machine towards the servers, and a free port there. Raises OSError.
+
+    A server on this machine also reaches it by the address that another machine's server needs.
+    """
+    found: list[str] = []
+    for url in urls:
+        host, port = urlsplit(url).hostname or "", urlsplit(url).port or 80
+        family, kind, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind) as one:
+            one.connect(place)  # of a datagram: nothing is sent
+            found.append(one.getsockname()[0])
+    address = min(found, key=lambda one: ipaddress.ip_address(one).is_loopback)
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as one:
+        one.bind((address, 0))
+        return address, one.getsockname()[1]
 
 
 def check_key(api_key_env: str, where: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from opd.engines.capabilities import control_ids, of_each
 from opd.engines.replicas import Replicas
 from opd.engines.server import BodyError
-from opd.engines.vllm import Drawn, draw_fields, member_of, parse_drawn
+from opd.engines.vllm import Drawn, draw_fields, member_of, parse_drawn, workers_in
 from opd.errors import ConfigError
 
 DRAWN = 16  # tokens of the trial
@@ -39,6 +39,16 @@ def check_control(replicas: Replicas, model: str, vocabulary: int, folder: str |
             )
     check_draws(replicas, model, vocabulary)
     return {url: Able(version=weights[url], tensors=int(about["tensors"])) for url, about in workers.items()}
+
+
+def check_transfer(replicas: Replicas, model: str, vocabulary: int) -> dict[str, int]:
+    """Look at every server once, for `weights: transfer`: its control routes and a draw. How many workers it has.
+
+    Whether it has a weight transfer engine shows at the first update only. Raises ConfigError as `check_control`.
+    """
+    workers = of_each(replicas, lambda one: one.get("get_world_size", workers_in), "its number of workers", ROUTES)
+    check_draws(replicas, model, vocabulary)
+    return workers
 
 
 ROUTES = "Start it with VLLM_SERVER_DEV_MODE=1."

@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -38,19 +38,69 @@ START = (
 )
 
 
+class Delivery(Protocol):
+    """How the student's whole weights get to the servers. `start`: how to start a server for it."""
+
+    start: str
+
+    def send(self, version: int) -> None:
+        """Every process calls this. Its gathers have ended in all of them before the main process sends anything.
+
+        Raises an OPDError in every process.
+        """
+        ...
+
+    def load(self, one: Connection) -> Answer[Any]:
+        """In the main process: one server uses what was sent. It is called again after a failure that may pass."""
+        ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Folder:
+    """Delivers weights by a folder that trainer and servers share.
+
+    `write` gathers the student's weights in all processes and writes them, whole, as safetensors to a folder.
+    """
+
+    folder: Path
+    write: Callable[[Path], None]
+    world: World = ALONE
+    version: int = 0
+    start: str = START
+
+    def send(self, version: int) -> None:
+        """Write the weights, and remove the folders before. Raises RunError if they cannot be written."""
+        self.version = version
+        self.write(self._now)
+        self.world.by_main(self._forget)
+
+    def load(self, one: Connection) -> Answer[int]:
+        """One server loads the folder, by the worker extension."""
+        fields = {"method": "opd_load", "kwargs": {"folder": str(self._now.absolute())}}
+        return one.post("collective_rpc", fields, loaded)
+
+    @property
+    def _now(self) -> Path:
+        return self.folder / f"version-{self.version}"
+
+    def _forget(self) -> None:
+        for old in self.folder.glob("version-*"):
+            if old != self._now:
+                shutil.rmtree(old, ignore_errors=True)
+
+
 @dataclass(slots=True, kw_only=True)
 class Sync:
-    """Sends weights by a folder that trainer and servers share. Every process of `world` makes the same calls.
+    """Delivers whole weights and proves that they are served. Every process of `world` makes the same calls.
 
-    `write` gathers the student's weights and writes them, whole, as safetensors to a folder; `logp(ids, temperature)`
-    are its log-probs of the tokens after the first. Both gather weights in all processes, and have ended in all of
-    them before the main process alone speaks to the servers. `tolerance`: of a log-prob's difference, in nats.
+    `logp(ids, temperature)`: the student's log-probs of the tokens after the first, from gathers in all processes that
+    have ended in all of them before the main process alone speaks to the servers. `tolerance`: of a log-prob's
+    difference, in nats.
     """
 
     replicas: Replicas
     model: str
-    folder: Path
-    write: Callable[[Path], None]
+    delivery: Delivery
     logp: Callable[[Sequence[int], float], np.ndarray]
     vocabulary: int
     tolerance: float
@@ -59,35 +109,35 @@ class Sync:
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
     def __call__(self, version: int) -> None:
-        """Write, load, name and prove version `version`.
+        """Send, load, name and prove version `version`.
 
         Of several servers, one that gives no answer at all is left out until a later update finds it again.
 
         Raises, in every process:
             NotFiniteError: a log-prob of the student is not finite. The servers keep their weights.
             TrainingError: a server refuses the weights, or scores with others than the trainer's, or none answers.
+            RunError: the weights cannot be written.
         """
         own = self.logp(control_ids(self.vocabulary), 1.0)
         if not np.isfinite(own).all():
             raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
-        folder = self.folder / f"version-{version}"
-        self.write(folder)
-        left_out = self.world.by_main(lambda: self._give(folder, version, own))
+        self.delivery.send(version)
+        left_out = self.world.by_main(lambda: self._give(version, own))
         self.replicas.left_out.clear()
         self.replicas.left_out.update(left_out)
         if self.before is None:
             self._check_mode()
         self.before = own
 
-    def _give(self, folder: Path, version: int, own: np.ndarray) -> set[str]:
-        """In the main process: the servers load the folder, and prove it. The silent ones, which are left out."""
+    def _give(self, version: int, own: np.ndarray) -> set[str]:
+        """In the main process: the servers load the weights, and prove it. The silent ones, which are left out."""
         ids = control_ids(self.vocabulary)
         fields = completion_fields(self.model, ids, 0)
         named = {"new_version": str(version)}
 
         def update(one: Connection) -> Answer[TopScores]:
             return in_turn(
-                lambda: self._load(one, folder),
+                lambda: self.delivery.load(one),
                 lambda: one.post("update_weight_version", named, lambda raw: True),
                 lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
             )
@@ -95,9 +145,6 @@ class Sync:
         found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
         scored = self._answered(found)
         self._prove(version, {url: one.logp for url, one in scored.items()}, own)
-        for old in self.folder.glob("version-*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
         return {one.url for one in self.replicas.servers if one.url not in scored}
 
     def _there(self) -> set[str]:
@@ -114,7 +161,7 @@ class Sync:
         scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
         for url, answer in found.items():
             if answer.value is None and (not answer.lost or not scored or self.before is None):
-                raise _not_given(url, answer.failure)
+                raise self._not_given(url, answer.failure)
         self.replicas.counts.add(servers_lost=len(self.replicas.servers) - len(scored))
         return scored
 
@@ -130,7 +177,7 @@ class Sync:
                     f"fixed sequence differ by up to {apart:.3g} nats, and {self.tolerance:g} are allowed "
                     "(`tolerance`). "
                     + ("They are those of the step before: the update had no effect. " if stale else "")
-                    + f"{START}; in another precision than the student's, raise `tolerance`."
+                    + f"{self.delivery.start}; in another precision than the student's, raise `tolerance`."
                 )
 
     def _check_mode(self) -> None:
@@ -146,7 +193,7 @@ class Sync:
             if apart > self.tolerance:
                 raise TrainingError(
                     f"The server {url} gives other log-probs than those of the distribution that it draws from: at "
-                    f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
+                    f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {self.delivery.start}."
                 )
 
     def _drawn(self, fields: Mapping[str, Any]) -> dict[str, Drawn]:
@@ -157,17 +204,17 @@ class Sync:
         )
         for url, answer in found.items():
             if answer.value is None:
-                raise _not_given(url, answer.failure)
+                raise self._not_given(url, answer.failure)
         return {url: answer.value for url, answer in found.items() if answer.value is not None}
 
-    def _load(self, one: Connection, folder: Path) -> Answer[int]:
-        fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
-        return one.post("collective_rpc", fields, loaded)
+    def _not_given(self, url: str, why: str | None) -> TrainingError:
+        return not_given(url, why, self.delivery.start)
 
 
-def _not_given(url: str, why: str | None) -> TrainingError:
+def not_given(url: str, why: str | None, start: str) -> TrainingError:
+    """A server has not got the weights. `start`: how it has to be started."""
     return TrainingError(
-        f"The server {url} could not be given the student's weights: {why}. {START}; the same command then continues."
+        f"The server {url} could not be given the student's weights: {why}. {start}; the same command then continues."
     )
 
 

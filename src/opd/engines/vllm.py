@@ -169,6 +169,14 @@ def member_of(raw: bytes, *path: str | int) -> Any:
     return _member(_json(raw), *path)
 
 
+def workers_in(raw: bytes) -> int:
+    """How many workers a server has, over all kinds of parallelism. Raises BodyError."""
+    size = member_of(raw, "world_size")
+    if not isinstance(size, int) or size < 1:
+        raise BodyError(f"it says that it has {size!r} workers")
+    return size
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
     """A model of `/v1/models`."""

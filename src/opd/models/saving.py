@@ -38,6 +38,17 @@ def save(lm: LanguageModel, folder: Path, dtype: torch.dtype | None = None) -> N
     follow_umask(folder)
 
 
+def tensors_of(lm: LanguageModel) -> dict[str, Tensor]:
+    """The tensors that `save` writes, by their names in the file. They are the model's own where it has no adapters."""
+    from transformers.core_model_loading import revert_weight_conversion
+    from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+    plain: Any = merged_state(lm)
+    ignored = set(plain._keys_to_ignore_on_save or ())
+    state = {name: tensor for name, tensor in plain.state_dict().items() if name not in ignored}
+    return dict(revert_weight_conversion(plain, remove_tied_weights_from_state_dict(state, plain)))
+
+
 def whole(lm: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> LanguageModel | None:
     """The model with its whole weights, in the process that writes files; None in the others. Every process calls this.
 

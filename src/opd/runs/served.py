@@ -82,8 +82,23 @@ def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMo
             f"{where}: `weights: lora` sends an adapter, and the model {spec.train!r} trains its full weights. Give "
             f"models.{spec.train} a `lora` section, or set `weights: full`."
         )
+    if section.weights == "transfer":
+        check_transfer(section, where)
     number = len(section.urls)
     return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
+
+
+def check_transfer(section: EngineSection, where: str) -> None:
+    """Refuse weights by NCCL that this environment cannot send, and a folder that has no use. Raises ConfigError."""
+    from opd.engines.nccl import lacking
+
+    if (why := lacking()) is not None:
+        raise ConfigError(
+            f"{where}: `weights: transfer` sends the weights by NCCL from a GPU of this process, and {why}. Set "
+            "`weights: full`, which sends them by a folder."
+        )
+    if section.folder is not None:
+        raise ConfigError(f"{where}: with `weights: transfer` nothing goes through a folder. Remove `folder`.")
 
 
 def replicas_of(section: ServerSection | EngineSection, world: World = ALONE) -> Replicas:

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from opd.engines.adapters import AdapterSync
+from opd.engines.nccl import nccl_group
 from opd.engines.replicas import Replicas
-from opd.engines.sync import Sync
+from opd.engines.sync import Folder, Sync
+from opd.engines.transfer import Transfer
 from opd.errors import ConfigError, OPDError
 from opd.files import refused
 from opd.models import saving
@@ -47,7 +50,6 @@ def sync_of(
     common: dict[str, Any] = {
         "replicas": replicas,
         "model": model,
-        "folder": folder,
         "logp": logp,
         "vocabulary": len(student.tokenizer),
         "tolerance": section.tolerance,
@@ -55,8 +57,35 @@ def sync_of(
     }
     if section.weights == "lora":
         rank = adapter_rank(student, where)
-        return AdapterSync(write=adapter_writer(student, world, model), rank=rank, **common)
-    return Sync(write=weights_writer(student, world, load), **common)
+        return AdapterSync(write=adapter_writer(student, world, model), rank=rank, folder=folder, **common)
+    if section.weights == "transfer":
+        device = student.device if student.device.type == "cuda" else torch.device("cuda")
+        delivery = Transfer(
+            replicas=replicas,
+            gather=weights_gatherer(student, world, load),
+            join=functools.partial(nccl_group, device),
+            limit_s=section.timeout_s,
+            world=world,
+        )
+        return Sync(delivery=delivery, **common)
+    written_to = Folder(folder=folder, write=weights_writer(student, world, load), world=world)
+    return Sync(delivery=written_to, **common)
+
+
+def weights_gatherer(
+    student: LanguageModel, world: World, load: Callable[[], LanguageModel]
+) -> Callable[[], dict[str, Tensor]]:
+    """The student's whole tensors in the main process, none in the others; every process calls it.
+
+    `load`: see `saving.whole`, once. Shards are gathered into the main process's memory, not on its GPU.
+    """
+    copied = functools.cache(load)
+
+    def gather() -> dict[str, Tensor]:
+        whole = saving.whole(student, world, copied)  # has ended in all processes
+        return {} if whole is None else saving.tensors_of(whole)
+
+    return gather
 
 
 def weights_writer(student: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> Callable[[Path], None]:
