@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from support.drawing import DrawingEngine
 from support.engines import Engine, running
 from support.http_server import Arrived, Said
 from support.runs import ENVIRONMENT, Ended, Forks, one_stage, prepare, tiny_model
+from support.transferring import TransferringEngine
 from support.vllm_server import free_port
 
 from opd.models.loading import load_model
@@ -183,6 +185,31 @@ def node(folder: Path, rank: int, port: int, backend: str) -> subprocess.Popen[s
     return subprocess.Popen(
         command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
+
+
+def over_gloo(folder: Path, made: dict[str, Any], processes: int) -> Path:
+    """A run with weights by gloo, in several processes of torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command += ["-m", "support.over_gloo", "train", "recipe.yaml"]
+    prepare(folder, made)
+    paths = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    ended = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT | paths, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def test_two_processes_that_transfer_equal_one_by_folder(forks, servers, tmp_path):
+    """The gathers of a sharded student end in both before the first one speaks to a server and broadcasts."""
+    lm = load_model(ModelSpec.model_validate(student() | {"seed": 5}), name="student", seed=0)
+    engine = TransferringEngine(lm=lm, over_gloo=True)
+    with running(engine):
+        one = trained(forks, tmp_path / "one", recipe(*servers), 1)
+        section = {"urls": [engine.url], "patience_s": 5.0, "timeout_s": 60.0, "weights": "transfer"}
+        two = over_gloo(tmp_path / "two", recipe(*servers, engine=section), 2)
+    assert_same_run(one, two)
+    assert [target for target, _ in engine.calls].count("init_weight_transfer_engine") == 1
 
 
 def of_two_nodes(folder: Path, made: dict[str, Any], backend: str = "static") -> list[Ended]:

@@ -13,6 +13,7 @@ import torch
 
 from support.drawing import DrawingEngine
 from support.engines import refused
+from support.gloo import GlooGroup
 from support.http_server import Said
 
 ROUTES = (
@@ -26,12 +27,17 @@ ROUTES = (
 
 @dataclass
 class TransferringEngine(DrawingEngine):
-    """Gets its weights from the line of a `Line`; `calls` are the requests about it, in order, with their bodies."""
+    """Gets its weights from the line of a `Line`, or `over_gloo` from a trainer in another process.
+
+    `calls` are the requests about it, in order, with their bodies.
+    """
 
     workers: int = 1
     active: bool = False  # an update is open
     line: queue.Queue[torch.Tensor] = field(default_factory=queue.Queue)
     received: dict[str, torch.Tensor] = field(default_factory=dict)
+    over_gloo: bool = False
+    group: GlooGroup | None = None
     parts: list[int] = field(default_factory=list)  # bytes of each broadcast
 
     @property
@@ -45,6 +51,10 @@ class TransferringEngine(DrawingEngine):
             return refused(404, "Not Found")
         if target == "/get_world_size":
             return Said(body={"world_size": self.workers})
+        if target == "/init_weight_transfer_engine" and self.over_gloo:
+            told = request["init_info"]
+            place = (told["master_address"], told["master_port"], told["rank_offset"])
+            self.group = GlooGroup(*place, told["world_size"], limit_s=20.0)
         if target == "/start_weight_update":
             if self.active:
                 return refused(500, "start_weight_update called while a weight update is already active.")
@@ -71,7 +81,11 @@ class TransferringEngine(DrawingEngine):
             self._unpack(waiting)
 
     def _unpack(self, parts: Sequence[tuple[str, torch.dtype, Sequence[int], int]]) -> None:
-        packed = self.line.get(timeout=20.0)
+        if self.group is None:
+            packed = self.line.get(timeout=20.0)
+        else:
+            packed = torch.empty(sum(one[-1] for one in parts), dtype=torch.uint8)
+            self.group.broadcast(packed)
         self.parts.append(packed.numel())
         assert packed.dtype == torch.uint8
         for (name, dtype, shape, _), values in zip(parts, packed.split([one[-1] for one in parts]), strict=True):
