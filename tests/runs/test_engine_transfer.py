@@ -28,7 +28,8 @@ from opd.models.loading import load_model
 from opd.recipe.schema import ModelSpec
 
 STEPS = 3
-UPDATE = ["start_weight_update", "update_weights", "finish_weight_update"]
+BEFORE = ["finish_weight_update", "resume"]  # of an update that an earlier start may have left open
+UPDATE = ["pause?mode=keep", "start_weight_update", "update_weights", "finish_weight_update", "resume"]
 
 
 @pytest.fixture
@@ -92,15 +93,15 @@ def test_servers_get_calls_in_order_and_all_tensors(engines, line, tmp_path, mon
     student = load_model(ModelSpec(**tiny_model(2)), name="student", seed=0).causal_lm.state_dict()
     for one, offset in zip(engines, (1, 3), strict=True):
         targets = [target for target, _ in one.calls]
-        assert targets == ["get_world_size", "init_weight_transfer_engine", *UPDATE * STEPS]
+        assert targets == [*BEFORE, "get_world_size", "init_weight_transfer_engine", *UPDATE * STEPS]
         bodies = [body for _, body in one.calls]
-        init = bodies[1]["init_info"]
+        init = bodies[3]["init_info"]
         assert (init["rank_offset"], init["world_size"], init["packed"]) == (offset, 4, True)
-        told = bodies[3]["update_info"]
+        told = bodies[6]["update_info"]
         assert set(told["names"]) == student.keys()
         assert [student[name].shape for name in told["names"]] == [torch.Size(shape) for shape in told["shapes"]]
         assert set(told["dtype_names"]) == {"float32"}
-        versions = [body["weight_version"] for target, body in one.calls if target == "finish_weight_update"]
+        versions = [body["weight_version"] for target, body in one.calls if target == "finish_weight_update" and body]
         assert versions == [str(step) for step in range(STEPS)]
         assert len(one.parts) > 2 * STEPS
         assert sum(one.parts) == STEPS * sum(tensor.nbytes for tensor in student.values())
@@ -133,7 +134,7 @@ def test_stuck_broadcast_ends_at_the_time_limit(engines, line, tmp_path, monkeyp
     """Servers that answer at once, and a collective that never ends."""
     monkeypatch.setattr(TransferringEngine, "_receive", lambda self, **told: None)
     line.stuck = True
-    with pytest.raises(TrainingError, match=r"the broadcast has not ended within 1 s\. .*weights: full"):
+    with pytest.raises(TrainingError, match=r"the collective has not ended within 1 s\. .*weights: full"):
         run(tmp_path, recipe(engines, timeout_s=1.0), monkeypatch)
 
 
@@ -157,10 +158,10 @@ def test_failed_broadcast_ends_the_run_at_once(engines, line, tmp_path, monkeypa
 
 
 def test_update_left_open_is_ended_first(engines, line, tmp_path, monkeypatch):
+    """Else the first request for tokens ends the server."""
     engines[1].active = True
     run(tmp_path, recipe(engines), monkeypatch)
-    targets = [target for target, _ in engines[1].calls]
-    assert targets[2:7] == ["start_weight_update", "finish_weight_update", *UPDATE]
+    assert not engines[1].dead
 
 
 def test_update_without_effect_ends_the_run(engines, line, tmp_path, monkeypatch):

@@ -22,6 +22,8 @@ ROUTES = (
     "/start_weight_update",
     "/update_weights",
     "/finish_weight_update",
+    "/pause?mode=keep",
+    "/resume",
 )
 
 
@@ -34,6 +36,7 @@ class TransferringEngine(DrawingEngine):
 
     workers: int = 1
     active: bool = False  # an update is open
+    dead: bool = False  # tokens were requested while an update was open
     line: queue.Queue[torch.Tensor] = field(default_factory=queue.Queue)
     received: dict[str, torch.Tensor] = field(default_factory=dict)
     over_gloo: bool = False
@@ -45,6 +48,9 @@ class TransferringEngine(DrawingEngine):
         return [(one.target[1:], one.request) for one in self.arrived if one.target in ROUTES]
 
     def _said(self, target: str, request: dict[str, Any], ids: Any) -> Said:
+        self.dead |= self.active and len(ids) > 0
+        if self.dead:
+            return refused(500, "EngineCore encountered an issue.")
         if target not in ROUTES:
             return super()._said(target, request, ids)
         if not self.dev:
@@ -61,6 +67,8 @@ class TransferringEngine(DrawingEngine):
             self.active, self.received = True, {}
         if target == "/update_weights":
             self._receive(**request["update_info"])
+        if target == "/finish_weight_update" and not self.active:
+            return refused(500, "finish_weight_update called without a matching start_weight_update.")
         if target == "/finish_weight_update":
             self.lm.causal_lm.load_state_dict(self.received, strict=False)
             self.active, self.version = False, request.get("weight_version", self.version)

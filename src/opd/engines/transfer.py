@@ -1,8 +1,9 @@
 """A student's whole weights for vLLM's servers by its own weight transfer engine (0.32): nothing goes through a disk.
 
 The main process and all workers of all servers are one NCCL group, in which the main process has rank 0. An update is
-/start_weight_update, then at the same time /update_weights, which names all tensors, and one broadcast per bucket of
-them, then /finish_weight_update.
+/pause and /start_weight_update, then at the same time /update_weights, which names all tensors, and one broadcast per
+bucket of them, then /finish_weight_update and /resume. The pause keeps requests of others waiting: between start and
+finish the model has no weights, and one request for tokens has ended a server.
 
 A broadcast has no time limit and cannot be interrupted. So requests and broadcasts run in threads of their own, and the
 first failure of either, or the time limit, ends the run. The group cannot be used after that.
@@ -31,6 +32,7 @@ from opd.errors import TrainingError
 from opd.parallel import ALONE, World
 
 BUCKET = 256 << 20  # bytes beyond which a bucket takes no more tensors
+OPEN_S = 30.0  # for the end of an update that was left open
 
 START = (
     'Start it with VLLM_SERVER_DEV_MODE=1, `--weight-transfer-config \'{"backend": "nccl"}\'`, `--enable-scale-out` '
@@ -77,10 +79,12 @@ class Transfer:
 
     def load(self, one: Connection) -> Answer[bool]:
         """One server begins to use the weights that it has received."""
-        return one.post("finish_weight_update", {"weight_version": str(self.version)}, _done)
+        return in_turn(
+            lambda: one.post("finish_weight_update", {"weight_version": str(self.version)}, _done),
+            lambda: one.post("resume", {}, _done),
+        )
 
     def _send(self, tensors: Mapping[str, Tensor]) -> None:
-        first = self.group is None
         if self.group is None:
             self.group = self._joined()
         group = self.group
@@ -89,7 +93,11 @@ class Transfer:
             "dtype_names": [str(one.dtype).removeprefix("torch.") for one in tensors.values()],
             "shapes": [list(one.shape) for one in tensors.values()],
         }
-        self._all(lambda one: _started(one, first))
+        self._all(
+            lambda one: in_turn(
+                lambda: one.post("pause?mode=keep", {}, _done), lambda: one.post("start_weight_update", {}, _done)
+            )
+        )
 
         def broadcast() -> None:
             for packed in buckets(tensors.values(), self.bucket, group.device):
@@ -148,7 +156,7 @@ class Transfer:
                     f"{type(error).__name__}: {error}. {self.start}; the same command then continues."
                 ) from error
         if late:
-            raise not_given(servers[0].url, f"the broadcast has not ended within {self.limit_s:.3g} s", self.start)
+            raise not_given(servers[0].url, f"the collective has not ended within {self.limit_s:.3g} s", self.start)
         return {server.url: answer.result() for server, answer in zip(servers, answers, strict=True)}
 
 
@@ -169,16 +177,15 @@ def buckets(tensors: Iterable[Tensor], size: int, device: torch.device) -> Itera
         yield torch.cat(parts)
 
 
-def _started(one: Connection, first: bool) -> Answer[Any]:
-    """Begin an update. At the first one, end an update that an earlier start of the trainer has left open."""
+def end_open_update(replicas: Replicas) -> None:
+    """End an update that a trainer has left open when it was killed, and let its servers answer again.
 
-    def start() -> Answer[bool]:
-        return one.post("start_weight_update", {}, _done)
-
-    answer = start()
-    if first and "already active" in str(answer.failure):
-        return in_turn(lambda: one.post("finish_weight_update", {}, _done), start)
-    return answer
+    The weights of an open update are nowhere, and a request for tokens would end the server. One without an open update
+    refuses to end it, so that failures have no meaning here: what is wrong shows at the next request.
+    """
+    once = replace(replicas, retries=0)
+    for path in ("finish_weight_update", "resume"):
+        once.each(lambda one, path=path: one.post(path, {}, _done), OPEN_S)
 
 
 def _done(raw: bytes) -> bool:

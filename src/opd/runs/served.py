@@ -137,6 +137,7 @@ def engine_samplers(
     """
     from opd.engines.adapters import AdapterSync
     from opd.engines.capabilities import probe
+    from opd.engines.transfer import end_open_update
     from opd.files import expanded
     from opd.runs.prepare import sampling_of
     from opd.runs.weights import sync_of
@@ -146,6 +147,8 @@ def engine_samplers(
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section, world)
+    if section.weights == "transfer":
+        world.by_main(lambda: end_open_update(replicas))
     able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
     sync = sync_of(
         section,
