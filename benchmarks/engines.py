@@ -226,7 +226,9 @@ def of_positions(python: str, folder: Path, quick: bool) -> Record:
     def fresh() -> tuple[list[Rollout], list[Prompt]]:
         """Responses to a prompt of which no server has a token in its cache."""
         number = next(numbers)
-        prompt = Prompt(id=0, content=(f"{number} is a prompt that is long " * 40)[: 4 * tokens - 50])
+        prompt = Prompt(
+            id=0, content=(f"{number} is a prompt that is long " * 40)[: 4 * tokens + 8]
+        )  # not whole blocks of the cache
         rollouts = sampler([prompt], seed=(0, number), record=Recorded(top_k=K))
         return rollouts, [prompt] * len(rollouts)
 

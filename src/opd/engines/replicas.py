@@ -14,7 +14,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
@@ -104,14 +104,12 @@ class Replicas:
         with ExitStack() as stack:
             connections = self._connected(stack, among={one.url for one in self.servers} - self.left_out)
             run = _Run(self, connections, jobs)
-            threads = min(len(jobs), AT_ONCE * len(connections))
-            pool = ThreadPoolExecutor(max(threads, 1))
+            threads = [in_thread(run.work) for _ in range(min(len(jobs), AT_ONCE * len(connections)))]
             try:
-                for worker in [pool.submit(run.work) for _ in range(threads)]:
-                    worker.result()
+                for one in threads:
+                    one.result()
             finally:
                 run.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
         self.counts.add(failed=sum(answer.value is None for answer in run.done.values()))
         return [run.done[i] for i in range(len(jobs))]
 
@@ -272,3 +270,17 @@ class _Run(Generic[T]):
             failure = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: {self.why}"
             self._settle(self.ready.pop(), Answer(failure=failure, requests=0, transient=True, lost=True))
         return True
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """The result of `work`, in a thread that does not keep the process alive: an error ends it without the answers."""
+    future: Future[T] = Future()
+
+    def _run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=_run, daemon=True, name="opd-server").start()
+    return future

@@ -9,9 +9,7 @@ tokens were drawn from, after temperature, top-k and top-p.
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +17,7 @@ import numpy as np
 import torch
 
 from opd.engines.adapters import AdapterSync
-from opd.engines.replicas import Job, Replicas
+from opd.engines.replicas import Job, Replicas, in_thread
 from opd.engines.server import BodyError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
@@ -227,20 +225,6 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
-
-
-def in_thread(work: Callable[[], None]) -> Future[None]:
-    """`work` in a thread that does not keep the process alive."""
-    future: Future[None] = Future()
-
-    def _run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=_run, daemon=True, name="opd-draw").start()
-    return future
 
 
 def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
