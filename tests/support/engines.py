@@ -41,6 +41,8 @@ class Engine:
     lock: threading.Lock = field(default_factory=threading.Lock)
     in_flight: int = 0  # tokens
     most_in_flight: int = 0
+    block: int = 128  # tokens of a block of the prefix cache
+    blocks: set[tuple[int, ...]] = field(default_factory=set)  # the prefixes that are cached
 
     def answer(self, arrived: Arrived) -> Said:
         """The answer to a request, after `fault`."""
@@ -122,13 +124,19 @@ class Engine:
         logp = self._logp(ids)[params["prompt_logprob_start"] :]
         if len(logp) != len(wanted):
             return refused(400, f"prompt_logprob_token_ids has {len(wanted)} rows, but {len(logp)} are scored.")
+        blocks = [tuple(ids[:end]) for end in range(self.block, len(ids), self.block)]
+        with self.lock:
+            cached = self.block * sum(one in self.blocks for one in blocks)
+            self.blocks.update(blocks)
+        if not params["skip_reading_prefix_cache"] and cached > params["prompt_logprob_start"]:
+            return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": None})
         values = logp.gather(1, torch.from_numpy(wanted)).numpy()
         return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": packed(values)})
 
     def _drawn(self, ids: Any, params: dict[str, Any]) -> Said:
         """A response by the request's seed, temperature, stop tokens, and a top-k of 0 or 1."""
-        assert params["top_p"] == 1.0
-        assert params["top_k"] <= 1
+        assert params.get("top_p", 1.0) == 1.0
+        assert params.get("top_k", 0) <= 1
         ends = params.get("stop_token_ids", ())
         generator, drawn, content = torch.Generator().manual_seed(params["seed"]), [], []
         while len(drawn) < params["max_tokens"] and not (drawn and drawn[-1] in ends):

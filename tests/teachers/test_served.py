@@ -118,6 +118,20 @@ def test_served_responses_of_one_prompt_share_its_cache(models, rollouts, engine
     assert not any(one["skip_reading_prefix_cache"] for one in sent)
 
 
+def test_served_scores_what_the_cache_hides(models, rollouts, engine):
+    """vLLM gives no scores to a request whose first scored token is in its cache, as for equal responses."""
+    engine.block = 1
+    request = REQUESTS["student"]
+    teacher = served(models[0], engine, request=request)
+    twice = [*rollouts, *rollouts]
+    found = teacher.score(twice, contexts(twice), request)
+    for got, want in zip(found, local(models).score(twice, contexts(twice), request), strict=True):
+        same(got, want)
+    counts = teacher.pop_requests()
+    assert len(rollouts) <= counts["repeated"] < len(twice)
+    assert (counts["failed"], counts["servers_lost"]) == (0.0, 0.0)
+
+
 def test_served_falls_back_to_wider_top_k_and_counts(models, rollouts, engine):
     """Without scores by position, the student's tokens outside of the teacher's top 12 have no score."""
     engine.scale_out = False

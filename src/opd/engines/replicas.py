@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 from opd.engines.server import Answer, Connection, Server
@@ -45,7 +45,7 @@ class Job(Generic[T]):
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """What requests cost since the last `pop`."""
+    """What requests cost since the last `pop`, which may come while other threads add."""
 
     requests: int = 0
     repeated: int = 0  # requests beyond one per job
@@ -54,20 +54,29 @@ class Counts:
     servers_lost: int = 0  # how often a server was left out
     sent_mb: float = 0.0
     received_mb: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
-    def add(self, answer: Answer[Any]) -> None:
-        """Count an answer's requests, waits and bytes."""
-        self.requests += answer.requests
-        self.waits += answer.waits
-        self.sent_mb += answer.sent / 1e6
-        self.received_mb += answer.received / 1e6
+    def add(
+        self, answer: Answer[Any] | None = None, *, repeated: int = 0, failed: int = 0, servers_lost: int = 0
+    ) -> None:
+        """Count an answer's requests, waits and bytes, and what its client made of it."""
+        with self._lock:
+            if answer is not None:
+                self.requests += answer.requests
+                self.waits += answer.waits
+                self.sent_mb += answer.sent / 1e6
+                self.received_mb += answer.received / 1e6
+            self.repeated += repeated
+            self.failed += failed
+            self.servers_lost += servers_lost
 
     def pop(self) -> dict[str, float]:
         """The counts by name, which then start again at 0."""
-        found = {name: float(getattr(self, name)) for name in self.__slots__}
-        for name in found:
-            setattr(self, name, type(getattr(self, name))(0))
-        return found
+        with self._lock:
+            found = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+            for name, value in found.items():
+                setattr(self, name, type(value)(0))
+        return {name: float(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +112,7 @@ class Replicas:
             finally:
                 run.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
-        self.counts.failed += sum(answer.value is None for answer in run.done.values())
+        self.counts.add(failed=sum(answer.value is None for answer in run.done.values()))
         return [run.done[i] for i in range(len(jobs))]
 
     def each(
@@ -120,7 +129,7 @@ class Replicas:
         `retries` times, and then for so many seconds while no other server has answered either. `among`: their
         addresses; default: all.
         """
-        answered, counting, until = threading.Event(), threading.Lock(), time.monotonic() + wait_s
+        answered, until = threading.Event(), time.monotonic() + wait_s
 
         def persistent(connection: Connection) -> Answer[T]:
             failed = 0
@@ -130,9 +139,7 @@ class Replicas:
                 again = failed < self.retries and (wait_s > 0 or not answer.lost)
                 waits = answer.lost and not answered.is_set() and time.monotonic() + pause < until
                 ends = answer.value is not None or not answer.transient or not (again or waits)
-                with counting:
-                    self.counts.add(answer)
-                    self.counts.repeated += not ends
+                self.counts.add(answer, repeated=int(not ends))
                 if answer.value is not None:
                     answered.set()
                 if ends:
@@ -244,12 +251,12 @@ class _Run(Generic[T]):
         if self.failures[place] >= LOST_AFTER:
             beyond = self.failures[place] - LOST_AFTER
             self.back_at[place] = time.monotonic() + min(self.of.pause_s * 2**beyond, LONGEST_PAUSE_S)
-            self.of.counts.servers_lost += 1
+            self.of.counts.add(servers_lost=1)
         self.tries[index] += not answer.lost
         if self.tries[index] > self.of.retries:
             self._settle(index, replace(answer, failure=self.why))
             return
-        self.of.counts.repeated += 1
+        self.of.counts.add(repeated=1)
         self.home.pop(self.jobs[index].group, None)
         self.ready.insert(0, index)
 

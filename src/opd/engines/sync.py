@@ -93,7 +93,7 @@ class Sync:
                 raise _not_given(url, answer.failure)
         replicas.left_out.clear()
         replicas.left_out.update(one.url for one in replicas.servers if one.url not in scored)
-        replicas.counts.servers_lost += len(replicas.left_out)
+        replicas.counts.add(servers_lost=len(replicas.left_out))
         return scored
 
     def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:

@@ -31,6 +31,7 @@ from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
 from opd.runs.served import able_lines, engine_samplers, served_teacher
 from opd.runs.space import check_space, space_of
+from opd.samplers.ahead import Ahead, one_ahead
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
@@ -151,10 +152,11 @@ def writers_of(
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
     cache: TextCache | None = None,
+    ahead: Ahead | None = None,
 ) -> Writers:
     """The writers of this stage's responses, from which the method's source chooses.
 
-    `cache` keeps the texts of the authors; default: they are not kept.
+    `cache` keeps the texts of the authors; default: they are not kept. `ahead`: the samplers, one step ahead.
     """
     teachers: dict[str | None, Writer] = {}
     for name, part in spec.by_task.items():
@@ -190,7 +192,7 @@ def writers_of(
         )
 
     return Writers(
-        student=sampler_by_task(samplers),
+        student=sampler_by_task(samplers) if ahead is None else ahead,
         reference=reference,
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
@@ -281,7 +283,8 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     samplers, cache = samplers_of(spec, student, given, folder.path), TextCache(folder.path / "texts", world.rank)
-    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
+    ahead = one_ahead(samplers, recipe.seed) if spec.ahead else None
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,
@@ -294,6 +297,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         teacher=teacher,
         readers=readers_of(spec, method, teacher, externals),
         writers=writers,
+        ahead=ahead,
         order=prepared.order,
         reward=reward,
         optimisation=StageOptimisation(

@@ -73,6 +73,11 @@ def check_engine(spec: StageSpec, processes: int) -> list[str]:
     check_addresses(section, where)
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
+    if spec.peers:
+        raise ConfigError(
+            f"{where}: the stage trains {', '.join(spec.trains)}, and an engine serves the weights of one. Remove "
+            "`engine`."
+        )
     if processes > 1:
         raise ConfigError(
             f"{where}: {processes} processes were started, and weights go to an engine from one process. Start one."

@@ -117,6 +117,11 @@ def check_steps(stage: StageSpec, steps: int, *, made: int, later: Sequence[str]
             f"{where}, but stage {later[0]!r}, which begins after it, has begun. Use another output_dir=..., or remove "
             f"the folders of {', '.join(later)} to make them again."
         )
+    if stage.ahead and made == stage.steps:
+        raise RunError(
+            f"{where}. With `ahead: 1` the next step's responses would be of the weights after step {made - 1}, which "
+            "are gone. Use a new stage with `from_stage`, or another output_dir=..."
+        )
     if limited:
         raise RunError(f"{where}, but `seconds_of` has ended it. Leave the number of steps as it was.")
 

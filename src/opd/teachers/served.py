@@ -72,7 +72,7 @@ class ServedTeacher(Teacher):
         by_position = bool(request.support.student_top_k) and self.capabilities.positions
         k = top_of(request, by_position, len(self.tokenizer))
         tops = [] if k is None else self.replicas.answers([self._top_job(row, k) for row in rows])
-        by_ids = self.replicas.answers([self._positions_job(row) for row in rows]) if by_position else []
+        by_ids = self._by_position(rows) if by_position else []
         check_same(self.replicas, self.capabilities, len(self.tokenizer))
         self._check_failures([*tops, *by_ids])
         return [
@@ -111,14 +111,24 @@ class ServedTeacher(Teacher):
             group=id(row),  # these scores do not use the cache of the prompt
         )
 
-    def _positions_job(self, row: _Row) -> Job[np.ndarray]:
+    def _by_position(self, rows: Sequence[_Row]) -> list[Answer[np.ndarray]]:
+        """Scores by position. A request whose first scored token is in the server's cache is sent again without it."""
+        found = self.replicas.answers([self._positions_job(row, cached=True) for row in rows])
+        hidden = [i for i, one in enumerate(found) if one.value is not None and not one.value.size]
+        self.replicas.counts.add(repeated=len(hidden))
+        again = self.replicas.answers([self._positions_job(rows[i], cached=False) for i in hidden])
+        for i, answer in zip(hidden, again, strict=True):
+            found[i] = answer
+        return found
+
+    def _positions_job(self, row: _Row, *, cached: bool) -> Job[np.ndarray]:
         wanted = row.wanted
         return Job(
             path="inference/v1/generate",
-            fields=positions_fields(self.capabilities.model, row.ids, row.start, wanted, cached=True),
-            read=parse_positions(wanted),
+            fields=positions_fields(self.capabilities.model, row.ids, row.start, wanted, cached=cached),
+            read=parse_positions(wanted, cached=cached),
             tokens=len(row.ids) + 1,
-            group=tuple(row.ids[: row.start]),
+            group=tuple(row.ids[: row.start]) if cached else id(row),
         )
 
     def _check_lengths(self, rows: Sequence[_Row]) -> None:
