@@ -35,9 +35,11 @@ from support.http_server import Arrived, Said
 from support.models import byte_tokenizer, tiny
 from support.vllm_server import vllm
 
-from opd.engines.capabilities import probe
+from opd.engines.capabilities import control_ids, probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import top_of
 from opd.engines.server import Server
+from opd.engines.vllm import completion_fields, parse_top
 from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled, top_k
@@ -45,7 +47,7 @@ from opd.recipe.schema import EngineSection, StageSpec
 from opd.runs.served import engine_samplers
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ServedTeacher, top_of
+from opd.teachers.served import ServedTeacher
 from opd.types import Prompt, Rollout, Sampling, ScoreRequest
 from opd.types import Record as Recorded
 
@@ -120,7 +122,7 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
         engine.sync(0)
         update = [seconds(lambda: engine.sync(next(versions))) for _ in range(ROUNDS)]
         sync: Any = engine.update
-        proof = [seconds(lambda: sync.prove(engine.version)) for _ in range(ROUNDS)]
+        proof = [seconds(lambda: prove(sync)) for _ in range(ROUNDS)]
         own = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens))
         responses = in_turns(
             {"engine": lambda: engine(written, seed=(0, 0)), "opd": lambda: own(written, seed=(0, 0))}, ROUNDS
@@ -139,6 +141,15 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
             ROUNDS,
         )
     return {"responses": responses, "scores": scores, "update": spread(update), "proof": spread(proof)}
+
+
+def prove(sync: Any) -> None:
+    """The two parts of an update's proof: the fixed sequence is scored by trainer and servers."""
+    ids = control_ids(sync.vocabulary)
+    fields = completion_fields(sync.model, ids, 0)
+    sync.logp(ids, 1.0)
+    for answer in sync.replicas.each(lambda one: one.post("v1/completions", fields, parse_top(ids, 1, 0))).values():
+        assert answer.value is not None, answer.failure
 
 
 def of_positions(python: str, folder: Path, quick: bool) -> Record:
