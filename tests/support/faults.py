@@ -202,6 +202,7 @@ FAULTS = (
     Fault("engine", "a connection that is closed in an update", spoil("name", hung_up, 3, 5)),
     Fault("engine", "NaN in the proof of an update", spoil("control", NAN, 4)),
     Fault("engine", "one of two servers is gone", switched("response", None), two=True),
+    Fault("engine", "one of two servers is gone for one update", spoil("load", hung_up, 3, 4, 5), two=True),
     Fault("engine", "one of two servers was started again", switched("response", "fresh"), two=True),
     Fault("engine", "started again", switched("response", "fresh"), ends=RESTARTED),
     Fault("engine", "refuses an update", spoil("load", lambda body: REFUSED, *range(3, 99)), ends=NOT_GIVEN),
