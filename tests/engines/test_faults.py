@@ -10,6 +10,7 @@ import pytest
 from support.faults import FAULTS, Ended, Fault, Servers, check, clean, models_in, outcome, own_servers
 
 from opd.engines.replicas import Replicas
+from opd.parallel import World
 from opd.recipe.schema import EngineSection, ServerSection
 from opd.runs import served
 
@@ -35,8 +36,8 @@ def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFact
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     made = served.replicas_of
 
-    def quick(section: ServerSection | EngineSection) -> Replicas:
-        found = made(section)
+    def quick(section: ServerSection | EngineSection, *world: World) -> Replicas:
+        found = made(section, *world)
         return replace(found, servers=tuple(replace(one, backoff_s=0.02) for one in found.servers), pause_s=0.02)
 
     monkeypatch.setattr(served, "replicas_of", quick)

@@ -73,7 +73,7 @@ def probe(
         of_each(replicas, lambda one: _positions(one, named, ids, many), f"{by_position} tokens by position", WIDER)
     if k := top(can):
         of_each(replicas, lambda one: _control(one, named, ids, k), f"the top {k} of each token", WIDER)
-    lengths = [models[named] for models in listed.values()]
+    lengths = [models[named].longest for models in listed.values()]
     return Capabilities(
         model=named,
         longest=min([length for length in lengths if length is not None], default=None),
@@ -145,13 +145,14 @@ def of_each(replicas: Replicas, send: Any, what: str, remedy: str = "") -> dict[
 
 
 def _named(model: str | None, listed: dict[str, Any]) -> str:
-    """The model that all servers have. Raises ConfigError."""
+    """The model that all servers have; of itself none of their adapters. Raises ConfigError."""
+    own = {url: [name for name, one in models.items() if not one.adapter] for url, models in listed.items()}
     for url, models in listed.items():
-        if model is None and len(models) != 1:
+        if model is None and len(own[url]) != 1:
             raise ConfigError(f"The server {url} has the models {', '.join(models)}. Name one: `model`.")
         if model is not None and model not in models:
             raise ConfigError(f"The server {url} has no model {model!r}; it has {', '.join(models)}. Correct `model`.")
-    names = {model or next(iter(models)) for models in listed.values()}
+    names = {model or own[url][0] for url in listed}
     if len(names) > 1:
         raise ConfigError(f"The servers have different models: {', '.join(sorted(names))}. Name one: `model`.")
     return names.pop()

@@ -10,14 +10,25 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from opd.engines.capabilities import RECOGNISED_S, control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection, in_turn
-from opd.engines.vllm import TopScores, completion_fields, draw_fields, member_of, models_in, parse_drawn, parse_top
-from opd.errors import TrainingError
+from opd.engines.vllm import (
+    Drawn,
+    TopScores,
+    completion_fields,
+    draw_fields,
+    member_of,
+    models_in,
+    parse_drawn,
+    parse_top,
+)
+from opd.errors import NotFiniteError, TrainingError
+from opd.parallel import ALONE, World
 
 DRAWN = 16  # tokens that show which log-probs a server gives
 
@@ -29,10 +40,11 @@ START = (
 
 @dataclass(slots=True, kw_only=True)
 class Sync:
-    """Sends weights by a folder that trainer and servers share.
+    """Sends weights by a folder that trainer and servers share. Every process of `world` makes the same calls.
 
-    `write` writes the student's whole weights as safetensors to a folder; `logp(ids, temperature)` are its log-probs of
-    the tokens after the first. `tolerance`: the largest difference of a log-prob, in nats.
+    `write` gathers the student's weights and writes them, whole, as safetensors to a folder; `logp(ids, temperature)`
+    are its log-probs of the tokens after the first. Both gather weights in all processes, and have ended in all of
+    them before the main process alone speaks to the servers. `tolerance`: of a log-prob's difference, in nats.
     """
 
     replicas: Replicas
@@ -42,7 +54,8 @@ class Sync:
     logp: Callable[[Sequence[int], float], np.ndarray]
     vocabulary: int
     tolerance: float
-    error: float = 0.0  # of the last proof: the largest difference of a log-prob, in nats
+    world: World = ALONE
+    error: float = 0.0  # in the main process, of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
     def __call__(self, version: int) -> None:
@@ -50,11 +63,24 @@ class Sync:
 
         Of several servers, one that gives no answer at all is left out until a later update finds it again.
 
-        Raises:
+        Raises, in every process:
+            NotFiniteError: a log-prob of the student is not finite. The servers keep their weights.
             TrainingError: a server refuses the weights, or scores with others than the trainer's, or none answers.
         """
+        own = self.logp(control_ids(self.vocabulary), 1.0)
+        if not np.isfinite(own).all():
+            raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         folder = self.folder / f"version-{version}"
         self.write(folder)
+        left_out = self.world.by_main(lambda: self._give(folder, version, own))
+        self.replicas.left_out.clear()
+        self.replicas.left_out.update(left_out)
+        if self.before is None:
+            self._check_mode()
+        self.before = own
+
+    def _give(self, folder: Path, version: int, own: np.ndarray) -> set[str]:
+        """In the main process: the servers load the folder, and prove it. The silent ones, which are left out."""
         ids = control_ids(self.vocabulary)
         fields = completion_fields(self.model, ids, 0)
         named = {"new_version": str(version)}
@@ -68,12 +94,11 @@ class Sync:
 
         found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
         scored = self._answered(found)
-        if self.before is None:
-            self._check_mode()
-        self._prove(version, {url: one.logp for url, one in scored.items()}, self.logp(ids, 1.0))
+        self._prove(version, {url: one.logp for url, one in scored.items()}, own)
         for old in self.folder.glob("version-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
+        return {one.url for one in self.replicas.servers if one.url not in scored}
 
     def _there(self) -> set[str]:
         """The servers to update: all but those that the last update left out and that are still silent."""
@@ -85,19 +110,16 @@ class Sync:
         return urls - {url for url, answer in found.items() if answer.value is None}
 
     def _answered(self, found: Mapping[str, Answer[TopScores]]) -> dict[str, TopScores]:
-        """The scores of the servers that have the weights; leaves out the silent ones. Raises TrainingError."""
-        replicas = self.replicas
+        """The scores of the servers that have the weights. Raises TrainingError."""
         scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
         for url, answer in found.items():
             if answer.value is None and (not answer.lost or not scored or self.before is None):
                 raise _not_given(url, answer.failure)
-        replicas.left_out.clear()
-        replicas.left_out.update(one.url for one in replicas.servers if one.url not in scored)
-        replicas.counts.add(servers_lost=len(replicas.left_out))
+        self.replicas.counts.add(servers_lost=len(self.replicas.servers) - len(scored))
         return scored
 
     def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
-        """Compare the servers' scores of a fixed sequence with the student's. Raises TrainingError."""
+        """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
         self.error = max(float(np.abs(logp - own).max()) for logp in scored.values())
         for url, logp in scored.items():
             apart = float(np.abs(logp - own).max())
@@ -110,7 +132,6 @@ class Sync:
                     + ("They are those of the step before: the update had no effect. " if stale else "")
                     + f"{START}; in another precision than the student's, raise `tolerance`."
                 )
-        self.before = own
 
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
@@ -118,14 +139,8 @@ class Sync:
         params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
         params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
         fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
-        replicas = self.replicas
-        found = replicas.each(
-            lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
-        )
-        for url, answer in found.items():
-            if answer.value is None:
-                raise _not_given(url, answer.failure)
-            drawn = answer.value
+        of_servers = self.world.by_main(lambda: self._drawn(fields))
+        for url, drawn in of_servers.items():
             own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:
@@ -133,6 +148,17 @@ class Sync:
                     f"The server {url} gives other log-probs than those of the distribution that it draws from: at "
                     f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
                 )
+
+    def _drawn(self, fields: Mapping[str, Any]) -> dict[str, Drawn]:
+        """In the main process: what each server draws."""
+        replicas = self.replicas
+        found = replicas.each(
+            lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
+        )
+        for url, answer in found.items():
+            if answer.value is None:
+                raise _not_given(url, answer.failure)
+        return {url: answer.value for url, answer in found.items() if answer.value is not None}
 
     def _load(self, one: Connection, folder: Path) -> Answer[int]:
         fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}

@@ -169,11 +169,19 @@ def member_of(raw: bytes, *path: str | int) -> Any:
     return _member(_json(raw), *path)
 
 
-def models_in(raw: bytes) -> Mapping[str, int | None]:
-    """The models of `/v1/models`, with their longest sequence. Raises BodyError."""
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A model of `/v1/models`."""
+
+    longest: int | None  # tokens of a sequence; None: the server does not say
+    adapter: bool  # of another model
+
+
+def models_in(raw: bytes) -> Mapping[str, Listed]:
+    """The models of `/v1/models`, by name. Raises BodyError."""
     rows = _member(_json(raw), "data")
     try:
-        return {str(row["id"]): row.get("max_model_len") for row in rows}
+        return {str(row["id"]): Listed(row.get("max_model_len"), bool(row.get("parent"))) for row in rows}
     except (KeyError, TypeError, AttributeError) as error:
         raise BodyError("the answer is no list of models") from error
 

@@ -65,13 +65,14 @@ class EngineSection(Section):
     """vLLM servers that write the student's responses in training. They get its weights before every step.
 
     Start each with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
-    `--enable-scale-out` and `--logprobs-mode processed_logprobs`: see docs/served.md.
+    `--enable-scale-out` and `--logprobs-mode processed_logprobs`; with `weights: lora` otherwise: see docs/served.md.
     """
 
     urls: list[Text] = Field(min_length=1)  # http://host:port of each server
     model: Text | None = None  # the servers' name of it; default: the only one that they have
     api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
     folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
+    weights: Literal["full", "lora"] = "full"  # what is sent: the whole model, or its LoRA adapter
     tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
     public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
     tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own

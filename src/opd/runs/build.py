@@ -127,10 +127,17 @@ def base_of(
     )
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel, given: Given, folder: Path) -> dict[str | None, Sampler]:
+def samplers_of(
+    session: Session, spec: StageSpec, student: LanguageModel, root: Root, folder: Path
+) -> dict[str | None, Sampler]:
     """The student's samplers by task, each with the task's settings. `folder` of the stage: for an engine's weights."""
+    recipe, given = session.recipe, session.given
     if spec.engine is not None:
-        return {**engine_samplers(spec, spec.engine, student, folder)}
+
+        def load() -> LanguageModel:
+            return model_for(recipe, spec, spec.train, given, session.directory, device="cpu")
+
+        return {**engine_samplers(spec, spec.engine, student, folder, root, session.world, load)}
     if spec.sampler is not None:
         return {
             name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
@@ -267,7 +274,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
 
 def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: StageDir) -> Stage:
     """The stage of one model, with its files in `folder`."""
-    recipe, given, world = session.recipe, session.given, session.world
+    recipe, world = session.recipe, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
     prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
     method = prepared.method
@@ -282,7 +289,8 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    samplers, cache = samplers_of(spec, student, given, folder.path), TextCache(folder.path / "texts", world.rank)
+    samplers = samplers_of(session, spec, student, root, folder.path)
+    cache = TextCache(folder.path / "texts", world.rank)
     ahead = one_ahead(samplers, recipe.seed) if spec.ahead else None
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
@@ -330,7 +338,7 @@ def elsewhere(session: Session, method: Method, student: LanguageModel, name: st
     if section.server is None:
         return own_teacher(name, section, student, session.given)
     session.progress.phase(f"connecting to {name}")
-    teacher = served_teacher(name, section, student, method)
+    teacher = served_teacher(name, section, student, method, session.world)
     for line in able_lines(name, teacher.replicas, teacher.capabilities, method.support.student_top_k):
         session.progress.note(line)
     return teacher

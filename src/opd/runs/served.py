@@ -10,14 +10,16 @@ from opd.engines.scoring import WIDER, by_position, refusal, top_of
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.preview import tokenizer_of
-from opd.recipe.schema import EngineSection, ModelSpec, ServerSection, StageSpec
+from opd.parallel import ALONE, World
+from opd.recipe.schema import EngineSection, ModelSpec, Recipe, ServerSection, StageSpec
+from opd.runs.saves import trains_adapter
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
     import torch
+    from torch import nn
 
     from opd.engines.capabilities import Capabilities
     from opd.engines.replicas import Replicas
@@ -65,7 +67,7 @@ def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
         check_key(section.api_key_env, where)
 
 
-def check_engine(spec: StageSpec, processes: int) -> list[str]:
+def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> list[str]:
     """Refuse an engine that the stage cannot use. Sends nothing. Returns a line. Raises ConfigError."""
     section, where = spec.engine, f"{spec.where(None)}: `engine`"
     if section is None:
@@ -74,78 +76,72 @@ def check_engine(spec: StageSpec, processes: int) -> list[str]:
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
     if spec.peers:
+        raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
+    if section.weights == "lora" and not trains_adapter(recipe, spec, given):
         raise ConfigError(
-            f"{where}: the stage trains {', '.join(spec.trains)}, and an engine serves the weights of one. Remove "
-            "`engine`."
-        )
-    if processes > 1:
-        raise ConfigError(
-            f"{where}: {processes} processes were started, and weights go to an engine from one process. Start one."
+            f"{where}: `weights: lora` sends an adapter, and the model {spec.train!r} trains its full weights. Give "
+            f"models.{spec.train} a `lora` section, or set `weights: full`."
         )
     number = len(section.urls)
     return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
 
 
-def replicas_of(section: ServerSection | EngineSection) -> Replicas:
-    """The servers of a section that `check_addresses` accepts."""
+def replicas_of(section: ServerSection | EngineSection, world: World = ALONE) -> Replicas:
+    """The servers of a section that `check_addresses` accepts, as a process of `world` uses them.
+
+    The processes share the tokens in flight, and each begins with another server.
+    """
     from opd.engines.address import key_in
     from opd.engines.replicas import Replicas
     from opd.engines.server import Server
 
     key = key_in(section.api_key_env)
     roots = [url.rstrip("/").removesuffix("/v1") for url in section.urls]
+    first = world.rank % len(roots)
     return Replicas(
-        servers=tuple(Server(url=url, key=key, timeout_s=section.timeout_s) for url in roots),
-        tokens_in_flight=section.tokens_in_flight,
+        servers=tuple(Server(url=url, key=key, timeout_s=section.timeout_s) for url in roots[first:] + roots[:first]),
+        tokens_in_flight=max(1, section.tokens_in_flight // world.size),
         retries=section.retries,
         patience_s=section.patience_s,
     )
 
 
 def engine_samplers(
-    spec: StageSpec, section: EngineSection, student: LanguageModel, folder: Path
+    spec: StageSpec,
+    section: EngineSection,
+    student: LanguageModel,
+    folder: Path,
+    root: nn.Module | None = None,
+    world: World = ALONE,
+    load: Callable[[], LanguageModel] | None = None,
 ) -> dict[str | None, EngineSampler]:
     """The samplers of a stage with an engine, by task. The first of them sends the weights.
 
-    Raises ConfigError for servers that do not answer or have other tokens.
+    Every process of `world` calls this. `root`: of a sharded student. `load` loads it as it was before the stage, whole
+    and on the CPU. Raises ConfigError for servers that do not answer or have other tokens.
     """
+    from opd.engines.adapters import AdapterSync
     from opd.engines.capabilities import probe
-    from opd.engines.sync import Sync
     from opd.files import expanded
-    from opd.models import saving
     from opd.runs.prepare import sampling_of
+    from opd.runs.weights import sync_of
     from opd.samplers.vllm import EngineSampler
-    from opd.teachers.local import log_probs, with_record
 
     if not section.public:
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
-    replicas = replicas_of(section)
+    replicas = replicas_of(section, world)
     able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
-    tokens = spec.micro_batch_tokens
-
-    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
-        temperature = {task: sampling_of(part.sampling).temperature or 1.0 for task, part in spec.by_task.items()}
-        return with_record(
-            student,
-            rollouts,
-            record,
-            temperature=lambda rollout: temperature[None if None in temperature else rollout.prompt.task],
-            micro_batch_tokens=tokens,
-            policy=True,
-        )
-
-    def logp(ids: Sequence[int], temperature: float) -> np.ndarray:
-        return log_probs(student, ids, temperature).numpy()
-
-    sync = Sync(
+    sync = sync_of(
+        section,
+        student,
         replicas=replicas,
         model=able.model,
         folder=folder / "engine" if section.folder is None else expanded(section.folder),
-        write=lambda to: saving.save(student, to),
-        logp=logp,
-        vocabulary=len(student.tokenizer),
-        tolerance=section.tolerance,
+        root=root or student.model,
+        world=world,
+        load=load or (lambda: student),
+        where=f"{spec.where(None)}: `engine`",
     )
     return {
         task: EngineSampler(
@@ -154,11 +150,32 @@ def engine_samplers(
             replicas=replicas,
             model=able.model,
             update=None if i else sync,
-            complete=complete,
+            complete=completing(spec, student),
+            adapters=sync if isinstance(sync, AdapterSync) else None,
             max_prompt_length=spec.max_prompt_length,
         )
         for i, (task, part) in enumerate(spec.by_task.items())
     }
+
+
+def completing(spec: StageSpec, student: LanguageModel) -> Callable[[Sequence[Rollout], Record], list[Rollout]]:
+    """Adds the student's own values to responses of an engine: `policy_logp`, and what a record names."""
+    from opd.runs.prepare import sampling_of
+    from opd.teachers.local import with_record
+
+    temperature = {task: sampling_of(part.sampling).temperature or 1.0 for task, part in spec.by_task.items()}
+
+    def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        return with_record(
+            student,
+            rollouts,
+            record,
+            temperature=lambda rollout: temperature[None if None in temperature else rollout.prompt.task],
+            micro_batch_tokens=spec.micro_batch_tokens,
+            policy=True,
+        )
+
+    return complete
 
 
 def with_template(section: ModelSpec, students: Any) -> Any:
@@ -170,13 +187,21 @@ def with_template(section: ModelSpec, students: Any) -> Any:
     return own
 
 
-def served_teacher(name: str, section: ModelSpec, student: LanguageModel, method: Method) -> ServedTeacher:
+def served_teacher(
+    name: str, section: ModelSpec, student: LanguageModel, method: Method, world: World = ALONE
+) -> ServedTeacher:
     """The teacher of a stage, once its servers have answered. Raises ConfigError and AlignmentError."""
-    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests_of(method), student.device)
+    requests = requests_of(method)
+    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device, world)
 
 
 def teacher_on_servers(
-    name: str, section: ModelSpec, student: tuple[str, Any], requests: Sequence[ScoreRequest], device: torch.device
+    name: str,
+    section: ModelSpec,
+    student: tuple[str, Any],
+    requests: Sequence[ScoreRequest],
+    device: torch.device,
+    world: World = ALONE,
 ) -> ServedTeacher:
     """A teacher that answers `requests`, once its servers have answered. Raises ConfigError and AlignmentError.
 
@@ -191,7 +216,7 @@ def teacher_on_servers(
     own = tokenizer_of(section, name)
     if own is not None:
         check_same_tokens(tokenizer, own, (students, name))
-    replicas, capabilities = reached(server, tokenizer, requests)
+    replicas, capabilities = reached(server, tokenizer, requests, world)
     return ServedTeacher(
         name=name,
         replicas=replicas,
@@ -203,14 +228,16 @@ def teacher_on_servers(
     )
 
 
-def reached(server: ServerSection, tokenizer: Any, requests: Sequence[ScoreRequest]) -> tuple[Replicas, Capabilities]:
+def reached(
+    server: ServerSection, tokenizer: Any, requests: Sequence[ScoreRequest], world: World = ALONE
+) -> tuple[Replicas, Capabilities]:
     """The servers of a teacher that answers `requests`, and what they can do, once all have answered.
 
     `tokenizer` is the student's. Raises ConfigError.
     """
     from opd.engines.capabilities import probe
 
-    replicas, size = replicas_of(server), len(tokenizer)
+    replicas, size = replicas_of(server, world), len(tokenizer)
 
     def top(can: bool) -> int:
         return max(top_of(one, can and by_position(one) > 0, size) or 0 for one in requests)

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from opd.engines.adapters import AdapterSync
 from opd.engines.replicas import Job, Replicas
 from opd.engines.server import BodyError
 from opd.engines.sync import Sync
@@ -34,6 +35,7 @@ class EngineSampler(Sampler):
     """Writes responses with the student's weights on servers; a `Sampler`.
 
     `update` gives the servers the student's weights and proves them; None if another sampler of the stage does.
+    `adapters`: if it sends LoRA adapters, what says the name of the last one.
     `complete` adds the student's own values to responses: the log-probs before truncation, and what a record names.
     """
 
@@ -41,8 +43,9 @@ class EngineSampler(Sampler):
     sampling: Sampling
     replicas: Replicas
     model: str
-    update: Sync | None
+    update: Sync | AdapterSync | None
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
+    adapters: AdapterSync | None = None
     max_prompt_length: int | None = None
     version: int = 0
     updates: int = field(default=0, init=False)  # so far
@@ -59,7 +62,7 @@ class EngineSampler(Sampler):
         return self.sampling.temperature or 1.0
 
     def sync(self, version: int) -> None:
-        """Give the servers the student's weights. Raises TrainingError if they do not serve them."""
+        """Give the servers the student's weights; every process calls this. Raises TrainingError if that fails."""
         if self.update is not None:
             self.update(version)
         self.version, self.updates = version, self.updates + 1
@@ -129,11 +132,12 @@ class EngineSampler(Sampler):
 
     def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
         """Continue the rows by at most `tokens` tokens."""
+        model = self.model if self.adapters is None else self.adapters.serves
         jobs = [
             Job(
                 path="inference/v1/generate",
                 fields=draw_fields(
-                    self.model,
+                    model,
                     row.read,
                     self._params(tokens),
                     seed=seed_of(seed, row.prompt.id, row.sample),
@@ -175,12 +179,14 @@ class EngineSampler(Sampler):
         }
 
     def _read(self, raw: bytes) -> Drawn:
-        """A response of the last update's weights. Raises BodyError for another one."""
+        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one."""
         drawn = parse_drawn(raw)
-        if wrong := set(drawn.versions) - {str(self.version)}:
+        wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
+        if wrong := set(drawn.versions) - wanted:
             raise BodyError(
                 f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
-                f"{self.version}: it was started again, or another run updates it. Give each run its own servers"
+                f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
+                "servers"
             )
         if drawn.ids and not drawn.versions:
             raise BodyError("it does not say which weights drew its tokens, as vLLM does since 0.32")

@@ -86,6 +86,7 @@ def work_of(
         devices=devices,
         writer=writer,
         servers=len(spec.engine.urls) if spec.engine else 0,
+        adapter_alone=spec.engine is not None and spec.engine.weights == "lora",
         rows_at_once=ROWS,
         chunk_rows=rows,
         chunk_copies=copies_of(method),
