@@ -39,6 +39,7 @@ class Fault:
 
     `two`: a second server stands beside the faulty one. `ends`: the message with which the run must end; without one
     it must reach its last step. `weights`: what the engine gets, the whole model or its LoRA adapter.
+    `ahead`: whether it writes the next step's responses during a step.
     """
 
     side: str
@@ -48,11 +49,12 @@ class Fault:
     two: bool = False
     late: bool = False
     weights: str = "full"
+    ahead: int = 0
     ends: str = ""
 
     @property
-    def kind(self) -> tuple[str, str]:
-        return self.by, self.weights
+    def kind(self) -> tuple[str, str, int]:
+        return self.by, self.weights, self.ahead
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +220,9 @@ FAULTS = (
     Fault("engine", "status 500 to an adapter", spoil("load", failed, 3, 5), weights="lora"),
     Fault("engine", "a connection that is closed behind an adapter", spoil("load", hung_up, 3, 5), weights="lora"),
     Fault("engine", "one of two servers with adapters is gone", switched("response", None), two=True, weights="lora"),
+    Fault("engine", "a body that is cut, one step ahead", spoil("response", cut), ahead=1),
+    Fault("engine", "status 500 to an update, one step ahead", spoil("load", failed, 3, 5), ahead=1),
+    Fault("engine", "one of two servers is gone, one step ahead", switched("response", None), two=True, ahead=1),
     Fault("engine", "started again", switched("response", "fresh"), ends=RESTARTED),
     Fault("engine", "refuses an update", spoil("load", lambda body: REFUSED, *range(3, 99)), ends=NOT_GIVEN),
     Fault("engine", "versions that run backwards", spoil("response", of_choice(backwards), *range(5, 99)), ends=BACK),
@@ -238,16 +243,16 @@ class Ended:
 def run(
     folder: Path,
     models: Path,
-    kind: tuple[str, str],
+    kind: tuple[str, str, int],
     teachers: list[str],
     engines: list[str],
     timeout_s: float = 120.0,
 ) -> Ended:
     """`opd train` of a recipe with a served teacher and an engine, or its continuation, in this process.
 
-    `kind`: what chooses the support, and what the engine gets.
+    `kind`: what chooses the support, what the engine gets, and how many steps it is ahead.
     """
-    by, weights = kind
+    by, weights, ahead = kind
     student = {"path": str(models / "student"), **({"lora": {"rank": 4}} if weights == "lora" else {})}
     limits = {"timeout_s": timeout_s, "patience_s": 60.0}
     made = one_stage(
@@ -257,6 +262,7 @@ def run(
         sampling={"max_completion_length": 8},
         optimizer={"learning_rate": 3e-3},
         engine={"urls": engines, "weights": weights, **limits},
+        ahead=ahead,
         data={"path": str(folder / "train.jsonl")},
     )
     served = {"server": {"urls": teachers, **limits}}
@@ -346,10 +352,10 @@ def real_servers(models: Path, late_s: float = 20.0) -> Iterator[Servers]:
         yield Servers(*urls, late_s)
 
 
-def clean(servers: Servers, models: Path, folder: Path, kinds: Collection[tuple[str, str]]) -> dict[Any, Ended]:
+def clean(servers: Servers, models: Path, folder: Path, kinds: Collection[tuple[str, str, int]]) -> dict[Any, Ended]:
     """The runs without a fault, by kind."""
     return {
-        kind: run(folder / "-".join(kind), models, kind, [servers.teacher], [servers.engine_of(kind[1])])
+        kind: run(folder / "-".join(map(str, kind)), models, kind, [servers.teacher], [servers.engine_of(kind[1])])
         for kind in sorted(kinds)
     }
 
