@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support.http_server import Arrived, Said, listening
 
 from opd.engines import replicas as module
 from opd.engines.replicas import Job, Replicas
-from opd.engines.server import Answer, Connection, Server
+from opd.engines.server import Answer, Connection, Server, WrongServerError
 
 
 class Counter:
@@ -202,6 +203,35 @@ def test_each_waits_for_lost_server_while_no_other_answers():
             found = replicas(*urls, retries=1).each(number, wait_s=0.8)
             assert found[dead].lost
             assert least <= time.monotonic() - started < most
+
+
+def of_version(raw: bytes) -> int:
+    number = json.loads(raw)["number"]
+    if number < 0:
+        raise WrongServerError("another version")
+    return number
+
+
+def test_wrong_server_gets_no_further_request():
+    """One job each is sent to it by its two threads, and then none; another server answers all."""
+    wrong, right = Counter(0.01, said=lambda _: Said(body={"number": -1})), Counter(0.01)
+    with listening(wrong.answer) as first, listening(right.answer) as second:
+        made = replicas(first, second, tokens_in_flight=20, pause_s=30.0)
+        jobs = [replace(job(i), read=of_version) for i in range(12)]
+        assert [one.value for one in made.answers(jobs)] == list(range(12))
+    assert 1 <= len(wrong.seen) <= 2
+    assert len(right.seen) == 12
+
+
+def test_answers_end_at_once_when_all_servers_are_wrong():
+    one = Counter(said=lambda _: Said(body={"number": -1}))
+    with listening(one.answer) as url:
+        started = time.monotonic()
+        found = replicas(url, pause_s=30.0, patience_s=60.0).answers(
+            [replace(job(i), read=of_version) for i in range(9)]
+        )
+    assert time.monotonic() - started < 5.0
+    assert {answer.failure for answer in found} == {f"{url}: another version"}
 
 
 def test_answers_leave_out_servers():
