@@ -101,10 +101,10 @@ def test_lost_server_is_left_out_and_nothing_is_lost():
     with listening(alive.answer) as url, listening(Counter().answer) as dead:
         pass
     with listening(alive.answer) as url:
-        made = replicas(url, dead)
+        made = replicas(url, dead, patience_s=60.0)
         started = time.monotonic()
         assert [one.value for one in made.answers([job(i) for i in range(40)])] == list(range(40))
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < 20.0
     assert made.counts.servers_lost >= 1
     assert made.counts.failed == 0
 
@@ -198,11 +198,11 @@ def test_each_waits_for_lost_server_while_no_other_answers():
     with listening(Counter().answer) as dead:
         pass
     with listening(alive.answer) as url:
-        for urls, least, most in (((dead,), 0.6, 5.0), ((url, dead), 0.0, 0.5)):
+        for urls, wait_s, least in (((dead,), 0.8, 0.6), ((url, dead), 60.0, 0.0)):
             started = time.monotonic()
-            found = replicas(*urls, retries=1).each(number, wait_s=0.8)
+            found = replicas(*urls, retries=1).each(number, wait_s=wait_s)
             assert found[dead].lost
-            assert least <= time.monotonic() - started < most
+            assert least <= time.monotonic() - started < 20.0
 
 
 def of_version(raw: bytes) -> int:
@@ -230,7 +230,7 @@ def test_answers_end_at_once_when_all_servers_are_wrong():
         found = replicas(url, pause_s=30.0, patience_s=60.0).answers(
             [replace(job(i), read=of_version) for i in range(9)]
         )
-    assert time.monotonic() - started < 5.0
+    assert time.monotonic() - started < 20.0
     assert {answer.failure for answer in found} == {f"{url}: another version"}
 
 
