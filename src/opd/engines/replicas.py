@@ -3,6 +3,8 @@
 vLLM queues requests without a limit and answers neither 429 nor 503 when it is full (0.32, 0.33), so a client that
 sends a whole step at once gets time-outs, retries, and doubles the load. Here the tokens in flight are bounded.
 
+A server whose answer shows that it is the wrong one gets no further request in the same call.
+
 A server that fails `LOST_AFTER` times in a row is left out for a while, which doubles up to `LONGEST_PAUSE_S`; then one
 request tries it again. A request goes to another server, or waits, for at most `patience_s` in which no server answers.
 """
@@ -246,11 +248,14 @@ class _Run(Generic[T]):
         self.why = f"{self.connections[place].server.url}: {answer.failure}"
         self.failures[place] += 1
         self.failed_at[index].add(place)
-        if self.failures[place] >= LOST_AFTER:
+        if answer.wrong:
+            self.back_at[place] = math.inf
+            self.of.counts.add(servers_lost=1)
+        elif self.failures[place] >= LOST_AFTER:
             beyond = self.failures[place] - LOST_AFTER
             self.back_at[place] = time.monotonic() + min(self.of.pause_s * 2**beyond, LONGEST_PAUSE_S)
             self.of.counts.add(servers_lost=1)
-        self.tries[index] += not answer.lost
+        self.tries[index] += not answer.lost and not answer.wrong
         if self.tries[index] > self.of.retries:
             self._settle(index, replace(answer, failure=self.why))
             return
@@ -263,11 +268,13 @@ class _Run(Generic[T]):
         self.ready += self.behind.pop(index, [])
 
     def _give_up(self, now: float) -> bool:
-        """Fail all waiting jobs if no server is at work and none has answered for `patience_s`."""
-        if any(self.load) or now - self.last_answer < self.of.patience_s:
+        """Fail all waiting jobs if no server is at work, and all are wrong or none has answered for `patience_s`."""
+        wrong = min(self.back_at) == math.inf
+        if any(self.load) or not (wrong or now - self.last_answer >= self.of.patience_s):
             return False
         while self.ready:
-            failure = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: {self.why}"
+            silent = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: "
+            failure = self.why if wrong else silent + self.why
             self._settle(self.ready.pop(), Answer(failure=failure, requests=0, transient=True, lost=True))
         return True
 

@@ -18,7 +18,7 @@ import torch
 
 from opd.engines.adapters import AdapterSync
 from opd.engines.replicas import Job, Replicas, in_thread
-from opd.engines.server import BodyError
+from opd.engines.server import BodyError, WrongServerError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import ConfigError, TrainingError
@@ -177,11 +177,14 @@ class EngineSampler(Sampler):
         }
 
     def _read(self, raw: bytes) -> Drawn:
-        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one."""
+        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one.
+
+        The server of a response of other weights is the wrong one until the next update.
+        """
         drawn = parse_drawn(raw)
         wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
         if wrong := set(drawn.versions) - wanted:
-            raise BodyError(
+            raise WrongServerError(
                 f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
                 f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
                 "servers"
