@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
+from support import shards
 from support.drawing import DrawingEngine
 from support.engines import Engine, running
 from support.http_server import Arrived, Said
@@ -77,6 +78,31 @@ def trained(forks: Forks, folder: Path, made: dict[str, Any], processes: int) ->
     ended = forks.start(prepare(folder, made), "train", "recipe.yaml", processes=processes)
     assert ended.code == 0, ended.err
     return folder
+
+
+def test_whole_weights_are_gathered_layer_by_layer(tmp_path):
+    """Of four layers one is whole at a time; the copy is in the main process alone, and its error in all."""
+    script = Path(shards.__file__).with_name("over.py")
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(tmp_path / "found"),
+    ]
+    path = f"{script.parents[1]}:{ENVIRONMENT.get('PYTHONPATH', '')}"
+    subprocess.run([sys.executable, *command], env={**ENVIRONMENT, "PYTHONPATH": path}, check=True, timeout=300)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["apart"] < 1e-6
+    assert found["most"] == 1
+    assert found["sharded_after"]
+    assert found["apart_inside"] < 1e-6
+    assert found["whole_inside"] == 4  # still gathered
+    assert found["copied"] == [True, False]
+    assert found["copy_apart"] == 0.0
+    assert found["told"] == ["no room in process 0"] * 2
+    assert found["value"] == [0, 0]
 
 
 @pytest.mark.parametrize("model", [student(), student(lora={"rank": 2, "alpha": 4})], ids=["full", "lora"])

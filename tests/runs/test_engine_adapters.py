@@ -81,6 +81,7 @@ def test_two_processes_with_adapters_equal_one(forks, engine, tmp_path):
     one = trained(forks, tmp_path / "one", recipe(engine))
     two = trained(forks, tmp_path / "two", recipe(engine), processes=2)
     same(one, two)
+    assert not [one for one in engine.arrived if one.target == "/v1/completions"]  # two at a time end a real one
 
 
 def test_adapter_names_are_new_and_old_ones_unloaded(engine, tmp_path, monkeypatch):

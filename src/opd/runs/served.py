@@ -131,7 +131,9 @@ def engine_samplers(
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section, world)
-    able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    able = world.by_main(
+        lambda: probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    )
     sync = sync_of(
         section,
         student,
@@ -223,16 +225,11 @@ def teacher_on_servers(
         size = len(tokenizer)
         return max(top_of(one, by_position and bool(one.support.student_top_k), size) or 0 for one in requests)
 
+    wanted = max(k + 1 if (k := one.support.student_top_k) else 0 for one in requests)
     return ServedTeacher(
         name=name,
         replicas=replicas,
-        capabilities=probe(
-            replicas,
-            server.model,
-            tokenizer,
-            top=top,
-            by_position=max(k + 1 if (k := one.support.student_top_k) else 0 for one in requests),
-        ),
+        capabilities=world.by_main(lambda: probe(replicas, server.model, tokenizer, top=top, by_position=wanted)),
         tokenizer=with_template(section, tokenizer) if own is None else own,
         template_options=dict(section.template_options),
         device=device,
