@@ -122,6 +122,28 @@ def test_two_processes_with_servers_equal_one(forks, servers, tmp_path, model):
     assert [folder.name for folder in (two / "run/distil/engine").iterdir()] == engine.loads[-1:]
 
 
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_jumps_are_validated_with_their_own_weights(forks, servers, tmp_path, weights):
+    """Candidate weights go to the engine too, while the student is whole in every process."""
+    engine, _ = servers
+    engine.lm = load_model(ModelSpec.model_validate(student()), name="student", seed=0)  # the base of the adapter
+    stage = {
+        "method": "eff_opd",
+        "options": {"prompts": 6, "ties": True},
+        "reward": {"name": "final_number"},
+        "engine": {"urls": [engine.url], "weights": weights},
+    }
+    model = student(lora={"rank": 2, "alpha": 4})
+    one = trained(forks, tmp_path / "one", recipe(*servers, model=model, **stage), 1)
+    two = trained(forks, tmp_path / "two", recipe(*servers, model=model, **stage), 2)
+    assert_same_run(one, two)
+    sent = engine.names_used if weights == "lora" else engine.loads
+    assert len(sent) > 2 * (STEPS + 1)
+    if weights == "lora":
+        assert not engine.loads
+        assert len(set(sent)) == len(sent)
+
+
 def test_runs_on_one_server_share_no_cache(forks, servers, tmp_path):
     engine, _ = servers
     for name in ("one", "two"):
