@@ -15,7 +15,10 @@ from support.models import byte_tokenizer, policy, tiny
 from support.runs import Forks, one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
 
+from opd.engines import control
 from opd.engines.adapters import AdapterSync
+from opd.engines.replicas import Replicas
+from opd.engines.server import Server
 from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.adapters import add_lora
@@ -94,6 +97,10 @@ def test_engine_serves_new_adapter_after_each_update(url, tmp_path):
     served = [one["id"] for one in httpx2.get(f"{url}/v1/models").json()["data"]]
     assert served == ["teacher", sampler.update.serves]  # the others are unloaded
     assert [folder.name for folder in (tmp_path / "engine").iterdir()] == ["version-4"]
+
+
+def test_live_check_finds_that_adapters_are_taken(url, models):
+    control.check_adapters(Replicas(servers=(Server(url=url),)), "teacher", len(byte_tokenizer()))
 
 
 def test_rank_that_does_not_fit_ends_the_run(url, tmp_path):

@@ -123,6 +123,22 @@ def test_changes_of_models_and_run_have_effects():
     }
 
 
+def test_changes_of_servers_have_no_effect():
+    """A server that moves, or another one in place of a dead one; whether it has the same model is proved."""
+    made = one_stage(engine={"urls": ["http://localhost:1"]})
+    made["models"]["teacher"] = {"server": {"urls": ["http://localhost:2"]}}
+    moved = one_stage(engine={"urls": ["http://localhost:3"], "patience_s": 9})
+    moved["models"]["teacher"] = {"server": {"urls": ["http://localhost:4"], "retries": 5, "model": "name"}}
+    changes = recipe_changes(parse_recipe(made), parse_recipe(moved))
+    assert {change.key: change.effect for change in changes} == {
+        "models.teacher.server.urls": "none",
+        "models.teacher.server.retries": "none",
+        "models.teacher.server.model": "none",
+        "stages.distil.engine.urls": "none",
+        "stages.distil.engine.patience_s": "none",
+    }
+
+
 def test_open_accepts_changes_without_effect_on_numbers(tmp_path: Path):
     begin(tmp_path, recipe(), made={"distil": 1})
     run = RunDir.open(tmp_path, recipe(checkpoint={"every": 7}, micro_batch_tokens=64), {})

@@ -33,6 +33,10 @@ class WeightLoader:
         pack_output_layer(worker.model_runner.get_model())
         return {"tensors": len(names)}
 
+    def opd_about(self, folder: str = "") -> dict[str, Any]:
+        """How many tensors the last load had, 0 before the first, and whether this worker sees `folder`."""
+        return {"tensors": len(getattr(self, "_opd_names", ())), "sees": not folder or Path(folder).is_dir()}
+
 
 def tensor_names(files: list[Path]) -> frozenset[str]:
     """The names of all tensors, without reading them."""

@@ -81,6 +81,13 @@ class EngineSection(Section):
     retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
 
 
+class ImportanceSection(Section):
+    """Importance weights p / mu of a policy gradient whose responses other weights, or a truncation, have drawn."""
+
+    level: Literal["token", "sequence"] = "token"  # of the token, or the product over the response
+    cap: Float = Field(default=2.0, ge=1)  # the largest weight
+
+
 # The fields of a model section that a model without weights in this process uses.
 READ_BY_OTHERS = {
     "scorer": ("scorer", "options"),
@@ -363,6 +370,8 @@ class StageSpec(Section):
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
     engine: EngineSection | None = None  # servers that write the student's responses in training
+    ahead: Literal[0, 1] = 0  # steps by which the engine writes responses before the step that trains on them
+    importance: ImportanceSection | None = None  # weights of a policy gradient
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
     steps: Int = Field(ge=1)

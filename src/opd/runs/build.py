@@ -29,8 +29,9 @@ from opd.runs.examples import start_lines
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
-from opd.runs.served import engine_samplers, served_lines, served_teacher
+from opd.runs.served import able_lines, engine_samplers, served_teacher
 from opd.runs.space import check_space, space_of
+from opd.samplers.ahead import Ahead, one_ahead
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
@@ -158,10 +159,11 @@ def writers_of(
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
     cache: TextCache | None = None,
+    ahead: Ahead | None = None,
 ) -> Writers:
     """The writers of this stage's responses, from which the method's source chooses.
 
-    `cache` keeps the texts of the authors; default: they are not kept.
+    `cache` keeps the texts of the authors; default: they are not kept. `ahead`: the samplers, one step ahead.
     """
     teachers: dict[str | None, Writer] = {}
     for name, part in spec.by_task.items():
@@ -197,7 +199,7 @@ def writers_of(
         )
 
     return Writers(
-        student=sampler_by_task(samplers),
+        student=sampler_by_task(samplers) if ahead is None else ahead,
         reference=reference,
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
@@ -289,7 +291,8 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     samplers = samplers_of(session, spec, student, root, folder.path)
     cache = TextCache(folder.path / "texts", world.rank)
-    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
+    ahead = one_ahead(samplers, recipe.seed) if spec.ahead else None
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,
@@ -302,6 +305,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         teacher=teacher,
         readers=readers_of(spec, method, teacher, externals),
         writers=writers,
+        ahead=ahead,
         order=prepared.order,
         reward=reward,
         optimisation=StageOptimisation(
@@ -335,7 +339,7 @@ def elsewhere(session: Session, method: Method, student: LanguageModel, name: st
         return own_teacher(name, section, student, session.given)
     session.progress.phase(f"connecting to {name}")
     teacher = served_teacher(name, section, student, method, session.world)
-    for line in served_lines(teacher, method):
+    for line in able_lines(name, teacher.replicas, teacher.capabilities, method.support.student_top_k):
         session.progress.note(line)
     return teacher
 

@@ -6,6 +6,7 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 from opd.engines.address import check_address, check_key, check_private
+from opd.engines.scoring import WIDER, by_position, refusal, top_of
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.preview import tokenizer_of
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from opd.engines.capabilities import Capabilities
     from opd.engines.replicas import Replicas
     from opd.models.language_model import LanguageModel
     from opd.samplers.vllm import EngineSampler
@@ -29,13 +31,11 @@ if TYPE_CHECKING:
 
 def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method) -> list[str]:
     """Refuse addresses, keys and methods that cannot work. Sends nothing. Returns a line. Raises ConfigError."""
-    from opd.teachers.served import refusal
-
     assert section.server is not None
     where = f"models.{name}.server"
     check_addresses(section.server, where)
     role = "teacher" if name in spec.teachers else "base"
-    requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
+    requests = requests_of(method)
     if role == "teacher" and method.teacher.tokenizer != "students":
         raise ConfigError(
             f"{spec.where(None)}: method {spec.method!r} compares two tokenizers, and {where} scores the student's own "
@@ -76,7 +76,10 @@ def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMo
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
     if spec.peers:
-        raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
+        raise ConfigError(
+            f"{where}: the stage trains {', '.join(spec.trains)}, and an engine serves the weights of one. Remove "
+            "`engine`."
+        )
     if section.weights == "lora" and not trains_adapter(recipe, spec, given):
         raise ConfigError(
             f"{where}: `weights: lora` sends an adapter, and the model {spec.train!r} trains its full weights. Give "
@@ -193,8 +196,9 @@ def served_teacher(
     name: str, section: ModelSpec, student: LanguageModel, method: Method, world: World = ALONE
 ) -> ServedTeacher:
     """The teacher of a stage, once its servers have answered. Raises ConfigError and AlignmentError."""
-    requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
-    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device, world)
+    return teacher_on_servers(
+        name, section, (student.name, student.tokenizer), requests_of(method), student.device, world
+    )
 
 
 def teacher_on_servers(
@@ -209,9 +213,8 @@ def teacher_on_servers(
 
     `student`: the name and the tokenizer of the model whose ids are scored. The scores are put on `device`.
     """
-    from opd.engines.capabilities import probe
     from opd.models.vocabularies import check_same_tokens
-    from opd.teachers.served import ServedTeacher, top_of
+    from opd.teachers.served import ServedTeacher
 
     server = section.server
     assert server is not None
@@ -219,17 +222,11 @@ def teacher_on_servers(
     own = tokenizer_of(section, name)
     if own is not None:
         check_same_tokens(tokenizer, own, (students, name))
-    replicas = replicas_of(server, world)
-
-    def top(by_position: bool) -> int:
-        size = len(tokenizer)
-        return max(top_of(one, by_position and bool(one.support.student_top_k), size) or 0 for one in requests)
-
-    wanted = max(k + 1 if (k := one.support.student_top_k) else 0 for one in requests)
+    replicas, capabilities = reached(server, tokenizer, requests, world)
     return ServedTeacher(
         name=name,
         replicas=replicas,
-        capabilities=world.by_main(lambda: probe(replicas, server.model, tokenizer, top=top, by_position=wanted)),
+        capabilities=capabilities,
         tokenizer=with_template(section, tokenizer) if own is None else own,
         template_options=dict(section.template_options),
         device=device,
@@ -237,17 +234,38 @@ def teacher_on_servers(
     )
 
 
-def served_lines(teacher: ServedTeacher, method: Method) -> list[str]:
-    """What the servers can do, and what takes the place of what they cannot."""
-    from opd.teachers.served import WIDER
+def reached(
+    server: ServerSection, tokenizer: Any, requests: Sequence[ScoreRequest], world: World = ALONE
+) -> tuple[Replicas, Capabilities]:
+    """The servers of a teacher that answers `requests`, and what they can do, once all have answered.
 
-    able = teacher.capabilities
-    lines = [f"{teacher.name}: {len(teacher.replicas.servers)} of {able.model}", *able.notes]
-    k = method.support.student_top_k
+    `tokenizer` is the student's. Every process of `world` calls this, and one contacts the servers. Raises ConfigError.
+    """
+    from opd.engines.capabilities import probe
+
+    replicas, size = replicas_of(server, world), len(tokenizer)
+
+    def top(can: bool) -> int:
+        return max(top_of(one, can and by_position(one) > 0, size) or 0 for one in requests)
+
+    most = max(map(by_position, requests))
+    return replicas, world.by_main(
+        lambda: probe(replicas, server.model, tokenizer, top=top, by_position=most),
+    )
+
+
+def able_lines(name: str, replicas: Replicas, able: Capabilities, k: int) -> list[str]:
+    """What a teacher's servers can do, and what takes the place of what they cannot. `k`: of the student's top k."""
+    lines = [f"{name}: {len(replicas.servers)} of {able.model}", *able.notes]
     if k and not able.positions:
         lines.append(
-            f"{teacher.name}: its servers do not score given tokens by position (vLLM since 0.31, with "
-            f"--enable-scale-out). The teacher's top {WIDER * k} are read instead; tokens of the student's top {k} "
-            "outside of them are left out of the support, and counted as teacher_ids_missing"
+            f"{name}: its servers do not score given tokens by position (vLLM since 0.31, with --enable-scale-out). "
+            f"The teacher's top {WIDER * k} are read instead; tokens of the student's top {k} outside of them are left "
+            "out of the support, and counted as teacher_ids_missing"
         )
     return lines
+
+
+def requests_of(method: Method) -> list[ScoreRequest]:
+    """What a stage's teacher is asked for: by the method, and by its parts."""
+    return [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]

@@ -9,7 +9,9 @@ tokens were drawn from, after temperature, top-k and top-p.
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 
 from opd.engines.adapters import AdapterSync
 from opd.engines.replicas import Job, Replicas
+from opd.engines.server import BodyError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import ConfigError, TrainingError
@@ -86,17 +89,7 @@ class EngineSampler(Sampler):
                 "A method that ends responses early asks an engine for a few tokens at a time, and `sampling.stop` may "
                 "span two parts. Remove `sampling.stop`, or the stage's `engine`."
             )
-        ids = render_checked(
-            prompts,
-            self.lm.tokenizer,
-            max_prompt_length=self.max_prompt_length,
-            template_options=self.lm.template_options,
-        )
-        rows = [
-            _Row(prompt, sample, prompt_ids)
-            for prompt, prompt_ids in zip(prompts, ids, strict=True)
-            for sample in range(self.sampling.n)
-        ]
+        rows = self._rows(prompts)
         limit = self.sampling.max_completion_length
         part = limit if stop is None else stop.every
         active = rows
@@ -109,6 +102,33 @@ class EngineSampler(Sampler):
         rollouts = [self._rollout(row) for row in rows]
         truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
         return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
+
+    def begin(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> Callable[[], list[Rollout]]:
+        """Draw the same responses in a thread; returns the function that waits for them. They are not completed.
+
+        Raises DataError for a prompt that is too long. The function raises TrainingError, as a call does.
+        """
+        rows = self._rows(prompts)
+        drawn = in_thread(lambda: self._draw(rows, self.sampling.max_completion_length, (*seed, 0)))
+
+        def wait() -> list[Rollout]:
+            drawn.result()
+            return [self._rollout(row) for row in rows]
+
+        return wait
+
+    def _rows(self, prompts: Sequence[Prompt]) -> list[_Row]:
+        ids = render_checked(
+            prompts,
+            self.lm.tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            template_options=self.lm.template_options,
+        )
+        return [
+            _Row(prompt, sample, prompt_ids, self.version)
+            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            for sample in range(self.sampling.n)
+        ]
 
     def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
         """Continue the rows by at most `tokens` tokens."""
@@ -123,7 +143,7 @@ class EngineSampler(Sampler):
                     seed=seed_of(seed, row.prompt.id, row.sample),
                     salt=f"opd-{self.salt}-{self.updates}",
                 ),
-                read=parse_drawn,
+                read=self._read,
                 tokens=len(row.read) + tokens,
                 group=tuple(row.prompt_ids),
             )
@@ -135,7 +155,6 @@ class EngineSampler(Sampler):
                     f"No server of the engine gave a response to prompt {row.prompt.id}: {answer.failure}. Start the "
                     "servers again; the same command then continues."
                 )
-            self._check_versions(answer.value)
             row.ids += answer.value.ids
             row.logp += answer.value.logp
             row.finished = answer.value.finished
@@ -159,14 +178,19 @@ class EngineSampler(Sampler):
             "detokenize": bool(sampling.stop),
         }
 
-    def _check_versions(self, drawn: Drawn) -> None:
-        """Raise TrainingError for tokens of other weights than the last update's; with adapters, of another base."""
+    def _read(self, raw: bytes) -> Drawn:
+        """A response of the last update's weights; with adapters, of the base at the start. Else raises BodyError."""
+        drawn = parse_drawn(raw)
         wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
         if wrong := set(drawn.versions) - wanted:
-            raise TrainingError(
-                f"A server drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at "
-                f"version {', '.join(sorted(wanted))}. Does another run update the same server? Give each run its own."
+            raise BodyError(
+                f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
+                f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
+                "servers"
             )
+        if drawn.ids and not drawn.versions:
+            raise BodyError("it does not say which weights drew its tokens, as vLLM does since 0.32")
+        return drawn
 
     def _rollout(self, row: _Row) -> Rollout:
         spoken = row.ids[:-1] if row.ids and row.ids[-1] in self.ends else row.ids
@@ -182,7 +206,7 @@ class EngineSampler(Sampler):
             text=text_after(row.prompt_ids, spoken, self.lm.tokenizer),
             sampler_logp=logp,
             policy_logp=logp,
-            sampler_version=self.version,
+            sampler_version=row.version,
             sampling=self.sampling,
         )
 
@@ -194,6 +218,7 @@ class _Row:
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
+    version: int
     ids: list[int] = field(default_factory=list[int])
     logp: list[float] = field(default_factory=list[float])
     finished: bool = False
@@ -202,6 +227,20 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
+
+
+def in_thread(work: Callable[[], None]) -> Future[None]:
+    """`work` in a thread that does not keep the process alive."""
+    future: Future[None] = Future()
+
+    def _run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=_run, daemon=True, name="opd-draw").start()
+    return future
 
 
 def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
