@@ -153,6 +153,36 @@ def test_runs_on_one_server_share_no_cache(forks, servers, tmp_path):
     assert not set(salts[: len(salts) // 2]) & set(salts[len(salts) // 2 :])
 
 
+def test_two_processes_one_step_ahead_equal_one(forks, servers, tmp_path):
+    ahead = recipe(*servers, ahead=1, checkpoint={"every": 1})
+    one = trained(forks, tmp_path / "one", ahead, 1)
+    two = trained(forks, tmp_path / "two", ahead, 2)
+    assert_same_run(one, two)
+    assert [row["rollout/staleness_max"] for row in rows(two, "metrics.jsonl")] == [0.0, 1.0, 1.0]
+
+
+def test_no_process_uses_a_server_that_missed_an_update(forks, servers, tmp_path):
+    """Of two servers of an engine one is gone from the second update on: the main process finds it, for both."""
+    engine, _ = servers
+    other = DrawingEngine(lm=load_model(ModelSpec.model_validate(student()), name="student", seed=0))
+
+    with running(other):
+        updates = [0]
+
+        def fault(arrived: Arrived, said: Said) -> Said:
+            updates[0] += arrived.target == "/collective_rpc"
+            return Said(hang_up=True) if updates[0] > 1 else said
+
+        other.fault = fault
+        section = {"urls": [engine.url, other.url], "patience_s": 1.0, "retries": 0}
+        two = trained(forks, tmp_path / "two", recipe(*servers, engine=section), 2)
+    drawn = len(other.drawn)
+    assert 0 < drawn <= 6  # in the first step alone
+    assert len(engine.drawn) + drawn == STEPS * 6
+    assert [row["engine_servers_lost"] for row in rows(two, "timings.jsonl")] == [0.0, 1.0, 1.0]
+    assert sum(row["engine_repeated"] for row in rows(two, "timings.jsonl")) == 0
+
+
 FAULTS = {
     "a server refuses the weights": ({"error": "no room"}, "no room"),
     "the update has no effect": ({"tensors": 1}, "the update had no effect"),
