@@ -32,7 +32,7 @@ def found(world: World) -> dict[str, Any]:
         most[0] = max(most[0], sum(not sharded(block) for block in blocks))
 
     for block in blocks:
-        block.self_attn.register_forward_pre_hook(count)
+        block.get_submodule("self_attn").register_forward_pre_hook(count)
     own = world.over(root, lambda: log_probs(lm, IDS))
     at_once, after = most[0], all(map(sharded, blocks)) and sharded(root)
     with world.gathered(root):
