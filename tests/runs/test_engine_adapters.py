@@ -81,6 +81,7 @@ def test_two_processes_with_adapters_equal_one(forks, engine, tmp_path):
     one = trained(forks, tmp_path / "one", recipe(engine))
     two = trained(forks, tmp_path / "two", recipe(engine), processes=2)
     same(one, two)
+    assert not [one for one in engine.arrived if one.target == "/v1/completions"]  # two at a time end a real one
 
 
 def test_adapter_names_are_new_and_old_ones_unloaded(engine, tmp_path, monkeypatch):
@@ -156,6 +157,37 @@ def test_restarted_server_gets_the_next_adapter(engine, tmp_path, monkeypatch):
     engine.fault = fault
     run(tmp_path / "ill", recipe(engine), monkeypatch)
     same(clean, tmp_path / "ill")
+
+
+def test_update_that_fails_once_is_repeated(engine, tmp_path, monkeypatch):
+    """Also one whose adapter was loaded before the failure: its name is new, so it is the same adapter."""
+    clean = tmp_path / "clean"
+    run(clean, recipe(engine), monkeypatch)
+    failed: set[str] = set()
+
+    def fault(arrived: Arrived, said: Said) -> Said:
+        name, draws = arrived.request.get("model"), arrived.request.get("sampling_params", {})
+        if draws.get("temperature") == 2.0 and name not in failed:
+            failed.add(str(name))
+            return refused(500, "a fault")
+        return said
+
+    engine.fault = fault
+    run(tmp_path / "ill", recipe(engine), monkeypatch)
+    same(clean, tmp_path / "ill")
+    assert len(failed) >= STEPS
+    assert sum(row["engine_repeated"] for row in rows(tmp_path / "ill", "timings.jsonl")) >= STEPS
+
+
+def test_live_check_says_whether_adapters_are_taken(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepare(tmp_path, recipe(engine)))
+    said = command("check", "recipe.yaml", "--live")
+    assert "take adapters" in " ".join(said.out.split())
+    assert not engine.names_used
+    engine.fault = lambda arrived, said: refused(404, "Not Found") if "lora" in arrived.target else said
+    said = command("check", "recipe.yaml", "--live")
+    assert said.code
+    assert "does not give its routes for adapters: HTTP 404" in " ".join(said.err.split())
 
 
 def test_check_refuses_adapters_of_a_model_without(engine, tmp_path, monkeypatch):

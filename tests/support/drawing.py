@@ -76,6 +76,8 @@ class DrawingEngine(Engine):
         """As PEFT reads the folder; on a copy of the base model, which stays as it is."""
         if name in self.adapters:
             return refused(400, f"The lora adapter '{name}' has already been loaded.")
+        if not folder.is_dir():
+            return refused(404, f"Loading lora {name} failed: No adapter found for {folder}")
         rank = json.loads((folder / "adapter_config.json").read_text())["r"]
         if rank > self.max_lora_rank:
             return refused(500, f"LoRA rank {rank} is greater than max_lora_rank {self.max_lora_rank}.")

@@ -131,7 +131,9 @@ def engine_samplers(
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section, world)
-    able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    able = world.by_main(
+        lambda: probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    )
     sync = sync_of(
         section,
         student,
@@ -233,7 +235,7 @@ def reached(
 ) -> tuple[Replicas, Capabilities]:
     """The servers of a teacher that answers `requests`, and what they can do, once all have answered.
 
-    `tokenizer` is the student's. Raises ConfigError.
+    `tokenizer` is the student's. Every process of `world` calls this, and one contacts the servers. Raises ConfigError.
     """
     from opd.engines.capabilities import probe
 
@@ -242,7 +244,10 @@ def reached(
     def top(can: bool) -> int:
         return max(top_of(one, can and by_position(one) > 0, size) or 0 for one in requests)
 
-    return replicas, probe(replicas, server.model, tokenizer, top=top, by_position=max(map(by_position, requests)))
+    most = max(map(by_position, requests))
+    return replicas, world.by_main(
+        lambda: probe(replicas, server.model, tokenizer, top=top, by_position=most),
+    )
 
 
 def able_lines(name: str, replicas: Replicas, able: Capabilities, k: int) -> list[str]:
