@@ -10,6 +10,7 @@ from opd.errors import ConfigError
 from opd.method import Method
 from opd.models.preview import tokenizer_of
 from opd.recipe.schema import EngineSection, ModelSpec, ServerSection, StageSpec
+from opd.runs.launched import check_start
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,7 @@ def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method)
 
     assert section.server is not None
     where = f"models.{name}.server"
-    check_addresses(section.server, where)
+    by = check_servers(section.server, name, where)
     role = "teacher" if name in spec.teachers else "base"
     requests = [one.request(shown=True) for one in (method, *(part.method for part in method.parts.values()))]
     if role == "teacher" and method.teacher.tokenizer != "students":
@@ -53,8 +54,19 @@ def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method)
                 f"{spec.where(task)}: evaluate.{'kl' if part.evaluate.kl else 'teacher'} needs a teacher in this "
                 f"process, and {where} only scores tokens. Turn it off, or use a teacher with `path`."
             )
-    number = len(section.server.urls)
-    return [f"{role} {name}: scored by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
+    return [f"{role} {name}: scored by {by}"]
+
+
+def check_servers(section: ServerSection | EngineSection, name: str, where: str) -> str:
+    """Refuse addresses, keys and starts that cannot work. Sends and starts nothing. Returns who works, for a line.
+
+    Raises ConfigError or DataError.
+    """
+    if section.start is not None:
+        return check_start(section.start, name, f"{where}.start")
+    check_addresses(section, where)
+    number = len(section.urls)
+    return f"{number} server{'s' if number > 1 else ''}, reached when the stage begins"
 
 
 def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
@@ -70,15 +82,14 @@ def check_engine(spec: StageSpec, processes: int) -> list[str]:
     section, where = spec.engine, f"{spec.where(None)}: `engine`"
     if section is None:
         return []
-    check_addresses(section, where)
+    by = check_servers(section, spec.train, where)
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
     if processes > 1:
         raise ConfigError(
             f"{where}: {processes} processes were started, and weights go to an engine from one process. Start one."
         )
-    number = len(section.urls)
-    return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
+    return [f"responses are sampled by {by}"]
 
 
 def replicas_of(section: ServerSection | EngineSection) -> Replicas:
