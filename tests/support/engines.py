@@ -1,4 +1,4 @@
-"""A small server with the protocol of vLLM, which scores with a tiny model: the shapes of 0.32, and its faults."""
+"""A small server with the protocol of vLLM, which scores and draws with a tiny model: the shapes of 0.32."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from opd.models.language_model import LanguageModel
@@ -28,6 +30,7 @@ class Engine:
     max_logprobs: int = 20
     longest: int = 64
     scale_out: bool = True
+    version: str = "default"  # of the weights
     fault: Callable[[Arrived, Said], Said] = lambda arrived, said: said
     url: str = ""
     arrived: list[Arrived] = field(default_factory=list)
@@ -61,6 +64,11 @@ class Engine:
             return Said(body={"object": "list", "data": [{"id": self.name, "max_model_len": self.longest}]})
         if request.get("model") not in (None, self.name):
             return refused(404, f"The model `{request['model']}` does not exist.")
+        if target == "/collective_rpc":
+            return self._loaded(request["method"], Path(request["kwargs"]["folder"]))
+        if target == "/update_weight_version":
+            self.version = request["new_version"]
+            return Said(body={"success": True})
         if target == "/detokenize":
             return Said(body={"prompt": self.lm.tokenizer.decode(request["tokens"])})
         if len(ids) >= self.longest:
@@ -68,16 +76,19 @@ class Engine:
         if target == "/v1/completions":
             return self._completion(ids, int(request["prompt_logprobs"]))
         if target == "/inference/v1/generate" and self.scale_out:
-            return self._positions(ids, request["sampling_params"])
+            params = request["sampling_params"]
+            return self._positions(ids, params) if "prompt_logprob_token_ids" in params else self._drawn(ids, params)
         if target == "/inference/v1/generate":
             return refused(403, "Start the server with --enable-scale-out.")
         return refused(404, "Not Found")
 
-    def _logp(self, ids: Any) -> Tensor:
+    def _logits(self, ids: Any) -> Tensor:
         with torch.no_grad():
             row = torch.tensor([ids], device=self.lm.device)
-            logits = self.lm.model(input_ids=row, use_cache=False).logits[0, :-1, : self.lm.vocabulary]
-        return logits.float().log_softmax(-1).cpu()
+            return self.lm.model(input_ids=row, use_cache=False).logits[0, :, : self.lm.vocabulary].float().cpu()
+
+    def _logp(self, ids: Any) -> Tensor:
+        return self._logits(ids)[:-1].log_softmax(-1)
 
     def _completion(self, ids: Any, k: int) -> Said:
         if k > self.max_logprobs:
@@ -105,6 +116,32 @@ class Engine:
             return refused(400, f"prompt_logprob_token_ids has {len(wanted)} rows, but {len(logp)} are scored.")
         values = logp.gather(1, torch.from_numpy(wanted)).numpy()
         return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": packed(values)})
+
+    def _drawn(self, ids: Any, params: dict[str, Any]) -> Said:
+        """A response by the request's seed, temperature and stop tokens. top-p and top-k are not there."""
+        assert params["top_p"] == 1.0
+        assert params["top_k"] == 0
+        ends = params.get("stop_token_ids", ())
+        generator, drawn, content = torch.Generator().manual_seed(params["seed"]), [], []
+        while len(drawn) < params["max_tokens"] and not (drawn and drawn[-1] in ends):
+            logits = self._logits([*ids, *drawn])[-1] / params["temperature"]
+            logp = logits.log_softmax(-1)
+            drawn.append(int(torch.multinomial(logp.exp(), 1, generator=generator)))
+            content.append({"logprob": float(logp[drawn[-1]]), "token_id": drawn[-1]})
+        choice = {
+            "index": 0,
+            "token_ids": drawn,
+            "finish_reason": "stop" if drawn[-1] in ends else "length",
+            "logprobs": {"content": content},
+            "weight_versions": [{"version": self.version, "start": 0, "end": len(drawn)}],
+        }
+        return Said(body={"choices": [choice]})
+
+    def _loaded(self, method: str, folder: Path) -> Said:
+        assert method == "opd_load"
+        tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+        self.lm.model.load_state_dict(tensors, strict=False)  # shared weights are in the file once
+        return Said(body={"results": [{"tensors": len(tensors)}]})
 
 
 def packed(values: np.ndarray) -> str:

@@ -33,6 +33,7 @@ OF_ENGINE = (
     *("--logprobs-mode", "processed_logprobs"),  # of the distribution that is drawn from
     *("--worker-extension-cls", WORKER),
 )
+OF_SLEEPER = ("--enable-sleep-mode",)
 CONTROL_ROUTES = {"VLLM_SERVER_DEV_MODE": "1"}  # by which an engine gets its weights
 # The longest sequence that fits into the memory of the cache; vLLM refuses to start with a longer one than fits.
 OF_BOTH = ("--host", "127.0.0.1", "--max-model-len", "auto")

@@ -43,6 +43,8 @@ class Sync:
     logp: Callable[[Sequence[int], float], np.ndarray]
     vocabulary: int
     tolerance: float
+    sleeps: bool = False  # the servers give up weights and cache while nothing is drawn
+    asleep: Path | None = None  # the folder of the weights that sleeping servers load again
     error: float = 0.0  # of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
@@ -97,9 +99,30 @@ class Sync:
                     f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
                 )
 
+    def sleep(self, version: int) -> None:
+        """Let the servers give up weights and cache. Raises TrainingError for one that does not answer.
+
+        At level 2: at level 1 they keep a copy of the weights, which the next update replaces anyway, in the memory of
+        the host.
+        """
+        if self.sleeps:
+            self._call("sleep?level=2", {}, lambda raw: True)
+            self.asleep = self.folder / f"version-{version}"
+
+    def wake(self) -> None:
+        """Give sleeping servers the weights that they had. Raises TrainingError."""
+        if self.asleep is not None:
+            self._load(self.asleep)
+
     def _load(self, folder: Path) -> None:
+        """Sleeping servers get memory for the weights, then the weights, then the rest, and only then draw again."""
         fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
+        if self.sleeps:
+            self._call("wake_up?tags=weights", {}, lambda raw: True)
         self._call("collective_rpc", fields, loaded)
+        if self.sleeps:
+            self._call("wake_up", {}, lambda raw: True)
+        self.asleep = None
 
     def _call(self, path: str, fields: dict[str, Any], read: Callable[[bytes], Any]) -> None:
         self._each(lambda one: one.post(path, fields, read))

@@ -102,6 +102,7 @@ class EngineSection(Servers):
 
     folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
     tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
+    sleep: StrictBool = False  # the servers free their memory while nothing is drawn, for a trainer on the same GPU
     public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
     tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
     timeout_s: Float = Field(default=600.0, gt=0)  # per request

@@ -87,7 +87,9 @@ class Starter:
             weights.mkdir(parents=True, exist_ok=True)
             saving.save(student, weights)
         dtype = str(next(student.model.parameters()).dtype).removeprefix("torch.")
-        found = self._started(section, spec.train, str(weights.absolute()), ("--dtype", dtype, *launch.OF_ENGINE))
+        sleeps = launch.OF_SLEEPER if section.sleep and student.device.type != "cpu" else ()  # vLLM refuses it on a CPU
+        flags = ("--dtype", dtype, *launch.OF_ENGINE, *sleeps)
+        found = self._started(section, spec.train, str(weights.absolute()), flags)
         return spec.model_copy(update={"engine": found})
 
     def _started(self, section: Section, name: str, model: str, flags: Sequence[str]) -> Section:

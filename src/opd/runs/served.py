@@ -49,10 +49,10 @@ def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method)
             "single tokens. Set diagnostics.every to 0, or use a teacher with `path`."
         )
     for task, part in spec.by_task.items():
-        if part.evaluate is not None and (part.evaluate.kl or part.evaluate.teacher):
+        if part.evaluate is not None and part.evaluate.kl:
             raise ConfigError(
-                f"{spec.where(task)}: evaluate.{'kl' if part.evaluate.kl else 'teacher'} needs a teacher in this "
-                f"process, and {where} only scores tokens. Turn it off, or use a teacher with `path`."
+                f"{spec.where(task)}: evaluate.kl compares whole distributions, and {where} gives log-probs of single "
+                "tokens. Set evaluate.kl to false, or use a teacher with `path`."
             )
     return [f"{role} {name}: scored by {by}"]
 
@@ -127,8 +127,9 @@ def engine_samplers(
         for url in section.urls:
             check_private(url, f"{spec.where(None)}: `engine`")
     replicas = replicas_of(section)
+    if section.sleep:  # a killed run has left them asleep, and then they answer nothing
+        replicas.each(lambda one: one.post("wake_up", {}, lambda raw: True))
     able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
-    tokens = spec.micro_batch_tokens
 
     def complete(rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
         temperature = {task: sampling_of(part.sampling).temperature or 1.0 for task, part in spec.by_task.items()}
@@ -137,7 +138,7 @@ def engine_samplers(
             rollouts,
             record,
             temperature=lambda rollout: temperature[None if None in temperature else rollout.prompt.task],
-            micro_batch_tokens=tokens,
+            micro_batch_tokens=spec.micro_batch_tokens,
             policy=True,
         )
 
@@ -152,6 +153,7 @@ def engine_samplers(
         logp=logp,
         vocabulary=len(student.tokenizer),
         tolerance=section.tolerance,
+        sleeps=section.sleep,
     )
     return {
         task: EngineSampler(
@@ -160,6 +162,7 @@ def engine_samplers(
             replicas=replicas,
             model=able.model,
             update=None if i else sync,
+            shared=sync,
             complete=complete,
             max_prompt_length=spec.max_prompt_length,
         )

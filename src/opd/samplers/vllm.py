@@ -12,12 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd.engines.replicas import Job, Replicas
 from opd.engines.sync import Sync
-from opd.engines.vllm import Drawn, draw_fields, parse_drawn
+from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, seed_of
 from opd.errors import ConfigError, TrainingError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
@@ -38,6 +37,7 @@ class EngineSampler(Sampler):
     replicas: Replicas
     model: str
     update: Sync | None
+    shared: Sync  # of all samplers of the stage: its servers may sleep while nothing is drawn
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     max_prompt_length: int | None = None
     version: int = 0
@@ -91,6 +91,7 @@ class EngineSampler(Sampler):
             for prompt, prompt_ids in zip(prompts, ids, strict=True)
             for sample in range(self.sampling.n)
         ]
+        self.shared.wake()
         limit = self.sampling.max_completion_length
         part = limit if stop is None else stop.every
         active = rows
@@ -100,6 +101,7 @@ class EngineSampler(Sampler):
             if stop is not None and active and begin + part < limit:
                 keeps = stop.keeps_going([self._rollout(row) for row in active])
                 active = [row for row, keeps_going in zip(active, keeps, strict=True) if keeps_going]
+        self.shared.sleep(self.version)
         rollouts = [self._rollout(row) for row in rows]
         truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
         return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
@@ -134,23 +136,7 @@ class EngineSampler(Sampler):
             row.finished = answer.value.finished
 
     def _params(self, tokens: int) -> dict[str, Any]:
-        sampling = self.sampling
-        return {
-            "max_tokens": tokens,
-            "min_tokens": 0,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "ignore_eos": True,
-            "stop_token_ids": sorted(self.lm.stop_ids),
-            "stop": list(sampling.stop),
-            "include_stop_str_in_output": True,
-            "detokenize": bool(sampling.stop),
-        }
+        return sampling_fields(self.sampling, tokens, self.lm.stop_ids)
 
     def _check_versions(self, drawn: Drawn) -> None:
         """Raise TrainingError for tokens of other weights than the last update's."""
@@ -194,8 +180,3 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
-
-
-def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
-    """The seed of one request: a function of (seed, step, part), prompt and sample only."""
-    return int(np.random.SeedSequence((*seed, prompt_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
