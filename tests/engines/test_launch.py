@@ -17,7 +17,7 @@ from support.stand_in import PATHS, TESTS, all_end, pids, start
 
 from opd.engines import guard, launch, sync
 from opd.engines.launch import Launch, python_of, running
-from opd.errors import ConfigError
+from opd.errors import ConfigError, TeacherError, TrainingError
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it looks at processes in /proc")
 
@@ -54,6 +54,18 @@ def test_running_shows_the_log_of_a_server_that_ends(tmp_path):
         pass
     assert "earlier" not in str(error.value)
     assert all_end(pids(tmp_path / "log"))
+
+
+def test_running_shows_the_log_of_a_server_that_ended_meanwhile(tmp_path):
+    def use() -> None:
+        with running(launched(tmp_path)):
+            os.kill(pids(tmp_path / "log")[0], signal.SIGKILL)
+            assert all_end(pids(tmp_path / "log"))
+            time.sleep(0.5)  # until the guard has seen it
+            raise TeacherError("no answer")
+
+    with pytest.raises(TrainingError, match=r"(?s)no answer\nThe server of m .* exit status 137\. .*library: opd\nCor"):
+        use()
 
 
 def test_running_gives_up_after_its_patience(tmp_path):

@@ -23,7 +23,7 @@ from pathlib import Path
 import httpx2
 
 from opd.engines import guard
-from opd.errors import ConfigError
+from opd.errors import ConfigError, TeacherError, TrainingError
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the script `vllm` of the package for CPUs does not start
 WORKER = "opd.engines.worker.WeightLoader"
@@ -101,7 +101,8 @@ def python_of(named: str | None, where: str, env: Mapping[str, str]) -> str:
 def running(launch: Launch) -> Iterator[Started]:
     """A server from when it answers until the block ends, in whatever way; it also ends when this process is killed.
 
-    Raises ConfigError, with the last lines of its log, for a server that ends or does not answer within `patience_s`.
+    Raises ConfigError, with the last lines of its log, for a server that ends or does not answer within `patience_s`,
+    and TrainingError with them, in place of an error of the block, for one that ended meanwhile.
     """
     began = time.monotonic()
     port, served = free_port(), f"{launch.name}-{secrets.token_hex(4)}"  # a name that another server does not have
@@ -121,6 +122,11 @@ def running(launch: Launch) -> Iterator[Started]:
             url = f"http://127.0.0.1:{port}"
             _wait(launch, process, url, served, began + launch.patience_s, begin)
             yield Started(url=url, model=served, seconds=time.monotonic() - began)
+        except (TeacherError, TrainingError) as error:
+            status = process.poll()
+            if status is None:
+                raise
+            raise TrainingError(f"{error}\n{_failed(launch, f'ended with exit status {status}', begin)}") from error
         finally:
             _stop(process)
 

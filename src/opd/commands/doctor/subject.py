@@ -167,10 +167,11 @@ def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
             f"one by one: stages.{spec.name}.teacher={names[0]}."
         )
     for role, name in (("teacher", spec.teacher), ("base", spec.base)):
-        if name is not None and (scorer := recipe.models[name].scorer) is not None:
+        if name is not None and not (model := recipe.models[name]).local:
+            scores = f"is made by {model.scorer}, which only scores" if model.scorer else "is on servers"
             raise ConfigError(
                 f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and {role} "
-                f"{name!r} is made by {scorer}, which only scores. Give the doctor a model with `path` as the "
+                f"{name!r} {scores}. Give the doctor a model with `path` as the "
                 f"stage's {role}, or train a few steps and read the metrics teacher/..."
             )
 
