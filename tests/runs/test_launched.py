@@ -59,6 +59,7 @@ def test_run_with_started_teacher_equals_local_run(tmp_path, monkeypatch):
     assert far == pytest.approx(local, abs=1e-5)
     (log,) = (tmp_path / "far" / "run").glob("*/vllm-teacher.log")
     assert "--enable-scale-out --max-logprobs -1" in log.read_text()
+    assert "control routes: None" in log.read_text()
     assert all_end(pids(log))
 
 
@@ -107,6 +108,7 @@ def test_engine_start_serves_the_student_as_it_is(tmp_path):
         for flag in ("--dtype float32", "--logprobs-mode processed_logprobs", "--worker-extension-cls opd.engines"):
             assert flag in said
         assert said.splitlines()[0].endswith("--max-num-seqs 4")
+        assert "control routes: 1" in said
 
 
 def test_check_refuses_a_start_that_cannot_work(tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ OF_BOTH = ("--host", "127.0.0.1", "--max-model-len", "auto")
 QUIET = {
     "VLLM_NO_USAGE_STATS": "1",
     "PYTHONSAFEPATH": "1",  # a folder `vllm` where the run was started is not the package
-    # GiB, on a CPU alone. Without it vLLM claims 0.92 of the machine's memory, and does not start when less is free.
+    # GiB, on a CPU alone. Without it vLLM claims most of the machine's memory, and does not start when less is free.
     "VLLM_CPU_KVCACHE_SPACE": "1",
 }
 # Not passed on: the paths of this environment, how its threads wait, and the places of torchrun's processes.

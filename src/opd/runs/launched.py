@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -69,7 +69,7 @@ class Starter:
             source = loadable(teachers_source(server.start, name))
         tokenizer = str(source.tokenizer)
         flags = ("--dtype", server.start.dtype, "--tokenizer", tokenizer, *launch.OF_TEACHER)
-        found = self._started(server, name, str(source.weights), flags)
+        found = self._started(server, name, str(source.weights), flags, {})
         return section.model_copy(update={"server": found, "tokenizer": section.tokenizer or tokenizer})
 
     def engine(self, spec: StageSpec, student: LanguageModel) -> StageSpec:
@@ -89,10 +89,12 @@ class Starter:
         dtype = str(next(student.model.parameters()).dtype).removeprefix("torch.")
         sleeps = launch.OF_SLEEPER if section.sleep and student.device.type != "cpu" else ()  # vLLM refuses it on a CPU
         flags = ("--dtype", dtype, *launch.OF_ENGINE, *sleeps)
-        found = self._started(section, spec.train, str(weights.absolute()), flags)
+        found = self._started(section, spec.train, str(weights.absolute()), flags, launch.CONTROL_ROUTES)
         return spec.model_copy(update={"engine": found})
 
-    def _started(self, section: Section, name: str, model: str, flags: Sequence[str]) -> Section:
+    def _started(
+        self, section: Section, name: str, model: str, flags: Sequence[str], env: Mapping[str, str]
+    ) -> Section:
         """The section with `urls` in place of `start`. The main process starts the server; all processes use it."""
         start = section.start
         assert start is not None
@@ -104,7 +106,7 @@ class Starter:
                 python=launch.python_of(start.python, f"the server of {name}", start.env),
                 model=model,
                 flags=(*flags, *start.flags),
-                env={**launch.CONTROL_ROUTES, **start.env},
+                env={**env, **start.env},
                 log=self.folder.path / f"vllm-{name}.log",
                 patience_s=start.patience_s,
             )

@@ -20,6 +20,7 @@ how = os.environ.get("STAND_IN", "answers")
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print("flags:", *others, flush=True)
 print("pids:", os.getpid(), worker.pid, flush=True)
+print("control routes:", os.environ.get("VLLM_SERVER_DEV_MODE"), flush=True)
 print("library:", *sorted(os.listdir(os.environ["PYTHONPATH"].split(os.pathsep)[0])), flush=True)
 if how == "ends":
     print("RuntimeError: no memory for the cache", flush=True)
