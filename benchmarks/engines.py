@@ -147,23 +147,31 @@ def of_positions(python: str, folder: Path, quick: bool) -> Record:
     lm = tiny("llama", byte_tokenizer(), seed=1, name="teacher", **settings)
     saving.save(lm, folder / "tiny")
     tokens = 8 if quick else 96
-    prompt = Prompt(id=0, content=("the same long prompt " * 40)[: 4 * tokens])
     sampler = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens, n=8))
-    rollouts = sampler([prompt], seed=(0, 0), record=Recorded(top_k=K))
-    contexts = [prompt] * len(rollouts)
+    numbers = iter(range(10**6))
+
+    def fresh() -> tuple[list[Rollout], list[Prompt]]:
+        """Responses to a prompt of which no server has a token in its cache."""
+        number = next(numbers)
+        prompt = Prompt(id=0, content=(f"{number} is a prompt that is long " * 40)[: 4 * tokens - 50])
+        rollouts = sampler([prompt], seed=(0, number), record=Recorded(top_k=K))
+        return rollouts, [prompt] * len(rollouts)
+
     flags = ("--max-logprobs", str(K + 1), "--max-model-len", "512")
     with vllm(folder / "tiny", folder / "log2", *flags, python=python, threads=THREADS) as url:
         by_position, top = (ScoreRequest(support=top_k(K, by=by)) for by in ("student", "teacher"))
         positions, json = served_by(url, lm, by_position), served_by(url, lm, top)
         received: Record = {}
+        rollouts, contexts = fresh()
         for name, teacher, request in (("by position", positions, by_position), ("JSON", json, top)):
             teacher.pop_requests()
             teacher.score(rollouts, contexts, request)
             received[name] = teacher.pop_requests()["received_mb"]
+        rows = {name: [fresh() for _ in range(1 + ROUNDS)] for name in ("with", "without")}
         cache = in_turns(
             {
-                "with": lambda: positions.score(rollouts, contexts, by_position),
-                "without": lambda: uncached(positions, rollouts, contexts, by_position),
+                "with": lambda: positions.score(*rows["with"].pop(), by_position),
+                "without": lambda: uncached(positions, *rows["without"].pop(), by_position),
             },
             ROUNDS,
         )

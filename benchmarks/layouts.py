@@ -118,8 +118,11 @@ def work_of(layout: Layout) -> Work:
 
 
 def on_paper(work: Work) -> Work:
-    """The same step with responses from an engine and without whole weights in any process; not built."""
-    return replace(work, writer="engine", servers=1, gathers=False)
+    """The same step with responses from an engine and without whole weights in any process, which is not built.
+
+    With LoRA the engine gets the adapter alone.
+    """
+    return replace(work, writer="engine", servers=1, gathers=False, adapter_alone=work.student.lora)
 
 
 def teacher_gpus(shape: Shape) -> int:

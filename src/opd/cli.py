@@ -67,7 +67,11 @@ def train(
 
 
 @app.command()
-def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    live: Annotated[bool, typer.Option("--live", help="Also contact the servers of teachers and engines")] = False,
+) -> None:
     """Find errors in a recipe before any weight is loaded."""
     from opd.recipe.load import load_recipe
 
@@ -75,7 +79,7 @@ def check(recipe: RecipeArgument, overrides: Overrides = None) -> None:
     quiet_libraries()
     from opd.commands.check import check_recipe
 
-    for line in check_recipe(resolved):
+    for line in check_recipe(resolved, live=live):
         typer.echo(line)
     typer.echo(f"{recipe}: nothing wrong found.")
 

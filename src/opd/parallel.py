@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from opd.errors import ConfigError, RunError
+from opd.errors import ConfigError, OPDError, RunError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -87,6 +87,25 @@ class World:
         if self.main:
             self.wait()
 
+    def by_main(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which the main process alone does while the others wait.
+
+        An OPDError of it is raised in every process. Another error ends the main process, and by that the others.
+        """
+        made: T | None = None
+        error: OPDError | None = None
+        if self.main:
+            try:
+                made = work()
+            except OPDError as raised:
+                if self.size == 1:
+                    raise
+                error = raised
+        made, error = self.gather((made, error))[0]
+        if error is not None:
+            raise error
+        return cast(T, made)
+
     def agree(self, parameters: Iterable[Tensor]) -> None:
         """Copy the main process's values to every process (new adapters are random)."""
         if self.size == 1:
@@ -126,6 +145,19 @@ class World:
             for module in modules:
                 module.reshard()
                 module.set_reshard_after_forward(module is not root, recurse=False)
+
+    def over(self, root: nn.Module, function: Callable[[], T]) -> T:
+        """`function` over the weights of `root`, gathered block by block as its forward reaches them.
+
+        Every process calls this, and each must make the same forwards. Inside `gathered` nothing is communicated.
+        """
+        if not any(hasattr(parameter, "full_tensor") for parameter in root.parameters()):
+            return function()
+        try:
+            return root(function)
+        finally:
+            for module in _sharded(root):  # the root's own weights stay whole after a forward
+                module.reshard()
 
     def shard(self, root: nn.Module, blocks: Sequence[nn.Module]) -> None:
         """Give every process a shard of each parameter (FSDP2): one group per block, and the root for the rest.

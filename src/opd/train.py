@@ -20,12 +20,15 @@ def train(stage: Stage) -> Outcome:
     world = stage.world
     for step in stage.steps():  # resumes; after each step saves, evaluates and stops when due
         time = Stopwatch()
+        stage.sync(step)  # an engine gets the weights, and proves it
+        time.lap("sync")
         taken: list[tuple[Stage, PhaseA, float, list[Metrics]]] = []
         for one in stage.models:  # of several models, each has its gradient before any is updated
             method, student, teacher = one.method, one.student, one.teacher
             prompts = one.prompts(step)  # 1 list[Prompt], of this process
             with stage.whole_weights():
                 rollouts = written(method, prompts, one.writers, one.reward, (one.seed, step))  # 2 list[Rollout]
+                one.write_ahead(step + 1)  # in the background, if the stage says so
                 time.lap("generate")
                 contexts = method.context(rollouts)  # 3 list[Prompt], which the teacher reads
                 phase_a = scored(  # 4, 5, 6 Batch [B, T], credit and weight, the one denominator
@@ -40,7 +43,7 @@ def train(stage: Stage) -> Outcome:
             taken.append((one, phase_a, loss, [compared, observed]))
             time.lap("train")
         for one, phase_a, loss, observed in taken:
-            metrics = one.update(step, phase_a, loss, observed)  # 9, 10 clip, update, sync, EMA
+            metrics = one.update(step, phase_a, loss, observed)  # 9, 10 clip, update, EMA
             time.lap("train")
             one.log(step, phase_a, metrics, time)  # 11 metrics, timings, samples
     return stage.outcome

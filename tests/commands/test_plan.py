@@ -230,6 +230,9 @@ def test_traffic_of_a_served_teacher_and_an_engine():
     served = TeacherModel(name="big", place="servers", shape=None, width=2)
     flows = flow.traffic(work(teachers=(served,), support="top_k", k=20, writer="engine", servers=3))
     assert [one.per_step for one in flows] == [SMALL.parameters * 4 * 3, 75 * 20 * 80]
+    lora = replace(work().student, width=2, trained=1000, lora=True)
+    (adapter,) = flow.traffic(work(student=lora, writer="engine", servers=3, adapter_alone=True))
+    assert adapter.per_step == 1000 * 4 * 3
     flows = flow.traffic(work(teachers=(served,), support="top_k", k=20, by_position=True))
     assert [one.per_token for one in flows] == [21 * 3, 21 * 16 / 3]
     assert [one.per_token for one in flow.traffic(work(teachers=(served,), support="sampled"))] == [81]

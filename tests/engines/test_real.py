@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import httpx2
@@ -11,18 +12,19 @@ import numpy as np
 import pytest
 import torch
 from support.engines import Engine, running
-from support.models import DEVICE, byte_tokenizer, tiny
+from support.models import DEVICE, byte_tokenizer, rollout_of, tiny
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines.capabilities import control_ids, probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import top_of
 from opd.engines.server import Server
 from opd.engines.vllm import completion_fields, parse_positions, parse_top, positions_fields
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled, top_k
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ServedTeacher, top_of
+from opd.teachers.served import ServedTeacher
 from opd.types import Prompt, Record, Sampling, ScoreRequest
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -57,17 +59,11 @@ REQUESTS = {
 }
 
 
-@pytest.mark.parametrize("name", REQUESTS)
-def test_real_scores_equal_local_scores(teacher, url, name):
-    request, tokenizer = REQUESTS[name], teacher.tokenizer
-    student = tiny("llama", tokenizer, seed=2, hidden=32, spread=0.3, name="student")
-    prompts = [Prompt(id=i, content=text) for i, text in enumerate(("the quick brown fox " * 4, "hello", "x = 12;"))]
-    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=40, n=2))
-    rollouts = sampler(prompts, seed=(0, 0), record=Record(top_k=K))
+def teacher_at(url: str, request: ScoreRequest, tokenizer: Any) -> ServedTeacher:
     replicas = Replicas(servers=(Server(url=url, timeout_s=120.0),))
     able = probe(replicas, None, tokenizer, by_position=K + 1, top=lambda by_ids: top_of(request, by_ids, 261) or 0)
     assert able.positions
-    served = ServedTeacher(
+    return ServedTeacher(
         name="teacher",
         replicas=replicas,
         capabilities=able,
@@ -76,6 +72,16 @@ def test_real_scores_equal_local_scores(teacher, url, name):
         device=DEVICE,
         max_failed=0.0,
     )
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_real_scores_equal_local_scores(teacher, url, name):
+    request, tokenizer = REQUESTS[name], teacher.tokenizer
+    student = tiny("llama", tokenizer, seed=2, hidden=32, spread=0.3, name="student")
+    prompts = [Prompt(id=i, content=text) for i, text in enumerate(("the quick brown fox " * 4, "hello", "x = 12;"))]
+    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=40, n=2))
+    rollouts = sampler(prompts, seed=(0, 0), record=Record(top_k=K))
+    served = teacher_at(url, request, tokenizer)
     contexts = [one.prompt for one in rollouts]
     local = LocalTeacher(lm=teacher, micro_batch_tokens=4096, student_device=DEVICE)
     wanted = local.score(rollouts, contexts, request)
@@ -86,6 +92,23 @@ def test_real_scores_equal_local_scores(teacher, url, name):
             assert torch.equal(got.support_mask, want.support_mask)
             torch.testing.assert_close(got.teacher_support_logp, want.teacher_support_logp, atol=1e-5, rtol=0)
     assert served.pop_requests()["repeated"] == 0
+
+
+def test_real_scores_of_equal_responses(teacher, url):
+    """The prompt fills one block of the server's cache, the response another."""
+    request = ScoreRequest(support=top_k(K, by="student"))
+    ids = np.random.default_rng(5).integers(5, 261, 200).tolist()
+    student = tiny("llama", byte_tokenizer(), seed=3, name="student")
+    one = replace(rollout_of(student, Prompt(id=0, content="x"), ids[128:]), prompt_ids=tuple(ids[:128]))
+    one = replace(one, student_top_ids=torch.arange(7, 7 + K).repeat(72, 1))
+    served = teacher_at(url, request, teacher.tokenizer)
+    found = served.score_after([ids[:128]] * 3, [one] * 3, request)
+    local = LocalTeacher(lm=teacher, micro_batch_tokens=4096, student_device=DEVICE)
+    want = local.score_after([ids[:128]], [one], request)[0]
+    for got in found:
+        torch.testing.assert_close(got.teacher_support_logp, want.teacher_support_logp, atol=1e-5, rtol=0)
+    counts = served.pop_requests()
+    assert (counts["repeated"], counts["failed"]) == (2.0, 0.0)
 
 
 def sequences() -> list[list[int]]:

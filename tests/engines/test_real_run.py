@@ -13,6 +13,10 @@ from support.runs import one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
 
 import opd
+from opd.engines.control import check_control, check_draws
+from opd.engines.replicas import Replicas
+from opd.engines.server import Server
+from opd.errors import ConfigError
 from opd.models import saving
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -52,6 +56,11 @@ def test_served_run_with_engine_equals_local_run(tmp_path):
         )
         served = local | {"teacher": {"server": {"urls": [teacher]}}}
         far, timings = run(tmp_path / "far", served, engine={"urls": [engine]})
+        replicas = Replicas(servers=(Server(url=teacher, timeout_s=120.0),))
+        with pytest.raises(ConfigError, match=r"--worker-extension-cls opd\.engines\.worker\.WeightLoader"):
+            check_control(replicas, "teacher", len(tokenizer), None)
+        with pytest.raises(ConfigError, match="--logprobs-mode processed_logprobs"):
+            check_draws(replicas, "teacher", len(tokenizer))
     near, _ = run(tmp_path / "near", local)
     assert len(far) == len(near) == STEPS
     assert far == pytest.approx(near, abs=1e-3)

@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,8 +13,10 @@ from support.models import byte_tokenizer, policy, tiny
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines import vllm as protocol
+from opd.engines.control import check_control
+from opd.engines.server import Answer
 from opd.engines.sync import Sync
-from opd.errors import TrainingError
+from opd.errors import ConfigError, TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.recipe.schema import EngineSection, StageSpec
@@ -147,10 +148,10 @@ def test_old_output_layer_ends_the_run(url, tmp_path, monkeypatch):
     monkeypatch.setattr(
         Sync,
         "_load",
-        lambda self, folder: httpx2.post(
-            f"{url}/collective_rpc",
-            json={"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
-            timeout=120.0,
+        lambda self, one, folder: one.post(
+            "collective_rpc",
+            {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}},
+            lambda raw: 1,
         ),
     )
     changed(lm, 1)
@@ -162,7 +163,7 @@ def test_update_without_effect_ends_the_run(url, tmp_path, monkeypatch):
     lm = learner()
     sampler = sampler_of(url, lm, tmp_path)
     sampler.sync(0)
-    monkeypatch.setattr(Sync, "_load", lambda self, folder: None)
+    monkeypatch.setattr(Sync, "_load", lambda self, one, folder: Answer(value=1))
     changed(lm, 1)
     with pytest.raises(TrainingError, match=r"They are those of the step before: the update had no effect"):
         sampler.sync(1)
@@ -215,6 +216,29 @@ def test_old_cache_would_change_the_response(url, tmp_path, monkeypatch):
         taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
         apart.append(float((one.sampler_logp - taken).abs().max()))
     assert apart[0] < 1e-4 < 1e-2 < apart[1]
+
+
+def test_later_start_reads_no_cache_of_an_earlier_one(url, tmp_path):
+    """The same number of updates after another start of the trainer, beside a server that went on."""
+    prompts = [Prompt(id=0, content="a long prompt of more than two blocks of the cache, " * 4)]
+    for start in range(2):
+        lm = learner()
+        changed(lm, start)
+        sampler = sampler_of(url, lm, tmp_path / str(start), n=1)
+        sampler.sync(0)
+        (one,) = drawn(sampler, prompts=prompts)
+        taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
+        torch.testing.assert_close(one.sampler_logp, taken.float(), atol=1e-4, rtol=0)
+
+
+def test_control_finds_what_the_server_has(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    sampler.sync(7)
+    found = check_control(sampler.replicas, sampler.model, 261, str(tmp_path))
+    assert {one.version for one in found.values()} == {"7"}
+    assert {one.tensors > 0 for one in found.values()} == {True}
+    with pytest.raises(ConfigError, match=r"does not see the folder .*nowhere"):
+        check_control(sampler.replicas, sampler.model, 261, str(tmp_path / "nowhere"))
 
 
 def test_folder_of_weights_is_removed(url, tmp_path):

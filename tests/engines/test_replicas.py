@@ -14,7 +14,7 @@ from support.http_server import Arrived, Said, listening
 
 from opd.engines import replicas as module
 from opd.engines.replicas import Job, Replicas
-from opd.engines.server import Server
+from opd.engines.server import Answer, Connection, Server
 
 
 class Counter:
@@ -149,6 +149,77 @@ def test_threads_end_when_a_parser_raises():
     while left := [one for one in threading.enumerate() if one.name.startswith("ThreadPoolExecutor")]:
         assert time.monotonic() < until, left
         time.sleep(0.01)
+
+
+def test_failed_job_goes_to_another_server():
+    a, b = Counter(said=lambda number: Said(status=500, body={})), Counter()
+    found, made = of(a, b, numbers=1, retries=1)
+    assert found == [0]
+    assert (a.seen, b.seen) == ([0], [0])
+    assert made.counts.repeated == 1
+
+
+def number(one: Connection) -> Answer[int]:
+    return one.post("score", {"number": 1, "tokens": 1}, lambda raw: json.loads(raw)["number"])
+
+
+def faulty(*said: Said) -> Counter:
+    """A server whose first answers are `said`."""
+    left = list(said)
+    return Counter(said=lambda _: left.pop(0) if left else None)
+
+
+ILL = Said(status=500, body={})
+
+
+@pytest.mark.parametrize(
+    ("said", "wait_s", "requests", "answered"),
+    [
+        ((ILL, ILL), 0.0, 3, True),
+        ((ILL, ILL, ILL), 0.0, 3, False),
+        ((Said(hang_up=True),), 0.0, 1, False),
+        ((Said(hang_up=True),), 0.5, 2, True),
+        ((Said(status=400, body={}),), 0.5, 1, False),
+    ],
+)
+def test_each_repeats_what_may_pass(said, wait_s, requests, answered):
+    one = faulty(*said)
+    with listening(one.answer) as url:
+        made = replicas(url)
+        answer = made.each(number, wait_s=wait_s)[url]
+    assert (answer.value == 1) == answered
+    assert len(one.seen) == made.counts.requests == requests
+    assert made.counts.repeated == requests - 1
+
+
+def test_each_waits_for_lost_server_while_no_other_answers():
+    alive = Counter()
+    with listening(Counter().answer) as dead:
+        pass
+    with listening(alive.answer) as url:
+        for urls, least, most in (((dead,), 0.6, 5.0), ((url, dead), 0.0, 0.5)):
+            started = time.monotonic()
+            found = replicas(*urls, retries=1).each(number, wait_s=0.8)
+            assert found[dead].lost
+            assert least <= time.monotonic() - started < most
+
+
+def test_answers_leave_out_servers():
+    a, b = Counter(), Counter()
+    with listening(a.answer) as first, listening(b.answer) as second:
+        made = replicas(first, second)
+        made.left_out.add(first)
+        assert [one.value for one in made.answers([job(i) for i in range(6)])] == list(range(6))
+        assert set(made.each(number, among=made.left_out)) == {first}
+    assert (a.seen, len(b.seen)) == ([1], 6)
+
+
+def test_waits_for_busy_server_are_counted():
+    one = faulty(Said(status=503, body={}, headers=(("Retry-After", "0"),)))
+    with listening(one.answer) as url:
+        made = Replicas(servers=(Server(url=url, timeout_s=2.0, backoff_s=0.01),))
+        assert made.answers([job(3)])[0].value == 3
+    assert (made.counts.waits, made.counts.requests, made.counts.repeated) == (1, 2, 0)
 
 
 def test_counts_start_again_after_pop():

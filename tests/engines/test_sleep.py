@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from support.engines import Engine, refused, running
 from support.http_server import Arrived, Said
-from support.runs import one_stage, prepare, tiny_model
+from support.runs import command, one_stage, prepare, tiny_model
 
 import opd
 from opd.models.loading import load_model
-from opd.recipe.schema import ModelSpec
+from opd.recipe.schema import EngineSection, ModelSpec
 
 
 @dataclass
@@ -45,7 +45,6 @@ class Sleeper(Engine):
             self.calls.append("draw" if target == "/inference/v1/generate" else "score")
             if not (self.weights and self.cache):
                 return refused(500, "asleep")
-            arrived.request.setdefault("sampling_params", {}).update(top_p=1.0, top_k=0)
         return super().answer(arrived)
 
 
@@ -88,4 +87,15 @@ def test_servers_sleep_after_each_draw_and_wake_for_weights(engine, tmp_path, mo
     shown = [call for call, _ in groupby(call for call in engine.calls[1:] if call != "score")]
     update = ["/wake_up?tags=weights", "load", "/wake_up"]
     draw = [*update, "draw", "/sleep?level=2"]  # of a step's second task: with the weights that they had
-    assert shown == [*draw, *draw, *draw, *draw, *update]
+    assert shown == [*draw, *draw, *draw, *draw]
+
+
+def test_check_refuses_sleep_where_something_still_draws(engine, tmp_path, monkeypatch):
+    section = {"urls": [engine.url], "sleep": True}
+    monkeypatch.chdir(prepare(tmp_path, one_stage(method="reverse_kl", engine=section, ahead=1)))
+    said = command("check", "recipe.yaml")
+    assert said.code
+    assert "`ahead: 1` draws meanwhile. Remove `sleep`" in " ".join(said.err.split())
+    with pytest.raises(ValueError, match="leave `start` and `sleep` out"):
+        EngineSection.model_validate({**section, "weights": "lora"})
+    assert not engine.calls

@@ -131,6 +131,9 @@ def test_check_refuses_a_start_that_cannot_work(tmp_path, monkeypatch):
     words = " ".join(said.out.split())
     assert "teacher teacher: scored by a server that the stage starts with" in words
     assert "the teacher reads (6 tokens): '10+0=='" in words
+    said = command("check", "recipe.yaml", "--live")
+    assert not said.code, said.err
+    assert "teacher: the run starts its server" in " ".join(said.out.split())
     prepare(tmp_path, recipe({"path": "teacher"}, engine={"start": {}}))
     said = command("check", "recipe.yaml")
     assert "`engine`.start: no Python with vLLM is named" in " ".join(said.err.split())

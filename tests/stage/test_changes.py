@@ -63,7 +63,7 @@ def test_changes_have_effects(stage: dict[str, Any], expected: dict[str, str]):
 
 
 def test_changes_of_servers_have_effects():
-    """Where a server is, or how it is started, has none; its model has."""
+    """Where a server is, or how it is started, has none; the path of what it serves has."""
 
     def served(**teacher: Any) -> Recipe:
         whole = one_stage(engine={"urls": ["http://h:1"]})
@@ -74,7 +74,7 @@ def test_changes_of_servers_have_effects():
 
     start = {"path": "a", "python": "p", "flags": ["-x"], "env": {"A": "1"}}
     one, two = served(urls=["http://h:1"]), served(urls=["http://h:2"], retries=5, model="m")
-    assert effects_of(one, two) == {"urls": "none", "retries": "none", "model": "numbers"}
+    assert effects_of(one, two) == {"urls": "none", "retries": "none", "model": "none"}
     other = {"path": "b", "python": "q", "flags": ["-y"], "env": {"A": "2"}, "dtype": "bfloat16"}
     assert effects_of(served(start=start), served(start=other)) == {
         "start.path": "numbers",
@@ -146,6 +146,22 @@ def test_changes_of_models_and_run_have_effects():
         "report_to": "none",
         "models.teacher.dtype": "structure",
         "models.teacher.device": "rounding",
+    }
+
+
+def test_changes_of_servers_have_no_effect():
+    """A server that moves, or another one in place of a dead one; whether it has the same model is proved."""
+    made = one_stage(engine={"urls": ["http://localhost:1"]})
+    made["models"]["teacher"] = {"server": {"urls": ["http://localhost:2"]}}
+    moved = one_stage(engine={"urls": ["http://localhost:3"], "patience_s": 9})
+    moved["models"]["teacher"] = {"server": {"urls": ["http://localhost:4"], "retries": 5, "model": "name"}}
+    changes = recipe_changes(parse_recipe(made), parse_recipe(moved))
+    assert {change.key: change.effect for change in changes} == {
+        "models.teacher.server.urls": "none",
+        "models.teacher.server.retries": "none",
+        "models.teacher.server.model": "none",
+        "stages.distil.engine.urls": "none",
+        "stages.distil.engine.patience_s": "none",
     }
 
 

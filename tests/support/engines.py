@@ -31,12 +31,18 @@ class Engine:
     longest: int = 64
     scale_out: bool = True
     version: str = "default"  # of the weights
+    dev: bool = True  # has the control routes
+    extension: bool = True  # of the workers
+    processed: bool = True  # log-probs are of the distribution that is drawn from
+    loads: int = 0  # tensors of the last load
     fault: Callable[[Arrived, Said], Said] = lambda arrived, said: said
     url: str = ""
     arrived: list[Arrived] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
     in_flight: int = 0  # tokens
     most_in_flight: int = 0
+    block: int = 128  # tokens of a block of the prefix cache
+    blocks: set[tuple[int, ...]] = field(default_factory=set)  # the prefixes that are cached
 
     def answer(self, arrived: Arrived) -> Said:
         """The answer to a request, after `fault`."""
@@ -64,8 +70,12 @@ class Engine:
             return Said(body={"object": "list", "data": [{"id": self.name, "max_model_len": self.longest}]})
         if request.get("model") not in (None, self.name):
             return refused(404, f"The model `{request['model']}` does not exist.")
+        if target in ("/collective_rpc", "/update_weight_version", "/weight_info") and not self.dev:
+            return refused(404, "Not Found")
         if target == "/collective_rpc":
-            return self._loaded(request["method"], Path(request["kwargs"]["folder"]))
+            return self._called(request["method"], **request["kwargs"])
+        if target == "/weight_info":
+            return Said(body={"weight_version": self.version})
         if target == "/update_weight_version":
             self.version = request["new_version"]
             return Said(body={"success": True})
@@ -114,19 +124,28 @@ class Engine:
         logp = self._logp(ids)[params["prompt_logprob_start"] :]
         if len(logp) != len(wanted):
             return refused(400, f"prompt_logprob_token_ids has {len(wanted)} rows, but {len(logp)} are scored.")
+        blocks = [tuple(ids[:end]) for end in range(self.block, len(ids), self.block)]
+        with self.lock:
+            cached = self.block * sum(one in self.blocks for one in blocks)
+            self.blocks.update(blocks)
+        if not params["skip_reading_prefix_cache"] and cached > params["prompt_logprob_start"]:
+            return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": None})
         values = logp.gather(1, torch.from_numpy(wanted)).numpy()
         return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": packed(values)})
 
     def _drawn(self, ids: Any, params: dict[str, Any]) -> Said:
-        """A response by the request's seed, temperature and stop tokens. top-p and top-k are not there."""
-        assert params["top_p"] == 1.0
-        assert params["top_k"] == 0
+        """A response by the request's seed, temperature, stop tokens, and a top-k of 0 or 1."""
+        assert params.get("top_p", 1.0) == 1.0
+        assert params.get("top_k", 0) <= 1
         ends = params.get("stop_token_ids", ())
         generator, drawn, content = torch.Generator().manual_seed(params["seed"]), [], []
         while len(drawn) < params["max_tokens"] and not (drawn and drawn[-1] in ends):
-            logits = self._logits([*ids, *drawn])[-1] / params["temperature"]
-            logp = logits.log_softmax(-1)
-            drawn.append(int(torch.multinomial(logp.exp(), 1, generator=generator)))
+            raw = self._logits([*ids, *drawn])[-1]
+            logits = raw / params["temperature"]
+            if params["top_k"] == 1:
+                logits = logits.masked_fill(logits < logits.max(), -torch.inf)
+            drawn.append(int(torch.multinomial(logits.softmax(-1), 1, generator=generator)))
+            logp = (logits if self.processed else raw).log_softmax(-1)
             content.append({"logprob": float(logp[drawn[-1]]), "token_id": drawn[-1]})
         choice = {
             "index": 0,
@@ -137,10 +156,18 @@ class Engine:
         }
         return Said(body={"choices": [choice]})
 
-    def _loaded(self, method: str, folder: Path) -> Said:
+    def _called(self, method: str, folder: str = "") -> Said:
+        if not self.extension:
+            return Said(status=500, body={"error": {"message": f"'Worker' object has no attribute '{method}'"}})
+        if method == "opd_about":
+            sees = not folder or Path(folder).is_dir()
+            return Said(body={"results": [{"tensors": self.loads, "sees": sees}]})
         assert method == "opd_load"
-        tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+        tensors = {
+            name: value for file in Path(folder).glob("*.safetensors") for name, value in load_file(file).items()
+        }
         self.lm.model.load_state_dict(tensors, strict=False)  # shared weights are in the file once
+        self.loads = len(tensors)
         return Said(body={"results": [{"tensors": len(tensors)}]})
 
 

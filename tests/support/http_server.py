@@ -22,6 +22,7 @@ class Said:
     wait_s: float = 0.0  # before the first byte
     trickle_s: float = 0.0  # between bytes
     hang_up: bool = False
+    cut: int = 0  # bytes that the header promises and that do not come
     then_close: bool = False  # the connection, without a word in the answer
 
 
@@ -57,7 +58,7 @@ def listening(
             said = answer(Arrived(self.path, dict(self.headers), request))
             with suppress(BrokenPipeError, ConnectionResetError):  # a client that has given up
                 self._say(said)
-            self.close_connection |= said.then_close
+            self.close_connection |= said.then_close or said.cut > 0
 
         def _say(self, said: Said) -> None:
             if said.hang_up:
@@ -66,7 +67,7 @@ def listening(
                 return
             body = said.body if isinstance(said.body, bytes) else json.dumps(said.body).encode()
             self.send_response(said.status)
-            for name, value in (("Content-Length", str(len(body))), *said.headers):
+            for name, value in (("Content-Length", str(len(body) + said.cut)), *said.headers):
                 self.send_header(name, value)
             self.end_headers()
             if not said.trickle_s:

@@ -15,13 +15,14 @@ from support.models import DEVICE, byte_tokenizer, tiny
 
 from opd.engines.capabilities import probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import refusal, top_of
 from opd.engines.server import Server
 from opd.errors import ConfigError, DataError, TeacherError
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import full, sampled, top_k
 from opd.samplers.hf import TransformersSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ABSENT, ServedTeacher, refusal, top_of
+from opd.teachers.served import ABSENT, ServedTeacher
 from opd.types import Prompt, Record, Rollout, Sampling, ScoreRequest, Scores
 
 K = 3
@@ -117,6 +118,20 @@ def test_served_responses_of_one_prompt_share_its_cache(models, rollouts, engine
     assert not any(one["skip_reading_prefix_cache"] for one in sent)
 
 
+def test_served_scores_what_the_cache_hides(models, rollouts, engine):
+    """vLLM gives no scores to a request whose first scored token is in its cache, as for equal responses."""
+    engine.block = 1
+    request = REQUESTS["student"]
+    teacher = served(models[0], engine, request=request)
+    twice = [*rollouts, *rollouts]
+    found = teacher.score(twice, contexts(twice), request)
+    for got, want in zip(found, local(models).score(twice, contexts(twice), request), strict=True):
+        same(got, want)
+    counts = teacher.pop_requests()
+    assert len(rollouts) <= counts["repeated"] < len(twice)
+    assert (counts["failed"], counts["servers_lost"]) == (0.0, 0.0)
+
+
 def test_served_falls_back_to_wider_top_k_and_counts(models, rollouts, engine):
     """Without scores by position, the student's tokens outside of the teacher's top 12 have no score."""
     engine.scale_out = False
@@ -172,6 +187,27 @@ def test_served_notices_server_that_has_another_model(models, rollouts, engine):
     teacher.score(rollouts, contexts(rollouts), REQUESTS["sampled"])
     engine.lm = models[0]
     with pytest.raises(TeacherError, match=r"another model than at the start.*scores were not used"):
+        teacher.score(rollouts, contexts(rollouts), REQUESTS["sampled"])
+
+
+def test_served_recognises_its_model_at_a_later_start(models, engine):
+    teacher, later = (served(models[0], engine, request=REQUESTS["sampled"]) for _ in range(2))
+    later.load_state_dict(teacher.state_dict())
+    later.load_state_dict({})  # of an older checkpoint
+    engine.lm = models[0]
+    with pytest.raises(TeacherError, match=r"another model than in the stage's last steps.* nats per token"):
+        served(models[0], engine, request=REQUESTS["sampled"]).load_state_dict(teacher.state_dict())
+
+
+def test_served_notices_other_model_behind_a_failure(models, rollouts, engine):
+    """The fixed sequence is scored again after a failed answer, not left out."""
+    teacher = served(models[0], engine, request=REQUESTS["sampled"])
+    engine.lm = models[0]
+    failures = [Said(status=500, body={})]
+    engine.fault = lambda arrived, said: (
+        failures.pop() if failures and len(arrived.request.get("prompt") or ()) == 24 else said
+    )
+    with pytest.raises(TeacherError, match="another model than at the start"):
         teacher.score(rollouts, contexts(rollouts), REQUESTS["sampled"])
 
 

@@ -10,10 +10,11 @@ if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
+def check_recipe(recipe: Recipe, *, live: bool = False) -> list[str]:
     """Build every stage's method, load its data, render its prompts. Returns lines: what was checked and what was not.
 
-    Raises the errors that `opd train` raises before it loads weights.
+    `live`: contact the servers of teachers and engines too. Raises the errors that `opd train` raises before it loads
+    weights.
     """
     from opd.runs.checks import check_stages
     from opd.runs.prepare import Given
@@ -24,7 +25,21 @@ def check_recipe(recipe: Recipe) -> list[str]:
         lines += described(spec, checked.prepared[spec.name])
         lines += [f"  {line}" for line in audited(spec, checked.prepared[spec.name])]
         lines += [f"  {line}" for line in checked.lines[spec.name]]
+        if live:
+            lines += [f"  {line}" for line in of_servers(recipe, spec, checked.prepared[spec.name])]
     return lines
+
+
+def of_servers(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> list[str]:
+    """What the servers of a stage say and can do: see `opd.commands.live`."""
+    from opd.commands.live import live_lines
+
+    found: list[str] = []
+    for view in spec.views:
+        found += [
+            line for line in live_lines(recipe, view, prepared.peers.get(view.train, prepared)) if line not in found
+        ]
+    return found or ["no servers to contact"]
 
 
 def audited(spec: StageSpec, prepared: Prepared) -> list[str]:

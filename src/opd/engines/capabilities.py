@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from opd.engines.replicas import Replicas
+from opd.engines.replicas import Job, Replicas
 from opd.engines.server import Answer, Connection
 from opd.engines.vllm import (
     TopScores,
@@ -22,6 +22,7 @@ from opd.engines.vllm import (
 from opd.errors import ConfigError, TeacherError
 
 CONTROL = 24  # tokens of the sequence by which a server's model is recognised
+AT_ONCE = 8  # scores of it by which servers are compared with themselves
 RECOGNISED_S = 30.0  # for its scores after a step: a server that hangs does not hold up the step
 OTHER_MODEL = 0.1  # nats per token, mean: above the noise of batches in bfloat16, below the distance of two models
 
@@ -60,19 +61,19 @@ def probe(
     Raises:
         ConfigError: a server does not answer, lacks the model, has other tokens, or refuses `k`; or two servers differ.
     """
-    listed = _of_each(replicas, lambda one: one.get("v1/models", models_in), "its models")
+    listed = of_each(replicas, lambda one: one.get("v1/models", models_in), "its models")
     named = _named(model, listed)
     ids = control_ids(len(tokenizer))
     _check_tokens(replicas, named, tokenizer, ids)
-    scored = _of_each(replicas, lambda one: _control(one, named, ids, 0), "the log-probs of given tokens")
+    scored = of_each(replicas, lambda one: _control(one, named, ids, 0), "the log-probs of given tokens")
     control, notes = _compared(scored) if one_model else (next(iter(scored.values())).logp, [])
     can = by_position > 0 and _by_position(replicas, named, ids, control)
     if can and by_position > 1:
         many = np.arange(by_position, dtype=np.int64)[None, :].repeat(len(ids) - 1, 0)
-        _of_each(replicas, lambda one: _positions(one, named, ids, many), f"{by_position} tokens by position", WIDER)
+        of_each(replicas, lambda one: _positions(one, named, ids, many), f"{by_position} tokens by position", WIDER)
     if k := top(can):
-        _of_each(replicas, lambda one: _control(one, named, ids, k), f"the top {k} of each token", WIDER)
-    lengths = [models[named] for models in listed.values()]
+        of_each(replicas, lambda one: _control(one, named, ids, k), f"the top {k} of each token", WIDER)
+    lengths = [models[named].longest for models in listed.values()]
     return Capabilities(
         model=named,
         longest=min([length for length in lengths if length is not None], default=None),
@@ -97,6 +98,31 @@ def check_same(replicas: Replicas, of: Capabilities, vocabulary: int) -> None:
             )
 
 
+def apart_at_once(replicas: Replicas, of: Capabilities, vocabulary: int) -> float:
+    """The largest difference of a log-prob, in nats, among `AT_ONCE` scores of the fixed sequence per server.
+
+    They are sent at the same time: a server adds in another order in other batches, and replicas may differ in more.
+    Raises ConfigError if a server gives no scores.
+    """
+    ids = control_ids(vocabulary)
+    jobs = [
+        Job(
+            path="v1/completions",
+            fields=completion_fields(of.model, ids, 0),
+            read=parse_top(ids, 1, 0),
+            tokens=len(ids) + 1,
+            group=i,
+        )
+        for i in range(AT_ONCE * len(replicas.servers))
+    ]
+    found = replicas.answers(jobs)
+    values = [answer.value.logp for answer in found if answer.value is not None]
+    if len(values) < len(jobs):
+        why = next(answer.failure for answer in found if answer.value is None)
+        raise ConfigError(f"The servers gave {len(values)} of {len(jobs)} scores that were sent at once: {why}.")
+    return float(np.ptp(np.stack(values), axis=0).max())
+
+
 WIDER = "Start the server with --max-logprobs of at least that number, or lower the method's k."
 
 
@@ -109,9 +135,9 @@ def _positions(one: Connection, model: str, ids: Sequence[int], wanted: np.ndarr
     return one.post("inference/v1/generate", fields, parse_positions(wanted))
 
 
-def _of_each(replicas: Replicas, send: Any, what: str, remedy: str = "") -> dict[str, Any]:
+def of_each(replicas: Replicas, send: Any, what: str, remedy: str = "") -> dict[str, Any]:
     """The value of every server. Raises ConfigError for a server without one."""
-    found = replicas.each(send)
+    found = replicas.each(send, wait_s=replicas.pause_s)
     for url, answer in found.items():
         if answer.value is None:
             raise ConfigError(f"The server {url} does not give {what}: {answer.failure}. {remedy}".rstrip())
@@ -119,13 +145,14 @@ def _of_each(replicas: Replicas, send: Any, what: str, remedy: str = "") -> dict
 
 
 def _named(model: str | None, listed: dict[str, Any]) -> str:
-    """The model that all servers have. Raises ConfigError."""
+    """The model that all servers have; of itself none of their adapters. Raises ConfigError."""
+    own = {url: [name for name, one in models.items() if not one.adapter] for url, models in listed.items()}
     for url, models in listed.items():
-        if model is None and len(models) != 1:
+        if model is None and len(own[url]) != 1:
             raise ConfigError(f"The server {url} has the models {', '.join(models)}. Name one: `model`.")
         if model is not None and model not in models:
             raise ConfigError(f"The server {url} has no model {model!r}; it has {', '.join(models)}. Correct `model`.")
-    names = {model or next(iter(models)) for models in listed.values()}
+    names = {model or own[url][0] for url in listed}
     if len(names) > 1:
         raise ConfigError(f"The servers have different models: {', '.join(sorted(names))}. Name one: `model`.")
     return names.pop()
@@ -144,7 +171,7 @@ def _check_tokens(replicas: Replicas, model: str, tokenizer: Any, ids: Sequence[
         return Answer(value=found)
 
     own = [tokenizer.decode([token]) for token in ids]
-    for url, theirs in _of_each(replicas, texts, "the text of a token").items():
+    for url, theirs in of_each(replicas, texts, "the text of a token").items():
         for token, mine, other in zip(ids, own, theirs, strict=True):
             if mine != other:
                 raise ConfigError(
@@ -171,7 +198,7 @@ def _compared(scored: dict[str, TopScores]) -> tuple[np.ndarray, list[str]]:
 def _by_position(replicas: Replicas, model: str, ids: Sequence[int], control: np.ndarray) -> bool:
     """Whether every server scores given ids by position, and gives the numbers of the other endpoint."""
     wanted = np.array(ids[1:], dtype=np.int64)[:, None]
-    found = replicas.each(lambda one: _positions(one, model, ids, wanted))
+    found = replicas.each(lambda one: _positions(one, model, ids, wanted), wait_s=replicas.pause_s)
     return all(
         answer.value is not None and float(np.abs(answer.value[:, 0] - control).mean()) < OTHER_MODEL
         for answer in found.values()

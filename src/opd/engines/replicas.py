@@ -13,10 +13,10 @@ import math
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
 
 from opd.engines.server import Answer, Connection, Server
@@ -45,27 +45,38 @@ class Job(Generic[T]):
 
 @dataclass(slots=True, kw_only=True)
 class Counts:
-    """What requests cost since the last `pop`."""
+    """What requests cost since the last `pop`, which may come while other threads add."""
 
     requests: int = 0
     repeated: int = 0  # requests beyond one per job
+    waits: int = 0  # for a busy server
     failed: int = 0  # jobs without an answer
     servers_lost: int = 0  # how often a server was left out
     sent_mb: float = 0.0
     received_mb: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, init=False, repr=False, compare=False)
 
-    def add(self, answer: Answer[Any]) -> None:
-        """Count an answer's requests and bytes."""
-        self.requests += answer.requests
-        self.sent_mb += answer.sent / 1e6
-        self.received_mb += answer.received / 1e6
+    def add(
+        self, answer: Answer[Any] | None = None, *, repeated: int = 0, failed: int = 0, servers_lost: int = 0
+    ) -> None:
+        """Count an answer's requests, waits and bytes, and what its client made of it."""
+        with self._lock:
+            if answer is not None:
+                self.requests += answer.requests
+                self.waits += answer.waits
+                self.sent_mb += answer.sent / 1e6
+                self.received_mb += answer.received / 1e6
+            self.repeated += repeated
+            self.failed += failed
+            self.servers_lost += servers_lost
 
     def pop(self) -> dict[str, float]:
         """The counts by name, which then start again at 0."""
-        found = {name: float(getattr(self, name)) for name in self.__slots__}
-        for name in found:
-            setattr(self, name, type(getattr(self, name))(0))
-        return found
+        with self._lock:
+            found = {one.name: getattr(self, one.name) for one in fields(self) if one.init}
+            for name, value in found.items():
+                setattr(self, name, type(value)(0))
+        return {name: float(value) for name, value in found.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +93,7 @@ class Replicas:
     patience_s: float = 300.0
     pause_s: float = PAUSE_S
     counts: Counts = field(default_factory=Counts, compare=False)
+    left_out: set[str] = field(default_factory=set[str], compare=False)  # addresses that `answers` does not use
 
     def answers(self, jobs: Sequence[Job[T]]) -> list[Answer[T]]:
         """The answers in the order of the jobs; one without a value has the reason in `failure`.
@@ -90,9 +102,9 @@ class Replicas:
             ConfigError: the environment's proxy for an address cannot be used.
         """
         with ExitStack() as stack:
-            connections = self._connected(stack)
+            connections = self._connected(stack, among={one.url for one in self.servers} - self.left_out)
             run = _Run(self, connections, jobs)
-            threads = min(len(jobs), AT_ONCE * len(self.servers))
+            threads = min(len(jobs), AT_ONCE * len(connections))
             pool = ThreadPoolExecutor(max(threads, 1))
             try:
                 for worker in [pool.submit(run.work) for _ in range(threads)]:
@@ -100,22 +112,53 @@ class Replicas:
             finally:
                 run.stop()
                 pool.shutdown(wait=False, cancel_futures=True)
-        self.counts.failed += sum(answer.value is None for answer in run.done.values())
+        self.counts.add(failed=sum(answer.value is None for answer in run.done.values()))
         return [run.done[i] for i in range(len(jobs))]
 
-    def each(self, send: Callable[[Connection], Answer[T]], within_s: float = math.inf) -> dict[str, Answer[T]]:
-        """The answer of every server, by its address, at the same time. `within_s` shortens their time limit."""
-        with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
-            connections = self._connected(stack, within_s)
-            found = list(pool.map(send, connections))
-        for answer in found:
-            self.counts.add(answer)
-        return {server.url: answer for server, answer in zip(self.servers, found, strict=True)}
+    def each(
+        self,
+        send: Callable[[Connection], Answer[T]],
+        within_s: float = math.inf,
+        *,
+        wait_s: float = 0.0,
+        among: Collection[str] | None = None,
+    ) -> dict[str, Answer[T]]:
+        """The answer of every server, by its address, at the same time. `within_s` shortens their time limit.
 
-    def _connected(self, stack: ExitStack, within_s: float = math.inf) -> list[Connection]:
+        A failure is repeated `retries` times. A server that gives no answer at all is tried again only with `wait_s`:
+        `retries` times, and then for so many seconds while no other server has answered either. `among`: their
+        addresses; default: all.
+        """
+        answered, until = threading.Event(), time.monotonic() + wait_s
+
+        def persistent(connection: Connection) -> Answer[T]:
+            failed = 0
+            while True:
+                answer = send(connection)
+                pause = min(self.pause_s * 2**failed, LONGEST_PAUSE_S)
+                again = failed < self.retries and (wait_s > 0 or not answer.lost)
+                waits = answer.lost and not answered.is_set() and time.monotonic() + pause < until
+                ends = answer.value is not None or not answer.transient or not (again or waits)
+                self.counts.add(answer, repeated=int(not ends))
+                if answer.value is not None:
+                    answered.set()
+                if ends:
+                    return answer
+                time.sleep(pause)
+                failed += 1
+
+        with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
+            connections = self._connected(stack, within_s, among)
+            found = list(pool.map(persistent, connections))
+        return {connection.server.url: answer for connection, answer in zip(connections, found, strict=True)}
+
+    def _connected(
+        self, stack: ExitStack, within_s: float = math.inf, among: Collection[str] | None = None
+    ) -> list[Connection]:
         """A failure comes back at once, without a retry: another server may answer."""
         settings: dict[str, Any] = {"retries": 0, "patience_s": min(self.patience_s, within_s), "concurrency": AT_ONCE}
-        once = [replace(one, timeout_s=min(one.timeout_s, within_s), **settings) for one in self.servers]
+        chosen = [one for one in self.servers if among is None or one.url in among]
+        once = [replace(one, timeout_s=min(one.timeout_s, within_s), **settings) for one in chosen]
         return [stack.enter_context(server.connected()) for server in once]
 
 
@@ -133,6 +176,7 @@ class _Run(Generic[T]):
         self.behind = {members[0]: members[1:] for members in groups.values()}
         self.home: dict[Hashable, int] = {}
         self.tries = [0] * len(jobs)
+        self.failed_at: defaultdict[int, set[int]] = defaultdict(set)  # servers, by job
         self.load = [0] * len(connections)  # tokens in flight
         self.failures = [0] * len(connections)  # in a row
         self.back_at = [0.0] * len(connections)  # when a lost server is tried again
@@ -166,7 +210,7 @@ class _Run(Generic[T]):
             while not self.stopped and len(self.done) < len(self.jobs):
                 now = time.monotonic()
                 for index in self.ready:
-                    place = self._place(self.jobs[index], now)
+                    place = self._place(index, now)
                     if place is not None:
                         self.ready.remove(index)
                         self.load[place] += self.jobs[index].tokens
@@ -179,15 +223,19 @@ class _Run(Generic[T]):
                 self.changed.wait(min([*returning, 1.0]))
             return None
 
-    def _place(self, job: Job[T], now: float) -> int | None:
-        """The server for a job: that of its group, else the one with the least tokens in flight that has room."""
+    def _place(self, index: int, now: float) -> int | None:
+        """The server for a job: that of its group, else the one with the least tokens in flight that has room.
+
+        One that has failed the job comes last.
+        """
+        job, failed_at = self.jobs[index], self.failed_at[index]
         back = [i for i, at in enumerate(self.back_at) if at <= now]
         there = [i for i in back if self.failures[i] < LOST_AFTER or not self.load[i]]  # one job tries a lost server
         home = self.home.get(job.group)
         if home in there:
             there = [home]
         room = [i for i in there if not self.load[i] or self.load[i] + job.tokens <= self.of.tokens_in_flight]
-        return min(room, key=self.load.__getitem__, default=None)
+        return min(room, key=lambda i: (i in failed_at, self.load[i]), default=None)
 
     def _finish(self, index: int, place: int, answer: Answer[T]) -> None:
         """Record an answer, or send the job again."""
@@ -199,15 +247,16 @@ class _Run(Generic[T]):
             return
         self.why = f"{self.connections[place].server.url}: {answer.failure}"
         self.failures[place] += 1
+        self.failed_at[index].add(place)
         if self.failures[place] >= LOST_AFTER:
             beyond = self.failures[place] - LOST_AFTER
             self.back_at[place] = time.monotonic() + min(self.of.pause_s * 2**beyond, LONGEST_PAUSE_S)
-            self.of.counts.servers_lost += 1
+            self.of.counts.add(servers_lost=1)
         self.tries[index] += not answer.lost
         if self.tries[index] > self.of.retries:
             self._settle(index, replace(answer, failure=self.why))
             return
-        self.of.counts.repeated += 1
+        self.of.counts.add(repeated=1)
         self.home.pop(self.jobs[index].group, None)
         self.ready.insert(0, index)
 

@@ -13,12 +13,14 @@ counts as failed.
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import re
+import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -51,6 +53,7 @@ class Answer(Generic[T]):
     lost: bool = field(default=False, compare=False)  # of a transient one: the server gave no answer at all
     sent: int = field(default=0, compare=False)  # bytes
     received: int = field(default=0, compare=False)  # bytes of the answer's body
+    waits: int = field(default=0, compare=False)  # for a busy server
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +101,7 @@ class Server:
             headers=headers,
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
             follow_redirects=False,
-            verify=httpx2.create_ssl_context(),
+            verify=_certificates(),
             proxy=proxy_of(self.url),
             trust_env=False,
             timeout=self.timeout_s,  # for each read and write; `_within` limits the whole
@@ -141,7 +144,7 @@ class Connection:
         waited, busy, failed = 0.0, 0, 0
         while True:
             requests = 1 + busy + failed
-            size: dict[str, Any] = {"requests": requests, "sent": requests * len(body)}
+            size: dict[str, Any] = {"requests": requests, "sent": requests * len(body), "waits": busy}
             sent = self._sent(verb, f"{server.url.rstrip('/')}/{path}", body)
             if isinstance(sent, bytes):
                 try:
@@ -204,6 +207,23 @@ class Connection:
         after = _seconds(response.headers.get("Retry-After"))
         busy = code == 429 or (code == 503 and after is not None)
         return _Trouble(why=why, passes=code >= 500 or code == 408, busy=busy, after_s=after)
+
+
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """The trusted certificates, read once: that takes longer than a request to the loopback."""
+    return httpx2.create_ssl_context()
+
+
+def in_turn(*sends: Callable[[], Answer[Any]]) -> Answer[Any]:
+    """Send one request after the other: the last answer, or the first failure, with the counts of all."""
+    found: list[Answer[Any]] = []
+    for send in sends:
+        found.append(send())
+        if found[-1].value is None:
+            break
+    totals = {name: sum(getattr(one, name) for one in found) for name in ("requests", "sent", "received", "waits")}
+    return replace(found[-1], **totals)
 
 
 def fits_header(key: str) -> bool:

@@ -7,18 +7,28 @@ have left an old output layer, half of the weights, or weights of neither model 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from opd.engines.capabilities import control_ids
+from opd.engines.capabilities import RECOGNISED_S, control_ids
 from opd.engines.replicas import Replicas
-from opd.engines.server import Answer, BodyError, Connection
-from opd.engines.vllm import completion_fields, draw_fields, member_of, parse_drawn, parse_top
-from opd.errors import TrainingError
+from opd.engines.server import Answer, BodyError, Connection, in_turn
+from opd.engines.vllm import (
+    Drawn,
+    TopScores,
+    completion_fields,
+    draw_fields,
+    member_of,
+    models_in,
+    parse_drawn,
+    parse_top,
+)
+from opd.errors import NotFiniteError, TrainingError
+from opd.parallel import ALONE, World
 
 DRAWN = 16  # tokens that show which log-probs a server gives
 
@@ -30,10 +40,11 @@ START = (
 
 @dataclass(slots=True, kw_only=True)
 class Sync:
-    """Sends weights by a folder that trainer and servers share.
+    """Sends weights by a folder that trainer and servers share. Every process of `world` makes the same calls.
 
-    `write` writes the student's whole weights as safetensors to a folder; `logp(ids, temperature)` are its log-probs of
-    the tokens after the first. `tolerance`: the largest difference of a log-prob, in nats.
+    `write` gathers the student's weights and writes them, whole, as safetensors to a folder; `logp(ids, temperature)`
+    are its log-probs of the tokens after the first. Both gather weights in all processes, and have ended in all of
+    them before the main process alone speaks to the servers. `tolerance`: of a log-prob's difference, in nats.
     """
 
     replicas: Replicas
@@ -43,39 +54,80 @@ class Sync:
     logp: Callable[[Sequence[int], float], np.ndarray]
     vocabulary: int
     tolerance: float
+    world: World = ALONE
     sleeps: bool = False  # the servers give up weights and cache while nothing is drawn
     asleep: Path | None = None  # the folder of the weights that sleeping servers load again
-    error: float = 0.0  # of the last proof: the largest difference of a log-prob, in nats
+    error: float = 0.0  # in the main process, of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
     def __call__(self, version: int) -> None:
         """Write, load, name and prove version `version`.
 
-        Raises:
-            TrainingError: a server refuses the weights, or scores with others than the trainer's.
+        Of several servers, one that gives no answer at all is left out until a later update finds it again.
+
+        Raises, in every process:
+            NotFiniteError: a log-prob of the student is not finite. The servers keep their weights.
+            TrainingError: a server refuses the weights, or scores with others than the trainer's, or none answers.
         """
+        own = self.logp(control_ids(self.vocabulary), 1.0)
+        if not np.isfinite(own).all():
+            raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         folder = self.folder / f"version-{version}"
         self.write(folder)
-        self._load(folder)
-        self._call("update_weight_version", {"new_version": str(version)}, lambda raw: True)
+        left_out = self.world.by_main(lambda: self._give(folder, version, own))
+        self.replicas.left_out.clear()
+        self.replicas.left_out.update(left_out)
+        self.asleep = None
         if self.before is None:
             self._check_mode()
-        self.prove(version)
+        self.before = own
+
+    def _give(self, folder: Path, version: int, own: np.ndarray) -> set[str]:
+        """In the main process: the servers load the folder, and prove it. The silent ones, which are left out."""
+        ids = control_ids(self.vocabulary)
+        fields = completion_fields(self.model, ids, 0)
+        named = {"new_version": str(version)}
+
+        def update(one: Connection) -> Answer[TopScores]:
+            return in_turn(
+                lambda: self._load(one, folder),
+                lambda: one.post("update_weight_version", named, lambda raw: True),
+                lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
+            )
+
+        found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
+        scored = self._answered(found)
+        self._prove(version, {url: one.logp for url, one in scored.items()}, own)
         for old in self.folder.glob("version-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
+        return {one.url for one in self.replicas.servers if one.url not in scored}
 
-    def prove(self, version: int) -> None:
-        """Compare the servers' scores of a fixed sequence with the student's. Raises TrainingError."""
-        ids = control_ids(self.vocabulary)
-        own = self.logp(ids, 1.0)
-        fields = completion_fields(self.model, ids, 0)
-        scored = self._each(lambda one: one.post("v1/completions", fields, parse_top(ids, 1, 0)))
-        self.error = max(float(np.abs(one.logp - own).max()) for one in scored.values())
-        for url, one in scored.items():
-            apart = float(np.abs(one.logp - own).max())
-            if apart > self.tolerance:
-                stale = self.before is not None and float(np.abs(one.logp - self.before).max()) < self.tolerance
+    def _there(self) -> set[str]:
+        """The servers to update: all but those that the last update left out and that are still silent."""
+        replicas = self.replicas
+        urls = {one.url for one in replicas.servers}
+        if not replicas.left_out:
+            return urls
+        found = replicas.each(lambda one: one.get("v1/models", models_in), RECOGNISED_S, among=replicas.left_out)
+        return urls - {url for url, answer in found.items() if answer.value is None}
+
+    def _answered(self, found: Mapping[str, Answer[TopScores]]) -> dict[str, TopScores]:
+        """The scores of the servers that have the weights. Raises TrainingError."""
+        scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
+        for url, answer in found.items():
+            if answer.value is None and (not answer.lost or not scored or self.before is None):
+                raise _not_given(url, answer.failure)
+        self.replicas.counts.add(servers_lost=len(self.replicas.servers) - len(scored))
+        return scored
+
+    def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
+        """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
+        self.error = max(float(np.abs(logp - own).max()) for logp in scored.values())
+        for url, logp in scored.items():
+            apart = float(np.abs(logp - own).max())
+            if not apart <= self.tolerance:
+                stale = self.before is not None and float(np.abs(logp - self.before).max()) < self.tolerance
                 raise TrainingError(
                     f"The server {url} does not serve the student's weights of step {version}: the log-probs of a "
                     f"fixed sequence differ by up to {apart:.3g} nats, and {self.tolerance:g} are allowed "
@@ -83,14 +135,15 @@ class Sync:
                     + ("They are those of the step before: the update had no effect. " if stale else "")
                     + f"{START}; in another precision than the student's, raise `tolerance`."
                 )
-        self.before = own
 
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
         prompt = control_ids(self.vocabulary)[:8]
-        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "ignore_eos": True, "detokenize": False}
+        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
         fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
-        for url, drawn in self._each(lambda one: one.post("inference/v1/generate", fields, parse_drawn)).items():
+        of_servers = self.world.by_main(lambda: self._drawn(fields))
+        for url, drawn in of_servers.items():
             own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:
@@ -99,42 +152,61 @@ class Sync:
                     f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
                 )
 
+    def _drawn(self, fields: Mapping[str, Any]) -> dict[str, Drawn]:
+        """In the main process: what each server draws."""
+        replicas = self.replicas
+        found = replicas.each(
+            lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
+        )
+        for url, answer in found.items():
+            if answer.value is None:
+                raise _not_given(url, answer.failure)
+        return {url: answer.value for url, answer in found.items() if answer.value is not None}
+
     def sleep(self, version: int) -> None:
-        """Let the servers give up weights and cache. Raises TrainingError for one that does not answer.
+        """Let the servers give up weights and cache. Raises TrainingError if one refuses.
 
         At level 2: at level 1 they keep a copy of the weights, which the next update replaces anyway, in the memory of
-        the host.
+        the host. A server that gives no answer at all is found by the next update.
         """
-        if self.sleeps:
-            self._call("sleep?level=2", {}, lambda raw: True)
-            self.asleep = self.folder / f"version-{version}"
+        found = self.replicas.each(lambda one: one.post("sleep?level=2", {}, lambda raw: True))
+        for url, answer in found.items():
+            if answer.value is None and not answer.lost:
+                raise _not_given(url, answer.failure)
+        self.asleep = self.folder / f"version-{version}"
 
     def wake(self) -> None:
         """Give sleeping servers the weights that they had. Raises TrainingError."""
-        if self.asleep is not None:
-            self._load(self.asleep)
-
-    def _load(self, folder: Path) -> None:
-        """Sleeping servers get memory for the weights, then the weights, then the rest, and only then draw again."""
-        fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
-        if self.sleeps:
-            self._call("wake_up?tags=weights", {}, lambda raw: True)
-        self._call("collective_rpc", fields, loaded)
-        if self.sleeps:
-            self._call("wake_up", {}, lambda raw: True)
-        self.asleep = None
-
-    def _call(self, path: str, fields: dict[str, Any], read: Callable[[bytes], Any]) -> None:
-        self._each(lambda one: one.post(path, fields, read))
-
-    def _each(self, send: Callable[[Connection], Answer[Any]]) -> dict[str, Any]:
-        found = self.replicas.each(send)
+        folder, replicas = self.asleep, self.replicas
+        if folder is None:
+            return
+        there = {one.url for one in replicas.servers} - replicas.left_out
+        found = replicas.each(lambda one: self._load(one, folder), wait_s=replicas.patience_s, among=there)
         for url, answer in found.items():
             if answer.value is None:
-                raise TrainingError(
-                    f"The server {url} could not be given the student's weights: {answer.failure}. {START}."
-                )
-        return {url: answer.value for url, answer in found.items()}
+                raise _not_given(url, answer.failure)
+        self.asleep = None
+
+    def _load(self, one: Connection, folder: Path) -> Answer[Any]:
+        """A sleeping server gets memory for the weights, then the weights, then the rest, and only then draws again."""
+        fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
+
+        def load() -> Answer[int]:
+            return one.post("collective_rpc", fields, loaded)
+
+        if not self.sleeps:
+            return load()
+        return in_turn(
+            lambda: one.post("wake_up?tags=weights", {}, lambda raw: True),
+            load,
+            lambda: one.post("wake_up", {}, lambda raw: True),
+        )
+
+
+def _not_given(url: str, why: str | None) -> TrainingError:
+    return TrainingError(
+        f"The server {url} could not be given the student's weights: {why}. {START}; the same command then continues."
+    )
 
 
 def loaded(raw: bytes) -> int:

@@ -106,7 +106,8 @@ def checked(logp: float) -> float:
 def positions_fields(model: str, ids: Sequence[int], start: int, wanted: np.ndarray, *, cached: bool) -> dict[str, Any]:
     """The fields of a request for `parse_positions`: the tokens `wanted` [T, K] at the positions of `ids[start:]`.
 
-    Row r predicts the token after position `start - 1 + r`. `cached`: read the common prefix from the server's cache.
+    Row r predicts the token after position `start - 1 + r`. `cached`: read a common prefix from the server's cache. If
+    that holds more than `start - 1` tokens, vLLM gives no scores (0.32), with status 200.
     """
     sampling = {
         "max_tokens": 1,
@@ -119,12 +120,17 @@ def positions_fields(model: str, ids: Sequence[int], start: int, wanted: np.ndar
     return {"model": model, "token_ids": list(ids), "sampling_params": sampling}
 
 
-def parse_positions(wanted: np.ndarray) -> Callable[[bytes], np.ndarray]:
-    """The parser of the log-probs [T, K] float32 of `wanted`. It raises BodyError for another shape or no scores."""
+def parse_positions(wanted: np.ndarray, *, cached: bool = False) -> Callable[[bytes], np.ndarray]:
+    """The parser of the log-probs [T, K] float32 of `wanted`. It raises BodyError for another shape or no scores.
+
+    If the request was `cached`, no scores are an array of size 0: the same request without the cache gives them.
+    """
 
     def _parse(raw: bytes) -> np.ndarray:
         body = _json(raw)
         text = body.get("prompt_token_id_logprobs") if isinstance(body, dict) else None
+        if text is None and cached and isinstance(body, dict) and "choices" in body:
+            return np.zeros((0, 0), dtype=np.float32)
         if text is None:
             text = _member(body, "choices", 0, "prompt_token_id_logprobs")
         if not isinstance(text, str):
@@ -164,11 +170,19 @@ def member_of(raw: bytes, *path: str | int) -> Any:
     return _member(_json(raw), *path)
 
 
-def models_in(raw: bytes) -> Mapping[str, int | None]:
-    """The models of `/v1/models`, with their longest sequence. Raises BodyError."""
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A model of `/v1/models`."""
+
+    longest: int | None  # tokens of a sequence; None: the server does not say
+    adapter: bool  # of another model
+
+
+def models_in(raw: bytes) -> Mapping[str, Listed]:
+    """The models of `/v1/models`, by name. Raises BodyError."""
     rows = _member(_json(raw), "data")
     try:
-        return {str(row["id"]): row.get("max_model_len") for row in rows}
+        return {str(row["id"]): Listed(row.get("max_model_len"), bool(row.get("parent"))) for row in rows}
     except (KeyError, TypeError, AttributeError) as error:
         raise BodyError("the answer is no list of models") from error
 

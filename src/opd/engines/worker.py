@@ -3,7 +3,7 @@
 Loading new weights fails silently in three ways in vLLM 0.32: a missing tensor leaves a model of neither weights; on a
 CPU the packed copy of an output layer that shares the embedding's weights stays old; the prefix cache stays old. Here a
 missing tensor is refused before the first is loaded, and the output layer is packed again. The cache is the client's
-matter: it salts every request with the version.
+matter: it salts every request with the run and the update.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ class WeightLoader:
         worker.reload_weights(weights_iterator=tensors(files))
         pack_output_layer(worker.model_runner.get_model())
         return {"tensors": len(names)}
+
+    def opd_about(self, folder: str = "") -> dict[str, Any]:
+        """How many tensors the last load had, 0 before the first, and whether this worker sees `folder`."""
+        return {"tensors": len(getattr(self, "_opd_names", ())), "sees": not folder or Path(folder).is_dir()}
 
 
 def tensor_names(files: list[Path]) -> frozenset[str]:

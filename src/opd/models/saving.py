@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from opd.errors import ConfigError, RunError
 from opd.files import follow_umask
 from opd.models.language_model import LanguageModel
 from opd.models.noise import config_of_origin
+from opd.parallel import World, whole_tensor
 
 ADAPTER = "default"  # PEFT's name of the adapter, which its files do not carry
 
@@ -37,18 +38,41 @@ def save(lm: LanguageModel, folder: Path, dtype: torch.dtype | None = None) -> N
     follow_umask(folder)
 
 
+def whole(lm: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> LanguageModel | None:
+    """The model with its whole weights, in the process that writes files; None in the others. Every process calls this.
+
+    A sharded model's trained weights are gathered one tensor after the other into `load()`: the model as it was before
+    the stage, without shards and on the CPU. The gathers have ended in all processes when this returns.
+    """
+    if world.size == 1:
+        return lm
+    copied = load() if world.main else None
+    into = {} if copied is None else copied.trainable()
+    with torch.no_grad():
+        for name, parameter in lm.trainable().items():
+            values = whole_tensor(parameter.detach())
+            if copied is not None:
+                into[name].copy_(values)
+    return copied
+
+
 def save_adapter(lm: LanguageModel, folder: Path, base: str) -> None:
     """The LoRA adapter of `base`, a folder or hub id, and the tokenizer: `PeftModel.from_pretrained` loads it.
 
     Raises RunError if the adapter is written and the tokenizer could not be.
     """
-    model: Any = lm.model
-    with _based_on(model, base):
-        # Without this, PEFT looks for the base model's config on the hub.
-        model.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False)
+    write_adapter(lm, folder, base)
     if failed := _tried({"the tokenizer": lambda: lm.tokenizer.save_pretrained(folder)}):
         raise RunError(f"{folder} has the adapter, and could not be completed: {'; '.join(failed)}.")
     follow_umask(folder)
+
+
+def write_adapter(lm: LanguageModel, folder: Path, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """The adapter alone, in PEFT's format. `tensors`: its weights by parameter, where `lm` has shards of them."""
+    model: Any = lm.model
+    with _based_on(model, base):
+        # Without save_embedding_layers, PEFT looks for the base model's config on the hub.
+        model.save_pretrained(folder, selected_adapters=[ADAPTER], save_embedding_layers=False, state_dict=tensors)
 
 
 def load_adapter(lm: LanguageModel, folder: Path) -> None:

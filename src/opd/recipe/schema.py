@@ -97,10 +97,11 @@ class EngineSection(Servers):
     """vLLM servers that write the student's responses in training. They get its weights before every step.
 
     Those at `urls` run with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
-    `--enable-scale-out` and `--logprobs-mode processed_logprobs`: see docs/served.md.
+    `--enable-scale-out` and `--logprobs-mode processed_logprobs`; with `weights: lora` otherwise: see docs/served.md.
     """
 
     folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
+    weights: Literal["full", "lora"] = "full"  # what is sent: the whole model, or its LoRA adapter
     tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
     sleep: StrictBool = False  # the servers free their memory while nothing is drawn, for a trainer on the same GPU
     public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
@@ -113,7 +114,16 @@ class EngineSection(Servers):
     def _path_of_student(self) -> EngineSection:
         if self.start is not None and (self.start.path is not None or self.start.dtype != "float32"):
             raise ValueError("`start` of an engine serves the student as it is: leave `path` and `dtype` out")
+        if self.weights == "lora" and (self.start is not None or self.sleep):
+            raise ValueError("`weights: lora` needs servers of the base that you start: leave `start` and `sleep` out")
         return self
+
+
+class ImportanceSection(Section):
+    """Importance weights p / mu of a policy gradient whose responses other weights, or a truncation, have drawn."""
+
+    level: Literal["token", "sequence"] = "token"  # of the token, or the product over the response
+    cap: Float = Field(default=2.0, ge=1)  # the largest weight
 
 
 # The fields of a model section that a model without weights in this process uses.
@@ -398,6 +408,8 @@ class StageSpec(Section):
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
     sampler_options: dict[str, Any] = {}
     engine: EngineSection | None = None  # servers that write the student's responses in training
+    ahead: Literal[0, 1] = 0  # steps by which the engine writes responses before the step that trains on them
+    importance: ImportanceSection | None = None  # weights of a policy gradient
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
     steps: Int = Field(ge=1)

@@ -31,8 +31,9 @@ from opd.runs.launched import Starter
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
-from opd.runs.served import engine_samplers, served_lines, served_teacher
+from opd.runs.served import able_lines, engine_samplers, served_teacher
 from opd.runs.space import check_space, space_of
+from opd.samplers.ahead import Ahead, one_ahead
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
@@ -128,10 +129,17 @@ def base_of(
     )
 
 
-def samplers_of(spec: StageSpec, student: LanguageModel, given: Given, folder: Path) -> dict[str | None, Sampler]:
+def samplers_of(
+    session: Session, spec: StageSpec, student: LanguageModel, root: Root, folder: Path
+) -> dict[str | None, Sampler]:
     """The student's samplers by task, each with the task's settings. `folder` of the stage: for an engine's weights."""
+    recipe, given = session.recipe, session.given
     if spec.engine is not None:
-        return {**engine_samplers(spec, spec.engine, student, folder)}
+
+        def load() -> LanguageModel:
+            return model_for(recipe, spec, spec.train, given, session.directory, device="cpu")
+
+        return {**engine_samplers(spec, spec.engine, student, folder, root, session.world, load)}
     if spec.sampler is not None:
         return {
             name: own_sampler(spec, student, sampling_of(part.sampling), given) for name, part in spec.by_task.items()
@@ -153,10 +161,11 @@ def writers_of(
     samplers: Mapping[str | None, Sampler],
     memory: Mapping[str, Memory],
     cache: TextCache | None = None,
+    ahead: Ahead | None = None,
 ) -> Writers:
     """The writers of this stage's responses, from which the method's source chooses.
 
-    `cache` keeps the texts of the authors; default: they are not kept.
+    `cache` keeps the texts of the authors; default: they are not kept. `ahead`: the samplers, one step ahead.
     """
     teachers: dict[str | None, Writer] = {}
     for name, part in spec.by_task.items():
@@ -192,7 +201,7 @@ def writers_of(
         )
 
     return Writers(
-        student=sampler_by_task(samplers),
+        student=sampler_by_task(samplers) if ahead is None else ahead,
         reference=reference,
         complete=complete,
         teacher=writer_by_task(teachers) if teachers else None,
@@ -268,7 +277,7 @@ def build(session: Session, spec: StageSpec, prepared: Prepared) -> Stage:
 
 def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: StageDir) -> Stage:
     """The stage of one model, with its files in `folder`."""
-    recipe, given, world = session.recipe, session.given, session.world
+    recipe, world = session.recipe, session.world
     student, externals, judges = loaded(session, spec, prepared.method)
     prepared = replace(prepared, method=prepared.method.with_tokenizer(student.tokenizer))
     method = prepared.method
@@ -278,16 +287,17 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
     starter = Starter(folder=folder, servers=session.servers, progress=session.progress, world=world)
-    others = [name for name in spec.scoring if not recipe.models[name].local]
-    own = {name: elsewhere(session, method, student, name, starter) for name in others}
+    own = {n: elsewhere(session, method, student, n, starter) for n in spec.scoring if not recipe.models[n].local}
     spec = starter.engine(spec, student)
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    samplers, cache = samplers_of(spec, student, given, folder.path), TextCache(folder.path / "texts", world.rank)
-    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache)
+    samplers = samplers_of(session, spec, student, root, folder.path)
+    cache = TextCache(folder.path / "texts", world.rank)
+    ahead = one_ahead(samplers, recipe.seed) if spec.ahead else None
+    writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
         spec=spec,
@@ -300,6 +310,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         teacher=teacher,
         readers=readers_of(spec, method, teacher, externals),
         writers=writers,
+        ahead=ahead,
         order=prepared.order,
         reward=reward,
         optimisation=StageOptimisation(
@@ -333,8 +344,8 @@ def elsewhere(session: Session, method: Method, student: LanguageModel, name: st
         return own_teacher(name, section, student, session.given)
     section = starter.teacher(name, section)
     session.progress.phase(f"connecting to {name}")
-    teacher = served_teacher(name, section, student, method)
-    for line in served_lines(teacher, method):
+    teacher = served_teacher(name, section, student, method, session.world)
+    for line in able_lines(name, teacher.replicas, teacher.capabilities, method.support.student_top_k):
         session.progress.note(line)
     return teacher
 

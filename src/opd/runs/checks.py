@@ -22,6 +22,7 @@ from opd.runs.prepare import Given, Prepared, prepare
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights, untrained_teachers
 from opd.runs.saves import check_save
 from opd.runs.served import check_engine
+from opd.runs.stale import check_ahead
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
 from opd.stage.trackers import check_report_to
@@ -70,7 +71,8 @@ def check_view(
     """Check a stage as one of its models sees it; returns (lines about settings without effect, lines to report)."""
     notes = [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
     notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
-    own = [*check_own(recipe, spec, of_stage, given), *check_engine(spec, processes)]
+    own = [*check_own(recipe, spec, of_stage, given), *check_engine(recipe, spec, given.models, processes)]
+    own += check_ahead(spec, of_stage.method)
     checked = check_tokenizers(recipe, spec, of_stage, given.models)
     saved = check_save(recipe, spec, given.models)
     same = check_other_weights(recipe, spec, of_stage.method, given)

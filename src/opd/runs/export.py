@@ -17,7 +17,6 @@ from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.mean import mean_of
 from opd.models.render import render
-from opd.parallel import whole_tensor
 from opd.recipe.schema import Recipe
 from opd.runs.build import model_for
 from opd.runs.card import write_card
@@ -152,22 +151,8 @@ def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> Languag
 
 
 def whole_student(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> LanguageModel | None:
-    """The student in the process that saves it, None in the others.
-
-    A sharded student is loaded again on the CPU, as it was before the stage; then the trained weights are copied in.
-    """
-    world = stage.world
-    if world.size == 1:
-        return stage.student
-    trained: dict[str, torch.Tensor] = {}
-    for name, parameter in stage.student.trainable().items():
-        values = whole_tensor(parameter.detach())  # a collective operation of all processes
-        if world.main:
-            trained[name] = values.cpu()
-    if not world.main:
-        return None
-    student = model_for(recipe, stage.spec, stage.spec.train, given, directory, device="cpu")
-    with torch.no_grad():
-        for name, parameter in student.trainable().items():
-            parameter.copy_(trained[name])
-    return student
+    """The student in the process that saves it, None in the others. A sharded one is a copy on the CPU."""
+    spec = stage.spec
+    return saving.whole(
+        stage.student, stage.world, lambda: model_for(recipe, spec, spec.train, given, directory, device="cpu")
+    )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from opd.engines import launch
-from opd.engines.launch import Launch, Started
+from opd.engines.launch import Launch
 from opd.errors import ConfigError
 from opd.models.paths import Source, source_of
 from opd.recipe.schema import ModelSpec, Servers, StageSpec, StartSection
@@ -99,19 +99,15 @@ class Starter:
         start = section.start
         assert start is not None
         self.progress.phase(f"starting the server of {name}")
-        found: Started | None = None
-        if self.world.main:
-            one = Launch(
-                name=name,
-                python=launch.python_of(start.python, f"the server of {name}", start.env),
-                model=model,
-                flags=(*flags, *start.flags),
-                env={**env, **start.env},
-                log=self.folder.path / f"vllm-{name}.log",
-                patience_s=start.patience_s,
-            )
-            found = self.servers.enter_context(launch.running(one))
-            self.progress.note(f"the server of {name} started in {found.seconds:.1f} s; its log: {one.log}")
-        found = self.world.gather(found)[0]
-        assert found is not None
+        one = Launch(
+            name=name,
+            python=launch.python_of(start.python, f"the server of {name}", start.env) if self.world.main else "",
+            model=model,
+            flags=(*flags, *start.flags),
+            env={**env, **start.env},
+            log=self.folder.path / f"vllm-{name}.log",
+            patience_s=start.patience_s,
+        )
+        found = self.world.by_main(lambda: self.servers.enter_context(launch.running(one)))
+        self.progress.note(f"the server of {name} started in {found.seconds:.1f} s; its log: {one.log}")
         return section.model_copy(update={"urls": [found.url], "start": None, "model": found.model})

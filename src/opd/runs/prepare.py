@@ -28,6 +28,7 @@ from opd.runs.fit import (
     check_peer_method,
     check_update_reward,
 )
+from opd.runs.stale import with_importance
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
 PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
@@ -92,7 +93,7 @@ class Prepared:
 
 def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     """Method, data and rewards of a stage, checked against each other. Raises ConfigError or DataError."""
-    method = given.method or methods.build(spec.method, spec.options)
+    method = with_importance(spec, given.method or methods.build(spec.method, spec.options))
     check_diagnostics(spec, method)
     check_base(spec, method)
     check_peer_method(spec, method)

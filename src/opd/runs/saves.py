@@ -57,13 +57,12 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
     model = recipe.models[spec.train]
     where = f"Stage {spec.name!r}: save is {spec.save!r}"
     if spec.train in given:
-        has_adapter, has_base = given[spec.train].adapters, bool(_name_or_path(given[spec.train]))
+        has_base = bool(_name_or_path(given[spec.train]))
     else:
         saved = _adapters(model, spec.train)
-        has_adapter = model.lora is not None or bool(saved)
         merged = saved if model.lora is not None else saved[:-1]  # the adapter belongs to the model with these merged
         has_base = (model.init is None and not merged) or spec.train in _trained_before(recipe, spec)
-    if not has_adapter:
+    if not trains_adapter(recipe, spec, given):
         raise ConfigError(
             f"{where}, and the model {spec.train!r} trains its full weights. Set `save: merged`, or give "
             f"models.{spec.train} a `lora` section."
@@ -76,6 +75,14 @@ def check_save(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMode
     if spec.save == "adapter" and read_later(recipe, spec):
         return [f"a later stage begins with {spec.train}, so the merged model is saved beside the adapter"]
     return []
+
+
+def trains_adapter(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> bool:
+    """Whether the stage trains an adapter of its model, as far as is known before weights are loaded."""
+    if spec.train in given:
+        return given[spec.train].adapters
+    model = recipe.models[spec.train]
+    return model.lora is not None or bool(_adapters(model, spec.train))
 
 
 def _trained_before(recipe: Recipe, spec: StageSpec) -> dict[str, str]:

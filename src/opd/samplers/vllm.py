@@ -8,13 +8,18 @@ tokens were drawn from, after temperature, top-k and top-p.
 
 from __future__ import annotations
 
+import secrets
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from opd.engines.adapters import AdapterSync
 from opd.engines.replicas import Job, Replicas
+from opd.engines.server import BodyError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, seed_of
 from opd.errors import ConfigError, TrainingError
@@ -29,6 +34,7 @@ class EngineSampler(Sampler):
     """Writes responses with the student's weights on servers; a `Sampler`.
 
     `update` gives the servers the student's weights and proves them; None if another sampler of the stage does.
+    `adapters`: if it sends LoRA adapters, what says the name of the last one.
     `complete` adds the student's own values to responses: the log-probs before truncation, and what a record names.
     """
 
@@ -36,12 +42,15 @@ class EngineSampler(Sampler):
     sampling: Sampling
     replicas: Replicas
     model: str
-    update: Sync | None
-    shared: Sync  # of all samplers of the stage: its servers may sleep while nothing is drawn
+    update: Sync | AdapterSync | None
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
+    adapters: AdapterSync | None = None
+    sleeper: Sync | None = None  # puts the servers to sleep while nothing is drawn
     max_prompt_length: int | None = None
     version: int = 0
-    updates: int = field(default=0, init=False)  # so far: their number separates the servers' caches
+    updates: int = field(default=0, init=False)  # so far
+    # Separates the servers' caches of other weights, also those of an earlier start of this run.
+    salt: str = field(default_factory=lambda: secrets.token_hex(8), init=False)
     ends: frozenset[int] = field(init=False)  # end tokens that are no text, also where the tokenizer decodes them
 
     def __post_init__(self) -> None:
@@ -53,7 +62,7 @@ class EngineSampler(Sampler):
         return self.sampling.temperature or 1.0
 
     def sync(self, version: int) -> None:
-        """Give the servers the student's weights. Raises TrainingError if they do not serve them."""
+        """Give the servers the student's weights; every process calls this. Raises TrainingError if that fails."""
         if self.update is not None:
             self.update(version)
         self.version, self.updates = version, self.updates + 1
@@ -80,18 +89,9 @@ class EngineSampler(Sampler):
                 "A method that ends responses early asks an engine for a few tokens at a time, and `sampling.stop` may "
                 "span two parts. Remove `sampling.stop`, or the stage's `engine`."
             )
-        ids = render_checked(
-            prompts,
-            self.lm.tokenizer,
-            max_prompt_length=self.max_prompt_length,
-            template_options=self.lm.template_options,
-        )
-        rows = [
-            _Row(prompt, sample, prompt_ids)
-            for prompt, prompt_ids in zip(prompts, ids, strict=True)
-            for sample in range(self.sampling.n)
-        ]
-        self.shared.wake()
+        rows = self._rows(prompts)
+        if self.sleeper is not None:
+            self.sleeper.wake()
         limit = self.sampling.max_completion_length
         part = limit if stop is None else stop.every
         active = rows
@@ -101,24 +101,53 @@ class EngineSampler(Sampler):
             if stop is not None and active and begin + part < limit:
                 keeps = stop.keeps_going([self._rollout(row) for row in active])
                 active = [row for row, keeps_going in zip(active, keeps, strict=True) if keeps_going]
-        self.shared.sleep(self.version)
+        if self.sleeper is not None:
+            self.sleeper.sleep(self.version)
         rollouts = [self._rollout(row) for row in rows]
         truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
         return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
 
+    def begin(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> Callable[[], list[Rollout]]:
+        """Draw the same responses in a thread; returns the function that waits for them. They are not completed.
+
+        Raises DataError for a prompt that is too long. The function raises TrainingError, as a call does.
+        """
+        rows = self._rows(prompts)
+        drawn = in_thread(lambda: self._draw(rows, self.sampling.max_completion_length, (*seed, 0)))
+
+        def wait() -> list[Rollout]:
+            drawn.result()
+            return [self._rollout(row) for row in rows]
+
+        return wait
+
+    def _rows(self, prompts: Sequence[Prompt]) -> list[_Row]:
+        ids = render_checked(
+            prompts,
+            self.lm.tokenizer,
+            max_prompt_length=self.max_prompt_length,
+            template_options=self.lm.template_options,
+        )
+        return [
+            _Row(prompt, sample, prompt_ids, self.version)
+            for prompt, prompt_ids in zip(prompts, ids, strict=True)
+            for sample in range(self.sampling.n)
+        ]
+
     def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
         """Continue the rows by at most `tokens` tokens."""
+        model = self.model if self.adapters is None else self.adapters.serves
         jobs = [
             Job(
                 path="inference/v1/generate",
                 fields=draw_fields(
-                    self.model,
+                    model,
                     row.read,
                     self._params(tokens),
                     seed=seed_of(seed, row.prompt.id, row.sample),
-                    salt=f"opd-{self.updates}",
+                    salt=f"opd-{self.salt}-{self.updates}",
                 ),
-                read=parse_drawn,
+                read=self._read,
                 tokens=len(row.read) + tokens,
                 group=tuple(row.prompt_ids),
             )
@@ -130,7 +159,6 @@ class EngineSampler(Sampler):
                     f"No server of the engine gave a response to prompt {row.prompt.id}: {answer.failure}. Start the "
                     "servers again; the same command then continues."
                 )
-            self._check_versions(answer.value)
             row.ids += answer.value.ids
             row.logp += answer.value.logp
             row.finished = answer.value.finished
@@ -138,13 +166,19 @@ class EngineSampler(Sampler):
     def _params(self, tokens: int) -> dict[str, Any]:
         return sampling_fields(self.sampling, tokens, self.lm.stop_ids)
 
-    def _check_versions(self, drawn: Drawn) -> None:
-        """Raise TrainingError for tokens of other weights than the last update's."""
-        if wrong := {version for version in drawn.versions if version != str(self.version)}:
-            raise TrainingError(
-                f"A server drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at "
-                f"version {self.version}. Does another run update the same server? Give each run its own."
+    def _read(self, raw: bytes) -> Drawn:
+        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one."""
+        drawn = parse_drawn(raw)
+        wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
+        if wrong := set(drawn.versions) - wanted:
+            raise BodyError(
+                f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
+                f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
+                "servers"
             )
+        if drawn.ids and not drawn.versions:
+            raise BodyError("it does not say which weights drew its tokens, as vLLM does since 0.32")
+        return drawn
 
     def _rollout(self, row: _Row) -> Rollout:
         spoken = row.ids[:-1] if row.ids and row.ids[-1] in self.ends else row.ids
@@ -160,7 +194,7 @@ class EngineSampler(Sampler):
             text=text_after(row.prompt_ids, spoken, self.lm.tokenizer),
             sampler_logp=logp,
             policy_logp=logp,
-            sampler_version=self.version,
+            sampler_version=row.version,
             sampling=self.sampling,
         )
 
@@ -172,6 +206,7 @@ class _Row:
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
+    version: int
     ids: list[int] = field(default_factory=list[int])
     logp: list[float] = field(default_factory=list[float])
     finished: bool = False
@@ -180,3 +215,17 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
+
+
+def in_thread(work: Callable[[], None]) -> Future[None]:
+    """`work` in a thread that does not keep the process alive."""
+    future: Future[None] = Future()
+
+    def _run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=_run, daemon=True, name="opd-draw").start()
+    return future

@@ -51,9 +51,8 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("*.start.flags", "rounding"),
     ("*.start.dtype", "rounding"),
     ("*.start.path", "numbers"),
-    ("models.NAME.server.model", "numbers"),
-    ("models.NAME.server.*", "none"),
-    ("stages.NAME.engine.*", "none"),
+    ("models.NAME.server.*", "none"),  # another model on the servers is recognised by its log-probs
+    ("stages.NAME.engine.*", "none"),  # its servers get the student's weights and prove it
     ("models.NAME.path", "numbers"),
     ("models.NAME.chat_template", "numbers"),
     ("models.NAME.template_options.*", "numbers"),
@@ -120,6 +119,11 @@ def check_steps(stage: StageSpec, steps: int, *, made: int, later: Sequence[str]
         raise RunError(
             f"{where}, but stage {later[0]!r}, which begins after it, has begun. Use another output_dir=..., or remove "
             f"the folders of {', '.join(later)} to make them again."
+        )
+    if stage.ahead and made == stage.steps:
+        raise RunError(
+            f"{where}. With `ahead: 1` the next step's responses would be of the weights after step {made - 1}, which "
+            "are gone. Use a new stage with `from_stage`, or another output_dir=..."
         )
     if limited:
         raise RunError(f"{where}, but `seconds_of` has ended it. Leave the number of steps as it was.")

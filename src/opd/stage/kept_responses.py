@@ -32,13 +32,13 @@ class KeptResponses:
         if rows is None:
             return None
         by_id = {prompt.id: prompt for prompt in prompts}
-        return [_rollout(row, by_id[row["prompt_id"]], sampling) for row in rows]
+        return [rollout_of(row, by_id[row["prompt_id"]], sampling) for row in rows]
 
     def write(self, name: str, rollouts: Sequence[Rollout]) -> None:
         """Keep the responses to all prompts."""
         if self.world.main:
             self.folder.mkdir(exist_ok=True)
-            write_atomically(self.folder / f"{name}.json", json.dumps([_row(one) for one in rollouts]))
+            write_atomically(self.folder / f"{name}.json", json.dumps([row_of(one) for one in rollouts]))
 
     def clear(self, *but: str) -> None:
         """Remove the files of all evaluations but these: of one that is written, or whose weights are gone."""
@@ -51,7 +51,8 @@ class KeptResponses:
             self.folder.rmdir()
 
 
-def _row(rollout: Rollout) -> dict[str, Any]:
+def row_of(rollout: Rollout) -> dict[str, Any]:
+    """A response as JSON, without what the student's forward pass adds (top k, entropy) and without judges' numbers."""
     logp = {name: getattr(rollout, name) for name in ("sampler_logp", "policy_logp")}
     return {
         "prompt_id": rollout.prompt.id,
@@ -70,7 +71,8 @@ def _row(rollout: Rollout) -> dict[str, Any]:
     }
 
 
-def _rollout(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollout:
+def rollout_of(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollout:
+    """The response of `row_of`, to its prompt."""
     sampler_logp, policy_logp = row["sampler_logp"], row["policy_logp"]
     return Rollout(
         prompt=prompt,

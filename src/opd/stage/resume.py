@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -58,10 +59,12 @@ class Trained:
         remembered: Sequence[Mapping[str, Any]],
         keep: int,
         world: World,
+        more: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         """Write a checkpoint after `step` updates with `seconds` of training so far; keep the newest `keep`.
 
-        `remembered`: the state of each memory at that time, of this model and then of each peer.
+        `remembered`: the state of each memory at that time, of this model and then of each peer. `more`: JSON that the
+        checkpoint's state holds besides.
         """
         states = [
             {
@@ -70,7 +73,7 @@ class Trained:
             }
             for one, memory in zip((self, *self.peers), remembered, strict=True)
         ]
-        state = {"seconds": seconds, **states[0]} | ({"peers": states[1:]} if self.peers else {})
+        state = {"seconds": seconds, **states[0], **more} | ({"peers": states[1:]} if self.peers else {})
         checkpoint.save(folder, step, tensors=self.tensors, state=state, keep=keep, world=world)
 
     def restore(self, folder: Path, world: World) -> Checkpoint | None:

@@ -24,6 +24,8 @@ from opd.parallel import World
 from opd.pieces.needs import Input, Trait
 from opd.recipe.schema import StageSpec
 from opd.rewards.base import StageRewards
+from opd.samplers.ahead import Ahead
+from opd.stage import drawn_ahead
 from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
@@ -68,6 +70,7 @@ class Stage:
     exams: Exams | None
     seconds_limit: float = math.inf
     router_aux_loss: float = 0.0  # the factor of the load-balancing loss
+    ahead: Ahead | None = None  # the student's sampler, if it draws the next step's responses while a step trains
     peers: Sequence[Stage] = ()  # of the other models that this one trains; it steps, saves and stops for them
     # outputs
     folder: StageDir
@@ -79,6 +82,7 @@ class Stage:
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
+    begun: bool = field(default=False, init=False)  # the first step of this start, or an evaluation before it
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
     # Updates so far, and what the method remembered then; None while the weights change and are logged.
@@ -98,11 +102,11 @@ class Stage:
         Continues from the last checkpoint. After a signal, saves and raises Stopped.
         """
         first = self._resume()
+        self.begun = True
         for one in self.models:
             if one.exams is not None and first == 0:
                 with self._all_whole():
                     one._measured(0, one.exams.before)
-            one.writers.student.sync(first)
             one.whole = (first, one._remembered())
         with self.interrupt.after_step():
             for step in range(first, self.spec.steps):
@@ -133,6 +137,8 @@ class Stage:
 
     def rescue(self) -> None:
         """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        if not self.begun:
+            return
         last = self.saved or 0
         wholes = [one.whole for one in self.models]
         if any(whole is None for whole in wholes) or self.whole is None:
@@ -151,6 +157,16 @@ class Stage:
         )
 
     # --- the parts of a step, in the order of the loop ---------------------------------------------------------------
+
+    def sync(self, step: int) -> None:
+        """Give the samplers the weights after `step` updates. Raises TrainingError if an engine does not serve them."""
+        for one in self.models:
+            one.writers.student.sync(step)
+
+    def write_ahead(self, step: int) -> None:
+        """Begin to write the responses of `step` with the weights of now, if the stage writes one step ahead."""
+        if self.ahead is not None and step < self.spec.steps:
+            self.ahead.begin(step, self.prompts(step))
 
     def prompts(self, step: int) -> list[Prompt]:
         """This process's prompts of the step."""
@@ -198,7 +214,6 @@ class Stage:
         if phase_a.trains:
             rates = self.method.update(self.optimisation)
             self.teacher.after_step()
-        self.writers.student.sync(step + 1)
         metrics.value("train/loss", loss)
         metrics.value("optim/grad_norm", grad_norm)
         if Trait.FILTERS in self.method.needs:
@@ -254,6 +269,13 @@ class Stage:
         self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
         self.saved = saved.step
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
+        last = saved.step >= self.spec.steps
+        step_prompts, positions = self.order.take(saved.step), self._positions(saved.step)
+        if not last and not drawn_ahead.restore(self.ahead, saved.step, step_prompts, positions, saved.state):
+            self.progress.note(
+                f"{self.spec.name}: no server gave the responses of step {saved.step + 1} before the run ended. They "
+                "are written with the weights of that step, not one step ahead"
+            )
         for one in self.models:
             one.folder.rewind(saved.step)
             rows = one.folder.read_metrics() if self.world.main else []
@@ -289,6 +311,7 @@ class Stage:
             remembered=[one._remembered() for one in self.models] if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
+            more=drawn_ahead.saved(self.ahead, done, self._positions(done), self.world),
         )
         self.saved, self.saved_at = done, time.monotonic()
 

@@ -15,7 +15,7 @@ no score: they are left out of the support, and counted (`teacher_ids_missing`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,8 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.engines.capabilities import Capabilities, check_same
+from opd.engines.capabilities import OTHER_MODEL, Capabilities, check_same
 from opd.engines.replicas import Job, Replicas
+from opd.engines.scoring import refusal, top_of
 from opd.engines.server import Answer
 from opd.engines.vllm import TopScores, completion_fields, parse_positions, parse_top, positions_fields
 from opd.errors import DataError, TeacherError
@@ -33,7 +34,6 @@ from opd.pieces.supports import support_tokens
 from opd.teachers.written import ServedWriter
 from opd.types import Context, Prompt, Rollout, Sampling, ScoreRequest, Scores, Support, Teacher
 
-WIDER = 4  # times k, in place of scores by position
 ABSENT = -1e4  # the log-prob of an entry that the support's mask leaves out; finite, because 0 times infinity is NaN
 
 
@@ -73,7 +73,7 @@ class ServedTeacher(Teacher):
         by_position = bool(request.support.student_top_k) and self.capabilities.positions
         k = top_of(request, by_position, len(self.tokenizer))
         tops = [] if k is None else self.replicas.answers([self._top_job(row, k) for row in rows])
-        by_ids = self.replicas.answers([self._positions_job(row) for row in rows]) if by_position else []
+        by_ids = self._by_position(rows) if by_position else []
         check_same(self.replicas, self.capabilities, len(self.tokenizer))
         self._check_failures([*tops, *by_ids])
         return [
@@ -101,6 +101,22 @@ class ServedTeacher(Teacher):
         self.missing = self.entries = 0
         return {**self.replicas.counts.pop(), **counts}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The log-probs of the fixed sequence, by which a later start recognises the model."""
+        return {"control": torch.from_numpy(self.capabilities.control)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raise TeacherError if the servers have another model than when the stage was saved."""
+        if "control" not in state:
+            return
+        apart = float((torch.from_numpy(self.capabilities.control) - state["control"].cpu()).abs().mean())
+        if apart > OTHER_MODEL:
+            raise TeacherError(
+                f"The servers of the teacher {self.name!r} have another model than in the stage's last steps: the "
+                f"log-probs of a fixed sequence differ by {apart:.3g} nats per token. Start them with that model; the "
+                "same command then continues. For another teacher, use another output_dir=..."
+            )
+
     def _top_job(self, row: _Row, k: int) -> Job[TopScores]:
         return Job(
             path="v1/completions",
@@ -110,14 +126,24 @@ class ServedTeacher(Teacher):
             group=id(row),  # these scores do not use the cache of the prompt
         )
 
-    def _positions_job(self, row: _Row) -> Job[np.ndarray]:
+    def _by_position(self, rows: Sequence[_Row]) -> list[Answer[np.ndarray]]:
+        """Scores by position. A request whose first scored token is in the server's cache is sent again without it."""
+        found = self.replicas.answers([self._positions_job(row, cached=True) for row in rows])
+        hidden = [i for i, one in enumerate(found) if one.value is not None and not one.value.size]
+        self.replicas.counts.add(repeated=len(hidden))
+        again = self.replicas.answers([self._positions_job(rows[i], cached=False) for i in hidden])
+        for i, answer in zip(hidden, again, strict=True):
+            found[i] = answer
+        return found
+
+    def _positions_job(self, row: _Row, *, cached: bool) -> Job[np.ndarray]:
         wanted = row.wanted
         return Job(
             path="inference/v1/generate",
-            fields=positions_fields(self.capabilities.model, row.ids, row.start, wanted, cached=True),
-            read=parse_positions(wanted),
+            fields=positions_fields(self.capabilities.model, row.ids, row.start, wanted, cached=cached),
+            read=parse_positions(wanted, cached=cached),
             tokens=len(row.ids) + 1,
-            group=tuple(row.ids[: row.start]),
+            group=tuple(row.ids[: row.start]) if cached else id(row),
         )
 
     def _check_lengths(self, rows: Sequence[_Row]) -> None:
@@ -165,32 +191,6 @@ class ServedTeacher(Teacher):
         self.entries += int(exists.sum())
         self.missing += int((exists & ~found).sum())
         return replace(scores, support_ids=chosen, support_mask=exists & found, teacher_support_logp=logp)
-
-
-def top_of(request: ScoreRequest, by_position: bool, vocabulary: int) -> int | None:
-    """The number of most likely tokens to request for each token; None if scores by position say all."""
-    support = request.support
-    listed = max(support.k if support.kind == "top_k" and support.by != "student" else 0, request.top_k)
-    if not support.student_top_k:
-        return listed
-    return (listed or None) if by_position else max(listed, min(WIDER * support.student_top_k, vocabulary))
-
-
-def refusal(request: ScoreRequest) -> str | None:
-    """Why no server computes `request`; None if servers do. Known before a server answers."""
-    if request.support.reads_states:
-        return (
-            "a server gives log-probs of single tokens, and this method reads the teacher's whole distribution. Use "
-            "`topk_reverse_kl` with `form: tail`, or another method of the sampled token or a top k"
-        )
-    if request.temperature != 1.0:
-        return (
-            f"vLLM scores given tokens at temperature 1 whatever the request says, and this method's teacher has "
-            f"temperature {request.temperature:g}. Set the method's `temperature` to 1"
-        )
-    if request.entropy:
-        return "a server does not give the entropy of the teacher's distribution, which a piece of this method reads"
-    return None
 
 
 def _tensors(scores: Scores) -> dict[str, Tensor]:

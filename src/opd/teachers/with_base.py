@@ -16,6 +16,8 @@ from opd.teachers.local import LocalTeacher
 from opd.teachers.routed import summed
 from opd.types import Prompt, Rollout, ScoreRequest, Scores, Teacher
 
+BASE = "base."  # before the names of the base's tensors in a checkpoint
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WithBase(Teacher):
@@ -82,12 +84,14 @@ class WithBase(Teacher):
         self.teacher.jumped(by)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The teacher's."""
-        return self.teacher.state_dict()
+        """The teacher's, and the base's."""
+        return {**self.teacher.state_dict(), **{BASE + name: one for name, one in self.third.state_dict().items()}}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """The teacher's."""
-        self.teacher.load_state_dict(state)
+        """Restore each one's part of what `state_dict` returned."""
+        own = {name.removeprefix(BASE): one for name, one in state.items() if name.startswith(BASE)}
+        self.third.load_state_dict(own)
+        self.teacher.load_state_dict({name: one for name, one in state.items() if not name.startswith(BASE)})
 
 
 def base_teacher(

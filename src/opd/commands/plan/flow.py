@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from opd.commands.plan import formulas
 from opd.commands.plan.devices import BANDWIDTH, COMPUTE, LINK, Device
-from opd.commands.plan.formulas import BFLOAT16
+from opd.commands.plan.formulas import BFLOAT16, FLOAT32
 from opd.commands.plan.step import Work
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -27,7 +27,8 @@ def traffic(work: Work) -> list[Flow]:
     flows: list[Flow] = []
     student, shape = work.student, work.student.shape
     if work.writer == "engine":
-        flows.append(Flow("weights to an engine's servers", None, shape.parameters * student.width * work.servers))
+        sent = student.trained * FLOAT32 if work.adapter_alone else shape.parameters * student.width
+        flows.append(Flow("weights to an engine's servers", None, sent * work.servers))
     for one in work.teachers:
         if one.place == "servers":
             flows += [Flow(f"{name} ({one.name})", size, size * work.tokens) for name, size in _served(work)]

@@ -44,11 +44,11 @@ def work_of(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, devices: int, lengths: Lengths
 ) -> tuple[Work, list[str]]:
     """The work of a stage's step, and notes on what is assumed. Raises ConfigError for a config that is not known."""
+    from opd.engines.scoring import WIDER
     from opd.models.head import chunk_rows
     from opd.pieces.needs import Trait, needs_of
     from opd.plugins import torch
     from opd.samplers.hf import ROWS
-    from opd.teachers.served import WIDER
 
     if spec.peers:
         raise ConfigError(
@@ -86,6 +86,7 @@ def work_of(
         devices=devices,
         writer=writer,
         servers=max(len(spec.engine.urls), 1) if spec.engine else 0,
+        adapter_alone=spec.engine is not None and spec.engine.weights == "lora",
         rows_at_once=ROWS,
         chunk_rows=rows,
         chunk_copies=copies_of(method),

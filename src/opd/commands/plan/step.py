@@ -66,6 +66,7 @@ class Work:
     devices: int
     writer: Literal["here", "engine", "other"] = "here"
     servers: int = 0  # of the engine
+    adapter_alone: bool = False  # what they get of a student with LoRA
     rows_at_once: int = 64  # of the sampler
     chunk_rows: int = 1024  # of a loss
     chunk_copies: int = 2

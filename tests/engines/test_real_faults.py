@@ -1,0 +1,38 @@
+"""Whole runs beside real vLLM servers with a faulty proxy before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.faults import FAULTS, Ended, Fault, Servers, check, clean, models_in, outcome, real_servers, row
+from support.vllm_server import needs_vllm
+
+pytestmark = [pytest.mark.engine, needs_vllm]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    with models_in(tmp_path_factory.mktemp("models")) as one:
+        yield one
+
+
+@pytest.fixture(scope="module")
+def servers(models: Path) -> Iterator[Servers]:
+    with real_servers(models) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    return clean(servers, models, tmp_path_factory.mktemp("clean"))
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.side}: {fault.name}" for fault in FAULTS])
+def test_run_loses_nothing_to_a_fault_before_vllm(
+    servers: Servers, models: Path, wanted: dict[str, Ended], tmp_path: Path, fault: Fault
+):
+    found = outcome(fault, servers, models, tmp_path)
+    print(row(fault, found))
+    check(fault, found, wanted[fault.by])
