@@ -2,7 +2,8 @@
 
 `python guard.py COMMAND...`: the command runs in a session of its own. When standard input closes, because the other
 process has closed it or has died in any way, the command gets SIGTERM, and after `GRACE_S` its whole process group
-SIGKILL. When the command ends first, what it has left in its group is killed, and this ends with its exit status.
+SIGKILL. Once the command has ended, its other processes have `LINGER_S` to remove their shared memory; then they are
+killed, and this ends with the command's exit status.
 
 A program of its own, since a signal on the death of a parent exists on Linux alone, and reaches neither the processes
 that a server starts nor one whose parent thread ended first.
@@ -16,9 +17,11 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
+LINGER_S = 3.0
 
 
 def guard(command: Sequence[str]) -> int:
@@ -31,14 +34,27 @@ def guard(command: Sequence[str]) -> int:
         while os.read(0, 1024):
             pass
         child.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
+        try:
             child.wait(GRACE_S)
-        kill_group(child.pid)
+        except subprocess.TimeoutExpired:
+            kill_group(child.pid)
 
     threading.Thread(target=stop_when_closed, daemon=True).start()
     status = child.wait()
+    until = time.monotonic() + LINGER_S
+    while exists(child.pid) and time.monotonic() < until:
+        time.sleep(0.05)
     kill_group(child.pid)
     return status if status >= 0 else 128 - status
+
+
+def exists(number: int) -> bool:
+    """Whether a process group has a process."""
+    try:
+        os.killpg(number, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
 
 
 def kill_group(number: int) -> None:

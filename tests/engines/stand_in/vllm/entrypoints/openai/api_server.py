@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,14 @@ parser.add_argument("--port", type=int)
 given, others = parser.parse_known_args()
 how = os.environ.get("STAND_IN", "answers")
 worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+
+
+def end(*_: object) -> None:
+    worker.kill()
+    sys.exit(0)
+
+
+signal.signal(signal.SIGTERM, end)
 print("flags:", *others, flush=True)
 print("pids:", os.getpid(), worker.pid, flush=True)
 print("control routes:", os.environ.get("VLLM_SERVER_DEV_MODE"), flush=True)
