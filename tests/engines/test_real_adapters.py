@@ -16,6 +16,7 @@ from support.runs import Forks, one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines.adapters import AdapterSync
+from opd.engines.control import check_adapters
 from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.adapters import add_lora
@@ -94,6 +95,11 @@ def test_engine_serves_new_adapter_after_each_update(url, tmp_path):
     served = [one["id"] for one in httpx2.get(f"{url}/v1/models").json()["data"]]
     assert served == ["teacher", sampler.update.serves]  # the others are unloaded
     assert [folder.name for folder in (tmp_path / "engine").iterdir()] == ["version-4"]
+
+
+def test_control_finds_the_routes_of_adapters(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    check_adapters(sampler.replicas, sampler.model, 261)
 
 
 def test_rank_that_does_not_fit_ends_the_run(url, tmp_path):

@@ -73,6 +73,25 @@ def test_started_server_ends_with_a_failed_run(tmp_path, monkeypatch):
     assert all_end(pids(log))
 
 
+def test_run_with_started_engine_proves_every_update(tmp_path, monkeypatch):
+    teacher(tmp_path / "teacher")
+    engine = {"start": start("scores"), "patience_s": 5.0}
+    losses = run(tmp_path / "far", recipe({"path": "../teacher"}, engine=engine), monkeypatch)
+    assert len(losses) == 3
+    (file,) = (tmp_path / "far" / "run").glob("*/timings.jsonl")
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert all(0 < row["engine_sync_error"] < 1e-3 for row in rows)
+    assert all_end(pids(file.parent / "vllm-student.log"))
+
+
+def test_doctor_starts_the_engine_that_a_stage_starts(tmp_path, monkeypatch):
+    teacher(tmp_path / "teacher")
+    monkeypatch.chdir(prepare(tmp_path, recipe({"path": "./teacher"}, engine={"start": start("scores")})))
+    said = command("doctor", "recipe.yaml", "--json", "--prompts", "2")
+    (found,) = [one for one in json.loads(said.out)["findings"] if one["name"] == "cost/engine"]
+    assert found["numbers"]["engine_s"] > 0, found
+
+
 def test_run_says_how_long_the_start_took(tmp_path, monkeypatch):
     teacher(tmp_path / "teacher")
     section = {"server": {"start": start("ends", path="./teacher")}}

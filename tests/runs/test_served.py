@@ -138,7 +138,7 @@ def test_doctor_refuses_a_teacher_on_servers(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(prepare(tmp_path, recipe(served(engine), "opd", {})))
     said = command("doctor", "recipe.yaml")
     assert said.code
-    assert "teacher 'teacher' is on servers. Give the doctor a model with `path`" in " ".join(said.err.split())
+    assert "teacher 'teacher' is on servers, which only score" in " ".join(said.err.split())
 
 
 def test_check_says_where_scores_come_from(engine, tmp_path, monkeypatch):

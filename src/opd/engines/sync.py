@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from opd.engines.capabilities import RECOGNISED_S, control_ids
+from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection, in_turn
+from opd.engines.update import updated
 from opd.engines.vllm import (
     Drawn,
     TopScores,
     completion_fields,
     draw_fields,
     member_of,
-    models_in,
     parse_drawn,
     parse_top,
 )
@@ -95,31 +95,12 @@ class Sync:
                 lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
             )
 
-        found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
-        scored = self._answered(found)
+        scored = updated(self.replicas, update, first=self.before is None, refused=_not_given)
         self._prove(version, {url: one.logp for url, one in scored.items()}, own)
         for old in self.folder.glob("version-*"):
             if old != folder:
                 shutil.rmtree(old, ignore_errors=True)
         return {one.url for one in self.replicas.servers if one.url not in scored}
-
-    def _there(self) -> set[str]:
-        """The servers to update: all but those that the last update left out and that are still silent."""
-        replicas = self.replicas
-        urls = {one.url for one in replicas.servers}
-        if not replicas.left_out:
-            return urls
-        found = replicas.each(lambda one: one.get("v1/models", models_in), RECOGNISED_S, among=replicas.left_out)
-        return urls - {url for url, answer in found.items() if answer.value is None}
-
-    def _answered(self, found: Mapping[str, Answer[TopScores]]) -> dict[str, TopScores]:
-        """The scores of the servers that have the weights. Raises TrainingError."""
-        scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
-        for url, answer in found.items():
-            if answer.value is None and (not answer.lost or not scored or self.before is None):
-                raise _not_given(url, answer.failure)
-        self.replicas.counts.add(servers_lost=len(self.replicas.servers) - len(scored))
-        return scored
 
     def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
         """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
