@@ -24,8 +24,18 @@ def live_lines(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> Iterator[
 
     Raises ConfigError for a server that does not answer or lacks something, DataError for rows longer than it reads.
     """
-    names = [name for name in spec.scoring if recipe.models[name].server is not None]
-    if not names and spec.engine is None:
+    names: list[str] = []
+    for name in spec.scoring:
+        server = recipe.models[name].server
+        if server is not None and server.start is not None:
+            yield f"{name}: the run starts its server"
+        elif server is not None:
+            names.append(name)
+    engine = spec.engine
+    if engine is not None and engine.start is not None:
+        engine = None
+        yield "engine: the run starts its server"
+    if not names and engine is None:
         return
     origin = origin_of(recipe, spec.train)
     tokenizer = tokenizer_of(origin, spec.train)
@@ -37,8 +47,8 @@ def live_lines(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> Iterator[
     lengths = [len(render(prompt, tokenizer, origin.template_options)) for prompt in prepared.all_prompts]
     for name in names:
         yield from _teacher(recipe, spec, prepared, name, tokenizer, lengths)
-    if spec.engine is not None:
-        yield from _engine(recipe, spec, prepared, spec.engine, tokenizer, lengths)
+    if engine is not None:
+        yield from _engine(recipe, spec, prepared, engine, tokenizer, lengths)
 
 
 def _teacher(

@@ -55,6 +55,8 @@ class Sync:
     vocabulary: int
     tolerance: float
     world: World = ALONE
+    sleeps: bool = False  # the servers give up weights and cache while nothing is drawn
+    asleep: Path | None = None  # the folder of the weights that sleeping servers load again
     error: float = 0.0  # in the main process, of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
@@ -75,6 +77,7 @@ class Sync:
         left_out = self.world.by_main(lambda: self._give(folder, version, own))
         self.replicas.left_out.clear()
         self.replicas.left_out.update(left_out)
+        self.asleep = None
         if self.before is None:
             self._check_mode()
         self.before = own
@@ -141,9 +144,44 @@ class Sync:
                 raise _not_given(url, answer.failure)
         return {url: answer.value for url, answer in found.items() if answer.value is not None}
 
-    def _load(self, one: Connection, folder: Path) -> Answer[int]:
+    def sleep(self, version: int) -> None:
+        """Let the servers give up weights and cache. Raises TrainingError if one refuses.
+
+        At level 2: at level 1 they keep a copy of the weights, which the next update replaces anyway, in the memory of
+        the host. A server that gives no answer at all is found by the next update.
+        """
+        found = self.replicas.each(lambda one: one.post("sleep?level=2", {}, lambda raw: True))
+        for url, answer in found.items():
+            if answer.value is None and not answer.lost:
+                raise _not_given(url, answer.failure)
+        self.asleep = self.folder / f"version-{version}"
+
+    def wake(self) -> None:
+        """Give sleeping servers the weights that they had. Raises TrainingError."""
+        folder, replicas = self.asleep, self.replicas
+        if folder is None:
+            return
+        there = {one.url for one in replicas.servers} - replicas.left_out
+        found = replicas.each(lambda one: self._load(one, folder), wait_s=replicas.patience_s, among=there)
+        for url, answer in found.items():
+            if answer.value is None:
+                raise _not_given(url, answer.failure)
+        self.asleep = None
+
+    def _load(self, one: Connection, folder: Path) -> Answer[Any]:
+        """A sleeping server gets memory for the weights, then the weights, then the rest, and only then draws again."""
         fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
-        return one.post("collective_rpc", fields, loaded)
+
+        def load() -> Answer[int]:
+            return one.post("collective_rpc", fields, loaded)
+
+        if not self.sleeps:
+            return load()
+        return in_turn(
+            lambda: one.post("wake_up?tags=weights", {}, lambda raw: True),
+            load,
+            lambda: one.post("wake_up", {}, lambda raw: True),
+        )
 
 
 def _not_given(url: str, why: str | None) -> TrainingError:

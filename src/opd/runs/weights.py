@@ -56,7 +56,7 @@ def sync_of(
     if section.weights == "lora":
         rank = adapter_rank(student, where)
         return AdapterSync(write=adapter_writer(student, world, model), rank=rank, **common)
-    return Sync(write=weights_writer(student, world, load), **common)
+    return Sync(write=weights_writer(student, world, load), sleeps=section.sleep, **common)
 
 
 def weights_writer(student: LanguageModel, world: World, load: Callable[[], LanguageModel]) -> Callable[[Path], None]:

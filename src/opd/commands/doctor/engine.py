@@ -5,14 +5,19 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Subject
 from opd.errors import ConfigError, TrainingError
+from opd.parallel import ALONE
+from opd.runs.launched import Starter
 from opd.runs.prepare import sampling_of
 from opd.runs.served import engine_samplers
+from opd.stage.folder import StageDir
+from opd.stage.progress import Progress
 from opd.types import Prompt, ReservedStep, Sampler
 
 REPEATS = 2  # of each side, in turns; the shorter time counts
@@ -32,12 +37,15 @@ def engine(subject: Subject) -> list[Finding]:
 
     A first call of each, with one prompt, is not counted.
     """
-    section, spec = subject.spec.engine, subject.spec
-    if section is None:
+    if subject.spec.engine is None:
         return []
     try:
-        with tempfile.TemporaryDirectory() as folder:
-            (there,) = engine_samplers(spec, section, subject.student, Path(folder)).values()
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
+            place = StageDir(Path(folder))
+            starter = Starter(folder=place, servers=servers, progress=Progress(quiet=True), world=ALONE)
+            spec = starter.engine(subject.spec, subject.student)
+            assert spec.engine is not None
+            (there,) = engine_samplers(spec, spec.engine, subject.student, place.path).values()
             there.sync(0)
             started = time.perf_counter()
             there.sync(0)
