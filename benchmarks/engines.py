@@ -6,7 +6,8 @@ PYTHON is an interpreter with vLLM for the CPU, as `make engines` builds it. Pri
 
 * scores: the teacher's top 64 of 8 responses of 128 tokens, SmolLM2-135M in float32, served / local;
 * responses: 32 rows of 64 tokens of SmolLM2-135M, seconds of the library's sampler / seconds of the engine's;
-* update: writing, loading and proving SmolLM2's weights, as a share of that update and 32 such responses;
+* update, proof: writing, loading and proving SmolLM2's weights, and the proof alone, as shares of a training step;
+* ahead: seconds of a training step one step ahead / of one in order, trainer and engine on one thread each;
 * bytes: 64 given tokens by position / the top 64 in JSON, received for the same responses;
 * cache: seconds of 8 responses of one prompt (four times as long) by position, with the prompt's cache / without;
 * pool: seconds with one of two servers dead / with both alive, on two servers that take a fixed time per request.
@@ -18,6 +19,7 @@ work that the cache saves, and nothing about a GPU.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 import time
@@ -26,6 +28,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from common import HERE, THREADS, Record, measured, say, spread
 from workload import SMOLLM2_NAME, causal_lm, language_model, prompts, tokenizer
 
@@ -35,22 +38,26 @@ from support.http_server import Arrived, Said
 from support.models import byte_tokenizer, tiny
 from support.vllm_server import vllm
 
-from opd.engines.capabilities import probe
+import opd
+from opd.engines.capabilities import control_ids, probe
 from opd.engines.replicas import Replicas
 from opd.engines.server import Server
+from opd.engines.sync import Sync
+from opd.engines.vllm import completion_fields, parse_top
 from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled, top_k
 from opd.recipe.schema import EngineSection, StageSpec
 from opd.runs.served import engine_samplers
 from opd.samplers.hf import TransformersSampler
+from opd.samplers.vllm import EngineSampler
 from opd.teachers.local import LocalTeacher
 from opd.teachers.served import ServedTeacher, top_of
 from opd.types import Prompt, Rollout, Sampling, ScoreRequest
 from opd.types import Record as Recorded
 
 K, ROUNDS = 64, 3
-GOALS = {"scores": 3.0, "bytes": 0.1, "cache": 0.5, "proof": 0.02, "pool": 2.2}  # at most
+GOALS = {"scores": 3.0, "bytes": 0.1, "cache": 0.5, "proof": 0.02, "ahead": 0.75, "pool": 2.2}  # at most
 ENGINE_FLAGS = (
     *("--max-logprobs", str(K + 1), "--max-model-len", "1024", "--max-num-seqs", "64"),
     *("--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "opd.engines.worker.WeightLoader"),
@@ -119,8 +126,7 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
         versions = iter(range(1, 1000))
         engine.sync(0)
         update = [seconds(lambda: engine.sync(next(versions))) for _ in range(ROUNDS)]
-        sync: Any = engine.update
-        proof = [seconds(lambda: sync.prove(engine.version)) for _ in range(ROUNDS)]
+        proof = [seconds(lambda: proved(engine)) for _ in range(ROUNDS)]
         own = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens))
         responses = in_turns(
             {"engine": lambda: engine(written, seed=(0, 0)), "opd": lambda: own(written, seed=(0, 0))}, ROUNDS
@@ -141,9 +147,76 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
     return {"responses": responses, "scores": scores, "update": spread(update), "proof": spread(proof)}
 
 
+def proved(engine: EngineSampler) -> None:
+    """The work of one proof: the servers and the student score a fixed sequence."""
+    sync = engine.update
+    assert isinstance(sync, Sync)
+    ids = control_ids(sync.vocabulary)
+    fields = completion_fields(sync.model, ids, 0)
+    engine.replicas.each(lambda one: one.post("v1/completions", fields, parse_top(ids, 1, 0)))
+    sync.logp(ids, 1.0)
+
+
+def of_steps(python: str, folder: Path, quick: bool) -> Record:
+    """Steps of SmolLM2, taught by a neighbour, in order and one step ahead. In turns, one thread each."""
+    steps, prompt_tokens, tokens = (2, 16, 8) if quick else (6, 16, 96)
+    texts = [{"prompt": one.content} for one in prompts(16, prompt_tokens, tokenizer())]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
+    teacher = language_model(causal_lm(SMOLLM2_NAME), tokenizer(), name="teacher")
+    with torch.no_grad():
+        for weight in teacher.model.parameters():
+            weight.mul_(1.01)
+    saving.save(teacher, folder / "teacher")
+    found: dict[str, list[Record]] = {"in order": [], "ahead": []}
+    torch.set_num_threads(1)
+    try:
+        with vllm(folder / "smollm2", folder / "log3", *ENGINE_FLAGS, by_position=False, python=python) as url:
+            for turn in range(1 if quick else 2):
+                for name, rows in found.items():
+                    made = steps_recipe(folder, url, f"{name.split()[-1]}{turn}", steps, tokens, name == "ahead")
+                    opd.run(made, quiet=True)
+                    timings = (Path(made["output_dir"]) / "distil" / "timings.jsonl").read_text().splitlines()
+                    # The first step of a run checks the server's mode; the last one has none to write ahead.
+                    rows += [json.loads(line) for line in timings[1:-1] or timings]
+    finally:
+        torch.set_num_threads(THREADS)
+    parts = ("sync", "generate", "score", "train", "total", "engine_waited_s")
+    return {
+        name: {part: spread([row[part] for row in rows]) for part in parts if part in rows[0]}
+        for name, rows in found.items()
+    }
+
+
+def steps_recipe(folder: Path, url: str, name: str, steps: int, tokens: int, ahead: bool) -> Record:
+    stage = {
+        "name": "distil",
+        "train": "student",
+        "teacher": "teacher",
+        "method": "topk_reverse_kl",
+        "options": {"k": 16, "by": "teacher", "form": "tail"},
+        "data": {"path": str(folder / "prompts.jsonl")},
+        "steps": steps,
+        "prompts_per_step": 16,
+        "sampling": {"max_completion_length": tokens, "temperature": 1.0},
+        "optimizer": {"learning_rate": 1e-6},
+        "engine": {"urls": [url], "timeout_s": 600},
+        "ahead": int(ahead),
+        "checkpoint": {"every": 1000, "every_minutes": 1000},
+        "samples_every": 0,
+    }
+    return {
+        "name": name,
+        "output_dir": str(folder / name),
+        "models": {"student": {"path": str(folder / "smollm2")}, "teacher": {"path": str(folder / "teacher")}},
+        "stages": [stage],
+    }
+
+
 def of_positions(python: str, folder: Path, quick: bool) -> Record:
     """Bytes and the prompt's cache of scores by position."""
-    settings: Record = {"hidden": 64, "spread": 0.15, "max_position_embeddings": 512}
+    # Enough layers that reading a prompt costs more than the interpreter's work for a token.
+    settings: Record = {"hidden": 512, "layers": 12, "num_attention_heads": 8, "spread": 0.05}
+    settings["max_position_embeddings"] = 512
     lm = tiny("llama", byte_tokenizer(), seed=1, name="teacher", **settings)
     saving.save(lm, folder / "tiny")
     tokens = 8 if quick else 96
@@ -160,10 +233,10 @@ def of_positions(python: str, folder: Path, quick: bool) -> Record:
     flags = ("--max-logprobs", str(K + 1), "--max-model-len", "512")
     with vllm(folder / "tiny", folder / "log2", *flags, python=python, threads=THREADS) as url:
         by_position, top = (ScoreRequest(support=top_k(K, by=by)) for by in ("student", "teacher"))
-        positions, json = served_by(url, lm, by_position), served_by(url, lm, top)
+        positions, listed = served_by(url, lm, by_position), served_by(url, lm, top)
         received: Record = {}
         rollouts, contexts = fresh()
-        for name, teacher, request in (("by position", positions, by_position), ("JSON", json, top)):
+        for name, teacher, request in (("by position", positions, by_position), ("JSON", listed, top)):
             teacher.pop_requests()
             teacher.score(rollouts, contexts, request)
             received[name] = teacher.pop_requests()["received_mb"]
@@ -237,12 +310,14 @@ def ratios(found: Record) -> Record:
     def of(group: str, above: str, below: str) -> float:
         return found[group][above]["median"] / found[group][below]["median"]
 
-    step = found["update"]["median"] + found["responses"]["engine"]["median"]
+    step = found["steps"]["in order"]["total"]["median"]
     return {
         "scores": of("scores", "served", "local"),
         "responses": of("responses", "opd", "engine"),
         "update": found["update"]["median"] / step,
         "proof": found["proof"]["median"] / step,
+        "ahead": found["steps"]["ahead"]["total"]["median"] / step,
+        "generation": found["steps"]["in order"]["generate"]["median"] / step,
         "bytes": found["bytes"]["by position"] / found["bytes"]["JSON"],
         "cache": of("cache", "with", "without"),
         "pool": of("pool", "one dead", "alive"),
@@ -258,6 +333,7 @@ def main() -> None:
         folder = Path(scratch)
         found = {"pool": of_pool(given.quick), **of_positions(given.vllm, folder, given.quick)}
         found |= of_smollm2(given.vllm, folder, given.quick)
+        found |= {"steps": of_steps(given.vllm, folder, given.quick)}
         record |= {**found, "ratios": ratios(found)}
         for name, value in record["ratios"].items():
             say(f"{name}: {value:.3g}" + (f" (goal: at most {GOALS[name]:g})" if name in GOALS else ""))

@@ -367,6 +367,9 @@ class Teacher(Protocol):
         """
         ...
 
+    def score_early(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> None:
+        """Compute what `score` will return, as far as it needs no student. Called in a thread; here: no effect."""
+
     def refuses(self, request: ScoreRequest) -> str | None:
         """Why this teacher cannot compute `request`; None if it can. Called before training."""
         return None

@@ -163,6 +163,34 @@ def waited(future: Any) -> Any:
     return future
 
 
+@pytest.mark.parametrize(("by", "early"), [("teacher", True), ("student", False)])
+def test_served_teacher_scores_what_needs_no_student(engine, tmp_path, monkeypatch, by, early):
+    """The same losses as with the teacher in this process; its top k is scored before the step, once."""
+    teacher = Engine(lm=model("teacher"), longest=512)
+    method = {"method": "topk_reverse_kl", "options": {"k": 4, "by": by, "form": "tail"}}
+    with running(teacher):
+        made = recipe(engine, **method)
+        served = made | {"models": made["models"] | {"teacher": {"server": {"urls": [teacher.url]}}}}
+        at: list[int] = []
+        real = scored
+
+        def scored_(*given: Any, **named: Any) -> Any:
+            at.append(len(teacher.scored))
+            return real(*given, **named)
+
+        monkeypatch.setattr("opd.train.scored", scored_)
+        run(tmp_path / "served", served, monkeypatch)
+        total = len(teacher.scored)
+    run(tmp_path / "local", made, monkeypatch)
+    near, far = ([row["train/loss"] for row in rows(tmp_path / name)] for name in ("local", "served"))
+    assert far == pytest.approx(near, abs=1e-5)
+    counts = rows(tmp_path / "served", "timings")
+    assert sum(row["teacher_repeated"] + row["teacher_failed"] for row in counts) == 0
+    assert total == 4 * STEPS, "each response is scored once"
+    for step, requests in enumerate(at[1:STEPS], start=1):
+        assert (requests >= 4 * (step + 1)) == early, "before the step's own requests"
+
+
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 PHASES = {

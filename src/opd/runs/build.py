@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -291,7 +291,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     samplers = samplers_of(session, spec, student, root, folder.path)
     cache = TextCache(folder.path / "texts", world.rank)
-    ahead = one_ahead(samplers, recipe.seed) if spec.ahead else None
+    ahead = one_ahead(samplers, recipe.seed, scoring_early(method, teacher)) if spec.ahead else None
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
@@ -330,6 +330,13 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         seconds_limit=seconds_limit(spec, session.directory),
         router_aux_loss=coefficient_of(student.model, spec.router_aux_loss, spec.where(None)),
     )
+
+
+def scoring_early(method: Method, teacher: Teacher) -> Callable[[list[Rollout]], None] | None:
+    """Lets the teacher score responses before their step; None if what it reads depends on rewards or on a group."""
+    if needs_of(method.context).inputs:
+        return None
+    return lambda rollouts: teacher.score_early(rollouts, method.context(rollouts), method.request())
 
 
 def elsewhere(session: Session, method: Method, student: LanguageModel, name: str) -> Teacher:

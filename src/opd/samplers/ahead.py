@@ -16,33 +16,40 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from opd.errors import OPDError, TrainingError
-from opd.samplers.vllm import EngineSampler
+from opd.samplers.vllm import EngineSampler, in_thread
 from opd.samplers.writers import in_prompts_order
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler
 
 
 @dataclass(slots=True)
 class Writing:
-    """The responses of one step, as the engine gave them. `wait` returns them, or raises the engine's error."""
+    """The responses of one step, as the engine gives them. `wait` returns them, or raises the engine's error.
+
+    `scored` ends when a teacher on servers has scored them, as far as it can before the step.
+    """
 
     step: int
     prompts: Sequence[Prompt]
     wait: Callable[[], list[Rollout]]
+    scored: Future[None] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
 class Ahead(Sampler):
     """Draws with the samplers of a stage's tasks, now or in a thread; a `Sampler`.
 
-    `seed` is the run's. The thread only waits for the servers: rendering, and all that the student computes, is done in
-    the thread that calls.
+    `seed` is the run's. `score` lets a teacher on servers score responses early (`Teacher.score_early`); its errors are
+    left to the step, which requests what is missing. The threads only speak to servers: what the student computes is
+    done in the thread that calls.
     """
 
     samplers: Mapping[str | None, EngineSampler]
     seed: int
+    score: Callable[[list[Rollout]], None] | None = None
     taken: Writing | None = field(default=None, init=False)  # of the step that trains
     coming: Writing | None = field(default=None, init=False)  # of the next one
     waited: float = field(default=0.0, init=False)  # seconds since the last `pop_requests`
@@ -55,7 +62,9 @@ class Ahead(Sampler):
     def begin(self, step: int, prompts: Sequence[Prompt]) -> None:
         """Start to draw the responses of `step` with the weights that the servers have."""
         assert self.coming is None, f"the responses of step {self.coming.step} were not taken"
-        self.coming = self._begun(prompts, (self.seed, step))
+        coming = self.coming = self._begun(prompts, (self.seed, step))
+        if (score := self.score) is not None:
+            coming.scored = in_thread(lambda: score(coming.wait()))
 
     def __call__(
         self,
@@ -81,7 +90,12 @@ class Ahead(Sampler):
                 f"{len(coming.prompts)} prompts were drawn ahead. Set the stage's `ahead` to 0, or draw the responses "
                 "to all prompts of a step in one call."
             )
-        return self._any.complete(self._waited(self.taken), record)
+        rollouts = self._waited(self.taken)
+        if self.taken.scored is not None:
+            start = time.perf_counter()
+            self.taken.scored.exception()  # after one, the step requests the scores again
+            self.waited += time.perf_counter() - start
+        return self._any.complete(rollouts, record)
 
     def sync(self, version: int) -> None:
         """Give the servers the student's weights, once they have written what they are at."""
@@ -142,8 +156,10 @@ class Ahead(Sampler):
             self.waited += time.perf_counter() - start
 
 
-def one_ahead(samplers: Mapping[str | None, Sampler], seed: int) -> Ahead:
+def one_ahead(
+    samplers: Mapping[str | None, Sampler], seed: int, score: Callable[[list[Rollout]], None] | None = None
+) -> Ahead:
     """The samplers of a stage's tasks, which are engines' (`runs.stale.check_ahead`), one step ahead."""
     engines = {task: one for task, one in samplers.items() if isinstance(one, EngineSampler)}
     assert engines.keys() == samplers.keys(), "ahead needs an engine"
-    return Ahead(samplers=engines, seed=seed)
+    return Ahead(samplers=engines, seed=seed, score=score)

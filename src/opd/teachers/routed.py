@@ -55,6 +55,11 @@ class RoutedTeacher(Teacher):
             found |= dict(zip(indices, scores, strict=True))
         return [found[i] for i in range(len(rollouts))]
 
+    def score_early(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> None:
+        """Call it on each, with its rows."""
+        for teacher, indices in routed(self, rollouts):
+            teacher.score_early([rollouts[i] for i in indices], [contexts[i] for i in indices], request)
+
     def pop_requests(self) -> dict[str, float]:
         """The sums over all teachers."""
         return summed([teacher.pop_requests() for teacher in self.teachers.values()])

@@ -15,7 +15,7 @@ no score: they are left out of the support, and counted (`teacher_ids_missing`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -49,6 +49,8 @@ class ServedTeacher(Teacher):
     max_failed: float  # largest share of responses without scores
     missing: int = field(default=0, init=False)  # entries of supports without a score, since the last `pop_requests`
     entries: int = field(default=0, init=False)
+    # Of the last two calls of `score_early`, which may come in another thread, by row and k.
+    early: list[dict[Hashable, Answer[TopScores]]] = field(default_factory=list[Any], init=False)
 
     def refuses(self, request: ScoreRequest) -> str | None:
         """Why a server cannot compute `request`."""
@@ -71,7 +73,7 @@ class ServedTeacher(Teacher):
         self._check_lengths(rows)
         by_position = bool(request.support.student_top_k) and self.capabilities.positions
         k = top_of(request, by_position, len(self.tokenizer))
-        tops = [] if k is None else self.replicas.answers([self._top_job(row, k) for row in rows])
+        tops = [] if k is None else self._tops(rows, k)
         by_ids = self._by_position(rows) if by_position else []
         check_same(self.replicas, self.capabilities, len(self.tokenizer))
         self._check_failures([*tops, *by_ids])
@@ -79,6 +81,26 @@ class ServedTeacher(Teacher):
             self._scores(row, tops[i] if tops else None, by_ids[i] if by_ids else None, request)
             for i, row in enumerate(rows)
         ]
+
+    def score_early(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> None:
+        """Request the scores that need no student: of the sampled token, and of the teacher's top k."""
+        if request.support.student_top_k:
+            return
+        rendered = [render(context, self.tokenizer, self.template_options) for context in contexts]
+        rows = [_Row(ids, rollout, request) for ids, rollout in zip(rendered, rollouts, strict=True)]
+        k = top_of(request, False, len(self.tokenizer))
+        assert k is not None
+        answers = self.replicas.answers([self._top_job(row, k) for row in rows])
+        found = {row.key(k): one for row, one in zip(rows, answers, strict=True) if one.value is not None}
+        self.early = [*self.early[-1:], found]
+
+    def _tops(self, rows: Sequence[_Row], k: int) -> list[Answer[TopScores]]:
+        """The answers that came early, and those of the other rows."""
+        known = {key: answer for one in self.early for key, answer in one.items()}
+        absent = [i for i, row in enumerate(rows) if row.key(k) not in known]
+        answers = self.replicas.answers([self._top_job(rows[i], k) for i in absent])
+        now = dict(zip(absent, answers, strict=True))
+        return [now[i] if i in now else known[row.key(k)] for i, row in enumerate(rows)]
 
     def pop_requests(self) -> dict[str, float]:
         """Requests, bytes, entries of supports and those of them without a score, since the last call."""
@@ -207,6 +229,10 @@ class _Row:
         k = request.support.student_top_k
         assert not k or rollout.student_top_ids is not None, "the support reads the student's top-k"
         self.student_top = None if rollout.student_top_ids is None or not k else rollout.student_top_ids[:, :k].cpu()
+
+    def key(self, k: int) -> Hashable:
+        """What a request for the top k of this row depends on."""
+        return (k, self.start, tuple(self.ids))
 
     @property
     def wanted(self) -> np.ndarray:

@@ -58,6 +58,10 @@ class WithBase(Teacher):
         third = self.third.score(rollouts, [rollout.prompt for rollout in rollouts], wanted)
         return [replace(one, base_logp=other.teacher_logp) for one, other in zip(scores, third, strict=True)]
 
+    def score_early(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> None:
+        """Call it on the teacher."""
+        self.teacher.score_early(rollouts, contexts, request)
+
     def refuses(self, request: ScoreRequest) -> str | None:
         """The teacher's refusal, or else the base's."""
         why = self.teacher.refuses(replace(request, base=False))
