@@ -15,10 +15,8 @@ from support.models import byte_tokenizer, policy, tiny
 from support.runs import Forks, one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
 
-from opd.engines import control
 from opd.engines.adapters import AdapterSync
-from opd.engines.replicas import Replicas
-from opd.engines.server import Server
+from opd.engines.control import check_adapters
 from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.adapters import add_lora
@@ -95,13 +93,13 @@ def test_engine_serves_new_adapter_after_each_update(url, tmp_path):
             taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
             torch.testing.assert_close(one.policy_logp, taken.float(), atol=1e-4, rtol=0)
     served = [one["id"] for one in httpx2.get(f"{url}/v1/models").json()["data"]]
-    assert sampler.adapters is not None
-    assert served == ["teacher", sampler.adapters.serves]  # the others are unloaded
+    assert served == ["teacher", sampler.update.serves]  # the others are unloaded
     assert [folder.name for folder in (tmp_path / "engine").iterdir()] == ["version-4"]
 
 
-def test_live_check_finds_that_adapters_are_taken(url, models):
-    control.check_adapters(Replicas(servers=(Server(url=url),)), "teacher", len(byte_tokenizer()))
+def test_control_finds_the_routes_of_adapters(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    check_adapters(sampler.replicas, sampler.model, 261)
 
 
 def test_rank_that_does_not_fit_ends_the_run(url, tmp_path):
@@ -156,6 +154,8 @@ def test_run_with_adapters_on_a_server_equals_local_run(forks, models, url, tmp_
     assert len(set(near)) == STEPS
 
 
-def test_two_processes_with_adapters_equal_one(forks, models, url, tmp_path):
-    one, two = (trained(forks, tmp_path / str(n), models, n, engine={"urls": [url], "weights": "lora"}) for n in (1, 2))
+def test_two_processes_with_real_adapters_equal_one(forks, models, url, tmp_path):
+    """Nothing is scored on the server, by neither process: two scores at a time would end it."""
+    section = {"urls": [url], "weights": "lora"}
+    one, two = (trained(forks, tmp_path / str(n), models, n, engine=section) for n in (1, 2))
     assert two == pytest.approx(one, abs=1e-4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,8 +35,10 @@ class Engine:
     version: str = "default"  # of the weights
     dev: bool = True  # has the control routes
     extension: bool = True  # of the workers
+    lora: bool = True  # has the routes of adapters
     processed: bool = True  # log-probs are of the distribution that is drawn from
     loads: int = 0  # tensors of the last load
+    adapters: dict[str, Any] = field(default_factory=dict)  # models with a LoRA adapter, by its name
     fault: Callable[[Arrived, Said], Said] = lambda arrived, said: said
     url: str = ""
     arrived: list[Arrived] = field(default_factory=list)
@@ -68,7 +72,9 @@ class Engine:
     def _said(self, target: str, request: dict[str, Any], ids: Any) -> Said:
         if target == "/v1/models":
             return Said(body={"object": "list", "data": [{"id": self.name, "max_model_len": self.longest}]})
-        if request.get("model") not in (None, self.name):
+        if target in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter") and self.lora:
+            return self._adapted(target, request["lora_name"], request.get("lora_path", ""))
+        if request.get("model") not in (None, self.name, *self.adapters):
             return refused(404, f"The model `{request['model']}` does not exist.")
         if target in ("/collective_rpc", "/update_weight_version", "/weight_info") and not self.dev:
             return refused(404, "Not Found")
@@ -86,16 +92,22 @@ class Engine:
         if target == "/v1/completions":
             return self._completion(ids, int(request["prompt_logprobs"]))
         if target == "/inference/v1/generate" and self.scale_out:
-            params = request["sampling_params"]
-            return self._positions(ids, params) if "prompt_logprob_token_ids" in params else self._drawn(ids, params)
+            params, model = request["sampling_params"], self.adapters.get(request["model"], self.lm.model)
+            by_position = "prompt_logprob_token_ids" in params
+            return self._positions(ids, params) if by_position else self._drawn(ids, params, model)
         if target == "/inference/v1/generate":
             return refused(403, "Start the server with --enable-scale-out.")
         return refused(404, "Not Found")
 
-    def _logits(self, ids: Any) -> Tensor:
+    def _logits(self, ids: Any, model: Any = None) -> Tensor:
         with torch.no_grad():
             row = torch.tensor([ids], device=self.lm.device)
-            return self.lm.model(input_ids=row, use_cache=False).logits[0, :, : self.lm.vocabulary].float().cpu()
+            return (
+                (model or self.lm.model)(input_ids=row, use_cache=False)
+                .logits[0, :, : self.lm.vocabulary]
+                .float()
+                .cpu()
+            )
 
     def _logp(self, ids: Any) -> Tensor:
         return self._logits(ids)[:-1].log_softmax(-1)
@@ -133,14 +145,14 @@ class Engine:
         values = logp.gather(1, torch.from_numpy(wanted)).numpy()
         return Said(body={"choices": [{"index": 0, "token_ids": [0]}], "prompt_token_id_logprobs": packed(values)})
 
-    def _drawn(self, ids: Any, params: dict[str, Any]) -> Said:
+    def _drawn(self, ids: Any, params: dict[str, Any], model: Any) -> Said:
         """A response by the request's seed, temperature, stop tokens, and a top-k of 0 or 1."""
         assert params.get("top_p", 1.0) == 1.0
         assert params.get("top_k", 0) <= 1
         ends = params.get("stop_token_ids", ())
         generator, drawn, content = torch.Generator().manual_seed(params["seed"]), [], []
         while len(drawn) < params["max_tokens"] and not (drawn and drawn[-1] in ends):
-            raw = self._logits([*ids, *drawn])[-1]
+            raw = self._logits([*ids, *drawn], model)[-1]
             logits = raw / params["temperature"]
             if params["top_k"] == 1:
                 logits = logits.masked_fill(logits < logits.max(), -torch.inf)
@@ -155,6 +167,17 @@ class Engine:
             "weight_versions": [{"version": self.version, "start": 0, "end": len(drawn)}],
         }
         return Said(body={"choices": [choice]})
+
+    def _adapted(self, target: str, name: str, folder: str) -> Said:
+        if target == "/v1/unload_lora_adapter":
+            there = self.adapters.pop(name, None)
+            return (
+                refused(404, f"The lora adapter '{name}' cannot be found.") if there is None else Said(body=b"Success")
+            )
+        if name in self.adapters:
+            return refused(400, f"The lora adapter '{name}' has already been loaded.")
+        self.adapters[name] = PeftModel.from_pretrained(copy.deepcopy(self.lm.model), folder)
+        return Said(body=b"Success")
 
     def _called(self, method: str, folder: str = "") -> Said:
         if not self.extension:

@@ -71,16 +71,22 @@ def _engine(
     able = probe(replicas, section.model, tokenizer, by_position=0, top=lambda _: 0, one_model=False)
     if section.weights == "lora":
         check_adapters(replicas, able.model, len(tokenizer))
-        yield f"engine: its servers have {able.model} and take adapters; their log-probs are those of their draws"
-    else:
-        folder = recipe.folder if section.folder is None else expanded(section.folder)
-        there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
-        for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
-            loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
-            yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
-        yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
-    if able.longest is not None:
-        yield f"engine: {_room(spec, prepared, spec.train, lengths, able.longest)}"
+        number = len(section.urls)
+        yield f"engine: {number} of {able.model}, which take adapters; their log-probs are those of their draws"
+        yield from _of_rows(spec, prepared, able.longest, lengths)
+        return
+    folder = recipe.folder if section.folder is None else expanded(section.folder)
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
+        loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
+        yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
+    yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
+    yield from _of_rows(spec, prepared, able.longest, lengths)
+
+
+def _of_rows(spec: StageSpec, prepared: Prepared, longest: int | None, lengths: list[int]) -> Iterator[str]:
+    if longest is not None:
+        yield f"engine: {_room(spec, prepared, spec.train, lengths, longest)}"
 
 
 def _shown(folder: Path, there: Path) -> str:

@@ -2,7 +2,7 @@
 
 The servers hold the base model and get the adapter's tensors alone. A name is never used again: vLLM keeps the cache of
 an adapter that is loaded anew under its name (0.32). The proof draws tokens and scores none: on a CPU two requests for
-scores at a time end a server that holds adapters.
+scores at a time end a server that takes adapters.
 
 vLLM stamps every token with the version of the base weights, whatever the adapter. So an adapter's tokens are known by
 its name, which a server without that adapter refuses, and the stamp has to stay what it was at the start.
@@ -11,6 +11,7 @@ its name, which a server without that adapter refuses, and the stamp has to stay
 from __future__ import annotations
 
 import secrets
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,10 +21,13 @@ import numpy as np
 from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, Connection, in_turn
-from opd.engines.sync import DRAWN, TEMPERATURE, answered, leave_out, remove_others, silent, there, trial_fields
-from opd.engines.vllm import Drawn, parse_drawn
+from opd.engines.update import updated
+from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import NotFiniteError, TrainingError
 from opd.parallel import ALONE, World
+
+DRAWN = 16  # tokens whose log-probs are compared
+TEMPERATURE = 2.0  # at which they are drawn: it tells the log-probs of what is drawn from those before temperature
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +55,7 @@ class AdapterSync:
         self.serves = self.model
 
     def __call__(self, version: int) -> None:
-        """Write, load and prove version `version`; then unload the one before. Silent servers: see `Sync`.
+        """Write, load and prove version `version`; then unload the one before.
 
         Raises, in every process:
             NotFiniteError: a log-prob of the student is not finite.
@@ -61,35 +65,30 @@ class AdapterSync:
             raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         folder = self.folder / f"version-{version}"
         self.write(folder)
-        name, drawn, lost = self.world.by_main(lambda: self._load(folder, version))
-        leave_out(self.replicas, lost)
+        name, drawn = self.world.by_main(lambda: self._load(folder, version))
+        self.replicas.left_out.clear()
+        self.replicas.left_out.update(one.url for one in self.replicas.servers if one.url not in drawn)
         self._prove(version, drawn)
         if not self.stamps:
             self.stamps = frozenset(stamp for one in drawn.values() for stamp in one.versions)
         before, self.serves = self.serves, name
         self.world.by_main(lambda: self._forget(before, folder))
 
-    def _load(self, folder: Path, version: int) -> tuple[str, dict[str, Drawn], set[str]]:
-        """In the main process: the adapter's name, what each server draws with it, and the servers to leave out."""
+    def _load(self, folder: Path, version: int) -> tuple[str, dict[str, Drawn]]:
+        """In the main process: the name of the loaded adapter, and what each server draws with it."""
         name = f"opd-{version}-{secrets.token_hex(4)}"
         fields = {"lora_name": name, "lora_path": str(folder.absolute())}
-        request = trial_fields(name, self._prompt, salt=name)
-
-        def load(one: Connection) -> Answer[bool]:
-            answer = one.post("v1/load_lora_adapter", fields, lambda raw: True)
-            repeated = "has already been loaded" in str(answer.failure)  # the first answer was lost; the name is new
-            return replace(answer, value=True, failure=None) if repeated else answer
+        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0}
+        params |= {"min_p": 0.0, "ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
+        request = draw_fields(name, self._prompt, params, seed=0, salt=name)
 
         def update(one: Connection) -> Answer[Drawn]:
             return in_turn(
-                lambda: load(one),
+                lambda: _loaded(one.post("v1/load_lora_adapter", fields, lambda raw: True)),
                 lambda: one.post("inference/v1/generate", request, parse_drawn),
             )
 
-        replicas = self.replicas
-        found = replicas.each(update, wait_s=replicas.patience_s, among=there(replicas))
-        drawn = answered(found, first=not self.stamps, error=self._not_given)
-        return name, drawn, silent(replicas, drawn)
+        return name, updated(self.replicas, update, first=not self.stamps, refused=self._not_given)
 
     def _prove(self, version: int, of_servers: Mapping[str, Drawn]) -> None:
         """Compare the log-probs of the drawn tokens with the student's. Raises TrainingError."""
@@ -111,17 +110,20 @@ class AdapterSync:
     def _forget(self, before: str, folder: Path) -> None:
         """In the main process: unload the adapter before, and remove the folders of all but the last.
 
-        A server that has been started again does not have it: 404. One that has just been lost is left out later.
+        A server that has been started again does not have it: 404.
         """
         if before != self.model:
-            fields, urls = {"lora_name": before}, {one.url for one in self.replicas.servers} - self.replicas.left_out
+            fields = {"lora_name": before}
+            there = {one.url for one in self.replicas.servers} - self.replicas.left_out
             found = self.replicas.each(
-                lambda one: one.post("v1/unload_lora_adapter", fields, lambda raw: True), among=urls
+                lambda one: one.post("v1/unload_lora_adapter", fields, lambda raw: True), among=there
             )
-            for url, answer in found.items():
+            for url, answer in found.items():  # a lost one shows when it has to draw
                 if answer.value is None and not answer.lost and not str(answer.failure).startswith("HTTP 404"):
                     raise TrainingError(f"The server {url} could not unload the adapter {before}: {answer.failure}.")
-        remove_others(self.folder, folder)
+        for old in self.folder.glob("version-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
 
     @property
     def _prompt(self) -> list[int]:
@@ -139,3 +141,9 @@ class AdapterSync:
             f"The server {url} could not be given the student's adapter: {why}. {self._start}; the same command then "
             "continues."
         )
+
+
+def _loaded(answer: Answer[bool]) -> Answer[bool]:
+    """The answer to a load, which may be repeated because its answer was lost: the name is no other's."""
+    again = answer.value is None and "has already been loaded" in str(answer.failure)
+    return replace(answer, value=True, failure=None, transient=False) if again else answer

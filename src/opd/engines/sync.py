@@ -10,20 +10,27 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from opd.engines.capabilities import RECOGNISED_S, control_ids
+from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection, in_turn
-from opd.engines.vllm import TopScores, completion_fields, draw_fields, member_of, models_in, parse_drawn, parse_top
+from opd.engines.update import updated
+from opd.engines.vllm import (
+    Drawn,
+    TopScores,
+    completion_fields,
+    draw_fields,
+    member_of,
+    parse_drawn,
+    parse_top,
+)
 from opd.errors import NotFiniteError, TrainingError
 from opd.parallel import ALONE, World
 
-T = TypeVar("T")
-
-DRAWN, TEMPERATURE = 16, 2.0  # tokens that show which log-probs a server gives
+DRAWN = 16  # tokens that show which log-probs a server gives
 
 START = (
     "Start it with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`, "
@@ -65,13 +72,15 @@ class Sync:
             raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         folder = self.folder / f"version-{version}"
         self.write(folder)
-        leave_out(self.replicas, self.world.by_main(lambda: self._give(folder, version, own)))
+        left_out = self.world.by_main(lambda: self._give(folder, version, own))
+        self.replicas.left_out.clear()
+        self.replicas.left_out.update(left_out)
         if self.before is None:
             self._check_mode()
         self.before = own
 
     def _give(self, folder: Path, version: int, own: np.ndarray) -> set[str]:
-        """In the main process: the servers load the folder, and prove it. Returns those to leave out."""
+        """In the main process: the servers load the folder, and prove it. The silent ones, which are left out."""
         ids = control_ids(self.vocabulary)
         fields = completion_fields(self.model, ids, 0)
         named = {"new_version": str(version)}
@@ -83,14 +92,15 @@ class Sync:
                 lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
             )
 
-        found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=there(self.replicas))
-        scored = answered(found, first=self.before is None, error=_not_given)
+        scored = updated(self.replicas, update, first=self.before is None, refused=_not_given)
         self._prove(version, {url: one.logp for url, one in scored.items()}, own)
-        remove_others(self.folder, folder)
-        return silent(self.replicas, scored)
+        for old in self.folder.glob("version-*"):
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+        return {one.url for one in self.replicas.servers if one.url not in scored}
 
     def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
-        """Compare the servers' scores of a fixed sequence with the student's. Raises TrainingError."""
+        """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
         self.error = max(float(np.abs(logp - own).max()) for logp in scored.values())
         for url, logp in scored.items():
             apart = float(np.abs(logp - own).max())
@@ -107,25 +117,29 @@ class Sync:
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
         prompt = control_ids(self.vocabulary)[:8]
-        fields = trial_fields(self.model, prompt, salt="opd-mode")
-        replicas = self.replicas
-        found = self.world.by_main(
-            lambda: answered(
-                replicas.each(
-                    lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
-                ),
-                first=True,
-                error=_not_given,
-            )
-        )
-        for url, drawn in found.items():
-            own = self.logp([*prompt, *drawn.ids], TEMPERATURE)[len(prompt) - 1 :]
+        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+        params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
+        fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
+        of_servers = self.world.by_main(lambda: self._drawn(fields))
+        for url, drawn in of_servers.items():
+            own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:
                 raise TrainingError(
                     f"The server {url} gives other log-probs than those of the distribution that it draws from: at "
-                    f"temperature {TEMPERATURE:g} they differ from the student's by up to {apart:.3g} nats. {START}."
+                    f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {START}."
                 )
+
+    def _drawn(self, fields: Mapping[str, Any]) -> dict[str, Drawn]:
+        """In the main process: what each server draws."""
+        replicas = self.replicas
+        found = replicas.each(
+            lambda one: one.post("inference/v1/generate", fields, parse_drawn), wait_s=replicas.pause_s
+        )
+        for url, answer in found.items():
+            if answer.value is None:
+                raise _not_given(url, answer.failure)
+        return {url: answer.value for url, answer in found.items() if answer.value is not None}
 
     def _load(self, one: Connection, folder: Path) -> Answer[int]:
         fields = {"method": "opd_load", "kwargs": {"folder": str(folder.absolute())}}
@@ -136,56 +150,6 @@ def _not_given(url: str, why: str | None) -> TrainingError:
     return TrainingError(
         f"The server {url} could not be given the student's weights: {why}. {START}; the same command then continues."
     )
-
-
-def there(replicas: Replicas) -> set[str]:
-    """The servers to update: all but those that the last update left out and that are still silent."""
-    urls = {one.url for one in replicas.servers}
-    if not replicas.left_out:
-        return urls
-    found = replicas.each(lambda one: one.get("v1/models", models_in), RECOGNISED_S, among=replicas.left_out)
-    return urls - {url for url, answer in found.items() if answer.value is None}
-
-
-def answered(
-    found: Mapping[str, Answer[T]], *, first: bool, error: Callable[[str, str | None], TrainingError]
-) -> dict[str, T]:
-    """The values of the servers that took an update. At the `first` one all have to.
-
-    Raises `error(address, why)` for a server that refuses, and if no server answers.
-    """
-    values = {url: answer.value for url, answer in found.items() if answer.value is not None}
-    for url, answer in found.items():
-        if answer.value is None and (not answer.lost or not values or first):
-            raise error(url, answer.failure)
-    return values
-
-
-def silent(replicas: Replicas, values: Mapping[str, Any]) -> set[str]:
-    """The servers that did not take an update, which are counted as lost."""
-    urls = {one.url for one in replicas.servers} - values.keys()
-    replicas.counts.add(servers_lost=len(urls))
-    return urls
-
-
-def leave_out(replicas: Replicas, urls: set[str]) -> None:
-    """Send nothing to these servers until the next update; every process calls this."""
-    replicas.left_out.clear()
-    replicas.left_out.update(urls)
-
-
-def remove_others(folder: Path, last: Path) -> None:
-    """Remove the weights of older versions."""
-    for old in folder.glob("version-*"):
-        if old != last:
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def trial_fields(model: str, prompt: Sequence[int], *, salt: str) -> dict[str, Any]:
-    """A request for `DRAWN` tokens at a temperature that tells log-probs of draws from those before temperature."""
-    params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-    params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
-    return draw_fields(model, prompt, params, seed=0, salt=salt)
 
 
 def loaded(raw: bytes) -> int:

@@ -19,8 +19,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from opd.engines.replicas import in_thread
 from opd.errors import OPDError, TrainingError
-from opd.samplers.vllm import EngineSampler, in_thread
+from opd.samplers.vllm import EngineSampler
 from opd.samplers.writers import in_prompts_order
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler
 

@@ -9,9 +9,7 @@ tokens were drawn from, after temperature, top-k and top-p.
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +17,8 @@ import numpy as np
 import torch
 
 from opd.engines.adapters import AdapterSync
-from opd.engines.replicas import Job, Replicas
-from opd.engines.server import BodyError
+from opd.engines.replicas import Job, Replicas, in_thread
+from opd.engines.server import BodyError, WrongServerError
 from opd.engines.sync import Sync
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import ConfigError, TrainingError
@@ -179,11 +177,14 @@ class EngineSampler(Sampler):
         }
 
     def _read(self, raw: bytes) -> Drawn:
-        """A response of the last update's weights; with adapters, of the base at the start. Else raises BodyError."""
+        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one.
+
+        The server of a response of other weights is the wrong one until the next update.
+        """
         drawn = parse_drawn(raw)
         wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
         if wrong := set(drawn.versions) - wanted:
-            raise BodyError(
+            raise WrongServerError(
                 f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
                 f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
                 "servers"
@@ -227,20 +228,6 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
-
-
-def in_thread(work: Callable[[], None]) -> Future[None]:
-    """`work` in a thread that does not keep the process alive."""
-    future: Future[None] = Future()
-
-    def _run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=_run, daemon=True, name="opd-draw").start()
-    return future
 
 
 def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
