@@ -179,6 +179,17 @@ def test_update_that_fails_once_is_repeated(engine, tmp_path, monkeypatch):
     assert sum(row["engine_repeated"] for row in rows(tmp_path / "ill", "timings.jsonl")) >= STEPS
 
 
+def test_live_check_says_whether_adapters_are_taken(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepare(tmp_path, recipe(engine)))
+    said = command("check", "recipe.yaml", "--live")
+    assert "take adapters" in " ".join(said.out.split())
+    assert not engine.names_used
+    engine.fault = lambda arrived, said: refused(404, "Not Found") if "lora" in arrived.target else said
+    said = command("check", "recipe.yaml", "--live")
+    assert said.code
+    assert "does not give its routes for adapters: HTTP 404" in " ".join(said.err.split())
+
+
 def test_check_refuses_adapters_of_a_model_without(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(prepare(tmp_path, recipe(engine, lora=None)))
     said = command("check", "recipe.yaml")

@@ -76,10 +76,7 @@ def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMo
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
     if spec.peers:
-        raise ConfigError(
-            f"{where}: the stage trains {', '.join(spec.trains)}, and an engine serves the weights of one. Remove "
-            "`engine`."
-        )
+        raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
     if section.weights == "lora" and not trains_adapter(recipe, spec, given):
         raise ConfigError(
             f"{where}: `weights: lora` sends an adapter, and the model {spec.train!r} trains its full weights. Give "
@@ -196,9 +193,8 @@ def served_teacher(
     name: str, section: ModelSpec, student: LanguageModel, method: Method, world: World = ALONE
 ) -> ServedTeacher:
     """The teacher of a stage, once its servers have answered. Raises ConfigError and AlignmentError."""
-    return teacher_on_servers(
-        name, section, (student.name, student.tokenizer), requests_of(method), student.device, world
-    )
+    requests = requests_of(method)
+    return teacher_on_servers(name, section, (student.name, student.tokenizer), requests, student.device, world)
 
 
 def teacher_on_servers(
