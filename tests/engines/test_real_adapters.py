@@ -130,7 +130,7 @@ def test_version_of_the_base_is_stamped_on_tokens_of_adapters(url, tmp_path):
         sampler(PROMPTS, seed=(0, 0))
 
 
-def trained(forks: Forks, folder: Path, models: Path, **stage: Any) -> list[float]:
+def trained(forks: Forks, folder: Path, models: Path, processes: int = 1, **stage: Any) -> list[float]:
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "teacher", "form": "tail"},
@@ -141,7 +141,7 @@ def trained(forks: Forks, folder: Path, models: Path, **stage: Any) -> list[floa
     )
     described = {name: {"path": str(models / name)} for name in ("student", "teacher")}
     described["student"] |= {"lora": {"rank": 4, "alpha": 8}}  # type: ignore[dict-item]
-    ended = forks.start(prepare(folder, made | {"models": described}), "train", "recipe.yaml")
+    ended = forks.start(prepare(folder, made | {"models": described}), "train", "recipe.yaml", processes=processes)
     assert ended.code == 0, ended.err
     rows = [json.loads(line) for line in (folder / "run/distil/metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
@@ -152,3 +152,10 @@ def test_run_with_adapters_on_a_server_equals_local_run(forks, models, url, tmp_
     far = trained(forks, tmp_path / "far", models, engine={"urls": [url], "weights": "lora"})
     assert far == pytest.approx(near, abs=1e-4)
     assert len(set(near)) == STEPS
+
+
+def test_two_processes_with_real_adapters_equal_one(forks, models, url, tmp_path):
+    """Nothing is scored on the server, by neither process: two scores at a time would end it."""
+    section = {"urls": [url], "weights": "lora"}
+    one, two = (trained(forks, tmp_path / str(n), models, n, engine=section) for n in (1, 2))
+    assert two == pytest.approx(one, abs=1e-4)

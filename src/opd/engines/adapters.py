@@ -1,7 +1,8 @@
 """A LoRA adapter for vLLM's servers, under a new name after every update, and the proof that they serve it.
 
 The servers hold the base model and get the adapter's tensors alone. A name is never used again: vLLM keeps the cache of
-an adapter that is loaded anew under its name (0.32).
+an adapter that is loaded anew under its name (0.32). The proof draws tokens and scores none: on a CPU two requests for
+scores at a time end a server that takes adapters.
 
 vLLM stamps every token with the version of the base weights, whatever the adapter. So an adapter's tokens are known by
 its name, which a server without that adapter refuses, and the stamp has to stay what it was at the start.
