@@ -72,7 +72,7 @@ def test_live_says_what_servers_can_do(servers, tmp_path):
         "nothing wrong found",
     ):
         assert part in text(said)
-    assert (engine.version, engine.loads) == ("default", 0)
+    assert (engine.version, engine.loads) == ("default", [])
     assert not (tmp_path / "run").exists()
 
 

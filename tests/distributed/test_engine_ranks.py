@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 from support import shards
-from support.drawing import DrawingEngine
 from support.engines import Engine, running
 from support.http_server import Arrived, Said
 from support.runs import ENVIRONMENT, Ended, Forks, one_stage, prepare, tiny_model
@@ -35,9 +34,10 @@ def student(**spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def servers() -> Iterator[tuple[DrawingEngine, Engine]]:
+def servers() -> Iterator[tuple[Engine, Engine]]:
     """An engine, whose own weights are not the student's, and a teacher."""
-    engine = DrawingEngine(lm=load_model(ModelSpec.model_validate(student() | {"seed": 5}), name="student", seed=0))
+    lm = load_model(ModelSpec.model_validate(student() | {"seed": 5}), name="student", seed=0)
+    engine = Engine(lm=lm, name="student", longest=512)
     teacher = Engine(lm=load_model(ModelSpec(**TEACHER), name="teacher", seed=0), longest=512)
     with running(engine, teacher):
         yield engine, teacher
@@ -164,7 +164,8 @@ def test_two_processes_one_step_ahead_equal_one(forks, servers, tmp_path):
 def test_no_process_uses_a_server_that_missed_an_update(forks, servers, tmp_path):
     """Of two servers of an engine one is gone from the second update on: the main process finds it, for both."""
     engine, _ = servers
-    other = DrawingEngine(lm=load_model(ModelSpec.model_validate(student()), name="student", seed=0))
+    lm = load_model(ModelSpec.model_validate(student()), name="student", seed=0)
+    other = Engine(lm=lm, name="student", longest=512)
 
     with running(other):
         updates = [0]
@@ -194,12 +195,12 @@ def test_failed_update_ends_all_processes_with_one_message(forks, servers, tmp_p
     """The main process alone speaks to the servers; the other one waits for it."""
     answer, message = FAULTS[name]
     ill = [True]
-    real = DrawingEngine._load
+    real = Engine._load
 
-    def load(self: DrawingEngine, folder: Path) -> dict[str, Any]:
+    def load(self: Engine, folder: Path) -> dict[str, Any]:
         return answer if ill[0] and folder.name == "version-2" else real(self, folder)
 
-    monkeypatch.setattr(DrawingEngine, "_load", load)
+    monkeypatch.setattr(Engine, "_load", load)
     ended = forks.start(prepare(tmp_path / "work", recipe(*servers)), "train", "recipe.yaml", processes=2)
     assert ended.code not in (0, 97)
     assert ended.err.count("TrainingError: ") == 1, ended.err
@@ -286,7 +287,7 @@ def test_two_nodes_with_servers_equal_one_process(forks, servers, tmp_path, back
 
 
 def test_failed_update_ends_both_nodes_with_one_message(servers, tmp_path, monkeypatch):
-    monkeypatch.setattr(DrawingEngine, "_load", lambda self, folder: {"error": "no room"})
+    monkeypatch.setattr(Engine, "_load", lambda self, folder: {"error": "no room"})
     nodes = of_two_nodes(tmp_path / "work", recipe(*servers))
     assert all(one.code for one in nodes)
     assert sum(one.err.count("TrainingError: ") for one in nodes) == 1, [one.err for one in nodes]

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.drawing import DrawingEngine
-from support.engines import refused, running
+from support.engines import Engine, refused, running
 from support.http_server import Arrived, Said
 from support.runs import Forks, command, one_stage, prepare, tiny_model
 
@@ -25,14 +24,14 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 @pytest.fixture
-def engine() -> Iterator[DrawingEngine]:
+def engine() -> Iterator[Engine]:
     """A server of the student's base model."""
-    one = DrawingEngine(lm=load_model(ModelSpec(**tiny_model(2)), name="student", seed=0))
+    one = Engine(lm=load_model(ModelSpec(**tiny_model(2)), name="student", seed=0), name="student", longest=512)
     with running(one):
         yield one
 
 
-def recipe(engine: DrawingEngine, *, lora: dict[str, Any] | None = LORA, **section: Any) -> dict[str, Any]:
+def recipe(engine: Engine, *, lora: dict[str, Any] | None = LORA, **section: Any) -> dict[str, Any]:
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "teacher", "form": "tail"},
@@ -97,15 +96,15 @@ def test_adapter_names_are_new_and_old_ones_unloaded(engine, tmp_path, monkeypat
 
 def test_adapter_without_effect_ends_the_run(engine, tmp_path, monkeypatch):
     """A server that answers the load of the second adapter with success, and draws with the first one's weights."""
-    real = DrawingEngine._load_adapter
+    real = Engine._load_adapter
 
-    def load(self: DrawingEngine, name: str, folder: Path) -> Said:
+    def load(self: Engine, name: str, folder: Path) -> Said:
         if self.names_used:
             tensors = load_file(folder / "adapter_model.safetensors")
             save_file({n: torch.zeros_like(t) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
         return real(self, name, folder)
 
-    monkeypatch.setattr(DrawingEngine, "_load_adapter", load)
+    monkeypatch.setattr(Engine, "_load_adapter", load)
     with pytest.raises(TrainingError, match=r"does not draw with the student's adapter of step 1: .* nats"):
         run(tmp_path, recipe(engine), monkeypatch)
 
