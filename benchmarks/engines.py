@@ -41,6 +41,7 @@ from support.vllm_server import vllm
 import opd
 from opd.engines.capabilities import control_ids, probe
 from opd.engines.replicas import Replicas
+from opd.engines.scoring import top_of
 from opd.engines.server import Server
 from opd.engines.sync import Sync
 from opd.engines.vllm import completion_fields, parse_top
@@ -52,7 +53,7 @@ from opd.runs.served import engine_samplers
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.vllm import EngineSampler
 from opd.teachers.local import LocalTeacher
-from opd.teachers.served import ServedTeacher, top_of
+from opd.teachers.served import ServedTeacher
 from opd.types import Prompt, Rollout, Sampling, ScoreRequest
 from opd.types import Record as Recorded
 
@@ -226,7 +227,9 @@ def of_positions(python: str, folder: Path, quick: bool) -> Record:
     def fresh() -> tuple[list[Rollout], list[Prompt]]:
         """Responses to a prompt of which no server has a token in its cache."""
         number = next(numbers)
-        prompt = Prompt(id=0, content=(f"{number} is a prompt that is long " * 40)[: 4 * tokens - 50])
+        prompt = Prompt(
+            id=0, content=(f"{number} is a prompt that is long " * 40)[: 4 * tokens + 8]
+        )  # not whole blocks of the cache
         rollouts = sampler([prompt], seed=(0, number), record=Recorded(top_k=K))
         return rollouts, [prompt] * len(rollouts)
 

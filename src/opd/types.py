@@ -382,6 +382,12 @@ class Teacher(Protocol):
         """The teacher of the rows with that `Prompt.teacher_id`; itself, unless it is a `RoutedTeacher`."""
         return self
 
+    def writer(
+        self, student: Any, sampling: Sampling, context: Context, max_prompt_length: int | None
+    ) -> Writer | None:
+        """A writer of this teacher's own responses, for a `LanguageModel` student, where `lm` is None. None: no way."""
+        return None
+
     def pop_requests(self) -> dict[str, float]:
         """A served teacher's counts since the last call: requests, bytes, ..."""
         return {}

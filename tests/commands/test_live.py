@@ -31,12 +31,20 @@ def servers() -> Iterator[tuple[Engine, Engine]]:
         yield teacher, engine
 
 
-def checked(folder: Path, teacher: Engine, engine: Engine, *flags: str, student: Any = STUDENT, **stage: Any) -> Ended:
+def checked(
+    folder: Path,
+    teacher: Engine,
+    engine: Engine,
+    *flags: str,
+    student: Any = STUDENT,
+    weights: str = "full",
+    **stage: Any,
+) -> Ended:
     """`opd check` of a recipe with both, in `folder`."""
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "student", "form": "tail"},
-        engine={"urls": [engine.url], "retries": 0},
+        engine={"urls": [engine.url], "retries": 0, "weights": weights},
         data={"path": str(folder / "train.jsonl")},
         **stage,
     )
@@ -64,7 +72,7 @@ def test_live_says_what_servers_can_do(servers, tmp_path):
         "nothing wrong found",
     ):
         assert part in text(said)
-    assert (engine.version, engine.loads) == ("default", 0)
+    assert (engine.version, engine.loads) == ("default", [])
     assert not (tmp_path / "run").exists()
 
 
@@ -106,6 +114,17 @@ def test_live_names_what_an_engine_lacks(servers, tmp_path, name):
     said = checked(tmp_path, *servers, "--live", sampling={"max_completion_length": 30})
     assert said.code == 2
     assert remedy in text(said)
+
+
+def test_live_says_whether_an_engine_takes_adapters(servers, tmp_path):
+    student = STUDENT | {"lora": {"rank": 2}}
+    said = checked(tmp_path, *servers, "--live", student=student, weights="lora")
+    assert said.code == 0, said.err
+    assert "engine: 1 of student, which take adapters" in text(said)
+    servers[1].lora = False
+    said = checked(tmp_path, *servers, "--live", student=student, weights="lora")
+    assert said.code == 2
+    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in text(said)
 
 
 def test_live_names_a_server_that_does_not_answer(servers, tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -1446,6 +1447,8 @@ def test_methods_all_have_recipe():
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_check_recipe_accepts_shipped_recipe(path: Path):
+    if "start: {" in path.read_text() and not os.environ.get("OPD_VLLM"):
+        pytest.skip("the recipe starts vLLM, and OPD_VLLM names no Python that has it; `make engines` builds one")
     large = [one.name for one in load_recipe(path).stages if one.data and not 0 < (one.data.limit or 0) <= 500]
     recipe = load_recipe(path, [f"stages.{name}.data.limit=500" for name in large])
     assert len(check_recipe(recipe)) >= len(recipe.stages)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from support.drawing import DrawingEngine
+from support import shards
 from support.engines import Engine, running
 from support.http_server import Arrived, Said
 from support.runs import ENVIRONMENT, Ended, Forks, one_stage, prepare, tiny_model
@@ -36,9 +36,10 @@ def student(**spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def servers() -> Iterator[tuple[DrawingEngine, Engine]]:
+def servers() -> Iterator[tuple[Engine, Engine]]:
     """An engine, whose own weights are not the student's, and a teacher."""
-    engine = DrawingEngine(lm=load_model(ModelSpec.model_validate(student() | {"seed": 5}), name="student", seed=0))
+    lm = load_model(ModelSpec.model_validate(student() | {"seed": 5}), name="student", seed=0)
+    engine = Engine(lm=lm, name="student", longest=512)
     teacher = Engine(lm=load_model(ModelSpec(**TEACHER), name="teacher", seed=0), longest=512)
     with running(engine, teacher):
         yield engine, teacher
@@ -81,6 +82,31 @@ def trained(forks: Forks, folder: Path, made: dict[str, Any], processes: int) ->
     return folder
 
 
+def test_whole_weights_are_gathered_layer_by_layer(tmp_path):
+    """Of four layers one is whole at a time; the copy is in the main process alone, and its error in all."""
+    script = Path(shards.__file__).with_name("over.py")
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        str(script),
+        str(tmp_path / "found"),
+    ]
+    path = f"{script.parents[1]}:{ENVIRONMENT.get('PYTHONPATH', '')}"
+    subprocess.run([sys.executable, *command], env={**ENVIRONMENT, "PYTHONPATH": path}, check=True, timeout=300)
+    found = json.loads((tmp_path / "found").read_text())
+    assert found["apart"] < 1e-6
+    assert found["most"] == 1
+    assert found["sharded_after"]
+    assert found["apart_inside"] < 1e-6
+    assert found["whole_inside"] == 4  # still gathered
+    assert found["copied"] == [True, False]
+    assert found["copy_apart"] == 0.0
+    assert found["told"] == ["no room in process 0"] * 2
+    assert found["value"] == [0, 0]
+
+
 @pytest.mark.parametrize("model", [student(), student(lora={"rank": 2, "alpha": 4})], ids=["full", "lora"])
 def test_two_processes_with_servers_equal_one(forks, servers, tmp_path, model):
     engine, _ = servers
@@ -98,6 +124,28 @@ def test_two_processes_with_servers_equal_one(forks, servers, tmp_path, model):
     assert [folder.name for folder in (two / "run/distil/engine").iterdir()] == engine.loads[-1:]
 
 
+@pytest.mark.parametrize("weights", ["full", "lora"])
+def test_jumps_are_validated_with_their_own_weights(forks, servers, tmp_path, weights):
+    """Candidate weights go to the engine too, while the student is whole in every process."""
+    engine, _ = servers
+    engine.lm = load_model(ModelSpec.model_validate(student()), name="student", seed=0)  # the base of the adapter
+    stage = {
+        "method": "eff_opd",
+        "options": {"prompts": 6, "ties": True},
+        "reward": {"name": "final_number"},
+        "engine": {"urls": [engine.url], "weights": weights},
+    }
+    model = student(lora={"rank": 2, "alpha": 4})
+    one = trained(forks, tmp_path / "one", recipe(*servers, model=model, **stage), 1)
+    two = trained(forks, tmp_path / "two", recipe(*servers, model=model, **stage), 2)
+    assert_same_run(one, two)
+    sent = engine.names_used if weights == "lora" else engine.loads
+    assert len(sent) > 2 * (STEPS + 1)
+    if weights == "lora":
+        assert not engine.loads
+        assert len(set(sent)) == len(sent)
+
+
 def test_runs_on_one_server_share_no_cache(forks, servers, tmp_path):
     engine, _ = servers
     for name in ("one", "two"):
@@ -107,29 +155,60 @@ def test_runs_on_one_server_share_no_cache(forks, servers, tmp_path):
     assert not set(salts[: len(salts) // 2]) & set(salts[len(salts) // 2 :])
 
 
+def test_two_processes_one_step_ahead_equal_one(forks, servers, tmp_path):
+    ahead = recipe(*servers, ahead=1, checkpoint={"every": 1})
+    one = trained(forks, tmp_path / "one", ahead, 1)
+    two = trained(forks, tmp_path / "two", ahead, 2)
+    assert_same_run(one, two)
+    assert [row["rollout/staleness_max"] for row in rows(two, "metrics.jsonl")] == [0.0, 1.0, 1.0]
+
+
+def test_no_process_uses_a_server_that_missed_an_update(forks, servers, tmp_path):
+    """Of two servers of an engine one is gone from the second update on: the main process finds it, for both."""
+    engine, _ = servers
+    lm = load_model(ModelSpec.model_validate(student()), name="student", seed=0)
+    other = Engine(lm=lm, name="student", longest=512)
+
+    with running(other):
+        updates = [0]
+
+        def fault(arrived: Arrived, said: Said) -> Said:
+            updates[0] += arrived.target == "/collective_rpc"
+            return Said(hang_up=True) if updates[0] > 1 else said
+
+        other.fault = fault
+        section = {"urls": [engine.url, other.url], "patience_s": 1.0, "retries": 0}
+        two = trained(forks, tmp_path / "two", recipe(*servers, engine=section), 2)
+    drawn = len(other.drawn)
+    assert 0 < drawn <= 6  # in the first step alone
+    assert len(engine.drawn) + drawn == STEPS * 6
+    assert [row["engine_servers_lost"] for row in rows(two, "timings.jsonl")] == [0.0, 1.0, 1.0]
+    assert sum(row["engine_repeated"] for row in rows(two, "timings.jsonl")) == 0
+
+
 FAULTS = {
-    "a server refuses the weights": ({"error": "no room"}, 3, "no room"),  # an update is sent three times
-    "the update has no effect": ({"tensors": 1}, 1, "the update had no effect"),
+    "a server refuses the weights": ({"error": "no room"}, "no room"),
+    "the update has no effect": ({"tensors": 1}, "the update had no effect"),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_failed_update_ends_all_processes_with_one_message(forks, servers, tmp_path, monkeypatch, name):
     """The main process alone speaks to the servers; the other one waits for it."""
-    answer, times, message = FAULTS[name]
-    updates = [0]
-    real = DrawingEngine._load
+    answer, message = FAULTS[name]
+    ill = [True]
+    real = Engine._load
 
-    def load(self: DrawingEngine, folder: Path) -> dict[str, Any]:
-        updates[0] += 1
-        return answer if 3 <= updates[0] < 3 + times else real(self, folder)
+    def load(self: Engine, folder: Path) -> dict[str, Any]:
+        return answer if ill[0] and folder.name == "version-2" else real(self, folder)
 
-    monkeypatch.setattr(DrawingEngine, "_load", load)
+    monkeypatch.setattr(Engine, "_load", load)
     ended = forks.start(prepare(tmp_path / "work", recipe(*servers)), "train", "recipe.yaml", processes=2)
     assert ended.code not in (0, 97)
     assert ended.err.count("TrainingError: ") == 1, ended.err
     assert ended.err.count(message) == 1, ended.err
     assert "Traceback" not in ended.err
+    ill[0] = False
     again = forks.start(tmp_path / "work", "train", "recipe.yaml", processes=2)
     assert again.code == 0, again.err
 
@@ -235,7 +314,7 @@ def test_two_nodes_with_servers_equal_one_process(forks, servers, tmp_path, back
 
 
 def test_failed_update_ends_both_nodes_with_one_message(servers, tmp_path, monkeypatch):
-    monkeypatch.setattr(DrawingEngine, "_load", lambda self, folder: {"error": "no room"})
+    monkeypatch.setattr(Engine, "_load", lambda self, folder: {"error": "no room"})
     nodes = of_two_nodes(tmp_path / "work", recipe(*servers))
     assert all(one.code for one in nodes)
     assert sum(one.err.count("TrainingError: ") for one in nodes) == 1, [one.err for one in nodes]

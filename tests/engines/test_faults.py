@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.faults import FAULTS, Ended, Fault, Servers, check, clean, models_in, outcome, own_servers
+from support.faults import FAULTS, KINDS, Ended, Fault, Servers, check, clean, models_in, outcome, own_servers
 
 from opd.engines.replicas import Replicas
 from opd.parallel import World
@@ -28,8 +29,8 @@ def servers(models: Path) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="module")
-def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    return clean(servers, models, tmp_path_factory.mktemp("clean"))
+def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Ended]:
+    return clean(servers, models, tmp_path_factory.mktemp("clean"), KINDS)
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,6 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.side}: {fault.name}" for fault in FAULTS])
 def test_run_loses_nothing_to_a_fault(
-    servers: Servers, models: Path, wanted: dict[str, Ended], tmp_path: Path, fault: Fault
+    servers: Servers, models: Path, wanted: dict[Any, Ended], tmp_path: Path, fault: Fault
 ):
-    check(fault, outcome(fault, servers, models, tmp_path), wanted[fault.by])
+    check(fault, outcome(fault, servers, models, tmp_path), wanted[fault.kind])

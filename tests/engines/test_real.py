@@ -20,6 +20,8 @@ from opd.engines.replicas import Replicas
 from opd.engines.scoring import top_of
 from opd.engines.server import Server
 from opd.engines.vllm import completion_fields, parse_positions, parse_top, positions_fields
+from opd.loss.step import gradient, scored
+from opd.methods import build
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import sampled, top_k
 from opd.samplers.hf import TransformersSampler
@@ -92,6 +94,34 @@ def test_real_scores_equal_local_scores(teacher, url, name):
             assert torch.equal(got.support_mask, want.support_mask)
             torch.testing.assert_close(got.teacher_support_logp, want.teacher_support_logp, atol=1e-5, rtol=0)
     assert served.pop_requests()["repeated"] == 0
+
+
+METHODS = {
+    "sampled": ("opd", {}),
+    "teacher's top k": ("topk_reverse_kl", {"k": K, "by": "teacher", "form": "tail"}),
+    "student's top k": ("topk_reverse_kl", {"k": K, "by": "student", "form": "tail"}),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_gradient_of_a_step_equals_that_of_a_local_teacher(teacher, url, name):
+    method = build(*METHODS[name])
+    student = tiny("llama", teacher.tokenizer, seed=2, hidden=32, spread=0.3, name="student")
+    prompts = [Prompt(id=i, content=text) for i, text in enumerate(("the quick brown fox", "x = 12;"))]
+    sampler = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=24, n=2))
+    rollouts = sampler(prompts, seed=(0, 0), record=method.record())
+    contexts, request = method.context(rollouts), method.request()
+    local = LocalTeacher(lm=teacher, micro_batch_tokens=4096, student_device=DEVICE)
+    found = []
+    for one in (local, teacher_at(url, request, teacher.tokenizer)):
+        student.model.zero_grad()
+        phase_a = scored(method, one, rollouts, contexts, request, DEVICE)
+        gradient(method, student, one, phase_a, 4096)
+        found.append({key: weight.grad.clone() for key, weight in student.model.named_parameters()})
+    near, far = found
+    assert max(float(grad.abs().max()) for grad in near.values()) > 1e-3
+    for key, grad in near.items():
+        torch.testing.assert_close(far[key], grad, atol=1e-5, rtol=0, msg=key)
 
 
 def test_real_scores_of_equal_responses(teacher, url):

@@ -16,6 +16,7 @@ from support.runs import Forks, one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines.adapters import AdapterSync
+from opd.engines.control import check_adapters
 from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.adapters import add_lora
@@ -96,6 +97,11 @@ def test_engine_serves_new_adapter_after_each_update(url, tmp_path):
     assert [folder.name for folder in (tmp_path / "engine").iterdir()] == ["version-4"]
 
 
+def test_control_finds_the_routes_of_adapters(url, tmp_path):
+    sampler = sampler_of(url, learner(), tmp_path)
+    check_adapters(sampler.replicas, sampler.model, 261)
+
+
 def test_rank_that_does_not_fit_ends_the_run(url, tmp_path):
     sampler = sampler_of(url, learner(rank=16), tmp_path)
     with pytest.raises(
@@ -124,7 +130,7 @@ def test_version_of_the_base_is_stamped_on_tokens_of_adapters(url, tmp_path):
         sampler(PROMPTS, seed=(0, 0))
 
 
-def trained(forks: Forks, folder: Path, models: Path, **stage: Any) -> list[float]:
+def trained(forks: Forks, folder: Path, models: Path, processes: int = 1, **stage: Any) -> list[float]:
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "teacher", "form": "tail"},
@@ -135,7 +141,7 @@ def trained(forks: Forks, folder: Path, models: Path, **stage: Any) -> list[floa
     )
     described = {name: {"path": str(models / name)} for name in ("student", "teacher")}
     described["student"] |= {"lora": {"rank": 4, "alpha": 8}}  # type: ignore[dict-item]
-    ended = forks.start(prepare(folder, made | {"models": described}), "train", "recipe.yaml")
+    ended = forks.start(prepare(folder, made | {"models": described}), "train", "recipe.yaml", processes=processes)
     assert ended.code == 0, ended.err
     rows = [json.loads(line) for line in (folder / "run/distil/metrics.jsonl").read_text().splitlines()]
     return [row["train/loss"] for row in rows if "train/loss" in row]
@@ -146,3 +152,10 @@ def test_run_with_adapters_on_a_server_equals_local_run(forks, models, url, tmp_
     far = trained(forks, tmp_path / "far", models, engine={"urls": [url], "weights": "lora"})
     assert far == pytest.approx(near, abs=1e-4)
     assert len(set(near)) == STEPS
+
+
+def test_two_processes_with_real_adapters_equal_one(forks, models, url, tmp_path):
+    """Nothing is scored on the server, by neither process: two scores at a time would end it."""
+    section = {"urls": [url], "weights": "lora"}
+    one, two = (trained(forks, tmp_path / str(n), models, n, engine=section) for n in (1, 2))
+    assert two == pytest.approx(one, abs=1e-4)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support.faults import FAULTS, Ended, Fault, Servers, check, clean, models_in, outcome, real_servers, row
+from support.faults import FAULTS, KINDS, Ended, Fault, Servers, check, clean, models_in, outcome, real_servers, row
 from support.vllm_server import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]
@@ -25,14 +26,14 @@ def servers(models: Path) -> Iterator[Servers]:
 
 
 @pytest.fixture(scope="module")
-def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
-    return clean(servers, models, tmp_path_factory.mktemp("clean"))
+def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Ended]:
+    return clean(servers, models, tmp_path_factory.mktemp("clean"), KINDS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.side}: {fault.name}" for fault in FAULTS])
 def test_run_loses_nothing_to_a_fault_before_vllm(
-    servers: Servers, models: Path, wanted: dict[str, Ended], tmp_path: Path, fault: Fault
+    servers: Servers, models: Path, wanted: dict[Any, Ended], tmp_path: Path, fault: Fault
 ):
     found = outcome(fault, servers, models, tmp_path)
     print(row(fault, found))
-    check(fault, found, wanted[fault.by])
+    check(fault, found, wanted[fault.kind])

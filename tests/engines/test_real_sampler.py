@@ -6,9 +6,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.engines import Engine, running
 from support.models import byte_tokenizer, policy, tiny
 from support.vllm_server import needs_vllm, vllm
 
@@ -231,6 +233,44 @@ def test_later_start_reads_no_cache_of_an_earlier_one(url, tmp_path):
         (one,) = drawn(sampler, prompts=prompts)
         taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
         torch.testing.assert_close(one.sampler_logp, taken.float(), atol=1e-4, rtol=0)
+
+
+def members(body: object, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, type) of every member."""
+    if isinstance(body, dict):
+        for key, one in body.items():
+            yield from members(one, f"{path}.{key}")
+    elif isinstance(body, list):
+        for one in body:
+            yield from members(one, f"{path}[]")
+    else:
+        yield path, type(body).__name__
+
+
+def test_own_server_draws_and_is_controlled_as_the_real_one(url, tmp_path):
+    """The fast tests use a server of their own: its answers have the same status, and members of the real ones."""
+    lm = learner()
+    sampler_of(url, lm, tmp_path).sync(0)
+    params = {"max_tokens": 4, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "stop_token_ids": [1]}
+    ids = [7, 8, 9]
+    requests = [
+        ("collective_rpc", {"method": "opd_about", "kwargs": {"folder": str(tmp_path)}}),
+        ("collective_rpc", {"method": "opd_load", "kwargs": {"folder": str(tmp_path / "engine" / "version-0")}}),
+        ("update_weight_version", {"new_version": "0"}),
+        ("inference/v1/generate", protocol.draw_fields("teacher", ids, params, seed=3, salt="a")),
+        ("inference/v1/generate", protocol.draw_fields("teacher", ids, params | {"top_k": 1}, seed=3, salt="a")),
+        ("inference/v1/generate", protocol.draw_fields("unknown", ids, params, seed=3, salt="a")),
+    ]
+    with running(Engine(lm=learner(), longest=256)) as (own_url,):
+        pairs = [
+            [httpx2.post(f"{root}/{path}", json=fields, timeout=120.0) for root in (own_url, url)]
+            for path, fields in requests
+        ]
+        pairs.append([httpx2.get(f"{root}/weight_info", timeout=120.0) for root in (own_url, url)])
+    for own, real in pairs:
+        assert own.status_code == real.status_code, real.text[:300]
+        if real.status_code == 200:
+            assert set(members(own.json())) <= set(members(real.json())), (own.text[:300], real.text[:300])
 
 
 def test_control_finds_what_the_server_has(url, tmp_path):

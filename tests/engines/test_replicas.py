@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from support.http_server import Arrived, Said, listening
 
 from opd.engines import replicas as module
 from opd.engines.replicas import Job, Replicas
-from opd.engines.server import Answer, Connection, Server
+from opd.engines.server import Answer, Connection, Server, WrongServerError
 
 
 class Counter:
@@ -100,10 +101,10 @@ def test_lost_server_is_left_out_and_nothing_is_lost():
     with listening(alive.answer) as url, listening(Counter().answer) as dead:
         pass
     with listening(alive.answer) as url:
-        made = replicas(url, dead)
+        made = replicas(url, dead, patience_s=60.0)
         started = time.monotonic()
         assert [one.value for one in made.answers([job(i) for i in range(40)])] == list(range(40))
-        assert time.monotonic() - started < 3.0
+        assert time.monotonic() - started < 20.0
     assert made.counts.servers_lost >= 1
     assert made.counts.failed == 0
 
@@ -197,11 +198,40 @@ def test_each_waits_for_lost_server_while_no_other_answers():
     with listening(Counter().answer) as dead:
         pass
     with listening(alive.answer) as url:
-        for urls, least, most in (((dead,), 0.6, 5.0), ((url, dead), 0.0, 0.5)):
+        for urls, wait_s, least in (((dead,), 0.8, 0.6), ((url, dead), 60.0, 0.0)):
             started = time.monotonic()
-            found = replicas(*urls, retries=1).each(number, wait_s=0.8)
+            found = replicas(*urls, retries=1).each(number, wait_s=wait_s)
             assert found[dead].lost
-            assert least <= time.monotonic() - started < most
+            assert least <= time.monotonic() - started < 20.0
+
+
+def of_version(raw: bytes) -> int:
+    number = json.loads(raw)["number"]
+    if number < 0:
+        raise WrongServerError("another version")
+    return number
+
+
+def test_wrong_server_gets_no_further_request():
+    """One job each is sent to it by its two threads, and then none; another server answers all."""
+    wrong, right = Counter(0.01, said=lambda _: Said(body={"number": -1})), Counter(0.01)
+    with listening(wrong.answer) as first, listening(right.answer) as second:
+        made = replicas(first, second, tokens_in_flight=20, pause_s=30.0)
+        jobs = [replace(job(i), read=of_version) for i in range(12)]
+        assert [one.value for one in made.answers(jobs)] == list(range(12))
+    assert 1 <= len(wrong.seen) <= 2
+    assert len(right.seen) == 12
+
+
+def test_answers_end_at_once_when_all_servers_are_wrong():
+    one = Counter(said=lambda _: Said(body={"number": -1}))
+    with listening(one.answer) as url:
+        started = time.monotonic()
+        found = replicas(url, pause_s=30.0, patience_s=60.0).answers(
+            [replace(job(i), read=of_version) for i in range(9)]
+        )
+    assert time.monotonic() - started < 20.0
+    assert {answer.failure for answer in found} == {f"{url}: another version"}
 
 
 def test_answers_leave_out_servers():

@@ -287,3 +287,20 @@ def test_sdpo_says_so_when_no_response_is_right(tmp_path: Path, monkeypatch: pyt
         opd.run("recipe.yaml", quiet=True)
     rows = map(json.loads, Path("run/distil/metrics.jsonl").read_text().splitlines())
     assert [row["context/unsolved"] for row in rows if "context/unsolved" in row] == [4.0, 4.0]
+
+
+def test_context_distillation_external_equals_frozen_copy(tmp_path, monkeypatch):
+    """A teacher of the student's own weights that reads the information: the same steps as of the frozen student."""
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for which in ("frozen", "external"):
+        stage = {"method": "context_distillation", "options": {"template": "1{prompt}", "k": 4, "teacher": which}}
+        named = "teacher" if which == "external" else None
+        made = one_stage(**stage, teacher=named, steps=3, optimizer={"learning_rate": 0.01})
+        made["models"] = {"teacher": made["models"]["student"], "student": made["models"]["student"]}
+        prepare(tmp_path, made | {"output_dir": which})
+        opd.run("recipe.yaml", quiet=True)
+        rows = (tmp_path / which / "distil" / "metrics.jsonl").read_text().splitlines()
+        found.append([json.loads(row)["train/loss"] for row in rows])
+    assert found[0] == found[1]
+    assert min(found[0]) > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,26 +13,19 @@ from typing import Any
 import pytest
 import torch
 from support.engines import Engine, running
+from support.in_order import in_order
 from support.models import policy
 from support.runs import Forks, Strike, assert_same, command, one_stage, prepare, tiny_model
 
 import opd
-from opd.data.order import PromptOrder
-from opd.data.prompts import load_selected
+from opd.engines import replicas
 from opd.errors import ConfigError, RunError, TrainingError
 from opd.loss.step import gradient, scored
-from opd.method import Method
-from opd.methods import build
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
-from opd.recipe.schema import EngineSection, ModelSpec, OptimizerSection, StageSpec
-from opd.runs.prepare import assigned
+from opd.recipe.schema import EngineSection, ModelSpec, StageSpec
 from opd.runs.served import engine_samplers
-from opd.runs.stale import with_importance
-from opd.samplers import vllm
 from opd.samplers.ahead import one_ahead
-from opd.stage import optimisation
-from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Record
 
 STEPS = 5
@@ -81,39 +75,12 @@ def run(folder: Path, made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
 # --- the numbers -----------------------------------------------------------------------------------------------------
 
 
-def in_order(engine: Engine, folder: Path, stage: dict[str, Any]) -> list[float]:
-    """The losses of a plain loop: the responses of step s + 1 are drawn before the update of step s."""
-    spec = StageSpec.model_validate(stage | {"ahead": 0})
-    student, teacher = model("student"), model("teacher")
-    method: Method = with_importance(spec, build(spec.method, spec.options))
-    local = LocalTeacher(lm=teacher, micro_batch_tokens=4096, student_device=student.device)
-    assert spec.data is not None
-    prompts = assigned(load_selected(spec.data, require=[])[0], spec, None, spec.by_task[None], 0)
-    order = PromptOrder(prompts=(prompts,), shares=(1.0,), count=spec.prompts_per_step, seed=0, mixed=False)
-    sampler = engine_samplers(spec, EngineSection(urls=[engine.url]), student, folder)[None]
-    settings = optimisation.build(student.trainable(), OptimizerSection(learning_rate=0.05, schedule="constant"), STEPS)
-    memory = method.make_memory()
-    sampler.sync(0)
-    coming = sampler.begin(order.take(0), seed=(0, 0))()
-    losses = []
-    for step in range(STEPS):
-        sampler.sync(step)
-        taken, coming = coming, sampler.begin(order.take(step + 1), seed=(0, step + 1))()
-        rollouts = sampler.complete(taken, method.record())
-        contexts = method.context(rollouts)
-        phase = scored(method, local, rollouts, contexts, method.request(), student.device, memory)
-        losses.append(gradient(method, student, local, phase, 4096)[0])
-        settings.clip()
-        settings.step()
-    return losses
-
-
 @pytest.mark.parametrize("settings", [TOP_K, SAMPLED, {"method": "grpo", "reward": {"name": "final_number"}}])
 def test_losses_are_those_of_a_loop_in_order(engine, tmp_path, monkeypatch, settings):
     made = recipe(engine, **settings)
     run(tmp_path, made, monkeypatch)
     if settings["method"] != "grpo":  # whose reward this loop does not have
-        wanted = in_order(engine, tmp_path / "again", made["stages"][0])
+        wanted = in_order(made["stages"][0], model("student"), model("teacher"), tmp_path / "again")
         assert [row["train/loss"] for row in rows(tmp_path)] == pytest.approx(wanted, abs=1e-6)
     assert [row["rollout/staleness_max"] for row in rows(tmp_path)] == [0.0, 1.0, 1.0, 1.0, 1.0]
     assert all(row["engine_waited_s"] >= 0 for row in rows(tmp_path, "timings"))
@@ -150,7 +117,7 @@ def test_engine_draws_while_the_step_trains(engine, tmp_path, monkeypatch):
         seen.append(len([one for one in engine.arrived if "seed" in one.request.get("sampling_params", {})]))
         return real(*given, **named)
 
-    started = vllm.in_thread
+    started = replicas.in_thread
     monkeypatch.setattr("opd.train.gradient", gradient_)
     monkeypatch.setattr("opd.samplers.vllm.in_thread", lambda work: waited(started(work)))
     run(tmp_path, recipe(engine, **TOP_K), monkeypatch)
@@ -266,6 +233,30 @@ def test_dead_server_costs_no_step(engine, tmp_path, monkeypatch):
     assert ended.code == 0
     assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3, 4, 5]
     assert "no server gave the responses of step 4 before the run ended" in " ".join((ended.out + ended.err).split())
+
+
+def test_error_does_not_wait_for_the_next_responses(engine, tmp_path, forks: Forks):
+    """The teacher's server fails while the engine takes a minute for the next responses."""
+    teacher = Engine(lm=model("teacher"), longest=512)
+    draws = [0]
+
+    def slow(arrived: Any, said: Any) -> Any:
+        draws[0] += "seed" in arrived.request.get("sampling_params", {})
+        return replace(said, wait_s=60.0 if draws[0] > 1 + 2 * 4 else 0.0)
+
+    def fails(arrived: Any, said: Any) -> Any:
+        return replace(said, status=400) if draws[0] > 1 + 2 * 4 else said
+
+    engine.fault, teacher.fault = slow, fails
+    with running(teacher):
+        made = recipe(engine, **TOP_K)
+        models = made["models"] | {"teacher": {"server": {"urls": [teacher.url], "retries": 0, "patience_s": 0.5}}}
+        folder = prepare(tmp_path / "ends", made | {"models": models})
+        begun = time.monotonic()
+        ended = forks.start(folder, "train", "recipe.yaml")
+    assert ended.code == 1
+    assert "TeacherError" in ended.err
+    assert time.monotonic() - begun < 45.0
 
 
 # --- what is refused, and what is said -------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.drawing import DrawingEngine
-from support.engines import refused, running
+from support.engines import Engine, refused, running
 from support.http_server import Arrived, Said
 from support.runs import Forks, command, one_stage, prepare, tiny_model
 
@@ -25,14 +24,14 @@ LORA = {"rank": 4, "alpha": 8}
 
 
 @pytest.fixture
-def engine() -> Iterator[DrawingEngine]:
+def engine() -> Iterator[Engine]:
     """A server of the student's base model."""
-    one = DrawingEngine(lm=load_model(ModelSpec(**tiny_model(2)), name="student", seed=0))
+    one = Engine(lm=load_model(ModelSpec(**tiny_model(2)), name="student", seed=0), name="student", longest=512)
     with running(one):
         yield one
 
 
-def recipe(engine: DrawingEngine, *, lora: dict[str, Any] | None = LORA, **section: Any) -> dict[str, Any]:
+def recipe(engine: Engine, *, lora: dict[str, Any] | None = LORA, **section: Any) -> dict[str, Any]:
     made = one_stage(
         method="topk_reverse_kl",
         options={"k": 4, "by": "teacher", "form": "tail"},
@@ -81,6 +80,7 @@ def test_two_processes_with_adapters_equal_one(forks, engine, tmp_path):
     one = trained(forks, tmp_path / "one", recipe(engine))
     two = trained(forks, tmp_path / "two", recipe(engine), processes=2)
     same(one, two)
+    assert not [one for one in engine.arrived if one.target == "/v1/completions"]  # two at a time end a real one
 
 
 def test_adapter_names_are_new_and_old_ones_unloaded(engine, tmp_path, monkeypatch):
@@ -96,15 +96,15 @@ def test_adapter_names_are_new_and_old_ones_unloaded(engine, tmp_path, monkeypat
 
 def test_adapter_without_effect_ends_the_run(engine, tmp_path, monkeypatch):
     """A server that answers the load of the second adapter with success, and draws with the first one's weights."""
-    real = DrawingEngine._load_adapter
+    real = Engine._load_adapter
 
-    def load(self: DrawingEngine, name: str, folder: Path) -> Said:
+    def load(self: Engine, name: str, folder: Path) -> Said:
         if self.names_used:
             tensors = load_file(folder / "adapter_model.safetensors")
             save_file({n: torch.zeros_like(t) for n, t in tensors.items()}, folder / "adapter_model.safetensors")
         return real(self, name, folder)
 
-    monkeypatch.setattr(DrawingEngine, "_load_adapter", load)
+    monkeypatch.setattr(Engine, "_load_adapter", load)
     with pytest.raises(TrainingError, match=r"does not draw with the student's adapter of step 1: .* nats"):
         run(tmp_path, recipe(engine), monkeypatch)
 
@@ -156,6 +156,37 @@ def test_restarted_server_gets_the_next_adapter(engine, tmp_path, monkeypatch):
     engine.fault = fault
     run(tmp_path / "ill", recipe(engine), monkeypatch)
     same(clean, tmp_path / "ill")
+
+
+def test_update_that_fails_once_is_repeated(engine, tmp_path, monkeypatch):
+    """Also one whose adapter was loaded before the failure: its name is new, so it is the same adapter."""
+    clean = tmp_path / "clean"
+    run(clean, recipe(engine), monkeypatch)
+    failed: set[str] = set()
+
+    def fault(arrived: Arrived, said: Said) -> Said:
+        name, draws = arrived.request.get("model"), arrived.request.get("sampling_params", {})
+        if draws.get("temperature") == 2.0 and name not in failed:
+            failed.add(str(name))
+            return refused(500, "a fault")
+        return said
+
+    engine.fault = fault
+    run(tmp_path / "ill", recipe(engine), monkeypatch)
+    same(clean, tmp_path / "ill")
+    assert len(failed) >= STEPS
+    assert sum(row["engine_repeated"] for row in rows(tmp_path / "ill", "timings.jsonl")) >= STEPS
+
+
+def test_live_check_says_whether_adapters_are_taken(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepare(tmp_path, recipe(engine)))
+    said = command("check", "recipe.yaml", "--live")
+    assert "take adapters" in " ".join(said.out.split())
+    assert not engine.names_used
+    engine.fault = lambda arrived, said: refused(404, "Not Found") if "lora" in arrived.target else said
+    said = command("check", "recipe.yaml", "--live")
+    assert said.code
+    assert "does not give its routes for adapters: HTTP 404" in " ".join(said.err.split())
 
 
 def test_check_refuses_adapters_of_a_model_without(engine, tmp_path, monkeypatch):

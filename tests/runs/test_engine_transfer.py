@@ -228,8 +228,15 @@ def test_live_says_what_it_cannot_see(engines, line, tmp_path, monkeypatch):
     assert "VLLM_SERVER_DEV_MODE=1" in command("check", "recipe.yaml", "--live").err
 
 
-def test_check_refuses_folder_without_use(engines, line, tmp_path, monkeypatch):
-    monkeypatch.chdir(prepare(tmp_path, recipe(engines, folder="weights")))
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"folder": "weights"}, "nothing goes through a folder. Remove `folder`"),
+        ({"sleep": True}, "which do not sleep. Remove `start` and `sleep`"),
+    ],
+)
+def test_check_refuses_what_excludes_transfer(engines, line, tmp_path, monkeypatch, section, message):
+    monkeypatch.chdir(prepare(tmp_path, recipe(engines, **section)))
     said = command("check", "recipe.yaml")
     assert said.code
-    assert "nothing goes through a folder. Remove `folder`" in " ".join(said.err.split())
+    assert message in " ".join(said.err.split())

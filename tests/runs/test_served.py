@@ -134,6 +134,13 @@ def test_check_names_what_a_server_cannot_do(engine, tmp_path, monkeypatch):
     assert not engine.arrived
 
 
+def test_doctor_refuses_a_teacher_on_servers(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(prepare(tmp_path, recipe(served(engine), "opd", {})))
+    said = command("doctor", "recipe.yaml")
+    assert said.code
+    assert "teacher 'teacher' is on servers, which only score" in " ".join(said.err.split())
+
+
 def test_check_says_where_scores_come_from(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(prepare(tmp_path, recipe(served(engine), "opd", {})))
     said = command("check", "recipe.yaml")

@@ -62,6 +62,32 @@ def test_changes_have_effects(stage: dict[str, Any], expected: dict[str, str]):
     assert effects(recipe(**stage)) == {f"stages.distil.{key}": value for key, value in expected.items()}
 
 
+def test_changes_of_servers_have_effects():
+    """Where a server is, or how it is started, has none; the path of what it serves has."""
+
+    def served(**teacher: Any) -> Recipe:
+        whole = one_stage(engine={"urls": ["http://h:1"]})
+        return parse_recipe(whole | {"models": whole["models"] | {"teacher": {"server": teacher}}})
+
+    def effects_of(old: Recipe, new: Recipe) -> dict[str, str]:
+        return {change.key.removeprefix("models.teacher.server."): change.effect for change in recipe_changes(old, new)}
+
+    start = {"path": "a", "python": "p", "flags": ["-x"], "env": {"A": "1"}}
+    one, two = served(urls=["http://h:1"]), served(urls=["http://h:2"], retries=5, model="m")
+    assert effects_of(one, two) == {"urls": "none", "retries": "none", "model": "none"}
+    other = {"path": "b", "python": "q", "flags": ["-y"], "env": {"A": "2"}, "dtype": "bfloat16"}
+    assert effects_of(served(start=start), served(start=other)) == {
+        "start.path": "numbers",
+        "start.dtype": "rounding",
+        "start.python": "none",
+        "start.flags": "rounding",
+        "start.env.A": "none",
+    }
+    raw = one_stage(engine={"urls": ["http://h:2"], "tolerance": 0.1})
+    moved = parse_recipe(raw | {"models": raw["models"] | {"teacher": {"server": {"urls": ["http://h:1"]}}}})
+    assert set(effects_of(one, moved).values()) == {"none"}
+
+
 def test_changes_of_options_are_of_numbers_whatever_their_name():
     old, new = (recipe(reward={"name": "math_verify", "options": {"timeout_s": limit}}) for limit in (5, 3))
     (change,) = recipe_changes(old, new)

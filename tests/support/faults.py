@@ -10,7 +10,7 @@ import contextlib
 import json
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ class Fault:
     """A fault in the middle of a run. `side`: of the teacher's server, or of the engine's. `by` chooses the support.
 
     `two`: a second server stands beside the faulty one. `ends`: the message with which the run must end; without one
-    it must reach its last step.
+    it must reach its last step. `weights`: what the engine gets, the whole model or its LoRA adapter.
+    `ahead`: whether it writes the next step's responses during a step.
     """
 
     side: str
@@ -47,20 +48,32 @@ class Fault:
     by: str = "teacher"
     two: bool = False
     late: bool = False
+    weights: str = "full"
+    ahead: int = 0
     ends: str = ""
+
+    @property
+    def kind(self) -> tuple[str, str, int]:
+        return self.by, self.weights, self.ahead
 
 
 @dataclass(frozen=True, slots=True)
 class Servers:
-    """The addresses of the servers: of the teacher, of an engine, and of another one with the student's first weights.
+    """The addresses of the servers: of the teacher, of an engine, and of two others with the student's first weights.
 
+    `fresh` stands for a server that was started again; `adapters` takes adapters, and keeps its weights.
     `late_s`: the client's `timeout_s` where an answer is late. Elsewhere it is long, so that a busy machine fails none.
     """
 
     teacher: str
     engine: str
     fresh: str
+    adapters: str
     late_s: float
+
+    def engine_of(self, weights: str) -> str:
+        """The engine that gets the whole model, or its adapter."""
+        return self.adapters if weights == "lora" else self.engine
 
 
 def spoil(kind: str, change: Callable[[Any], Any], *at: int) -> Callable[[Servers], Spoilt]:
@@ -202,7 +215,14 @@ FAULTS = (
     Fault("engine", "a connection that is closed in an update", spoil("name", hung_up, 3, 5)),
     Fault("engine", "NaN in the proof of an update", spoil("control", NAN, 4)),
     Fault("engine", "one of two servers is gone", switched("response", None), two=True),
+    Fault("engine", "one of two servers is gone for one update", spoil("load", hung_up, 3, 4, 5), two=True),
     Fault("engine", "one of two servers was started again", switched("response", "fresh"), two=True),
+    Fault("engine", "status 500 to an adapter", spoil("load", failed, 3, 5), weights="lora"),
+    Fault("engine", "a connection that is closed behind an adapter", spoil("load", hung_up, 3, 5), weights="lora"),
+    Fault("engine", "one of two servers with adapters is gone", switched("response", None), two=True, weights="lora"),
+    Fault("engine", "a body that is cut, one step ahead", spoil("response", cut), ahead=1),
+    Fault("engine", "status 500 to an update, one step ahead", spoil("load", failed, 3, 5), ahead=1),
+    Fault("engine", "one of two servers is gone, one step ahead", switched("response", None), two=True, ahead=1),
     Fault("engine", "started again", switched("response", "fresh"), ends=RESTARTED),
     Fault("engine", "refuses an update", spoil("load", lambda body: REFUSED, *range(3, 99)), ends=NOT_GIVEN),
     Fault("engine", "versions that run backwards", spoil("response", of_choice(backwards), *range(5, 99)), ends=BACK),
@@ -221,9 +241,19 @@ class Ended:
 
 
 def run(
-    folder: Path, models: Path, by: str, teachers: list[str], engines: list[str], timeout_s: float = 120.0
+    folder: Path,
+    models: Path,
+    kind: tuple[str, str, int],
+    teachers: list[str],
+    engines: list[str],
+    timeout_s: float = 120.0,
 ) -> Ended:
-    """`opd train` of a recipe with a served teacher and an engine, or its continuation, in this process."""
+    """`opd train` of a recipe with a served teacher and an engine, or its continuation, in this process.
+
+    `kind`: what chooses the support, what the engine gets, and how many steps it is ahead.
+    """
+    by, weights, ahead = kind
+    student = {"path": str(models / "student"), **({"lora": {"rank": 4}} if weights == "lora" else {})}
     limits = {"timeout_s": timeout_s, "patience_s": 60.0}
     made = one_stage(
         method="topk_reverse_kl",
@@ -231,7 +261,8 @@ def run(
         steps=STEPS,
         sampling={"max_completion_length": 8},
         optimizer={"learning_rate": 3e-3},
-        engine={"urls": engines, **limits},
+        engine={"urls": engines, "weights": weights, **limits},
+        ahead=ahead,
         data={"path": str(folder / "train.jsonl")},
     )
     served = {"server": {"urls": teachers, **limits}}
@@ -239,7 +270,7 @@ def run(
         folder,
         made
         | {
-            "models": {"student": {"path": str(models / "student")}, "teacher": served},
+            "models": {"student": student, "teacher": served},
             "output_dir": str(folder / "run"),
         },
     )
@@ -267,18 +298,18 @@ def outcome(fault: Fault, servers: Servers, models: Path, folder: Path) -> tuple
     own, timeout_s = fault.side == "teacher", servers.late_s if fault.late else 120.0
     with (
         before(servers.teacher, spoilt if own else None) as teacher,
-        before(servers.engine, None if own else spoilt) as engine,
+        before(servers.engine_of(fault.weights), None if own else spoilt) as engine,
     ):
         proxies: dict[str, Proxy] = {"teacher": teacher, "engine": engine}
         urls = {side: [proxy.url] for side, proxy in proxies.items()}
         if fault.two:
-            urls[fault.side].append(servers.teacher if own else servers.engine)
-        first = run(folder, models, fault.by, urls["teacher"], urls["engine"], timeout_s)
+            urls[fault.side].append(servers.teacher if own else servers.engine_of(fault.weights))
+        first = run(folder, models, fault.kind, urls["teacher"], urls["engine"], timeout_s)
         assert proxies[fault.side].spoiled, f"the fault was not met: {proxies[fault.side].seen}"
         if not first.message:
             return first, None
         proxies[fault.side].heal()
-        return first, run(folder, models, fault.by, urls["teacher"], urls["engine"], timeout_s)
+        return first, run(folder, models, fault.kind, urls["teacher"], urls["engine"], timeout_s)
 
 
 def as_new(url: str) -> None:
@@ -295,10 +326,11 @@ def models_in(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def own_servers(models: Path, late_s: float = 2.0) -> Iterator[Servers]:
-    """Three of the tests' own servers."""
+    """Four of the tests' own servers."""
     tokenizer = byte_tokenizer()
     engines = [
-        Engine(lm=tiny("llama_tied", tokenizer, seed=seed, hidden=64, spread=0.15), longest=256) for seed in (1, 2, 2)
+        Engine(lm=tiny("llama_tied", tokenizer, seed=seed, hidden=64, spread=0.15), longest=256)
+        for seed in (1, 2, 2, 2)
     ]
     with running(*engines) as urls:
         yield Servers(*urls, late_s)
@@ -306,23 +338,29 @@ def own_servers(models: Path, late_s: float = 2.0) -> Iterator[Servers]:
 
 @contextlib.contextmanager
 def real_servers(models: Path, late_s: float = 20.0) -> Iterator[Servers]:
-    """Three servers of vLLM."""
+    """Four servers of vLLM."""
     flags = ("--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "opd.engines.worker.WeightLoader")
+    lora = ("--logprobs-mode", "processed_logprobs", "--enable-lora", "--max-lora-rank", "8")
+    chosen = {"teacher": (), "engine": flags, "fresh": flags, "adapters": lora}
     with contextlib.ExitStack() as stack:
-        urls = [
-            stack.enter_context(vllm(models / model, models / f"{role}.log", *more, by_position=not more))
-            for role, model, more in (
-                ("teacher", "teacher", ()),
-                ("engine", "student", flags),
-                ("fresh", "student", flags),
-            )
-        ]
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
+        urls: list[str] = []
+        for role, more in chosen.items():
+            model = "student" if more else "teacher"
+            one = vllm(models / model, models / f"{role}.log", *more, by_position=not more)
+            urls.append(stack.enter_context(one))
         yield Servers(*urls, late_s)
 
 
-def clean(servers: Servers, models: Path, folder: Path) -> dict[str, Ended]:
-    """The runs without a fault, by support."""
-    return {by: run(folder / by, models, by, [servers.teacher], [servers.engine]) for by in ("teacher", "student")}
+def clean(servers: Servers, models: Path, folder: Path, kinds: Collection[tuple[str, str, int]]) -> dict[Any, Ended]:
+    """The runs without a fault, by kind."""
+    return {
+        kind: run(folder / "-".join(map(str, kind)), models, kind, [servers.teacher], [servers.engine_of(kind[1])])
+        for kind in sorted(kinds)
+    }
+
+
+KINDS = {fault.kind for fault in FAULTS}
 
 
 def check(fault: Fault, found: tuple[Ended, Ended | None], wanted: Ended) -> None:
@@ -363,11 +401,11 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         models = stack.enter_context(models_in(folder / "models"))
         servers = stack.enter_context((real_servers if PYTHON else own_servers)(models))
-        wanted = clean(servers, models, folder / "clean")
+        wanted = clean(servers, models, folder / "clean", KINDS)
         print("| server of | fault | repeated | waits | left out | outcome |\n|---|---|---:|---:|---:|---|")
         for i, fault in enumerate(FAULTS):
             found = outcome(fault, servers, models, folder / str(i))
-            check(fault, found, wanted[fault.by])
+            check(fault, found, wanted[fault.kind])
             print(row(fault, found), flush=True)
 
 

@@ -16,7 +16,7 @@ import httpx2
 from support.http_server import Arrived, Said, listening
 
 CONTROL = 24  # tokens of the fixed sequence by which a server's model is recognised
-MODE = 8  # tokens of the prompt by which the kind of an engine's log-probs is recognised
+MODE, DRAWN = 8, 16  # tokens of the prompt and of the response that prove what an engine draws from
 
 CLIENT = httpx2.Client(timeout=300.0, verify=False, trust_env=False)  # to the loopback alone
 
@@ -24,7 +24,7 @@ CLIENT = httpx2.Client(timeout=300.0, verify=False, trust_env=False)  # to the l
 def kind_of(arrived: Arrived) -> str:
     """What a request is for: scores, scores by position, a response, the fixed sequence, weights, or else about."""
     request, ids = arrived.request, arrived.request.get("prompt") or arrived.request.get("token_ids") or ()
-    if arrived.target == "/collective_rpc":
+    if arrived.target in ("/collective_rpc", "/v1/load_lora_adapter"):
         return "load"
     if arrived.target == "/update_weight_version":
         return "name"
@@ -34,7 +34,7 @@ def kind_of(arrived: Arrived) -> str:
         return "about"
     if "prompt_logprob_token_ids" in request["sampling_params"]:
         return "about" if len(ids) == CONTROL else "positions"
-    return "about" if len(ids) == MODE and request["cache_salt"] == "opd-mode" else "response"
+    return "about" if len(ids) == MODE and request["sampling_params"]["max_tokens"] == DRAWN else "response"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +80,7 @@ class Proxy:
         said = self._passed(root, arrived)
         if not hit or spoilt is None or spoilt.change is None or said.status != 200:
             return said
-        changed = spoilt.change(json.loads(said.body))
+        changed = spoilt.change(json.loads(said.body) if said.body.startswith(b"{") else said.body)
         said = changed if isinstance(changed, Said) else Said(body=changed)
         time.sleep(said.wait_s)
         return said

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from support.drawing import DrawingEngine
-from support.engines import refused
+from support.engines import Engine, refused
 from support.gloo import GlooGroup
 from support.http_server import Said
 
@@ -28,12 +27,14 @@ ROUTES = (
 
 
 @dataclass
-class TransferringEngine(DrawingEngine):
+class TransferringEngine(Engine):
     """Gets its weights from the line of a `Line`, or `over_gloo` from a trainer in another process.
 
     `calls` are the requests about it, in order, with their bodies.
     """
 
+    name: str = "student"
+    longest: int = 512
     workers: int = 1
     active: bool = False  # an update is open
     dead: bool = False  # tokens were requested while an update was open

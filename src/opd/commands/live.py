@@ -24,8 +24,18 @@ def live_lines(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> Iterator[
 
     Raises ConfigError for a server that does not answer or lacks something, DataError for rows longer than it reads.
     """
-    names = [name for name in spec.scoring if recipe.models[name].server is not None]
-    if not names and spec.engine is None:
+    names: list[str] = []
+    for name in spec.scoring:
+        server = recipe.models[name].server
+        if server is not None and server.start is not None:
+            yield f"{name}: the run starts its server"
+        elif server is not None:
+            names.append(name)
+    engine = spec.engine
+    if engine is not None and engine.start is not None:
+        engine = None
+        yield "engine: the run starts its server"
+    if not names and engine is None:
         return
     origin = origin_of(recipe, spec.train)
     tokenizer = tokenizer_of(origin, spec.train)
@@ -37,8 +47,8 @@ def live_lines(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> Iterator[
     lengths = [len(render(prompt, tokenizer, origin.template_options)) for prompt in prepared.all_prompts]
     for name in names:
         yield from _teacher(recipe, spec, prepared, name, tokenizer, lengths)
-    if spec.engine is not None:
-        yield from _engine(recipe, spec, prepared, spec.engine, tokenizer, lengths)
+    if engine is not None:
+        yield from _engine(recipe, spec, prepared, engine, tokenizer, lengths)
 
 
 def _teacher(
@@ -62,7 +72,7 @@ def _engine(
     recipe: Recipe, spec: StageSpec, prepared: Prepared, section: EngineSection, tokenizer: Any, lengths: list[int]
 ) -> Iterator[str]:
     from opd.engines.capabilities import probe
-    from opd.engines.control import check_control, check_transfer
+    from opd.engines.control import check_adapters, check_control, check_transfer
 
     if not section.public:
         for url in section.urls:
@@ -73,15 +83,26 @@ def _engine(
         for url, workers in check_transfer(replicas, able.model, len(tokenizer)).items():
             yield f"engine {url}: {able.model}, workers: {workers}; its log-probs are those of its draws"
         yield "engine: weights go by NCCL, which is not tried here"
-    else:
-        folder = recipe.folder if section.folder is None else expanded(section.folder)
-        there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
-        for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
-            loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
-            yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
-        yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
-    if able.longest is not None:
-        yield f"engine: {_room(spec, prepared, spec.train, lengths, able.longest)}"
+        yield from _of_rows(spec, prepared, able.longest, lengths)
+        return
+    if section.weights == "lora":
+        check_adapters(replicas, able.model, len(tokenizer))
+        number = len(section.urls)
+        yield f"engine: {number} of {able.model}, which take adapters; their log-probs are those of their draws"
+        yield from _of_rows(spec, prepared, able.longest, lengths)
+        return
+    folder = recipe.folder if section.folder is None else expanded(section.folder)
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    for url, about in check_control(replicas, able.model, len(tokenizer), str(there)).items():
+        loaded = f"{about.tensors} tensors of version {about.version}" if about.tensors else "its first weights"
+        yield f"engine {url}: {able.model} with {loaded}; its log-probs are those of its draws"
+    yield f"engine: weights go through {_shown(folder, there)}, which its servers see"
+    yield from _of_rows(spec, prepared, able.longest, lengths)
+
+
+def _of_rows(spec: StageSpec, prepared: Prepared, longest: int | None, lengths: list[int]) -> Iterator[str]:
+    if longest is not None:
+        yield f"engine: {_room(spec, prepared, spec.train, lengths, longest)}"
 
 
 def _shown(folder: Path, there: Path) -> str:

@@ -1,7 +1,8 @@
 """A LoRA adapter for vLLM's servers, under a new name after every update, and the proof that they serve it.
 
 The servers hold the base model and get the adapter's tensors alone. A name is never used again: vLLM keeps the cache of
-an adapter that is loaded anew under its name (0.32).
+an adapter that is loaded anew under its name (0.32). The proof draws tokens and scores none: on a CPU two requests for
+scores at a time end a server that takes adapters.
 
 vLLM stamps every token with the version of the base weights, whatever the adapter. So an adapter's tokens are known by
 its name, which a server without that adapter refuses, and the stamp has to stay what it was at the start.
@@ -12,15 +13,15 @@ from __future__ import annotations
 import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
-from opd.engines.server import Answer, Connection
+from opd.engines.server import Answer, Connection, in_turn
+from opd.engines.update import updated
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn
 from opd.errors import NotFiniteError, TrainingError
 from opd.parallel import ALONE, World
@@ -65,6 +66,8 @@ class AdapterSync:
         folder = self.folder / f"version-{version}"
         self.write(folder)
         name, drawn = self.world.by_main(lambda: self._load(folder, version))
+        self.replicas.left_out.clear()
+        self.replicas.left_out.update(one.url for one in self.replicas.servers if one.url not in drawn)
         self._prove(version, drawn)
         if not self.stamps:
             self.stamps = frozenset(stamp for one in drawn.values() for stamp in one.versions)
@@ -75,11 +78,17 @@ class AdapterSync:
         """In the main process: the name of the loaded adapter, and what each server draws with it."""
         name = f"opd-{version}-{secrets.token_hex(4)}"
         fields = {"lora_name": name, "lora_path": str(folder.absolute())}
-        self._each(lambda one: one.post("v1/load_lora_adapter", fields, lambda raw: True))
         params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0}
         params |= {"min_p": 0.0, "ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
         request = draw_fields(name, self._prompt, params, seed=0, salt=name)
-        return name, self._each(lambda one: one.post("inference/v1/generate", request, parse_drawn))
+
+        def update(one: Connection) -> Answer[Drawn]:
+            return in_turn(
+                lambda: _loaded(one.post("v1/load_lora_adapter", fields, lambda raw: True)),
+                lambda: one.post("inference/v1/generate", request, parse_drawn),
+            )
+
+        return name, updated(self.replicas, update, first=not self.stamps, refused=self._not_given)
 
     def _prove(self, version: int, of_servers: Mapping[str, Drawn]) -> None:
         """Compare the log-probs of the drawn tokens with the student's. Raises TrainingError."""
@@ -105,9 +114,12 @@ class AdapterSync:
         """
         if before != self.model:
             fields = {"lora_name": before}
-            found = self.replicas.each(lambda one: one.post("v1/unload_lora_adapter", fields, lambda raw: True))
-            for url, answer in found.items():
-                if answer.value is None and not str(answer.failure).startswith("HTTP 404"):
+            there = {one.url for one in self.replicas.servers} - self.replicas.left_out
+            found = self.replicas.each(
+                lambda one: one.post("v1/unload_lora_adapter", fields, lambda raw: True), among=there
+            )
+            for url, answer in found.items():  # a lost one shows when it has to draw
+                if answer.value is None and not answer.lost and not str(answer.failure).startswith("HTTP 404"):
                     raise TrainingError(f"The server {url} could not unload the adapter {before}: {answer.failure}.")
         for old in self.folder.glob("version-*"):
             if old != folder:
@@ -124,11 +136,14 @@ class AdapterSync:
             f"{self.rank}, `--enable-scale-out` and `--logprobs-mode processed_logprobs`"
         )
 
-    def _each(self, send: Callable[[Connection], Answer[Any]]) -> dict[str, Any]:
-        found = self.replicas.each(send)
-        for url, answer in found.items():
-            if answer.value is None:
-                raise TrainingError(
-                    f"The server {url} could not be given the student's adapter: {answer.failure}. {self._start}."
-                )
-        return {url: answer.value for url, answer in found.items()}
+    def _not_given(self, url: str, why: str | None) -> TrainingError:
+        return TrainingError(
+            f"The server {url} could not be given the student's adapter: {why}. {self._start}; the same command then "
+            "continues."
+        )
+
+
+def _loaded(answer: Answer[bool]) -> Answer[bool]:
+    """The answer to a load, which may be repeated because its answer was lost: the name is no other's."""
+    again = answer.value is None and "has already been loaded" in str(answer.failure)
+    return replace(answer, value=True, failure=None, transient=False) if again else answer

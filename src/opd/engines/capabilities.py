@@ -34,7 +34,7 @@ class Capabilities:
     model: str  # the servers' name of it
     longest: int | None  # tokens of a sequence; None: the servers do not say
     positions: bool  # log-probs of given ids by position
-    control: np.ndarray  # [CONTROL - 1] log-probs of the control sequence
+    control: np.ndarray  # [CONTROL - 1] log-probs of the control sequence; empty for an engine
     notes: tuple[str, ...] = ()
 
 
@@ -56,7 +56,8 @@ def probe(
 
     `model` None: the only model of the servers. `tokenizer` is the student's. `by_position`: the number of given tokens
     to score at a position, 0 for none. `top`: whether the servers do that -> the largest top-k that will be requested.
-    `one_model`: whether all servers must have the same weights, which those of an engine get later.
+    `one_model`: whether all servers must have the same weights. Those of an engine get theirs later, and nothing is
+    scored: on a CPU two requests for scores at a time end a server of vLLM 0.32 that holds adapters.
 
     Raises:
         ConfigError: a server does not answer, lacks the model, has other tokens, or refuses `k`; or two servers differ.
@@ -65,8 +66,10 @@ def probe(
     named = _named(model, listed)
     ids = control_ids(len(tokenizer))
     _check_tokens(replicas, named, tokenizer, ids)
-    scored = of_each(replicas, lambda one: _control(one, named, ids, 0), "the log-probs of given tokens")
-    control, notes = _compared(scored) if one_model else (next(iter(scored.values())).logp, [])
+    control, notes = np.zeros(0, np.float32), list[str]()
+    if one_model:
+        scored = of_each(replicas, lambda one: _control(one, named, ids, 0), "the log-probs of given tokens")
+        control, notes = _compared(scored)
     can = by_position > 0 and _by_position(replicas, named, ids, control)
     if can and by_position > 1:
         many = np.arange(by_position, dtype=np.int64)[None, :].repeat(len(ids) - 1, 0)

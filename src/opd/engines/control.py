@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.engines.capabilities import control_ids, of_each
 from opd.engines.replicas import Replicas
-from opd.engines.server import BodyError
+from opd.engines.server import Answer, BodyError
 from opd.engines.vllm import Drawn, draw_fields, member_of, parse_drawn, workers_in
 from opd.errors import ConfigError
 
@@ -51,6 +51,24 @@ def check_transfer(replicas: Replicas, model: str, vocabulary: int) -> dict[str,
     return workers
 
 
+def check_adapters(replicas: Replicas, model: str, vocabulary: int) -> None:
+    """Look at every server once: its routes for LoRA adapters, and a draw. Raises ConfigError, as `check_control`."""
+    of_each(
+        replicas,
+        lambda one: _of_no_adapter(one.post("v1/unload_lora_adapter", {"lora_name": NO_ADAPTER}, lambda raw: True)),
+        "its routes for adapters",
+        "Start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and `--enable-lora`.",
+    )
+    check_draws(replicas, model, vocabulary)
+
+
+def _of_no_adapter(answer: Answer[bool]) -> Answer[bool]:
+    """A server with the routes refuses to unload an adapter that it does not have, by its name."""
+    there = answer.value is None and NO_ADAPTER in str(answer.failure)
+    return replace(answer, value=True, failure=None) if there else answer
+
+
+NO_ADAPTER = "opd-of-no-adapter"
 ROUTES = "Start it with VLLM_SERVER_DEV_MODE=1."
 EXTENSION = (
     "Start it with `--worker-extension-cls opd.engines.worker.WeightLoader`, in an environment that has this version "

@@ -3,6 +3,8 @@
 vLLM queues requests without a limit and answers neither 429 nor 503 when it is full (0.32, 0.33), so a client that
 sends a whole step at once gets time-outs, retries, and doubles the load. Here the tokens in flight are bounded.
 
+A server whose answer shows that it is the wrong one gets no further request in the same call.
+
 A server that fails `LOST_AFTER` times in a row is left out for a while, which doubles up to `LONGEST_PAUSE_S`; then one
 request tries it again. A request goes to another server, or waits, for at most `patience_s` in which no server answers.
 """
@@ -14,7 +16,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Generic, TypeVar
@@ -104,14 +106,12 @@ class Replicas:
         with ExitStack() as stack:
             connections = self._connected(stack, among={one.url for one in self.servers} - self.left_out)
             run = _Run(self, connections, jobs)
-            threads = min(len(jobs), AT_ONCE * len(connections))
-            pool = ThreadPoolExecutor(max(threads, 1))
+            threads = [in_thread(run.work) for _ in range(min(len(jobs), AT_ONCE * len(connections)))]
             try:
-                for worker in [pool.submit(run.work) for _ in range(threads)]:
-                    worker.result()
+                for one in threads:
+                    one.result()
             finally:
                 run.stop()
-                pool.shutdown(wait=False, cancel_futures=True)
         self.counts.add(failed=sum(answer.value is None for answer in run.done.values()))
         return [run.done[i] for i in range(len(jobs))]
 
@@ -248,11 +248,14 @@ class _Run(Generic[T]):
         self.why = f"{self.connections[place].server.url}: {answer.failure}"
         self.failures[place] += 1
         self.failed_at[index].add(place)
-        if self.failures[place] >= LOST_AFTER:
+        if answer.wrong:
+            self.back_at[place] = math.inf
+            self.of.counts.add(servers_lost=1)
+        elif self.failures[place] >= LOST_AFTER:
             beyond = self.failures[place] - LOST_AFTER
             self.back_at[place] = time.monotonic() + min(self.of.pause_s * 2**beyond, LONGEST_PAUSE_S)
             self.of.counts.add(servers_lost=1)
-        self.tries[index] += not answer.lost
+        self.tries[index] += not answer.lost and not answer.wrong
         if self.tries[index] > self.of.retries:
             self._settle(index, replace(answer, failure=self.why))
             return
@@ -265,10 +268,26 @@ class _Run(Generic[T]):
         self.ready += self.behind.pop(index, [])
 
     def _give_up(self, now: float) -> bool:
-        """Fail all waiting jobs if no server is at work and none has answered for `patience_s`."""
-        if any(self.load) or now - self.last_answer < self.of.patience_s:
+        """Fail all waiting jobs if no server is at work, and all are wrong or none has answered for `patience_s`."""
+        wrong = min(self.back_at) == math.inf
+        if any(self.load) or not (wrong or now - self.last_answer >= self.of.patience_s):
             return False
         while self.ready:
-            failure = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: {self.why}"
+            silent = f"no server has answered for {self.of.patience_s:.3g} s (`patience_s`); last: "
+            failure = self.why if wrong else silent + self.why
             self._settle(self.ready.pop(), Answer(failure=failure, requests=0, transient=True, lost=True))
         return True
+
+
+def in_thread(work: Callable[[], T]) -> Future[T]:
+    """The result of `work`, in a thread that does not keep the process alive: an error ends it without the answers."""
+    future: Future[T] = Future()
+
+    def _run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=_run, daemon=True, name="opd-server").start()
+    return future

@@ -42,6 +42,10 @@ class BodyError(Exception):
     """The body of an answer cannot be used; the message says why."""
 
 
+class WrongServerError(BodyError):
+    """No answer of this server can be used, now or later; that of another one may be."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer(Generic[T]):
     """The value read from an answer's body, or None and the reason."""
@@ -51,6 +55,7 @@ class Answer(Generic[T]):
     requests: int = 1  # requests sent
     transient: bool = field(default=False, compare=False)  # of a failure: the same request may succeed later
     lost: bool = field(default=False, compare=False)  # of a transient one: the server gave no answer at all
+    wrong: bool = field(default=False, compare=False)  # of a transient one: from another server alone
     sent: int = field(default=0, compare=False)  # bytes
     received: int = field(default=0, compare=False)  # bytes of the answer's body
     waits: int = field(default=0, compare=False)  # for a busy server
@@ -63,6 +68,7 @@ class _Trouble:
     why: str
     passes: bool = False  # transient: retry
     lost: bool = False  # no answer at all: no connection, or a time-out
+    wrong: bool = False  # the server is the wrong one
     busy: bool = False  # the server is busy: wait
     after_s: float | None = None  # seconds to wait, if the server says so
 
@@ -150,7 +156,8 @@ class Connection:
                 try:
                     return Answer(value=read(sent), received=len(sent), **size)
                 except BodyError as error:
-                    sent = _Trouble(why=server.without_key(str(error)), passes=True)
+                    wrong = isinstance(error, WrongServerError)
+                    sent = _Trouble(why=server.without_key(str(error)), passes=True, wrong=wrong)
             if sent.busy and sent.after_s is not None:  # at least backoff_s: 0 or a past date would use no patience
                 pause = max(sent.after_s, server.backoff_s)
             else:
@@ -163,10 +170,10 @@ class Connection:
                     )
                     return Answer(failure=why, transient=True, **size)
                 waited, busy = waited + pause, busy + 1
-            elif sent.passes and failed < server.retries:
+            elif sent.passes and not sent.wrong and failed < server.retries:
                 failed += 1
             else:
-                return Answer(failure=sent.why, transient=sent.passes, lost=sent.lost, **size)
+                return Answer(failure=sent.why, transient=sent.passes, lost=sent.lost, wrong=sent.wrong, **size)
             time.sleep(pause)
 
     def _sent(self, verb: str, url: str, body: bytes) -> bytes | _Trouble:

@@ -14,16 +14,16 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from opd.engines.capabilities import RECOGNISED_S, control_ids
+from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection, in_turn
+from opd.engines.update import updated
 from opd.engines.vllm import (
     Drawn,
     TopScores,
     completion_fields,
     draw_fields,
     member_of,
-    models_in,
     parse_drawn,
     parse_top,
 )
@@ -65,6 +65,7 @@ class Folder:
     folder: Path
     write: Callable[[Path], None]
     world: World = ALONE
+    sleeps: bool = False  # the servers are asleep when they are to load
     version: int = 0
     start: str = START
 
@@ -74,10 +75,23 @@ class Folder:
         self.write(self._now)
         self.world.by_main(self._forget)
 
-    def load(self, one: Connection) -> Answer[int]:
-        """One server loads the folder, by the worker extension."""
+    def load(self, one: Connection) -> Answer[Any]:
+        """One server loads the folder, by the worker extension.
+
+        A sleeping one gets memory for the weights, then the weights, then the rest, and only then draws again.
+        """
         fields = {"method": "opd_load", "kwargs": {"folder": str(self._now.absolute())}}
-        return one.post("collective_rpc", fields, loaded)
+
+        def load() -> Answer[int]:
+            return one.post("collective_rpc", fields, loaded)
+
+        if not self.sleeps:
+            return load()
+        return in_turn(
+            lambda: one.post("wake_up?tags=weights", {}, lambda raw: True),
+            load,
+            lambda: one.post("wake_up", {}, lambda raw: True),
+        )
 
     @property
     def _now(self) -> Path:
@@ -105,6 +119,7 @@ class Sync:
     vocabulary: int
     tolerance: float
     world: World = ALONE
+    asleep: int | None = None  # the version that sleeping servers load again
     error: float = 0.0  # in the main process, of the last proof: the largest difference of a log-prob, in nats
     before: np.ndarray | None = None  # the student's log-probs at the last update
 
@@ -125,6 +140,7 @@ class Sync:
         left_out = self.world.by_main(lambda: self._give(version, own))
         self.replicas.left_out.clear()
         self.replicas.left_out.update(left_out)
+        self.asleep = None
         if self.before is None:
             self._check_mode()
         self.before = own
@@ -142,28 +158,9 @@ class Sync:
                 lambda: one.post("v1/completions", fields, parse_top(ids, 1, 0)),
             )
 
-        found = self.replicas.each(update, wait_s=self.replicas.patience_s, among=self._there())
-        scored = self._answered(found)
+        scored = updated(self.replicas, update, first=self.before is None, refused=self._not_given)
         self._prove(version, {url: one.logp for url, one in scored.items()}, own)
         return {one.url for one in self.replicas.servers if one.url not in scored}
-
-    def _there(self) -> set[str]:
-        """The servers to update: all but those that the last update left out and that are still silent."""
-        replicas = self.replicas
-        urls = {one.url for one in replicas.servers}
-        if not replicas.left_out:
-            return urls
-        found = replicas.each(lambda one: one.get("v1/models", models_in), RECOGNISED_S, among=replicas.left_out)
-        return urls - {url for url, answer in found.items() if answer.value is None}
-
-    def _answered(self, found: Mapping[str, Answer[TopScores]]) -> dict[str, TopScores]:
-        """The scores of the servers that have the weights. Raises TrainingError."""
-        scored = {url: answer.value for url, answer in found.items() if answer.value is not None}
-        for url, answer in found.items():
-            if answer.value is None and (not answer.lost or not scored or self.before is None):
-                raise self._not_given(url, answer.failure)
-        self.replicas.counts.add(servers_lost=len(self.replicas.servers) - len(scored))
-        return scored
 
     def _prove(self, version: int, scored: Mapping[str, np.ndarray], own: np.ndarray) -> None:
         """Compare the servers' scores of a fixed sequence with the student's, `own`. Raises TrainingError."""
@@ -206,6 +203,30 @@ class Sync:
             if answer.value is None:
                 raise self._not_given(url, answer.failure)
         return {url: answer.value for url, answer in found.items() if answer.value is not None}
+
+    def sleep(self, version: int) -> None:
+        """Let the servers give up weights and cache. Raises TrainingError if one refuses.
+
+        At level 2: at level 1 they keep a copy of the weights, which the next update replaces anyway, in the memory of
+        the host. A server that gives no answer at all is found by the next update.
+        """
+        found = self.replicas.each(lambda one: one.post("sleep?level=2", {}, lambda raw: True))
+        for url, answer in found.items():
+            if answer.value is None and not answer.lost:
+                raise self._not_given(url, answer.failure)
+        self.asleep = version
+
+    def wake(self) -> None:
+        """Give sleeping servers the weights that they had. Raises TrainingError."""
+        if self.asleep is None:
+            return
+        replicas = self.replicas
+        there = {one.url for one in replicas.servers} - replicas.left_out
+        found = replicas.each(self.delivery.load, wait_s=replicas.patience_s, among=there)
+        for url, answer in found.items():
+            if answer.value is None:
+                raise self._not_given(url, answer.failure)
+        self.asleep = None
 
     def _not_given(self, url: str, why: str | None) -> TrainingError:
         return not_given(url, why, self.delivery.start)

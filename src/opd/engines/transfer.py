@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from opd.engines.address import own_address
-from opd.engines.replicas import Replicas
+from opd.engines.replicas import Replicas, in_thread
 from opd.engines.server import Answer, Connection, Server, in_turn
 from opd.engines.sync import not_given
-from opd.engines.threads import in_thread
 from opd.engines.vllm import workers_in
 from opd.errors import TrainingError
 from opd.parallel import ALONE, World
@@ -143,8 +142,8 @@ class Transfer:
             return answer.value
 
         servers = self.replicas.servers
-        answers = [in_thread(lambda server=one: asked(server), "opd-transfer") for one in servers]
-        broadcast = [] if meanwhile is None else [in_thread(meanwhile, "opd-transfer")]
+        answers = [in_thread(lambda server=one: asked(server)) for one in servers]
+        broadcast = [] if meanwhile is None else [in_thread(meanwhile)]
         ended, late = wait([*answers, *broadcast], timeout=1.1 * self.limit_s, return_when=FIRST_EXCEPTION)
         for one in (one for one in (*answers, *broadcast) if one in ended):
             error = one.exception()

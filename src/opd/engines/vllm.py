@@ -17,13 +17,14 @@ import base64
 import binascii
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from opd.engines.server import BodyError
+from opd.types import Sampling
 
 LARGEST_LOGP = 1e-3  # above 0 by rounding, at most
 NO_LOGP = -9990.0  # and below: the endpoints write -9999 for minus infinity, and /inference/v1/generate for NaN too
@@ -210,6 +211,31 @@ class Drawn:
     logp: list[float]  # of the distribution that each token was drawn from, if the server runs as it must
     finished: bool  # by a stop token or string, not by the length
     versions: list[str]  # [T], of the weights that drew each token
+
+
+def sampling_fields(sampling: Sampling, tokens: int, stop_ids: Iterable[int]) -> dict[str, Any]:
+    """Every field of a response of at most `tokens` tokens that the server would choose otherwise."""
+    return {
+        "max_tokens": tokens,
+        "min_tokens": 0,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "ignore_eos": True,
+        "stop_token_ids": sorted(stop_ids),
+        "stop": list(sampling.stop),
+        "include_stop_str_in_output": True,
+        "detokenize": bool(sampling.stop),
+    }
+
+
+def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
+    """The seed of one request: a function of (seed, step, part), prompt and sample only."""
+    return int(np.random.SeedSequence((*seed, prompt_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def draw_fields(model: str, ids: Sequence[int], sampling: Mapping[str, Any], *, seed: int, salt: str) -> dict[str, Any]:

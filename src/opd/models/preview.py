@@ -32,11 +32,14 @@ class Facts:
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
     """The tokenizer of a folder or a new model; None if it comes with weights that do not exist yet.
 
-    Also None for a user's scorer. For a server it is the one that its section names, if it does.
+    Also None for a user's scorer. For a server it is the one that its section names, else that of the path that the run
+    starts a server of, else None.
     """
     from opd.models.new import new_config, new_tokenizer
     from opd.models.tokenizer_files import load_tokenizer
 
+    if spec.server is not None and spec.server.start is not None and spec.tokenizer is None:
+        spec = ModelSpec(path=spec.server.start.path, chat_template=spec.chat_template)
     if not spec.local and spec.tokenizer is None:
         return None
     if not spec.local:

@@ -48,38 +48,76 @@ class Characters(Section):
     merges: list[tuple[str, str]] = []  # in order of application
 
 
-class ServerSection(Section):
-    """A teacher on vLLM servers, all of one model. Its token ids have to be the student's: see docs/served.md."""
+class StartSection(Section):
+    """A vLLM server on this machine that the run starts with the stage and stops with it: see docs/served.md."""
 
-    urls: list[Text] = Field(min_length=1)  # http://host:port of each server; a response is scored by one of them
+    path: Text | None = None  # of a teacher: a folder, a hub id, a GGUF file or package:NAME/FILE
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of a teacher; an engine has the student's
+    python: Text | None = None  # an interpreter that has vLLM; default: OPD_VLLM's, else the running one
+    flags: list[Text] = []  # more flags of the server; they replace those that opd gives
+    env: dict[str, str] = {}  # more environment variables of the server, e.g. CUDA_VISIBLE_DEVICES
+    patience_s: Float = Field(default=900.0, gt=0)  # how long the start may take
+
+
+class Servers(Section):
+    """vLLM servers: by address, or one that the run starts."""
+
+    urls: list[Text] = []  # http://host:port of each server; a response is scored or written by one of them
+    start: StartSection | None = None  # in place of `urls`: a server on this machine
     model: Text | None = None  # the servers' name of the model; default: the only one that they have
     api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
+
+    @model_validator(mode="after")
+    def _urls_or_start(self) -> Servers:
+        if bool(self.urls) == (self.start is not None):
+            raise ValueError("give either the addresses of servers that run (`urls`), or `start` to start one")
+        unread = [name for name in ("model", "api_key_env") if getattr(self, name) is not None]
+        if self.start is not None and unread:
+            raise ValueError(f"`start` does not read {', '.join(f'`{name}`' for name in unread)}: leave it out")
+        return self
+
+
+class ServerSection(Servers):
+    """A teacher on vLLM servers, all of one model. Its token ids have to be the student's: see docs/served.md."""
+
     tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
     timeout_s: Float = Field(default=300.0, gt=0)  # per request
     patience_s: Float = Field(default=300.0, ge=0)  # how long to wait while no server answers, or while one is busy
     retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
     max_failed: Float = Field(default=0.1, ge=0, le=1)  # largest share of a step's responses without scores
 
+    @model_validator(mode="after")
+    def _path_of_teacher(self) -> ServerSection:
+        if self.start is not None and self.start.path is None:
+            raise ValueError("`start` of a teacher needs the `path` of its model")
+        return self
 
-class EngineSection(Section):
+
+class EngineSection(Servers):
     """vLLM servers that write the student's responses in training. They get its weights before every step.
 
-    Start each with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
+    Those at `urls` run with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`,
     `--enable-scale-out` and `--logprobs-mode processed_logprobs`; for `lora` and `transfer` otherwise: docs/served.md.
     """
 
-    urls: list[Text] = Field(min_length=1)  # http://host:port of each server
-    model: Text | None = None  # the servers' name of it; default: the only one that they have
-    api_key_env: str | None = None  # environment variable with the key; the recipe never holds the key
     folder: Text | None = None  # that trainer and servers share, for weights; default: in the run's folder
     # What is sent: the whole model, by the folder or (transfer) from GPU to GPU; or its LoRA adapter.
     weights: Literal["full", "lora", "transfer"] = "full"
     tolerance: Float = Field(default=1e-3, gt=0)  # nats: largest difference of a log-prob after an update
+    sleep: StrictBool = False  # the servers free their memory while nothing is drawn, for a trainer on the same GPU
     public: StrictBool = False  # allow an address that is neither of this machine nor of a private network
     tokens_in_flight: Int = Field(default=65_536, ge=1)  # per server, which queues without a limit of its own
     timeout_s: Float = Field(default=600.0, gt=0)  # per request
     patience_s: Float = Field(default=300.0, ge=0)  # how long to wait while no server answers, or while one is busy
     retries: Int = Field(default=2, ge=0)  # of a request that a server answers with a failure
+
+    @model_validator(mode="after")
+    def _path_of_student(self) -> EngineSection:
+        if self.start is not None and (self.start.path is not None or self.start.dtype != "float32"):
+            raise ValueError("`start` of an engine serves the student as it is: leave `path` and `dtype` out")
+        if self.weights == "lora" and (self.start is not None or self.sleep):
+            raise ValueError("`weights: lora` needs servers of the base that you start: leave `start` and `sleep` out")
+        return self
 
 
 class ImportanceSection(Section):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from opd.recipe.schema import Recipe, StageSpec
 from opd.rewards.base import StageRewards
 from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
+from opd.runs.launched import Starter
 from opd.runs.own import own_sampler, own_teacher
 from opd.runs.prepare import Given, Prepared, sampling_of
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights
@@ -248,6 +250,7 @@ class Session:
     trackers: ReportWriter
     world: World
     interrupt: Interrupt
+    servers: ExitStack = field(default_factory=ExitStack)  # that the current stage has started
 
     def model(self, spec: StageSpec, name: str) -> LanguageModel:
         """A model as it is when stage `spec` begins."""
@@ -283,7 +286,9 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     memory = method.make_memory()
     world.agree(student.trainable().values())
     # Before sharding the student: a teacher that copies it has whole weights in every process.
-    own = {name: elsewhere(session, method, student, name) for name in spec.scoring if not recipe.models[name].local}
+    starter = Starter(folder=folder, servers=session.servers, progress=session.progress, world=world)
+    own = {n: elsewhere(session, method, student, n, starter) for n in spec.scoring if not recipe.models[n].local}
+    spec = starter.engine(spec, student)
     teacher = teacher_of(recipe, spec, method.teacher, student, externals, own, chat=prepared.chat)
     check_teacher(spec, method, teacher)
     root = Root(student.model)
@@ -339,11 +344,12 @@ def scoring_early(method: Method, teacher: Teacher) -> Callable[[list[Rollout]],
     return lambda rollouts: teacher.score_early(rollouts, method.context(rollouts), method.request())
 
 
-def elsewhere(session: Session, method: Method, student: LanguageModel, name: str) -> Teacher:
+def elsewhere(session: Session, method: Method, student: LanguageModel, name: str, starter: Starter) -> Teacher:
     """A teacher or base without a model in this process: the user's own, or one on servers."""
     section = session.recipe.models[name]
     if section.server is None:
         return own_teacher(name, section, student, session.given)
+    section = starter.teacher(name, section)
     session.progress.phase(f"connecting to {name}")
     teacher = served_teacher(name, section, student, method, session.world)
     for line in able_lines(name, teacher.replicas, teacher.capabilities, method.support.student_top_k):

@@ -71,7 +71,7 @@ def check_view(
     """Check a stage as one of its models sees it; returns (lines about settings without effect, lines to report)."""
     notes = [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
     notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
-    own = [*check_own(recipe, spec, of_stage, given), *check_engine(recipe, spec, given.models)]
+    own = [*check_own(recipe, spec, of_stage, given), *check_engine(recipe, spec, given.models, processes)]
     own += check_ahead(spec, of_stage.method)
     checked = check_tokenizers(recipe, spec, of_stage, given.models)
     saved = check_save(recipe, spec, given.models)

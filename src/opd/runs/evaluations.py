@@ -17,7 +17,7 @@ from opd.stage.exams import Exam, Exams
 from opd.stage.folder import StageDir
 from opd.stage.progress import Progress
 from opd.teachers.local import LocalTeacher
-from opd.types import Teacher, Writer
+from opd.types import Context, Sampling, Teacher, Writer
 
 
 def exams_of(
@@ -37,20 +37,8 @@ def exams_of(
         scorer = scorer_of(spec, prepared.method, part, student, teacher, externals, own)
         writers: dict[str, Writer] = {}
         if part.evaluate.teacher and scorer is not None:
-            if scorer.lm is None:
-                raise ConfigError(
-                    f"{spec.where(name)}: evaluate.teacher lets the teacher write responses, and {scorer.name} only "
-                    "scores: it has no model in this process. Set evaluate.teacher to false."
-                )
             writers = {
-                setting: TeacherWriter(
-                    teacher=scorer.lm,
-                    student=student,
-                    sampling=sampling,
-                    context=prepared.method.context,
-                    base=scorer.base,
-                    max_prompt_length=spec.max_prompt_length,
-                )
+                setting: teacher_writer(spec, name, scorer, student, sampling, prepared.method.context)
                 for setting, sampling in held_out.sampling.items()
             }
         if part.evaluate.kl and scorer is not None:
@@ -68,6 +56,28 @@ def exams_of(
             )
         )
     return exams
+
+
+def teacher_writer(
+    spec: StageSpec, task: str | None, teacher: Teacher, student: LanguageModel, sampling: Sampling, context: Context
+) -> Writer:
+    """The writer of a teacher's own responses. Raises ConfigError for one that only scores."""
+    if teacher.lm is not None:
+        return TeacherWriter(
+            teacher=teacher.lm,
+            student=student,
+            sampling=sampling,
+            context=context,
+            base=teacher.base,
+            max_prompt_length=spec.max_prompt_length,
+        )
+    found = teacher.writer(student, sampling, context, spec.max_prompt_length)
+    if found is None:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.teacher lets the teacher write responses, and {teacher.name} only "
+            "scores: it has no model in this process. Set evaluate.teacher to false."
+        )
+    return found
 
 
 def scorer_of(

@@ -12,6 +12,7 @@ from opd.method import Method
 from opd.models.preview import tokenizer_of
 from opd.parallel import ALONE, World
 from opd.recipe.schema import EngineSection, ModelSpec, Recipe, ServerSection, StageSpec
+from opd.runs.launched import check_start
 from opd.runs.saves import trains_adapter
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method)
     """Refuse addresses, keys and methods that cannot work. Sends nothing. Returns a line. Raises ConfigError."""
     assert section.server is not None
     where = f"models.{name}.server"
-    check_addresses(section.server, where)
+    by = check_servers(section.server, name, where)
     role = "teacher" if name in spec.teachers else "base"
     requests = requests_of(method)
     if role == "teacher" and method.teacher.tokenizer != "students":
@@ -50,13 +51,24 @@ def check_served(spec: StageSpec, name: str, section: ModelSpec, method: Method)
             "single tokens. Set diagnostics.every to 0, or use a teacher with `path`."
         )
     for task, part in spec.by_task.items():
-        if part.evaluate is not None and (part.evaluate.kl or part.evaluate.teacher):
+        if part.evaluate is not None and part.evaluate.kl:
             raise ConfigError(
-                f"{spec.where(task)}: evaluate.{'kl' if part.evaluate.kl else 'teacher'} needs a teacher in this "
-                f"process, and {where} only scores tokens. Turn it off, or use a teacher with `path`."
+                f"{spec.where(task)}: evaluate.kl compares whole distributions, and {where} gives log-probs of single "
+                "tokens. Set evaluate.kl to false, or use a teacher with `path`."
             )
-    number = len(section.server.urls)
-    return [f"{role} {name}: scored by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
+    return [f"{role} {name}: scored by {by}"]
+
+
+def check_servers(section: ServerSection | EngineSection, name: str, where: str) -> str:
+    """Refuse addresses, keys and starts that cannot work. Sends and starts nothing. Returns who works, for a line.
+
+    Raises ConfigError or DataError.
+    """
+    if section.start is not None:
+        return check_start(section.start, name, f"{where}.start")
+    check_addresses(section, where)
+    number = len(section.urls)
+    return f"{number} server{'s' if number > 1 else ''}, reached when the stage begins"
 
 
 def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
@@ -67,14 +79,20 @@ def check_addresses(section: ServerSection | EngineSection, where: str) -> None:
         check_key(section.api_key_env, where)
 
 
-def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel]) -> list[str]:
+def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageModel], processes: int = 1) -> list[str]:
     """Refuse an engine that the stage cannot use. Sends nothing. Returns a line. Raises ConfigError."""
     section, where = spec.engine, f"{spec.where(None)}: `engine`"
     if section is None:
         return []
-    check_addresses(section, where)
+    by = check_servers(section, spec.train, where)
     if spec.sampler is not None:
         raise ConfigError(f"{where} and `sampler` both write the student's responses. Remove one of them.")
+    if section.sleep and (spec.ahead or processes > 1):
+        raise ConfigError(
+            f"{where}: with `sleep` the servers give up their weights while the trainer trains, and "
+            + ("`ahead: 1` draws meanwhile" if spec.ahead else "another process may still draw")
+            + ". Remove `sleep`."
+        )
     if spec.peers:
         raise ConfigError(f"{where}: an engine holds the weights of one model, and `peers` train several. Remove one.")
     if section.weights == "lora" and not trains_adapter(recipe, spec, given):
@@ -84,12 +102,11 @@ def check_engine(recipe: Recipe, spec: StageSpec, given: Mapping[str, LanguageMo
         )
     if section.weights == "transfer":
         check_transfer(section, where)
-    number = len(section.urls)
-    return [f"responses are sampled by {number} server{'s' if number > 1 else ''}, reached when the stage begins"]
+    return [f"responses are sampled by {by}"]
 
 
 def check_transfer(section: EngineSection, where: str) -> None:
-    """Refuse weights by NCCL that this environment cannot send, and a folder that has no use. Raises ConfigError."""
+    """Refuse weights by NCCL that this environment cannot send, and settings that exclude it. Raises ConfigError."""
     from opd.engines.nccl import lacking
 
     if (why := lacking()) is not None:
@@ -99,6 +116,11 @@ def check_transfer(section: EngineSection, where: str) -> None:
         )
     if section.folder is not None:
         raise ConfigError(f"{where}: with `weights: transfer` nothing goes through a folder. Remove `folder`.")
+    if section.start is not None or section.sleep:
+        raise ConfigError(
+            f"{where}: `weights: transfer` needs servers that you start (`urls`) on other GPUs, which do not sleep. "
+            "Remove `start` and `sleep`, or set `weights: full`."
+        )
 
 
 def replicas_of(section: ServerSection | EngineSection, world: World = ALONE) -> Replicas:
@@ -137,6 +159,7 @@ def engine_samplers(
     """
     from opd.engines.adapters import AdapterSync
     from opd.engines.capabilities import probe
+    from opd.engines.sync import Sync
     from opd.engines.transfer import end_open_update
     from opd.files import expanded
     from opd.runs.prepare import sampling_of
@@ -149,7 +172,11 @@ def engine_samplers(
     replicas = replicas_of(section, world)
     if section.weights == "transfer":
         world.by_main(lambda: end_open_update(replicas))
-    able = probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    if section.sleep:  # a killed run has left them asleep, and then they answer nothing
+        world.by_main(lambda: replicas.each(lambda one: one.post("wake_up", {}, lambda raw: True)))
+    able = world.by_main(
+        lambda: probe(replicas, section.model, student.tokenizer, by_position=0, top=lambda _: 0, one_model=False)
+    )
     sync = sync_of(
         section,
         student,
@@ -170,6 +197,7 @@ def engine_samplers(
             update=None if i else sync,
             complete=completing(spec, student),
             adapters=sync if isinstance(sync, AdapterSync) else None,
+            sleeper=sync if section.sleep and isinstance(sync, Sync) else None,
             max_prompt_length=spec.max_prompt_length,
         )
         for i, (task, part) in enumerate(spec.by_task.items())
@@ -251,7 +279,7 @@ def reached(
 ) -> tuple[Replicas, Capabilities]:
     """The servers of a teacher that answers `requests`, and what they can do, once all have answered.
 
-    `tokenizer` is the student's. Raises ConfigError.
+    `tokenizer` is the student's. Every process of `world` calls this, and one contacts the servers. Raises ConfigError.
     """
     from opd.engines.capabilities import probe
 
@@ -260,7 +288,10 @@ def reached(
     def top(can: bool) -> int:
         return max(top_of(one, can and by_position(one) > 0, size) or 0 for one in requests)
 
-    return replicas, probe(replicas, server.model, tokenizer, top=top, by_position=max(map(by_position, requests)))
+    most = max(map(by_position, requests))
+    return replicas, world.by_main(
+        lambda: probe(replicas, server.model, tokenizer, top=top, by_position=most),
+    )
 
 
 def able_lines(name: str, replicas: Replicas, able: Capabilities, k: int) -> list[str]:

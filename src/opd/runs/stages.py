@@ -103,21 +103,22 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
         for name, task in (item for one in reversed(prepared[spec.name].views) for item in one.tasks.items()):
             for line in task.notes:
                 progress.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
-        stage = build(session, spec, prepared[spec.name])
-        # A sharded one is not whole, and of several models the saved one is another, their mean.
-        student = stage.student if session.world.size == 1 and not stage.peers else None
-        before = rehearse(recipe, stage, session.given, session.directory)
-        try:
-            outcome = train(stage)
-        except Stopped:
-            raise
-        except Exception:
-            stage.rescue()
-            raise
-        check_learned(stage)
-        progress.phase(f"{spec.name}: saving the model")
-        finish(recipe, stage, outcome.seconds, session.given, session.directory, before)
-        session.world.wait()
+        with session.servers:  # those that the stage starts end with it
+            stage = build(session, spec, prepared[spec.name])
+            # A sharded one is not whole, and of several models the saved one is another, their mean.
+            student = stage.student if session.world.size == 1 and not stage.peers else None
+            before = rehearse(recipe, stage, session.given, session.directory)
+            try:
+                outcome = train(stage)
+            except Stopped:
+                raise
+            except Exception:
+                stage.rescue()
+                raise
+            check_learned(stage)
+            progress.phase(f"{spec.name}: saving the model")
+            finish(recipe, stage, outcome.seconds, session.given, session.directory, before)
+            session.world.wait()
         if outcome.stop and spec is not recipe.stages[-1]:
             raise stopped_after(spec.name, spec.steps, spec.steps, outcome.stop)
     return student

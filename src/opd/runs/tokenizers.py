@@ -42,7 +42,8 @@ def check_tokenizers(
     for name in (spec.train, *spec.scoring):
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
-        if recipe.models[name].server is not None and tokenizer is None:
+        server = recipe.models[name].server
+        if server is not None and server.start is None and tokenizer is None:
             tokenizer = with_template(recipe.models[name], tokenizers.get(spec.train))
         if recipe.models[name].scorer is not None:
             lines.append(f"model {name}: it is your own scorer, so what it reads is not shown")

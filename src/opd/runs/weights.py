@@ -68,7 +68,7 @@ def sync_of(
             world=world,
         )
         return Sync(delivery=delivery, **common)
-    written_to = Folder(folder=folder, write=weights_writer(student, world, load), world=world)
+    written_to = Folder(folder=folder, write=weights_writer(student, world, load), world=world, sleeps=section.sleep)
     return Sync(delivery=written_to, **common)
 
 

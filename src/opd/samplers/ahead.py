@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from opd.engines.threads import in_thread
+from opd.engines.replicas import in_thread
 from opd.errors import OPDError, TrainingError
 from opd.samplers.vllm import EngineSampler
 from opd.samplers.writers import in_prompts_order

@@ -13,15 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 
 from opd.engines.adapters import AdapterSync
-from opd.engines.replicas import Job, Replicas
-from opd.engines.server import BodyError
+from opd.engines.replicas import Job, Replicas, in_thread
+from opd.engines.server import BodyError, WrongServerError
 from opd.engines.sync import Sync
-from opd.engines.threads import in_thread
-from opd.engines.vllm import Drawn, draw_fields, parse_drawn
+from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, seed_of
 from opd.errors import ConfigError, TrainingError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
@@ -45,6 +43,7 @@ class EngineSampler(Sampler):
     update: Sync | AdapterSync | None
     complete: Callable[[Sequence[Rollout], Record], list[Rollout]]
     adapters: AdapterSync | None = None
+    sleeper: Sync | None = None  # puts the servers to sleep while nothing is drawn
     max_prompt_length: int | None = None
     version: int = 0
     updates: int = field(default=0, init=False)  # so far
@@ -89,6 +88,8 @@ class EngineSampler(Sampler):
                 "span two parts. Remove `sampling.stop`, or the stage's `engine`."
             )
         rows = self._rows(prompts)
+        if self.sleeper is not None:
+            self.sleeper.wake()
         limit = self.sampling.max_completion_length
         part = limit if stop is None else stop.every
         active = rows
@@ -98,6 +99,8 @@ class EngineSampler(Sampler):
             if stop is not None and active and begin + part < limit:
                 keeps = stop.keeps_going([self._rollout(row) for row in active])
                 active = [row for row, keeps_going in zip(active, keeps, strict=True) if keeps_going]
+        if self.sleeper is not None:
+            self.sleeper.sleep(self.version)
         rollouts = [self._rollout(row) for row in rows]
         truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
         return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
@@ -159,30 +162,17 @@ class EngineSampler(Sampler):
             row.finished = answer.value.finished
 
     def _params(self, tokens: int) -> dict[str, Any]:
-        sampling = self.sampling
-        return {
-            "max_tokens": tokens,
-            "min_tokens": 0,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": 0.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "repetition_penalty": 1.0,
-            "ignore_eos": True,
-            "stop_token_ids": sorted(self.lm.stop_ids),
-            "stop": list(sampling.stop),
-            "include_stop_str_in_output": True,
-            "detokenize": bool(sampling.stop),
-        }
+        return sampling_fields(self.sampling, tokens, self.lm.stop_ids)
 
     def _read(self, raw: bytes) -> Drawn:
-        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one."""
+        """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one.
+
+        The server of a response of other weights is the wrong one until the next update.
+        """
         drawn = parse_drawn(raw)
         wanted = {str(self.version)} if self.adapters is None else self.adapters.stamps
         if wrong := set(drawn.versions) - wanted:
-            raise BodyError(
+            raise WrongServerError(
                 f"it drew tokens with the weights of version {', '.join(sorted(wrong))}, and the student is at version "
                 f"{', '.join(sorted(wanted))}: it was started again, or another run updates it. Give each run its own "
                 "servers"
@@ -226,8 +216,3 @@ class _Row:
     def read(self) -> list[int]:
         """The tokens that the model reads before it writes."""
         return [*self.prompt_ids, *self.ids]
-
-
-def seed_of(seed: tuple[int, int, int], prompt_id: int, sample: int) -> int:
-    """The seed of one request: a function of (seed, step, part), prompt and sample only."""
-    return int(np.random.SeedSequence((*seed, prompt_id, sample)).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -48,6 +48,9 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("stages.*.retries", "none"),
     ("stages.*.on_error", "none"),
     ("stages.*.max_failed", "none"),
+    ("*.start.flags", "rounding"),
+    ("*.start.dtype", "rounding"),
+    ("*.start.path", "numbers"),
     ("models.NAME.server.*", "none"),  # another model on the servers is recognised by its log-probs
     ("stages.NAME.engine.*", "none"),  # its servers get the student's weights and prove it
     ("models.NAME.path", "numbers"),

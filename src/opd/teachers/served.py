@@ -31,7 +31,8 @@ from opd.engines.vllm import TopScores, completion_fields, parse_positions, pars
 from opd.errors import DataError, TeacherError
 from opd.models.render import render
 from opd.pieces.supports import support_tokens
-from opd.types import Prompt, Rollout, ScoreRequest, Scores, Support, Teacher
+from opd.teachers.written import ServedWriter
+from opd.types import Context, Prompt, Rollout, Sampling, ScoreRequest, Scores, Support, Teacher
 
 ABSENT = -1e4  # the log-prob of an entry that the support's mask leaves out; finite, because 0 times infinity is NaN
 
@@ -81,6 +82,20 @@ class ServedTeacher(Teacher):
             self._scores(row, tops[i] if tops else None, by_ids[i] if by_ids else None, request)
             for i, row in enumerate(rows)
         ]
+
+    def writer(self, student: Any, sampling: Sampling, context: Context, max_prompt_length: int | None) -> ServedWriter:
+        """A writer of responses on the servers, for an evaluation."""
+        return ServedWriter(
+            name=self.name,
+            replicas=self.replicas,
+            model=self.capabilities.model,
+            tokenizer=self.tokenizer,
+            template_options=self.template_options,
+            student=student,
+            sampling=sampling,
+            context=context,
+            max_prompt_length=max_prompt_length,
+        )
 
     def score_early(self, rollouts: Sequence[Rollout], contexts: Sequence[Prompt], request: ScoreRequest) -> None:
         """Request the scores that need no student: of the sampled token, and of the teacher's top k."""

@@ -6,7 +6,18 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from opd.commands.doctor import bias, cliff, cost, headroom, information, reward, signal, special_tokens, tokenizers
+from opd.commands.doctor import (
+    bias,
+    cliff,
+    cost,
+    engine,
+    headroom,
+    information,
+    reward,
+    signal,
+    special_tokens,
+    tokenizers,
+)
 from opd.commands.doctor.findings import Finding, Report, skipped
 from opd.commands.doctor.subject import Subject, check_loadable, load, stage_to_examine, subject_of
 from opd.errors import ConfigError
@@ -93,7 +104,7 @@ def findings(
     found += of_signal(subject, say)
     found += of_knowledge(subject, say)
     say("one step")
-    return [*found, cost.cost(subject)]
+    return [*found, cost.cost(subject), *engine.engine(subject)]
 
 
 def of_two_tokenizers(
@@ -138,7 +149,7 @@ def of_two_tokenizers(
         skipped("information/disagreement", why),
     ]
     say("one step")
-    return [*found, cost.cost(subject)]
+    return [*found, cost.cost(subject), *engine.engine(subject)]
 
 
 def map_without_weights(recipe: Recipe, spec: StageSpec, given: Given) -> list[Finding]:

@@ -50,6 +50,7 @@ class Subject:
     step_teacher: Teacher  # as in a training step: by the method's rule on tokenizers, with a base beside it
     given: Given  # Python objects of the stage
     prompts: Sequence[Prompt]
+    step_prompts: Sequence[Prompt]  # as many as a step has, or all
     seed: int
     rollouts: Sequence[Rollout] = ()
     base: LocalTeacher | None = None  # of a method of three models
@@ -93,15 +94,16 @@ class Subject:
     def writers(self) -> Writers:
         """The writers of a step of this stage, with the stage's own sampling."""
         externals = {} if self.external is None else {self.teacher_name: self.external}
-        samplers: dict[str | None, Sampler] = {None: self._sampler(sampling_of(self.spec.sampling))}
+        samplers: dict[str | None, Sampler] = {None: self.sampler(sampling_of(self.spec.sampling))}
         memory = self.method.make_memory()
         return writers_of(self.spec, self.method, self.student, self.step_teacher, externals, samplers, memory)
 
     def student_responses(self, prompts: Sequence[Prompt]) -> list[Rollout]:
         """The student's responses, `sampling.n` per prompt."""
-        return self._sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
+        return self.sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
-    def _sampler(self, sampling: Sampling) -> Sampler:
+    def sampler(self, sampling: Sampling) -> Sampler:
+        """The student's sampler in this process, also where the stage has an engine; the user's own, if it has one."""
         if self.spec.sampler is not None:
             return own_sampler(self.spec, self.student, sampling, self.given)
         return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
@@ -167,6 +169,12 @@ def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
             f"one by one: stages.{spec.name}.teacher={names[0]}."
         )
     for role, name in (("teacher", spec.teacher), ("base", spec.base)):
+        if name is not None and recipe.models[name].server is not None:
+            raise ConfigError(
+                f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and {role} "
+                f"{name!r} is on servers, which only score. Give the doctor its weights, models.{name}.server=null "
+                f"models.{name}.path=FOLDER; `opd check --live` examines the servers."
+            )
         if name is not None and (scorer := recipe.models[name].scorer) is not None:
             raise ConfigError(
                 f"{spec.where(None)}: opd doctor samples from the teacher and compares whole distributions, and {role} "
@@ -278,6 +286,7 @@ def subject_of(
         step_teacher=step_teacher,
         base=base,
         prompts=chosen,
+        step_prompts=sample_of(part.prompts, spec.prompts_per_step, seed),
         seed=seed,
         has_judge_reward=has_judge_reward,
     )

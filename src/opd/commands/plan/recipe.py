@@ -85,7 +85,7 @@ def work_of(
         micro_batch_tokens=spec.micro_batch_tokens,
         devices=devices,
         writer=writer,
-        servers=len(spec.engine.urls) if spec.engine else 0,
+        servers=max(len(spec.engine.urls), 1) if spec.engine else 0,
         adapter_alone=spec.engine is not None and spec.engine.weights == "lora",
         rows_at_once=ROWS,
         chunk_rows=rows,
