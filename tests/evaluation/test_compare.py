@@ -216,7 +216,7 @@ def test_diagnostics_compares_at_interval_and_trains_equally(work: Path):
     timings = rows_of(work / "with", "timings.jsonl")
     assert [row["diagnose"] > 0.1 * row["score"] for row in timings] == [True, False, False, True]
     for row in timings:
-        parts = math.fsum(row[name] for name in ("generate", "score", "diagnose", "train"))
+        parts = math.fsum(row[name] for name in ("sync", "generate", "score", "diagnose", "train"))
         assert parts == pytest.approx(row["total"])
 
 

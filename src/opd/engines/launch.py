@@ -24,6 +24,7 @@ import httpx2
 
 from opd.engines import guard
 from opd.errors import ConfigError, TeacherError, TrainingError
+from opd.files import expanded
 
 MODULE = "vllm.entrypoints.openai.api_server"  # the script `vllm` of the package for CPUs does not start
 WORKER = "opd.engines.worker.WeightLoader"
@@ -86,7 +87,7 @@ def python_of(named: str | None, where: str, env: Mapping[str, str]) -> str:
             raise ConfigError(f"{where}: no Python with vLLM is named, and this one has none. {INSTALL}.")
         return sys.executable
     said = "`start.python`" if named else f"the environment variable {PYTHON}"
-    found = shutil.which(os.path.expanduser(wanted))
+    found = shutil.which(str(expanded(wanted)))
     if found is None:
         raise ConfigError(f"{where}: {said} is {wanted!r}, which is no program. {INSTALL}.")
     look = "import importlib.util, sys; sys.exit(0 if importlib.util.find_spec('vllm') else 3)"
