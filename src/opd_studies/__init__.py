@@ -38,6 +38,7 @@ from opd_studies.claims import (
     simct,
     sparse_to_dense,
     special_tokens,
+    stale,
     supports,
     teacher_choice,
     top_p,
@@ -82,6 +83,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "alignment": alignment.run,
     "copd": copd.run,
     "sparse_to_dense": sparse_to_dense.run,
+    "stale": stale.run,
 }
 
 

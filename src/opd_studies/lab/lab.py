@@ -32,6 +32,7 @@ LONGEST = 28  # tokens of the longest response to a sum
 # Files of the studies that training depends on.
 WORLDS = (
     *("answer_styles", "boundaries", "graders", "bad_habit_data", "half_keys", "lists", "methods", "nearly_sorted"),
+    "older_weights",
     "sorting_kinds",
     "two_signs",
 )

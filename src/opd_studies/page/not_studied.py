@@ -90,9 +90,4 @@ NOT_STUDIED: tuple[tuple[str, str, str], ...] = (
         "2606.22600",
         "`iw_opd` against `opd` at a tuned learning rate",
     ),
-    (
-        "Forward KL bears responses of older weights, student-weighted reverse KL does not",
-        "2606.24143",
-        "responses written one step ahead",
-    ),
 )
