@@ -292,6 +292,14 @@ def test_check_names_the_bias_without_weights(tmp_path, monkeypatch, stage, bias
     assert ("is a policy gradient without importance weights" in said) == biased
 
 
+def test_run_names_the_bias_too(engine, tmp_path, monkeypatch):
+    prepare(tmp_path, recipe(engine, method="opd", steps=1))
+    monkeypatch.chdir(tmp_path)
+    ended = command("train", "recipe.yaml")
+    assert ended.code == 0
+    assert "is a policy gradient without importance weights" in " ".join((ended.out + ended.err).split())
+
+
 def test_more_steps_than_were_drawn_are_refused(engine, tmp_path, monkeypatch):
     run(tmp_path, recipe(engine, **TOP_K), monkeypatch)
     prepare(tmp_path, recipe(engine, **TOP_K, steps=STEPS + 1))

@@ -68,11 +68,11 @@ def check_stages(recipe: Recipe, given: Given, *, processes: int = 1) -> Checked
 def check_view(
     recipe: Recipe, spec: StageSpec, of_stage: Prepared, given: Given, seen: set[str], processes: int
 ) -> tuple[list[str], list[str]]:
-    """Check a stage as one of its models sees it; returns (lines about settings without effect, lines to report)."""
+    """Check a stage as one of its models sees it; returns (lines that a run shows too, lines to report)."""
     notes = [f"{spec.name}: {line}" for line in untrained_teachers(recipe, spec)]
     notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
+    notes += [f"{spec.name}: {line}" for line in check_ahead(spec, of_stage.method)]
     own = [*check_own(recipe, spec, of_stage, given), *check_engine(recipe, spec, given.models, processes)]
-    own += check_ahead(spec, of_stage.method)
     checked = check_tokenizers(recipe, spec, of_stage, given.models)
     saved = check_save(recipe, spec, given.models)
     same = check_other_weights(recipe, spec, of_stage.method, given)

@@ -38,7 +38,7 @@ def with_importance(spec: StageSpec, method: Method) -> Method:
 
 
 def check_ahead(spec: StageSpec, method: Method) -> list[str]:
-    """Refuse a stage that cannot write one step ahead. Returns lines; one names the bias that is left.
+    """Refuse a stage that cannot write one step ahead. Returns lines to show; one names the bias that is left.
 
     Raises ConfigError.
     """
@@ -65,7 +65,7 @@ def check_ahead(spec: StageSpec, method: Method) -> list[str]:
     if Trait.POLICY_GRADIENT in method.needs and not weighs:
         lines.append(
             f"method {spec.method!r} is a policy gradient without importance weights: its gradient is the mean over "
-            "responses of the older weights, E_mu instead of E_p, which is biased. `importance: {level: token}` weighs "
-            "each token by min(cap, p/mu)"
+            "responses of the older weights, E_mu instead of E_p, which is biased, and at a large learning rate the "
+            "student collapses. `importance: {level: token}` weighs each token by min(cap, p/mu)"
         )
     return lines
