@@ -1,12 +1,12 @@
 """Teachers and responses from real vLLM servers on the loopback, against this process, in turns.
 
-    python benchmarks/engines.py --vllm PYTHON [--quick]
+    python benchmarks/engines.py --vllm PYTHON [--quick] [--only engines | engine_steps]
 
 PYTHON is an interpreter with vLLM for the CPU, as `make engines` builds it. Printed are ratios:
 
 * scores: the teacher's top 64 of 8 responses of 128 tokens, SmolLM2-135M in float32, served / local;
 * responses: 32 rows of 64 tokens of SmolLM2-135M, seconds of the library's sampler / seconds of the engine's;
-* update, proof: writing, loading and proving SmolLM2's weights, and the proof alone, as shares of a training step;
+* update, proof: waiting for the weights to be written, loaded and proved, and the proof alone, as shares of a step;
 * ahead: seconds of a training step one step ahead / of one in order, trainer and engine on one thread each;
 * bytes: 64 given tokens by position / the top 64 in JSON, received for the same responses;
 * cache: seconds of 8 responses of one prompt (four times as long) by position, with the prompt's cache / without;
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -58,6 +59,7 @@ from opd.types import Prompt, Rollout, Sampling, ScoreRequest
 from opd.types import Record as Recorded
 
 K, ROUNDS = 64, 3
+ROWS, TURNS = 4, 1  # of a training step; runs of each kind
 GOALS = {"scores": 3.0, "bytes": 0.1, "cache": 0.5, "proof": 0.02, "ahead": 0.75, "pool": 2.2}  # at most
 ENGINE_FLAGS = (
     *("--max-logprobs", str(K + 1), "--max-model-len", "1024", "--max-num-seqs", "64"),
@@ -124,10 +126,7 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
     ) as url:
         section = EngineSection(urls=[url], timeout_s=600.0)
         engine = engine_samplers(spec, section, lm, folder / "weights")[None]
-        versions = iter(range(1, 1000))
         engine.sync(0)
-        update = [seconds(lambda: engine.sync(next(versions))) for _ in range(ROUNDS)]
-        proof = [seconds(lambda: proved(engine)) for _ in range(ROUNDS)]
         own = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens))
         responses = in_turns(
             {"engine": lambda: engine(written, seed=(0, 0)), "opd": lambda: own(written, seed=(0, 0))}, ROUNDS
@@ -145,7 +144,7 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
             },
             ROUNDS,
         )
-    return {"responses": responses, "scores": scores, "update": spread(update), "proof": spread(proof)}
+    return {"responses": responses, "scores": scores}
 
 
 def proved(engine: EngineSampler) -> None:
@@ -160,32 +159,43 @@ def proved(engine: EngineSampler) -> None:
 
 def of_steps(python: str, folder: Path, quick: bool) -> Record:
     """Steps of SmolLM2, taught by a neighbour, in order and one step ahead. In turns, one thread each."""
-    steps, prompt_tokens, tokens = (2, 16, 8) if quick else (6, 16, 96)
-    texts = [{"prompt": one.content} for one in prompts(16, prompt_tokens, tokenizer())]
+    steps, tokens = (2, 8) if quick else (4, 256)  # long responses: about half of a step
+    texts = [{"prompt": one.content} for one in prompts(ROWS, 16, tokenizer())]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
     teacher = language_model(causal_lm(SMOLLM2_NAME), tokenizer(), name="teacher")
     with torch.no_grad():
         for weight in teacher.model.parameters():
             weight.mul_(1.01)
     saving.save(teacher, folder / "teacher")
+    student = language_model(causal_lm(SMOLLM2_NAME), tokenizer(), name="student")
+    saving.save(student, folder / "smollm2")
     found: dict[str, list[Record]] = {"in order": [], "ahead": []}
     torch.set_num_threads(1)
+    cores = os.sched_getaffinity(0)
     try:
         with vllm(folder / "smollm2", folder / "log3", *ENGINE_FLAGS, by_position=False, python=python) as url:
-            for turn in range(1 if quick else 2):
+            os.sched_setaffinity(0, {max(cores)})  # the server, which has started, binds the first: one core each
+            for turn in range(TURNS):
                 for name, rows in found.items():
                     made = steps_recipe(folder, url, f"{name.split()[-1]}{turn}", steps, tokens, name == "ahead")
                     opd.run(made, quiet=True)
                     timings = (Path(made["output_dir"]) / "distil" / "timings.jsonl").read_text().splitlines()
                     # The first step of a run checks the server's mode; the last one has none to write ahead.
                     rows += [json.loads(line) for line in timings[1:-1] or timings]
+            stage = StageSpec.model_validate(steps_recipe(folder, url, "proof", 1, tokens, False)["stages"][0])
+            assert stage.engine is not None
+            engine = engine_samplers(stage, stage.engine, student, folder)[None]
+            engine.sync(0)
+            proof = spread([seconds(lambda: proved(engine)) for _ in range(ROUNDS)])
     finally:
         torch.set_num_threads(THREADS)
+        os.sched_setaffinity(0, cores)
     parts = ("sync", "generate", "score", "train", "total", "engine_waited_s")
-    return {
+    made: Record = {
         name: {part: spread([row[part] for row in rows]) for part in parts if part in rows[0]}
         for name, rows in found.items()
     }
+    return made | {"proof": proof}
 
 
 def steps_recipe(folder: Path, url: str, name: str, steps: int, tokens: int, ahead: bool) -> Record:
@@ -197,7 +207,7 @@ def steps_recipe(folder: Path, url: str, name: str, steps: int, tokens: int, ahe
         "options": {"k": 16, "by": "teacher", "form": "tail"},
         "data": {"path": str(folder / "prompts.jsonl")},
         "steps": steps,
-        "prompts_per_step": 16,
+        "prompts_per_step": ROWS,
         "sampling": {"max_completion_length": tokens, "temperature": 1.0},
         "optimizer": {"learning_rate": 1e-6},
         "engine": {"urls": [url], "timeout_s": 600},
@@ -309,37 +319,49 @@ def of_pool(quick: bool) -> Record:
     return found
 
 
-def ratios(found: Record) -> Record:
-    def of(group: str, above: str, below: str) -> float:
-        return found[group][above]["median"] / found[group][below]["median"]
+def of(found: Record, group: str, above: str, below: str) -> float:
+    return found[group][above]["median"] / found[group][below]["median"]
 
-    step = found["steps"]["in order"]["total"]["median"]
-    return {
-        "scores": of("scores", "served", "local"),
-        "responses": of("responses", "opd", "engine"),
-        "update": found["update"]["median"] / step,
-        "proof": found["proof"]["median"] / step,
-        "ahead": found["steps"]["ahead"]["total"]["median"] / step,
-        "generation": found["steps"]["in order"]["generate"]["median"] / step,
+
+def parts_record(given: argparse.Namespace, folder: Path) -> Record:
+    """The first benchmark: scores, responses, bytes, the prompt's cache, two servers."""
+    found = {"pool": of_pool(given.quick), **of_positions(given.vllm, folder, given.quick)}
+    found |= of_smollm2(given.vllm, folder, given.quick)
+    ratios = {
+        "scores": of(found, "scores", "served", "local"),
+        "responses": of(found, "responses", "opd", "engine"),
         "bytes": found["bytes"]["by position"] / found["bytes"]["JSON"],
-        "cache": of("cache", "with", "without"),
-        "pool": of("pool", "one dead", "alive"),
+        "cache": of(found, "cache", "with", "without"),
+        "pool": of(found, "pool", "one dead", "alive"),
     }
+    return {**found, "ratios": ratios}
+
+
+def steps_record(given: argparse.Namespace, folder: Path) -> Record:
+    """The second benchmark: whole steps with an engine."""
+    found = of_steps(given.vllm, folder, given.quick)
+    step = found["in order"]["total"]["median"]
+    ratios = {
+        "generation": found["in order"]["generate"]["median"] / step,
+        "ahead": found["ahead"]["total"]["median"] / step,
+        "update": found["in order"]["sync"]["median"] / step,
+        "proof": found["proof"]["median"] / step,
+    }
+    return {**found, "ratios": ratios}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--vllm", required=True)
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--only", choices=["engines", "engine_steps"])
     given = parser.parse_args()
-    with measured("engines", given.quick) as record, tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        found = {"pool": of_pool(given.quick), **of_positions(given.vllm, folder, given.quick)}
-        found |= of_smollm2(given.vllm, folder, given.quick)
-        found |= {"steps": of_steps(given.vllm, folder, given.quick)}
-        record |= {**found, "ratios": ratios(found)}
-        for name, value in record["ratios"].items():
-            say(f"{name}: {value:.3g}" + (f" (goal: at most {GOALS[name]:g})" if name in GOALS else ""))
+    for name, make in (("engines", parts_record), ("engine_steps", steps_record)):
+        if given.only in (None, name):
+            with measured(name, given.quick) as record, tempfile.TemporaryDirectory() as scratch:
+                record |= make(given, Path(scratch))
+                for one, value in record["ratios"].items():
+                    say(f"{one}: {value:.3g}" + (f" (goal: at most {GOALS[one]:g})" if one in GOALS else ""))
 
 
 if __name__ == "__main__":
