@@ -159,7 +159,7 @@ def proved(engine: EngineSampler) -> None:
 
 def of_steps(python: str, folder: Path, quick: bool) -> Record:
     """Steps of SmolLM2, taught by a neighbour, in order and one step ahead. In turns, one thread each."""
-    steps, tokens = (2, 8) if quick else (4, 256)  # long responses: about half of a step
+    steps, tokens = (2, 8) if quick else (6, 256)  # long responses: about half of a step
     texts = [{"prompt": one.content} for one in prompts(ROWS, 16, tokenizer())]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(one) + "\n" for one in texts))
     teacher = language_model(causal_lm(SMOLLM2_NAME), tokenizer(), name="teacher")
