@@ -1,8 +1,8 @@
 """A LoRA adapter for vLLM's servers, under a new name after every update, and the proof that they serve it.
 
 The servers hold the base model and get the adapter's tensors alone. A name is never used again: vLLM keeps the cache of
-an adapter that is loaded anew under its name (0.32). The proof draws tokens and scores none: on a CPU two requests for
-scores at a time end a server that takes adapters.
+an adapter that is loaded anew under its name (0.32). The proof draws tokens and scores none: on a CPU a server that
+takes adapters does not score given tokens reliably.
 
 vLLM stamps every token with the version of the base weights, whatever the adapter. So an adapter's tokens are known by
 its name, which a server without that adapter refuses, and the stamp has to stay what it was at the start.
@@ -11,7 +11,6 @@ its name, which a server without that adapter refuses, and the stamp has to stay
 from __future__ import annotations
 
 import secrets
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,13 +20,12 @@ import numpy as np
 from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, Connection, in_turn
-from opd.engines.update import updated
-from opd.engines.vllm import Drawn, draw_fields, parse_drawn
+from opd.engines.sync import DRAWN, TEMPERATURE
+from opd.engines.update import remove_others, updated
+from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields
 from opd.errors import NotFiniteError, TrainingError
 from opd.parallel import ALONE, World
-
-DRAWN = 16  # tokens whose log-probs are compared
-TEMPERATURE = 2.0  # at which they are drawn: it tells the log-probs of what is drawn from those before temperature
+from opd.types import Sampling
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,8 +64,7 @@ class AdapterSync:
         folder = self.folder / f"version-{version}"
         self.write(folder)
         name, drawn = self.world.by_main(lambda: self._load(folder, version))
-        self.replicas.left_out.clear()
-        self.replicas.left_out.update(one.url for one in self.replicas.servers if one.url not in drawn)
+        self.replicas.leave_out([one.url for one in self.replicas.servers if one.url not in drawn])
         self._prove(version, drawn)
         if not self.stamps:
             self.stamps = frozenset(stamp for one in drawn.values() for stamp in one.versions)
@@ -78,8 +75,7 @@ class AdapterSync:
         """In the main process: the name of the loaded adapter, and what each server draws with it."""
         name = f"opd-{version}-{secrets.token_hex(4)}"
         fields = {"lora_name": name, "lora_path": str(folder.absolute())}
-        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": TEMPERATURE, "top_p": 1.0, "top_k": 0}
-        params |= {"min_p": 0.0, "ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
+        params = sampling_fields(Sampling(temperature=TEMPERATURE), DRAWN, ())
         request = draw_fields(name, self._prompt, params, seed=0, salt=name)
 
         def update(one: Connection) -> Answer[Drawn]:
@@ -121,9 +117,7 @@ class AdapterSync:
             for url, answer in found.items():  # a lost one shows when it has to draw
                 if answer.value is None and not answer.lost and not str(answer.failure).startswith("HTTP 404"):
                     raise TrainingError(f"The server {url} could not unload the adapter {before}: {answer.failure}.")
-        for old in self.folder.glob("version-*"):
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        remove_others(folder)
 
     @property
     def _prompt(self) -> list[int]:

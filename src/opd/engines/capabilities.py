@@ -57,7 +57,7 @@ def probe(
     `model` None: the only model of the servers. `tokenizer` is the student's. `by_position`: the number of given tokens
     to score at a position, 0 for none. `top`: whether the servers do that -> the largest top-k that will be requested.
     `one_model`: whether all servers must have the same weights. Those of an engine get theirs later, and nothing is
-    scored: on a CPU two requests for scores at a time end a server of vLLM 0.32 that holds adapters.
+    scored: on a CPU a server of vLLM 0.32 that takes adapters does not score given tokens reliably.
 
     Raises:
         ConfigError: a server does not answer, lacks the model, has other tokens, or refuses `k`; or two servers differ.

@@ -8,8 +8,9 @@ from typing import Any
 from opd.engines.capabilities import control_ids, of_each
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError
-from opd.engines.vllm import Drawn, draw_fields, member_of, parse_drawn, workers_in
+from opd.engines.vllm import Drawn, draw_fields, member_of, parse_drawn, sampling_fields, workers_in
 from opd.errors import ConfigError
+from opd.types import Sampling
 
 DRAWN = 16  # tokens of the trial
 
@@ -82,8 +83,7 @@ def check_draws(replicas: Replicas, model: str, vocabulary: int) -> None:
 
     With top-k 1 that distribution has one token, of log-prob 0, whatever the weights are.
     """
-    params: dict[str, Any] = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 1.0, "top_p": 1.0, "top_k": 1}
-    params |= {"min_p": 0.0, "repetition_penalty": 1.0, "ignore_eos": True, "detokenize": False}
+    params = sampling_fields(Sampling(top_k=1), DRAWN, ())
     prompt = control_ids(vocabulary)[:8]
     fields = draw_fields(model, prompt, params, seed=0, salt="opd-live")
     drawn: dict[str, Drawn] = of_each(

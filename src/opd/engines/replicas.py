@@ -131,7 +131,7 @@ class Replicas:
         """
         answered, until = threading.Event(), time.monotonic() + wait_s
 
-        def persistent(connection: Connection) -> Answer[T]:
+        def _persistent(connection: Connection) -> Answer[T]:
             failed = 0
             while True:
                 answer = send(connection)
@@ -149,8 +149,13 @@ class Replicas:
 
         with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
             connections = self._connected(stack, within_s, among)
-            found = list(pool.map(persistent, connections))
+            found = list(pool.map(_persistent, connections))
         return {connection.server.url: answer for connection, answer in zip(connections, found, strict=True)}
+
+    def leave_out(self, urls: Collection[str]) -> None:
+        """From now on `answers` uses all servers but those at these addresses."""
+        self.left_out.clear()
+        self.left_out.update(urls)
 
     def _connected(
         self, stack: ExitStack, within_s: float = math.inf, among: Collection[str] | None = None

@@ -6,7 +6,6 @@ have left an old output layer, half of the weights, or weights of neither model 
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from opd.engines.capabilities import control_ids
 from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, BodyError, Connection, in_turn
-from opd.engines.update import updated
+from opd.engines.update import remove_others, updated
 from opd.engines.vllm import (
     Drawn,
     TopScores,
@@ -26,11 +25,14 @@ from opd.engines.vllm import (
     member_of,
     parse_drawn,
     parse_top,
+    sampling_fields,
 )
 from opd.errors import NotFiniteError, TrainingError
 from opd.parallel import ALONE, World
+from opd.types import Sampling
 
 DRAWN = 16  # tokens that show which log-probs a server gives
+TEMPERATURE = 2.0  # at which they are drawn: it tells the log-probs of what is drawn from those before temperature
 
 START = (
     "Start it with VLLM_SERVER_DEV_MODE=1, `--worker-extension-cls opd.engines.worker.WeightLoader`, "
@@ -73,7 +75,7 @@ class Folder:
         """Write the weights, and remove the folders before. Raises RunError if they cannot be written."""
         self.version = version
         self.write(self._now)
-        self.world.by_main(self._forget)
+        self.world.by_main(lambda: remove_others(self._now))
 
     def load(self, one: Connection) -> Answer[Any]:
         """One server loads the folder, by the worker extension.
@@ -96,11 +98,6 @@ class Folder:
     @property
     def _now(self) -> Path:
         return self.folder / f"version-{self.version}"
-
-    def _forget(self) -> None:
-        for old in self.folder.glob("version-*"):
-            if old != self._now:
-                shutil.rmtree(old, ignore_errors=True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -137,9 +134,7 @@ class Sync:
         if not np.isfinite(own).all():
             raise NotFiniteError(f"The student's log-probs of a fixed sequence are not finite at step {version}.")
         self.delivery.send(version)
-        left_out = self.world.by_main(lambda: self._give(version, own))
-        self.replicas.left_out.clear()
-        self.replicas.left_out.update(left_out)
+        self.replicas.leave_out(self.world.by_main(lambda: self._give(version, own)))
         self.asleep = None
         if self.before is None:
             self._check_mode()
@@ -180,17 +175,17 @@ class Sync:
     def _check_mode(self) -> None:
         """Refuse servers whose log-probs are not of the distribution that they draw from. Raises TrainingError."""
         prompt = control_ids(self.vocabulary)[:8]
-        params = {"max_tokens": DRAWN, "min_tokens": 0, "temperature": 2.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
-        params |= {"ignore_eos": True, "detokenize": False, "repetition_penalty": 1.0}
+        params = sampling_fields(Sampling(temperature=TEMPERATURE), DRAWN, ())
         fields = draw_fields(self.model, prompt, params, seed=0, salt="opd-mode")
         of_servers = self.world.by_main(lambda: self._drawn(fields))
         for url, drawn in of_servers.items():
-            own = self.logp([*prompt, *drawn.ids], 2.0)[len(prompt) - 1 :]
+            own = self.logp([*prompt, *drawn.ids], TEMPERATURE)[len(prompt) - 1 :]
             apart = float(np.abs(own - drawn.logp).max())
             if apart > self.tolerance:
                 raise TrainingError(
                     f"The server {url} gives other log-probs than those of the distribution that it draws from: at "
-                    f"temperature 2 they differ from the student's by up to {apart:.3g} nats. {self.delivery.start}."
+                    f"temperature {TEMPERATURE:g} they differ from the student's by up to {apart:.3g} nats. "
+                    f"{self.delivery.start}."
                 )
 
     def _drawn(self, fields: Mapping[str, Any]) -> dict[str, Drawn]:

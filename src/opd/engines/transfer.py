@@ -3,7 +3,7 @@
 The main process and all workers of all servers are one NCCL group, in which the main process has rank 0. An update is
 /pause and /start_weight_update, then at the same time /update_weights, which names all tensors, and one broadcast per
 bucket of them, then /finish_weight_update and /resume. The pause keeps requests of others waiting: between start and
-finish the model has no weights, and one request for tokens has ended a server.
+finish the model has no weights.
 
 A broadcast has no time limit and cannot be interrupted. So requests and broadcasts run in threads of their own, and the
 first failure of either, or the time limit, ends the run. The group cannot be used after that.
@@ -179,7 +179,7 @@ def buckets(tensors: Iterable[Tensor], size: int, device: torch.device) -> Itera
 def end_open_update(replicas: Replicas) -> None:
     """End an update that a trainer has left open when it was killed, and let its servers answer again.
 
-    The weights of an open update are nowhere, and a request for tokens would end the server. One without an open update
+    A server with an open update has no weights and cannot answer. One without an open update
     refuses to end it, so that failures have no meaning here: what is wrong shows at the next request.
     """
     once = replace(replicas, retries=0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 from opd.engines.capabilities import RECOGNISED_S
@@ -35,6 +37,13 @@ def updated(
             raise refused(url, answer.failure)
     replicas.counts.add(servers_lost=len(replicas.servers) - len(taken))
     return taken
+
+
+def remove_others(folder: Path) -> None:
+    """Remove the folders of other versions beside this one."""
+    for old in folder.parent.glob("version-*"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _there(replicas: Replicas) -> set[str]:

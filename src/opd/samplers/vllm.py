@@ -11,7 +11,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -141,7 +140,7 @@ class EngineSampler(Sampler):
                 fields=draw_fields(
                     model,
                     row.read,
-                    self._params(tokens),
+                    sampling_fields(self.sampling, tokens, self.lm.stop_ids),
                     seed=seed_of(seed, row.prompt.id, row.sample),
                     salt=f"opd-{self.salt}-{self.updates}",
                 ),
@@ -160,9 +159,6 @@ class EngineSampler(Sampler):
             row.ids += answer.value.ids
             row.logp += answer.value.logp
             row.finished = answer.value.finished
-
-    def _params(self, tokens: int) -> dict[str, Any]:
-        return sampling_fields(self.sampling, tokens, self.lm.stop_ids)
 
     def _read(self, raw: bytes) -> Drawn:
         """A response of the last update's weights, with adapters of the base's. Raises BodyError for another one.

@@ -13,24 +13,24 @@ from opd.types import Prompt
 KEY = "ahead"  # in a checkpoint's state
 
 
-def saved(ahead: Ahead | None, step: int, positions: Sequence[int], world: World) -> dict[str, Any]:
+def saved(ahead: Ahead, step: int, positions: Sequence[int], world: World) -> dict[str, Any]:
     """The responses of `step` of all processes, in the order of the prompts; empty if no server gave them.
 
     `positions`: those of this process's prompts among the step's.
     """
-    drawn = None if ahead is None else ahead.responses(step)
+    drawn = ahead.responses(step)
     if world.any(drawn is None) or drawn is None:
         return {}
     return {KEY: world.in_order(positions, [row_of(one) for one in drawn])}
 
 
 def restore(
-    ahead: Ahead | None, step: int, prompts: Sequence[Prompt], positions: Sequence[int], state: Mapping[str, Any]
+    ahead: Ahead, step: int, prompts: Sequence[Prompt], positions: Sequence[int], state: Mapping[str, Any]
 ) -> bool:
     """Take this process's responses to the step's `prompts` from a checkpoint; False if it has none of them."""
     rows = state.get(KEY, ())
-    if ahead is None or not rows:
-        return ahead is None
+    if not rows:
+        return False
     each = len(rows) // len(prompts)
     samplers = ahead.samplers
     drawn = [

@@ -269,13 +269,13 @@ class Stage:
         self.finished = saved.step >= self.spec.steps or self.seconds >= self.seconds_limit
         self.saved = saved.step
         self.progress.note(f"{self.spec.name}: continuing after step {saved.step} of {self.spec.steps}")
-        last = saved.step >= self.spec.steps
-        step_prompts, positions = self.order.take(saved.step), self._positions(saved.step)
-        if not last and not drawn_ahead.restore(self.ahead, saved.step, step_prompts, positions, saved.state):
-            self.progress.note(
-                f"{self.spec.name}: no server gave the responses of step {saved.step + 1} before the run ended. They "
-                "are written with the weights of that step, not one step ahead"
-            )
+        if self.ahead is not None and saved.step < self.spec.steps:
+            positions = self._positions(saved.step)
+            if not drawn_ahead.restore(self.ahead, saved.step, self.order.take(saved.step), positions, saved.state):
+                self.progress.note(
+                    f"{self.spec.name}: no server gave the responses of step {saved.step + 1} before the run ended. "
+                    "They are written with the weights of that step, not one step ahead"
+                )
         for one in self.models:
             one.folder.rewind(saved.step)
             rows = one.folder.read_metrics() if self.world.main else []
@@ -311,7 +311,7 @@ class Stage:
             remembered=[one._remembered() for one in self.models] if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
-            more=drawn_ahead.saved(self.ahead, done, self._positions(done), self.world),
+            more={} if self.ahead is None else drawn_ahead.saved(self.ahead, done, self._positions(done), self.world),
         )
         self.saved, self.saved_at = done, time.monotonic()
 
