@@ -34,6 +34,7 @@ from common import HERE, THREADS, Record, measured, say, spread
 from workload import SMOLLM2_NAME, causal_lm, language_model, prompts, tokenizer
 
 sys.path.insert(0, str(HERE.parent / "tests"))
+from support.engine_sampler import engine_sampler
 from support.engines import Engine, running
 from support.http_server import Arrived, Said
 from support.models import byte_tokenizer, tiny
@@ -111,21 +112,11 @@ def of_smollm2(python: str, folder: Path, quick: bool) -> Record:
     saving.save(lm, folder / "smollm2")
     rows, tokens = (4, 8) if quick else (32, 64)
     written = prompts(rows, 32, lm.tokenizer)
-    spec = StageSpec.model_validate(
-        {
-            "name": "distil",
-            "train": "student",
-            "method": "opd",
-            "data": {"path": "x"},
-            "steps": 1,
-            "sampling": {"max_completion_length": tokens},
-        }
-    )
     with vllm(
         folder / "smollm2", folder / "log", *ENGINE_FLAGS, by_position=False, python=python, threads=THREADS
     ) as url:
         section = EngineSection(urls=[url], timeout_s=600.0)
-        engine = engine_samplers(spec, section, lm, folder / "weights")[None]
+        engine = engine_sampler(lm, folder / "weights", section, max_completion_length=tokens, n=1)
         engine.sync(0)
         own = TransformersSampler(lm=lm, sampling=Sampling(max_completion_length=tokens))
         responses = in_turns(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faults import FAULTS, KINDS, Ended, Fault, Servers, check, clean, models_in, outcome, own_servers
+from support.faults import FAULTS, Ended, Fault, Servers, check, outcome, own_servers
 
 from opd.engines.replicas import Replicas
 from opd.parallel import World
@@ -17,20 +17,9 @@ from opd.runs import served
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with models_in(tmp_path_factory.mktemp("models")) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def servers(models: Path) -> Iterator[Servers]:
     with own_servers(models) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Ended]:
-    return clean(servers, models, tmp_path_factory.mktemp("clean"), KINDS)
 
 
 @pytest.fixture(autouse=True)

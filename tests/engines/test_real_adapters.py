@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 import torch
+from support.engine_sampler import changed, engine_sampler
 from support.models import byte_tokenizer, policy, tiny
 from support.runs import Forks, one_stage, prepare
 from support.vllm_server import needs_vllm, vllm
@@ -21,8 +22,7 @@ from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.adapters import add_lora
 from opd.models.language_model import LanguageModel
-from opd.recipe.schema import EngineSection, StageSpec
-from opd.runs.served import engine_samplers
+from opd.recipe.schema import EngineSection
 from opd.samplers.vllm import EngineSampler
 from opd.types import Prompt
 
@@ -59,25 +59,8 @@ def learner(rank: int = 4) -> LanguageModel:
     return replace(lm, model=add_lora(lm.model, rank=rank, alpha=8.0, target_modules="all-linear"))
 
 
-def changed(lm: LanguageModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lm.trainable().values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-
-
 def sampler_of(url: str, lm: LanguageModel, folder: Path) -> EngineSampler:
-    spec = StageSpec.model_validate(
-        {
-            "name": "distil",
-            "train": "student",
-            "method": "opd",
-            "data": {"path": "x"},
-            "steps": 1,
-            "sampling": {"max_completion_length": 12, "n": 3, "temperature": 0.7},
-        }
-    )
-    return engine_samplers(spec, EngineSection(urls=[url], weights="lora", timeout_s=120.0), lm, folder)[None]
+    return engine_sampler(lm, folder, EngineSection(urls=[url], weights="lora", timeout_s=120.0), temperature=0.7)
 
 
 def test_engine_serves_new_adapter_after_each_update(url, tmp_path):

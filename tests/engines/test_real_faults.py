@@ -7,27 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.faults import FAULTS, KINDS, Ended, Fault, Servers, check, clean, models_in, outcome, real_servers, row
+from support.faults import FAULTS, Ended, Fault, Servers, check, outcome, real_servers, row
 from support.vllm_server import needs_vllm
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    with models_in(tmp_path_factory.mktemp("models")) as one:
-        yield one
-
-
-@pytest.fixture(scope="module")
 def servers(models: Path) -> Iterator[Servers]:
     with real_servers(models) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def wanted(servers: Servers, models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Ended]:
-    return clean(servers, models, tmp_path_factory.mktemp("clean"), KINDS)
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=[f"{fault.side}: {fault.name}" for fault in FAULTS])

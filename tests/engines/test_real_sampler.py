@@ -10,6 +10,7 @@ import httpx2
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.engine_sampler import changed, engine_sampler
 from support.engines import Engine, running
 from support.models import byte_tokenizer, policy, tiny
 from support.vllm_server import needs_vllm, vllm
@@ -21,8 +22,7 @@ from opd.engines.sync import Folder, Sync
 from opd.errors import ConfigError, TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
-from opd.recipe.schema import EngineSection, StageSpec
-from opd.runs.served import engine_samplers
+from opd.recipe.schema import EngineSection
 from opd.samplers.vllm import EngineSampler
 from opd.types import EarlyStop, Prompt, Record, Rollout
 
@@ -43,26 +43,8 @@ def learner(seed: int = 2) -> LanguageModel:
     return tiny("llama_tied", byte_tokenizer(), seed=seed, hidden=64, spread=0.15, name="student")
 
 
-def changed(lm: LanguageModel, seed: int) -> None:
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
-            parameter.add_(0.1 * noise.to(parameter))
-
-
 def sampler_of(url: str, lm: LanguageModel, folder: Path, **sampling: object) -> EngineSampler:
-    section = EngineSection(urls=[url], timeout_s=120.0)
-    spec = StageSpec.model_validate(
-        {
-            "name": "distil",
-            "train": "student",
-            "method": "opd",
-            "data": {"path": "x"},
-            "steps": 1,
-            "sampling": {"max_completion_length": 12, "n": 3, **sampling},
-        }
-    )
-    return engine_samplers(spec, section, lm, folder)[None]
+    return engine_sampler(lm, folder, EngineSection(urls=[url], timeout_s=120.0), **sampling)
 
 
 PROMPTS = [Prompt(id=i, content=text) for i, text in enumerate(("the quick brown fox", "x = 12;", "hello"))]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.engine_sampler import changed, engine_sampler
 from support.gloo import GlooGroup
 from support.models import byte_tokenizer, policy, tiny
 from support.vllm_server import needs_vllm, vllm
@@ -20,8 +21,7 @@ from opd.engines.transfer import Transfer
 from opd.errors import TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
-from opd.recipe.schema import EngineSection, StageSpec
-from opd.runs.served import engine_samplers
+from opd.recipe.schema import EngineSection
 from opd.samplers.vllm import EngineSampler
 from opd.types import Prompt
 
@@ -45,13 +45,6 @@ def learner() -> LanguageModel:
     return tiny("llama", byte_tokenizer(), seed=2, hidden=64, spread=0.15, name="student")
 
 
-def changed(lm: LanguageModel, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in lm.model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator).to(parameter))
-
-
 def over_gloo(device: torch.device, address: str, port: int, size: int, limit_s: float) -> GlooGroup:
     return GlooGroup(address, port, 0, size, limit_s)
 
@@ -64,18 +57,8 @@ def sampler(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Engine
 
 def sampler_of(url: str, folder: Path) -> EngineSampler:
     """The sampler of a new start of the trainer."""
-    spec = StageSpec.model_validate(
-        {
-            "name": "distil",
-            "train": "student",
-            "method": "opd",
-            "data": {"path": "x"},
-            "steps": 1,
-            "sampling": {"max_completion_length": 12, "n": 3, "temperature": 0.7},
-        }
-    )
     section = EngineSection(urls=[url], weights="transfer", timeout_s=60.0, retries=0, patience_s=0.0)
-    return engine_samplers(spec, section, learner(), folder)[None]
+    return engine_sampler(learner(), folder, section, temperature=0.7)
 
 
 def delivery_of(sampler: EngineSampler) -> Transfer:
