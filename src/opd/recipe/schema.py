@@ -328,15 +328,24 @@ Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """Settings of AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
+    """The optimiser and its settings. Gradients are clipped to `max_grad_norm` (global norm)."""
 
+    # muon: matrices inside the layers; AdamW with the same learning rate has the rest.
+    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: Float = Field(default=1e-6, gt=0)
     betas: tuple[Beta, Beta] = (0.9, 0.999)
     eps: Float = Field(default=1e-8, gt=0)
     weight_decay: Float = Field(default=0.0, ge=0)
+    momentum: Beta = 0.95  # of muon
     max_grad_norm: Float = Field(default=1.0, gt=0, allow_inf_nan=True)  # .inf: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _momentum_of_muon(self) -> OptimizerSection:
+        if self.name != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(f"`momentum` is of `name: muon`, and {self.name} does not read it: it has `betas`")
+        return self
 
 
 class EvaluateSection(Section):
