@@ -17,6 +17,8 @@ from opd.recipe.schema import OptimizerSection
 
 FUSED_ON = ("cpu", "cuda")  # where torch has a fused AdamW, of the devices that runs use
 
+BLOCK_8BIT, SMALLEST_8BIT = 256, 4096  # entries that share a scale; below so many a moment has 32 bits
+
 # The tensors of a state that have the parameter's shape, by optimiser: with shards, they are sharded as it is.
 MOMENTS = {"adamw": ("exp_avg", "exp_avg_sq"), "muon": ("momentum_buffer",)}
 
@@ -98,8 +100,8 @@ def build(
     if section.name == "adamw_8bit":
         parts["adamw_8bit"] = _adamw_8bit(weights, section)
     elif section.name == "muon":
-        matrices = [one for one in weights if one.dim() == 2 and not any(one is other for other in outside)]
-        others = [one for one in weights if not any(one is matrix for matrix in matrices)]
+        matrices = [one for one in weights if _is_matrix(one, outside)]
+        others = [one for one in weights if not _is_matrix(one, outside)]
         parts |= {"muon": _muon(matrices, section)} if matrices else {}
         parts |= {"adamw": _adamw(others, section)} if others else {}
     else:
@@ -124,14 +126,14 @@ def _adamw(parameters: list[nn.Parameter], section: OptimizerSection) -> Optimiz
 
 
 def _adamw_8bit(parameters: list[nn.Parameter], section: OptimizerSection) -> Optimizer:
-    """AdamW with moments of 8 bits in blocks of 256 entries (arXiv 2110.02861); below 4,096 entries of 32 bits."""
+    """AdamW with moments of 8 bits, a scale for each block of entries (arXiv 2110.02861); small ones have 32 bits."""
     check_8bit()
     if any(hasattr(parameter, "full_tensor") for parameter in parameters):
         raise ConfigError(
             "optimizer.name is adamw_8bit, and several processes hold shards of the trained weights. bitsandbytes has "
             "no state for shards. Use `name: adamw`, whose moments are sharded, or one process."
         )
-    from bitsandbytes.optim import AdamW8bit  # pyright: ignore[reportMissingImports]
+    from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
 
     rate, decay = section.learning_rate, section.weight_decay
     return AdamW8bit(parameters, lr=rate, betas=section.betas, eps=section.eps, weight_decay=decay)
@@ -161,6 +163,25 @@ def _muon(matrices: list[nn.Parameter], section: OptimizerSection) -> Optimizer:
         weight_decay=section.weight_decay,
         adjust_lr_fn="match_rms_adamw",
     )
+
+
+def state_bytes(parameters: Mapping[str, Tensor], section: OptimizerSection, outside: Collection[Tensor] = ()) -> int:
+    """Bytes of the moments after the first update: two per weight, of 8 bits, or one of Muon's matrices."""
+    total = 0.0
+    for one in parameters.values():
+        whole = one.numel() * one.element_size()
+        if section.name == "adamw_8bit" and one.numel() >= SMALLEST_8BIT:
+            total += 2 * one.numel() * (1 + 4 / BLOCK_8BIT)
+        elif section.name == "muon" and _is_matrix(one, outside):
+            total += whole
+        else:
+            total += 2 * whole
+    return round(total)
+
+
+def _is_matrix(weight: Tensor, outside: Collection[Tensor]) -> bool:
+    """Whether Muon updates the weight."""
+    return weight.dim() == 2 and not any(weight is other for other in outside)
 
 
 def factor(section: OptimizerSection, steps: int) -> Callable[[int], float]:
