@@ -109,3 +109,8 @@ def test_later_stage_of_4_bit_student_is_refused(base: Path, tmp_path: Path):
     given["stages"].append({**given["stages"][0], "name": "again"})
     with pytest.raises(ConfigError, match="would be rounded to 4 bits again"):
         check_stages(parse_recipe(given, []), Given())
+
+
+def test_missing_package_is_named_before_weights_load(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("opd.runs.low_bits.find_spec", lambda name: None if name == "bitsandbytes" else object())
+    refused(base, tmp_path, r"models\.student\.quantization needs bitsandbytes\. Install with: pip install")

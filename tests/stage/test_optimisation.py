@@ -303,7 +303,7 @@ def test_adamw_8bit_follows_adamw_with_small_moments():
 
 
 def test_adamw_8bit_is_refused_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(ConfigError, match=r"bitsandbytes cannot be imported.*opd\[quantization\]"):
         optimisers.build(parameters(), section(name="adamw_8bit"), 10)
 

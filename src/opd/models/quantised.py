@@ -17,21 +17,8 @@ BLOCK, SECOND_BLOCK = 64, 256  # weights that share a scale; scales that share a
 def config_of(section: Quantization, dtype: torch.dtype, where: str) -> Any:
     """transformers' config of a model that is quantised while it is loaded; products are computed in `dtype`.
 
-    The output layer and the embeddings stay as they are. Raises ConfigError where bitsandbytes is not installed.
+    The output layer and the embeddings stay as they are. Raises ConfigError where bitsandbytes cannot be imported.
     """
-    check_installed(where)
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=section.type,
-        bnb_4bit_use_double_quant=section.double,
-        bnb_4bit_compute_dtype=dtype,
-    )
-
-
-def check_installed(where: str) -> None:
-    """Raise ConfigError where bitsandbytes or accelerate cannot be imported."""
     try:
         import accelerate  # noqa: F401
         import bitsandbytes  # pyright: ignore[reportMissingImports] # noqa: F401
@@ -40,6 +27,14 @@ def check_installed(where: str) -> None:
             f"{where}.quantization needs bitsandbytes and accelerate ({error}). Install them with: "
             "pip install 'opd[quantization]', or leave `quantization` out."
         ) from error
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=section.type,
+        bnb_4bit_use_double_quant=section.double,
+        bnb_4bit_compute_dtype=dtype,
+    )
 
 
 def is_quantised(model: nn.Module) -> bool:

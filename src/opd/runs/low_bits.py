@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from opd.errors import ConfigError
 from opd.recipe.schema import Recipe, StageSpec
 from opd.runs.prepare import Given
@@ -14,19 +16,18 @@ def check_low_bits(recipe: Recipe, spec: StageSpec, given: Given, processes: int
     Raises ConfigError: it is not installed; several processes; a 4-bit student without an adapter, or one that a later
     stage reads.
     """
-    from opd.models.quantised import check_installed
-    from opd.stage.optimisers import check_8bit
-
     names = [name for name in spec.models if name not in given.models and recipe.models[name].quantization is not None]
-    for name in names:
-        check_installed(f"models.{name}")
-    if spec.optimizer.name == "adamw_8bit":
-        check_8bit()
-    where = f"Stage {spec.name!r}"
-    if processes > 1 and (names or spec.optimizer.name == "adamw_8bit"):
-        what = f"models.{names[0]}.quantization" if names else "optimizer.name: adamw_8bit"
+    eight = ["optimizer.name: adamw_8bit"] if spec.optimizer.name == "adamw_8bit" else []
+    uses = [*(f"models.{name}.quantization" for name in names), *eight]
+    if uses and (missing := [one for one in ("bitsandbytes", "accelerate") if find_spec(one) is None]):
         raise ConfigError(
-            f"{where}: {what} with {processes} processes. bitsandbytes has no shards of its weights and moments here. "
+            f"Stage {spec.name!r}: {uses[0]} needs {' and '.join(missing)}. Install with: "
+            "pip install 'opd[quantization]', or leave it out."
+        )
+    where = f"Stage {spec.name!r}"
+    if processes > 1 and uses:
+        raise ConfigError(
+            f"{where}: {uses[0]} with {processes} processes. bitsandbytes keeps weights and moments whole. "
             "Use one process, or leave it out."
         )
     if spec.train not in names:

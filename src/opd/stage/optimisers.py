@@ -127,27 +127,20 @@ def _adamw(parameters: list[nn.Parameter], section: OptimizerSection) -> Optimiz
 
 def _adamw_8bit(parameters: list[nn.Parameter], section: OptimizerSection) -> Optimizer:
     """AdamW with moments of 8 bits, a scale for each block of entries (arXiv 2110.02861); small ones have 32 bits."""
-    check_8bit()
     if any(hasattr(parameter, "full_tensor") for parameter in parameters):
         raise ConfigError(
             "optimizer.name is adamw_8bit, and several processes hold shards of the trained weights. bitsandbytes has "
             "no state for shards. Use `name: adamw`, whose moments are sharded, or one process."
         )
-    from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
-
-    rate, decay = section.learning_rate, section.weight_decay
-    return AdamW8bit(parameters, lr=rate, betas=section.betas, eps=section.eps, weight_decay=decay)
-
-
-def check_8bit() -> None:
-    """Raise ConfigError where bitsandbytes cannot be imported."""
     try:
-        import bitsandbytes  # pyright: ignore[reportMissingImports] # noqa: F401
+        from bitsandbytes.optim.adamw import AdamW8bit  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ConfigError(
             f"optimizer.name is adamw_8bit, and bitsandbytes cannot be imported ({error}). Install it with: "
             "pip install 'opd[quantization]', or use `name: adamw`."
         ) from error
+    rate, decay = section.learning_rate, section.weight_decay
+    return AdamW8bit(parameters, lr=rate, betas=section.betas, eps=section.eps, weight_decay=decay)
 
 
 def _muon(matrices: list[nn.Parameter], section: OptimizerSection) -> Optimizer:
