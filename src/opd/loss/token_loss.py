@@ -148,6 +148,7 @@ def _full_difference(
                 student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
                 per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w, observed)
             total += (per_token * w).sum()
+            micro.keep(at, per_token, teacher_logp - student_logp, part)
             observed.add("train/signal", _times(per_token, part))
             observed.add("train/student_nll", _times(-student_logp, part))
             observed.add("teacher/log_ratio", _times(teacher_logp - student_logp, part))
@@ -181,6 +182,7 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
         )
         into_probabilities(logits, log_z, -grad.sum(-1, keepdim=True))
         logits.scatter_add_(-1, ids, grad)
+        micro.keep(rows, per_token)
         observed.add("train/signal", per_token)
         observed.add("train/student_nll", -selected[:, 0])
         observed.support(micro, rows, selected[:, 1:])
@@ -208,6 +210,7 @@ def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Obser
             w,
             observed,
         )
+        micro.keep(rows, per_token)
         observed.add("train/signal", per_token)
         if known:
             observed.add("train/student_nll", -policy_logp)

@@ -38,6 +38,7 @@ from opd.files import (
 )
 from opd.recipe.schema import Recipe
 from opd.stage.claim import FolderLock, lock_folder
+from opd.stage.columns import full_rows, schema
 from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
 _RESERVED = frozenset({"recipe.yaml", "environment.json", INPUTS, CHANGES, "report_id.txt", "tensorboard", "wandb"})
@@ -129,6 +130,7 @@ class StageDir:
 
     path: Path
     writes: bool = True
+    reward: Mapping[str, Any] | None = None  # of the stage, for the metadata of its files: `columns.schema`
 
     @property
     def metrics(self) -> Path:
@@ -159,7 +161,7 @@ class StageDir:
 
         Checkpoints and the saved model of all are in the stage's own. Raises RunError if it cannot be created.
         """
-        peer = StageDir(self.path / "peers" / name, self.writes)
+        peer = StageDir(self.path / "peers" / name, self.writes, self.reward)
         try:
             if self.writes:
                 peer.samples.mkdir(parents=True, exist_ok=True)
@@ -212,19 +214,20 @@ class StageDir:
             raise refused(self.path, error) from error
 
     def write_samples(self, step: int, rows: list[dict[str, Any]]) -> Path:
-        """One parquet file of a step's responses. Every row has the same keys.
+        """One parquet file of a step's responses, with the columns of `columns.COLUMNS`; absent ones are null.
 
         Raises:
-            DataError: the values of a column have no common type.
+            DataError: a value is not of its column's type.
             RunError: the file could not be written.
         """
-        file = self.samples / f"step_{step:06d}.parquet"
-        return write_table(file, rows) if self.writes else file
+        return self._write_rows(self.samples / f"step_{step:06d}.parquet", rows)
 
     def write_held_out(self, when: str, rows: list[dict[str, Any]]) -> Path:
         """The responses of one evaluation, to held_out_<when>.parquet. Raises as `write_samples` does."""
-        file = self.path / f"held_out_{when}.parquet"
-        return write_table(file, rows) if self.writes else file
+        return self._write_rows(self.path / f"held_out_{when}.parquet", rows)
+
+    def _write_rows(self, file: Path, rows: list[dict[str, Any]]) -> Path:
+        return write_table(file, full_rows(rows), schema(self.reward)) if self.writes else file
 
     def read_samples(self) -> list[dict[str, Any]]:
         """The rows of all sample files, each with its `step`, in order."""

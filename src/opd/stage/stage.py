@@ -29,6 +29,7 @@ from opd.stage import drawn_ahead
 from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
+from opd.stage.looks import Looks, looks_at
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.pace import Pace
 from opd.stage.progress import Progress
@@ -36,7 +37,7 @@ from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
 from opd.stage.stopwatch import Stopwatch, peak_bytes
 from opd.stage.trackers import ReportWriter
-from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.types import Memory, Prompt, ScoreRequest, Teacher, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,7 @@ class Stage:
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
+    looks: Looks = field(default_factory=Looks, init=False)  # of the step, for its sample file
     begun: bool = field(default=False, init=False)  # the first step of this start, or an evaluation before it
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
@@ -189,13 +191,20 @@ class Stage:
         """The scores that the teacher computes in this step."""
         return self.method.request(shown=self._shown(step))
 
-    def compare(self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[Prompt]) -> Metrics:
-        """Metrics compare/... of both models, before the update of every `diagnostics.every`-th step; else empty."""
+    def compare(self, step: int, phase_a: PhaseA) -> Metrics:
+        """Metrics compare/... of both models, before the update of every `diagnostics.every`-th step; else empty.
+
+        Also keeps what the step's sample file shows of both models, if the step writes one.
+        """
         spec = self.spec
+        self.looks = Looks()
+        if self._shown(step) and spec.samples.rows:
+            seed = (self.seed, step)
+            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed)
+            self.looks = Looks(rows=rows)
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
-        own = [i for i, rollout in enumerate(rollouts) if not rollout.part]
-        rollouts, contexts = [rollouts[i] for i in own], [contexts[i] for i in own]
+        rollouts, contexts = phase_a.batch.rollouts, phase_a.contexts
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
@@ -374,6 +383,8 @@ class Stage:
     def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
         """The responses of all processes, as rows of a sample file: the method's own, then those of its parts."""
         rows = [row for phase in phase_a.all for row in rows_of(phase, self.student.tokenizer, self.readers)]
+        for i, more in self.looks.rows.items():  # the method's own rows come first
+            rows[i] |= more
         if not self.method.parts:
             return self.world.in_order(self._positions(step), rows)
         shared = [row for of_process in self.world.gather(rows) for row in of_process]
