@@ -18,6 +18,7 @@ from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
 from opd.runs.export import finish, finished_student, rehearse
 from opd.runs.inputs import inputs_of
+from opd.runs.page import write_page
 from opd.runs.prepare import Given, Prepared
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import Interrupt, Stopped, stopped_after
@@ -119,6 +120,7 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
             progress.phase(f"{spec.name}: saving the model")
             finish(recipe, stage, outcome.seconds, session.given, session.directory, before)
             session.world.wait()
+        write_page(session)
         if outcome.stop and spec is not recipe.stages[-1]:
             raise stopped_after(spec.name, spec.steps, spec.steps, outcome.stop)
     return student

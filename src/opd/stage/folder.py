@@ -4,6 +4,7 @@
     <run>/environment.json      versions and hardware of the last process that opened the run, and when the run started
     <run>/inputs.json           fingerprints of rows, models and code at the last start
     <run>/changes.jsonl         accepted changes of recipe and inputs, see `changes.py`
+    <run>/report.html           the page of `opd report`, written again at the end of each stage
     <run>/.lock, .holder.json   the process that runs it, see `claim.py`
     <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
@@ -41,7 +42,9 @@ from opd.stage.claim import FolderLock, lock_folder
 from opd.stage.columns import full_rows, schema
 from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
-_RESERVED = frozenset({"recipe.yaml", "environment.json", INPUTS, CHANGES, "report_id.txt", "tensorboard", "wandb"})
+_RESERVED = frozenset(
+    {*("recipe.yaml", "environment.json", INPUTS, CHANGES), "report.html", "report_id.txt", "tensorboard", "wandb"}
+)
 
 
 def check_stage_name(name: str) -> None:

@@ -24,6 +24,7 @@ from opd.viewer.results import divergences, labels_of, reward_of, settings, sett
 from opd.viewer.texts import visible
 from opd.viewer.thin import Budget
 
+LIVE_HELD_OUT = 1000  # groups of held-out responses in a live page
 SPARKS = ("train/loss", "teacher/log_ratio", "rollout/reward", "rollout/length", "rollout/cut_share", "optim/grad_norm")
 
 
@@ -72,6 +73,57 @@ def stage_content(run: RunView, stage: StageView, options: Options | None = None
             content.data["followed"] = max(map(len, followed.values()))
             content.responses += sum(map(len, followed.values()))
     return content
+
+
+def live_content(run: RunView, stage: StageView) -> Content:
+    """As `stage_content`, without blocks: a live page asks for each with `block_of` when it is shown.
+
+    `data` alone is what a page needs to be brought up to date (`Stage.refresh` of start.js).
+    """
+    series = series_of(stage)
+    content = Content(stage.name, base_data(stage, series), shown_of(run, stage, series))
+    data, measured = content.data, measured_of(stage)
+    data["state_says"] = content.shown["head"]["state_says"]
+    data["whens"] = [one.label for one in measured]
+    data["held"] = data["held_of"] = len(shown_keys(measured, LIVE_HELD_OUT))
+    data["held_when"] = [one.when for one in measured]  # the block changes with it
+    for step in stage.sample_steps:
+        picks = stage.samples(step, ["pick"])
+        followed = [] if picks is None else [pick for pick in picks.values("pick") if pick == "follow"]
+        count = 0 if picks is None else len(picks) - len(followed)
+        data["steps"].append({"step": step, "shown": count, "of": count})
+        data["followed"] = max(data["followed"], len(followed))
+    return content
+
+
+def block_of(stage: StageView, name: str, options: Options | None = None) -> bytes | None:
+    """One block of a live page by its name: `curves`, `held`, `follow`, or `s` and a step; None if there is none.
+
+    Everything in full, but at most `options.tokens` tokens of a block. Raises RunError if a file cannot be read.
+    """
+    tokens = (options or Options()).tokens
+    if name == "curves":
+        return curves_block(stage, series_of(stage))
+    if name == "held":
+        measured = measured_of(stage)
+        keys = shown_keys(measured, LIVE_HELD_OUT)
+        lengths = [one.lengths[key] for one in measured for key in keys if key in one.lengths]
+        return held_block(measured, keys, Budget.of(tokens, lengths)) if measured else None
+    if name == "follow":
+        rows = {step: _followed(stage, step) for step in sampled_steps(stage)}
+        rows = {step: places for step, places in rows.items() if places}
+        return follow_block(stage, rows, Budget(tokens, tokens)) if rows else None
+    if name.startswith("s") and name[1:].isdecimal():
+        columns = stage.samples(int(name[1:]), ["response_ids"])
+        lengths = [] if columns is None else columns.lengths("response_ids").tolist()
+        return sample_block(stage, int(name[1:]), None, Budget.of(tokens, lengths)) if lengths else None
+    return None
+
+
+def _followed(stage: StageView, step: int) -> list[int]:
+    """The rows of a step's file that are of the same held-out prompts at every step."""
+    picks = stage.samples(step, ["pick"])
+    return [] if picks is None else [i for i, pick in enumerate(picks.values("pick")) if pick == "follow"]
 
 
 def base_data(stage: StageView, series: dict[str, Any]) -> dict[str, Any]:

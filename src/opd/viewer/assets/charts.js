@@ -53,6 +53,13 @@ class Charts {
     });
   }
   again() { for (const one of this.all) one.again(); }
+  // Other charts than before, because there are numbers of a new kind.
+  rebuild() {
+    for (const one of this.all) one.u.destroy();
+    this.all = [];
+    fill(this.stage.part("charts"));
+    for (const chart of this.stage.data.charts) this.add(chart, this.stage.part("charts"));
+  }
   // Numbers without a chart of their own get one when they are asked for.
   more() {
     const { stage, curves } = this;

@@ -6,18 +6,41 @@ class Responses {
   constructor(stage) {
     Object.assign(this, { stage, filters: new Filters(stage.data), items: [], list: [], current: null });
     const { data } = stage;
-    const counts = { held: data.held, steps: data.steps.length, follow: data.followed };
-    this.tabs = Object.keys(TABS).filter(name => counts[name]);
     this.panel = stage.part("panel");
+    this.findTabs();
     this.state = { tab: this.tabs[0], step: data.steps.at(-1)?.step ?? null, colour: "ratio", filter: "all", setting: "", task: "", find: "", response: "" };
     this.limit = { ...FIRST };
-    if (!this.tabs.length) {
+    if (!this.tabs.length && !PAGE.live) {
       stage.part("responses").remove();
       return;
     }
-    this.makeTabs(counts);
     watchTokens(this.panel);
     stage.part("colour").addEventListener("change", event => this.set({ colour: event.target.value }));
+  }
+  findTabs() {
+    const { held, steps, followed } = this.stage.data;
+    const counts = { held, steps: steps.length, follow: followed };
+    this.tabs = Object.keys(TABS).filter(name => counts[name]);
+    if (this.stage.part("tabs")) this.makeTabs(counts);
+  }
+  // New files of a run at work: the held-out block may be another, and there may be more steps to choose from.
+  async refresh(newHeldOut) {
+    const had = this.tabs.length;
+    this.findTabs();
+    this.filters = new Filters(this.stage.data);
+    if (newHeldOut) opened.delete(`${this.stage.index}-held`);
+    opened.delete(`${this.stage.index}-follow`);
+    if (!had && this.tabs.length) Object.assign(this.state, { tab: this.tabs[0], step: this.stage.data.steps.at(-1)?.step ?? null });
+    if (!had || (newHeldOut && this.state.tab === "held")) return this.render();
+    this.markTabs();
+    this.controls();
+  }
+  markTabs() {
+    for (const tab of $$("[role=tab]", this.stage.part("tabs"))) {
+      const on = tab.dataset.tab === this.state.tab;
+      tab.setAttribute("aria-selected", String(on));
+      tab.tabIndex = on ? 0 : -1;
+    }
   }
   makeTabs(counts) {
     const home = this.stage.part("tabs"), n = this.stage.index;
@@ -62,11 +85,7 @@ class Responses {
     if (asked !== this.blockName()) return; // another step was chosen while this one was opened
     this.items = items;
     const { state } = this;
-    for (const tab of $$("[role=tab]", this.stage.part("tabs"))) {
-      const on = tab.dataset.tab === state.tab;
-      tab.setAttribute("aria-selected", String(on));
-      tab.tabIndex = on ? 0 : -1;
-    }
+    this.markTabs();
     this.panel.setAttribute("aria-labelledby", `tab-${this.stage.index}-${state.tab}`);
     this.colourChoices();
     this.controls();

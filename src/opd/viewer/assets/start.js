@@ -15,6 +15,20 @@ class Stage {
     drawWhere(this);
     this.responses = new Responses(this);
   }
+  // New data of a run at work: curves grow, new steps can be chosen, what is shown stays.
+  async refresh(data) {
+    const charts = JSON.stringify(this.data.charts), held = JSON.stringify(this.data.held_when);
+    Object.assign(this.data, data);
+    if (data.state_says && this.part("state")) this.part("state").textContent = data.state_says;
+    if (!this.opened) return;
+    const curves = await block(`${this.index}-curves`, true);
+    if (curves && this.charts) {
+      this.charts.curves = curves;
+      if (charts === JSON.stringify(this.data.charts)) this.charts.again();
+      else this.charts.rebuild();
+    } else if (curves) this.charts = new Charts(this, curves);
+    await this.responses?.refresh(held !== JSON.stringify(this.data.held_when));
+  }
   goStep(step) {
     const { steps } = this.data;
     if (!this.responses?.tabs.includes("steps")) return;
