@@ -15,35 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from opd.viewer import page
-from opd.viewer.content import (
-    Content,
-    Options,
-    add_held_out,
-    base_data,
-    curves_block,
-    measured_of,
-    run_shown,
-    shown_of,
-)
+from opd.viewer.content import block_of, live_content, run_shown
 from opd.viewer.curves import axes_of, compact, evaluated_of, series_of
 from opd.viewer.facts import state_of
 from opd.viewer.read import RunView, StageView, read_run
 from opd.viewer.report import stages_of
-from opd.viewer.responses import (
-    Survey,
-    follow_block,
-    held_block,
-    matrix,
-    row_block,
-    sample_block,
-    sampled_steps,
-    shown_keys,
-    survey,
-)
+from opd.viewer.responses import row_block
 from opd.viewer.texts import visible
-from opd.viewer.thin import Budget
 
-OPTIONS = Options(samples=10**6)  # every response of a file of samples
 CHUNK = 2048  # tokens of a long response that a page loads at a time
 KEPT = 16  # blocks that stay in memory
 BLOCK = re.compile(r"(\d{1,4})-(curves|held|follow|s\d{1,12})")
@@ -58,7 +37,6 @@ class Live:
         self.run: RunView = read_run(path)
         stages_of(self.run, None)  # refuses a run without a step
         self._lock = threading.RLock()
-        self._surveys: dict[tuple[str, int], Survey] = {}
         self._blocks: dict[tuple[Any, ...], bytes] = {}
 
     @property
@@ -70,7 +48,7 @@ class Live:
         """The page without blocks; what it shows without a script is of now."""
         with self._lock:
             self.run = self._read_again()
-            contents = [self._content(stage) for stage in self.stages]
+            contents = [live_content(self.run, stage) for stage in self.stages]
             return page.render(visible(self.run.name), [run_shown(self.run)], contents, live=True, scripts=["live"])
 
     def state(self) -> dict[str, Any]:
@@ -78,6 +56,11 @@ class Live:
         with self._lock:
             self.run = self._read_again()
             return {"chunk": CHUNK, "stages": [self._state(stage) for stage in self.stages]}
+
+    def data(self, n: int) -> dict[str, Any] | None:
+        """What the page's script knows of stage n, as of now; None without such a stage."""
+        with self._lock:
+            return live_content(self.run, self.stages[n]).data if n < len(self.stages) else None
 
     def since(self, n: int, step: int) -> dict[str, Any] | None:
         """The points of the curves of stage n after a step, as in the block `curves`; None without such a stage."""
@@ -108,16 +91,13 @@ class Live:
         with self._lock:
             stage, what = self.stages[int(found[1])], found[2]
             if what == "curves":
-                return curves_block(stage, series_of(stage))
-            if what == "held":
-                return self._kept((stage.name, what, tuple(stage.whens)), lambda: self._held(stage))
-            if what == "follow":
-                steps = tuple(stage.sample_steps)
-                return self._kept((stage.name, what, steps), lambda: self._follow(stage))
-            step = int(what[1:])
-            if step not in stage.sample_steps:
+                return block_of(stage, what)
+            files = tuple(stage.whens) if what == "held" else tuple(stage.sample_steps)
+            if what.startswith("s") and int(what[1:]) not in files:
                 return None
-            return self._kept((stage.name, what, self._time(stage, step)), lambda: self._samples(stage, step))
+            # A resumed run writes the file of a step again.
+            written = self._time(stage, int(what[1:])) if what.startswith("s") else hash(files)
+            return self._kept((stage.name, what, written), lambda: block_of(stage, what))
 
     def row(self, name: str, spans: str) -> bytes | None:
         """One response with chosen tokens, `0-s120-5` and `0-64,4096-6144`, as a block of one row; None if absent."""
@@ -137,20 +117,6 @@ class Live:
                 again.stages[name] = stage
         return again
 
-    def _content(self, stage: StageView) -> Content:
-        series = series_of(stage)
-        content = Content(stage.name, base_data(stage, series), shown_of(self.run, stage, series))
-        surveys = [self._survey(stage, step) for step in sampled_steps(stage)]
-        content.data["position"] = matrix(surveys)
-        content.data["steps"] = [{"step": step} for step in stage.sample_steps]
-        content.data["followed"] = max((len(one.followed) for one in surveys), default=0)
-        measured = measured_of(stage)
-        keys = shown_keys(measured)
-        if measured:
-            content.data |= {"whens": [one.label for one in measured], "held": len(keys)}
-            content.data["held_of"] = len({key for one in measured for key in one.rows})
-        return content
-
     def _state(self, stage: StageView) -> dict[str, Any]:
         progress, planned = stage.progress or {}, int(stage.spec.get("steps") or 0)
         state = state_of(stage)
@@ -167,28 +133,6 @@ class Live:
             "whens": stage.whens,
         }
 
-    def _survey(self, stage: StageView, step: int) -> Survey:
-        key = (stage.name, step)
-        if key not in self._surveys:
-            self._surveys[key] = survey(stage, step, OPTIONS.samples)
-        return self._surveys[key]
-
-    def _held(self, stage: StageView) -> bytes:
-        content = Content(stage.name, {}, {})
-        measured = measured_of(stage)
-        keys = shown_keys(measured)
-        lengths = [one.lengths[key] for one in measured for key in keys if key in one.lengths]
-        add_held_out(content, measured, keys, Budget.of(OPTIONS.tokens, lengths))
-        return content.blocks.get("held", held_block([], [], Budget.of(1, [])))
-
-    def _follow(self, stage: StageView) -> bytes:
-        surveys = [self._survey(stage, step) for step in sampled_steps(stage)]
-        followed = {one.step: one.followed for one in surveys if one.followed}
-        return follow_block(stage, followed, Budget.of(OPTIONS.tokens, [CHUNK] * sum(map(len, followed.values()))))
-
-    def _samples(self, stage: StageView, step: int) -> bytes:
-        return sample_block(stage, step, None, Budget.of(OPTIONS.tokens, self._survey(stage, step).lengths))
-
     def _time(self, stage: StageView, step: int) -> int:
         """When the file of a step was written: a resumed run writes it again."""
         try:
@@ -196,10 +140,13 @@ class Live:
         except FileNotFoundError:
             return 0
 
-    def _kept(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+    def _kept(self, key: tuple[Any, ...], make: Callable[[], bytes | None]) -> bytes | None:
         """The block under `key`, made once; the oldest ones are dropped."""
         if key not in self._blocks:
-            self._blocks[key] = make()
+            made = make()
+            if made is None:
+                return None
+            self._blocks[key] = made
             while len(self._blocks) > KEPT:
                 self._blocks.pop(next(iter(self._blocks)))
         return self._blocks[key]
@@ -223,5 +170,3 @@ def _left(progress: dict[str, Any]) -> str:
 def as_json(value: Any) -> bytes:
     """JSON for the page's script."""
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
-
-

@@ -176,7 +176,7 @@ class Block:
 
 
 def within(parts: Sequence[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """Parts [start, end) of n tokens in order: those beyond the end cut, those that touch joined, empty ones dropped."""
+    """Parts [start, end) of n tokens in order: cut at the end, joined where they touch, empty ones dropped."""
     out: list[tuple[int, int]] = []
     for start, end in sorted((max(0, a), min(n, b)) for a, b in parts):
         if start >= end:

@@ -44,7 +44,7 @@ class Server(ThreadingHTTPServer):
             super().__init__(("127.0.0.1", port), _Handler)
         except OSError as error:
             raise RunError(
-                f"Port {port} of 127.0.0.1 cannot be used ({error.strerror or error}). Leave --port out: a free one is taken."
+                f"Port {port} of 127.0.0.1 cannot be used ({error.strerror or error}). Leave --port out for a free one."
             ) from error
 
     @property
@@ -67,7 +67,7 @@ class _Handler(BaseHTTPRequestHandler):
     server: Server
     server_version, sys_version = "opd", ""
 
-    def log_message(self, format: str, *args: Any) -> None:
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class names it so
         """No log: the terminal keeps the address."""
 
     def do_GET(self) -> None:
@@ -80,24 +80,30 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(HTTPStatus.INTERNAL_SERVER_ERROR, str(error).encode(), TEXT)
 
     def _answer(self) -> None:
-        if not self._from_here():
-            return self._send(HTTPStatus.MISDIRECTED_REQUEST, b"This server answers to 127.0.0.1 alone.", TEXT)
         asked = urlsplit(self.path)
         query = parse_qs(asked.query)
         token = query.get("token", [""])[0]
-        if asked.path == "/" and token and self._equal(token):
+        if not self._from_here():
+            self._send(HTTPStatus.MISDIRECTED_REQUEST, b"This server answers to 127.0.0.1 alone.", TEXT)
+        elif asked.path == "/" and token and self._equal(token):
             cookie = f"{self.server.cookie}={self.server.token}; HttpOnly; SameSite=Strict; Path=/"
-            return self._send(HTTPStatus.SEE_OTHER, b"", TEXT, {"Location": "/", "Set-Cookie": cookie})
-        if not self._equal(self._cookie()):
+            self._send(HTTPStatus.SEE_OTHER, b"", TEXT, {"Location": "/", "Set-Cookie": cookie})
+        elif not self._equal(self._cookie()):
             text = b"Open the address that opd view printed: it holds a token."
-            return self._send(HTTPStatus.UNAUTHORIZED, text, TEXT)
-        kind, body = self._found(asked.path, query)
+            self._send(HTTPStatus.UNAUTHORIZED, text, TEXT)
+        else:
+            self._content(*self._found(asked.path, query))
+
+    def _content(self, kind: str, body: bytes | None) -> None:
+        """Send what was found, unless the reader has it."""
         if body is None:
-            return self._send(HTTPStatus.NOT_FOUND, b"There is nothing under this address.", TEXT)
+            self._send(HTTPStatus.NOT_FOUND, b"There is nothing under this address.", TEXT)
+            return
         tag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         if self.headers.get("If-None-Match") == tag:
-            return self._send(HTTPStatus.NOT_MODIFIED, b"", kind, {"ETag": tag})
-        self._send(HTTPStatus.OK, body, kind, {"ETag": tag})
+            self._send(HTTPStatus.NOT_MODIFIED, b"", kind, {"ETag": tag})
+        else:
+            self._send(HTTPStatus.OK, body, kind, {"ETag": tag})
 
     def _found(self, path: str, query: dict[str, list[str]]) -> tuple[str, bytes | None]:
         """The type and content under an address of the fixed forms."""
@@ -108,6 +114,9 @@ class _Handler(BaseHTTPRequestHandler):
             return JSON, as_json(live.state())
         if parts[0] == "since" and len(parts) == 3 and all(part.isascii() and part.isdigit() for part in parts[1:]):
             found = live.since(int(parts[1][:9]), int(parts[2][:12]))
+            return JSON, None if found is None else as_json(found)
+        if parts[0] == "data" and len(parts) == 2 and parts[1].isascii() and parts[1].isdigit():
+            found = live.data(int(parts[1][:9]))
             return JSON, None if found is None else as_json(found)
         if parts[0] == "block" and len(parts) == 2:
             return BYTES, live.block(parts[1])

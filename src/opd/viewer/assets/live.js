@@ -61,20 +61,17 @@ const live = {
       says.textContent = now.says;
       says.className = `state-${now.state}`;
     }
-    if (now.made < data.made) { // a resumed run began again at its last checkpoint
-      data.made = now.made;
-      if (stage.charts) await this.replace(stage);
-    } else if (now.made > data.made && stage.charts) await this.append(stage);
-    data.made = Math.max(now.made, stage.charts ? data.made : now.made);
+    const last = data.steps.at(-1)?.step ?? -1, newest = now.samples[0] ?? -1;
+    const evaluated = before ? now.whens.filter(when => !before.whens.includes(when)) : [];
     data.finished = now.state === "finished";
-    this.samples(stage, now);
-    const evaluated = before && now.whens.filter(when => !before.whens.includes(when));
-    if (evaluated?.length) this.chip(`${stage.data.name}: evaluated (${evaluated.join(", ")}).`, "Show it");
-  },
-
-  async replace(stage) {
-    stage.charts.curves = await block(`${stage.index}-curves`, true);
-    stage.charts.again();
+    // Fewer steps than before: a resumed run began again at its last checkpoint.
+    if (now.made < data.made || newest !== last || evaluated.length) {
+      const answer = await fetch(`/data/${stage.index}`);
+      if (answer.ok) await stage.refresh(await answer.json());
+      if (says) says.textContent = now.says;
+      if (newest > last) this.chip(`Step ${newest} has responses.`, "Show it", () => stage.goStep(newest));
+      if (evaluated.length) this.chip(`${data.name}: evaluated (${evaluated.join(", ")}). The table is of before.`, "Show it");
+    } else if (now.made > data.made && stage.charts) await this.append(stage);
   },
 
   // New points at the end of each series. Zoom, smoothing and the choice of the axis stay.
@@ -84,11 +81,11 @@ const live = {
     if (!answer.ok) return;
     const more = await answer.json();
     for (const kind of ["lines", "points"]) {
-      const home = curves[kind], new_ = more[kind];
-      for (const [name, [place, values]] of Object.entries(new_.y)) {
+      const home = curves[kind], added = more[kind];
+      for (const [name, [place, values]] of Object.entries(added.y)) {
         const old = home.y[name], x = old ? home.x[old[0]] : [], y = old ? old[1] : [];
         home.y[name] = [home.x.length, [...y, ...values]];
-        home.x.push([...x, ...new_.x[place]]);
+        home.x.push([...x, ...added.x[place]]);
       }
       this.compact(home);
     }
@@ -105,19 +102,6 @@ const live = {
       series[0] = x.length - 1;
     }
     home.x = x;
-  },
-
-  samples(stage, now) {
-    const { steps } = stage.data, last = now.samples[0];
-    if (last === undefined) return;
-    const kept = steps.filter(one => one.step <= last);
-    const is = kept.at(-1)?.step === last;
-    if (is && kept.length === steps.length) return;
-    steps.splice(0, steps.length, ...kept, ...(is ? [] : [{ step: last }]));
-    if (stage.responses?.tabs.includes("steps")) {
-      if (stage.responses.state.tab === "steps") stage.responses.controls();
-      this.chip(`Step ${last} has responses.`, "Show it", () => stage.goStep(last));
-    } else this.chip(`Step ${last} has responses.`, "Show it");
   },
 
   // One line above the sections says what is new; its button shows it, by default by loading the page again.
