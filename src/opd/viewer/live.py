@@ -18,7 +18,7 @@ from opd.viewer import page
 from opd.viewer.content import block_of, live_content, run_shown
 from opd.viewer.curves import axes_of, compact, evaluated_of, series_of
 from opd.viewer.facts import state_of
-from opd.viewer.read import RunView, StageView, read_run
+from opd.viewer.read import RunView, StageView, read_again, read_run
 from opd.viewer.report import stages_of
 from opd.viewer.responses import row_block
 from opd.viewer.texts import visible
@@ -47,14 +47,14 @@ class Live:
     def page(self) -> str:
         """The page without blocks; what it shows without a script is of now."""
         with self._lock:
-            self.run = self._read_again()
+            self.run = read_again(self.run)
             contents = [live_content(self.run, stage) for stage in self.stages]
             return page.render(visible(self.run.name), [run_shown(self.run)], contents, live=True, scripts=["live"])
 
     def state(self) -> dict[str, Any]:
         """What a page compares with what it shows: of each stage its steps, files, phase and state."""
         with self._lock:
-            self.run = self._read_again()
+            self.run = read_again(self.run)
             return {"chunk": CHUNK, "stages": [self._state(stage) for stage in self.stages]}
 
     def data(self, n: int) -> dict[str, Any] | None:
@@ -107,15 +107,6 @@ class Live:
         parts = [(int(a), int(b)) for a, b in (span.split("-") for span in spans.split(","))]
         with self._lock:
             return row_block(self.stages[int(found[1])], found[2], int(found[3]), parts)
-
-    def _read_again(self) -> RunView:
-        """The run with what is new; stages that began since the last call are there, too."""
-        again = read_run(self.run.path)
-        for name, stage in self.run.stages.items():
-            if name in again.stages:
-                stage.refresh()
-                again.stages[name] = stage
-        return again
 
     def _state(self, stage: StageView) -> dict[str, Any]:
         progress, planned = stage.progress or {}, int(stage.spec.get("steps") or 0)

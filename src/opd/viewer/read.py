@@ -239,6 +239,16 @@ def read_run(path: str | Path) -> RunView:
     )
 
 
+def read_again(run: RunView) -> RunView:
+    """The run with what is new; lines that were read are not read again. Raises as `read_run`."""
+    found = read_run(run.path)
+    for name, stage in run.stages.items():
+        if name in found.stages:
+            stage.refresh()
+            found.stages[name] = stage
+    return found
+
+
 def read_object(file: Path) -> Any:
     """A file's JSON object; None for a missing file and for one that is no JSON object."""
     try:
