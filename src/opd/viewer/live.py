@@ -36,7 +36,8 @@ class Live:
     def __init__(self, path: str | Path) -> None:
         self.run: RunView = read_run(path)
         stages_of(self.run, None)  # refuses a run without a step
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()  # of what is read again
+        self._blocks_lock = threading.Lock()  # a large block must not hold up the state
         self._blocks: dict[tuple[Any, ...], bytes] = {}
 
     @property
@@ -88,15 +89,16 @@ class Live:
         found = BLOCK.fullmatch(name)
         if found is None or int(found[1]) >= len(self.stages):
             return None
-        with self._lock:
-            stage, what = self.stages[int(found[1])], found[2]
-            if what == "curves":
+        stage, what = self.stages[int(found[1])], found[2]
+        if what == "curves":
+            with self._lock:
                 return block_of(stage, what)
-            files = tuple(stage.whens) if what == "held" else tuple(stage.sample_steps)
-            if what.startswith("s") and int(what[1:]) not in files:
-                return None
-            # A resumed run writes the file of a step again.
-            written = self._time(stage, int(what[1:])) if what.startswith("s") else hash(files)
+        files = tuple(stage.whens) if what == "held" else tuple(stage.sample_steps)
+        if what.startswith("s") and int(what[1:]) not in files:
+            return None
+        # A resumed run writes the file of a step again.
+        written = self._time(stage, int(what[1:])) if what.startswith("s") else hash(files)
+        with self._blocks_lock:
             return self._kept((stage.name, what, written), lambda: block_of(stage, what))
 
     def row(self, name: str, spans: str) -> bytes | None:
@@ -105,7 +107,7 @@ class Live:
         if found is None or SPANS.fullmatch(spans) is None or int(found[1]) >= len(self.stages):
             return None
         parts = [(int(a), int(b)) for a, b in (span.split("-") for span in spans.split(","))]
-        with self._lock:
+        with self._blocks_lock:
             return row_block(self.stages[int(found[1])], found[2], int(found[3]), parts)
 
     def _state(self, stage: StageView) -> dict[str, Any]:
