@@ -94,6 +94,7 @@ class ReservedStep(IntEnum):
     VALIDATION = 2**31 - 2  # the same for all candidates of an update
     DOCTOR = 2**31 - 3
     RECORDS = 2**31 - 4  # `opd rollouts`
+    FOLLOW = 2**31 - 5  # the held-out prompts in sample files
     PROBE = 2**30  # the responses; continuations of a node at depth d have the step PROBE + 1 + d
 
 

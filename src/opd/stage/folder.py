@@ -133,7 +133,9 @@ class StageDir:
 
     path: Path
     writes: bool = True
-    reward: Mapping[str, Any] | None = None  # of the stage, for the metadata of its files: `columns.schema`
+    # {"name", "correctness"} of the rewards of training and of evaluations, for the metadata of the files.
+    reward: Mapping[str, Any] | None = None
+    measured_by: Mapping[str, Any] | None = None
 
     @property
     def metrics(self) -> Path:
@@ -164,7 +166,7 @@ class StageDir:
 
         Checkpoints and the saved model of all are in the stage's own. Raises RunError if it cannot be created.
         """
-        peer = StageDir(self.path / "peers" / name, self.writes, self.reward)
+        peer = StageDir(self.path / "peers" / name, self.writes, self.reward, self.measured_by)
         try:
             if self.writes:
                 peer.samples.mkdir(parents=True, exist_ok=True)
@@ -223,14 +225,14 @@ class StageDir:
             DataError: a value is not of its column's type.
             RunError: the file could not be written.
         """
-        return self._write_rows(self.samples / f"step_{step:06d}.parquet", rows)
+        return self._write_rows(self.samples / f"step_{step:06d}.parquet", rows, self.reward)
 
     def write_held_out(self, when: str, rows: list[dict[str, Any]]) -> Path:
         """The responses of one evaluation, to held_out_<when>.parquet. Raises as `write_samples` does."""
-        return self._write_rows(self.path / f"held_out_{when}.parquet", rows)
+        return self._write_rows(self.path / f"held_out_{when}.parquet", rows, self.measured_by)
 
-    def _write_rows(self, file: Path, rows: list[dict[str, Any]]) -> Path:
-        return write_table(file, full_rows(rows), schema(self.reward)) if self.writes else file
+    def _write_rows(self, file: Path, rows: list[dict[str, Any]], reward: Mapping[str, Any] | None) -> Path:
+        return write_table(file, full_rows(rows), schema(reward)) if self.writes else file
 
     def read_samples(self) -> list[dict[str, Any]]:
         """The rows of all sample files, each with its `step`, in order."""

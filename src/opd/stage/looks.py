@@ -82,7 +82,7 @@ def columns_of_models(
     contexts: Sequence[Prompt],
     *,
     k: int,
-    temperature: float,
+    temperature: float = 1.0,
     micro_batch_tokens: int,
     exact: bool = False,
 ) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from opd.samplers.ahead import Ahead
 from opd.stage import drawn_ahead
 from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
+from opd.stage.follow import Followed, rows_of_followed
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
 from opd.stage.looks import Looks, looks_at
 from opd.stage.optimisation import StageOptimisation
@@ -69,6 +70,7 @@ class Stage:
     world: World
     optimisation: StageOptimisation
     exams: Exams | None
+    followed: Sequence[Followed] = ()  # held-out prompts in every sample file
     seconds_limit: float = math.inf
     router_aux_loss: float = 0.0  # the factor of the load-balancing loss
     ahead: Ahead | None = None  # the student's sampler, if it draws the next step's responses while a step trains
@@ -197,15 +199,22 @@ class Stage:
         Also keeps what the step's sample file shows of both models, if the step writes one.
         """
         spec = self.spec
-        self.looks = Looks()
-        if self._shown(step) and spec.samples.rows:
-            seed = (self.seed, step)
-            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed)
-            self.looks = Looks(rows=rows)
+        self.looks = self._looks(step, phase_a) if self._shown(step) else Looks()
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
         rollouts, contexts = phase_a.batch.rollouts, phase_a.contexts
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
+
+    def _looks(self, step: int, phase_a: PhaseA) -> Looks:
+        """What the step's sample file shows besides the loss's numbers: with the weights that wrote the responses."""
+        spec, how = self.spec, {"temperature": self.method.temperature}
+        seed, samples = (self.seed, step), spec.samples
+        rows: dict[int, dict[str, Any]] = {}
+        if samples.rows:
+            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed)
+        more = {**how, "micro_batch_tokens": spec.micro_batch_tokens, "world": self.world, "progress": self.progress}
+        followed = rows_of_followed(self.followed, self.student, samples, step=step, **more)
+        return Looks(rows=rows, followed=followed)
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
         """Make the method's update with the accumulated gradient; returns all metrics of the step.
@@ -382,14 +391,16 @@ class Stage:
 
     def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
         """The responses of all processes, as rows of a sample file: the method's own, then those of its parts."""
-        rows = [row for phase in phase_a.all for row in rows_of(phase, self.student.tokenizer, self.readers)]
+        tokenizer, extract = self.student.tokenizer, self.reward.extracted
+        rows = [row for phase in phase_a.all for row in rows_of(phase, tokenizer, self.readers, extract)]
         for i, more in self.looks.rows.items():  # the method's own rows come first
             rows[i] |= more
+        followed = list(self.looks.followed)
         if not self.method.parts:
-            return self.world.in_order(self._positions(step), rows)
+            return self.world.in_order(self._positions(step), rows) + followed
         shared = [row for of_process in self.world.gather(rows) for row in of_process]
         place = {prompt.id: i for i, prompt in enumerate(self.order.take(step))}
-        return sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"]))
+        return sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"])) + followed
 
     def _check_finite(self, step: int, phase_a: PhaseA, loss: float, grad_norm: float) -> None:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""
