@@ -46,6 +46,8 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m opd.methods.describe > docs/methods.md
+	$(BIN)/python -m opd.recipe.other_names > docs/coming_from.md
+	$(BIN)/opd schema > src/opd/assets/recipe.schema.json
 
 # Claims of the papers, rerun: docs/studies.md, its numbers and figures.
 studies: $(VENV)/.dev

@@ -332,6 +332,7 @@ def test_page_of_recipes_names_every_key():
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_WORDS = {  # before a dot on a page: keys of a recipe, records, other packages' objects
     *("data", "diagnostics", "evaluate", "models", "options", "sampling", "teacher_sampling"),
+    *("optimizer", "checkpoint", "engine", "reward"),
     *("batch", "method", "tokens", "model", "torch"),
 }
 
