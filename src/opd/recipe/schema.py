@@ -153,8 +153,8 @@ ORIGINS = ("path", "init", "from_stage", "scorer", "server")
 class Quantization(Section):
     """Weights of 4 bits by bitsandbytes, in all linear layers but the output layer (QLoRA)."""
 
-    bits: Literal[4] = 4
-    type: Literal["nf4", "fp4"] = "nf4"
+    bits: Literal[4] = 4  # of a weight
+    type: Literal["nf4", "fp4"] = "nf4"  # its 16 values: quantiles of a normal distribution, or floating point
     double: bool = True  # the scales are quantised too
 
 
@@ -457,7 +457,7 @@ class StageSpec(Section):
     prompts_per_step: Int = Field(default=16, ge=1)  # of all processes; each has `sampling.n` responses
     micro_batch_tokens: Int = Field(default=4096, ge=1)  # tokens in memory at once; changes no result
     max_prompt_length: Int | None = Field(default=None, ge=1)  # tokens; a longer prompt is an error
-    optimizer: OptimizerSection = OptimizerSection()
+    optimizer: OptimizerSection = OptimizerSection()  # of the trained weights
     # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
     router_aux_loss: StrictBool | Annotated[Float, Field(ge=0)] = Field(default=False, union_mode="left_to_right")
     evaluate: EvaluateSection | None = None  # on held-out prompts
@@ -465,7 +465,7 @@ class StageSpec(Section):
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()  # from which a stopped run goes on
     samples_every: Int = Field(default=10, ge=0)  # steps between sample files; 0: none
-    samples: SamplesSection = SamplesSection()
+    samples: SamplesSection = SamplesSection()  # what these files hold besides the responses
     save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
     save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
