@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd.messages import visible
 from opd.viewer import facts, pack
 from opd.viewer.curves import axes_of, charts_of, compact, evaluated_of, levels_of, series_of
 from opd.viewer.figures import dots, spark
@@ -21,7 +22,6 @@ from opd.viewer.responses import (
     survey,
 )
 from opd.viewer.results import divergences, labels_of, reward_of, settings, settings_of, tasks_of, whens_of
-from opd.viewer.texts import visible
 from opd.viewer.thin import Budget
 
 LIVE_HELD_OUT = 1000  # groups of held-out responses in a live page

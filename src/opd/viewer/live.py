@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from opd.messages import visible
 from opd.viewer import page
 from opd.viewer.content import block_of, live_content, run_shown
 from opd.viewer.curves import axes_of, compact, evaluated_of, series_of
@@ -21,7 +22,6 @@ from opd.viewer.facts import state_of
 from opd.viewer.read import RunView, StageView, read_again, read_run
 from opd.viewer.report import stages_of
 from opd.viewer.responses import row_block
-from opd.viewer.texts import visible
 
 CHUNK = 2048  # tokens of a long response that a page loads at a time
 KEPT = 16  # blocks that stay in memory

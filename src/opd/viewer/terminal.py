@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.errors import ConfigError, nearest
+from opd.messages import visible
 from opd.viewer.facts import duration, head_of, warned
 from opd.viewer.read import RunView, StageView
 from opd.viewer.results import settings
 from opd.viewer.rows import COLUMNS
-from opd.viewer.texts import visible
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN = (  # metric -> label, of those that a stage has
