@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -296,6 +297,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     folder = described(folder, prepared)
+    folder.write_keys(keys_of(spec, prepared, folder))
     samplers = samplers_of(session, spec, student, root, folder.path)
     cache = TextCache(folder.path / "texts", world.rank)
     ahead = one_ahead(samplers, recipe.seed, scoring_early(method, teacher)) if spec.ahead else None
@@ -345,6 +347,24 @@ def described(folder: StageDir, prepared: Prepared) -> StageDir:
     tasks = prepared.tasks.values()
     measured = [None if task.held_out is None else task.held_out.reward for task in tasks]
     return replace(folder, reward=about([task.reward for task in tasks]), measured_by=about(measured))
+
+
+def keys_of(spec: StageSpec, prepared: Prepared, folder: StageDir) -> dict[str, Any]:
+    """The names that the stage's metrics are made of, for readers of `metrics.jsonl`: docs/run_folder.md."""
+    sections = [part.evaluate for part in spec.by_task.values() if part.evaluate is not None]
+    if prepared.method.teacher.kind in ("external", "peer"):
+        teacher = "+".join(spec.teachers) or None
+    else:
+        teacher = None if prepared.method.teacher.kind == "none" else spec.train
+    return {
+        "settings": list(dict.fromkeys(setting for section in sections for setting in section.sampling)),
+        "tasks": [name for name in spec.by_task if name is not None],
+        "teacher_prefix": "eval/teacher/",
+        "trained": spec.train,
+        "teacher": teacher,
+        "method": spec.method,
+        "reward": folder.measured_by or folder.reward,
+    }
 
 
 def scoring_early(method: Method, teacher: Teacher) -> Callable[[list[Rollout]], None] | None:

@@ -6,9 +6,12 @@
     <run>/changes.jsonl         accepted changes of recipe and inputs, see `changes.py`
     <run>/report.html           the page of `opd report`, written again at the end of each stage
     <run>/.lock, .holder.json   the process that runs it, see `claim.py`
+    <run>/doctor.json           what `opd doctor` found for this recipe, if it ran, see `doctor_file.py`
     <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
-    <run>/<stage>/samples/step_000012.parquet
+    <run>/<stage>/progress.json what the stage does now, see `progress_file.py`
+    <run>/<stage>/keys.json     names that the metrics' names are made of
+    <run>/<stage>/samples/step_000012.parquet, held_out_before.parquet    see `columns.py`
     <run>/<stage>/checkpoints/  see `checkpoint.py`
     <run>/<stage>/done.json     exists once the stage has finished
 
@@ -43,7 +46,8 @@ from opd.stage.columns import full_rows, schema
 from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
 _RESERVED = frozenset(
-    {*("recipe.yaml", "environment.json", INPUTS, CHANGES), "report.html", "report_id.txt", "tensorboard", "wandb"}
+    {"recipe.yaml", "environment.json", "doctor.json", "report.html", INPUTS, CHANGES}
+    | {"report_id.txt", "tensorboard", "wandb"}
 )
 
 
@@ -146,6 +150,14 @@ class StageDir:
         return self.path / "timings.jsonl"
 
     @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys.json"
+
+    @property
     def samples(self) -> Path:
         return self.path / "samples"
 
@@ -246,6 +258,11 @@ class StageDir:
         """The responses of one evaluation; empty if there was none."""
         file = self.path / f"held_out_{when}.parquet"
         return read_table(file) if file.exists() else []
+
+    def write_keys(self, keys: Mapping[str, Any]) -> None:
+        """Write what a reader needs to parse the names of the stage's metrics. Raises RunError if it cannot."""
+        if self.writes:
+            write_atomically(self.keys, json.dumps(keys, indent=2) + "\n")
 
     def mark_done(self, summary: Mapping[str, Any]) -> None:
         """Record that the stage has finished.

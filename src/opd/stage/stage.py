@@ -251,6 +251,7 @@ class Stage:
         self._write(done, metrics, rate=tokens / watch.total)
         peak = peak_bytes(self.student.device) / GIB
         counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
+        counts["wall"] = time.time()
         self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests(), **self._of_servers()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
             rows = self._sample_rows(step, phase_a)
