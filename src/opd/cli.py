@@ -14,19 +14,52 @@ from opd.stage.quiet import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="On-policy distillation of language models.",
 )
 
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe: the path of a YAML file.", metavar="RECIPE")]
+def _recipes(incomplete: str) -> list[str]:
+    """What a recipe's argument may be completed to."""
+    from opd.commands.recipes import completed
+
+    return completed(incomplete)
+
+
+def _methods(incomplete: str) -> list[str]:
+    """What a method's name may be completed to."""
+    from opd.commands.methods import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="A recipe: a YAML file, or a name of `opd recipes`", metavar="RECIPE", autocompletion=_recipes),
+]
 
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, e.g. seed=1 stages.distil.steps=5", metavar="[KEY=VALUE]...")
 ]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        from opd import __version__
+
+        typer.echo(f"opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models."""
 
 
 @app.command()
@@ -71,15 +104,25 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     live: Annotated[bool, typer.Option("--live", help="Also contact the servers of teachers and engines")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON")] = False,
 ) -> None:
     """Find errors in a recipe before any weight is loaded."""
+    from opd.commands.check import checked_recipe, refusal_as_json
     from opd.recipe.load import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
-    quiet_libraries()
-    from opd.commands.check import check_recipe
-
-    for line in check_recipe(resolved, live=live):
+    try:
+        resolved = load_recipe(recipe, overrides or [])
+        quiet_libraries()
+        found = checked_recipe(resolved, live=live)
+    except OPDError as error:
+        if not json:
+            raise
+        typer.echo(refusal_as_json(recipe, error))
+        raise typer.Exit(_status(error)) from error
+    if json:
+        typer.echo(found.as_json(recipe))
+        return
+    for line in found.lines:
         typer.echo(line)
     typer.echo(f"{recipe}: nothing wrong found.")
 
@@ -366,13 +409,34 @@ def methods() -> None:
 
 @app.command()
 def describe(
-    method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")],
+    method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method", autocompletion=_methods)],
     cite: Annotated[bool, typer.Option("--cite", help="Only the BibTeX entries of its papers")] = False,
 ) -> None:
     """A method's paper, formula, symbols and options."""
     from opd.commands.methods import citations, description
 
     typer.echo(citations(method) if cite else description(method))
+
+
+@app.command()
+def recipes(
+    copy: Annotated[
+        str | None, typer.Option("--copy", metavar="NAME", help="Write a recipe and its schema to this folder")
+    ] = None,
+) -> None:
+    """List the recipes in the package: name, CPU minutes, methods, description. `opd train NAME` runs one."""
+    from opd.commands.recipes import copied, lines
+
+    for line in lines() if copy is None else copied(copy):
+        typer.echo(line)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from opd.recipe.json_schema import schema_text
+
+    typer.echo(schema_text(), nl=False)
 
 
 @app.command()
@@ -408,4 +472,9 @@ def main() -> None:
         sys.exit(128 + stopped.signal)
     except OPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(_status(error))
+
+
+def _status(error: OPDError) -> int:
+    """The exit status of a command that an error ends: 2 for what the user gave, 1 for what happened in a run."""
+    return 2 if isinstance(error, ValueError) else 1
