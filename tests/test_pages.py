@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -16,8 +18,7 @@ from support.runs import Forks, sums, write_rows
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCKS = {page: blocks(page) for page in PAGES}
-SLOW = [page for page, found in BLOCKS.items() if any(one.mark == "run" for one in found)]
-QUICK = [page for page, found in BLOCKS.items() if page not in SLOW and any(one.mark != "not run" for one in found)]
+RUN = [page for page, found in BLOCKS.items() if any(one.mark != "not run" for one in found)]
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +49,8 @@ def folder(provided: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> I
         del sys.modules[name]
 
 
-def run_page(page: Path, folder: Path, forks: Forks) -> None:
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.stem)
+def test_blocks_of_page_run(page: Path, folder: Path, forks: Forks):
     if page.stem == "evaluation":  # of the model that the README trains
         shutil.copytree(folder / "student", folder / "runs" / "mine" / "distil" / "model")
     names: dict[str, Any] = {"__name__": "page"}
@@ -57,22 +59,10 @@ def run_page(page: Path, folder: Path, forks: Forks) -> None:
             run_block(block, folder, forks, names)
 
 
-@pytest.mark.parametrize("page", QUICK, ids=lambda page: page.stem)
-def test_blocks_of_page_run(page: Path, folder: Path, forks: Forks):
-    run_page(page, folder, forks)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", SLOW, ids=lambda page: page.stem)
-def test_blocks_of_slow_page_run(page: Path, folder: Path, forks: Forks):
-    run_page(page, folder, forks)
-
-
 def test_blocks_that_do_not_run_say_why():
     for found in BLOCKS.values():
         for block in found:
             assert block.mark != "not run" or len(block.said.split()) >= 3, block.where
-            assert block.mark != "run" or block.said == "slow", block.where
 
 
 def page_of(folder: Path, text: str) -> list[Block]:
@@ -85,7 +75,7 @@ def test_blocks_have_marks_of_comments_before_them(tmp_path: Path):
     found = page_of(
         tmp_path,
         "# A\n\nText. <!-- not run: it needs a GPU -->\n```sh\nopd x\n```\n\n<!-- run with: a=1 b=2 -->\n\n"
-        "```sh\nopd y\n```\n\n```\nout\n```\n\n<!-- run: slow -->\nMore text.\n\n  ```python\n  a = 1\n  ```\n",
+        "```sh\nopd y\n```\n\n```\nout\n```\n\n<!-- not run: far away -->\nMore text.\n\n  ```python\n  a = 1\n  ```\n",
     )
     assert [(one.line, one.language, one.mark, one.said) for one in found] == [
         (4, "sh", "not run", "it needs a GPU"),
@@ -127,3 +117,36 @@ def test_run_block_gives_overrides_to_recipes_alone(tmp_path: Path, folder: Path
     (wrong,) = page_of(tmp_path, text.replace("seed=7", "sead=7"))
     with pytest.raises(AssertionError, match="sead"):
         run_block(wrong, folder, forks, {})
+
+
+def messages_of_the_code() -> list[list[str]]:
+    """The texts in the library, each as its parts between what is filled in."""
+    found: list[list[str]] = []
+    for file in (ROOT / "src" / "opd").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [one.value if isinstance(one, ast.Constant) else None for one in node.values]
+                found.append("".join(part if isinstance(part, str) else "\0" for part in parts).split("\0"))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append([node.value])
+    return found
+
+
+def said(quoted: str, message: list[str]) -> bool:
+    """Whether a quotation with `...` is of this message."""
+    text, at = "\0".join(message), 0
+    for part in filter(None, (part.strip() for part in quoted.split("..."))):
+        at = text.find(part, at)
+        if at < 0:
+            return False
+        at += len(part)
+    return True
+
+
+def test_troubleshooting_quotes_messages_of_the_code():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quoted = re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
+    messages = messages_of_the_code()
+    assert len(quoted) > 20
+    assert [one for one in quoted if not any(said(one, message) for message in messages)] == []
+    assert not any(said("... is not a run folder: ...", message) for message in messages)

@@ -1,7 +1,7 @@
 """The fenced blocks of the pages, in order, with what a comment before a block says about running it.
 
 `<!-- not run: REASON -->` leaves a block out, `<!-- run with: KEY=VALUE ... -->` adds overrides to its commands that
-take a recipe, and `<!-- run: slow -->` leaves its page to the slow test. `<!-- no block runs: REASON -->` is of a page.
+take a recipe. `<!-- no block runs: REASON -->` is of a whole page.
 A block whose first line is `# NAME.py` or `# NAME.yaml` becomes that file; a block without a language is output.
 """
 
@@ -27,7 +27,7 @@ from opd.recipe.load import load_recipe
 from support.runs import ENVIRONMENT, Ended, Forks
 
 FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w*)\n(?P<text>.*?)^(?P=indent)```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"<!-- (not run|run with|run): ([^>]+?) -->\s*\Z")
+MARK = re.compile(r"<!-- (not run|run with): ([^>]+?) -->\s*\Z")
 OF_A_PAGE = re.compile(r"^<!-- no block runs: ([^>]+?) -->$", re.MULTILINE)
 WITH_RECIPE = ("check", "train", "doctor", "plan", "probe")
 ENDS = {"doctor": (0, 3), "probe": (0, 3)}  # exit statuses beside which a command has done its work
@@ -40,7 +40,7 @@ class Block:
     line: int
     language: str  # "" for output
     text: str
-    mark: str  # "", "not run", "run with" or "run"
+    mark: str  # "", "not run" or "run with"
     said: str  # the rest of the mark
 
     @property
