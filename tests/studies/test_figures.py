@@ -96,7 +96,7 @@ def test_points_groups_settings_and_holds_all_seeds():
 
 
 def test_bars_draw_intervals_within_their_range():
-    figure, axes = report.figure(1)
+    _, axes = report.figure(1)
     report.bars(axes[0][0], ["g"], {"a": [[0.9, 1.0, 1.0]]}, most=1.0)
     (line,) = axes[0][0].containers[0].lines[2][0].get_segments()
     assert [y for _, y in line] == pytest.approx([0.9667 - 0.1434, 1.0], abs=1e-3)
