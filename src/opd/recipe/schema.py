@@ -154,7 +154,7 @@ class Quantization(Section):
     """Weights of 4 bits by bitsandbytes, in all linear layers but the output layer (QLoRA)."""
 
     bits: Literal[4] = 4  # of a weight
-    type: Literal["nf4", "fp4"] = "nf4"  # its 16 values: quantiles of a normal distribution, or floating point
+    type: Literal["nf4", "fp4"] = "nf4"  # the 16 values that a weight can have
     double: bool = True  # the scales are quantised too
 
 
@@ -174,7 +174,7 @@ class ModelSpec(Section):
     device: Text | None = None  # default: cuda if there is one
     offload: bool = False  # a teacher that stays on the CPU while unused
     lora: Lora | None = None  # train a low-rank adapter in place of the weights
-    quantization: Quantization | None = None  # weights of 4 bits; a student needs `lora` too
+    quantization: Quantization | None = None  # {} for nf4; a student needs `lora` too
     gradient_checkpointing: bool = False  # less memory: activations are computed again in the backward pass
     attn_implementation: str | None = None  # of transformers: sdpa, eager, flash_attention_2, ...
     trust_remote_code: bool = False  # run Python code that comes with the model
