@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from difflib import SequenceMatcher
-from itertools import groupby
 from typing import Any, TypeAlias
 
 Parts: TypeAlias = list[list[Any]]  # of ["=", text], ["-", the student's], ["+", the teacher's], ["…", characters]
@@ -97,13 +96,3 @@ CONTROL = re.compile(
 def visible(text: str) -> str:
     """A text in which control, zero-width and direction characters are written out, such as U+202E in angle quotes."""
     return CONTROL.sub(lambda found: f"\u2039U+{ord(found[0]):04X}\u203a", text)
-
-
-def special(text: str) -> bool:
-    """Whether a token looks like one of a template, such as <|im_end|>, </s> or [INST]."""
-    return bool(re.fullmatch(r"<[^<>\s]{1,60}>|\[[A-Z_/]{2,20}\]", text))
-
-
-def runs(flags: list[Any]) -> list[list[Any]]:
-    """[value, count] of equal neighbours."""
-    return [[value, len(list(same))] for value, same in groupby(flags)]
