@@ -136,6 +136,7 @@ def doctor(
     set_waiting(say)
     from opd.commands.doctor.examine import examine
     from opd.commands.doctor.findings import as_json, as_text
+    from opd.stage.doctor_file import keep
 
     report = examine(
         resolved,
@@ -146,6 +147,7 @@ def doctor(
         say=say,
     )
     typer.echo(as_json(report) if json else as_text(report))
+    keep(resolved, as_json(report))
     if report.verdict == "stop":
         raise typer.Exit(3)
 
