@@ -393,7 +393,7 @@ def report(
     stage: Annotated[
         str | None, typer.Option(help="Default: all stages; of several runs the last that all have")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of responses that the page holds")] = 250_000,
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of responses that the page holds")] = 150_000,
     samples: Annotated[int, typer.Option(min=0, help="Responses of each file of samples")] = 8,
     no_text: Annotated[bool, typer.Option("--no-text", help="Numbers alone: no prompt, response or recipe")] = False,
     open_: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False,

@@ -243,7 +243,7 @@ def _held_out(run: FakeRun, when: str, rng: np.random.Generator) -> list[dict[st
 def _samples(run: FakeRun, done: float, rng: np.random.Generator) -> list[dict[str, Any]]:
     names = ("least", "most", "longest", "shortest", "chance", "chance", "chance", "chance")
     rows = [
-        _row(run, 1000 + i, rng, done=done) | {"pick": names[i % 8] if i < run.picked else None}
+        _row(run, 1000 + i, rng, done=done, looked=i < run.picked) | {"pick": names[i % 8] if i < run.picked else None}
         for i in range(run.rows)
     ]
     if not run.old:
@@ -251,7 +251,10 @@ def _samples(run: FakeRun, done: float, rng: np.random.Generator) -> list[dict[s
     return rows
 
 
-def _row(run: FakeRun, i: int, rng: np.random.Generator, *, done: float, numbers: bool = True) -> dict[str, Any]:
+def _row(
+    run: FakeRun, i: int, rng: np.random.Generator, *, done: float, numbers: bool = True, looked: bool = True
+) -> dict[str, Any]:
+    """One response; `numbers`: with log-probs, `looked`: with entropies and most likely tokens."""
     n = int(run.tokens if run.tokens > 100 else rng.integers(max(1, run.tokens // 2), run.tokens + 1))
     ids = np.minimum(rng.zipf(1.3, n), run.vocabulary) - 1
     tokens = [run.hostile[k % len(run.hostile)] if run.hostile and k < 99 else _text(k) for k in ids.tolist()]
@@ -277,20 +280,20 @@ def _row(run: FakeRun, i: int, rng: np.random.Generator, *, done: float, numbers
     if numbers:
         row |= {"policy_logp": p.tolist(), "teacher_logp": q.tolist(), "weight": [1.0] * n, "advantage": None}
     if not run.old:
-        row |= _new(run, tokens, p, q, rng)
+        row |= _new(run, tokens, p, q, rng, looked)
         row |= {"prompt_messages": json.dumps([{"role": "user", "content": prompt}])}
         row |= {"answer": str(2 * i), "extracted": str(2 * i + 1)}
     return row
 
 
-def _new(run: FakeRun, tokens: list[str], p: Any, q: Any, rng: np.random.Generator) -> dict[str, Any]:
+def _new(run: FakeRun, tokens: list[str], p: Any, q: Any, rng: np.random.Generator, looked: bool) -> dict[str, Any]:
     """The columns per token that format 1 added."""
     n = len(tokens)
     out: dict[str, Any] = {"trained": [True] * n, "turn": [0] * n, "signal": (np.abs(q - p) * 0.7).tolist()}
     if run.turns:
         out["turn"] = (np.arange(n) // 4).tolist()
         out["trained"] = (np.arange(n) // 4 % 2 == 0).tolist()
-    for model, logp in (("student", p), ("teacher", q)):
+    for model, logp in (("student", p), ("teacher", q)) if looked else ():
         others = np.minimum(rng.zipf(1.3, (n, 5)), run.vocabulary) - 1
         tops = np.sort(-rng.gamma(1.0, 2.0, (n, 5)), axis=1)[:, ::-1]
         tops[:, 0] = np.maximum(tops[:, 0], logp)
@@ -298,6 +301,8 @@ def _new(run: FakeRun, tokens: list[str], p: Any, q: Any, rng: np.random.Generat
         out[f"{model}_top_ids"] = others.tolist()
         out[f"{model}_top_logp"] = tops.tolist()
         out[f"{model}_top_tokens"] = [[_text(k) for k in row] for row in others.tolist()]
+    if not looked:
+        return out
     out["teacher_rank"] = rng.integers(0, 4, n).tolist()
     if run.units:
         edges = [*range(0, n, 2), n]

@@ -4,11 +4,12 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from support.run_folders import write
 
 from opd.errors import RunError
-from opd.viewer.read import LineReader, read_columns, read_run
+from opd.viewer.read import LineReader, as_numbers, read_columns, read_run
 
 
 def test_line_reader_returns_new_complete_lines(tmp_path):
@@ -68,6 +69,15 @@ def test_samples_read_only_columns_and_rows_of_choice(tmp_path):
     assert np.array_equal(some.numbers("policy_logp", 0), whole.numbers("policy_logp", 2))
     assert some.metadata["reward"] == {"name": "max_words", "correctness": False}
     assert stage.samples(6) is None
+
+
+@pytest.mark.parametrize("kind", [pa.float32(), pa.int32(), pa.int64(), pa.bool_()])
+def test_as_numbers_has_nan_for_null(kind):
+    whole = [0, 1, None, 1, 0, 0, 1, None, 1, 1]
+    for start in (0, 1, 3, 9, 10):
+        expected = [np.nan if one is None else one for one in whole[start:]]
+        given = [one if one is None or kind != pa.bool_() else bool(one) for one in whole]
+        assert np.array_equal(as_numbers(pa.array(given, kind)[start:]), expected, equal_nan=True)
 
 
 def test_columns_of_old_files_are_none(tmp_path):

@@ -32,7 +32,7 @@ SPARKS = ("train/loss", "teacher/log_ratio", "rollout/reward", "rollout/length",
 class Options:
     """What a page may hold."""
 
-    tokens: int = 250_000  # of responses, in all stages together
+    tokens: int = 150_000  # of responses, in all stages together
     samples: int = 8  # responses of each file of samples
     text: bool = True  # else numbers alone
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.evaluation.learned import warnings_of
+from opd.evaluation.thresholds import fired
 from opd.viewer.read import RunView, StageView
 
 ALIVE = 120  # seconds after which a run that writes no progress counts as stopped
@@ -61,7 +62,11 @@ def head_of(run: RunView, stage: StageView) -> dict[str, Any]:
 
 def warned(run: RunView, stage: StageView) -> list[Warned]:
     """What to look at in a stage: its own numbers first, then the findings of `opd doctor` that ask for a change."""
-    found = [Warned("", line) for line in warnings_of(stage.metrics)]
+    found = [
+        Warned(one.rule.metric, one.sentence, one.rule.remedy, f"docs/diagnostics.md#{one.rule.anchor}")
+        for one in fired(stage.metrics)
+    ]
+    found += [Warned("", line) for line in warnings_of(stage.metrics)]
     if stage.damaged:
         found.append(Warned("metrics.jsonl", f"{stage.damaged} lines are damaged and left out"))
     doctor = run.doctor if isinstance(run.doctor, dict) and run.doctor.get("stage") == stage.name else {}

@@ -90,18 +90,38 @@ class Columns:
         """A row's list of numbers, [T] float64 with NaN for null; None for null and for a column that is absent."""
         if name not in self.table.column_names or not (one := self.table[name][row]).is_valid:
             return None
-        return one.values.to_numpy(zero_copy_only=False).astype(np.float64)
+        return as_numbers(one.values)
 
     def lengths(self, name: str) -> np.ndarray:
         """The lengths of the lists of a column, [rows] int64; 0 for null and for a column that is absent."""
         if name not in self.table.column_names:
             return np.zeros(len(self), dtype=np.int64)
-        offsets = [np.diff(chunk.offsets.to_numpy()) for chunk in self.table[name].chunks]
+        offsets = [np.diff(as_numbers(chunk.offsets)) for chunk in self.table[name].chunks]
         return np.concatenate([np.zeros(0, dtype=np.int64), *offsets]).astype(np.int64)
 
     def take(self, rows: Sequence[int]) -> Columns:
         """The rows at these places, in this order."""
         return Columns(self.table.take(pa.array(list(rows), type=pa.int64())), self.names, self.metadata)
+
+
+def as_numbers(array: pa.Array) -> np.ndarray:
+    """An Arrow array of numbers or booleans as float64, NaN for null. `to_numpy` would import pandas: a second."""
+    validity, data = array.buffers()
+    first, end = array.offset, array.offset + len(array)
+    if pa.types.is_boolean(array.type):
+        values = _bits(data, end)[first:].astype(np.float64)
+    else:
+        values = (
+            np.frombuffer(data, array.type.to_pandas_dtype(), end)[first:].astype(np.float64) if end else np.zeros(0)
+        )
+    if array.null_count:
+        values[_bits(validity, end)[first:] == 0] = np.nan
+    return values
+
+
+def _bits(buffer: Any, count: int) -> np.ndarray:
+    """The first bits of a buffer, [count]."""
+    return np.unpackbits(np.frombuffer(buffer, np.uint8), count=count, bitorder="little")
 
 
 def read_columns(file: Path, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None) -> Columns | None:

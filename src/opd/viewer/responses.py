@@ -32,7 +32,7 @@ class Survey:
     of: int  # responses in the file that were trained on
     rows: list[int]
     followed: list[int]
-    lengths: list[int]  # of `rows`
+    lengths: list[int]  # of `rows` and `followed`
     what: str = ""  # of `sums`: log q - log p, or the signal
     sums: np.ndarray = field(default_factory=lambda: np.zeros(0))  # by position
     counts: np.ndarray = field(default_factory=lambda: np.zeros(0))
@@ -51,7 +51,7 @@ def survey(stage: StageView, step: int, most: int) -> Survey:
         means = [_mean(values[i]) for i in trained]
         rows = [trained[i] for i in spread(means, most)]
     found = Survey(step, len(trained), rows, [i for i, pick in enumerate(picks) if pick == "follow"], [], what)
-    found.lengths = [lengths[i] for i in rows]
+    found.lengths = [lengths[i] for i in (*rows, *found.followed)]
     longest = max((lengths[i] for i in trained), default=0)
     found.sums, found.counts = np.zeros(longest), np.zeros(longest)
     for i in trained:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from difflib import SequenceMatcher
-from itertools import groupby
 from typing import Any, TypeAlias
 
 Parts: TypeAlias = list[list[Any]]  # of ["=", text], ["-", the student's], ["+", the teacher's], ["…", characters]
@@ -87,13 +86,3 @@ def shortened(text: str, most: int = 4 * SAME) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} … {len(text) - most:,} characters left out … {text[-(most // 2) :]}"
-
-
-def special(text: str) -> bool:
-    """Whether a token looks like one of a template, such as <|im_end|>, </s> or [INST]."""
-    return bool(re.fullmatch(r"<[^<>\s]{1,60}>|\[[A-Z_/]{2,20}\]", text))
-
-
-def runs(flags: list[Any]) -> list[list[Any]]:
-    """[value, count] of equal neighbours."""
-    return [[value, len(list(same))] for value, same in groupby(flags)]
