@@ -211,7 +211,7 @@ LIMITS = {
     "logits chunks": ("logits of a token or chunk", "loss"),
     "head gradient": ("output layer's gradient", "loss"),
     "gradients": ("gradients", "backward"),
-    "moments": ("Adam moments", "loss"),
+    "moments": ("moments", "loss"),
 }
 
 

@@ -168,7 +168,7 @@ def optimiser_race() -> Record:
     sides["loop"] = opd_side.side(
         reverse_kl(), language_model(copy.deepcopy(model), tok), language_model(model, tok), Sampling()
     )
-    for group in sides["loop"].optimiser.adamw.param_groups:
+    for group in sides["loop"].optimiser.parts["adamw"].param_groups:
         group |= {"fused": False, "foreach": False}
     times: dict[str, list[Record]] = {name: [] for name in sides}
     for _ in range(ROUNDS + 1):

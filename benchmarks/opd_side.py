@@ -14,8 +14,8 @@ from opd.models.language_model import LanguageModel
 from opd.models.root import Root
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
-from opd.stage import optimisation
-from opd.stage.optimisation import Optimiser
+from opd.stage import optimisers
+from opd.stage.optimisers import Optimiser
 from opd.teachers.local import LocalTeacher
 from opd.types import Prompt, Rollout, Sampling
 
@@ -41,7 +41,7 @@ def side(
         student=student,
         teacher=LocalTeacher(lm=teacher, micro_batch_tokens=MICRO_BATCH_TOKENS, student_device=student.device),
         sampler=TransformersSampler(lm=student, sampling=sampling),
-        optimiser=optimisation.build(student.trainable(), OptimizerSection(learning_rate=learning_rate), steps=10_000),
+        optimiser=optimisers.build(student.trainable(), OptimizerSection(learning_rate=learning_rate), steps=10_000),
     )
 
 

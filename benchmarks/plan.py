@@ -101,7 +101,7 @@ def predicted(case: Record) -> dict[str, float]:
     """Bytes by measured phase: `training` is the larger of loss and backward, `update` has the backward's gradients."""
     parts = memory(work_of(case))
     totals = {phase: sum(getattr(part, phase) for part in parts) for phase in PHASES}
-    lasting = ("weights", "teacher's weights", "Adam moments", "gradients", "teacher's hidden states", "scores")
+    lasting = ("weights", "teacher's weights", "moments", "gradients", "teacher's hidden states", "scores")
     update = sum(part.backward for part in parts if part.name in lasting)
     return {
         "sampling": totals["sampling"],

@@ -1,7 +1,7 @@
 """On-policy distillation of language models.
 
-`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`. Read `opd.train` for the loop,
-`opd.types` for the records, `opd.methods` for the papers.
+`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`. `opd.evaluate(...)` measures a
+model. Read `opd.train` for the loop, `opd.types` for the records, `opd.methods` for the papers.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.api import distill, run
+    from opd.api import distill, evaluate, run
     from opd.runs.stages import Run
 
 __version__ = "0.1.0"
 
 
-__all__ = ["Run", "distill", "run"]
+__all__ = ["Run", "distill", "evaluate", "run"]
 
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
+_HOME = {"distill": "opd.api", "evaluate": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
 
 
 def __getattr__(name: str) -> Any:

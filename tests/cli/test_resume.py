@@ -521,7 +521,7 @@ def test_error_in_step_loses_no_step(
 
 def test_error_in_update_goes_back_to_checkpoint(fresh: Path, monkeypatch: pytest.MonkeyPatch, uninterrupted: Path):
     with monkeypatch.context() as patch:  # the weights may have changed in part
-        fail_at(patch, "opd.stage.optimisation.Optimiser.step", 8, TrainingError("out of memory"))
+        fail_at(patch, "opd.stage.optimisers.Optimiser.step", 8, TrainingError("out of memory"))
         stopped = command(*TRAIN)
     assert stopped.code == 1
     assert "out of memory" in stopped.err

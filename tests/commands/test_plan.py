@@ -197,7 +197,7 @@ def test_memory_is_sharded_in_training_and_whole_in_phase_a():
     assert part(one, "weights") == Part("weights", size, size, size, size)
     assert part(four, "weights").sampling == size + size / 4
     assert part(four, "weights").loss == size / 4 + (deep.outside + 2 * deep.layer) * 4
-    assert part(four, "Adam moments").loss == 2 * size / 4
+    assert part(four, "moments").loss == 2 * size / 4
     assert part(four, "teacher's weights").sampling == deep.parameters * 2
     on_paper = step.memory(work(shape=deep, devices=4, gathers=False, writer="engine"))
     assert part(on_paper, "weights").sampling == size / 4

@@ -21,7 +21,7 @@ def test_plan_prints_memory_bytes_and_seconds(folder):
     parameters = 4 * 16 * 16 + 3 * 16 * 32 + 2 * 16 + 16 + 2 * 15 * 16  # one layer, the last norm, 15 tokens
     assert f"teacher scores: {parameters:,} parameters, whole on every device" in ended.out
     assert "2 prompts x 1 responses, 4 + 3 tokens; per device 2 rows in 1 micro-batches of 2" in ended.out
-    for name in ("Adam moments", "activations", "KV cache", "teacher's hidden states", "nothing leaves the device"):
+    for name in ("moments", "activations", "KV cache", "teacher's hidden states", "nothing leaves the device"):
         assert name in ended.out
     assert "fits in 131.3 GiB" in ended.out
     assert not (folder / "run").exists()

@@ -55,7 +55,7 @@ from opd.recipe.load import load_recipe
 from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import StageRewards
 from opd.samplers.hf import TransformersSampler
-from opd.stage import optimisation
+from opd.stage import optimisers
 from opd.stage.optimisation import StageOptimisation
 from opd.teachers.local import LocalTeacher
 from opd.teachers.mixed import MixedTeacher, mixed_teacher
@@ -1393,7 +1393,7 @@ def test_method_reduces_exact_kl_to_a_tenth(name: str, one: Case):
     steps = 80
     section = OptimizerSection(learning_rate=0.05, schedule="linear", max_grad_norm=10.0)
     moves = StageOptimisation(
-        optimiser=optimisation.build(lesson.student.trainable(), section, steps),
+        optimiser=optimisers.build(lesson.student.trainable(), section, steps),
         student=lesson.student,
         root=lesson.student.model,
         teacher=teacher,

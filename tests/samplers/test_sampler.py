@@ -51,7 +51,7 @@ from opd.recipe.schema import OptimizerSection
 from opd.samplers import hf
 from opd.samplers.draw import draw
 from opd.samplers.writers import TeacherWriter
-from opd.stage import optimisation
+from opd.stage import optimisers
 from opd.teachers.local import LocalTeacher, local_teacher
 from opd.types import Prompt, Record, Rollout, Sampling, ScoreRequest, Scores, TeacherRule
 
@@ -883,7 +883,7 @@ def test_add_lora_trains_adapters_alone(family: str):
     assert all("lora_" in name for name in student.trainable())
     assert not any("lm_head" in name for name in student.trainable())
     before = parameters_of(student)
-    optimiser = optimisation.build(student.trainable(), OptimizerSection(learning_rate=0.01), 10)
+    optimiser = optimisers.build(student.trainable(), OptimizerSection(learning_rate=0.01), 10)
     for _ in range(2):
         got = some_step(student)
         for name, parameter in student.trainable().items():

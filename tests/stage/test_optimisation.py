@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +14,13 @@ import torch
 from support.models import prompts_of, tiny
 from torch import Tensor, nn
 
+from opd.errors import ConfigError
 from opd.parallel import ALONE
 from opd.pieces.contexts import same_prompt
 from opd.recipe.schema import OptimizerSection
 from opd.samplers.hf import TransformersSampler
-from opd.stage import checkpoint, optimisation
-from opd.stage.optimisation import Optimiser, factor
+from opd.stage import checkpoint, optimisation, optimisers
+from opd.stage.optimisers import Optimiser, factor
 from opd.types import NoTeacher, Reward, Rollout, Sampling
 
 
@@ -26,9 +28,20 @@ def section(**settings: Any) -> OptimizerSection:
     return OptimizerSection(**{"learning_rate": 0.1, **settings})
 
 
-def parameters() -> dict[str, nn.Parameter]:
+def parameters(*shape: int) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
-    return {name: nn.Parameter(torch.randn(4, 3, generator=generator)) for name in ("a", "b")}
+    return {name: nn.Parameter(torch.randn(shape or (4, 3), generator=generator)) for name in ("a", "b")}
+
+
+def needs_bitsandbytes(name: str) -> None:
+    if name == "adamw_8bit":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+
+def assert_equal(mine: dict[str, dict[str, Tensor]], theirs: dict[str, dict[str, Tensor]]) -> None:
+    assert mine.keys() == theirs.keys()
+    for group, named in theirs.items():
+        assert all(torch.equal(mine[group][name], tensor) for name, tensor in named.items())
 
 
 def update(optimiser: Optimiser, i: int) -> float:
@@ -73,14 +86,14 @@ def test_factor_is_positive_in_short_stages(schedule: str, warmup: int, steps: i
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_step_reports_scheduled_learning_rate(schedule: str):
     settings = section(schedule=schedule, warmup_steps=3)
-    optimiser = optimisation.build(parameters(), settings, 10)
+    optimiser = optimisers.build(parameters(), settings, 10)
     expected = [settings.learning_rate * factor(settings, 10)(i) for i in range(10)]
     assert [update(optimiser, i) for i in range(10)] == pytest.approx(expected, rel=1e-12)
 
 
 def test_step_moves_by_learning_rate_when_first():
     """Adam's first step is rate x sign(gradient), whatever the gradient's size."""
-    optimiser = optimisation.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
+    optimiser = optimisers.build(parameters(), section(warmup_steps=4, eps=1e-12, max_grad_norm=1e9), 10)
     before = optimiser.parameters["a"].detach().clone()
     assert update(optimiser, 0) == pytest.approx(0.025)
     moved = optimiser.parameters["a"].detach() - before
@@ -89,7 +102,7 @@ def test_step_moves_by_learning_rate_when_first():
 
 def test_build_passes_settings_to_adamw():
     settings = section(betas=(0.8, 0.95), eps=1e-5, weight_decay=0.3, learning_rate=0.2)
-    group = optimisation.build(parameters(), settings, 10).adamw.param_groups[0]
+    group = optimisers.build(parameters(), settings, 10).parts["adamw"].param_groups[0]
     assert group["betas"] == (0.8, 0.95)
     assert group["eps"] == 1e-5
     assert group["weight_decay"] == 0.3
@@ -116,7 +129,7 @@ def test_step_follows_formula_of_adamw(dtype: torch.dtype, close: float):
     generator = torch.Generator().manual_seed(3)
     start = torch.randn(37, 5, generator=generator).to(dtype)
     gradients = [torch.randn(37, 5, generator=generator).to(dtype) for _ in range(6)]
-    optimiser = optimisation.build({"w": nn.Parameter(start.clone())}, settings, 10)
+    optimiser = optimisers.build({"w": nn.Parameter(start.clone())}, settings, 10)
     for gradient in gradients:
         optimiser.parameters["w"].grad = gradient.clone()
         optimiser.step()
@@ -128,7 +141,7 @@ def test_step_follows_formula_of_adamw(dtype: torch.dtype, close: float):
 
 
 def test_clip_scales_by_global_norm_and_returns_norm():
-    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
+    optimiser = optimisers.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 2.0)
     norm = math.sqrt(2 * 12 * 4.0)
@@ -140,7 +153,7 @@ def test_clip_scales_by_global_norm_and_returns_norm():
 
 
 def test_clip_keeps_small_gradient():
-    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
+    optimiser = optimisers.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.01)
     optimiser.clip()
@@ -151,7 +164,7 @@ def test_clip_keeps_small_gradient():
 
 def test_clip_writes_no_gradient_that_is_small():
     """A product with 1 would read and write every gradient."""
-    optimiser = optimisation.build(parameters(), section(max_grad_norm=1.0), 10)
+    optimiser = optimisers.build(parameters(), section(max_grad_norm=1.0), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, 0.01)
     before = [p.grad._version for p in optimiser.parameters.values() if p.grad is not None]
@@ -160,14 +173,14 @@ def test_clip_writes_no_gradient_that_is_small():
 
 
 def test_clip_returns_nan_when_gradient_is_nan():
-    optimiser = optimisation.build(parameters(), section(), 10)
+    optimiser = optimisers.build(parameters(), section(), 10)
     for parameter in optimiser.parameters.values():
         parameter.grad = torch.full_like(parameter, torch.nan)
     assert math.isnan(optimiser.clip())
 
 
 def test_step_clears_gradient():
-    optimiser = optimisation.build(parameters(), section(), 10)
+    optimiser = optimisers.build(parameters(), section(), 10)
     update(optimiser, 0)
     assert all(parameter.grad is None for parameter in optimiser.parameters.values())
 
@@ -175,42 +188,43 @@ def test_step_clears_gradient():
 # --- going on -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 @pytest.mark.parametrize("stop", [0, 1, 3, 5, 9])
-def test_restore_gives_byte_equal_steps(tmp_path: Path, schedule: str, stop: int):
-    settings = section(schedule=schedule, warmup_steps=4, weight_decay=0.01)
-    whole = optimisation.build(parameters(), settings, 10)
+def test_restore_gives_byte_equal_steps(tmp_path: Path, name: str, schedule: str, stop: int):
+    needs_bitsandbytes(name)
+    settings = section(name=name, schedule=schedule, warmup_steps=4, weight_decay=0.01)
+    whole = optimisers.build(parameters(64, 80), settings, 10)
     rates = [update(whole, i) for i in range(10)]
 
-    first = optimisation.build(parameters(), settings, 10)
+    first = optimisers.build(parameters(64, 80), settings, 10)
     assert [update(first, i) for i in range(stop)] == rates[:stop]
     saved = checkpoint.save(tmp_path, stop, tensors=first.tensors(), state={"updates": first.updates})
     weights = {name: p.detach().clone() for name, p in first.parameters.items()}
     update(first, 99)  # what happens after the checkpoint is lost
 
-    second = optimisation.build({name: nn.Parameter(value) for name, value in weights.items()}, settings, 10)
+    second = optimisers.build({name: nn.Parameter(value) for name, value in weights.items()}, settings, 10)
     loaded = checkpoint.load(saved)
     second.restore(loaded.tensors, loaded.state["updates"])
     assert [update(second, i) for i in range(stop, 10)] == rates[stop:]
     for name, parameter in whole.parameters.items():
         assert torch.equal(second.parameters[name], parameter)
-    for mine, theirs in zip(second.adamw.state.values(), whole.adamw.state.values(), strict=True):
-        assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
+    assert_equal(second.tensors(), whole.tensors())
     assert second.updates == whole.updates == 10
 
 
 def test_restore_continues_run_of_unfused_adamw(tmp_path: Path):
     """Checkpoints of a plain AdamW have the same names, shapes and types."""
     settings = section(schedule="linear", weight_decay=0.01)
-    plain = optimisation.build(parameters(), settings, 10)
-    plain.adamw.param_groups[0]["fused"] = False
+    plain = optimisers.build(parameters(), settings, 10)
+    plain.parts["adamw"].param_groups[0]["fused"] = False
     for i in range(3):
         update(plain, i)
     saved = checkpoint.save(tmp_path, 3, tensors=plain.tensors(), state={"updates": plain.updates})
     weights = {name: nn.Parameter(p.detach().clone()) for name, p in plain.parameters.items()}
 
-    fused = optimisation.build(weights, settings, 10)
-    assert fused.adamw.param_groups[0]["fused"]
+    fused = optimisers.build(weights, settings, 10)
+    assert fused.parts["adamw"].param_groups[0]["fused"]
     loaded = checkpoint.load(saved)
     fused.restore(loaded.tensors, loaded.state["updates"])
     assert [update(fused, i) for i in range(3, 10)] == [update(plain, i) for i in range(3, 10)]
@@ -223,8 +237,84 @@ def test_restore_continues_run_of_unfused_adamw(tmp_path: Path):
             torch.testing.assert_close(got, tensor, atol=1e-6, rtol=1e-6)
 
 
+# --- other optimisers -----------------------------------------------------------------------------------------------
+
+
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Five Newton-Schulz iterations with the coefficients of Muon, in float64."""
+    x = matrix.T if matrix.shape[0] > matrix.shape[1] else matrix
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if matrix.shape[0] > matrix.shape[1] else x
+
+
+@pytest.mark.parametrize("shape", [(24, 8), (8, 24), (16, 16)])
+def test_step_follows_formula_of_muon(shape: tuple[int, int]):
+    """Nesterov momentum, its nearest orthogonal matrix, 0.2 sqrt(max(A, B)); bfloat16 rounds the iterations."""
+    settings = section(name="muon", learning_rate=0.01, weight_decay=0.1, momentum=0.9)
+    generator = torch.Generator().manual_seed(3)
+    start = torch.randn(shape, generator=generator)
+    gradients = [torch.randn(shape, generator=generator) for _ in range(4)]
+    optimiser = optimisers.build({"w": nn.Parameter(start.clone())}, settings, 10)
+    w, m = start.double(), torch.zeros(shape).double()
+    for gradient in gradients:
+        optimiser.parameters["w"].grad = gradient.clone()
+        optimiser.step()
+        g = gradient.double()
+        m = 0.9 * m + 0.1 * g
+        w = w - 0.01 * 0.1 * w
+        w = w - 0.01 * 0.2 * math.sqrt(max(shape)) * orthogonal(0.1 * g + 0.9 * m)
+    moved = (w - start.double()).abs().max()
+    assert (optimiser.parameters["w"].double() - w).abs().max() < 0.03 * moved
+
+
+def test_muon_leaves_tables_and_vectors_to_adamw():
+    student = tiny()
+    named = student.trainable()
+    optimiser = optimisers.build(named, section(name="muon"), 10, student.tables)
+    assert set(optimiser.parts) == {"muon", "adamw"}
+    for parameter in named.values():
+        parameter.grad = torch.ones_like(parameter)
+    optimiser.step()
+    groups = optimiser.tensors()
+    tables = {name for name, p in named.items() if any(p is table for table in student.tables)}
+    vectors = {name for name, p in named.items() if p.dim() != 2}
+    assert tables
+    assert vectors
+    assert set(groups["adamw.exp_avg"]) == tables | vectors
+    assert set(groups["muon.momentum_buffer"]) == set(named) - tables - vectors
+
+
+def test_adamw_8bit_follows_adamw_with_small_moments():
+    needs_bitsandbytes("adamw_8bit")
+    made = {name: optimisers.build(parameters(64, 80), section(name=name), 10) for name in ("adamw", "adamw_8bit")}
+    start = {name: p.detach().clone() for name, p in made["adamw"].parameters.items()}
+    for i in range(6):
+        for optimiser in made.values():
+            update(optimiser, i)
+    for name, exact in made["adamw"].parameters.items():
+        moved = exact - start[name]
+        apart = made["adamw_8bit"].parameters[name] - exact
+        assert 0 < apart.norm() < 0.1 * moved.norm()
+    groups = made["adamw_8bit"].tensors()
+    assert groups["adamw_8bit.state1"]["a"].dtype == groups["adamw_8bit.state2"]["a"].dtype == torch.uint8
+
+
+def test_adamw_8bit_is_refused_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
+    with pytest.raises(ConfigError, match=r"bitsandbytes cannot be imported.*opd\[quantization\]"):
+        optimisers.build(parameters(), section(name="adamw_8bit"), 10)
+
+
+def test_momentum_is_refused_without_muon():
+    with pytest.raises(ValueError, match="`momentum` is of `name: muon`, and adamw does not read it"):
+        section(momentum=0.5)
+
+
 def test_tensors_are_named_by_parameter():
-    optimiser = optimisation.build(parameters(), section(schedule="linear"), 10)
+    optimiser = optimisers.build(parameters(), section(schedule="linear"), 10)
     assert (optimiser.tensors(), optimiser.updates) == ({}, 0)
     update(optimiser, 0)
     assert {group: sorted(named) for group, named in optimiser.tensors().items()} == {
@@ -256,7 +346,7 @@ def test_validate_averages_over_judged_responses(judged: int, expected: float):
     """An unjudged response counts in neither the sum nor the number; it is no reward of 0."""
     student = tiny()
     made = optimisation.StageOptimisation(
-        optimiser=optimisation.build(student.trainable(), section(), 1),
+        optimiser=optimisers.build(student.trainable(), section(), 1),
         student=student,
         root=student.model,
         teacher=NoTeacher(),

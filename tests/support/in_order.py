@@ -15,7 +15,7 @@ from opd.recipe.schema import StageSpec
 from opd.runs.prepare import assigned
 from opd.runs.served import engine_samplers
 from opd.runs.stale import with_importance
-from opd.stage import optimisation
+from opd.stage import optimisers
 from opd.teachers.local import LocalTeacher
 
 
@@ -29,7 +29,7 @@ def in_order(stage: dict[str, Any], student: LanguageModel, teacher: LanguageMod
     prompts = assigned(load_selected(spec.data, require=[])[0], spec, None, spec.by_task[None], 0)
     order = PromptOrder(prompts=(prompts,), shares=(1.0,), count=spec.prompts_per_step, seed=0, mixed=False)
     sampler = engine_samplers(spec, spec.engine, student, folder)[None]
-    optimiser = optimisation.build(student.trainable(), spec.optimizer, spec.steps)
+    optimiser = optimisers.build(student.trainable(), spec.optimizer, spec.steps)
     memory = method.make_memory()
     sampler.sync(0)
     coming = sampler.begin(order.take(0), seed=(0, 0))()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from opd.parallel import World, join, whole_tensor
 from opd.recipe.schema import OptimizerSection
-from opd.stage import optimisation
+from opd.stage import optimisers
 
 UPDATES = 4
 # The bias of the second layer has one row: a process has no part of it.
@@ -24,9 +24,9 @@ def updated(world: World, *, fused: bool) -> dict[str, Tensor]:
     world.shard(module, [])
     # No clipping: the norm's sum over two processes rounds in another order.
     section = OptimizerSection(learning_rate=0.01, weight_decay=0.1, schedule="constant", max_grad_norm=1e9)
-    optimiser = optimisation.build(dict(module.named_parameters()), section, UPDATES)
-    assert optimiser.adamw.param_groups[0]["fused"]
-    optimiser.adamw.param_groups[0]["fused"] = fused
+    optimiser = optimisers.build(dict(module.named_parameters()), section, UPDATES)
+    assert optimiser.parts["adamw"].param_groups[0]["fused"]
+    optimiser.parts["adamw"].param_groups[0]["fused"] = fused
     generator = torch.Generator().manual_seed(1)
     for _ in range(UPDATES):
         for parameter in optimiser.parameters.values():

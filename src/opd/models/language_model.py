@@ -222,6 +222,12 @@ class LanguageModel:
         """The trained parameters by name; with LoRA only the adapters."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @property
+    def tables(self) -> list[Tensor]:
+        """The weights with a row per token: the embeddings and the output layer; one of them if they are tied."""
+        layers = self.causal_lm.get_input_embeddings(), self.causal_lm.get_output_embeddings()  # type: ignore[operator]
+        return [layer.weight for layer in layers if isinstance(getattr(layer, "weight", None), torch.Tensor)]
+
     def blocks(self) -> list[nn.Module]:
         """The layers that transformers keeps on one device, in order; empty if the model names none."""
         kinds = set(getattr(self.causal_lm, "_no_split_modules", None) or ())

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from opd.errors import ConfigError, OPDError
-from opd.models import adapters, weights, wrapping
+from opd.models import adapters, quantised, weights, wrapping
 from opd.models.gguf import convert_gguf, notes_of
 from opd.models.language_model import LanguageModel
 from opd.models.new import attention_of, new_config, new_model, new_tokenizer, read_config
@@ -74,10 +74,19 @@ def _load(
         notes += [f"{name}: {note}" for note in conversion_notes(source)]
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
-    model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    if spec.quantization is None:
+        model = model.to(device=device, dtype=DTYPES[spec.dtype])
+    else:
+        quantised.keep_layout(model)
     saved = [] if source is None else list(source.adapters)
     for left, adapter in enumerate(saved, start=1 - len(saved)):
         goes_on = trains and spec.lora is None and left == 0
+        if spec.quantization is not None and not goes_on:
+            raise ConfigError(
+                f"{label}: {adapter} is an adapter, and models.{name}.quantization cannot merge it: the sum would be "
+                "rounded to 4 bits again. Merge it first (PEFT's merge_and_unload, saved as a folder), or leave "
+                "`quantization` out."
+            )
         model, found = adapters.with_adapter(model, adapter, trains=goes_on, what=label)
         notes += found
         weights.check_values(model, None, f"{label}: {adapter}")
@@ -173,11 +182,21 @@ def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **attention_of(spec),
+            **_quantised(spec, label),
         )
     model, info = loaded
     notes = weights.check_loaded(info, f"{label}: {path}")
     weights.check_values(model, folder, f"{label}: {path}")
     return model, notes
+
+
+def _quantised(spec: ModelSpec, label: str) -> dict[str, Any]:
+    """What `from_pretrained` gets of a model that is quantised on its way to the device."""
+    if spec.quantization is None:
+        return {}
+    where = label.removesuffix(".path")
+    config = quantised.config_of(spec.quantization, DTYPES[spec.dtype], where)
+    return {"quantization_config": config, "device_map": {"": device_of(spec, where)}}
 
 
 def conversion_notes(source: Source) -> list[str]:

@@ -19,6 +19,7 @@ from opd.errors import ConfigError, RunError
 from opd.files import follow_umask
 from opd.models.language_model import LanguageModel
 from opd.models.noise import config_of_origin
+from opd.models.quantised import is_quantised, merged
 from opd.parallel import World, whole_tensor
 
 ADAPTER = "default"  # PEFT's name of the adapter, which its files do not carry
@@ -136,6 +137,8 @@ def merged_state(lm: LanguageModel) -> nn.Module:
     """
     if not lm.adapters:
         return lm.causal_lm
+    if is_quantised(lm.model):
+        return merged(lm.model)
     tensors = [*lm.model.parameters(), *lm.model.buffers()]
     on_cpu = {id(t): _on_cpu(t) for t in tensors if t.device.type != "cpu"}
     return copy.deepcopy(lm.model, on_cpu).merge_and_unload()  # type: ignore[operator]

@@ -144,10 +144,18 @@ def _unread_by(origin: str) -> tuple[str, ...]:
     """The fields of a model section that a model of this origin does not use."""
     if origin in READ_BY_OTHERS:
         return tuple(name for name in ModelSpec.model_fields if name not in READ_BY_OTHERS[origin])
-    return ("options",) if origin == "init" else ("options", "tokenizer", "seed")
+    return ("options", "quantization") if origin == "init" else ("options", "tokenizer", "seed")
 
 
 ORIGINS = ("path", "init", "from_stage", "scorer", "server")
+
+
+class Quantization(Section):
+    """Weights of 4 bits by bitsandbytes, in all linear layers but the output layer (QLoRA)."""
+
+    bits: Literal[4] = 4  # of a weight
+    type: Literal["nf4", "fp4"] = "nf4"  # the 16 values that a weight can have
+    double: bool = True  # the scales are quantised too
 
 
 class ModelSpec(Section):
@@ -166,6 +174,7 @@ class ModelSpec(Section):
     device: Text | None = None  # default: cuda if there is one
     offload: bool = False  # a teacher that stays on the CPU while unused
     lora: Lora | None = None  # train a low-rank adapter in place of the weights
+    quantization: Quantization | None = None  # {} for nf4; a student needs `lora` too
     gradient_checkpointing: bool = False  # less memory: activations are computed again in the backward pass
     attn_implementation: str | None = None  # of transformers: sdpa, eager, flash_attention_2, ...
     trust_remote_code: bool = False  # run Python code that comes with the model
@@ -183,6 +192,10 @@ class ModelSpec(Section):
             raise ValueError(f"`{given[0]}` does not read {', '.join(f'`{name}`' for name in unread)}: leave it out")
         if self.server is not None and isinstance(self.tokenizer, Characters):
             raise ValueError("`tokenizer` of a `server` is a folder or a hub id; without one it is the student's")
+        if self.quantization is not None and self.offload:
+            raise ValueError(
+                "`offload` moves whole weights, and those of `quantization` stay on their device: choose one"
+            )
         return self
 
     @property
@@ -335,15 +348,24 @@ Beta: TypeAlias = Annotated[Float, Field(ge=0, lt=1)]
 
 
 class OptimizerSection(Section):
-    """Settings of AdamW. Gradients are clipped to `max_grad_norm` (global norm)."""
+    """The optimiser and its settings. Gradients are clipped to `max_grad_norm` (global norm)."""
 
+    # muon: matrices inside the layers; AdamW with the same learning rate has the rest.
+    name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
     learning_rate: Float = Field(default=1e-6, gt=0)  # after the warm-up
     betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of the moving averages of the gradient and of its square
     eps: Float = Field(default=1e-8, gt=0)  # added to the root of the average square
     weight_decay: Float = Field(default=0.0, ge=0)  # decoupled from the gradient
+    momentum: Beta = 0.95  # of muon
     max_grad_norm: Float = Field(default=1.0, gt=0, allow_inf_nan=True)  # .inf: no clipping
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after the warm-up
     warmup_steps: Int = Field(default=0, ge=0)  # steps in which the learning rate rises from zero
+
+    @model_validator(mode="after")
+    def _momentum_of_muon(self) -> OptimizerSection:
+        if self.name != "muon" and self.momentum != type(self).model_fields["momentum"].default:
+            raise ValueError(f"`momentum` is of `name: muon`, and {self.name} does not read it: it has `betas`")
+        return self
 
 
 class EvaluateSection(Section):
@@ -426,7 +448,7 @@ class StageSpec(Section):
     prompts_per_step: Int = Field(default=16, ge=1)  # of all processes; each has `sampling.n` responses
     micro_batch_tokens: Int = Field(default=4096, ge=1)  # tokens in memory at once; changes no result
     max_prompt_length: Int | None = Field(default=None, ge=1)  # tokens; a longer prompt is an error
-    optimizer: OptimizerSection = OptimizerSection()  # AdamW
+    optimizer: OptimizerSection = OptimizerSection()  # AdamW, or another by its `name`
     # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
     router_aux_loss: StrictBool | Annotated[Float, Field(ge=0)] = Field(default=False, union_mode="left_to_right")
     evaluate: EvaluateSection | None = None  # on held-out prompts

@@ -37,7 +37,7 @@ from opd.samplers.ahead import Ahead, one_ahead
 from opd.samplers.authors import TeacherAuthor, TextCache
 from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
-from opd.stage import optimisation
+from opd.stage import optimisers
 from opd.stage.folder import RunDir, StageDir
 from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
@@ -314,7 +314,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         order=prepared.order,
         reward=reward,
         optimisation=StageOptimisation(
-            optimiser=optimisation.build(student.trainable(), spec.optimizer, spec.steps),
+            optimiser=optimisers.build(student.trainable(), spec.optimizer, spec.steps, student.tables),
             student=student,
             root=root,
             teacher=teacher,

@@ -17,6 +17,7 @@ from opd.recipe.references import unused_models
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.fit import check_processes
 from opd.runs.held_out import check_apart, with_shared
+from opd.runs.low_bits import check_low_bits
 from opd.runs.own import check_own
 from opd.runs.prepare import Given, Prepared, prepare
 from opd.runs.same_model import check_base_weights, check_common_start, check_other_weights, untrained_teachers
@@ -86,6 +87,7 @@ def check_view(
         *check_experts(recipe, spec, given),
     ]
     check_processes(recipe, spec, of_stage.method, of_stage.order, processes)
+    check_low_bits(recipe, spec, given, processes)
     return notes, lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
@@ -15,14 +15,12 @@ from torch import Tensor, nn
 from opd.errors import NotFiniteError
 from opd.evaluation.divergence import exact_divergence
 from opd.models.language_model import LanguageModel
-from opd.parallel import World, whole_tensor
+from opd.parallel import World
 from opd.pieces.needs import Input, needs_of
-from opd.recipe.schema import OptimizerSection
 from opd.rewards.base import StageRewards
+from opd.stage.optimisers import Optimiser
 from opd.teachers.routed import routed
 from opd.types import Context, Memory, Prompt, ReservedStep, Rollout, Sampler, Teacher
-
-FUSED_ON = ("cpu", "cuda")  # where torch has a fused AdamW, of the devices that runs use
 
 
 @dataclass(slots=True, kw_only=True)
@@ -104,90 +102,3 @@ class StageOptimisation:
                 weight = sum(len(one.response_ids) for one in theirs)
                 total, tokens = total + weight * found["reverse_kl"], tokens + weight
             return -total / tokens
-
-
-@dataclass(slots=True)
-class Optimiser:
-    """The trained parameters, AdamW and its schedule."""
-
-    parameters: dict[str, nn.Parameter]
-    adamw: torch.optim.AdamW
-    schedule: torch.optim.lr_scheduler.LambdaLR
-    max_grad_norm: float
-
-    def clip(self) -> float:
-        """Scale the gradient down to `max_grad_norm`; returns its global norm before."""
-        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
-        norm = whole_tensor(nn.utils.get_total_norm(gradients))
-        value = float(norm)
-        if not value < self.max_grad_norm:  # also for NaN; a smaller gradient would be multiplied by 1
-            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, norm)
-        return value
-
-    def step(self) -> dict[str, float]:
-        rate = float(self.schedule.get_last_lr()[0])
-        self.adamw.step()
-        self.schedule.step()
-        self.adamw.zero_grad(set_to_none=True)
-        return {"optim/learning_rate": rate}
-
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """AdamW's state, grouped by AdamW's key and then by parameter name; moments are sharded as the parameters."""
-        groups: dict[str, dict[str, Tensor]] = {}
-        for name, parameter in self.parameters.items():
-            for key, value in self.adamw.state[parameter].items():
-                groups.setdefault(f"adamw.{key}", {})[name] = value
-        return groups
-
-    @property
-    def updates(self) -> int:
-        """Number of updates so far, counted by the schedule."""
-        return int(self.schedule.last_epoch)
-
-    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], updates: int) -> None:
-        """Continue from saved `tensors` and `updates`; groups of other owners in `tensors` are ignored."""
-        for group, named in tensors.items():
-            if group.startswith("adamw."):
-                for name, value in named.items():
-                    parameter = self.parameters[name]
-                    # The fused step reads its own count on the parameter's device; checkpoints are read on the CPU.
-                    self.adamw.state[parameter][group.removeprefix("adamw.")] = value.to(parameter.device)
-        self.schedule.last_epoch = updates
-        rates = zip(self.schedule.base_lrs, self.schedule.lr_lambdas, self.adamw.param_groups, strict=True)
-        for base, factor_at, group in rates:
-            group["lr"] = base * factor_at(updates)
-        self.schedule._last_lr = [group["lr"] for group in self.adamw.param_groups]
-
-
-def build(parameters: dict[str, nn.Parameter], section: OptimizerSection, steps: int) -> Optimiser:
-    """An Optimiser over named parameters for a stage of `steps` updates."""
-    assert parameters, "a model without trainable parameters is refused before this"
-    # One pass over weight, gradient and both moments, instead of a dozen; on shards, each process updates its own.
-    fused = all(parameter.device.type in FUSED_ON for parameter in parameters.values())
-    adamw = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=section.learning_rate,
-        betas=section.betas,
-        eps=section.eps,
-        weight_decay=section.weight_decay,
-        fused=fused,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(adamw, factor(section, steps))
-    return Optimiser(parameters, adamw, schedule, section.max_grad_norm)
-
-
-def factor(section: OptimizerSection, steps: int) -> Callable[[int], float]:
-    """Update number (from 0) -> factor on the learning rate: linear warm-up, then the schedule down to 0."""
-    warmup = section.warmup_steps
-
-    def at(step: int) -> float:
-        if step < warmup:
-            return (step + 1) / warmup
-        progress = (step - warmup) / max(1, steps - warmup)
-        if section.schedule == "linear":
-            return max(0.0, 1.0 - progress)
-        if section.schedule == "cosine":
-            return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        return 1.0
-
-    return at

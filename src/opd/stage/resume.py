@@ -16,6 +16,7 @@ from opd.parallel import World
 from opd.stage import checkpoint
 from opd.stage.checkpoint import Checkpoint
 from opd.stage.optimisation import StageOptimisation
+from opd.stage.optimisers import MOMENTS
 from opd.types import Memory, Teacher
 
 
@@ -44,7 +45,8 @@ class Trained:
     @property
     def sharded(self) -> dict[str, Mapping[str, Tensor]]:
         """The groups that are sharded as the trained weights are, with these."""
-        groups = ["student", "adamw.exp_avg", "adamw.exp_avg_sq", *(f"method.{name}" for name in self.memory)]
+        moments = [f"{part}.{key}" for part, keys in MOMENTS.items() for key in keys]
+        groups = ["student", *moments, *(f"method.{name}" for name in self.memory)]
         like: dict[str, Mapping[str, Tensor]] = dict.fromkeys(groups, self.student.trainable())
         for i, peer in enumerate(self.peers):
             like |= {f"peer{i}.{group}": named for group, named in peer.sharded.items()}

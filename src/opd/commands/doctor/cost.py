@@ -14,7 +14,7 @@ from opd.data.order import shuffled
 from opd.files import GIB
 from opd.loss.step import gradient, scored, written
 from opd.models.experts import coefficient_of
-from opd.stage.checkpoint import size_of
+from opd.stage.optimisers import state_bytes
 from opd.stage.stopwatch import peak_bytes
 from opd.types import ReservedStep
 
@@ -32,7 +32,7 @@ class Step:
 
 
 def cost(subject: Subject) -> Finding:
-    """Time of a step, scaled to the recipe's prompts per step, and memory with AdamW's two moments.
+    """Time of a step, scaled to the recipe's prompts per step, and memory with the optimiser's moments.
 
     The time is an upper estimate: sampling costs less per prompt in larger batches, and a first step includes warm-up.
     On a CPU the peak is that of this process, on a GPU that of torch's allocations.
@@ -42,7 +42,7 @@ def cost(subject: Subject) -> Finding:
         torch.cuda.reset_peak_memory_stats(device)
     step = one_step(subject)
     peak = peak_bytes(device)
-    moments = 2 * size_of(subject.student.trainable())
+    moments = state_bytes(subject.student.trainable(), spec.optimizer, subject.student.tables)
     there = total_bytes(device)
     factor = spec.prompts_per_step / step.prompts
     seconds = factor * (step.generate + step.score + step.train)
@@ -56,14 +56,14 @@ def cost(subject: Subject) -> Finding:
         "stage_s": seconds * spec.steps,
         "grad_norm": step.grad_norm,
         "peak_bytes": peak,
-        "adamw_bytes": moments,
+        "moments_bytes": moments,
         "memory_bytes": there,
     }
     says = (
         f"A step of {spec.prompts_per_step} prompts takes about {seconds:.1f} s (writing {numbers['generate_s']:.1f}, "
         f"scoring {numbers['score_s']:.1f}, gradient {numbers['train_s']:.1f}; measured on {step.prompts}), all "
         f"{spec.steps} about {numbers['stage_s'] / 60:.0f} minutes; {(peak + moments) / GIB:.1f} GiB of memory at the "
-        f"peak with AdamW, of {there / GIB:.0f}."
+        f"peak with the optimiser's moments, of {there / GIB:.0f}."
     )
     if peak + moments <= there:
         return Finding(name="cost/step", level="ok", says=says, numbers=numbers)

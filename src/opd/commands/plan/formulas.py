@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 FLOAT32, BFLOAT16 = 4, 2
+BLOCK_8BIT = 256  # moments of 8 bits that share a scale
 
 # Bytes of one number or one entry in a request or an answer, measured with vLLM 0.32.
 JSON_TOKEN = 81  # a token's answer with the sampled token's log-prob alone
@@ -84,6 +85,16 @@ class Shape:
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def weights_bytes(shape: Shape, width: int, layer_width: float | None = None) -> float:
+    """All weights: `layer_width` bytes in the layers (None: `width`), `width` outside; norms are too few to count."""
+    return shape.layers * shape.layer * (width if layer_width is None else layer_width) + shape.outside * width
+
+
+def muon_moments(shape: Shape, width: int) -> float:
+    """Bytes of Muon per parameter: one moment of the layers' matrices, and AdamW's two of the rest."""
+    return width * (shape.layers * shape.layer + 2 * shape.outside) / shape.parameters
 
 
 def saved_activations(shape: Shape, tokens: int, *, width: int, autocast: bool, checkpointing: bool) -> float:

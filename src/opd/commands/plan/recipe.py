@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from opd.commands.plan.formulas import BFLOAT16, FLOAT32, Shape, lora_parameters
+from opd.commands.plan.formulas import BFLOAT16, BLOCK_8BIT, FLOAT32, Shape, lora_parameters, muon_moments
 from opd.commands.plan.step import Student, TeacherModel, Work
 from opd.errors import ConfigError
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
@@ -116,12 +116,13 @@ def student_of(recipe: Recipe, spec: StageSpec, prepared: Prepared, known: dict[
         trained = lora_parameters(chosen, own.lora.rank)
     return Student(
         shape=one.shape,
-        width=WIDTHS[own.dtype],
+        **_widths(own),
         trained=trained,
         lora=own.lora is not None,
         autocast=own.autocast,
         checkpointing=own.gradient_checkpointing,
         copies=int(Input.WEIGHT_COPY in prepared.method.needs),
+        moments=_moments(spec, own, one.shape),
     )
 
 
@@ -135,15 +136,33 @@ def teachers_of(
         base = kind == "self_frozen" and own.lora is not None
         place = "student" if kind == "self_live" or base else "average" if kind == "self_ema" else "here"
         shape = known_of(recipe, spec.train, known).shape
-        found.append(TeacherModel(name=spec.train, place=place, shape=shape, width=WIDTHS[own.dtype]))
+        found.append(TeacherModel(name=spec.train, place=place, shape=shape, **_widths(own)))
     for name in spec.scoring:
         model = recipe.models[name]
         if model.local:
             shape, place = known_of(recipe, name, known).shape, "offloaded" if model.offload else "here"
-            found.append(TeacherModel(name=name, place=place, shape=shape, width=WIDTHS[model.dtype]))
+            found.append(TeacherModel(name=name, place=place, shape=shape, **_widths(model)))
         elif model.server is not None:
             found.append(TeacherModel(name=name, place="servers", shape=None, width=BFLOAT16))
     return tuple(found)
+
+
+def _widths(model: ModelSpec) -> dict[str, Any]:
+    """Bytes of a weight outside of the layers and inside."""
+    from opd.models.quantised import bytes_per_weight
+
+    inside = None if model.quantization is None else bytes_per_weight(model.quantization)
+    return {"width": WIDTHS[model.dtype], "layer_width": inside}
+
+
+def _moments(spec: StageSpec, model: ModelSpec, shape: Shape) -> float | None:
+    """Bytes of the optimiser per trained parameter; None for AdamW. An adapter has matrices alone."""
+    width = WIDTHS[model.dtype]
+    if spec.optimizer.name == "adamw_8bit":
+        return 2 * (1 + FLOAT32 / BLOCK_8BIT)
+    if spec.optimizer.name == "muon":
+        return width if model.lora is not None else muon_moments(shape, width)
+    return None
 
 
 def known_of(recipe: Recipe, name: str, known: dict[str, Known]) -> Known:

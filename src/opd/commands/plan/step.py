@@ -31,6 +31,8 @@ class Student:
     autocast: bool = False
     checkpointing: bool = False
     copies: int = 0  # of the trained weights that a method keeps
+    layer_width: float | None = None  # bytes of a weight inside the layers; None: `width`, less if it has 4 bits
+    moments: float | None = None  # bytes of an optimiser per trained parameter; None: two of `width`, AdamW's
 
     @property
     def computes(self) -> int:
@@ -46,6 +48,7 @@ class TeacherModel:
     place: Literal["here", "offloaded", "servers", "student", "average"]
     shape: Shape | None  # None: of a server, whose config is not known
     width: int
+    layer_width: float | None = None  # as of Student
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,13 +138,14 @@ def _always(name: str, size: float) -> Part:
 def _weights(work: Work) -> list[Part]:
     student, count = work.student, work.devices
     shape, width = student.shape, student.width
-    all_of_it = (shape.parameters + (student.trained if student.lora else 0)) * width
+    adapter = student.trained * width if student.lora else 0
+    all_of_it = formulas.weights_bytes(shape, width, student.layer_width) + adapter
     shard, layers = all_of_it / count, 2 * shape.layer * width
     whole = all_of_it if count == 1 else shard + all_of_it * work.gathers
     training = all_of_it if count == 1 else min(shard + shape.outside * width + layers, shard + all_of_it)
     parts = [
         Part("weights", whole, whole, training, training),
-        _always("Adam moments", 2 * student.trained * width / count),
+        _always("moments", student.trained * (2 * width if student.moments is None else student.moments) / count),
         _always("copies of the weights", student.copies * student.trained * width / count),
     ]
     if student.autocast:
@@ -156,7 +160,7 @@ def _teachers(work: Work) -> list[Part]:
     tokens = work.rows * work.response_tokens
     head = 0.0
     for one, shape in work.local:
-        own = shape.parameters * one.width
+        own = formulas.weights_bytes(shape, one.width, one.layer_width)
         if one.place == "here":
             weights += own
         elif one.place == "average":
