@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from opd.recipe import schema
+from opd.recipe.other_names import ACCEPTED
 from opd.recipe.schema import Recipe
 
 _FIELD = re.compile(r"    (\w+):")
@@ -82,6 +83,9 @@ def recipe_schema() -> dict[str, Any]:
             one["description"] = descriptions(sections()[name])[key]
         if name not in ("Recipe", "Characters"):
             kind.pop("required", None)
+        for other, key in ACCEPTED.get(name, {}).items():
+            own = kind["properties"][key]
+            kind["properties"][other] = {**own, "deprecated": True, "description": f"here it is {key}"}
     stage = kinds["StageSpec"]
     stage["required"] = ["name"]
     shared = {"type": "object", "additionalProperties": False, "properties": stage["properties"]}

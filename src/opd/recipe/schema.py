@@ -9,18 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from opd.files import expanded
 from opd.recipe.numbers import Float, Int
+from opd.recipe.other_names import renamed
 from opd.recipe.templates import template_text
 from opd.types import teachers_in
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys, NaN and infinity."""
+    """A frozen section that refuses unknown keys, NaN and infinity. Some names of other trainers are accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_other_trainers(cls, values: Any) -> Any:
+        return renamed(values, cls.__name__)
 
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # of a file or folder
@@ -521,6 +527,16 @@ class StageSpec(Section):
         return f"Stage {self.name!r}" + ("" if task is None else f", task {task!r}")
 
 
+def _trackers(value: Any) -> Any:
+    """TRL's form too: one name, where "none" stands for none."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
+Trackers: TypeAlias = Annotated[list[str], BeforeValidator(_trackers, json_schema_input_type=str | list[str])]
+
+
 class Recipe(Section):
     name: Name  # of the run, and of its folder in runs/
     description: str = ""  # one line, as `opd recipes` lists it
@@ -528,7 +544,7 @@ class Recipe(Section):
     output_dir: Text | None = None  # default: runs/NAME
     models: dict[str, ModelSpec]  # by name
     stages: list[StageSpec] = Field(min_length=1)  # trained one after the other
-    report_to: list[str] = []  # wandb, trackio, tensorboard
+    report_to: Trackers = []  # wandb, trackio, tensorboard
 
     @property
     def folder(self) -> Path:
