@@ -45,6 +45,7 @@ ABOVE: dict[str, tuple[str, ...]] = {
     ),
 }
 ABOVE["stage"] = tuple(ABOVE)
+ABOVE["viewer"] = ("recipe", "maths", "data", "evaluation", "stage")
 ABOVE["train"] = tuple(ABOVE)
 ABOVE["runs"] = tuple(ABOVE)
 ABOVE["commands"] = tuple(room for room in ABOVE if room != "train")

@@ -1,6 +1,7 @@
 """On-policy distillation of language models.
 
-`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`. Read `opd.train` for the loop,
+`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`,
+`opd.load_run(folder)` one whose process has ended. Read `opd.train` for the loop,
 `opd.types` for the records, `opd.methods` for the papers.
 """
 
@@ -10,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from opd.api import distill, run
-    from opd.runs.stages import Run
+    from opd.runs.result import Run, load_run
 
 __version__ = "0.1.0"
 
 
-__all__ = ["Run", "distill", "run"]
+__all__ = ["Run", "distill", "load_run", "run"]
 
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
+_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.result", "load_run": "opd.runs.result"}
 
 
 def __getattr__(name: str) -> Any:

@@ -285,8 +285,8 @@ def markdown() -> str:
     lines = [
         "# Coming from TRL, ms-swift, axolotl or verl",
         "",
-        "Generated from `src/opd/recipe/other_names.py` by `python -m opd.recipe.other_names`. A recipe that has one of",
-        "these names is refused with the same words, and with the line; the names in the first table are accepted.",
+        "Generated from `src/opd/recipe/other_names.py` by `python -m opd.recipe.other_names`. A recipe that has one",
+        "of these names is refused with the same words, and with the line; the names in the first table are accepted.",
         "",
         "Each name was read in the files of its library:",
         "",
