@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from opd_studies import STUDIES, use
-from opd_studies.page import comparison, intervals, report
+from opd_studies.page import comparison, intervals, numbers, report
 from opd_studies.page.outcome import Check, Finding, SeedInterval
+from opd_studies.page.table import finding, shown
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,9 +34,9 @@ def test_draw_has_a_panel_per_claim_and_a_row_per_check():
 
 
 def test_draw_holds_every_interval_inside_its_panel():
-    for panel, finding in zip(intervals.draw(FINDINGS, "t").axes, FINDINGS, strict=True):
+    for panel, claimed in zip(intervals.draw(FINDINGS, "t").axes, FINDINGS, strict=True):
         low, high = panel.get_xlim()
-        for one in finding.checks:
+        for one in claimed.checks:
             assert low < one.interval.low <= one.interval.high < high
 
 
@@ -63,8 +64,8 @@ def test_every_study_in_docs_has_its_figure_of_claims():
     results = report.load(ROOT / "docs", list(STUDIES))
     for name, result in results.items():
         drawn = intervals.image(ROOT / "docs", name).read_text()
-        for finding in result["findings"]:
-            assert finding.claim.split()[0].replace("&", "&amp;") in drawn, name
+        for claimed in result["findings"]:
+            assert claimed.claim.split()[0].replace("&", "&amp;") in drawn, name
         assert use(name).split()[0] in drawn, name
 
 
@@ -100,3 +101,46 @@ def test_bars_draw_intervals_within_their_range():
     report.bars(axes[0][0], ["g"], {"a": [[0.9, 1.0, 1.0]]}, most=1.0)
     (line,) = axes[0][0].containers[0].lines[2][0].get_segments()
     assert [y for _, y in line] == pytest.approx([0.9667 - 0.1434, 1.0], abs=1e-3)
+
+
+TABLE = (
+    ("setting", "arm", "steps", "sampled accuracy", "KL"),
+    ("A", "start", "", "0.3 [0.2, 0.4]", "1.1"),
+    ("A", "teacher", "", "0.98 [0.93, 1.03]", ""),
+    ("A", "plain", "5", "0.4 [0.3, 0.5]", "0.9"),
+    ("B", "plain", "5", "0.05 [-0.02, 0.12]", "2.5"),
+    ("B", "other", "5", "0.5 [0.4, 0.6]", "0.4"),
+)
+
+
+def test_shown_takes_columns_with_intervals_and_the_divergence():
+    drawn = shown(TABLE)
+    assert drawn is not None
+    assert drawn.columns == ("sampled accuracy", "KL")
+    assert [(one.group, one.name, one.reference) for one in drawn.rows[1:4]] == [
+        ("A", "teacher", True),
+        ("A", "plain", False),
+        ("B", "plain", False),
+    ]
+    assert drawn.rows[3].values == ((0.05, -0.02, 0.12), (2.5, 2.5, 2.5))
+    assert drawn.rows[1].values[1] is None
+    assert finding(drawn) == "Highest sampled accuracy: plain (0.4) in A, other (0.5) in B"
+
+
+def test_shown_is_none_for_tables_of_something_else():
+    assert shown(()) is None
+    assert shown((("method", "accuracy"), ("a", "0.5 [0.4, 0.6]"))) is None
+    assert shown((("setting", "accuracy"), ("a", "0.5"))) is None
+    assert shown((("setting", "KL"), ("a", "0.5 [0.4, 0.6]"))) is None
+
+
+def test_draw_of_numbers_keeps_intervals_of_shares_within_0_and_1():
+    drawn = shown(TABLE)
+    assert drawn is not None
+    accuracy, divergence = numbers.draw(drawn).axes
+    ends = [line.get_xdata() for line in accuracy.lines if line.get_marker() == "None" and line.get_linewidth() > 1]
+    assert [[float(x) for x in pair] for pair in ends][1:4:2] == [[0.93, 1.0], [0.0, 0.12]]
+    assert [one.get_text() for one in accuracy.get_yticklabels()][2:4] == ["A: plain", "B: plain"]
+    assert list(accuracy.get_yticks()) == pytest.approx([0.0, 1.0, 2.0, 3.6, 4.6])
+    assert divergence.get_xlim()[0] < 0.4
+    assert divergence.get_xlim()[1] > 2.5

@@ -11,7 +11,8 @@ from opd.errors import ConfigError
 from opd.files import expanded, write_atomically
 from opd_studies import STUDIES, headline, study, use
 from opd_studies.lab.lab import Lab
-from opd_studies.page import intervals, report
+from opd_studies.page import intervals, numbers, report
+from opd_studies.page.table import shown
 
 ALONE, ALL = Path("runs/studies"), Path("docs")  # default output folders
 
@@ -56,7 +57,7 @@ def command(name: str | None, every: bool, pages: bool, out: str | None) -> None
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write studies.md, and per study a page and a figure of its claims, from the results under `folder`.
+    """Write studies.md, and per study a page and figures of its claims and numbers, from the results under `folder`.
 
     No study runs. Returns the pages' paths. Raises ConfigError without a result or matplotlib, RunError for a damaged
     result or a page that cannot be written.
@@ -68,6 +69,8 @@ def write_pages(folder: Path) -> list[Path]:
         )
     for name, result in results.items():
         intervals.save(folder, name, result["findings"], first_sentence(use(name)))
+        if (drawn := shown(result["table"])) is not None:
+            numbers.save(folder, name, drawn)
     headlines, uses = ({name: line(name) for name in results} for line in (headline, use))
     made = report.pages(results, headlines, uses)
     for file, text in made.items():

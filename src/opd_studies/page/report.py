@@ -16,6 +16,7 @@ from opd.errors import ConfigError, RunError
 from opd.files import refused, write_atomically
 from opd_studies.page.not_studied import NOT_STUDIED
 from opd_studies.page.outcome import VERDICTS, Finding, Outcome, as_record, from_record, over_seeds
+from opd_studies.page.table import finding, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,6 +33,9 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
 }
 
+
+# Studies whose own figure has the rows that the figure of the table has.
+REDRAWN = ("brts", "copd", "debate", "losses", "one_token", "simct", "sparse_to_dense", "supports", "top_p")
 
 INTRODUCTION = """# Studies
 
@@ -275,10 +279,13 @@ def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
     for one in findings:
         lines.append(row((one.claim, one.citation, one.measured, f"**{one.verdict}**")))
     lines += ["", "## Numbers", ""]
+    if (drawn := shown(result["table"])) is not None:
+        lines += [f"![{name}: {finding(drawn)}](../figures/studies/{name}_numbers.svg)", ""]
     if result["table"]:
         header, *rows = result["table"]
         lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
-    lines += [f"![{name}: {headline}](../figures/studies/{name}.png)", ""]
+    if name not in REDRAWN:
+        lines += [f"![{name}: {headline}](../figures/studies/{name}.png)", ""]
     machine = result["environment"]
     seconds = f"{result['cpu_seconds']} s of CPU time, models from the cache not counted; torch {machine['torch']}."
     lines += [f"{seconds} `opd study {name}` runs it again. [All studies](../studies.md), with the rule of a verdict."]
