@@ -315,7 +315,7 @@ def markdown() -> str:
         "",
         "A reward in TRL's form, `f(completions, **kwargs)` or `f(prompts, completions, **kwargs)`, which returns a",
         "number for each completion, is accepted in `reward.name` and in `opd.distill(reward=f)`. It is known by its",
-        "parameter `completions`, and called with lists of one: `prompts`, `completions` (messages for a conversation),",
+        "parameter `completions`, and called with lists of one: `prompts`, `completions` (messages of a conversation),",
         "the row's columns by name, and the reward's `options`. `opd check` refuses rows without a column that it",
         "requires, a coroutine, and a function that requires what only TRL's trainers give (`completion_ids`,",
         "`trainer_state`). More about rewards: [rewards.md](rewards.md).",
