@@ -179,6 +179,7 @@ def doctor(
     set_waiting(say)
     from opd.commands.doctor.examine import examine
     from opd.commands.doctor.findings import as_json, as_text
+    from opd.stage.doctor_file import keep
 
     report = examine(
         resolved,
@@ -189,6 +190,7 @@ def doctor(
         say=say,
     )
     typer.echo(as_json(report) if json else as_text(report))
+    keep(resolved, as_json(report))
     if report.verdict == "stop":
         raise typer.Exit(3)
 
@@ -379,6 +381,66 @@ def _prepared(command: str) -> Callable[[str], None]:
     quiet_libraries()
     set_waiting(say)
     return say
+
+
+RunArguments = Annotated[list[str], typer.Argument(help="Folders of runs, e.g. runs/quickstart", metavar="RUN...")]
+
+
+@app.command()
+def report(
+    runs: RunArguments,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="The file; default: RUN/report.html")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Default: all stages; of several runs the last that all have")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of responses that the page holds")] = 150_000,
+    samples: Annotated[int, typer.Option(min=0, help="Responses of each file of samples")] = 8,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Numbers alone: no prompt, response or recipe")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False,
+) -> None:
+    """Write one HTML file about a run, or about several side by side (docs/report.md)."""
+    from opd.commands.report.pages import Options, report_runs
+
+    options = Options(tokens=tokens, samples=samples, text=not no_text)
+    report_runs(runs, out, stage, options, opens=open_, say=typer.echo)
+
+
+@app.command()
+def compare(
+    runs: RunArguments,
+    stage: Annotated[str | None, typer.Option(help="Default: the last that all have")] = None,
+    by: Annotated[str, typer.Option(help="Prompts are the same by their text (prompt) or their place (id)")] = "prompt",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write a page to this file instead")] = None,
+) -> None:
+    """Compare runs: keys that differ, and rewards on the same held-out prompts with intervals."""
+    from opd.commands.report.pages import compare_runs
+
+    compare_runs(runs, stage=stage, by=by, json=json, out=out)
+
+
+@app.command()
+def view(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Default: a free one")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address alone")] = False,
+) -> None:
+    """Show a run's page while the run works: on this machine alone, until Ctrl-C (docs/report.md)."""
+    from opd.commands.view import serve_run
+
+    serve_run(run, port=port, browser=not no_browser, say=typer.echo)
+
+
+@app.command()
+def watch(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    stage: Annotated[str | None, typer.Option(help="Default: the last that has begun")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and end, also for pipes")] = False,
+) -> None:
+    """Show a run in the terminal while it works: numbers, held-out results, its last response. q ends it."""
+    from opd.commands.watch import watch_run
+
+    watch_run(run, stage=stage, once=once)
 
 
 @app.command()

@@ -390,6 +390,15 @@ class DiagnosticsSection(Section):
     bucket: Int = Field(default=64, ge=1)  # tokens per bucket of positions; doubled until 16 buckets suffice
 
 
+class SamplesSection(Section):
+    """What sample files and held-out files hold besides the responses: see docs/run_folder.md."""
+
+    rows: Int = Field(default=8, ge=0)  # responses of a sample file with both models' entropies and likely tokens
+    top_k: Int = Field(default=5, ge=0)  # of each model at each token of such a row
+    follow: Int = Field(default=4, ge=0)  # held-out prompts that every sample file has a greedy response to
+    held_out: Int = Field(default=64, ge=0)  # responses of a setting of an evaluation that both models score
+
+
 class CheckpointSection(Section):
     every: Int = Field(default=50, ge=1)  # steps
     # Since the last one, after the step that passes them; .inf: never.
@@ -456,6 +465,7 @@ class StageSpec(Section):
     diagnostics: DiagnosticsSection = DiagnosticsSection()
     checkpoint: CheckpointSection = CheckpointSection()  # from which a stopped run goes on
     samples_every: Int = Field(default=10, ge=0)  # steps between sample files; 0: none
+    samples: SamplesSection = SamplesSection()  # what these files hold besides the responses
     save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
     save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
@@ -545,6 +555,7 @@ class Recipe(Section):
     models: dict[str, ModelSpec]  # by name
     stages: list[StageSpec] = Field(min_length=1)  # trained one after the other
     report_to: Trackers = []  # wandb, trackio, tensorboard
+    report_to_samples: Int = Field(default=8, ge=0)  # responses of a sample file that they get as a table
 
     @property
     def folder(self) -> Path:
