@@ -69,7 +69,7 @@ def test_run_logs_unit_metrics_when_tokenizers_differ(work: Path, method: str):
     assert any("eval/teacher/sampled/length" in row for row in rows)
 
 
-@pytest.mark.parametrize("method", ["reverse_kl", "topk_reverse_kl", "opd", "gkd"])
+@pytest.mark.parametrize("method", ["reverse_kl", "opd", "gkd"])
 def test_check_refuses_other_vocabulary_from_tokenizers_alone(work: Path, monkeypatch, method: str):
     """Of two folders, whose weights are not read: the refusal names the method for two tokenizers."""
     for name, characters in (("student", "0123456789+=;"), ("teacher", ";=+9876543210")):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.gguf_files import model_file
 from support.models import byte_tokenizer
 from support.runs import CHARACTERS, ENVIRONMENT, command, sums, tiny_model, write_rows
 
@@ -119,6 +120,15 @@ def test_init_refuses_answers_and_writes_nothing(work: Path, flags: list[str], s
     assert ended.code == 2
     assert said in ended.err
     assert set(work.iterdir()) == before
+
+
+def test_init_says_that_a_gguf_tokenizer_is_read_later(work: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("OPD_CACHE", str(work / "cache"))
+    model_file(work / "student.gguf", max_position_embeddings=512)
+    ended = command("init", "--student", "student.gguf", "--data", "train.jsonl", "--also", "exact", "--name", "mine")
+    assert ended.code == 0, ended.err
+    assert "tokenizer is read with its weights" in " ".join((work / "mine.yaml").read_text().split("\n  # "))
+    assert command("check", "mine.yaml").code == 0
 
 
 def test_init_keeps_an_existing_file(work: Path):

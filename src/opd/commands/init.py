@@ -199,9 +199,13 @@ def recipe_of(given: Answers) -> tuple[dict[str, Any], Choice]:
 
     student = tokenizer_of(ModelSpec(path=given.student), "student")
     choice = choose(given, _same_tokens(given, student))
-    if "k" in choice.options and choice.options["k"] is not None:  # a small vocabulary has fewer tokens
-        choice = replace(choice, options={**choice.options, "k": min(choice.options["k"], len(student.get_vocab()))})
-    chat = bool(getattr(student, "chat_template", None))
+    k = choice.options.get("k")
+    if k is not None and student is not None and k > (size := len(student.get_vocab())):  # a small vocabulary
+        choice = replace(choice, options={**choice.options, "k": size})
+    if student is None:  # of a GGUF file that was never converted
+        why = f"{choice.why} The student's tokenizer is read with its weights: until then data.chat is assumed."
+        choice = replace(choice, why=why)
+    chat = student is None or bool(student.chat_template)
     data = {"path": given.data, "chat": chat}
     rows = len(load_prompts(parse_section(DataSection, data, "data")))
     held_out = min(HELD_OUT, rows // 10)
@@ -223,13 +227,19 @@ def recipe_of(given: Answers) -> tuple[dict[str, Any], Choice]:
 
 
 def _same_tokens(given: Answers, student: Any) -> bool:
-    """Whether the teacher has the student's tokens; of servers it has to: see docs/served.md."""
+    """Whether the teacher has the student's tokens; of servers it has to: see docs/served.md.
+
+    Also true where a tokenizer is read with the weights, of a GGUF file that was never converted: then a run refuses
+    another one when it loads them.
+    """
     from opd.models.preview import tokenizer_of
     from opd.models.vocabularies import check_same_tokens
 
     if given.teacher == "none" or given.urls:
         return True
     teacher = tokenizer_of(ModelSpec(path=given.teacher), "teacher")
+    if student is None or teacher is None:
+        return True
     try:
         check_same_tokens(student, teacher)
     except AlignmentError:
