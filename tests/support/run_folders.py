@@ -158,7 +158,7 @@ def _stage(folder: Path, run: FakeRun, rng: np.random.Generator) -> None:
             metrics.write(json.dumps(row) + "\n")
             if step:
                 seconds = {"step": step, "generate": 1.5, "score": 0.5, "train": 0.75, "total": 3.0}
-                new = {"tokens": 400.0, "tokens_per_second": 133.0, "peak_memory_gib": 2.5, "wall": 1.8e9 + 3 * step}
+                new = {"tokens": 400.0, "tokens_per_second": 133.0, "peak_memory_gib": 2.5, "wall": 1.79e9 + 3 * step}
                 timings.write(json.dumps(seconds | ({} if run.old else new)) + "\n")
     for step in range(run.every, run.steps + 1, run.every):
         rows = _samples(run, step / run.steps, rng)
@@ -169,8 +169,8 @@ def _stage(folder: Path, run: FakeRun, rng: np.random.Generator) -> None:
         keys = {"settings": list(run.settings), "tasks": list(run.tasks), "teacher_prefix": "eval/teacher/"}
         keys |= {"trained": "student", "teacher": "teacher", "reward": _reward(run)}
         (folder / "keys.json").write_text(json.dumps(keys))
-        progress = {"phase": "train", "done": 3, "of": 8, "since": 1.8e9, "step": run.steps}
-        progress |= {"steps": run.planned or run.steps, "eta_seconds": 60.0, "updated": 1.8e9 + 1}
+        progress = {"phase": "train", "done": 3, "of": 8, "since": 1.79e9, "step": run.steps}
+        progress |= {"steps": run.planned or run.steps, "eta_seconds": 60.0, "updated": 1.79e9 + 1}
         (folder / "progress.json").write_text(json.dumps(progress))
 
 

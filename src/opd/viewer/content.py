@@ -190,7 +190,7 @@ def shown_of(run: RunView, stage: StageView, series: dict[str, Any]) -> dict[str
         "settings": found,
         "columns": [labels[when] for when in whens_of(stage)],
         "divergences": divergences(stage),
-        "dots": [dots(one) for one in found if one.points],
+        "dots": [(one.caption, dots(one)) for one in found if one.points],
         "sparks": [(key, spark(*series[key]), series[key][1]) for key in SPARKS if key in series],
         "phases": facts.phases_of(stage),
         "files": facts.files_of(stage),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from opd.evaluation.learned import warnings_of
+from opd.evaluation.learned import failed_rewards, skipped_updates, unmoved_reward
 from opd.evaluation.thresholds import fired
 from opd.viewer.read import RunView, StageView
 
@@ -63,10 +63,16 @@ def head_of(run: RunView, stage: StageView) -> dict[str, Any]:
 def warned(run: RunView, stage: StageView) -> list[Warned]:
     """What to look at in a stage: its own numbers first, then the findings of `opd doctor` that ask for a change."""
     found = [
-        Warned(one.rule.metric, one.sentence, one.rule.remedy, f"docs/diagnostics.md#{one.rule.anchor}")
+        Warned(
+            one.rule.metric,
+            one.rule.text.format(v=one.value),
+            one.rule.remedy,
+            f"docs/diagnostics.md#{one.rule.anchor}",
+        )
         for one in fired(stage.metrics)
     ]
-    found += [Warned("", line) for line in warnings_of(stage.metrics)]
+    others = (failed_rewards, unmoved_reward, skipped_updates)
+    found += [Warned("", line) for says in others for line in says(stage.metrics)]
     if stage.damaged:
         found.append(Warned("metrics.jsonl", f"{stage.damaged} lines are damaged and left out"))
     doctor = run.doctor if isinstance(run.doctor, dict) and run.doctor.get("stage") == stage.name else {}

@@ -17,7 +17,7 @@ def dots(one: Setting) -> Markup:
     low, high = one.scale
     span = (high - low) or 1.0
     at = lambda x: LEFT + (x - low) / span * WIDTH  # noqa: E731
-    share = (low, high) == (0.0, 1.0)
+    share = one.share
     show = (lambda x: f"{x:.0%}") if share else (lambda x: f"{x:.3g}")
     height = 28 + LINE * len(one.points)
     said = ", ".join(f"{point.label} {show(point.mean)}" for point in one.points)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,10 +48,18 @@ class Setting:
     title: str
     reward: str  # the reward's name
     correctness: bool
+    share: bool = True  # all rewards of the stage lie in [0, 1], and are shown in per cent
     rows: list[tuple[str, list[Cell]]] = field(default_factory=list)
     points: list[Point] = field(default_factory=list)
     recovery: tuple[float, float | None, float | None] | None = None
     paired: Paired | None = None
+
+    @property
+    def caption(self) -> str:
+        """What the plot shows."""
+        intervals = any(point.low is not None for point in self.points)
+        unit = ", per cent" if self.share else ""
+        return f"{self.title}: {self.reward}{unit}{', with 95 % intervals' if intervals else ''}"
 
     @property
     def up(self) -> str:
@@ -64,9 +73,16 @@ class Setting:
 
     @property
     def scale(self) -> tuple[float, float]:
-        """The ends of the plot's axis: 0 and 1 for shares, else those of the numbers."""
-        ends = [x for one in self.points for x in (one.mean, one.low, one.high) if x is not None]
-        return min([0.0, *ends]), max([1.0 if all(0 <= x <= 1 for x in ends) else -1e300, *ends])
+        """The ends of the plot's axis: 0 and 1 for shares, else round numbers around those of the points and 0."""
+        ends = [0.0, *(x for one in self.points for x in (one.mean, one.low, one.high) if x is not None)]
+        if self.share:
+            return 0.0, 1.0
+        rough = (max(ends) - min(ends) or 1.0) / 4
+        step = next(
+            nice for k in range(-9, 12) for nice in (10.0**k, 2 * 10.0**k, 5 * 10.0**k) if nice >= rough * 0.999
+        )
+        low = math.floor(min(ends) / step) * step
+        return low, low + 4 * step * math.ceil((max(ends) - low) / (4 * step) - 1e-9)
 
 
 def tasks_of(stage: StageView) -> dict[str | None, dict[str, Any]]:
@@ -137,12 +153,14 @@ def settings(stage: StageView) -> list[Setting]:
     """What was measured in each task and sampling setting, in the recipe's order."""
     labels, out, whens = labels_of(stage), list[Setting](), whens_of(stage)
     before, after = _files(stage)
+    rewards = [x for held in (before, after) for own in held.values() for group in own.values() for x in group]
+    share = all(0 <= x <= 1 for x in (*rewards, *_means(stage)))
     for task in tasks_of(stage):
         found = columns_of(stage, task)
         columns = {when: found.get(when, {}) for when in whens}
         for name in settings_of(stage, task):
             reward, correctness = reward_of(stage, task)
-            one = Setting(name if task is None else f"{task}, {name}", reward, correctness)
+            one = Setting(name if task is None else f"{task}, {name}", reward, correctness, share)
             _fill(one, columns, f"{name}/", labels, pass_at=(tasks_of(stage)[task].get("pass_at") or []))
             if (task, name) in before and (task, name) in after:
                 one.paired = paired(before[task, name], after[task, name])
@@ -172,6 +190,17 @@ def _files(stage: StageView) -> tuple[dict[Any, Any], dict[Any, Any]]:
     return scores(stage.held_out("before", SCORED)), scores(stage.held_out(last[-1], SCORED))
 
 
+def _means(stage: StageView) -> list[float]:
+    """Every mean reward of the stage's evaluations, the teacher's too."""
+    return [
+        value
+        for task in tasks_of(stage)
+        for numbers in columns_of(stage, task).values()
+        for key, value in numbers.items()
+        if key.endswith("/reward")
+    ]
+
+
 def _fill(
     one: Setting,
     columns: Mapping[str, Mapping[str, Any]],
@@ -180,9 +209,7 @@ def _fill(
     pass_at: Sequence[int],
 ) -> None:
     """Rows, points and recovery of a setting from the numbers of its columns."""
-    rewards = [numbers[f"{prefix}reward"] for numbers in columns.values() if f"{prefix}reward" in numbers]
-    share = bool(rewards) and all(0 <= value <= 1 for value in rewards)
-    asked = [("reward", one.reward, share), *((f"pass@{k}", f"pass@{k}", True) for k in pass_at if k != 1), *ROWS]
+    asked = [("reward", one.reward, one.share), *((f"pass@{k}", f"pass@{k}", True) for k in pass_at if k != 1), *ROWS]
     for key, label, in_percent in asked:
         cells = [
             cell(numbers, prefix + key, share=in_percent, digits=2 if key == "reward" else 1)

@@ -13,7 +13,7 @@ FOLLOWED = 24  # steps at which the same prompts are shown
 HELD_OUT = 400  # responses of an evaluation
 LEAST = 128  # tokens of a response that are kept at any budget
 WINDOW, WINDOWS = 64, 8  # tokens around each of the largest values of a long response, and how many of them
-TOPS = 16  # one in so many tokens of the budget keeps its most likely tokens
+TOPS = 20  # one in so many tokens of the budget keeps its most likely tokens
 LEAST_TOPS = 12  # of a response
 
 # What a file of samples picked by each rule; the rows of a page are taken in this order.
