@@ -45,8 +45,8 @@ Overrides = Annotated[
 ]
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(show: bool) -> None:
+    if show:
         from opd import __version__
 
         typer.echo(f"opd {__version__}")
@@ -467,6 +467,33 @@ def recipes(
 
     for line in lines() if copy is None else copied(copy):
         typer.echo(line)
+
+
+@app.command()
+def init(
+    student: Annotated[str | None, typer.Option(help="A model folder, hub id or GGUF file")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The same, servers as http://HOST:PORT,..., or none")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts: a file, reasoning_gym:TASK, ...")] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(help="nothing, the name of a reward, privileged, rule=TEXT, or responses (nothing)"),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Steps of training (200)")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; default: the student's")] = None,
+    out: Annotated[str | None, typer.Option(help="The file to write; default: NAME.yaml")] = None,
+) -> None:
+    """Write a recipe from the answers to six questions. Without a terminal the options answer them."""
+    from opd.commands.init import answers, written
+
+    def prompt(question: str, default: str | None) -> str:
+        return str(typer.prompt(question, default=default))
+
+    given = {"student": student, "teacher": teacher, "data": data, "also": also, "budget": budget, "name": name}
+    quiet_libraries()
+    files = written(answers(given, prompt if sys.stdin.isatty() else None), out)
+    for file in files:
+        typer.echo(f"{file} written")
+    typer.echo(f"Next: opd doctor {files[0]}, then opd train {files[0]}")
 
 
 @app.command()

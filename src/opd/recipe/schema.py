@@ -457,7 +457,7 @@ class StageSpec(Section):
     prompts_per_step: Int = Field(default=16, ge=1)  # of all processes; each has `sampling.n` responses
     micro_batch_tokens: Int = Field(default=4096, ge=1)  # tokens in memory at once; changes no result
     max_prompt_length: Int | None = Field(default=None, ge=1)  # tokens; a longer prompt is an error
-    optimizer: OptimizerSection = OptimizerSection()  # AdamW
+    optimizer: OptimizerSection = OptimizerSection()  # AdamW, or another by its `name`
     # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
     router_aux_loss: StrictBool | Annotated[Float, Field(ge=0)] = Field(default=False, union_mode="left_to_right")
     evaluate: EvaluateSection | None = None  # on held-out prompts
