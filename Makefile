@@ -46,8 +46,8 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m opd.methods.describe > docs/methods.md
-	$(BIN)/python -m opd.recipe.reference > docs/recipe_reference.md
 	$(BIN)/python -m opd.recipe.other_names > docs/coming_from.md
+	$(BIN)/python -m opd.recipe.reference > docs/recipe_reference.md
 	$(BIN)/opd schema > src/opd/assets/recipe.schema.json
 
 # The pages as a site with search: build/site/index.html. A link or an anchor without a target ends it.

@@ -324,7 +324,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 OTHER_WORDS = {  # before a dot on a page: keys of a recipe, records, other packages' objects
     *("data", "diagnostics", "evaluate", "models", "options", "sampling", "teacher_sampling"),
     *("optimizer", "checkpoint", "engine", "reward", "prompt"),
-    *("batch", "method", "tokens", "model", "torch", "datasets"),
+    *("batch", "method", "tokens", "model", "torch", "datasets", "os"),
 }
 
 

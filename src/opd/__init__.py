@@ -1,8 +1,8 @@
 """On-policy distillation of language models.
 
-`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`, `opd.load_run(folder)` one whose
-process has ended. `opd.evaluate(...)` measures a model. Read `opd.train` for the loop, `opd.types` for the records,
-`opd.methods` for the papers.
+`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`,
+`opd.load_run(folder)` one whose process has ended. `opd.evaluate(...)` measures a model. Read
+`opd.train` for the loop, `opd.types` for the records, `opd.methods` for the papers.
 """
 
 from __future__ import annotations

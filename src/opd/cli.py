@@ -420,6 +420,30 @@ def compare(
 
 
 @app.command()
+def view(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Default: a free one")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address alone")] = False,
+) -> None:
+    """Show a run's page while the run works: on this machine alone, until Ctrl-C (docs/report.md)."""
+    from opd.commands.view import serve_run
+
+    serve_run(run, port=port, browser=not no_browser, say=typer.echo)
+
+
+@app.command()
+def watch(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    stage: Annotated[str | None, typer.Option(help="Default: the last that has begun")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and end, also for pipes")] = False,
+) -> None:
+    """Show a run in the terminal while it works: numbers, held-out results, its last response. q ends it."""
+    from opd.commands.watch import watch_run
+
+    watch_run(run, stage=stage, once=once)
+
+
+@app.command()
 def push(
     run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/NAME, or a model's folder")],
     repo: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; created if it does not exist")],

@@ -452,7 +452,7 @@ def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
 
 
 def test_opd_exports_only_public_names():
-    assert sorted(opd.__all__) == ["Run", "distill", "load_run", "run"]
+    assert sorted(opd.__all__) == ["Run", "distill", "evaluate", "load_run", "run"]
     for name in opd.__all__:
         assert callable(getattr(opd, name))
     with pytest.raises(AttributeError, match="no attribute 'distil'"):

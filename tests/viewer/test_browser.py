@@ -10,9 +10,9 @@ import pytest
 from support.browser import Browser, axe, browsing
 from support.run_folders import write
 
+from opd.messages import visible
 from opd.viewer.read import StageView, read_run
 from opd.viewer.report import write_comparison, write_report
-from opd.viewer.texts import visible
 
 pytestmark = pytest.mark.browser
 

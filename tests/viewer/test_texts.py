@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from opd.viewer.texts import conversation, difference, visible
+from opd.messages import visible
+from opd.viewer.texts import conversation, difference
 
 
 @given(st.text("ab <>\n", max_size=60), st.text("ab <>\n", max_size=60))

@@ -555,6 +555,7 @@ class Recipe(Section):
     models: dict[str, ModelSpec]  # by name
     stages: list[StageSpec] = Field(min_length=1)  # trained one after the other
     report_to: Trackers = []  # wandb, trackio, tensorboard
+    report_to_samples: Int = Field(default=8, ge=0)  # responses of a sample file that they get as a table
 
     @property
     def folder(self) -> Path:

@@ -52,6 +52,7 @@ def run_recipe(
         folder=directory.path,
         name=recipe.name,
         config=recipe.model_dump(mode="json"),
+        samples=recipe.report_to_samples,
     )
     interrupt = Interrupt(speaks=world.main, alone=world.size == 1)
     session = Session(

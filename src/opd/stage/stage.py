@@ -266,7 +266,9 @@ class Stage:
         counts["wall"] = time.time()
         self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests(), **self._of_servers()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
-            self.folder.write_samples(done, self._sample_rows(step, phase_a))
+            rows = self._sample_rows(step, phase_a)
+            self.folder.write_samples(done, rows)
+            self.trackers.table(self._name, done, rows)
 
     def _of_servers(self) -> dict[str, float]:
         """What servers did in this step, over all processes; empty if teacher and sampler are in this process."""
@@ -383,11 +385,15 @@ class Stage:
 
     def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
-        is_peer = self.spec.train in self.spec.peers  # its numbers are beside those of the stage's first model
-        name = f"{self.spec.name}/{self.spec.train}" if is_peer else self.spec.name
-        self.trackers.log(name, done, metrics)
-        if not is_peer or any(key.startswith("eval/") for key in metrics):
-            self.progress.step(name, done, metrics, rate=rate, left=self.pace.left(done))
+        self.trackers.log(self._name, done, metrics)
+        if self._name == self.spec.name or any(key.startswith("eval/") for key in metrics):
+            self.progress.step(self._name, done, metrics, rate=rate, left=self.pace.left(done))
+
+    @property
+    def _name(self) -> str:
+        """The stage's name; of a peer, whose numbers are beside those of the stage's first model, with its own."""
+        is_peer = self.spec.train in self.spec.peers
+        return f"{self.spec.name}/{self.spec.train}" if is_peer else self.spec.name
 
     def _shown(self, step: int) -> bool:
         """Whether this step writes its responses to a sample file."""

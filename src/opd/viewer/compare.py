@@ -10,6 +10,7 @@ from typing import Any
 
 from opd.errors import ConfigError, nearest
 from opd.maths.intervals import Interval
+from opd.messages import visible
 from opd.viewer import facts, pack
 from opd.viewer.content import Content, Options, add_held_out, run_shown
 from opd.viewer.curves import axes_of, charts_of, compact, evaluated_of, series_of
@@ -17,7 +18,7 @@ from opd.viewer.pairs import SCORED, Paired, Scores, paired, scores, unpaired
 from opd.viewer.read import RunView, StageView, read_run
 from opd.viewer.responses import HeldOut, held_out, shown_keys
 from opd.viewer.results import Cell, reward_of, tasks_of
-from opd.viewer.texts import shortened, visible
+from opd.viewer.texts import shortened
 from opd.viewer.thin import Budget
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"

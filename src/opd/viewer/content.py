@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd.messages import visible
 from opd.viewer import facts, pack
 from opd.viewer.curves import axes_of, charts_of, compact, evaluated_of, levels_of, series_of
 from opd.viewer.figures import dots, spark
@@ -21,7 +22,6 @@ from opd.viewer.responses import (
     survey,
 )
 from opd.viewer.results import divergences, labels_of, reward_of, settings, settings_of, tasks_of, whens_of
-from opd.viewer.texts import visible
 from opd.viewer.thin import Budget
 
 LIVE_HELD_OUT = 1000  # groups of held-out responses in a live page
@@ -112,7 +112,8 @@ def block_of(stage: StageView, name: str, options: Options | None = None) -> byt
     if name == "follow":
         rows = {step: _followed(stage, step) for step in sampled_steps(stage)}
         rows = {step: places for step, places in rows.items() if places}
-        return follow_block(stage, rows, Budget(tokens, tokens)) if rows else None
+        lengths = [n for step, places in rows.items() for n in _lengths(stage, step, places)]
+        return follow_block(stage, rows, Budget.of(tokens, lengths)) if rows else None
     if name.startswith("s") and name[1:].isdecimal():
         columns = stage.samples(int(name[1:]), ["response_ids"])
         lengths = [] if columns is None else columns.lengths("response_ids").tolist()
@@ -124,6 +125,12 @@ def _followed(stage: StageView, step: int) -> list[int]:
     """The rows of a step's file that are of the same held-out prompts at every step."""
     picks = stage.samples(step, ["pick"])
     return [] if picks is None else [i for i, pick in enumerate(picks.values("pick")) if pick == "follow"]
+
+
+def _lengths(stage: StageView, step: int, rows: list[int]) -> list[int]:
+    """Tokens of these responses of a step's file."""
+    columns = stage.samples(step, ["response_ids"], rows)
+    return [] if columns is None else columns.lengths("response_ids").tolist()
 
 
 def base_data(stage: StageView, series: dict[str, Any]) -> dict[str, Any]:

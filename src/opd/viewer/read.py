@@ -216,6 +216,7 @@ class RunView:
     environment: dict[str, Any]
     doctor: Any  # what `opd doctor --json` printed, or None
     stages: dict[str, StageView]
+    recipe_written: int = 0  # when, in nanoseconds
 
     @property
     def name(self) -> str:
@@ -232,6 +233,7 @@ def read_run(path: str | Path) -> RunView:
     folder = Path(path)
     file = folder / "recipe.yaml"
     try:
+        written = _written(file)
         text = file.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
     except FileNotFoundError:
@@ -243,20 +245,30 @@ def read_run(path: str | Path) -> RunView:
         raise _unreadable(file, error) from error
     if not isinstance(recipe, dict):
         raise RunError(f"{file} is no recipe: it holds {type(recipe).__name__}, not keys and values.")
-    stages: dict[str, StageView] = {}
-    for spec in recipe.get("stages") or []:
-        for name, place in _models(folder, spec):
-            if (place / "metrics.jsonl").exists() or (place / "progress.json").exists():
-                stages[name] = StageView(name, place, spec)
-                stages[name].refresh()
-    return RunView(
+    run = RunView(
         path=folder,
         recipe=recipe,
         recipe_text=text,
         environment=read_object(folder / "environment.json") or {},
         doctor=read_object(folder / "doctor.json"),
-        stages=stages,
+        stages={},
+        recipe_written=written,
     )
+    _add_stages(run)
+    return run
+
+
+def read_again(run: RunView) -> RunView:
+    """The run with what is new: lines since the last reading, and stages that began. Raises as `read_run`.
+
+    A recipe that was replaced, by a run that goes on with other settings, is read with everything else.
+    """
+    if _written(run.path / "recipe.yaml") != run.recipe_written:
+        return read_run(run.path)
+    for stage in run.stages.values():
+        stage.refresh()
+    _add_stages(run)
+    return run
 
 
 def read_object(file: Path) -> Any:
@@ -265,6 +277,27 @@ def read_object(file: Path) -> Any:
         return _object(file.read_bytes())
     except OSError:
         return None
+
+
+def _add_stages(run: RunView) -> None:
+    """Add the stages that have begun since the last call, in the recipe's order."""
+    known = dict(run.stages)
+    run.stages.clear()
+    for spec in run.recipe.get("stages") or []:
+        for name, place in _models(run.path, spec):
+            if name in known:
+                run.stages[name] = known[name]
+            elif (place / "metrics.jsonl").exists() or (place / "progress.json").exists():
+                run.stages[name] = StageView(name, place, spec)
+                run.stages[name].refresh()
+
+
+def _written(file: Path) -> int:
+    """When a file was written, in nanoseconds; 0 for a missing one."""
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def _models(folder: Path, spec: dict[str, Any]) -> list[tuple[str, Path]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from opd.errors import ConfigError, nearest
 from opd.files import unfit, write_atomically
+from opd.messages import visible
 from opd.viewer import page
 from opd.viewer.compare import compare, content_of, runs_shown
 from opd.viewer.content import Options, run_shown, stage_content
 from opd.viewer.read import RunView, StageView, read_run
-from opd.viewer.texts import visible
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,8 +107,23 @@ def sample_block(stage: StageView, step: int, rows: Sequence[int] | None, budget
     block = Block(budget)
     for i in range(0 if columns is None else len(columns)):
         assert columns is not None
-        block.add(columns, i)
+        block.add(columns, i, place=(f"s{step}", rows[i]))
     return block.bytes(step=step)
+
+
+def row_block(stage: StageView, file: str, row: int, parts: Sequence[tuple[int, int]]) -> bytes | None:
+    """One response with the tokens of these parts [start, end): of `s120` or `held_before`; None if it is absent."""
+    read = stage.samples if file.startswith("s") else stage.held_out
+    which = int(file[1:]) if file.startswith("s") else file.removeprefix("held_")
+    count = read(which, ["response_ids"])  # type: ignore[arg-type]
+    if count is None or row >= len(count):
+        return None
+    columns = read(which, COLUMNS, [row])  # type: ignore[arg-type]
+    assert columns is not None
+    block = Block(Budget(cap=1, tops=10**9))
+    teacher, old = file == "held_teacher", "format" not in columns.metadata
+    block.add(columns, 0, by_teacher=teacher, old=old, parts=parts, place=(file, row))
+    return block.bytes()
 
 
 def follow_block(stage: StageView, followed: Mapping[int, Sequence[int]], budget: Budget) -> bytes:
@@ -121,7 +136,8 @@ def follow_block(stage: StageView, followed: Mapping[int, Sequence[int]], budget
         if columns is None:
             continue
         for i, key in enumerate(keys_of(columns)):
-            groups.setdefault(key, []).append([step, block.add(columns, i)])
+            row = block.add(columns, i, place=(f"s{step}", followed[step][i]))
+            groups.setdefault(key, []).append([step, row])
     found = [{"task": task, "setting": setting, "id": i, "at": at} for (task, setting, i, _), at in groups.items()]
     return block.bytes(groups=found)
 
@@ -193,8 +209,10 @@ def held_block(measured: Sequence[HeldOut], keys: Sequence[Key], budget: Budget)
         here = [(n, one.rows[key]) for n, key in enumerate(keys) if key in one.rows]
         columns = one.stage.held_out(one.when, COLUMNS, [row for _, row in here])
         assert columns is not None
-        for i, (n, _) in enumerate(here):
-            groups[n]["rows"][one.label] = block.add(columns, i, by_teacher=one.when == "teacher", old=one.old)
+        for i, (n, row) in enumerate(here):
+            place = (f"held_{one.when}", row)
+            added = block.add(columns, i, by_teacher=one.when == "teacher", old=one.old, place=place)
+            groups[n]["rows"][one.label] = added
     return block.bytes(groups=groups)
 
 

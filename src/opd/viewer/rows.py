@@ -41,10 +41,20 @@ class Block:
     texts: list[Any] = field(default_factory=list)
     _known: dict[Any, int] = field(default_factory=dict)
 
-    def add(self, columns: Columns, i: int, *, by_teacher: bool = False, old: bool = False) -> int:
+    def add(
+        self,
+        columns: Columns,
+        i: int,
+        *,
+        by_teacher: bool = False,
+        old: bool = False,
+        place: tuple[str, int] | None = None,
+        parts: Sequence[tuple[int, int]] | None = None,
+    ) -> int:
         """Add a row of a file; its place in the block.
 
         `by_teacher`: a teacher wrote it. `old`: the file has no format, and a response's log-probs are its writer's.
+        `place`: file and row, by which a live page loads what is left out. `parts`: the tokens to keep, [start, end).
         """
         numbers = {name: columns.numbers(column, i) for name, column in NUMBERS.items()}
         if numbers["p"] is not None and not numbers["p"].any():
@@ -53,11 +63,13 @@ class Block:
             numbers["p"], numbers["q"] = None, numbers["p"]
         ids = columns.value("response_ids", i) or []
         values = largest(numbers)
-        parts = kept_tokens(len(ids), self.budget.cap, values)
+        parts = kept_tokens(len(ids), self.budget.cap, values) if parts is None else within(parts, len(ids))
         kept = np.concatenate([np.arange(a, b) for a, b in parts]) if parts else np.zeros(0, dtype=np.int64)
         row = self._described(columns, i)
         row |= {"length": len(ids), "n": {}}
-        if len(parts) > 1:
+        if place is not None and len(kept) < len(ids):
+            row["place"] = list(place)
+        if parts != [(0, len(ids))]:
             row["parts"] = [list(part) for part in parts]
         self._tokens(row, columns, i, ids, kept)
         for name, found in numbers.items():
@@ -161,6 +173,19 @@ class Block:
                 for one in units
                 if any(one["student_start"] < b and one["student_end"] > a for a, b in parts)
             ]
+
+
+def within(parts: Sequence[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """Parts [start, end) of n tokens in order: cut at the end, joined where they touch, empty ones dropped."""
+    out: list[tuple[int, int]] = []
+    for start, end in sorted((max(0, a), min(n, b)) for a, b in parts):
+        if start >= end:
+            continue
+        if out and start <= out[-1][1]:
+            out[-1] = (out[-1][0], max(end, out[-1][1]))
+        else:
+            out.append((start, end))
+    return out
 
 
 def largest(numbers: Mapping[str, np.ndarray | None]) -> np.ndarray | None:

@@ -86,13 +86,3 @@ def shortened(text: str, most: int = 4 * SAME) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} … {len(text) - most:,} characters left out … {text[-(most // 2) :]}"
-
-
-CONTROL = re.compile(
-    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
-)
-
-
-def visible(text: str) -> str:
-    """A text in which control, zero-width and direction characters are written out, such as U+202E in angle quotes."""
-    return CONTROL.sub(lambda found: f"\u2039U+{ord(found[0]):04X}\u203a", text)

@@ -12,11 +12,11 @@ from rich.table import Table
 from rich.text import Text
 
 from opd.maths.intervals import Interval
+from opd.messages import visible
 from opd.viewer.compare import Comparison, as_json, compare
 from opd.viewer.content import Options
 from opd.viewer.pairs import Paired
 from opd.viewer.report import lines_of, write_comparison, write_report
-from opd.viewer.texts import visible
 
 
 def report_runs(

@@ -31,8 +31,8 @@ function block(name, again = false) {
   if (again || !opened.has(name)) opened.set(name, openBlock(name));
   return opened.get(name);
 }
-async function openBlock(name) {
-  const packed = await source.bytes(name);
+async function openBlock(name) { return unpack(await source.bytes(name)); }
+async function unpack(packed) {
   if (packed === null) return null;
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   const data = new Uint8Array(await new Response(stream).arrayBuffer());

@@ -140,7 +140,8 @@ class Responses {
     const { step, shown, of } = steps[i];
     const input = make("input", { type: "range", id: `step-${this.stage.index}`, min: 0, max: steps.length - 1, value: i,
       "aria-valuetext": `step ${step}`, oninput: event => this.set({ step: steps[event.target.value].step, response: "" }) });
-    return [make("label", {}, "Step ", input), make("output", {}, `${step}: ${shown} of ${of} responses`)];
+    const count = of === undefined ? "" : `: ${shown} of ${of} responses`; // a live page shows all
+    return [make("label", {}, "Step ", input), make("output", {}, `${step}${count}`)];
   }
   inside() {
     const { setting, task, tab } = this.state;

@@ -22,7 +22,7 @@ function tokensOf(row, label, colour) {
   element.tokenAt = [];
   const ends = new Map(row.parts.map(([, end], n) => [end, row.parts[n + 1]?.[0] ?? row.length]));
   let home = element, unit = null;
-  if (row.parts.length && row.parts[0][0] > 0) element.append(gap(row.parts[0][0]));
+  if (row.parts.length && row.parts[0][0] > 0) element.append(gaps.make(row, 0, row.parts[0][0]));
   for (let i = 0; i < row.tokens.length; i++) {
     const place = row.places[i], now = unitAt(row, place);
     if (row.turn && (i === 0 || row.turn[i] !== row.turn[i - 1]))
@@ -36,13 +36,16 @@ function tokensOf(row, label, colour) {
     element.tokenAt.push(token);
     home.append(token);
     const next = ends.get(place + 1);
-    if (next !== undefined && next > place + 1) element.append(gap(next - place - 1));
+    if (next !== undefined && next > place + 1) element.append(gaps.make(row, place + 1, next));
   }
   if (!row.tokens.length) element.append(make("i", { class: "empty" }, "empty"));
   return element;
 }
-const gap = count =>
-  make("i", { class: "gap" }, ` … ${count.toLocaleString("en")} tokens left out (opd view shows them) … `);
+// What stands for the tokens [start, end) that are left out; a live page replaces this.
+const gaps = {
+  make: (row, start, end) =>
+    make("i", { class: "gap" }, ` … ${(end - start).toLocaleString("en")} tokens left out (opd view shows them) … `),
+};
 
 // The cursor in the tokens of a response.
 const cursor = { element: null, at: -1 };
