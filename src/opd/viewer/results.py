@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from opd.evaluation.results import of_task
 from opd.viewer.pairs import SCORED, Paired, paired, scores
 from opd.viewer.read import StageView
 
@@ -111,13 +112,14 @@ def reward_of(stage: StageView, task: str | None) -> tuple[str, bool]:
 
 def evaluations(metrics: Sequence[Mapping[str, Any]], task: str | None) -> dict[str, list[tuple[int, dict[str, Any]]]]:
     """The evaluations of a task as (step, numbers without their prefix): of `student`, and of its `teacher`."""
-    prefix = "eval/" if task is None else f"eval/{task}/"
     out: dict[str, list[tuple[int, dict[str, Any]]]] = {"student": [], "teacher": []}
-    for row in metrics:
-        own = {key.removeprefix(prefix): value for key, value in row.items() if key.startswith(prefix)}
-        taught = {key.removeprefix("teacher/"): value for key, value in own.items() if key.startswith("teacher/")}
-        own = {key: value for key, value in own.items() if not key.startswith("teacher/")}
-        for who, numbers in (("student", own), ("teacher", taught)):
+    for row in of_task(metrics, task):
+        own: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}}
+        for key, value in row.items():
+            name = key.removeprefix("eval/")
+            if key != "step":
+                own["teacher" if name.startswith("teacher/") else "student"][name.removeprefix("teacher/")] = value
+        for who, numbers in own.items():
             if numbers:
                 out[who].append((int(row["step"]), numbers))
     return out

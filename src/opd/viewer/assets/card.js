@@ -61,4 +61,7 @@ function showCard(element, i, loud) {
       first ? `teacher's first choice ${JSON.stringify(visible(first[0][1]))} ${percent(first[1])}` : ""].join(", "));
   }
 }
-addEventListener("scroll", hideCard, { passive: true, capture: true });
+// It closes when the reader scrolls; a key that moves to the next token may scroll, too.
+let scrolledByKey = 0;
+const onScroll = () => { if (performance.now() > scrolledByKey) hideCard(); };
+addEventListener("scroll", onScroll, { passive: true, capture: true });

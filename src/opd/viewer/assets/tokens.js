@@ -61,7 +61,8 @@ function moveTo(element, i) {
   cursor.at = Math.max(0, Math.min(last, i));
   const token = element.tokenAt[cursor.at];
   token.classList.add("at");
-  token.scrollIntoView({ block: "nearest" });
+  scrolledByKey = performance.now() + 300;
+  token.scrollIntoView({ block: "nearest", behavior: "instant" });
   showCard(element, cursor.at, true);
 }
 // The next token in a direction whose value is at least 1 nat away from 0.
