@@ -41,7 +41,7 @@ def _places() -> dict[str, list[str]]:
     """The paths at which each section may stand, nearest to the top first, by the section's name; sorted."""
     kinds = _kinds()
     found: dict[str, list[str]] = {"Recipe": [""]}
-    queue = [("Recipe", "", ("Recipe",))]
+    queue: list[tuple[str, str, tuple[str, ...]]] = [("Recipe", "", ("Recipe",))]
     while queue:
         name, path, above = queue.pop(0)
         for key, one in kinds[name]["properties"].items():

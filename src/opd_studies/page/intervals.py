@@ -65,7 +65,8 @@ def save(folder: Path, name: str, findings: Sequence[Finding], title: str) -> Pa
     import matplotlib as mpl
 
     file = image(folder, name)
-    with mpl.rc_context({**RC, "svg.hashsalt": name}):
+    style: dict[Any, Any] = {**RC, "svg.hashsalt": name}
+    with mpl.rc_context(style):
         figure = draw(findings, title)
         about: Any = {"Date": None, "Creator": None, "Title": title}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -77,7 +77,8 @@ def save(folder: Path, name: str, of: Shown) -> Path:
     import matplotlib as mpl
 
     file = image(folder, name)
-    with mpl.rc_context({**RC, "svg.hashsalt": name}):
+    style: dict[Any, Any] = {**RC, "svg.hashsalt": name}
+    with mpl.rc_context(style):
         figure = draw(of)
         about: Any = {"Date": None, "Creator": None, "Title": finding(of)}
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -152,11 +152,11 @@ def legends_apart(figure: Figure) -> None:
     """Take every legend out of its panel, where it would cover a curve: below the figure, or below its own panel."""
     from matplotlib.transforms import offset_copy
 
-    found = [(panel, panel.get_legend()) for panel in figure.axes if panel.get_legend() is not None]
+    found = [(panel, legend) for panel in figure.axes if (legend := panel.get_legend()) is not None]
     kinds = {tuple(text.get_text() for text in legend.get_texts()) for _, legend in found}
     for i, (panel, legend) in enumerate(found):
         labels, title = [text.get_text() for text in legend.get_texts()], legend.get_title().get_text() or None
-        style = {"handles": legend.legend_handles, "labels": labels, "title": title, "fontsize": 7}
+        style: dict[str, Any] = {"handles": legend.legend_handles, "labels": labels, "title": title, "fontsize": 7}
         legend.remove()
         if len(kinds) == 1 and i == 0:
             figure.legend(**style, loc="outside lower center", ncols=min(4, len(labels)))
