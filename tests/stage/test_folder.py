@@ -374,12 +374,12 @@ def test_write_samples_reads_back_equal(stage: StageDir):
 
 
 def test_sample_file_states_schema_format_and_reward(stage: StageDir):
-    stage = replace(stage, reward={"name": "exact", "correctness": True})
+    exact = {"name": "exact", "correctness": True}
+    stage = replace(stage, reward=exact, measured_by=exact)
     for file in (stage.write_samples(1, [{"prompt": "x"}]), stage.write_held_out("before", [{"prompt": "x"}])):
         found = pq.read_schema(file)
         assert found.remove_metadata() == schema().remove_metadata()
-        reward = {"name": "exact", "correctness": True}
-        assert json.loads(found.metadata[b"opd"]) == {"format": 1, "library": opd.__version__, "reward": reward}
+        assert json.loads(found.metadata[b"opd"]) == {"format": 1, "library": opd.__version__, "reward": exact}
         assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 

@@ -247,11 +247,12 @@ class StageDir:
         return write_table(file, full_rows(rows), schema(reward)) if self.writes else file
 
     def read_samples(self) -> list[dict[str, Any]]:
-        """The rows of all sample files, each with its `step`, in order."""
+        """The rows of all sample files that are of their step, each with its `step`, in order; not the followed ones."""
         return [
             {"step": int(file.stem.removeprefix("step_")), **row}
             for file in sorted(self.samples.glob("step_*.parquet"))
             for row in read_table(file)
+            if row.get("pick") != "follow"
         ]
 
     def read_held_out(self, when: str) -> list[dict[str, Any]]:
