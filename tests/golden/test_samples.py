@@ -46,8 +46,8 @@ def test_samples_change_no_byte_of_a_method(method: str, tmp_path: Path):
 def check(method: str, run: opd.Run) -> None:
     """The rows: those that were trained on have a signal, and each picked one says what both models would write."""
     assert set(OPTIONS) == set(METHODS)
-    trained_on = [row for row in run.samples if row["pick"] != "follow"]
-    (first,) = {len([row for row in run.samples if row["pick"] == "follow" and row["step"] == s]) for s in (1, 2, 3)}
+    trained_on = run.samples
+    (first,) = {len([row for row in run.followed if row["step"] == s]) for s in (1, 2, 3)}
     assert first == 2
     assert len([row for row in trained_on if row["step"] == 1 and row["pick"]]) == 3
     own = [row for row in trained_on if row["step"] == 1 and not row["part"]]
@@ -55,7 +55,7 @@ def check(method: str, run: opd.Run) -> None:
     total = math.fsum(value for row in own for value in row["signal"] or () if value is not None)
     if metrics["train/tokens"]:
         assert total / metrics["train/tokens"] == pytest.approx(metrics["train/signal"], rel=1e-4, abs=1e-7)
-    for row in run.samples:
+    for row in [*run.samples, *run.followed]:
         if row["pick"] is None:
             assert row["student_top_ids"] is row["teacher_top_ids"] is None
             continue

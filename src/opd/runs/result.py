@@ -56,13 +56,22 @@ class Run:
 
     @cached_property
     def samples(self) -> list[dict[str, Any]]:
-        """The rows of all sample files, each with its stage and step: docs/run_folder.md.
+        """The responses of the steps in all sample files, each with its stage and step: docs/run_folder.md.
 
         Raises RunError if the folder is gone.
         """
+        return self._sampled(followed=False)
+
+    @cached_property
+    def followed(self) -> list[dict[str, Any]]:
+        """The responses to the same held-out prompts at each step with a sample file. Raises as `samples`."""
+        return self._sampled(followed=True)
+
+    def _sampled(self, *, followed: bool) -> list[dict[str, Any]]:
         if not self.folder.is_dir():
             raise RunError(f"{self.folder} is gone, and the samples are read from it. Run again, or use a copy of it.")
-        return [{"stage": s.name, **row} for s in self.recipe.stages for row in self._stage(s.name).read_samples()]
+        stages = [(s.name, self._stage(s.name).read_samples(followed=followed)) for s in self.recipe.stages]
+        return [{"stage": name, **row} for name, rows in stages for row in rows]
 
     def held_out(self, when: str, stage: str | None = None) -> list[dict[str, Any]]:
         """The responses of an evaluation: `before`, `teacher` or `step_000050`. `stage`: default the last one."""

@@ -246,13 +246,16 @@ class StageDir:
     def _write_rows(self, file: Path, rows: list[dict[str, Any]], reward: Mapping[str, Any] | None) -> Path:
         return write_table(file, full_rows(rows), schema(reward)) if self.writes else file
 
-    def read_samples(self) -> list[dict[str, Any]]:
-        """The rows of all sample files that are of their step, each with its `step`, in order; not the followed ones."""
+    def read_samples(self, *, followed: bool = False) -> list[dict[str, Any]]:
+        """The responses of the steps in all sample files, each with its `step`, in order.
+
+        `followed`: those to the same held-out prompts at each of these steps, instead.
+        """
         return [
             {"step": int(file.stem.removeprefix("step_")), **row}
             for file in sorted(self.samples.glob("step_*.parquet"))
             for row in read_table(file)
-            if row.get("pick") != "follow"
+            if (row.get("pick") == "follow") == followed
         ]
 
     def read_held_out(self, when: str) -> list[dict[str, Any]]:
