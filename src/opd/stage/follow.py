@@ -16,6 +16,8 @@ from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
 from opd.types import Prompt, ReservedStep, Rollout, Sampler
 
+LONGEST = 256  # tokens of a response: it is sampled one token after the other, beside the training
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Followed:
@@ -31,7 +33,8 @@ def prompts_to_follow(exams: Sequence[Exam], student: LanguageModel, count: int)
     each: list[list[Followed]] = []
     for exam in exams:
         longest = max(exam.held_out.sampling.values(), key=lambda one: one.max_completion_length)
-        greedy = replace(longest, temperature=0.0, top_p=1.0, top_k=0, n=1)
+        limit = min(longest.max_completion_length, LONGEST)
+        greedy = replace(longest, temperature=0.0, top_p=1.0, top_k=0, n=1, max_completion_length=limit)
         (sampler,) = student_samplers(replace(exam.held_out, sampling={"greedy": greedy}), student).values()
         each.append([Followed(prompt=prompt, exam=exam, sampler=sampler) for prompt in exam.held_out.prompts[:count]])
     mixed = chain.from_iterable(zip_longest(*each))
