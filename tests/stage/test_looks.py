@@ -32,7 +32,7 @@ def trained(name: str, recipe: Mapping[str, Any]) -> StageDir:
 
 
 def step_of(stage: StageDir, step: int) -> list[dict[str, Any]]:
-    return [row for row in stage.read_samples() if row["step"] == step and row["pick"] != "follow"]
+    return [row for row in stage.read_samples() if row["step"] == step]
 
 
 METHODS_HERE: dict[str, dict[str, Any]] = {
@@ -56,28 +56,43 @@ def test_signal_of_rows_is_the_loss_of_the_step(name: str):
     assert any(signals)
 
 
-def test_student_and_teacher_columns_are_those_of_the_models():
-    """Against one forward of transformers per row; rank by sorting all log-probs."""
-    recipe = one_stage(steps=1, prompts_per_step=6, samples={"rows": 4, "top_k": 3, "follow": 0})
-    row = next(row for row in step_of(trained("run", recipe), 1) if row["pick"] == "least")
+def columns_are_those_of(row: Mapping[str, Any], whose: str, seed: int) -> None:
+    """Against one forward of transformers; rank by sorting all log-probs."""
     from opd.models.loading import load_model
     from opd.recipe.schema import ModelSpec
 
-    for whose, seed in (("student", 2), ("teacher", 1)):
-        lm = load_model(ModelSpec(**tiny_model(seed)), name=whose)
-        prompt = lm.tokenizer(row["student_reads"], add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*prompt, *row["response_ids"]]])
-        logp = lm.model(ids).logits[0, len(prompt) - 1 : -1, : lm.vocabulary].double().log_softmax(-1).detach()
-        for t, token in enumerate(row["response_ids"]):
-            order = logp[t].sort(descending=True)
-            assert row[f"{whose}_top_ids"][t] == order.indices[:3].tolist()
-            assert row[f"{whose}_top_logp"][t] == pytest.approx(order.values[:3].tolist(), abs=1e-5)
-            texts = lm.tokenizer.convert_ids_to_tokens(order.indices[:3].tolist())
-            assert row[f"{whose}_top_tokens"][t] == texts
-            entropy = -float((logp[t].exp() * logp[t]).sum())
-            assert row[f"{whose}_entropy"][t] == pytest.approx(entropy, abs=1e-5)
-            if whose == "teacher":
-                assert row["teacher_rank"][t] == order.indices.tolist().index(token)
+    lm = load_model(ModelSpec(**tiny_model(seed)), name=whose)
+    prompt = lm.tokenizer(row["student_reads"], add_special_tokens=False)["input_ids"]
+    ids = torch.tensor([[*prompt, *row["response_ids"]]])
+    logp = lm.model(ids).logits[0, len(prompt) - 1 : -1, : lm.vocabulary].double().log_softmax(-1).detach()
+    for t, token in enumerate(row["response_ids"]):
+        order = logp[t].sort(descending=True)
+        assert row[f"{whose}_top_ids"][t] == order.indices[:3].tolist()
+        assert row[f"{whose}_top_logp"][t] == pytest.approx(order.values[:3].tolist(), abs=1e-5)
+        texts = lm.tokenizer.convert_ids_to_tokens(order.indices[:3].tolist())
+        assert row[f"{whose}_top_tokens"][t] == texts
+        entropy = -float((logp[t].exp() * logp[t]).sum())
+        assert row[f"{whose}_entropy"][t] == pytest.approx(entropy, abs=1e-5)
+        if whose == "teacher":
+            assert row["teacher_rank"][t] == order.indices.tolist().index(token)
+
+
+def test_student_and_teacher_columns_are_those_of_the_models():
+    recipe = one_stage(steps=1, prompts_per_step=6, samples={"rows": 4, "top_k": 3, "follow": 0})
+    row = next(row for row in step_of(trained("run", recipe), 1) if row["pick"] == "least")
+    columns_are_those_of(row, "student", 2)
+    columns_are_those_of(row, "teacher", 1)
+
+
+def test_followed_rows_are_the_same_prompts_scored_by_the_teacher():
+    samples = {"rows": 4, "top_k": 3, "follow": 2}
+    stage = trained("run", one_stage(steps=2, samples_every=1, samples=samples, evaluate=EVALUATE))
+    rows = stage.read_samples(followed=True)
+    assert [row["step"] for row in rows] == [1, 1, 2, 2]
+    assert [row["prompt_id"] for row in rows[:2]] == [row["prompt_id"] for row in rows[2:]]
+    assert {row["pick"] for row in rows} == {"follow"}
+    for row in rows:
+        columns_are_those_of(row, "teacher", 1)
 
 
 def test_samples_change_no_byte_of_metrics_and_weights():
