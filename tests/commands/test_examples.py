@@ -111,8 +111,8 @@ def test_readme_distils_from_python(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         made = load_model(ModelSpec(**spec), name=name)
         made.model.save_pretrained(tmp_path / "path" / "to" / name)
         made.tokenizer.save_pretrained(tmp_path / "path" / "to" / name)
-    assert "steps=100," in block
-    block = block.replace("steps=100,", "steps=1, sampling={'max_completion_length': 4}, quiet=True,")
+    assert "steps=100)" in block
+    block = block.replace("steps=100)", "steps=1, sampling={'max_completion_length': 4}, quiet=True)")
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile(block, "README.md", "exec"), names)
     assert len(names["run"].metrics) == 1

@@ -1,1 +1,1 @@
-"""A run's folder for a reader: one HTML page, two runs compared."""
+"""A run's folder for a reader: an HTML page, as a file or alive, two runs compared, a screen in a terminal."""
