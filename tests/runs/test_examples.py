@@ -229,8 +229,7 @@ def test_train_prints_what_is_read_and_keeps_it_in_rows(work: Path):
         assert (row["response_tokens"][-1] == "<eos>") == row["finished"]
     for row in stage.read_held_out("before"):
         assert row["student_reads"] == f"{row['prompt']}<eos>+;"
-        drawn = row["sampling"] == "drawn"  # the responses on which evaluate.kl compares
-        assert row["teacher_reads"] == (f"<eos>{row['prompt']};=" if drawn else None)
+        assert row["teacher_reads"] == f"<eos>{row['prompt']};="
     for row in stage.read_held_out("teacher"):
         assert (row["student_reads"], row["teacher_reads"]) == (None, f"<eos>{row['prompt']};=")
     assert "'2+2=<eos>+;'\n    before: '" in ended.out
