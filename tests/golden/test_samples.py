@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,11 @@ def check(method: str, run: opd.Run) -> None:
     (first,) = {len([row for row in run.samples if row["pick"] == "follow" and row["step"] == s]) for s in (1, 2, 3)}
     assert first == 2
     assert len([row for row in trained_on if row["step"] == 1 and row["pick"]]) == 3
-    assert any(row["signal"] for row in trained_on)
+    own = [row for row in trained_on if row["step"] == 1 and not row["part"]]
+    metrics = next(row for row in run.metrics if row["step"] == 1 and "train/loss" in row)
+    total = math.fsum(value for row in own for value in row["signal"] or () if value is not None)
+    if metrics["train/tokens"]:
+        assert total / metrics["train/tokens"] == pytest.approx(metrics["train/signal"], rel=1e-4, abs=1e-7)
     for row in run.samples:
         if row["pick"] is None:
             assert row["student_top_ids"] is row["teacher_top_ids"] is None
@@ -59,7 +64,7 @@ def check(method: str, run: opd.Run) -> None:
         assert all(len(ids) == len(set(ids)) == 4 for ids in row["student_top_ids"])
         if method in ("sft", "grpo", "ropd"):
             assert row["teacher_top_ids"] is None
-        elif row["pick"] != "follow":
+        elif row["pick"] != "follow" and method != "copd":  # a row of its own task has no teacher there
             assert len(row["teacher_top_ids"]) == len(row["teacher_rank"]) == n
         if row["units"]:
             assert method in ("simct", "uld")

@@ -64,8 +64,8 @@ def test_progress_file_is_written_at_most_once_a_second(tmp_path: Path, monkeypa
         file.phase(f"phase {time.monotonic()}")
         time.sleep(0.01)
     file.close()
-    assert 2 <= len(written) <= 4
-    assert all(b - a > 0.9 for a, b in itertools.pairwise(written))
+    assert 1 <= len(written) <= 4  # the last one by `close`
+    assert all(b - a > 0.9 for a, b in itertools.pairwise(written[:-1]))
 
 
 def test_progress_says_once_that_file_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -296,11 +296,10 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
-    folder = described(folder, prepared)
-    folder.write_keys(keys_of(spec, prepared, folder))
+    folder = described(spec, folder, prepared)
     samplers = samplers_of(session, spec, student, root, folder.path)
-    cache = TextCache(folder.path / "texts", world.rank)
     ahead = one_ahead(samplers, recipe.seed, scoring_early(method, teacher)) if spec.ahead else None
+    cache = TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
@@ -317,20 +316,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         ahead=ahead,
         order=prepared.order,
         reward=reward,
-        optimisation=StageOptimisation(
-            optimiser=optimisers.build(student.trainable(), spec.optimizer, spec.steps, student.tables),
-            student=student,
-            root=root,
-            teacher=teacher,
-            sampler=writers.student,
-            prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
-            reward=reward,
-            context=method.context,
-            memory=memory,
-            world=world,
-            seed=recipe.seed,
-            micro_batch_tokens=spec.micro_batch_tokens,
-        ),
+        optimisation=optimisation_of(session, spec, prepared, root, student, teacher, writers, reward, memory),
         followed=prompts_to_follow(exams, student, spec.samples.follow) if spec.samples_every else (),
         exams=exams_in(exams, spec, student, root, folder, world, session.progress) if exams else None,
         folder=folder,
@@ -342,11 +328,41 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     )
 
 
-def described(folder: StageDir, prepared: Prepared) -> StageDir:
-    """The folder, whose files of responses name the rewards of training and of the evaluation."""
+def optimisation_of(
+    session: Session,
+    spec: StageSpec,
+    prepared: Prepared,
+    root: Root,
+    student: LanguageModel,
+    teacher: Teacher,
+    writers: Writers,
+    reward: StageRewards,
+    memory: Mapping[str, Memory],
+) -> StageOptimisation:
+    """What an update reads and changes."""
+    return StageOptimisation(
+        optimiser=optimisers.build(student.trainable(), spec.optimizer, spec.steps, student.tables),
+        student=student,
+        root=root,
+        teacher=teacher,
+        sampler=writers.student,
+        prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
+        reward=reward,
+        context=prepared.method.context,
+        memory=memory,
+        world=session.world,
+        seed=session.recipe.seed,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+
+
+def described(spec: StageSpec, folder: StageDir, prepared: Prepared) -> StageDir:
+    """The folder, whose files of responses name the rewards of training and of the evaluation; writes keys.json."""
     tasks = prepared.tasks.values()
     measured = [None if task.held_out is None else task.held_out.reward for task in tasks]
-    return replace(folder, reward=about([task.reward for task in tasks]), measured_by=about(measured))
+    folder = replace(folder, reward=about([task.reward for task in tasks]), measured_by=about(measured))
+    folder.write_keys(keys_of(spec, prepared, folder))
+    return folder
 
 
 def keys_of(spec: StageSpec, prepared: Prepared, folder: StageDir) -> dict[str, Any]:

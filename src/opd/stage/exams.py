@@ -189,8 +189,7 @@ class Exams:
         for name, rollouts in written.items() if self.folder.writes else ():
             # The teacher wrote its own responses before there was a text or a reward.
             known = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
-            scorer = exam.scorer
-            contexts = exam.context(known) if name in taught or scorer is not None else None
+            contexts = exam.context(known) if name in taught else self._context_or_note(exam, when, name, known)
             read: list[str | None] = [None] * len(rollouts)
             if contexts is not None and exam.reader is not None:
                 read = read_by({one.prompt.teacher_id: exam.reader for one in rollouts}, rollouts, contexts)
@@ -205,6 +204,16 @@ class Exams:
             self._add_columns(exam, f"held out ({when}), {name}", own, rollouts, contexts)
             rows += own
         return rows
+
+    def _context_or_note(
+        self, exam: Exam, when: str, name: str, rollouts: Sequence[Rollout]
+    ) -> Sequence[Prompt] | None:
+        """What the teacher reads before responses that no measurement has it read; None if it cannot."""
+        try:
+            return None if exam.scorer is None else exam.context(rollouts)
+        except (DataError, TeacherError) as error:
+            self.progress.note(f"held out ({when}), {name}: the file has no columns of the teacher: {error}")
+            return None
 
     def _add_columns(
         self,

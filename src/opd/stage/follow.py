@@ -57,8 +57,8 @@ def rows_of_followed(
         own[0].sampler.sync(step)
         written = own[0].sampler([one.prompt for one in own], seed=(own[0].exam.held_out.seed, ReservedStep.FOLLOW))
         rows += _rows(own[0].exam, written, student, samples, temperature, micro_batch_tokens, progress)
-    order = {followed[i].prompt.id: n for n, i in enumerate(positions)}
-    rows.sort(key=lambda row: order[row["prompt_id"]])
+    order = {(followed[i].prompt.task, followed[i].prompt.id): n for n, i in enumerate(positions)}
+    rows.sort(key=lambda row: order[row["task"], row["prompt_id"]])
     return world.in_order(positions, rows)
 
 

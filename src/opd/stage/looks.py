@@ -23,6 +23,8 @@ from opd.stage.picks import Candidate, picked
 from opd.teachers.seen import Seen, has_states, seen_by_student, seen_by_teacher
 from opd.types import Prompt, Rollout, Teacher
 
+AT_ONCE = 4  # micro-batches whose hidden states are in memory together
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Looks:
@@ -91,8 +93,37 @@ def columns_of_models(
     `exact`: also both log-probs, and as `signal` the exact reverse KL per token where both vocabularies are one.
     `teacher` None: the student's alone.
     """
-    if not rollouts:
-        return []
+    out: list[dict[str, Any]] = []
+    for rows in _in_parts([len(one.response_ids) for one in rollouts], AT_ONCE * micro_batch_tokens):
+        part = [rollouts[i] for i in rows], [contexts[i] for i in rows]
+        out += _columns(student, teacher, *part, k, temperature, micro_batch_tokens, exact)
+    return out
+
+
+def _in_parts(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """The rows in order, in parts of at most `most` tokens or one row: the states of a part are in memory."""
+    parts: list[list[int]] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        tokens += length
+        if not parts or tokens > most:
+            parts.append([])
+            tokens = length
+        parts[-1].append(i)
+    return parts
+
+
+def _columns(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    k: int,
+    temperature: float,
+    micro_batch_tokens: int,
+    exact: bool,
+) -> list[dict[str, Any]]:
+    """`columns_of_models` of some rows."""
     states = exact and teacher is not None and all(has_states(teacher.of(r.prompt.teacher_id)) for r in rollouts)
     ours = seen_by_student(
         student, rollouts, k=k, temperature=temperature, micro_batch_tokens=micro_batch_tokens, states=states
@@ -119,13 +150,23 @@ def _of_student(seen: Seen) -> dict[str, Any]:
 
 
 def _of_teacher(seen: Seen) -> dict[str, Any]:
-    ranks = None if seen.rank is None else [None if rank < 0 else rank for rank in seen.rank.tolist()]
-    row = {"teacher_entropy": numbers(seen.entropy), "teacher_rank": ranks, **_top("teacher", seen)}
+    row = {
+        "teacher_entropy": _known(seen, numbers(seen.entropy)),
+        "teacher_rank": _known(seen, None if seen.rank is None else seen.rank.tolist()),
+        **{name: _known(seen, values) for name, values in _top("teacher", seen).items()},
+    }
     if seen.units is not None:
         names = ("student_start", "student_end", "teacher_start", "teacher_end")
         row["units"] = [dict(zip(names, unit, strict=True)) for unit in seen.units]
         row["teacher_tokens"] = token_texts([seen.own_ids], seen.tokenizer)[0]
     return row
+
+
+def _known(seen: Seen, values: list[Any] | None) -> list[Any] | None:
+    """The values by token, with None for tokens that the model has no numbers of."""
+    if values is None or seen.inside is None:
+        return values
+    return [value if there else None for value, there in zip(values, seen.inside.tolist(), strict=True)]
 
 
 def _top(whose: str, seen: Seen) -> dict[str, Any]:

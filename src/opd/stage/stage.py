@@ -38,6 +38,7 @@ from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
 from opd.stage.stopwatch import Stopwatch, peak_bytes
 from opd.stage.trackers import ReportWriter
+from opd.teachers.seen import why_unseen
 from opd.types import Memory, Prompt, ScoreRequest, Teacher, Writers
 
 
@@ -108,6 +109,7 @@ class Stage:
         first = self._resume()
         self.begun = True
         for one in self.models:
+            one._note_unseen()
             if one.exams is not None and first == 0:
                 with self._all_whole():
                     one._measured(0, one.exams.before)
@@ -204,6 +206,16 @@ class Stage:
             return Metrics()
         rollouts, contexts = phase_a.batch.rollouts, phase_a.contexts
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
+
+    def _note_unseen(self) -> None:
+        """Say of which teachers the sample files have no choices, and why."""
+        spec = self.spec
+        if not (spec.samples_every and spec.samples.rows) or self.method.teacher.kind == "none":
+            return
+        names = {prompt.teacher_id for prompts in self.order.prompts for prompt in prompts}
+        for one in {id(teacher): teacher for teacher in map(self.teacher.of, sorted(names, key=str))}.values():
+            if why := why_unseen(one, self.method.temperature):
+                self.progress.note(f"{spec.name}: samples have no columns of the choices of {one.name}: {why}")
 
     def _looks(self, step: int, phase_a: PhaseA) -> Looks:
         """What the step's sample file shows besides the loss's numbers: with the weights that wrote the responses."""

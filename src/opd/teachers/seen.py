@@ -42,6 +42,7 @@ class Seen:
     hidden: Tensor | None = None  # [T, H], if requested, of a model with the student's vocabulary
     units: tuple[tuple[int, int, int, int], ...] | None = None
     own_ids: tuple[int, ...] = ()
+    inside: Tensor | None = None  # [T] bool: the token is in a unit; None: the model has numbers of all tokens
 
 
 def seen_by_student(
@@ -173,12 +174,12 @@ def _on_units(theirs: Seen, text: TeacherTokens, tokens: int) -> Seen:
     def _placed(values: Tensor | None) -> Tensor | None:
         return None if values is None else values.cpu()[first]
 
-    entropy, rank = _placed(theirs.entropy), _placed(theirs.rank)
     return replace(
         theirs,
         logp=logp,
-        entropy=None if entropy is None else entropy.masked_fill(~inside, torch.nan),
-        rank=None if rank is None else rank.masked_fill(~inside, -1),
+        entropy=_placed(theirs.entropy),
+        rank=_placed(theirs.rank),
+        inside=inside,
         top_ids=_placed(theirs.top_ids),
         top_logp=_placed(theirs.top_logp),
         units=tuple((u.student.start, u.student.stop, u.teacher.start, u.teacher.stop) for u in text.units),
