@@ -61,6 +61,7 @@ def _charts(
         charts.append(
             {
                 **every[0][1],
+                "title": every[0][1].get("first", every[0][1]["title"]),
                 **{kind: [f"{n}/{chart[kind][0]}" for n, chart in own] for kind, own in kinds.items()},
                 "level": None,
                 "intervals": [[f"{n}/{end}" for end in ends] for n, ends in measured],
