@@ -366,7 +366,7 @@ def test_page_names_existing_library_names(page):
             module = max((m for m in MODULES if f"{name}.".startswith(f"{m}.")), key=len)
             assert name == module or has_attribute(module, name[len(module) + 1 :]), text
         elif (short := re.fullmatch(r"([a-z_]+)\.(\w+)(\(.*\))?", text)) and short[1] not in OTHER_WORDS:
-            if short[2] in ("json", "jsonl", "md", "parquet", "py", "txt", "yaml"):
+            if short[2] in ("html", "json", "jsonl", "md", "parquet", "py", "txt", "yaml"):
                 continue
             assert any(has_attribute(m, short[2]) for m in MODULES if m.endswith(f".{short[1]}")), text
 
