@@ -20,8 +20,8 @@ def test_page_of_200_steps_is_below_two_megabytes(tmp_path):
 
 @pytest.mark.slow
 def test_page_of_10_000_steps_takes_15_seconds(tmp_path):
-    """200 files of 4 responses, of which a page shows 100; 43 metrics."""
-    folder = write(tmp_path / "run", steps=10_000, every=50, rows=4, picked=4, tokens=1024, vocabulary=152_000)
+    """100 files of 4 responses of 512 tokens and 2 followed prompts; 43 metrics."""
+    folder = write(tmp_path / "run", steps=10_000, every=100, rows=4, picked=4, tokens=512, vocabulary=152_000)
     start = time.process_time()
     found = write_report(folder)
     took = time.process_time() - start

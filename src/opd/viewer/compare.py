@@ -11,9 +11,9 @@ from typing import Any
 from opd.errors import ConfigError, nearest
 from opd.maths.intervals import Interval
 from opd.messages import visible
-from opd.viewer import facts, pack
+from opd.viewer import facts
 from opd.viewer.content import Content, Options, add_held_out, run_shown
-from opd.viewer.curves import axes_of, charts_of, compact, evaluated_of, series_of
+from opd.viewer.overlay import overlaid
 from opd.viewer.pairs import SCORED, Paired, Scores, paired, scores, unpaired
 from opd.viewer.read import RunView, StageView, read_run
 from opd.viewer.responses import HeldOut, held_out, shown_keys
@@ -233,7 +233,7 @@ def runs_shown(found: Comparison, *, text: bool = True) -> list[dict[str, Any]]:
 def content_of(found: Comparison, options: Options) -> Content:
     """The page's stage of a comparison: the table, curves over each other, and for two runs their responses."""
     columns, rows = table_of(found)
-    data, block = _curves(found)
+    data, block = overlaid([side.stage for side in found.sides], [side.label for side in found.sides])
     shown: dict[str, Any] = {
         "name": found.sides[0].stage.name,
         "compared": True,
@@ -268,49 +268,3 @@ def content_of(found: Comparison, options: Options) -> Content:
 
 def _measured(side: Side, by: str) -> HeldOut | None:
     return None if side.when is None else held_out(side.label, side.stage, side.when, by)
-
-
-def _curves(found: Comparison) -> tuple[dict[str, Any], bytes]:
-    """The data of the stage, and the block of all runs' curves: series are named by the run's number and their key."""
-    sides = found.sides
-    lines, points = [series_of(side.stage) for side in sides], [evaluated_of(side.stage) for side in sides]
-    charts: dict[str, dict[str, Any]] = {}
-    for n, side in enumerate(sides):
-        for chart in charts_of(side.stage, lines[n] | points[n]):
-            both = charts.setdefault(chart["title"], {**chart, "lines": [], "points": [], "runs": [], "names": []})
-            both |= {"level": None, "intervals": both.get("intervals") and []}
-            key = (chart["points"] or chart["lines"])[0]
-            both.setdefault("of", {})[n] = (key, "points" if chart["points"] else "lines", chart.get("intervals"))
-    for chart in charts.values():
-        for n, (key, kind, intervals) in chart.pop("of").items():
-            chart[kind].append(f"{n}/{key}")
-            chart["runs"].append(n)
-            chart["names"].append(sides[n].label)
-            if intervals and chart.get("intervals") is not None:
-                chart["intervals"].append([f"{n}/{end}" for end in intervals[0]])
-    named = lambda every: {f"{n}/{key}": one for n, own in enumerate(every) for key, one in own.items()}  # noqa: E731
-    used = {key for chart in charts.values() for key in chart["lines"]}
-    content = {
-        "lines": compact({key: one for key, one in named(lines).items() if key in used}),
-        "points": compact(named(points)),
-        "axes": [axes_of(side.stage) for side in sides],
-    }
-    first = sides[0].stage
-    data: dict[str, Any] = {
-        "name": first.name,
-        "compared": True,
-        "steps": [],
-        "held": 0,
-        "held_of": 0,
-        "followed": 0,
-        "position": None,
-        "whens": [],
-        "labels": {side.label: side.label for side in sides},
-        "charts": list(charts.values()),
-        "made": max(side.stage.steps_done for side in sides),
-        "planned": max(int(side.stage.spec.get("steps") or 0) for side in sides),
-        "finished": all(side.stage.done is not None for side in sides),
-        "rewards": [[task, *reward_of(first, task)] for task in tasks_of(first)],
-        "settings": [],
-    }
-    return data, pack.plain(content)

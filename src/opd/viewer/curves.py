@@ -13,10 +13,12 @@ from opd.viewer.thin import POINTS, evenly, m4
 
 SECONDS = ("generate", "score", "train", "diagnose", "sync", "total")
 OTHER_TIMINGS = ("tokens_per_second", "peak_memory_gib")
-CHARTS: tuple[dict[str, Any], ...] = (  # title, lines; `zero`: the axis holds 0; `share`: it is that of 0 to 1
+# `zero`: the axis holds 0; `share`: it is that of 0 to 1; `first`: the title where only the first line is drawn.
+CHARTS: tuple[dict[str, Any], ...] = (
     {"title": "Loss", "lines": ["train/loss"]},
     {
         "title": "log q - log p: mean, 5 %, 95 %",
+        "first": "log q - log p, mean",
         "lines": ["teacher/log_ratio", "teacher/log_ratio_p05", "teacher/log_ratio_p95"],
         "zero": True,
     },
@@ -24,21 +26,29 @@ CHARTS: tuple[dict[str, Any], ...] = (  # title, lines; `zero`: the axis holds 0
     {"title": "Tokens of a response", "lines": ["rollout/length", "rollout/length_max"], "zero": True},
     {
         "title": "Cut at the limit, repetition (share)",
+        "first": "Cut at the limit (share)",
         "lines": ["rollout/cut_share", "rollout/repeat_ratio"],
         "share": True,
     },
     {
         "title": "Student's -log p, entropies",
+        "first": "Student's -log p",
         "lines": ["rollout/policy_nll", "student/entropy", "teacher/entropy"],
         "zero": True,
     },
     {
         "title": "Overlap of the top k, mass on it",
+        "first": "Overlap of the top k",
         "lines": ["compare/overlap_ratio", "compare/teacher_mass_on_overlap", "support/teacher_mass"],
         "share": True,
     },
     {"title": "Gradient norm", "lines": ["optim/grad_norm"], "zero": True},
-    {"title": "Seconds per step", "lines": ["seconds/generate", "seconds/score", "seconds/train"], "zero": True},
+    {
+        "title": "Seconds per step",
+        "first": "Seconds to generate",
+        "lines": ["seconds/generate", "seconds/score", "seconds/train"],
+        "zero": True,
+    },
 )
 
 
@@ -89,7 +99,8 @@ def charts_of(stage: StageView, known: Mapping[str, Any]) -> list[dict[str, Any]
             charts.append({**chart, "level": levels.get(key), "share": all(0 <= y <= 1 for y in values)})
         keys = ["/".join(part for part in ("eval", task, kl) if part) for kl in ("reverse_kl", "forward_kl")]
         title = " ".join(part for part in ("Divergence, nats per token:", task) if part).removesuffix(":")
-        charts.append({"title": title, "points": keys, "lines": ["compare/reverse_kl"], "zero": True})
+        first = title.replace("Divergence", "KL(p\u2016q)")
+        charts.append({"title": title, "first": first, "points": keys, "lines": ["compare/reverse_kl"], "zero": True})
     charts += [dict(chart) for chart in CHARTS]
     for chart in charts:
         for kind in ("lines", "points"):

@@ -18,6 +18,7 @@ from markupsafe import Markup
 
 from opd.viewer.content import Content
 from opd.viewer.pack import script_json, text_of
+from opd.messages import visible
 
 TEMPLATES = ("page", "head", "result", "compared", "run")
 LIBRARY = "uPlot.iife.min.js"
@@ -77,11 +78,22 @@ def asset(name: str) -> str:
 
 @cache
 def environment() -> Environment:
-    """The templates, with escaping on."""
+    """The templates, with escaping on; control characters of any text are written out."""
+
+    def _shown(value: Any) -> Any:
+        return visible(value) if type(value) is str else value  # not of Markup
+
     loader = DictLoader(
         {(name if name == "page" else f"{name}.html.j2"): asset(f"{name}.html.j2") for name in TEMPLATES}
     )
-    return Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return Environment(
+        loader=loader,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=_shown,
+    )
 
 
 def script(more: Sequence[str] = ()) -> str:

@@ -5,6 +5,13 @@ const PAGE = JSON.parse($("#data").textContent);
 const html = document.documentElement;
 html.classList.add("on");
 
+// Control, zero-width and direction characters are written out: they would change what is around them.
+const CONTROL =
+  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
+const code = character => `‹U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`;
+const visible = text => String(text).replace(CONTROL, code);
+const marked = text => visible(text).replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
+
 const SVG = "http://www.w3.org/2000/svg";
 function make(tag, properties = {}, ...children) {
   const svg = tag.startsWith("svg:");
@@ -14,11 +21,13 @@ function make(tag, properties = {}, ...children) {
     if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat().filter(child => child !== null && child !== undefined && child !== ""));
+  element.append(...shownOf(children));
   return element;
 }
-const fill = (element, ...children) =>
-  element.replaceChildren(...children.flat().filter(child => child !== null && child !== undefined && child !== ""));
+const shownOf = children => children.flat(2)
+  .filter(child => child !== null && child !== undefined && child !== "")
+  .map(child => (typeof child === "string" ? visible(child) : child));
+const fill = (element, ...children) => element.replaceChildren(...shownOf(children));
 
 const missing = value => value === null || value === undefined || Number.isNaN(value);
 function number(value) {
@@ -28,13 +37,6 @@ function number(value) {
 }
 const say = text => { $("#live").textContent = text; };
 const css = name => getComputedStyle(html).getPropertyValue(name).trim();
-
-// Control, zero-width and direction characters are written out: they would change what is around them.
-const CONTROL =
-  /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g;
-const code = character => `‹U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}›`;
-const visible = text => String(text).replace(CONTROL, code);
-const marked = text => visible(text).replace(/\n/g, "↵\n").replace(/\t/g, "⇥\t");
 
 // The theme: the system's, or the reader's choice, which is kept where the browser allows it.
 const kept = {

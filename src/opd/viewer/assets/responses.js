@@ -119,9 +119,10 @@ class Responses {
     choose("task", [...new Set(this.items.map(item => item.task).filter(Boolean))], "Task");
     const group = make("div", { role: "group", "aria-label": "Show", class: "controls" });
     this.known = this.filters.of(this.items);
+    const { first: a, second: b } = this.filters, both = this.items.some(item => item.rows?.[a] && item.rows[b]);
     for (const [name, { title, test }] of Object.entries(this.known)) {
       const count = inside.filter(test).length;
-      if (!count && !["all", "up", "down"].includes(name)) continue;
+      if (!count && name !== "all" && !(both && ["up", "down"].includes(name))) continue;
       group.append(make("button", { type: "button", id: `filter-${n}-${name}`, "data-filter": name,
         "aria-pressed": String(state.filter === name), onclick: () => this.set({ filter: name, response: "" }),
       }, `${title} (${count})`));

@@ -48,6 +48,7 @@ async function showStage(index) {
     tab.tabIndex = i === shown.index ? 0 : -1;
   });
   await shown.open();
+  for (const link of $$("nav a")) link.hidden = !shown.part(link.dataset.to);
 }
 $$("#stages [role=tab]").forEach((tab, i, all) => {
   tab.addEventListener("click", async () => { await showStage(i); await shown.responses.render(); writeHash(); });
