@@ -52,7 +52,7 @@ docs: $(VENV)/.dev
 
 # The pages as a site with search: build/site/index.html. A link or an anchor without a target ends it.
 site: $(VENV)/.dev
-	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet -b html -d build/doctrees docs build/site
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --write-all -b html -d build/doctrees docs build/site
 
 # Claims of the papers, rerun: docs/studies.md, its numbers and figures.
 studies: $(VENV)/.dev
