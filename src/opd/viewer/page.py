@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import DictLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
+from opd.messages import visible
 from opd.viewer.content import Content
 from opd.viewer.pack import script_json, text_of
-from opd.messages import visible
 
 TEMPLATES = ("page", "head", "result", "compared", "run")
 LIBRARY = "uPlot.iife.min.js"
