@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -31,6 +32,8 @@ def shown(folder: Path, width: int, *, colour: bool = False) -> str:
 @pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_screen_fits_its_width(tmp_path: Path, width: int):
     run = write(tmp_path / "run", FakeRun(planned=40, tasks=("sums", "words"), tokens=300))
+    progress = {"phase": "train", "done": 3, "of": 8, "eta_seconds": 75, "updated": time.time()}
+    (run / "distil" / "progress.json").write_text(json.dumps(progress))
     text = shown(run, width)
     assert all(cell_len(line.rstrip()) <= width for line in text.splitlines())
     words = " ".join(text.split())
