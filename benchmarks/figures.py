@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +29,53 @@ COLOURS = {
     "generate_static": "#e8a87c",
     "vllm": "#7a9e3f",
 }
-PARTS = {"generate": "#4c9f9a", "teacher": "#e0b04c", "loss": "#1b6ca8", "backward": "#0d3b5c", "optimiser": "#999999"}
+# Parts of a step; no colour is also that of a library.
+PARTS = {"generate": "#4c9f9a", "teacher": "#e0b04c", "loss": "#8a5a9e", "backward": "#4a2c5e", "optimiser": "#d4a5c4"}
 
 
 def draw(results: dict[str, Record], folder: Path) -> None:
-    """Write a PNG for every benchmark that has run."""
+    """Write an SVG for every benchmark that has run, with what it shows as the title."""
     folder.mkdir(parents=True, exist_ok=True)
-    mpl.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "figure.dpi": 120})
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 9, "svg.fonttype": "none"}
+    mpl.rcParams.update({**style, "svg.hashsalt": "opd"})
     drawings = {"step": step, "loss": loss, "generate": generate, "scaling": scaling}
     for name, drawing in drawings.items():
         if name in results:
             figure = drawing(results[name])
-            figure.savefig(folder / f"{name}.png", bbox_inches="tight")
+            title = textwrap.fill(finding(name, results[name]), int(13 * figure.get_figwidth()))
+            figure.suptitle(title, fontsize=10, fontweight="bold")
+            figure.savefig(folder / f"{name}.svg", bbox_inches="tight", metadata={"Date": None, "Creator": None})
             plt.close(figure)
+
+
+def finding(name: str, result: Record) -> str:
+    """What the figure of a benchmark shows, from its numbers."""
+    if name == "step":
+        ours, theirs = (result["rows"][one] for one in ("opd", "trl_distillation"))
+        time = ours["total"]["median"] / theirs["total"]["median"]
+        memory = ours["peak_bytes"] / theirs["peak_bytes"]
+        return f"A step of opd takes {time:.2f} of the time of TRL's trainer, and {memory:.2f} of its memory"
+    if name == "loss":
+        rows = [
+            row for row in result["rows"] if "skipped" not in row and row["threads"] == result["machine"]["threads"]
+        ]
+        mine = {row["V"]: row for row in most_of(rows, fixed=("N", "H"), varied="V") if row["name"] == "full"}
+        others = {row["V"]: row for row in most_of(rows, fixed=("N", "H"), varied="V") if row["name"] == "trl"}
+        largest = max(set(mine) & set(others))
+        ratio = mine[largest]["total"]["median"] / others[largest]["total"]["median"]
+        return f"With {largest:,} tokens the exact reverse KL takes {ratio:.2f} of the time of TRL's divergence"
+    if name == "generate":
+        rows = [row for row in result["rows"] if row["peaked"] and row["threads"] == result["machine"]["threads"]]
+        most = {
+            row["name"]: row
+            for row in rows
+            if (row["size"], row["top_p"]) == (rows[-1]["size"], 1) and row["rows"] == 32
+        }
+        ratio = most["opd"]["tokens_per_second"]["median"] / most["generate"]["tokens_per_second"]["median"]
+        return f"With 32 rows of {rows[-1]['size']} opd writes {ratio:.1f} times the tokens of generate() per second"
+    longest = result["axes"]["length"][-1]["seconds"]
+    share = longest["generate"]["median"] / sum(longest[part]["median"] for part in PARTS if part in longest)
+    return f"Of a step with long responses, {share:.0%} of the time is sampling"
 
 
 def step(result: Record) -> Any:
@@ -53,10 +88,12 @@ def step(result: Record) -> Any:
         left.barh(names, widths, left=[start[name] for name in names], color=colour, label=part)
         for name, width in zip(names, widths, strict=True):
             start[name] += width
+    left.set_xlim(0, 1.04 * max(start.values()))
     left.set_xlabel("seconds a step, median of each part")
     left.legend(ncols=5, frameon=False, loc="lower left", bbox_to_anchor=(0, 1), columnspacing=1, handlelength=1)
     peaks = [result["rows"][name]["peak_bytes"] / GIB for name in names]
     right.barh(names, peaks, color=[COLOURS[name] for name in names])
+    right.set_xlim(0, 1.04 * max(peaks))
     right.set_xlabel("peak memory above the start, GiB")
     return figure
 
@@ -86,7 +123,7 @@ def loss(result: Record) -> Any:
                 ", ".join(f"{key} = {chosen[0][key]:,}" for key in ("V", "N", "H") if key != varied) if chosen else ""
             )
             axes.set_title(fixed, fontsize=9)
-    legend_above(figure, grid[0][0])
+    legend_below(figure, grid[0][0])
     return figure
 
 
@@ -125,14 +162,14 @@ def generate(result: Record) -> Any:
                 axes.set_xlabel("rows")
             if column == 0:
                 axes.set_ylabel("tokens/s")
-    legend_above(figure, grid[0][0])
+    legend_below(figure, grid[0][0])
     return figure
 
 
-def legend_above(figure: Any, axes: Any) -> None:
+def legend_below(figure: Any, axes: Any) -> None:
     """One legend for all panels, of the lines of one of them."""
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=6, frameon=False, loc="outside upper center")
+    figure.legend(handles, labels, ncols=6, frameon=False, loc="outside lower center")
 
 
 def scaling(result: Record) -> Any:
@@ -154,9 +191,10 @@ def scaling(result: Record) -> Any:
             heights = [row["seconds"].get(part, {}).get("median", 0.0) for row in rows]
             axes.bar(names, heights, bottom=bottom, color=colour, label=part)
             bottom = [a + b for a, b in zip(bottom, heights, strict=True)]
+        axes.set_ylim(0, 1.04 * max(bottom))
         axes.set_xlabel(labels[axis])
         axes.tick_params(axis="x", labelrotation=45 if axis == "vocabulary" else 0)
     grid[0].set_ylabel("seconds, median of each part")
     handles = [mpl.patches.Patch(color=colour, label=part) for part, colour in PARTS.items() if part != "optimiser"]
-    figure.legend(handles=handles, ncols=4, frameon=False, loc="outside upper center")
+    figure.legend(handles=handles, ncols=4, frameon=False, loc="outside lower center")
     return figure

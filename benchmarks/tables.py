@@ -46,7 +46,7 @@ def section(title: str, module: Any, figure: str | None = None) -> list[str]:
         f"`python benchmarks/{module.__name__}.py`",
         *about(module),
         "",
-        *([f"![{title}](figures/{figure}.png)", ""] if figure else []),
+        *([f"![{title}: seconds and memory](figures/{figure}.svg)", ""] if figure else []),
     ]
 
 

@@ -1,7 +1,8 @@
 """On-policy distillation of language models.
 
-`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`. Read `opd.train` for the loop,
-`opd.types` for the records, `opd.methods` for the papers.
+`opd.distill(...)` runs one stage, `opd.run(recipe)` a recipe; both return a `Run`,
+`opd.load_run(folder)` one whose process has ended. `opd.evaluate(...)` measures a model. Read
+`opd.train` for the loop, `opd.types` for the records, `opd.methods` for the papers.
 """
 
 from __future__ import annotations
@@ -9,16 +10,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from opd.api import distill, run
-    from opd.runs.stages import Run
+    from opd.api import distill, evaluate, run
+    from opd.runs.result import Run, load_run
 
 __version__ = "0.1.0"
 
 
-__all__ = ["Run", "distill", "run"]
+__all__ = ["Run", "distill", "evaluate", "load_run", "run"]
 
 
-_HOME = {"distill": "opd.api", "run": "opd.api", "Run": "opd.runs.stages"}
+_HOME = {
+    **dict.fromkeys(("distill", "evaluate", "run"), "opd.api"),
+    **dict.fromkeys(("Run", "load_run"), "opd.runs.result"),
+}
 
 
 def __getattr__(name: str) -> Any:

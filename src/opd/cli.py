@@ -14,19 +14,52 @@ from opd.stage.quiet import quiet_libraries
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="On-policy distillation of language models.",
 )
 
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe: the path of a YAML file.", metavar="RECIPE")]
+def _recipes(incomplete: str) -> list[str]:
+    """What a recipe's argument may be completed to."""
+    from opd.commands.recipes import completed
+
+    return completed(incomplete)
+
+
+def _methods(incomplete: str) -> list[str]:
+    """What a method's name may be completed to."""
+    from opd.commands.methods import names
+
+    return [name for name in names() if name.startswith(incomplete)]
+
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(help="A recipe: a YAML file, or a name of `opd recipes`", metavar="RECIPE", autocompletion=_recipes),
+]
 
 
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="Overrides, e.g. seed=1 stages.distil.steps=5", metavar="[KEY=VALUE]...")
 ]
+
+
+def _show_version(show: bool) -> None:
+    if show:
+        from opd import __version__
+
+        typer.echo(f"opd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version")
+    ] = False,
+) -> None:
+    """On-policy distillation of language models."""
 
 
 @app.command()
@@ -71,15 +104,25 @@ def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
     live: Annotated[bool, typer.Option("--live", help="Also contact the servers of teachers and engines")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON")] = False,
 ) -> None:
     """Find errors in a recipe before any weight is loaded."""
+    from opd.commands.check import checked_recipe, refusal_as_json
     from opd.recipe.load import load_recipe
 
-    resolved = load_recipe(recipe, overrides or [])
-    quiet_libraries()
-    from opd.commands.check import check_recipe
-
-    for line in check_recipe(resolved, live=live):
+    try:
+        resolved = load_recipe(recipe, overrides or [])
+        quiet_libraries()
+        found = checked_recipe(resolved, live=live)
+    except OPDError as error:
+        if not json:
+            raise
+        typer.echo(refusal_as_json(recipe, error))
+        raise typer.Exit(_status(error)) from error
+    if json:
+        typer.echo(found.as_json(recipe))
+        return
+    for line in found.lines:
         typer.echo(line)
     typer.echo(f"{recipe}: nothing wrong found.")
 
@@ -136,6 +179,7 @@ def doctor(
     set_waiting(say)
     from opd.commands.doctor.examine import examine
     from opd.commands.doctor.findings import as_json, as_text
+    from opd.stage.doctor_file import keep
 
     report = examine(
         resolved,
@@ -146,6 +190,7 @@ def doctor(
         say=say,
     )
     typer.echo(as_json(report) if json else as_text(report))
+    keep(resolved, as_json(report))
     if report.verdict == "stop":
         raise typer.Exit(3)
 
@@ -338,6 +383,66 @@ def _prepared(command: str) -> Callable[[str], None]:
     return say
 
 
+RunArguments = Annotated[list[str], typer.Argument(help="Folders of runs, e.g. runs/quickstart", metavar="RUN...")]
+
+
+@app.command()
+def report(
+    runs: RunArguments,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="The file; default: RUN/report.html")] = None,
+    stage: Annotated[
+        str | None, typer.Option(help="Default: all stages; of several runs the last that all have")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1000, help="Tokens of responses that the page holds")] = 150_000,
+    samples: Annotated[int, typer.Option(min=0, help="Responses of each file of samples")] = 8,
+    no_text: Annotated[bool, typer.Option("--no-text", help="Numbers alone: no prompt, response or recipe")] = False,
+    open_: Annotated[bool, typer.Option("--open", help="Open it in a browser")] = False,
+) -> None:
+    """Write one HTML file about a run, or about several side by side (docs/report.md)."""
+    from opd.commands.report.pages import Options, report_runs
+
+    options = Options(tokens=tokens, samples=samples, text=not no_text)
+    report_runs(runs, out, stage, options, opens=open_, say=typer.echo)
+
+
+@app.command()
+def compare(
+    runs: RunArguments,
+    stage: Annotated[str | None, typer.Option(help="Default: the last that all have")] = None,
+    by: Annotated[str, typer.Option(help="Prompts are the same by their text (prompt) or their place (id)")] = "prompt",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
+    out: Annotated[str | None, typer.Option("-o", "--out", help="Write a page to this file instead")] = None,
+) -> None:
+    """Compare runs: keys that differ, and rewards on the same held-out prompts with intervals."""
+    from opd.commands.report.pages import compare_runs
+
+    compare_runs(runs, stage=stage, by=by, json=json, out=out)
+
+
+@app.command()
+def view(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Default: a free one")] = 0,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Print the address alone")] = False,
+) -> None:
+    """Show a run's page while the run works: on this machine alone, until Ctrl-C (docs/report.md)."""
+    from opd.commands.view import serve_run
+
+    serve_run(run, port=port, browser=not no_browser, say=typer.echo)
+
+
+@app.command()
+def watch(
+    run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/quickstart", metavar="RUN")],
+    stage: Annotated[str | None, typer.Option(help="Default: the last that has begun")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and end, also for pipes")] = False,
+) -> None:
+    """Show a run in the terminal while it works: numbers, held-out results, its last response. q ends it."""
+    from opd.commands.watch import watch_run
+
+    watch_run(run, stage=stage, once=once)
+
+
 @app.command()
 def push(
     run: Annotated[str, typer.Argument(help="A run's folder, e.g. runs/NAME, or a model's folder")],
@@ -366,13 +471,61 @@ def methods() -> None:
 
 @app.command()
 def describe(
-    method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method")],
+    method: Annotated[str, typer.Argument(help="A method's name, or my_package.mine:method", autocompletion=_methods)],
     cite: Annotated[bool, typer.Option("--cite", help="Only the BibTeX entries of its papers")] = False,
 ) -> None:
     """A method's paper, formula, symbols and options."""
     from opd.commands.methods import citations, description
 
     typer.echo(citations(method) if cite else description(method))
+
+
+@app.command()
+def recipes(
+    copy: Annotated[
+        str | None, typer.Option("--copy", metavar="NAME", help="Write a recipe and its schema to this folder")
+    ] = None,
+) -> None:
+    """List the recipes in the package: name, CPU minutes, methods, description. `opd train NAME` runs one."""
+    from opd.commands.recipes import copied, lines
+
+    for line in lines() if copy is None else copied(copy):
+        typer.echo(line)
+
+
+@app.command()
+def init(
+    student: Annotated[str | None, typer.Option(help="A model folder, hub id or GGUF file")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The same, servers as http://HOST:PORT,..., or none")] = None,
+    data: Annotated[str | None, typer.Option(help="Prompts: a file, reasoning_gym:TASK, ...")] = None,
+    also: Annotated[
+        str | None,
+        typer.Option(help="nothing, the name of a reward, privileged, rule=TEXT, or responses (nothing)"),
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Steps of training (200)")] = None,
+    name: Annotated[str | None, typer.Option(help="Of the run; default: the student's")] = None,
+    out: Annotated[str | None, typer.Option(help="The file to write; default: NAME.yaml")] = None,
+) -> None:
+    """Write a recipe from the answers to six questions. Without a terminal the options answer them."""
+    from opd.commands.init import answers, written
+
+    def prompt(question: str, default: str | None) -> str:
+        return str(typer.prompt(question, default=default))
+
+    given = {"student": student, "teacher": teacher, "data": data, "also": also, "budget": budget, "name": name}
+    quiet_libraries()
+    files = written(answers(given, prompt if sys.stdin.isatty() else None), out)
+    for file in files:
+        typer.echo(f"{file} written")
+    typer.echo(f"Next: opd doctor {files[0]}, then opd train {files[0]}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a recipe, for editors."""
+    from opd.recipe.json_schema import schema_text
+
+    typer.echo(schema_text(), nl=False)
 
 
 @app.command()
@@ -408,4 +561,9 @@ def main() -> None:
         sys.exit(128 + stopped.signal)
     except OPDError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        sys.exit(_status(error))
+
+
+def _status(error: OPDError) -> int:
+    """The exit status of a command that an error ends: 2 for what the user gave, 1 for what happened in a run."""
+    return 2 if isinstance(error, ValueError) else 1

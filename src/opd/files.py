@@ -204,28 +204,27 @@ def refused(path: Path, error: OSError) -> RunError:
     )
 
 
-def write_table(file: Path, rows: list[dict[str, Any]]) -> Path:
-    """Write rows, which all have the same keys, atomically.
+def write_table(file: Path, columns: Mapping[str, list[Any]], schema: Any) -> Path:
+    """Write columns of a pyarrow `schema`, which has all their names, atomically.
 
     Raises:
-        DataError: a column holds values that have no common type.
+        DataError: a column holds values of another type.
         RunError: the file could not be written.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    names = list(rows[0]) if rows else []
-    assert all(row.keys() == set(names) for row in rows), "rows with different keys"
-    columns: dict[str, Any] = {}
-    for name in names:
+    arrays: list[Any] = []
+    for kind in schema:
         try:
-            columns[name] = pa.array([row[name] for row in rows])
+            arrays.append(pa.array(columns[kind.name], kind.type))
         except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError) as error:
             raise DataError(
-                f"{file.name}: column {name!r} mixes types ({error}). Use one type there in every row."
+                f"{file.name}: column {kind.name!r} holds values that are no {kind.type} ({error}). Use one type there "
+                "in every row."
             ) from error
-    table = pa.table(columns)
-    write_atomically(file, lambda part: pq.write_table(table, part, **encodings(table.schema)))
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    write_atomically(file, lambda part: pq.write_table(table, part, compression="zstd", **encodings(schema)))
     return file
 
 
@@ -244,6 +243,8 @@ def _repeating(name: str, kind: Any) -> list[str]:
 
     if pa.types.is_list(kind):
         return _repeating(f"{name}.list.element", kind.value_type)
+    if pa.types.is_struct(kind):
+        return [path for one in kind for path in _repeating(f"{name}.{one.name}", one.type)]
     return [] if pa.types.is_floating(kind) else [name]
 
 

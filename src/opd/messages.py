@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from opd.errors import ConfigError, DataError
 from opd.types import Message, Prompt
+
+# Control, zero-width and direction characters: they would change what is around them.
+_CONTROL = re.compile(
+    "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
 
 MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
 
@@ -228,3 +234,8 @@ def text_after(before: Sequence[int], ids: Sequence[int], tokenizer: Any) -> str
     start = tokenizer.decode([last], skip_special_tokens=True)
     joined = tokenizer.decode([last, *ids], skip_special_tokens=True)
     return joined[len(start) :] if joined.startswith(start) else alone
+
+
+def visible(text: str) -> str:
+    """A text in which control, zero-width and direction characters are written out, such as U+202E in angle quotes."""
+    return _CONTROL.sub(lambda found: f"\u2039U+{ord(found[0]):04X}\u203a", text)

@@ -35,7 +35,7 @@ def train(stage: Stage) -> Outcome:
                     method, teacher, rollouts, contexts, one.request(step), student.device, one.memory, world
                 )
                 time.lap("score")
-                compared = one.compare(step, rollouts, contexts)
+                compared = one.compare(step, phase_a)
                 time.lap("diagnose")
             loss, observed = gradient(  # 7, 8 the formula, by micro-batches
                 method, student, teacher, phase_a, one.spec.micro_batch_tokens, one.root, world, one.router_aux_loss

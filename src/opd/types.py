@@ -94,6 +94,7 @@ class ReservedStep(IntEnum):
     VALIDATION = 2**31 - 2  # the same for all candidates of an update
     DOCTOR = 2**31 - 3
     RECORDS = 2**31 - 4  # `opd rollouts`
+    FOLLOW = 2**31 - 5  # the held-out prompts in sample files
     PROBE = 2**30  # the responses; continuations of a node at depth d have the step PROBE + 1 + d
 
 
@@ -178,6 +179,7 @@ class Scores:
     teacher_entropy: Tensor | None = None  # [T] of the teacher's distribution, if a piece reads it
     teacher_top_ids: Tensor | None = None  # [T, K] in falling order, `ScoreRequest.top_k` of them
     teacher_top_logp: Tensor | None = None  # [T, K]
+    teacher_rank: Tensor | None = None  # [T] int64: the sampled token's place in the teacher's order, from 0
     base_logp: Tensor | None = None  # [T] of the base model, if a piece reads it
     scored: Tensor | None = None  # [T] bool, False for tokens that the teacher could not score; None: it scored all
     units: Units | None = None  # [T] if student and teacher have different tokenizers
@@ -350,6 +352,7 @@ class ScoreRequest:
     entropy: bool = False  # of the teacher's distribution
     top_k: int = 0  # number of the teacher's most likely tokens, with their log-probs
     base: bool = False  # the base model's log-probs of the sampled tokens; see `teachers.with_base`
+    rank: bool = False  # the sampled tokens' places in the teacher's order; for samples alone
 
 
 class Teacher(Protocol):

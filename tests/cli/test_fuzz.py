@@ -40,7 +40,7 @@ def test_drawn_recipe_is_function_of_its_number(fuzz: Any):
 @pytest.mark.parametrize(
     ("where", "error", "ended"),
     [
-        ("opd.commands.check.check_recipe", ValueError("a bug"), "FAULT"),
+        ("opd.commands.check.checked_recipe", ValueError("a bug"), "FAULT"),
         ("opd.runs.stages.run_recipe", ValueError("a bug"), "FAULT"),
         ("opd.runs.stages.run_recipe", TrainingError("In step 1"), "FAULT"),
         ("opd.runs.stages.run_recipe", TrainingError("Stage 'fuzz' made no update"), "no update"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.runs import one_stage, prepare, tiny_model
+from support.runs import forbid, one_stage, prepare, tiny_model
 
 import opd
 from opd.commands.check import check_recipe
@@ -16,11 +16,13 @@ from opd.errors import AlignmentError, ConfigError
 from opd.method import Method
 from opd.methods import METHODS
 from opd.methods.coherence import Facts, check_coherence
+from opd.models.loading import load_model
 from opd.models.new import character_tokenizer
 from opd.pieces.signals import divergence
 from opd.pieces.supports import full, top_k, units
 from opd.pieces.teacher_rules import external
 from opd.recipe.load import parse_recipe
+from opd.recipe.schema import ModelSpec
 from opd.runs.prepare import Given
 from opd.runs.prepare import prepare as prepared
 
@@ -65,6 +67,21 @@ def test_run_logs_unit_metrics_when_tokenizers_differ(work: Path, method: str):
     assert all(0 < row["units/shared_coverage"] <= 1.0 for row in trained)
     assert all(row["units/signal"] > 0 and row["optim/grad_norm"] > 0 for row in trained)
     assert any("eval/teacher/sampled/length" in row for row in rows)
+
+
+@pytest.mark.parametrize("method", ["reverse_kl", "opd", "gkd"])
+def test_check_refuses_other_vocabulary_from_tokenizers_alone(work: Path, monkeypatch, method: str):
+    """Of two folders, whose weights are not read: the refusal names the method for two tokenizers."""
+    for name, characters in (("student", "0123456789+=;"), ("teacher", ";=+9876543210")):
+        load_model(ModelSpec(**tiny_model(1, characters=characters)), name=name).model.save_pretrained(work / name)
+        character_tokenizer(characters).save_pretrained(work / name)
+    forbid(monkeypatch, "opd.runs.build.load_model")
+    recipe = one_stage(method=method)
+    recipe["models"] = {name: {"path": name} for name in ("student", "teacher")}
+    message = refused(recipe, AlignmentError)
+    assert "The tokenizers of student (15 tokens) and teacher (15) differ" in message
+    assert "or use a method for two tokenizers, such as simct" in message
+    check_recipe(parse_recipe({**recipe, "stages": [{**recipe["stages"][0], "method": "simct"}]}))
 
 
 def test_check_recipe_counts_shared_tokens_of_two_tokenizers(work: Path):

@@ -452,8 +452,88 @@ def test_quiet_prints_nothing(capfd: pytest.CaptureFixture[str], work: Path):
 
 
 def test_opd_exports_only_public_names():
-    assert sorted(opd.__all__) == ["Run", "distill", "run"]
+    assert sorted(opd.__all__) == ["Run", "distill", "evaluate", "load_run", "run"]
     for name in opd.__all__:
         assert callable(getattr(opd, name))
     with pytest.raises(AttributeError, match="no attribute 'distil'"):
         _ = opd.distil  # type: ignore[attr-defined]
+
+
+# --- settings of models given by path, and evaluate ------------------------------------------------------------------
+
+
+def saved(seed: int, folder: Path) -> str:
+    model(seed).save_pretrained(folder)
+    character_tokenizer(CHARACTERS).save_pretrained(folder)
+    return str(folder)
+
+
+def test_distill_takes_lora_device_and_report_to(work: Path):
+    given = {"student": saved(2, work / "student"), "teacher": saved(1, work / "teacher"), "tokenizer": None}
+    run = distill(**given, lora={"r": 4, "alpha": 8}, device="cpu", report_to="none")
+    student, teacher = run.recipe.models["student"], run.recipe.models["teacher"]
+    assert student.lora is not None
+    assert (student.lora.rank, student.lora.alpha, student.device, teacher.device) == (4, 8.0, "cpu", "cpu")
+    assert teacher.lora is None
+    assert run.recipe.report_to == []
+    assert any("lora_A" in name for name, _ in run.student.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"lora": {"rank": 4}}, "`lora` is for a student that is given by path, and this one is a model object"),
+        ({"device": "cpu"}, "`device` is 'cpu', and student is a model object"),
+        ({"report_to": "wandbb"}, "report_to: 'wandbb' is unknown. Did you mean 'wandb'"),
+    ],
+)
+def test_distill_refuses_settings_that_objects_do_not_read(changes: dict[str, Any], said: str):
+    with pytest.raises(ConfigError) as error:
+        distill(**changes)
+    assert said in str(error.value)
+
+
+def test_evaluate_measures_rows_with_a_function():
+    rows = [{"prompt": row["prompt"], "answer": row["answer"]} for row in sums(0, 4)]
+    found = opd.evaluate(
+        model(2),
+        rows,
+        reward=lambda prompt, text: float(len(text) > 0 and prompt.answer is not None),
+        teacher=model(1),
+        tokenizer=character_tokenizer(CHARACTERS),
+        sampling={"n": 2, "max_completion_length": 3},
+        quiet=True,
+    )
+    assert found.metrics["responses"] == len(found.rows) == 8
+    rewards = [row["metrics"]["reward"] for row in found.rows]
+    assert found.metrics["reward"] == pytest.approx(sum(rewards) / 8)
+    assert {row["response"] != "" for row in found.rows if row["metrics"]["reward"]} <= {True}
+    assert found.metrics["reverse_kl"] > 0
+
+
+def test_evaluate_equals_the_command_on_a_file(work: Path):
+    from opd.commands.eval import evaluate_model
+
+    path, sampling = saved(2, work / "student"), {"n": 2, "max_completion_length": 3}
+    write_rows(work / "held.jsonl", sums(3, 4))
+    found = opd.evaluate(path, "held.jsonl", reward="final_number", sampling=sampling, seed=5, quiet=True)
+    command = evaluate_model(
+        path, data={"path": "held.jsonl"}, reward={"name": "final_number"}, sampling=sampling, seed=5
+    )
+    assert found.metrics == command.metrics
+    assert found.rows == command.rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "said"),
+    [
+        ({"reward": "exakt"}, ConfigError, "There is no reward 'exakt'"),
+        ({"reward": "exact"}, DataError, "needs `answer` in every row"),
+        ({"device": "cpu"}, ConfigError, "model is a model object"),
+        ({"sampling": {"k": 1}}, ConfigError, "unknown key `k`"),
+    ],
+)
+def test_evaluate_refuses_what_it_cannot_use(arguments: dict[str, Any], error: type[Exception], said: str):
+    with pytest.raises(error) as raised:
+        opd.evaluate(model(2), ["1+1="], tokenizer=character_tokenizer(CHARACTERS), quiet=True, **arguments)
+    assert said in str(raised.value)

@@ -164,7 +164,7 @@ def test_step_metrics_are_unchanged_by_row_order():
     shuffled = replace(batch, rollouts=tuple(batch.rollouts[i] for i in order), **columns)
     one, other = of(method, batch), of(method, shuffled)
     ordered = [n for n in one if re.search(r"_p\d\d|top_5|effective|auroc", n)]
-    assert len(ordered) == 8 + 4
+    assert len(ordered) == 3 + 8 + 4
     assert [one[n] for n in ordered] == [other[n] for n in ordered]
 
 
@@ -253,7 +253,7 @@ def logged(lm: LanguageModel) -> set[str]:
     assert all(numbers[f"rollout/rewards_{why}"] == 1 for why in failures)
     one = torch.ones(1, dtype=torch.long)
     columns = Comparison(k=1, **{n: one for n in Comparison.__dataclass_fields__ if n != "k"}).columns()
-    return {name.split("/from_")[0] for name in numbers} | {f"compare/{name}" for name in columns}
+    return {re.split("/(?:from|at)_", name)[0] for name in numbers} | {f"compare/{name}" for name in columns}
 
 
 def test_diagnostics_page_lists_exactly_logged_names():
@@ -263,3 +263,28 @@ def test_diagnostics_page_lists_exactly_logged_names():
     phase_b = {"train/loss", "train/signal", "train/student_nll"}
     phase_b |= {"support/student_mass", "support/teacher_mass", "support/empty_share"}
     assert logged(tiny()) | phase_b == names
+
+
+# --- lengths and first places -----------------------------------------------------------------------------------------
+
+
+def test_lengths_and_first_places_equal_loops_over_tokens():
+    pair, method = Pair(), build("opd", {})
+    rollouts = pair.write()
+    batch = pair.batch(method, rollouts)
+    found = of(method, batch)
+    lengths = sorted(len(rollout.response_ids) for rollout in rollouts)
+    for percent in (10, 50, 90):  # linear between the two nearest
+        place = (len(lengths) - 1) * percent / 100
+        low = lengths[math.floor(place)]
+        assert found[f"rollout/length_p{percent}"] == pytest.approx(
+            low + (lengths[math.ceil(place)] - low) * (place - math.floor(place))
+        )
+    for t in range(batch.mask.shape[1]):
+        values = [
+            float(batch.teacher_logp[i, t] - batch.policy_logp[i, t]) for i in range(len(rollouts)) if batch.mask[i, t]
+        ]
+        name = f"teacher/log_ratio/at_{t}"
+        assert (name in found) == bool(values and t < 8)
+        if name in found:
+            assert found[name] == pytest.approx(sum(values) / len(values), abs=1e-6)

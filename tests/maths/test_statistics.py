@@ -15,6 +15,7 @@ from opd.maths.statistics import (
     auroc,
     distinct_share,
     effective_share,
+    mcnemar,
     pass_at_k,
     repeat_ratio,
     repeated,
@@ -125,3 +126,12 @@ def test_top_share_equals_oracle(values: list[float], share: float):
 def test_top_share_equals_known_values():
     assert top_share([1.0] * 100) == pytest.approx(0.05)
     assert top_share([-1.0] * 99 + [0.5]) == 1.0
+
+
+@pytest.mark.parametrize(("first", "second"), [(0, 0), (1, 0), (3, 1), (7, 7), (0, 34), (12, 25), (150, 190)])
+def test_mcnemar_equals_exact_binomial_test(first, second):
+    from scipy.stats import binomtest
+
+    expected = binomtest(first, first + second, 0.5).pvalue if first + second else 1.0
+    assert mcnemar(first, second) == pytest.approx(expected, rel=1e-12)
+    assert mcnemar(second, first) == mcnemar(first, second)

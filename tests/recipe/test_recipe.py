@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,16 +12,8 @@ import yaml
 
 from opd.errors import ConfigError
 from opd.recipe.load import dump, load_recipe, parse_recipe
-from opd.recipe.mistakes import OTHER_NAMES
 from opd.recipe.schema import (
-    CheckpointSection,
-    DataSection,
-    EvaluateSection,
-    ModelSpec,
-    OptimizerSection,
     Recipe,
-    SamplingSection,
-    StageSpec,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -233,9 +224,9 @@ def test_parse_recipe_omits_stage_keys_when_file_is_misspelt():
     ("override", "said"),
     [
         ("lr=1e-5", "unknown key `lr`. Here it is `optimizer.learning_rate`."),
-        ("optimizer.lr=1e-5", "unknown key `stages.0.optimizer.lr`. Here it is `optimizer.learning_rate`."),
+        ("optimizer.adam_epsilon=1", "unknown key `stages.0.optimizer.adam_epsilon`. Here it is `optimizer.eps`."),
         ("stages.one.batch_size=8", "unknown key `stages.0.batch_size`. Here it is `prompts_per_step`"),
-        ("sampling.max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
+        ("max_new_tokens=8", "Here it is `sampling.max_completion_length`."),
         ("gradient_accumulation_steps=8", "No such key: `prompts_per_step` is the whole step"),
         ("num_train_epochs=3", "No such key: set `steps`; an epoch is the number of prompts"),
         ("model_name_or_path=x", "Here it is `models.NAME.path`"),
@@ -246,17 +237,6 @@ def test_parse_recipe_translates_other_trainers_keys(override: str, said: str):
     message = refused(recipe(), override)
     assert said in message
     assert "Did you mean" not in message
-
-
-def test_other_names_point_to_known_keys():
-    """Every name in back-quotes is a key of a stage, or of a section or model of one."""
-    keys = set(StageSpec.model_fields) | set(ModelSpec.model_fields)
-    for section in (OptimizerSection, SamplingSection, CheckpointSection, EvaluateSection, DataSection):
-        keys |= set(section.model_fields)
-    for name, said in OTHER_NAMES.items():
-        for quoted in re.findall(r"`([a-z_.A-Z]+)[^`]*`", said.replace("`opd describe METHOD`", "")):
-            parts = [part for part in quoted.split(".") if part not in ("models", "NAME")]
-            assert set(parts) <= keys, f"{name}: {quoted}"
 
 
 def test_parse_recipe_translates_no_keys_of_judge():

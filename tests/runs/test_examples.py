@@ -229,8 +229,7 @@ def test_train_prints_what_is_read_and_keeps_it_in_rows(work: Path):
         assert (row["response_tokens"][-1] == "<eos>") == row["finished"]
     for row in stage.read_held_out("before"):
         assert row["student_reads"] == f"{row['prompt']}<eos>+;"
-        drawn = row["sampling"] == "drawn"  # the responses on which evaluate.kl compares
-        assert row["teacher_reads"] == (f"<eos>{row['prompt']};=" if drawn else None)
+        assert row["teacher_reads"] == f"<eos>{row['prompt']};="
     for row in stage.read_held_out("teacher"):
         assert (row["student_reads"], row["teacher_reads"]) == (None, f"<eos>{row['prompt']};=")
     assert "'2+2=<eos>+;'\n    before: '" in ended.out
@@ -313,7 +312,8 @@ def test_samples_file_holds_repeated_prompt_once(work: Path):
     stage = StageDir(work)
     stage.samples.mkdir()
     text = "".join(str(i) for i in range(30_000))
-    rows = [{"student_reads": text + str(i % 16), "logp": [i / 7.0, i / 9.0]} for i in range(128)]
+    rows = [{"student_reads": text + str(i % 16), "policy_logp": [i / 8.0, i / 16.0]} for i in range(128)]
     file = stage.write_samples(1, rows)
     assert file.stat().st_size < 17 * len(text)
-    assert [{"step": 1, **row} for row in rows] == stage.read_samples()
+    got = [{name: row[name] for name in ("step", *rows[0])} for row in stage.read_samples()]
+    assert [{"step": 1, **row} for row in rows] == got

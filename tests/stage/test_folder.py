@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ import pytest
 import yaml
 from support.runs import one_stage
 
+import opd
 from opd.errors import ConfigError, DataError, RunError, TrainingError
 from opd.files import write_atomically
 from opd.recipe.load import load_recipe, parse_recipe
 from opd.recipe.schema import Recipe
+from opd.stage.columns import NAMES, schema
 from opd.stage.folder import RunDir, StageDir
 
 RECIPE = parse_recipe(one_stage())
@@ -160,6 +163,7 @@ def at_work(path: Path) -> subprocess.Popen[str]:
 import sys
 from pathlib import Path
 from opd.recipe.load import parse_recipe
+from opd.stage.columns import NAMES, schema
 from opd.stage.folder import RunDir
 run = RunDir.open(Path({str(path)!r}), parse_recipe({RECIPE.model_dump(mode="json")!r}), {{}})
 print("open", flush=True)
@@ -307,7 +311,7 @@ def test_rewind_keeps_rows_up_to_step(stage: StageDir):
     for step in range(5):
         stage.append_metrics(step, {"a/b": float(step)})
         stage.append_timings(step, {"time/s": float(step)})
-        stage.write_samples(step, [{"text": str(step)}])
+        stage.write_samples(step, [{"prompt": str(step)}])
     kept = stage.metrics.read_bytes().splitlines(keepends=True)[:3]
     with stage.metrics.open("ab") as file:
         file.write(b'{"step": 5, "a/')
@@ -354,26 +358,38 @@ while True:
 
 
 def test_write_samples_reads_back_equal(stage: StageDir):
+    unit = {"student_start": 0, "student_end": 2, "teacher_start": 0, "teacher_end": 1}
     rows = [
-        {"prompt_id": 3, "text": "4 .", "reward": 1.0, "ids": [19, 30], "teacher": None},
-        {"prompt_id": 4, "text": "é\n", "reward": None, "ids": [], "teacher": None},
+        {"prompt_id": 3, "response": "4 .", "reward": 1.0, "response_ids": [19, 30], "units": [unit]},
+        {"prompt_id": 4, "response": "é\n", "response_ids": [], "signal": [None, 0.5], "student_top_ids": [[1, 2], []]},
     ]
     file = stage.write_samples(12, rows)
     assert file == stage.samples / "step_000012.parquet"
-    assert pq.read_table(file).to_pylist() == rows
+    full = [{name: row.get(name) for name in NAMES} for row in rows]
+    assert pq.read_table(file).to_pylist() == full
     stage.write_samples(12, rows[:1])
-    assert pq.read_table(file).to_pylist() == rows[:1]
+    assert pq.read_table(file).to_pylist() == full[:1]
     stage.write_samples(13, [])
     assert names(stage.samples) == ["step_000012.parquet", "step_000013.parquet"]
 
 
-def test_write_samples_refuses_mixed_columns(stage: StageDir):
+def test_sample_file_states_schema_format_and_reward(stage: StageDir):
+    exact = {"name": "exact", "correctness": True}
+    stage = replace(stage, reward=exact, measured_by=exact)
+    for file in (stage.write_samples(1, [{"prompt": "x"}]), stage.write_held_out("before", [{"prompt": "x"}])):
+        found = pq.read_schema(file)
+        assert found.remove_metadata() == schema().remove_metadata()
+        assert json.loads(found.metadata[b"opd"]) == {"format": 1, "library": opd.__version__, "reward": exact}
+        assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_write_samples_refuses_other_types_and_columns(stage: StageDir):
     with pytest.raises(
-        DataError, match=r"step_000002\.parquet: column 'answer' mixes types \(.*\)\. Use one type there"
+        DataError, match=r"step_000002\.parquet: column 'answer' holds values that are no string \(.*\)\. Use one type"
     ):
         stage.write_samples(2, [{"answer": 4}, {"answer": "four"}])
-    with pytest.raises(AssertionError, match="different keys"):
-        stage.write_samples(2, [{"a": 1}, {"a": 1, "b": 2}])
+    with pytest.raises(AssertionError, match="no columns of the format: \\['b'\\]"):
+        stage.write_samples(2, [{"prompt": "x"}, {"prompt": "x", "b": 2}])
     assert names(stage.samples) == []
 
 

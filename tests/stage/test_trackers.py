@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import re
@@ -154,11 +155,73 @@ def test_wandb_raises_config_error_when_start_fails(tmp_path: Path, monkeypatch:
         ReportWriter(["wandb"], folder=tmp_path, name="demo")
 
 
+def row(i: int, **changes: Any) -> dict[str, Any]:
+    response = f"response {i}"
+    return {
+        "prompt_id": i,
+        "sample": 0,
+        "prompt": f"prompt {i}",
+        "response": response,
+        "response_tokens": ["response", f" {i}", "<|end|>"],
+        "reward": 1.0,
+        "finished": True,
+        "policy_logp": [-1.0, -2.0, -3.0],
+        "teacher_logp": [-0.5, -0.5, -0.5],
+        "pick": None,
+        **changes,
+    }
+
+
+def test_table_has_picked_responses_first():
+    rows = [row(0, pick="follow"), row(1), row(2, pick="most"), row(3, pick="least")]
+    shown = trackers.completions(rows, 3)
+    assert [one["prompt_id"] for one in shown] == [2, 3, 1]
+    assert shown[0]["response"] == "response 2<|end|>"
+    assert shown[0]["log_ratio"] == pytest.approx(1.5)
+    assert trackers.completions(rows, 0) == []
+    assert trackers.completions([row(0, policy_logp=None)], 1)[0]["log_ratio"] is None
+
+
+def test_tensorboard_shows_hostile_texts_as_they_are(tmp_path: Path):
+    """The text that TensorBoard makes of the table's Markdown is the response, and no element of it."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.plugin_util import markdown_to_safe_html
+
+    hostile = "<b>bold</b> **strong** | a\n# head `code` [x](http://example.org) \x1b \u202e <script>x</script>"
+    writer = ReportWriter(["tensorboard"], folder=tmp_path, name="n")
+    writer.table("distil", 10, [row(0, response_tokens=[hostile]), row(1)])
+    writer.close()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard" / "distil")).Reload()
+    (tag,) = events.Tags()["tensors"]
+    (event,) = events.Tensors(tag)
+    page = markdown_to_safe_html(event.tensor_proto.string_val[0])
+    assert (tag, event.step) == ("completions/text_summary", 10)
+    assert page.count("<tr>") == 3
+    assert not any(f"<{name}" in page for name in ("b>", "strong", "h1", "code", "a ", "script"))
+    assert "[x](http://example.org)" in html.unescape(page)
+    assert "\x1b" not in page
+
+
+def test_wandb_gets_table_under_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    calls: list[Any] = []
+    table = lambda columns, data: (columns, data)  # noqa: E731
+    fake_wandb(monkeypatch, init=lambda **options: FakeRun(calls), Table=table)
+    writer = ReportWriter(["wandb"], folder=tmp_path, name="demo", samples=1)
+    writer.table("distil", 10, [row(0), row(1)])
+    (_, logged) = calls[-1]
+    columns, data = logged["distil/completions"]
+    assert logged["distil/step"] == 10
+    assert columns[:2] == ["prompt_id", "sample"]
+    assert [one[0] for one in data] == [0]
+
+
 def test_trackers_are_closed_when_training_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     closed: list[str] = []
 
     def opened(folder: Path, name: str, project: str, config: dict[str, Any]) -> trackers._Tracker:
-        return trackers._Tracker(lambda stage, step, metrics: None, lambda: closed.append(name))
+        return trackers._Tracker(
+            lambda stage, step, metrics: None, lambda stage, step, rows: None, lambda: closed.append(name)
+        )
 
     monkeypatch.setitem(trackers._TRACKERS, "fake", ("json", opened))
     folder = prepare(tmp_path / "work", one_stage(optimizer={"learning_rate": 1e30, "max_grad_norm": 1e30}))

@@ -333,7 +333,8 @@ def test_pages_contain_saved_results(tmp_path):
         in pages["studies.md"]
     )
     assert "| 1 | 2 |" in page
-    assert "![gamma](../figures/studies/gamma.png)" in page
+    assert "![gamma: means and 95 % intervals beside the thresholds of 1 claims: 1 undecided]" in page
+    assert "![gamma: About gamma](../figures/studies/gamma.png)" in page
     assert "\n12 s of CPU time" in page
 
 

@@ -396,7 +396,9 @@ def left(run: Path) -> dict[str, Any]:
             found[name] = (json.loads(content[8:end]), content[end:])
         elif file.name == "timings.jsonl":
             found[name] = [json.loads(line)["step"] for line in file.read_text().splitlines()]
-        elif file.name in ("environment.json", "done.json", "state.json"):
+        elif file.name == "report.html":
+            found[name] = None  # it shows the seconds
+        elif file.name in ("environment.json", "done.json", "state.json", "progress.json"):
             found[name] = sorted(json.loads(file.read_text()))
         else:
             found[name] = file.read_bytes()

@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from opd.errors import OPDError
 from opd.recipe.schema import Recipe, StageSpec
 
 if TYPE_CHECKING:
     from opd.runs.prepare import Prepared
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedStage:
+    """What was checked of a stage, and what was not: one line each, the first with the stage's name."""
+
+    name: str
+    method: str
+    lines: list[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckedRecipe:
+    """A recipe in which nothing wrong was found."""
+
+    notes: list[str]  # about the whole recipe
+    stages: list[CheckedStage]
+
+    @property
+    def lines(self) -> list[str]:
+        """All lines, in the order in which `opd check` prints them."""
+        return [*self.notes, *(line for stage in self.stages for line in stage.lines)]
+
+    def as_json(self, name: str) -> str:
+        """The same as JSON, for the recipe that was given as `name`."""
+        return json.dumps({"recipe": name, "ok": True, **asdict(self)}, indent=1, ensure_ascii=False)
+
+
+def refusal_as_json(name: str, error: OPDError) -> str:
+    """The error that refuses a recipe as JSON: its type and its message."""
+    refused = {"type": type(error).__name__, "message": str(error)}
+    return json.dumps({"recipe": name, "ok": False, "error": refused}, indent=1, ensure_ascii=False)
+
+
 def check_recipe(recipe: Recipe, *, live: bool = False) -> list[str]:
-    """Build every stage's method, load its data, render its prompts. Returns lines: what was checked and what was not.
+    """The lines of `checked_recipe`."""
+    return checked_recipe(recipe, live=live).lines
+
+
+def checked_recipe(recipe: Recipe, *, live: bool = False) -> CheckedRecipe:
+    """Build every stage's method, load its data, render its prompts. Returns what was checked and what was not.
 
     `live`: contact the servers of teachers and engines too. Raises the errors that `opd train` raises before it loads
     weights.
@@ -20,14 +60,14 @@ def check_recipe(recipe: Recipe, *, live: bool = False) -> list[str]:
     from opd.runs.prepare import Given
 
     checked = check_stages(recipe, Given())
-    lines = list(checked.notes)
+    stages: list[CheckedStage] = []
     for spec in recipe.stages:
-        lines += described(spec, checked.prepared[spec.name])
-        lines += [f"  {line}" for line in audited(spec, checked.prepared[spec.name])]
-        lines += [f"  {line}" for line in checked.lines[spec.name]]
-        if live:
-            lines += [f"  {line}" for line in of_servers(recipe, spec, checked.prepared[spec.name])]
-    return lines
+        prepared = checked.prepared[spec.name]
+        more = [*audited(spec, prepared), *checked.lines[spec.name]]
+        more += of_servers(recipe, spec, prepared) if live else []
+        lines = [*described(spec, prepared), *(f"  {line}" for line in more)]
+        stages.append(CheckedStage(name=spec.name, method=spec.method, lines=lines))
+    return CheckedRecipe(notes=list(checked.notes), stages=stages)
 
 
 def of_servers(recipe: Recipe, spec: StageSpec, prepared: Prepared) -> list[str]:

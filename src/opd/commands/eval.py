@@ -21,7 +21,7 @@ from opd.models.vocabularies import on_common_tokens
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, RewardSection, SamplingSection
-from opd.rewards.base import unfit_to_measure, unscored_answers, unscored_line
+from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import reward_of
 from opd.teachers.local import local_teacher
 from opd.types import Prompt, Reward, Sampling, TeacherRule
@@ -96,16 +96,32 @@ def _silent(text: str) -> None:
 
 def _own(data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: SamplingSection) -> Own:
     """The held-out prompts and their reward, with notes about them."""
-    settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     measured_by = None if reward is None else reward_of(parse_section(RewardSection, reward, "reward"))
-    if measured_by is not None and (why := unfit_to_measure(measured_by)):
-        raise ConfigError(f"The reward is {measured_by.name!r}, {why}. Use a reward that scores each response alone.")
     data_section = parse_section(DataSection, data, "data")
-    prompts, reports = load_selected(data_section, require=[] if measured_by is None else sorted(measured_by.needs))
-    notes = [str(report) for report in reports]
-    if count := unscored_answers(prompts, frozenset(), measured_by):
-        notes.append(unscored_line(count, "held-out"))
-    return Own(prompts=prompts, sampling=settings, reward=measured_by, notes=notes)
+    needs = [] if measured_by is None else sorted(measured_by.needs)
+    prompts, reports = load_selected(data_section, require=needs)
+    return own_of(prompts, measured_by, section, [str(report) for report in reports])
+
+
+def own_of(prompts: list[Prompt], reward: Reward | None, section: SamplingSection, notes: list[str]) -> Own:
+    """Held-out prompts, their reward and how responses are drawn. Raises ConfigError for a reward of groups or judges.
+
+    Raises DataError for rows that the reward cannot read.
+    """
+    if reward is not None and (why := unfit_to_measure(reward)):
+        raise ConfigError(f"The reward is {reward.name!r}, {why}. Use a reward that scores each response alone.")
+    check_readable(reward, prompts, "The held-out prompts")
+    if count := unscored_answers(prompts, frozenset(), reward):
+        notes = [*notes, unscored_line(count, "held-out")]
+    settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
+    return Own(prompts=prompts, sampling=settings, reward=reward, notes=notes)
+
+
+def measured(own: Own, lm: LanguageModel, others: Mapping[str, LanguageModel], seed: int, tokens: int) -> Evaluated:
+    """The numbers and responses of a model on the user's own prompts; `tokens`: of a forward pass."""
+    found = Evaluated(metrics={}, rows=[])
+    _measure(own, lm, others, seed, tokens, found)
+    return found
 
 
 def _measure(

@@ -17,6 +17,7 @@ from opd.evaluation.buckets import Buckets, starting_at
 from opd.evaluation.compare import compare
 from opd.evaluation.learned import DIFFERS
 from opd.loss.step import PhaseA
+from opd.maths.by_place import add_by_place
 from opd.maths.metrics import Columns, Metrics
 from opd.maths.overlap import overlap_of_support
 from opd.maths.statistics import auroc, effective_share, repeat_ratio, top_share
@@ -43,6 +44,7 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
     lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
     metrics.mean("rollout/length", sum(lengths), n)
     metrics.max("rollout/length_max", max(lengths))
+    metrics.rows(_of_lengths, length=lengths)
     metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
     metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
     metrics.sum("train/tokens", float(batch.mask.sum()))
@@ -194,12 +196,13 @@ def _log_ratios(metrics: Metrics, batch: Batch, buckets: Buckets, *, full: bool)
     log_ratio = batch.teacher_logp - batch.policy_logp  # [B, T]
     values = valid(log_ratio, batch.mask)  # [N]
     count = len(values)
+    step = batch.mask.nonzero()[:, 1]
     if not full:  # on a full support, phase B reports it from the update's own log-probs
         metrics.mean("teacher/log_ratio", values.sum().item(), count)
+        add_by_place(metrics, "teacher/log_ratio", values, step)
     metrics.mean("teacher/negative_share", (values < 0).sum().item(), count)
     metrics.mean("teacher/win_rate", (values > 0).sum().item(), count)
     metrics.rows(_of_tokens, log_ratio=values.cpu().numpy())
-    step = batch.mask.nonzero()[:, 1]
     buckets.add_means(metrics, "teacher/log_ratio", values, step)
     if buckets.count > 1:
         start = buckets.of(step) * buckets.width
@@ -235,6 +238,12 @@ def _of_tokens(columns: Columns) -> dict[str, float]:
     numbers = {f"teacher/log_ratio_p{p:02d}": float(v) for p, v in zip(PERCENTILES, places, strict=True)}
     held = top_share(log_ratio)
     return numbers if held is None else numbers | {"teacher/positive_reward_in_top_5_percent": held}
+
+
+def _of_lengths(columns: Columns) -> dict[str, float]:
+    """Percentiles of all responses' lengths."""
+    places = np.quantile(columns["length"].astype(np.float64), [0.1, 0.5, 0.9])
+    return {f"rollout/length_p{p}": float(v) for p, v in zip((10, 50, 90), places, strict=True)}
 
 
 def _of_buckets(columns: Columns) -> dict[str, float]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from opd.loss.collate import split
 from opd.loss.step import scored
 from opd.loss.token_loss import hidden_of
 from opd.maths.divergences import DIVERGENCES, reverse_kl
 from opd.method import Method
-from opd.models.head import paired_log_probs
+from opd.models.head import Head, TeacherHead, paired_log_probs
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.ticks import counted
 from opd.parallel import ALONE, World
@@ -42,6 +43,15 @@ def exact_divergence(
         totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names)
     count = world.sum(count)
     return {name: world.sum(total) / count for name, total in totals.items()}
+
+
+@torch.no_grad()
+def divergence_by_token(
+    student: Head, hidden: Tensor, teacher: TeacherHead, teacher_hidden: Tensor, temperature: float = 1.0
+) -> Tensor:
+    """The exact reverse KL [T] at both models' hidden states [T, H] of the same positions, in nats."""
+    pairs = paired_log_probs(student, hidden, teacher, teacher_hidden, temperature)
+    return torch.cat([reverse_kl(ours, theirs) for ours, theirs in pairs])
 
 
 @torch.no_grad()

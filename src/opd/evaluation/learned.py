@@ -1,16 +1,19 @@
-"""Reasons in a stage's metrics why it may have learned nothing: lines for the end of the stage and for its report."""
+"""Reasons in a stage's metrics why it may have learned little: lines for the end of the stage and its report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from opd.evaluation.thresholds import fired
+
 DIFFERS = "rollout/reward_differs"  # share of a step's prompts whose responses have different rewards
 
 
 def warnings_of(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     """All lines about the rows of a stage's `metrics.jsonl`."""
-    return [*failed_rewards(metrics), *unmoved_reward(metrics), *skipped_updates(metrics)]
+    rules = [one.sentence for one in fired(metrics)]
+    return [*failed_rewards(metrics), *unmoved_reward(metrics), *skipped_updates(metrics), *rules]
 
 
 def failed_rewards(metrics: Sequence[Mapping[str, Any]]) -> list[str]:

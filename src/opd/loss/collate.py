@@ -39,6 +39,16 @@ class MicroBatch:
     teacher_id: str | None = None  # the teacher of `teacher_hidden`
     task: str | None = None  # of all rows, if `teacher_hidden` is set
     units: Units | None = None  # [N]
+    # What the loss keeps of each token for people who read samples, [N]; None: it keeps nothing.
+    chosen: Tensor | None = None  # the rows of the Batch, by rollout
+    signal: Tensor | None = None  # before weight and denominator
+    log_ratio: Tensor | None = None  # log q - log p of the forward that is trained on, where it has both
+
+    def keep(self, at: slice, signal: Tensor, log_ratio: Tensor | None = None, share: Tensor | None = None) -> None:
+        """Keep a tile's numbers [n]; with `share` [n], one teacher's part of each, to be added to the others'."""
+        for kept, values in ((self.signal, signal), (self.log_ratio, log_ratio)):
+            if kept is not None and values is not None:
+                kept[at] = values if share is None else kept[at].nan_to_num() + values * share
 
     @property
     def sequences(self) -> tuple[list[Sequence[int]], list[Sequence[int]]]:
@@ -172,6 +182,9 @@ def _micro(
         base_logp=packed(batch.base_logp),
         teacher_id=teacher_id,
         task=task,
+        chosen=chosen,
+        signal=torch.full(row.shape, torch.nan, device=device),
+        log_ratio=torch.full(row.shape, torch.nan, device=device),
         units=None if batch.units is None else batch.units.each(lambda field: valid(field[chosen], mask)),
     )
 

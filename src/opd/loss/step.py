@@ -58,6 +58,8 @@ class PhaseA:
     count: float  # the one denominator, over all processes
     trains: bool  # False: the filter left no token in the whole step, so no update is made
     learned: Mapping[str, float]  # metrics of the method's memory
+    # [B, T] NaN; phase B writes the signal of each trained token here, before weight and denominator.
+    signal: Tensor | None = None
     parts: Mapping[str, PhaseA] = field(default_factory=dict[str, "PhaseA"])  # of rows with a `Rollout.part`, if any
 
     @property
@@ -101,6 +103,7 @@ def scored(
         count=count,
         trains=trains,
         learned=learned,
+        signal=torch.full_like(batch.teacher_logp, torch.nan),
         parts=parts,
     )
 
@@ -146,6 +149,7 @@ def _parts(
             count=count / part.factor,
             trains=True,
             learned={},
+            signal=torch.full_like(batch.teacher_logp, torch.nan),
         )
     return found
 
@@ -179,6 +183,8 @@ def gradient(
             part.backward()
             loss += part.item()
             metrics.merge(more)
+            if job is not None:
+                job.keep()
         metrics.merge(load.metrics())
     finally:
         student.model.eval()
@@ -203,7 +209,14 @@ class Job:
     micro: MicroBatch
     count: float  # the part's denominator
     heads: Mapping[str | None, TeacherHead]
+    signal: Tensor | None = None  # [B, T], `PhaseA.signal` of the part
     prefix: str = ""  # of its metrics
+
+    def keep(self) -> None:
+        """Copy the signal of the micro-batch's tokens to their places in the batch."""
+        micro = self.micro
+        if self.signal is not None and micro.signal is not None and micro.chosen is not None:
+            self.signal[micro.chosen[micro.row], micro.step] = micro.signal
 
 
 def _jobs(
@@ -214,7 +227,7 @@ def _jobs(
     for prefix, pieces, phase in [("", method, phase_a), *parts]:
         heads = heads_of(pieces, teacher, phase.batch)
         for micro in split(phase.batch, phase.denominator, micro_batch_tokens, shares=student.caches):
-            yield Job(method=pieces, micro=micro, count=phase.count, heads=heads, prefix=prefix)
+            yield Job(method=pieces, micro=micro, count=phase.count, heads=heads, signal=phase.signal, prefix=prefix)
 
 
 def even(jobs: list[Job], world: World) -> list[Job | None]:

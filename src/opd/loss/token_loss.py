@@ -22,6 +22,7 @@ from opd.loss.collate import MicroBatch
 from opd.loss.fused import ChunkLoss, fused_loss
 from opd.loss.unit_loss import on_units, unit_chunks
 from opd.maths import kernels
+from opd.maths.by_place import add_by_place
 from opd.maths.closed_forms import closed_form
 from opd.maths.metrics import Metrics
 from opd.method import Method
@@ -71,7 +72,10 @@ def loss_at(
     else:
         chunk_loss = _on_selected(method, micro, weight, observed)
     loss = fused_loss(chunk_loss, hidden, head, method.temperature, ids, parts)
-    return loss, observed.metrics(len(hidden))
+    metrics = observed.metrics(len(hidden))
+    if support.kind == "full" and micro.log_ratio is not None:
+        add_by_place(metrics, "teacher/log_ratio", micro.log_ratio, micro.step)
+    return loss, metrics
 
 
 def _on_full(
@@ -148,11 +152,13 @@ def _full_difference(
                 student_logp, teacher_logp = student.gather(-1, y)[:, 0], teacher.gather(-1, y)[:, 0]
                 per_token, grad = _differentiated(method, _full_tokens(micro, at, teacher), student, w, observed)
             total += (per_token * w).sum()
+            ratio = teacher_logp - student_logp
+            micro.keep(at, per_token, ratio, part)
             observed.add("train/signal", _times(per_token, part))
             observed.add("train/student_nll", _times(-student_logp, part))
-            observed.add("teacher/log_ratio", _times(teacher_logp - student_logp, part))
+            observed.add("teacher/log_ratio", _times(ratio, part))
             if micro.task is not None:
-                observed.add(f"task/{micro.task}/log_ratio", _times(teacher_logp - student_logp, part))
+                observed.add(f"task/{micro.task}/log_ratio", _times(ratio, part))
             if student is not None and grad is not None:
                 # Last, because the signal's result may be a view of the log-probs that this overwrites. Divide by the
                 # sum of p, which is not 1 in float32 (see closed_forms), so that each row of the gradient sums to 0.
@@ -181,6 +187,7 @@ def _on_selected(method: Method, micro: MicroBatch, weight: Tensor, observed: _O
         )
         into_probabilities(logits, log_z, -grad.sum(-1, keepdim=True))
         logits.scatter_add_(-1, ids, grad)
+        micro.keep(rows, per_token)
         observed.add("train/signal", per_token)
         observed.add("train/student_nll", -selected[:, 0])
         observed.support(micro, rows, selected[:, 1:])
@@ -208,6 +215,7 @@ def _on_rows(method: Method, micro: MicroBatch, weight: Tensor, observed: _Obser
             w,
             observed,
         )
+        micro.keep(rows, per_token)
         observed.add("train/signal", per_token)
         if known:
             observed.add("train/student_nll", -policy_logp)

@@ -59,6 +59,8 @@ def on_units(method: Method, micro: MicroBatch, weight: Tensor, teacher: Head, o
             loss = (per_unit * cut.mean(weight[rows])).sum()
         grads = _gradients(loss, leaves)
         _observe(observe, tokens, per_unit.detach())
+        if micro.signal is not None:  # in equal parts, as the weight of a unit is the mean of its tokens' weights
+            micro.signal[rows][cut.token] = (per_unit.detach() / cut.size)[cut.of]
         _into(logits, log_z, cut.start, ids, y, *grads)
         return loss.detach()
 

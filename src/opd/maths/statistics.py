@@ -93,3 +93,14 @@ def top_share(values: Sequence[float] | np.ndarray, share: float = 0.05) -> floa
     data = np.sort(np.asarray(values, dtype=np.float64))[::-1].clip(min=0.0)
     total = math.fsum(data)
     return math.fsum(data[: math.ceil(share * len(data))]) / total if total > 0 else None
+
+
+def mcnemar(only_first: int, only_second: int) -> float:
+    """Exact two-sided p-value of McNemar's test (1947): of pairs that differ, each side has half by chance.
+
+    `only_first` and `only_second` count the pairs in which that one alone succeeded; without such a pair it is 1.
+    """
+    assert min(only_first, only_second) >= 0
+    n = only_first + only_second
+    tail = sum(math.comb(n, k) for k in range(min(only_first, only_second) + 1))
+    return min(1.0, 2 * tail / 2**n)

@@ -34,6 +34,8 @@ def markdown(folder: Path) -> str:
         "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. A recipe's results",
         "are in its header.",
         "",
+        "<!-- no block runs: the page is generated -->",
+        "",
     ]
     parts += ["| method | what it is | file | recipe |", "|---|---|---|---|"]
     for n in METHODS:

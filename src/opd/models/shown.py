@@ -26,6 +26,17 @@ def token_texts(rows: Sequence[Sequence[int]], tokenizer: Any) -> list[list[str]
     return [_texts(row, pieces) for row in rows]
 
 
+def texts_alone(ids: Collection[int], tokenizer: Any) -> dict[int, str]:
+    """The text of each token by itself; the vocabulary's own string for bytes that are no text alone."""
+    out: dict[int, str] = {}
+    for i, piece in _pieces(ids, tokenizer).items():
+        try:
+            out[i] = piece.decode()
+        except UnicodeDecodeError:
+            out[i] = str(tokenizer.convert_ids_to_tokens([i])[0])
+    return out
+
+
 def end_texts(ids: Collection[int], tokenizer: Any) -> str:
     """Tokens with their ids, the tokenizer's end-of-sequence token first: `<|im_end|> (2) or <|endoftext|> (0)`."""
     ordered = sorted(ids, key=lambda i: (i != tokenizer.eos_token_id, i))

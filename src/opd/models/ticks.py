@@ -59,6 +59,11 @@ def counted(what: str, items: Sequence[Item]) -> Iterator[Item]:
             count.add(1)
 
 
+def innermost() -> Count | None:
+    """The count of the innermost loop; None outside of a loop that counts. Read by another thread."""
+    return next(iter(_running[-1:]), None)
+
+
 def running() -> str:
     """The count of the innermost loop; empty outside of a loop that counts."""
     return str(_running[-1]) if _running else ""

@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from opd.errors import ConfigError, nearest
-from opd.files import expanded
+from opd.errors import ConfigError
 from opd.recipe.mistakes import explain
+from opd.recipe.packaged import recipe_file
 from opd.recipe.references import check_references
 from opd.recipe.schema import Recipe, Section, StageSpec
 from opd.recipe.tree import fresh, merged, override, with_whole_tasks
@@ -20,11 +20,11 @@ AnySection = TypeVar("AnySection", bound=Section)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read, override, merge `defaults`, validate. Raises ConfigError with the key, the value it got, and the remedy."""
-    file = expanded(path)
-    if not file.is_file():
-        there = [p.name for p in file.parent.glob("*.yaml")] if file.parent.is_dir() else []
-        raise ConfigError(f"There is no recipe at {file}.{nearest(file.name, there)} Give the path of a YAML file.")
+    """Read, override, merge `defaults`, validate. `path`: a file, or the name of a recipe in the package.
+
+    Raises ConfigError with the key, the value it got, and the remedy.
+    """
+    file = recipe_file(path)
     raw, source = read_file(file)
     if not isinstance(raw, dict):
         raise ConfigError(f"{file} is a {type(raw).__name__}; a recipe is a mapping with `models` and `stages`.")

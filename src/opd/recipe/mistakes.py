@@ -8,39 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from opd.errors import nearest
+from opd.recipe.other_names import BY_NAME
 from opd.recipe.yaml_text import Source
-
-# Keys of other trainers, and the hint for each.
-OTHER_NAMES = {
-    "lr": "Here it is `optimizer.learning_rate`.",
-    "learning_rate": "Here it is `optimizer.learning_rate`.",
-    "lr_scheduler_type": "Here it is `optimizer.schedule`.",
-    "warmup_ratio": "Here it is `optimizer.warmup_steps`, a number of steps.",
-    "batch_size": "Here it is `prompts_per_step`, times `sampling.n` responses.",
-    "per_device_train_batch_size": "Here it is `prompts_per_step`, of all devices, times `sampling.n` responses.",
-    "gradient_accumulation_steps": "No such key: `prompts_per_step` is the whole step, and `micro_batch_tokens` "
-    "limits what is in memory at once.",
-    "epochs": "No such key: set `steps`; an epoch is the number of prompts / `prompts_per_step`.",
-    "num_train_epochs": "No such key: set `steps`; an epoch is the number of prompts / `prompts_per_step`.",
-    "max_steps": "Here it is `steps`.",
-    "save_steps": "Here it is `checkpoint.every`.",
-    "eval_steps": "Here it is `evaluate.every`.",
-    "num_generations": "Here it is `sampling.n`.",
-    "max_new_tokens": "Here it is `sampling.max_completion_length`.",
-    "max_length": "Here it is `sampling.max_completion_length` for responses, `max_prompt_length` for prompts.",
-    "max_seq_length": "Here it is `sampling.max_completion_length` for responses, `max_prompt_length` for prompts.",
-    "temperature": "Here it is `sampling.temperature`.",
-    "model": "Here it is `models.NAME.path`, and `train: NAME`.",
-    "model_name_or_path": "Here it is `models.NAME.path`, and `train: NAME`.",
-    "dataset": "Here it is `data.path`.",
-    "train_dataset": "Here it is `data.path`.",
-    "lora": "Here it is `models.NAME.lora`, e.g. {rank: 16}.",
-    "bf16": "Here it is `models.NAME.autocast`, or `models.NAME.dtype: bfloat16`.",
-    "beta": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`). "
-    "AdamW has `optimizer.betas`.",
-    "kl_coef": "No such key: the weight of a divergence is a method's option, if it has one (`opd describe METHOD`).",
-}
-
 
 _NOT_OURS = ("RewardSection", "JudgeSection")  # sections in which these names mean something else
 
@@ -95,13 +64,22 @@ def _unknown(
     listed = ", ".join(known)
     if key in stage_keys:
         return f"unknown key `{path}`. It is a key of a stage. Known here: {listed}"
-    if key in OTHER_NAMES and section is not None and section.__name__ not in _NOT_OURS:
-        return f"unknown key `{path}`. {OTHER_NAMES[key]} Known here: {listed}"
+    if section is not None and (hint := _hint(key, section.__name__)):
+        return f"unknown key `{path}`. {hint} Known here: {listed}"
     near, also = nearest(key, known), ""
     if key in short and stage_keys:
         top, near = near, nearest(key, [*known, *stage_keys])
         also = "" if near and near == top else f"; of a stage: {', '.join(stage_keys)}"
     return f"unknown key `{path}`.{near} Known here: {listed}{also}"
+
+
+def _hint(key: str, section: str) -> str:
+    """What to say of another trainer's name in a section; empty if it means something else there."""
+    row = BY_NAME.get(key)
+    if row is None or section in _NOT_OURS:
+        return ""
+    elsewhere = row.key is not None and row.key.partition(".")[0] != "optimizer"
+    return "" if section == "OptimizerSection" and elsewhere else row.says
 
 
 def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:

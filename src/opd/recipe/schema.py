@@ -9,18 +9,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
 
 from opd.files import expanded
 from opd.recipe.numbers import Float, Int
+from opd.recipe.other_names import renamed
 from opd.recipe.templates import template_text
 from opd.types import teachers_in
 
 
 class Section(BaseModel):
-    """A frozen section that refuses unknown keys, NaN and infinity."""
+    """A frozen section that refuses unknown keys, NaN and infinity. Some names of other trainers are accepted."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_other_trainers(cls, values: Any) -> Any:
+        return renamed(values, cls.__name__)
 
 
 Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # of a file or folder
@@ -35,16 +41,16 @@ def _named(modules: str | list[str]) -> str | list[str]:
 
 
 class Lora(Section):
-    rank: Int = Field(default=16, ge=1, le=8192)
-    alpha: Float = Field(default=32.0, gt=0)
-    # Names, or one regular expression.
+    rank: Int = Field(default=16, ge=1, le=8192)  # of the two factors
+    alpha: Float = Field(default=32.0, gt=0)  # the product of the factors is scaled by alpha / rank
+    # Of the adapted layers: names, or one regular expression.
     target_modules: Annotated[str | list[str], AfterValidator(_named)] = "all-linear"
 
 
 class Characters(Section):
     """A tokenizer with one token per character, and one per pair in `merges`, which joins that pair everywhere."""
 
-    characters: Text
+    characters: Text  # each is a token
     merges: list[tuple[str, str]] = []  # in order of application
 
 
@@ -147,8 +153,8 @@ ORIGINS = ("path", "init", "from_stage", "scorer", "server")
 class Quantization(Section):
     """Weights of 4 bits by bitsandbytes, in all linear layers but the output layer (QLoRA)."""
 
-    bits: Literal[4] = 4
-    type: Literal["nf4", "fp4"] = "nf4"
+    bits: Literal[4] = 4  # of a weight
+    type: Literal["nf4", "fp4"] = "nf4"  # the 16 values that a weight can have
     double: bool = True  # the scales are quantised too
 
 
@@ -163,15 +169,15 @@ class ModelSpec(Section):
     options: dict[str, Any] = {}  # of `scorer`
     tokenizer: str | Characters | None = None  # for `init`; for `server`, a folder or hub id (default: the student's)
     seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
     autocast: bool = False  # bfloat16 compute over float32 weights
     device: Text | None = None  # default: cuda if there is one
     offload: bool = False  # a teacher that stays on the CPU while unused
-    lora: Lora | None = None
+    lora: Lora | None = None  # train a low-rank adapter in place of the weights
     quantization: Quantization | None = None  # {} for nf4; a student needs `lora` too
-    gradient_checkpointing: bool = False
-    attn_implementation: str | None = None
-    trust_remote_code: bool = False
+    gradient_checkpointing: bool = False  # less memory: activations are computed again in the backward pass
+    attn_implementation: str | None = None  # of transformers: sdpa, eager, flash_attention_2, ...
+    trust_remote_code: bool = False  # run Python code that comes with the model
     # Replaces the tokenizer's: jinja, or a file of it, which is read when the recipe is.
     chat_template: Annotated[str, AfterValidator(template_text)] | None = None
     template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}
@@ -207,7 +213,7 @@ class SelectSection(Section):
     by: DataSection | None = None  # another data set, e.g. the prompts that the teacher was trained on
     keep: Literal["near", "far"] | None = None  # of `by`
     distinct: bool = False  # leave out questions similar to an earlier one
-    measure: Literal["exact", "words", "characters", "encoder"] = "exact"
+    measure: Literal["exact", "words", "characters", "encoder"] = "exact"  # of similarity
     threshold: Float | None = Field(default=None, gt=0, le=1)  # least cosine of two similar ones; equal ones always are
     n: Int | None = Field(default=None, ge=1)  # of the n-grams of words or characters
     encoder: str | None = None  # folder or hub id of a text encoder
@@ -240,10 +246,10 @@ class DataSection(Section):
       Values then have the types of Arrow: in JSON "2024-01-05" becomes a datetime, and 3 beside 3.5 becomes 3.0
     """
 
-    path: str
+    path: str  # a file, package:NAME/FILE, reasoning_gym:TASK, package.module:function, a folder, or a hub name
     split: str = "train"  # of a folder or a hub name
     columns: dict[str, str] = {}  # opd's name -> the file's column
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # of the function, the task of reasoning_gym, or `datasets.load_dataset`
     skip: Int = Field(default=0, ge=0)  # rows to leave out at the start, e.g. those of an earlier stage
     limit: Int | None = Field(default=None, ge=1)  # number of rows after `skip`
     chat: bool = False  # a text prompt becomes one user message
@@ -268,12 +274,12 @@ def _overflows(temperature: float) -> float:
 class SamplingSection(Section):
     """See `opd.types.Sampling`; n is the number of responses per prompt."""
 
-    max_completion_length: Int = Field(default=256, ge=1)
-    temperature: Annotated[Float, Field(ge=0), AfterValidator(_overflows)] = 1.0
-    top_p: Float = Field(default=1.0, gt=0, le=1)
-    top_k: Int = Field(default=0, ge=0)
-    n: Int = Field(default=1, ge=1)
-    stop: list[Text] = []
+    max_completion_length: Int = Field(default=256, ge=1)  # tokens of a response; a longer one is cut
+    temperature: Annotated[Float, Field(ge=0), AfterValidator(_overflows)] = 1.0  # 0: the most likely token
+    top_p: Float = Field(default=1.0, gt=0, le=1)  # sample from the most likely tokens with this mass; 1: all
+    top_k: Int = Field(default=0, ge=0)  # sample from the k most likely tokens; 0: all
+    n: Int = Field(default=1, ge=1)  # responses per prompt
+    stop: list[Text] = []  # texts that end a response
 
 
 OF_A_SERVER = ("model", "api_key_env", "body", "timeout_s", "patience_s", "concurrency")
@@ -330,8 +336,9 @@ MAX_FAILED = 0.1  # ours; arXiv 2605.07396 allows LLM judges 0.4, see the reward
 class RewardSection(Section, Asks):
     """A reward with its options, its judges if it uses any, and what a failed call of a function means."""
 
+    # exact, regex, final_number, max_words, math_verify, reasoning_gym, rubric, feedback, or my_package.mine:function
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {}  # of the reward
     on_error: Literal["stop", "drop"] = "stop"  # drop: the response has no reward, and is counted
     max_failed: Float = Field(default=MAX_FAILED, ge=0, le=1)  # with `drop`: largest share of a step's groups
     timeout_s: Float | None = Field(default=None, gt=0)  # seconds per response; None: no limit
@@ -345,14 +352,14 @@ class OptimizerSection(Section):
 
     # muon: matrices inside the layers; AdamW with the same learning rate has the rest.
     name: Literal["adamw", "adamw_8bit", "muon"] = "adamw"
-    learning_rate: Float = Field(default=1e-6, gt=0)
-    betas: tuple[Beta, Beta] = (0.9, 0.999)
-    eps: Float = Field(default=1e-8, gt=0)
-    weight_decay: Float = Field(default=0.0, ge=0)
+    learning_rate: Float = Field(default=1e-6, gt=0)  # after the warm-up
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # decay of the moving averages of the gradient and of its square
+    eps: Float = Field(default=1e-8, gt=0)  # added to the root of the average square
+    weight_decay: Float = Field(default=0.0, ge=0)  # decoupled from the gradient
     momentum: Beta = 0.95  # of muon
     max_grad_norm: Float = Field(default=1.0, gt=0, allow_inf_nan=True)  # .inf: no clipping
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup_steps: Int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # of the learning rate after the warm-up
+    warmup_steps: Int = Field(default=0, ge=0)  # steps in which the learning rate rises from zero
 
     @model_validator(mode="after")
     def _momentum_of_muon(self) -> OptimizerSection:
@@ -364,14 +371,15 @@ class OptimizerSection(Section):
 class EvaluateSection(Section):
     """An evaluation on held-out prompts: before and after training, and every `every` steps (0: never in between)."""
 
-    data: DataSection
-    reward: RewardSection | None = None
+    data: DataSection  # the held-out prompts
+    reward: RewardSection | None = None  # default: the stage's, if it has one
+    # settings by name; each is measured
     sampling: dict[SettingName, SamplingSection] = Field(default={"sampled": SamplingSection()}, min_length=1)
-    every: Int = Field(default=0, ge=0)
-    before: bool = True
+    every: Int = Field(default=0, ge=0)  # steps between evaluations; 0: before and after training only
+    before: bool = True  # evaluate before training too
     teacher: bool = False  # also measure the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
-    pass_at: list[Int] = [1]
+    pass_at: list[Int] = [1]  # k of pass@k; each needs as many responses per prompt
 
 
 class DiagnosticsSection(Section):
@@ -382,11 +390,20 @@ class DiagnosticsSection(Section):
     bucket: Int = Field(default=64, ge=1)  # tokens per bucket of positions; doubled until 16 buckets suffice
 
 
+class SamplesSection(Section):
+    """What sample files and held-out files hold besides the responses: see docs/run_folder.md."""
+
+    rows: Int = Field(default=8, ge=0)  # responses of a sample file with both models' entropies and likely tokens
+    top_k: Int = Field(default=5, ge=0)  # of each model at each token of such a row
+    follow: Int = Field(default=4, ge=0)  # held-out prompts that every sample file has a greedy response to
+    held_out: Int = Field(default=64, ge=0)  # responses of a setting of an evaluation that both models score
+
+
 class CheckpointSection(Section):
     every: Int = Field(default=50, ge=1)  # steps
     # Since the last one, after the step that passes them; .inf: never.
     every_minutes: Float = Field(default=10.0, gt=0, allow_inf_nan=True)
-    keep: Int = Field(default=2, ge=1)
+    keep: Int = Field(default=2, ge=1)  # the number of checkpoints kept
 
 
 class TaskSection(Section):
@@ -395,12 +412,12 @@ class TaskSection(Section):
     Missing fields of `sampling`, `teacher_sampling` and `evaluate` are taken from the stage.
     """
 
-    data: DataSection
+    data: DataSection  # the prompts
     teacher: str | None = None  # several, which all score each row: one+other
-    reward: RewardSection | None = None
-    sampling: SamplingSection = SamplingSection()
-    teacher_sampling: SamplingSection | None = None
-    evaluate: EvaluateSection | None = None
+    reward: RewardSection | None = None  # of the student's responses
+    sampling: SamplingSection = SamplingSection()  # of the student's responses
+    teacher_sampling: SamplingSection | None = None  # of the teacher's responses; default: `sampling`
+    evaluate: EvaluateSection | None = None  # on held-out prompts of this task
     share: Float = Field(default=1.0, gt=0)  # of the steps or prompts, relative to other tasks
     train: str | None = None  # in a stage with `peers`, the model whose own data this is
 
@@ -415,38 +432,40 @@ class StageSpec(Section):
     that teaches it are its tasks too, with that peer as their teacher (`as_seen_by`).
     """
 
-    name: Name
-    train: str
-    teacher: str | None = None
+    name: Name  # also of its folder in the run's
+    train: str  # the model that is trained, one of `models`
+    teacher: str | None = None  # one of `models`, `train` included; several, which all score each row: one+other
     base: str | None = None  # a fixed third model; `train` with LoRA: its weights without the adapter
-    method: str
-    options: dict[str, Any] = {}
-    data: DataSection | None  # None: the stage has tasks
-    tasks: dict[Name, TaskSection] = {}
+    method: str  # a name that `opd methods` lists, several as one+other, or my_package.mine:method
+    options: dict[str, Any] = {}  # of the method: `opd describe METHOD`
+    data: DataSection | None  # the prompts; null: the stage has tasks
+    tasks: dict[Name, TaskSection] = {}  # by name, in place of `data`, `teacher` and `reward`
     task_order: Literal["alternate", "mixed"] = "alternate"  # a step has prompts of one task, or of all
     peers: list[str] = []  # other models that this stage trains beside `train`
     topology: Literal["all", "hub", "none"] = "all"  # all: all teach each other; hub: `train` and each peer do
-    reward: RewardSection | None = None
-    sampling: SamplingSection = SamplingSection()
+    reward: RewardSection | None = None  # of the student's responses
+    sampling: SamplingSection = SamplingSection()  # of the student's responses
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)
-    sampler_options: dict[str, Any] = {}
+    sampler_options: dict[str, Any] = {}  # of `sampler`
     engine: EngineSection | None = None  # servers that write the student's responses in training
     ahead: Literal[0, 1] = 0  # steps by which the engine writes responses before the step that trains on them
     importance: ImportanceSection | None = None  # weights of a policy gradient
     teacher_sampling: SamplingSection | None = None  # for responses of the teacher; default: `sampling`
     apart_from: list[Name] = []  # earlier stages with which this one shares no prompt, e.g. to hold labels out
-    steps: Int = Field(ge=1)
+    steps: Int = Field(ge=1)  # updates of the weights
     seconds_of: str | None = None  # stop after as many seconds of training as that stage took
-    prompts_per_step: Int = Field(default=16, ge=1)
-    micro_batch_tokens: Int = Field(default=4096, ge=1)
-    max_prompt_length: Int | None = Field(default=None, ge=1)
-    optimizer: OptimizerSection = OptimizerSection()
+    prompts_per_step: Int = Field(default=16, ge=1)  # of all processes; each has `sampling.n` responses
+    micro_batch_tokens: Int = Field(default=4096, ge=1)  # tokens in memory at once; changes no result
+    max_prompt_length: Int | None = Field(default=None, ge=1)  # tokens; a longer prompt is an error
+    optimizer: OptimizerSection = OptimizerSection()  # AdamW, or another by its `name`
     # The factor of the load-balancing loss of a mixture of experts; true: the router_aux_loss_coef of its config.
     router_aux_loss: StrictBool | Annotated[Float, Field(ge=0)] = Field(default=False, union_mode="left_to_right")
-    evaluate: EvaluateSection | None = None
+    evaluate: EvaluateSection | None = None  # on held-out prompts
+    # comparisons of student and teacher on the stage's own responses
     diagnostics: DiagnosticsSection = DiagnosticsSection()
-    checkpoint: CheckpointSection = CheckpointSection()
+    checkpoint: CheckpointSection = CheckpointSection()  # from which a stopped run goes on
     samples_every: Int = Field(default=10, ge=0)  # steps between sample files; 0: none
+    samples: SamplesSection = SamplesSection()  # what these files hold besides the responses
     save: Literal["merged", "adapter", "both"] = "merged"  # the whole model, its LoRA adapter in PEFT's format, or both
     save_dtype: Literal["origin", "float32", "bfloat16", "float16"] = "origin"  # of the whole model's weights
 
@@ -518,14 +537,25 @@ class StageSpec(Section):
         return f"Stage {self.name!r}" + ("" if task is None else f", task {task!r}")
 
 
+def _trackers(value: Any) -> Any:
+    """TRL's form too: one name, where "none" stands for none."""
+    if isinstance(value, str):
+        return [] if value == "none" else [value]
+    return value
+
+
+Trackers: TypeAlias = Annotated[list[str], BeforeValidator(_trackers, json_schema_input_type=str | list[str])]
+
+
 class Recipe(Section):
-    name: Name
-    description: str = ""
-    seed: Int = Field(default=0, ge=0)
+    name: Name  # of the run, and of its folder in runs/
+    description: str = ""  # one line, as `opd recipes` lists it
+    seed: Int = Field(default=0, ge=0)  # of new weights, the order of prompts and the sampling
     output_dir: Text | None = None  # default: runs/NAME
-    models: dict[str, ModelSpec]
-    stages: list[StageSpec] = Field(min_length=1)
-    report_to: list[str] = []
+    models: dict[str, ModelSpec]  # by name
+    stages: list[StageSpec] = Field(min_length=1)  # trained one after the other
+    report_to: Trackers = []  # wandb, trackio, tensorboard
+    report_to_samples: Int = Field(default=8, ge=0)  # responses of a sample file that they get as a table
 
     @property
     def folder(self) -> Path:

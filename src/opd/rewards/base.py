@@ -57,6 +57,8 @@ class FunctionReward(Reward):
     needs: frozenset[str] = frozenset()
     undeclared: bool = False  # a user's function: it may read other columns than `needs`
     unreadable: Callable[[Prompt], str | None] | None = None  # why it cannot read a row, e.g. an answer; None: it can
+    correctness: bool = False  # 1 means that the answer is right
+    extract: Callable[[Prompt, str], str | None] | None = None  # the part of a text that it compares, for samples
     on_error: Literal["stop", "drop"] = "stop"
     max_failed: float = MAX_FAILED
     timeout_s: float | None = None
@@ -225,6 +227,10 @@ class StageRewards:
             reward.check_failures(found, self.gather)
         return out
 
+    def extracted(self, rollout: Rollout) -> str | None:
+        """The part of the response that its task's reward compared; None if that does not say."""
+        return extracted(self.by_task.get(rollout.prompt.task), rollout.prompt, rollout.text)
+
     def pop_requests(self) -> dict[str, float]:
         """judge/ROLE_WHAT: requests to judges since the last call, summed over processes; empty without judges.
 
@@ -237,6 +243,37 @@ class StageRewards:
                 for name, number in counts.items():
                     total[f"judge/{name}"] = total.get(f"judge/{name}", 0.0) + number
         return total
+
+
+def about(rewards: Sequence[Reward | None]) -> dict[str, Any] | None:
+    """{"name", "correctness"} of the rewards of a stage's tasks, several names joined; None without a reward.
+
+    `correctness`: 1 means that the answer is right. A reward of a user's own says so with an attribute of that name.
+    """
+    given = [reward for reward in rewards if reward is not None]
+    if not given:
+        return None
+    names = dict.fromkeys(reward.name for reward in given)
+    return {"name": ", ".join(names), "correctness": all(_means_right(reward) for reward in given)}
+
+
+def extracted(reward: Reward | None, prompt: Prompt, text: str) -> str | None:
+    """The part of a response that its reward compared; None for a reward that does not say."""
+    inner = innermost(reward)
+    if not isinstance(inner, FunctionReward) or inner.extract is None:
+        return None
+    return inner.extract(prompt, text)
+
+
+def _means_right(reward: Reward) -> bool:
+    return bool(getattr(innermost(reward), "correctness", False))
+
+
+def innermost(reward: Any) -> Any:
+    """The reward itself, or the one that it wraps."""
+    while getattr(reward, "inner", None) is not None:
+        reward = reward.inner
+    return reward
 
 
 def check_failed_share(

@@ -28,7 +28,9 @@ def exact(ignore_case: bool = False) -> FunctionReward:
         one, other = response.strip(), str(_answer(prompt)).strip()
         return float(one.casefold() == other.casefold() if ignore_case else one == other)
 
-    return FunctionReward(name="exact", function=reward, needs=ANSWER)
+    return FunctionReward(
+        name="exact", function=reward, needs=ANSWER, correctness=True, extract=lambda _, text: text.strip()
+    )
 
 
 def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
@@ -49,7 +51,12 @@ def regex(pattern: str, group: int | str | None = None) -> FunctionReward:
             return float(match is not None)
         return float((match[group] or "").strip() == str(_answer(prompt)).strip())
 
-    return FunctionReward(name="regex", function=reward, needs=frozenset() if group is None else ANSWER)
+    def extract(_: Prompt, text: str) -> str | None:
+        match = compiled.search(text)
+        return None if match is None else match[0 if group is None else group]
+
+    needs = frozenset[str]() if group is None else ANSWER
+    return FunctionReward(name="regex", function=reward, needs=needs, correctness=group is not None, extract=extract)
 
 
 def final_number() -> FunctionReward:
@@ -70,7 +77,18 @@ def final_number() -> FunctionReward:
             return f"its answer {prompt.answer!r:.80} holds no number"
         return None
 
-    return FunctionReward(name="final_number", function=reward, needs=ANSWER, unreadable=unreadable)
+    def extract(_: Prompt, text: str) -> str | None:
+        number = _last_number(text)
+        return None if number is None else str(number)
+
+    return FunctionReward(
+        name="final_number",
+        function=reward,
+        needs=ANSWER,
+        unreadable=unreadable,
+        correctness=True,
+        extract=extract,
+    )
 
 
 def max_words(n: int) -> FunctionReward:
@@ -114,7 +132,12 @@ def reasoning_gym(tag: str | None = None, malformed: float | None = None, full_o
         """Why a row is none of a task."""
         return None if "reasoning_gym" in prompt.metadata else "it is no row of `reasoning_gym:TASK`"
 
-    return FunctionReward(name="reasoning_gym", function=reward, unreadable=unreadable)
+    def extract(_: Prompt, text: str) -> str | None:
+        return text.strip() if tag is None else extract_answer(text, tag_name=tag)
+
+    return FunctionReward(
+        name="reasoning_gym", function=reward, unreadable=unreadable, correctness=True, extract=extract
+    )
 
 
 def _answer(prompt: Prompt) -> Any:

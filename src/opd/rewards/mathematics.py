@@ -97,7 +97,14 @@ def math_verify(timeout_s: float = 5) -> FunctionReward:
     def unreadable(prompt: Prompt) -> str | None:
         return None if str("" if prompt.answer is None else prompt.answer).strip() else "its `answer` is empty"
 
-    return FunctionReward(name="math_verify", function=reward, needs=frozenset({"answer"}), unreadable=unreadable)
+    return FunctionReward(
+        name="math_verify",
+        function=reward,
+        needs=frozenset({"answer"}),
+        unreadable=unreadable,
+        correctness=True,
+        extract=lambda _, text: final_answer(without_scales(answered(text))).text,
+    )
 
 
 def same_answer(answer: str, response: str, equal: Callable[[str, str], bool]) -> bool:

@@ -16,6 +16,7 @@ from opd.rewards.feedback import FeedbackReward
 from opd.rewards.functions import exact, final_number, max_words, reasoning_gym, regex
 from opd.rewards.mathematics import math_verify
 from opd.rewards.rubric import rubric
+from opd.rewards.trl_form import is_trl_form, one_at_a_time
 from opd.samplers.asked.build import check_judge
 from opd.types import Reward
 
@@ -67,10 +68,10 @@ MEMBERS = ("name", "needs", "asks", "comparable", "__call__", "for_stage", "chec
 def load_reward(name: str, options: Mapping[str, Any]) -> Reward:
     """A reward of `REWARDS`, or a user's, named `package.module:name`.
 
-    The parameters of a built-in reward are its options. A user's name refers to a function, called
-    (prompt, text, **options) for each response; to a Reward; or to a function or class that has only options as
-    parameters and returns one of these two. Raises ConfigError for an unknown name or option, for any other object, and
-    for a package that is not installed.
+    The parameters of a built-in reward are its options. A user's name refers to a function, called (prompt, text,
+    **options) for each response, or in TRL's form with lists of one; to a Reward; or to a function or class that has
+    only options as parameters and returns one of these two. Raises ConfigError for an unknown name or option, for any
+    other object, and for a package that is not installed.
     """
     if ":" in name:
         return _users(name, options)
@@ -106,14 +107,17 @@ def reward_of(section: RewardSection) -> Reward:
 
 
 def as_reward(given: Any, what: str = "The reward", name: str | None = None) -> Reward:
-    """A Reward unchanged; a function (prompt, text) -> float as a Reward named `name` (default: the function's name).
+    """A Reward unchanged; a function as a Reward named `name` (default: the function's name).
 
+    The function is (prompt, text) -> float, or has TRL's form: see `opd.rewards.trl_form`.
     Raises ConfigError, beginning with `what`, for anything else.
     """
     if _is_reward(given):
         return given
+    own_name = getattr(given, "__name__", type(given).__name__)
+    if is_trl_form(given):
+        return one_at_a_time(given, name or own_name, {})
     if _is_function(given):
-        own_name = getattr(given, "__name__", type(given).__name__)
         return FunctionReward(name=name or own_name, function=given, needs=columns_of(given), undeclared=True)
     got = f"the class {given.__name__}" if inspect.isclass(given) else f"{given!r:.80} ({type(given).__name__})"
     lacks = [member for member in MEMBERS if not hasattr(given, member)]
@@ -145,6 +149,8 @@ def _users(name: str, options: Mapping[str, Any]) -> Reward:
                 "function that returns the Reward for these options."
             )
         return found
+    if is_trl_form(found):
+        return one_at_a_time(found, name, options)
     if inspect.isclass(found) or not _has_open_parameters(found, options):
         check_options(what, found, options)
         return as_reward(found(**options), f"{what} has only options as parameters, and its result", name)

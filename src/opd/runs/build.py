@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,7 +25,7 @@ from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
 from opd.recipe.schema import Recipe, StageSpec
-from opd.rewards.base import StageRewards
+from opd.rewards.base import StageRewards, about
 from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
 from opd.runs.launched import Starter
@@ -39,6 +40,7 @@ from opd.samplers.hf import TransformersSampler
 from opd.samplers.writers import ReferenceWriter, TeacherWriter, sampler_by_task, writer_by_task
 from opd.stage import optimisers
 from opd.stage.folder import RunDir, StageDir
+from opd.stage.follow import prompts_to_follow
 from opd.stage.interrupt import Interrupt
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.progress import Progress
@@ -294,9 +296,10 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     root = Root(student.model)
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
+    folder = described(spec, folder, prepared)
     samplers = samplers_of(session, spec, student, root, folder.path)
-    cache = TextCache(folder.path / "texts", world.rank)
     ahead = one_ahead(samplers, recipe.seed, scoring_early(method, teacher)) if spec.ahead else None
+    cache = TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)
     reward = rewards_of(recipe, prepared, judges, folder.path, world)
     return Stage(
@@ -313,20 +316,8 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         ahead=ahead,
         order=prepared.order,
         reward=reward,
-        optimisation=StageOptimisation(
-            optimiser=optimisers.build(student.trainable(), spec.optimizer, spec.steps, student.tables),
-            student=student,
-            root=root,
-            teacher=teacher,
-            sampler=writers.student,
-            prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
-            reward=reward,
-            context=method.context,
-            memory=memory,
-            world=world,
-            seed=recipe.seed,
-            micro_batch_tokens=spec.micro_batch_tokens,
-        ),
+        optimisation=optimisation_of(session, spec, prepared, root, student, teacher, writers, reward, memory),
+        followed=prompts_to_follow(exams, student, spec.samples.follow) if spec.samples_every else (),
         exams=exams_in(exams, spec, student, root, folder, world, session.progress) if exams else None,
         folder=folder,
         progress=session.progress,
@@ -335,6 +326,61 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
         seconds_limit=seconds_limit(spec, session.directory),
         router_aux_loss=coefficient_of(student.model, spec.router_aux_loss, spec.where(None)),
     )
+
+
+def optimisation_of(
+    session: Session,
+    spec: StageSpec,
+    prepared: Prepared,
+    root: Root,
+    student: LanguageModel,
+    teacher: Teacher,
+    writers: Writers,
+    reward: StageRewards,
+    memory: Mapping[str, Memory],
+) -> StageOptimisation:
+    """What an update reads and changes."""
+    return StageOptimisation(
+        optimiser=optimisers.build(student.trainable(), spec.optimizer, spec.steps, student.tables),
+        student=student,
+        root=root,
+        teacher=teacher,
+        sampler=writers.student,
+        prompts=[prompt for prompts in prepared.order.prompts for prompt in prompts],
+        reward=reward,
+        context=prepared.method.context,
+        memory=memory,
+        world=session.world,
+        seed=session.recipe.seed,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+
+
+def described(spec: StageSpec, folder: StageDir, prepared: Prepared) -> StageDir:
+    """The folder, whose files of responses name the rewards of training and of the evaluation; writes keys.json."""
+    tasks = prepared.tasks.values()
+    measured = [None if task.held_out is None else task.held_out.reward for task in tasks]
+    folder = replace(folder, reward=about([task.reward for task in tasks]), measured_by=about(measured))
+    folder.write_keys(keys_of(spec, prepared, folder))
+    return folder
+
+
+def keys_of(spec: StageSpec, prepared: Prepared, folder: StageDir) -> dict[str, Any]:
+    """The names that the stage's metrics are made of, for readers of `metrics.jsonl`: docs/run_folder.md."""
+    sections = [part.evaluate for part in spec.by_task.values() if part.evaluate is not None]
+    if prepared.method.teacher.kind in ("external", "peer"):
+        teacher = "+".join(spec.teachers) or None
+    else:
+        teacher = None if prepared.method.teacher.kind == "none" else spec.train
+    return {
+        "settings": list(dict.fromkeys(setting for section in sections for setting in section.sampling)),
+        "tasks": [name for name in spec.by_task if name is not None],
+        "teacher_prefix": "eval/teacher/",
+        "trained": spec.train,
+        "teacher": teacher,
+        "method": spec.method,
+        "reward": folder.measured_by or folder.reward,
+    }
 
 
 def scoring_early(method: Method, teacher: Teacher) -> Callable[[list[Rollout]], None] | None:

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable
+from opd.evaluation.evaluate import HeldOut
 from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.models.root import Root
 from opd.parallel import World
+from opd.pieces.needs import needs_of
 from opd.recipe.schema import StageSpec, TaskSection
-from opd.runs.prepare import Prepared
+from opd.runs.prepare import PROMPT_COLUMNS, Prepared
 from opd.samplers.writers import TeacherWriter
 from opd.stage.exams import Exam, Exams
 from opd.stage.folder import StageDir
@@ -41,6 +43,7 @@ def exams_of(
                 setting: teacher_writer(spec, name, scorer, student, sampling, prepared.method.context)
                 for setting, sampling in held_out.sampling.items()
             }
+        reads, alone = read_by_teacher(prepared.method, held_out, part.evaluate.kl or part.evaluate.teacher)
         if part.evaluate.kl and scorer is not None:
             check_comparable(scorer, f"{spec.where(name)}: evaluate.kl")
         exams.append(
@@ -53,9 +56,23 @@ def exams_of(
                 reader=None if scorer is None else scorer.lm,
                 teacher_writers=writers,
                 kl_teacher=scorer if part.evaluate.kl else None,
+                scorer=scorer if reads and spec.samples.held_out else None,
+                reads_alone=scorer is not None and alone,
             )
         )
     return exams
+
+
+def read_by_teacher(method: Method, held_out: HeldOut, required: bool) -> tuple[bool, bool]:
+    """Whether the method's teacher can read the held-out prompts, and whether without rewards or other responses.
+
+    `required`: the evaluation requests it, so that the data have been checked.
+    """
+    needs = needs_of(method.context)
+    columns = PROMPT_COLUMNS & needs.columns
+    there = all(getattr(prompt, name) is not None for prompt in held_out.prompts for name in columns)
+    alone = there and not needs.inputs and not needs.undeclared
+    return required or alone, alone
 
 
 def teacher_writer(
@@ -120,5 +137,6 @@ def exams_in(
         root=root,
         folder=folder,
         progress=progress,
+        samples=spec.samples,
         micro_batch_tokens=spec.micro_batch_tokens,
     )

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from opd.errors import TrainingError
 from opd.evaluation.learned import warnings_of
@@ -18,25 +15,15 @@ from opd.runs.build import Session, build
 from opd.runs.checks import check_stages
 from opd.runs.export import finish, finished_student, rehearse
 from opd.runs.inputs import inputs_of
+from opd.runs.page import write_page
 from opd.runs.prepare import Given, Prepared
+from opd.runs.result import Run
 from opd.stage.folder import RunDir
 from opd.stage.interrupt import Interrupt, Stopped, stopped_after
 from opd.stage.progress import Progress
 from opd.stage.stage import Stage
 from opd.stage.trackers import ReportWriter
 from opd.train import train
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A finished run. `metrics` and `samples`: rows, each with its stage. `student`: the last stage's model."""
-
-    folder: Path
-    recipe: Recipe
-    student: Any
-    tokenizer: Any
-    metrics: list[dict[str, Any]]
-    samples: list[dict[str, Any]]
 
 
 def run_recipe(
@@ -65,6 +52,7 @@ def run_recipe(
         folder=directory.path,
         name=recipe.name,
         config=recipe.model_dump(mode="json"),
+        samples=recipe.report_to_samples,
     )
     interrupt = Interrupt(speaks=world.main, alone=world.size == 1)
     session = Session(
@@ -82,14 +70,9 @@ def run_recipe(
         student = run_stages(session, checked.prepared)
     if student is None:
         student = finished_student(recipe, given, directory)
-    return Run(
-        folder=directory.path,
-        recipe=recipe,
-        student=student.model,
-        tokenizer=student.tokenizer,
-        metrics=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_metrics()],
-        samples=[{"stage": s.name, **row} for s in recipe.stages for row in directory.stage(s.name).read_samples()],
-    )
+    run = Run(directory.path, recipe, (student.model, student.tokenizer))
+    assert run.metrics is not None  # read now: the folder may be a temporary one
+    return run
 
 
 def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageModel | None:
@@ -100,6 +83,8 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
             progress.note(f"{spec.name}: already done")
             continue
         progress.stage(spec.name, spec.steps)
+        folder = session.directory.stage(spec.name)
+        progress.record(folder.progress if folder.writes else None, spec.steps)
         for name, task in (item for one in reversed(prepared[spec.name].views) for item in one.tasks.items()):
             for line in task.notes:
                 progress.note(f"{spec.name}: {line}" if name is None else f"{spec.name}, task {name}: {line}")
@@ -118,7 +103,10 @@ def run_stages(session: Session, prepared: Mapping[str, Prepared]) -> LanguageMo
             check_learned(stage)
             progress.phase(f"{spec.name}: saving the model")
             finish(recipe, stage, outcome.seconds, session.given, session.directory, before)
+            progress.phase(f"{spec.name}: finished")
+            progress.record(None)
             session.world.wait()
+        write_page(session)
         if outcome.stop and spec is not recipe.stages[-1]:
             raise stopped_after(spec.name, spec.steps, spec.steps, outcome.stop)
     return student

@@ -35,6 +35,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("stages.*.micro_batch_tokens", "rounding"),
     ("stages.*.checkpoint.*", "none"),
     ("stages.*.samples_every", "none"),
+    ("stages.*.samples.*", "none"),
     ("stages.*.diagnostics.*", "none"),
     ("stages.*.evaluate.every", "none"),
     ("stages.*.evaluate.pass_at*", "none"),

@@ -169,7 +169,7 @@ def made_progress(run: Path) -> bool:
 
 
 def clear(run: Path) -> None:
-    """Remove files of a run without progress that another run would read: evaluations and the trackers' id.
+    """Remove files of a run without progress that another run would read: evaluations, the trackers' id, findings.
 
     Judges' answers stay: each is stored with its question.
     """
@@ -178,8 +178,8 @@ def clear(run: Path) -> None:
             file.unlink()
         if (stage / "evaluating").exists():
             shutil.rmtree(stage / "evaluating")
-    with contextlib.suppress(FileNotFoundError):
-        (run / "report_id.txt").unlink()
+    for name in ("report_id.txt", "doctor.json"):
+        (run / name).unlink(missing_ok=True)
 
 
 def _stages(run: Path) -> list[Path]:

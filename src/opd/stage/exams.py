@@ -8,16 +8,20 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from opd.errors import DataError, TeacherError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, Sampled, measure, student_samplers
 from opd.evaluation.recovery import as_metrics, recovered
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
+from opd.recipe.schema import SamplesSection
+from opd.rewards.base import extracted
 from opd.stage.folder import StageDir
 from opd.stage.kept_responses import KeptResponses
+from opd.stage.looks import columns_of_models
 from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
-from opd.types import Context, Rollout, Teacher, Writer
+from opd.types import Context, Prompt, Rollout, Teacher, Writer
 
 BEFORE = ("teacher", "before")  # the evaluations before the first step, by the names of their files
 
@@ -39,6 +43,12 @@ class Exam:
     task: str | None = None
     teacher_writers: Mapping[str, Writer] = field(default_factory=dict[str, Writer])
     kl_teacher: Teacher | None = None
+    scorer: Teacher | None = None  # of the files' columns, if the held-out prompts have what it reads
+    reads_alone: bool = False  # `scorer` reads a prompt without rewards or other responses
+
+    def extracted(self, rollout: Rollout) -> str | None:
+        """The part of a response that the reward compares, if it says."""
+        return extracted(self.held_out.reward, rollout.prompt, rollout.text)
 
     def due(self, done: int) -> bool:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
@@ -73,6 +83,7 @@ class Exams:
     folder: StageDir
     micro_batch_tokens: int
     progress: Progress
+    samples: SamplesSection = SamplesSection()
 
     @property
     def kept(self) -> KeptResponses:
@@ -142,7 +153,7 @@ class Exams:
     def _taught(self, exam: Exam, when: str) -> Measured:
         taught = measure(exam.held_out, exam.teacher_writers, self.world, self._around(exam, when))
         metrics = {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}
-        return metrics, self._rows(exam, taught.rollouts, exam.teacher_writers, by_teacher=True)
+        return metrics, self._rows(exam, when, taught.rollouts, exam.teacher_writers, by_teacher=True)
 
     def _student(self, exam: Exam, when: str) -> Measured:
         samplers = student_samplers(exam.held_out, self.student)
@@ -162,20 +173,93 @@ class Exams:
             )
             metrics |= {f"eval/{name}": value for name, value in divergences.items()}
         taught = [name for name, rollouts in measured.rollouts.items() if rollouts is compared]
-        return metrics, self._rows(exam, measured.rollouts, taught)
+        return metrics, self._rows(exam, when, measured.rollouts, taught)
 
     def _rows(
-        self, exam: Exam, written: Mapping[str, list[Rollout]], taught: Collection[str], *, by_teacher: bool = False
+        self,
+        exam: Exam,
+        when: str,
+        written: Mapping[str, list[Rollout]],
+        taught: Collection[str],
+        *,
+        by_teacher: bool = False,
     ) -> list[dict[str, Any]]:
         """The responses by setting as rows; `taught`: the settings of responses that the teacher read or wrote."""
         rows: list[dict[str, Any]] = []
         for name, rollouts in written.items() if self.folder.writes else ():
+            # The teacher wrote its own responses before there was a text or a reward.
+            known = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
+            contexts = exam.context(known) if name in taught else self._context_or_note(exam, when, name, known)
             read: list[str | None] = [None] * len(rollouts)
-            if name in taught and exam.reader is not None:
-                readers = {rollout.prompt.teacher_id: exam.reader for rollout in rollouts}
-                # The teacher wrote its own responses before there was a text or a reward.
-                known = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
-                read = read_by(readers, rollouts, exam.context(known))
-            tokenizer = self.student.tokenizer
-            rows += sample_rows(rollouts, tokenizer, teacher_reads=read, by_teacher=by_teacher, sampling=name)
+            if contexts is not None and exam.reader is not None:
+                read = read_by({one.prompt.teacher_id: exam.reader for one in rollouts}, rollouts, contexts)
+            own = sample_rows(
+                rollouts,
+                self.student.tokenizer,
+                teacher_reads=read,
+                by_teacher=by_teacher,
+                extract=exam.extracted,
+                sampling=name,
+            )
+            self._add_columns(exam, f"held out ({when}), {name}", own, rollouts, contexts)
+            rows += own
         return rows
+
+    def _context_or_note(
+        self, exam: Exam, when: str, name: str, rollouts: Sequence[Rollout]
+    ) -> Sequence[Prompt] | None:
+        """What the teacher reads before responses that no measurement has it read; None if it cannot."""
+        try:
+            return None if exam.scorer is None else exam.context(rollouts)
+        except (DataError, TeacherError) as error:
+            self.progress.note(f"held out ({when}), {name}: the file has no columns of the teacher: {error}")
+            return None
+
+    def _add_columns(
+        self,
+        exam: Exam,
+        what: str,
+        rows: list[dict[str, Any]],
+        rollouts: Sequence[Rollout],
+        contexts: Sequence[Prompt] | None,
+    ) -> None:
+        """Score the first `samples.held_out` responses of a setting by both models, in the process that writes."""
+        first = [i for i, one in enumerate(rollouts) if len(one.response_ids)][: self.samples.held_out]
+        if not first:
+            return
+        self.progress.phase(f"{self.folder.path.name}: {what}, scored for the file")
+        read = [rollouts[i].prompt if contexts is None else contexts[i] for i in first]
+        columns = columns_or_note(
+            what,
+            self.progress,
+            self.student,
+            None if contexts is None else exam.scorer,
+            [rollouts[i] for i in first],
+            read,
+            k=self.samples.top_k,
+            micro_batch_tokens=self.micro_batch_tokens,
+        )
+        for i, more in zip(first, columns, strict=True):
+            rows[i] |= more
+
+
+def columns_or_note(
+    what: str,
+    progress: Progress,
+    student: LanguageModel,
+    scorer: Teacher | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """The exact columns of held-out rows. Of a model that cannot read them, a note and no columns.
+
+    No measurement needs these columns, so that a row which is too long for the teacher ends no run.
+    """
+    for one in [None] if scorer is None else [scorer, None]:
+        try:
+            return columns_of_models(student, one, rollouts, contexts, exact=True, **how)
+        except (DataError, TeacherError) as error:
+            whose = "the student" if one is None else one.name
+            progress.note(f"{what}: the file has no columns of {whose}: {error}")
+    return [{} for _ in rollouts]

@@ -4,10 +4,14 @@
     <run>/environment.json      versions and hardware of the last process that opened the run, and when the run started
     <run>/inputs.json           fingerprints of rows, models and code at the last start
     <run>/changes.jsonl         accepted changes of recipe and inputs, see `changes.py`
+    <run>/report.html           the page of `opd report`, written again at the end of each stage
     <run>/.lock, .holder.json   the process that runs it, see `claim.py`
+    <run>/doctor.json           what `opd doctor` found for this recipe, if it ran, see `doctor_file.py`
     <run>/<stage>/metrics.jsonl one line per step; the same recipe on the same machine writes the same bytes
     <run>/<stage>/timings.jsonl wall-clock and CPU seconds of the same steps, which differ between runs
-    <run>/<stage>/samples/step_000012.parquet
+    <run>/<stage>/progress.json what the stage does now, see `progress_file.py`
+    <run>/<stage>/keys.json     names that the metrics' names are made of
+    <run>/<stage>/samples/step_000012.parquet, held_out_before.parquet    see `columns.py`
     <run>/<stage>/checkpoints/  see `checkpoint.py`
     <run>/<stage>/done.json     exists once the stage has finished
 
@@ -38,9 +42,13 @@ from opd.files import (
 )
 from opd.recipe.schema import Recipe
 from opd.stage.claim import FolderLock, lock_folder
+from opd.stage.columns import full_rows, schema
 from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
-_RESERVED = frozenset({"recipe.yaml", "environment.json", INPUTS, CHANGES, "report_id.txt", "tensorboard", "wandb"})
+_RESERVED = frozenset(
+    {"recipe.yaml", "environment.json", "doctor.json", "report.html", INPUTS, CHANGES}
+    | {"report_id.txt", "tensorboard", "wandb"}
+)
 
 
 def check_stage_name(name: str) -> None:
@@ -129,6 +137,9 @@ class StageDir:
 
     path: Path
     writes: bool = True
+    # {"name", "correctness"} of the rewards of training and of evaluations, for the metadata of the files.
+    reward: Mapping[str, Any] | None = None
+    measured_by: Mapping[str, Any] | None = None
 
     @property
     def metrics(self) -> Path:
@@ -137,6 +148,14 @@ class StageDir:
     @property
     def timings(self) -> Path:
         return self.path / "timings.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        return self.path / "progress.json"
+
+    @property
+    def keys(self) -> Path:
+        return self.path / "keys.json"
 
     @property
     def samples(self) -> Path:
@@ -159,7 +178,7 @@ class StageDir:
 
         Checkpoints and the saved model of all are in the stage's own. Raises RunError if it cannot be created.
         """
-        peer = StageDir(self.path / "peers" / name, self.writes)
+        peer = StageDir(self.path / "peers" / name, self.writes, self.reward, self.measured_by)
         try:
             if self.writes:
                 peer.samples.mkdir(parents=True, exist_ok=True)
@@ -212,32 +231,42 @@ class StageDir:
             raise refused(self.path, error) from error
 
     def write_samples(self, step: int, rows: list[dict[str, Any]]) -> Path:
-        """One parquet file of a step's responses. Every row has the same keys.
+        """One parquet file of a step's responses, with the columns of `columns.COLUMNS`; absent ones are null.
 
         Raises:
-            DataError: the values of a column have no common type.
+            DataError: a value is not of its column's type.
             RunError: the file could not be written.
         """
-        file = self.samples / f"step_{step:06d}.parquet"
-        return write_table(file, rows) if self.writes else file
+        return self._write_rows(self.samples / f"step_{step:06d}.parquet", rows, self.reward)
 
     def write_held_out(self, when: str, rows: list[dict[str, Any]]) -> Path:
         """The responses of one evaluation, to held_out_<when>.parquet. Raises as `write_samples` does."""
-        file = self.path / f"held_out_{when}.parquet"
-        return write_table(file, rows) if self.writes else file
+        return self._write_rows(self.path / f"held_out_{when}.parquet", rows, self.measured_by)
 
-    def read_samples(self) -> list[dict[str, Any]]:
-        """The rows of all sample files, each with its `step`, in order."""
+    def _write_rows(self, file: Path, rows: list[dict[str, Any]], reward: Mapping[str, Any] | None) -> Path:
+        return write_table(file, full_rows(rows), schema(reward)) if self.writes else file
+
+    def read_samples(self, *, followed: bool = False) -> list[dict[str, Any]]:
+        """The responses of the steps in all sample files, each with its `step`, in order.
+
+        `followed`: those to the same held-out prompts at each of these steps, instead.
+        """
         return [
             {"step": int(file.stem.removeprefix("step_")), **row}
             for file in sorted(self.samples.glob("step_*.parquet"))
             for row in read_table(file)
+            if (row.get("pick") == "follow") == followed
         ]
 
     def read_held_out(self, when: str) -> list[dict[str, Any]]:
         """The responses of one evaluation; empty if there was none."""
         file = self.path / f"held_out_{when}.parquet"
         return read_table(file) if file.exists() else []
+
+    def write_keys(self, keys: Mapping[str, Any]) -> None:
+        """Write what a reader needs to parse the names of the stage's metrics. Raises RunError if it cannot."""
+        if self.writes:
+            write_atomically(self.keys, json.dumps(keys, indent=2) + "\n")
 
     def mark_done(self, summary: Mapping[str, Any]) -> None:
         """Record that the stage has finished.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.progress import Progress as RichProgress
 
 from opd.models.ticks import running
 from opd.stage.pace import spoken
+from opd.stage.progress_file import ProgressFile
 from opd.stage.quiet import write_nowhere
 
 # Metrics of a progress line, in this order, if present.
@@ -54,6 +56,7 @@ class Progress:
         self._silence = longest_silence
         self._phase, self._since = "", time.monotonic()
         self._ended = threading.Event()
+        self._file: ProgressFile | None = None
 
     def __enter__(self) -> Progress:
         if self.console.is_terminal and not self.console.quiet:
@@ -75,6 +78,7 @@ class Progress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        self.record(None)
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -82,6 +86,16 @@ class Progress:
     def phase(self, text: str) -> None:
         """State what begins now. If it takes long without a line, a line shows it with the count of its loop."""
         self._phase, self._since = text, time.monotonic()
+        if self._file is not None:
+            self._file.phase(text)
+
+    def record(self, file: Path | None, steps: int = 0) -> None:
+        """Write the progress of a stage to `file` from now on; None ends it."""
+        if self._file is not None:
+            self._file.close()
+            if self._file.trouble:
+                self.note(f"{self._file.trouble}: the run went on without it")
+        self._file = None if file is None else ProgressFile(file, steps)
 
     def _watch(self) -> None:
         """Print a line whenever none was printed for `longest_silence` seconds."""
@@ -112,6 +126,8 @@ class Progress:
 
         `rate`: response tokens per second. `left`: seconds to the end of the stage.
         """
+        if self._file is not None:
+            self._file.step(step, left)
         evaluated = {k: v for k, v in metrics.items() if k.startswith("eval/") and k.endswith(("/reward", "_kl"))}
         if evaluated:
             shown = "  ".join(

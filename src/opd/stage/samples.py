@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from opd.messages import text_of
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.models.shown import text_of_ids, token_texts
+from opd.stage.looks import numbers
 from opd.types import Prompt, Rollout
 
 
@@ -21,11 +23,12 @@ def sample_rows(
     *,
     teacher_reads: Sequence[str | None],
     by_teacher: bool = False,
+    extract: Callable[[Rollout], str | None] = lambda _: None,
     **columns: Any,
 ) -> list[dict[str, Any]]:
     """Rollouts as flat rows for a Parquet file. `tokenizer` is the student's; `teacher_reads` comes from `read_by`.
 
-    `by_teacher`: a teacher wrote the responses, and the student reads nothing.
+    `by_teacher`: a teacher wrote the responses, and the student reads nothing. `extract`: what the reward compared.
     """
     texts = {ids: text_of_ids(ids, tokenizer) for ids in {r.prompt_ids for r in rollouts}}
     responses = [r.response_ids.tolist() for r in rollouts]
@@ -38,14 +41,19 @@ def sample_rows(
             "sample": r.sample,
             "part": r.part,
             "prompt": last_text(r.prompt),
+            "prompt_messages": messages_text(r.prompt),
+            "answer": answer_text(r.prompt.answer),
             "student_reads": None if by_teacher else texts[r.prompt_ids],
             "teacher_reads": teacher_reads[i],
             "response": r.text,
+            "extracted": extract(r),
             "reward": r.reward,
             "finished": r.finished,
             "sampler_version": r.sampler_version,
             "response_ids": responses[i],
             "response_tokens": tokens[i],
+            "trained": r.trained.tolist(),
+            "turn": r.turn.tolist(),
             "sampler_logp": None if r.sampler_logp is None else r.sampler_logp.tolist(),
             "policy_logp": None if r.policy_logp is None else r.policy_logp.tolist(),
         }
@@ -53,14 +61,21 @@ def sample_rows(
     ]
 
 
-def rows_of(phase_a: PhaseA, tokenizer: Any, readers: Mapping[str | None, LanguageModel]) -> list[dict[str, Any]]:
+def rows_of(
+    phase_a: PhaseA,
+    tokenizer: Any,
+    readers: Mapping[str | None, LanguageModel],
+    extract: Callable[[Rollout], str | None] = lambda _: None,
+) -> list[dict[str, Any]]:
     """The step's responses with their per-token numbers. `tokenizer` is the student's, `readers` as for `read_by`."""
     batch = phase_a.batch
-    rows = sample_rows(batch.rollouts, tokenizer, teacher_reads=read_by(readers, batch.rollouts, phase_a.contexts))
+    reads = read_by(readers, batch.rollouts, phase_a.contexts)
+    rows = sample_rows(batch.rollouts, tokenizer, teacher_reads=reads, extract=extract)
     for i, row in enumerate(rows):
         t = len(batch.rollouts[i].response_ids)
         teacher_logp = batch.teacher_logp[i, :t]
-        row["teacher_logp"] = None if bool(teacher_logp.isnan().any()) else teacher_logp.tolist()
+        row["teacher_logp"] = numbers(teacher_logp)
+        row["signal"] = None if phase_a.signal is None else numbers(phase_a.signal[i, :t])
         row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
         row["advantage"] = None if batch.advantage is None else _first(batch.advantage[i, :t]).tolist()
     return rows
@@ -92,6 +107,18 @@ def read_by(
             texts.append(text_of_ids(ids, lm.tokenizer))
         before = rendered_from
     return texts
+
+
+def messages_text(prompt: Prompt) -> str | None:
+    """The conversation as JSON; None for a prompt that is a text."""
+    if isinstance(prompt.content, str):
+        return None
+    return json.dumps([dict(message) for message in prompt.content], ensure_ascii=False, default=str)
+
+
+def answer_text(answer: Any) -> str | None:
+    """The answer of the data as a text, JSON where it is none."""
+    return answer if answer is None or isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
 
 
 def last_text(prompt: Prompt) -> str | None:

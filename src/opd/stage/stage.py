@@ -28,7 +28,9 @@ from opd.samplers.ahead import Ahead
 from opd.stage import drawn_ahead
 from opd.stage.exams import BEFORE, Exams, when_after
 from opd.stage.folder import StageDir
+from opd.stage.follow import Followed, rows_of_followed
 from opd.stage.interrupt import Interrupt, StopNow, stopped_after
+from opd.stage.looks import Looks, looks_at
 from opd.stage.optimisation import StageOptimisation
 from opd.stage.pace import Pace
 from opd.stage.progress import Progress
@@ -36,7 +38,8 @@ from opd.stage.resume import Trained
 from opd.stage.samples import rows_of
 from opd.stage.stopwatch import Stopwatch, peak_bytes
 from opd.stage.trackers import ReportWriter
-from opd.types import Memory, Prompt, Rollout, ScoreRequest, Teacher, Writers
+from opd.teachers.seen import why_unseen
+from opd.types import Memory, Prompt, ScoreRequest, Teacher, Writers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +71,7 @@ class Stage:
     world: World
     optimisation: StageOptimisation
     exams: Exams | None
+    followed: Sequence[Followed] = ()  # held-out prompts in every sample file
     seconds_limit: float = math.inf
     router_aux_loss: float = 0.0  # the factor of the load-balancing loss
     ahead: Ahead | None = None  # the student's sampler, if it draws the next step's responses while a step trains
@@ -82,6 +86,7 @@ class Stage:
     finished: bool = field(default=False, init=False)  # after the last step or the time limit
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
+    looks: Looks = field(default_factory=Looks, init=False)  # of the step, for its sample file
     begun: bool = field(default=False, init=False)  # the first step of this start, or an evaluation before it
     saved: int | None = field(default=None, init=False)  # updates at the last checkpoint
     saved_at: float = field(default_factory=time.monotonic, init=False)
@@ -104,6 +109,7 @@ class Stage:
         first = self._resume()
         self.begun = True
         for one in self.models:
+            one._note_unseen()
             if one.exams is not None and first == 0:
                 with self._all_whole():
                     one._measured(0, one.exams.before)
@@ -189,14 +195,38 @@ class Stage:
         """The scores that the teacher computes in this step."""
         return self.method.request(shown=self._shown(step))
 
-    def compare(self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[Prompt]) -> Metrics:
-        """Metrics compare/... of both models, before the update of every `diagnostics.every`-th step; else empty."""
+    def compare(self, step: int, phase_a: PhaseA) -> Metrics:
+        """Metrics compare/... of both models, before the update of every `diagnostics.every`-th step; else empty.
+
+        Also keeps what the step's sample file shows of both models, if the step writes one.
+        """
         spec = self.spec
+        self.looks = self._looks(step, phase_a) if self._shown(step) else Looks()
         if not spec.diagnostics.every or step % spec.diagnostics.every:
             return Metrics()
-        own = [i for i, rollout in enumerate(rollouts) if not rollout.part]
-        rollouts, contexts = [rollouts[i] for i in own], [contexts[i] for i in own]
+        rollouts, contexts = phase_a.batch.rollouts, phase_a.contexts
         return diagnostics.compared(spec, self.method, self.student, self.teacher, rollouts, contexts)
+
+    def _note_unseen(self) -> None:
+        """Say of which teachers the sample files have no choices, and why."""
+        spec = self.spec
+        if not (spec.samples_every and spec.samples.rows) or self.method.teacher.kind == "none":
+            return
+        names = {prompt.teacher_id for prompts in self.order.prompts for prompt in prompts}
+        for one in {id(teacher): teacher for teacher in map(self.teacher.of, sorted(names, key=str))}.values():
+            if why := why_unseen(one, self.method.temperature):
+                self.progress.note(f"{spec.name}: samples have no columns of the choices of {one.name}: {why}")
+
+    def _looks(self, step: int, phase_a: PhaseA) -> Looks:
+        """What the step's sample file shows besides the loss's numbers: with the weights that wrote the responses."""
+        spec, how = self.spec, {"temperature": self.method.temperature}
+        seed, samples = (self.seed, step), spec.samples
+        rows: dict[int, dict[str, Any]] = {}
+        if samples.rows:
+            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed)
+        more = {**how, "micro_batch_tokens": spec.micro_batch_tokens, "world": self.world, "progress": self.progress}
+        followed = rows_of_followed(self.followed, self.student, samples, step=step, **more)
+        return Looks(rows=rows, followed=followed)
 
     def update(self, step: int, phase_a: PhaseA, loss: float, observed: Sequence[Metrics]) -> dict[str, float]:
         """Make the method's update with the accumulated gradient; returns all metrics of the step.
@@ -233,9 +263,12 @@ class Stage:
         self._write(done, metrics, rate=tokens / watch.total)
         peak = peak_bytes(self.student.device) / GIB
         counts = {"tokens": tokens, "tokens_per_second": tokens / watch.total, "peak_memory_gib": peak}
+        counts["wall"] = time.time()
         self.folder.append_timings(done, watch.row({**counts, **self.reward.pop_requests(), **self._of_servers()}))
         if self._shown(step) or (self.spec.samples_every and self.finished):
-            self.folder.write_samples(done, self._sample_rows(step, phase_a))
+            rows = self._sample_rows(step, phase_a)
+            self.folder.write_samples(done, rows)
+            self.trackers.table(self._name, done, rows)
 
     def _of_servers(self) -> dict[str, float]:
         """What servers did in this step, over all processes; empty if teacher and sampler are in this process."""
@@ -352,11 +385,15 @@ class Stage:
 
     def _write(self, done: int, metrics: Mapping[str, float], *, rate: float = 0.0) -> None:
         self.folder.append_metrics(done, metrics)
-        is_peer = self.spec.train in self.spec.peers  # its numbers are beside those of the stage's first model
-        name = f"{self.spec.name}/{self.spec.train}" if is_peer else self.spec.name
-        self.trackers.log(name, done, metrics)
-        if not is_peer or any(key.startswith("eval/") for key in metrics):
-            self.progress.step(name, done, metrics, rate=rate, left=self.pace.left(done))
+        self.trackers.log(self._name, done, metrics)
+        if self._name == self.spec.name or any(key.startswith("eval/") for key in metrics):
+            self.progress.step(self._name, done, metrics, rate=rate, left=self.pace.left(done))
+
+    @property
+    def _name(self) -> str:
+        """The stage's name; of a peer, whose numbers are beside those of the stage's first model, with its own."""
+        is_peer = self.spec.train in self.spec.peers
+        return f"{self.spec.name}/{self.spec.train}" if is_peer else self.spec.name
 
     def _shown(self, step: int) -> bool:
         """Whether this step writes its responses to a sample file."""
@@ -373,12 +410,16 @@ class Stage:
 
     def _sample_rows(self, step: int, phase_a: PhaseA) -> list[dict[str, Any]]:
         """The responses of all processes, as rows of a sample file: the method's own, then those of its parts."""
-        rows = [row for phase in phase_a.all for row in rows_of(phase, self.student.tokenizer, self.readers)]
+        tokenizer, extract = self.student.tokenizer, self.reward.extracted
+        rows = [row for phase in phase_a.all for row in rows_of(phase, tokenizer, self.readers, extract)]
+        for i, more in self.looks.rows.items():  # the method's own rows come first
+            rows[i] |= more
+        followed = list(self.looks.followed)
         if not self.method.parts:
-            return self.world.in_order(self._positions(step), rows)
+            return self.world.in_order(self._positions(step), rows) + followed
         shared = [row for of_process in self.world.gather(rows) for row in of_process]
         place = {prompt.id: i for i, prompt in enumerate(self.order.take(step))}
-        return sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"]))
+        return sorted(shared, key=lambda row: (row["part"], place[row["prompt_id"]], row["sample"])) + followed
 
     def _check_finite(self, step: int, phase_a: PhaseA, loss: float, grad_norm: float) -> None:
         """Raise TrainingError if loss or gradient is not finite, before the update, while the weights are good."""

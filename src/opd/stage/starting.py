@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from opd.errors import ConfigError, RunError
-from opd.files import append_row, read_lines, remove_unfinished, write_atomically
+from opd.files import GIB, append_row, read_lines, remove_unfinished, write_atomically
 from opd.recipe.load import dump, load_recipe
 from opd.recipe.schema import Recipe
 from opd.stage.changes import Change, check_steps, input_changes, recipe_changes, refuse
 from opd.stage.claim import HOLDER, LOCK, clear, made_progress, made_something
+from opd.stage.doctor_file import bring
 
 INPUTS, CHANGES = "inputs.json", "changes.jsonl"
 FILES = {"of another recipe": "recipe.yaml", "with other rows, models or code": INPUTS}  # which run a folder holds
@@ -75,6 +76,7 @@ def begin(path: Path, recipe: Recipe, inputs: Inputs, *, accept: bool) -> tuple[
     for name, text in texts.items():
         if not _holds(path / name, text):
             write_atomically(path / name, text)
+    bring(path, texts["recipe.yaml"])
     write_atomically(path / "environment.json", json.dumps(_environment(started), indent=2) + "\n")
     return tuple(notes)
 
@@ -139,10 +141,31 @@ def _environment(started: datetime) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
+        "cpu": _processor(),
+        "memory_gib": _memory_gib(),
         "packages": {name: _version(name) for name in ("torch", "transformers", "datasets", "peft", "opd")},
         "cuda_devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "gpu": list(dict.fromkeys(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))),
         "git_commit": _git_commit(),
     }
+
+
+def _processor() -> str | None:
+    """The name of the processor, as Linux or Python states it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or None
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
+
+
+def _memory_gib() -> float | None:
+    """The machine's memory; None where the system does not say."""
+    try:
+        return round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB, 1)
+    except (ValueError, OSError):
+        return None
 
 
 def _version(package: str) -> str | None:

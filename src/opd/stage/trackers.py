@@ -1,20 +1,27 @@
-"""Send metrics to tensorboard, wandb and trackio."""
+"""Send metrics, and a table of responses from each sample file, to tensorboard, wandb and trackio."""
 
 from __future__ import annotations
 
+import html
 import importlib
+import re
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError, nearest
+from opd.messages import visible
+
+TABLE = "completions"  # the table's name, behind the stage's
+TEXT = 2000  # characters of a prompt or response in a table
 
 
 @dataclass(frozen=True, slots=True)
 class _Tracker:
     log: Callable[[str, int, Mapping[str, float]], None]
+    table: Callable[[str, int, list[dict[str, Any]]], None]  # rows with the same keys
     close: Callable[[], None]
 
 
@@ -47,7 +54,8 @@ class ReportWriter:
     `folder` is the run's folder: TensorBoard's event files go to `folder/tensorboard`, one TensorBoard run per stage;
     wandb's local files go to `folder/wandb`; trackio keeps its own database (`TRACKIO_DIR`). In wandb and trackio the
     names are `stage/namespace/name`. A resumed run continues the same wandb and trackio run; the steps since the last
-    checkpoint are sent again, with the same numbers. With several processes, only one creates a writer.
+    checkpoint are sent again, with the same numbers. With several processes, only one creates a writer. `samples`: the
+    number of responses in a table; 0: no tables.
 
     Raises:
         ConfigError: see `check_report_to`; also when wandb refuses to start (not logged in, no network).
@@ -61,8 +69,9 @@ class ReportWriter:
         name: str,
         project: str = "opd",
         config: Mapping[str, Any] | None = None,
+        samples: int = 8,
     ) -> None:
-        names = list(report_to)
+        names, self._samples = list(report_to), samples
         check_report_to(names)
         if names:
             folder.mkdir(parents=True, exist_ok=True)
@@ -73,11 +82,57 @@ class ReportWriter:
         for tracker in self._trackers:
             tracker.log(stage, step, metrics)
 
+    def table(self, stage: str, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Send a table STAGE/completions of some rows of a step's sample file: the picked ones first."""
+        if self._trackers and (shown := completions(rows, self._samples)):
+            for tracker in self._trackers:
+                tracker.table(stage, step, shown)
+
     def close(self) -> None:
         """Flush and finish; a second call does nothing."""
         trackers, self._trackers = self._trackers, []
         for tracker in trackers:
             tracker.close()
+
+
+def completions(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
+    """Rows of a table: prompt, response, reward and the mean of log q - log p in nats; at most `most`.
+
+    Rows that were picked come first, those of prompts that are followed over time last.
+    """
+    order = sorted(rows, key=lambda row: (row.get("pick") == "follow", row.get("pick") is None))
+    return [
+        {
+            "prompt_id": row["prompt_id"],
+            "sample": row["sample"],
+            "picked": row.get("pick") or "",
+            "prompt": _cut(row["prompt"] or ""),
+            "response": _cut("".join(row["response_tokens"]) if row.get("response_tokens") else row["response"]),
+            "reward": row["reward"],
+            "finished": row["finished"],
+            "log_ratio": _mean_ratio(row),
+        }
+        for row in order[:most]
+    ]
+
+
+def _mean_ratio(row: Mapping[str, Any]) -> float | None:
+    p, q = row.get("policy_logp"), row.get("teacher_logp")
+    return None if not p or not q else sum(b - a for a, b in zip(p, q, strict=True)) / len(p)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= TEXT else f"{text[:TEXT]} … {len(text) - TEXT:,} characters left out"
+
+
+def as_markdown(value: Any) -> str:
+    """A value as Markdown that shows it as it is: no markup of a model or a user is markup there."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if not isinstance(value, str):
+        return "" if value is None else str(value)
+    escaped = re.sub(r"([\\`*_{}\[\]()#+\-.!|])", r"\\\1", html.escape(visible(value), quote=False))
+    return escaped.replace("\n", "<br>")
 
 
 def _run_id(folder: Path) -> str:
@@ -100,11 +155,18 @@ def _tensorboard(folder: Path, *_: Any) -> _Tracker:
         for name, value in metrics.items():
             writers[stage].add_scalar(name, value, step)
 
+    def table(stage: str, step: int, rows: list[dict[str, Any]]) -> None:
+        lines = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
+        lines += ["| " + " | ".join(map(as_markdown, row.values())) + " |" for row in rows]
+        if stage not in writers:
+            log(stage, step, {})
+        writers[stage].add_text(TABLE, "\n".join(lines), step)
+
     def close() -> None:
         for writer in writers.values():
             writer.close()
 
-    return _Tracker(log, close)
+    return _Tracker(log, table, close)
 
 
 def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tracker:
@@ -133,11 +195,15 @@ def _wandb(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tr
             stages.add(stage)
         open_run.log({f"{stage}/step": step, **{f"{stage}/{name}": value for name, value in metrics.items()}})
 
+    def table(stage: str, step: int, rows: list[dict[str, Any]]) -> None:
+        made = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
+        open_run.log({f"{stage}/step": step, f"{stage}/{TABLE}": made})
+
     def close() -> None:
         if callers_run is None:
             open_run.finish()
 
-    return _Tracker(log, close)
+    return _Tracker(log, table, close)
 
 
 def _trackio(folder: Path, name: str, project: str, config: dict[str, Any]) -> _Tracker:
@@ -149,7 +215,14 @@ def _trackio(folder: Path, name: str, project: str, config: dict[str, Any]) -> _
     def log(stage: str, step: int, metrics: Mapping[str, float]) -> None:
         open_run.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
 
-    return _Tracker(log, open_run.finish)
+    def table(stage: str, step: int, rows: list[dict[str, Any]]) -> None:
+        # trackio shows texts of a table as Markdown.
+        data = [
+            {key: as_markdown(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows
+        ]
+        open_run.log({f"{stage}/{TABLE}": trackio.Table(data=data)}, step=step)
+
+    return _Tracker(log, table, open_run.finish)
 
 
 _TRACKERS: dict[str, tuple[str, Callable[[Path, str, str, dict[str, Any]], _Tracker]]] = {

@@ -38,7 +38,7 @@ def teacher_scores(
     assert support.kind != "none", "a method without a support has no teacher"
     check_fits(max(support.k, top_k), head.vocabulary)
     kept = hidden.detach() if support.kind == "full" else None
-    if kept is not None and not (request.sampled or entropy or top_k):
+    if kept is not None and not (request.sampled or entropy or top_k or request.rank):
         return Scores(teacher_logp=torch.full(response_ids.shape, torch.nan, device=hidden.device), teacher_hidden=kept)
     parts: list[Scores] = []
     times = CHUNKS_AT_ONCE if hidden.device.type == "cpu" else 1
@@ -49,7 +49,9 @@ def teacher_scores(
             at = slice(rows.start + tile.start, rows.start + tile.stop)
             student_top = None if student_top_ids is None else student_top_ids[at, : support.k]
             head.finish_(logits[tile], request.temperature)
-            parts.append(_scored(logits[tile], response_ids[at, None], support, student_top, entropy, top_k))
+            scores = _scored(logits[tile], response_ids[at, None], support, student_top, entropy, top_k)
+            rank = rank_of(logits[tile], response_ids[at, None]) if request.rank else None
+            parts.append(replace(scores, teacher_rank=rank))
     return replace(_joined(parts), teacher_hidden=kept)
 
 
@@ -81,6 +83,13 @@ def _scored(
     )
 
 
+def rank_of(logits: Tensor, ids: Tensor) -> Tensor:
+    """The places [n] of the tokens `ids` [n, 1] in falling order of `logits` [n, V]; of equal ones by rising id."""
+    own = logits.gather(-1, ids)
+    before = torch.arange(logits.shape[1], device=logits.device) < ids
+    return ((logits > own) | ((logits == own) & before)).sum(-1)
+
+
 def parted(scores: Scores, lengths: Sequence[int]) -> list[Scores]:
     """Scores of consecutive responses of these lengths, by response; `teacher_scores` made them."""
     columns = {
@@ -108,4 +117,5 @@ def _joined(parts: list[Scores]) -> Scores:
         teacher_entropy=joined("teacher_entropy"),
         teacher_top_ids=joined("teacher_top_ids"),
         teacher_top_logp=joined("teacher_top_logp"),
+        teacher_rank=joined("teacher_rank"),
     )

@@ -243,5 +243,5 @@ def draw(numbers: Mapping[str, Numbers]) -> Figure:
         "positional overlap": "positional overlap, share",
     }
     for row, (setting, measured) in zip(axes, numbers.items(), strict=True):
-        comparison.bars(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
+        comparison.points(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
     return figure

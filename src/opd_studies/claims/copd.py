@@ -174,5 +174,5 @@ def draw(numbers: Mapping[str, Numbers]) -> Figure:
     figure, axes = report.figure(3, 2, width=3.0, height=2.8)
     panels = {BOTH: "accuracy, both tasks, share", FIRST: "first task, share", SECOND: "second task, share"}
     for row, (setting, measured) in zip(axes, numbers.items(), strict=True):
-        comparison.bars(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
+        comparison.points(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
     return figure

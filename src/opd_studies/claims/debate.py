@@ -283,7 +283,7 @@ def draw(numbers: Numbers) -> report.Figure:
     figure, axes = report.figure(2, width=3.6, height=3.2)
     for panel, (kind, sure) in zip(axes[0], KINDS.items(), strict=True):
         own = {name.removeprefix(f"{kind}: "): one for name, one in numbers.items() if name.startswith(kind)}
-        comparison.bars([panel], own, {"sampled accuracy": "sampled accuracy, share"})
+        comparison.points([panel], own, {"sampled accuracy": "sampled accuracy, share"})
         panel.set_title(f"{kind}: teachers that are sure of wrong letters" if sure else f"{kind}: teachers that guess")
         panel.set_xlim(0, 1.03)
     return figure

@@ -261,7 +261,7 @@ def draw(numbers: Numbers) -> report.Figure:
         panel.annotate("1/e", (1, 1 / math.e), textcoords="offset points", xytext=(2, 3), fontsize=8)
         panel.set(title=start.name, xlabel="gradient step + 1", xscale="log")
     axes[0][0].set_ylabel("P_S / Q_S, share")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), ncols=len(FORMS), loc="outside upper center")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), ncols=len(FORMS), loc="outside lower center")
     return figure
 
 

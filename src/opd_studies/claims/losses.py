@@ -185,7 +185,7 @@ DRAWN = (
 def draw(measured: Measured) -> report.Figure:
     """Bars of final numbers, and the course of some of them."""
     figure, axes = report.figure(4, width=3.0, height=5.4)
-    comparison.bars(
+    comparison.points(
         axes[0][:3],
         measured.end,
         {

@@ -183,6 +183,6 @@ def draw(measured: Measured) -> report.Figure:
     """Bars of final numbers, and the course of those with the usual number of prompts."""
     figure, axes = report.figure(3, width=3.2, height=3.6)
     panels = {"sampled accuracy": "sampled accuracy, share", "KL": "KL(student || teacher), nats"}
-    comparison.bars(axes[0][:2], measured.end, panels)
+    comparison.points(axes[0][:2], measured.end, panels)
     comparison.curves(axes[0][2], measured.curve, list(AT_32), f"training accuracy, share,\nmean of {SMOOTHED} updates")
     return figure

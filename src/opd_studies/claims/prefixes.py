@@ -168,7 +168,7 @@ def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
         panel.errorbar(
             DEPTHS,
             [i.mean for i in intervals],
-            yerr=[[i.mean - i.low for i in intervals], [i.high - i.mean for i in intervals]],
+            yerr=[[i.mean - max(i.low, 0.0) for i in intervals], [min(i.high, 1.0) - i.mean for i in intervals]],
             fmt="o-",
             color=report.COLOURS[0],
             capsize=2,

@@ -285,13 +285,13 @@ def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
     for row, (setting, one) in zip(axes, numbers.items(), strict=True):
         accuracy, overlap, entropy = row
         asked = {ASKED[kind]: [one[name][kind]["accuracy"] for name in one] for kind in KINDS}
-        report.bars(accuracy, [name.replace(" ", "\n") for name in one], asked)
+        report.bars(accuracy, [name.replace(" ", "\n") for name in one], asked, most=1.0)
         accuracy.set(ylabel="held-out accuracy, share", yticks=SHARE_TICKS, xlabel="distilled on")
         accuracy.set_title(f"{setting}: the others are {100 * SHARES[setting]:g} % of the teacher's rows")
         masses = ("overlap ratio", "student mass on overlap", "teacher mass on overlap")
         pairs = (("own", "own"), ("other content", "content"))
         shares = {what: [one[name][kind][what] for name, kind in pairs] for what in masses}
-        report.bars(overlap, [f"{name},\nits own prompts" for name, _ in pairs], shares)
+        report.bars(overlap, [f"{name},\nits own prompts" for name, _ in pairs], shares, most=1.0)
         overlap.set(ylabel=f"share, top {K}", yticks=SHARE_TICKS, xlabel="distilled on, measured on")
         overlap.set_title(f"{setting}: both models' likeliest tokens")
         entropies = {ASKED[k]: [one[n][k]["student entropy"] for n in content] for k in ("own", "content")}
@@ -299,6 +299,6 @@ def draw(numbers: Mapping[str, Numbers]) -> report.Figure:
         entropy.set(ylabel="entropy, nats a token", xlabel="distilled on")
         entropy.set_title(f"{setting}: the student's entropy")
         for panel in row:
-            panel.set_ylim(0, 1.45 * (1 if panel is not entropy else panel.get_ylim()[1]))  # room for the legend
-            panel.legend(fontsize=7, loc="upper left", ncols=2 if panel is accuracy else 1)
+            panel.set_ylim(0, 1.04 if panel is not entropy else None)
+            panel.legend(fontsize=7)
     return figure

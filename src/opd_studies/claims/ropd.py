@@ -241,5 +241,5 @@ def draw(measured: Measured) -> Figure:
     for row, kind, (what, label) in zip(axes, TABLES, ends.items(), strict=True):
         setting = "A" if kind == "digits" else "B"
         panels = {what: label} | {f"{kind}: {name}": f"table of {kind}: {text}" for name, text in told.items()}
-        comparison.bars(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
+        comparison.points(row, shown, {name: f"{setting}, {text}" for name, text in panels.items()})
     return figure

@@ -335,5 +335,5 @@ def draw(numbers: Mapping[str, Numbers]) -> Figure:
     figure, axes = report.figure(2, len(numbers), width=3.6, height=2.8)
     panels = {"sampled accuracy": "sampled accuracy, share", TOKENS: f"{TOKENS}, stage 1 included"}
     for row, (setting, measured) in zip(axes, numbers.items(), strict=True):
-        comparison.bars(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
+        comparison.points(row, measured, {what: f"{setting}: {label}" for what, label in panels.items()})
     return figure

@@ -344,5 +344,5 @@ def draw(end: Numbers) -> report.Figure:
     axes[0][1].set_yscale("log")
     drawn = [name_of(arm, lag) for arm, lag in ((SAMPLED, 0), *((a, 1) for a in (SAMPLED, BY_TOKEN, BY_SEQUENCE)))]
     rows = {name: end[name] for name in (START, *drawn) if name in end}
-    comparison.bars(axes[0][2:], rows, {"sampled accuracy": "accuracy, share"})
+    comparison.points(axes[0][2:], rows, {"sampled accuracy": "accuracy, share"})
     return figure

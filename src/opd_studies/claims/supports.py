@@ -189,7 +189,7 @@ def looked_at(rows: Sequence[Mapping[str, float]], name: str) -> dict[int, float
 def draw(measured: Measured) -> report.Figure:
     """Bars of final numbers by support, and the overlap ratio during training."""
     figure, axes = report.figure(4, width=2.8, height=3.4)
-    comparison.bars(
+    comparison.points(
         axes[0][:3],
         measured.end,
         {

@@ -11,7 +11,8 @@ from opd.errors import ConfigError
 from opd.files import expanded, write_atomically
 from opd_studies import STUDIES, headline, study, use
 from opd_studies.lab.lab import Lab
-from opd_studies.page import report
+from opd_studies.page import intervals, numbers, report
+from opd_studies.page.table import shown
 
 ALONE, ALL = Path("runs/studies"), Path("docs")  # default output folders
 
@@ -49,27 +50,37 @@ def command(name: str | None, every: bool, pages: bool, out: str | None) -> None
         started = cpu_seconds(lab)
         with report.style():
             outcome = study(one)(lab)
-            image = report.save(folder, one, outcome, cpu_seconds(lab) - started)
+            image = report.save(folder, one, outcome, cpu_seconds(lab) - started, first_sentence(use(one)))
         for line in (*map(report.plain, outcome.findings), *report.aligned(outcome.table), str(image)):
             typer.echo(line)
         write_pages(folder)
 
 
 def write_pages(folder: Path) -> list[Path]:
-    """Write studies.md and one page per study from the results under `folder`, without running a study; their paths.
+    """Write studies.md, and per study a page and figures of its claims and numbers, from the results under `folder`.
 
-    Raises ConfigError without a result, RunError for a damaged result or a page that cannot be written.
+    No study runs. Returns the pages' paths. Raises ConfigError without a result or matplotlib, RunError for a damaged
+    result or a page that cannot be written.
     """
     results = report.load(folder, list(STUDIES))
     if not results:
         raise ConfigError(
             f"{folder / 'studies'} has no results of a study (NAME.json). Run one first: opd study NAME --out {folder}"
         )
+    for name, result in results.items():
+        intervals.save(folder, name, result["findings"], first_sentence(use(name)))
+        if (drawn := shown(result["table"])) is not None:
+            numbers.save(folder, name, drawn)
     headlines, uses = ({name: line(name) for name in results} for line in (headline, use))
     made = report.pages(results, headlines, uses)
     for file, text in made.items():
         write_atomically(folder / file, text)
     return [folder / file for file in made]
+
+
+def first_sentence(text: str) -> str:
+    """The text up to its first full stop: a study's advice as the title of its figures."""
+    return text.split(". ")[0].rstrip(".")
 
 
 def cpu_seconds(lab: Lab) -> float:

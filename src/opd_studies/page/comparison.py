@@ -1,4 +1,4 @@
-"""Comparisons of an ablation's settings: checks of claims, rows of a table, bars and training curves."""
+"""Comparisons of an ablation's settings: checks of claims, rows of a table, points and training curves."""
 
 from __future__ import annotations
 
@@ -57,26 +57,42 @@ def table(numbers: Numbers, columns: Sequence[str]) -> tuple[tuple[str, ...], ..
 
 
 def draw(numbers: Numbers, panels: Mapping[str, str], height: float = 3.4) -> Figure:
-    """One panel per entry of `panels` (measurement: axis label): seeds as points, their mean as a bar."""
+    """One panel per entry of `panels` (measurement: axis label): a row per setting, as `points` draws it."""
     figure, axes = report.figure(len(panels), width=2.6, height=height)
-    bars(axes[0], numbers, panels)
+    points(axes[0], numbers, panels)
     return figure
 
 
-def bars(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
-    """`draw` on existing axes, one per entry of `panels`; the first one shows the settings' names."""
+def points(axes: Sequence[Any], numbers: Numbers, panels: Mapping[str, str]) -> None:
+    """Seeds as small points, their mean as a large one; settings that begin alike stand together.
+
+    `axes`: one per entry of `panels`; the first one shows the settings' names. Start and teacher are grey.
+    """
     names = list(numbers)
+    places = _places(names)
     for panel, (what, label) in zip(axes, panels.items(), strict=True):
-        for place, name in enumerate(names):
+        for place, name in zip(places, names, strict=True):
             values = numbers[name].get(what)
             if values is None:
                 continue
             colour = report.COLOURS[5] if name.partition(",")[0] in (START, TEACHER) else report.COLOURS[0]
-            panel.barh(place, sum(values) / len(values), color=colour, alpha=0.6)
-            panel.plot(values, [place] * len(values), "o", color="black", markersize=2.5)
+            panel.axhline(place, color="#e5e7eb", linewidth=0.8, zorder=0)
+            panel.plot(values, [place] * len(values), "o", color=colour, markersize=2.5, alpha=0.5)
+            panel.plot([fmean(values)], [place], "o", color=colour, markersize=5.5)
         panel.set_xlabel(label)
-        panel.set_ylim(len(names) - 0.4, -0.6)
-        panel.set_yticks(range(len(names)), names if panel is axes[0] else [""] * len(names))
+        low, high = panel.get_xlim()
+        panel.set_xlim(min(low, -0.04 * high), high)
+        panel.set_ylim(places[-1] + 0.6, -0.6)
+        panel.set_yticks(places, names if panel is axes[0] else [""] * len(names))
+
+
+def _places(names: Sequence[str]) -> list[float]:
+    """The rows' places: a gap where the part of the name before a comma changes."""
+    places: list[float] = []
+    for before, name in zip([None, *names], names, strict=False):
+        near = before is None or before.partition(",")[0] == name.partition(",")[0]
+        places.append((places[-1] if places else -1.0) + (1.0 if near or not places else 1.4))
+    return places
 
 
 def curves(panel: Any, curve: Mapping[str, Sequence[Sequence[float]]], names: Sequence[str], label: str) -> None:

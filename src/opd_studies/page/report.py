@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import platform
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +16,7 @@ from opd.errors import ConfigError, RunError
 from opd.files import refused, write_atomically
 from opd_studies.page.not_studied import NOT_STUDIED
 from opd_studies.page.outcome import VERDICTS, Finding, Outcome, as_record, from_record, over_seeds
+from opd_studies.page.table import finding, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,6 +33,9 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.4,
 }
 
+
+# Studies whose own figure has the rows that the figure of the table has.
+REDRAWN = ("brts", "copd", "debate", "losses", "one_token", "simct", "sparse_to_dense", "supports", "top_p")
 
 INTRODUCTION = """# Studies
 
@@ -79,7 +85,7 @@ def figure(columns: int, rows: int = 1, *, width: float = 3.2, height: float = 2
     check_drawing()
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=110)
+    made = Figure(figsize=(width * columns, height * rows), layout="constrained", dpi=220)
     return made, made.subplots(rows, columns, squeeze=False)
 
 
@@ -104,8 +110,16 @@ def check_drawing() -> None:
         ) from error
 
 
-def bars(panel: Any, groups: Sequence[str], by_colour: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Draw bars side by side in each group: means and 95 % intervals over seeds. Raises as `over_seeds` does."""
+def bars(
+    panel: Any,
+    groups: Sequence[str],
+    by_colour: Mapping[str, Sequence[Sequence[float]]],
+    most: float = math.inf,
+) -> None:
+    """Draw bars side by side in each group: means and 95 % intervals over seeds. Raises as `over_seeds` does.
+
+    The numbers are at least 0 and at most `most`, and the intervals are drawn within this range.
+    """
     width = 0.8 / len(by_colour)
     for i, (label, values) in enumerate(by_colour.items()):
         intervals = [over_seeds(one) for one in values]
@@ -113,7 +127,10 @@ def bars(panel: Any, groups: Sequence[str], by_colour: Mapping[str, Sequence[Seq
             [place + width * (i - (len(by_colour) - 1) / 2) for place in range(len(groups))],
             [one.mean for one in intervals],
             width,
-            yerr=[[one.mean - one.low for one in intervals], [one.high - one.mean for one in intervals]],
+            yerr=[
+                [one.mean - max(one.low, 0.0) for one in intervals],
+                [min(one.high, most) - one.mean for one in intervals],
+            ],
             color=COLOURS[i],
             label=label,
             capsize=1.5,
@@ -131,13 +148,35 @@ def courses(panel: Any, by_name: Mapping[str, Sequence[Mapping[int, Mapping[str,
         panel.fill_between(updates, [min(v) for v in by_update], [max(v) for v in by_update], color=colour, alpha=0.15)
 
 
-def save(folder: Path, name: str, outcome: Outcome, seconds: float) -> Path:
+def legends_apart(figure: Figure) -> None:
+    """Take every legend out of its panel, where it would cover a curve: below the figure, or below its own panel."""
+    from matplotlib.transforms import offset_copy
+
+    found = [(panel, legend) for panel in figure.axes if (legend := panel.get_legend()) is not None]
+    kinds = {tuple(text.get_text() for text in legend.get_texts()) for _, legend in found}
+    for i, (panel, legend) in enumerate(found):
+        labels, title = [text.get_text() for text in legend.get_texts()], legend.get_title().get_text() or None
+        style: dict[str, Any] = {"handles": legend.legend_handles, "labels": labels, "title": title, "fontsize": 7}
+        legend.remove()
+        if len(kinds) == 1 and i == 0:
+            figure.legend(**style, loc="outside lower center", ncols=min(4, len(labels)))
+        elif len(kinds) > 1:
+            down = -36 - 11 * panel.get_xlabel().count("\n")
+            below = offset_copy(panel.transAxes, figure, x=0, y=down, units="points")
+            panel.legend(**style, loc="upper center", bbox_to_anchor=(0.5, 0), bbox_transform=below, ncols=2)
+
+
+def save(folder: Path, name: str, outcome: Outcome, seconds: float, title: str = "") -> Path:
     """Write figures/studies/NAME.png and studies/NAME.json under `folder`; returns the figure's path.
 
-    `seconds`: CPU seconds of all cores, which other work on the machine does not increase.
-    Raises RunError when they cannot be written.
+    `seconds`: CPU seconds of all cores, which other work on the machine does not increase. `title`: the study's
+    finding, above the figure. Raises RunError when they cannot be written.
     """
     image, numbers = paths(folder, name)
+    legends_apart(outcome.figure)
+    if title:
+        wide = int(outcome.figure.get_figwidth() * 13)  # characters of a line
+        outcome.figure.suptitle(textwrap.fill(title.replace("`", ""), wide), fontsize=10, fontweight="bold")
     result = {
         "setup": outcome.setup,
         "cpu_seconds": round(seconds),
@@ -234,18 +273,30 @@ def page(name: str, result: Mapping[str, Any], headline: str, use: str) -> str:
         result["setup"],
         "",
     ]
-    lines += ["## Claims", "", "| claim | source | measured | verdict |", "|---|---|---|---|"]
-    for one in result["findings"]:
+    findings = result["findings"]
+    lines += ["## Claims", "", f"![{described(name, findings)}](../figures/studies/{name}_claims.svg)", ""]
+    lines += ["| claim | source | measured | verdict |", "|---|---|---|---|"]
+    for one in findings:
         lines.append(row((one.claim, one.citation, one.measured, f"**{one.verdict}**")))
     lines += ["", "## Numbers", ""]
+    if (drawn := shown(result["table"])) is not None:
+        lines += [f"![{name}: {finding(drawn)}](../figures/studies/{name}_numbers.svg)", ""]
     if result["table"]:
         header, *rows = result["table"]
         lines += [row(header), "|---" * len(header) + "|", *map(row, rows), ""]
-    lines += [f"![{name}](../figures/studies/{name}.png)", ""]
+    if name not in REDRAWN:
+        lines += [f"![{name}: {headline}](../figures/studies/{name}.png)", ""]
     machine = result["environment"]
     seconds = f"{result['cpu_seconds']} s of CPU time, models from the cache not counted; torch {machine['torch']}."
     lines += [f"{seconds} `opd study {name}` runs it again. [All studies](../studies.md), with the rule of a verdict."]
     return "\n".join(lines) + "\n"
+
+
+def described(name: str, findings: Sequence[Finding]) -> str:
+    """What the figure of the claims shows, for readers who do not see it."""
+    verdicts = [one.verdict for one in findings]
+    counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in VERDICTS if verdict in verdicts)
+    return f"{name}: means and 95 % intervals beside the thresholds of {len(findings)} claims: {counts}"
 
 
 def row(cells: Sequence[str]) -> str:

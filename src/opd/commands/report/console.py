@@ -10,6 +10,7 @@ from rich.table import Table
 
 from opd.evaluation.learned import warnings_of
 from opd.evaluation.recovery import recovered
+from opd.evaluation.results import columns_of, of_task
 from opd.recipe.schema import Recipe, StageSpec
 from opd.stage.folder import RunDir, StageDir
 
@@ -53,16 +54,6 @@ def print_report(recipe: Recipe, console: Console) -> None:
     console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
 
 
-def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
-    """The evaluations of one task, with keys eval/... that leave its name out. `task` None: a stage without tasks."""
-    prefix = "eval/" if task is None else f"eval/{task}/"
-    rows: list[dict[str, Any]] = []
-    for row in metrics:
-        own = {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items() if key.startswith(prefix)}
-        rows += [{"step": row["step"], **own}] if own else []
-    return rows
-
-
 def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Sequence[str] = ()) -> Table:
     """One column per measurement: student before, teacher, student after (and in between, if measured).
 
@@ -98,20 +89,6 @@ def _add(
     cells = [_cell(column, key, share, digits) for column in columns.values()]
     if any(cells):
         table.add_row(label, *cells)
-
-
-def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Measurements by column name. The teacher's are in the row of step 0."""
-    first, last = rows[0], rows[-1]
-    columns: dict[str, dict[str, float]] = {}
-    if first["step"] == 0:
-        before = {k: v for k, v in first.items() if k.startswith("eval/") and not k.startswith("eval/teacher/")}
-        taught = {k.replace("eval/teacher/", "eval/"): v for k, v in first.items() if k.startswith("eval/teacher/")}
-        columns |= {name: c for name, c in (("before", before), ("teacher", taught)) if c}
-    for row in rows:
-        if row["step"] > 0:
-            columns["after" if row is last else f"step {row['step']}"] = dict(row)
-    return columns
 
 
 def recoveries(spec: StageSpec, folder: StageDir, task: str | None, rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,0 +1,30 @@
+"""The held-out numbers of a stage as columns: student before, teacher, student after, and between. No torch here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
+    """The evaluations of one task, with keys eval/... that leave its name out. `task` None: a stage without tasks."""
+    prefix = "eval/" if task is None else f"eval/{task}/"
+    rows: list[dict[str, Any]] = []
+    for row in metrics:
+        own = {f"eval/{key.removeprefix(prefix)}": value for key, value in row.items() if key.startswith(prefix)}
+        rows += [{"step": row["step"], **own}] if own else []
+    return rows
+
+
+def columns_of(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Measurements by column name. The teacher's are in the row of step 0."""
+    first, last = rows[0], rows[-1]
+    columns: dict[str, dict[str, float]] = {}
+    if first["step"] == 0:
+        before = {k: v for k, v in first.items() if k.startswith("eval/") and not k.startswith("eval/teacher/")}
+        taught = {k.replace("eval/teacher/", "eval/"): v for k, v in first.items() if k.startswith("eval/teacher/")}
+        columns |= {name: c for name, c in (("before", before), ("teacher", taught)) if c}
+    for row in rows:
+        if row["step"] > 0:
+            columns["after" if row is last else f"step {row['step']}"] = dict(row)
+    return columns

@@ -1,0 +1,190 @@
+"""What sample files and held-out files show of both models besides the numbers of the loss.
+
+One more forward of each model over a few rows, without gradient and without random numbers of the run: training has the
+same numbers with it and without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from opd.evaluation.divergence import divergence_by_token
+from opd.loss.step import PhaseA
+from opd.method import Method
+from opd.models.language_model import LanguageModel
+from opd.models.shown import texts_alone, token_texts
+from opd.parallel import World
+from opd.recipe.schema import StageSpec
+from opd.stage.picks import Candidate, picked
+from opd.teachers.seen import Seen, has_states, seen_by_student, seen_by_teacher
+from opd.types import Prompt, Rollout, Teacher
+
+AT_ONCE = 4  # micro-batches whose hidden states are in memory together
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """Columns by the number of the row in the method's own batch, and whole rows of the prompts that are followed."""
+
+    rows: Mapping[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
+    followed: Sequence[dict[str, Any]] = ()
+
+
+def looks_at(
+    spec: StageSpec,
+    method: Method,
+    student: LanguageModel,
+    teacher: Teacher,
+    phase_a: PhaseA,
+    world: World,
+    seed: tuple[int, int],
+) -> dict[int, dict[str, Any]]:
+    """The columns of this process's picked rows, by their numbers. The picks are those of all processes' rows."""
+    rollouts = phase_a.batch.rollouts
+    mine = [Candidate(key, length, ratio) for key, length, ratio in _candidates(phase_a, world.rank)]
+    chosen = picked([one for part in world.gather(mine) for one in part], spec.samples.rows, seed)
+    rows = [i for i, one in enumerate(mine) if one.key in chosen]
+    columns = columns_of_models(
+        student,
+        teacher,
+        [rollouts[i] for i in rows],
+        [phase_a.contexts[i] for i in rows],
+        k=spec.samples.top_k,
+        temperature=method.temperature,
+        micro_batch_tokens=spec.micro_batch_tokens,
+    )
+    return {i: {"pick": chosen[mine[i].key], **one} for i, one in zip(rows, columns, strict=True)}
+
+
+def _candidates(phase_a: PhaseA, rank: int) -> list[tuple[tuple[int, ...], int, float | None]]:
+    """(key, length, mean log-ratio of the trained tokens or None) of each of this process's own responses."""
+    batch = phase_a.batch
+    out: list[tuple[tuple[int, ...], int, float | None]] = []
+    for i, rollout in enumerate(batch.rollouts):
+        known = (batch.teacher_logp[i] - batch.policy_logp[i])[batch.mask[i]]
+        mean = float(known.mean()) if len(known) else float("nan")
+        out.append(
+            (
+                (rollout.prompt.id, rollout.sample, rank, i),
+                len(rollout.response_ids),
+                None if mean != mean else mean,
+            )
+        )
+    return out
+
+
+def columns_of_models(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    *,
+    k: int,
+    temperature: float = 1.0,
+    micro_batch_tokens: int,
+    exact: bool = False,
+) -> list[dict[str, Any]]:
+    """The columns of both models' own choices, by row; of a teacher that does not tell them null.
+
+    `exact`: also both log-probs, and as `signal` the exact reverse KL per token where both vocabularies are one.
+    `teacher` None: the student's alone.
+    """
+    out: list[dict[str, Any]] = []
+    for rows in _in_parts([len(one.response_ids) for one in rollouts], AT_ONCE * micro_batch_tokens):
+        part = [rollouts[i] for i in rows], [contexts[i] for i in rows]
+        out += _columns(student, teacher, *part, k, temperature, micro_batch_tokens, exact)
+    return out
+
+
+def _in_parts(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """The rows in order, in parts of at most `most` tokens or one row: the states of a part are in memory."""
+    parts: list[list[int]] = []
+    tokens = 0
+    for i, length in enumerate(lengths):
+        tokens += length
+        if not parts or tokens > most:
+            parts.append([])
+            tokens = length
+        parts[-1].append(i)
+    return parts
+
+
+def _columns(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    k: int,
+    temperature: float,
+    micro_batch_tokens: int,
+    exact: bool,
+) -> list[dict[str, Any]]:
+    """`columns_of_models` of some rows."""
+    states = exact and teacher is not None and all(has_states(teacher.of(r.prompt.teacher_id)) for r in rollouts)
+    ours = seen_by_student(
+        student, rollouts, k=k, temperature=temperature, micro_batch_tokens=micro_batch_tokens, states=states
+    )
+    theirs: list[Seen | None] = [None] * len(rollouts)
+    if teacher is not None:
+        theirs = seen_by_teacher(teacher, rollouts, contexts, k=k, temperature=temperature, states=states)
+    out = [
+        {**_of_student(one), **({} if two is None else _of_teacher(two))} for one, two in zip(ours, theirs, strict=True)
+    ]
+    for row, one, two, rollout in zip(out, ours, theirs, rollouts, strict=True):
+        if not exact:
+            continue
+        row["policy_logp"] = numbers(one.logp)
+        row["teacher_logp"] = None if two is None else numbers(two.logp)
+        if teacher is not None and two is not None and one.hidden is not None and two.hidden is not None:
+            heads = student.head(), teacher.head(rollout.prompt.teacher_id)
+            row["signal"] = numbers(divergence_by_token(heads[0], one.hidden, heads[1], two.hidden, temperature))
+    return out
+
+
+def _of_student(seen: Seen) -> dict[str, Any]:
+    return {"student_entropy": numbers(seen.entropy), **_top("student", seen)}
+
+
+def _of_teacher(seen: Seen) -> dict[str, Any]:
+    row = {
+        "teacher_entropy": _known(seen, numbers(seen.entropy)),
+        "teacher_rank": _known(seen, None if seen.rank is None else seen.rank.tolist()),
+        **{name: _known(seen, values) for name, values in _top("teacher", seen).items()},
+    }
+    if seen.units is not None:
+        names = ("student_start", "student_end", "teacher_start", "teacher_end")
+        row["units"] = [dict(zip(names, unit, strict=True)) for unit in seen.units]
+        row["teacher_tokens"] = token_texts([seen.own_ids], seen.tokenizer)[0]
+    return row
+
+
+def _known(seen: Seen, values: list[Any] | None) -> list[Any] | None:
+    """The values by token, with None for tokens that the model has no numbers of."""
+    if values is None or seen.inside is None:
+        return values
+    return [value if there else None for value, there in zip(values, seen.inside.tolist(), strict=True)]
+
+
+def _top(whose: str, seen: Seen) -> dict[str, Any]:
+    """The most likely tokens of each position: ids, log-probs and texts; empty if there are none."""
+    if seen.top_ids is None or seen.top_logp is None or not seen.top_ids.shape[1]:
+        return {}
+    ids: list[list[int]] = seen.top_ids.tolist()
+    texts = texts_alone({i for row in ids for i in row}, seen.tokenizer)
+    return {
+        f"{whose}_top_ids": ids,
+        f"{whose}_top_logp": seen.top_logp.tolist(),
+        f"{whose}_top_tokens": [[texts[i] for i in row] for row in ids],
+    }
+
+
+def numbers(values: Tensor | None) -> list[float | None] | None:
+    """A list with None for NaN; None if there is no number at all."""
+    if values is None:
+        return None
+    listed = [None if value != value else value for value in values.tolist()]
+    return listed if any(value is not None for value in listed) else None

@@ -1,0 +1,242 @@
+// Responses: of the held-out prompts in columns, of a step, and of the same prompts over time.
+const FIRST = { items: 20, tokens: 6000 }; // shown before "Show more"
+const TABS = { held: "Held out", steps: "While training", follow: "Same prompt over time" };
+
+class Responses {
+  constructor(stage) {
+    Object.assign(this, { stage, filters: new Filters(stage.data), items: [], list: [], current: null });
+    const { data } = stage;
+    this.panel = stage.part("panel");
+    this.findTabs();
+    this.state = { tab: this.tabs[0], step: data.steps.at(-1)?.step ?? null, colour: "ratio", filter: "all", setting: "", task: "", find: "", response: "" };
+    this.limit = { ...FIRST };
+    if (!this.tabs.length && !PAGE.live) {
+      stage.part("responses").remove();
+      return;
+    }
+    watchTokens(this.panel);
+    stage.part("colour").addEventListener("change", event => this.set({ colour: event.target.value }));
+  }
+  findTabs() {
+    const { held, steps, followed } = this.stage.data;
+    const counts = { held, steps: steps.length, follow: followed };
+    this.tabs = Object.keys(TABS).filter(name => counts[name]);
+    if (this.stage.part("tabs")) this.makeTabs(counts);
+  }
+  // New files of a run at work: the held-out block may be another, and there may be more steps to choose from.
+  async refresh(newHeldOut) {
+    const had = this.tabs.length;
+    this.findTabs();
+    this.filters = new Filters(this.stage.data);
+    if (newHeldOut) opened.delete(`${this.stage.index}-held`);
+    opened.delete(`${this.stage.index}-follow`);
+    if (!had && this.tabs.length) Object.assign(this.state, { tab: this.tabs[0], step: this.stage.data.steps.at(-1)?.step ?? null });
+    if (!had || (newHeldOut && this.state.tab === "held")) return this.render();
+    this.markTabs();
+    this.controls();
+  }
+  markTabs() {
+    for (const tab of $$("[role=tab]", this.stage.part("tabs"))) {
+      const on = tab.dataset.tab === this.state.tab;
+      tab.setAttribute("aria-selected", String(on));
+      tab.tabIndex = on ? 0 : -1;
+    }
+  }
+  makeTabs(counts) {
+    const home = this.stage.part("tabs"), n = this.stage.index;
+    const names = { held: `${TABS.held} (${counts.held})`, steps: TABS.steps, follow: TABS.follow };
+    fill(home, this.tabs.map(name => make("button", {
+      role: "tab", type: "button", id: `tab-${n}-${name}`, "aria-controls": `panel-${n}`, "data-tab": name,
+      onclick: () => this.set({ tab: name, filter: "all", response: "" }),
+      onkeydown: event => {
+        const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+        if (!by) return;
+        const next = this.tabs[(this.tabs.indexOf(name) + by + this.tabs.length) % this.tabs.length];
+        this.set({ tab: next, filter: "all", response: "" });
+        $(`#tab-${n}-${next}`).focus();
+      },
+    }, names[name])));
+  }
+  set(changes) {
+    Object.assign(this.state, changes);
+    this.limit = { ...FIRST };
+    return this.render();
+  }
+  blockName() {
+    const { tab, step } = this.state;
+    return `${this.stage.index}-${tab === "held" ? "held" : tab === "follow" ? "follow" : "s" + step}`;
+  }
+  // Items of the tab: {all: its responses, rows: by evaluation, at: [step, row]}.
+  async load() {
+    const found = await block(this.blockName());
+    if (!found) return [];
+    if (this.state.tab === "steps") return found.rows.map(row => ({ id: row.id, task: row.task, all: [row] }));
+    return found.groups.map(group => {
+      const at = (group.at || []).map(([step, i]) => [step, found.rows[i]]);
+      const rows = group.rows && Object.fromEntries(Object.entries(group.rows).map(([when, i]) => [when, found.rows[i]]));
+      return { ...group, at, rows, all: rows ? Object.values(rows) : at.map(pair => pair[1]) };
+    });
+  }
+  async render() {
+    if (!this.tabs.length) return;
+    leave();
+    const asked = this.blockName();
+    const items = await this.load();
+    if (asked !== this.blockName()) return; // another step was chosen while this one was opened
+    this.items = items;
+    const { state } = this;
+    this.markTabs();
+    this.panel.setAttribute("aria-labelledby", `tab-${this.stage.index}-${state.tab}`);
+    this.colourChoices();
+    this.controls();
+    this.show();
+    writeHash();
+  }
+  colourChoices() {
+    const rows = this.items.flatMap(item => item.all);
+    const has = Object.keys(COLOURS).filter(name => name === "none" || rows.some(row => COLOURS[name].of(row)));
+    if (!has.includes(this.state.colour)) this.state.colour = has[0];
+    COLOURS.signal.up = !rows.some(row => row.signal && row.signal.some(value => value < -0.2));
+    this.colours = has;
+    const select = this.stage.part("colour");
+    fill(select, has.map(name => make("option", { value: name, selected: name === this.state.colour }, COLOURS[name].title)));
+    legend(this.stage.part("legend"), this.state.colour);
+  }
+  controls() {
+    const home = this.stage.part("filters"), focused = document.activeElement?.id;
+    const lines = [];
+    const { state, stage } = this, n = stage.index;
+    const first = make("div", { class: "controls" });
+    if (state.tab === "steps") first.append(...this.slider());
+    const inside = this.inside();
+    const choose = (key, values, title) => {
+      if (values.length < 2) return;
+      first.append(make("label", {}, `${title} `, make("select", { id: `${key}-${n}`, onchange: event => this.set({ [key]: event.target.value }) },
+        make("option", { value: "" }, "all"),
+        values.map(value => make("option", { value, selected: value === state[key] }, value)))));
+    };
+    if (state.tab === "held") choose("setting", [...new Set(this.items.map(item => item.setting).filter(Boolean))], "Setting");
+    choose("task", [...new Set(this.items.map(item => item.task).filter(Boolean))], "Task");
+    const group = make("div", { role: "group", "aria-label": "Show", class: "controls" });
+    this.known = this.filters.of(this.items);
+    const { first: a, second: b } = this.filters, both = this.items.some(item => item.rows?.[a] && item.rows[b]);
+    for (const [name, { title, test }] of Object.entries(this.known)) {
+      const count = inside.filter(test).length;
+      if (!count && name !== "all" && !(both && ["up", "down"].includes(name))) continue;
+      group.append(make("button", { type: "button", id: `filter-${n}-${name}`, "data-filter": name,
+        "aria-pressed": String(state.filter === name), onclick: () => this.set({ filter: name, response: "" }),
+      }, `${title} (${count})`));
+    }
+    first.append(make("label", {}, "Find ", make("input", { id: `find-${n}`, type: "search", value: state.find,
+      oninput: event => { state.find = event.target.value; this.limit = { ...FIRST }; this.show(); writeHash(); } })));
+    lines.push(first);
+    if (state.tab !== "follow") lines.push(group);
+    const { held, held_of: of } = stage.data;
+    if (state.tab === "held" && held < of) lines.push(make("p", { class: "hint" }, `${held} of ${of} held-out responses are on this page; counts are of these.`));
+    fill(home, lines);
+    if (focused) document.getElementById(focused)?.focus();
+  }
+  slider() {
+    const { steps } = this.stage.data, i = Math.max(0, steps.findIndex(one => one.step === this.state.step));
+    const { step, shown, of } = steps[i];
+    const input = make("input", { type: "range", id: `step-${this.stage.index}`, min: 0, max: steps.length - 1, value: i,
+      "aria-valuetext": `step ${step}`, oninput: event => this.set({ step: steps[event.target.value].step, response: "" }) });
+    const count = of === undefined ? "" : `: ${shown} of ${of} responses`; // a live page shows all
+    return [make("label", {}, "Step ", input), make("output", {}, `${step}${count}`)];
+  }
+  inside() {
+    const { setting, task, tab } = this.state;
+    return this.items.filter(item => (tab !== "held" || !setting || item.setting === setting) && (!task || item.task === task));
+  }
+  found() {
+    const test = (this.known[this.state.filter] || this.known.all).test, find = this.state.find.toLowerCase();
+    const text = item => item.all.map(row => `${row.promptText}\n${row.text}`).join("\n").toLowerCase();
+    return this.inside().filter(item => test(item) && (!find || text(item).includes(find)));
+  }
+  show() {
+    leave();
+    this.list = this.found();
+    let n = 0, tokens = 0;
+    while (n < this.list.length && n < this.limit.items && (n === 0 || tokens < this.limit.tokens))
+      tokens += this.list[n++].all.reduce((sum, row) => sum + row.tokens.length, 0);
+    const more = this.list.length - n;
+    fill(this.panel,
+      this.list.slice(0, n).map((item, i) => this.article(item, i)),
+      this.list.length ? null : make("p", { class: "empty" }, "No response is like that."),
+      more > 0 ? make("button", { type: "button", class: "more", onclick: () => {
+        this.limit = { items: this.limit.items * 3, tokens: this.limit.tokens * 3 };
+        this.show();
+      } }, `Show more (${more})`) : null);
+    this.current = null;
+    if (this.state.response !== "") this.choose(Number(this.state.response), false);
+  }
+  article(item, i) {
+    const one = item.all[0];
+    if (!one) return make("article", { class: "response", tabindex: -1 }, make("p", { class: "empty" }, "no response"));
+    const reads = item.all.find(row => row.readsParts?.some(([kind]) => kind === "+")) || item.all.find(row => row.readsParts) || one;
+    const about = [`prompt ${one.id}${one.sample ? `, response ${one.sample + 1}` : ""}`, item.task, item.setting, one.pick && `picked: ${one.pick}`, one.part && `part ${one.part}`, one.answer !== undefined && `reference: ${visible(one.answer)}`];
+    return make("article", { class: "response", tabindex: -1, "data-n": i },
+      make("div", { class: "about" }, about.filter(Boolean).map(text => make("span", {}, text)),
+        item.rows || item.at?.length ? null : this.aboutRow(one)),
+      one.saidTexts ? this.conversation(one) : make("div", { class: "prompt", dir: "auto" }, visible(one.promptText)),
+      readsOf(reads),
+      item.at?.length ? this.overTime(item) : this.columns(item));
+  }
+  aboutRow(row) {
+    return make("span", { class: this.filters.markOf(row) }, [`${row.length} tokens`, row.finished ? "" : "cut at the limit", this.filters.judged(row), extracted(row)].filter(Boolean).join(", "));
+  }
+  conversation(row) {
+    return make("div", { class: "prompt" }, row.saidTexts.map(([role, text]) =>
+      make("div", { class: "said", dir: "auto" }, make("b", {}, `${visible(role)}: `), visible(text))));
+  }
+  columns(item) {
+    const { whens, labels } = this.stage.data;
+    const parts = item.rows ? whens.filter(when => item.rows[when]).map(when => [labels[when], item.rows[when]]) : [["", item.all[0]]];
+    return make("div", { class: "columns" }, parts.map(([label, row]) => make("div", { class: "column" },
+      label ? make("h3", {}, `${label} `, make("span", {}, this.aboutRow(row))) : null, this.body(row, label || "response"))));
+  }
+  overTime(item) {
+    return make("div", {}, item.at.map(([step, row]) => make("div", { class: "column" },
+      make("h3", {}, `step ${step} `, make("span", {}, this.aboutRow(row))), this.body(row, `step ${step}`))));
+  }
+  body(row, label) {
+    const tokens = tokensOf(row, label, this.state.colour);
+    return row.response === undefined ? tokens
+      : make("div", {}, make("div", { class: "prompt", dir: "auto" }, visible(row.response)), tokens);
+  }
+  // Make one response the current one: `j` and `k`, and the address of the page.
+  choose(i, focus = true) {
+    const all = $$(".response", this.panel), article = all[Math.max(0, Math.min(all.length - 1, i))];
+    for (const one of all) one.removeAttribute("aria-current");
+    if (!article) return;
+    this.current = Number(article.dataset.n);
+    this.state.response = String(this.current);
+    article.setAttribute("aria-current", "true");
+    if (focus) $(".tokens", article)?.focus({ preventScroll: true });
+    article.scrollIntoView({ block: "center" });
+    writeHash();
+  }
+  by(n) { this.choose(this.current === null ? (n > 0 ? 0 : 0) : this.current + n); }
+  byStep(n) {
+    const { steps } = this.stage.data, at = steps.findIndex(one => one.step === this.state.step) + n;
+    if (this.tabs.includes("steps") && steps[at]) this.set({ tab: "steps", step: steps[at].step, response: "" });
+  }
+  nextColour() {
+    const at = this.colours.indexOf(this.state.colour);
+    return this.set({ colour: this.colours[(at + 1) % this.colours.length] });
+  }
+}
+const extracted = row => (row.extracted === undefined ? "" : `compared: ${visible(row.extracted)}`);
+
+// What student and teacher read, the difference marked: what the teacher alone reads is inserted.
+function readsOf(row) {
+  if (!row.readsParts?.length) return null;
+  const tags = { "=": "span", "-": "del", "+": "ins" };
+  const differs = row.readsParts.some(([kind]) => kind === "+" || kind === "-");
+  const parts = row.readsParts.map(([kind, text]) => (kind === "…"
+    ? make("i", {}, ` … ${text.toLocaleString("en")} characters left out … `)
+    : make(tags[kind], { dir: "auto" }, visible(text))));
+  const note = differs ? make("p", { class: "hint" }, "Underlined: the teacher alone reads it. Struck through: the student alone.") : null;
+  return make("details", {}, make("summary", {}, differs ? "What student and teacher read" : "What was read"), note,
+    make("div", { class: "reads", tabindex: 0 }, parts));
+}
