@@ -11,7 +11,7 @@ def test_reserved_step_values_are_fixed():
 
 def test_reserved_steps_differ_in_value_and_draws():
     members = ReservedStep.__members__.values()  # an alias, of an equal value, is one of these and no other step
-    assert len({int(step) for step in members}) == len(members) == 5
+    assert len({int(step) for step in members}) == len(members) == 6
     draws = [tuple(uniforms_of((0, step), 7, 0, 4).tolist()) for step in members]
-    assert len(set(draws)) == 5
+    assert len(set(draws)) == 6
     assert draws == [tuple(uniforms_of((0, int(step)), 7, 0, 4).tolist()) for step in members]

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.runs import Ended, Forks, Strike, assert_same, command, prepare, sums, tiny_model, write_rows
@@ -472,7 +471,7 @@ def test_distill_refuses_prompts_when_tasks_are_given(work: Path):
 def test_prompt_id_continues_from_task_to_task(work: Path):
     """Ids go on from task to task in the order of the recipe, first those of training."""
     command(*TRAIN, "steps=2", "output_dir=short")
-    rows = pq.read_table(work / "short/distil/samples/step_000002.parquet").to_pylist()
+    rows = [row for row in StageDir(work / "short/distil").read_samples() if row["step"] == 2]
     assert {row["prompt_id"] for row in rows} <= set(range(12, 21))
     assert {row["task"] for row in rows} == {"echo"}
 

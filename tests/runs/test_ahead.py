@@ -135,6 +135,7 @@ def test_served_teacher_scores_what_needs_no_student(engine, tmp_path, monkeypat
     """The same losses as with the teacher in this process; its top k is scored before the step, once."""
     teacher = Engine(lm=model("teacher"), longest=512)
     method = {"method": "topk_reverse_kl", "options": {"k": 4, "by": by, "form": "tail"}}
+    method |= {"samples": {"rows": 0, "follow": 0, "held_out": 0}}  # which are scored apart
     with running(teacher):
         made = recipe(engine, **method)
         served = made | {"models": made["models"] | {"teacher": {"server": {"urls": [teacher.url]}}}}

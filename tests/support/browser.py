@@ -50,6 +50,13 @@ class Opened:
         for key in keys:
             self.page.keyboard.press(key)
 
+    def hover(self, locator: Any) -> None:
+        """Point at an element that has a card, and wait for the card. A scroll would close it, so it comes first."""
+        locator.scroll_into_view_if_needed()
+        self.page.wait_for_timeout(200)
+        locator.hover()
+        self.until("!document.querySelector('#card').hidden")
+
     def evaluate(self, expression: str) -> Any:
         """A value of the page."""
         return self.page.evaluate(expression)

@@ -110,7 +110,7 @@ def test_hostile_text_stays_text(browser, hostile):
         assert "\u2039U+202E\u203aright to left" in body
         assert "\u2039U+001B\u203a[31mred\u2039U+0000\u203a" in body
         assert not set(body) & set("\u202e\u200b\x1b\x00")
-        found.page.locator(".tokens b").first.hover()
+        found.hover(found.page.locator(".tokens b").first)
         assert found.page.title().startswith("</script>")
 
 
@@ -168,7 +168,7 @@ def test_card_shows_the_row_of_the_file(browser, page, stage):
     rows = stage.samples(20)
     place = rows.values("prompt_id").index(1000)
     with browser.open(page, "#tab=steps&step=20") as found:
-        found.page.locator(".response").first.locator(".tokens b").nth(1).hover()
+        found.hover(found.page.locator(".response").first.locator(".tokens b").nth(1))
         card = found.text("#card")
         p, q = rows.numbers("policy_logp", place)[1], rows.numbers("teacher_logp", place)[1]
         assert json.dumps(visible(rows.value("response_tokens", place)[1]), ensure_ascii=False) in card
@@ -183,7 +183,7 @@ def test_card_shows_the_row_of_the_file(browser, page, stage):
 
 def test_card_is_the_same_by_key_and_leaves(browser, page):
     with browser.open(page) as found:
-        found.page.locator(".tokens b").nth(2).hover()
+        found.hover(found.page.locator(".tokens b").nth(2))
         hovered = found.text("#card")
         found.page.mouse.move(0, 0)
         assert not found.page.locator("#card").is_visible()
@@ -317,7 +317,7 @@ def test_units_turns_and_untrained_tokens_are_shown(browser, two_tokenizers):
         assert first.locator(".unit").count() > 1
         assert "turn 2, not trained" in first.inner_text()
         assert first.locator("b.untrained").count() == 4
-        first.locator("b.untrained").first.hover()
+        found.hover(first.locator("b.untrained").first)
         card = found.text("#card")
         assert "trained\tno" in card
         assert "the teacher's tokens" in card
