@@ -5,7 +5,7 @@ import pytest
 from support.run_folders import write
 
 from opd.viewer.pairs import paired
-from opd.viewer.read import read_run
+from opd.viewer.read import StageView, read_run
 from opd.viewer.results import columns_of, divergences, labels_of, reward_of, settings, tasks_of
 
 
@@ -87,3 +87,11 @@ def test_paired_uses_prompts_of_both_alone():
     several = paired({1: [0.0, 1.0]}, {1: [1.0, 1.0]})
     assert several is not None
     assert (several.difference.mean, several.p) == (0.5, None)
+
+
+def test_task_without_reward_of_its_evaluation_has_that_of_its_training(tmp_path):
+    tasks = {"sums": {"evaluate": {}, "reward": {"name": "final_number"}}, "words": {"reward": {"name": "exact"}}}
+    keys = {"reward": {"name": "final_number, exact", "correctness": True}}
+    stage = StageView("distil", tmp_path, {"name": "distil", "tasks": tasks}, keys=keys)
+    assert reward_of(stage, "sums") == ("final_number", True)
+    assert reward_of(stage, "words") == ("exact", True)

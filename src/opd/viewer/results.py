@@ -104,9 +104,10 @@ def reward_of(stage: StageView, task: str | None) -> tuple[str, bool]:
     declared = (stage.keys or {}).get("reward") or {}
     if task is not None and isinstance(declared.get(task), dict):
         declared = declared[task]
-    section = (tasks_of(stage).get(task) or {}).get("reward") or {}
+    own = stage.spec if task is None else (stage.spec.get("tasks") or {}).get(task) or {}
+    section = (tasks_of(stage).get(task) or {}).get("reward") or own.get("reward") or {}
     name = (section.get("name") if isinstance(section, dict) else section) or declared.get("name") or "reward"
-    same = declared.get("name") in (None, name)
+    same = declared.get("name") is None or name in str(declared["name"]).split(", ")  # of several tasks, all names
     return str(name), bool(declared.get("correctness")) and same
 
 
