@@ -120,6 +120,24 @@ def test_bytes_per_weight_are_those_of_the_tensors():
         assert quantised.bytes_per_weight(Quantization(double=double)) * 2**20 == pytest.approx(expected, rel=1e-6)
 
 
+def test_plan_counts_the_bytes_of_the_weights(base: Path):
+    """The matrices inside the layers; norms are counted as if they had 4 bits, too, and are few."""
+    from opd.commands.plan.formulas import weights_bytes
+    from opd.commands.plan.recipe import shape_of
+
+    lm = loaded(base, quantization={})
+    plain = loaded(base).causal_lm
+    shape = shape_of(plain.config, plain).shape
+    kept = 0.0
+    for parameter in lm.model.parameters():
+        kept += parameter.numel() * parameter.element_size()
+        if (state := getattr(parameter, "quant_state", None)) is not None:
+            kept += state.absmax.numel() + 4 * state.state2.absmax.numel()
+    norms = 4 * sum(p.numel() for name, p in lm.model.named_parameters() if "layernorm" in name)
+    planned = weights_bytes(shape, 4, quantised.bytes_per_weight(Quantization()))
+    assert planned == pytest.approx(kept - norms, rel=0.05)
+
+
 def test_adapter_in_path_is_refused(base: Path, tmp_path: Path):
     lm = with_random_adapter(base, {})
     saving.save_adapter(lm, tmp_path / "adapter", str(base))

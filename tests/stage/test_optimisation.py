@@ -302,6 +302,20 @@ def test_adamw_8bit_follows_adamw_with_small_moments():
     assert groups["adamw_8bit.state1"]["a"].dtype == groups["adamw_8bit.state2"]["a"].dtype == torch.uint8
 
 
+@pytest.mark.parametrize("name", ["adamw", "adamw_8bit", "muon"])
+def test_state_bytes_are_those_of_the_moments(name: str):
+    """Against the tensors after an update, without counts and the quantiles that bitsandbytes shares."""
+    needs_bitsandbytes(name)
+    named = {**parameters(64, 80), "small": nn.Parameter(torch.ones(40))}
+    settings = section(name=name)
+    expected = optimisers.state_bytes(named, settings, [named["b"]])
+    optimiser = optimisers.build(named, settings, 10, [named["b"]])
+    update(optimiser, 0)
+    groups = {key: value for key, value in optimiser.tensors().items() if not key.endswith(("step", "qmap1", "qmap2"))}
+    kept = sum(tensor.numel() * tensor.element_size() for one in groups.values() for tensor in one.values())
+    assert kept == expected
+
+
 def test_adamw_8bit_is_refused_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim.adamw", None)
     with pytest.raises(ConfigError, match=r"bitsandbytes cannot be imported.*opd\[quantization\]"):

@@ -9,7 +9,7 @@ import pytest
 from support.run_folders import write
 
 from opd.errors import RunError
-from opd.viewer.read import LineReader, as_numbers, read_columns, read_run
+from opd.viewer.read import LineReader, as_numbers, read_again, read_columns, read_run
 
 
 def test_line_reader_returns_new_complete_lines(tmp_path):
@@ -121,3 +121,12 @@ def test_read_columns_refuses_damaged_file(tmp_path):
     (tmp_path / "x.parquet").write_bytes(b"PAR1 nothing")
     with pytest.raises(RunError, match="cannot be read"):
         read_columns(tmp_path / "x.parquet")
+
+
+def test_read_again_leaves_stages_that_another_thread_reads(tmp_path):
+    run = read_run(write(tmp_path / "run"))
+    before = run.stages
+    again = read_again(run)
+    assert list(before) == list(again.stages) == ["distil"]
+    assert again.stages is not before
+    assert again.stages["distil"] is before["distil"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from support.run_folders import FakeRun, write
+from support.serving import serving
 
 from opd.errors import ConfigError, RunError
 from opd.viewer import pack
@@ -26,12 +26,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(run: Path) -> Iterator[Server]:
-    with Server(Live(run)) as made:
-        thread = threading.Thread(target=made.serve_forever, daemon=True)
-        thread.start()
+    with serving(run) as made:
         yield made
-        made.shutdown()
-        thread.join()
 
 
 def ask(server: Server, path: str, *, method: str = "GET", cookie: str | None = "own", **headers: str) -> Any:

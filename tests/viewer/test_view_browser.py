@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,9 +12,7 @@ from pathlib import Path
 import pytest
 from support.browser import Browser, Opened, browsing
 from support.run_folders import FakeRun, write
-
-from opd.viewer.live import Live
-from opd.viewer.serve import Server
+from support.serving import serving
 
 pytestmark = pytest.mark.browser
 
@@ -26,16 +23,6 @@ def browser() -> Iterator[Browser]:
         yield found
 
 
-@contextmanager
-def served(run: Path) -> Iterator[Server]:
-    with Server(Live(run)) as server:
-        thread = threading.Thread(target=server.serve_forever, daemon=True)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     return write(tmp_path / "run", planned=40)
@@ -43,7 +30,7 @@ def run(tmp_path: Path) -> Path:
 
 @contextmanager
 def opened(browser: Browser, run: Path, *, width: int = 1280) -> Iterator[Opened]:
-    with served(run) as server, browser.open(server.address, width=width) as page:
+    with serving(run) as server, browser.open(server.address, width=width) as page:
         yield page
 
 
@@ -114,7 +101,7 @@ def test_nothing_is_wider_than_a_phone(browser: Browser, run: Path):
 
 
 def test_server_that_ends_is_noticed(browser: Browser, run: Path):
-    with served(run) as server, browser.open(server.address) as page:
+    with serving(run) as server, browser.open(server.address) as page:
         page.until("document.documentElement.dataset.live === 'on'")
         server.shutdown()
         server.server_close()

@@ -13,7 +13,7 @@ from opd.viewer.serve import Server
 def serve_run(path: str | Path, *, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Serve a run's page until Ctrl-C. Raises RunError: no run, no step of it, or the port is taken."""
     with Server(Live(path), port) as server:
-        say(f"{server.address}")
+        say(server.address)
         say(
             "This machine alone can open it, with this address. Ctrl-C ends it. From another machine: "
             f"ssh -L {server.port}:127.0.0.1:{server.port} HOST, then open the address there."

@@ -5,6 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# What an evaluation measures in each sampling setting beside the reward: key, label, whether it is a share.
+ROWS = (
+    ("length", "tokens", False),
+    ("cut_share", "cut at the limit", True),
+    ("distinct_share", "distinct", True),
+    ("repeat_ratio", "repetition", True),
+    ("empty_share", "empty", True),
+    ("rewards_failed", "without reward", False),
+    ("rewards_timed_out", "reward timed out", False),
+)
+
 
 def of_task(metrics: Sequence[Mapping[str, Any]], task: str | None) -> list[dict[str, Any]]:
     """The evaluations of one task, with keys eval/... that leave its name out. `task` None: a stage without tasks."""

@@ -45,6 +45,11 @@ class Live:
         """The stages that have begun, in the order of the page."""
         return list(self.run.stages.values())
 
+    def _stage(self, n: int) -> StageView | None:
+        """Stage n of the page. `run` is replaced as a whole, so that no lock is needed."""
+        stages = self.stages
+        return stages[n] if n < len(stages) else None
+
     def page(self) -> str:
         """The page without blocks; what it shows without a script is of now."""
         with self._lock:
@@ -61,14 +66,15 @@ class Live:
     def data(self, n: int) -> dict[str, Any] | None:
         """What the page's script knows of stage n, as of now; None without such a stage."""
         with self._lock:
-            return live_content(self.run, self.stages[n]).data if n < len(self.stages) else None
+            stage = self._stage(n)
+            return None if stage is None else live_content(self.run, stage).data
 
     def since(self, n: int, step: int) -> dict[str, Any] | None:
         """The points of the curves of stage n after a step, as in the block `curves`; None without such a stage."""
         with self._lock:
-            if n >= len(self.stages):
+            stage = self._stage(n)
+            if stage is None:
                 return None
-            stage = self.stages[n]
             new = StageView(
                 stage.name,
                 stage.path,
@@ -87,9 +93,10 @@ class Live:
     def block(self, name: str) -> bytes | None:
         """A block of the page by name (`0-curves`, `0-held`, `0-follow`, `0-s120`); None if there is none."""
         found = BLOCK.fullmatch(name)
-        if found is None or int(found[1]) >= len(self.stages):
+        stage = None if found is None else self._stage(int(found[1]))
+        if found is None or stage is None:
             return None
-        stage, what = self.stages[int(found[1])], found[2]
+        what = found[2]
         if what == "curves":
             with self._lock:
                 return block_of(stage, what)
@@ -104,11 +111,12 @@ class Live:
     def row(self, name: str, spans: str) -> bytes | None:
         """One response with chosen tokens, `0-s120-5` and `0-64,4096-6144`, as a block of one row; None if absent."""
         found = ROW.fullmatch(name)
-        if found is None or SPANS.fullmatch(spans) is None or int(found[1]) >= len(self.stages):
+        stage = None if found is None or SPANS.fullmatch(spans) is None else self._stage(int(found[1]))
+        if found is None or stage is None:
             return None
         parts = [(int(a), int(b)) for a, b in (span.split("-") for span in spans.split(","))]
         with self._blocks_lock:
-            return row_block(self.stages[int(found[1])], found[2], int(found[3]), parts)
+            return row_block(stage, found[2], int(found[3]), parts)
 
     def _state(self, stage: StageView) -> dict[str, Any]:
         progress, planned = stage.progress or {}, int(stage.spec.get("steps") or 0)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -245,17 +245,15 @@ def read_run(path: str | Path) -> RunView:
         raise _unreadable(file, error) from error
     if not isinstance(recipe, dict):
         raise RunError(f"{file} is no recipe: it holds {type(recipe).__name__}, not keys and values.")
-    run = RunView(
+    return RunView(
         path=folder,
         recipe=recipe,
         recipe_text=text,
         environment=read_object(folder / "environment.json") or {},
         doctor=read_object(folder / "doctor.json"),
-        stages={},
+        stages=_stages(folder, recipe, {}),
         recipe_written=written,
     )
-    _add_stages(run)
-    return run
 
 
 def read_again(run: RunView) -> RunView:
@@ -267,8 +265,7 @@ def read_again(run: RunView) -> RunView:
         return read_run(run.path)
     for stage in run.stages.values():
         stage.refresh()
-    _add_stages(run)
-    return run
+    return replace(run, stages=_stages(run.path, run.recipe, run.stages))
 
 
 def read_object(file: Path) -> Any:
@@ -279,17 +276,20 @@ def read_object(file: Path) -> Any:
         return None
 
 
-def _add_stages(run: RunView) -> None:
-    """Add the stages that have begun since the last call, in the recipe's order."""
-    known = dict(run.stages)
-    run.stages.clear()
-    for spec in run.recipe.get("stages") or []:
-        for name, place in _models(run.path, spec):
+def _stages(folder: Path, recipe: dict[str, Any], known: Mapping[str, StageView]) -> dict[str, StageView]:
+    """The stages that have begun, in the recipe's order: those that are `known`, and others, which are read.
+
+    A new dictionary: another thread may be using the old one.
+    """
+    stages: dict[str, StageView] = {}
+    for spec in recipe.get("stages") or []:
+        for name, place in _models(folder, spec):
             if name in known:
-                run.stages[name] = known[name]
+                stages[name] = known[name]
             elif (place / "metrics.jsonl").exists() or (place / "progress.json").exists():
-                run.stages[name] = StageView(name, place, spec)
-                run.stages[name].refresh()
+                stages[name] = StageView(name, place, spec)
+                stages[name].refresh()
+    return stages
 
 
 def _written(file: Path) -> int:

@@ -7,19 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from opd.evaluation.results import of_task
+from opd.evaluation.results import ROWS, of_task
 from opd.viewer.pairs import SCORED, Paired, paired, scores
 from opd.viewer.read import StageView
 
-ROWS = (  # key, label, whether it is a share
-    ("length", "tokens", False),
-    ("cut_share", "cut at the limit", True),
-    ("repeat_ratio", "repetition", True),
-    ("distinct_share", "distinct", True),
-    ("empty_share", "empty", True),
-    ("rewards_failed", "without reward", False),
-    ("rewards_timed_out", "reward timed out", False),
-)
 DIVERGENCES = (("reverse_kl", "KL(p‖q), nats per token"), ("forward_kl", "KL(q‖p), nats per token"))
 
 

@@ -152,7 +152,9 @@ def _last_response(stage: StageView, colour: bool) -> list[Text]:
     p, q = columns.numbers("policy_logp", 0), columns.numbers("teacher_logp", 0)
     values = q - p if p is not None and q is not None and len(p) == len(q) == len(tokens) else None
     reward = columns.value("reward", 0)
-    about = f"step {steps[-1]}, prompt {columns.value('prompt_id', 0)}" + ("" if reward is None else f", {reward:.3g}")
+    about = f"step {steps[-1]}, prompt {columns.value('prompt_id', 0)}" + (
+        "" if reward is None else f", reward {reward:.3g}"
+    )
     prompt = Text(visible(_line(columns.value("prompt", 0) or "", 200)), style="dim")
     body = Text(overflow="fold")
     for i, token in enumerate(tokens[:RESPONSE]):

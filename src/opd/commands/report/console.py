@@ -10,21 +10,9 @@ from rich.table import Table
 
 from opd.evaluation.learned import warnings_of
 from opd.evaluation.recovery import recovered
-from opd.evaluation.results import columns_of, of_task
+from opd.evaluation.results import ROWS, columns_of, of_task
 from opd.recipe.schema import Recipe, StageSpec
 from opd.stage.folder import RunDir, StageDir
-
-# Rows of a table for each sampling setting, in this order: key, label, whether it is a share (shown in per cent).
-ROWS = (
-    ("reward", "reward", True),
-    ("length", "tokens", False),
-    ("cut_share", "cut at limit", True),
-    ("distinct_share", "distinct", True),
-    ("repeat_ratio", "repetition", True),
-    ("empty_share", "empty", True),
-    ("rewards_failed", "without reward", False),
-    ("rewards_timed_out", "reward timed out", False),
-)
 
 END = 200  # characters of a long prompt shown at each end
 
@@ -66,7 +54,11 @@ def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Se
     for name in columns:
         table.add_column(name, justify="right")
     for sampling in spec.evaluate.sampling:
-        rows_here = [*ROWS, *((f"pass@{k}", f"pass@{k}", True) for k in spec.evaluate.pass_at)]
+        rows_here = [
+            ("reward", "reward", True),
+            *ROWS,
+            *((f"pass@{k}", f"pass@{k}", True) for k in spec.evaluate.pass_at),
+        ]
         for key, label, share in rows_here:
             _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share)
         table.add_section()
