@@ -9,10 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from support.models import prompts_of, tiny
 from support.runs import EVALUATE, command, one_stage, prepare, tiny_model
 
+from opd.errors import TeacherError
+from opd.samplers.hf import TransformersSampler
 from opd.stage.folder import StageDir
+from opd.stage.looks import columns_or_note
 from opd.stage.picks import Candidate, picked
+from opd.stage.progress import Progress
+from opd.teachers.local import LocalTeacher
+from opd.types import Sampling
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +127,28 @@ def test_samples_change_no_byte_of_metrics_and_weights():
         assert one.metrics.read_bytes() == other.metrics.read_bytes(), name
         for file in one.model.glob("*.safetensors"):
             assert file.read_bytes() == (other.model / file.name).read_bytes(), name
+
+
+def test_teacher_that_is_lost_leaves_columns_of_student_and_a_note():
+    class Lost(LocalTeacher):
+        name = "lost"
+
+        def score(self, *_: Any, **__: Any) -> Any:
+            raise TeacherError("no server answers")
+
+    student, notes = tiny(), list[str]()
+    progress = Progress(quiet=True)
+    progress.note = notes.append
+    rollouts = TransformersSampler(lm=student, sampling=Sampling(max_completion_length=3))(
+        prompts_of("ab", "c"), seed=(0, 0)
+    )
+    lost = Lost(lm=student, micro_batch_tokens=64, student_device=student.device)
+    contexts = [one.prompt for one in rollouts]
+    rows = columns_or_note("step 1", progress, student, lost, rollouts, contexts, k=2, micro_batch_tokens=64)
+    assert notes == ["step 1: the file has no columns of lost: no server answers"]
+    for row, rollout in zip(rows, rollouts, strict=True):
+        assert len(row["student_top_ids"]) == len(rollout.response_ids)
+        assert "teacher_top_ids" not in row
 
 
 # --- the rules -------------------------------------------------------------------------------------------------------

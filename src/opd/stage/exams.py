@@ -18,7 +18,7 @@ from opd.recipe.schema import SamplesSection
 from opd.rewards.base import extracted
 from opd.stage.folder import StageDir
 from opd.stage.kept_responses import KeptResponses
-from opd.stage.looks import columns_of_models
+from opd.stage.looks import columns_or_note
 from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
 from opd.types import Context, Prompt, Rollout, Teacher, Writer
@@ -238,28 +238,7 @@ class Exams:
             read,
             k=self.samples.top_k,
             micro_batch_tokens=self.micro_batch_tokens,
+            exact=True,
         )
         for i, more in zip(first, columns, strict=True):
             rows[i] |= more
-
-
-def columns_or_note(
-    what: str,
-    progress: Progress,
-    student: LanguageModel,
-    scorer: Teacher | None,
-    rollouts: Sequence[Rollout],
-    contexts: Sequence[Prompt],
-    **how: Any,
-) -> list[dict[str, Any]]:
-    """The exact columns of held-out rows. Of a model that cannot read them, a note and no columns.
-
-    No measurement needs these columns, so that a row which is too long for the teacher ends no run.
-    """
-    for one in [None] if scorer is None else [scorer, None]:
-        try:
-            return columns_of_models(student, one, rollouts, contexts, exact=True, **how)
-        except (DataError, TeacherError) as error:
-            whose = "the student" if one is None else one.name
-            progress.note(f"{what}: the file has no columns of {whose}: {error}")
-    return [{} for _ in rollouts]

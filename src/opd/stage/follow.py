@@ -11,7 +11,8 @@ from opd.evaluation.evaluate import student_samplers
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
 from opd.recipe.schema import SamplesSection
-from opd.stage.exams import Exam, columns_or_note
+from opd.stage.exams import Exam
+from opd.stage.looks import columns_or_note
 from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
 from opd.types import Prompt, ReservedStep, Rollout, Sampler
@@ -89,6 +90,7 @@ def _rows(
         k=samples.top_k,
         temperature=temperature,
         micro_batch_tokens=micro_batch_tokens,
+        exact=True,
     )
     rows = sample_rows(written, student.tokenizer, teacher_reads=texts, extract=exam.extracted)
     return [{**row, **more, "pick": "follow"} for row, more in zip(rows, columns, strict=True)]

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from opd.errors import DataError, TeacherError
 from opd.evaluation.divergence import divergence_by_token
 from opd.loss.step import PhaseA
 from opd.method import Method
@@ -20,6 +21,7 @@ from opd.models.shown import texts_alone, token_texts
 from opd.parallel import World
 from opd.recipe.schema import StageSpec
 from opd.stage.picks import Candidate, picked
+from opd.stage.progress import Progress
 from opd.teachers.seen import Seen, has_states, seen_by_student, seen_by_teacher
 from opd.types import Prompt, Rollout, Teacher
 
@@ -42,13 +44,16 @@ def looks_at(
     phase_a: PhaseA,
     world: World,
     seed: tuple[int, int],
+    progress: Progress,
 ) -> dict[int, dict[str, Any]]:
     """The columns of this process's picked rows, by their numbers. The picks are those of all processes' rows."""
     rollouts = phase_a.batch.rollouts
     mine = [Candidate(key, length, ratio) for key, length, ratio in _candidates(phase_a, world.rank)]
     chosen = picked([one for part in world.gather(mine) for one in part], spec.samples.rows, seed)
     rows = [i for i, one in enumerate(mine) if one.key in chosen]
-    columns = columns_of_models(
+    columns = columns_or_note(
+        f"{spec.name}: the samples of step {seed[1] + 1}",
+        progress,
         student,
         teacher,
         [rollouts[i] for i in rows],
@@ -58,6 +63,28 @@ def looks_at(
         micro_batch_tokens=spec.micro_batch_tokens,
     )
     return {i: {"pick": chosen[mine[i].key], **one} for i, one in zip(rows, columns, strict=True)}
+
+
+def columns_or_note(
+    what: str,
+    progress: Progress,
+    student: LanguageModel,
+    teacher: Teacher | None,
+    rollouts: Sequence[Rollout],
+    contexts: Sequence[Prompt],
+    **how: Any,
+) -> list[dict[str, Any]]:
+    """`columns_of_models`; of a model that cannot read the rows, or a server that does not answer, a note and none.
+
+    No number of training or of an evaluation needs these columns, so their absence ends no run.
+    """
+    for one in [None] if teacher is None else [teacher, None]:
+        try:
+            return columns_of_models(student, one, rollouts, contexts, **how)
+        except (DataError, TeacherError) as error:
+            whose = "the student" if one is None else one.name
+            progress.note(f"{what}: the file has no columns of {whose}: {error}")
+    return [{} for _ in rollouts]
 
 
 def _candidates(phase_a: PhaseA, rank: int) -> list[tuple[tuple[int, ...], int, float | None]]:

@@ -223,7 +223,7 @@ class Stage:
         seed, samples = (self.seed, step), spec.samples
         rows: dict[int, dict[str, Any]] = {}
         if samples.rows:
-            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed)
+            rows = looks_at(spec, self.method, self.student, self.teacher, phase_a, self.world, seed, self.progress)
         more = {**how, "micro_batch_tokens": spec.micro_batch_tokens, "world": self.world, "progress": self.progress}
         followed = rows_of_followed(self.followed, self.student, samples, step=step, **more)
         return Looks(rows=rows, followed=followed)

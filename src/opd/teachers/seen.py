@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from opd.errors import TeacherError
 from opd.models.alignment import TeacherTokens, retokenise
 from opd.models.language_model import LanguageModel
 from opd.pieces.supports import full, sampled
@@ -132,13 +131,13 @@ def _seen(scores: Scores, tokenizer: Any) -> Seen:
 def _served(
     teacher: ServedTeacher, rollouts: list[Rollout], contexts: list[Prompt], k: int, temperature: float
 ) -> list[Seen | None]:
-    """Of a server: log-probs and the top k, which its protocol gives. A response without an answer has none."""
+    """Of a server: log-probs and the top k, which its protocol gives. A response without an answer has none.
+
+    Raises TeacherError if too many have none.
+    """
     k = min(k, len(teacher.tokenizer))
     request = ScoreRequest(support=sampled(), temperature=temperature, top_k=k)
-    try:
-        scores = teacher.score(rollouts, contexts, request)
-    except TeacherError:  # the scores of the step say whether the run can go on
-        return [None] * len(rollouts)
+    scores = teacher.score(rollouts, contexts, request)
     return [
         None if one.scored is not None and not one.scored.any() else _seen(one, teacher.tokenizer) for one in scores
     ]
