@@ -74,3 +74,21 @@ def test_progress_says_once_that_file_cannot_be_written(tmp_path: Path, capsys: 
         progress.phase("distil: step 1 of 2")
     out = capsys.readouterr().out
     assert "progress.json cannot be written (No such file or directory): the run went on without it" in out
+
+
+def test_progress_file_shows_that_a_long_phase_is_alive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`updated` goes on although nothing changes: a reader takes a run without it for stopped."""
+    monkeypatch.setattr(progress_file, "EVERY", 0.02)
+    monkeypatch.setattr(progress_file, "BEAT", 0.1)
+    file = tmp_path / "progress.json"
+    with Progress(quiet=True) as progress:
+        progress.record(file, 8)
+        progress.phase("distil: a long step")
+        first = wait_for(file, "phase", "distil: a long step")
+        for _ in range(400):
+            if json.loads(file.read_text())["updated"] > first["updated"]:
+                break
+            time.sleep(0.02)
+        later = json.loads(file.read_text())
+    assert later["updated"] >= first["updated"] + 0.1
+    assert {**later, "updated": 0} == {**first, "updated": 0}

@@ -1,4 +1,4 @@
-"""`STAGE/progress.json`: what a stage does now, for other programs. At most one write per second."""
+"""`STAGE/progress.json`: what a stage does now, for other programs. At most one write per second, at least one in 30."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from opd.models.ticks import innermost
 
 EVERY = 1.0  # seconds
+BEAT = 30.0  # seconds after which it is written although nothing has changed: readers see that the run is alive
 
 
 class ProgressFile:
@@ -22,6 +23,7 @@ class ProgressFile:
         self._phase, self._since = "", time.time()
         self._step, self._steps, self._left = 0, steps, 0.0
         self._written: dict[str, Any] = {}
+        self._at = 0.0  # when
         self._ended = threading.Event()
         self.trouble = ""  # why the file cannot be written; the run goes on without it
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -56,12 +58,13 @@ class ProgressFile:
             "steps": self._steps,
             "eta_seconds": self._left or None,
         }
-        if what == self._written or self.trouble:
+        now = time.time()
+        if (what == self._written and now - self._at < BEAT) or self.trouble:
             return
         part = self.file.with_name(f".{self.file.name}.writing-{os.getpid()}")
         try:
-            part.write_text(json.dumps({**what, "updated": time.time()}) + "\n")
+            part.write_text(json.dumps({**what, "updated": now}) + "\n")
             part.replace(self.file)
         except OSError as error:
             self.trouble = f"{self.file} cannot be written ({error.strerror or error})"
-        self._written = what
+        self._written, self._at = what, now

@@ -22,7 +22,13 @@ from opd.viewer.texts import shortened
 from opd.viewer.thin import Budget
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-OWN = ("name", "output_dir", "description", "report_to")  # keys of the recipe that may differ between equal runs
+OWN = (
+    "name",
+    "output_dir",
+    "description",
+    "report_to",
+    "report_to_samples",
+)  # keys of the recipe that may differ between equal runs
 BY = ("prompt", "id")
 
 
