@@ -1,4 +1,4 @@
-"""`STAGE/progress.json`: what a stage does now, for other programs. At most one write per second, at least one in 30."""
+"""`STAGE/progress.json`: what a stage does now, for other programs. At most one write a second, at least one in 30."""
 
 from __future__ import annotations
 
