@@ -411,7 +411,8 @@ def assert_same(run: Path, expected: Path) -> None:
     for name in (name for name in wanted if name.endswith("metrics.jsonl")):
         assert got[name].splitlines() == wanted[name].splitlines()
     assert sorted(got) == sorted(wanted)
-    assert [name for name in wanted if got[name] != wanted[name]] == []
+    differing = [name for name in wanted if got[name] != wanted[name]]
+    assert not differing, {name: (got[name], wanted[name]) for name in differing}
 
 
 if __name__ == "__main__":
