@@ -671,6 +671,19 @@ def early(ratios: Sequence[float], gamma: float, epsilon: float = 1e-8) -> list[
     return [(1 + gamma * (1 - math.fsum(abs(b) for b in ratios[:t]) / total)) * a for t, a in enumerate(ratios)]
 
 
+def turn_weights(apart: Sequence[float], epsilon: float, bound: float, reference: float | None = None) -> list[float]:
+    """SOD: w_1 = 1, w_k = min(prod_{u < k} (d_u + epsilon) / (d_{u+1} + epsilon), 1 + bound), in the paper's form.
+
+    `reference` replaces d_1 in the weights after the first.
+    """
+    d = [apart[0] if reference is None else reference, *apart[1:]]
+    product, out = 1.0, [1.0]
+    for u in range(len(d) - 1):
+        product *= (d[u] + epsilon) / (d[u + 1] + epsilon)
+        out.append(min(product, 1.0 + bound))
+    return out
+
+
 def proximal(groups: Sequence[Sequence[Sequence[float]]], alpha: float) -> list[list[list[float]]]:
     """TOP-D, eq. 8: from log q - log p by group, response and token, the z-scores of r_t + the mean of later r."""
     out: list[list[list[float]]] = []

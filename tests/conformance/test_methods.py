@@ -212,6 +212,41 @@ def standardised(alpha: float = 0.2, clip: float = 0.2, **rest: Any) -> Case:
     return case(clipped(clip, clip), settings, credit=credit, **{"average": "token", "learns": False, **rest})
 
 
+def by_turn(reward: float = 1.0, strength: float = 1.0, bound: float = 0.2, batch: bool = False, **rest: Any) -> Case:
+    """SOD."""
+
+    def credit(rollouts: Sequence[Rollout], positions: Sequence[Sequence[Position]]) -> list[list[float]]:
+        out = [[reward * a] * len(row) for a, row in zip(advantages(rollouts, True, 1e-6), positions, strict=True)]
+        turns = [runs(rollout.trained.tolist()) for rollout in rollouts]
+        apart = [
+            [sum(abs(row[t].log_ratio) for t in turn) / len(turn) for turn in own]
+            for row, own in zip(positions, turns, strict=True)
+        ]
+        firsts = [d[0] for d in apart if d]
+        for i, (own, d) in enumerate(zip(turns, apart, strict=True)):
+            reference = sum(firsts) / len(firsts) if batch else None
+            for turn, w in zip(own, oracle.turn_weights(d, 1e-6, bound, reference) if d else [], strict=True):
+                for t in turn:
+                    out[i][t] += strength * w * positions[i][t].log_ratio
+        return out
+
+    settings = {"reward": reward, "strength": strength, "bound": bound, "reference": "batch" if batch else "first"}
+    settings |= rest.pop("options", {})
+    rest = {"average": "token", "learns": False, "fixed_point": reward == 0.0, **rest}
+    return case(clipped(0.2, 0.28), settings, credit=credit, **rest)
+
+
+def runs(trained: Sequence[bool]) -> list[list[int]]:
+    """The places of each run of trained tokens."""
+    out: list[list[int]] = []
+    for t, own in enumerate(trained):
+        if own and (t == 0 or not trained[t - 1]):
+            out.append([])
+        if own:
+            out[-1].append(t)
+    return out
+
+
 def coupled() -> tuple[Loss, Slope]:
     """The policy gradient with an advantage from phase A."""
     return (lambda at: -at.advantage * at.student_logp), (lambda at: at.along_token(-at.advantage))
@@ -612,6 +647,11 @@ CASES: dict[str, list[Case]] = {
         case(coupled(), {"gamma": 3.0, "average": "sequence"}, early=3.0, learns=False),
         case(coupled(), {"gamma": 0.0}, average="token", early=0.0, learns=False),
     ],
+    "sod": [
+        by_turn(),
+        by_turn(reward=0.0, strength=2.0, bound=0.0),
+        by_turn(reward=0.3, batch=True, average="sequence", options={"average": "sequence"}),
+    ],
     "top_d": [
         standardised(learns=True),
         standardised(alpha=1.0, clip=0.1, options={"average": "sequence"}, average="sequence"),
@@ -810,7 +850,7 @@ CASES: dict[str, list[Case]] = {
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
 NO_FIXED_POINT = {"sft", "grpo", "copd", "anti_sd", "ropd", "visd"}
 NO_TARGET = {"grpo", "copd", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
-CLIPPED = {"uni_opd", "top_d", "mopd"}  # a policy gradient with a clip, beside a teacher
+CLIPPED = {"uni_opd", "top_d", "mopd", "sod"}  # a policy gradient with a clip, beside a teacher
 
 
 def label(name: str, one: Case) -> str:

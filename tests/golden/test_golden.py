@@ -25,6 +25,7 @@ OPTIONS = {
     "opd": {},
     "vopd": {"k": 3},
     "iw_opd": {},
+    "sod": {},
     "top_d": {},
     "mopd": {"reward": 0.5},
     "topk_forward_kl": {"k": 3},

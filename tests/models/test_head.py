@@ -541,6 +541,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("opd", {}),
         ("vopd", {"k": 4}),
         ("iw_opd", {}),
+        ("sod", {}),
         ("top_d", {}),
         ("mopd", {}),
         ("eff_opd", {}),

@@ -37,6 +37,7 @@ from opd.methods.sdft import sdft
 from opd.methods.sdpo import sdpo
 from opd.methods.sft import sft
 from opd.methods.simct import simct
+from opd.methods.sod import sod
 from opd.methods.top_d import top_d
 from opd.methods.topk_forward_kl import topk_forward_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
@@ -74,6 +75,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "prune_opd": prune_opd,
     "brts": brts,
     "copd": copd,
+    "sod": sod,
     "simct": simct,
     "uld": uld,
     "mad_opd": mad_opd,
