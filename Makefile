@@ -45,7 +45,7 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 docs: $(VENV)/.dev
-	$(BIN)/python -m opd.methods.describe > docs/methods.md
+	$(BIN)/python -m opd_studies.page.papers > docs/methods.md
 	$(BIN)/python -m opd.recipe.other_names > docs/coming_from.md
 	$(BIN)/python -m opd.recipe.reference > docs/recipe_reference.md
 	$(BIN)/opd schema > src/opd/assets/recipe.schema.json

@@ -1,4 +1,4 @@
-"""docs/methods.md, from the methods' own docstrings and signatures."""
+"""The methods' part of docs/methods.md, from their own docstrings and signatures."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ def markdown(folder: Path) -> str:
     parts = [
         "# Methods",
         "",
-        "Generated from the docstrings in `src/opd/methods` by `python -m opd.methods.describe`. A recipe's results",
-        "are in its header.",
+        "Generated from the docstrings in `src/opd/methods` by `make docs`. A recipe's results are in its header.",
         "",
         "<!-- no block runs: the page is generated -->",
         "",
@@ -116,7 +115,3 @@ def _fenced(text: str) -> str:
             inside = True
         out.append(line[4:] if formula else line)
     return "\n".join([*out, "```"] if inside else out)
-
-
-if __name__ == "__main__":
-    print(markdown(Path("recipes")), end="")
