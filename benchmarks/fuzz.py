@@ -34,7 +34,7 @@ COMBINED += ["extrapolated_opd+eff_opd"]
 TWO_TOKENIZERS = ("simct", "uld")
 SELF_TAUGHT = ("context_distillation", "opsd", "sdft", "sdpo", "anti_sd", "visd", "grpo", "ropd")
 POLICY_GRADIENTS = ("grpo", "ropd", "anti_sd", "uni_opd", "visd", "opd", "eff_opd", "vopd", "iw_opd")
-POLICY_GRADIENTS += ("extrapolated_opd", "local_support_matching", "mopd", "top_d", "sod")
+POLICY_GRADIENTS += ("extrapolated_opd", "local_support_matching", "mopd", "top_d", "sod", "tcod")
 REWARDED = ("grpo", "anti_sd", "uni_opd", "sdpo", "mopd", "sod", "anti_sd+eff_opd")
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 # Options whose type does not say which values are near those of a use; others are drawn by their type.

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from opd.errors import ConfigError, nearest
 from opd_studies.claims import (
+    agent_errors,
     alignment,
     anti_sd,
     baseline_cost,
@@ -84,6 +85,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "copd": copd.run,
     "sparse_to_dense": sparse_to_dense.run,
     "stale": stale.run,
+    "agent_errors": agent_errors.run,
 }
 
 

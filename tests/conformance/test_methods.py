@@ -652,6 +652,10 @@ CASES: dict[str, list[Case]] = {
         by_turn(reward=0.0, strength=2.0, bound=0.0),
         by_turn(reward=0.3, batch=True, average="sequence", options={"average": "sequence"}),
     ],
+    "tcod": [  # one turn: tests/pieces/test_turns.py has more
+        case(sampled_log_ratio(False), average="token"),
+        case(sampled_log_ratio(False), {"first": 2, "end": "back", "average": "sequence"}, learns=False),
+    ],
     "top_d": [
         standardised(learns=True),
         standardised(alpha=1.0, clip=0.1, options={"average": "sequence"}, average="sequence"),

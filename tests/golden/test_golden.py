@@ -26,6 +26,7 @@ OPTIONS = {
     "vopd": {"k": 3},
     "iw_opd": {},
     "sod": {},
+    "tcod": {},
     "top_d": {},
     "mopd": {"reward": 0.5},
     "topk_forward_kl": {"k": 3},

@@ -542,6 +542,7 @@ RENORMALISED = {("topk_reverse_kl", None), ("rethinking_opd", None), ("local_sup
         ("vopd", {"k": 4}),
         ("iw_opd", {}),
         ("sod", {}),
+        ("tcod", {}),
         ("top_d", {}),
         ("mopd", {}),
         ("eff_opd", {}),

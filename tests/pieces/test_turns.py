@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
-from typing import Any
+from typing import Any, Literal
 
 import oracle
 import pytest
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from opd import methods
 from opd.errors import ConfigError
-from opd.pieces import turns
+from opd.pieces import filters, turns
 from opd.pieces.credit import discounted, log_ratio
-from opd.types import Batch, Prompt
+from opd.types import Batch, Prompt, Rollout
 
 TRAINED = [
     [True, True, False, True, False, False, True],
@@ -167,3 +167,42 @@ def rows_of(batch: Batch, rows: list[int]) -> Batch:
 def test_sod_refuses_options(options: dict[str, Any], words: str):
     with pytest.raises(ConfigError, match=words):
         methods.build("sod", options)
+
+
+def spoken(turn: list[int], trained: list[bool], version: int) -> Rollout:
+    return replace(
+        rollout_of(tiny(), Prompt(id=0, content="ab"), [2] * len(turn), trained=trained),
+        turn=torch.tensor(turn),
+        sampler_version=version,
+    )
+
+
+@pytest.mark.parametrize(
+    ("version", "end", "expected"),
+    [
+        (0, "front", [0, 1]),
+        (4, "front", [0, 1]),
+        (5, "front", [0, 1, 4]),
+        (10, "front", [0, 1, 4, 7]),
+        (99, "front", [0, 1, 4, 7]),
+        (0, "back", [7]),
+        (5, "back", [4, 7]),
+    ],
+)
+def test_curriculum_trains_more_turns_with_the_steps(version: int, end: Literal["front", "back"], expected: list[int]):
+    """The answer after turn 1 and the turn 2 without own tokens do not count."""
+    turn, trained = [0, 0, 0, 1, 1, 1, 2, 3], [True, True, False, False, True, False, False, True]
+    (kept,) = filters.turns_up_to(1, 5, 3, end)([spoken(turn, trained, version)])
+    assert kept.trained.nonzero()[:, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("options", [{"first": 0}, {"every": 0}, {"first": 3, "most": 2}])
+def test_tcod_refuses_options(options: dict[str, Any]):
+    with pytest.raises(ConfigError, match="A curriculum of turns begins with at least 1"):
+        methods.build("tcod", options)
+
+
+def test_tcod_combines_with_sod():
+    method = methods.build("sod+tcod", {"tcod": {"first": 1, "every": 3}})
+    (kept,) = method.filter([spoken([0, 1], [True, True], 2)])
+    assert kept.trained.tolist() == [True, False]

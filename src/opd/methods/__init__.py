@@ -38,6 +38,7 @@ from opd.methods.sdpo import sdpo
 from opd.methods.sft import sft
 from opd.methods.simct import simct
 from opd.methods.sod import sod
+from opd.methods.tcod import tcod
 from opd.methods.top_d import top_d
 from opd.methods.topk_forward_kl import topk_forward_kl
 from opd.methods.topk_reverse_kl import topk_reverse_kl
@@ -76,6 +77,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "brts": brts,
     "copd": copd,
     "sod": sod,
+    "tcod": tcod,
     "simct": simct,
     "uld": uld,
     "mad_opd": mad_opd,

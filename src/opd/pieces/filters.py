@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from opd.errors import ConfigError
 from opd.pieces import token_sequences
@@ -184,3 +184,27 @@ def repeats_a_block(text: str, *, beyond: int = 5000, size: int = 50, times: int
 def degenerate(text: str) -> bool:
     """Any of the three repetitions, or only white space."""
     return not text.strip() or repeats_a_line(text) or repeats_a_window(text) or repeats_a_block(text)
+
+
+def turns_up_to(first: int, every: int, most: int, end: Literal["front", "back"] = "front") -> Filter:
+    """The first, or last, min(first + s // every, most) turns of a response are trained in step s: arXiv 2604.24005.
+
+    s counts from 0; it is the version of the weights that wrote the response. A turn without own tokens does not count.
+    Raises ConfigError for numbers below 1, and for `most` below `first`.
+    """
+    if min(first, every, most) < 1 or most < first:
+        raise ConfigError(
+            f"A curriculum of turns begins with at least 1, adds one every 1 or more steps, and ends at least where it "
+            f"begins; got first {first}, every {every}, most {most}."
+        )
+
+    def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
+        out: list[Rollout] = []
+        for rollout in rollouts:
+            known = rollout.turn[rollout.trained].unique()  # in rising order
+            allowed = min(first + rollout.sampler_version // every, most)
+            kept = known[:allowed] if end == "front" else known[-allowed:]
+            out.append(replace(rollout, trained=rollout.trained & torch.isin(rollout.turn, kept)))
+        return out
+
+    return needing(keep, *([Trait.LOOKS_AT_SAMPLED_TOKEN] if end == "back" else []))

@@ -63,11 +63,6 @@ NOT_STUDIED: tuple[tuple[str, str, str], ...] = (
         "2603.25562 appendix G.3",
         "the two EMA-PG variants as methods",
     ),
-    (
-        "Distilling steps between tool calls with weights that fall after errors",
-        "2605.07725",
-        "an environment with tools",
-    ),
     ("Distilling where to click from a self that sees a highlighted screen", "2605.00642", "images"),
     ("VISD on video, with a judge's written feedback", "2605.06094", "images, and a judge"),
     (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,12 +12,13 @@ from torch import Tensor
 from opd.method import Method
 from opd.methods.anti_sd import anti_sd
 from opd.methods.mad_opd import mad_opd
+from opd.methods.sod import sod
 from opd.methods.visd import visd
-from opd.pieces import credit, debate, normalise, signals, sized
+from opd.pieces import credit, debate, normalise, signals, sized, turns
 from opd.pieces.memory import recalled
-from opd.pieces.needs import Piece, needs_of
+from opd.pieces.needs import Piece, Reads, needing, needs_of
 from opd.pieces.signals import MeasuredPiece
-from opd.types import Batch, Context, Prompt, Rollout, Tokens
+from opd.types import Batch, Context, Gather, Prompt, Rollout, Tokens
 
 
 def differentiated_log_ratio() -> Method:
@@ -129,6 +130,57 @@ def with_shuffled_rewards(method: Method) -> Method:
         return method.credit(replace(batch, reward=reward))
 
     return replace(method, credit=Piece(credit, needs_of(method.credit)))
+
+
+Weighing: TypeAlias = Literal["even", "shuffled", "level"]
+
+
+class OtherTurnWeights(turns.TurnWeights):
+    """The weights of `sod`, but as a control has them.
+
+    even      1 for every turn: plain distillation
+    shuffled  those of a response go to its turns in random order: as uneven, and they say nothing about a turn
+    level     every turn has the mean weight of the step's turns: as strong, and even
+    """
+
+    saved = ("step",)
+
+    def __init__(self, kind: Weighing, bound: float) -> None:
+        super().__init__("first", 1e-6, bound)
+        self.kind, self.step = kind, 0
+
+    def observe(self, batch: Batch, gather: Gather) -> Mapping[str, float]:
+        self.step += 1
+        return super().observe(batch, gather)
+
+    def of(self, apart: Tensor) -> Tensor:
+        w = super().of(apart)
+        known = ~w.isnan()
+        if self.kind == "shuffled":
+            drawn = torch.rand(w.shape, generator=torch.Generator().manual_seed(self.step))
+            row = torch.arange(len(w))[:, None] + torch.zeros_like(w)
+            order = (row + drawn)[known].argsort()
+            moved = w.clone()
+            moved[known] = w[known][order]
+            return moved
+        return torch.where(known, torch.ones_like(w) if self.kind == "even" else w[known].mean(), torch.nan)
+
+
+def sod_with(kind: Weighing, bound: float = 0.2) -> Method:
+    """`sod`, but the turns have a control's weights."""
+    method = sod(bound=bound)
+    made = needing(lambda: OtherTurnWeights(kind, bound), Reads.TEACHER_LOGP, Reads.POLICY_LOGP)
+    return replace(method, memory={"turns": made})
+
+
+def sod_without(left_out: Callable[[Batch], Tensor]) -> Method:
+    """Plain distillation beside GRPO's advantage, but without distillation on some tokens, [B, T] bool."""
+
+    def kept(batch: Batch) -> Tensor:
+        return credit.discounted(0.0)(batch).masked_fill(left_out(batch), 0.0)
+
+    distilled = Piece(kept, needs_of(credit.discounted(0.0)))
+    return replace(sod(), credit=credit.add(credit.group_reward(epsilon=1e-6), distilled), memory={})
 
 
 def _random(batch: Batch) -> torch.Generator:
