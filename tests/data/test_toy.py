@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
 
-from opd.data.toy import addition, sorting
+from opd.data.toy import addition, sorting, sums
 from opd.errors import ConfigError
 
 
@@ -21,6 +22,19 @@ def test_addition_gives_right_sums_and_columns():
         for column in columns.split(","):
             digits, total = column.split("=")
             assert sum(map(int, digits.split("+"))) == int(total)
+
+
+def test_sums_are_conversations_of_right_calls():
+    rows = list(sums(count=300, seed=1))
+    assert {row["prompt"].count("+") for row in rows} == {2, 3, 4}
+    for row in rows:
+        digits = [int(digit) for digit in row["prompt"].rstrip("=").split("+")]
+        calls = re.findall(r"\[(\d+)\+(\d+)\](\d+?)(?=\[|" + row["answer"] + "$)", row["response"])
+        assert [int(b) for _, b, _ in calls] == digits[1:]
+        assert [int(c) for _, _, c in calls] == [int(a) + int(b) for a, b, _ in calls]
+        assert [int(a) for a, _, _ in calls] == [digits[0], *(int(c) for _, _, c in calls[:-1])]
+        assert int(row["answer"]) == sum(digits) == int(calls[-1][2])
+        assert "".join(f"[{a}+{b}]{c}" for a, b, c in calls) + row["answer"] == row["response"]
 
 
 @pytest.mark.parametrize(("descending", "sign"), [(False, ">"), (True, "<")])
@@ -47,7 +61,7 @@ def test_sorting_puts_solution_in_given_share_of_prompts():
         assert row == {**other, "prompt": (other["answer"] + ";") * knows + other["prompt"]}
 
 
-@pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000)])
+@pytest.mark.parametrize(("task", "most"), [(addition, 3000), (sorting, 3000), (sums, 3000)])
 def test_addition_and_sorting_parts_share_no_row(task: Callable[..., object], most: int):
     train = [row["prompt"] for seed in (0, 1) for row in task(count=most, seed=seed, part="train")]  # type: ignore[attr-defined]
     held_out = [row["prompt"] for seed in (0, 1) for row in task(count=most // 2, seed=seed, part="held_out")]  # type: ignore[attr-defined]
