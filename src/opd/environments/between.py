@@ -114,23 +114,20 @@ class Transcript:
         mark = MARK
         while mark in json.dumps([*map(dict, self.messages), dict(form), *map(dict, said)], default=str):
             mark += "x"
-        marked = _marked(form, mark)
-        before, found, _ = self._text([*self.messages, marked, *said]).partition(mark)
+        marked, calls = _marked(form, mark), "tool_calls" in form
+        _, found, behind = self._text([*self.messages, marked, *said]).partition(mark)
         if not found:
             raise _NoPlaceError("the template does not write the assistant's words")
-        behind = self._text([*self.messages, marked, *said])[len(before) + len(mark) :]
         if not end:
             return behind
         alone = self._text([*self.messages, marked], goes_on=False).partition(mark)[2]
-        place = alone.find(end)
-        if place >= 0 and behind.startswith(alone[: place + len(end)]):
-            return behind[place + len(end) :]
-        # The template ends a turn with another token, in a chat that goes on: the student's own is enough.
-        for other in (self.tokenizer.decode([i]) for i in sorted(self.stop_ids)):
-            place = behind.find(other)
-            if place >= 0 and not behind[:place].strip() or (place >= 0 and "tool_calls" in form):
-                return behind[place + len(other) :]
-        if "tool_calls" in form:
+        # First the student's own end token. Where a chat goes on, a template may write another one: one is enough.
+        for token in (end, *(self.tokenizer.decode([i]) for i in sorted(self.stop_ids))):
+            place = behind.find(token)
+            between = behind[: max(place, 0)]
+            if place >= 0 and (not between.strip() or (calls and alone.startswith(between))):
+                return behind[place + len(token) :]
+        if calls:
             raise _NoPlaceError("the template writes no end token behind a call")
         return behind
 

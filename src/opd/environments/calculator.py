@@ -13,6 +13,7 @@ Number: TypeAlias = int | float
 LONGEST = 500  # characters of an expression
 BITS = 4096  # of an integer
 DEEPEST = 50  # of parentheses in each other
+SIGNS = {"^": "**", "\u00d7": "*", "\u00f7": "/", "\u2212": "-"}  # that a model may write
 
 _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
@@ -25,7 +26,12 @@ _BINARY: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 _UNARY: dict[type[ast.unaryop], Callable[[Any], Any]] = {ast.UAdd: operator.pos, ast.USub: operator.neg}
 _FUNCTIONS: dict[str, Callable[..., Number]] = {
     **{name: getattr(math, name) for name in ("sqrt", "exp", "log", "log2", "log10", "sin", "cos", "tan", "floor")},
-    **{"ceil": math.ceil, "abs": abs, "round": round, "min": min, "max": max, "gcd": math.gcd},
+    "ceil": math.ceil,
+    "abs": abs,
+    "round": round,
+    "min": min,
+    "max": max,
+    "gcd": math.gcd,
 }
 _NAMES: dict[str, float] = {"pi": math.pi, "e": math.e}
 
@@ -36,7 +42,9 @@ def calculator(expression: str) -> str:
     Args:
         expression: The expression, with + - * / // % **, parentheses, and functions such as sqrt, log, abs, min, max.
     """
-    text = str(expression).strip().replace("^", "**").replace("×", "*").replace("÷", "/").replace("−", "-")
+    text = str(expression).strip()
+    for sign, operator_ in SIGNS.items():
+        text = text.replace(sign, operator_)
     if len(text) > LONGEST:
         raise ValueError(f"the expression has {len(text)} characters, at most {LONGEST} are computed")
     try:

@@ -201,7 +201,7 @@ class ConversationSampler(Sampler):
         words = Turn(text=new.text, calls=said.calls, unreadable=said.unreadable, last=last)
         observation = acted(self.rules.environment, row.state, words, self.rules.limits)
         row.counts["tool_calls"] += len(said.calls)
-        row.counts.update({name: number for name, number in observation.counts.items()})
+        row.counts.update(dict(observation.counts))
         row.rewards[-1] = observation.reward
         if observation.done or last:
             row.ends(None if observation.done else "turn_limit")

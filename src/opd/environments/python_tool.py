@@ -73,7 +73,7 @@ class PythonTool:
             raise ConfigError(
                 "The tool `python` limits its process with `resource`, which Windows lacks. Leave it out."
             )
-        if not 0 < self.timeout_s <= 3600 or not 64 <= self.memory_mib:
+        if not 0 < self.timeout_s <= 3600 or self.memory_mib < 64:
             raise ConfigError(
                 f"The tool `python` has a `timeout_s` above 0 and at most 3600 and a `memory_mib` of at least 64, got "
                 f"{self.timeout_s} and {self.memory_mib}."

@@ -18,7 +18,7 @@ TEXTARENA = "textarena:"
 def environment_of(section: EnvironmentSection, where: str) -> Environment:
     """The environment that a section names. Raises ConfigError."""
     if section.name == "tools":
-        return tools_of(section.tools, section.options, where)
+        return tools_of(section.tools, section.options, where, section.error)
     if section.name.startswith(TEXTARENA):
         from opd.environments.textarena_games import game_of
 

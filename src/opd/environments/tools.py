@@ -29,7 +29,7 @@ class Tools(Environment):
     name: str = "tools"
     rewards: bool = False
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])  # of the classes
-    texts: bool = False  # arguments are a text: that of the tool's first parameter
+    error: str = "error: {why}"  # what the student reads for a call that failed
 
     def begin(self, prompt: Prompt, *, seed: Seed) -> Begun:
         """The tools of one conversation; those of the row's own `tools` column, if it has one, by name."""
@@ -49,7 +49,7 @@ class Tools(Environment):
 
     def act(self, state: Any, turn: Turn) -> Observation:
         if turn.unreadable is not None:
-            return Observation(text=f"error: {turn.unreadable}", role="tool", counts={"tool_errors": 1})
+            return Observation(text=self._error(turn.unreadable), role="tool", counts={"tool_errors": 1})
         if not turn.calls:
             return Observation(done=True)
         answers = [self._answer(state, call) for call in turn.calls]
@@ -65,12 +65,15 @@ class Tools(Environment):
         """The tool's answer as a text, and whether it is an error."""
         tool = own.get(call.name)
         if tool is None:
-            return f"error: no tool {call.name[:80]!r}.{nearest(call.name, own)} Tools: {', '.join(own)}", True
+            return self._error(f"no tool {call.name[:80]!r}.{nearest(call.name, own)} Tools: {', '.join(own)}"), True
         try:
             found = tool(**call.arguments) if isinstance(call.arguments, Mapping) else tool(call.arguments)
             return as_text(found), False
         except RAISED as error:  # a tool may raise anything, and exit
-            return f"error: {type(error).__name__}: {error}", True
+            return self._error(f"{type(error).__name__}: {error}"), True
+
+    def _error(self, why: str) -> str:
+        return self.error.replace("{why}", why)
 
 
 def as_text(value: Any) -> str:
@@ -85,7 +88,9 @@ def as_text(value: Any) -> str:
         return str(value)
 
 
-def tools_of(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], where: str) -> Tools:
+def tools_of(
+    names: Sequence[str], options: Mapping[str, Mapping[str, Any]], where: str, error: str = "error: {why}"
+) -> Tools:
     """The environment of some tools: names of `TOOLS`, or functions and classes of yours, `my_module:function`.
 
     Raises ConfigError.
@@ -97,8 +102,8 @@ def tools_of(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], whe
     for reference in names:
         if ":" not in reference and reference not in TOOLS:
             raise ConfigError(
-                f"{where}: there is no tool {reference!r}.{nearest(reference, TOOLS)} Give one of {', '.join(TOOLS)}, or "
-                "a function of yours as my_module:function."
+                f"{where}: there is no tool {reference!r}.{nearest(reference, TOOLS)} Give one of {', '.join(TOOLS)}, "
+                "or a function of yours as my_module:function."
             )
         tool = TOOLS[reference] if ":" not in reference else import_function(reference)
         schema = schema_of(tool, f"{where}: the tool {reference}")
@@ -113,7 +118,7 @@ def tools_of(names: Sequence[str], options: Mapping[str, Mapping[str, Any]], whe
             f"{nearest(unknown[0], made)} Tools: {', '.join(made)}."
         )
     _check_options(made, options, where)
-    return Tools(made=made, tools=tuple(schemas), options=options)
+    return Tools(made=made, tools=tuple(schemas), options=options, error=error)
 
 
 def _check_options(
