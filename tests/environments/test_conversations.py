@@ -41,9 +41,7 @@ class Echo(Environment):
     def act(self, state: Any, turn: Turn) -> Observation:
         state["left"] -= 1
         given = 0.5 if state["left"] == 1 else None
-        return Observation(
-            text=self.says * (1 + state["left"]), role=self.role, reward=given, done=state["left"] == 0
-        )
+        return Observation(text=self.says * (1 + state["left"]), role=self.role, reward=given, done=state["left"] == 0)
 
 
 def conversations(lm: LanguageModel, environment: Environment | None = None, **given: Any) -> ConversationSampler:
@@ -238,7 +236,9 @@ def test_denominator_counts_own_tokens(student: LanguageModel, rollouts: list[Ro
         assert torch.allclose(share[~heard(one)], torch.tensor(1 / own[i] if what == "sequence" else 1.0))
 
 
-def test_gradient_of_environment_logits_is_zero(student: LanguageModel, teacher: LanguageModel, rollouts: list[Rollout]):
+def test_gradient_of_environment_logits_is_zero(
+    student: LanguageModel, teacher: LanguageModel, rollouts: list[Rollout]
+):
     """The rows of the head get no gradient from ids that only the environment's tokens would bring."""
     method = methods.build("sft", {})
     one = next(r for r in rollouts if bool(heard(r).any()))

@@ -145,7 +145,7 @@ class ConversationSampler(Sampler):
                     limits,
                     seed=seed,
                     record=record,
-                    stop=None if stop is None else self._within(stop, live, turn),
+                    stop=None if stop is None else self._within(stop, live, turn, record),
                 )
                 for row, new in zip(live, written, strict=True):
                     row.says(new, turn)
@@ -246,19 +246,19 @@ class ConversationSampler(Sampler):
             how = format_of(self.lm.tokenizer, chat=not row.transcript.is_text, where="environment")
         return parsed(text, how, self.lm.tokenizer, tools)
 
-    def _within(self, stop: EarlyStop, live: Sequence[_Row], turn: int) -> EarlyStop:
+    def _within(self, stop: EarlyStop, live: Sequence[_Row], turn: int, record: Record) -> EarlyStop:
         """The early stop, which gets whole conversations so far."""
         before = {(row.prompt.id, row.sample): row for row in live}
 
         def keeps_going(unfinished: Sequence[Rollout]) -> Sequence[bool]:
             return stop.keeps_going(
-                [_joined(before[one.prompt.id, one.sample], one, turn, self.lm) for one in unfinished]
+                [_joined(before[one.prompt.id, one.sample], one, turn, self.lm, record) for one in unfinished]
             )
 
         return EarlyStop(every=stop.every, keeps_going=keeps_going)
 
     def _so_far(self, row: _Row) -> Rollout:
-        return _joined(row, None, 0, self.lm)
+        return _joined(row, None, 0, self.lm, NOTHING_MORE)
 
     def _rollout(self, row: _Row, record: Record) -> Rollout:
         """The whole conversation, with what is recorded of the student's tokens."""
@@ -267,26 +267,24 @@ class ConversationSampler(Sampler):
         own = len(row.ids) - sum(row.heard)
         counts |= {"own_tokens": float(own), "heard_tokens": float(sum(row.heard)), "done": float(row.finished)}
         return replace(
-            _joined(row, None, 0, self.lm),
+            _joined(row, None, 0, self.lm, record),
             finished=row.finished,
             reward=float(sum(given)) if gives or given else None,
             talk=Talk(
                 heard=torch.tensor(row.heard), last_text=row.last_text, turn_rewards=tuple(row.rewards), counts=counts
             ),
-            student_top_ids=_recorded(row, "student_top_ids", record.top_k),
-            student_entropy=_recorded(row, "student_entropy", 0) if record.entropy else None,
         )
 
 
-def _joined(row: _Row, new: Rollout | None, turn: int, lm: LanguageModel) -> Rollout:
+def _joined(row: _Row, new: Rollout | None, turn: int, lm: LanguageModel, record: Record) -> Rollout:
     """The conversation so far, and the tokens of the turn that is being written."""
+    parts = [*row.parts, *([] if new is None else [new])]
     more = [] if new is None else new.response_ids.tolist()
     ids = [*row.ids, *more]
     first = next((part for part in row.parts if not isinstance(part, int)), new)
     spoken = ids[:-1] if ids and ids[-1] in lm.stop_ids & lm.tokenizer.added_tokens_decoder.keys() else ids
 
     def logp(name: str) -> Tensor | None:
-        parts = [*row.parts, *([] if new is None else [new])]
         values = [torch.full((p,), torch.nan) if isinstance(p, int) else getattr(p, name) for p in parts]
         return None if any(value is None for value in values) else torch.cat([torch.zeros(0), *values])
 
@@ -303,16 +301,18 @@ def _joined(row: _Row, new: Rollout | None, turn: int, lm: LanguageModel) -> Rol
         policy_logp=logp("policy_logp"),
         sampler_version=0 if first is None else first.sampler_version,
         sampling=None if first is None else first.sampling,
+        student_top_ids=_recorded(parts, "student_top_ids", record.top_k) if record.top_k else None,
+        student_entropy=_recorded(parts, "student_entropy", 0) if record.entropy else None,
     )
 
 
-def _recorded(row: _Row, name: str, k: int) -> Tensor | None:
+def _recorded(parts: Sequence[Rollout | int], name: str, k: int) -> Tensor | None:
     """A record of the student's tokens as one of the whole conversation. None if a turn lacks it.
 
     At the environment's tokens an entropy is NaN, and the ids are the first of the vocabulary: no piece reads them.
     """
     values: list[Tensor] = []
-    for part in row.parts:
+    for part in parts:
         if isinstance(part, int):
             values.append(torch.arange(k).repeat(part, 1) if k else torch.full((part,), torch.nan))
         elif (found := getattr(part, name)) is None:
