@@ -8,6 +8,7 @@ now, such as one that drops earlier thinking, is found by comparing what it writ
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -69,15 +70,18 @@ class Transcript:
         ended = bool(ids) and ids[-1] in self.stop_ids
         given = self.prompt.prefill if len(self.messages) == len(self.prompt.content) else ""
         why = ""
-        for form in self._forms(given + words, given + content, calls, ended):
-            said = self._said(form, observations, role)
+        # What is said of a call that cannot be read answers no call, and some templates have no such message.
+        roles = (role, "user") if role == "tool" and not calls else (role,)
+        forms = self._forms(given + words, given + content, calls, ended)
+        for form, own in itertools.product(forms, roles):
+            said = self._said(form, observations, own)
             try:
                 text = self._behind(form, said, self.tokenizer.decode([ids[-1]]) if ended else "")
                 shown = self._text([*self.messages, form, *said])
             except (DataError, _NoPlaceError) as error:
-                why = str(error)
+                why = why or str(error)
                 continue
-            rewritten = not shown.startswith(self.shown) or not _holds(shown, self.shown, form)
+            rewritten = not _extends(shown, self.shown, form)
             self.messages += [form, *said]
             self.shown = shown
             self.calls += len(calls)
@@ -87,8 +91,8 @@ class Transcript:
     def _forms(self, words: str, content: str, calls: Sequence[Call], ended: bool) -> list[dict[str, Any]]:
         """The turn as a message, the better form first: with its calls as data, or all of it as text."""
         text = {"role": "assistant", "content": words}
-        if not calls:
-            return [text]
+        if not calls:  # harmony's template wants what was said, without the marks around it
+            return [text] if words == content else [text, {"role": "assistant", "content": content}]
         made = [
             {
                 "id": f"{self.calls + i:09d}",  # Mistral's template wants nine letters or digits
@@ -152,6 +156,14 @@ def _marked(form: Mapping[str, Any], mark: str) -> dict[str, Any]:
     return {**form, "tool_calls": [*others, {**last, "function": function}]}
 
 
-def _holds(shown: str, before: str, form: Mapping[str, Any]) -> bool:
-    """Whether what the template has added holds the turn's text; white space aside, which templates trim."""
-    return "".join(str(form["content"]).split()) in "".join(shown[len(before) :].split())
+def _extends(shown: str, before: str, form: Mapping[str, Any]) -> bool:
+    """Whether what the template writes now begins with what it wrote before, and goes on with the turn's text.
+
+    White space aside, which templates trim and place by what follows.
+    """
+    now, then, said = (_bare(text) for text in (shown, before, str(form["content"])))
+    return now.startswith(then) and said in now[len(then) :]
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())

@@ -105,9 +105,12 @@ class ConversationSampler(Sampler):
     rules: Rules
     max_prompt_length: int | None = None
     clean: Callable[[str], tuple[str, dict[str, float]]] = field(init=False)
+    channels: bool = field(init=False)  # the model writes in harmony's channels, of which one is the answer
 
     def __post_init__(self) -> None:
-        self.clean = cleaner_of(self.lm.tokenizer, self.rules.limits.characters)
+        tokenizer = self.lm.tokenizer
+        self.clean = cleaner_of(tokenizer, self.rules.limits.characters)
+        self.channels = bool(tokenizer.chat_template) and "<|channel|>" in tokenizer.get_chat_template()
 
     @property
     def temperature(self) -> float:
@@ -198,7 +201,9 @@ class ConversationSampler(Sampler):
             return
         said = self._parsed(row, new)
         last = turn + 1 >= self.rules.max_turns
-        words = Turn(text=new.text, calls=said.calls, unreadable=said.unreadable, last=last)
+        if self.channels and not row.transcript.is_text:
+            row.last_text = said.content
+        words = Turn(text=row.last_text, calls=said.calls, unreadable=said.unreadable, last=last)
         observation = acted(self.rules.environment, row.state, words, self.rules.limits)
         row.counts["tool_calls"] += len(said.calls)
         row.counts.update(dict(observation.counts))
@@ -239,8 +244,12 @@ class ConversationSampler(Sampler):
     def _parsed(self, row: _Row, new: Rollout) -> Parsed:
         """The turn's text and its calls."""
         tools = row.prompt.tools or self.rules.environment.tools
-        if not tools:
+        if not tools and not (self.channels and not row.transcript.is_text):
             return Parsed(content=new.text)
+        if not tools:
+            return replace(
+                parsed(self.lm.tokenizer.decode(self._words(new)), "harmony", self.lm.tokenizer, ()), calls=()
+            )
         text, how = self.lm.tokenizer.decode(self._words(new)), self.rules.format
         if how == "auto":
             how = format_of(self.lm.tokenizer, chat=not row.transcript.is_text, where="environment")

@@ -127,12 +127,12 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
             measured = assigned(held_out.prompts, spec, name, part, first_held_out)
             first_held_out = 1 + max(prompt.id for prompt in measured)
-            held_out = replace(held_out, prompts=measured, rules=rules)
+            held_out = replace(held_out, prompts=offering(measured, rules), rules=rules)
             reports = [*reports, *also]
             unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
         unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
         tasks[name] = Task(
-            prompts=prompts,
+            prompts=offering(prompts, rules),
             reward=reward,
             held_out=held_out,
             reports=tuple(reports),
@@ -147,6 +147,15 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         mixed=spec.task_order == "mixed",
     )
     return Prepared(method=method, tasks=tasks, order=order)
+
+
+def offering(prompts: Sequence[Prompt], rules: Rules | None) -> list[Prompt]:
+    """The prompts with the tools that the environment offers in every conversation, where they have none of their own.
+
+    So all checks read what the student reads. A prompt that is a text has no place for them.
+    """
+    tools = () if rules is None else tuple(rules.environment.tools)
+    return [replace(p, tools=p.tools or tools) if tools and not isinstance(p.content, str) else p for p in prompts]
 
 
 def held_out_of(
