@@ -44,8 +44,10 @@ ABOVE: dict[str, tuple[str, ...]] = {
     "samplers": ("recipe", "maths", "pieces", "models", "engines"),
     "teachers": ("maths", "pieces", "models", "engines"),
     "rewards": ("recipe", "pieces", "models", "samplers"),
+    "environments": ("recipe", "models", "samplers", "rewards"),
     "evaluation": (
         *("recipe", "maths", "pieces", "method", "methods", "models", "loss", "samplers", "teachers", "rewards"),
+        "environments",
     ),
 }
 ABOVE["stage"] = tuple(ABOVE)

@@ -123,7 +123,7 @@ class Rollout:
     prompt_ids: tuple[int, ...]
     response_ids: Tensor  # [T] int64
     trained: Tensor  # [T] bool, False for tokens that the student did not write (tools, environments)
-    turn: Tensor  # [T] int64, index of the token's turn
+    turn: Tensor  # [T] int64, index of the token's turn: what the environment says before the student's words is in it
     finished: bool
     text: str
     sampler_logp: Tensor | None = None  # [T]
@@ -141,6 +141,27 @@ class Rollout:
     part: str = ""  # the name in `Method.parts` of the pieces that train it; "": the method's own
     measured: Mapping[str, float] = field(default_factory=dict[str, float])  # by its source: metrics part/NAME/...
     feedback: str | None = None  # a judge's text about the response, which a teacher may read
+    talk: Talk | None = None  # what happened in a conversation with an environment
+
+    @property
+    def own_ids(self) -> Tensor:
+        """The tokens [T'] that the environment did not write, trained or not."""
+        return self.response_ids if self.talk is None else self.response_ids[~self.talk.heard]
+
+    @property
+    def last_text(self) -> str:
+        """The text that rewards read: of a conversation the student's last turn, else the response."""
+        return self.text if self.talk is None else self.talk.last_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Talk:
+    """What a `Rollout` says of its conversation with an environment."""
+
+    heard: Tensor  # [T] bool: tokens of the environment, which the student reads and is never trained on
+    last_text: str
+    turn_rewards: tuple[float | None, ...] = ()  # by turn of the student; None: the environment gave none
+    counts: Mapping[str, float] = field(default_factory=dict[str, float])  # metrics environment/...
 
 
 class Unwritten(Rollout):

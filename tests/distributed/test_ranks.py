@@ -116,6 +116,9 @@ BEST: dict[str, Any] = {
     "options": {"k": 4, "n": 2, "hint": "{answer}+{prompt}", "marker": "+", "weight": 2.0},
     "reward": {"name": "ranks:rare"},
 }
+ENDS = {"max_completion_length": 12, "n": 2, "stop": ["=", ";", "7"]}
+TALKING: dict[str, Any] = {"environment": {"name": "talking:talker"}, "sampling": ENDS}
+TALKS = {"data": {"path": "held_out.jsonl"}, "sampling": {"drawn": ENDS}}
 DRIFT = {"k": 4, "threshold": 0.7, "drop": 0.4}
 SCENARIOS = {
     "full tied, reverse_kl": recipe(tied=True, evaluate=EVALUATE, optimizer={"learning_rate": 0.003}),
@@ -206,6 +209,10 @@ SCENARIOS = {
         tied=True, prompts_per_step=3, **BEST | {"options": BEST["options"] | {"fallback": "skip"}}
     ),
     "lora, the best of the teacher's responses": recipe(LORA, prompts_per_step=5, **BEST),
+    "full tied, conversations": recipe(tied=True, method="opd", options={"gamma": 0.9}, prompts_per_step=3, **TALKING),
+    "lora, conversations in groups": recipe(
+        LORA, method="grpo", prompts_per_step=5, **TALKING | {"teacher": None, "evaluate": TALKS}
+    ),
     "full untied, experts that are balanced": experts(router_aux_loss=0.3, prompts_per_step=5),
     "full tied, a debate": debate(options=TEXTS | {"tag": r"1(\d)"}),
     "lora, a debate in turn": debate(LORA, options=TEXTS | {"tag": r"1(\d)", "beta": 0.4, "missing": "zero"}),

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from opd.environments.conversations import talked
 from opd.evaluation.buckets import Buckets, starting_at
 from opd.evaluation.compare import compare
 from opd.evaluation.learned import DIFFERS
@@ -41,12 +42,12 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
     """
     metrics = Metrics()
     n = len(batch.rollouts)
-    lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
+    lengths = [len(rollout.own_ids) for rollout in batch.rollouts]
     metrics.mean("rollout/length", sum(lengths), n)
     metrics.max("rollout/length_max", max(lengths))
     metrics.rows(_of_lengths, length=lengths)
     metrics.mean("rollout/cut_share", sum(not rollout.finished for rollout in batch.rollouts), n)
-    metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.response_ids.tolist()) for r in batch.rollouts), n)
+    metrics.mean("rollout/repeat_ratio", sum(repeat_ratio(r.own_ids.tolist()) for r in batch.rollouts), n)
     metrics.sum("train/tokens", float(batch.mask.sum()))
     if Trait.FILTERS in method.needs:
         kept = batch.mask.any(1)
@@ -58,6 +59,9 @@ def step_metrics(batch: Batch, method: Method, version: int, *, buckets: Buckets
         differs = contrasts(batch)
         metrics.mean(DIFFERS, sum(differs), len(differs))
     metrics.merge(of_judges(batch))
+    conversations = sum(rollout.talk is not None for rollout in batch.rollouts)
+    for name, total in talked(batch.rollouts).items():
+        metrics.mean(name, total, conversations)
     for failure, count in Counter(r.reward_failure for r in batch.rollouts if r.reward_failure is not None).items():
         metrics.sum(f"rollout/rewards_{failure}", count)
     written = [rollout for rollout in batch.rollouts if rollout.sampler_logp is not None]
@@ -114,7 +118,7 @@ def of_parts(method: Method, phase_a: PhaseA) -> Metrics:
         metrics.sum(f"part/{name}/rows", len(rollouts))
         metrics.sum(f"part/{name}/tokens", 0.0 if phase is None else float(phase.batch.mask.sum()))
         for rollout in rollouts:
-            metrics.mean(f"part/{name}/length", len(rollout.response_ids), 1)
+            metrics.mean(f"part/{name}/length", len(rollout.own_ids), 1)
             metrics.mean(f"part/{name}/cut_share", not rollout.finished, 1)
             if rollout.reward is not None:
                 metrics.mean(f"part/{name}/reward", rollout.reward, 1)
@@ -150,7 +154,7 @@ def by_task(batch: Batch, method: Method) -> Metrics:
         if rollout.prompt.task is None:
             continue
         name = f"task/{rollout.prompt.task}"
-        metrics.mean(f"{name}/length", len(rollout.response_ids), 1)
+        metrics.mean(f"{name}/length", len(rollout.own_ids), 1)
         metrics.mean(f"{name}/cut_share", not rollout.finished, 1)
         if rollout.reward is not None:
             metrics.mean(f"{name}/reward", rollout.reward, 1)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TypeAlias
 
+from opd.environments.conversations import Rules, in_conversations, talked
 from opd.maths.intervals import SHARE, bounds_of, mean_interval
 from opd.maths.statistics import distinct_share, pass_at_k, repeat_ratio
 from opd.models.language_model import LanguageModel
@@ -26,6 +27,7 @@ class HeldOut:
     seed: int
     pass_at: Sequence[int] = (1,)
     max_prompt_length: int | None = None
+    rules: Rules | None = None  # of conversations with an environment
     limited_by: str = "evaluate.sampling.{setting}.max_completion_length"  # named in errors about length
 
 
@@ -69,15 +71,16 @@ def measure(
 def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sampler]:
     from opd.samplers.hf import TransformersSampler
 
-    return {
-        name: TransformersSampler(
+    found: dict[str, Sampler] = {}
+    for name, sampling in held_out.sampling.items():
+        inner = TransformersSampler(
             lm=student,
             sampling=sampling,
             max_prompt_length=held_out.max_prompt_length,
             limited_by=held_out.limited_by.format(setting=name),
         )
-        for name, sampling in held_out.sampling.items()
-    }
+        found[name] = in_conversations(inner, student, sampling, held_out.rules, held_out.max_prompt_length)
+    return found
 
 
 def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[str, float]:
@@ -91,12 +94,13 @@ def summary(rollouts: Sequence[Rollout], pass_at: Sequence[int] = (1,)) -> dict[
     n = len(rollouts)
     out = {
         "responses": float(n),
-        "length": sum(len(r.response_ids) for r in rollouts) / n,
+        "length": sum(len(r.own_ids) for r in rollouts) / n,
         "cut_share": sum(not r.finished for r in rollouts) / n,
-        "repeat_ratio": sum(repeat_ratio(r.response_ids.tolist()) for r in rollouts) / n,
+        "repeat_ratio": sum(repeat_ratio(r.own_ids.tolist()) for r in rollouts) / n,
         "distinct_share": distinct_share([r.text for r in rollouts]),
         "empty_share": sum(not r.text.strip() for r in rollouts) / n,
     }
+    out |= {key: total / n for key, total in talked(rollouts).items()}
     for failure, count in Counter(r.reward_failure for r in rollouts if r.reward_failure is not None).items():
         out[f"rewards_{failure}"] = float(count)
     complete = [group for group in groups.values() if all(r.reward_failure != "failed" for r in group)]

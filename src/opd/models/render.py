@@ -41,14 +41,17 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
     return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
 
 
-def chat_text(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}) -> str:
-    """The text that the chat template writes for a prompt of messages, without its prefill. Raises as `render`."""
+def chat_text(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}, *, goes_on: bool = True) -> str:
+    """The text that the chat template writes for a prompt of messages, without its prefill. Raises as `render`.
+
+    `goes_on`: with the generation prompt behind it.
+    """
     assert not isinstance(prompt.content, str)
     template, options = template_for(prompt, tokenizer, template_options)
     messages = in_form(prompt.content, content_form(template, tokenizer))
     try:
         return tokenizer.apply_chat_template(
-            messages, chat_template=dated(template), tokenize=False, add_generation_prompt=True, **options
+            messages, chat_template=dated(template), tokenize=False, add_generation_prompt=goes_on, **options
         )
     except Exception as error:  # any expression of a template may raise
         roles = ", ".join(str(message["role"]) for message in messages)

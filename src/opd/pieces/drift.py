@@ -71,12 +71,12 @@ class Drift:
         return (1.0 - self.drop * lost.double().cumsum(-1)).clamp(0.0, 1.0)
 
     def trust_of(self, rollout: Rollout, scores: Scores) -> Tensor:
-        """W [T] of a response recorded and scored with top ids; every token counts as trained."""
+        """W [T] of a response recorded and scored with top ids; tokens of an environment are never lost."""
         student, teacher, logp = rollout.student_top_ids, scores.teacher_top_ids, scores.teacher_top_logp
         assert student is not None, "the sampler did not record top ids"
         assert teacher is not None, "the teacher did not return top ids"
         assert logp is not None
-        return self.trust(self.lost(rollout.response_ids, student, teacher.cpu(), logp.cpu()))
+        return self.trust(self.lost(rollout.response_ids, student, teacher.cpu(), logp.cpu()) & rollout.trained)
 
 
 def lost_tokens(drift: Drift, batch: Batch) -> Tensor:
@@ -146,9 +146,11 @@ class Drifted(SavedAttributes):
         alive = ((self.drift.trust(lost) > ALIVE) & batch.mask).sum(1)[batch.mask.any(1)]
         ended = [
             not r.finished and r.sampling is not None and len(r.response_ids) < r.sampling.max_completion_length
+            if r.talk is None
+            else bool(r.talk.counts.get("stopped"))
             for r in batch.rollouts
         ]
-        tokens = sum(len(rollout.response_ids) for rollout in batch.rollouts)
+        tokens = sum(len(rollout.own_ids) for rollout in batch.rollouts)
         parts = gather(
             ([int(length) for length in alive], int(lost.sum()), int(batch.mask.sum()), sum(ended), len(ended), tokens)
         )

@@ -23,7 +23,11 @@ _FIELD = re.compile(r"    (\w+):")
 def sections() -> dict[str, type[BaseModel]]:
     """The sections of a recipe by the name of their class, in the order of the file."""
     found = {name: one for name, one in vars(schema).items() if isinstance(one, type) and issubclass(one, BaseModel)}
-    return {name: one for name, one in found.items() if one.__module__ == schema.__name__}
+    return {name: one for name, one in found.items() if _is_section(one)}
+
+
+def _is_section(one: type[Any]) -> bool:
+    return one.__module__.startswith(f"{schema.__package__}.") and one.__name__ != "Section"
 
 
 @cache
@@ -31,7 +35,7 @@ def descriptions(section: type[BaseModel]) -> dict[str, str]:
     """Key -> the comments of its field: the lines directly above it, then the one behind it. Inherited keys too."""
     found: dict[str, str] = {}
     for base in reversed(section.__mro__):
-        if base.__module__ == schema.__name__:
+        if _is_section(base):
             found |= _comments(inspect.getsource(base))
     return {key: found[key] for key in section.model_fields if key in found}
 

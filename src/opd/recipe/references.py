@@ -126,7 +126,7 @@ def check_tasks(stage: StageSpec, where: str) -> None:
             raise ConfigError(f"{where}: `task_order` needs `tasks`, and the stage has none. Remove it, or give tasks.")
         return
     first = next(iter(stage.tasks))
-    twice = [f"`{key}`" for key in ("data", "teacher", "reward") if getattr(stage, key) is not None]
+    twice = [f"`{key}`" for key in ("data", "environment", "teacher", "reward") if getattr(stage, key) is not None]
     if twice:
         raise ConfigError(
             f"{where}: it has `tasks` and also {' and '.join(twice)}, which nothing reads: each task has its own. Move "

@@ -9,29 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StrictBool, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, StrictBool, model_validator
 
 from opd.files import expanded
+from opd.recipe.environment import EnvironmentSection
 from opd.recipe.numbers import Float, Int
-from opd.recipe.other_names import renamed
+from opd.recipe.section import Name, Section, SettingName, Text
 from opd.recipe.templates import template_text
 from opd.types import teachers_in
-
-
-class Section(BaseModel):
-    """A frozen section that refuses unknown keys, NaN and infinity. Some names of other trainers are accepted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _names_of_other_trainers(cls, values: Any) -> Any:
-        return renamed(values, cls.__name__)
-
-
-Name: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=100)]  # of a file or folder
-SettingName: TypeAlias = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_. -]*$")]  # part of metrics' names
-Text: TypeAlias = Annotated[str, Field(min_length=1)]
 
 
 def _named(modules: str | list[str]) -> str | list[str]:
@@ -413,6 +398,7 @@ class TaskSection(Section):
     """
 
     data: DataSection  # the prompts
+    environment: EnvironmentSection | None = None  # the student talks with it: tools, a game
     teacher: str | None = None  # several, which all score each row: one+other
     reward: RewardSection | None = None  # of the student's responses
     sampling: SamplingSection = SamplingSection()  # of the student's responses
@@ -422,7 +408,8 @@ class TaskSection(Section):
     train: str | None = None  # in a stage with `peers`, the model whose own data this is
 
 
-TASK_FIELDS = ("data", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")  # also of a stage without tasks
+# Also of a stage without tasks.
+TASK_FIELDS = ("data", "environment", "teacher", "reward", "sampling", "teacher_sampling", "evaluate")
 
 
 class StageSpec(Section):
@@ -439,10 +426,11 @@ class StageSpec(Section):
     method: str  # a name that `opd methods` lists, several as one+other, or my_package.mine:method
     options: dict[str, Any] = {}  # of the method: `opd describe METHOD`
     data: DataSection | None  # the prompts; null: the stage has tasks
-    tasks: dict[Name, TaskSection] = {}  # by name, in place of `data`, `teacher` and `reward`
+    tasks: dict[Name, TaskSection] = {}  # by name, in place of `data`, `environment`, `teacher`, `reward`
     task_order: Literal["alternate", "mixed"] = "alternate"  # a step has prompts of one task, or of all
     peers: list[str] = []  # other models that this stage trains beside `train`
     topology: Literal["all", "hub", "none"] = "all"  # all: all teach each other; hub: `train` and each peer do
+    environment: EnvironmentSection | None = None  # the student talks with it: tools, a game
     reward: RewardSection | None = None  # of the student's responses
     sampling: SamplingSection = SamplingSection()  # of the student's responses
     sampler: str | None = None  # your own for training, my_module:MySampler, called (student, sampling, **options)

@@ -78,7 +78,7 @@ class FunctionReward(Reward):
 
     def _rewarded(self, rollout: Rollout, waiting: Waiting) -> Rollout:
         """The rollout with its reward, or without if failures are dropped. Raises TrainingError if they are not."""
-        found = self._called(rollout.prompt, rollout.text, waiting)
+        found = self._called(rollout.prompt, rollout.last_text, waiting)
         if not isinstance(found, _Failure):
             return replace(rollout, reward=float(found), reward_failure="timed_out" if found is TIMED_OUT else None)
         if self.on_error == "drop":
@@ -229,7 +229,7 @@ class StageRewards:
 
     def extracted(self, rollout: Rollout) -> str | None:
         """The part of the response that its task's reward compared; None if that does not say."""
-        return extracted(self.by_task.get(rollout.prompt.task), rollout.prompt, rollout.text)
+        return extracted(self.by_task.get(rollout.prompt.task), rollout.prompt, rollout.last_text)
 
     def pop_requests(self) -> dict[str, float]:
         """judge/ROLE_WHAT: requests to judges since the last call, summed over processes; empty without judges.
@@ -370,7 +370,7 @@ def unscored_answers(prompts: Sequence[Prompt], columns: frozenset[str], *reward
     0 with a user's function, which may read any column.
     """
     given = [reward for reward in rewards if reward is not None]
-    if any(isinstance(reward, FunctionReward) and reward.undeclared for reward in given):
+    if any(getattr(reward, "undeclared", False) for reward in given):
         return 0
     if "answer" in columns.union(*(reward.needs for reward in given)):
         return 0

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from opd.environments.conversations import in_conversations
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable, check_k
 from opd.method import Method
@@ -132,9 +133,27 @@ def base_of(
 
 
 def samplers_of(
+    session: Session, spec: StageSpec, prepared: Prepared, student: LanguageModel, root: Root, folder: Path
+) -> dict[str | None, Sampler]:
+    """The student's samplers by task, each with the task's settings and environment.
+
+    `folder` of the stage: for an engine's weights.
+    """
+    return {
+        name: in_conversations(
+            inner,
+            student,
+            sampling_of(spec.by_task[name].sampling),
+            prepared.tasks[name].rules,
+            spec.max_prompt_length,
+        )
+        for name, inner in _inner_samplers(session, spec, student, root, folder).items()
+    }
+
+
+def _inner_samplers(
     session: Session, spec: StageSpec, student: LanguageModel, root: Root, folder: Path
 ) -> dict[str | None, Sampler]:
-    """The student's samplers by task, each with the task's settings. `folder` of the stage: for an engine's weights."""
     recipe, given = session.recipe, session.given
     if spec.engine is not None:
 
@@ -297,7 +316,7 @@ def of_model(session: Session, spec: StageSpec, prepared: Prepared, folder: Stag
     world.shard(root, student.blocks())
     exams = exams_of(spec, prepared, student, teacher, externals, own)
     folder = described(spec, folder, prepared)
-    samplers = samplers_of(session, spec, student, root, folder.path)
+    samplers = samplers_of(session, spec, prepared, student, root, folder.path)
     ahead = one_ahead(samplers, recipe.seed, scoring_early(method, teacher)) if spec.ahead else None
     cache = TextCache(folder.path / "texts", world.rank)
     writers = writers_of(spec, method, student, teacher, externals, samplers, memory, cache, ahead)

@@ -24,6 +24,7 @@ from opd.runs.same_model import check_base_weights, check_common_start, check_ot
 from opd.runs.saves import check_save
 from opd.runs.served import check_engine
 from opd.runs.stale import check_ahead
+from opd.runs.talks import check_talks
 from opd.runs.tokenizers import check_template_options, check_tokenizers
 from opd.stage.folder import check_stage_name
 from opd.stage.trackers import check_report_to
@@ -74,6 +75,7 @@ def check_view(
     notes += [f"{spec.name}: {line}" for line in unused_settings(spec, of_stage.order)]
     notes += [f"{spec.name}: {line}" for line in check_ahead(spec, of_stage.method)]
     own = [*check_own(recipe, spec, of_stage, given), *check_engine(recipe, spec, given.models, processes)]
+    talks = check_talks(recipe, spec, of_stage, given.models.get(spec.train))
     checked = check_tokenizers(recipe, spec, of_stage, given.models)
     saved = check_save(recipe, spec, given.models)
     same = check_other_weights(recipe, spec, of_stage.method, given)
@@ -81,6 +83,7 @@ def check_view(
     lines = [
         *own,
         *saved,
+        *talks,
         *checked,
         *same,
         *check_models(recipe, spec, given, seen),

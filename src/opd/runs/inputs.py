@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from opd.environments.registry import TEXTARENA
 from opd.files import expanded
 from opd.models.paths import source_of
 from opd.plugins import import_function
@@ -95,6 +96,8 @@ def _code(recipe: Recipe, spec: StageSpec, prepared: Prepared, given: Given) -> 
     for part in spec.by_task.values():
         judged = [] if part.reward is None else [one.function for one in part.reward.asks.values()]
         named += [part.reward and part.reward.name, *judged]
+        if (talks := part.environment) is not None:
+            named += [*talks.tools, *([] if talks.name.startswith(TEXTARENA) else [talks.name])]
         if part.evaluate is not None:
             named.append(part.evaluate.reward and part.evaluate.reward.name)
     own = [name for name in dict.fromkeys(named) if name and _is_own(name)]

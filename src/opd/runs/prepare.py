@@ -9,6 +9,9 @@ from dataclasses import dataclass, field, replace
 from opd import methods
 from opd.data.order import PromptOrder
 from opd.data.prompts import Report, load_selected, require_columns
+from opd.environments.conversations import Rules
+from opd.environments.registry import rules_of
+from opd.environments.reward import with_environment
 from opd.errors import ConfigError, DataError
 from opd.evaluation.evaluate import HeldOut
 from opd.messages import is_chat
@@ -56,6 +59,7 @@ class Task:
     held_out: HeldOut | None
     reports: tuple[Report, ...] = ()  # of the data sections: conversions and selections, held-out last
     unscored_answers: Mapping[str, int] = field(default_factory=dict[str, int])  # counts by "training", "held-out"
+    rules: Rules | None = None  # of the conversations with an environment
     warnings: tuple[str, ...] = ()  # of the checks that compare this task with others
 
     @property
@@ -101,8 +105,12 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
     first, first_held_out = 0, 0
     for name, part in spec.by_task.items():
         named = part.reward if given.reward is None else given.reward  # a section, or the reward itself
-        check_needs(spec, name, method, has_reward=named is not None, asks=named is not None and bool(named.asks))
+        rules = None if part.environment is None else rules_of(part.environment, f"{spec.where(name)}: environment")
+        rewards = named is not None or (rules is not None and rules.environment.rewards)
+        check_needs(spec, name, method, has_reward=rewards, asks=named is not None and bool(named.asks))
         reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
+        if rules is not None and rules.environment.rewards:
+            reward = with_environment(reward, rules.environment.name)
         check_update_reward(spec, name, method, reward)
         check_feedback(spec, name, method, reward)
         check_dropped_rewards(spec, name, method)
@@ -119,15 +127,16 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
             held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
             measured = assigned(held_out.prompts, spec, name, part, first_held_out)
             first_held_out = 1 + max(prompt.id for prompt in measured)
-            held_out = replace(held_out, prompts=measured)
+            held_out = replace(held_out, prompts=offering(measured, rules), rules=rules)
             reports = [*reports, *also]
             unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
         unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
         tasks[name] = Task(
-            prompts=prompts,
+            prompts=offering(prompts, rules),
             reward=reward,
             held_out=held_out,
             reports=tuple(reports),
+            rules=rules,
             unscored_answers={which: count for which, count in unscored.items() if count},
         )
     order = PromptOrder(
@@ -138,6 +147,15 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         mixed=spec.task_order == "mixed",
     )
     return Prepared(method=method, tasks=tasks, order=order)
+
+
+def offering(prompts: Sequence[Prompt], rules: Rules | None) -> list[Prompt]:
+    """The prompts with the tools that the environment offers in every conversation, where they have none of their own.
+
+    So all checks read what the student reads. A prompt that is a text has no place for them.
+    """
+    tools = () if rules is None else tuple(rules.environment.tools)
+    return [replace(p, tools=p.tools or tools) if tools and not isinstance(p.content, str) else p for p in prompts]
 
 
 def held_out_of(

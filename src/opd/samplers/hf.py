@@ -35,7 +35,8 @@ class _Row:
     prompt: Prompt
     sample: int
     prompt_ids: list[int]
-    uniforms: Tensor  # [max_completion_length] float64
+    uniforms: Tensor  # [limit] float64
+    limit: int  # tokens that it may write
     prefix: tuple[int, ...] = ()  # given first tokens of the response
     ids: list[int] = field(default_factory=list[int])
     sampler_logp: list[float] = field(default_factory=list[float])
@@ -101,10 +102,43 @@ class TransformersSampler(Sampler):
         assert prefixes is None or record == NOTHING_MORE, "prefix tokens are not drawn, so they have no records"
         limit = self.sampling.max_completion_length
         rows = [
-            _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, limit), tuple(prefix))
+            _Row(prompt, sample, prompt_ids, uniforms_of(seed, prompt.id, sample, limit), limit, tuple(prefix))
             for prompt, prompt_ids, prefix in zip(prompts, ids, prefixes or [()] * len(prompts), strict=True)
             for sample in range(self.first_sample, self.first_sample + self.sampling.n)
         ]
+        self._write_all(rows, record, stop)
+        return [self._rollout(row) for row in rows]
+
+    def extend(
+        self,
+        rollouts: Sequence[Rollout],
+        turn: int,
+        limits: Sequence[int],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        stop: EarlyStop | None = None,
+    ) -> list[Rollout]:
+        """The next turn of conversations, as rollouts of its tokens alone: see `environments.protocol.TakesTurns`."""
+        check_fits(record.top_k, self.lm.vocabulary)
+        rows = [
+            _Row(
+                one.prompt,
+                one.sample,
+                [*one.prompt_ids, *one.response_ids.tolist()],
+                uniforms_of(seed, one.prompt.id, one.sample, limit, turn),
+                limit,
+            )
+            for one, limit in zip(rollouts, limits, strict=True)
+        ]
+        self._write_all(rows, record, stop)
+        return [self._rollout(row) for row in rows]
+
+    def completed(self, rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        """The rollouts: `extend` has recorded everything."""
+        return list(rollouts)
+
+    def _write_all(self, rows: Sequence[_Row], record: Record, stop: EarlyStop | None) -> None:
         # no_grad, not inference mode, in which autocast does not cache the weights that it casts.
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         model, counted = evaluating(self.lm.model), counting("responses", len(rows))
@@ -112,7 +146,6 @@ class TransformersSampler(Sampler):
             for batch in batches_of(self.lm, rows, [len(row.read) for row in rows], ROWS):
                 self._decode(batch, logits_of, record, stop, count)
                 count.add(len(batch))
-        return [self._rollout(row) for row in rows]
 
     def _decode(
         self,
@@ -124,20 +157,20 @@ class TransformersSampler(Sampler):
     ) -> None:
         lm = self.lm
         known = lm.positions
-        active = list(rows)
-        decoder = begin(lm, [row.read for row in rows], more=self.sampling.max_completion_length - 1)
-        for t in range(self.sampling.max_completion_length):
+        active, longest_limit = list(rows), max(row.limit for row in rows)
+        decoder = begin(lm, [row.read for row in rows], more=longest_limit - 1)
+        for t in range(longest_limit):
             ids = self._write(active, logits_of(decoder.hidden), t, record)
             count.add(tokens=len(active))
             if stop is not None and (t + 1) % stop.every == 0:
                 self._end_early(stop, active)
-            keep = [i for i, row in enumerate(active) if not row.ended]
-            if not keep or t + 1 == self.sampling.max_completion_length:
+            keep = [i for i, row in enumerate(active) if not row.ended and t + 1 < row.limit]
+            if not keep:
                 return
             if len(keep) < len(active):
                 decoder.keep(keep)
                 active, ids = [active[i] for i in keep], ids[keep]
-            longest = len(active[-1].prompt_ids) + len(active[-1].prefix) + t + 1
+            longest = max(len(row.read) for row in active) + t + 1
             if longest > known:
                 lm.check_length(longest, f"Lower {self.limited_by}, or leave out the longest prompts.")
             decoder.read(ids[:, None])
@@ -214,6 +247,10 @@ class TransformersSampler(Sampler):
         )
 
 
-def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int) -> Tensor:
-    """The random numbers of one response, [length] float64: a function of (seed, step), prompt and sample only."""
-    return torch.from_numpy(np.random.default_rng((*seed, prompt_id, sample)).random(length))
+def uniforms_of(seed: tuple[int, int], prompt_id: int, sample: int, length: int, turn: int = 0) -> Tensor:
+    """The random numbers of one response, [length] float64: a function of (seed, step), prompt and sample only.
+
+    In a conversation each turn of the student has its own; those of the first turn are a response's.
+    """
+    later = (turn,) if turn else ()
+    return torch.from_numpy(np.random.default_rng((*seed, prompt_id, sample, *later)).random(length))

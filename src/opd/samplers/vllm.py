@@ -25,6 +25,8 @@ from opd.models.language_model import LanguageModel
 from opd.models.render import render_checked
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
+PARTS = 20  # bits for the number of a part in the seeds of one turn
+
 
 @dataclass(slots=True, kw_only=True)
 class EngineSampler(Sampler):
@@ -87,22 +89,50 @@ class EngineSampler(Sampler):
                 "span two parts. Remove `sampling.stop`, or the stage's `engine`."
             )
         rows = self._rows(prompts)
+        self._write_all(rows, seed, stop)
+        return self.completed([self._rollout(row) for row in rows], record)
+
+    def extend(
+        self,
+        rollouts: Sequence[Rollout],
+        turn: int,
+        limits: Sequence[int],
+        *,
+        seed: tuple[int, int],
+        record: Record = NOTHING_MORE,
+        stop: EarlyStop | None = None,
+    ) -> list[Rollout]:
+        """The next turn of conversations, as rollouts of its tokens alone: see `environments.protocol.TakesTurns`.
+
+        `completed` adds to whole conversations what a server does not record. Raises TrainingError.
+        """
+        rows = [
+            _Row(one.prompt, one.sample, [*one.prompt_ids, *one.response_ids.tolist()], self.version, limit)
+            for one, limit in zip(rollouts, limits, strict=True)
+        ]
+        self._write_all(rows, seed, stop, turn)
+        return [self._rollout(row) for row in rows]
+
+    def completed(self, rollouts: Sequence[Rollout], record: Record) -> list[Rollout]:
+        """The rollouts with the student's own values that a server does not record."""
+        truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
+        return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else list(rollouts)
+
+    def _write_all(self, rows: Sequence[_Row], seed: tuple[int, int], stop: EarlyStop | None, turn: int = 0) -> None:
+        """Write all rows to their ends or limits; with an early stop some tokens at a time."""
         if self.sleeper is not None:
             self.sleeper.wake()
-        limit = self.sampling.max_completion_length
-        part = limit if stop is None else stop.every
-        active = rows
-        for begin in range(0, limit, part):
-            self._draw(active, min(part, limit - begin), (*seed, begin // part))
-            active = [row for row in active if not row.finished]
-            if stop is not None and active and begin + part < limit:
+        longest = max(row.limit for row in rows)
+        part = longest if stop is None else stop.every
+        active = list(rows)
+        for begin in range(0, longest, part):
+            self._draw(active, part, (*seed, begin // part + (turn << PARTS)))
+            active = [row for row in active if not row.finished and len(row.ids) < row.limit]
+            if stop is not None and active and begin + part < longest:
                 keeps = stop.keeps_going([self._rollout(row) for row in active])
                 active = [row for row, keeps_going in zip(active, keeps, strict=True) if keeps_going]
         if self.sleeper is not None:
             self.sleeper.sleep(self.version)
-        rollouts = [self._rollout(row) for row in rows]
-        truncates = self.sampling.top_p < 1.0 or self.sampling.top_k > 0
-        return self.complete(rollouts, record) if truncates or record != NOTHING_MORE else rollouts
 
     def begin(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> Callable[[], list[Rollout]]:
         """Draw the same responses in a thread; returns the function that waits for them. They are not completed.
@@ -126,13 +156,13 @@ class EngineSampler(Sampler):
             template_options=self.lm.template_options,
         )
         return [
-            _Row(prompt, sample, prompt_ids, self.version)
+            _Row(prompt, sample, prompt_ids, self.version, self.sampling.max_completion_length)
             for prompt, prompt_ids in zip(prompts, ids, strict=True)
             for sample in range(self.sampling.n)
         ]
 
     def _draw(self, rows: Sequence[_Row], tokens: int, seed: tuple[int, int, int]) -> None:
-        """Continue the rows by at most `tokens` tokens."""
+        """Continue the rows by at most `tokens` tokens, and none beyond its limit."""
         model = self.model if self.adapters is None else self.adapters.serves
         jobs = [
             Job(
@@ -140,12 +170,12 @@ class EngineSampler(Sampler):
                 fields=draw_fields(
                     model,
                     row.read,
-                    sampling_fields(self.sampling, tokens, self.lm.stop_ids),
+                    sampling_fields(self.sampling, min(tokens, row.limit - len(row.ids)), self.lm.stop_ids),
                     seed=seed_of(seed, row.prompt.id, row.sample),
                     salt=f"opd-{self.salt}-{self.updates}",
                 ),
                 read=self._read,
-                tokens=len(row.read) + tokens,
+                tokens=len(row.read) + min(tokens, row.limit - len(row.ids)),
                 group=tuple(row.prompt_ids),
             )
             for row in rows
@@ -204,6 +234,7 @@ class _Row:
     sample: int
     prompt_ids: list[int]
     version: int
+    limit: int  # tokens that it may have
     ids: list[int] = field(default_factory=list[int])
     logp: list[float] = field(default_factory=list[float])
     finished: bool = False

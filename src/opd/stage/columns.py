@@ -67,7 +67,10 @@ COLUMNS = (
         0,
     ),
     Column("trained", "list<bool>", "false: the student did not write the token (a tool, an environment)"),
-    Column("turn", "list<int32>", "the token's turn"),
+    Column("turn", "list<int32>", "the token's turn: what an environment says before the student's words is in it"),
+    Column(
+        "turn_rewards", "list<float64>", "conversations: the environment's reward of each turn, null where it gave none"
+    ),
     Column("sampler_logp", "list<float32>", "log-prob under the sampling distribution; 0 for a greedy token", 0),
     Column("policy_logp", "list<float32>", "log p: of the weights that sampled, or of the row's scores", 0),
     Column("teacher_logp", "list<float32>", "log q; of a unit in equal parts of its tokens", 0),

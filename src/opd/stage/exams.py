@@ -48,7 +48,7 @@ class Exam:
 
     def extracted(self, rollout: Rollout) -> str | None:
         """The part of a response that the reward compares, if it says."""
-        return extracted(self.held_out.reward, rollout.prompt, rollout.text)
+        return extracted(self.held_out.reward, rollout.prompt, rollout.last_text)
 
     def due(self, done: int) -> bool:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from opd.files import write_atomically
 from opd.parallel import World
-from opd.types import Prompt, Rollout, Sampling
+from opd.types import Prompt, Rollout, Sampling, Talk
 
 REWARD = ("reward", "unjudged", "reward_failure")  # fields of a rollout
 
@@ -68,12 +68,36 @@ def row_of(rollout: Rollout) -> dict[str, Any]:
         "sampler_version": rollout.sampler_version,
         "sampled": rollout.sampling is not None,
         **{name: getattr(rollout, name) for name in REWARD},
+        **_of_talk(rollout),
     }
+
+
+def _of_talk(rollout: Rollout) -> dict[str, Any]:
+    """The conversation with an environment, which may have changed the prompt; empty without one."""
+    talk, prompt = rollout.talk, rollout.prompt
+    if talk is None:
+        return {}
+    content = prompt.content if isinstance(prompt.content, str) else [dict(one) for one in prompt.content]
+    kept = {"heard": talk.heard.tolist(), "last_text": talk.last_text, "turn_rewards": list(talk.turn_rewards)}
+    return {"talk": {**kept, "counts": dict(talk.counts), "content": content, "tools": [dict(t) for t in prompt.tools]}}
+
+
+def _talk_of(row: dict[str, Any]) -> Talk:
+    return Talk(
+        heard=torch.tensor(row["heard"], dtype=torch.bool),
+        last_text=row["last_text"],
+        turn_rewards=tuple(row["turn_rewards"]),
+        counts=row["counts"],
+    )
 
 
 def rollout_of(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollout:
     """The response of `row_of`, to its prompt."""
     sampler_logp, policy_logp = row["sampler_logp"], row["policy_logp"]
+    talk = row.get("talk")
+    if talk is not None:
+        content = talk["content"] if isinstance(talk["content"], str) else tuple(talk["content"])
+        prompt = replace(prompt, content=content, tools=tuple(talk["tools"]))
     return Rollout(
         prompt=prompt,
         sample=row["sample"],
@@ -88,4 +112,5 @@ def rollout_of(row: dict[str, Any], prompt: Prompt, sampling: Sampling) -> Rollo
         sampler_version=row["sampler_version"],
         sampling=sampling if row["sampled"] else None,
         **{name: row[name] for name in REWARD},
+        talk=None if talk is None else _talk_of(talk),
     )

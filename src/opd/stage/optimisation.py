@@ -99,6 +99,6 @@ class StageOptimisation:
                     names=("reverse_kl",),
                     world=self.world,
                 )
-                weight = sum(len(one.response_ids) for one in theirs)
+                weight = sum(len(one.own_ids) for one in theirs)
                 total, tokens = total + weight * found["reverse_kl"], tokens + weight
             return -total / tokens

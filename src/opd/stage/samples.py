@@ -54,6 +54,7 @@ def sample_rows(
             "response_tokens": tokens[i],
             "trained": r.trained.tolist(),
             "turn": r.turn.tolist(),
+            "turn_rewards": None if r.talk is None else list(r.talk.turn_rewards),
             "sampler_logp": None if r.sampler_logp is None else r.sampler_logp.tolist(),
             "policy_logp": None if r.policy_logp is None else r.policy_logp.tolist(),
         }

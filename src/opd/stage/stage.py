@@ -258,7 +258,7 @@ class Stage:
         self.seconds = self.world.max(self.seconds + watch.total - watch.laps["diagnose"])
         self.finished = done == self.spec.steps or self.seconds >= self.seconds_limit
         self.pace.stepped()
-        lengths = [len(rollout.response_ids) for phase in phase_a.all for rollout in phase.batch.rollouts]
+        lengths = [len(rollout.own_ids) for phase in phase_a.all for rollout in phase.batch.rollouts]
         tokens = self.world.sum(sum(lengths))
         self._write(done, metrics, rate=tokens / watch.total)
         peak = peak_bytes(self.student.device) / GIB

@@ -51,7 +51,8 @@ class IncrementalScorer:
     """Scores responses that grow by equally many tokens from call to call; some may end in between.
 
     Keeps the teacher's KV cache for the responses of the last call, as large as the sampler's cache of the student. A
-    response that is not cached restarts the cache for all. A context is rendered once, when the cache starts.
+    response that is not cached restarts the cache for all. A context is rendered once, when the cache starts. Responses
+    of different lengths, conversations in a later turn, are scored as a whole.
     """
 
     teacher: LocalTeacher
@@ -67,7 +68,9 @@ class IncrementalScorer:
     def __call__(self, rollouts: Sequence[Rollout]) -> list[Scores]:
         """The sampled tokens' log-probs and the teacher's `top_k` most likely tokens, at all tokens so far."""
         keys = [(rollout.prompt.id, rollout.sample) for rollout in rollouts]
-        (length,) = {len(rollout.response_ids) for rollout in rollouts}
+        length, *others = {len(rollout.response_ids) for rollout in rollouts}
+        if others:  # conversations in a later turn: they grow together no more
+            return self.teacher.score(rollouts, self.context(rollouts), self.request)
         lm = self.teacher.lm
         with self.teacher.at_work() as head:
             if length <= self.read or not all(key in self.places for key in keys):

@@ -186,6 +186,7 @@ def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
 def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
     """The stage, or its task `task` as a stage without tasks. Raises ConfigError for an unknown task."""
     if not stage.tasks and task is None:
+        check_single(stage)
         return stage
     if task not in stage.tasks:
         raise ConfigError(
@@ -193,7 +194,18 @@ def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
             + (f"has the tasks {', '.join(stage.tasks)}, examined one by one" if stage.tasks else "has no tasks")
             + (f"; got --task {task}.{nearest(task, stage.tasks)}" if task is not None else ". Choose one with --task.")
         )
+    check_single(stage.only(str(task)))
     return stage.only(str(task))
+
+
+def check_single(stage: StageSpec) -> None:
+    """Refuse a stage with an environment: what is examined are single responses. Raises ConfigError."""
+    if stage.environment is not None:
+        raise ConfigError(
+            f"{stage.where(None)}: it has an environment, and opd doctor and opd probe examine single responses. "
+            f"Examine the stage without it, stages.{stage.name}.environment=null, or train a few steps and read the "
+            "metrics environment/..."
+        )
 
 
 def sampling_for(spec: StageSpec, method: Method) -> Sampling:

@@ -27,6 +27,8 @@ function tokensOf(row, label, colour) {
     const place = row.places[i], now = unitAt(row, place);
     if (row.turn && (i === 0 || row.turn[i] !== row.turn[i - 1]))
       element.append(make("i", { class: "turn" }, ` turn ${row.turn[i] + 1}${row.trained && !row.trained[i] ? ", not trained" : ""} `));
+    else if (row.turn && row.turn[i] > 0 && row.trained && row.trained[i] && !row.trained[i - 1])
+      element.append(make("i", { class: "turn" }, " the student "));
     if (now !== unit) {
       unit = now;
       home = element;

@@ -1,0 +1,115 @@
+"""One action of an environment that may raise, hang, print, or answer with anything: the answer is always a text."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from opd.environments.protocol import Environment, Observation, Turn
+from opd.errors import DataError
+from opd.messages import visible
+from opd.plugins import RAISED
+from opd.rewards.calls import TooLongError, called
+from opd.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of one action."""
+
+    timeout_s: float = 10.0
+    characters: int = 2000  # of an observation
+    error: str = "error: {why}"  # what the student reads for an action that failed
+
+
+class _Printed(io.TextIOBase):
+    """Counts what is written, and keeps nothing."""
+
+    def __init__(self) -> None:
+        self.characters = 0
+
+    def write(self, text: str, /) -> int:
+        self.characters += len(text)
+        return len(text)
+
+
+def acted(environment: Environment, state: Any, turn: Turn, limits: Limits) -> Observation:
+    """The environment's answer, whatever it does: an action that fails becomes an observation, and is counted.
+
+    Counts: `errors` (it raised, or returned no `Observation`), `timeouts`, `printed`.
+    """
+    printed = _Printed()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            found = called(lambda: environment.act(state, turn), limits.timeout_s)
+        why, kind = _wrong(found), "errors"
+    except TooLongError as error:
+        found, why, kind = None, str(error), "timeouts"
+    except RAISED as error:  # an environment may raise anything, and exit
+        found, why, kind = None, f"{type(error).__name__}: {error}", "errors"
+    if why is not None:
+        text = limits.error.replace("{why}", why)
+        each = (text,) * len(turn.calls)
+        found = Observation(text=text, texts=each, role="tool" if turn.calls else "user", counts={kind: 1})
+    assert found is not None
+    return replace(found, counts={**found.counts, "printed": float(printed.characters > 0)})
+
+
+def begun(environment: Environment, prompt: Prompt, seed: Any) -> Any:
+    """The beginning of a conversation. Raises DataError if the environment cannot begin it."""
+    printed = _Printed()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            return called(lambda: environment.begin(prompt, seed=seed), None)
+    except RAISED as error:
+        raise DataError(
+            f"The environment {environment.name!r} cannot begin prompt {prompt.id}: {type(error).__name__}: {error}. "
+            "Correct the row or the environment's options, or leave the row out."
+        ) from error
+
+
+def _wrong(found: Any) -> str | None:
+    """Why an action's result is no observation; None if it is one."""
+    if not isinstance(found, Observation):
+        return f"the environment returned a {type(found).__name__}, not an Observation"
+    if not all(isinstance(text, str) for text in (found.text, *found.texts)):
+        return "the environment's observation is no text"
+    reward = found.reward
+    if reward is not None and not (isinstance(reward, (int, float)) and math.isfinite(reward)):
+        return f"the environment's reward is {reward!r}, not a finite number"
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleaner:
+    """Makes observations harmless to read: cut, without control characters and without the text of special tokens.
+
+    A tool's text could otherwise end its message and begin another one.
+    """
+
+    special: Sequence[str]  # texts of special tokens
+    characters: int
+
+    def __call__(self, text: str) -> tuple[str, dict[str, float]]:
+        """(the text, what was done to it: `cut`, `cleaned`)."""
+        counts: dict[str, float] = {}
+        if len(text) > self.characters:
+            counts["cut"] = 1
+            text = f"{text[: self.characters]}... ({len(text) - self.characters} more characters)"
+        clean = visible(text.encode("utf-8", "replace").decode())
+        for token in self.special:
+            clean = clean.replace(token, f"{token[0]} {token[1:]}")
+        if clean != text:
+            counts["cleaned"] = 1
+        return clean, counts
+
+
+def cleaner_of(tokenizer: Any, characters: int) -> Callable[[str], tuple[str, dict[str, float]]]:
+    """The cleaner of a model's observations."""
+    named = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    found = sorted({*named, *map(str, tokenizer.all_special_tokens)}, key=len, reverse=True)
+    return Cleaner(special=[token for token in found if len(token) > 1], characters=characters)

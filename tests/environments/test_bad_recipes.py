@@ -1,0 +1,116 @@
+"""Recipes with environments that cannot work: each is refused before weights are loaded, with what, why and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import talking
+from support.runs import command, one_stage, prepare
+
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+TOOLS_CHAT = "{% if tools %}{% endif %}{{ '' if true else '<tool_call>' }}" + CHAT
+NO_TOOL_ROLE = TOOLS_CHAT.replace(
+    "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+)
+DROPS = CHAT.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+TALKER = {"name": "talking:talker"}
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(Path(talking.__file__).parent))
+    monkeypatch.chdir(tmp_path)
+
+
+def checked(stage: dict[str, Any], template: str | None = None) -> Any:
+    made = one_stage(**{"environment": {"tools": ["calculator"]}, **stage})
+    if template is not None:
+        for model in made["models"].values():
+            model["chat_template"] = template
+            model["tokenizer"] = {"characters": "".join(map(chr, range(32, 127))) + "\n"}
+        made["stages"][0]["data"] = {"path": "train.jsonl", "chat": True}
+    prepare(Path(), made)
+    return command("check", "recipe.yaml")
+
+
+BAD: list[Any] = [
+    # keys
+    ({"environment": {}}, None, "it names no tool: set `tools`, e.g. [calculator]"),
+    ({"environment": {"tools": ["calculater"]}}, None, "no tool 'calculater'. Did you mean 'calculator'?"),
+    ({"environment": {"tools": ["calculator", "calculator"]}}, None, "two tools have the name 'calculator'"),
+    ({"environment": {"tools": ["calculator"], "max_turns": 0}}, None, "greater than or equal to 1"),
+    ({"environment": {"tools": ["calculator"], "timeout_s": 0}}, None, "greater than 0"),
+    ({"environment": {"tools": ["calculator"], "max_turn": 3}}, None, "max_turns"),
+    ({"environment": {"tools": ["calculator"], "format": "qwen"}}, None, "hermes"),
+    ({"environment": {**TALKER, "tools": ["calculator"]}}, None, "does not read it: leave it out"),
+    ({"environment": {"tools": ["calculator"], "options": {"python": {}}}}, None, "there is no tool 'python'"),
+    ({"environment": {"tools": ["calculator"], "options": {"calculator": {"x": 1}}}}, None, "which has no options"),
+    ({"environment": {"tools": ["python"], "options": {"python": {"timeout_s": -1}}}}, None, "`timeout_s` above 0"),
+    ({"environment": {"tools": ["python"], "options": {"python": {"time": 1}}}}, None, "cannot be made with"),
+    ({"environment": {"tools": ["bad_tools:raise"]}}, None, "Did you mean 'raises'?"),
+    ({"environment": {"tools": ["bad_toolz:raises"]}}, None, "importing 'bad_toolz' failed"),
+    ({"environment": {"tools": ["bad_tools:no_docstring"]}}, None, "has no JSON schema"),
+    ({"environment": {"tools": ["bad_tools:no_types"]}}, None, "has no JSON schema"),
+    ({"environment": {"name": "tool"}}, None, "no environment 'tool'. Did you mean 'tools'?"),
+    ({"environment": {"name": "bad_tools:no_environment"}}, None, "returned a object, not an Environment: it lacks"),
+    ({"environment": {"name": "bad_tools:cannot_be_made"}}, None, "raised RuntimeError: size 1"),
+    ({"environment": {"name": "bad_tools:cannot_be_made", "options": {"sise": 1}}}, None, "Did you mean 'size'?"),
+    ({"environment": {"name": "bad_tools:cannot_begin"}}, None, "cannot begin prompt 0: ValueError: no such game"),
+    # methods and stages
+    ({"method": "sft", "teacher": None}, None, "others write responses too"),
+    ({"method": "forward_kl"}, None, "others write responses too"),
+    ({"method": "simct"}, None, "the teacher has its own tokenizer"),
+    ({"method": "prune_opd", "options": {"budget": 2, "budget_max": 3}}, None, "budget"),
+    ({"ahead": 1}, None, "`ahead: 1`"),
+    ({"method": "grpo", "teacher": None, "sampling": {"n": 2}}, None, "needs a reward"),
+    (
+        {"evaluate": {"data": {"path": "held_out.jsonl"}, "teacher": True}},
+        None,
+        "Set evaluate.teacher to false",
+    ),
+    # templates
+    ({}, CHAT, "does not mention the option 'tools'"),
+    ({}, CHAT + "{% if tools %}{% endif %}", "writes no tool call in a format that opd knows"),
+    ({}, NO_TOOL_ROLE, "writes no turn behind a message of role 'tool'"),
+    ({"environment": TALKER}, DROPS, "the thinking of an earlier turn (<think>) otherwise"),
+]
+
+
+@pytest.mark.parametrize(("stage", "template", "message"), BAD, ids=[f"{i:02d}" for i in range(len(BAD))])
+def test_check_refuses_with_a_message(stage: dict[str, Any], template: str | None, message: str):
+    ended = checked(stage, template)
+    assert ended.code != 0
+    assert message in " ".join((ended.out + ended.err).split())
+    assert "Traceback" not in ended.err
+
+
+GOOD: list[Any] = [
+    ({}, None, "each response is a conversation with tools with the tools calculator: up to 8 turns, 3 tokens in all"),
+    ({}, TOOLS_CHAT, "tool calls are read in the format 'hermes'"),
+    ({"environment": TALKER}, CHAT, "each response is a conversation with talker: up to 8 turns"),
+    ({"environment": {**TALKER, "rewritten": "keep"}}, DROPS, "rewrites earlier turns of a conversation; their tokens"),
+    (
+        {"environment": TALKER, "method": "grpo", "teacher": None, "sampling": {"n": 2}},
+        None,
+        "conversation with talker",
+    ),
+]
+
+
+@pytest.mark.parametrize(("stage", "template", "line"), GOOD, ids=[f"{i:02d}" for i in range(len(GOOD))])
+def test_check_says_how_conversations_are_led(stage: dict[str, Any], template: str | None, line: str):
+    ended = checked(stage, template)
+    assert ended.code == 0, ended.err
+    assert line in " ".join((ended.out + ended.err).split())
+
+
+def test_doctor_refuses_stage_with_environment():
+    prepare(Path(), one_stage(environment=TALKER))
+    ended = command("doctor", "recipe.yaml")
+    assert ended.code != 0
+    assert "stages.distil.environment=null" in " ".join(ended.err.split())
