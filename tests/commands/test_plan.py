@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -254,6 +255,38 @@ def test_seconds_name_what_limits():
     assert faster[0].seconds < times["sampling"].seconds
     network = flow.seconds(replace(large, devices=64), device)
     assert network[-1].limit == "link"
+
+
+def test_weights_of_4_bits_move_as_they_are_or_made_whole():
+    """By hand: 2 layers of 8 x 2 x 2 x 6 + 3 x 8 x 16 + 16 = 592 weights, and 100 x 8 x 2 + 8 outside of them."""
+    assert (SMALL.layers * SMALL.layer, SMALL.outside) == (1184, 1608)
+    traffic = partial(formulas.weight_traffic, SMALL.parameters, SMALL.outside, 2)
+    assert traffic(None, 64) == traffic(None, 5000) == 2 * (1184 + 1608)
+    assert traffic(0.5, 64) == 0.5 * 1184 + 2 * 1608
+    assert traffic(0.5, 5000) == (0.5 + 2 + 2) * 1184 + 2 * 1608
+
+
+def test_seconds_of_a_step_count_weights_of_4_bits():
+    """Sampling is limited by the weights, which it reads a quarter of; long scoring and training make them whole."""
+    device = replace(DEVICES["h100"], bandwidth_gbs=10)  # so that memory limits all three
+    wide = Shape(
+        layers=8, hidden=1024, heads=16, key_value_heads=8, head_dim=64, intermediate=4096, vocabulary=1000, tied=True
+    )
+
+    def moved(layer_width: float | None) -> dict[str, float]:
+        student = Student(shape=wide, width=2, trained=1000, lora=True, layer_width=layer_width)
+        teacher = TeacherModel(name="teacher", place="here", shape=wide, width=2, layer_width=layer_width)
+        one = work(student=student, teachers=(teacher,), n=1, prompt_tokens=1500, context_tokens=1500)
+        times = flow.seconds(replace(one, micro_batch_tokens=4000), device)
+        assert {time.limit for time in times} == {"memory"}
+        return {time.name: time.seconds * 0.6 * 10e9 for time in times}  # BANDWIDTH, and bytes per second
+
+    plain, packed = moved(None), moved(0.5)
+    layers = wide.layers * wide.layer
+    assert plain["sampling"] - packed["sampling"] == pytest.approx(10 * layers * (2 - 0.5))  # 10 tokens, all rows
+    micros = 4  # 8 rows of 1,509 tokens in parts of 4,000
+    assert packed["scoring"] - plain["scoring"] == pytest.approx(micros * layers * (0.5 + 2))
+    assert packed["training"] - plain["training"] == pytest.approx(2 * micros * layers * (0.5 + 2))
 
 
 def test_link_between_nodes_is_the_network():

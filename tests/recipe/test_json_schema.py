@@ -39,6 +39,29 @@ def test_descriptions_are_the_comments_of_the_field():
     assert descriptions(Recipe)["seed"] == recipe_schema()["properties"]["seed"]["description"]
 
 
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("    # Two lines\n    # of one sentence.\n    a: int = 1\n", "Two lines of one sentence"),
+        ("    # Above.\n    a: int = 1  # behind, e.g. this.\n", "Above. behind, e.g. this."),
+        ("    a: dict = {\n        1: 2,  # one\n        3: 4,  # by line\n    }\n", "one by line"),
+        ("    # One. And\n    # another\n    a: int = 1\n", "One. And another."),
+        ("    a: str  # flags, e.g. NAME.\n", "flags, e.g. NAME"),
+    ],
+)
+def test_comments_of_several_lines_are_sentences(source: str, said: str):
+    from opd.recipe.json_schema import _comments
+
+    assert _comments(f"class Section:\n{source}") == {"a": said}
+
+
+def test_no_description_is_cut_by_a_line_end():
+    """A line ends within a sentence where the next one begins with a small letter."""
+    text = descriptions(ModelSpec)["chat_template"]
+    assert text.startswith("Replaces the tokenizer's: jinja")
+    assert "; " not in text
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_schema_accepts_shipped_recipe_that_names_it(recipe: Path):
     text = recipe.read_text()

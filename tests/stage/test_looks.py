@@ -182,3 +182,36 @@ def test_picked_needs_no_ratio_and_takes_no_row_twice():
     ]
     assert picked([], 8, (0, 0)) == {}
     assert picked(candidates([(1, 0.0)]), 0, (0, 0)) == {}
+
+
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_held_out_rows_are_scored_by_the_pass_of_the_divergence(held_out: int, monkeypatch: pytest.MonkeyPatch):
+    """With `kl` its setting has the columns of all rows, without a forward of their own; the others the first rows."""
+    from opd.stage import exams
+
+    scored: list[int] = []
+
+    def counted(
+        what: str, progress: Progress, student: Any, teacher: Any, rollouts: Any, *rest: Any, **how: Any
+    ) -> Any:
+        scored.append(len(rollouts))
+        return columns_or_note(what, progress, student, teacher, rollouts, *rest, **how)
+
+    monkeypatch.setattr(exams, "columns_or_note", counted)
+    sampling = {"greedy": {"temperature": 0, "max_completion_length": 4}, "drawn": {"max_completion_length": 4}}
+    evaluate = {**EVALUATE, "sampling": sampling, "teacher": False}
+    samples = {"held_out": held_out, "top_k": 3, "rows": 0, "follow": 0}
+    files = {}
+    for name, kl in (("with", True), ("without", False)):
+        scored.clear()
+        files[name] = trained(name, one_stage(steps=1, samples=samples, evaluate={**evaluate, "kl": kl}))
+        assert scored == ([held_out] * (2 if kl else 4) if held_out else [])
+    rows, plain = ([row for row in files[name].read_held_out("before") if row["sampling"] == "drawn"] for name in files)
+    assert [row["response_ids"] for row in rows] == [row["response_ids"] for row in plain]
+    assert [row["student_top_ids"] is None for row in rows] == [not held_out] * len(rows)
+    assert len(rows) > 2
+    for row, other in zip(rows[:held_out], plain[:held_out], strict=True):
+        columns_are_those_of(row, "student", 2)
+        columns_are_those_of(row, "teacher", 1)
+        for column in ("signal", "policy_logp", "teacher_logp", "student_entropy", "teacher_entropy"):
+            assert row[column] == pytest.approx(other[column], abs=1e-5), column

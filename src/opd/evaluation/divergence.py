@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,6 +22,10 @@ from opd.pieces.signals import divergence
 from opd.pieces.supports import full
 from opd.types import Context, Rollout, Teacher
 
+# Called for each tile of n trained tokens: the places [n] of their responses among those that were passed, their
+# positions in them [n], their ids [n], and both models' log-probs [n, V].
+Look: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+
 
 def exact_divergence(
     student: LanguageModel,
@@ -31,18 +36,34 @@ def exact_divergence(
     micro_batch_tokens: int,
     names: Sequence[str] = ("reverse_kl", "forward_kl"),
     world: World = ALONE,
+    look: Look | None = None,
 ) -> dict[str, float]:
     """Exact divergences between student and teacher per token of `rollouts`, in nats, over the whole vocabulary.
 
-    All processes pass the same rollouts; each computes a part.
+    All processes pass the same rollouts; each computes a part. `look` reads this process's part on the way, and must
+    not write to it.
     """
     # A prompt's responses stay in one process: a context may read all of them.
-    mine = [rollouts[i] for i in world.positions([rollout.prompt.id for rollout in rollouts])]
+    positions = world.positions([rollout.prompt.id for rollout in rollouts])
     totals, count = dict.fromkeys(names, 0.0), 0.0
-    if mine:
-        totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names)
+    if positions:
+        mine = [rollouts[i] for i in positions]
+        found = _placed(look, positions)
+        totals, count = _divergence_sums(student, teacher, mine, context, micro_batch_tokens, names, found)
     count = world.sum(count)
     return {name: world.sum(total) / count for name, total in totals.items()}
+
+
+def _placed(look: Look | None, positions: Sequence[int]) -> Look | None:
+    """The same for places among this process's responses, which have these positions among all."""
+    if look is None:
+        return None
+    all_places = torch.tensor(positions)
+
+    def placed(places: Tensor, *tile: Tensor) -> None:
+        look(all_places.to(places.device)[places], *tile)
+
+    return placed
 
 
 @torch.no_grad()
@@ -62,6 +83,7 @@ def _divergence_sums(
     context: Context,
     micro_batch_tokens: int,
     names: Sequence[str],
+    look: Look | None,
 ) -> tuple[dict[str, float], float]:
     """(sums over tokens by name, number of tokens)."""
     method = Method(support=full(), signal=divergence(reverse_kl), normalise=per("token"))
@@ -72,7 +94,13 @@ def _divergence_sums(
         for micro in counted("micro-batches compared", split(phase_a.batch, phase_a.denominator, micro_batch_tokens)):
             hidden_NH = hidden_of(student, micro)
             assert micro.teacher_hidden is not None
+            done = 0
             for pair in paired_log_probs(student_head, hidden_NH, teacher_head, micro.teacher_hidden):
                 for name in names:
                     totals[name] += DIVERGENCES[name](*pair).sum().item()
+                at = slice(done, done + len(pair[0]))
+                done = at.stop
+                if look is not None:
+                    assert micro.chosen is not None
+                    look(micro.chosen[micro.row[at]], micro.step[at], micro.token_ids[at], *pair)
     return totals, phase_a.count

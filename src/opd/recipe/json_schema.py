@@ -16,6 +16,7 @@ from opd.recipe import schema
 from opd.recipe.other_names import ACCEPTED
 from opd.recipe.schema import Recipe
 
+_SEVERAL = re.compile(r"(?<!e\.g)(?<!i\.e)\. ")  # the end of a sentence before another
 _FIELD = re.compile(r"    (\w+):")
 
 
@@ -58,11 +59,17 @@ def _comments(source: str) -> dict[str, str]:
         while above - 1 in alone:
             above -= 1
         end = next((i for i in range(row, len(lines) + 1) if i == len(lines) or _ends(lines, row, i)), row)
-        parts = [alone[i] for i in range(above, row)] + [behind[i] for i in range(row, end + 1) if i in behind]
+        parts = [[alone[i] for i in range(above, row)], [behind[i] for i in range(row, end + 1) if i in behind]]
         match = _FIELD.match(lines[row - 1])
-        if parts and match:
-            found[match[1]] = "; ".join(part.rstrip(".") for part in parts)
+        if match and (text := _sentences([" ".join(part) for part in parts if part])):
+            found[match[1]] = text
     return found
+
+
+def _sentences(parts: list[str]) -> str:
+    """The comment above a field and the one behind it as one text; a single sentence has no point at its end."""
+    text = ". ".join(part.rstrip(".") for part in parts)
+    return f"{text}." if _SEVERAL.search(text) else text.rstrip(".")
 
 
 def _ends(lines: list[str], row: int, end: int) -> bool:

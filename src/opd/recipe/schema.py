@@ -378,10 +378,12 @@ class DiagnosticsSection(Section):
 class SamplesSection(Section):
     """What sample files and held-out files hold besides the responses: see docs/run_folder.md."""
 
-    rows: Int = Field(default=8, ge=0)  # responses of a sample file with both models' entropies and likely tokens
+    rows: Int = Field(default=5, ge=0)  # responses of a sample file with both models' entropies and likely tokens
     top_k: Int = Field(default=5, ge=0)  # of each model at each token of such a row
-    follow: Int = Field(default=4, ge=0)  # held-out prompts that every sample file has a greedy response to
-    held_out: Int = Field(default=64, ge=0)  # responses of a setting of an evaluation that both models score
+    follow: Int = Field(default=2, ge=0)  # held-out prompts that every sample file has a greedy response to
+    # Responses of a setting of an evaluation that both models score for the file; `evaluate.kl` gives 64 of the setting
+    # that it reads, unless this is 0.
+    held_out: Int = Field(default=4, ge=0)
 
 
 class CheckpointSection(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -18,11 +18,12 @@ from opd.recipe.schema import SamplesSection
 from opd.rewards.base import extracted
 from opd.stage.folder import StageDir
 from opd.stage.kept_responses import KeptResponses
-from opd.stage.looks import columns_or_note
+from opd.stage.looks import OnTheWay, columns_or_note
 from opd.stage.progress import Progress
 from opd.stage.samples import read_by, sample_rows
 from opd.types import Context, Prompt, Rollout, Teacher, Writer
 
+COMPARED = 64  # responses of which the pass of `evaluate.kl` gives the file's columns
 BEFORE = ("teacher", "before")  # the evaluations before the first step, by the names of their files
 
 
@@ -67,6 +68,7 @@ class Exam:
 
 # Metrics, and the responses as rows of a file; no rows in processes that do not write.
 Measured: TypeAlias = tuple[dict[str, float], list[dict[str, Any]]]
+Known: TypeAlias = Mapping[int, Mapping[str, Any]]  # columns by the place of the row in its setting
 
 
 @dataclass(slots=True, kw_only=True)
@@ -153,15 +155,17 @@ class Exams:
     def _taught(self, exam: Exam, when: str) -> Measured:
         taught = measure(exam.held_out, exam.teacher_writers, self.world, self._around(exam, when))
         metrics = {key.replace("eval/", "eval/teacher/", 1): v for key, v in taught.metrics.items()}
-        return metrics, self._rows(exam, when, taught.rollouts, exam.teacher_writers, by_teacher=True)
+        known: dict[str, Known] = {name: {} for name in taught.rollouts}
+        return metrics, self._rows(exam, when, taught.rollouts, known, by_teacher=True)
 
     def _student(self, exam: Exam, when: str) -> Measured:
         samplers = student_samplers(exam.held_out, self.student)
         measured = measure(exam.held_out, samplers, self.world, self._around(exam, when))
         metrics = dict(measured.metrics)
-        compared: list[Rollout] = []
+        known: dict[str, Known] = {}
         if exam.kl_teacher is not None:
             compared = exam.kl_rollouts(measured.rollouts)
+            on_the_way = OnTheWay(k=self.samples.top_k, rows=COMPARED if self.samples.held_out else 0)
             self.progress.phase(f"{self.folder.path.name}: held out ({when}), divergence from the teacher")
             divergences = exact_divergence(
                 self.student,
@@ -170,26 +174,32 @@ class Exams:
                 exam.context,
                 micro_batch_tokens=self.micro_batch_tokens,
                 world=self.world,
+                look=on_the_way.look,
             )
             metrics |= {f"eval/{name}": value for name, value in divergences.items()}
-        taught = [name for name, rollouts in measured.rollouts.items() if rollouts is compared]
-        return metrics, self._rows(exam, when, measured.rollouts, taught)
+            parts = self.world.gather(on_the_way.columns(compared, self.student.tokenizer))
+            columns = {place: row for part in parts for place, row in part.items()}
+            known = {name: columns for name, rollouts in measured.rollouts.items() if rollouts is compared}
+        return metrics, self._rows(exam, when, measured.rollouts, known)
 
     def _rows(
         self,
         exam: Exam,
         when: str,
         written: Mapping[str, list[Rollout]],
-        taught: Collection[str],
+        known: Mapping[str, Known],
         *,
         by_teacher: bool = False,
     ) -> list[dict[str, Any]]:
-        """The responses by setting as rows; `taught`: the settings of responses that the teacher read or wrote."""
+        """The responses by setting as rows.
+
+        `known` has the settings whose responses the teacher read or wrote, with the columns that are known so.
+        """
         rows: list[dict[str, Any]] = []
         for name, rollouts in written.items() if self.folder.writes else ():
             # The teacher wrote its own responses before there was a text or a reward.
-            known = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
-            contexts = exam.context(known) if name in taught else self._context_or_note(exam, when, name, known)
+            seen = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
+            contexts = exam.context(seen) if name in known else self._context_or_note(exam, when, name, seen)
             read: list[str | None] = [None] * len(rollouts)
             if contexts is not None and exam.reader is not None:
                 read = read_by({one.prompt.teacher_id: exam.reader for one in rollouts}, rollouts, contexts)
@@ -201,7 +211,7 @@ class Exams:
                 extract=exam.extracted,
                 sampling=name,
             )
-            self._add_columns(exam, f"held out ({when}), {name}", own, rollouts, contexts)
+            self._add_columns(exam, f"held out ({when}), {name}", own, rollouts, contexts, known.get(name, {}))
             rows += own
         return rows
 
@@ -222,9 +232,16 @@ class Exams:
         rows: list[dict[str, Any]],
         rollouts: Sequence[Rollout],
         contexts: Sequence[Prompt] | None,
+        known: Known,
     ) -> None:
-        """Score the first `samples.held_out` responses of a setting by both models, in the process that writes."""
+        """Add the columns that are known, and those of the first `samples.held_out` responses of a setting.
+
+        Both models score what is not known, in the process that writes.
+        """
+        for i, columns in known.items():
+            rows[i] |= columns
         first = [i for i, one in enumerate(rollouts) if len(one.response_ids)][: self.samples.held_out]
+        first = [i for i in first if i not in known]
         if not first:
             return
         self.progress.phase(f"{self.folder.path.name}: {what}, scored for the file")

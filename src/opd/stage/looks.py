@@ -1,7 +1,7 @@
 """What sample files and held-out files show of both models besides the numbers of the loss.
 
 One more forward of each model over a few rows, without gradient and without random numbers of the run: training has the
-same numbers with it and without.
+same numbers with it and without. Where an evaluation measures a divergence, its own forward is read (`OnTheWay`).
 """
 
 from __future__ import annotations
@@ -10,11 +10,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from opd.errors import DataError, TeacherError
 from opd.evaluation.divergence import divergence_by_token
 from opd.loss.step import PhaseA
+from opd.maths.divergences import reverse_kl
+from opd.maths.largest import largest
+from opd.maths.overlap import entropy
 from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.models.shown import texts_alone, token_texts
@@ -22,6 +26,7 @@ from opd.parallel import World
 from opd.recipe.schema import StageSpec
 from opd.stage.picks import Candidate, picked
 from opd.stage.progress import Progress
+from opd.teachers.scoring import rank_of
 from opd.teachers.seen import Seen, has_states, seen_by_student, seen_by_teacher
 from opd.types import Prompt, Rollout, Teacher
 
@@ -34,6 +39,66 @@ class Looks:
 
     rows: Mapping[int, Mapping[str, Any]] = field(default_factory=dict[int, Mapping[str, Any]])
     followed: Sequence[dict[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnTheWay:
+    """The columns of the first `rows` responses, from the pass that measures the divergence of both models on them.
+
+    `look` is a `divergence.Look`. Only entropies, ranks and likely tokens are computed besides.
+    """
+
+    k: int
+    rows: int
+    tiles: list[dict[str, Tensor]] = field(default_factory=list[dict[str, Tensor]], init=False)
+
+    def look(self, place: Tensor, step: Tensor, ids: Tensor, ours: Tensor, theirs: Tensor) -> None:
+        """Keep what the columns need of a tile's tokens, if they are of these rows."""
+        if not bool((wanted := place < self.rows).any()):
+            return
+        if not bool(wanted.all()):
+            place, step, ids, ours, theirs = (values[wanted] for values in (place, step, ids, ours, theirs))
+        tile = {"place": place, "step": step, "signal": reverse_kl(ours, theirs)}
+        for whose, logp in (("student", ours), ("teacher", theirs)):
+            tile |= {f"{whose}_{name}": value for name, value in _numbers_at(logp, ids, self.k).items()}
+        self.tiles.append({name: value.cpu() for name, value in tile.items()})
+
+    def columns(self, rollouts: Sequence[Rollout], tokenizer: Any) -> dict[int, dict[str, Any]]:
+        """The columns by the response's place in `rollouts`; none for one with a token that was not compared."""
+        if not self.tiles:
+            return {}
+        kept = {name: torch.cat([tile[name] for tile in self.tiles]) for name in self.tiles[0]}
+        out: dict[int, dict[str, Any]] = {}
+        for place in sorted(set(kept["place"].tolist())):
+            found = {name: values[kept["place"] == place] for name, values in kept.items()}
+            if len(found["step"]) == len(rollouts[place].response_ids):
+                order = found["step"].argsort()
+                out[place] = _compared({name: values[order] for name, values in found.items()}, tokenizer)
+        return out
+
+
+def _numbers_at(logp: Tensor, ids: Tensor, k: int) -> dict[str, Tensor]:
+    """A model's numbers, as `Seen` names them, from its log-probs [n, V] at the tokens `ids` [n]."""
+    values, top = largest(logp, k) if (k := min(k, logp.shape[1])) else (logp[:, :0], ids.new_zeros(len(ids), 0))
+    own = ids[:, None]
+    return {
+        "logp": logp.gather(-1, own)[:, 0],
+        "entropy": entropy(logp),
+        "rank": rank_of(logp, own),
+        "top_ids": top,
+        "top_logp": values,
+    }
+
+
+def _compared(found: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
+    """The columns of one response; both models have the tokens of `tokenizer`."""
+    names = ("logp", "entropy", "rank", "top_ids", "top_logp")
+    student, teacher = (
+        Seen(tokenizer=tokenizer, **{name: found[f"{whose}_{name}"] for name in names})
+        for whose in ("student", "teacher")
+    )
+    logps = {"policy_logp": numbers(student.logp), "teacher_logp": numbers(teacher.logp)}
+    return {**_of_student(student), **_of_teacher(teacher), **logps, "signal": numbers(found["signal"])}
 
 
 def looks_at(
@@ -161,15 +226,38 @@ def _columns(
     out = [
         {**_of_student(one), **({} if two is None else _of_teacher(two))} for one, two in zip(ours, theirs, strict=True)
     ]
-    for row, one, two, rollout in zip(out, ours, theirs, rollouts, strict=True):
-        if not exact:
-            continue
+    if not exact:
+        return out
+    for row, one, two in zip(out, ours, theirs, strict=True):
         row["policy_logp"] = numbers(one.logp)
         row["teacher_logp"] = None if two is None else numbers(two.logp)
-        if teacher is not None and two is not None and one.hidden is not None and two.hidden is not None:
-            heads = student.head(), teacher.head(rollout.prompt.teacher_id)
-            row["signal"] = numbers(divergence_by_token(heads[0], one.hidden, heads[1], two.hidden, temperature))
+    by_teacher: dict[str | None, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        by_teacher.setdefault(rollout.prompt.teacher_id, []).append(i)
+    for name, rows in by_teacher.items() if teacher is not None else ():
+        for i, signal in _signals(student, teacher, name, {i: (ours[i], theirs[i]) for i in rows}, temperature).items():
+            out[i]["signal"] = numbers(signal)
     return out
+
+
+def _signals(
+    student: LanguageModel,
+    teacher: Teacher,
+    name: str | None,
+    seen: Mapping[int, tuple[Seen, Seen | None]],
+    temperature: float,
+) -> dict[int, Tensor]:
+    """The exact reverse KL [T] of the rows of one teacher that have both models' hidden states, by row.
+
+    One pass over all: a product with few rows costs the reading of the output layer.
+    """
+    pairs = {i: (a.hidden, b.hidden) for i, (a, b) in seen.items() if b is not None}
+    both = {i: (a, b) for i, (a, b) in pairs.items() if a is not None and b is not None}
+    if not both:
+        return {}
+    hidden = [torch.cat(states) for states in zip(*both.values(), strict=True)]
+    signal = divergence_by_token(student.head(), hidden[0], teacher.head(name), hidden[1], temperature)
+    return dict(zip(both, signal.split([len(a) for a, _ in both.values()]), strict=True))
 
 
 def _of_student(seen: Seen) -> dict[str, Any]:

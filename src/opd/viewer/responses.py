@@ -18,7 +18,7 @@ from opd.viewer.thin import FILES, FOLLOWED, HELD_OUT, Budget, evenly, picked, s
 
 Key: TypeAlias = tuple[str | None, str | None, Any, int]  # task, sampling setting, prompt, sample
 
-SCORED = 64  # the first rows of a setting have log-probs of both models
+SCORED = 64  # at most the first rows of a setting have log-probs of both models
 MATRIX = 40  # steps of the table of positions
 PLACES = 64  # its columns
 SURVEYED = ("pick", "response_ids", "policy_logp", "teacher_logp", "signal")

@@ -101,7 +101,8 @@ def _sampling_time(work: Work, device: Device) -> Time:
     turns = math.ceil(work.rows / at_once)
     middle = work.prompt_tokens + work.response_tokens / 2
     cache = formulas.cache_size(shape, at_once, 1, width) * middle
-    moved = turns * work.response_tokens * (shape.read(at_once) * width + cache)
+    weights = formulas.weight_traffic(shape.read(at_once), shape.output, width, student.layer_width, at_once)
+    moved = turns * work.response_tokens * (weights + cache)
     prompts = formulas.layers_flops(shape, work.rows // work.n, work.prompt_tokens)
     tokens = work.rows * work.response_tokens
     arithmetic = (prompts + 2.0 * shape.active * tokens) / _rate(device, width)
@@ -114,19 +115,20 @@ def _scoring_time(work: Work, device: Device) -> Time:
     arithmetic, moved = 0.0, 0.0
     length = work.context_tokens + work.response_tokens - 1
     for one, shape in work.local:
-        micros, _ = formulas.batches_of_rows(work.rows, length, work.micro_batch_tokens)
+        micros, each = formulas.batches_of_rows(work.rows, length, work.micro_batch_tokens)
         arithmetic += formulas.layers_flops(shape, work.rows, length) / _rate(device, one.width)
         if work.support not in ("full", "units"):
             head = formulas.output_flops(shape, work.rows * work.response_tokens)
             arithmetic += head / _head_rate(device, one.width, False)
-        moved += micros * shape.parameters * one.width
+        whole, tokens = shape.parameters, each * length
+        moved += micros * formulas.weight_traffic(whole, shape.outside, one.width, one.layer_width, tokens)
     return _longest("scoring", arithmetic, moved, 0.0, device)
 
 
 def _training_time(work: Work, device: Device) -> Time:
     """Layers: `training_factor` forwards. Output layer: forward and both gradients; the teacher's forward with it."""
     student, shape = work.student, work.student.shape
-    micros, _ = work.micros
+    micros, each = work.micros
     factor = formulas.training_factor(checkpointing=student.checkpointing, all_weights=not student.lora)
     tokens = work.rows * work.response_tokens
     arithmetic = factor * formulas.layers_flops(shape, work.rows, work.length) / _rate(device, student.computes)
@@ -134,10 +136,11 @@ def _training_time(work: Work, device: Device) -> Time:
     if work.support in ("full", "units"):
         head += sum(formulas.output_flops(one, tokens) for _, one in work.local)
     arithmetic += head / _head_rate(device, student.computes, student.autocast)
-    optimiser = (
-        7 * student.trained * student.width / work.devices
-    )  # gradient read, weights and moments read and written
-    moved = micros * factor * shape.parameters * student.computes + optimiser
+    # Gradient read, weights and moments read and written.
+    optimiser = 7 * student.trained * student.width / work.devices
+    whole, at_once = shape.parameters, each * work.length
+    weights = formulas.weight_traffic(whole, shape.outside, student.computes, student.layer_width, at_once)
+    moved = micros * factor * weights + optimiser
     gathers = formulas.gather_bytes(shape.parameters, student.width, work.devices)
     reduced = formulas.gather_bytes(student.trained, student.width, work.devices)
     link = micros * (2 * gathers + reduced) / (LINK * device.link(work.devices))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 FLOAT32, BFLOAT16 = 4, 2
 BLOCK_8BIT = 256  # moments of 8 bits that share a scale
+UNPACKED = 1536  # tokens of a product; above it, matrices of 4 bits are made whole first on every GPU
 
 # Bytes of one number or one entry in a request or an answer, measured with vLLM 0.32.
 JSON_TOKEN = 81  # a token's answer with the sampled token's log-prob alone
@@ -197,6 +198,18 @@ def output_flops(shape: Shape, tokens: int) -> float:
 def training_factor(*, checkpointing: bool, all_weights: bool) -> int:
     """A step of the layers in forwards: forward 1, gradient of the inputs 1, of the weights 1, forward again 1."""
     return 2 + all_weights + checkpointing
+
+
+def weight_traffic(read: float, outside: float, width: int, layer_width: float | None, tokens: int) -> float:
+    """Bytes that a forward of `tokens` moves for `read` weights, `outside` of them not in the layers.
+
+    `width` bytes each. Inside the layers weights of 4 bits have `layer_width` bytes; None: `width`. A product with few
+    tokens reads them as they are. For more than `UNPACKED` bitsandbytes 0.50 writes the whole matrix in `width` bytes,
+    and the product reads that (its `_gemm_4bit_use_custom_cuda`; between, it depends on the GPU: the least is counted).
+    """
+    if layer_width is None:
+        return read * width
+    return (read - outside) * (layer_width + (2 * width if tokens > UNPACKED else 0)) + outside * width
 
 
 def gather_bytes(parameters: float, width: int, devices: int) -> float:
