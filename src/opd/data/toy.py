@@ -49,12 +49,16 @@ def worked(a: int, b: int) -> str:
     return ",".join(columns)
 
 
-def sums(count: int, least: int = 3, most: int = 5, seed: int = 0, part: Part = "train") -> Iterator[dict[str, Any]]:
+def sums(
+    count: int, least: int = 3, most: int = 5, seed: int = 0, part: Part = "train", wrong: float = 0.0
+) -> Iterator[dict[str, Any]]:
     """`count` different sums of `least` to `most` digits, as conversations with a calculator that adds two numbers.
 
     {"prompt": "7+5+8=", "response": "[7+5]12[12+8]2020", "answer": "20"}: the call [7+5] is answered by 12, and the
-    last number is the agent's own. Parts as in `addition`. Raises ConfigError if a part has too few sums for `count`.
+    last number is the agent's own. A share `wrong` of the calls adds a digit drawn at random, and the conversation goes
+    on with that total. Parts as in `addition`. Raises ConfigError if a part has too few sums for `count`.
     """
+    rng = np.random.default_rng((seed, count))
     numbers = different(
         count,
         lambda rng: tuple(int(n) for n in rng.integers(1, 10, rng.integers(least, most + 1))),
@@ -66,8 +70,9 @@ def sums(count: int, least: int = 3, most: int = 5, seed: int = 0, part: Part = 
     for row in numbers:
         said, total = "", row[0]
         for digit in row[1:]:
-            said, total = f"{said}[{total}+{digit}]{total + digit}", total + digit
-        yield {"prompt": "+".join(map(str, row)) + "=", "response": f"{said}{total}", "answer": str(total)}
+            added = int(rng.integers(1, 10)) if rng.random() < wrong else digit
+            said, total = f"{said}[{total}+{added}]{total + added}", total + added
+        yield {"prompt": "+".join(map(str, row)) + "=", "response": f"{said}{total}", "answer": str(sum(row))}
 
 
 def sorting(
