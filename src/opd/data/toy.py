@@ -75,6 +75,33 @@ def sums(
         yield {"prompt": "+".join(map(str, row)) + "=", "response": f"{said}{total}", "answer": str(sum(row))}
 
 
+LETTERS = "abcdefghijklmnopqrstuvwxyz012345"  # of the game of guessing, in their order
+
+
+def guesses(
+    count: int, strategy: Literal["halving", "random"] = "halving", slips: float = 0.0, turns: int = 5, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """`count` games of `opd.environments.guessing`, played by a strategy until the letter is found or `turns` are over.
+
+    {"prompt": "?", "response": "p;<h;>l;", "answer": "l"}. `halving` guesses the middle of what is left, which finds
+    each of 32 letters in 5 turns; `random` any letter that is left. A share `slips` of the guesses is any letter at
+    all. There is no held-out part: a game is its letter, and all letters occur.
+    """
+    rng = np.random.default_rng((seed, count))
+    for _ in range(count):
+        wanted, low, high, said = int(rng.integers(len(LETTERS))), 0, len(LETTERS) - 1, ""
+        for _turn in range(turns):
+            guess = (low + high) // 2 if strategy == "halving" else int(rng.integers(low, high + 1))
+            if rng.random() < slips:
+                guess = int(rng.integers(len(LETTERS)))
+            said += f"{LETTERS[guess]};"
+            if guess == wanted:
+                break
+            said += ">" if guess < wanted else "<"
+            low, high = (max(low, guess + 1), high) if guess < wanted else (low, min(high, guess - 1))
+        yield {"prompt": "?", "response": said.rstrip("<>"), "answer": LETTERS[wanted]}
+
+
 def sorting(
     count: int,
     digits: int = 5,

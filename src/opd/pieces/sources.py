@@ -22,6 +22,7 @@ def on_policy(watch: Watch | None = None) -> Source:
     return Piece(source, Needs() if watch is None else needs_of(watch))
 
 
+@cache
 def dataset() -> Source:
     """The data's `response` column."""
 

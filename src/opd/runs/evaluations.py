@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from opd.environments.conversations import in_conversations
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable
 from opd.evaluation.evaluate import HeldOut
@@ -19,7 +20,7 @@ from opd.stage.exams import Exam, Exams
 from opd.stage.folder import StageDir
 from opd.stage.progress import Progress
 from opd.teachers.local import LocalTeacher
-from opd.types import Context, Sampling, Teacher, Writer
+from opd.types import Sampling, Teacher, Writer
 
 
 def exams_of(
@@ -40,7 +41,7 @@ def exams_of(
         writers: dict[str, Writer] = {}
         if part.evaluate.teacher and scorer is not None:
             writers = {
-                setting: teacher_writer(spec, name, scorer, student, sampling, prepared.method.context)
+                setting: teacher_writer(spec, name, prepared, scorer, student, sampling)
                 for setting, sampling in held_out.sampling.items()
             }
         reads, alone = read_by_teacher(prepared.method, held_out, part.evaluate.kl or part.evaluate.teacher)
@@ -76,17 +77,24 @@ def read_by_teacher(method: Method, held_out: HeldOut, required: bool) -> tuple[
 
 
 def teacher_writer(
-    spec: StageSpec, task: str | None, teacher: Teacher, student: LanguageModel, sampling: Sampling, context: Context
+    spec: StageSpec, task: str | None, prepared: Prepared, teacher: Teacher, student: LanguageModel, sampling: Sampling
 ) -> Writer:
-    """The writer of a teacher's own responses. Raises ConfigError for one that only scores."""
-    if teacher.lm is not None:
+    """The writer of a teacher's own responses, or conversations. Raises ConfigError for one that only scores."""
+    lm, rules, context = teacher.lm, prepared.tasks[task].rules, prepared.method.context
+    if lm is not None:
         return TeacherWriter(
-            teacher=teacher.lm,
+            led=lambda sampler: in_conversations(sampler, lm, sampling, rules, None),
+            teacher=lm,
             student=student,
             sampling=sampling,
             context=context,
             base=teacher.base,
             max_prompt_length=spec.max_prompt_length,
+        )
+    if rules is not None:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.teacher lets the teacher write, and {teacher.name} has no model in this "
+            "process, which conversations with an environment need. Set evaluate.teacher to false."
         )
     found = teacher.writer(student, sampling, context, spec.max_prompt_length)
     if found is None:

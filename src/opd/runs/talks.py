@@ -16,6 +16,7 @@ from opd.method import Method
 from opd.models.language_model import LanguageModel
 from opd.models.preview import known_endings, tokenizer_of
 from opd.models.render import render_checked
+from opd.pieces import sources
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.prepare import Prepared
@@ -36,19 +37,14 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
             continue
         where = spec.where(name)
         check_method(spec, prepared.method, where)
-        evaluate = spec.by_task[name].evaluate
-        if evaluate is not None and evaluate.teacher:
-            raise ConfigError(
-                f"{where}: evaluate.teacher lets the teacher write responses, and conversations with an environment "
-                "are led by the student alone. Set evaluate.teacher to false."
-            )
         one = begun(rules.environment, task.prompts[0], (recipe.seed, 0, task.prompts[0].id, 0))
         content = task.prompts[0].content if one.content is None else one.content
         first = replace(task.prompts[0], content=content, tools=tuple(one.tools))
         rules.environment.end(one.state)
         tools = f" with the tools {', '.join(map(name_of, one.tools))}" if one.tools else ""
         lines.append(
-            f"{'' if name is None else f'task {name}: '}each response is a conversation with {rules.environment.name}"
+            f"{'' if name is None else f'task {name}: '}each {'evaluated ' * by_data(prepared.method)}response is a "
+            f"conversation with {rules.environment.name}"
             f"{tools}: up to {rules.max_turns} turns, {spec.by_task[name].sampling.max_completion_length} tokens in all"
         )
         origin = origin_of(recipe, spec.train)
@@ -65,6 +61,13 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
 def check_method(spec: StageSpec, method: Method, where: str) -> None:
     """Refuse a stage in which not the student alone writes, turn by turn. Raises ConfigError."""
     source = needs_of(method.source)
+    if by_data(method):
+        if spec.evaluate is None and all(part.evaluate is None for part in spec.tasks.values()):
+            raise ConfigError(
+                f"{where}: in method {spec.method!r} the data's responses are trained, so that the environment takes "
+                "part in the evaluation alone, and there is none. Set `evaluate`, or remove `environment`."
+            )
+        return
     if Trait.OFF_POLICY in source or source.inputs & {Input.TEACHER_MODEL, Input.PEERS} or method.parts:
         raise ConfigError(
             f"{where}: it has an environment, which the student talks with, and in method {spec.method!r} others write "
@@ -88,6 +91,11 @@ def check_method(spec: StageSpec, method: Method, where: str) -> None:
         )
     if spec.peers:
         raise ConfigError(f"{where}: `environment` is not supported in a stage with `peers`. Remove one of them.")
+
+
+def by_data(method: Method) -> bool:
+    """Whether the data's responses are trained and no model writes: conversations are led in the evaluation alone."""
+    return method.source is sources.dataset()
 
 
 def check_template(

@@ -23,7 +23,7 @@ class TeacherWriter(Writer):
 
     They have no `sampler_logp`, because the student did not write them. The text of a teacher with another tokenizer is
     encoded again with the student's. A response ends with a token that ends the student's. `base` switches an adapter
-    off.
+    off. `led` puts a sampler into conversations with the stage's environment.
     """
 
     teacher: LanguageModel
@@ -32,6 +32,7 @@ class TeacherWriter(Writer):
     context: Context
     base: bool = False
     max_prompt_length: int | None = None
+    led: Callable[[Sampler], Sampler] | None = None
 
     def __call__(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> list[Rollout]:
         written = self.own(prompts, seed=seed)
@@ -42,8 +43,9 @@ class TeacherWriter(Writer):
         bare = [_rollout(prompt, [], [], finished=True) for prompt in prompts]
         contexts = self.context(bare)
         off: Any = self.teacher.model.disable_adapter() if self.base else contextlib.nullcontext()  # type: ignore[operator]
+        sampler: Sampler = TransformersSampler(lm=self.teacher, sampling=self.sampling)
         with off:
-            return TransformersSampler(lm=self.teacher, sampling=self.sampling)(contexts, seed=seed)
+            return (sampler if self.led is None else self.led(sampler))(contexts, seed=seed)
 
 
 @dataclass(slots=True, kw_only=True)
