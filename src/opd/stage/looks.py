@@ -164,11 +164,12 @@ def _columns(
     for row, one, two, rollout in zip(out, ours, theirs, rollouts, strict=True):
         if not exact:
             continue
-        row["policy_logp"] = numbers(one.logp)
-        row["teacher_logp"] = None if two is None else numbers(two.logp)
+        row["policy_logp"] = numbers(own(one.logp, rollout))
+        row["teacher_logp"] = None if two is None else numbers(own(two.logp, rollout))
         if teacher is not None and two is not None and one.hidden is not None and two.hidden is not None:
             heads = student.head(), teacher.head(rollout.prompt.teacher_id)
-            row["signal"] = numbers(divergence_by_token(heads[0], one.hidden, heads[1], two.hidden, temperature))
+            kl = divergence_by_token(heads[0], one.hidden, heads[1], two.hidden, temperature)
+            row["signal"] = numbers(own(kl, rollout))
     return out
 
 
@@ -207,6 +208,13 @@ def _top(whose: str, seen: Seen) -> dict[str, Any]:
         f"{whose}_top_logp": seen.top_logp.tolist(),
         f"{whose}_top_tokens": [[texts[i] for i in row] for row in ids],
     }
+
+
+def own(values: Tensor | None, rollout: Rollout) -> Tensor | None:
+    """Values by token [T], NaN at the tokens of an environment, which no model is scored on."""
+    if values is None or rollout.talk is None:
+        return values
+    return values.masked_fill(rollout.talk.heard.to(values.device), float("nan"))
 
 
 def numbers(values: Tensor | None) -> list[float | None] | None:
