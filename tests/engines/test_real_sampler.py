@@ -13,18 +13,20 @@ from safetensors.torch import load_file, save_file
 from support.engine_sampler import changed, engine_sampler
 from support.engines import Engine, running
 from support.models import byte_tokenizer, policy, tiny
+from support.talking import Talker
 from support.vllm_server import needs_vllm, vllm
 
 from opd.engines import vllm as protocol
 from opd.engines.control import check_control
 from opd.engines.server import Answer
 from opd.engines.sync import Folder, Sync
+from opd.environments.conversations import ConversationSampler, Rules
 from opd.errors import ConfigError, TrainingError
 from opd.models import saving
 from opd.models.language_model import LanguageModel
 from opd.recipe.schema import EngineSection
 from opd.samplers.vllm import EngineSampler
-from opd.types import EarlyStop, Prompt, Record, Rollout
+from opd.types import EarlyStop, Prompt, Record, Rollout, Sampling
 
 pytestmark = [pytest.mark.engine, needs_vllm]
 
@@ -272,3 +274,21 @@ def test_folder_of_weights_is_removed(url, tmp_path):
     shutil.rmtree(tmp_path / "engine")
     sampler.sync(1)
     assert len(list((tmp_path / "engine").iterdir())) == 1
+
+
+def test_engine_leads_conversations(url, tmp_path):
+    """Turn by turn behind the ids of the conversation so far; the student's log-probs are recorded, no others."""
+    lm = learner()
+    inner = sampler_of(url, lm, tmp_path, max_completion_length=40)
+    sampling = Sampling(max_completion_length=40, n=3)
+    rules = Rules(environment=Talker(longest=3), max_turn_length=8)
+    sampler = ConversationSampler(inner=inner, lm=lm, sampling=sampling, rules=rules)
+    sampler.sync(0)
+    found = sampler(PROMPTS, seed=(0, 0), record=Record(entropy=True))
+    for one in found:
+        assert one.talk is not None
+        own = ~one.talk.heard
+        taken = policy(lm, one).gather(1, one.response_ids[:, None])[:, 0]
+        torch.testing.assert_close(one.policy_logp[own], taken[own].float(), atol=1e-4, rtol=0)
+        assert one.policy_logp[~own].isnan().all()
+        assert one.student_entropy[own].isfinite().all()

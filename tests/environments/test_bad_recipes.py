@@ -91,6 +91,7 @@ def test_check_refuses_with_a_message(stage: dict[str, Any], template: str | Non
 
 GOOD: list[Any] = [
     ({}, None, "each response is a conversation with tools with the tools calculator: up to 8 turns, 3 tokens in all"),
+    ({}, None, 'sampling.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'),
     ({}, TOOLS_CHAT, "tool calls are read in the format 'hermes'"),
     ({"environment": TALKER}, CHAT, "each response is a conversation with talker: up to 8 turns"),
     ({"environment": {**TALKER, "rewritten": "keep"}}, DROPS, "rewrites earlier turns of a conversation; their tokens"),

@@ -97,6 +97,8 @@ def test_run_folder_shows_turns(uninterrupted: dict[str, Path], name: str):
     for row in rows:
         own = [logp is not None and logp == logp for logp in row["policy_logp"]]
         assert row["trained"] == own or row["pick"] == "follow"
+        if row["teacher_logp"] is not None:
+            assert [value is not None for value in row["teacher_logp"]] == row["trained"]
         assert len(row["turn_rewards"]) == max(row["turn"]) + 1
     first, *_ = (json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines())
     assert first["eval/drawn/environment/turns"] > 1

@@ -7,6 +7,7 @@ own text takes the place of the prompt; system messages stay before it. The rewa
 from __future__ import annotations
 
 import contextlib
+import importlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -67,12 +68,10 @@ class Game(Environment):
 
     def _started(self, seed: int) -> tuple[_Played, str]:
         """A game that has begun, and its text."""
-        import textarena
-
         numpy = np.random.RandomState(seed).get_state()
         played = _Played(None, (random.Random(seed).getstate(), numpy))
         with played.alone():
-            played.game = textarena.make(self.id, **self.options)
+            played.game = importlib.import_module("textarena").make(self.id, **self.options)
             played.game.reset(num_players=1, seed=seed)
             text = _text(played.game.get_observation()[1])
         return played, text
@@ -81,16 +80,14 @@ class Game(Environment):
 def game_of(game_id: str, options: Mapping[str, Any], where: str) -> Game:
     """A game, begun once to see that it works. Raises ConfigError."""
     try:
-        import textarena
-        from textarena.envs.registration import ENV_REGISTRY
+        registry = importlib.import_module("textarena.envs.registration").ENV_REGISTRY
     except ImportError as error:
         raise ConfigError(
             f"{where}: textarena is not installed ({error}). Install it with `pip install 'opd[textarena]'`."
         ) from error
-    del textarena
     raw = game_id if game_id.endswith("-raw") else f"{game_id}-raw"
-    if raw not in ENV_REGISTRY:
-        known = [name.removesuffix("-raw") for name in ENV_REGISTRY if name.endswith("-raw")]
+    if raw not in registry:
+        known = [name.removesuffix("-raw") for name in registry if name.endswith("-raw")]
         raise ConfigError(
             f"{where}: textarena has no game {game_id!r}.{nearest(game_id, known)} It has {len(known)} games."
         )

@@ -144,7 +144,7 @@ def _check_options(
 
 def schema_of(tool: Callable[..., Any], what: str) -> dict[str, Any]:
     """The JSON schema of a typed function with a docstring, as transformers makes it. Raises ConfigError."""
-    from transformers.utils import get_json_schema
+    from transformers.utils.chat_template_utils import get_json_schema
 
     function = tool.__call__ if inspect.isclass(tool) else tool
     try:

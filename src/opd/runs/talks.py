@@ -47,6 +47,8 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
             f"conversation with {rules.environment.name}"
             f"{tools}: up to {rules.max_turns} turns, {spec.by_task[name].sampling.max_completion_length} tokens in all"
         )
+        if isinstance(first.content, str) and one.tools and not any("]" in s for s in spec.by_task[name].sampling.stop):
+            lines.append('sampling.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token')
         origin = origin_of(recipe, spec.train)
         tokenizer = tokenizer_of(origin, spec.train) if student is None else student.tokenizer
         if tokenizer is None:

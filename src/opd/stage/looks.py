@@ -228,15 +228,15 @@ def _columns(
     ]
     if not exact:
         return out
-    for row, one, two in zip(out, ours, theirs, strict=True):
-        row["policy_logp"] = numbers(one.logp)
-        row["teacher_logp"] = None if two is None else numbers(two.logp)
+    for row, one, two, rollout in zip(out, ours, theirs, rollouts, strict=True):
+        row["policy_logp"] = numbers(own(one.logp, rollout))
+        row["teacher_logp"] = None if two is None else numbers(own(two.logp, rollout))
     by_teacher: dict[str | None, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         by_teacher.setdefault(rollout.prompt.teacher_id, []).append(i)
     for name, rows in by_teacher.items() if teacher is not None else ():
         for i, signal in _signals(student, teacher, name, {i: (ours[i], theirs[i]) for i in rows}, temperature).items():
-            out[i]["signal"] = numbers(signal)
+            out[i]["signal"] = numbers(own(signal, rollouts[i]))
     return out
 
 
@@ -295,6 +295,13 @@ def _top(whose: str, seen: Seen) -> dict[str, Any]:
         f"{whose}_top_logp": seen.top_logp.tolist(),
         f"{whose}_top_tokens": [[texts[i] for i in row] for row in ids],
     }
+
+
+def own(values: Tensor | None, rollout: Rollout) -> Tensor | None:
+    """Values by token [T], NaN at the tokens of an environment, which no model is scored on."""
+    if values is None or rollout.talk is None:
+        return values
+    return values.masked_fill(rollout.talk.heard.to(values.device), float("nan"))
 
 
 def numbers(values: Tensor | None) -> list[float | None] | None:

@@ -13,7 +13,7 @@ from opd.messages import text_of
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.models.shown import text_of_ids, token_texts
-from opd.stage.looks import numbers
+from opd.stage.looks import numbers, own
 from opd.types import Prompt, Rollout
 
 
@@ -75,7 +75,7 @@ def rows_of(
     for i, row in enumerate(rows):
         t = len(batch.rollouts[i].response_ids)
         teacher_logp = batch.teacher_logp[i, :t]
-        row["teacher_logp"] = numbers(teacher_logp)
+        row["teacher_logp"] = numbers(own(teacher_logp, batch.rollouts[i]))
         row["signal"] = None if phase_a.signal is None else numbers(phase_a.signal[i, :t])
         row["weight"] = None if batch.weight is None else batch.weight[i, :t].tolist()
         row["advantage"] = None if batch.advantage is None else _first(batch.advantage[i, :t]).tolist()
