@@ -191,5 +191,5 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
 
 
 def _is_empty(value: Any) -> bool:
-    """None, an empty text, or NaN, which tables hold in place of a missing value."""
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
+    """None, an empty text, no image, or NaN, which tables hold in place of a missing value."""
+    return value is None or value in ("", ()) or (isinstance(value, float) and math.isnan(value))

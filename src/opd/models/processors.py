@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,11 +11,16 @@ from typing import Any
 from opd.errors import ConfigError
 from opd.messages import IMAGE
 from opd.recipe.schema import ModelSpec
-from opd.types import Image
+from opd.types import Image, Prompt
 
 FILES = ("processor_config.json", "preprocessor_config.json")
 # Special tokens of images in a transformers config.
 _OF_IMAGES = re.compile(r"(image|video|audio|vision|boi|eoi)[a-z_]*token[a-z_]*_(id|index)|(boi|eoi)_token_index")
+
+
+# By processor and vocabulary: the pictures of this process. A model that is loaded again, by a check before it or by a
+# later stage, knows those that the ids of a continued run name.
+_MADE: dict[str, Any] = {}
 
 
 class PictureTokenizer:
@@ -26,12 +32,16 @@ class PictureTokenizer:
     def __init__(self, tokenizer: Any, processor: Any) -> None:
         from opd.models.pictures import Pictures
 
+        vocabulary = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
         mark = processor.image_token  # of Gemma 3, the token that begins an image; its placeholder is the tokenizer's
         placeholder = tokenizer.convert_tokens_to_ids(getattr(tokenizer, "image_token", None) or mark)
         vars(self).update(
             tokenizer=tokenizer,
             processor=processor,
-            pictures=Pictures(processor=processor, mark=mark, placeholder=placeholder),
+            pictures=_MADE.setdefault(
+                f"{processor.to_json_string()} {vocabulary}",
+                Pictures(processor=processor, mark=mark, placeholder=placeholder),
+            ),
             rendered={},
         )
 
@@ -86,6 +96,15 @@ class PictureTokenizer:
 def sees(tokenizer: Any) -> bool:
     """Whether it reads images."""
     return isinstance(tokenizer, PictureTokenizer)
+
+
+def refuse_images(prompts: Sequence[Prompt], what: str) -> None:
+    """Raise ConfigError for prompts with images, which `what` does not read."""
+    if shown := [prompt.id for prompt in prompts if prompt.images]:
+        raise ConfigError(
+            f"{what} reads text alone in opd, and {len(shown)} of these {len(prompts)} prompts have images (the first "
+            f"is prompt {shown[0]}). Use a model in this process, or leave the images out."
+        )
 
 
 def plain(ids: Sequence[int], tokenizer: Any) -> Sequence[int]:
