@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import json
 import math
@@ -156,6 +157,14 @@ def opened_image(image: Image, where: str) -> Any:
             f"{where}: {image.name} is not a readable image ({' '.join(str(error).split()):.200}). Give a PNG, a JPEG "
             "or another format of pillow."
         ) from error
+
+
+def encoded_image(drawn: Any, name: str) -> Image:
+    """A PIL image as an `Image`: PNG keeps every pixel."""
+    buffer = io.BytesIO()
+    drawn.save(buffer, format="PNG")
+    content = buffer.getvalue()
+    return Image(name=name, digest=hashlib.sha256(content).hexdigest(), content=content)
 
 
 def fsync_path(path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from PIL import Image as Pillow
 
+from opd.files import encoded_image
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
-from opd.models.pictures import image_of
 from opd.recipe.schema import ModelSpec
 from opd.types import Image
 
@@ -234,12 +234,12 @@ def vision(family: str, folder: Path, seed: int = 0, **changes: Any) -> Language
 def noise(seed: int, side: tuple[int, int] = (32, 32)) -> Image:
     """An image of noise."""
     pixels = np.random.default_rng(seed).integers(0, 256, (side[1], side[0], 3), dtype=np.uint8)
-    return image_of(Pillow.fromarray(pixels), f"noise {seed}")
+    return encoded_image(Pillow.fromarray(pixels), f"noise {seed}")
 
 
 def colour(red: int, green: int, blue: int) -> Image:
     """An image of one colour."""
-    return image_of(Pillow.new("RGB", (32, 32), (red, green, blue)), f"colour {red},{green},{blue}")
+    return encoded_image(Pillow.new("RGB", (32, 32), (red, green, blue)), f"colour {red},{green},{blue}")
 
 
 def opened(image: Image) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from opd.data.files import ending_of
 from opd.errors import ConfigError, DataError
-from opd.files import expanded
+from opd.files import encoded_image, expanded
 from opd.messages import IMAGE, as_parts
 from opd.plugins import packaged
 from opd.types import Image, Message, Prompt
@@ -114,9 +114,7 @@ def _image(value: Any, where: str, folder: Path) -> Image:
     if isinstance(value, Mapping) and {"bytes", "path"} & {*value}:
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     if hasattr(value, "save") and hasattr(value, "convert"):  # of PIL
-        buffer = io.BytesIO()
-        value.convert("RGB").save(buffer, format="PNG")
-        value = buffer.getvalue()
+        return encoded_image(value.convert("RGB"), "a PIL image")
     if isinstance(value, (bytes, bytearray)):
         content = bytes(value)
         return _checked(

@@ -6,6 +6,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -15,9 +16,9 @@ from opd.errors import ConfigError
 from opd.types import Prompt
 
 SIDE = 32  # pixels of a picture
-SHAPE = 9  # pixels of a square
+SHAPE = 7  # pixels of a square
 BACKGROUND = (64, 64, 64)  # the image processor's `image_mean` times 255: an empty patch is then 0
-GREEN = (0, 255, 0)  # of the box alone
+GREEN = (0, 128, 0)  # of the box alone, as in `pieces.boxes`
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "white": (255, 255, 255)}
 DIRECTIONS = {"L": (-1, 0), "R": (1, 0), "U": (0, -1), "D": (0, 1)}
 FRAMES = 4
@@ -42,13 +43,11 @@ def clicks(
     names = list(COLOURS)
 
     def draw(rng: np.random.Generator) -> Numbers:
-        places: list[int] = []
-        while len(places) < 2 * shapes:  # apart by two pixels, so that no box covers another square
-            x, y = (int(n) for n in rng.integers(2, SIDE - SHAPE - 1, 2))
-            others = zip(places[::2], places[1::2], strict=True)
-            if all(max(abs(x - a), abs(y - b)) >= SHAPE + 2 for a, b in others):
-                places += [x, y]
-        return (*places, *(int(n) for n in rng.permutation(len(names))[:shapes]))
+        while True:  # drawn again as a whole, because a square in the middle may leave no room for others
+            places = [int(n) for n in rng.integers(2, SIDE - SHAPE - 1, 2 * shapes)]
+            corners = list(zip(places[::2], places[1::2], strict=True))
+            if all(_apart(one, other) for one, other in combinations(corners, 2)):
+                return (*places, *(int(n) for n in rng.permutation(len(names))[:shapes]))
 
     total = (SIDE - SHAPE - 3) ** (2 * shapes) * math.perm(len(names), shapes)
     marked = np.random.default_rng((seed, count))
@@ -107,6 +106,11 @@ def moving_dot(count: int, seed: int = 0, part: Part = "train", still: bool = Fa
             pixels[y : y + 5, x : x + 5] = list(COLOURS.values())[colour]
             frames.append(_png(pixels))
         yield {"prompt": "<image>" * FRAMES, "images": frames, "response": name, "answer": name}
+
+
+def _apart(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two squares are apart by two pixels, so that the box of one does not cover the other."""
+    return max(abs(one[0] - other[0]), abs(one[1] - other[1])) >= SHAPE + 2
 
 
 def _empty() -> Pixels:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ MARK = 1 << 62
 PLACES = 14  # bits
 MOST = 1 << PLACES  # placeholders of a picture
 LIMIT = 1 << 30  # bytes of tensors that are kept; those of other pictures are made again from the image
+TEXTS = 1 << 14  # whose ids are kept
 # What a processor returns besides a picture's tensors. PaliGemma's returns labels unasked.
 WORDS = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids", "labels")
 FEATURES = ("last_hidden_state", "pooler_output", "hidden_states", "attentions")  # of an encoder's result
@@ -70,6 +70,9 @@ class Pictures:
     known: dict[str, Picture] = field(default_factory=dict[str, Picture])  # by the image's digest
     by_code: dict[int, Picture] = field(default_factory=dict[int, Picture])
     kept: OrderedDict[str, dict[str, Tensor]] = field(default_factory=OrderedDict[str, dict[str, Tensor]])
+    held: int = 0  # bytes of `kept`
+    # The ids of texts with placeholders: pictures of equal sizes give a text equal ones.
+    texts: dict[Any, list[int]] = field(default_factory=dict[Any, list[int]])
 
     def picture(self, image: Image, where: str) -> Picture:
         """The picture of an image. Raises DataError, beginning with `where`, for a file that is no image.
@@ -122,11 +125,22 @@ class Pictures:
         tensors = {name: made[name] for name in sorted(made) if name not in WORDS}
         return made["input_ids"][0].tolist(), tensors
 
+    def _text(self, text: str, pictures: Sequence[Picture], where: str, options: Mapping[str, Any]) -> list[int]:
+        """The ids of a text, with placeholders."""
+        sizes = tuple(tuple(min(i, MARK) for i in picture.ids) for picture in pictures)
+        key = (text, sizes, tuple(options.items()))
+        if key not in self.texts:
+            if len(self.texts) >= TEXTS:
+                self.texts.clear()
+            opened = [[opened_image(picture.image, where) for picture in pictures]]
+            self.texts[key] = self.processor(text=[text], images=opened, **options)["input_ids"][0]
+        return self.texts[key]
+
     def _keep(self, digest: str, tensors: dict[str, Tensor]) -> None:
+        self.held += 0 if digest in self.kept else _bytes(tensors)
         self.kept[digest] = tensors
-        held = sum(_bytes(one) for one in self.kept.values())
-        while held > self.limit and len(self.kept) > 1:
-            held -= _bytes(self.kept.popitem(last=False)[1])
+        while self.held > self.limit and len(self.kept) > 1:
+            self.held -= _bytes(self.kept.popitem(last=False)[1])
 
     def ids(self, text: str, images: Sequence[Image], where: str, **options: Any) -> list[int]:
         """The ids of a text with a mark for each image, in order. [prompt tokens]
@@ -141,8 +155,7 @@ class Pictures:
                 "image one mark: a part {'type': 'image'} of a message, or the mark in the text."
             )
         pictures = [self.picture(image, f"{where}, image {i}") for i, image in enumerate(images)]
-        opened = [[opened_image(image, where) for image in images]]
-        ids: list[int] = self.processor(text=[text], images=opened, **options)["input_ids"][0]
+        ids = self._text(text, pictures, where, options)
         expected = sum(picture.tokens for picture in pictures)
         if ids.count(self.placeholder) != expected:
             raise DataError(
@@ -161,14 +174,6 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.contiguous().cpu().numpy().tobytes())
     return found.hexdigest()
-
-
-def image_of(drawn: Any, name: str) -> Image:
-    """A PIL image as an `Image`: PNG keeps every pixel."""
-    buffer = io.BytesIO()
-    drawn.save(buffer, format="PNG")
-    content = buffer.getvalue()
-    return Image(name=name, digest=hashlib.sha256(content).hexdigest(), content=content)
 
 
 def is_code(token: int) -> bool:

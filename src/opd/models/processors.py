@@ -42,7 +42,6 @@ class PictureTokenizer:
                 f"{processor.to_json_string()} {vocabulary}",
                 Pictures(processor=processor, mark=mark, placeholder=placeholder),
             ),
-            rendered={},
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -61,16 +60,11 @@ class PictureTokenizer:
         return self.tokenizer(*args, **kwargs)
 
     def ids(self, text: str, images: Sequence[Image], where: str, **options: Any) -> list[int]:
-        """The ids of a text with a mark for each image: `Pictures.ids`, which is kept."""
+        """The ids of a text with a mark for each image: `Pictures.ids`."""
         text = text.replace(IMAGE, self.pictures.mark) if images else text
         if not images and self.pictures.mark not in text:
             return self.tokenizer(text, **options).input_ids
-        key = (text, tuple(image.digest for image in images), tuple(options.items()))
-        if key not in self.rendered:
-            if len(self.rendered) >= 4096:
-                self.rendered.clear()
-            self.rendered[key] = self.pictures.ids(text, images, where, **options)
-        return list(self.rendered[key])
+        return self.pictures.ids(text, images, where, **options)
 
     def plain(self, ids: Any) -> Any:
         """Ids, or one id, with the model's placeholder for picture codes."""
@@ -224,7 +218,7 @@ def noise_picture(tokenizer: Any, seed: int) -> Any:
     import numpy as np
     from PIL import Image as Pillow
 
-    from opd.models.pictures import image_of
+    from opd.files import encoded_image
 
     noise = np.random.default_rng(seed).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return tokenizer.pictures.picture(image_of(Pillow.fromarray(noise), f"noise {seed}"), "A picture of noise")
+    return tokenizer.pictures.picture(encoded_image(Pillow.fromarray(noise), f"noise {seed}"), "A picture of noise")
