@@ -173,7 +173,7 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
     if not reads_images(spec.init or {}):
         if spec.image_processor:
             raise ConfigError(
-                f"models.{name}: `image_processor` is of a model that reads images, and `init` is of none."
+                f"models.{name}: `image_processor` is of a model that reads images, and `init` is of none. Remove it."
             )
         return character_tokenizer(*given)
     from opd.models.processors import new_processor
