@@ -168,8 +168,8 @@ def test_render_refuses_marks_that_differ_from_images(tmp_path: Path):
     lm = vision("llava", tmp_path / "llava")
     with pytest.raises(DataError, match=r"Prompt 6 has 0 images, and its text has 1 marks '<image>' for them"):
         render(Prompt(id=6, content="a<image>"), lm.tokenizer)
+    prompt = Prompt(id=7, content="ab<image>c", images=(noise(1),))
     with pytest.raises(DataError, match=r"Prompt 7 has 19 tokens, but `max_prompt_length` is 18;.* never cut"):
-        prompt = Prompt(id=7, content="ab<image>c", images=(noise(1),))
         render_checked([prompt], lm.tokenizer, max_prompt_length=18)
     with pytest.raises(DataError, match=r"llava: a response holds the token '<image>' \(id 2\), which stands for ima"):
         lm.check_ids([], [[5, 2, 1]])
