@@ -178,7 +178,7 @@ def check_data(section: DataSection) -> None:
 def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
     """Raise DataError, with the number of rows, if prompts lack one of the columns `names`."""
     for name in names:
-        values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
+        values = (column_of(prompt, name) for prompt in prompts)
         empty = [p.id for p, value in zip(prompts, values, strict=True) if _is_empty(value)]
         if empty and name != "prompt":
             which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -190,6 +190,12 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
             )
 
 
+def column_of(prompt: Prompt, name: str) -> Any:
+    """The value of a column: of opd's own, or of the metadata. None if the row has none."""
+    value = getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name)
+    return None if isinstance(value, tuple) and not value else value
+
+
 def _is_empty(value: Any) -> bool:
-    """None, an empty text, no image, or NaN, which tables hold in place of a missing value."""
-    return value is None or value in ("", ()) or (isinstance(value, float) and math.isnan(value))
+    """None, an empty text, or NaN, which tables hold in place of a missing value."""
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))

@@ -115,16 +115,7 @@ def privileged(
             "A privileged context must add text that the student does not read: give `system`, `examples`, "
             "`template` or `prefill`; or show other `images`."
         )
-    fields = set[str]()
-    if template is not None:
-        fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
-    if prefill is not None:
-        fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
-    if solutions is not None and "privileged_context" not in fields:
-        raise ConfigError(
-            "Solutions fill the field {privileged_context}, but neither the template nor the prefill has this field; "
-            f"got template {template!r:.80} and prefill {prefill!r:.80}. Add the field to one of them."
-        )
+    fields = _fields_in(template, prefill, solutions)
 
     def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
         def shown(prompt: Prompt, one: Rollout | None) -> Prompt:
@@ -145,6 +136,21 @@ def privileged(
         needs |= {Input.REWARD}
     columns = fields & ({"answer"} if solutions is not None else {"answer", "privileged_context"})
     return needing(context, *needs, columns=columns | ({"privileged_images"} if images else set()))
+
+
+def _fields_in(template: str | None, prefill: str | None, solutions: Solutions | None) -> set[str]:
+    """The fields of both texts. Raises ConfigError for an unknown one, and for solutions that neither text shows."""
+    fields = set[str]()
+    if template is not None:
+        fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
+    if prefill is not None:
+        fields |= fields_of("A context's prefill", prefill, FIELDS[1:])
+    if solutions is not None and "privileged_context" not in fields:
+        raise ConfigError(
+            "Solutions fill the field {privileged_context}, but neither the template nor the prefill has this field; "
+            f"got template {template!r:.80} and prefill {prefill!r:.80}. Add the field to one of them."
+        )
+    return fields
 
 
 def with_other_images(prompt: Prompt) -> Prompt:
