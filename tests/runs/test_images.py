@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import opd
 from opd.commands.check import check_recipe
+from opd.commands.rollouts import write_rollouts
 from opd.data.prompts import prompts_of_rows
 from opd.errors import ConfigError, DataError, OPDError
 from opd.models import processors
@@ -26,6 +27,8 @@ from opd.models.render import render, render_checked
 from opd.models.tokenizer_files import load_tokenizer
 from opd.recipe.load import load_recipe
 from opd.recipe.schema import ModelSpec
+from opd.runs.checks import check_stages
+from opd.runs.prepare import Given
 from opd.types import Prompt
 
 USER = {"role": "user", "content": "what?"}
@@ -277,6 +280,15 @@ def test_served_teacher_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.M
         ConfigError, match=r"models\.teacher, a served teacher, reads text alone in opd, and 4 of these 4"
     ):
         check_recipe(load_recipe(prepare(tmp_path, described)))
+
+
+def test_several_processes_and_records_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    made = load_recipe(prepare(tmp_path, recipe()))
+    with pytest.raises(ConfigError, match=r"its prompts have images, and 2 processes were started.* in one process"):
+        check_stages(made, Given(), processes=2)
+    with pytest.raises(ConfigError, match="A file of records reads text alone in opd, and 4 of these 4 prompts have"):
+        write_rollouts("nowhere", data={"path": "train.jsonl"}, sampling={}, out="out.parquet", say=print)
 
 
 def test_tokenizer_of_support_has_its_placeholder():
