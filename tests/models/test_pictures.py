@@ -10,17 +10,25 @@ from typing import Any
 
 import pytest
 import torch
-from support.visions import FAMILIES, colour, noise, opened, vision
+from support.models import rollout_of
+from support.visions import FAMILIES, colour, noise, opened, vision, vision_folder
 from torch import Tensor
 
 from opd.errors import DataError
+from opd.models import saving
 from opd.models.forward import response_states, shared_prefixes
 from opd.models.head import UNWRITTEN, Head
 from opd.models.language_model import LanguageModel, Reading
+from opd.models.loading import load_model
 from opd.models.pictures import MARK
 from opd.models.render import render
+from opd.models.verifying import check_saved
+from opd.pieces import contexts
+from opd.pieces.supports import sampled as sampled_support
+from opd.recipe.schema import ModelSpec
 from opd.samplers.hf import TransformersSampler
-from opd.types import Image, Prompt, Sampling
+from opd.teachers.local import LocalTeacher
+from opd.types import Image, Prompt, Sampling, ScoreRequest
 
 
 @pytest.fixture(scope="module")
@@ -229,3 +237,50 @@ def test_head_gives_unwritten_tokens_no_mass(softcap: float | None):
     some = plain.gather(-1, ids).clone()
     head.finish_(some, 1.0, ids)
     assert bool((some[:, 0] == UNWRITTEN).all())
+
+
+# --- other ways to load ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [{"lora": {"rank": 2}}, {"gradient_checkpointing": True}, {"autocast": True}, {"dtype": "bfloat16"}],
+    ids=str,
+)
+def test_encoder_trains_and_is_saved_however_loaded(spec: dict[str, Any], tmp_path: Path):
+    folder = vision_folder("llava", tmp_path / "llava")
+    lm = load_model(ModelSpec.model_validate({"path": str(folder), **spec}), name="m", trains=True)
+    prompts = prompts_for(lm)[:2]
+    lm.model.train()
+    scores = own_logp(lm, prompts, list(RESPONSES[:2]))
+    torch.cat(
+        [logp.gather(-1, torch.tensor(r)[:, None]) for logp, r in zip(scores, RESPONSES, strict=False)]
+    ).sum().backward()
+    moved = [n for n, p in lm.model.named_parameters() if p.grad is not None and bool((p.grad != 0).any())]
+    assert any("vision_tower" in name for name in moved)
+    assert any("language_model" in name for name in moved)
+    lm.model.eval()
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    saving.save(lm, saved)
+    assert check_saved(lm, saved, render(prompts[0], lm.tokenizer)) < 1e-3
+
+
+def test_privileged_images_are_read_in_place_of_images(models: dict[str, LanguageModel]):
+    """The self-teacher's scores of equal words are those of the other picture."""
+    lm = models["llava"]
+    prompt = Prompt(id=0, content="abc<image>de", images=(noise(1),), privileged_images=(noise(2),))
+    rollout = rollout_of(lm, prompt, [7, 9, 1])
+    (context,) = contexts.privileged(images=True)([rollout])
+    teacher = LocalTeacher(lm=lm, micro_batch_tokens=100, student_device=lm.device)
+    (got,) = teacher.score([rollout], [context], ScoreRequest(support=sampled_support()))
+    with torch.no_grad():
+        of = {
+            seed: plain_logp(lm, lm.model, Prompt(id=0, content="abc<image>de", images=(noise(seed),)), [7, 9, 1])
+            for seed in (1, 2)
+        }
+    expected, other = (of[seed].gather(-1, torch.tensor([[7], [9], [1]]))[:, 0] for seed in (2, 1))
+    torch.testing.assert_close(got.teacher_logp, expected, atol=1e-5, rtol=0)
+    assert float((got.teacher_logp - other).abs().max()) > 1e-3
+    with pytest.raises(DataError, match=r"Prompt 0 has 1 images and 0 `privileged_images`"):
+        contexts.privileged(images=True)([rollout_of(lm, replace(prompt, privileged_images=()), [7, 1])])
