@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
 import math
 import os
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from opd.errors import ConfigError, DataError, RunError, TrainingError
+from opd.types import Image
 
 GIB = 1 << 30
 
@@ -138,6 +141,30 @@ def check_finite(what: str, value: Any, name: str = "") -> None:
             f"In {what}, {name!r} is {value}. The step before failed, most often because the learning rate is too "
             "high; checkpoints are untouched. Lower it, or check the metrics of the last steps."
         )
+
+
+def opened_image(image: Image, where: str) -> Any:
+    """The image as a PIL image in RGB. Raises DataError, beginning with `where`, for a file that is not one."""
+    try:
+        from PIL import Image as Pillow
+    except ImportError as error:
+        raise ConfigError(f"{where} has images, which need pillow: pip install 'opd[vision]'.") from error
+    try:
+        content = image.content if image.path is None else image.path.read_bytes()
+        return Pillow.open(io.BytesIO(content or b"")).convert("RGB")
+    except Exception as error:  # of a damaged file pillow raises any type
+        raise DataError(
+            f"{where}: {image.name} is not a readable image ({' '.join(str(error).split()):.200}). Give a PNG, a JPEG "
+            "or another format of pillow."
+        ) from error
+
+
+def encoded_image(drawn: Any, name: str) -> Image:
+    """A PIL image as an `Image`: PNG keeps every pixel."""
+    buffer = io.BytesIO()
+    drawn.save(buffer, format="PNG")
+    content = buffer.getvalue()
+    return Image(name=name, digest=hashlib.sha256(content).hexdigest(), content=content)
 
 
 def fsync_path(path: Path) -> None:

@@ -15,7 +15,10 @@ _CONTROL = re.compile(
     "[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
 )
 
-MEDIA = ("image", "image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
+IMAGE = "<image>"  # the place of an image in a text; in a message it is a part {"type": "image"}
+
+
+MEDIA = ("image_url", "input_image", "video", "video_url", "audio", "audio_url", "input_audio")
 
 
 # ShareGPT's names of roles, the values of `from`.
@@ -60,7 +63,7 @@ def with_question(
         return rewrite(content)
     messages = list(content)
     user_turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-    text = text_of(messages[user_turns[-1]]["content"]) if user_turns else None
+    text = shown_text(messages[user_turns[-1]]["content"]) if user_turns else None
     if text is None:
         roles = ", ".join(str(message["role"]) for message in messages)
         raise DataError(
@@ -68,8 +71,30 @@ def with_question(
             "template out, or give a prompt with text as its last user message."
         )
     last = user_turns[-1]
-    messages[last] = {**messages[last], "content": rewrite(text)}
+    rewritten = {**messages[last], "content": rewrite(text)}
+    messages[last] = as_parts(rewritten) if text_of(messages[last]["content"]) is None else rewritten
     return tuple(messages)
+
+
+def shown_text(content: Any) -> str | None:
+    """`text_of` with `<image>` where an image is; parts are joined by nothing then, because a place is in the text."""
+    if isinstance(content, str) or not any(part.get("type") == "image" for part in content or ()):
+        return text_of(content)
+    texts = [IMAGE if part.get("type") == "image" else text_of([part]) for part in content]
+    known = [text for text in texts if text is not None]
+    return "".join(known) if len(known) == len(texts) else None
+
+
+def as_parts(message: Message) -> Message:
+    """The message with a part for each `<image>` of a user's text; without one, as it is."""
+    said = message.get("content")
+    if not isinstance(said, str) or IMAGE not in said or message["role"] != "user":
+        return message
+    first, *rest = said.split(IMAGE)
+    parts: list[dict[str, str]] = [{"type": "text", "text": first}] if first else []
+    for text in rest:
+        parts += [{"type": "image"}, *([{"type": "text", "text": text}] if text else [])]
+    return {**message, "content": parts}
 
 
 def text_of(content: Any) -> str | None:
@@ -100,7 +125,7 @@ def conversation(value: Any, where: str, *, chat: bool = False, system: str | No
 
     Messages of ShareGPT (`from`, `value`) get `role` and `content`. `chat` makes text one user message; `system` is put
     before the messages and implies `chat`. Raises DataError, beginning with `where`, for another type, an empty prompt,
-    a message with other keys, an image or a second system message.
+    a message with other keys, a video, sound or a second system message.
     """
     if isinstance(value, str) and value.strip():
         if not chat and system is None:
@@ -157,7 +182,8 @@ def _message(message: Any, where: str) -> Message:
         media = [part["type"] for part in content if part.get("type") in MEDIA]
         if media:
             raise DataError(
-                f"{where} has a part of type {media[0]!r}, and opd trains on text alone. Leave the row out."
+                f"{where} has a part of type {media[0]!r}, and opd reads text and images. Give an image as a part "
+                "{'type': 'image'} and a file in the column `images`, or leave the row out."
             )
         content = [_filled(part) for part in content]
     return {**_filled(message), "content": content}

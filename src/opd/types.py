@@ -47,6 +47,16 @@ ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "sy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Image:
+    """An image of a prompt, as the file that it is encoded in: PNG, JPEG, ..."""
+
+    name: str  # for messages
+    digest: str  # SHA-256 of the file
+    path: Path | None = field(default=None, repr=False)  # where the file is; None: `content` is the file
+    content: bytes | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """One row of data: the prompt, and data about it for rewards and teachers."""
 
@@ -61,6 +71,8 @@ class Prompt:
     tools: tuple[Mapping[str, Any], ...] = ()  # JSON schemas, for the chat template
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])  # override `template_options`
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    images: tuple[Image, ...] = ()  # in the order of their marks in `content`; frames of a video are several images
+    privileged_images: tuple[Image, ...] = ()  # which a teacher may read in place of `images`
     # A context for several teachers of one row: what each reads, by name (default: this prompt), and their weights,
     # which need not sum to 1 (default: equal). Empty in the data, so they are no part of the rows' fingerprint.
     views: Mapping[str, Prompt] = field(default_factory=dict[str, "Prompt"], repr=False)

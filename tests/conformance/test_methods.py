@@ -441,6 +441,11 @@ def drifting(k: int, threshold: float, drop: float, base: float, metric: str = "
     return weigh
 
 
+def sure(positions: Sequence[Position], trained: Sequence[bool]) -> list[float]:
+    """GUI-SD's weight: 1 - H(q) / log V."""
+    return [1.0 - oracle.entropy(oracle.log_softmax(at.teacher)) / math.log(len(at.teacher)) for at in positions]
+
+
 def pruned(learns: bool = False, k: int = 4, average: Any = "token", **options: Any) -> Case:
     """Prune-OPD: the released form of Rethinking on the student's k, weighed by drift. A response has 6 tokens."""
     settings = {"threshold": 0.9, "drop": 0.2, "base": 0.3, **options}
@@ -705,6 +710,20 @@ CASES: dict[str, list[Case]] = {
         sized(k=9, share=1.0, bound=0.9, fades=1),
         sized(share=0.0),
     ],
+    "gui_sd": [  # no letter is a digit, and no prompt has a picture: tests/methods/test_gui_sd.py has both
+        case(
+            compared("reverse_kl"),
+            {"hint": "none", "digits": False},
+            average="token",
+            weigh=sure,
+            learns=False,
+        ),
+        case(
+            compared("reverse_kl"),
+            {"hint": "none", "digits": False, "entropy": False, "average": "sequence", "temperature": 0.7},
+            learns=False,
+        ),
+    ],
     "uni_opd": [
         ordered(),
         ordered(gap="minmax", delta=1.5),
@@ -853,8 +872,13 @@ CASES: dict[str, list[Case]] = {
 }
 # Nothing is compared with a teacher, or a reward has a say beside it: student = teacher is no fixed point of theirs.
 NO_FIXED_POINT = {"sft", "grpo", "copd", "anti_sd", "ropd", "visd"}
-NO_TARGET = {"grpo", "copd", "anti_sd", "ropd", "visd"}  # they do not go where a teacher is
+NO_TARGET = {"grpo", "copd", "anti_sd", "ropd", "visd", "gui_sd"}  # they go where no teacher, or no text, is
 CLIPPED = {"uni_opd", "top_d", "mopd", "sod"}  # a policy gradient with a clip, beside a teacher
+
+
+def built(name: str, options: Mapping[str, Any]) -> Method:
+    """The method, with the tokenizer of the models here."""
+    return methods.build(name, dict(options)).with_tokenizer(tiny().tokenizer)
 
 
 def label(name: str, one: Case) -> str:
@@ -909,7 +933,7 @@ def masked(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 def scene(name: str, one: Case, *, float64: bool = False, **student: Any) -> Scene:
     """`float64` is of the models' weights; log-probs are float32 in any case."""
-    method = methods.build(name, one.options)
+    method = built(name, one.options)
     learner = tiny(**{"padding_rows": 3, "name": "student", **student})
     external = tiny(seed=1, hidden=24, padding_rows=5, name="teacher")
     if float64:
@@ -1211,7 +1235,7 @@ def test_method_gradient_is_byte_equal_when_repeated(name: str, one: Case):
 @every(lambda one: one.fixed_point)
 def test_method_gradient_is_zero_when_teacher_is_student(name: str, one: Case):
     own = "template" in one.options  # of a self-teacher, for which there is nothing more to read
-    method = methods.build(name, {**one.options, "template": HINT} if own else one.options)
+    method = built(name, {**one.options, "template": HINT} if own else one.options)
     student = tiny(padding_rows=3)
     same = frozen_copy(student)
     teacher = teacher_of(method, student, same)
@@ -1224,7 +1248,7 @@ def test_method_gradient_is_zero_when_teacher_is_student(name: str, one: Case):
 
 @every(lambda one: not one.fixed_point)
 def test_method_gradient_is_nonzero_when_case_is_exempt(name: str, one: Case):
-    method = methods.build(name, one.options)
+    method = built(name, one.options)
     student = tiny(padding_rows=3)
     same = frozen_copy(student)
     teacher = teacher_of(method, student, same)
@@ -1257,7 +1281,7 @@ def steep(lm: LanguageModel, largest: float = 1e4) -> LanguageModel:
 @pytest.mark.parametrize("writer", ["fresh", "stale"])
 @pytest.mark.parametrize("steep_teacher", [False, True])
 def test_method_gradient_is_finite_when_logits_are_extreme(name: str, one: Case, writer: str, steep_teacher: bool):
-    method = methods.build(name, one.options)
+    method = built(name, one.options)
     before, external = tiny(padding_rows=3), tiny(seed=1, hidden=24, padding_rows=5)
     student = steep(before)
     if steep_teacher:
@@ -1431,7 +1455,7 @@ def a_letter_in_the_context() -> Lesson:
 def test_method_reduces_exact_kl_to_a_tenth(name: str, one: Case):
     own = "template" in one.options
     lesson = a_letter_in_the_context() if own else next_letters()
-    method = methods.build(name, {**one.options, "template": "{prompt}{privileged_context}"} if own else one.options)
+    method = built(name, {**one.options, "template": "{prompt}{privileged_context}"} if own else one.options)
     teacher = teacher_of(method, lesson.student, lesson.external, micro_batch_tokens=10**4)
     target = lesson.external or frozen_copy(lesson.student)
     steps = 80

@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "sdft": {"template": "{privileged_context}{prompt}"},
     "sdpo": {"k": 4, "otherwise": "privileged_context", "template": "{privileged_context}{prompt}"},
     "visd": {"k": 4, "hint": "privileged_context", "template": "{privileged_context}{prompt}"},
+    "gui_sd": {"hint": "none"},
     "prune_opd": {"k": 4, "budget": 3, "budget_min": 2, "budget_max": 4, "budget_step": 1, "margin": 1},
 }
 PAIRS = [(one, other) for one, other in combinations(ROWS, 2) if ROWS[one][0] != ROWS[other][0]]

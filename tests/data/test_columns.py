@@ -132,12 +132,9 @@ def test_tools_of_text_prompt_stay_in_metadata_with_note():
         ({"tools": ["hammer"]}, "Row 0 of prompts: `tools` is not valid JSON"),
         ({"tools": [{"x": 1}]}, r"Row 0 of prompts: `tools` holds \{'x': 1\}. Tools are a list of JSON schemas"),
         ({"chat_template_kwargs": "[1]"}, "`chat_template_kwargs` is a list"),
-        ({"images": [{"bytes": b"x"}]}, "Row 0 of prompts has 'images', and opd trains on text alone"),
-        ({"image": "data:image/png;base64,AA"}, "has 'image'"),
-        ({"image": "cat.JPG"}, "has 'image'"),
     ],
 )
-def test_row_refuses_bad_tools_and_images(row, message):
+def test_row_refuses_bad_tools(row, message):
     with pytest.raises(DataError, match=message):
         read([{"prompt": [USER], **row}])
 

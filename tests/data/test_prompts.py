@@ -327,8 +327,8 @@ def test_load_prompts_suggests_columns_when_prompt_is_missing(tmp_path):
         (["hi"], "message 0 is a str, got 'hi'. It needs `role` and `content`"),
         ([{"from": "oracle", "value": "hi"}], r"is from 'oracle', which is no role. Its `from` is one of user, human"),
         (
-            [{"role": "user", "content": [{"type": "image"}]}],
-            "has a part of type 'image', and opd trains on text alone",
+            [{"role": "user", "content": [{"type": "video"}]}],
+            "has a part of type 'video', and opd reads text and images",
         ),
         (
             [{"role": "assistant", "content": "a"}],

@@ -38,6 +38,7 @@ OPTIONS = {
     "anti_sd": {"template": "{privileged_context}9{prompt}", "warm_up": 2},
     "uni_opd": {"delta": 1.0},
     "visd": {"template": "{privileged_context}9{prompt}", "k": 3, "fades": 30},
+    "gui_sd": {"hint": "none"},
     "prune_opd": {"k": 3, "drop": 0.3, "budget": 4, "budget_min": 2, "budget_max": 6, "budget_step": 1, "margin": 1},
     "ropd": {},
     "brts": {"k": 3, "n": 2, "weight": 2.0, "hint": "{answer}9{prompt}", "marker": "9"},
@@ -95,7 +96,7 @@ def recipe_of(method: str, folder: Path) -> dict:
         stage |= {"peers": ["teacher"], "task_order": "mixed", "prompts_per_step": 8}
         rewards = {"student": "7", "teacher": "1"}
         stage["tasks"] = {name: {**own, "train": name, "reward": regex(one)} for name, one in rewards.items()}
-    elif method not in ("context_distillation", "opsd", "sdft", "sdpo", "grpo", "anti_sd"):
+    elif method not in ("context_distillation", "opsd", "sdft", "sdpo", "grpo", "anti_sd", "gui_sd"):
         stage["teacher"] = "teacher"
     if method == "extrapolated_opd":
         stage["base"] = "base"

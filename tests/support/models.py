@@ -353,7 +353,8 @@ def unscored(rollouts: Sequence[Rollout]) -> list[Scores]:
 def batch_of(method: Method, student: LanguageModel, teacher: Teacher, rollouts: list[Rollout]) -> Batch:
     """Phase A without its end: context, scores, padding. Of the method's own rows."""
     rollouts = [rollout for rollout in rollouts if not rollout.part]
-    scores = teacher.score(rollouts, method.context(rollouts), replace(method.request(shown=True), entropy=False))
+    wanted = replace(method.request(shown=True), entropy=method.request().entropy)
+    scores = teacher.score(rollouts, method.context(rollouts), wanted)
     return replace(collate(rollouts, scores, student.device), memory=method.make_memory())
 
 

@@ -13,6 +13,7 @@ from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
+from opd.models.processors import refuse_images
 from opd.models.render import render_checked
 from opd.models.vocabularies import digest_of
 from opd.recipe.load import parse_section
@@ -44,6 +45,7 @@ def write_rollouts(
     settings = Sampling(**{**section.model_dump(), "stop": tuple(section.stop)})
     file = target_of(out, "--out")
     prompts, reports = load_selected(parse_section(DataSection, data, "data"))
+    refuse_images(prompts, "A file of records")
     spec = ModelSpec(path=model)
     resolved_path(spec, "model", WHERE)
     lm = load_model(spec, name="model", where=WHERE)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import mimetypes
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from opd.data.files import ArrowRow
+from opd.data.images import folder_of, image_column, images_in, placed, taken
 from opd.errors import DataError, nearest
 from opd.files import is_unicode
 from opd.messages import conversation, text_of, text_or_none
@@ -21,8 +22,10 @@ TEXTS = ("response", "privileged_context", "teacher_id")
 FOR_TEMPLATE = ("tools", "chat_template_kwargs")
 
 
-# opd's columns. `system` is read only if `columns` maps it; the others also under their own name.
-COLUMNS = ("prompt", "answer", *TEXTS, *FOR_TEMPLATE, "system")
+# opd's columns. `system` is read only if `columns` maps it; the others also under their own name, `images` also as
+# `image`.
+COLUMNS = ("prompt", "answer", *TEXTS, *FOR_TEMPLATE, "images", "privileged_images", "system")
+MAPPED = ("system", "images")
 
 
 PROMPT_LIKE = ("question", "problem", "instruction", "query", "input", "text", "messages", "conversations")
@@ -59,7 +62,6 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
             f"{where} has no column {source['prompt']!r}.{nearest(source['prompt'], map(str, row))} Its columns: "
             f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
         )
-    refuse_images(row, where)
     value, said = _question(row, source)
     texts = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in TEXTS}
     system = text_or_none(row.get(source["system"]), f"{where}: `{source['system']}`") if "system" in source else None
@@ -78,7 +80,9 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     for_template, dropped = ({}, False) if isinstance(content, str) else _for_template(row, source, where)
     said += [NULLS] if dropped else []
     said += _left_of_completion(row.get(source["response"]))
-    kept = {column for column in source.values() if column not in idle}
+    pictured = source.get("images", image_column(row))
+    kept = {column for column in source.values() if column not in idle} | ({pictured} if pictured else set())
+    folder = folder_of(section.path)
     prompt = Prompt(
         id=index,
         content=content,
@@ -87,8 +91,14 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
         privileged_context=texts["privileged_context"],
         teacher_id=texts["teacher_id"],
         metadata={str(key): one for key, one in row.items() if key not in kept},
+        images=images_in(row.get(pictured), f"{where}: `{pictured}`", folder) if pictured else (),
+        privileged_images=images_in(
+            row.get(source["privileged_images"]), f"{where}: `{source['privileged_images']}`", folder
+        ),
         **for_template,
     )
+    prompt, of_images = with_places(prompt, where, folder)
+    said += of_images
     prompt, of_answer = without_answer(prompt, where, section)
     return prompt, list(dict.fromkeys([*said, *of_answer]))
 
@@ -129,8 +139,10 @@ def _for_template(row: Mapping[str, Any], source: Mapping[str, str], where: str)
 
 
 def source_of(row: Mapping[str, Any], section: DataSection) -> dict[str, str]:
-    """opd's column -> the row's; without `system`, unless it is mapped."""
-    source = {name: section.columns.get(name, name) for name in COLUMNS if name != "system" or name in section.columns}
+    """opd's column -> the row's; without `system` and `images`, unless they are mapped."""
+    source = {
+        name: section.columns.get(name, name) for name in COLUMNS if name not in MAPPED or name in section.columns
+    }
     if "response" not in section.columns and "response" not in row:
         source["response"] = "completion"
     return source
@@ -242,16 +254,9 @@ def _variables(value: Any, where: str) -> Mapping[str, Any]:
     return {str(key): one for key, one in value.items()}
 
 
-def refuse_images(row: Mapping[str, Any], where: str) -> None:
-    """Raise DataError for a row with images: opd trains on text alone."""
-    for name in ("images", "image"):
-        value = row.get(name)
-        is_name = isinstance(value, str) and not (mimetypes.guess_type(value)[0] or "").startswith("image/")
-        if value is not None and value != [] and not is_name:
-            raise DataError(
-                f"{where} has {name!r}, and opd trains on text alone: a prompt without its image is another prompt. "
-                "Leave the row out."
-            )
+def with_places(prompt: Prompt, where: str, folder: Path) -> tuple[Prompt, list[str]]:
+    """The prompt with its images and a place for each: `images.taken` and `images.placed`. Raises DataError."""
+    return placed(taken(prompt, where, folder), where)
 
 
 def _left_of_completion(completion: Any) -> list[str]:

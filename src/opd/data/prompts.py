@@ -12,8 +12,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.data.columns import COLUMNS, Converted, check_unicode, prompt_of, without_answer
+from opd.data.columns import COLUMNS, Converted, check_unicode, prompt_of, with_places, without_answer
 from opd.data.files import READERS, ArrowRow, Row, ending_of
+from opd.data.images import images_in
 from opd.data.rows import FUNCTION, rows_of
 from opd.data.selection import Selected, check_selection, select
 from opd.data.upsampling import Upsampled, check_upsampling, upsample
@@ -69,10 +70,15 @@ def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Report],
     others, of_others = None, list[Report]()
     if section.select.by is not None:
         theirs, of_others, _ = _selected_prompts(section.select.by)
-        others = [question_of(prompt.content) for prompt in theirs]
-    kept, selected = select([question_of(p.content) for p in prompts], others, section.select, section.path)
+        others = [_compared(prompt) for prompt in theirs]
+    kept, selected = select([_compared(prompt) for prompt in prompts], others, section.select, section.path)
     of_others = [one for one in of_others if isinstance(one, Selected)]  # only the questions of `by` are read
     return [prompts[i] for i in kept], [*converted, *of_others, selected], columns
+
+
+def _compared(prompt: Prompt) -> str:
+    """The text by which a selection compares prompts: equal words about another image are another question."""
+    return "\n".join([question_of(prompt.content), *(image.digest for image in prompt.images)])
 
 
 def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> list[Prompt]:
@@ -103,10 +109,11 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
 
 def _checked(prompt: Prompt) -> Prompt:
     """A Prompt of the caller's, whose messages a row could have, too."""
-    check_unicode(prompt, f"Prompt {prompt.id}")
-    if isinstance(prompt.content, str):
-        return prompt
-    return replace(prompt, content=conversation(prompt.content, f"Prompt {prompt.id}"))
+    where = f"Prompt {prompt.id}"
+    check_unicode(prompt, where)
+    content = prompt.content if isinstance(prompt.content, str) else conversation(prompt.content, where)
+    shown = {name: images_in(getattr(prompt, name), where, Path()) for name in ("images", "privileged_images")}
+    return with_places(replace(prompt, content=content, **shown), where, Path())[0]
 
 
 def _counted(said: Sequence[Sequence[str]], section: DataSection) -> list[Converted]:
@@ -171,7 +178,7 @@ def check_data(section: DataSection) -> None:
 def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: str, seen: Sequence[str] = ()) -> None:
     """Raise DataError, with the number of rows, if prompts lack one of the columns `names`."""
     for name in names:
-        values = (getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name) for prompt in prompts)
+        values = (column_of(prompt, name) for prompt in prompts)
         empty = [p.id for p, value in zip(prompts, values, strict=True) if _is_empty(value)]
         if empty and name != "prompt":
             which = ", ".join(map(str, empty[:5])) + (", ..." if len(empty) > 5 else "")
@@ -181,6 +188,12 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
                 f"This run needs `{name}` in every row, but {len(empty)} of {len(prompts)} rows of {source} have none "
                 f"(rows {which}).{meant}{columns} Fill it, or map it with `columns:`."
             )
+
+
+def column_of(prompt: Prompt, name: str) -> Any:
+    """The value of a column: of opd's own, or of the metadata. None if the row has none."""
+    value = getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name)
+    return None if isinstance(value, tuple) and not value else value
 
 
 def _is_empty(value: Any) -> bool:

@@ -63,7 +63,7 @@ class _Fused(torch.autograd.Function):
         for number, rows in enumerate(parts):
             piece = hidden[rows].detach().to(weight.dtype)  # some models give bfloat16 under autocast
             logits = layer.project(piece, rows)
-            slope = head.finish_(logits, temperature)
+            slope = head.finish_(logits, temperature, None if ids is None else ids[rows])
             total += chunk_loss(logits, rows)
             grad = logits if head.multiplier == temperature else logits.mul_(head.multiplier / temperature)
             if slope is not None:

@@ -23,6 +23,7 @@ from opd.methods.extrapolated_opd import extrapolated_opd
 from opd.methods.forward_kl import forward_kl
 from opd.methods.gkd import gkd
 from opd.methods.grpo import grpo
+from opd.methods.gui_sd import gui_sd
 from opd.methods.iw_opd import iw_opd
 from opd.methods.local_support_matching import local_support_matching
 from opd.methods.mad_opd import mad_opd
@@ -71,6 +72,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "extrapolated_opd": extrapolated_opd,
     "anti_sd": anti_sd,
     "visd": visd,
+    "gui_sd": gui_sd,
     "uni_opd": uni_opd,
     "ropd": ropd,
     "prune_opd": prune_opd,

@@ -14,6 +14,7 @@ Zhu et al., "The Many Faces of On-Policy Distillation", arXiv 2605.11182, eq. 1 
 | I, verifier feedback | `information="feedback"`: the student's own attempt and the reward's verdict |
 | I in other words | `template`, `prefill`, with the fields of `contexts.privileged` |
 | theta^(0), bar-theta, theta | `teacher`: frozen (the paper's default), ema with `decay`, live |
+| I is an image, e.g. with a mark on it | `images`: the teacher sees `privileged_images` in place of `images` |
 | another teacher | `teacher="external"`: the stage's `teacher` reads I |
 | l_t | `divergence` in `form` on the `k` most likely tokens (20 in Table 1) `by` intersection, teacher, student |
 | l_t on the whole vocabulary | `k=None`: exact, and our recommendation, since the teacher is in this process |
@@ -42,6 +43,7 @@ def context_distillation(
     prefill: str | None = None,
     information: Literal["answer", "solution", "hint", "history", "feedback", "verified"] | None = None,
     peers: bool = False,
+    images: bool = False,
     teacher: Literal["frozen", "live", "ema", "external"] = "frozen",
     decay: float = 0.99,
     divergence: Literal["reverse_kl", "forward_kl", "generalised_jsd", "skew_kl"] = "reverse_kl",
@@ -56,7 +58,13 @@ def context_distillation(
     scored = supports.full() if k is None else supports.top_k(k, by=by)
     return Method(
         context=contexts.informed(
-            information, system=system, examples=examples or (), template=template, prefill=prefill, solutions=found
+            information,
+            system=system,
+            examples=examples or (),
+            template=template,
+            prefill=prefill,
+            solutions=found,
+            images=images,
         ),
         memory={} if found is None else {"unsolved": solutions.counted(found)},
         teacher=teacher_rules.external() if teacher == "external" else teacher_rules.self_taught(teacher, decay),

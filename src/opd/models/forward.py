@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from opd.models.language_model import LanguageModel, cache_in
+from opd.models.pictures import cut_before_picture
 
 SHORTEST_SHARED_PREFIX = 16  # tokens, on average; a shorter prefix costs more in cache copies than it saves
 
@@ -108,7 +109,7 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] |
     """
     if not prompts:  # a filter left no response of this step
         return None
-    by_group = [tuple(prompt[:-1]) for prompt in prompts]
+    by_group = [tuple(prompt[: cut_before_picture(prompt, len(prompt) - 1)]) for prompt in prompts]
     everyone = common_prefix(by_group[0], *by_group[1:])
     best: list[tuple[int, ...]] | None = None
     saved = 0
@@ -122,7 +123,7 @@ def shared_prefixes(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]] |
 
 
 def common_prefix(*rows: tuple[int, ...]) -> tuple[int, ...]:
-    """The leading tokens that all rows share."""
+    """The leading tokens that all rows share. It ends outside of a picture, if each row does."""
     first, last = min(rows), max(rows)
     n = 0
     while n < min(len(first), len(last)) and first[n] == last[n]:
@@ -211,7 +212,8 @@ def left_padded(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Te
 
 def prefix_of(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The common prefix of prompts without their last tokens; empty if too short to pay off."""
-    shared = common_prefix(*(prompt[:-1] for prompt in prompts)) if len(prompts) > 1 else ()
+    begun = [prompt[: cut_before_picture(prompt, len(prompt) - 1)] for prompt in prompts]
+    shared = common_prefix(*begun) if len(begun) > 1 else ()
     return shared if len(shared) >= SHORTEST_SHARED_PREFIX else ()
 
 

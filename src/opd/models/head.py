@@ -39,6 +39,10 @@ GPU_FACTOR = 32  # a GPU's products are bound by reading the output layer below 
 TILE_ENTRIES = 2**18
 
 
+# The logit of a token that is never written: its probability is exactly 0, and 0 times its log-prob is 0, not NaN.
+UNWRITTEN = -1e9
+
+
 COLUMNS = 2**13  # of a product that is copied: the memory of a step is then that of a product in place
 
 
@@ -75,6 +79,7 @@ class Head:
     multiplier: float = 1.0
     softcap: float | None = None
     shared: Shared | None = None  # for a teacher with another tokenizer: the tokens that the student has too
+    unwritten: Tensor | None = None  # int64: tokens of images, below V. Their logit is UNWRITTEN at any temperature
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32."""
@@ -83,7 +88,8 @@ class Head:
             logits = logits * self.multiplier
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        return logits
+        # After the soft cap, which would bring it back. A filled logit has no gradient.
+        return logits if self.unwritten is None else logits.index_fill(-1, self.unwritten, UNWRITTEN)
 
     def project(self, hidden: Tensor) -> Tensor:
         """[..., H] -> [..., V] in float32: only the matrix and the bias."""
@@ -121,15 +127,23 @@ class Head:
             rows[:, part] = linear(hidden.float(), weight[part])
         return rows
 
-    def finish_(self, logits: Tensor, temperature: float) -> Tensor | None:
-        """Apply multiplier, soft cap and temperature to logits in place; returns the soft cap's derivative, if any."""
-        if self.softcap is None:
-            if self.multiplier != temperature:
-                logits.mul_(self.multiplier / temperature)
-            return None
-        capped = logits.mul_(self.multiplier / self.softcap).tanh_()
-        slope = 1.0 - capped.square()
-        logits.mul_(self.softcap / temperature)
+    def finish_(self, logits: Tensor, temperature: float, ids: Tensor | None = None) -> Tensor | None:
+        """Apply multiplier, soft cap and temperature to logits in place; returns the soft cap's derivative, if any.
+
+        `ids` are the tokens of the logits where they are not the whole vocabulary. The logits of tokens that are never
+        written become UNWRITTEN.
+        """
+        slope = None
+        if self.softcap is not None:
+            capped = logits.mul_(self.multiplier / self.softcap).tanh_()
+            slope = 1.0 - capped.square()
+            logits.mul_(self.softcap / temperature)
+        elif self.multiplier != temperature:
+            logits.mul_(self.multiplier / temperature)
+        if self.unwritten is not None and ids is not None:
+            logits.masked_fill_(torch.isin(ids, self.unwritten), UNWRITTEN)
+        elif self.unwritten is not None:
+            logits.index_fill_(-1, self.unwritten, UNWRITTEN)
         return slope
 
     def detached(self) -> Head:

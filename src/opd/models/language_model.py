@@ -6,13 +6,14 @@ import contextlib
 import copy
 import functools
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, DataError
 from opd.models.endings import Endings, endings_of
 from opd.models.positions import check_positions, positions_of
+from opd.models.processors import plain
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +64,7 @@ class LanguageModel:
     autocast: bool = False  # compute in bfloat16, whatever the weights' dtype
     reading: Reading = EXACT
     name: str = "model"
+    unwritten: frozenset[int] = frozenset()  # tokens of images, which are never sampled and have no mass in a loss
     notes: tuple[str, ...] = ()  # for the user, about its weights and tokens
 
     @property
@@ -100,7 +102,17 @@ class LanguageModel:
             vocabulary=self.vocabulary,
             multiplier=multiplier,
             softcap=softcap,
+            unwritten=self._unwritten(layer.weight.device),
         )
+
+    def _unwritten(self, device: torch.device) -> Tensor | None:
+        ids = sorted(i for i in self.unwritten if i < self.vocabulary)
+        return torch.tensor(ids, device=device) if ids else None
+
+    @property
+    def sees(self) -> bool:
+        """Whether it reads images: it has a processor."""
+        return hasattr(self.tokenizer, "pictures")
 
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
@@ -108,6 +120,12 @@ class LanguageModel:
         backbone = self.backbone
         if "past_key_values" in given and cache_name(type(backbone)) != "past_key_values":
             given[cache_name(type(backbone))] = given.pop("past_key_values")
+        if self.sees:
+            from opd.models.pictures import inputs
+
+            with self.compute():
+                input_ids, pictures = inputs(self.tokenizer.pictures, backbone, input_ids, self.name)
+            given |= pictures
         from opd.models.products import faster_products
 
         # Gradient checkpointing computes the layers again outside the block, where the products must be the same.
@@ -145,7 +163,9 @@ class LanguageModel:
     def packs(self) -> bool:
         """Whether attention separates sequences of one row by position at no cost, as FlashAttention does."""
         flash = "flash" in str(getattr(self.causal_lm.config, "_attn_implementation", ""))
-        return flash and self.reading.shares  # a recurrent state would go on from sequence to sequence
+        return (
+            flash and self.reading.shares and not self.sees
+        )  # a recurrent state would go on from sequence to sequence
 
     @property
     def sharded(self) -> bool:
@@ -199,6 +219,7 @@ class LanguageModel:
         """Raise DataError for a token that the model lacks: in a prompt one without a row, in a response one from V."""
         check_ids(self.name, self.tokenizer, prompts, self.rows, "prompt")
         check_ids(self.name, self.tokenizer, responses, self.vocabulary, "response")
+        check_written(self.name, self.tokenizer, responses, self.unwritten)
 
     def compute(self) -> contextlib.AbstractContextManager[Any]:
         if not self.autocast:
@@ -265,7 +286,7 @@ def cache_in(out: Any) -> Any:
 
 def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: float, what: str) -> None:
     """Raise DataError for a token in `rows` whose id is not below `limit`, which the model `name` lacks."""
-    largest = max((max(ids, default=0) for ids in rows), default=0)
+    largest = max((max(plain(ids, tokenizer), default=0) for ids in rows), default=0)
     if largest >= limit:
         token = tokenizer.convert_ids_to_tokens(largest)
         named = f"the token {token!r} (id {largest})" if token else f"the id {largest}"
@@ -273,6 +294,18 @@ def check_ids(name: str, tokenizer: Any, rows: Iterable[Sequence[int]], limit: f
             f"{name}: a {what} holds {named}, but here the model has only the ids 0 to {limit - 1:.0f}. Remove the "
             "token from the data or from the chat template, or use models that have it."
         )
+
+
+def check_written(name: str, tokenizer: Any, responses: Iterable[Sequence[int]], unwritten: Collection[int]) -> None:
+    """Raise DataError for a response with a token of images, which the model `name` never writes."""
+    if not unwritten:
+        return
+    for ids in responses:
+        if found := [i for i in ids if i in unwritten]:
+            raise DataError(
+                f"{name}: a response holds the token {tokenizer.convert_ids_to_tokens(int(found[0]))!r} (id {found[0]})"
+                ", which stands for images in prompts and is never written. Remove it from the response."
+            )
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from opd.errors import ConfigError, OPDError
 from opd.models import adapters, quantised, weights, wrapping
 from opd.models.gguf import convert_gguf, notes_of
 from opd.models.language_model import LanguageModel
-from opd.models.new import attention_of, new_config, new_model, new_tokenizer, read_config
+from opd.models.new import attention_of, auto_class, new_config, new_model, new_tokenizer, read_config
 from opd.models.paths import Source, source_of
 from opd.models.preview import without_weights
 from opd.models.tokenizer_files import load_tokenizer
@@ -166,15 +166,17 @@ def _first_line(error: Exception) -> str:
 
 def pretrained(path: Path | str, spec: ModelSpec, label: str) -> tuple[Any, list[str]]:
     """The model of a folder or hub id with all of its weights, and notes. Raises ConfigError if it lacks any."""
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     folder = path if isinstance(path, Path) else None
-    if folder is not None:
-        read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
+    if folder is None:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=spec.trust_remote_code)
+    else:
+        config = read_config(folder, trust_remote_code=spec.trust_remote_code, where=label)
         weights.headers(folder, label)  # names a damaged file
     with weights.silent():
         # Only safetensors: a pickle can run code. Shapes that differ are refused below, by name.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(config).from_pretrained(
             path,
             dtype=DTYPES[spec.dtype],
             use_safetensors=True,

@@ -19,7 +19,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from opd.models.head import Head, log_normaliser
+from opd.models.head import UNWRITTEN, Head, log_normaliser
 from opd.models.products import prefers_onednn
 from opd.types import Mixture
 
@@ -92,6 +92,8 @@ class MixedHead:
         """Divide the logits of a geometric mean by the temperature, in place."""
         if self.mixture == "geometric" and temperature != 1.0:
             logits.div_(temperature)
+        if (unwritten := self.heads[0].unwritten) is not None:  # the same tokens for all
+            logits.index_fill_(-1, unwritten, UNWRITTEN)
 
     def _geometric(self, rows: Tensor, states: Sequence[Tensor], weights: Tensor) -> Tensor:
         """sum_k w_k z_k."""

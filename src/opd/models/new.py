@@ -10,7 +10,9 @@ from typing import Any
 
 from opd.errors import ConfigError, nearest
 from opd.files import expanded
+from opd.messages import IMAGE
 from opd.models.paths import looks_local, near_path
+from opd.models.processors import sees
 from opd.models.tokenizer_files import load_tokenizer
 from opd.plugins import torch
 from opd.recipe.schema import ModelSpec
@@ -29,14 +31,12 @@ def new_model(spec: ModelSpec, name: str, seed: int) -> tuple[Any, Any]:
     The tokenizer is {characters: "..."}, one token per character, or a path. Raises ConfigError if transformers refuses
     the config.
     """
-    from transformers import AutoModelForCausalLM
-
     tokenizer = new_tokenizer(spec, name)
     config = new_config(spec, name, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(zlib.crc32(f"{seed}-{name}".encode()) if spec.seed is None else spec.seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **attention_of(spec)), tokenizer
+            return auto_class(config).from_config(config, dtype=torch.float32, **attention_of(spec)), tokenizer
         except Exception as error:  # of sizes that do not fit, transformers and torch raise any type
             raise ConfigError(_no_model(name, config.model_type, error)) from error
 
@@ -73,8 +73,13 @@ def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
         if key in SIZES and isinstance(value, int) and value < 1:
             raise ConfigError(f"models.{name}.init: `{key}` is {value}, and a model needs at least 1.")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    given = {"vocab_size": len(tokenizer), **ids}
+    if reads_images({"model_type": model_type}) and "text_config" in type(default).sub_configs:
+        settings["text_config"] = {**given, **settings.get("text_config", {})}
+        placeholder = "image_token_index" if "image_token_id" in type(default).attribute_map else "image_token_id"
+        given = {placeholder: tokenizer.pictures.placeholder} if sees(tokenizer) else {}
     try:
-        config = AutoConfig.for_model(model_type, **{"vocab_size": len(tokenizer), **ids, **settings})
+        config = AutoConfig.for_model(model_type, **{**given, **settings})
     except Exception as error:  # of values that do not fit, transformers raises any type
         raise ConfigError(_no_model(name, model_type, error)) from error
     _check_ids(config, settings, name)
@@ -120,13 +125,33 @@ def _check_generation_config(folder: Path, where: str) -> None:
         raise ConfigError(f"{where}: {file} holds a {type(settings).__name__}, not an object. Correct or remove it.")
 
 
-def check_kind(config: Any, where: str) -> None:
-    """Raise ConfigError for a config of which AutoModelForCausalLM makes no model."""
+def auto_class(config: Any) -> Any:
+    """The class of transformers that makes a model of this config: of text, else of text and images.
+
+    Of a family with both, AutoModelForCausalLM makes the model with images, or the model of text alone.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForCausalLM if _writes(config) or not _shown(config) else AutoModelForImageTextToText
+
+
+def _writes(config: Any) -> bool:
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
-        getattr(config, "auto_map", None) or {}
-    ):
+    own = getattr(config, "auto_map", None) or {}
+    return type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+
+
+def _shown(config: Any) -> bool:
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    text = config.get_text_config()
+    return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING and not getattr(text, "is_encoder_decoder", False)
+
+
+def check_kind(config: Any, where: str) -> None:
+    """Raise ConfigError for a config of which `auto_class` makes no model."""
+    if _writes(config) or _shown(config):
         return
     raise ConfigError(
         f"{where} is a {config.model_type} model, of which transformers' AutoModelForCausalLM makes none: it writes no "
@@ -144,11 +169,28 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
             problem = "is not a folder" if local.exists() else "does not exist"
             raise ConfigError(f"{where}: {local} {problem}.{near_path(local)} Give a tokenizer's folder or hub id.")
         return load_tokenizer(local if local.is_dir() else spec.tokenizer, trust_remote_code=False, where=where)
-    return character_tokenizer(spec.tokenizer.characters, spec.tokenizer.merges)
+    given = spec.tokenizer.characters, spec.tokenizer.merges
+    if not reads_images(spec.init or {}):
+        if spec.image_processor:
+            raise ConfigError(
+                f"models.{name}: `image_processor` is of a model that reads images, and `init` is of none. Remove it."
+            )
+        return character_tokenizer(*given)
+    from opd.models.processors import new_processor
+
+    return new_processor(spec, name, character_tokenizer(*given, special=(IMAGE,)))
 
 
-def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ()) -> Any:
-    """<pad> (0), <eos> (1), then one token per character and one per merge of `merges` (byte-pair encoding).
+def reads_images(init: Mapping[str, Any]) -> bool:
+    """Whether a config of these settings is of a model that reads images."""
+    from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    kind = init.get("model_type")
+    return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+
+def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = (), special: Sequence[str] = ()) -> Any:
+    """<pad> (0), <eos> (1), the `special` tokens, then one per character and one per merge (byte-pair encoding).
 
     Raises ConfigError for a merge of unknown tokens.
     """
@@ -156,7 +198,7 @@ def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ())
     from tokenizers import models as token_models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *dict.fromkeys(characters)])}
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *special, *dict.fromkeys(characters)])}
     for left, right in merges:
         if missing := [part for part in (left, right) if part not in vocabulary]:
             raise ConfigError(
@@ -165,12 +207,12 @@ def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = ())
             )
         vocabulary.setdefault(left + right, len(vocabulary))
     if merges:
-        return PreTrainedTokenizerFast(
-            tokenizer_object=_pairs(vocabulary, merges), pad_token="<pad>", eos_token="<eos>"
-        )
-    core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
-    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
-    core.decoder = decoders.Fuse()  # type: ignore[assignment]
+        core = _pairs(vocabulary, merges)
+    else:
+        core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
+        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
+        core.decoder = decoders.Fuse()  # type: ignore[assignment]
+    core.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 

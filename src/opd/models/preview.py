@@ -129,11 +129,12 @@ def known_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any | None:
 def without_weights(config: Any, *, trust_remote_code: bool) -> nn.Module | None:
     """A model of this config without storage; None if it cannot be built so."""
     import torch
-    from transformers import AutoModelForCausalLM
+
+    from opd.models.new import auto_class
 
     # Any error: a model's own code need not run without storage. Loading the model then reports what is wrong.
     with contextlib.suppress(Exception), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
     return None
 
 

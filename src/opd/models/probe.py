@@ -18,6 +18,7 @@ from opd.errors import ConfigError
 from opd.models.decoding import begin
 from opd.models.forward import states_of
 from opd.models.language_model import LanguageModel, Reading, evaluating
+from opd.models.processors import noise_picture
 
 TOKENS = (8, 12, 12)  # of the rows
 AMPLIFIED = 8.0  # the layers' roundings together, in units of one rounding of the embeddings
@@ -91,12 +92,22 @@ def notes_on(lm: LanguageModel) -> tuple[str, ...]:
 
 def rows_for(lm: LanguageModel) -> list[list[int]]:
     """Rows of random text tokens, no longer than the model's positions."""
-    special = {*lm.tokenizer.all_special_ids, *lm.stop_ids}
+    special = {*lm.tokenizer.all_special_ids, *lm.stop_ids, *lm.unwritten}
     text = [i for i in range(lm.vocabulary) if i not in special] or list(range(lm.vocabulary))
     order = torch.randint(len(text), (sum(TOKENS),), generator=torch.Generator().manual_seed(0)).tolist()
     most = max(WRITTEN + 1, int(min(lm.positions, max(TOKENS))))
     ids = iter(order)
-    return [[text[next(ids)] for _ in range(tokens)][:most] for tokens in TOKENS]
+    rows = [[text[next(ids)] for _ in range(tokens)][:most] for tokens in TOKENS]
+    return with_pictures(lm, rows) if lm.sees else rows
+
+
+def with_pictures(lm: LanguageModel, rows: Sequence[list[int]]) -> list[list[int]]:
+    """The rows with a picture of noise in each, another one in another place; the last ids stay text."""
+    shown = [noise_picture(lm.tokenizer, place).ids for place in range(len(rows))]
+    return [
+        [*row[: place + 1], *picture, *row[place + 1 :]]
+        for place, (row, picture) in enumerate(zip(rows, shown, strict=True))
+    ]
 
 
 def alone(lm: LanguageModel, rows: Sequence[list[int]]) -> list[Tensor]:

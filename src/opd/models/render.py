@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from opd.errors import ConfigError, DataError, nearest
 from opd.messages import ids_after
 from opd.models.endings import Endings
+from opd.models.processors import sees
 from opd.models.templates import content_form, dated, in_form
 from opd.types import Prompt
 
@@ -35,10 +36,24 @@ def render(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] =
     Raises DataError for messages without a chat template and for messages that the template refuses, ConfigError for
     tools or an option that the template does not mention (jinja would ignore it), and for a template without messages.
     """
+    encode = _encoder(prompt, tokenizer)
     if isinstance(prompt.content, str):
-        return _encode_text(prompt.content + prompt.prefill, tokenizer)
+        return _encode_text(prompt.content + prompt.prefill, tokenizer, encode)
     text = chat_text(prompt, tokenizer, template_options)
-    return tokenizer(text + prompt.prefill, add_special_tokens=False).input_ids
+    return encode(text + prompt.prefill, add_special_tokens=False)
+
+
+def _encoder(prompt: Prompt, tokenizer: Any) -> Callable[..., list[int]]:
+    """A function from the text of the prompt to its ids, with picture codes for its images."""
+    where = f"Prompt {prompt.id}"
+    if prompt.images and not sees(tokenizer):
+        raise DataError(
+            f"{where} has {len(prompt.images)} images, and {_name(tokenizer)} has no processor for them: its model "
+            "reads text alone. Use a model that reads images, or leave the column out."
+        )
+    if not sees(tokenizer):
+        return lambda text, **options: tokenizer(text, **options).input_ids
+    return lambda text, **options: tokenizer.ids(text, prompt.images, where, **options)
 
 
 def chat_text(prompt: Prompt, tokenizer: Any, template_options: Mapping[str, Any] = {}, *, goes_on: bool = True) -> str:
@@ -132,14 +147,14 @@ def encode_response(text: str, prompt: Prompt, tokenizer: Any, endings: Endings)
     return ids if ids[-1] in endings.stops else [*ids, end]
 
 
-def _encode_text(text: str, tokenizer: Any) -> list[int]:
-    ids = tokenizer(text).input_ids
+def _encode_text(text: str, tokenizer: Any, encode: Callable[..., list[int]]) -> list[int]:
+    ids = encode(text)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     begins_twice = begin is not None and ids[:2] == [begin, begin]
     if not begins_twice and (end is None or not ids or ids[-1] != end):
         return ids
     # Remove only tokens that the tokenizer adds, not those that the text spells.
-    spelt = tokenizer(text, add_special_tokens=False).input_ids
+    spelt = encode(text, add_special_tokens=False)
     appended = 0 if end is None else _ends(ids, {end}) - _ends(spelt, {end})
     return ids[1 if begins_twice and spelt[:1] == [begin] else 0 : len(ids) - appended]
 

@@ -119,10 +119,11 @@ def try_to_describe(lm: LanguageModel, folder: Path, *, base: str | None = None)
 
 def check_type(lm: LanguageModel) -> None:
     """Raise ConfigError if no later stage could load the saved model: its config is a part of a larger model's."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
     config: Any = lm.causal_lm.config
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+    known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not known and not getattr(config, "auto_map", None):
         raise ConfigError(
             f"{lm.name}: the trained {type(lm.causal_lm).__name__} would be saved with the config of a part, "
             f"{type(config).__name__}, which AutoModelForCausalLM does not load. Such a model can be a teacher; train "

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from opd.errors import ConfigError
-from opd.messages import text_of
+from opd.messages import shown_text
 from opd.types import Message
 
 # What a template raises that refuses messages, or an expression in it that they do not fit.
@@ -123,7 +123,7 @@ def reads_clock(messages: Sequence[Message], template: str, tokenizer: Any, opti
 def _content(content: Any, form: Form) -> Any:
     if isinstance(content, str):
         return content if form.text else [{"type": "text", "text": content}]
-    return content if form.parts or text_of(content) is None else text_of(content)
+    return content if form.parts or shown_text(content) is None else shown_text(content)
 
 
 def _is_text(message: Message) -> bool:

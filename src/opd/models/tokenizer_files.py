@@ -9,11 +9,20 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.models.paths import near_path
+from opd.models.processors import with_processor
 from opd.models.remembered import keep, recall
 
 
 def load_tokenizer(path: Path | str, *, trust_remote_code: bool, where: str) -> Any:
-    """The tokenizer of a folder or hub id. Raises ConfigError, which begins with `where`."""
+    """The tokenizer of a folder or hub id, with its processor of images if it has one.
+
+    Raises ConfigError, which begins with `where`.
+    """
+    tokenizer = _loaded(path, trust_remote_code=trust_remote_code, where=where)
+    return with_processor(tokenizer, path, trust_remote_code=trust_remote_code, where=where)
+
+
+def _loaded(path: Path | str, *, trust_remote_code: bool, where: str) -> Any:
     try:
         if _is_whole(path):
             from transformers import PreTrainedTokenizerFast

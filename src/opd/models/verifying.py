@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from opd.errors import TrainingError
 from opd.models.language_model import LanguageModel, evaluating
+from opd.models.pictures import inputs
 from opd.models.saving import merged_state
 
 # The largest mean divergence, in nats per token, that rounding explains: of float32 the order of sums, and TF32 on a
@@ -38,9 +40,9 @@ def check_saved(lm: LanguageModel, folder: Path, ids: Sequence[int]) -> float:
     plain: Any = merged_state(lm)
     problems = [f"{folder} has no weight {name}" for name in sorted(found["missing_keys"])]
     problems += _unequal(plain.state_dict(), saved)
-    trained = log_probs(lm.model, ids)
-    saved_kl = divergence(trained, log_probs(saved, ids))
-    merged = divergence(trained, log_probs(plain, ids)) if lm.adapters else 0.0
+    trained = log_probs(lm, ids)
+    saved_kl = divergence(trained, log_probs(replace(lm, model=saved), ids))
+    merged = divergence(trained, log_probs(replace(lm, model=plain), ids)) if lm.adapters else 0.0
     exact, rounded = (ROUNDING.get(model.dtype, ROUNDING[torch.bfloat16]) for model in (plain, saved))
     for what, nats, allowed in (("merged", merged, exact), ("saved", saved_kl, max(exact, rounded))):
         if not nats <= allowed:
@@ -85,11 +87,12 @@ def _unequal(state: Mapping[str, Tensor], saved: Any) -> list[str]:
 
 
 @torch.no_grad()
-def log_probs(model: Any, ids: Sequence[int]) -> Tensor:
-    """[tokens, V] float32 on the CPU."""
-    tokens = torch.tensor([list(ids)], device=next(model.parameters()).device)
-    with evaluating(model):
-        return model(input_ids=tokens, use_cache=False).logits[0].float().cpu().log_softmax(-1)
+def log_probs(lm: LanguageModel, ids: Sequence[int]) -> Tensor:
+    """[tokens, V] float32 on the CPU, as transformers computes them, pictures included."""
+    tokens = torch.tensor([list(ids)], device=lm.device)
+    with evaluating(lm.model):
+        tokens, pictures = inputs(lm.tokenizer.pictures, lm.backbone, tokens, lm.name) if lm.sees else (tokens, {})
+        return lm.model(input_ids=tokens, use_cache=False, **pictures).logits[0].float().cpu().log_softmax(-1)
 
 
 def divergence(p: Tensor, q: Tensor) -> float:

@@ -221,6 +221,9 @@ def on_common_tokens(
             "could end. Use a teacher of the student's family, or a method for two tokenizers, such as simct."
         )
     notes = [line for name, common in found.items() for line in common.differences((student.name, name))]
+    # Tokens of images have no mass in any of the distributions, also where one of the models reads text alone.
+    unwritten = student.unwritten.union(*(one.unwritten for one in teachers.values()))
+    student, teachers = _silenced(student, unwritten), {n: _silenced(one, unwritten) for n, one in teachers.items()}
     return _narrowed(student, size, notes), {name: _narrowed(one, size, []) for name, one in teachers.items()}
 
 
@@ -232,6 +235,10 @@ def same_ids(student: LanguageModel, teacher: LanguageModel) -> bool:
         return check_same_tokens(student.tokenizer, teacher.tokenizer).size >= teacher.vocabulary
     except AlignmentError:
         return False
+
+
+def _silenced(lm: LanguageModel, unwritten: frozenset[int]) -> LanguageModel:
+    return lm if lm.unwritten == unwritten else replace(lm, unwritten=unwritten)
 
 
 def _narrowed(lm: LanguageModel, size: int, notes: Sequence[str]) -> LanguageModel:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError, incomplete
 from opd.files import tensor_shapes
-from opd.models.new import read_config
+from opd.models.new import auto_class, read_config
 from opd.models.remembered import keep, recall
 from opd.plugins import torch
 from opd.recipe.schema import ModelSpec
@@ -111,15 +111,13 @@ def weight_files(folder: Path, label: str) -> list[Path]:
 
 def _loading_info(config: Any, spec: ModelSpec, tensors: Mapping[str, Tensor]) -> Mapping[str, Any] | None:
     """What transformers reports when it loads tensors without storage; None if it cannot."""
-    from transformers import AutoModelForCausalLM
-
     trust: dict[str, Any] = {"trust_remote_code": spec.trust_remote_code}
     # Any error: a model's own code need not run without storage. Loading the weights then finds what is wrong.
     with contextlib.suppress(Exception), silent(), _without_progress_bar():
         if getattr(config, "quantization_config", None) is not None:
             return None
         with torch.device("meta"):
-            kind: Any = type(AutoModelForCausalLM.from_config(config, **trust))
+            kind: Any = type(auto_class(config).from_config(config, **trust))
         _, info = kind.from_pretrained(
             None,
             config=config,

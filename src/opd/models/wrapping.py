@@ -16,6 +16,7 @@ from opd.models.endings import endings_of, generation_ids
 from opd.models.language_model import LanguageModel, evaluating
 from opd.models.noise import remember_noise
 from opd.models.probe import notes_on, probe
+from opd.models.processors import image_tokens
 
 
 def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: Any) -> LanguageModel:
@@ -46,6 +47,7 @@ def wrap(model: nn.Module, tokenizer: Any, *, name: str = "model", **options: An
             f"{name}: the tokenizer has no end-of-sequence token, so no response could end. Set eos_token."
         )
     refuse_adapters(lm)
+    lm = replace(lm, unwritten=image_tokens(tokenizer, lm.causal_lm.config))
     lm = within_rows(lm)
     verify_head(lm)
     lm = replace(lm, reading=probe(lm))
@@ -88,7 +90,7 @@ def rows_note(name: str, absent: Sequence[str], rows: int) -> str:
 @torch.no_grad()
 def verify_head(lm: LanguageModel) -> None:
     """Raise ConfigError if the model's logits differ from `head(hidden)`; checked on four tokens."""
-    head = lm.head()
+    head = replace(lm.head(), unwritten=None)
     ids = torch.arange(4, device=lm.device)[None] % lm.vocabulary
     with evaluating(lm.model), lm.compute():
         try:

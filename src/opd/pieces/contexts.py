@@ -88,6 +88,7 @@ def privileged(
     prefill: str | None = None,
     verdicts: tuple[str, str] = VERDICTS,
     solutions: Solutions | None = None,
+    images: bool = False,
 ) -> Context:
     """The teacher reads more than the student: a rule that is the same for every prompt, or a fact about this prompt.
 
@@ -102,16 +103,43 @@ def privileged(
         {attempt}              the student's response, which the teacher scores
         {verdict}              `verdicts[0]` if the stage's reward is at least `filters.PASS`, else `verdicts[1]`
 
+    `images`: the teacher sees the row's `privileged_images` in place of its `images`, in the same places.
+
     `solutions`, if given, returns the text of {privileged_context} for each response. For a response without a solution
     the teacher reads only the prompt.
 
     Raises ConfigError without any argument, for an unknown field, and for solutions that neither text shows.
     """
-    if system is None and not examples and template is None and prefill is None:
+    if system is None and not examples and template is None and prefill is None and not images:
         raise ConfigError(
             "A privileged context must add text that the student does not read: give `system`, `examples`, "
-            "`template` or `prefill`."
+            "`template` or `prefill`; or show other `images`."
         )
+    fields = _fields_in(template, prefill, solutions)
+
+    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
+        def shown(prompt: Prompt, one: Rollout | None) -> Prompt:
+            if one is None:
+                return prompt
+            enriched = _enriched(one, system, examples, template, prefill, verdicts)
+            return with_other_images(enriched) if images else enriched
+
+        read = rollouts if solutions is None else showing(rollouts, solutions(rollouts))
+        return [shown(rollout.prompt, one) for rollout, one in zip(rollouts, read, strict=True)]
+
+    needs = set[Need]()
+    if solutions is not None:
+        needs |= {Input.REWARD, Input.GROUP, Trait.READS_ATTEMPT, *needs_of(solutions).inputs}
+    if fields & {"attempt", "verdict"}:
+        needs |= {Trait.READS_ATTEMPT}
+    if "verdict" in fields:
+        needs |= {Input.REWARD}
+    columns = fields & ({"answer"} if solutions is not None else {"answer", "privileged_context"})
+    return needing(context, *needs, columns=columns | ({"privileged_images"} if images else set()))
+
+
+def _fields_in(template: str | None, prefill: str | None, solutions: Solutions | None) -> set[str]:
+    """The fields of both texts. Raises ConfigError for an unknown one, and for solutions that neither text shows."""
     fields = set[str]()
     if template is not None:
         fields |= fields_of("A context's template", template, FIELDS, needed="prompt")
@@ -122,23 +150,17 @@ def privileged(
             "Solutions fill the field {privileged_context}, but neither the template nor the prefill has this field; "
             f"got template {template!r:.80} and prefill {prefill!r:.80}. Add the field to one of them."
         )
+    return fields
 
-    def context(rollouts: Sequence[Rollout]) -> list[Prompt]:
-        read = rollouts if solutions is None else showing(rollouts, solutions(rollouts))
-        return [
-            rollout.prompt if one is None else _enriched(one, system, examples, template, prefill, verdicts)
-            for rollout, one in zip(rollouts, read, strict=True)
-        ]
 
-    needs = set[Need]()
-    if solutions is not None:
-        needs |= {Input.REWARD, Input.GROUP, Trait.READS_ATTEMPT, *needs_of(solutions).inputs}
-    if fields & {"attempt", "verdict"}:
-        needs |= {Trait.READS_ATTEMPT}
-    if "verdict" in fields:
-        needs |= {Input.REWARD}
-    columns = fields & ({"answer"} if solutions is not None else {"answer", "privileged_context"})
-    return needing(context, *needs, columns=columns)
+def with_other_images(prompt: Prompt) -> Prompt:
+    """The prompt with its `privileged_images` in place of its images. Raises DataError if it has another number."""
+    if len(prompt.privileged_images) != len(prompt.images):
+        raise DataError(
+            f"Prompt {prompt.id} has {len(prompt.images)} images and {len(prompt.privileged_images)} "
+            "`privileged_images`, which the teacher sees in their places. Give as many."
+        )
+    return replace(prompt, images=prompt.privileged_images)
 
 
 def informed(
@@ -149,6 +171,7 @@ def informed(
     template: str | None = None,
     prefill: str | None = None,
     solutions: Solutions | None = None,
+    images: bool = False,
 ) -> Context:
     """`privileged` with the texts of `INFORMATION[information]`; None: with the given ones alone.
 
@@ -166,6 +189,7 @@ def informed(
         template=words.get("template", template),
         prefill=words.get("prefill", prefill),
         solutions=solutions,
+        images=images,
     )
 
 

@@ -129,7 +129,7 @@ def _unread_by(origin: str) -> tuple[str, ...]:
     """The fields of a model section that a model of this origin does not use."""
     if origin in READ_BY_OTHERS:
         return tuple(name for name in ModelSpec.model_fields if name not in READ_BY_OTHERS[origin])
-    return ("options", "quantization") if origin == "init" else ("options", "tokenizer", "seed")
+    return ("options", "quantization") if origin == "init" else ("options", "tokenizer", "image_processor", "seed")
 
 
 ORIGINS = ("path", "init", "from_stage", "scorer", "server")
@@ -152,6 +152,7 @@ class ModelSpec(Section):
     scorer: str | None = None  # your own teacher, my_module:MyTeacher, called (student, **options)
     server: ServerSection | None = None  # a teacher on vLLM servers
     options: dict[str, Any] = {}  # of `scorer`
+    image_processor: dict[str, Any] = {}  # of an `init` that reads images: image_mean, image_std, resample, ...
     tokenizer: str | Characters | None = None  # for `init`; for `server`, a folder or hub id (default: the student's)
     seed: Int | None = Field(default=None, ge=0)  # of `init`; default: from the recipe's seed and the model's name
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights

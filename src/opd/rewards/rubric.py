@@ -232,6 +232,11 @@ def teacher_answers(
 
 def shown(prompt: Prompt) -> str:
     """The text of a prompt for the judges. Raises DataError if a part of it is not text."""
+    if prompt.images:
+        raise DataError(
+            f"Prompt {prompt.id} has images, but the judges of the reward 'rubric' read only text. Use another reward "
+            "for it."
+        )
     if isinstance(prompt.content, str):
         return prompt.content
     return "\n\n".join(_said(message, prompt.id, alone=len(prompt.content) == 1) for message in prompt.content)

@@ -19,6 +19,10 @@ LOADING = {
     "merged": """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("FOLDER")""",
+    "images": """from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("FOLDER")
+processor = AutoProcessor.from_pretrained("FOLDER")""",
     "adapter": """from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")""",
@@ -45,7 +49,7 @@ def write_card(
         f"Trained by `opd` with the method `{spec.method}`, {spec.steps} steps, seed {recipe.seed}.",
         "",
         "```python",
-        LOADING[kind],
+        LOADING["images" if kind == "merged" and (folder / "processor_config.json").exists() else kind],
         "```",
         "",
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from opd.data.prompts import column_of
 from opd.environments.conversations import in_conversations
 from opd.errors import ConfigError
 from opd.evaluation.compare import check_comparable
@@ -71,7 +72,7 @@ def read_by_teacher(method: Method, held_out: HeldOut, required: bool) -> tuple[
     """
     needs = needs_of(method.context)
     columns = PROMPT_COLUMNS & needs.columns
-    there = all(getattr(prompt, name) is not None for prompt in held_out.prompts for name in columns)
+    there = all(column_of(prompt, name) is not None for prompt in held_out.prompts for name in columns)
     alone = there and not needs.inputs and not needs.undeclared
     return required or alone, alone
 

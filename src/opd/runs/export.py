@@ -16,6 +16,7 @@ from opd.models import saving, verifying
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.mean import mean_of
+from opd.models.pictures import cut_before_picture
 from opd.models.render import render
 from opd.recipe.schema import Recipe
 from opd.runs.build import model_for
@@ -55,7 +56,7 @@ def rehearse(recipe: Recipe, stage: Stage, given: Given, directory: RunDir) -> t
         shutil.rmtree(_written(target, write))
     if stage.world.size > 1:
         return None
-    return verifying.log_probs(stage.student.model, _probe(stage, stage.student))
+    return verifying.log_probs(stage.student, _probe(stage, stage.student))
 
 
 def finish(
@@ -102,7 +103,7 @@ def _note_rounding(stage: Stage, student: LanguageModel, saves: Saves, before: t
     in_file = saves.dtype or student.causal_lm.dtype
     if all(parameter.dtype == in_file for parameter in student.trainable().values()):
         return
-    moved = verifying.divergence(verifying.log_probs(student.model, _probe(stage, student)), before)
+    moved = verifying.divergence(verifying.log_probs(student, _probe(stage, student)), before)
     if lost > NOTED * moved:
         stage.progress.note(
             f"{stage.spec.name}: the saved model is rounded to {str(in_file).removeprefix('torch.')} and differs from "
@@ -133,10 +134,12 @@ def _written(target: Path, write: Callable[[Path], None]) -> Path:
 
 
 def _probe(stage: Stage, student: LanguageModel) -> list[int]:
-    """The end of the stage's first prompt, then tokens from the whole vocabulary."""
+    """The end of the stage's first prompt, with whole pictures, then tokens from the whole vocabulary."""
     prompt = stage.order.prompts[0][0]
-    ids = list(render(prompt, student.tokenizer, student.template_options))[-TOKENS:]
-    return ids + [i * student.vocabulary // TOKENS for i in range(TOKENS)]
+    ids = render(prompt, student.tokenizer, student.template_options)
+    more = (i * student.vocabulary // TOKENS for i in range(TOKENS))
+    start = cut_before_picture(ids, max(0, len(ids) - TOKENS))
+    return [*ids[start:], *(i for i in more if i not in student.unwritten)]
 
 
 def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> LanguageModel:

@@ -175,6 +175,11 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
             f"Stage {spec.name!r}: prompts_per_step is {count}, and {size} processes were started: each needs at least "
             f"one prompt. Set prompts_per_step to {size} or more, or use a smaller --nproc-per-node."
         )
+    if any(prompt.images for prompts in order.prompts for prompt in prompts):
+        raise ConfigError(
+            f"Stage {spec.name!r}: its prompts have images, and {size} processes were started: forwards with and "
+            "without pictures are not the same number of collective calls. Train in one process."
+        )
     for name in (spec.train, *spec.scoring):
         device = recipe.models[name].device
         if device is not None and ":" in device:

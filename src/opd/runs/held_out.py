@@ -13,7 +13,11 @@ from opd.types import Prompt
 
 
 def words_of(prompt: Prompt) -> str:
-    """A prompt's words, to compare: without system messages, and with one space for any white space."""
+    """A prompt's words, to compare: without system messages, with one space for any white space, and its images."""
+    return " ".join([_words(prompt), *(image.digest for image in prompt.images)])
+
+
+def _words(prompt: Prompt) -> str:
     if isinstance(prompt.content, str):
         return " ".join(prompt.content.split())
     messages = [message for message in prompt.content if message["role"] != "system"]

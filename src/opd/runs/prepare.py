@@ -34,7 +34,8 @@ from opd.runs.fit import (
 from opd.runs.stale import with_importance
 from opd.types import Prompt, Reward, Sampler, Sampling, Teacher
 
-PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer"})  # that pieces of a method may need
+# That pieces of a method may need.
+PROMPT_COLUMNS = frozenset({"response", "privileged_context", "answer", "images", "privileged_images", "box"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 # Methods whose teacher is the student, with more in its prompt.
-SELF_TAUGHT = ("context_distillation", "opsd", "sdft", "sdpo", "anti_sd", "visd")
+SELF_TAUGHT = ("context_distillation", "opsd", "sdft", "sdpo", "anti_sd", "visd", "gui_sd")
 
 REMEDY = (
     f"Name another model as the teacher, or use a method in which the student teaches itself with more information: "

@@ -12,6 +12,7 @@ from opd.method import Method
 from opd.models.endings import Endings
 from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
+from opd.models.processors import refuse_images
 from opd.pieces.needs import needs_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
 from opd.runs.examples import Reader, example_lines
@@ -39,6 +40,11 @@ def check_tokenizers(
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
     given, prompts, method = given or {}, prepared.all_prompts, prepared.method
+    for name in spec.scoring:
+        if recipe.models[name].server is not None:
+            refuse_images(prompts, f"models.{name}, a served teacher,")
+    if spec.engine is not None:
+        refuse_images(prompts, f"{spec.where(None)}: `engine`, a vLLM server,")
     for name in (spec.train, *spec.scoring):
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer

@@ -22,6 +22,7 @@ from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, s
 from opd.errors import ConfigError, TrainingError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
+from opd.models.processors import refuse_images
 from opd.models.render import render_checked
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling
 
@@ -149,6 +150,7 @@ class EngineSampler(Sampler):
         return wait
 
     def _rows(self, prompts: Sequence[Prompt]) -> list[_Row]:
+        refuse_images(prompts, "A vLLM engine")
         ids = render_checked(
             prompts,
             self.lm.tokenizer,

@@ -98,7 +98,8 @@ def read_by(
     before: tuple[Any, ...] | None = None
     for rollout, context in zip(rollouts, contexts, strict=True):
         lm = readers.get(rollout.prompt.teacher_id)
-        rendered_from = (id(lm), context.content, context.prefill, context.tools, context.chat_template_kwargs)
+        shown = (context.content, context.images)
+        rendered_from = (id(lm), *shown, context.prefill, context.tools, context.chat_template_kwargs)
         if lm is None:
             texts.append(None)
         elif rendered_from == before:  # the responses of a group often have one context

@@ -180,12 +180,17 @@ def teacher_by_rule(
     return by_rule(rule, student, local, chat=chat)
 
 
+def _written(lm: LanguageModel, token: int) -> bool:
+    """Whether the model can write the token: it is below V, and not one of images."""
+    return token < lm.vocabulary and token not in lm.unwritten
+
+
 def by_rule(rule: TeacherRule, student: LanguageModel, local: LocalTeacher, *, chat: bool = False) -> Teacher:
     """The local teacher, wrapped if the method's rule allows another tokenizer."""
     if rule.tokenizer == "students":
         return local
     options = (student.template_options, local.lm.template_options)
     pair = pair_of(student.tokenizer, local.lm.tokenizer, chat=chat, options=options)
-    both = {i: its for i, its in pair.shared.items() if i < student.vocabulary and its < local.lm.vocabulary}
+    both = {i: its for i, its in pair.shared.items() if _written(student, i) and _written(local.lm, its)}
     pair = replace(pair, shared=both)
     return CrossTokenizerTeacher(local=local, pair=pair)

@@ -29,6 +29,7 @@ from opd.engines.scoring import refusal, top_of
 from opd.engines.server import Answer
 from opd.engines.vllm import TopScores, completion_fields, parse_positions, parse_top, positions_fields
 from opd.errors import DataError, TeacherError
+from opd.models.processors import refuse_images
 from opd.models.render import render
 from opd.pieces.supports import support_tokens
 from opd.teachers.written import ServedWriter
@@ -63,6 +64,7 @@ class ServedTeacher(Teacher):
         Raises DataError for a row that is longer than the servers read, TeacherError if more than `max_failed` of the
         responses have no scores, or if a server has another model than at the start.
         """
+        refuse_images(contexts, f"The served teacher {self.name!r}")
         rendered = [render(context, self.tokenizer, self.template_options) for context in contexts]
         return self.score_after(rendered, rollouts, request)
 
@@ -101,6 +103,7 @@ class ServedTeacher(Teacher):
         """Request the scores that need no student: of the sampled token, and of the teacher's top k."""
         if request.support.student_top_k:
             return
+        refuse_images(contexts, f"The served teacher {self.name!r}")
         rendered = [render(context, self.tokenizer, self.template_options) for context in contexts]
         rows = [_Row(ids, rollout, request) for ids, rollout in zip(rendered, rollouts, strict=True)]
         k = top_of(request, False, len(self.tokenizer))

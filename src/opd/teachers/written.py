@@ -13,6 +13,7 @@ from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, s
 from opd.errors import TeacherError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
+from opd.models.processors import refuse_images
 from opd.models.render import render, render_checked
 from opd.types import Context, Prompt, Rollout, Sampling, Writer
 
@@ -41,6 +42,7 @@ class ServedWriter(Writer):
 
         Raises DataError for a prompt that is too long, TeacherError for a response that no server gave.
         """
+        refuse_images(prompts, f"The served teacher {self.name!r}")
         student = self.student
         read = render_checked(
             prompts,

@@ -34,8 +34,9 @@ def print_report(recipe: Recipe, console: Console) -> None:
                 _print_responses(folder, task, rows, console)
     last = directory.stage(recipe.stages[-1].name)
     console.print("The model, ready to load in one line:", highlight=False)
+    kind = "ImageTextToText" if (last.model / "processor_config.json").exists() else "CausalLM"
     line = (
-        f'AutoModelForCausalLM.from_pretrained("{last.model}")'
+        f'AutoModelFor{kind}.from_pretrained("{last.model}")'
         if last.model.exists() or not last.adapter.exists()
         else f'AutoPeftModelForCausalLM.from_pretrained("{last.adapter}")  # from peft'
     )
