@@ -58,6 +58,20 @@ def test_new_lines_appear_within_three_seconds(browser: Browser, run: Path):
         assert time.monotonic() - started < 3 * 2  # the machine of the test may be busy
 
 
+def test_panel_says_that_it_waits_for_responses(browser: Browser, run: Path):
+    """The first look at a stage of a real run took seconds on a busy machine, with an empty panel."""
+    with opened(browser, run) as page:
+        page.until("document.querySelectorAll('.response').length > 0")
+        slow = (
+            "const own = window.fetch; window.fetch = async (...a) => { await new Promise(r => setTimeout(r, 1500)); "
+        )
+        page.evaluate(f"(() => {{ {slow} return own(...a); }}; }})()")
+        page.page.locator("[data-tab=steps]").click()
+        page.until("document.querySelector('[aria-busy=true]')?.textContent.includes('Loading responses')")
+        page.until("!document.querySelector('[aria-busy]') && document.querySelectorAll('.response').length > 0")
+        assert "Loading" not in page.text("[data-part=panel]")
+
+
 def test_new_samples_are_offered_and_shown(browser: Browser, run: Path):
     with opened(browser, run) as page:
         page.until("document.documentElement.dataset.live === 'on'")

@@ -92,9 +92,15 @@ def _numbers_at(logp: Tensor, ids: Tensor, k: int) -> dict[str, Tensor]:
 
 def _compared(found: Mapping[str, Tensor], tokenizer: Any) -> dict[str, Any]:
     """The columns of one response; both models have the tokens of `tokenizer`."""
-    names = ("logp", "entropy", "rank", "top_ids", "top_logp")
     student, teacher = (
-        Seen(tokenizer=tokenizer, **{name: found[f"{whose}_{name}"] for name in names})
+        Seen(
+            tokenizer=tokenizer,
+            logp=found[f"{whose}_logp"],
+            entropy=found[f"{whose}_entropy"],
+            rank=found[f"{whose}_rank"],
+            top_ids=found[f"{whose}_top_ids"],
+            top_logp=found[f"{whose}_top_logp"],
+        )
         for whose in ("student", "teacher")
     )
     logps = {"policy_logp": numbers(student.logp), "teacher_logp": numbers(teacher.logp)}
@@ -234,8 +240,11 @@ def _columns(
     by_teacher: dict[str | None, list[int]] = {}
     for i, rollout in enumerate(rollouts):
         by_teacher.setdefault(rollout.prompt.teacher_id, []).append(i)
-    for name, rows in by_teacher.items() if teacher is not None else ():
-        for i, signal in _signals(student, teacher, name, {i: (ours[i], theirs[i]) for i in rows}, temperature).items():
+    if teacher is None:
+        return out
+    for name, rows in by_teacher.items():
+        seen = {i: (ours[i], theirs[i]) for i in rows}
+        for i, signal in _signals(student, teacher, name, seen, temperature).items():
             out[i]["signal"] = numbers(own(signal, rollouts[i]))
     return out
 

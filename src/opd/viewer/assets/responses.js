@@ -81,7 +81,7 @@ class Responses {
     if (!this.tabs.length) return;
     leave();
     const asked = this.blockName();
-    const items = await this.load();
+    const items = await this.whileLoading(this.load());
     if (asked !== this.blockName()) return; // another step was chosen while this one was opened
     this.items = items;
     const { state } = this;
@@ -91,6 +91,19 @@ class Responses {
     this.controls();
     this.show();
     writeHash();
+  }
+  // What takes a moment, because a large file is read: the panel says so instead of what it showed before.
+  async whileLoading(items) {
+    const timer = setTimeout(() => {
+      this.panel.setAttribute("aria-busy", "true");
+      fill(this.panel, make("p", {}, "Loading responses …"));
+    }, 300);
+    try {
+      return await items;
+    } finally {
+      clearTimeout(timer);
+      this.panel.removeAttribute("aria-busy");
+    }
   }
   colourChoices() {
     const rows = this.items.flatMap(item => item.all);
