@@ -178,9 +178,7 @@ def test_render_refuses_marks_that_differ_from_images(tmp_path: Path):
         lm.check_ids([], [[5, 2, 1]])
 
 
-def test_render_names_row_whose_pictures_the_processor_counts_otherwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_render_names_row_with_other_count_of_placeholders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     lm = vision("llava", tmp_path / "llava")
     kind = type(lm.tokenizer.processor)
     one = kind.replace_image_token

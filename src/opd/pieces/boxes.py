@@ -70,7 +70,8 @@ def _box(value: Any, where: str) -> Box:
 
 
 def _is_box(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and all(isinstance(one, (int, float)) for one in value)
+    given: list[Any] = list(value) if isinstance(value, (list, tuple)) else []  # type: ignore[arg-type]
+    return bool(given) and all(isinstance(one, (int, float)) for one in given)
 
 
 @lru_cache(maxsize=1024)  # the responses of a group have one picture

@@ -74,9 +74,9 @@ def place_values(cap: float = 3.0, other: float = 0.1) -> Weight:
         def weight(batch: Batch) -> Tensor:
             out = torch.full_like(batch.teacher_logp, other)
             for row, rollout in enumerate(batch.rollouts):
-                place = 0
-                for t, token in reversed(list(enumerate(rollout.response_ids.tolist()))):
-                    place = place + 1 if token in digits else 0
+                place, ids = 0, [int(i) for i in rollout.response_ids]
+                for t in reversed(range(len(ids))):
+                    place = place + 1 if ids[t] in digits else 0
                     if place:
                         out[row, t] = min(place, cap)
             return out

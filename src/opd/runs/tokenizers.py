@@ -40,11 +40,7 @@ def check_tokenizers(
     lines: list[str] = []
     tokenizers: dict[str, Any] = {}
     given, prompts, method = given or {}, prepared.all_prompts, prepared.method
-    for name in spec.scoring:
-        if recipe.models[name].server is not None:
-            refuse_images(prompts, f"models.{name}, a served teacher,")
-    if spec.engine is not None:
-        refuse_images(prompts, f"{spec.where(None)}: `engine`, a vLLM server,")
+    check_images(recipe, spec, prompts)
     for name in (spec.train, *spec.scoring):
         loaded = given.get(name)
         tokenizer = tokenizer_of(origin_of(recipe, name), name) if loaded is None else loaded.tokenizer
@@ -88,6 +84,15 @@ def check_tokenizers(
         check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
     readers = readers_of(recipe, tokenizers, given)
     return [*lines, *example_lines(spec, replace(prepared, method=method), readers)]
+
+
+def check_images(recipe: Recipe, spec: StageSpec, prompts: Sequence[Prompt]) -> None:
+    """Refuse prompts with images for models on servers. Raises ConfigError."""
+    for name in spec.scoring:
+        if recipe.models[name].server is not None:
+            refuse_images(prompts, f"models.{name}, a served teacher,")
+    if spec.engine is not None:
+        refuse_images(prompts, f"{spec.where(None)}: `engine`, a vLLM server,")
 
 
 def readers_of(recipe: Recipe, tokenizers: Mapping[str, Any], given: Mapping[str, LanguageModel]) -> dict[str, Reader]:
