@@ -75,7 +75,7 @@ def sums(
         yield {"prompt": "+".join(map(str, row)) + "=", "response": f"{said}{total}", "answer": str(sum(row))}
 
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz012345"  # of the game of guessing, in their order
+LETTERS = "abcdefghijklmnopqrstuvwxyz01234"  # of the game of guessing, in their order
 
 
 def guesses(
@@ -84,7 +84,7 @@ def guesses(
     """`count` games of `opd.environments.guessing`, played by a strategy until the letter is found or `turns` are over.
 
     {"prompt": "?", "response": "p;<h;>l;", "answer": "l"}. `halving` guesses the middle of what is left, which finds
-    each of 32 letters in 5 turns; `random` any letter that is left. A share `slips` of the guesses is any letter at
+    each of 31 letters in 5 turns; `random` any letter that is left. A share `slips` of the guesses is any letter at
     all. There is no held-out part: a game is its letter, and all letters occur.
     """
     rng = np.random.default_rng((seed, count))

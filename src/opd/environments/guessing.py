@@ -1,4 +1,4 @@
-"""A game without words: guess one of 32 letters, each guess answered by < or >.
+"""A game without words: guess one of 31 letters, each guess answered by < or >.
 
     student  p;      guess, and the end of its turn
     game     <       the letter comes before p; after the right guess the game ends with the reward 1
