@@ -92,3 +92,21 @@ def test_progress_file_shows_that_a_long_phase_is_alive(tmp_path: Path, monkeypa
         later = json.loads(file.read_text())
     assert later["updated"] >= first["updated"] + 0.1
     assert {**later, "updated": 0} == {**first, "updated": 0}
+
+
+def test_progress_file_goes_on_after_its_part_was_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A run that continues removes unfinished files in the stage's folder, while the thread may be writing one."""
+    replaced = Path.replace
+
+    def removed(self: Path, target: Path) -> Path:
+        self.unlink()
+        return replaced(self, target)
+
+    file = ProgressFile(tmp_path / "progress.json", 4)
+    monkeypatch.setattr(Path, "replace", removed)
+    file.step(1, 2.0)
+    file.close()
+    assert file.trouble == ""
+    monkeypatch.setattr(Path, "replace", replaced)
+    file.close()
+    assert json.loads((tmp_path / "progress.json").read_text())["step"] == 1

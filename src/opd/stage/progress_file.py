@@ -65,6 +65,9 @@ class ProgressFile:
         try:
             part.write_text(json.dumps({**what, "updated": now}) + "\n")
             part.replace(self.file)
+        except FileNotFoundError as error:  # a run that continues removes unfinished files, also this one: next time
+            self.trouble = "" if self.file.parent.exists() else f"{self.file} cannot be written ({error.strerror})"
+            return
         except OSError as error:
             self.trouble = f"{self.file} cannot be written ({error.strerror or error})"
         self._written, self._at = what, now
