@@ -39,8 +39,7 @@ if TYPE_CHECKING:
 
 Message: TypeAlias = Mapping[str, Any]
 Average: TypeAlias = Literal["token", "sequence"]  # the unit of equal weight in the loss
-# How several teachers of one row become what the student is compared with: one normalised geometric or arithmetic
-# mean of their distributions, or each of them in turn, with the losses averaged.
+# What the student is compared with: one normalised mean of several teachers, or each in turn, with the losses averaged.
 Mixture: TypeAlias = Literal["geometric", "arithmetic", "each"]
 # The top k of one model, or a set built from both models' top k.
 ChosenBy: TypeAlias = Literal["teacher", "student", "intersection", "union", "symmetric_difference"]
@@ -73,8 +72,7 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     images: tuple[Image, ...] = ()  # in the order of their marks in `content`; frames of a video are several images
     privileged_images: tuple[Image, ...] = ()  # which a teacher may read in place of `images`
-    # A context for several teachers of one row: what each reads, by name (default: this prompt), and their weights,
-    # which need not sum to 1 (default: equal). Empty in the data, so they are no part of the rows' fingerprint.
+    # Of several teachers, by name: what each reads (default: this prompt), and weights (default: equal). Not in the data.
     views: Mapping[str, Prompt] = field(default_factory=dict[str, "Prompt"], repr=False)
     teacher_weights: Mapping[str, float] = field(default_factory=dict[str, float], repr=False)
 
@@ -147,9 +145,7 @@ class Rollout:
     reward: float | None = None
     unjudged: str | None = None  # why there is no reward: its judges or its function failed
     reward_failure: Literal["failed", "timed_out"] | None = None  # of a function; timed_out: it has a reward, 0
-    judged: Mapping[str, float] = field(
-        default_factory=dict[str, float]
-    )  # further numbers from the judges, for the metrics
+    judged: Mapping[str, float] = field(default_factory=dict[str, float])  # further numbers of the judges, for metrics
     part: str = ""  # the name in `Method.parts` of the pieces that train it; "": the method's own
     measured: Mapping[str, float] = field(default_factory=dict[str, float])  # by its source: metrics part/NAME/...
     feedback: str | None = None  # a judge's text about the response, which a teacher may read
