@@ -72,7 +72,7 @@ class Prompt:
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
     images: tuple[Image, ...] = ()  # in the order of their marks in `content`; frames of a video are several images
     privileged_images: tuple[Image, ...] = ()  # which a teacher may read in place of `images`
-    # Of several teachers, by name: what each reads (default: this prompt), and weights (default: equal). Not in the data.
+    # Of several teachers, by name: what each reads (default: this prompt), weights (default: equal). Not in the data.
     views: Mapping[str, Prompt] = field(default_factory=dict[str, "Prompt"], repr=False)
     teacher_weights: Mapping[str, float] = field(default_factory=dict[str, float], repr=False)
 

@@ -21,6 +21,7 @@ from opd_studies.claims import (
     control_variate,
     copd,
     debate,
+    digit_weights,
     estimators,
     extrapolation,
     fixed_points,
@@ -86,6 +87,7 @@ STUDIES: dict[str, Callable[[Lab], Outcome]] = {
     "sparse_to_dense": sparse_to_dense.run,
     "stale": stale.run,
     "agent_errors": agent_errors.run,
+    "digit_weights": digit_weights.run,
 }
 
 

@@ -62,17 +62,12 @@ BAD: list[Any] = [
     ({"environment": {"name": "bad_tools:cannot_be_made", "options": {"sise": 1}}}, None, "Did you mean 'size'?"),
     ({"environment": {"name": "bad_tools:cannot_begin"}}, None, "cannot begin prompt 0: ValueError: no such game"),
     # methods and stages
-    ({"method": "sft", "teacher": None}, None, "others write responses too"),
+    ({"method": "sft", "teacher": None, "evaluate": None}, None, "the environment takes part in the evaluation alone"),
     ({"method": "forward_kl"}, None, "others write responses too"),
     ({"method": "simct"}, None, "the teacher has its own tokenizer"),
     ({"method": "prune_opd", "options": {"budget": 2, "budget_max": 3}}, None, "budget"),
     ({"ahead": 1}, None, "`ahead: 1`"),
     ({"method": "grpo", "teacher": None, "sampling": {"n": 2}}, None, "needs a reward"),
-    (
-        {"evaluate": {"data": {"path": "held_out.jsonl"}, "teacher": True}},
-        None,
-        "Set evaluate.teacher to false",
-    ),
     # templates
     ({}, CHAT, "does not mention the option 'tools'"),
     ({}, CHAT + "{% if tools %}{% endif %}", "writes no tool call in a format that opd knows"),

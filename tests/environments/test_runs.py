@@ -115,3 +115,26 @@ def test_run_folder_shows_turns(uninterrupted: dict[str, Path], name: str):
 def rows_of(stage: Path, step: int) -> list[dict[str, Any]]:
     rows = pq.read_table(stage / f"samples/step_{step:06d}.parquet").to_pylist()
     return [row for row in rows if row["pick"] != "follow"]
+
+
+@pytest.mark.parametrize(
+    "stage", [{"method": "opd", "teacher": "teacher"}, {"method": "sft", "teacher": None}], ids=["teacher", "sft"]
+)
+def test_teacher_and_students_of_sft_are_evaluated_in_conversations(
+    tmp_path: Path, forks: Forks, stage: dict[str, Any]
+):
+    evaluate = {
+        "data": {"path": "held_out.jsonl"},
+        "sampling": {"drawn": {**ENDS, "n": 2}},
+        "teacher": stage["teacher"] is not None,
+    }
+    folder = prepare(tmp_path, talking(**stage, evaluate=evaluate, steps=1))
+    ended = forks.start(folder, *TRAIN)
+    assert ended.code == 0, ended.err
+    rows = [json.loads(line) for line in (folder / "run/distil/metrics.jsonl").read_text().splitlines()]
+    names = ["eval/drawn", *(["eval/teacher/drawn"] if stage["teacher"] else [])]
+    for name in names:
+        turns = [row[f"{name}/environment/turns"] for row in rows if f"{name}/environment/turns" in row]
+        assert turns, name
+        assert all(1 <= one <= 3 for one in turns)
+        assert any(one > 1 for one in turns), "a single response has one turn"

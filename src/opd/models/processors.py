@@ -164,7 +164,7 @@ def new_processor(spec: ModelSpec, name: str, tokenizer: Any) -> PictureTokenize
 def _has_processor(path: Path | str) -> bool:
     if isinstance(path, Path):
         return any((path / name).is_file() for name in FILES)
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     return any(
         cached_file(path, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_gated_repo=False)

@@ -74,7 +74,8 @@ def first_divergences(apart: Tensor) -> Tensor:
 
 
 def _known(values: Tensor) -> list[float]:
-    return values[~values.isnan()].tolist()
+    known: list[float] = values[~values.isnan()].tolist()
+    return known
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -170,7 +170,7 @@ class TransformersSampler(Sampler):
             if len(keep) < len(active):
                 decoder.keep(keep)
                 active, ids = [active[i] for i in keep], ids[keep]
-            longest = max(len(row.read) for row in active) + t + 1
+            longest = len(active[-1].prompt_ids) + len(active[-1].prefix) + t + 1  # rows are in order of length
             if longest > known:
                 lm.check_length(longest, f"Lower {self.limited_by}, or leave out the longest prompts.")
             decoder.read(ids[:, None])
