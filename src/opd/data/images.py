@@ -113,8 +113,9 @@ def _image(value: Any, where: str, folder: Path) -> Image:
         return value
     if isinstance(value, Mapping) and {"bytes", "path"} & {*value}:
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    if hasattr(value, "save") and hasattr(value, "convert"):  # of PIL
-        return encoded_image(value.convert("RGB"), "a PIL image")
+    picture: Any = value
+    if hasattr(picture, "save") and hasattr(picture, "convert"):  # of PIL
+        return encoded_image(picture.convert("RGB"), "a PIL image")
     if isinstance(value, (bytes, bytearray)):
         content = bytes(value)
         return _checked(

@@ -74,7 +74,8 @@ def new_config(spec: ModelSpec, name: str, tokenizer: Any) -> Any:
             raise ConfigError(f"models.{name}.init: `{key}` is {value}, and a model needs at least 1.")
     ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     given = {"vocab_size": len(tokenizer), **ids}
-    if reads_images({"model_type": model_type}) and "text_config" in type(default).sub_configs:
+    parts: Any = type(default).sub_configs
+    if reads_images({"model_type": model_type}) and "text_config" in parts:
         settings["text_config"] = {**given, **settings.get("text_config", {})}
         placeholder = "image_token_index" if "image_token_id" in type(default).attribute_map else "image_token_id"
         given = {placeholder: tokenizer.pictures.placeholder} if sees(tokenizer) else {}
@@ -185,7 +186,7 @@ def reads_images(init: Mapping[str, Any]) -> bool:
     """Whether a config of these settings is of a model that reads images."""
     from transformers import CONFIG_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-    kind = init.get("model_type")
+    kind = str(init.get("model_type"))
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 

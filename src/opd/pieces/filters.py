@@ -201,9 +201,9 @@ def turns_up_to(first: int, every: int, most: int, end: Literal["front", "back"]
     def keep(rollouts: Sequence[Rollout]) -> list[Rollout]:
         out: list[Rollout] = []
         for rollout in rollouts:
-            known = rollout.turn[rollout.trained].unique()  # in rising order
+            known = sorted({int(turn) for turn in rollout.turn[rollout.trained]})
             allowed = min(first + rollout.sampler_version // every, most)
-            kept = known[:allowed] if end == "front" else known[-allowed:]
+            kept = torch.tensor(known[:allowed] if end == "front" else known[-allowed:], dtype=torch.long)
             out.append(replace(rollout, trained=rollout.trained & torch.isin(rollout.turn, kept)))
         return out
 

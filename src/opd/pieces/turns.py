@@ -74,8 +74,7 @@ def first_divergences(apart: Tensor) -> Tensor:
 
 
 def _known(values: Tensor) -> list[float]:
-    known: list[float] = values[~values.isnan()].tolist()
-    return known
+    return [float(value) for value in values[~values.isnan()]]
 
 
 def _mean(values: Sequence[float]) -> float:
