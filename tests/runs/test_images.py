@@ -244,6 +244,10 @@ def test_recipe_refuses_new_model_without_processor(
     ("changes", "message"),
     [
         (
+            {"environment": {"name": "opd.environments.guessing:guessing"}},
+            "conversations with an environment are of text alone",
+        ),
+        (
             {"method": "gui_sd", "teacher": None, "options": {"digits": False}},
             r"This run needs `box` in every row, but 4 of 4 rows",
         ),

@@ -37,6 +37,11 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
             continue
         where = spec.where(name)
         check_method(spec, prepared.method, where)
+        if any(prompt.images for prompt in task.prompts):
+            raise ConfigError(
+                f"{where}: its prompts have images, and conversations with an environment are of text alone. Remove "
+                "`environment`, or the column of images."
+            )
         one = begun(rules.environment, task.prompts[0], (recipe.seed, 0, task.prompts[0].id, 0))
         content = task.prompts[0].content if one.content is None else one.content
         first = replace(task.prompts[0], content=content, tools=tuple(one.tools))
