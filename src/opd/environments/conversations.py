@@ -14,10 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from opd.environments.acting import Limits, acted, begun, cleaner_of
 from opd.environments.between import Transcript
@@ -27,7 +24,11 @@ from opd.errors import ConfigError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
 from opd.models.render import render_checked
+from opd.plugins import torch
 from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Talk
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # The counts that every conversation has: how it went, and how it ended if not by the environment.
 COUNTS = (

@@ -8,13 +8,12 @@ from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
-
 from opd.errors import ConfigError, DataError
 from opd.files import encoded_image, opened_image
 from opd.messages import with_question
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import needing
+from opd.plugins import np
 from opd.types import Context, Image, Prompt, Rollout
 
 Box: TypeAlias = tuple[int, int, int, int]  # left, top, right, bottom in pixels; the last two outside
