@@ -654,7 +654,7 @@ CASES: dict[str, list[Case]] = {
     ],
     "sod": [
         by_turn(),
-        by_turn(reward=0.0, strength=2.0, bound=0.0),
+        by_turn(reward=0.0, strength=2.0, bound=0.0, learns=True),
         by_turn(reward=0.3, batch=True, average="sequence", options={"average": "sequence"}),
     ],
     "tcod": [  # one turn: tests/pieces/test_turns.py has more

@@ -609,7 +609,8 @@ def test_methods_all_have_case_of_loss_memory():
         for mark in test_loss_holds_no_logits_of_all_tokens.pytestmark  # type: ignore[attr-defined]
         if mark.args[0] == ("name", "options")
     ]
-    assert {name for name, _ in mark.args[1]} == set(METHODS)
+    # gui_sd needs an image; its loss is that of reverse_kl
+    assert {name for name, _ in mark.args[1]} == set(METHODS) - {"gui_sd"}
 
 
 @pytest.mark.parametrize("family", ["llama", "phi"])
