@@ -357,9 +357,7 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], Any], list[str]]] = {
     ),
     "an unknown key": (
         lambda s: s["tasks"]["echo"].update(techer="parrot"),
-        [
-            "unknown key `stages.0.tasks.echo.techer`. Did you mean 'teacher'? Known here: data, environment, teacher, reward"
-        ],
+        ["unknown key `stages.0.tasks.echo.techer`. Did you mean 'teacher'? Known here: data, environment"],
     ),
     "an unknown key of partial settings": (
         lambda s: s["tasks"]["echo"]["sampling"].update(temprature=1),
