@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd.errors import ConfigError, DataError, nearest
+from opd.errors import ConfigError, DataError, OPDError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,34 @@ def check_options(
             f"Its options: {', '.join(known) or 'none'}."
             + (f" Fields next to `options`: {', '.join(fields)}." if fields else "")
         ) from error
+
+
+def result_of(what: str, maker: str | Callable[..., Any], *given: Any, **options: Any) -> Any:
+    """The result of the user's `maker`. Raises ConfigError if it raises."""
+    function = import_function(maker) if isinstance(maker, str) else maker
+    try:
+        return function(*given, **options)
+    except OPDError:
+        raise
+    except RAISED as error:
+        raise ConfigError(
+            f"{what} raised {type(error).__name__}: {error}. Correct the function or its options."
+        ) from error
+
+
+def checked(found: Any, protocol: Any, what: str, required: str) -> Any:
+    """`found`, if it has all members of `protocol`, which has defaults for all but `required`. Raises ConfigError."""
+    missing = sorted(name for name in dir(protocol) if not name.startswith("_") and not hasattr(found, name))
+    if "__call__" in vars(protocol) and not callable(found):
+        missing.append("__call__")
+    if missing:
+        article = "an" if protocol.__name__[0] in "AEIOU" else "a"
+        raise ConfigError(
+            f"{what} returned a {type(found).__name__}, not {article} {protocol.__name__}: it lacks "
+            f"{', '.join(missing)}. Derive its class from {protocol.__module__}.{protocol.__name__}, which has "
+            f"defaults for all but `{required}`."
+        )
+    return found
 
 
 def packaged(path: str) -> Path:

@@ -355,6 +355,35 @@ def test_state_is_ended_however_the_conversation_ends(student: LanguageModel):
     assert sorted(ended) == [(3, 1, prompt, sample) for prompt in range(4) for sample in range(2)]
 
 
+@pytest.mark.parametrize("raised", [ValueError("closed twice"), SystemExit(3)])
+def test_end_that_raises_is_counted_and_ends_no_run(student: LanguageModel, raised: BaseException):
+    class Stuck(Echo):
+        def end(self, state: Any) -> None:
+            raise raised
+
+    found, plain = led(student, environment=Stuck()), led(student, environment=Echo())
+    for one, other in zip(found, plain, strict=True):
+        assert counts(one)["errors"] == counts(other)["errors"] + 1
+        assert torch.equal(one.response_ids, other.response_ids)
+
+
+def test_states_are_ended_where_a_later_prompt_cannot_begin(student: LanguageModel):
+    ended: list[int] = []
+
+    class Half(Echo):
+        def begin(self, prompt: Prompt, *, seed: Seed) -> Begun:
+            if seed[2] == 2:
+                raise KeyError("word")
+            return super().begin(prompt, seed=seed)
+
+        def end(self, state: Any) -> None:
+            ended.append(state["seed"][2])
+
+    with pytest.raises(DataError, match="cannot begin prompt 2"):
+        led(student, environment=Half())
+    assert ended == [0, 0, 1, 1]
+
+
 def test_observation_is_cut_and_cleaned_of_control_codes(student: LanguageModel):
     class Loud(Environment):
         def act(self, state: Any, turn: Turn) -> Observation:

@@ -6,31 +6,18 @@ from typing import Any
 
 import oracle
 import pytest
-import torch
-from support.models import batch_of, rollout_of, teacher_of, tiny
+from support.models import scored_rows
 
 from opd import methods
 from opd.errors import ConfigError
 from opd.pieces.credit import early
-from opd.types import Batch, Prompt
+from opd.types import Batch
 
 TRAINED = [[True, False, True, True], [True], [False, True, True]]
 
 
 def scored() -> Batch:
-    method = methods.build("iw_opd", {})
-    student, external = tiny(name="student"), tiny(seed=1, hidden=24, name="teacher")
-    rollouts = [
-        rollout_of(
-            student,
-            Prompt(id=i, content="ab"),
-            [2 + (3 * i + t) % 8 for t in range(len(trained))],
-            trained=trained,
-            policy_logp=torch.linspace(-3, -1, len(trained)),
-        )
-        for i, trained in enumerate(TRAINED)
-    ]
-    return batch_of(method, student, teacher_of(method, student, external), rollouts)
+    return scored_rows(methods.build("iw_opd", {}), TRAINED)
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 4.0])

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import oracle
 import pytest
 import torch
-from support.models import batch_of, rollout_of, teacher_of, tiny
+from support.models import rollout_of, scored_rows, tiny
 from torch import Tensor
 
 from opd import methods
@@ -31,19 +31,7 @@ TURNS = [[0, 0, -1, 1, -1, -1, 2], [-1, 0, 0], [0], [-1, -1]]
 
 
 def scored(trained: list[list[bool]] = TRAINED, **options: Any) -> Batch:
-    method = methods.build("sod", options)
-    student, external = tiny(name="student"), tiny(seed=1, hidden=24, name="teacher")
-    rollouts = [
-        rollout_of(
-            student,
-            Prompt(id=i, content="ab"),
-            [2 + (3 * i + t) % 8 for t in range(len(own))],
-            trained=own,
-            policy_logp=torch.linspace(-3, -1, len(own)),
-        )
-        for i, own in enumerate(trained)
-    ]
-    return batch_of(method, student, teacher_of(method, student, external), rollouts)
+    return scored_rows(methods.build("sod", options), trained)
 
 
 def apart(batch: Batch, row: int) -> list[float]:

@@ -12,7 +12,7 @@ import torch
 import yaml
 from PIL import Image as Pillow
 from support.models import tiny
-from support.runs import tiny_model
+from support.runs import one_stage, tiny_model
 from support.visions import noise, opened, tokenizer, vision, vision_folder
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -44,19 +44,8 @@ def seeing(seed: int, **spec: Any) -> dict[str, Any]:
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    stage = {
-        "name": "distil",
-        "train": "student",
-        "teacher": "teacher",
-        "method": "reverse_kl",
-        "data": {"path": "train.jsonl"},
-        "steps": 2,
-        "prompts_per_step": 2,
-        "sampling": {"max_completion_length": 3, "n": 2},
-        **changes,
-    }
-    models = {"teacher": seeing(1), "student": seeing(2)}
-    return {"name": "see", "output_dir": "run", "models": models, "stages": [stage]}
+    made = one_stage(**{"sampling": {"max_completion_length": 3, "n": 2}, **changes})
+    return made | {"models": {"teacher": seeing(1), "student": seeing(2)}}
 
 
 def prepare(folder: Path, described: dict[str, Any], row: dict[str, Any] | None = None) -> Path:
@@ -263,7 +252,6 @@ def test_recipe_refuses_images_that_do_not_fit(
 ):
     monkeypatch.chdir(tmp_path)
     described = recipe(**changes)
-    described["stages"] = [{key: value for key, value in described["stages"][0].items() if value is not None}]
     with pytest.raises(OPDError, match=message):
         check_recipe(load_recipe(prepare(tmp_path, described)))
 

@@ -387,6 +387,22 @@ def gradient_of(
     return Gradient(loss=loss, grads=grads)
 
 
+def scored_rows(method: Method, trained: Sequence[Sequence[bool]]) -> Batch:
+    """A batch with one response per row of `trained`, scored by another model; log p rises along each."""
+    student, external = tiny(name="student"), tiny(seed=1, hidden=24, name="teacher")
+    rollouts = [
+        rollout_of(
+            student,
+            Prompt(id=i, content="ab"),
+            [2 + (3 * i + t) % 8 for t in range(len(own))],
+            trained=own,
+            policy_logp=torch.linspace(-3, -1, len(own)),
+        )
+        for i, own in enumerate(trained)
+    ]
+    return batch_of(method, student, teacher_of(method, student, external), rollouts)
+
+
 def step(
     method: Method,
     student: LanguageModel,

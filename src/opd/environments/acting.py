@@ -72,6 +72,16 @@ def begun(environment: Environment, prompt: Prompt, seed: Any) -> Any:
         ) from error
 
 
+def ended(environment: Environment, state: Any, limits: Limits) -> bool:
+    """End a conversation. Whether that failed: the conversation is over all the same, and no run ends by it."""
+    try:
+        with contextlib.redirect_stdout(_Printed()), contextlib.redirect_stderr(_Printed()):
+            called(lambda: environment.end(state), limits.timeout_s)
+    except RAISED:  # TooLongError is one
+        return True
+    return False
+
+
 def _wrong(found: Any) -> str | None:
     """Why an action's result is no observation; None if it is one."""
     if not isinstance(found, Observation):

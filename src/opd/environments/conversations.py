@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from opd.environments.acting import Limits, acted, begun, cleaner_of
+from opd.environments.acting import Limits, acted, begun, cleaner_of, ended
 from opd.environments.between import Transcript
 from opd.environments.formats import Parsed, format_of, parsed
 from opd.environments.protocol import Begun, Environment, Observation, TakesTurns, Turn
@@ -55,9 +55,9 @@ class _Row:
 
     prompt: Prompt
     sample: int
-    prompt_ids: list[int]
     state: Any
     transcript: Transcript
+    prompt_ids: list[int] = field(default_factory=list[int])
     ids: list[int] = field(default_factory=list[int])
     heard: list[bool] = field(default_factory=list[bool])
     turn: list[int] = field(default_factory=list[int])
@@ -138,9 +138,10 @@ class ConversationSampler(Sampler):
 
         Raises DataError for a prompt that is too long or that the environment cannot begin.
         """
-        rows = self._begun(prompts, seed)
+        rows: list[_Row] = []
         try:
-            live, turn = rows, 0
+            self._begin(rows, prompts, seed)
+            live, turn = list(rows), 0
             while live:
                 limits = [self._left(row) for row in live]
                 written = self.inner.extend(
@@ -157,47 +158,42 @@ class ConversationSampler(Sampler):
                 live, turn = [row for row in live if not row.over], turn + 1
         finally:
             for row in rows:
-                self.rules.environment.end(row.state)
+                row.counts["errors"] += ended(self.rules.environment, row.state, self.rules.limits)
         whole = self.inner.completed([self._rollout(row, record) for row in rows], record)
         return [_unknown_where_heard(one) for one in whole]
 
-    def _begun(self, prompts: Sequence[Prompt], seed: tuple[int, int]) -> list[_Row]:
-        found: list[tuple[Prompt, int, Begun]] = []
+    def _begin(self, rows: list[_Row], prompts: Sequence[Prompt], seed: tuple[int, int]) -> None:
+        """Add the conversations to `rows`, each as soon as its state is there to be ended."""
+        tokenizer, options = self.lm.tokenizer, self.lm.template_options
         for prompt in prompts:
             for sample in range(self.sampling.n):
-                one = begun(self.rules.environment, prompt, (*seed, prompt.id, sample))
+                one: Begun = begun(self.rules.environment, prompt, (*seed, prompt.id, sample))
                 read = prompt.content if one.content is None else one.content
-                found.append((replace(prompt, content=read, tools=tuple(one.tools)), sample, one))
-        tokenizer, options = self.lm.tokenizer, self.lm.template_options
+                first = replace(prompt, content=read, tools=tuple(one.tools))
+                transcript = Transcript(
+                    prompt=first, tokenizer=tokenizer, template_options=options, stop_ids=self.lm.stop_ids
+                )
+                rows.append(_Row(prompt=first, sample=sample, state=one.state, transcript=transcript))
         ids = render_checked(
-            [prompt for prompt, _, _ in found],
+            [row.prompt for row in rows],
             tokenizer,
             max_prompt_length=self.max_prompt_length,
             template_options=options,
         )
-        return [
-            _Row(
-                prompt=prompt,
-                sample=sample,
-                prompt_ids=own,
-                state=one.state,
-                transcript=Transcript(
-                    prompt=prompt, tokenizer=tokenizer, template_options=options, stop_ids=self.lm.stop_ids
-                ),
-            )
-            for (prompt, sample, one), own in zip(found, ids, strict=True)
-        ]
+        for row, own in zip(rows, ids, strict=True):
+            row.prompt_ids = own
 
-    def _left(self, row: _Row) -> int:
-        """Tokens that the next turn may have."""
-        left = self.sampling.max_completion_length - len(row.ids)
+    def _left(self, row: _Row, *, before: int = 0) -> int:
+        """Tokens that the next turn may have; `before`: that it might have before the last so many tokens."""
+        left = self.sampling.max_completion_length - (len(row.ids) - before)
         return left if self.rules.max_turn_length is None else min(left, self.rules.max_turn_length)
 
     def _answer(self, row: _Row, new: Rollout, turn: int) -> None:
         """What the environment does after a turn of the student."""
         row.rewards.append(None)
         if not new.finished:  # a call or an answer that is cut is not acted on
-            cut = len(new.response_ids) == self._left_before(row, new)
+            length = len(new.response_ids)
+            cut = length == self._left(row, before=length)
             row.ends("token_limit" if cut else "stopped")
             return
         said = self._parsed(row, new)
@@ -213,10 +209,6 @@ class ConversationSampler(Sampler):
             row.ends(None if observation.done else "turn_limit")
             return
         self._hear(row, new, said, observation, turn + 1)
-
-    def _left_before(self, row: _Row, new: Rollout) -> int:
-        left = self.sampling.max_completion_length - (len(row.ids) - len(new.response_ids))
-        return left if self.rules.max_turn_length is None else min(left, self.rules.max_turn_length)
 
     def _hear(self, row: _Row, new: Rollout, said: Parsed, observation: Observation, turn: int) -> None:
         """Add an observation to a conversation, or end it where that is not possible."""

@@ -79,7 +79,7 @@ class Environment(Protocol):
         ...
 
     def end(self, state: Any) -> None:
-        """Called once when a conversation is over, however it ended."""
+        """Called once when a conversation is over, however it ended. What it raises is counted as an error."""
 
 
 class TakesTurns(Sampler, Protocol):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from opd.environments.acting import Limits
 from opd.environments.conversations import Rules
 from opd.environments.protocol import Environment
 from opd.environments.tools import tools_of
-from opd.errors import ConfigError, OPDError, nearest
-from opd.plugins import RAISED, check_options, import_function
+from opd.errors import ConfigError, nearest
+from opd.plugins import check_options, checked, import_function, result_of
 from opd.recipe.environment import EnvironmentSection
 
 TEXTARENA = "textarena:"
@@ -31,26 +29,7 @@ def environment_of(section: EnvironmentSection, where: str) -> Environment:
     what = f"{where}: environment {section.name}"
     function = import_function(section.name)
     check_options(what, function, section.options)
-    try:
-        found = function(**section.options)
-    except OPDError:
-        raise
-    except RAISED as error:
-        raise ConfigError(
-            f"{what} raised {type(error).__name__}: {error}. Correct the function or its options."
-        ) from error
-    return checked(found, what)
-
-
-def checked(found: Any, what: str) -> Environment:
-    """`found`, if it has all members of `Environment`. Raises ConfigError."""
-    missing = [name for name in ("name", "rewards", "tools", "begin", "act", "end") if not hasattr(found, name)]
-    if missing:
-        raise ConfigError(
-            f"{what} returned a {type(found).__name__}, not an Environment: it lacks {', '.join(missing)}. Derive its "
-            "class from opd.environments.protocol.Environment, which has defaults for all but `act`."
-        )
-    return found
+    return checked(result_of(what, function, **section.options), Environment, what, "act")
 
 
 def rules_of(section: EnvironmentSection, where: str) -> Rules:

@@ -69,6 +69,10 @@ def measure(
 
 
 def student_samplers(held_out: HeldOut, student: LanguageModel) -> dict[str, Sampler]:
+    """The student's samplers of held-out prompts by setting, in conversations where there is an environment.
+
+    Raises ConfigError as `in_conversations`.
+    """
     from opd.samplers.hf import TransformersSampler
 
     found: dict[str, Sampler] = {}

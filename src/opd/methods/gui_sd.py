@@ -12,7 +12,7 @@
 | pi_T, moving average of the student, .95 | q, `teacher_rules.self_ema`, `decay` |
 | c; box, line of 5 pixels; fade | `boxes.boxed`: the data's `box` in pixels; `width`; `fade` |
 | hint mode none, hint, gt | `hint`; `box` is ours: the box without words, so student and teacher read equal words |
-| w_pos; cap, r = 0.1 | `digits`, `weights.place_values`; `cap`, `other` |
+| w_pos; cap, r = 0.1 | `digits`, `weights.place_values`; `cap` (3 is ours), `other` |
 | w_ent | `entropy`, `weights.certain` |
 | N, the number of tokens | `normalise.per("token")`; the weights are not divided by their mean |
 

@@ -17,7 +17,7 @@ trained whole: without an environment this is plain distillation. It combines wi
 
 Differs from the paper: there the student acts for k turns alone (front to back), or after a demonstration of the turns
 before (back to front). Here it acts to the end, and turns that are not trained cost their generation. Of the paper the
-abstract and a summary of the released code were read.
+abstract and a summary of the released code were read, and `first`, `every` and `most` are ours.
 """
 
 from typing import Literal

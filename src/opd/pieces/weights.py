@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from opd.errors import ConfigError
@@ -63,27 +63,30 @@ def place_values(cap: float = 3.0, other: float = 0.1) -> Weight:
     if cap < 0 or other < 0:
         raise ConfigError(f"Weights of digits are at least 0, got cap {cap} and other {other}.")
 
-    def make(tokenizer: Any) -> Weight:
-        digits = frozenset(i for i in tokenizer.get_vocab().values() if _is_digit(tokenizer, i))
-        if not digits:
-            raise ConfigError(
-                "weights.place_values: no token of the student's tokenizer is one digit, so no digit has a place. Use "
-                "a tokenizer that splits numbers into digits, or set `digits: false`."
-            )
+    made = partial(_of_places, cap, other)
+    return needing_tokenizer("weights.place_values", made, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
-        def weight(batch: Batch) -> Tensor:
-            out = torch.full_like(batch.teacher_logp, other)
-            for row, rollout in enumerate(batch.rollouts):
-                place, ids = 0, [int(i) for i in rollout.response_ids]
-                for t in reversed(range(len(ids))):
-                    place = place + 1 if ids[t] in digits else 0
-                    if place:
-                        out[row, t] = min(place, cap)
-            return out
 
-        return needing(weight, Trait.LOOKS_AT_SAMPLED_TOKEN)
+def _of_places(cap: float, other: float, tokenizer: Any) -> Weight:
+    """`place_values` with the student's tokenizer."""
+    digits = frozenset(i for i in tokenizer.get_vocab().values() if _is_digit(tokenizer, i))
+    if not digits:
+        raise ConfigError(
+            "weights.place_values: no token of the student's tokenizer is one digit, so no digit has a place. Use "
+            "a tokenizer that splits numbers into digits, or set `digits: false`."
+        )
 
-    return needing_tokenizer("weights.place_values", make, Trait.LOOKS_AT_SAMPLED_TOKEN)
+    def weight(batch: Batch) -> Tensor:
+        out = torch.full_like(batch.teacher_logp, other)
+        for row, rollout in enumerate(batch.rollouts):
+            place, ids = 0, [int(i) for i in rollout.response_ids]
+            for t in reversed(range(len(ids))):
+                place = place + 1 if ids[t] in digits else 0
+                if place:
+                    out[row, t] = min(place, cap)
+        return out
+
+    return needing(weight, Trait.LOOKS_AT_SAMPLED_TOKEN)
 
 
 def _is_digit(tokenizer: Any, token: int) -> bool:

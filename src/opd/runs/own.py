@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-from opd.errors import ConfigError, OPDError
+from opd.errors import ConfigError
 from opd.models.language_model import LanguageModel
 from opd.pieces.needs import Input, needs_of
-from opd.plugins import RAISED, check_options, import_function
+from opd.plugins import check_options, checked, import_function, result_of
 from opd.recipe.schema import ModelSpec, Recipe, StageSpec
 from opd.runs.prepare import Given, Prepared
 from opd.runs.served import check_served
@@ -56,39 +53,13 @@ def own_teacher(name: str, section: ModelSpec, student: LanguageModel, given: Gi
     assert section.scorer is not None
     found = given.teachers.get(name)
     if found is None:
-        found = _made(f"models.{name}.scorer {section.scorer}", section.scorer, student, **section.options)
-    return checked(found, Teacher, f"models.{name}.scorer {section.scorer}")
+        found = result_of(f"models.{name}.scorer {section.scorer}", section.scorer, student, **section.options)
+    return checked(found, Teacher, f"models.{name}.scorer {section.scorer}", "score")
 
 
 def own_sampler(spec: StageSpec, student: LanguageModel, sampling: Sampling, given: Given) -> Sampler:
     """The result of `sampler(student, sampling, **sampler_options)`. Raises ConfigError if it is not a Sampler."""
     assert spec.sampler is not None
     what = f"{spec.where(None)}: {spec.sampler}"
-    return checked(_made(what, given.sampler or spec.sampler, student, sampling, **spec.sampler_options), Sampler, what)
-
-
-def _made(what: str, maker: str | Callable[..., Any], *given: Any, **options: Any) -> Any:
-    """The result of the user's `maker`. Raises ConfigError if it raises."""
-    function = import_function(maker) if isinstance(maker, str) else maker
-    try:
-        return function(*given, **options)
-    except OPDError:
-        raise
-    except RAISED as error:
-        raise ConfigError(
-            f"{what} raised {type(error).__name__}: {error}. Correct the function or its options."
-        ) from error
-
-
-def checked(found: Any, protocol: Any, what: str) -> Any:
-    """`found`, if it has all members of `protocol`. Raises ConfigError."""
-    missing = sorted(name for name in dir(protocol) if not name.startswith("_") and not hasattr(found, name))
-    if "__call__" in vars(protocol) and not callable(found):
-        missing.append("__call__")
-    if missing:
-        raise ConfigError(
-            f"{what} returned a {type(found).__name__}, not a {protocol.__name__}: it lacks {', '.join(missing)}. "
-            f"Derive its class from opd.types.{protocol.__name__}, which has defaults for all but "
-            f"{'`score`' if protocol is Teacher else '`__call__`'}."
-        )
-    return found
+    found = result_of(what, given.sampler or spec.sampler, student, sampling, **spec.sampler_options)
+    return checked(found, Sampler, what, "__call__")

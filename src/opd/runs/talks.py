@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from opd.environments.acting import begun
+from opd.environments.acting import begun, ended
 from opd.environments.between import Transcript
 from opd.environments.conversations import Rules
 from opd.environments.formats import format_of, name_of
@@ -36,7 +36,7 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
         if rules is None or section is None:
             continue
         where = spec.where(name)
-        check_method(spec, prepared.method, where)
+        check_method(spec, prepared.method, where, evaluates=spec.by_task[name].evaluate is not None)
         if any(prompt.images for prompt in task.prompts):
             raise ConfigError(
                 f"{where}: its prompts have images, and conversations with an environment are of text alone. Remove "
@@ -45,7 +45,7 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
         one = begun(rules.environment, task.prompts[0], (recipe.seed, 0, task.prompts[0].id, 0))
         content = task.prompts[0].content if one.content is None else one.content
         first = replace(task.prompts[0], content=content, tools=tuple(one.tools))
-        rules.environment.end(one.state)
+        ended(rules.environment, one.state, rules.limits)
         tools = f" with the tools {', '.join(map(name_of, one.tools))}" if one.tools else ""
         lines.append(
             f"{'' if name is None else f'task {name}: '}each {'evaluated ' * by_data(prepared.method)}response is a "
@@ -65,11 +65,14 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
     return lines
 
 
-def check_method(spec: StageSpec, method: Method, where: str) -> None:
-    """Refuse a stage in which not the student alone writes, turn by turn. Raises ConfigError."""
+def check_method(spec: StageSpec, method: Method, where: str, *, evaluates: bool) -> None:
+    """Refuse a stage in which not the student alone writes, turn by turn. Raises ConfigError.
+
+    The data's responses may be trained if the task `evaluates`, in the environment.
+    """
     source = needs_of(method.source)
     if by_data(method):
-        if spec.evaluate is None and all(part.evaluate is None for part in spec.tasks.values()):
+        if not evaluates:
             raise ConfigError(
                 f"{where}: in method {spec.method!r} the data's responses are trained, so that the environment takes "
                 "part in the evaluation alone, and there is none. Set `evaluate`, or remove `environment`."

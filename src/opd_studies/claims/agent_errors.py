@@ -24,14 +24,23 @@ from opd.methods.grpo import grpo
 from opd.methods.sod import sod
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, SeedInterval, differences, finding, over_seeds, short
+from opd_studies.page.outcome import (
+    Check,
+    Finding,
+    Outcome,
+    SeedInterval,
+    chosen,
+    differences,
+    finding,
+    over_seeds,
+    ranged,
+    short,
+)
 from opd_studies.worlds.methods import sod_with, sod_without
 from opd_studies.worlds.tool_chains import (
     CALL,
-    GROUP,
     LETTERS,
     LOST,
-    PER_STEP,
     STEPS,
     TASKS,
     TURNS,
@@ -39,10 +48,11 @@ from opd_studies.worlds.tool_chains import (
     train,
     turns_after_a_mistake,
 )
+from opd_studies.worlds.wrong_habits import GROUP, PER_STEP
 
 USE = (
-    "If the tool says that a call failed, first leave the turns after it out, or take the reward alone: in A both "
-    "ended above `sod`. `sod` beats plain distillation from a teacher that is lost after mistakes, and not because its "
+    "Compare the reward alone, and a filter of yours that leaves out the turns after a failed call: in A both ended "
+    "above `sod`. `sod` beats plain distillation from a teacher that is lost after mistakes, and not because its "
     "weights are small or uneven; `reference: batch` was better in A."
 )
 
@@ -95,10 +105,6 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     """Tune each arm's rate, and run all arms in both settings."""
     size = size or Size()
     numbers = measure(lab, size)
-    chosen = "; ".join(
-        f"{setting}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
-        for setting, rates in numbers.rates.items()
-    )
     return Outcome(
         setup=(
             f"Tables, {len(size.seeds)} seeds: {TASKS} tasks of {STEPS} calls of {CALL} tokens out of {LETTERS}, at "
@@ -106,7 +112,7 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
             f"{LOST[2]:g} after more. {size.steps} updates of {PER_STEP} tasks with {GROUP} responses each, Adam; the "
             "probability of success is exact. A: the student's logits are the same whatever went wrong before; B: "
             f"they are its own for each number of mistakes. Rates of {', '.join(f'{r:g}' for r in size.rates)} by the "
-            f"success at the end, mean of seeds {', '.join(map(str, TUNING_SEEDS))} ({chosen})."
+            f"success at the end, mean of seeds {', '.join(map(str, TUNING_SEEDS))} ({chosen(numbers.rates)})."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -182,7 +188,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
                     setting,
                     arm,
                     f"{numbers.rates[setting][arm]:g}",
-                    f"{short(end.mean)} [{short(end.low)}, {short(end.high)}]",
+                    ranged(end),
                     short(over_seeds(numbers.end(setting, arm, "without")).mean),
                 )
             )

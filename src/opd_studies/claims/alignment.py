@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTERS, SORTING, Lab, Pair, PairSize, optimizer
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged
 
 if TYPE_CHECKING:
     from opd.evaluation.response_tree import Node, Visit
@@ -368,7 +368,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
 
 def _cell(values: Sequence[float]) -> str:
     one = over_seeds(values)
-    return f"{short(one.mean)} [{short(one.low)}, {short(one.high)}]"
+    return ranged(one)
 
 
 def draw(numbers: Numbers) -> report.Figure:

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from opd.methods.anti_sd import anti_sd
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged, short
 from opd_studies.worlds.methods import self_distillation
 from opd_studies.worlds.waiting_world import ANSWERS, GROUP, HELD_OUT, KNOWLEDGE, LONGEST, PROBLEMS, Course, Made, train
 
@@ -220,7 +220,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
                     setting,
                     name,
                     f"{numbers.rate[setting][name]:g}",
-                    f"{short(end.mean)} [{short(end.low)}, {short(end.high)}]",
+                    ranged(end),
                     short(over_seeds(numbers.length[setting][name]).mean),
                     short(over_seeds(numbers.entropy[setting][name]).mean),
                 )

@@ -19,7 +19,7 @@ from opd_studies.lab.after_training import look
 from opd_studies.lab.distilling import Distillation, Trained, distil_all, held_out
 from opd_studies.lab.lab import SORTERS, Lab, Pair, PairSize, optimizer
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged, short
 
 USE = (
     "Where the student starts near zero, try `sft` on the teacher's filtered responses first, and compare with "
@@ -276,7 +276,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
         rows.append(
             (
                 name,
-                f"{short(accuracy.mean)} [{short(accuracy.low)}, {short(accuracy.high)}]",
+                ranged(accuracy),
                 *(short(over_seeds(seen[what]).mean) for what in columns),
                 "" if nll is None else short(over_seeds(nll).mean),
             )

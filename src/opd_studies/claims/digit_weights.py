@@ -27,8 +27,9 @@ from opd.pieces.packed import valid
 from opd.types import Batch, Weight
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
-from opd_studies.worlds.pointing import BOX, GROUP, PER_STEP, PROMPTS, Kind, train
+from opd_studies.page.outcome import Check, Finding, Outcome, chosen, differences, finding, over_seeds, ranged, short
+from opd_studies.worlds.pointing import BOX, PROMPTS, Kind, train
+from opd_studies.worlds.wrong_habits import GROUP, PER_STEP
 
 USE = (
     "Begin `gui_sd` with `entropy: false`: certainty of the teacher weighed down what was still to learn. Weights of "
@@ -102,17 +103,13 @@ def run(lab: Lab, size: Size | None = None) -> Outcome:
     """Tune each arm's rate, and run all arms in both settings."""
     size = size or Size()
     numbers = measure(lab, size)
-    chosen = "; ".join(
-        f"{setting}: " + ", ".join(f"{arm} {rate:g}" for arm, rate in rates.items())
-        for setting, rates in numbers.rates.items()
-    )
     return Outcome(
         setup=(
             f"Tables, {len(size.seeds)} seeds: {PROMPTS} targets between 0 and 999, boxes of {2 * BOX + 1} numbers. "
             f"The teacher's numbers have a deviation of {KINDS['A'].blur:g} (A) or {KINDS['B'].blur:g} (B). "
             f"{size.steps} updates of {PER_STEP} targets with {GROUP} numbers each, gradient descent with momentum .9. "
             f"One rate: {SAME_RATE:g}; best rates of {', '.join(f'{r:g}' for r in size.rates)} by the mass in the box "
-            f"at the end, mean of seeds {', '.join(map(str, TUNING_SEEDS))} ({chosen})."
+            f"at the end, mean of seeds {', '.join(map(str, TUNING_SEEDS))} ({chosen(numbers.rates)})."
         ),
         findings=judge(numbers),
         figure=draw(numbers),
@@ -177,7 +174,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
                     setting,
                     arm,
                     f"{numbers.rates[setting][arm]:g}",
-                    f"{short(inside.mean)} [{short(inside.low)}, {short(inside.high)}]",
+                    ranged(inside),
                     short(over_seeds(end(courses, "error")).mean),
                     short(over_seeds(end(numbers.same[setting][arm])).mean),
                 )

@@ -22,7 +22,7 @@ from opd.methods.grpo import grpo
 from opd.methods.uni_opd import uni_opd
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged, short
 from opd_studies.worlds.methods import opd_with_reward
 from opd_studies.worlds.wrong_habits import GROUP, HABIT, PER_STEP, PROMPTS, WRONG, Course, Kind, train
 
@@ -183,7 +183,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
                 (
                     setting,
                     name,
-                    f"{short(end.mean)} [{short(end.low)}, {short(end.high)}]",
+                    ranged(end),
                     short(over_seeds(numbers.end(setting, name, "habit")).mean),
                     short(over_seeds(numbers.end(setting, name, "others")).mean),
                 )

@@ -35,7 +35,7 @@ from opd_studies.lab.rl_teachers import (
     teacher_accuracy,
 )
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged, short
 
 USE = (
     "Choose a teacher by its own score on your prompts; whether more overlap makes up for less skill is "
@@ -242,7 +242,7 @@ def table(numbers: Numbers) -> tuple[tuple[str, ...], ...]:
                     short(over_seeds(v).mean)
                     for v in (numbers.teacher[name], numbers.before(name), numbers.after(name))
                 ),
-                f"{short(recovery.mean)} [{short(recovery.low)}, {short(recovery.high)}]",
+                ranged(recovery),
                 short(over_seeds(numbers.overlap[name]).mean),
             )
         )

@@ -31,7 +31,7 @@ from opd.methods.grpo import grpo
 from opd.methods.visd import visd
 from opd_studies.lab.lab import Lab
 from opd_studies.page import report
-from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, short
+from opd_studies.page.outcome import Check, Finding, Outcome, differences, finding, over_seeds, ranged, short
 from opd_studies.worlds.hinted_self import BONUS, HintedSelf
 from opd_studies.worlds.methods import shuffled_visd, with_measured_size, with_shuffled_rewards
 from opd_studies.worlds.wrong_habits import GROUP, LETTERS, PER_STEP, PROMPTS, Course, Kind, train
@@ -317,7 +317,7 @@ def _interval(values: Sequence[float]) -> str:
     if any(map(math.isnan, values)):
         return f"not reached on {sum(map(math.isnan, values))} of {len(values)} seeds"
     found = over_seeds(values)
-    return f"{short(found.mean)} [{short(found.low)}, {short(found.high)}]"
+    return ranged(found)
 
 
 def _number(value: float) -> str:

@@ -68,7 +68,7 @@ class Check:
     def __str__(self) -> str:
         i = self.interval
         floor = "at the end of its range; " if i.at_floor else ""
-        return f"{self.what} {short(i.mean)} [{short(i.low)}, {short(i.high)}] ({floor}{self.rule})"
+        return f"{self.what} {ranged(i)} ({floor}{self.rule})"
 
     @property
     def rule(self) -> str:
@@ -138,6 +138,17 @@ def differences(first: Sequence[float], second: Sequence[float]) -> SeedInterval
     """
     found = over_seeds([a - b for a, b in zip(first, second, strict=True)])
     return replace(found, at_floor={*first, *second} in ({0.0}, {1.0}))
+
+
+def ranged(one: Interval) -> str:
+    """The mean and the interval as text, for a table."""
+    return f"{short(one.mean)} [{short(one.low)}, {short(one.high)}]"
+
+
+def chosen(rates: Mapping[str, Mapping[str, float]]) -> str:
+    """Learning rates by setting and arm as text, for a study's setup."""
+    by_setting = {setting: ", ".join(f"{arm} {rate:g}" for arm, rate in own.items()) for setting, own in rates.items()}
+    return "; ".join(f"{setting}: {text}" for setting, text in by_setting.items())
 
 
 def finding(claim: str, citation: str, checks: Sequence[Check], second: Sequence[Check] = ()) -> Finding:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from opd.method import Method
-from opd.types import Batch, Prompt, Rollout
-from opd_studies.worlds.wrong_habits import at, update
+from opd.types import Batch
+from opd_studies.worlds.wrong_habits import GROUP, PER_STEP, at, rollouts_of, update
 
 DIGITS, BASE = 3, 10
 NUMBERS = BASE**DIGITS
-PROMPTS, PER_STEP, GROUP = 40, 10, 8
+PROMPTS = 40
 BOX = 20  # half the width of the target's box
 OFF, SPREAD, NOISE = 80.0, 120.0, 0.3  # of the student: deviation of its place, of its numbers, and of its logits
 
@@ -111,21 +111,9 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
     places = prefixes_of(tokens)
     student, teacher = logp[chosen[:, None], places], given.teacher[chosen[:, None], places]
     recorded, every = at(tokens, student.detach()), torch.ones_like(tokens, dtype=torch.bool)
-    prompts = {x: Prompt(id=x, content="") for x in set(chosen.tolist())}
+    reward = torch.full((len(chosen),), torch.nan)
     batch = Batch(
-        rollouts=tuple(
-            Rollout(
-                prompt=prompts[x],
-                sample=i % GROUP,
-                prompt_ids=(),
-                response_ids=tokens[i],
-                trained=every[i],
-                turn=torch.zeros(DIGITS, dtype=torch.long),
-                finished=True,
-                text="",
-            )
-            for i, x in enumerate(chosen.tolist())
-        ),
+        rollouts=rollouts_of(chosen, tokens, every, torch.zeros(DIGITS, dtype=torch.long), reward),
         response_ids=tokens,
         mask=every,
         sampler_logp=recorded,
@@ -133,7 +121,7 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
         teacher_logp=at(tokens, teacher),
         teacher_support_logp=teacher,
         teacher_entropy=-(teacher.exp() * teacher).nan_to_num().sum(-1),
-        reward=torch.full((len(chosen),), torch.nan),
+        reward=reward,
         group=torch.arange(PER_STEP).repeat_interleave(GROUP),
     )
     return batch, student

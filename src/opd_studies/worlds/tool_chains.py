@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from opd.method import Method
-from opd.types import Batch, Prompt, Rollout
-from opd_studies.worlds.wrong_habits import at, update
+from opd.types import Batch
+from opd_studies.worlds.wrong_habits import GROUP, PER_STEP, at, rollouts_of, update
 
 LETTERS, CALL, STEPS = 4, 2, 4
 TURNS = 6  # at most two mistakes
-TASKS, PER_STEP, GROUP = 30, 10, 8  # tasks; per update; responses to each
+TASKS = 30
 SURE = 0.9
 LOST = (0.0, 0.3, 0.6)  # by the number of mistakes so far, the last one for more: the teacher's share of wrong places
 HEAD_START, NOISE = 1.5, 0.5  # of the student's first logits: on right tokens, and the deviation
@@ -108,7 +108,7 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
     student, teacher = logp[index], given.teacher[index]
     recorded, reward = at(tokens, student.detach()), (done == STEPS).float()
     batch = Batch(
-        rollouts=_rollouts(chosen.tolist(), tokens, own, reward.tolist()),
+        rollouts=rollouts_of(chosen, tokens, own, torch.arange(TOKENS) // (CALL + 1), reward),
         response_ids=tokens,
         mask=own,
         sampler_logp=recorded,
@@ -119,25 +119,6 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
         group=torch.arange(PER_STEP).repeat_interleave(GROUP),
     )
     return batch, student
-
-
-def _rollouts(chosen: list[int], tokens: Tensor, own: Tensor, rewards: list[float]) -> tuple[Rollout, ...]:
-    turn = torch.arange(TOKENS) // (CALL + 1)
-    prompts = {x: Prompt(id=x, content="") for x in set(chosen)}
-    return tuple(
-        Rollout(
-            prompt=prompts[x],
-            sample=i % GROUP,
-            prompt_ids=(),
-            response_ids=tokens[i],
-            trained=own[i],
-            turn=turn,
-            finished=True,
-            text="",
-            reward=reward,
-        )
-        for i, (x, reward) in enumerate(zip(chosen, rewards, strict=True))
-    )
 
 
 def turns_after_a_mistake(batch: Batch) -> Tensor:

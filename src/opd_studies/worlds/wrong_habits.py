@@ -129,10 +129,11 @@ def written(z: Tensor, given: World, generator: torch.Generator) -> tuple[Batch,
     recorded = at(tokens, student.detach())
     right = tokens == given.right[chosen]
     reward = right.float().mean(1) if given.kind.separate else right.all(1).float()
+    every = torch.ones_like(tokens, dtype=torch.bool)
     batch = Batch(
-        rollouts=_rollouts(given.kind, chosen.tolist(), reward.tolist()),
+        rollouts=rollouts_of(chosen, tokens, every, torch.zeros(given.kind.tokens, dtype=torch.long), reward),
         response_ids=tokens,
-        mask=torch.ones_like(tokens, dtype=torch.bool),
+        mask=every,
         sampler_logp=recorded,
         policy_logp=recorded,
         teacher_logp=at(tokens, teacher),
@@ -148,23 +149,26 @@ def at(tokens: Tensor, logp: Tensor) -> Tensor:
     return logp.gather(-1, tokens[..., None])[..., 0]
 
 
-def _rollouts(kind: Kind, chosen: list[int], rewards: list[float]) -> tuple[Rollout, ...]:
-    """Rollouts with the fields that a method reads. A hint has no words: a method looks whether there is one."""
-    nothing, every = torch.zeros(kind.tokens, dtype=torch.long), torch.ones(kind.tokens, dtype=torch.bool)
-    prompts = {x: Prompt(id=x, content="", privileged_context="") for x in set(chosen)}
+def rollouts_of(chosen: Tensor, tokens: Tensor, own: Tensor, turn: Tensor, reward: Tensor) -> tuple[Rollout, ...]:
+    """Rollouts with the fields that a method reads: of the prompts `chosen` [B], GROUP in turn to each.
+
+    `tokens` and `own`, those that are trained, are [B, T], `turn` [T], `reward` [B]. A hint has no words: a method
+    looks whether there is one.
+    """
+    prompts = {x: Prompt(id=x, content="", privileged_context="") for x in set(chosen.tolist())}
     return tuple(
         Rollout(
             prompt=prompts[x],
             sample=i % GROUP,
             prompt_ids=(),
-            response_ids=nothing,
-            trained=every,
-            turn=nothing,
+            response_ids=tokens[i],
+            trained=own[i],
+            turn=turn,
             finished=True,
             text="",
-            reward=reward,
+            reward=given,
         )
-        for i, (x, reward) in enumerate(zip(chosen, rewards, strict=True))
+        for i, (x, given) in enumerate(zip(chosen.tolist(), reward.tolist(), strict=True))
     )
 
 
