@@ -105,8 +105,8 @@ def test_check_says_how_conversations_are_led(stage: dict[str, Any], template: s
     assert line in " ".join((ended.out + ended.err).split())
 
 
-def test_doctor_refuses_stage_with_environment():
+def test_probe_refuses_stage_with_environment():
     prepare(Path(), one_stage(environment=TALKER))
-    ended = command("doctor", "recipe.yaml")
+    ended = command("probe", "recipe.yaml")
     assert ended.code != 0
     assert "stages.distil.environment=null" in " ".join(ended.err.split())

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from opd.commands.doctor.findings import Finding, skipped
 from opd.commands.doctor.subject import Subject
+from opd.environments.conversations import in_conversations
 from opd.errors import ConfigError, TrainingError
 from opd.parallel import ALONE
 from opd.runs.launched import Starter
@@ -45,12 +46,14 @@ def engine(subject: Subject) -> list[Finding]:
             starter = Starter(folder=place, servers=servers, progress=Progress(quiet=True), world=ALONE)
             spec = starter.engine(subject.spec, subject.student)
             assert spec.engine is not None
-            (there,) = engine_samplers(spec, spec.engine, subject.student, place.path).values()
+            (inner,) = engine_samplers(spec, spec.engine, subject.student, place.path).values()
+            sampling = sampling_of(spec.sampling)
+            there = in_conversations(inner, subject.student, sampling, subject.rules, spec.max_prompt_length)
             there.sync(0)
             started = time.perf_counter()
             there.sync(0)
             update = time.perf_counter() - started
-            here = subject.sampler(sampling_of(spec.sampling))
+            here = subject.sampler(sampling)
             far, near = in_turns([there, here], subject.step_prompts, subject.seed)
     except (ConfigError, TrainingError) as error:
         return [skipped("cost/engine", f"The engine could not be used: {error}")]
@@ -67,7 +70,7 @@ def in_turns(samplers: Sequence[Sampler], prompts: Sequence[Prompt], seed: int) 
             started = time.perf_counter()
             rollouts = sampler(prompts, seed=(seed + 1 + repeat, ReservedStep.DOCTOR))
             seconds = time.perf_counter() - started
-            found = Written(tokens=sum(len(one.response_ids) for one in rollouts), seconds=seconds)
+            found = Written(tokens=sum(len(one.own_ids) for one in rollouts), seconds=seconds)
             old = best[i]
             if old is None or found.seconds * old.tokens < old.seconds * found.tokens:
                 best[i] = found

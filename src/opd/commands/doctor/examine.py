@@ -9,6 +9,7 @@ from typing import Any
 from opd.commands.doctor import (
     bias,
     cliff,
+    conversations,
     cost,
     engine,
     headroom,
@@ -29,6 +30,7 @@ from opd.recipe.schema import Recipe, StageSpec, origin_of
 from opd.runs.build import comparable
 from opd.runs.prepare import Given, Prepared, prepare
 from opd.runs.same_model import check_base_weights
+from opd.runs.talks import check_talks
 from opd.runs.tokenizers import check_tokenizers
 
 
@@ -98,9 +100,12 @@ def findings(
     student, externals = comparable(spec, prepared.method, student, externals)
     check_tokenizers(recipe, spec, prepared, {spec.train: student, **externals})
     check_base_weights(recipe, spec, prepared.method, Given(models={spec.train: student, **externals}))
+    check_talks(recipe, spec, prepared, student)
     say("the student's responses")
     subject = subject_of(recipe, spec, prepared, student, externals, given, prompts=prompts, seed=seed)
     found += of_tokens(subject)
+    if subject.rules is not None:
+        found.append(conversations.environment(subject))
     found += of_signal(subject, say)
     found += of_knowledge(subject, say)
     say("one step")
@@ -194,6 +199,7 @@ def of_signal(subject: Subject, say: Callable[[str], None]) -> list[Finding]:
         signal.strength(subject, comparison),
         signal.overlap(subject, comparison),
         signal.by_position(comparison),
+        *([] if subject.rules is None else [conversations.by_turn(subject, comparison)]),
         special_tokens.special_tokens(subject, comparison),
         bias.truncation(subject),
         *([] if subject.base is None else [cliff.cliff(subject)]),

@@ -155,6 +155,8 @@ def probe(subject: Subject, judgement: Judged | str) -> Finding:
     name = "headroom/continuation"
     if isinstance(judgement, str):
         return skipped(name, judgement)
+    if subject.rules is not None:
+        return skipped(name, "A conversation is not continued from its middle: the environment's state is not copied.")
     if not judgement.binary:
         return skipped(name, "The probe counts right and wrong responses, but this reward is not always 0 or 1.")
     rollouts = [rollout for rollout in judgement.student if rollout.sample == 0]

@@ -86,7 +86,7 @@ def self_test(subject: Subject) -> Finding:
         "reverse_kl_max": _largest(got.reverse_kl),
         "tolerance": limit,
     }
-    recorded = [row.policy_logp for row in rows if row.policy_logp is not None]
+    recorded = [row.policy_logp[row.trained] for row in rows if row.policy_logp is not None]
     if temperature > 0 and len(recorded) == len(rows):
         numbers["sampler_difference_max"] = _largest(torch.cat(recorded) - got.student_logp)
     worst = max(value for name, value in numbers.items() if name.endswith("_max"))
@@ -116,7 +116,10 @@ def repeatability(subject: Subject) -> Finding:
 
     def scores(teacher: Teacher) -> Tensor:
         request = ScoreRequest(support=sampled(), temperature=temperature)
-        return torch.cat([score.teacher_logp for score in teacher.score(rows, contexts, request)])
+        scores = teacher.score(rows, contexts, request)
+        return torch.cat(
+            [one.teacher_logp[row.trained.to(one.teacher_logp.device)] for one, row in zip(scores, rows, strict=True)]
+        )
 
     first, again = scores(subject.teacher), scores(subject.teacher)
     alone = scores(replace(subject.teacher, micro_batch_tokens=1))  # one row per batch

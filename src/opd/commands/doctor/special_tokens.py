@@ -81,13 +81,17 @@ def ends_alike(subject: Subject) -> float | None:
 
 
 def kinds_of(rollouts: Sequence[Rollout], special: frozenset[int]) -> tuple[Tensor, Tensor]:
-    """Two masks over all trained tokens in order, [N] bool each: last of a finished response; other special tokens."""
+    """Two masks over all trained tokens in order, [N] bool each: last of a finished response; other special tokens.
+
+    Each turn of a conversation that the environment has answered is finished too.
+    """
     ends, others = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0, dtype=torch.bool)]
     known = torch.tensor(sorted(special), dtype=torch.long)
     for rollout in rollouts:
-        ids = rollout.response_ids.cpu()
-        last = torch.arange(len(ids)) == len(ids) - 1
-        end = last if rollout.finished else torch.zeros_like(last)
+        ids, turn = rollout.response_ids.cpu(), rollout.turn.cpu()
+        end = torch.zeros(len(ids), dtype=torch.bool)
+        end[:-1] = turn[1:] > turn[:-1]
+        end[-1:] = rollout.finished
         trained = rollout.trained.cpu()
         ends.append(end[trained])
         others.append((torch.isin(ids, known) & ~end)[trained])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.data.order import shuffled
+from opd.environments.conversations import Rules, in_conversations
 from opd.errors import ConfigError, nearest
 from opd.evaluation.evaluate import HeldOut
 from opd.messages import is_chat
@@ -55,6 +56,7 @@ class Subject:
     rollouts: Sequence[Rollout] = ()
     base: LocalTeacher | None = None  # of a method of three models
     has_judge_reward: bool = False  # then `reward` is None: the doctor calls no judge
+    rules: Rules | None = None  # of the conversations with an environment
 
     @property
     def self_taught(self) -> bool:
@@ -72,6 +74,11 @@ class Subject:
     @property
     def firsts(self) -> list[Rollout]:
         return [rollout for rollout in self.rollouts if rollout.sample == 0]
+
+    @property
+    def environment(self) -> str:
+        """The name of the stage's environment; empty without one."""
+        return "" if self.rules is None else self.rules.environment.name
 
     @property
     def maximises_divergence(self) -> bool:
@@ -103,10 +110,16 @@ class Subject:
         return self.sampler(self.sampling)(prompts, seed=(self.seed, ReservedStep.DOCTOR))
 
     def sampler(self, sampling: Sampling) -> Sampler:
-        """The student's sampler in this process, also where the stage has an engine; the user's own, if it has one."""
+        """The student's sampler in this process, also where the stage has an engine; the user's own, if it has one.
+
+        In conversations where the stage has an environment.
+        """
+        limit = self.spec.max_prompt_length
         if self.spec.sampler is not None:
-            return own_sampler(self.spec, self.student, sampling, self.given)
-        return TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=self.spec.max_prompt_length)
+            inner = own_sampler(self.spec, self.student, sampling, self.given)
+        else:
+            inner = TransformersSampler(lm=self.student, sampling=sampling, max_prompt_length=limit)
+        return in_conversations(inner, self.student, sampling, self.rules, limit)
 
     def rewarded(self, rollouts: Sequence[Rollout]) -> list[Rollout]:
         """The responses with the stage's reward, if it has one; marked as unjudged if that reward needs a judge."""
@@ -123,7 +136,7 @@ class Subject:
         """The last token of each response that the teacher finishes, as it writes it."""
         with self.on_device():
             written = self._teacher_writer().own(prompts, seed=(self.seed, ReservedStep.DOCTOR))
-        return [int(rollout.response_ids[-1]) for rollout in written if rollout.finished]
+        return [int(rollout.own_ids[-1]) for rollout in written if rollout.finished]
 
     def _teacher_writer(self, context: Context | None = None) -> TeacherWriter:
         return TeacherWriter(
@@ -133,6 +146,7 @@ class Subject:
             context=context or self.method.context,
             base=self.teacher.base,
             max_prompt_length=self.spec.max_prompt_length,
+            led=lambda sampler: in_conversations(sampler, self.teacher.lm, self.sampling, self.rules, None),
         )
 
     def on_device(self) -> contextlib.AbstractContextManager[Any]:
@@ -186,7 +200,6 @@ def check_loadable(recipe: Recipe, spec: StageSpec) -> None:
 def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
     """The stage, or its task `task` as a stage without tasks. Raises ConfigError for an unknown task."""
     if not stage.tasks and task is None:
-        check_single(stage)
         return stage
     if task not in stage.tasks:
         raise ConfigError(
@@ -194,18 +207,7 @@ def task_to_examine(stage: StageSpec, task: str | None) -> StageSpec:
             + (f"has the tasks {', '.join(stage.tasks)}, examined one by one" if stage.tasks else "has no tasks")
             + (f"; got --task {task}.{nearest(task, stage.tasks)}" if task is not None else ". Choose one with --task.")
         )
-    check_single(stage.only(str(task)))
     return stage.only(str(task))
-
-
-def check_single(stage: StageSpec) -> None:
-    """Refuse a stage with an environment: what is examined are single responses. Raises ConfigError."""
-    if stage.environment is not None:
-        raise ConfigError(
-            f"{stage.where(None)}: it has an environment, and opd doctor and opd probe examine single responses. "
-            f"Examine the stage without it, stages.{stage.name}.environment=null, or train a few steps and read the "
-            "metrics environment/..."
-        )
 
 
 def sampling_for(spec: StageSpec, method: Method) -> Sampling:
@@ -301,6 +303,7 @@ def subject_of(
         step_prompts=sample_of(part.prompts, spec.prompts_per_step, seed),
         seed=seed,
         has_judge_reward=has_judge_reward,
+        rules=part.rules,
     )
     return replace(
         subject, rollouts=subject.rewarded(subject.student_responses(chosen))

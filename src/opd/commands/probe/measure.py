@@ -94,6 +94,7 @@ def subject_of(
     spec = stage_of(recipe, stage, task, given)
     names = listed(teachers) or [spec.teacher or spec.train]
     check_teachers(recipe, spec, names)
+    check_single(spec)
     prepared = prepare(spec, given, recipe.seed)
     reward, prompts = judged_by(spec, prepared)
     readers = contexts_of(listed(contexts) or [PLAIN], prepared.method)
@@ -125,6 +126,16 @@ def subject_of(
     )
     check_tau(found)
     return found
+
+
+def check_single(spec: StageSpec) -> None:
+    """Refuse a stage with an environment: its state cannot be copied into many continuations. Raises ConfigError."""
+    if spec.environment is not None:
+        raise ConfigError(
+            f"{spec.where(None)}: it has an environment, and opd probe continues single responses from their tokens. "
+            f"Probe the stage without it, stages.{spec.name}.environment=null, or use opd doctor, which leads "
+            "conversations."
+        )
 
 
 def stage_of(recipe: Recipe, name: str | None, task: str | None, given: Given) -> StageSpec:
