@@ -118,7 +118,7 @@ def training_rows(mine: opd_side.Side, rollouts: list[Rollout]) -> list[Record]:
     lm, method = mine.student, mine.method
     contexts = method.context(rollouts)
     phase_a = scored(method, mine.teacher, rollouts, contexts, method.request(), lm.device)
-    (micro,) = split(phase_a.batch, phase_a.denominator, opd_side.MICRO_BATCH_TOKENS, shares=lm.caches)
+    (micro,) = split(lm, phase_a.batch, phase_a.denominator, opd_side.MICRO_BATCH_TOKENS)
     lm.model.train()
     hidden, activations = growth(lambda: hidden_of(lm, micro))
     states = hidden.detach()

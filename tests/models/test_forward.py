@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from opd.models import forward
 from opd.models.forward import batches, response_states
-from opd.models.language_model import LanguageModel
+from opd.models.language_model import LanguageModel, Reading
 
 SYSTEM = [2, 3, 4, 5, 6, 7, 8, 9] * 3
 OTHER = [*SYSTEM[::-1], 5, 6, 2]
@@ -125,18 +126,20 @@ def test_read_keeps_gradients_when_gradient_checkpointing(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("prompts", [GROUPS, ALONE, SHORT])
 def test_batches_cover_rows_once_within_token_limit(prompts: list[list[int]], tokens: int):
     lengths = [len(response) for response in RESPONSES]
-    for shares in (True, False):
-        got = batches(prompts, lengths, tokens, shares=shares)
+    lm = tiny()
+    alone = replace(lm, reading=Reading(continues=False))
+    for reads in (lm, alone):
+        got = batches(reads, prompts, lengths, tokens)
         assert sorted(i for rows in got for i in rows) == [0, 1, 2, 3]
         for rows in got:
             padded = max(len(prompts[i]) + lengths[i] for i in rows) * len(rows)
-            assert len(rows) == 1 or padded <= tokens or shares
+            assert len(rows) == 1 or padded <= tokens or reads.caches
     if tokens == 100 and prompts is GROUPS:  # 2 prefixes of 26 and 4 rows of 8 fit; 4 rows of 33 do not
-        assert len(batches(prompts, lengths, tokens)) < len(batches(prompts, lengths, tokens, shares=False))
+        assert len(batches(lm, prompts, lengths, tokens)) < len(batches(alone, prompts, lengths, tokens))
 
 
 def test_batches_keep_rows_of_group_adjacent():
     prompts = [[1, *[2] * 30], [3, *[2] * 30]] * 3
-    got = batches(prompts, [5, 60, 6, 50, 7, 4], 10**6)
+    got = batches(tiny(), prompts, [5, 60, 6, 50, 7, 4], 10**6)
     assert got == [[1, 3, 5, 4, 2, 0]]
     assert forward.shared_prefixes(prompts) is not None

@@ -623,7 +623,7 @@ def test_topk_reverse_kl_reads_k_head_rows_when_renormalised(family: str, form: 
     batch = attach(batch_of(method, student, teacher_of(method, student, external), rollouts), method)
     denominator = method.normalise(batch)
     with as_long_as_the_vocabulary(student.head()) as trap:
-        for micro in split(batch, denominator, 10**6):
+        for micro in split(student, batch, denominator, 10**6):
             loss_of(method, student, micro, denominator.count)[0].backward()
     assert float(student.head().weight.grad.abs().sum()) > 0  # type: ignore[union-attr]
     assert bool(trap.caught) == (form != "renormalised"), trap.caught

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from opd.errors import DataError
 from opd.models import saving
-from opd.models.forward import response_states, shared_prefixes
+from opd.models.forward import batches, response_states, shared_prefixes
 from opd.models.head import UNWRITTEN, Head
 from opd.models.language_model import LanguageModel, Reading
 from opd.models.loading import load_model
@@ -284,3 +284,27 @@ def test_privileged_images_are_read_in_place_of_images(models: dict[str, Languag
     assert float((got.teacher_logp - other).abs().max()) > 1e-3
     with pytest.raises(DataError, match=r"Prompt 0 has 1 images and 0 `privileged_images`"):
         contexts.privileged(images=True)([rollout_of(lm, replace(prompt, privileged_images=()), [7, 1])])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_batches_count_what_the_encoder_reads(models: dict[str, LanguageModel], family: str):
+    lm = models[family]
+    prompts = [render(prompt, lm.tokenizer) for prompt in prompts_for(lm)]
+    config = lm.causal_lm.config.vision_config
+    pixels = [
+        lm.tokenizer.pictures.tensors(lm.tokenizer.pictures.picture(noise(i), "p"))["pixel_values"] for i in (1, 2)
+    ]
+    patches = [one.numel() // (3 * config.patch_size**2) for one in pixels]
+    assert min(patches) >= 16
+    assert list(lm.encoded(prompts[0]).values()) == patches[:1]
+    assert lm.encoded(prompts[3]) == {}
+    assert len(lm.encoded(prompts[2])) == 2
+    two = [prompts[0], prompts[1]]
+    text = 2 * (len(two[0]) + 3)
+    if shared := shared_prefixes(two):
+        text = max(map(len, shared)) * len(set(shared)) + 2 * (len(two[0]) + 3 - len(shared[0]))
+    assert len(batches(lm, two, [3, 3], text + sum(patches))) == 1
+    assert len(batches(lm, two, [3, 3], text + sum(patches) - 1)) == 2
+    same = [two[0]] * 4  # one picture, encoded once
+    fits = len(two[0]) * 4 + 4 * 3 + patches[0]
+    assert len(batches(lm, same, [3] * 4, fits)) == 1

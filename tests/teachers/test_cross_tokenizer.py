@@ -190,7 +190,7 @@ def test_simct_gradient_reaches_all_positions_of_span():
     batch = attach(batch_of(method, OURS, teacher, [rollout]), method)
     assert batch.units is not None
     assert batch.units.size[0].tolist() == [1, 2, 0]
-    (micro,) = split(batch, method.normalise(batch), 10**6)
+    (micro,) = split(OURS, batch, method.normalise(batch), 10**6)
     hidden: list[Tensor] = []
     import opd.loss.token_loss
 
@@ -349,7 +349,7 @@ def test_least_mass_empties_and_counts_rows():
         method = methods.build("simct", {"least_mass": least})
         batch = attach(batch_of(method, OURS, teacher, rows), method)
         denominator = method.normalise(batch)
-        (micro,) = split(batch, denominator, 10**6)
+        (micro,) = split(OURS, batch, denominator, 10**6)
         loss, metrics = loss_of(method, OURS, micro, denominator.count, teacher.head())
         return loss.item(), metrics.reduce()
 

@@ -151,7 +151,7 @@ def test_split_gives_one_task_per_micro_batch_when_full_support():
             rollouts, [r.prompt for r in rollouts], ScoreRequest(support=method.support, temperature=1.0)
         )
         batch = attach(collate(rollouts, scores, student.device), method)
-        micros = split(batch, method.normalise(batch), 10**6)
+        micros = split(student, batch, method.normalise(batch), 10**6)
         found = [{r.prompt.teacher_id for r in micro.rollouts} for micro in micros]
         if name == "top-k":
             assert found == [{"small", "large"}]
@@ -173,7 +173,7 @@ def test_split_gives_teacher_states_of_trained_tokens():
         rollouts, [r.prompt for r in rollouts], ScoreRequest(support=method.support, temperature=1.0)
     )
     batch = attach(collate(rollouts, scores, student.device), method)
-    for micro in split(batch, method.normalise(batch), 30):
+    for micro in split(student, batch, method.normalise(batch), 30):
         assert micro.teacher_hidden is not None
         assert bool(micro.teacher_hidden.isfinite().all())
         for state, row, at in zip(micro.teacher_hidden, micro.row, micro.step, strict=True):

@@ -77,7 +77,7 @@ def test_base_scores_reach_tokens_in_every_split():
     batch = replace(batch, advantage=torch.zeros_like(batch.teacher_logp), weight=torch.ones_like(batch.teacher_logp))
     whole = sorted(batch.base_logp[batch.mask].tolist())
     for tokens in (6, 1000):
-        micros = split(batch, per("token")(batch), tokens)
+        micros = split(student, batch, per("token")(batch), tokens)
         packed = [value for micro in micros for value in micro.base_logp.tolist()]  # type: ignore[union-attr]
         assert sorted(packed) == whole
 

@@ -184,7 +184,7 @@ def _states(
     responses = [rollout.response_ids.tolist() for rollout in rollouts]
     lengths = [len(response) for response in responses]
     with evaluating(student.model):
-        for batch in batches(prompts, lengths, micro_batch_tokens, shares=student.caches):
+        for batch in batches(student, prompts, lengths, micro_batch_tokens):
             states = response_states(student, [prompts[j] for j in batch], [responses[j] for j in batch])
             own = [_at(states.of(place, lengths[j]), _trained_steps(rollouts[j])) for place, j in enumerate(batch)]
             yield batch, torch.cat(own)

@@ -91,7 +91,8 @@ def _divergence_sums(
     student_head, teacher_head = student.head(), teacher.head()
     totals = dict.fromkeys(names, 0.0)
     with evaluating(student.model):
-        for micro in counted("micro-batches compared", split(phase_a.batch, phase_a.denominator, micro_batch_tokens)):
+        micros = split(student, phase_a.batch, phase_a.denominator, micro_batch_tokens)
+        for micro in counted("micro-batches compared", micros):
             hidden_NH = hidden_of(student, micro)
             assert micro.teacher_hidden is not None
             done = 0

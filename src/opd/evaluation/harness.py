@@ -164,7 +164,7 @@ class HarnessModel(TemplateLM):
         head = self.lm.head()
         free = torch.no_grad() if self.lm.autocast else torch.inference_mode()
         with evaluating(self.lm.model), self.lm.casting_once(), free:
-            for batch in batches(before, [len(ids) for ids in after], self.tokens):
+            for batch in batches(self.lm, before, [len(ids) for ids in after], self.tokens):
                 states = response_states(self.lm, [before[i] for i in batch], [after[i] for i in batch])
                 for row, i in enumerate(batch):
                     ids = torch.tensor(after[i], device=self.lm.device)

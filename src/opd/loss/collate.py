@@ -11,6 +11,7 @@ from torch import Tensor
 from opd.errors import DataError, TeacherError, TrainingError
 from opd.method import Method
 from opd.models.forward import batches
+from opd.models.language_model import LanguageModel
 from opd.parallel import World
 from opd.pieces.needs import Trait
 from opd.pieces.packed import valid
@@ -124,12 +125,12 @@ def attach(batch: Batch, method: Method) -> Batch:
     return replace(batch, advantage=method.credit(batch).detach(), weight=method.weight(batch).detach())
 
 
-def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int, *, shares: bool = True) -> list[MicroBatch]:
+def split(student: LanguageModel, batch: Batch, denominator: Denominator, micro_batch_tokens: int) -> list[MicroBatch]:
     """Micro-batches of rows of similar length, each at most `micro_batch_tokens` tokens with padding, or one row.
 
-    `shares`: the prompt of a group is read once (`forward.batches`). Rows without a trained token are left out: they
-    have no gradient. On a full support, phase B applies the teacher's output layer, so all rows of a micro-batch belong
-    to one task and one teacher.
+    As `student` reads them (`forward.batches`). Rows without a trained token are left out: they have no gradient. On a
+    full support, phase B applies the teacher's output layer, so all rows of a micro-batch belong to one task and one
+    teacher.
     """
     trained = [i for i in range(len(batch.rollouts)) if bool(batch.mask[i].any())]
     together: dict[tuple[str | None, str | None] | None, list[int]] = {}
@@ -141,7 +142,7 @@ def split(batch: Batch, denominator: Denominator, micro_batch_tokens: int, *, sh
     for key, group in together.items():
         prompts = [batch.rollouts[i].prompt_ids for i in group]
         lengths = [len(batch.rollouts[i].response_ids) for i in group]
-        for rows in batches(prompts, lengths, micro_batch_tokens, shares=shares):
+        for rows in batches(student, prompts, lengths, micro_batch_tokens):
             micros.append(_micro(batch, denominator, [group[j] for j in rows], *(key or (None, None))))
     return micros
 

@@ -226,7 +226,7 @@ def _jobs(
     parts = [(f"part/{name}/", method.parts[name].method, phase) for name, phase in phase_a.parts.items()]
     for prefix, pieces, phase in [("", method, phase_a), *parts]:
         heads = heads_of(pieces, teacher, phase.batch)
-        for micro in split(phase.batch, phase.denominator, micro_batch_tokens, shares=student.caches):
+        for micro in split(student, phase.batch, phase.denominator, micro_batch_tokens):
             yield Job(method=pieces, micro=micro, count=phase.count, heads=heads, signal=phase.signal, prefix=prefix)
 
 

@@ -171,28 +171,32 @@ def _packed(lm: LanguageModel, rows: Sequence[tuple[int, ...]], before: list[int
 
 
 def batches(
-    prompts: Sequence[Sequence[int]], responses: Sequence[int], tokens: int, *, shares: bool = True
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], responses: Sequence[int], tokens: int
 ) -> list[list[int]]:
     """Row indices in batches of at most `tokens` tokens, padding included (and at least one row).
 
-    `responses` are lengths. A batch has rows of similar length, and with `shares` rows of the same prefix, which counts
-    once.
+    `responses` are lengths. A batch has rows of similar length, and where `lm` caches rows of the same prefix, which
+    counts once. Each different picture of a batch counts the positions that its encoder reads, beside its placeholders.
     """
-    prefixes = (shared_prefixes(prompts) if shares else None) or [()] * len(prompts)
+    prefixes = (shared_prefixes(prompts) if lm.caches else None) or [()] * len(prompts)
     own = [len(p) + r - len(prefix) for p, r, prefix in zip(prompts, responses, prefixes, strict=True)]
     group: dict[tuple[int, ...], int] = {}
     for i, prefix in enumerate(prefixes):
         group[prefix] = max(own[i], group.get(prefix, 0))
     order = sorted(range(len(own)), key=lambda i: (-group[prefixes[i]], prefixes[i], -own[i]))
     out: list[list[int]] = []
+    pictures: dict[int, int] = {}  # of the last batch
     for i in order:
         grown = [*out[-1], i] if out else [i]
         different = {prefixes[j] for j in grown}
         size = max(map(len, different)) * len(different) + max(own[j] for j in grown) * len(grown)
-        if out and size <= tokens:
+        seen = lm.encoded(prompts[i])
+        pictures |= seen
+        if out and size + sum(pictures.values()) <= tokens:
             out[-1].append(i)
         else:
             out.append([i])
+            pictures = dict(seen)
     return out
 
 

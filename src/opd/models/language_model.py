@@ -114,6 +114,23 @@ class LanguageModel:
         """Whether it reads images: it has a processor."""
         return hasattr(self.tokenizer, "pictures")
 
+    def encoded(self, ids: Sequence[int]) -> dict[int, int]:
+        """The different pictures in some ids, by code, and how many positions the encoder reads of each: its patches.
+
+        Empty for a text model. An encoder whose config has no patch size counts nothing.
+        """
+        if not self.sees:
+            return {}
+        from opd.models.pictures import codes_of
+
+        encoder = getattr(self.causal_lm.config, "vision_config", None)
+        patch = getattr(encoder, "patch_size", 0)
+        if not isinstance(patch, int) or not patch:
+            return {}
+        values = patch * patch * getattr(encoder, "num_channels", 3)
+        known = self.tokenizer.pictures.by_code
+        return {code: known[code].values // values for code in codes_of(ids) if code in known}
+
     def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """The model without its output layer: `last_hidden_state` [b, L, H] and, if requested, the cache."""
         given = {name: value for name, value in kwargs.items() if value is not None}

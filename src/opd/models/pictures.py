@@ -44,6 +44,7 @@ class Picture:
 
     digest: str  # SHA-256 of its tensors, hexadecimal
     tokens: int  # placeholders
+    values: int  # of its pixels, all crops together
     ids: tuple[int, ...]  # a prompt of this picture alone: codes, and what the processor writes around them
     image: Image
     where: str  # of the prompt that held it first, for messages
@@ -92,7 +93,8 @@ class Pictures:
         code = MARK | int(digest[:12], 16) << PLACES
         places = iter(range(code, code + tokens))
         ids = tuple(next(places) if i == self.placeholder else i for i in words)
-        made = Picture(digest=digest, tokens=tokens, ids=ids, image=image, where=where)
+        values = tensors["pixel_values"].numel()
+        made = Picture(digest=digest, tokens=tokens, values=values, ids=ids, image=image, where=where)
         if (other := self.by_code.setdefault(code, made)).digest != digest:
             raise DataError(
                 f"{where}: the images {image.name} and {other.image.name} ({other.where}) have the same first 48 bits "
@@ -179,6 +181,11 @@ def digest_of(tensors: Mapping[str, Tensor]) -> str:
 def is_code(token: int) -> bool:
     """Whether an id is a picture code."""
     return token >= MARK
+
+
+def codes_of(ids: Sequence[int]) -> set[int]:
+    """The codes of the pictures in some ids, each that of its first placeholder."""
+    return {int(i) & ~(MOST - 1) for i in ids if is_code(int(i))}
 
 
 def cut_before_picture(ids: Sequence[int], end: int) -> int:

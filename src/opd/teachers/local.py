@@ -77,7 +77,7 @@ class LocalTeacher(Teacher):
         scores: list[Scores | None] = [None] * len(rollouts)
         with self.at_work() as head, counting("responses scored", len(rollouts)) as count:
             device = self.lm.device
-            for indices in batches(prompt_ids, lengths, self.micro_batch_tokens, shares=self.lm.caches):
+            for indices in batches(self.lm, prompt_ids, lengths, self.micro_batch_tokens):
                 states = response_states(self.lm, [prompt_ids[i] for i in indices], [responses[i] for i in indices])
                 own = [lengths[i] for i in indices]
                 # The tokens of the whole batch at once: with few rows a product reads the output layer for little.

@@ -127,7 +127,7 @@ def phase_a(subject: Subject) -> tuple[list[Rollout], list[MicroBatch]]:
     phase = scored(
         method, subject.teacher, rollouts, subject.contexts(rollouts), request, device=subject.student.device
     )
-    return rollouts, split(phase.batch, phase.denominator, spec.micro_batch_tokens)
+    return rollouts, split(subject.student, phase.batch, phase.denominator, spec.micro_batch_tokens)
 
 
 @torch.no_grad()
