@@ -63,6 +63,7 @@ class Prompt:
     content: str | tuple[Message, ...]
     answer: Any = None
     response: str | None = None
+    turns: tuple[Message, ...] = ()  # of the data: a response of several turns, from and to the assistant's
     privileged_context: str | None = None
     teacher_id: str | None = None  # in a stage: the model that scores the responses
     task: str | None = None  # in a stage with tasks: the prompt's task
@@ -95,10 +96,7 @@ class Sampling:
 
 
 class ReservedStep(IntEnum):
-    """Step numbers in a seed (seed, step) for responses drawn outside of training.
-
-    Training never uses these steps, so these responses share no random numbers with it.
-    """
+    """Step numbers in a seed (seed, step) of responses outside of training, which shares no random number with them."""
 
     EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training only the weights differ
     VALIDATION = 2**31 - 2  # the same for all candidates of an update

@@ -86,6 +86,66 @@ def test_last_assistant_refuses_second_response():
         read([{"prompt": [USER]}], last_assistant="keep")
 
 
+# --- all of the assistant's turns ------------------------------------------------------------------------------------
+
+CALLS = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
+}
+SAYS = {"role": "tool", "content": "4"}
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_all_assistant_turns_become_response(tmp_path, ending):
+    rows = [{"messages": [USER, CALLS, SAYS, ANSWER]}, {"messages": [USER, ANSWER]}]
+    prompts, notes = loaded(tmp_path / f"rows{ending}", rows, columns={"prompt": "messages"}, assistant_turns="all")
+    assert [p.content for p in prompts] == [(USER,), (USER,)]
+    assert [p.response for p in prompts] == ["4", "4"]
+    assert [[turn["role"] for turn in p.turns] for p in prompts] == [["assistant", "tool", "assistant"], []]
+    assert prompts[0].turns[0]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 2}}
+    assert any("2 of 2 rows are conversations of which all turns" in note for note in notes)
+
+
+def test_completion_of_several_messages_and_texts_in_turn():
+    ([chat, text], _) = read(
+        [
+            {"prompt": [USER], "completion": [CALLS, SAYS, ANSWER]},
+            {"prompt": "?", "response": ["b;", "<", "a;"]},
+        ],
+        assistant_turns="all",
+    )
+    assert [turn["role"] for turn in chat.turns] == ["assistant", "tool", "assistant"]
+    assert (chat.response, text.response) == ("4", "a;")
+    assert [(turn["role"], turn["content"]) for turn in text.turns] == [
+        ("assistant", "b;"),
+        ("user", "<"),
+        ("assistant", "a;"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "message"),
+    [
+        ({"prompt": [USER, ANSWER, USER]}, {}, "roles assistant, user. They begin and end with the assistant's"),
+        ({"prompt": [USER, CALLS]}, {}, "ends with a turn of the assistant that calls a tool or has no text"),
+        ({"prompt": [ANSWER, USER, ANSWER]}, {}, "begins with the assistant, so there is no prompt"),
+        ({"prompt": [USER, ANSWER], "response": "5"}, {}, "has the response '5' too"),
+        ({"prompt": "?", "response": ["a"]}, {"chat": True}, "is a list of texts, and the prompt is a conversation"),
+        ({"prompt": "?", "response": ["a", "<"]}, {}, "roles assistant, user"),
+        ({"prompt": [USER], "completion": [SAYS, ANSWER]}, {}, "roles tool, assistant"),
+    ],
+)
+def test_turns_without_place_are_refused(row: dict[str, Any], fields: dict[str, Any], message: str):
+    with pytest.raises(DataError, match=message):
+        read([row], assistant_turns="all", **fields)
+
+
+def test_all_turns_and_last_turn_contradict():
+    with pytest.raises(ConfigError, match=r"`assistant_turns: all`.*`last_assistant: drop` takes the last one away"):
+        read([{"prompt": [USER, ANSWER]}], assistant_turns="all", last_assistant="drop")
+
+
 @pytest.mark.parametrize("choice", ["response", "continue"])
 def test_last_assistant_leaves_out_tool_call_and_empty_turn(choice):
     call = {"role": "assistant", "content": "I add", "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}

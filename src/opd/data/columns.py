@@ -14,7 +14,7 @@ from opd.errors import DataError, nearest
 from opd.files import is_unicode
 from opd.messages import conversation, text_of, text_or_none
 from opd.recipe.schema import DataSection
-from opd.types import Prompt
+from opd.types import Message, Prompt
 
 TEXTS = ("response", "privileged_context", "teacher_id")
 
@@ -63,7 +63,6 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
             f"{', '.join(map(str, row))}. Name the one that holds the prompt: `columns: {{prompt: {guess}}}`."
         )
     value, said = _question(row, source)
-    texts = {name: text_or_none(row.get(source[name]), f"{where}: `{source[name]}`") for name in TEXTS}
     system = text_or_none(row.get(source["system"]), f"{where}: `{source['system']}`") if "system" in source else None
     content = conversation(
         value,
@@ -71,6 +70,13 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
         chat=section.chat or "system" in source,
         system=system or section.system,
     )
+    turns = turns_of(row, source["response"], content, where) if section.assistant_turns == "all" else ()
+    texts = {
+        name: None
+        if name == "response" and turns
+        else text_or_none(row.get(source[name]), f"{where}: `{source[name]}`")
+        for name in TEXTS
+    }
     unread = [name for name in SYSTEM_LIKE if name not in source.values() and _is_text(row.get(name))]
     said += [f"have a column `{n}` that is not in the prompt: `columns: {{system: {n}}}` puts it there" for n in unread]
     if source["prompt"] in ASKS_ABOUT and "context" not in source.values() and _is_text(row.get("context")):
@@ -79,7 +85,7 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
     said += [f"have `{one}`, which only a chat template shows, and a prompt of text: set `chat: true`" for one in idle]
     for_template, dropped = ({}, False) if isinstance(content, str) else _for_template(row, source, where)
     said += [NULLS] if dropped else []
-    said += _left_of_completion(row.get(source["response"]))
+    said += [] if turns else _left_of_completion(row.get(source["response"]))
     pictured = source.get("images", image_column(row))
     kept = {column for column in source.values() if column not in idle} | ({pictured} if pictured else set())
     folder = folder_of(section.path)
@@ -88,6 +94,7 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
         content=content,
         answer=row.get(source["answer"]),
         response=texts["response"],
+        turns=turns,
         privileged_context=texts["privileged_context"],
         teacher_id=texts["teacher_id"],
         metadata={str(key): one for key, one in row.items() if key not in kept},
@@ -108,7 +115,7 @@ def check_unicode(prompt: Prompt, where: str) -> None:
 
     JSON may hold one, such as the first half of a cut emoji. Tokenizers and UTF-8 files do not.
     """
-    texts = (prompt.content, prompt.answer, prompt.response, prompt.privileged_context, prompt.prefill)
+    texts = (prompt.content, prompt.turns, prompt.answer, prompt.response, prompt.privileged_context, prompt.prefill)
     bad = next((text for value in (*texts, *prompt.tools) for text in _texts_of(value) if not is_unicode(text)), None)
     if bad is not None:
         raise DataError(
@@ -149,10 +156,12 @@ def source_of(row: Mapping[str, Any], section: DataSection) -> dict[str, str]:
 
 
 def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Prompt, list[str]]:
-    """The prompt without the assistant's turn at its end, which goes where `last_assistant` says.
+    """The prompt without the assistant's turn at its end, which goes where `last_assistant` says; or without all turns.
 
-    Raises DataError for a conversation of this turn alone, and for a second response.
+    Raises DataError for a conversation of this turn alone, for a second response, and as `with_turns`.
     """
+    if section.assistant_turns == "all":
+        return with_turns(prompt, where)
     if isinstance(prompt.content, str) or not prompt.content or prompt.content[-1]["role"] != "assistant":
         return prompt, []
     *rest, last = prompt.content
@@ -180,6 +189,65 @@ def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Pr
     return replace(prompt, response=text), [f"{ends}, {became} of the answer)", *also]
 
 
+def turns_of(
+    row: Mapping[str, Any], column: str, content: str | tuple[Message, ...], where: str
+) -> tuple[Message, ...]:
+    """A response of several turns: messages, or texts of which every second is the assistant's, from the first on.
+
+    Empty for a response that is a text. Raises DataError, beginning with `where`.
+    """
+    value: Any = row.get(column)
+    if not isinstance(value, (list, tuple)) or not value:
+        return ()
+    if not all(isinstance(one, str) for one in value):
+        found = conversation(without_nulls_of(value, row), f"{where}: `{column}`")
+        assert not isinstance(found, str)
+        return found
+    if not isinstance(content, str):
+        raise DataError(
+            f"{where}: `{column}` is a list of texts, and the prompt is a conversation. Give a list of messages."
+        )
+    return tuple({"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(value))
+
+
+def with_turns(prompt: Prompt, where: str) -> tuple[Prompt, list[str]]:
+    """The prompt up to the assistant's first turn; all from there on are put before the `turns` of its response.
+
+    Raises DataError for a conversation that does not end with the assistant's turn, and for one without a prompt.
+    """
+    content, turns = prompt.content, prompt.turns
+    if not isinstance(content, str):
+        roles = [message["role"] for message in content]
+        first = roles.index("assistant") if "assistant" in roles else len(roles)
+        if first < len(roles) and prompt.response and not turns:
+            raise DataError(
+                f"{where}: the conversation has turns of the assistant, and the row has the response "
+                f"{prompt.response!r:.40} too. Put it at the end of the conversation, or set `assistant_turns: last`."
+            )
+        content, turns = content[:first], (*content[first:], *turns)
+        if not content:
+            raise DataError(
+                f"{where}: the conversation begins with the assistant, so there is no prompt. Leave it out."
+            )
+    if not turns:
+        return prompt, []
+    if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where}: the turns from the assistant's first on have the roles "
+            f"{', '.join(message['role'] for message in turns)}. They begin and end with the assistant's: leave out "
+            "what follows the last one."
+        )
+    last = text_of(turns[-1]["content"])
+    if not last or turns[-1].get("tool_calls"):
+        raise DataError(
+            f"{where}: the conversation ends with a turn of the assistant that calls a tool or has no text. Add the "
+            "tool's answer and the assistant's, or leave the row out."
+        )
+    several = () if len(turns) == 1 else turns
+    what = "are conversations of which all turns of the assistant are the response (`assistant_turns: all`)"
+    return replace(prompt, content=content, response=last, turns=several), [what]
+
+
 NULLS = (
     "lose nulls in tool calls or tools: Arrow gives each object the keys of all. Write a null of your own into "
     "arguments that are JSON text"
@@ -199,15 +267,18 @@ def _question(row: Mapping[str, Any], source: Mapping[str, str]) -> tuple[Any, l
     said = (
         [SHAREGPT] if any(isinstance(one, Mapping) and "from" in one and "role" not in one for one in messages) else []
     )
-    if not isinstance(row, ArrowRow):
-        return messages, said
-    bare = [
+    bare = without_nulls_of(messages, row)
+    return bare, [*said, *([NULLS] if bare != messages else [])]
+
+
+def without_nulls_of(messages: Sequence[Any], row: Mapping[str, Any]) -> list[Any]:
+    """The messages without the nulls that Arrow gives their tool calls, if the row is Arrow's."""
+    return [
         {**one, "tool_calls": without_nulls(one["tool_calls"])}
-        if isinstance(one, Mapping) and one.get("tool_calls")
+        if isinstance(row, ArrowRow) and isinstance(one, Mapping) and one.get("tool_calls")
         else one
         for one in messages
     ]
-    return bare, [*said, *([NULLS] if bare != messages else [])]
 
 
 SHAREGPT = "have ShareGPT's messages, whose `from` and `value` are read as `role` and `content`"

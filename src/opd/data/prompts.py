@@ -159,6 +159,11 @@ def check_data(section: DataSection) -> None:
                 f"{nearest(name, COLUMNS)} Known: {', '.join(COLUMNS)}. "
                 "Other columns go to the metadata under their own name."
             )
+    if section.assistant_turns == "all" and section.last_assistant != "response":
+        raise ConfigError(
+            f"`assistant_turns: all` makes every turn of the assistant the response, and `last_assistant: "
+            f"{section.last_assistant}` takes the last one away. Remove one of them."
+        )
     if section.template is not None:
         fields_of("The `template` of a data section", section.template, ("prompt",), needed="prompt")
     if section.select is not None:

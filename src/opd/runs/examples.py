@@ -10,7 +10,8 @@ from opd.errors import OPDError
 from opd.method import Method
 from opd.models.endings import Endings
 from opd.models.language_model import LanguageModel
-from opd.models.render import encode_response, render
+from opd.models.references import reference_of
+from opd.models.render import render
 from opd.models.shown import end_texts, text_of_ids
 from opd.pieces.needs import Input, Trait, needs_of
 from opd.recipe.schema import StageSpec, TaskSection
@@ -81,8 +82,9 @@ def _training_lines(
     if student is not None:
         yield f"the student reads {shown(student.read(prompt), student)}"
         if "response" in needs_of(method.source).columns and prompt.response:
-            ids = encode_response(prompt.response, prompt, student.tokenizer, student.endings)
-            yield f"a response of the data is {shown(ids, student)}"
+            found = reference_of(prompt, student.tokenizer, student.endings, student.options)
+            own = f", of which {sum(found.own)} are the assistant's and trained" if prompt.turns else ""
+            yield f"a response of the data is {shown(found.ids, student)}{own}"
     for teacher in teachers_in(_teacher_of(spec, part, method)):
         yield from _teacher_lines(teacher, spec, method, prompt, readers, "")
 

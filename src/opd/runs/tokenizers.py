@@ -174,7 +174,7 @@ def check_responses(
 ) -> None:
     """Refuse responses of the data with tokens that the student or a teacher lacks. Raises DataError."""
     from opd.models.endings import endings_of
-    from opd.models.render import encode_response
+    from opd.models.references import reference_of
     from opd.models.vocabularies import check_same_tokens
 
     student = tokenizers.get(spec.train)
@@ -185,8 +185,9 @@ def check_responses(
     sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
     size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
     if absent_tokens(spec.train, student, size):
-        endings = endings_of(student, origin_of(recipe, spec.train).template_options, below=size)
-        responses = [encode_response(p.response, p, student, endings) for p in prompts if p.response]
+        options = origin_of(recipe, spec.train).template_options
+        endings = endings_of(student, options, below=size)
+        responses = [reference_of(p, student, endings, options).ids for p in prompts if p.response]
         check_ids(spec.train, student, responses, size, "response")
 
 

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from opd.models.language_model import LanguageModel
+from opd.models.references import Reference, reference_of
 from opd.models.render import encode_response, render_checked
 from opd.models.vocabularies import same_ids
 from opd.pieces.sources import in_order
 from opd.samplers.hf import TransformersSampler
-from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Writer
+from opd.types import NOTHING_MORE, Context, EarlyStop, Prompt, Record, Rollout, Sampler, Sampling, Talk, Writer
 
 
 @dataclass(slots=True, kw_only=True)
@@ -50,7 +51,7 @@ class TeacherWriter(Writer):
 
 @dataclass(slots=True, kw_only=True)
 class ReferenceWriter(Writer):
-    """The data's `response` column, ended as the student's responses end (`models.endings`)."""
+    """The data's responses, ended as the student's end; of several turns the assistant's are trained."""
 
     student: LanguageModel
     max_prompt_length: int | None = None
@@ -62,15 +63,12 @@ class ReferenceWriter(Writer):
             max_prompt_length=self.max_prompt_length,
             template_options=self.student.template_options,
         )
-        texts = [prompt.response or "" for prompt in prompts]
-        tokenizer, endings = self.student.tokenizer, self.student.endings
-        responses = [
-            encode_response(text, prompt, tokenizer, endings) for prompt, text in zip(prompts, texts, strict=True)
-        ]
-        self.student.check_ids(read, responses)
+        tokenizer, endings, options = self.student.tokenizer, self.student.endings, self.student.template_options
+        responses = [reference_of(prompt, tokenizer, endings, options) for prompt in prompts]
+        self.student.check_ids(read, [response.ids for response in responses])
         return [
-            _rollout(prompt, ids, response, finished=True, text=text)
-            for prompt, ids, response, text in zip(prompts, read, responses, texts, strict=True)
+            _of_reference(_rollout(prompt, ids, response.ids, finished=True, text=response.text), response)
+            for prompt, ids, response in zip(prompts, read, responses, strict=True)
         ]
 
 
@@ -147,6 +145,15 @@ def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished:
         finished=finished,
         text=text,
     )
+
+
+def _of_reference(rollout: Rollout, response: Reference) -> Rollout:
+    """The rollout with the turns of a response that has several."""
+    if not rollout.prompt.turns:
+        return rollout
+    own = torch.tensor(response.own)
+    talk = Talk(heard=~own, last_text=rollout.prompt.response or "")
+    return replace(rollout, trained=own, turn=torch.tensor(response.turn), talk=talk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

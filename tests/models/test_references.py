@@ -1,0 +1,132 @@
+"""Responses of the data: their ids, and of conversations which tokens are the assistant's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.chat_templates import CHATML, HARMONY, LLAMA, MISTRAL, SPECIAL, THINKING, TOOLS, templated
+from support.models import byte_tokenizer, tiny
+
+from opd.environments.between import Transcript
+from opd.environments.formats import parsed
+from opd.errors import DataError
+from opd.models.endings import Endings
+from opd.models.references import Reference, reference_of
+from opd.models.render import chat_text, encode_response, render
+from opd.samplers.writers import ReferenceWriter
+from opd.types import Message, Prompt
+
+USER: Message = {"role": "user", "content": "What is 1?"}
+CALL: Message = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "000000000", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}],
+}
+SAYS: Message = {"role": "tool", "content": "7", "tool_call_id": "000000000", "name": "f"}
+LAST: Message = {"role": "assistant", "content": "It is 7."}
+# template, format, the turn with a call as the template writes it, the last turn, the token that ends a turn
+FAMILIES = [
+    (CHATML, "hermes", '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>', "It is 7.", "<|im_end|>"),
+    (LLAMA, "llama3", '{"name": "f", "parameters": {"x": 1}}', "It is 7.", "<|eot_id|>"),
+    (MISTRAL, "mistral", '[TOOL_CALLS]{"name": "f", "arguments": {"x": 1}}', "It is 7.", "</s>"),
+]
+
+
+def endings_with(tokenizer: Any, end: str) -> Endings:
+    turn = tokenizer.convert_tokens_to_ids(end)
+    return Endings(stops=frozenset({turn, tokenizer.eos_token_id}), text=tokenizer.eos_token_id, turn=turn)
+
+
+def trace(*turns: Message, tools: Any = TOOLS) -> Prompt:
+    return Prompt(id=0, content=(USER,), turns=turns, response=str(turns[-1]["content"]), tools=tuple(tools))
+
+
+def own_text(found: Reference, tokenizer: Any, *, own: bool) -> str:
+    return tokenizer.decode([i for i, mine in zip(found.ids, found.own, strict=True) if mine == own])
+
+
+@pytest.mark.parametrize(("template", "how", "called", "said", "end"), FAMILIES)
+def test_turns_are_those_of_a_led_conversation(template: str, how: str, called: str, said: str, end: str):
+    """A student that writes these words to an environment with this answer has the same ids."""
+    tokenizer = templated(template)
+    prompt, endings = trace(CALL, SAYS, LAST), endings_with(tokenizer, end)
+    found = reference_of(prompt, tokenizer, endings)
+    led = Transcript(prompt=prompt, tokenizer=tokenizer, template_options={}, stop_ids=endings.stops)
+    words = tokenizer(called + end, add_special_tokens=False).input_ids
+    parts = parsed(called, how, tokenizer, TOOLS)
+    between = led.after(words, called, parts.content, parts.calls, ["7"], "tool")
+    last = tokenizer(said + end, add_special_tokens=False).input_ids
+    assert found.ids == [*words, *between.ids, *last]
+    assert found.own == [True] * len(words) + [False] * len(between.ids) + [True] * len(last)
+    assert found.turn == [0] * len(words) + [1] * (len(between.ids) + len(last))
+    whole = chat_text(replace(prompt, content=(USER, CALL, SAYS, LAST)), tokenizer, goes_on=False)
+    assert tokenizer.decode([*render(prompt, tokenizer), *found.ids]) == whole.rstrip()
+
+
+def test_words_of_harmony_are_the_assistants():
+    tokenizer = templated(HARMONY)
+    found = reference_of(trace(CALL, SAYS, LAST), tokenizer, endings_with(tokenizer, "<|call|>"))
+    assert own_text(found, tokenizer, own=False).startswith("<|start|>functions.f to=assistant<|message|>7")
+    assert "<|message|>It is 7." in own_text(found, tokenizer, own=True)
+
+
+def test_messages_of_a_user_between_turns_are_not_trained():
+    tokenizer = templated(CHATML)
+    sure: Message = {"role": "user", "content": "Sure?"}
+    found = reference_of(trace(LAST, sure, LAST, tools=()), tokenizer, endings_with(tokenizer, "<|im_end|>"))
+    assert own_text(found, tokenizer, own=True) == "It is 7.<|im_end|>" * 2
+    assert own_text(found, tokenizer, own=False) == "\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_template_that_rewrites_an_earlier_turn_is_refused():
+    tokenizer = templated(THINKING)
+    thinks: Message = {"role": "assistant", "content": "<think>hm</think>4"}
+    sure: Message = {"role": "user", "content": "Sure?"}
+    with pytest.raises(
+        DataError, match=r"Prompt 0: the chat template writes an earlier turn otherwise .*assistant_turns: last"
+    ):
+        reference_of(trace(thinks, sure, LAST, tools=()), tokenizer, endings_with(tokenizer, "<|im_end|>"))
+
+
+def test_one_turn_equals_a_response():
+    tokenizer = templated(CHATML)
+    endings = endings_with(tokenizer, "<|im_end|>")
+    one = Prompt(id=0, content=(USER,), response="It is 7.")
+    found = reference_of(one, tokenizer, endings)
+    assert found.ids == encode_response("It is 7.", one, tokenizer, endings)
+    assert found.own == [True] * len(found.ids)
+    assert reference_of(replace(one, turns=(LAST,)), tokenizer, endings).ids == found.ids
+
+
+def test_texts_in_turn_need_no_template():
+    tokenizer = byte_tokenizer()
+    turns = tuple(
+        {"role": role, "content": text} for role, text in (("assistant", "b;"), ("user", "<"), ("assistant", "a;"))
+    )
+    prompt = Prompt(id=0, content="?", turns=turns, response="a;")
+    eos = tokenizer.eos_token_id
+    found = reference_of(prompt, tokenizer, Endings(stops=frozenset({eos}), text=eos, turn=eos))
+    assert tokenizer.decode(found.ids) == "b;<a;<eos>"
+    assert found.own == [True, True, False, True, True, True]
+    assert found.turn == [0, 0, 1, 1, 1, 1]
+
+
+def test_writer_trains_the_assistants_tokens_alone():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    lm = tiny(tokenizer=tokenizer, seed=1)
+    turns = tuple(
+        {"role": role, "content": text} for role, text in (("assistant", "b"), ("user", "<"), ("assistant", "a"))
+    )
+    prompts = [Prompt(id=0, content="?", turns=turns, response="a"), Prompt(id=1, content="?", response="c")]
+    several, one = ReferenceWriter(student=lm)(prompts, seed=(0, 0))
+    assert several.talk is not None
+    assert several.trained.tolist() == (~several.talk.heard).tolist() == [True, False, True, True]
+    assert several.turn.tolist() == [0, 1, 1, 1]
+    assert (several.last_text, several.text) == ("a", "b<a")
+    assert one.talk is None
+    assert bool(one.trained.all())
+    assert torch.equal(one.turn, torch.zeros(2, dtype=torch.long))
