@@ -253,6 +253,8 @@ ROWS = (
     Row("train_max_samples", "data.limit", "", "verl"),
     Row("prompt_key", "data.columns", ": {prompt: COLUMN}", "verl"),
     Row("dataset_text_field", "data.columns", ": {prompt: COLUMN}", "trl"),
+    Row("assistant_only_loss", "data.assistant_turns", ": all", "trl"),
+    Row("roles_to_train", "data.assistant_turns", ": all trains the assistant's turns", "axolotl"),
     Row("default_system_message", "data.system", "", "axolotl"),
     Row("packing", None, _PACKED, "trl swift"),
     Row("sample_packing", None, _PACKED, "axolotl"),
