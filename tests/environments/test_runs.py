@@ -71,12 +71,12 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, forks: Forks) -> dic
 @pytest.mark.parametrize(
     ("name", "strike"),
     [
-        ("grpo", Strike(call="opd.environments.conversations.acted", nth=5)),
-        ("grpo", Strike(call="opd.environments.conversations.acted", nth=45, when="after")),
+        ("grpo", Strike(call="opd.environments.workers.acted", nth=5)),
+        ("grpo", Strike(call="opd.environments.workers.acted", nth=45, when="after")),
         ("grpo", Strike(call="opd.stage.exams.KeptResponses.write", nth=1, when="after")),
-        ("grpo", Strike(call="opd.environments.conversations.acted", nth=70)),
-        ("opd", Strike(call="opd.environments.conversations.acted", nth=33)),
-        ("prune_opd", Strike(call="opd.environments.conversations.acted", nth=30)),
+        ("grpo", Strike(call="opd.environments.workers.acted", nth=70)),
+        ("opd", Strike(call="opd.environments.workers.acted", nth=33)),
+        ("prune_opd", Strike(call="opd.environments.workers.acted", nth=30)),
     ],
 )
 def test_killed_in_a_conversation_and_resumed_is_equal(

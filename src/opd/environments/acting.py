@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,44 +27,71 @@ class Limits:
     error: str = "error: {why}"  # what the student reads for an action that failed
 
 
-class _Printed(io.TextIOBase):
-    """Counts what is written, and keeps nothing."""
+class Printed(io.TextIOBase):
+    """Takes what a block prints, and keeps nothing: the number of characters by thread alone."""
 
     def __init__(self) -> None:
-        self.characters = 0
+        self.own = threading.local()
+        self.redirected = contextlib.ExitStack()
+
+    def __enter__(self) -> Printed:
+        self.redirected.enter_context(contextlib.redirect_stdout(self))
+        self.redirected.enter_context(contextlib.redirect_stderr(self))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.redirected.close()
 
     def write(self, text: str, /) -> int:
-        self.characters += len(text)
+        self.own.characters = self.characters + len(text)
         return len(text)
 
+    @property
+    def characters(self) -> int:
+        """Printed so far by this thread."""
+        return getattr(self.own, "characters", 0)
 
-def acted(environment: Environment, state: Any, turn: Turn, limits: Limits) -> Observation:
+
+def acted(
+    environment: Environment, state: Any, turn: Turn, limits: Limits, printed: Printed | None = None
+) -> Observation:
     """The environment's answer, whatever it does: an action that fails becomes an observation, and is counted.
 
-    Counts: `errors` (it raised, or returned no `Observation`), `timeouts`, `printed`.
+    `printed` takes what is printed already, for all threads. Counts: `errors` (it raised, or returned no
+    `Observation`), `timeouts`, `printed`.
     """
-    printed = _Printed()
+    block = Printed() if printed is None else contextlib.nullcontext(printed)
+    with block as taken:
+        before = taken.characters
+        found = _acted(environment, state, turn, limits)
+        return replace(found, counts={**found.counts, "printed": float(taken.characters > before)})
+
+
+def _acted(environment: Environment, state: Any, turn: Turn, limits: Limits) -> Observation:
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            found = called(lambda: environment.act(state, turn), limits.timeout_s)
+        found = called(lambda: environment.act(state, turn), limits.timeout_s)
         why, kind = _wrong(found), "errors"
     except TooLongError as error:
         found, why, kind = None, str(error), "timeouts"
     except RAISED as error:  # an environment may raise anything, and exit
         found, why, kind = None, f"{type(error).__name__}: {error}", "errors"
     if why is not None:
-        text = limits.error.replace("{why}", why)
-        each = (text,) * len(turn.calls)
-        found = Observation(text=text, texts=each, role="tool" if turn.calls else "user", counts={kind: 1})
+        return failed(turn, why, kind, limits)
     assert found is not None
-    return replace(found, counts={**found.counts, "printed": float(printed.characters > 0)})
+    return found
+
+
+def failed(turn: Turn, why: str, kind: str, limits: Limits) -> Observation:
+    """The observation of an action that failed, counted as `kind`."""
+    text = limits.error.replace("{why}", why)
+    each = (text,) * len(turn.calls)
+    return Observation(text=text, texts=each, role="tool" if turn.calls else "user", counts={kind: 1})
 
 
 def begun(environment: Environment, prompt: Prompt, seed: Any) -> Any:
     """The beginning of a conversation. Raises DataError if the environment cannot begin it."""
-    printed = _Printed()
     try:
-        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+        with Printed():
             return called(lambda: environment.begin(prompt, seed=seed), None)
     except RAISED as error:
         raise DataError(
@@ -75,7 +103,7 @@ def begun(environment: Environment, prompt: Prompt, seed: Any) -> Any:
 def ended(environment: Environment, state: Any, limits: Limits) -> bool:
     """End a conversation. Whether that failed: the conversation is over all the same, and no run ends by it."""
     try:
-        with contextlib.redirect_stdout(_Printed()), contextlib.redirect_stderr(_Printed()):
+        with Printed():
             called(lambda: environment.end(state), limits.timeout_s)
     except RAISED:  # TooLongError is one
         return True

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from opd.environments.acting import Limits, acted, begun, cleaner_of, ended
+from opd.environments.acting import Limits, begun, cleaner_of, ended
 from opd.environments.between import Transcript
 from opd.environments.formats import Parsed, format_of, parsed
 from opd.environments.protocol import Begun, Environment, Observation, TakesTurns, Turn
+from opd.environments.workers import Workers
 from opd.errors import ConfigError
 from opd.messages import text_after
 from opd.models.language_model import LanguageModel
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 # The counts that every conversation has: how it went, and how it ended if not by the environment.
 COUNTS = (
     *("turns", "tool_calls", "tool_errors", "errors", "timeouts", "cut", "cleaned", "printed"),
-    *("turn_limit", "token_limit", "stopped", "refused", "rewritten"),
+    *("turn_limit", "token_limit", "stopped", "refused", "rewritten", "hung"),
 )
 
 
@@ -47,6 +48,7 @@ class Rules:
     max_turn_length: int | None = None  # tokens of a turn
     keeps_rewritten: bool = False  # go on where the template writes an earlier turn otherwise now
     limits: Limits = Limits()
+    workers: int = 1  # actions at once
 
 
 @dataclass(slots=True, kw_only=True)
@@ -107,11 +109,14 @@ class ConversationSampler(Sampler):
     max_prompt_length: int | None = None
     clean: Callable[[str], tuple[str, dict[str, float]]] = field(init=False)
     channels: bool = field(init=False)  # the model writes in harmony's channels, of which one is the answer
+    workers: Workers = field(init=False)
 
     def __post_init__(self) -> None:
         tokenizer = self.lm.tokenizer
         self.clean = cleaner_of(tokenizer, self.rules.limits.characters)
         self.channels = bool(tokenizer.chat_template) and "<|channel|>" in tokenizer.get_chat_template()
+        rules = self.rules
+        self.workers = Workers(environment=rules.environment, limits=rules.limits, workers=rules.workers)
 
     @property
     def temperature(self) -> float:
@@ -152,9 +157,7 @@ class ConversationSampler(Sampler):
                     record=record,
                     stop=None if stop is None else self._within(stop, live, turn, record),
                 )
-                for row, new in zip(live, written, strict=True):
-                    row.says(new, turn)
-                    self._answer(row, new, turn)
+                self._answer_all(live, written, turn)
                 live, turn = [row for row in live if not row.over], turn + 1
         finally:
             for row in rows:
@@ -188,27 +191,34 @@ class ConversationSampler(Sampler):
         left = self.sampling.max_completion_length - (len(row.ids) - before)
         return left if self.rules.max_turn_length is None else min(left, self.rules.max_turn_length)
 
-    def _answer(self, row: _Row, new: Rollout, turn: int) -> None:
-        """What the environment does after a turn of the student."""
-        row.rewards.append(None)
-        if not new.finished:  # a call or an answer that is cut is not acted on
-            length = len(new.response_ids)
-            cut = length == self._left(row, before=length)
-            row.ends("token_limit" if cut else "stopped")
-            return
-        said = self._parsed(row, new)
-        last = turn + 1 >= self.rules.max_turns
-        if self.channels and not row.transcript.is_text:
-            row.last_text = said.content
-        words = Turn(text=row.last_text, calls=said.calls, unreadable=said.unreadable, last=last)
-        observation = acted(self.rules.environment, row.state, words, self.rules.limits)
-        row.counts["tool_calls"] += len(said.calls)
-        row.counts.update(dict(observation.counts))
-        row.rewards[-1] = observation.reward
-        if observation.done or last:
-            row.ends(None if observation.done else "turn_limit")
-            return
-        self._hear(row, new, said, observation, turn + 1)
+    def _answer_all(self, live: Sequence[_Row], written: Sequence[Rollout], turn: int) -> None:
+        """What the environment does after a turn of the student, in all conversations."""
+        last, answered = turn + 1 >= self.rules.max_turns, list[tuple[_Row, Rollout, Parsed]]()
+        for row, new in zip(live, written, strict=True):
+            row.says(new, turn)
+            row.rewards.append(None)
+            if not new.finished:  # a call or an answer that is cut is not acted on
+                length = len(new.response_ids)
+                row.ends("token_limit" if length == self._left(row, before=length) else "stopped")
+                continue
+            said = self._parsed(row, new)
+            if self.channels and not row.transcript.is_text:
+                row.last_text = said.content
+            answered.append((row, new, said))
+        actions = [
+            (row.state, Turn(text=row.last_text, calls=said.calls, unreadable=said.unreadable, last=last))
+            for row, _, said in answered
+        ]
+        for (row, new, said), (observation, hangs) in zip(answered, self.workers(actions), strict=True):
+            row.counts["tool_calls"] += len(said.calls)
+            row.counts.update(dict(observation.counts))
+            row.rewards[-1] = observation.reward
+            if hangs:  # its state may still change
+                row.ends("hung")
+            elif observation.done or last:
+                row.ends(None if observation.done else "turn_limit")
+            else:
+                self._hear(row, new, said, observation, turn + 1)
 
     def _hear(self, row: _Row, new: Rollout, said: Parsed, observation: Observation, turn: int) -> None:
         """Add an observation to a conversation, or end it where that is not possible."""

@@ -40,5 +40,6 @@ def rules_of(section: EnvironmentSection, where: str) -> Rules:
         max_turns=section.max_turns,
         max_turn_length=section.max_turn_length,
         keeps_rewritten=section.rewritten == "keep",
+        workers=section.workers,
         limits=Limits(timeout_s=section.timeout_s, characters=section.max_characters, error=section.error),
     )

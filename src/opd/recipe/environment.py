@@ -21,6 +21,8 @@ class EnvironmentSection(Section):
     max_turns: Int = Field(default=8, ge=1)  # of the student
     max_turn_length: Int | None = Field(default=None, ge=1)  # tokens of a turn; default: what is left of the response
     timeout_s: Float = Field(default=10.0, gt=0)  # seconds per action; one that takes longer is an error, and counted
+    # Actions at once, in threads, for tools that wait for a process or a server. Your own code has to allow it.
+    workers: Int = Field(default=1, ge=1, le=256)
     max_characters: Int = Field(default=2000, ge=1)  # of an observation; a longer one is cut
     error: str = "error: {why}"  # what the student reads for an action that failed
     # Where the chat template writes an earlier turn otherwise later (drops its thinking): refuse, or keep its tokens.

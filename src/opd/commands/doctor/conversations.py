@@ -25,7 +25,7 @@ def environment(subject: Subject) -> Finding:
     counts = {name.removeprefix("environment/"): number for name, number in talked(rows).items()}
     numbers = {"conversations": len(rows), **{name: number / len(rows) for name, number in counts.items()}}
     calls, failed = counts["tool_calls"], counts["tool_errors"]
-    ends = ("done", "turn_limit", "token_limit", "stopped", "refused", "rewritten")
+    ends = ("done", "turn_limit", "token_limit", "stopped", "refused", "rewritten", "hung")
     says = (
         f"{len(rows)} conversations with {subject.environment}: {numbers['turns']:.1f} turns, "
         f"{numbers['own_tokens']:.0f} tokens of the student and {numbers['heard_tokens']:.0f} of the environment. "
