@@ -348,7 +348,7 @@ def test_adding_a_method_page_lists_every_need():
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OTHER_WORDS = {  # before a dot on a page: keys of a recipe, records, other packages' objects
     *("data", "diagnostics", "evaluate", "models", "options", "sampling", "teacher_sampling"),
-    *("optimizer", "checkpoint", "engine", "reward", "prompt"),
+    *("optimizer", "checkpoint", "engine", "environment", "reward", "prompt"),
     *("batch", "method", "tokens", "model", "torch", "datasets", "os"),
 }
 
