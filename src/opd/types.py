@@ -95,10 +95,7 @@ class Sampling:
 
 
 class ReservedStep(IntEnum):
-    """Step numbers in a seed (seed, step) for responses drawn outside of training.
-
-    Training never uses these steps, so these responses share no random numbers with it.
-    """
+    """Steps in a seed (seed, step) of responses outside of training: they share no random numbers with it."""
 
     EVALUATION = 2**31 - 1  # the same at every evaluation: before and after training only the weights differ
     VALIDATION = 2**31 - 2  # the same for all candidates of an update
@@ -169,6 +166,7 @@ class Talk:
     heard: Tensor  # [T] bool: tokens of the environment, which the student reads and is never trained on
     last_text: str
     turn_rewards: tuple[float | None, ...] = ()  # by turn of the student; None: the environment gave none
+    turn_errors: tuple[int, ...] = ()  # by turn of the student: its calls and actions that failed
     counts: Mapping[str, float] = field(default_factory=dict[str, float])  # metrics environment/...
 
 
