@@ -77,6 +77,13 @@ def tasks(folder) -> Path:
     return write_report(run, folder / "tasks.html").path
 
 
+@pytest.fixture(scope="module")
+def pictures(folder) -> Path:
+    return write_report(
+        write(folder / "pictures", pictures=(32, 24), prompts=4, steps=5), folder / "pictures.html"
+    ).path
+
+
 def test_page_asks_for_nothing_and_says_nothing(browser, page, tasks, two_tokenizers, hostile):
     for file in (page, tasks, two_tokenizers, hostile):
         with browser.open(file) as found:
@@ -93,11 +100,11 @@ def test_page_is_as_wide_as_the_window(browser, page, tasks, hostile, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(browser, page, two_tokenizers, tasks, scheme):
+def test_axe_finds_nothing(browser, page, two_tokenizers, tasks, pictures, scheme):
     source = axe()
     if source is None:
         pytest.skip("no axe-core: name its axe.min.js, of npm's package axe-core, in AXE")
-    for file in (page, two_tokenizers, tasks):
+    for file in (page, two_tokenizers, tasks, pictures):
         with browser.open(file, scheme=scheme) as found:
             session = found.page.context.new_cdp_session(found.page)
             session.send("Runtime.evaluate", {"expression": source})
@@ -365,23 +372,28 @@ def test_conversation_says_its_turns_errors_and_end(browser, two_tokenizers):
         about = found.page.locator(".response .about").all_inner_texts()
         assert all(re.search(r"\d turns?, (\d+ tokens? of the environment, )?1 error", text) for text in about)
         cut = [text for text in about if "ended by the limit of turns" in text]
-        assert len(cut) == sum("ended by the environment" not in text for text in about)
+        assert len(cut) == sum("finished" not in text for text in about)
         assert found.text("[data-filter=failed]") == "an error in a turn (8)"
 
 
-def test_rows_without_colour_say_why(browser, folder):
-    run = write(folder / "plain", prompts=6, every=20, settings=("greedy",))
-    stage = run / "distil"
-    table = pq.read_table(stage / "held_out_before.parquet")
+def blank(file: Path, rows: list[int] | None = None) -> None:
+    """Remove the teacher's log-probs of some rows of a file of responses, by default of all."""
+    table = pq.read_table(file)
     at = table.schema.get_field_index("teacher_logp")
-    values = table["teacher_logp"].to_pylist()
-    table = table.set_column(
-        at, table.schema.field(at), pa.array([*values[:2], *[None] * 4], table.schema.field(at).type)
-    )
-    pq.write_table(table, stage / "held_out_before.parquet")
+    kept = [None if rows is None or i in rows else one for i, one in enumerate(table["teacher_logp"].to_pylist())]
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(kept, table.schema.field(at).type)), file)
+
+
+def test_rows_without_colour_say_why(browser, folder):
+    run = write(folder / "plain", prompts=6, every=20, settings=("greedy",), extra={"samples": {"held_out": 2}})
+    for file, rows in (("before", [2, 3, 4]), ("teacher", [3, 4]), ("step_000020", [3, 4])):
+        blank(run / "distil" / f"held_out_{file}.parquet", rows)
+    some = "(samples.held_out: 2 of each setting)."
     with browser.open(write_report(run, folder / "plain.html").path) as found:
-        plain = found.page.locator(".plain").all_inner_texts()
-        assert plain == ["Not coloured: the teacher did not score this response."] * 4
+        said = [one.locator(".plain").all_inner_texts() for one in found.page.locator(".response").all()]
+        assert said[:2] == [[], []]
+        assert said[2] == [f"Not coloured: the teacher did not score this response {some}"]
+        assert said[3:5] == [[f"Not coloured: the teacher did not score these responses {some}"]] * 2
         assert found.text("[data-part=why]") == ""
 
 
@@ -391,11 +403,7 @@ def test_stage_without_teacher_says_why_it_has_no_colour(browser, folder):
     keys = json.loads((stage / "keys.json").read_text())
     (stage / "keys.json").write_text(json.dumps(keys | {"teacher": None}))
     for file in [*stage.glob("*.parquet"), *stage.glob("samples/*.parquet")]:
-        table = pq.read_table(file)
-        at = table.schema.get_field_index("teacher_logp")
-        pq.write_table(
-            table.set_column(at, table.schema.field(at), pa.nulls(len(table), table.schema.field(at).type)), file
-        )
+        blank(file)
     with browser.open(write_report(run, folder / "alone.html").path) as found:
         assert found.text("[data-part=why]") == "No log q \u2212 log p: the stage has no teacher."
         assert found.count(".plain") == 0

@@ -143,3 +143,6 @@ def test_runs_of_one_name_are_told_apart(tmp_path, first, second, expected):
 def test_folders_of_one_name_get_their_parents(tmp_path):
     found = compare([write(tmp_path / name / "run") for name in "ab"])
     assert [side.name for side in found.sides] == ["fake (a/run)", "fake (b/run)"]
+    assert [side.name for side in compare([tmp_path / "a/run"] * 2).sides] == [
+        "fake (run)"
+    ] * 2  # no path of the machine

@@ -89,6 +89,12 @@ def test_images_beyond_the_budget_are_reduced_and_counted(folder):
     assert all(size < 30_000 for _, size in head["images"])
 
 
+def test_page_without_room_for_an_image_counts_all(run):
+    found = stage_content(read_run(run), read_run(run).stages["distil"], Options(images=0))
+    assert found.data["images"] == {"of": 28, "shown": 0, "absent": 0, "whole": False}
+    assert opened(found.blocks["images"])[0]["images"] == []
+
+
 def test_page_with_many_images_is_below_two_megabytes(folder):
     big = write(folder / "many", pictures=(160, 160), prompts=60, steps=40, every=2, rows=16)
     written = write_report(big, folder / "many.html")

@@ -277,7 +277,8 @@ def content_of(found: Comparison, options: Options) -> Content:
         both = [one for one in measured if one is not None]
         if len(both) == 2:
             keys = [key for key in shown_keys(both) if all(key in one.rows for one in both)]
-            budget = Budget.of(options.tokens, [one.lengths[key] for one in both for key in keys])
+            tokens = options.tokens_beside([side.stage for side in found.sides])
+            budget = Budget.of(tokens, [one.lengths[key] for one in both for key in keys])
             if keys:
                 album = Album()
                 add_held_out(content, both, keys, budget, album)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,11 @@ class Options:
     tokens: int = 150_000  # of responses, in all stages together
     samples: int = 8  # responses of each file of samples
     text: bool = True  # else numbers alone
-    images: int = 400_000  # bytes of images, in all stages together
+    images: int = 250_000  # bytes of images, in all stages together
+
+    def tokens_beside(self, stages: Sequence[StageView]) -> int:
+        """Tokens of responses: images of any stage take a quarter, so that a page has less than 2 MB with them too."""
+        return self.tokens * 3 // 4 if any((stage.path / "images").is_dir() for stage in stages) else self.tokens
 
 
 @dataclass(slots=True)
@@ -63,7 +68,7 @@ def stage_content(run: RunView, stage: StageView, options: Options | None = None
         measured = measured_of(stage)
         keys = shown_keys(measured)
         lengths = [one.lengths[key] for one in measured for key in keys if key in one.lengths]
-        budget = Budget.of(options.tokens, [*lengths, *(n for one in surveys for n in one.lengths)])
+        budget = Budget.of(options.tokens_beside([stage]), [*lengths, *(n for one in surveys for n in one.lengths)])
         album = Album()
         add_held_out(content, measured, keys, budget, album)
         for one in surveys:

@@ -68,7 +68,8 @@ class Album:
                 break
             shown[name] = data
         packer = Packer()
-        packer.add({}, "png", "small", np.frombuffer(b"".join(shown.values()), np.uint8))
+        if shown:
+            packer.add({}, "png", "small", np.frombuffer(b"".join(shown.values()), np.uint8))
         counts = {"of": len(names), "shown": len(shown), "absent": len(names) - len(sizes), "whole": whole}
         return packer.bytes({"images": [[name, len(data)] for name, data in shown.items()]}), counts
 
@@ -98,7 +99,7 @@ def reduced(data: bytes) -> bytes:
             picture = opened.convert("RGB")
         picture.thumbnail((REDUCED, REDUCED))
         buffer = io.BytesIO()
-        picture.quantize(64).save(buffer, format="PNG", optimize=True)
+        picture.quantize(64, Pillow.Quantize.FASTOCTREE).save(buffer, format="PNG")
     except (ImportError, OSError, ValueError):
         return data
     return min(data, buffer.getvalue(), key=len)

@@ -33,10 +33,10 @@ def apart(names: Sequence[str], paths: Sequence[Path], keys: Sequence[tuple[str,
 
 
 def folders(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of paths that differ, as texts; whole paths if two are the same."""
+    """The shortest ends of paths that differ, as texts; of a folder that is given twice its own name."""
     every = [path.resolve().parts for path in paths]
     for n in range(1, max(map(len, every)) + 1):
         ends = ["/".join(parts[-n:]) for parts in every]
         if len(set(ends)) == len(ends):
             return ends
-    return [str(path) for path in paths]
+    return [path.resolve().name for path in paths]

@@ -45,7 +45,7 @@ class Filters {
     const talks = items.some(item => item.all.some(row => row.talk));
     if (items.some(item => item.rows)) Object.assign(found, this.pairs(items));
     Object.assign(found, {
-      cut: { title: talks ? "not ended by the environment" : "cut at the limit", test: item => cut(this.judgedRow(item)) },
+      cut: { title: talks ? "not finished" : "cut at the limit", test: item => cut(this.judgedRow(item)) },
       failed: { title: "an error in a turn", test: item => item.all.some(row => failures(row) > 0) },
       repeated: { title: "repeated (half of the 3-grams)", test: item => repeated(this.judgedRow(item)) },
       far: { title: "|log q − log p| ≥ 4 somewhere", test: item => item.all.some(far) },

@@ -127,10 +127,13 @@ class Responses {
     }
     return "the student's own numbers are not in the file";
   }
-  whyPlain(row) {
+  isPlain(row) {
     const { colour } = this.state;
-    if (colour === "none" || !row.tokens.length || COLOURS[colour].of(row)) return null;
-    const why = ["ratio", "logq", "entropyq"].includes(colour) || (!row.p && !row.q) ? this.whyNone([row]) : "the file has no such numbers of it";
+    return colour !== "none" && row.tokens.length > 0 && !COLOURS[colour].of(row);
+  }
+  whyPlain(rows) {
+    const ofTeacher = ["ratio", "logq", "entropyq"].includes(this.state.colour) || rows.every(row => !row.p && !row.q);
+    const why = ofTeacher ? this.whyNone(rows) : "the file has no such numbers of it";
     return make("p", { class: "hint plain" }, `Not coloured: ${why}.`);
   }
   controls() {
@@ -227,17 +230,19 @@ class Responses {
   columns(item) {
     const { whens, labels } = this.stage.data;
     const parts = item.rows ? whens.filter(when => item.rows[when]).map(when => [labels[when], item.rows[when]]) : [["", item.all[0]]];
-    return make("div", { class: "columns" }, parts.map(([label, row]) => make("div", { class: "column" },
-      label ? make("h3", {}, `${label} `, make("span", {}, this.aboutRow(row))) : null, this.body(row, label || "response"))));
+    const rows = parts.map(([, row]) => row), once = rows.length > 1 && rows.every(row => this.isPlain(row));
+    const columns = make("div", { class: "columns" }, parts.map(([label, row]) => make("div", { class: "column" },
+      label ? make("h3", {}, `${label} `, make("span", {}, this.aboutRow(row))) : null, this.body(row, label || "response", !once))));
+    return once ? [this.whyPlain(rows), columns] : columns;
   }
   overTime(item) {
     return make("div", {}, item.at.map(([step, row]) => make("div", { class: "column" },
       make("h3", {}, `step ${step} `, make("span", {}, this.aboutRow(row))), this.body(row, `step ${step}`))));
   }
-  body(row, label) {
+  body(row, label, says = true) {
     const tokens = tokensOf(row, label, this.state.colour);
     return make("div", {}, row.response === undefined ? null : make("div", { class: "prompt", dir: "auto" }, visible(row.response)),
-      this.whyPlain(row), tokens);
+      says && this.isPlain(row) ? this.whyPlain([row]) : null, tokens);
   }
   // Make one response the current one: `j` and `k`, and the address of the page.
   choose(i, focus = true) {

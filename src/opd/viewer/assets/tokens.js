@@ -74,7 +74,7 @@ function talkSays(row) {
   const many = (n, what) => (n ? `${n} ${what}${n === 1 ? "" : "s"}` : "");
   const end = Object.keys(ENDS).find(name => counts[name] && !(name === "rewritten" && row.finished));
   return [many(turns, "turn"), many(heard, "token") + (heard ? " of the environment" : ""), many(counts.tool_calls, "tool call"),
-    many(failures(row), "error"), row.finished ? "ended by the environment" : ENDS[end] || "not ended by the environment"];
+    many(failures(row), "error"), row.finished ? "finished" : ENDS[end] || "not finished"];
 }
 const failures = row => ["tool_errors", "errors", "timeouts"].reduce((sum, name) => sum + (row.talk?.counts[name] || 0), 0);
 
