@@ -167,6 +167,7 @@ class Talk:
     heard: Tensor  # [T] bool: tokens of the environment, which the student reads and is never trained on
     last_text: str
     turn_rewards: tuple[float | None, ...] = ()  # by turn of the student; None: the environment gave none
+    turn_errors: tuple[int, ...] = ()  # by turn of the student: its calls and actions that failed
     counts: Mapping[str, float] = field(default_factory=dict[str, float])  # metrics environment/...
 
 

@@ -98,6 +98,28 @@ def test_conversations_have_turns_and_environment_tokens(student: LanguageModel,
         assert one.reward == sum(value or 0 for value in one.talk.turn_rewards)
 
 
+@dataclass(frozen=True, slots=True)
+class Fails(Echo):
+    """Fails in every second turn, by an exception, and counts two failed calls in the third."""
+
+    def act(self, state: Any, turn: Turn) -> Observation:
+        state["turns"] = state.get("turns", 0) + 1
+        if state["turns"] % 2 == 0:
+            raise ValueError
+        return Observation(text="b", counts={"tool_errors": 2} if state["turns"] == 3 else {})
+
+
+def test_failures_are_counted_by_turn(student: LanguageModel):
+    talks = [one.talk for one in led(student, environment=Fails(), max_turns=4, limits=Limits(error="c"))]
+    assert any(talk is not None and len(talk.turn_errors) == 4 for talk in talks)
+    for talk in talks:
+        assert talk is not None
+        assert len(talk.turn_errors) == len(talk.turn_rewards)
+        acted = len(talk.turn_errors) - int(talk.counts["token_limit"])  # a turn that is cut is not acted on
+        assert talk.turn_errors[:acted] == (0, 1, 2, 1)[:acted]
+        assert sum(talk.turn_errors) == talk.counts["errors"] + talk.counts["tool_errors"]
+
+
 def test_log_probs_equal_forward_of_each_row_alone(student: LanguageModel, rollouts: list[Rollout]):
     for one in rollouts:
         assert one.policy_logp is not None

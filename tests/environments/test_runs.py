@@ -12,6 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from support.runs import Forks, Strike, assert_same, one_stage, prepare
 
+from opd.environments.conversations import FAILED
+
 TRAIN = ("train", "recipe.yaml")
 ENDS = {"max_completion_length": 14, "stop": ["=", ";", "7"]}
 
@@ -99,7 +101,10 @@ def test_run_folder_shows_turns(uninterrupted: dict[str, Path], name: str):
         assert row["trained"] == own or row["pick"] == "follow"
         if row["teacher_logp"] is not None:
             assert [value is not None for value in row["teacher_logp"]] == row["trained"]
-        assert len(row["turn_rewards"]) == max(row["turn"]) + 1
+        counts = json.loads(row["conversation"])
+        assert len(row["turn_rewards"]) == len(row["turn_errors"]) == counts["turns"] == max(row["turn"]) + 1
+        assert sum(row["turn_errors"]) == sum(counts.get(name, 0) for name in FAILED)
+        assert all(counts.values())
     first, *_ = (json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines())
     assert first["eval/drawn/environment/turns"] > 1
     lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text().splitlines()]

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -79,6 +80,34 @@ def test_run_trains_and_saves_model_that_transformers_reads(tmp_path: Path, monk
     torch.testing.assert_close(got[written], expected[written], atol=1e-5, rtol=0)
     assert (folder / "processor_config.json").exists()
     assert "AutoModelForImageTextToText" in (folder / "README.md").read_text()
+
+
+def test_run_keeps_what_student_and_teacher_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    data = {"data": {"path": "train.jsonl"}, "sampling": {"greedy": {"temperature": 0, "max_completion_length": 3}}}
+    boxed = {
+        "method": "gui_sd",
+        "options": {"hint": "box", "width": 1, "fade": False, "digits": False},
+        "teacher": None,
+        "evaluate": data,
+    }
+    path = prepare(tmp_path, recipe(steps=2, samples_every=1, **boxed))
+    lines = [
+        {**json.loads(line), "box": [8, 8, 16, 20]} for line in (tmp_path / "train.jsonl").read_text().splitlines()
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    opd.run(path, quiet=True)
+    stage = tmp_path / "run" / "distil"
+    files = [*stage.glob("samples/*.parquet"), *stage.glob("held_out_*.parquet")]
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    own = {one["image"] for row in rows for one in row["images"] or ()}
+    theirs = {one["image"] for row in rows for one in row["teacher_images"] or ()}
+    assert (len(own), len(theirs), own & theirs) == (2, 2, set())  # a red and a blue one
+    assert all(row["box"] == [8.0, 8.0, 16.0, 20.0] for row in rows)
+    assert {file.stem for file in (stage / "images").iterdir()} == own | theirs
+    colours = {name: Pillow.open(stage / f"images/{name}.png").getpixel((7, 7)) for name in own | theirs}
+    assert {colours[name] for name in own} == {(255, 0, 0), (0, 0, 255)}
+    assert {colours[name] for name in theirs} == {(0, 128, 0)}  # the line of the box
 
 
 def test_run_continues_to_equal_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -379,7 +379,7 @@ def test_sample_file_states_schema_format_and_reward(stage: StageDir):
     for file in (stage.write_samples(1, [{"prompt": "x"}]), stage.write_held_out("before", [{"prompt": "x"}])):
         found = pq.read_schema(file)
         assert found.remove_metadata() == schema().remove_metadata()
-        assert json.loads(found.metadata[b"opd"]) == {"format": 1, "library": opd.__version__, "reward": exact}
+        assert json.loads(found.metadata[b"opd"]) == {"format": 2, "library": opd.__version__, "reward": exact}
         assert pq.ParquetFile(file).metadata.row_group(0).column(0).compression == "ZSTD"
 
 

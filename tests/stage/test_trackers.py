@@ -22,6 +22,7 @@ from opd.runs.stages import run_recipe
 from opd.stage import trackers
 from opd.stage.progress import Progress
 from opd.stage.trackers import ReportWriter, check_report_to
+from opd.types import Image
 
 
 def test_report_writer_writes_no_file_when_trackers_are_empty(tmp_path: Path):
@@ -179,7 +180,14 @@ def test_table_has_picked_responses_first():
     assert shown[0]["response"] == "response 2<|end|>"
     assert shown[0]["log_ratio"] == pytest.approx(1.5)
     assert trackers.completions(rows, 0) == []
+    assert "images" not in shown[0]
     assert trackers.completions([row(0, policy_logp=None)], 1)[0]["log_ratio"] is None
+
+
+def test_table_names_copies_of_images():
+    images = tuple(Image(name=str(n), digest=str(n) * 64) for n in range(2))
+    shown = trackers.completions([row(0, images=images), row(1)], 2)
+    assert [one["images"] for one in shown] == [f"images/{'0' * 32}.png images/{'1' * 32}.png", ""]
 
 
 def test_tensorboard_shows_hostile_texts_as_they_are(tmp_path: Path):

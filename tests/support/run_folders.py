@@ -5,6 +5,7 @@ Numbers are drawn from a seed. Texts are words of a small vocabulary, or what a 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -18,6 +19,7 @@ import yaml
 
 INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 UNIT = pa.struct([(name, pa.int32()) for name in ("student_start", "student_end", "teacher_start", "teacher_end")])
+IMAGE = pa.struct([("image", pa.string()), ("width", pa.int32()), ("height", pa.int32())])
 COLUMNS: dict[str, Any] = {
     "task": pa.string(),
     "prompt_id": pa.int64(),
@@ -57,6 +59,12 @@ COLUMNS: dict[str, Any] = {
     "pick": pa.string(),
     "units": pa.list_(UNIT),
     "teacher_tokens": pa.list_(pa.string()),
+    "images": pa.list_(IMAGE),
+    "teacher_images": pa.list_(IMAGE),
+    "box": pa.list_(pa.float64()),
+    "turn_rewards": pa.list_(pa.float64()),
+    "turn_errors": INTS,
+    "conversation": pa.string(),
 }
 OLD = list(COLUMNS)[:20]  # what version 0.1.0 wrote
 WORDS = (
@@ -89,6 +97,7 @@ class FakeRun:
     description: str = "Numbers drawn from a seed."
     stages: tuple[str, ...] = ("distil",)
     method: str = "reverse_kl"
+    methods: dict[str, str] = field(default_factory=dict)  # of other stages, by name
     steps: int = 20
     planned: int | None = None  # default: `steps`; more than it: the run is at work
     every: int = 5  # steps between files of samples
@@ -103,6 +112,8 @@ class FakeRun:
     shares: bool = True  # rewards are 0 or 1; else any number
     units: bool = False
     turns: bool = False
+    pictures: tuple[int, int] | None = None  # width and height of an image of each prompt, with a box for the teacher
+    copies: int = 10**9  # of the images that have a copy
     old: bool = False  # the columns and files of version 0.1.0
     hostile: tuple[str, ...] = ()  # texts of prompts, responses and tokens
     gain: float = 0.5  # how much the reward rises
@@ -133,7 +144,12 @@ def recipe_of(run: FakeRun) -> dict[str, Any]:
     evaluate = {"data": {"path": "held_out.jsonl"}, "reward": reward, "sampling": sampling, "pass_at": [1]}
     stages: list[dict[str, Any]] = []
     for name in run.stages:
-        spec: dict[str, Any] = {"name": name, "train": "student", "teacher": "teacher", "method": run.method}
+        spec: dict[str, Any] = {
+            "name": name,
+            "train": "student",
+            "teacher": "teacher",
+            "method": run.methods.get(name, run.method),
+        }
         spec |= {"options": {}, "steps": run.planned or run.steps, "tasks": {}, "evaluate": None}
         if run.tasks:
             spec["tasks"] = {task: {"evaluate": evaluate} for task in run.tasks}
@@ -145,6 +161,8 @@ def recipe_of(run: FakeRun) -> dict[str, Any]:
 
 def _stage(folder: Path, run: FakeRun, rng: np.random.Generator) -> None:
     (folder / "samples").mkdir(parents=True, exist_ok=True)
+    if run.pictures:
+        _copies(folder / "images", run)
     held = {when: _held_out(run, when, rng) for when in ("before", "teacher", f"step_{run.steps:06d}")}
     for when, rows in held.items():
         write_rows(folder / f"held_out_{when}.parquet", rows, run)
@@ -183,7 +201,7 @@ def write_rows(file: Path, rows: list[dict[str, Any]], run: FakeRun) -> None:
     names = OLD if run.old else list(COLUMNS)
     schema = pa.schema([(name, COLUMNS[name]) for name in names])
     if not run.old:
-        described = {"format": 1, "library": "0.1.0", "reward": _reward(run)}
+        described = {"format": 2, "library": "0.1.0", "reward": _reward(run)}
         schema = schema.with_metadata({"opd": json.dumps(described)})
     columns = [pa.array([row.get(name) for row in rows], type=schema.field(name).type) for name in names]
     pq.write_table(pa.table(columns, schema=schema), file, compression="zstd")
@@ -283,7 +301,41 @@ def _row(
         row |= _new(run, tokens, p, q, rng, looked)
         row |= {"prompt_messages": json.dumps([{"role": "user", "content": prompt}])}
         row |= {"answer": str(2 * i), "extracted": str(2 * i + 1)}
+    if run.pictures:
+        row |= _seen(run, i, rng)
     return row
+
+
+BOX = (3, 4, 11, 12)  # of all images
+
+
+def _seen(run: FakeRun, i: int, rng: np.random.Generator) -> dict[str, Any]:
+    """The images of a prompt: the teacher's has a box, and the response is a place."""
+    assert run.pictures is not None
+    width, height = run.pictures
+    x, y = (int(rng.integers(0, side)) for side in run.pictures)
+    seen = {who: [{"image": name_of(who, i), "width": width, "height": height}] for who in ("images", "teacher_images")}
+    return {**seen, "box": list(BOX), "response": f"({x}, {y})", "answer": "(07,08)"}
+
+
+def name_of(who: str, i: int) -> str:
+    """The name of an image: of the student's (`images`) or the teacher's, of a prompt."""
+    return hashlib.sha256(f"{who} {i}".encode()).hexdigest()[:32]
+
+
+def _copies(folder: Path, run: FakeRun) -> None:
+    """The first `copies` prompts' images as PNG: noise, with a green box for the teacher."""
+    from PIL import Image, ImageDraw
+
+    assert run.pictures is not None
+    folder.mkdir(exist_ok=True)
+    for i in [*range(run.prompts), *range(1000, 1000 + run.rows)][: run.copies]:
+        pixels = np.random.default_rng(i).integers(0, 256, (run.pictures[1], run.pictures[0], 3), np.uint8)
+        for who in ("images", "teacher_images"):
+            picture = Image.fromarray(pixels)
+            if who == "teacher_images":
+                ImageDraw.Draw(picture).rectangle((BOX[0], BOX[1], BOX[2] - 1, BOX[3] - 1), outline="green")
+            picture.save(folder / f"{name_of(who, i)}.png")
 
 
 def _new(run: FakeRun, tokens: list[str], p: Any, q: Any, rng: np.random.Generator, looked: bool) -> dict[str, Any]:
@@ -292,7 +344,13 @@ def _new(run: FakeRun, tokens: list[str], p: Any, q: Any, rng: np.random.Generat
     out: dict[str, Any] = {"trained": [True] * n, "turn": [0] * n, "signal": (np.abs(q - p) * 0.7).tolist()}
     if run.turns:
         out["turn"] = (np.arange(n) // 4).tolist()
-        out["trained"] = (np.arange(n) // 4 % 2 == 0).tolist()
+        out["trained"] = (
+            (np.arange(n) % 4 > 0) | (np.arange(n) < 4)
+        ).tolist()  # an answer, then three tokens of the student
+        count = (n - 1) // 4 + 1
+        out["turn_rewards"] = [None] * (count - 1) + [1.0]
+        out["turn_errors"] = [1] + [0] * (count - 1)
+        out["conversation"] = json.dumps({"turns": count, "tool_errors": 1, "turn_limit": 1})
     for model, logp in (("student", p), ("teacher", q)) if looked else ():
         others = np.minimum(rng.zipf(1.3, (n, 5)), run.vocabulary) - 1
         tops = np.sort(-rng.gamma(1.0, 2.0, (n, 5)), axis=1)[:, ::-1]

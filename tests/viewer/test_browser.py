@@ -6,6 +6,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from support.browser import Browser, axe, browsing
 from support.run_folders import write
@@ -64,8 +66,22 @@ def two_tokenizers(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def tasks(folder) -> Path:
-    run = write(folder / "tasks", tasks=("alpha", "beta"), shares=False, stages=("warm", "distil"), reward="points")
+    run = write(
+        folder / "tasks",
+        tasks=("alpha", "beta"),
+        shares=False,
+        stages=("warm", "distil"),
+        reward="points",
+        methods={"warm": "sft"},
+    )
     return write_report(run, folder / "tasks.html").path
+
+
+@pytest.fixture(scope="module")
+def pictures(folder) -> Path:
+    return write_report(
+        write(folder / "pictures", pictures=(32, 24), prompts=4, steps=5), folder / "pictures.html"
+    ).path
 
 
 def test_page_asks_for_nothing_and_says_nothing(browser, page, tasks, two_tokenizers, hostile):
@@ -84,11 +100,11 @@ def test_page_is_as_wide_as_the_window(browser, page, tasks, hostile, width):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing(browser, page, two_tokenizers, tasks, scheme):
+def test_axe_finds_nothing(browser, page, two_tokenizers, tasks, pictures, scheme):
     source = axe()
     if source is None:
         pytest.skip("no axe-core: name its axe.min.js, of npm's package axe-core, in AXE")
-    for file in (page, two_tokenizers, tasks):
+    for file in (page, two_tokenizers, tasks, pictures):
         with browser.open(file, scheme=scheme) as found:
             session = found.page.context.new_cdp_session(found.page)
             session.send("Runtime.evaluate", {"expression": source})
@@ -288,12 +304,32 @@ def test_find_reads_prompts_and_responses(browser, page):
 
 def test_stage_tabs_show_one_stage(browser, tasks):
     with browser.open(tasks) as found:
-        assert found.page.locator("#stage-0").is_visible()
-        assert not found.page.locator("#stage-1").is_visible()
-        found.page.click("#stage-tab-1")
-        found.page.wait_for_selector("#stage-1 .response")
+        assert found.page.locator("#stage-1").is_visible()
         assert not found.page.locator("#stage-0").is_visible()
-        assert found.page.locator("#stage-1 .chart canvas").count() > 5
+        found.page.click("#stage-tab-0")
+        found.page.wait_for_selector("#stage-0 .response")
+        assert not found.page.locator("#stage-1").is_visible()
+        assert found.page.locator("#stage-0 .chart canvas").count() > 5
+
+
+def test_page_opens_on_the_last_stage_that_is_no_warm_up(browser, tasks):
+    run = read_run(tasks.parent / "tasks")
+    assert list(run.stages) == ["warm", "distil"]
+    with browser.open(tasks) as found:
+        assert not found.page.locator("#stage-0").is_visible()
+        assert found.page.locator("#stage-tab-1").get_attribute("aria-selected") == "true"
+        found.page.click("#stage-tab-0")
+        found.until("location.hash.includes('stage=0')")
+        address = found.evaluate("location.hash")
+    with browser.open(tasks, address) as again:  # the address says another one
+        assert again.page.locator("#stage-0").is_visible()
+
+
+def test_runs_of_one_name_are_named_apart(browser, folder):
+    one, two = write(folder / "first", prompts=4), write(folder / "second", prompts=4, seed=7)
+    with browser.open(write_comparison([one, two], folder / "names.html").path) as found:
+        assert found.text("h1") == "A: fake (seed 0) and B: fake (seed 7)"
+        assert "fake (seed 7)" in found.text("dl.names")
 
 
 def test_same_prompt_over_time_has_every_step(browser, page):
@@ -313,14 +349,64 @@ def test_what_they_read_marks_the_difference(browser, page):
 
 def test_units_turns_and_untrained_tokens_are_shown(browser, two_tokenizers):
     with browser.open(two_tokenizers, "#tab=steps&step=20") as found:
-        first = found.page.locator(".response .tokens").first
-        assert first.locator(".unit").count() > 1
-        assert "turn 2, not trained" in first.inner_text()
-        assert first.locator("b.untrained").count() == 4
-        found.hover(first.locator("b.untrained").first)
+        long = found.page.locator(".tokens", has=found.page.get_by_text("turn 2")).first
+        turns = long.locator(".turn").count()
+        assert long.locator(".unit").count() > 1
+        assert long.locator(".heard").count() == turns - 1
+        assert long.locator("b.untrained").count() == turns - 1
+        said = long.locator(".turn").all_inner_texts()
+        assert said[0].startswith("turn 1")
+        assert said[1].startswith("turn 2")
+        assert "environment, error" in said[1]  # of the call in turn 1
+        assert "error" not in "".join(said[2:])
+        assert f"turn {turns}, reward 1" in said[-1]
+        found.hover(long.locator("b.untrained").first)
         card = found.text("#card")
-        assert "trained\tno" in card
+        assert "trained\tno: written by the environment" in card
+        assert "turn\t2" in card
         assert "the teacher's tokens" in card
+
+
+def test_conversation_says_its_turns_errors_and_end(browser, two_tokenizers):
+    with browser.open(two_tokenizers, "#tab=steps&step=20") as found:
+        about = found.page.locator(".response .about").all_inner_texts()
+        assert all(re.search(r"\d turns?, (\d+ tokens? of the environment, )?1 error", text) for text in about)
+        cut = [text for text in about if "ended by the limit of turns" in text]
+        assert len(cut) == sum("finished" not in text for text in about)
+        assert found.text("[data-filter=failed]") == "an error in a turn (8)"
+
+
+def blank(file: Path, rows: list[int] | None = None) -> None:
+    """Remove the teacher's log-probs of some rows of a file of responses, by default of all."""
+    table = pq.read_table(file)
+    at = table.schema.get_field_index("teacher_logp")
+    kept = [None if rows is None or i in rows else one for i, one in enumerate(table["teacher_logp"].to_pylist())]
+    pq.write_table(table.set_column(at, table.schema.field(at), pa.array(kept, table.schema.field(at).type)), file)
+
+
+def test_rows_without_colour_say_why(browser, folder):
+    run = write(folder / "plain", prompts=6, every=20, settings=("greedy",), extra={"samples": {"held_out": 2}})
+    for file, rows in (("before", [2, 3, 4]), ("teacher", [3, 4]), ("step_000020", [3, 4])):
+        blank(run / "distil" / f"held_out_{file}.parquet", rows)
+    some = "(samples.held_out: 2 of each setting)."
+    with browser.open(write_report(run, folder / "plain.html").path) as found:
+        said = [one.locator(".plain").all_inner_texts() for one in found.page.locator(".response").all()]
+        assert said[:2] == [[], []]
+        assert said[2] == [f"Not coloured: the teacher did not score this response {some}"]
+        assert said[3:5] == [[f"Not coloured: the teacher did not score these responses {some}"]] * 2
+        assert found.text("[data-part=why]") == ""
+
+
+def test_stage_without_teacher_says_why_it_has_no_colour(browser, folder):
+    run = write(folder / "alone", prompts=2, steps=5, extra={"teacher": None})
+    stage = run / "distil"
+    keys = json.loads((stage / "keys.json").read_text())
+    (stage / "keys.json").write_text(json.dumps(keys | {"teacher": None}))
+    for file in [*stage.glob("*.parquet"), *stage.glob("samples/*.parquet")]:
+        blank(file)
+    with browser.open(write_report(run, folder / "alone.html").path) as found:
+        assert found.text("[data-part=why]") == "No log q \u2212 log p: the stage has no teacher."
+        assert found.count(".plain") == 0
 
 
 def test_page_without_script_has_table_and_curves(browser, page):

@@ -122,3 +122,27 @@ def test_opd_compare_writes_no_control_characters(tmp_path):
     assert shown.code == 0, shown.err
     assert "\u2039U+001B\u203a[2J" in shown.out
     assert not set(shown.out) & {"\x1b", "\x07", "\u202e"}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({}, {"seed": 1}, ["seed 0", "seed 1"]),
+        ({}, {"extra": {"prompts_per_step": 32}}, ["no prompts_per_step", "prompts_per_step 32"]),
+        ({"name": "a"}, {"name": "b", "seed": 1}, ["", ""]),
+        ({}, {"seed": 1, "extra": {"options": {"k": 2}, "steps": 9}}, ["one", "two"]),
+        ({}, {"extra": {"options": {"texts": "x" * 50}}}, ["one", "two"]),
+        ({}, {}, ["one", "two"]),
+    ],
+)
+def test_runs_of_one_name_are_told_apart(tmp_path, first, second, expected):
+    found = compare([write(tmp_path / "one", **first), write(tmp_path / "two", **second)])
+    assert [side.apart for side in found.sides] == expected
+
+
+def test_folders_of_one_name_get_their_parents(tmp_path):
+    found = compare([write(tmp_path / name / "run") for name in "ab"])
+    assert [side.name for side in found.sides] == ["fake (a/run)", "fake (b/run)"]
+    assert [side.name for side in compare([tmp_path / "a/run"] * 2).sides] == [
+        "fake (run)"
+    ] * 2  # no path of the machine

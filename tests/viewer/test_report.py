@@ -2,7 +2,9 @@
 
 import base64
 import hashlib
+import json
 import re
+import time
 from importlib.resources import files
 
 import numpy as np
@@ -13,6 +15,7 @@ from support.runs import command
 from opd.errors import ConfigError
 from opd.viewer import page
 from opd.viewer.content import Options, block_of, live_content, stage_content
+from opd.viewer.facts import opened_first
 from opd.viewer.pack import opened, slices
 from opd.viewer.read import read_run
 from opd.viewer.report import write_report
@@ -183,3 +186,23 @@ def test_live_content_has_all_steps_and_blocks_by_name(tmp_path):
 def test_fake_run_without_samples_has_a_page(tmp_path):
     folder = write(tmp_path / "run", FakeRun(every=1000))
     assert "b-0-held" in write_report(folder).path.read_text()
+
+
+@pytest.mark.parametrize(
+    ("methods", "running", "expected"),
+    [
+        ({}, None, "three"),
+        ({"three": "sft"}, None, "two"),
+        ({"one": "sft", "two": "sft", "three": "sft"}, None, "three"),
+        ({"three": "sft"}, "three", "three"),  # what runs is what a reader looks for
+        ({}, "one", "one"),
+    ],
+)
+def test_page_opens_on_the_stage_of_interest(tmp_path, methods, running, expected):
+    names = ("one", "two", "three")
+    folder = write(tmp_path / "run", stages=names, methods=methods, steps=2, every=2, prompts=2)
+    if running is not None:
+        (folder / running / "done.json").unlink()
+        (folder / running / "progress.json").write_text(json.dumps({"phase": "train", "updated": time.time()}))
+    stages = list(read_run(folder).stages.values())
+    assert stages[opened_first(stages)].name == expected

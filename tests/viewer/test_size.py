@@ -19,6 +19,17 @@ def test_page_of_200_steps_is_below_two_megabytes(tmp_path):
 
 
 @pytest.mark.slow
+def test_page_of_200_steps_with_images_is_below_two_megabytes(tmp_path):
+    """The same, with two images of noise for each prompt, which nothing compresses."""
+    more = {"tokens": 512, "vocabulary": 152_000, "prompts": 40, "pictures": (320, 200)}
+    folder = write(tmp_path / "run", steps=200, every=10, rows=64, **more)
+    start = time.process_time()
+    found = write_report(folder)
+    print(f"200 steps with images: {found.size / 1e6:.2f} MB in {time.process_time() - start:.1f} s of a processor")
+    assert found.size < 2e6
+
+
+@pytest.mark.slow
 def test_page_of_10_000_steps_takes_15_seconds(tmp_path):
     """100 files of 4 responses of 512 tokens and 2 followed prompts; 43 metrics."""
     folder = write(tmp_path / "run", steps=10_000, every=100, rows=4, picked=4, tokens=512, vocabulary=152_000)

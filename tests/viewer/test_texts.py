@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from opd.messages import visible
-from opd.viewer.texts import conversation, difference
+from opd.viewer.texts import conversation, difference, placeholders_counted
 
 
 @given(st.text("ab <>\n", max_size=60), st.text("ab <>\n", max_size=60))
@@ -42,7 +42,7 @@ def test_conversation_has_roles_and_texts():
         {"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]},
         {"role": "assistant", "content": None},
     ]
-    assert conversation(json.dumps(messages)) == [["system", "Be brief."], ["user", "Hi"], ["assistant", ""]]
+    assert conversation(json.dumps(messages)) == [["system", "Be brief."], ["user", "Hi[image]"], ["assistant", ""]]
 
 
 @pytest.mark.parametrize("text", [None, "no JSON", "3", '["a"]', "[]", '[{"role": "user", "content": "Hi"}]'])
@@ -52,3 +52,8 @@ def test_conversation_is_none_without_several_messages(text):
 
 def test_visible_writes_control_characters_out():
     assert visible("a\x1b[31m\u202eb\u200b\n\t") == "a\u2039U+001B\u203a[31m\u2039U+202E\u203ab\u2039U+200B\u203a\n\t"
+
+
+def test_placeholders_are_counted():
+    assert placeholders_counted("<s>a" + "<image>" * 576 + "b<pad><pad>") == "<s>a<image> \u00d7 576b<pad><pad>"
+    assert placeholders_counted(None) is None

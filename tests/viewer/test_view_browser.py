@@ -85,6 +85,22 @@ def test_new_samples_are_offered_and_shown(browser: Browser, run: Path):
         assert page.count(".response") == 8
 
 
+def test_next_stage_is_offered_and_opened(browser: Browser, tmp_path: Path):
+    run = write(tmp_path / "run", stages=("warm", "distil"), methods={"warm": "sft"}, steps=4, every=2, planned=9)
+    stage = run / "distil"
+    hidden = stage.rename(tmp_path / "later")
+    with opened(browser, run) as page:
+        page.until("document.documentElement.dataset.live === 'on'")
+        page.page.locator("[data-tab=steps]").click()
+        page.until("location.hash.includes('stage=0')")
+        hidden.rename(stage)
+        page.until("!document.querySelector('#new').hidden")
+        assert "Another stage has begun." in page.text("#new")
+        page.page.locator("#new button").click()
+        page.until("document.querySelector('#stage-1') && !document.querySelector('#stage-1').hidden")
+        assert not page.page.locator("#stage-0").is_visible()
+
+
 def test_resumed_run_is_shown_from_its_checkpoint(browser: Browser, run: Path):
     with opened(browser, run) as page:
         page.until("document.documentElement.dataset.live === 'on'")

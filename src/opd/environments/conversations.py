@@ -31,6 +31,7 @@ from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler,
 if TYPE_CHECKING:
     from torch import Tensor
 
+FAILED = ("tool_errors", "errors", "timeouts")  # counts of an observation: the student reads why in it
 # The counts that every conversation has: how it went, and how it ended if not by the environment.
 COUNTS = (
     *("turns", "tool_calls", "tool_errors", "errors", "timeouts", "cut", "cleaned", "printed"),
@@ -65,6 +66,7 @@ class _Row:
     turn: list[int] = field(default_factory=list[int])
     parts: list[Rollout | int] = field(default_factory=list["Rollout | int"])  # own turns, and numbers of heard tokens
     rewards: list[float | None] = field(default_factory=list["float | None"])
+    errors: list[int] = field(default_factory=list[int])
     counts: Counter[str] = field(default_factory=Counter[str])
     last_text: str = ""
     finished: bool = False
@@ -197,6 +199,7 @@ class ConversationSampler(Sampler):
         for row, new in zip(live, written, strict=True):
             row.says(new, turn)
             row.rewards.append(None)
+            row.errors.append(0)
             if not new.finished:  # a call or an answer that is cut is not acted on
                 length = len(new.response_ids)
                 row.ends("token_limit" if length == self._left(row, before=length) else "stopped")
@@ -213,6 +216,7 @@ class ConversationSampler(Sampler):
             row.counts["tool_calls"] += len(said.calls)
             row.counts.update(dict(observation.counts))
             row.rewards[-1] = observation.reward
+            row.errors[-1] = int(sum(observation.counts.get(name, 0) for name in FAILED))
             if hangs:  # its state may still change
                 row.ends("hung")
             elif observation.done or last:
@@ -283,7 +287,11 @@ class ConversationSampler(Sampler):
             finished=row.finished,
             reward=float(sum(given)) if gives or given else None,
             talk=Talk(
-                heard=torch.tensor(row.heard), last_text=row.last_text, turn_rewards=tuple(row.rewards), counts=counts
+                heard=torch.tensor(row.heard),
+                last_text=row.last_text,
+                turn_rewards=tuple(row.rewards),
+                turn_errors=tuple(row.errors),
+                counts=counts,
             ),
         )
 

@@ -388,6 +388,7 @@ class SamplesSection(Section):
     # Responses of a setting of an evaluation that both models score for the file; `evaluate.kl` gives 64 of the setting
     # that it reads, unless this is 0.
     held_out: Int = Field(default=4, ge=0)
+    images: Int = Field(default=64, ge=0)  # different images of a file of which small copies are kept
 
 
 class CheckpointSection(Section):

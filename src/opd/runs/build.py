@@ -380,6 +380,7 @@ def described(spec: StageSpec, folder: StageDir, prepared: Prepared) -> StageDir
     tasks = prepared.tasks.values()
     measured = [None if task.held_out is None else task.held_out.reward for task in tasks]
     folder = replace(folder, reward=about([task.reward for task in tasks]), measured_by=about(measured))
+    folder = replace(folder, most_images=spec.samples.images)
     folder.write_keys(keys_of(spec, prepared, folder))
     return folder
 

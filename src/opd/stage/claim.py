@@ -176,8 +176,9 @@ def clear(run: Path) -> None:
     for stage in _stages(run):
         for file in stage.glob("held_out_*.parquet"):
             file.unlink()
-        if (stage / "evaluating").exists():
-            shutil.rmtree(stage / "evaluating")
+        for folder in (stage / "evaluating", stage / "images"):
+            if folder.exists():
+                shutil.rmtree(folder)
     for name in ("report_id.txt", "doctor.json"):
         (run / name).unlink(missing_ok=True)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-FORMAT = 1
+FORMAT = 2
 KEY = "opd"  # of the file's metadata: JSON
 
 
@@ -26,6 +26,7 @@ class Column:
 
 
 UNITS = "list<struct<student_start, student_end, teacher_start, teacher_end: int32>>"
+IMAGES = "list<struct<image: string, width: int32, height: int32>>"
 PICKS = ("least", "most", "longest", "shortest", "chance", "follow")
 
 COLUMNS = (
@@ -53,6 +54,9 @@ COLUMNS = (
         "the teacher wrote or scored",
         0,
     ),
+    Column("images", IMAGES, "the [images](#images-of-rows) that the student reads, in order, with their pixels", 2),
+    Column("teacher_images", IMAGES, "those that the teacher reads; null where `teacher_reads` is", 2),
+    Column("box", "list<float64>", "the data's `box`: left, top, right, bottom in pixels of the first image", 2),
     Column("response", "string", "the text without special tokens", 0),
     Column("extracted", "string", "the part of the response that the reward compared; null: the reward does not say"),
     Column("reward", "float64", "null without a reward, and for rows of `follow`", 0),
@@ -70,6 +74,14 @@ COLUMNS = (
     Column("turn", "list<int32>", "the token's turn: what an environment says before the student's words is in it"),
     Column(
         "turn_rewards", "list<float64>", "conversations: the environment's reward of each turn, null where it gave none"
+    ),
+    Column("turn_errors", "list<int32>", "conversations: how many calls and actions of each turn failed", 2),
+    Column(
+        "conversation",
+        "string",
+        "conversations: what happened, as JSON: the counts of the metrics `environment/...` that are not 0, such as "
+        '`{"turns": 8, "tool_errors": 1, "turn_limit": 1}`',
+        2,
     ),
     Column("sampler_logp", "list<float32>", "log-prob under the sampling distribution; 0 for a greedy token", 0),
     Column("policy_logp", "list<float32>", "log p: of the weights that sampled, or of the row's scores", 0),
@@ -111,10 +123,14 @@ def schema(reward: Mapping[str, Any] | None = None) -> Any:
         "float64": pa.float64(),
     }
     places = ("student_start", "student_end", "teacher_start", "teacher_end")
+    structs = {
+        UNITS: pa.struct([(name, pa.int32()) for name in places]),
+        IMAGES: pa.struct([("image", pa.string()), ("width", pa.int32()), ("height", pa.int32())]),
+    }
 
     def _type(kind: str) -> Any:
-        if kind == UNITS:
-            return pa.list_(pa.struct([(name, pa.int32()) for name in places]))
+        if kind in structs:
+            return pa.list_(structs[kind])
         return pa.list_(_type(kind[5:-1])) if kind.startswith("list<") else simple[kind]
 
     about = {"format": FORMAT, "library": library_version(), "reward": None if reward is None else dict(reward)}

@@ -20,7 +20,7 @@ from opd.stage.folder import StageDir
 from opd.stage.kept_responses import KeptResponses
 from opd.stage.looks import OnTheWay, columns_or_note
 from opd.stage.progress import Progress
-from opd.stage.samples import read_by, sample_rows
+from opd.stage.samples import NOTHING, read_by, sample_rows
 from opd.types import Context, Prompt, Rollout, Teacher, Writer
 
 COMPARED = 64  # responses of which the pass of `evaluate.kl` gives the file's columns
@@ -200,7 +200,7 @@ class Exams:
             # The teacher wrote its own responses before there was a text or a reward.
             seen = [replace(one, text="", reward=None) for one in rollouts] if by_teacher else rollouts
             contexts = exam.context(seen) if name in known else self._context_or_note(exam, when, name, seen)
-            read: list[str | None] = [None] * len(rollouts)
+            read = [NOTHING] * len(rollouts)
             if contexts is not None and exam.reader is not None:
                 read = read_by({one.prompt.teacher_id: exam.reader for one in rollouts}, rollouts, contexts)
             own = sample_rows(

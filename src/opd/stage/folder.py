@@ -12,6 +12,7 @@
     <run>/<stage>/progress.json what the stage does now, see `progress_file.py`
     <run>/<stage>/keys.json     names that the metrics' names are made of
     <run>/<stage>/samples/step_000012.parquet, held_out_before.parquet    see `columns.py`
+    <run>/<stage>/images/       small copies of the images of these rows, see `images.py`
     <run>/<stage>/checkpoints/  see `checkpoint.py`
     <run>/<stage>/done.json     exists once the stage has finished
 
@@ -43,6 +44,7 @@ from opd.files import (
 from opd.recipe.schema import Recipe
 from opd.stage.claim import FolderLock, lock_folder
 from opd.stage.columns import full_rows, schema
+from opd.stage.images import FOLDER, with_copies
 from opd.stage.starting import CHANGES, INPUTS, Inputs, begin, check_place, started_at
 
 _RESERVED = frozenset(
@@ -140,6 +142,7 @@ class StageDir:
     # {"name", "correctness"} of the rewards of training and of evaluations, for the metadata of the files.
     reward: Mapping[str, Any] | None = None
     measured_by: Mapping[str, Any] | None = None
+    most_images: int = 0  # different images of a file of responses that have a copy
 
     @property
     def metrics(self) -> Path:
@@ -178,7 +181,7 @@ class StageDir:
 
         Checkpoints and the saved model of all are in the stage's own. Raises RunError if it cannot be created.
         """
-        peer = StageDir(self.path / "peers" / name, self.writes, self.reward, self.measured_by)
+        peer = StageDir(self.path / "peers" / name, self.writes, self.reward, self.measured_by, self.most_images)
         try:
             if self.writes:
                 peer.samples.mkdir(parents=True, exist_ok=True)
@@ -244,7 +247,10 @@ class StageDir:
         return self._write_rows(self.path / f"held_out_{when}.parquet", rows, self.measured_by)
 
     def _write_rows(self, file: Path, rows: list[dict[str, Any]], reward: Mapping[str, Any] | None) -> Path:
-        return write_table(file, full_rows(rows), schema(reward)) if self.writes else file
+        if not self.writes:
+            return file
+        shown = with_copies(self.path / FOLDER, rows, self.most_images)
+        return write_table(file, full_rows(shown), schema(reward))
 
     def read_samples(self, *, followed: bool = False) -> list[dict[str, Any]]:
         """The responses of the steps in all sample files, each with its `step`, in order.

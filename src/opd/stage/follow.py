@@ -14,7 +14,7 @@ from opd.recipe.schema import SamplesSection
 from opd.stage.exams import Exam
 from opd.stage.looks import columns_or_note
 from opd.stage.progress import Progress
-from opd.stage.samples import read_by, sample_rows
+from opd.stage.samples import NOTHING, read_by, sample_rows
 from opd.types import Prompt, ReservedStep, Rollout, Sampler
 
 LONGEST = 256  # tokens of a response: it is sampled one token after the other, beside the training
@@ -77,9 +77,9 @@ def _rows(
 ) -> list[dict[str, Any]]:
     reads = exam.reads_alone
     contexts = exam.context(written) if reads else [one.prompt for one in written]
-    texts: list[str | None] = [None] * len(written)
+    read = [NOTHING] * len(written)
     if reads and exam.reader is not None:
-        texts = read_by({one.prompt.teacher_id: exam.reader for one in written}, written, contexts)
+        read = read_by({one.prompt.teacher_id: exam.reader for one in written}, written, contexts)
     columns = columns_or_note(
         f"{'' if exam.task is None else exam.task + ', '}the prompts of `follow`",
         progress,
@@ -92,5 +92,5 @@ def _rows(
         micro_batch_tokens=micro_batch_tokens,
         exact=True,
     )
-    rows = sample_rows(written, student.tokenizer, teacher_reads=texts, extract=exam.extracted)
+    rows = sample_rows(written, student.tokenizer, teacher_reads=read, extract=exam.extracted)
     return [{**row, **more, "pick": "follow"} for row, more in zip(rows, columns, strict=True)]

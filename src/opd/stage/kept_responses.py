@@ -79,6 +79,7 @@ def _of_talk(rollout: Rollout) -> dict[str, Any]:
         return {}
     content = prompt.content if isinstance(prompt.content, str) else [dict(one) for one in prompt.content]
     kept = {"heard": talk.heard.tolist(), "last_text": talk.last_text, "turn_rewards": list(talk.turn_rewards)}
+    kept["turn_errors"] = list(talk.turn_errors)
     return {"talk": {**kept, "counts": dict(talk.counts), "content": content, "tools": [dict(t) for t in prompt.tools]}}
 
 
@@ -87,6 +88,7 @@ def _talk_of(row: dict[str, Any]) -> Talk:
         heard=torch.tensor(row["heard"], dtype=torch.bool),
         last_text=row["last_text"],
         turn_rewards=tuple(row["turn_rewards"]),
+        turn_errors=tuple(row.get("turn_errors", ())),
         counts=row["counts"],
     )
 

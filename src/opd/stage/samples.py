@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -13,15 +14,27 @@ from opd.messages import text_of
 from opd.models.language_model import LanguageModel
 from opd.models.render import render
 from opd.models.shown import text_of_ids, token_texts
+from opd.stage.images import box_of
 from opd.stage.looks import numbers, own
-from opd.types import Prompt, Rollout
+from opd.types import Image, Prompt, Rollout
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """What a teacher read before a response: the text with its special tokens, and the images."""
+
+    text: str | None = None
+    images: tuple[Image, ...] = ()
+
+
+NOTHING = Read()
 
 
 def sample_rows(
     rollouts: Sequence[Rollout],
     tokenizer: Any,
     *,
-    teacher_reads: Sequence[str | None],
+    teacher_reads: Sequence[Read],
     by_teacher: bool = False,
     extract: Callable[[Rollout], str | None] = lambda _: None,
     **columns: Any,
@@ -44,7 +57,10 @@ def sample_rows(
             "prompt_messages": messages_text(r.prompt),
             "answer": answer_text(r.prompt.answer),
             "student_reads": None if by_teacher else texts[r.prompt_ids],
-            "teacher_reads": teacher_reads[i],
+            "teacher_reads": teacher_reads[i].text,
+            "images": None if by_teacher else r.prompt.images or None,
+            "teacher_images": teacher_reads[i].images or None,
+            "box": box_of(r.prompt),
             "response": r.text,
             "extracted": extract(r),
             "reward": r.reward,
@@ -55,6 +71,8 @@ def sample_rows(
             "trained": r.trained.tolist(),
             "turn": r.turn.tolist(),
             "turn_rewards": None if r.talk is None else list(r.talk.turn_rewards),
+            "turn_errors": None if r.talk is None else list(r.talk.turn_errors),
+            "conversation": counts_text(r),
             "sampler_logp": None if r.sampler_logp is None else r.sampler_logp.tolist(),
             "policy_logp": None if r.policy_logp is None else r.policy_logp.tolist(),
         }
@@ -89,26 +107,26 @@ def _first(advantage: Tensor) -> Tensor:
 
 def read_by(
     readers: Mapping[str | None, LanguageModel], rollouts: Sequence[Rollout], contexts: Sequence[Prompt]
-) -> list[str | None]:
-    """The text that the teacher read before each response, with its special tokens; None without a reader.
+) -> list[Read]:
+    """What the teacher read before each response; `NOTHING` without a reader.
 
     `readers`: the teachers' models by `Prompt.teacher_id`. `contexts`: the method's, by rollout.
     """
-    texts: list[str | None] = []
+    found: list[Read] = []
     before: tuple[Any, ...] | None = None
     for rollout, context in zip(rollouts, contexts, strict=True):
         lm = readers.get(rollout.prompt.teacher_id)
         shown = (context.content, context.images)
         rendered_from = (id(lm), *shown, context.prefill, context.tools, context.chat_template_kwargs)
         if lm is None:
-            texts.append(None)
+            found.append(NOTHING)
         elif rendered_from == before:  # the responses of a group often have one context
-            texts.append(texts[-1])
+            found.append(found[-1])
         else:
             ids = render(context, lm.tokenizer, lm.template_options)
-            texts.append(text_of_ids(ids, lm.tokenizer))
+            found.append(Read(text_of_ids(ids, lm.tokenizer), context.images))
         before = rendered_from
-    return texts
+    return found
 
 
 def messages_text(prompt: Prompt) -> str | None:
@@ -121,6 +139,13 @@ def messages_text(prompt: Prompt) -> str | None:
 def answer_text(answer: Any) -> str | None:
     """The answer of the data as a text, JSON where it is none."""
     return answer if answer is None or isinstance(answer, str) else json.dumps(answer, ensure_ascii=False, default=str)
+
+
+def counts_text(rollout: Rollout) -> str | None:
+    """What happened in a conversation with an environment: its counts that are not 0, as JSON."""
+    if rollout.talk is None:
+        return None
+    return json.dumps({name: number for name, number in rollout.talk.counts.items() if number})
 
 
 def last_text(prompt: Prompt) -> str | None:

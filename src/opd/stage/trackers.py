@@ -13,6 +13,7 @@ from typing import Any
 
 from opd.errors import ConfigError, nearest
 from opd.messages import visible
+from opd.stage.images import file_of
 
 TABLE = "completions"  # the table's name, behind the stage's
 TEXT = 2000  # characters of a prompt or response in a table
@@ -98,15 +99,18 @@ class ReportWriter:
 def completions(rows: Sequence[Mapping[str, Any]], most: int) -> list[dict[str, Any]]:
     """Rows of a table: prompt, response, reward and the mean of log q - log p in nats; at most `most`.
 
-    Rows that were picked come first, those of prompts that are followed over time last.
+    Rows that were picked come first, those of prompts that are followed over time last. With images in any row a column
+    names the student's copies in the stage's folder: a tracker gets no pixels.
     """
     order = sorted(rows, key=lambda row: (row.get("pick") == "follow", row.get("pick") is None))
+    seen = any(row.get("images") for row in rows)
     return [
         {
             "prompt_id": row["prompt_id"],
             "sample": row["sample"],
             "picked": row.get("pick") or "",
             "prompt": _cut(row["prompt"] or ""),
+            **({"images": " ".join(map(file_of, row.get("images") or ()))} if seen else {}),
             "response": _cut("".join(row["response_tokens"]) if row.get("response_tokens") else row["response"]),
             "reward": row["reward"],
             "finished": row["finished"],

@@ -12,7 +12,9 @@ from opd.errors import ConfigError, nearest
 from opd.maths.intervals import Interval
 from opd.messages import visible
 from opd.viewer import facts
-from opd.viewer.content import Content, Options, add_held_out, run_shown
+from opd.viewer.content import Content, Options, add_held_out, add_images, run_shown
+from opd.viewer.images import Album
+from opd.viewer.names import apart
 from opd.viewer.overlay import overlaid
 from opd.viewer.pairs import SCORED, Paired, Scores, paired, scores, unpaired
 from opd.viewer.read import RunView, StageView, read_run
@@ -40,6 +42,12 @@ class Side:
     run: RunView
     stage: StageView
     when: str | None
+    apart: str = ""  # what tells it from another run of its name
+
+    @property
+    def name(self) -> str:
+        """The run's name, and what tells it apart."""
+        return visible(self.run.name) + (f" ({self.apart})" if self.apart else "")
 
     @property
     def said(self) -> str:
@@ -69,11 +77,13 @@ class Comparison:
     pairable: bool = True
 
 
-def compare(paths: Sequence[str | Path], stage: str | None = None, by: str = "prompt") -> Comparison:
+def compare(
+    paths: Sequence[str | Path], stage: str | None = None, by: str = "prompt", *, text: bool = True
+) -> Comparison:
     """Compare the last evaluations of runs on the prompts that they share.
 
     `stage`: its name in every run; by default the last one that all have. `by`: how prompts are known to be the same,
-    by their text ("prompt") or by their place in the data ("id").
+    by their text ("prompt") or by their place in the data ("id"). Without `text` no key of a recipe is in a run's name.
 
     Raises:
         ConfigError: fewer than two runs, no stage that all have, or an unknown `by`. RunError: as `read_run`.
@@ -84,10 +94,11 @@ def compare(paths: Sequence[str | Path], stage: str | None = None, by: str = "pr
         raise ConfigError(f"Prompts are matched by `prompt` or by `id`, not by {by!r}.{nearest(by, BY)}")
     runs = [read_run(path) for path in paths]
     name = _common(runs, stage)
-    sides = [
-        Side(label, run, run.stages[name], _last(run.stages[name])) for label, run in zip(LETTERS, runs, strict=False)
-    ]
-    found = Comparison(sides, differing([run.recipe for run in runs], [run.environment for run in runs]), by=by)
+    keys = differing([run.recipe for run in runs], [run.environment for run in runs])
+    names = apart([run.name for run in runs], [run.path for run in runs], keys if text else [])
+    stages = [run.stages[name] for run in runs]
+    sides = [Side(*one) for one in zip(LETTERS, runs, stages, map(_last, stages), names, strict=False)]
+    found = Comparison(sides, keys, by=by)
     _rewards(found)
     return found
 
@@ -185,6 +196,7 @@ def as_json(found: Comparison) -> str:
             "label": side.label,
             "name": side.run.name,
             "folder": str(side.run.path),
+            "apart": side.apart,
             "stage": side.stage.name,
             "when": side.when,
         }
@@ -233,7 +245,7 @@ def _pair(pair: Paired | None) -> list[Cell]:
 
 def runs_shown(found: Comparison, *, text: bool = True) -> list[dict[str, Any]]:
     """What the template shows of each run."""
-    return [{"label": side.label, **run_shown(side.run, text=text)} for side in found.sides]
+    return [{"label": side.label, **run_shown(side.run, text=text), "name": side.name} for side in found.sides]
 
 
 def content_of(found: Comparison, options: Options) -> Content:
@@ -265,9 +277,12 @@ def content_of(found: Comparison, options: Options) -> Content:
         both = [one for one in measured if one is not None]
         if len(both) == 2:
             keys = [key for key in shown_keys(both) if all(key in one.rows for one in both)]
-            budget = Budget.of(options.tokens, [one.lengths[key] for one in both for key in keys])
+            tokens = options.tokens_beside([side.stage for side in found.sides])
+            budget = Budget.of(tokens, [one.lengths[key] for one in both for key in keys])
             if keys:
-                add_held_out(content, both, keys, budget)
+                album = Album()
+                add_held_out(content, both, keys, budget, album)
+                add_images(content, album, options.images)
                 content.data["held_of"] = sum(key in both[1].rows for key in both[0].rows)
     return content
 

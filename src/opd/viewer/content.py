@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ from opd.messages import visible
 from opd.viewer import facts, pack
 from opd.viewer.curves import axes_of, charts_of, compact, evaluated_of, levels_of, series_of
 from opd.viewer.figures import dots, spark
+from opd.viewer.images import Album
 from opd.viewer.read import RunView, StageView
 from opd.viewer.responses import (
     HeldOut,
@@ -35,6 +37,11 @@ class Options:
     tokens: int = 150_000  # of responses, in all stages together
     samples: int = 8  # responses of each file of samples
     text: bool = True  # else numbers alone
+    images: int = 250_000  # bytes of images, in all stages together
+
+    def tokens_beside(self, stages: Sequence[StageView]) -> int:
+        """Tokens of responses: images of any stage take a quarter, so that a page has less than 2 MB with them too."""
+        return self.tokens * 3 // 4 if any((stage.path / "images").is_dir() for stage in stages) else self.tokens
 
 
 @dataclass(slots=True)
@@ -61,17 +68,19 @@ def stage_content(run: RunView, stage: StageView, options: Options | None = None
         measured = measured_of(stage)
         keys = shown_keys(measured)
         lengths = [one.lengths[key] for one in measured for key in keys if key in one.lengths]
-        budget = Budget.of(options.tokens, [*lengths, *(n for one in surveys for n in one.lengths)])
-        add_held_out(content, measured, keys, budget)
+        budget = Budget.of(options.tokens_beside([stage]), [*lengths, *(n for one in surveys for n in one.lengths)])
+        album = Album()
+        add_held_out(content, measured, keys, budget, album)
         for one in surveys:
-            content.blocks[f"s{one.step}"] = sample_block(stage, one.step, one.rows, budget)
+            content.blocks[f"s{one.step}"] = sample_block(stage, one.step, one.rows, budget, album)
             content.data["steps"].append({"step": one.step, "shown": len(one.rows), "of": one.of})
             content.responses += len(one.rows)
         followed = {one.step: one.followed for one in surveys if one.followed}
         if followed:
-            content.blocks["follow"] = follow_block(stage, followed, budget)
+            content.blocks["follow"] = follow_block(stage, followed, budget, album)
             content.data["followed"] = max(map(len, followed.values()))
             content.responses += sum(map(len, followed.values()))
+        add_images(content, album, options.images)
     return content
 
 
@@ -152,7 +161,9 @@ def base_data(stage: StageView, series: dict[str, Any]) -> dict[str, Any]:
         "held_of": 0,
         "followed": 0,
         "position": None,
-        "teacher": (stage.spec.get("teacher") or None) is not None,
+        "images": None,
+        "teacher": bool(stage.spec.get("teacher") or (stage.keys or {}).get("teacher")),
+        "scored": (stage.spec.get("samples") or {}).get("held_out"),
     }
 
 
@@ -171,11 +182,17 @@ def measured_of(stage: StageView) -> list[HeldOut]:
     return [one for one in found if one is not None and one.rows]
 
 
-def add_held_out(content: Content, measured: list[HeldOut], keys: list[Any], budget: Budget) -> None:
+def add_images(content: Content, album: Album, most: int) -> None:
+    """Put the copies of the images that the page's rows name into the page, at most `most` bytes."""
+    if (found := album.bytes(most)) is not None:
+        content.blocks["images"], content.data["images"] = found
+
+
+def add_held_out(content: Content, measured: list[HeldOut], keys: list[Any], budget: Budget, album: Album) -> None:
     """Put the held-out responses with these keys into a page."""
     if not measured:
         return
-    content.blocks["held"] = held_block(measured, keys, budget)
+    content.blocks["held"] = held_block(measured, keys, budget, album)
     content.data["whens"] = [one.label for one in measured]
     content.data["held"] = len(keys)
     content.data["held_of"] = len({key for one in measured for key in one.rows})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,19 @@ def state_of(stage: StageView, now: float | None = None) -> str:
     updated = (stage.progress or {}).get("updated")
     alive = isinstance(updated, int | float) and (time.time() if now is None else now) - updated < ALIVE
     return "running" if alive else "stopped"
+
+
+def opened_first(stages: Sequence[StageView]) -> int:
+    """The place of the stage that a page opens on: the one that runs, else the last that trains on its own responses.
+
+    A stage of `sft` prepares a model for the others, so it is first only if no other stage has made a step. A stage
+    with other models (`peers`) opens on its own.
+    """
+    made = [i for i, stage in enumerate(stages) if stage.steps_done]
+    runs = [i for i, stage in enumerate(stages) if state_of(stage) == "running"]
+    own = [i for i in made if stages[i].spec.get("method") != "sft"]
+    chosen = (runs or own or made or [0])[-1]
+    return next(i for i, stage in enumerate(stages) if stage.spec is stages[chosen].spec)
 
 
 def head_of(run: RunView, stage: StageView) -> dict[str, Any]:

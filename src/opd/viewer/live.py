@@ -18,7 +18,8 @@ from opd.messages import visible
 from opd.viewer import page
 from opd.viewer.content import block_of, live_content, run_shown
 from opd.viewer.curves import axes_of, compact, evaluated_of, series_of
-from opd.viewer.facts import state_of
+from opd.viewer.facts import opened_first, state_of
+from opd.viewer.images import copy_in
 from opd.viewer.read import RunView, StageView, read_again, read_run
 from opd.viewer.report import stages_of
 from opd.viewer.responses import row_block
@@ -27,6 +28,7 @@ CHUNK = 2048  # tokens of a long response that a page loads at a time
 KEPT = 16  # blocks that stay in memory
 BLOCK = re.compile(r"(\d{1,4})-(curves|held|follow|s\d{1,12})")
 ROW = re.compile(r"(\d{1,4})-(s\d{1,12}|held_[a-z0-9_]{1,40})-(\d{1,9})")
+IMAGE = re.compile(r"(\d{1,4})-([0-9a-f]{32})")
 SPANS = re.compile(r"\d{1,9}-\d{1,9}(,\d{1,9}-\d{1,9}){0,2000}")
 
 
@@ -55,7 +57,8 @@ class Live:
         with self._lock:
             self.run = read_again(self.run)
             contents = [live_content(self.run, stage) for stage in self.stages]
-            return page.render(visible(self.run.name), [run_shown(self.run)], contents, live=True, scripts=["live"])
+            first, name = opened_first(self.stages), visible(self.run.name)
+            return page.render(name, [run_shown(self.run)], contents, first=first, live=True, scripts=["live"])
 
     def state(self) -> dict[str, Any]:
         """What a page compares with what it shows: of each stage its steps, files, phase and state."""
@@ -117,6 +120,12 @@ class Live:
         parts = [(int(a), int(b)) for a, b in (span.split("-") for span in spans.split(","))]
         with self._blocks_lock:
             return row_block(stage, found[2], int(found[3]), parts)
+
+    def image(self, name: str) -> bytes | None:
+        """The copy of an image by stage and name, `0-` and 32 hexadecimal digits, as PNG; None if there is none."""
+        found = IMAGE.fullmatch(name)
+        stage = None if found is None else self._stage(int(found[1]))
+        return None if found is None or stage is None else copy_in(stage.path, found[2])
 
     def _state(self, stage: StageView) -> dict[str, Any]:
         progress, planned = stage.progress or {}, int(stage.spec.get("steps") or 0)

@@ -23,7 +23,7 @@ from opd.viewer.pack import script_json, text_of
 TEMPLATES = ("page", "head", "result", "compared", "run")
 LIBRARY = "uPlot.iife.min.js"
 SCRIPTS = (  # in this order, as one function
-    *("base", "blocks", "colours", "card", "tokens", "charts", "where", "filters", "responses", "start"),
+    *("base", "blocks", "colours", "card", "tokens", "charts", "where", "filters", "images", "responses", "start"),
 )
 SECTIONS = (("result", "Result"), ("curves", "Curves"), ("where", "Where"), ("responses", "Responses"), ("run", "Run"))
 
@@ -33,11 +33,13 @@ def render(
     runs: Sequence[Mapping[str, Any]],
     stages: Sequence[Content],
     *,
+    first: int = 0,
     live: bool = False,
     scripts: Sequence[str] = (),
 ) -> str:
     """The page as text. `runs` are `content.run_shown` of each run, with a `label` if there are several.
 
+    `first`: the place of the stage that is shown at first.
     `live`: the page may load from where it came, and holds no blocks; `scripts` are names of further files of
     assets/ without `.js`, put before start.js.
     """
@@ -60,7 +62,7 @@ def render(
             version=runs[0].get("version", ""),
             css=Markup(css),
             js=Markup(js),
-            data=Markup(script_json({"live": live, "stages": [content.data for content in stages]})),
+            data=Markup(script_json({"live": live, "first": first, "stages": [content.data for content in stages]})),
             blocks=blocks,
             runs=runs,
             stages=[content.shown for content in stages],

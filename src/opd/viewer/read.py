@@ -69,7 +69,8 @@ class Columns:
 
     table: pa.Table
     names: tuple[str, ...]
-    metadata: dict[str, Any] = field(default_factory=dict)  # {"format": 1, "library": ..., "reward": ...}
+    metadata: dict[str, Any] = field(default_factory=dict)  # {"format": 2, "library": ..., "reward": ...}
+    stage: Path | None = None  # the folder of the stage that wrote it
 
     def __len__(self) -> int:
         return self.table.num_rows
@@ -101,7 +102,7 @@ class Columns:
 
     def take(self, rows: Sequence[int]) -> Columns:
         """The rows at these places, in this order."""
-        return Columns(self.table.take(pa.array(list(rows), type=pa.int64())), self.names, self.metadata)
+        return replace(self, table=self.table.take(pa.array(list(rows), type=pa.int64())))
 
 
 def as_numbers(array: pa.Array) -> np.ndarray:
@@ -124,8 +125,10 @@ def _bits(buffer: Any, count: int) -> np.ndarray:
     return np.unpackbits(np.frombuffer(buffer, np.uint8), count=count, bitorder="little")
 
 
-def read_columns(file: Path, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None) -> Columns | None:
-    """Some columns (default: all) and rows (default: all) of a Parquet file; None for a missing file.
+def read_columns(
+    file: Path, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None, stage: Path | None = None
+) -> Columns | None:
+    """Some columns (default: all) and rows (default: all) of a Parquet file of a stage; None for a missing file.
 
     Columns that the file does not have are left out. Raises RunError if the file cannot be read.
     """
@@ -138,7 +141,7 @@ def read_columns(file: Path, columns: Sequence[str] | None = None, rows: Sequenc
         return None
     except (OSError, pa.ArrowException) as error:
         raise _unreadable(file, error) from error
-    found = Columns(table, tuple(schema.names), _object((schema.metadata or {}).get(b"opd", b"")) or {})
+    found = Columns(table, tuple(schema.names), _object((schema.metadata or {}).get(b"opd", b"")) or {}, stage)
     return found if rows is None else found.take(rows)
 
 
@@ -197,13 +200,13 @@ class StageView:
         self, step: int, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> Columns | None:
         """The responses of a step, as `read_columns`."""
-        return read_columns(self.path / "samples" / f"step_{step:06d}.parquet", columns, rows)
+        return read_columns(self.path / "samples" / f"step_{step:06d}.parquet", columns, rows, self.path)
 
     def held_out(
         self, when: str, columns: Sequence[str] | None = None, rows: Sequence[int] | None = None
     ) -> Columns | None:
         """The responses of an evaluation, one of `whens`, as `read_columns`."""
-        return read_columns(self.path / f"held_out_{when}.parquet", columns, rows)
+        return read_columns(self.path / f"held_out_{when}.parquet", columns, rows, self.path)
 
 
 @dataclass(frozen=True, slots=True)

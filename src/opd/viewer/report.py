@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from opd.errors import ConfigError, nearest
@@ -12,6 +12,7 @@ from opd.messages import visible
 from opd.viewer import page
 from opd.viewer.compare import compare, content_of, runs_shown
 from opd.viewer.content import Options, run_shown, stage_content
+from opd.viewer.facts import opened_first
 from opd.viewer.read import RunView, StageView, read_run
 
 
@@ -36,10 +37,11 @@ def write_report(
     run = read_run(path)
     options = options or Options()
     chosen = stages_of(run, stage)
-    share = Options(tokens=options.tokens // len(chosen), samples=options.samples, text=options.text)
+    n = len(chosen)
+    share = replace(options, tokens=options.tokens // n, images=options.images // n)
     contents = [stage_content(run, one, share) for one in chosen]
     names = visible(run.name) if len(contents) > 1 else f"{visible(run.name)} / {contents[0].name}"
-    text = page.render(names, [run_shown(run, text=options.text)], contents)
+    text = page.render(names, [run_shown(run, text=options.text)], contents, first=opened_first(chosen))
     file = run.path / "report.html" if out is None else Path(out)
     return written(file, text, sum(content.responses for content in contents))
 
@@ -52,10 +54,10 @@ def write_comparison(
     options: Options | None = None,
 ) -> Written:
     """Write the page of several runs to `out`, by default compare.html here. Raises as `compare` and `write_report`."""
-    found = compare(paths, stage, by)
     options = options or Options()
+    found = compare(paths, stage, by, text=options.text)
     content = content_of(found, options)
-    title = " and ".join(f"{side.label}: {visible(side.run.name)}" for side in found.sides)
+    title = " and ".join(f"{side.label}: {side.name}" for side in found.sides)
     text = page.render(title, runs_shown(found, text=options.text), [content])
     return written(Path("compare.html") if out is None else Path(out), text, content.responses)
 

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from opd.viewer.images import Album
 from opd.viewer.pack import rounded
 from opd.viewer.read import Columns, StageView
 from opd.viewer.rows import COLUMNS, Block
@@ -98,13 +99,15 @@ def matrix(surveys: Sequence[Survey]) -> dict[str, Any] | None:
     return {"width": width, "steps": [one.step for one in held], "mean": means, "count": counts, "what": held[0].what}
 
 
-def sample_block(stage: StageView, step: int, rows: Sequence[int] | None, budget: Budget) -> bytes:
+def sample_block(
+    stage: StageView, step: int, rows: Sequence[int] | None, budget: Budget, album: Album | None = None
+) -> bytes:
     """Some rows of a step's file (None: all but those of `follow`) as a block of a page."""
     if rows is None:
         picks = stage.samples(step, ["pick", "prompt_id"])
         rows = [] if picks is None else [i for i, pick in enumerate(picks.values("pick")) if pick != "follow"]
     columns = stage.samples(step, COLUMNS, rows)
-    block = Block(budget)
+    block = Block(budget, album or Album())
     for i in range(0 if columns is None else len(columns)):
         assert columns is not None
         block.add(columns, i, place=(f"s{step}", rows[i]))
@@ -126,9 +129,11 @@ def row_block(stage: StageView, file: str, row: int, parts: Sequence[tuple[int, 
     return block.bytes()
 
 
-def follow_block(stage: StageView, followed: Mapping[int, Sequence[int]], budget: Budget) -> bytes:
+def follow_block(
+    stage: StageView, followed: Mapping[int, Sequence[int]], budget: Budget, album: Album | None = None
+) -> bytes:
     """The same prompts over time: rows by step, of at most `FOLLOWED` steps, and [step, row] of each prompt."""
-    block = Block(budget)
+    block = Block(budget, album or Album())
     groups: dict[Key, list[list[int]]] = {}
     steps = list(followed)
     for step in [steps[i] for i in evenly(len(steps), FOLLOWED)]:
@@ -201,9 +206,9 @@ def shown_keys(measured: Sequence[HeldOut], most: int = HELD_OUT) -> list[Key]:
     return [key for key in every if key in chosen]
 
 
-def held_block(measured: Sequence[HeldOut], keys: Sequence[Key], budget: Budget) -> bytes:
+def held_block(measured: Sequence[HeldOut], keys: Sequence[Key], budget: Budget, album: Album | None = None) -> bytes:
     """Held-out responses as a block: rows, and groups with the row of each evaluation by its label."""
-    block = Block(budget)
+    block = Block(budget, album or Album())
     groups = [{"task": task, "setting": setting, "id": i, "rows": {}} for task, setting, i, _ in keys]
     for one in measured:
         here = [(n, one.rows[key]) for n, key in enumerate(keys) if key in one.rows]

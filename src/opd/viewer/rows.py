@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from opd.viewer.images import Album, images_of, place_of
 from opd.viewer.pack import Packer, rounded
 from opd.viewer.read import Columns
-from opd.viewer.texts import conversation, difference, shortened
+from opd.viewer.texts import conversation, difference, placeholders_counted, shortened
 from opd.viewer.thin import Budget, kept_tokens, strongest
 
 # What a page reads of a file; it shows what is there.
@@ -19,7 +22,8 @@ COLUMNS = (
     *("response", "reward", "finished", "response_ids", "response_tokens", "policy_logp", "teacher_logp", "weight"),
     *("advantage", "when", "sampling", "answer", "extracted", "trained", "turn", "signal", "student_entropy"),
     *("teacher_entropy", "teacher_rank", "student_top_ids", "teacher_top_ids", "student_top_logp", "teacher_top_logp"),
-    *("student_top_tokens", "teacher_top_tokens", "pick", "units", "teacher_tokens"),
+    *("student_top_tokens", "teacher_top_tokens", "pick", "units", "teacher_tokens", "images", "teacher_images", "box"),
+    *("turn_rewards", "turn_errors", "conversation"),
 )
 NUMBERS = {  # name in the page -> column
     "p": "policy_logp",
@@ -36,10 +40,14 @@ class Block:
     """Rows of one block of a page, added one after the other."""
 
     budget: Budget
+    album: Album = field(default_factory=Album)  # of the page
     packer: Packer = field(default_factory=Packer)
     rows: list[dict[str, Any]] = field(default_factory=list)
     texts: list[Any] = field(default_factory=list)
     _known: dict[Any, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.album.begin()
 
     def add(
         self,
@@ -65,7 +73,7 @@ class Block:
         values = largest(numbers)
         parts = kept_tokens(len(ids), self.budget.cap, values) if parts is None else within(parts, len(ids))
         kept = np.concatenate([np.arange(a, b) for a, b in parts]) if parts else np.zeros(0, dtype=np.int64)
-        row = self._described(columns, i)
+        row = self._described(columns, i) | self._images(columns, i)
         row |= {"length": len(ids), "n": {}}
         if place is not None and len(kept) < len(ids):
             row["place"] = list(place)
@@ -112,10 +120,27 @@ class Block:
         if said is not None:
             clipped = [[role, shortened(text)] for role, text in said]
             row["said"] = self.text(("said", get("prompt_messages")), clipped)
+        if (talk := talk_of(columns, i)) is not None:
+            row["talk"] = talk
         reads = (get("student_reads"), get("teacher_reads"))
         if reads != (None, None):
             key = ("reads", *reads)
+            if key not in self._known and any(get(name) for name in ("images", "teacher_images")):
+                reads = (placeholders_counted(reads[0]), placeholders_counted(reads[1]))
             row["reads"] = self._known[key] if key in self._known else self.text(key, difference(*reads))
+        return row
+
+    def _images(self, columns: Columns, i: int) -> dict[str, Any]:
+        """What was seen before a response, and the places in it."""
+        row: dict[str, Any] = {}
+        for name, column in (("images", "images"), ("theirs", "teacher_images")):
+            if images := images_of(columns, column, i):
+                self.album.add(images, columns.stage)
+                row[name] = self.text(("images", *map(tuple, images)), images)
+        if row and (box := columns.value("box", i)) is not None:
+            row["box"] = box
+            if (place := place_of(columns, i)) is not None:
+                row["click"] = place
         return row
 
     def _tokens(self, row: dict[str, Any], columns: Columns, i: int, ids: Sequence[int], kept: np.ndarray) -> None:
@@ -173,6 +198,37 @@ class Block:
                 for one in units
                 if any(one["student_start"] < b and one["student_end"] > a for a, b in parts)
             ]
+
+
+def talk_of(columns: Columns, i: int) -> dict[str, Any] | None:
+    """What happened in a conversation: its counts, rewards by turn, failures by turn, own tokens; None without one."""
+    turns, trained = columns.numbers("turn", i), columns.numbers("trained", i)
+    rewards, counts = columns.value("turn_rewards", i), json_object(columns.value("conversation", i))
+    if rewards is None and not counts and (turns is None or not np.nan_to_num(turns).any()):
+        return None
+    found: dict[str, Any] = {"counts": {str(name): value for name, value in counts.items() if _is_number(value)}}
+    if turns is not None and len(turns):
+        found["turns"] = int(np.nanmax(turns)) + 1
+    if trained is not None:
+        found["heard"] = int((np.nan_to_num(trained, nan=1.0) == 0).sum())
+    if rewards is not None and any(one is not None for one in rewards):
+        found["rewards"] = [None if one is None else rounded(float(one)) for one in rewards]
+    if errors := columns.value("turn_errors", i):
+        found["errors"] = errors
+    return found
+
+
+def json_object(text: str | None) -> dict[str, Any]:
+    """The object that a text holds in JSON; empty for another text."""
+    try:
+        found = json.loads(text or "{}")
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def within(parts: Sequence[tuple[int, int]], n: int) -> list[tuple[int, int]]:

@@ -30,6 +30,7 @@ HEADERS = {
     "Content-Security-Policy": "frame-ancestors 'none'",  # the page's own policy is in the page
 }
 HTML, JSON, BYTES, TEXT = "text/html; charset=utf-8", "application/json", "application/octet-stream", "text/plain"
+PNG = "image/png"
 
 
 class Server(ThreadingHTTPServer):
@@ -120,6 +121,8 @@ class _Handler(BaseHTTPRequestHandler):
             return JSON, None if found is None else as_json(found)
         if parts[0] == "block" and len(parts) == 2:
             return BYTES, live.block(parts[1])
+        if parts[0] == "image" and len(parts) == 2:
+            return PNG, live.image(parts[1])
         if parts[0] == "row" and len(parts) == 2:
             return BYTES, live.row(parts[1], query.get("tokens", [""])[0])
         return TEXT, None

@@ -11,6 +11,7 @@ Parts: TypeAlias = list[list[Any]]  # of ["=", text], ["-", the student's], ["+"
 
 PIECES = 3000  # of two texts that are compared piece by piece; longer ones by their common start and end
 SAME = 1600  # characters of an equal part that are shown
+REPEATED = re.compile(r"(<[^<>\s]{1,60}>)\1{3,}")
 OWN = 6000  # of a part that only one of them reads
 
 
@@ -34,6 +35,13 @@ def difference(student: str | None, teacher: str | None) -> Parts:
             parts += [["-", "".join(first[a:b])]] if b > a else []
             parts += [["+", "".join(second[c:d])]] if d > c else []
     return _shortened(parts)
+
+
+def placeholders_counted(text: str | None) -> str | None:
+    """The text with a count in place of many equal placeholders: `<image> × 576` is one image of 576 tokens."""
+    if text is None:
+        return None
+    return REPEATED.sub(lambda found: f"{found[1]} \u00d7 {len(found[0]) // len(found[1])}", text)
 
 
 def _by_ends(student: str, teacher: str) -> Parts:
@@ -77,7 +85,7 @@ def conversation(messages: str | None) -> list[list[str]] | None:
 def _said(content: Any) -> str:
     """The text of a message: itself, or that of its parts."""
     if isinstance(content, list):
-        return "".join(str(part.get("text", "")) if isinstance(part, dict) else str(part) for part in content)
+        return "".join(_part(part) for part in content)
     return "" if content is None else str(content)
 
 
@@ -86,3 +94,10 @@ def shortened(text: str, most: int = 4 * SAME) -> str:
     if len(text) <= most:
         return text
     return f"{text[: most // 2]} … {len(text) - most:,} characters left out … {text[-(most // 2) :]}"
+
+
+def _part(part: Any) -> str:
+    """The text of a part of a message; an image has its place in the text, and stands beside it in the page."""
+    if not isinstance(part, dict):
+        return str(part)
+    return "[image]" if part.get("type") == "image" else str(part.get("text", ""))

@@ -63,7 +63,7 @@ def compare_runs(
         return
     for side in found.sides:
         console.print(
-            Text(f"{side.label}  {visible(side.run.name)}  {side.run.path}, {side.stage.name}, {side.said}"),
+            Text(f"{side.label}  {side.name}  {side.run.path}, {side.stage.name}, {side.said}"),
             soft_wrap=True,
         )
     console.print(_rewards(found), _keys(found))

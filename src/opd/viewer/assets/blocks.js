@@ -44,6 +44,7 @@ async function unpack(packed) {
     columns[column] = { at: 0, values: READ[kind](data.subarray(at, at + WIDTH[kind] * count), count) };
     at += WIDTH[kind] * count;
   }
+  head.numbers = Object.fromEntries(Object.entries(columns).map(([name, column]) => [name, column.values]));
   for (const row of head.rows || []) openRow(row, columns, head);
   return head;
 }
@@ -58,6 +59,8 @@ function openRow(row, columns, head) {
   row.promptText = head.texts[row.prompt];
   row.saidTexts = row.said === undefined ? null : head.texts[row.said];
   row.readsParts = row.reads === undefined ? null : head.texts[row.reads];
+  row.shownImages = row.images === undefined ? null : head.texts[row.images];
+  row.theirImages = row.theirs === undefined ? null : head.texts[row.theirs];
   row.parts = row.parts || [[0, row.tokens.length]];
   row.places = row.parts.flatMap(([a, b]) => Array.from({ length: b - a }, (_, i) => a + i));
   row.text = row.response ?? row.tokens.map(token => token[1]).join("");

@@ -22,7 +22,7 @@ function cardRows(row, i) {
   add("entropy of q", row.hq);
   add("rank under the teacher", row.rank, v => (v === 0 ? "–" : String(v)));
   if (row.turn) rows.push(["turn", String(row.turn[i] + 1)]);
-  if (row.trained && !row.trained[i]) rows.push(["trained", "no: written by a tool or a template, or masked"]);
+  if (row.trained && !row.trained[i]) rows.push(["trained", row.talk ? "no: written by the environment" : "no: written by a tool or a template, or masked"]);
   const unit = unitAt(row, row.places[i]);
   if (unit) rows.push(["the teacher's tokens", unit[2].map(text => JSON.stringify(visible(text))).join(" ")]);
   return rows;

@@ -42,9 +42,11 @@ class Filters {
   // The filters of a list of items, by name: {title, test}. Items have their responses in `all`, held-out ones `rows`.
   of(items) {
     const found = { all: { title: "all", test: () => true } };
+    const talks = items.some(item => item.all.some(row => row.talk));
     if (items.some(item => item.rows)) Object.assign(found, this.pairs(items));
     Object.assign(found, {
-      cut: { title: "cut at the limit", test: item => cut(this.judgedRow(item)) },
+      cut: { title: talks ? "not finished" : "cut at the limit", test: item => cut(this.judgedRow(item)) },
+      failed: { title: "an error in a turn", test: item => item.all.some(row => failures(row) > 0) },
       repeated: { title: "repeated (half of the 3-grams)", test: item => repeated(this.judgedRow(item)) },
       far: { title: "|log q − log p| ≥ 4 somewhere", test: item => item.all.some(far) },
     });

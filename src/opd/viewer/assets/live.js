@@ -7,6 +7,8 @@ async function load(path) {
 }
 source.bytes = name => load(`/block/${name}`);
 
+source.image = (stage, name) => load(`/image/${stage}-${name}`);
+
 // A part of a long response that is not here yet: a button loads it, some thousand tokens at a time.
 gaps.make = (row, start, end) => {
   const count = Math.min(live.chunk, end - start);
@@ -24,7 +26,7 @@ const live = {
     if (!found) return say("The run has no such response any more.");
     const whole = found.rows[0];
     if (!whole.place) delete row.place;
-    Object.assign(row, whole, { promptText: row.promptText, saidTexts: row.saidTexts, readsParts: row.readsParts });
+    Object.assign(row, whole, { promptText: row.promptText, saidTexts: row.saidTexts, readsParts: row.readsParts, shownImages: row.shownImages, theirImages: row.theirImages });
     shown.responses.show();
     say(`${(end - start).toLocaleString("en")} tokens loaded`);
   },
@@ -51,7 +53,10 @@ const live = {
     const before = this.known;
     this.known = state;
     this.chunk = state.chunk;
-    if (state.stages.length !== stages.length) return this.chip("Another stage has begun.", "Show it");
+    if (state.stages.length !== stages.length) return this.chip("Another stage has begun.", "Show it", () => {
+      history.replaceState(null, "", location.pathname + location.search); // the page opens on the stage that runs
+      location.reload();
+    });
     for (const [n, one] of state.stages.entries()) await this.refresh(stages[n], one, before?.stages[n]);
   },
 

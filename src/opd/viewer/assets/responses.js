@@ -15,6 +15,7 @@ class Responses {
       return;
     }
     watchTokens(this.panel);
+    if (imagesSay(data.images)) stage.part("images").textContent = imagesSay(data.images);
     stage.part("colour").addEventListener("change", event => this.set({ colour: event.target.value }));
   }
   findTabs() {
@@ -114,6 +115,26 @@ class Responses {
     const select = this.stage.part("colour");
     fill(select, has.map(name => make("option", { value: name, selected: name === this.state.colour }, COLOURS[name].title)));
     legend(this.stage.part("legend"), this.state.colour);
+    this.stage.part("why").textContent = has.includes("ratio") || !rows.length ? "" : `No log q − log p: ${this.whyNone(rows)}.`;
+  }
+  // Why these rows have no colour by log q - log p: in words, where a reader looks for the colour.
+  whyNone(rows) {
+    const { teacher, scored, compared } = this.stage.data, held = this.state.tab === "held";
+    if (!teacher) return compared ? "the runs have no teacher" : "the stage has no teacher";
+    if (!rows.some(row => row.q)) {
+      const few = held && scored !== null && scored !== undefined ? ` (samples.held_out: ${scored} of each setting)` : "";
+      return `the teacher did not score ${rows.length > 1 ? "these responses" : "this response"}${few}`;
+    }
+    return "the student's own numbers are not in the file";
+  }
+  isPlain(row) {
+    const { colour } = this.state;
+    return colour !== "none" && row.tokens.length > 0 && !COLOURS[colour].of(row);
+  }
+  whyPlain(rows) {
+    const ofTeacher = ["ratio", "logq", "entropyq"].includes(this.state.colour) || rows.every(row => !row.p && !row.q);
+    const why = ofTeacher ? this.whyNone(rows) : "the file has no such numbers of it";
+    return make("p", { class: "hint plain" }, `Not coloured: ${why}.`);
   }
   controls() {
     const home = this.stage.part("filters"), focused = document.activeElement?.id;
@@ -186,17 +207,21 @@ class Responses {
   article(item, i) {
     const one = item.all[0];
     if (!one) return make("article", { class: "response", tabindex: -1 }, make("p", { class: "empty" }, "no response"));
-    const reads = item.all.find(row => row.readsParts?.some(([kind]) => kind === "+")) || item.all.find(row => row.readsParts) || one;
+    // What both read; a response that one of them did not read says nothing of the difference.
+    const kinds = row => new Set((row.readsParts || []).map(([kind]) => kind));
+    const both = item.all.filter(row => kinds(row).has("=") || (kinds(row).has("+") && kinds(row).has("-")));
+    const reads = both.find(row => kinds(row).has("+")) || both[0] || item.all.find(row => row.readsParts) || one;
     const about = [`prompt ${one.id}${one.sample ? `, response ${one.sample + 1}` : ""}`, item.task, item.setting, one.pick && `picked: ${one.pick}`, one.part && `part ${one.part}`, one.answer !== undefined && `reference: ${visible(one.answer)}`];
     return make("article", { class: "response", tabindex: -1, "data-n": i },
       make("div", { class: "about" }, about.filter(Boolean).map(text => make("span", {}, text)),
         item.rows || item.at?.length ? null : this.aboutRow(one)),
       one.saidTexts ? this.conversation(one) : make("div", { class: "prompt", dir: "auto" }, visible(one.promptText)),
+      imagesOf(item, this.stage.data, this.stage.index),
       readsOf(reads),
       item.at?.length ? this.overTime(item) : this.columns(item));
   }
   aboutRow(row) {
-    return make("span", { class: this.filters.markOf(row) }, [`${row.length} tokens`, row.finished ? "" : "cut at the limit", this.filters.judged(row), extracted(row)].filter(Boolean).join(", "));
+    return make("span", { class: this.filters.markOf(row) }, [`${row.length} tokens`, ...(row.talk ? talkSays(row) : [row.finished ? "" : "cut at the limit"]), this.filters.judged(row), extracted(row), row.click ? `place ${placeSays(row)}` : ""].filter(Boolean).join(", "));
   }
   conversation(row) {
     return make("div", { class: "prompt" }, row.saidTexts.map(([role, text]) =>
@@ -205,17 +230,19 @@ class Responses {
   columns(item) {
     const { whens, labels } = this.stage.data;
     const parts = item.rows ? whens.filter(when => item.rows[when]).map(when => [labels[when], item.rows[when]]) : [["", item.all[0]]];
-    return make("div", { class: "columns" }, parts.map(([label, row]) => make("div", { class: "column" },
-      label ? make("h3", {}, `${label} `, make("span", {}, this.aboutRow(row))) : null, this.body(row, label || "response"))));
+    const rows = parts.map(([, row]) => row), once = rows.length > 1 && rows.every(row => this.isPlain(row));
+    const columns = make("div", { class: "columns" }, parts.map(([label, row]) => make("div", { class: "column" },
+      label ? make("h3", {}, `${label} `, make("span", {}, this.aboutRow(row))) : null, this.body(row, label || "response", !once))));
+    return once ? [this.whyPlain(rows), columns] : columns;
   }
   overTime(item) {
     return make("div", {}, item.at.map(([step, row]) => make("div", { class: "column" },
       make("h3", {}, `step ${step} `, make("span", {}, this.aboutRow(row))), this.body(row, `step ${step}`))));
   }
-  body(row, label) {
+  body(row, label, says = true) {
     const tokens = tokensOf(row, label, this.state.colour);
-    return row.response === undefined ? tokens
-      : make("div", {}, make("div", { class: "prompt", dir: "auto" }, visible(row.response)), tokens);
+    return make("div", {}, row.response === undefined ? null : make("div", { class: "prompt", dir: "auto" }, visible(row.response)),
+      says && this.isPlain(row) ? this.whyPlain([row]) : null, tokens);
   }
   // Make one response the current one: `j` and `k`, and the address of the page.
   choose(i, focus = true) {
@@ -245,11 +272,13 @@ const extracted = row => (row.extracted === undefined ? "" : `compared: ${visibl
 function readsOf(row) {
   if (!row.readsParts?.length) return null;
   const tags = { "=": "span", "-": "del", "+": "ins" };
-  const differs = row.readsParts.some(([kind]) => kind === "+" || kind === "-");
+  const kinds = new Set(row.readsParts.map(([kind]) => kind).filter(kind => kind !== "…"));
+  const alone = kinds.size === 1 ? { "-": "What the student read", "+": "What the teacher read" }[[...kinds][0]] : "";
+  const differs = !alone && kinds.size > 1;
   const parts = row.readsParts.map(([kind, text]) => (kind === "…"
     ? make("i", {}, ` … ${text.toLocaleString("en")} characters left out … `)
-    : make(tags[kind], { dir: "auto" }, visible(text))));
+    : make(alone ? "span" : tags[kind], { dir: "auto" }, visible(text))));
   const note = differs ? make("p", { class: "hint" }, "Underlined: the teacher alone reads it. Struck through: the student alone.") : null;
-  return make("details", {}, make("summary", {}, differs ? "What student and teacher read" : "What was read"), note,
+  return make("details", {}, make("summary", {}, alone || (differs ? "What student and teacher read" : "What was read")), note,
     make("div", { class: "reads", tabindex: 0 }, parts));
 }

@@ -38,10 +38,10 @@ class Stage {
   }
 }
 const stages = PAGE.stages.map((data, index) => new Stage(data, index));
-let shown = stages[0];
+let shown = stages[PAGE.first];
 
 async function showStage(index) {
-  shown = stages[index] || stages[0];
+  shown = stages[index] || stages[PAGE.first];
   for (const stage of stages) stage.root.hidden = stage !== shown;
   $$("#stages [role=tab]").forEach((tab, i) => {
     tab.setAttribute("aria-selected", String(i === shown.index));
@@ -76,7 +76,7 @@ function writeHash() {
 }
 async function readHash() {
   const given = new URLSearchParams(location.hash.slice(1));
-  await showStage(Number(given.get("stage") || 0));
+  await showStage(Number(given.get("stage") ?? PAGE.first));
   const { responses } = shown;
   if (!responses.tabs.length) return;
   const { state } = responses;

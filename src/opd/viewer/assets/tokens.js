@@ -21,28 +21,63 @@ function tokensOf(row, label, colour) {
   element.values = values;
   element.tokenAt = [];
   const ends = new Map(row.parts.map(([, end], n) => [end, row.parts[n + 1]?.[0] ?? row.length]));
-  let home = element, unit = null;
+  const talks = Boolean(row.turn || row.talk);
+  let home = element, part = element, unit = null;
   if (row.parts.length && row.parts[0][0] > 0) element.append(gaps.make(row, 0, row.parts[0][0]));
   for (let i = 0; i < row.tokens.length; i++) {
     const place = row.places[i], now = unitAt(row, place);
-    if (row.turn && (i === 0 || row.turn[i] !== row.turn[i - 1]))
-      element.append(make("i", { class: "turn" }, ` turn ${row.turn[i] + 1}${row.trained && !row.trained[i] ? ", not trained" : ""} `));
-    else if (row.turn && row.turn[i] > 0 && row.trained && row.trained[i] && !row.trained[i - 1])
-      element.append(make("i", { class: "turn" }, " the student "));
+    if (talks && changes(row, i)) {
+      part = home = partOf(row, i, element, part);
+      unit = null;
+    }
     if (now !== unit) {
       unit = now;
-      home = element;
-      if (now) element.append(home = make("span", { class: "unit" }));
+      home = part;
+      if (now) part.append(home = make("span", { class: "unit" }));
     }
     const token = tokenElement(row, i, colour, values ? values[i] : null);
     element.tokenAt.push(token);
     home.append(token);
     const next = ends.get(place + 1);
-    if (next !== undefined && next > place + 1) element.append(gaps.make(row, place + 1, next));
+    if (next !== undefined && next > place + 1) part.append(gaps.make(row, place + 1, next));
   }
   if (!row.tokens.length) element.append(make("i", { class: "empty" }, "empty"));
   return element;
 }
+// Of a conversation: turns are lines, in which what the environment says is apart from the student's words.
+const turnAt = (row, i) => (row.turn ? row.turn[i] : 0);
+const heardAt = (row, i) => Boolean(row.trained) && !row.trained[i];
+const changes = (row, i) => i === 0 || turnAt(row, i) !== turnAt(row, i - 1) || heardAt(row, i) !== heardAt(row, i - 1);
+function partOf(row, i, element, before) {
+  const turn = turnAt(row, i), heard = heardAt(row, i);
+  let line = before.closest(".turn");
+  if (!line || i === 0 || turn !== turnAt(row, i - 1))
+    element.append(line = make("span", { class: "turn" }, make("i", { class: "who" }, turnSays(row, turn))));
+  // The environment answers the turn before.
+  const failed = heard && row.talk?.errors?.[turn - 1] > 0;
+  const part = make("span", { class: heard ? (failed ? "heard failed" : "heard") : "said" },
+    make("i", { class: "who" }, heard ? (failed ? "environment, error" : "environment") : "student"));
+  line.append(part);
+  return part;
+}
+function turnSays(row, turn) {
+  const reward = row.talk?.rewards?.[turn];
+  return `turn ${turn + 1}${missing(reward) ? "" : `, reward ${number(reward)}`}`;
+}
+// How a conversation went, and how it ended, in words.
+const ENDS = {
+  hung: "left behind in an action that hung", turn_limit: "ended by the limit of turns", token_limit: "cut at the limit of tokens", stopped: "stopped early",
+  refused: "ended: its template refused an observation", rewritten: "ended: its template rewrote an earlier turn",
+};
+function talkSays(row) {
+  const { counts, turns, heard } = row.talk;
+  const many = (n, what) => (n ? `${n} ${what}${n === 1 ? "" : "s"}` : "");
+  const end = Object.keys(ENDS).find(name => counts[name] && !(name === "rewritten" && row.finished));
+  return [many(turns, "turn"), many(heard, "token") + (heard ? " of the environment" : ""), many(counts.tool_calls, "tool call"),
+    many(failures(row), "error"), row.finished ? "finished" : ENDS[end] || "not finished"];
+}
+const failures = row => ["tool_errors", "errors", "timeouts"].reduce((sum, name) => sum + (row.talk?.counts[name] || 0), 0);
+
 // What stands for the tokens [start, end) that are left out; a live page replaces this.
 const gaps = {
   make: (row, start, end) =>
