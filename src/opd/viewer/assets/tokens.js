@@ -66,7 +66,8 @@ function turnSays(row, turn) {
 }
 // How a conversation went, and how it ended, in words.
 const ENDS = {
-  hung: "left behind in an action that hung", turn_limit: "ended by the limit of turns", token_limit: "cut at the limit of tokens", stopped: "stopped early",
+  hung: "left behind in an action that hung",
+  turn_limit: "ended by the limit of turns", token_limit: "cut at the limit of tokens", stopped: "stopped early",
   refused: "ended: its template refused an observation", rewritten: "ended: its template rewrote an earlier turn",
 };
 function talkSays(row) {
