@@ -187,7 +187,7 @@ def check_responses(
     if absent_tokens(spec.train, student, size):
         options = origin_of(recipe, spec.train).template_options
         endings = endings_of(student, options, below=size)
-        responses = [reference_of(p, student, endings, options).ids for p in prompts if p.response]
+        responses = [reference_of(p, student, endings, options).ids for p in prompts if p.response or p.turns]
         check_ids(spec.train, student, responses, size, "response")
 
 
