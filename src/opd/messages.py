@@ -156,7 +156,11 @@ def text_or_none(value: Any, where: str) -> str | None:
         text = text_of(message["content"])
         if text is not None:
             return text
-    raise DataError(f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message.")
+    several = isinstance(value, (list, tuple)) and len(value) > 1
+    remedy = "; of a response with several turns, set `assistant_turns: all`" if several else ""
+    raise DataError(
+        f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message{remedy}."
+    )
 
 
 def is_chat(prompts: Sequence[Prompt]) -> bool:

@@ -182,6 +182,11 @@ def test_turns_of_a_callers_prompt_are_checked():
         prompts_of_rows([Prompt(id=3, content=(USER,), turns=(ANSWER, USER, ANSWER), prefill="So ")])
 
 
+def test_list_of_turns_names_the_key_that_reads_it():
+    with pytest.raises(DataError, match=r"`response` is a list, .*with several turns, set `assistant_turns: all`"):
+        read([{"prompt": "?", "response": ["a", "<", "b"]}])
+
+
 def test_all_turns_and_last_turn_contradict():
     with pytest.raises(ConfigError, match=r"`assistant_turns: all`.*`last_assistant: drop` takes the last one away"):
         read([{"prompt": [USER, ANSWER]}], assistant_turns="all", last_assistant="drop")

@@ -67,6 +67,8 @@ class ReferenceWriter(Writer):
         tokenizer, endings, options = self.student.tokenizer, self.student.endings, self.student.template_options
         responses = [reference_of(prompt, tokenizer, endings, options) for prompt in prompts]
         self.student.check_ids(read, [response.ids for response in responses])
+        longest = max((len(ids) + len(one.ids) - 1 for ids, one in zip(read, responses, strict=True)), default=0)
+        self.student.check_length(longest, "Leave the longest responses of the data out, or use a model with more.")
         return [
             _of_reference(_rollout(prompt, ids, response.ids, finished=True), response, tokenizer)
             for prompt, ids, response in zip(prompts, read, responses, strict=True)
