@@ -64,6 +64,7 @@ def distill(
     reward: str | Mapping[str, Any] | RewardFn | Reward | None = None,
     chat: bool = False,
     last_assistant: str = "response",
+    assistant_turns: str = "last",
     columns: Mapping[str, str] = {},
     lora: Mapping[str, Any] | None = None,
     device: str | None = None,
@@ -82,12 +83,12 @@ def distill(
     returns one; or several of these by name, {"one": ..., "other": ...}, for a method in which all score each row.
     `base` likewise; the student object stands for its weights without the adapter. `sampler`, or its name, is called
     (student, sampling) and returns an `opd.types.Sampler`. `prompts` is a path as in a recipe's data section, or
-    rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`, `last_assistant` and
-    `columns` are fields of that section. `reward` is a name, a recipe's reward section, a function (prompt, text) ->
-    float or in TRL's form, or a `Reward`. `lora`, e.g. {"rank": 16}, is the section of a student that is given by
-    path; `device` is that of all models given by path; `report_to` is the recipe's: "wandb", "trackio",
-    "tensorboard". `method` is a name, a function that returns a Method (with `options`), or a Method. Further
-    keywords are fields of a stage: `sampling={...}`. The run is in `output_dir` (default: new, in runs/).
+    rows: strings, mappings with `prompt` (such as a `datasets.Dataset`), or `Prompt`s; `chat`, `last_assistant`,
+    `assistant_turns` and `columns` are fields of that section. `reward` is a name, a recipe's reward section, a
+    function (prompt, text) -> float or in TRL's form, or a `Reward`. `lora`, e.g. {"rank": 16}, is the section of a
+    student that is given by path; `device` is that of all models given by path; `report_to` is the recipe's: "wandb",
+    "trackio", "tensorboard". `method` is a name, a function that returns a Method (with `options`), or a Method.
+    Further keywords are fields of a stage: `sampling={...}`. The run is in `output_dir` (default: new, in runs/).
     """
     if quiet:
         quiet_libraries()
@@ -95,7 +96,9 @@ def distill(
     teachers = _several(teacher, teacher_tokenizer or tokenizer)
     specs, models, scorers = _models((student, tokenizer), teachers | {"base": (None if own_base else base, tokenizer)})
     _settings(specs, models, lora, device)
-    data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
+    data, rows, reports = _data(
+        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
+    )
     section, given_reward = _reward(reward)
     named_base = "student" if own_base else "base" if "base" in specs else None
     described = _stage("+".join(teachers) or None, named_base, sampler, method, options)
@@ -132,6 +135,7 @@ def evaluate(
     sampling: Mapping[str, Any] = {},
     chat: bool = False,
     last_assistant: str = "response",
+    assistant_turns: str = "last",
     columns: Mapping[str, str] = {},
     device: str | None = None,
     seed: int = 0,
@@ -140,9 +144,9 @@ def evaluate(
     """Responses of a model to held-out prompts, measured: what `opd eval` prints.
 
     `model` and `teacher` are paths, hub ids, or model objects with their `tokenizer`; `prompts`, `chat`,
-    `last_assistant`, `columns` and `reward` are those of `distill`; `sampling` is a recipe's section, e.g. {"n": 4}.
-    Returns `metrics` by name (reward with its 95 % interval, pass@k, length, ...; of a teacher the divergence from it,
-    in nats per token) and `rows`, one per response. Raises the errors of `opd.errors`.
+    `last_assistant`, `assistant_turns`, `columns` and `reward` are those of `distill`; `sampling` is a recipe's
+    section, e.g. {"n": 4}. Returns `metrics` by name (reward with its 95 % interval, pass@k, length, ...; of a teacher
+    the divergence from it, in nats per token) and `rows`, one per response. Raises the errors of `opd.errors`.
     """
     if quiet:
         quiet_libraries()
@@ -153,7 +157,9 @@ def evaluate(
         )
     elif reward is not None:
         rule = as_reward(reward, "The `reward` of opd.evaluate")
-    data, rows, reports = _data(prompts, chat=chat, last_assistant=last_assistant, columns=dict(columns))
+    data, rows, reports = _data(
+        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
+    )
     needs = [] if rule is None else sorted(rule.needs)
     if rows is None:
         rows, reports = load_selected(parse_section(DataSection, data, "data"), require=needs)

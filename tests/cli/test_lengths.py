@@ -19,6 +19,7 @@ from opd.models.saving import save
 from opd.recipe.load import parse_recipe
 from opd.recipe.schema import ModelSpec
 from opd.samplers.hf import TransformersSampler
+from opd.samplers.writers import ReferenceWriter
 from opd.types import Prompt, Sampling
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking %}={% endif %}"
@@ -64,6 +65,23 @@ def test_check_recipe_counts_prompts_that_are_too_long():
     assert "would read 17 tokens in all, but has only 16 positions. 1 of 4 prompts are too long" in said
     assert "the longest has 10. Lower sampling.max_completion_length to 7, or leave out the longest prompts" in said
     check_recipe(parse_recipe(recipe(knowing(16), data={"path": "long.jsonl"}, sampling={"max_completion_length": 7})))
+
+
+def test_responses_of_the_data_longer_than_the_positions_are_refused():
+    """By `opd check`, and by the writer where the tokenizer is known with the weights alone."""
+    write_rows(Path("given.jsonl"), [{"prompt": "1+1=", "response": "1" * n} for n in (3, 12, 13)])
+    made = recipe(knowing(16), method="sft", teacher=None, options={}, data={"path": "given.jsonl"})
+    assert refused(made) == (
+        "Stage 'distil': student would read 17 tokens in all, but has only 16 positions. 1 of 3 responses of the data "
+        "are too long with their prompts; the longest is that to prompt 2. Leave them out, or use a model with more "
+        "positions."
+    )
+    made["stages"][0]["data"]["limit"] = 2
+    check_recipe(parse_recipe(made))
+    lm = load_model(ModelSpec(**made["models"]["student"]), name="student")
+    ReferenceWriter(student=lm)([Prompt(id=0, content="1+1=", response="1" * 12)], seed=(0, 0))
+    with pytest.raises(DataError, match=r"student would read 17 tokens .*Leave the longest responses of the data out"):
+        ReferenceWriter(student=lm)([Prompt(id=0, content="1+1=", response="1" * 13)], seed=(0, 0))
 
 
 def test_check_recipe_refuses_same_length_as_sampler(work: Path):

@@ -250,6 +250,13 @@ def test_distill_reads_columns_and_leaves_answers_out():
     assert (data.columns, data.last_assistant) == ({"prompt": "messages"}, "response")
 
 
+def test_distill_trains_all_turns_of_rows():
+    rows = [{"prompt": "1+1=", "response": ["2", "+1=", "3"]}]
+    run = distill(prompts=rows, method="sft", options={}, teacher=None, assistant_turns="all")
+    assert {(row["prompt"], row["response"]) for row in run.samples} == {("1+1=", "2+1=3")}
+    assert all(row["trained"] == [True, False, False, False, True, True] for row in run.samples)
+
+
 def test_distill_needs_chat_template_when_chat_is_true():
     tokenizer = character_tokenizer(CHARACTERS)
     tokenizer.chat_template = "{% for message in messages %};{{ message.content }}{% endfor %}"

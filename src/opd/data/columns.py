@@ -160,8 +160,8 @@ def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Pr
 
     Raises DataError for a conversation of this turn alone, for a second response, and as `with_turns`.
     """
-    if section.assistant_turns == "all":
-        return with_turns(prompt, where)
+    if section.assistant_turns == "all" or prompt.turns:
+        return with_turns(prompt, where, split=section.assistant_turns == "all")
     if isinstance(prompt.content, str) or not prompt.content or prompt.content[-1]["role"] != "assistant":
         return prompt, []
     *rest, last = prompt.content
@@ -210,13 +210,15 @@ def turns_of(
     return tuple({"role": ("assistant", "user")[i % 2], "content": text} for i, text in enumerate(value))
 
 
-def with_turns(prompt: Prompt, where: str) -> tuple[Prompt, list[str]]:
-    """The prompt up to the assistant's first turn; all from there on are put before the `turns` of its response.
+def with_turns(prompt: Prompt, where: str, *, split: bool = True) -> tuple[Prompt, list[str]]:
+    """The prompt with the turns of its response, checked. What others say behind the assistant's last turn is left out.
 
-    Raises DataError for a conversation that does not end with the assistant's turn, and for one without a prompt.
+    `split`: the prompt ends before the assistant's first turn, and all from there on are put before its `turns`. One
+    turn of text alone is a `response` without turns. Raises DataError for a conversation without a prompt, for turns
+    that do not begin with the assistant's, for one that says nothing, and for an image in them.
     """
     content, turns = prompt.content, prompt.turns
-    if not isinstance(content, str):
+    if split and not isinstance(content, str):
         roles = [message["role"] for message in content]
         first = roles.index("assistant") if "assistant" in roles else len(roles)
         if first < len(roles) and prompt.response and not turns:
@@ -227,25 +229,52 @@ def with_turns(prompt: Prompt, where: str) -> tuple[Prompt, list[str]]:
         content, turns = content[:first], (*content[first:], *turns)
         if not content:
             raise DataError(
-                f"{where}: the conversation begins with the assistant, so there is no prompt. Leave it out."
+                f"{where}: the conversation begins with the assistant, so there is no prompt. Leave the row out."
             )
     if not turns:
         return prompt, []
-    if turns[0]["role"] != "assistant" or turns[-1]["role"] != "assistant":
+    if turns[0]["role"] != "assistant":
         raise DataError(
-            f"{where}: the turns from the assistant's first on have the roles "
-            f"{', '.join(message['role'] for message in turns)}. They begin and end with the assistant's: leave out "
-            "what follows the last one."
+            f"{where}: the turns of the response have the roles {', '.join(turn['role'] for turn in turns)}. They "
+            "begin with the assistant's: put what stands before it into the prompt."
         )
-    last = text_of(turns[-1]["content"])
-    if not last or turns[-1].get("tool_calls"):
+    if prompt.prefill:
         raise DataError(
-            f"{where}: the conversation ends with a turn of the assistant that calls a tool or has no text. Add the "
-            "tool's answer and the assistant's, or leave the row out."
+            f"{where}: the response has turns, and the row has the beginning of an answer too, {prompt.prefill!r:.40}. "
+            "Leave one of them out."
         )
-    several = () if len(turns) == 1 else turns
-    what = "are conversations of which all turns of the assistant are the response (`assistant_turns: all`)"
-    return replace(prompt, content=content, response=last, turns=several), [what]
+    own = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    said = ["are conversations of which all turns of the assistant are the response (`assistant_turns: all`)"]
+    said += ["lose what follows the assistant's last turn"] if own[-1] < len(turns) - 1 else []
+    turns = tuple(_turn(turn, i, where, text=isinstance(content, str)) for i, turn in enumerate(turns[: own[-1] + 1]))
+    plain = len(turns) == 1 and isinstance(turns[0]["content"], str) and not _beside_text(turns[0])
+    last = text_of(turns[-1]["content"]) or ""
+    return replace(prompt, content=content, response=last, turns=() if plain else turns), said
+
+
+def _turn(turn: Message, i: int, where: str, *, text: bool) -> Message:
+    """A turn of a response, checked; to a prompt that is a `text`, with its parts as one text. Raises DataError."""
+    words, about = text_of(turn["content"]), f"{where}: turn {i} of the response ({turn['role']})"
+    if not isinstance(turn["content"], str) and any(part.get("type") == "image" for part in turn["content"] or ()):
+        raise DataError(
+            f"{about} holds an image, and images are read in the prompt alone. Set `assistant_turns: last`, or leave "
+            "the row out."
+        )
+    if text and (words is None or turn.get("tool_calls")):
+        raise DataError(
+            f"{about} calls a tool or has no text, and the prompt is a text, which no chat template writes. Set "
+            "`chat: true`, or write the call into the text."
+        )
+    if turn["role"] == "assistant" and not _beside_text(turn) and not (words if text else (words or "").strip()):
+        raise DataError(
+            f"{about} says nothing, and would teach the student to end at once. Leave the turn out, or the row."
+        )
+    return {**turn, "content": words} if text else turn
+
+
+def _beside_text(turn: Message) -> list[str]:
+    """What a turn has beside its text, such as calls or reasoning."""
+    return [key for key, value in turn.items() if value and key not in ("role", "content", "name")]
 
 
 NULLS = (

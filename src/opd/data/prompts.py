@@ -84,7 +84,8 @@ def _compared(prompt: Prompt) -> str:
 def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> list[Prompt]:
     """Rows given in Python as prompts: strings, mappings with `prompt`, or Prompts (which keep their id).
 
-    `fields` are those of a data section that say how to read a row: `chat`, `system`, `columns`, `last_assistant`.
+    `fields` are those of a data section that say how to read a row: `chat`, `system`, `columns`, `last_assistant`,
+    `assistant_turns`.
     Raises DataError as `load_prompts`, and ConfigError for wrong fields.
     """
     return read_rows(rows, **fields)[0]
@@ -112,8 +113,10 @@ def _checked(prompt: Prompt) -> Prompt:
     where = f"Prompt {prompt.id}"
     check_unicode(prompt, where)
     content = prompt.content if isinstance(prompt.content, str) else conversation(prompt.content, where)
+    turns = conversation(prompt.turns, f"{where}: `turns`") if prompt.turns else ()
+    assert not isinstance(turns, str)
     shown = {name: images_in(getattr(prompt, name), where, Path()) for name in ("images", "privileged_images")}
-    return with_places(replace(prompt, content=content, **shown), where, Path())[0]
+    return with_places(replace(prompt, content=content, turns=turns, **shown), where, Path())[0]
 
 
 def _counted(said: Sequence[Sequence[str]], section: DataSection) -> list[Converted]:
@@ -197,6 +200,8 @@ def require_columns(prompts: Sequence[Prompt], names: Iterable[str], *, source: 
 
 def column_of(prompt: Prompt, name: str) -> Any:
     """The value of a column: of opd's own, or of the metadata. None if the row has none."""
+    if name == "response" and prompt.turns:  # the last of them may be a call, without a text
+        return prompt.turns
     value = getattr(prompt, name) if name in COLUMNS[1:] else prompt.metadata.get(name)
     return None if isinstance(value, tuple) and not value else value
 

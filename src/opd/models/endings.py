@@ -34,6 +34,7 @@ class Endings:
     text: int | None  # written after a response to a text; None without an end-of-sequence token
     turn: int | None  # written after a response in a chat
     lead: str = ""  # white space that the template writes before an assistant's text, behind its generation prompt
+    trail: str = ""  # what the template writes behind an assistant's text at the end of a conversation
 
     def before(self, prompt: Prompt) -> str:
         """The white space to write before a response to this prompt; none behind the beginning of an answer."""
@@ -61,7 +62,9 @@ def endings_of(
     if turn is None or turn >= below:
         turn = text
     stops = frozenset(i for i in (text, turn, *generation) if i is not None)
-    return Endings(stops=stops, text=text, turn=turn, lead=lead_of(tokenizer, template_options))
+    lead = lead_of(tokenizer, template_options)
+    trail = _after_answer(tokenizer, template_options, goes_on=False) if tokenizer.chat_template else ""
+    return Endings(stops=stops, text=text, turn=turn, lead=lead, trail=trail)
 
 
 def generation_ids(config: Any) -> list[int]:

@@ -184,8 +184,8 @@ def is_code(token: int) -> bool:
 
 
 def codes_of(ids: Sequence[int]) -> set[int]:
-    """The codes of the pictures in some ids, each that of its first placeholder."""
-    return {int(i) & ~(MOST - 1) for i in ids if is_code(int(i))}
+    """The codes of the whole pictures in some ids, each that of its first placeholder."""
+    return {i for i in ids if i >= MARK and not i & (MOST - 1)}
 
 
 def cut_before_picture(ids: Sequence[int], end: int) -> int:

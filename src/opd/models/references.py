@@ -2,6 +2,8 @@
 
 A conversation of the data is read as one that is led (`environments.between`): the ids of a turn are those of its text
 behind what stands before it, up to and with the token that ends it, and what follows until the next turn was heard.
+Where the template ends a turn with text alone, or with a token at which the model does not stop, the turn ends as a
+response does.
 """
 
 from __future__ import annotations
@@ -27,14 +29,21 @@ class Reference:
     ids: list[int] = field(default_factory=list[int])
     own: list[bool] = field(default_factory=list[bool])
     turn: list[int] = field(default_factory=list[int])
-    text: str = ""
 
-    def add(self, ids: Sequence[int], text: str, turn: int, *, own: bool) -> None:
+    def add(self, ids: Sequence[int], turn: int, *, own: bool) -> None:
         """Append the tokens of a turn, or of what was heard before it."""
         self.ids += ids
         self.own += [own] * len(ids)
         self.turn += [turn] * len(ids)
-        self.text += text
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A turn of the assistant, or what was heard between two of them. `ends`: a token that ends a turn follows."""
+
+    text: str
+    own: bool
+    ends: bool = False
 
 
 def reference_of(
@@ -47,40 +56,38 @@ def reference_of(
     """
     found = Reference()
     if not prompt.turns:
-        text = prompt.response or ""
-        found.add(encode_response(text, prompt, tokenizer, endings), text, 0, own=True)
+        found.add(encode_response(prompt.response or "", prompt, tokenizer, endings), 0, own=True)
         return found
     parts = (
         _text_parts(prompt) if isinstance(prompt.content, str) else _parts(prompt, tokenizer, endings, template_options)
     )
     turn = 0
-    *before, last = parts
-    for text, own in before:
-        found.add(ids_after(text, tokenizer) if text else [], text, turn + (not own), own=own)
-        turn += not own
-    # The last turn ends as a response does: it may be all that a tokenizer's end-of-sequence token follows.
-    alone = replace(prompt, turns=(), prefill=prompt.prefill if not before else " ")
-    found.add(encode_response(last[0], alone, tokenizer, endings), last[0], turn, own=True)
+    written = replace(prompt, turns=(), prefill=" ")  # the template's white space before a turn is in its text
+    for part in parts:
+        turn += not part.own
+        if part.ends:
+            found.add(encode_response(part.text, written, tokenizer, endings), turn, own=part.own)
+        else:
+            found.add(ids_after(part.text, tokenizer) if part.text else [], turn, own=part.own)
     return found
 
 
-def _text_parts(prompt: Prompt) -> list[tuple[str, bool]]:
+def _text_parts(prompt: Prompt) -> list[Part]:
     """The turns of a prompt that is a text: the assistant's as they are, and what was heard between them."""
-    parts: list[tuple[str, bool]] = []
+    parts: list[Part] = []
     for message in prompt.turns:
-        own, text = message["role"] == "assistant", str(message["content"])
-        if parts and parts[-1][1] == own:
-            parts[-1] = (parts[-1][0] + text, own)
+        own, text = message["role"] == "assistant", message["content"]
+        if parts and parts[-1].own == own:
+            parts[-1] = Part(parts[-1].text + text, own)
         else:
-            parts.append((text, own))
+            parts.append(Part(text, own))
+    parts[-1] = replace(parts[-1], ends=True)  # a token ends the response, and none the turns before
     return parts
 
 
-def _parts(
-    prompt: Prompt, tokenizer: Any, endings: Endings, template_options: Mapping[str, Any]
-) -> Iterator[tuple[str, bool]]:
-    """The turns of a chat as the template writes them: (the assistant's words with their end, True), (heard, False)."""
-    ends = [one for one in tokenizer.convert_ids_to_tokens(sorted(endings.stops)) if one]
+def _parts(prompt: Prompt, tokenizer: Any, endings: Endings, template_options: Mapping[str, Any]) -> Iterator[Part]:
+    """The turns of a chat as the template writes them, and between them what was heard."""
+    stops = [tokenizer.decode([i]) for i in sorted(endings.stops)]
 
     def shown(count: int, *, goes_on: bool) -> str:
         known = replace(prompt, content=(*prompt.content, *prompt.turns[:count]), prefill="")
@@ -91,14 +98,32 @@ def _parts(
     for place, following in zip(own_turns, [*own_turns[1:], None], strict=True):
         after = shown(place + 1, goes_on=False)
         said = _behind(after, before, prompt, "an assistant's turn otherwise than behind its generation prompt")
-        cut = max((said.rfind(end) + len(end) for end in ends if end in said), default=len(said))
-        yield said[:cut], True
+        words, end = _ended(said, endings.trail, stops)
+        spelt = words.rstrip().endswith(tuple(stops))  # the row's own text has an end: one is enough
+        yield Part(words if spelt else words + end, own=True, ends=True)
         if following is None:
             return
         before_next = shown(following, goes_on=True)
-        written = after[: len(after) - len(said) + cut]
-        yield _behind(before_next, written, prompt, "an earlier turn otherwise when a later one follows"), False
+        what = "an earlier turn otherwise when a later one follows"
+        yield Part(_without_end(_behind(before_next, before + words, prompt, what), end, stops), own=False)
         before = before_next
+
+
+def _ended(said: str, trail: str, stops: Sequence[str]) -> tuple[str, str]:
+    """(a turn's words, the token behind them at which the model stops; "" if the template writes none)."""
+    if trail and said.endswith(trail):
+        return said[: -len(trail)], min((end for end in stops if end in trail), key=trail.find, default="")
+    place, end = max(((said.rfind(end), end) for end in stops if end in said), default=(len(said), ""))
+    return said[:place], end
+
+
+def _without_end(behind: str, end: str, stops: Sequence[str]) -> str:
+    """What stands behind a turn's words, without the token that ends the turn: the turn has it, or another one."""
+    for token in (end, *stops):
+        place = behind.find(token) if token else -1
+        if place >= 0 and not behind[:place].strip():
+            return behind[place + len(token) :]
+    return behind
 
 
 def _behind(text: str, before: str, prompt: Prompt, what: str) -> str:

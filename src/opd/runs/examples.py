@@ -81,7 +81,7 @@ def _training_lines(
     method, student, prompt = prepared.method, readers.get(spec.train), prepared.tasks[name].prompts[0]
     if student is not None:
         yield f"the student reads {shown(student.read(prompt), student)}"
-        if "response" in needs_of(method.source).columns and prompt.response:
+        if "response" in needs_of(method.source).columns and (prompt.response or prompt.turns):
             found = reference_of(prompt, student.tokenizer, student.endings, student.options)
             own = f", of which {sum(found.own)} are the assistant's and trained" if prompt.turns else ""
             yield f"a response of the data is {shown(found.ids, student)}{own}"

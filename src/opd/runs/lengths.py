@@ -42,17 +42,29 @@ def check_lengths(
     spec: StageSpec,
     prepared: Prepared,
     lengths: Sequence[int],
+    responses: Sequence[int],
     tokenizers: Mapping[str, Any],
     given: Mapping[str, LanguageModel],
 ) -> None:
     """Refuse responses too long for the positions of student or teacher. Raises DataError.
 
-    `lengths`: those of `prepared.all_prompts` in the student's tokens. Models with an unknown number of positions pass.
+    `lengths`: those of `prepared.all_prompts` in the student's tokens. `responses`: those of the data's responses to
+    the first of them, if a writer reads them. Models with an unknown number of positions pass.
     """
     known = {
         name: given[name].positions if name in given else known_positions(origin_of(recipe, name), name, tokenizer)
         for name, tokenizer in tokenizers.items()
     }
+    if responses:
+        read = [before + own - 1 for before, own in zip(lengths, responses, strict=False)]  # the last is not read
+        room = known.get(spec.train, math.inf)
+        check_positions(
+            f"{spec.where(None)}: {spec.train}",
+            max(read),
+            room,
+            f"{sum(n > room for n in read)} of {len(read)} responses of the data are too long with their prompts; the "
+            f"longest is that to prompt {read.index(max(read))}. Leave them out, or use a model with more positions.",
+        )
     for check in length_checks(spec, prepared, lengths):
         positions = known.get(check.model, math.inf)
         spare = positions + check.writes - check.tokens  # for the prompt

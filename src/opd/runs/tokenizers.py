@@ -79,9 +79,9 @@ def check_tokenizers(
         check_vocabulary(spec, method, tokenizers[spec.train])
     lines += check_teachers_prompts(recipe, spec, prompts, tokenizers, rows)
     lines += compared(recipe, spec, prepared, tokenizers)
-    check_responses(recipe, spec, method, prompts, tokenizers, rows)
+    responses = check_responses(recipe, spec, prepared, tokenizers, rows)
     if lengths:
-        check_lengths(recipe, spec, prepared, lengths, tokenizers, given)
+        check_lengths(recipe, spec, prepared, lengths, responses, tokenizers, given)
     readers = readers_of(recipe, tokenizers, given)
     return [*lines, *example_lines(spec, replace(prepared, method=method), readers)]
 
@@ -165,30 +165,31 @@ def compared(recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Ma
 
 
 def check_responses(
-    recipe: Recipe,
-    spec: StageSpec,
-    method: Method,
-    prompts: Sequence[Prompt],
-    tokenizers: Mapping[str, Any],
-    rows: Mapping[str, float],
-) -> None:
-    """Refuse responses of the data with tokens that the student or a teacher lacks. Raises DataError."""
+    recipe: Recipe, spec: StageSpec, prepared: Prepared, tokenizers: Mapping[str, Any], rows: Mapping[str, float]
+) -> list[int]:
+    """The lengths of the data's responses to the training prompts, in tokens; empty if no writer reads them.
+
+    Raises DataError for a response that the student cannot read as `models.references.reference_of` says, or with
+    tokens that the student or a teacher lacks.
+    """
     from opd.models.endings import endings_of
     from opd.models.references import reference_of
     from opd.models.vocabularies import check_same_tokens
 
-    student = tokenizers.get(spec.train)
+    method, student = prepared.method, tokenizers.get(spec.train)
     if student is None or "response" not in needs_of(method.source).columns:
-        return
+        return []
     students = method.teacher.tokenizer == "students"
     others = [name for name in spec.scoring if name in tokenizers and (students or name == spec.base)]
     sizes = [check_same_tokens(student, tokenizers[name]).size for name in others]
     size = min([rows[spec.train], *sizes, *(rows[name] for name in others)])
+    options = origin_of(recipe, spec.train).template_options
+    endings = endings_of(student, options, below=size)
+    prompts = [prompt for task in prepared.tasks.values() for prompt in task.prompts]
+    responses = [reference_of(prompt, student, endings, options).ids for prompt in prompts]
     if absent_tokens(spec.train, student, size):
-        options = origin_of(recipe, spec.train).template_options
-        endings = endings_of(student, options, below=size)
-        responses = [reference_of(p, student, endings, options).ids for p in prompts if p.response]
         check_ids(spec.train, student, responses, size, "response")
+    return list(map(len, responses))
 
 
 def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:

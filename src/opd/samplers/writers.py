@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from opd.messages import text_after
 from opd.models.language_model import LanguageModel
 from opd.models.references import Reference, reference_of
 from opd.models.render import encode_response, render_checked
@@ -66,8 +67,10 @@ class ReferenceWriter(Writer):
         tokenizer, endings, options = self.student.tokenizer, self.student.endings, self.student.template_options
         responses = [reference_of(prompt, tokenizer, endings, options) for prompt in prompts]
         self.student.check_ids(read, [response.ids for response in responses])
+        longest = max((len(ids) + len(one.ids) - 1 for ids, one in zip(read, responses, strict=True)), default=0)
+        self.student.check_length(longest, "Leave the longest responses of the data out, or use a model with more.")
         return [
-            _of_reference(_rollout(prompt, ids, response.ids, finished=True, text=response.text), response)
+            _of_reference(_rollout(prompt, ids, response.ids, finished=True), response, tokenizer)
             for prompt, ids, response in zip(prompts, read, responses, strict=True)
         ]
 
@@ -147,13 +150,15 @@ def _rollout(prompt: Prompt, prompt_ids: list[int], ids: list[int], *, finished:
     )
 
 
-def _of_reference(rollout: Rollout, response: Reference) -> Rollout:
-    """The rollout with the turns of a response that has several."""
-    if not rollout.prompt.turns:
-        return rollout
+def _of_reference(rollout: Rollout, response: Reference, tokenizer: Any) -> Rollout:
+    """The rollout with the data's text, and with the turns of a response that has several."""
+    prompt = rollout.prompt
+    if not prompt.turns:
+        return replace(rollout, text=prompt.response or "")
     own = torch.tensor(response.own)
-    talk = Talk(heard=~own, last_text=rollout.prompt.response or "")
-    return replace(rollout, trained=own, turn=torch.tensor(response.turn), talk=talk)
+    text = text_after(rollout.prompt_ids, response.ids[:-1], tokenizer)
+    talk = Talk(heard=~own, last_text=prompt.response or "")
+    return replace(rollout, text=text, trained=own, turn=torch.tensor(response.turn), talk=talk)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -42,8 +44,8 @@ def environment(subject: Subject) -> Finding:
             f"Correct the environment, or raise {stage}.environment.timeout_s.",
         ),
         (
-            numbers["turns"] <= 1 and not calls,
-            "The student wrote one turn in each: the environment takes no part.",
+            _unused(subject, numbers),
+            "The student wrote one turn without a call in each: the environment takes no part.",
             "Add a stage before this one, method: sft on conversations with calls; check the prompt's text and "
             f"{stage}.environment.format.",
         ),
@@ -69,6 +71,14 @@ def environment(subject: Subject) -> Finding:
         remedy=" ".join(remedy for _, remedy in found),
         study=STUDY,
     )
+
+
+def _unused(subject: Subject, numbers: Mapping[str, float]) -> bool:
+    """Whether the student offered tools calls none of them; one turn of a game, or one that is cut, is no such sign."""
+    assert subject.rules is not None
+    acted = numbers["tool_calls"] + numbers["tool_errors"] + numbers["errors"] + numbers["timeouts"]
+    offered = bool(subject.prompts[0].tools or subject.rules.environment.tools)
+    return offered and numbers["turns"] <= 1 and not acted and numbers["token_limit"] <= CUT
 
 
 def by_turn(subject: Subject, comparison: Comparison) -> Finding:
