@@ -123,6 +123,7 @@ def moving_dot(
             "prompt": shown + "<image>" * FRAMES,
             "images": [frames[i] for i in _ordered(order, drawn)],
             "response": response,
+            "privileged_context": response,
             "answer": direction,
         }
 
