@@ -197,13 +197,37 @@ def test_clicks_place_is_middle_of_named_square():
         assert tuple(shown[y, x]) == named[row["prompt"].removesuffix("<image>")]
 
 
+def middles(row: dict[str, Any]) -> list[tuple[int, int]]:
+    """The dot's middle pixel in each frame, column and row."""
+    frames = [np.asarray(Pillow.open(io.BytesIO(one))) for one in row["images"]]
+    places = [np.argwhere((frame != 64).any(-1)).mean(0) for frame in frames]
+    return [(int(x), int(y)) for y, x in places]
+
+
 def test_moving_dot_moves_as_the_answer_says():
-    for row in moving_dot(count=60):
-        frames = [np.asarray(Pillow.open(io.BytesIO(one))) for one in row["images"]]
-        (y0, x0), (y1, x1) = (np.argwhere((f != 64).any(-1)).mean(0) for f in (frames[0], frames[-1]))
+    for row in moving_dot(count=60, traced=True):
+        places = middles(row)
+        (x0, y0), (x1, y1) = places[0], places[-1]
         assert {"L": x1 < x0, "R": x1 > x0, "U": y1 < y0, "D": y1 > y0}[row["answer"]]
-    still = next(iter(moving_dot(count=1, still=True)))["images"]
-    assert len(set(still)) == 1
+        assert row["response"] == ">".join(f"{x // 8}{y // 8}" for x, y in places) + ":" + row["answer"]
+        assert len(set(places)) == 4
+
+
+def test_moving_dot_orders_differ_in_frames_alone():
+    rows = {order: list(moving_dot(count=40, order=order)) for order in ("forward", "reversed", "shuffled", "still")}
+    for forward, back, mixed, still in zip(*rows.values(), strict=True):
+        assert forward["response"] == back["response"] == mixed["response"] == still["response"] == forward["answer"]
+        assert back["images"] == forward["images"][::-1]
+        assert mixed["images"] != forward["images"]
+        assert sorted(mixed["images"]) == sorted(forward["images"])
+        assert still["images"] == forward["images"][:1] * 4
+
+
+def test_moving_dot_shows_response_in_the_share_that_knows():
+    rows = list(moving_dot(count=200, traced=True, knowing=0.4))
+    known = [row for row in rows if row["prompt"] == f"{row['response']};" + "<image>" * 4]
+    assert 55 <= len(known) <= 105
+    assert {row["prompt"] for row in rows if row not in known} == {"<image>" * 4}
 
 
 def test_clicks_parts_share_no_picture():

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Iterator
 from itertools import combinations
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from opd.types import Prompt
 
 SIDE = 32  # pixels of a picture
 SHAPE = 7  # pixels of a square
+DOT = 5  # of a dot
+CELL = 8  # of the cells in which a trace states its place
 BACKGROUND = (64, 64, 64)  # the image processor's `image_mean` times 255: an empty patch is then 0
 GREEN = (0, 128, 0)  # of the box alone, as in `pieces.boxes`
 COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255), "yellow": (255, 255, 0), "white": (255, 255, 255)}
@@ -81,31 +83,79 @@ def clicked(prompt: Prompt, text: str) -> float:
     return float(left <= int(found[1]) < right and top <= int(found[2]) < bottom)
 
 
-def moving_dot(count: int, seed: int = 0, part: Part = "train", still: bool = False) -> Iterator[dict[str, Any]]:
-    """`count` different clips of four frames in which a dot moves left, right, up or down.
+Order: TypeAlias = Literal["forward", "reversed", "shuffled", "still"]
 
-    {"prompt": "<image><image><image><image>", "images": [four PNGs], "response": "L", "answer": "L"}; `still` shows the
-    first frame four times, a control without the answer in it.
+
+def moving_dot(
+    count: int,
+    seed: int = 0,
+    part: Part = "train",
+    order: Order = "forward",
+    traced: bool = False,
+    knowing: float = 0.0,
+) -> Iterator[dict[str, Any]]:
+    """`count` different clips of four frames in which a dot moves left, right, up or down, 4 to 6 pixels a frame.
+
+    {"prompt": "<image><image><image><image>", "images": [four PNGs], "response": "L", "answer": "L"}. `traced`: the
+    response first has the dot's cell in each frame, column and row of 4 x 4 cells, "30>20>20>10:L". A share `knowing`
+    of the prompts, drawn by row, begins with the response and `;`, so that a model trained on them learns to read it.
+
+    `order` is for controls whose answer is still that of the clip: frames `reversed`, `shuffled` (drawn by row, never
+    as they were), or `still`, the first frame four times, which does not tell. Parts as in `opd.data.toy.addition`.
     """
-    reach = 6 * (FRAMES - 1)
+    names = list(DIRECTIONS)
 
     def draw(rng: np.random.Generator) -> Numbers:
-        direction, along, across, colour = (int(n) for n in rng.integers(0, [4, SIDE - reach - 6, SIDE - 5, 4]))
-        return direction, along, across, colour
+        speed = int(rng.integers(4, 7))
+        ends = [4, _starts(speed), SIDE - DOT, len(COLOURS)]
+        return speed, *(int(n) for n in rng.integers(0, ends))
 
-    total = 4 * (SIDE - reach - 6) * (SIDE - 5) * 4
-    for direction, along, across, colour in different(count, draw, seed=seed, part=part, total=total, what="clips"):
-        name = list(DIRECTIONS)[direction]
-        dx, dy = DIRECTIONS[name]
-        start = along if dx + dy > 0 else along + reach
-        frames: list[bytes] = []
-        for frame in range(FRAMES):
-            moved = start + (dx + dy) * 6 * (0 if still else frame)
-            x, y = (moved, across) if dx else (across, moved)
-            pixels = _empty()
-            pixels[y : y + 5, x : x + 5] = list(COLOURS.values())[colour]
-            frames.append(_png(pixels))
-        yield {"prompt": "<image>" * FRAMES, "images": frames, "response": name, "answer": name}
+    total = 4 * (SIDE - DOT) * len(COLOURS) * sum(map(_starts, (4, 5, 6)))
+    drawn = np.random.default_rng((seed, count))
+    for numbers in different(count, draw, seed=seed, part=part, total=total, what="clips"):
+        direction = names[numbers[1]]
+        corners = _path(direction, *numbers)
+        frames = [_png(_dotted(corner, list(COLOURS.values())[numbers[4]])) for corner in corners]
+        cells = ">".join(f"{(x + DOT // 2) // CELL}{(y + DOT // 2) // CELL}" for x, y in corners)
+        response = f"{cells}:{direction}" if traced else direction
+        shown = f"{response};" if drawn.random() < knowing else ""
+        yield {
+            "prompt": shown + "<image>" * FRAMES,
+            "images": [frames[i] for i in _ordered(order, drawn)],
+            "response": response,
+            "privileged_context": response,
+            "answer": direction,
+        }
+
+
+def _starts(speed: int) -> int:
+    """The number of places where a dot of this speed may begin."""
+    return SIDE - DOT - speed * (FRAMES - 1) - 1
+
+
+def _path(direction: str, speed: int, _: int, along: int, across: int, colour: int) -> list[tuple[int, int]]:
+    """The dot's left and top pixel in each frame."""
+    dx, dy = DIRECTIONS[direction]
+    start = along if dx + dy > 0 else along + speed * (FRAMES - 1)
+    moved = [start + (dx + dy) * speed * frame for frame in range(FRAMES)]
+    return [(one, across) if dx else (across, one) for one in moved]
+
+
+def _dotted(corner: tuple[int, int], colour: tuple[int, int, int]) -> Pixels:
+    x, y = corner
+    pixels = _empty()
+    pixels[y : y + DOT, x : x + DOT] = colour
+    return pixels
+
+
+def _ordered(order: Order, rng: np.random.Generator) -> list[int]:
+    """The clip's frame in each place."""
+    if order == "shuffled":
+        given = list(range(FRAMES))
+        while True:
+            if (found := [int(i) for i in rng.permutation(FRAMES)]) != given:
+                return found
+    return {"forward": [0, 1, 2, 3], "reversed": [3, 2, 1, 0], "still": [0] * FRAMES}[order]
 
 
 def _apart(one: tuple[int, int], other: tuple[int, int]) -> bool:

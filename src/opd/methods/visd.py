@@ -1,4 +1,4 @@
-"""VISD on text: a reward gives the direction of each token's advantage, a self that reads feedback gives its size.
+"""VISD: a reward gives the direction of each token's advantage, a self that reads feedback gives its size.
 
 "VISD", arXiv 2605.06094; released code Koreyoshi01/VISD (91bb992), which the formulas follow.
 
@@ -20,9 +20,10 @@ A group of equal rewards has no signal at all: this is reinforcement learning, n
 A_t is within 10 % of A_i. After S steps it equals `grpo`: a stage of that method then saves the teacher and the judge.
 `hint="privileged_context"` shows the data's column instead of feedback and needs no judge.
 
-Differs from the paper: text instead of video. The wording of the hint is ours. A response whose judge failed keeps A_i
-for all its tokens and is counted (`context/unsolved`). The code can mix D with the log-ratio of the sampled token
-(weight 0 in its script); here it cannot. `bound` of 1 and more leaves only the upper bound.
+Differs from the paper: a video is the few frames that a prompt holds as images. The wording of the hint is ours. A
+response whose judge failed keeps A_i for all its tokens and is counted (`context/unsolved`). The code can mix D with
+the log-ratio of the sampled token (weight 0 in its script); here it cannot. `bound` of 1 and more leaves only the upper
+bound.
 """
 
 from typing import Literal

@@ -63,8 +63,16 @@ NOT_STUDIED: tuple[tuple[str, str, str], ...] = (
         "2603.25562 appendix G.3",
         "the two EMA-PG variants as methods",
     ),
-    ("Distilling where to click from a self that sees a highlighted screen", "2605.00642", "`gui_sd` on several seeds"),
-    ("VISD on video, with a judge's written feedback", "2605.06094", "frames and a judge in one recipe"),
+    (
+        "Distilling where to click from a self that sees a highlighted screen",
+        "2605.00642",
+        "a study; the recipe `gui_sd` has five seeds",
+    ),
+    (
+        "VISD on video, with a judge's written feedback",
+        "2605.06094",
+        "a judge that sees the frames; the recipe `visd_frames` has the verified answer as its hint",
+    ),
     (
         "Balancing right and wrong responses, and repeating prompts of middling pass rate, helps beside the shift",
         "2605.03677 ablations",

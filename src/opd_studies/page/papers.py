@@ -37,7 +37,7 @@ PAPERS = (
     Paper("2605.00642", ("gui_sd",)),
     Paper("2605.01347", ("mad_opd",)),
     Paper("2605.03677", ("uni_opd",)),
-    Paper("2605.06094", ("visd",)),
+    Paper("2605.06094", ("visd",), ("visd_frames",)),
     Paper("2605.07396", ("ropd",)),
     Paper("2605.07711", ("simct", "uld")),
     Paper("2605.07725", ("sod",)),
