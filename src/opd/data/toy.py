@@ -79,27 +79,45 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz01234"  # of the game of guessing, in their
 
 
 def guesses(
-    count: int, strategy: Literal["halving", "random"] = "halving", slips: float = 0.0, turns: int = 5, seed: int = 0
+    count: int,
+    strategy: Literal["halving", "random"] = "halving",
+    slips: float = 0.0,
+    turns: int = 4,
+    seed: int = 0,
+    part: Part = "train",
+    least: int = 8,
+    most: int = 15,
 ) -> Iterator[dict[str, Any]]:
     """`count` games of `opd.environments.guessing`, played by a strategy until the letter is found or `turns` are over.
 
-    {"prompt": "?", "response": "p;<h;>l;", "answer": "l"}. `halving` guesses the middle of what is left, which finds
-    each of 31 letters in 5 turns; `random` any letter that is left. A share `slips` of the guesses is any letter at
-    all. There is no held-out part: a game is its letter, and all letters occur.
+    {"prompt": "cq?", "response": "j;<f;>h;", "answer": "h"}: the letter is one of c to q, of `least` to `most` letters.
+    `halving` guesses the middle of what is left, which finds each of 15 letters in 4 turns; `random` any letter that is
+    left. A share `slips` of the guesses is any letter of the prompt's. 10 % of the prompts are held out, with all their
+    letters and whatever the seed; each game of a part comes once before any comes again.
     """
+    games = [
+        (low, high, wanted)
+        for low in range(len(LETTERS))
+        for high in range(low + least - 1, min(low + most, len(LETTERS)))
+        if (np.random.default_rng((low, high)).random() < HELD_OUT_SHARE) == (part == "held_out")
+        for wanted in range(low, high + 1)
+    ]
     rng = np.random.default_rng((seed, count))
-    for _ in range(count):
-        wanted, low, high, said = int(rng.integers(len(LETTERS))), 0, len(LETTERS) - 1, ""
+    for row in range(count):
+        if row % len(games) == 0:
+            order = rng.permutation(len(games))
+        first, last, wanted = games[order[row % len(games)]]
+        low, high, said = first, last, ""
         for _turn in range(turns):
             guess = (low + high) // 2 if strategy == "halving" else int(rng.integers(low, high + 1))
             if rng.random() < slips:
-                guess = int(rng.integers(len(LETTERS)))
+                guess = int(rng.integers(first, last + 1))
             said += f"{LETTERS[guess]};"
             if guess == wanted:
                 break
             said += ">" if guess < wanted else "<"
             low, high = (max(low, guess + 1), high) if guess < wanted else (low, min(high, guess - 1))
-        yield {"prompt": "?", "response": said.rstrip("<>"), "answer": LETTERS[wanted]}
+        yield {"prompt": f"{LETTERS[first]}{LETTERS[last]}?", "response": said.rstrip("<>"), "answer": LETTERS[wanted]}
 
 
 def sorting(

@@ -1,7 +1,8 @@
-"""A game without words: guess one of 31 letters, each guess answered by < or >.
+"""A game without words: guess one of up to 31 letters, each guess answered by < or >.
 
-    student  p;      guess, and the end of its turn
-    game     <       the letter comes before p; after the right guess the game ends with the reward 1
+    prompt   cq?     the letter is one of c to q
+    student  j;      guess, and the end of its turn
+    game     <       the letter comes before j; after the right guess the game ends with the reward 1
 
 As an environment: `name: "opd.environments.guessing:guessing"`, with `sampling.stop: [";"]`. The letter is the row's
 `answer`; `opd.data.toy:guesses` makes rows.
