@@ -13,10 +13,11 @@ import pytest
 from support.rollouts import text_rollout
 
 from opd.data.prompts import load_prompts
+from opd.environments.reward import with_environment
 from opd.errors import ConfigError, DataError, TrainingError
 from opd.pieces.needs import needing
 from opd.recipe.schema import DataSection
-from opd.rewards.base import FunctionReward, RewardFn, StageRewards, unfit_to_measure, unscored_answers
+from opd.rewards.base import FunctionReward, RewardFn, StageRewards, unfit_to_measure, unscored_answers, watched
 from opd.rewards.registry import REWARDS, as_reward, load_reward
 from opd.types import Prompt, Reward, Rollout
 
@@ -260,6 +261,8 @@ def test_unscored_answers_counts_rows_without_a_reader():
     assert unscored_answers(rows, frozenset(), words, exact) == 0
     assert unscored_answers(rows, frozenset(), as_reward(len_of)) == 0  # it may read any column
     assert unscored_answers(rows, frozenset(), Zero()) == 2  # it declares that it reads none
+    games = with_environment(None, "game")  # it may read any column, also where it is only shown
+    assert unscored_answers(rows, frozenset(), games) == unscored_answers(rows, frozenset(), watched(games)) == 0
 
 
 # --- what mistakes are told ----------------------------------------------------------------------------------------

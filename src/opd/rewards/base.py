@@ -173,6 +173,7 @@ class WatchedReward(Reward):
     needs: frozenset[str]
     asks: Mapping[str, Any] = field()
     comparable: bool
+    undeclared: bool = False
 
     def for_stage(
         self, models: Mapping[str, Any], origins: Mapping[str, Mapping[str, Any]], folder: Path, rank: int
@@ -197,7 +198,12 @@ def watched(reward: Reward) -> Reward:
     if isinstance(reward, WatchedReward):
         return reward
     return WatchedReward(
-        inner=reward, name=reward.name, needs=reward.needs, asks=reward.asks, comparable=reward.comparable
+        inner=reward,
+        name=reward.name,
+        needs=reward.needs,
+        asks=reward.asks,
+        comparable=reward.comparable,
+        undeclared=getattr(reward, "undeclared", False),
     )
 
 
