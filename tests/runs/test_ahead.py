@@ -257,7 +257,8 @@ def test_error_does_not_wait_for_the_next_responses(engine, tmp_path, forks: For
         ended = forks.start(folder, "train", "recipe.yaml")
     assert ended.code == 1
     assert "TeacherError" in ended.err
-    assert time.monotonic() - begun < 45.0
+    took = time.monotonic() - begun
+    assert took < 45.0, f"{took:.0f} s: {ended.err}"
 
 
 # --- what is refused, and what is said -------------------------------------------------------------------------------
