@@ -108,6 +108,9 @@ def test_turns_that_sod_mutes_are_named(subject):
     muted = conversations.by_turn(subject, agreeing)
     assert (muted.level, muted.numbers["muted"]) == ("change", 1.0)
     assert "options.reference: batch" in muted.remedy
+    batched = pair_of(subject.student, subject.teacher.lm, sums(8), **{**STAGE, "options": {"reference": "batch"}})
+    given = replace(subject, method=batched.method)
+    assert conversations.by_turn(given, agreeing).remedy == "Use method: opd."
     plain = replace(subject, method=replace(subject.method, memory={}))
     assert conversations.by_turn(plain, agreeing).level == "ok"
 

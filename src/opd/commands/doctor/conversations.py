@@ -112,7 +112,9 @@ def by_turn(subject: Subject, comparison: Comparison) -> Finding:
         level="change",
         says=f"{says}: both models agree on the first turn, and the others are hardly distilled.",
         numbers=numbers,
-        remedy="Set options.reference: batch, or use method: opd.",
+        remedy=(
+            "Use method: opd." if made[0].reference == "batch" else "Set options.reference: batch, or use method: opd."
+        ),
         study=STUDY,
     )
 
