@@ -45,6 +45,10 @@ Overrides = Annotated[
 ]
 
 
+Columns = Annotated[list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")]
+Chat = Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")]
+
+
 def _show_version(show: bool) -> None:
     if show:
         from opd import __version__
@@ -261,41 +265,45 @@ def evaluate(
     top_p: Annotated[float | None, typer.Option(help="1.0, of tasks their own")] = None,
     max_completion_length: Annotated[int | None, typer.Option(help="256, of tasks their own")] = None,
     limit: Annotated[int | None, typer.Option(help="Use only the first prompts, of each task too")] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")
-    ] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
+    columns: Columns = None,
+    chat: Chat = False,
     teacher: Annotated[str | None, typer.Option(help="Report the exact divergence from this model")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Default: 0, or the recipe's")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Measure as this recipe does, a YAML file or a name", autocompletion=_recipes)
+    ] = None,
+    stage: Annotated[str | None, typer.Option(help="Of the recipe; default: the last with `evaluate`")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Override of the recipe: key=value", metavar="KEY=VALUE")
+    ] = None,
     responses: Annotated[str | None, typer.Option(help="Write the responses to this file, as JSON lines")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON")] = False,
 ) -> None:
     """Measure a model on held-out prompts or lm-eval's tasks: avg@n, pass@k with intervals, lengths, repetition."""
     say = _prepared("eval")
-    from opd.commands.eval import evaluate_model, output, refuse_combination
-    from opd.evaluation.tasks import Tasks
-    from opd.recipe.yaml_text import parse_value
+    from opd.commands.eval_arguments import Arguments
 
-    if not model or teacher == "":
-        raise ConfigError("opd eval got an empty path of a model. Give a folder, a hub id or a GGUF file.")
-    names = [name for one in tasks or [] for name in one.split(",") if name]
-    chosen = Tasks(names=names, folder=task_folder, fewshot=fewshot, limit=limit, chat=chat)
-    refuse_combination(data=data, reward=reward, options=options, tasks=chosen, teacher=teacher, responses=responses)
-    named = {name: column for name, _, column in (one.partition("=") for one in columns or [])}
-    pairs = [option.partition("=") for option in options or []]
-    reward_options = {key: parse_value(value, f"--option {key}") for key, _, value in pairs}
     sampling = {"n": n, "temperature": temperature, "top_p": top_p, "max_completion_length": max_completion_length}
-    found = evaluate_model(
-        model,
-        data=None if data is None else {"path": data, "limit": limit, "chat": chat, "columns": named},
-        reward=None if reward is None else {"name": reward, "options": reward_options},
-        tasks=chosen if names else None,
+    given = Arguments(
+        model=model,
+        data=data,
+        reward=reward,
+        options=options or [],
+        task_names=[name for one in tasks or [] for name in one.split(",") if name],
+        task_folder=task_folder,
+        fewshot=fewshot,
         sampling={key: value for key, value in sampling.items() if value is not None},
+        limit=limit,
+        columns=columns or [],
+        chat=chat,
         teacher=teacher,
         seed=seed,
-        say=say,
+        recipe=recipe,
+        stage=stage,
+        settings=settings or [],
+        responses=responses,
     )
-    for line in output(found, model, as_json=json, responses=responses):
+    for line in given.lines(say, as_json=json):
         typer.echo(line)
 
 
@@ -309,10 +317,8 @@ def rollouts(
     top_p: Annotated[float, typer.Option()] = 1.0,
     max_completion_length: Annotated[int, typer.Option()] = 256,
     limit: Annotated[int | None, typer.Option(help="Use only the first prompts")] = None,
-    columns: Annotated[
-        list[str] | None, typer.Option("--column", help="opd's column = the data's, e.g. prompt=messages")
-    ] = None,
-    chat: Annotated[bool, typer.Option(help="Wrap text prompts as a user's message")] = False,
+    columns: Columns = None,
+    chat: Chat = False,
     top_k: Annotated[
         int, typer.Option(help="Also write the model's K most likely tokens at each position; limits no sampling")
     ] = 0,

@@ -968,7 +968,7 @@ def test_eval_prints_json_and_writes_responses(model_folder: Path):
     assert [(row["prompt_id"], row["sample"]) for row in rows] == [(i, s) for i in range(5) for s in range(2)]
     assert sum(row["metrics"]["reward"] for row in rows) / 10 == pytest.approx(found["metrics"]["reward"])
     assert rows[0].keys() == {
-        *("task", "prompt_id", "sample", "prompt", "target", "response", "tokens", "finished", "metrics")
+        *("task", "setting", "prompt_id", "sample", "prompt", "target", "response", "tokens", "finished", "metrics")
     }
 
 
@@ -992,6 +992,17 @@ def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
             ["ConfigError: opd eval got --option n=1", "--reward is not given"],
         ),
         (("model",), ["neither held-out prompts nor --tasks", "--tasks gsm8k"]),
+        (("model", "--stage", "a"), ["--stage a without --recipe"]),
+        (("model", "--set", "seed=1", "--set", "name=x"), ["--set seed=1 name=x without --recipe"]),
+        (("model", "--recipe", "sftt"), ["sftt", "Did you mean 'sft'?"]),
+        (("model", "--recipe", "sft", "--limit", "0"), ["--limit 0", "at least 1"]),
+        (("model", "--recipe", "sft", "--set", "seeds=1"), ["seeds"]),
+        (("model", "--recipe", "sft", "--stage", "lern"), ["no such stage"]),
+        (("./modl", "--recipe", "sft"), ["opd eval MODEL: modl does not exist. Did you mean 'model'?"]),
+        (
+            ("model", "held_out.jsonl", "--recipe", "sft", "--n", "2", "--chat"),
+            ["--recipe sft and DATA, --chat, --n", "--set stages.STAGE.evaluate.sampling.SETTING.n=8"],
+        ),
         (("model", "--tasks", "gsm8k", "--reward", "exact"), ["--reward exact without held-out prompts"]),
         (("model", "--tasks", "gsm8k", "--teacher", "model"), ["--teacher model without held-out prompts"]),
         (("model", "held_out.jsonl", "--fewshot", "2"), ["--fewshot 2 without --tasks"]),

@@ -1,28 +1,32 @@
-"""`opd eval`: evaluate one model on held-out prompts, beside a teacher if one is given, and on tasks of lm-eval."""
+"""`opd eval`: evaluate one model on held-out prompts, beside a teacher if one is given, and on tasks of lm-eval.
+
+The prompts and settings are the user's own, or those of a recipe's stage.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from opd.data.prompts import load_selected
-from opd.errors import ConfigError
+from opd.errors import ConfigError, nearest
 from opd.evaluation.divergence import exact_divergence
-from opd.evaluation.evaluate import HeldOut, measure, student_samplers
+from opd.evaluation.evaluate import HeldOut, kl_setting, measure, student_samplers
 from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
-from opd.files import expanded, unfit, write_atomically
+from opd.files import expanded, write_atomically
 from opd.models.language_model import LanguageModel
 from opd.models.loading import load_model
 from opd.models.paths import resolved_path
 from opd.models.vocabularies import on_common_tokens
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
-from opd.recipe.schema import DataSection, ModelSpec, RewardSection, SamplingSection
+from opd.recipe.schema import DataSection, ModelSpec, Recipe, RewardSection, SamplingSection, StageSpec
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import reward_of
+from opd.runs.prepare import prepare_held_out
 from opd.teachers.local import local_teacher
 from opd.types import Prompt, Reward, Sampling, TeacherRule
 
@@ -66,15 +70,9 @@ def evaluate_model(
     say = say or _silent
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     own = None if data is None else _own(data, reward, section)
-    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
-        if path is not None:
-            resolved_path(ModelSpec(path=path), name, where)  # fails before loading and sampling
+    check_paths(model, teacher)
     loaded = None if tasks is None else load_tasks(tasks)
-    lm = load_model(ModelSpec(path=model), name="model", where="opd eval MODEL")
-    others: dict[str, LanguageModel] = {}
-    if teacher is not None:  # loaded first: the model is measured on the tokens that both have
-        other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
-        lm, others = on_common_tokens(lm, {"teacher": other})
+    lm, others = loaded_models(ModelSpec(path=model), teacher)
     for note in (*(own.notes if own else ()), *lm.notes, *(note for other in others.values() for note in other.notes)):
         say(note)
     found = Evaluated(metrics={}, rows=[])
@@ -88,6 +86,80 @@ def evaluate_model(
         found.metrics.update(results.metrics)
         found.rows.extend(results.rows)
     return found
+
+
+def evaluate_as_stage(
+    model: str,
+    recipe: Recipe,
+    *,
+    stage: str | None = None,
+    limit: int | None = None,
+    teacher: str | None = None,
+    seed: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Evaluated:
+    """Measure the model at path `model` as a stage of a recipe measures its student: `evaluate` of that stage.
+
+    Prompts, environment, reward, sampling settings and random numbers are the stage's, so a model that the stage saved
+    has the numbers of its last evaluation. The model has the template, data type and device of the recipe's student.
+    Metrics are named SETTING/WHAT, with tasks TASK/SETTING/WHAT. `limit`: of the prompts of each task. `seed`: the
+    default is the recipe's. With `teacher`, also the exact divergence from it, both models reading the same prompt.
+    Raises the errors of `opd.errors`.
+    """
+    say = say or _silent
+    spec = _measured_stage(recipe, stage)
+    exams, notes = prepare_held_out(spec, recipe.seed if seed is None else seed)
+    check_paths(model, teacher)
+    lm, others = loaded_models(_as_student(recipe.models[spec.train], model), teacher)
+    for note in (*notes, *lm.notes, *(note for other in others.values() for note in other.notes)):
+        say(note)
+    found = Evaluated(metrics={}, rows=[])
+    for task, held_out in exams.items():
+        some = replace(held_out, prompts=held_out.prompts[:limit])
+        _add(some, lm, others, spec.micro_batch_tokens, found, task=task)
+    return found
+
+
+def _measured_stage(recipe: Recipe, name: str | None) -> StageSpec:
+    """The stage of this name; default: the last that evaluates. Raises ConfigError."""
+    known = {stage.name: stage for stage in recipe.stages}
+    able = [stage.name for stage in recipe.stages if any(part.evaluate for part in stage.by_task.values())]
+    if name is not None and name not in known:
+        raise ConfigError(
+            f"opd eval got --stage {name}, and the recipe has no such stage.{nearest(name, known)} It has "
+            f"{', '.join(known)}."
+        )
+    if not able or (name is not None and name not in able):
+        what = "no stage of this one has an" if name is None else f"stage {name!r} has no"
+        raise ConfigError(
+            f"opd eval measures a model as a stage of the recipe does, and {what} `evaluate` section. "
+            + (f"Stages with one: {', '.join(able)}." if able else "Add one, or give DATA and --reward instead.")
+        )
+    return known[able[-1] if name is None else name]
+
+
+def _as_student(student: ModelSpec, path: str) -> ModelSpec:
+    """The recipe's student with the weights and the tokenizer of `path`."""
+    kept = ("dtype", "autocast", "device", "attn_implementation", "trust_remote_code", "chat_template")
+    return ModelSpec(
+        path=path, template_options=student.template_options, **{name: getattr(student, name) for name in kept}
+    )
+
+
+def check_paths(model: str, teacher: str | None) -> None:
+    """Raise ConfigError or DataError for paths without a model, before anything is loaded or sampled."""
+    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
+        if path is not None:
+            resolved_path(ModelSpec(path=path), name, where)
+
+
+def loaded_models(model: ModelSpec, teacher: str | None) -> tuple[LanguageModel, dict[str, LanguageModel]]:
+    """The model, and the teacher by name if there is one; the model is measured on the tokens that both have."""
+    lm = load_model(model, name="model", where="opd eval MODEL")
+    if teacher is None:
+        return lm, {}
+    other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
+    return on_common_tokens(lm, {"teacher": other})
 
 
 def _silent(text: str) -> None:
@@ -136,27 +208,45 @@ def _measure(
         pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= own.sampling.n],
         limited_by="--max-completion-length",
     )
+    _add(held_out, lm, others, tokens, found, prefix="eval/sampled/")
+
+
+def _add(
+    held_out: HeldOut,
+    lm: LanguageModel,
+    others: Mapping[str, LanguageModel],
+    tokens: int,
+    found: Evaluated,
+    *,
+    task: str | None = None,
+    prefix: str = "eval/",
+) -> None:
+    """Add the numbers, whose names lose `prefix`, and the responses of an evaluation."""
     measured = measure(held_out, student_samplers(held_out, lm))
-    found.metrics.update({key.removeprefix("eval/sampled/"): value for key, value in measured.metrics.items()})
-    rollouts = measured.rollouts["sampled"]
-    found.rows.extend(
-        {
-            "task": None,
-            "prompt_id": one.prompt.id,
-            "sample": one.sample,
-            "prompt": one.prompt.content,
-            "target": one.prompt.answer,
-            "response": one.text,
-            "tokens": len(one.response_ids),
-            "finished": one.finished,
-            "metrics": {} if one.reward is None else {"reward": one.reward},
-        }
-        for one in rollouts
-    )
+    label = "" if task is None else f"{task}/"
+    found.metrics.update({f"{label}{key.removeprefix(prefix)}": value for key, value in measured.metrics.items()})
+    for setting, rollouts in measured.rollouts.items():
+        found.rows.extend(
+            {
+                "task": task,
+                "setting": setting,
+                "prompt_id": one.prompt.id,
+                "sample": one.sample,
+                "prompt": one.prompt.content,
+                "target": one.prompt.answer,
+                "response": one.text,
+                "tokens": len(one.response_ids),
+                "finished": one.finished,
+                "metrics": {} if one.reward is None else {"reward": one.reward},
+            }
+            for one in rollouts
+        )
+    compared = measured.rollouts[kl_setting(held_out.sampling)]
     for other in others.values():
         scorer = local_teacher(TeacherRule(kind="external"), lm, other, micro_batch_tokens=tokens)
         assert scorer is not None
-        found.metrics.update(exact_divergence(lm, scorer, rollouts, same_prompt(), micro_batch_tokens=tokens))
+        divergences = exact_divergence(lm, scorer, compared, same_prompt(), micro_batch_tokens=tokens)
+        found.metrics.update({f"{label}{name}": value for name, value in divergences.items()})
 
 
 def output(found: Evaluated, model: str, *, as_json: bool, responses: str | None) -> list[str]:
@@ -171,40 +261,3 @@ def output(found: Evaluated, model: str, *, as_json: bool, responses: str | None
         return [f"{name:24} {value:.4g}" for name, value in found.metrics.items()]
     finite = {name: value if math.isfinite(value) else None for name, value in found.metrics.items()}
     return [json.dumps({"model": model, "metrics": finite}, indent=1)]
-
-
-def refuse_combination(
-    *,
-    data: str | None,
-    reward: str | None,
-    options: Sequence[str] | None,
-    tasks: Tasks,
-    teacher: str | None,
-    responses: str | None,
-) -> None:
-    """Raise ConfigError for options that say nothing together, and for a file that cannot be written."""
-    if data is None and not tasks.names:
-        raise ConfigError(
-            "opd eval got neither held-out prompts nor --tasks. Give a file of prompts, or tasks of lm-eval, e.g. "
-            "--tasks gsm8k."
-        )
-    if options and reward is None:
-        raise ConfigError(
-            f"opd eval got --option {' --option '.join(options)}, but options belong to a reward, and --reward is not "
-            "given. Name it, e.g. --reward max_words, or leave --option out."
-        )
-    if reward is not None and data is None:
-        raise ConfigError(
-            f"opd eval got --reward {reward} without held-out prompts, and the tasks of lm-eval have metrics of their "
-            "own. Give a file of prompts, or leave --reward out."
-        )
-    if teacher is not None and data is None:
-        raise ConfigError(
-            f"opd eval got --teacher {teacher} without held-out prompts, and the divergence from a teacher is measured "
-            "on those. Give a file of prompts, or leave --teacher out."
-        )
-    for name, value in (("--fewshot", tasks.fewshot), ("--task-folder", tasks.folder)):
-        if value is not None and not tasks.names:
-            raise ConfigError(f"opd eval got {name} {value} without --tasks. Name the tasks, or leave {name} out.")
-    if responses is not None and (why := unfit(expanded(responses))):
-        raise ConfigError(f"--responses {responses} {why}. Give the path of a file in an existing folder.")

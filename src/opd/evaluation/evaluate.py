@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from opd.environments.conversations import Rules, in_conversations, talked
 from opd.maths.intervals import SHARE, bounds_of, mean_interval
@@ -29,6 +29,21 @@ class HeldOut:
     max_prompt_length: int | None = None
     rules: Rules | None = None  # of conversations with an environment
     limited_by: str = "evaluate.sampling.{setting}.max_completion_length"  # named in errors about length
+
+
+class Drawn(Protocol):
+    """A sampling setting, of a recipe or of a sampler."""
+
+    @property
+    def temperature(self) -> float: ...
+
+
+def kl_setting(sampling: Mapping[str, Drawn]) -> str:
+    """The setting whose responses a divergence is measured on: the first with temperature > 0, else the first.
+
+    A divergence is an expectation over responses that the student samples.
+    """
+    return next((name for name, one in sampling.items() if one.temperature > 0), next(iter(sampling)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

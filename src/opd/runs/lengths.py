@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
+from opd.evaluation.evaluate import kl_setting
 from opd.models.language_model import LanguageModel
 from opd.models.positions import check_positions
 from opd.models.preview import known_positions
 from opd.models.render import render
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, Trait, needs_of
-from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
+from opd.recipe.schema import Recipe, StageSpec, TaskSection, origin_of
 from opd.types import Prompt, teachers_in
 
 if TYPE_CHECKING:
@@ -158,8 +159,3 @@ def _scorer(spec: StageSpec, part: TaskSection, kind: str) -> str | None:
     if kind == "none":
         return None
     return part.teacher if kind == "external" else spec.train
-
-
-def kl_setting(sampling: Mapping[str, SamplingSection]) -> str:
-    """The setting of the responses on which an evaluation measures the divergence, as in `exams.Exam.kl_rollouts`."""
-    return next((name for name, section in sampling.items() if section.temperature > 0), next(iter(sampling)))

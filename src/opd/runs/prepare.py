@@ -109,9 +109,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         rules = None if part.environment is None else rules_of(part.environment, f"{spec.where(name)}: environment")
         rewards = named is not None or (rules is not None and rules.environment.rewards)
         check_needs(spec, name, method, has_reward=rewards, asks=named is not None and bool(named.asks))
-        reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
-        if rules is not None and rules.environment.rewards:
-            reward = with_environment(reward, rules.environment.name)
+        reward = reward_in(part, rules, given)
         check_update_reward(spec, name, method, reward)
         check_feedback(spec, name, method, reward)
         check_dropped_rewards(spec, name, method)
@@ -126,11 +124,10 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         if part.evaluate is not None:
             check_evaluate(spec, name, method, part.evaluate)
             held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
-            measured = assigned(held_out.prompts, spec, name, part, first_held_out)
-            first_held_out = 1 + max(prompt.id for prompt in measured)
-            held_out = replace(held_out, prompts=offering(measured, rules), rules=rules)
+            held_out = in_stage(held_out, spec, name, part, rules, first_held_out)
+            first_held_out = 1 + max(prompt.id for prompt in held_out.prompts)
             reports = [*reports, *also]
-            unscored["held-out"] = unscored_answers(measured, columns, held_out.reward)
+            unscored["held-out"] = unscored_answers(held_out.prompts, columns, held_out.reward)
         unscored["training"] = unscored_answers(prompts, columns, reward, held_out and held_out.reward)
         tasks[name] = Task(
             prompts=offering(prompts, rules),
@@ -148,6 +145,45 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         mixed=spec.task_order == "mixed",
     )
     return Prepared(method=method, tasks=tasks, order=order)
+
+
+def prepare_held_out(spec: StageSpec, seed: int) -> tuple[dict[str | None, HeldOut], list[str]]:
+    """The evaluations of a stage by task, without its training data and teachers; and notes on their data.
+
+    Prompts, ids and settings are those of `prepare`. Raises ConfigError or DataError.
+    """
+    method = methods.build(spec.method, spec.options)
+    found: dict[str | None, HeldOut] = {}
+    notes: list[str] = []
+    first = 0
+    for name, part in spec.by_task.items():
+        if part.evaluate is None:
+            continue
+        rules = None if part.environment is None else rules_of(part.environment, f"{spec.where(name)}: environment")
+        alone = part.evaluate.model_copy(update={"teacher": False, "kl": False})
+        held_out, reports = held_out_of(spec, alone, method, reward_in(part, rules, Given()), seed)
+        found[name] = in_stage(held_out, spec, name, part, rules, first)
+        first = 1 + max(prompt.id for prompt in found[name].prompts)
+        notes += map(str, reports)
+        if count := unscored_answers(found[name].prompts, frozenset(), held_out.reward):
+            notes.append(unscored_line(count, "held-out"))
+    return found, notes
+
+
+def reward_in(part: TaskSection, rules: Rules | None, given: Given) -> Reward | None:
+    """A task's reward: the one given in Python, or the section's, with that of the environment. Raises ConfigError."""
+    reward = given.reward if given.reward is not None else part.reward and reward_of(part.reward)
+    if rules is not None and rules.environment.rewards:
+        return with_environment(reward, rules.environment.name)
+    return reward
+
+
+def in_stage(
+    held_out: HeldOut, spec: StageSpec, task: str | None, part: TaskSection, rules: Rules | None, first: int
+) -> HeldOut:
+    """The evaluation with the task's teacher, environment and ids, which start at `first`. Raises DataError."""
+    prompts = assigned(held_out.prompts, spec, task, part, first)
+    return replace(held_out, prompts=offering(prompts, rules), rules=rules)
 
 
 def offering(prompts: Sequence[Prompt], rules: Rules | None) -> list[Prompt]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from opd.errors import DataError, TeacherError
 from opd.evaluation.divergence import exact_divergence
-from opd.evaluation.evaluate import HeldOut, Sampled, measure, student_samplers
+from opd.evaluation.evaluate import HeldOut, Sampled, kl_setting, measure, student_samplers
 from opd.evaluation.recovery import as_metrics, recovered
 from opd.models.language_model import LanguageModel
 from opd.parallel import World
@@ -54,16 +54,6 @@ class Exam:
     def due(self, done: int) -> bool:
         """Whether to measure after `done` updates (the end of a stage is measured anyway)."""
         return self.every > 0 and done % self.every == 0
-
-    def kl_rollouts(self, rollouts: Mapping[str, list[Rollout]]) -> list[Rollout]:
-        """The responses for the divergence: those of the first setting with temperature > 0, else of the first setting.
-
-        A divergence is an expectation over responses that the student samples.
-        """
-        for name, sampling in self.held_out.sampling.items():
-            if sampling.temperature > 0:
-                return rollouts[name]
-        return next(iter(rollouts.values()))
 
 
 # Metrics, and the responses as rows of a file; no rows in processes that do not write.
@@ -164,7 +154,7 @@ class Exams:
         metrics = dict(measured.metrics)
         known: dict[str, Known] = {}
         if exam.kl_teacher is not None:
-            compared = exam.kl_rollouts(measured.rollouts)
+            compared = measured.rollouts[kl_setting(exam.held_out.sampling)]
             on_the_way = OnTheWay(k=self.samples.top_k, rows=COMPARED if self.samples.held_out else 0)
             self.progress.phase(f"{self.folder.path.name}: held out ({when}), divergence from the teacher")
             divergences = exact_divergence(
