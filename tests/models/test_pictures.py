@@ -21,6 +21,7 @@ from opd.models.head import UNWRITTEN, Head
 from opd.models.language_model import LanguageModel, Reading
 from opd.models.loading import load_model
 from opd.models.pictures import MARK
+from opd.models.probe import notes_on
 from opd.models.render import render
 from opd.models.verifying import check_saved
 from opd.pieces import contexts
@@ -284,6 +285,16 @@ def test_privileged_images_are_read_in_place_of_images(models: dict[str, Languag
     assert float((got.teacher_logp - other).abs().max()) > 1e-3
     with pytest.raises(DataError, match=r"Prompt 0 has 1 images and 0 `privileged_images`"):
         contexts.privileged(images=True)([rollout_of(lm, replace(prompt, privileged_images=()), [7, 1])])
+
+
+@pytest.mark.parametrize(("size", "counted"), [((8, 8), 16), ((4, 8), 32), (None, 0), ([7, 3, 3], 0)])
+def test_patches_of_other_configs_are_counted_or_noted(models, monkeypatch, size, counted):
+    """InternVL's config has two sides, Florence 2's one of each stage."""
+    lm = models["llava"]
+    monkeypatch.setattr(lm.causal_lm.config.vision_config, "patch_size", size)
+    prompt = render(prompts_for(lm)[0], lm.tokenizer)
+    assert sum(lm.encoded(prompt).values()) == counted
+    assert any("no patch size in its vision config" in note for note in notes_on(lm)) == (counted == 0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

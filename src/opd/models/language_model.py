@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -114,6 +115,16 @@ class LanguageModel:
         """Whether it reads images: it has a processor."""
         return hasattr(self.tokenizer, "pictures")
 
+    @property
+    def patch_values(self) -> int:
+        """The numbers in one patch of the encoder, as its config has them; 0 if it has no patch size."""
+        encoder = getattr(self.causal_lm.config, "vision_config", None)
+        size = getattr(encoder, "patch_size", None)
+        sides = [size, size] if isinstance(size, int) else list(size or [])
+        if len(sides) != 2:  # Florence 2 has a size of each of its four stages
+            return 0
+        return math.prod(sides) * getattr(encoder, "num_channels", 3) * getattr(encoder, "temporal_patch_size", 1)
+
     def encoded(self, ids: Sequence[int]) -> dict[int, int]:
         """The different pictures in some ids, by code, and how many positions the encoder reads of each: its patches.
 
@@ -123,11 +134,8 @@ class LanguageModel:
             return {}
         from opd.models.pictures import codes_of
 
-        encoder = getattr(self.causal_lm.config, "vision_config", None)
-        patch = getattr(encoder, "patch_size", 0)
-        if not isinstance(patch, int) or not patch:
+        if not (values := self.patch_values):
             return {}
-        values = patch * patch * getattr(encoder, "num_channels", 3)
         known = self.tokenizer.pictures.by_code
         return {code: known[code].values // values for code in codes_of(ids) if code in known}
 

@@ -87,6 +87,11 @@ def notes_on(lm: LanguageModel) -> tuple[str, ...]:
         # transformers computes layers again in train() alone
         without = ", and gradient checkpointing has no effect" if lm.checkpointing else ""
         notes.append(f"{name} gives other states in train() than in eval(), so it trains in eval(){without}")
+    if lm.sees and not lm.patch_values:
+        notes.append(
+            f"{name} has no patch size in its vision config, so micro_batch_tokens counts its images' placeholders "
+            "alone, and the encoder takes memory beside them"
+        )
     return tuple(notes)
 
 
