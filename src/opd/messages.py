@@ -156,10 +156,9 @@ def text_or_none(value: Any, where: str) -> str | None:
         text = text_of(message["content"])
         if text is not None:
             return text
-    several = isinstance(value, (list, tuple)) and len(value) > 1
-    remedy = (
-        "; for several turns, set `assistant_turns: all` in a data section, or leave the column out" if several else ""
-    )
+    remedy = ""
+    if isinstance(value, (list, tuple)) and len(value) > 1:
+        remedy = "; for several turns, set `assistant_turns: all` or `each` in a data section, or leave the column out"
     raise DataError(
         f"{where} is a {type(value).__name__}, got {value!r:.80}. Give text, or one assistant message{remedy}."
     )

@@ -165,6 +165,43 @@ def test_conversation_may_end_with_a_call():
     require_columns([prompt], ["response"], source="prompts")
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".parquet"])
+def test_each_turn_becomes_a_prompt_with_what_stands_before(tmp_path, ending):
+    more = {"role": "user", "content": "Sure?"}
+    rows = [{"messages": [USER, CALLS, SAYS, ANSWER, more]}, {"messages": [USER]}, {"messages": [USER, ANSWER]}]
+    prompts, notes = loaded(tmp_path / f"rows{ending}", rows, columns={"prompt": "messages"}, assistant_turns="each")
+    assert [p.id for p in prompts] == [0, 1, 2, 3]
+    assert [[m["role"] for m in p.content] for p in prompts] == [
+        ["user"],
+        ["user", "assistant", "tool"],
+        *[["user"]] * 2,
+    ]
+    assert [p.response for p in prompts] == ["", "4", None, "4"]
+    assert [[turn["role"] for turn in p.turns] for p in prompts] == [["assistant"], [], [], []]  # a call is no text
+    assert prompts[0].turns[0] == prompts[1].content[1]
+    assert [(p.metadata.get("row"), p.metadata.get("turn")) for p in prompts[:2]] == [(0, 0), (0, 1)]
+    assert "turn" not in prompts[3].metadata
+    assert any("all turns of the assistant are responses (`assistant_turns: each`)" in note for note in notes)
+    assert any("1 of 3 rows lose what follows the assistant's last turn" in note for note in notes)
+
+
+def test_each_turn_of_prompts_and_completions():
+    row = {"prompt": [USER], "completion": [ANSWER, USER, ANSWER], "answer": 4, "row": "a"}
+    ((first, second), _) = read([row], assistant_turns="each")
+    assert (first.content, second.content) == ((USER,), (USER, ANSWER, USER))
+    assert (first.response, second.response, second.answer) == ("4", "4", 4)
+    assert second.metadata == {"row": "a", "turn": 1}, "a column of the data keeps its name"
+    given = [Prompt(id=7, content=(USER, ANSWER, USER, ANSWER)), Prompt(id=7, content=(USER,))]
+    assert [(p.id, len(p.content)) for p in prompts_of_rows(given, assistant_turns="each")] == [(0, 1), (1, 3), (2, 1)]
+
+
+def test_each_turn_of_a_text_is_refused():
+    with pytest.raises(DataError, match="has 3 turns, and the prompt is a text, in which no token ends a turn"):
+        read([{"prompt": "?", "response": ["b", "<", "a"]}], assistant_turns="each")
+    with pytest.raises(ConfigError, match=r"`assistant_turns: each`.*`last_assistant: drop` takes the last one away"):
+        read([{"prompt": [USER, ANSWER]}], assistant_turns="each", last_assistant="drop")
+
+
 def test_parts_of_turns_behind_a_text_become_one_text():
     parts = {"role": "tool", "content": [{"type": "text", "text": "4"}, {"type": "text", "text": "!"}]}
     ([prompt], _) = read([{"prompt": "?", "completion": [ANSWER, parts, ANSWER]}], assistant_turns="all")
@@ -183,7 +220,9 @@ def test_turns_of_a_callers_prompt_are_checked():
 
 
 def test_list_of_turns_names_the_key_that_reads_it():
-    with pytest.raises(DataError, match=r"`response` is a list, .*for several turns, set `assistant_turns: all`"):
+    with pytest.raises(
+        DataError, match=r"`response` is a list, .*several turns, set `assistant_turns: all` or `each`"
+    ):
         read([{"prompt": "?", "response": ["a", "<", "b"]}])
 
 

@@ -11,6 +11,7 @@ import torch
 from support.chat_templates import CHATML, HARMONY, LLAMA, MISTRAL, SPECIAL, THINKING, TOOLS, templated
 from support.models import byte_tokenizer, tiny
 
+from opd.data.prompts import prompts_of_rows
 from opd.environments.between import Transcript
 from opd.environments.formats import parsed
 from opd.errors import DataError
@@ -167,9 +168,22 @@ def test_template_that_rewrites_an_earlier_turn_is_refused():
     thinks: Message = {"role": "assistant", "content": "<think>hm</think>4"}
     sure: Message = {"role": "user", "content": "Sure?"}
     with pytest.raises(
-        DataError, match=r"Prompt 0: the chat template writes an earlier turn otherwise .*assistant_turns: last"
+        DataError, match=r"Prompt 0: the chat template writes an earlier turn otherwise .*assistant_turns: each"
     ):
         reference_of(trace(thinks, sure, LAST, tools=()), tokenizer, endings_with(tokenizer, "<|im_end|>"))
+
+
+def test_each_turn_is_read_as_its_template_writes_it():
+    """What an earlier turn thought is not read behind it, as when the model is used."""
+    tokenizer = templated(THINKING)
+    thinks: Message = {"role": "assistant", "content": "<think>hm</think>4"}
+    sure: Message = {"role": "user", "content": "Sure?"}
+    endings = endings_with(tokenizer, "<|im_end|>")
+    pair = prompts_of_rows([{"prompt": [USER, thinks, sure, LAST]}], assistant_turns="each")
+    read = [tokenizer.decode([*render(one, tokenizer), *reference_of(one, tokenizer, endings).ids]) for one in pair]
+    head = f"<|im_start|>user\n{USER['content']}<|im_end|>\n<|im_start|>assistant\n"
+    assert read[0] == f"{head}<think>hm</think>4<|im_end|>"
+    assert read[1] == f"{head}4<|im_end|>\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nIt is 7.<|im_end|>"
 
 
 def test_one_turn_equals_a_response():

@@ -70,7 +70,7 @@ def prompt_of(index: int, where: str, row: Mapping[str, Any], section: DataSecti
         chat=section.chat or "system" in source,
         system=system or section.system,
     )
-    turns = turns_of(row, source["response"], content, where) if section.assistant_turns == "all" else ()
+    turns = turns_of(row, source["response"], content, where) if section.assistant_turns != "last" else ()
     texts = {
         name: None
         if name == "response" and turns
@@ -160,8 +160,14 @@ def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Pr
 
     Raises DataError for a conversation of this turn alone, for a second response, and as `with_turns`.
     """
-    if section.assistant_turns == "all" or prompt.turns:
-        return with_turns(prompt, where, split=section.assistant_turns == "all")
+    if section.assistant_turns != "last" or prompt.turns:
+        prompt, said = with_turns(prompt, where, split=section.assistant_turns != "last")
+        if prompt.turns and section.assistant_turns == "each" and isinstance(prompt.content, str):
+            raise DataError(
+                f"{where}: the response has {len(prompt.turns)} turns, and the prompt is a text, in which no token "
+                "ends a turn. Set `assistant_turns: all`, or `chat: true`."
+            )
+        return prompt, [one.format(way=section.assistant_turns) for one in said]
     if isinstance(prompt.content, str) or not prompt.content or prompt.content[-1]["role"] != "assistant":
         return prompt, []
     *rest, last = prompt.content
@@ -244,12 +250,33 @@ def with_turns(prompt: Prompt, where: str, *, split: bool = True) -> tuple[Promp
             "Leave one of them out."
         )
     own = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-    said = ["are conversations of which all turns of the assistant are the response (`assistant_turns: all`)"]
+    said = ["are conversations of which all turns of the assistant are responses (`assistant_turns: {way}`)"]
     said += ["lose what follows the assistant's last turn"] if own[-1] < len(turns) - 1 else []
     turns = tuple(_turn(turn, i, where, text=isinstance(content, str)) for i, turn in enumerate(turns[: own[-1] + 1]))
     plain = len(turns) == 1 and isinstance(turns[0]["content"], str) and not _beside_text(turns[0])
     last = text_of(turns[-1]["content"]) or ""
     return replace(prompt, content=content, response=last, turns=() if plain else turns), said
+
+
+def each_turn(prompt: Prompt) -> list[Prompt]:
+    """A prompt for each turn of the assistant, with what stands before the turn; the turn is its response.
+
+    `metadata` has the row (the prompt's id) and the turn, from 0, under those names where the data have no such column.
+    A prompt without turns stays as it is.
+    """
+    own = [i for i, turn in enumerate(prompt.turns) if turn["role"] == "assistant"]
+    if not own or isinstance(prompt.content, str):
+        return [prompt]
+    return [
+        replace(
+            prompt,
+            content=(*prompt.content, *prompt.turns[:i]),
+            turns=(prompt.turns[i],) if _beside_text(prompt.turns[i]) else (),
+            response=text_of(prompt.turns[i]["content"]) or "",
+            metadata={"row": prompt.id, "turn": number, **prompt.metadata},
+        )
+        for number, i in enumerate(own)
+    ]
 
 
 def _turn(turn: Message, i: int, where: str, *, text: bool) -> Message:

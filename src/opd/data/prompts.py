@@ -12,7 +12,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from opd.data.columns import COLUMNS, Converted, check_unicode, prompt_of, with_places, without_answer
+from opd.data.columns import (
+    COLUMNS,
+    Converted,
+    check_unicode,
+    each_turn,
+    prompt_of,
+    with_places,
+    without_answer,
+)
 from opd.data.files import READERS, ArrowRow, Row, ending_of
 from opd.data.images import images_in
 from opd.data.rows import FUNCTION, rows_of
@@ -29,6 +37,8 @@ Report: TypeAlias = Selected | Converted | Upsampled  # a line about a data sect
 
 def load_prompts(section: DataSection, *, require: Collection[str] = ()) -> list[Prompt]:
     """The selected rows as prompts; a prompt's id is the index of its row, skipped rows included.
+
+    With `assistant_turns: each` a row becomes a prompt for each turn of the assistant; the id is the prompt's index.
 
     `require` names columns that must be filled.
 
@@ -100,7 +110,7 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
     made = [row for row in given if isinstance(row, Prompt)]
     if made and len(made) == len(given):
         pairs = [without_answer(_checked(prompt), f"Prompt {prompt.id}", section) for prompt in made]
-        return [prompt for prompt, _ in pairs], _counted([said for _, said in pairs], section)
+        return _turned([prompt for prompt, _ in pairs], section), _counted([said for _, said in pairs], section)
     mappings = [{"prompt": row} if isinstance(row, str) else row for row in given]
     if through_arrow:
         mappings = [ArrowRow(row) if isinstance(row, Mapping) else row for row in mappings]
@@ -150,7 +160,15 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
     pairs = [prompt_of(index, where, row, section) for index, (where, row) in enumerate(rows, start=section.skip)]
     for (where, _), (prompt, _) in zip(rows, pairs, strict=True):
         check_unicode(prompt, where)
-    return [prompt for prompt, _ in pairs], seen, _counted([said for _, said in pairs], section)
+    prompts = _turned([prompt for prompt, _ in pairs], section)
+    return prompts, seen, _counted([said for _, said in pairs], section)
+
+
+def _turned(prompts: list[Prompt], section: DataSection) -> list[Prompt]:
+    """The prompts; with `assistant_turns: each` one for each turn, numbered in order, as several are of one row."""
+    if section.assistant_turns != "each":
+        return prompts
+    return [replace(one, id=i) for i, one in enumerate(one for prompt in prompts for one in each_turn(prompt))]
 
 
 def check_data(section: DataSection) -> None:
@@ -162,10 +180,10 @@ def check_data(section: DataSection) -> None:
                 f"{nearest(name, COLUMNS)} Known: {', '.join(COLUMNS)}. "
                 "Other columns go to the metadata under their own name."
             )
-    if section.assistant_turns == "all" and section.last_assistant != "response":
+    if section.assistant_turns != "last" and section.last_assistant != "response":
         raise ConfigError(
-            f"`assistant_turns: all` makes every turn of the assistant the response, and `last_assistant: "
-            f"{section.last_assistant}` takes the last one away. Remove one of them."
+            f"`assistant_turns: {section.assistant_turns}` makes every turn of the assistant a response, and "
+            f"`last_assistant: {section.last_assistant}` takes the last one away. Remove one of them."
         )
     if section.template is not None:
         fields_of("The `template` of a data section", section.template, ("prompt",), needed="prompt")

@@ -132,5 +132,6 @@ def _behind(text: str, before: str, prompt: Prompt, what: str) -> str:
         return text[len(before) :]
     raise DataError(
         f"Prompt {prompt.id}: the chat template writes {what}, so its turns have no ids of their own. Set "
-        "`assistant_turns: last`, or a template that keeps earlier turns, `models.NAME.chat_template`."
+        "`assistant_turns: each`, a prompt for each turn, or `last`, or a template that keeps earlier turns, "
+        "`models.NAME.chat_template`."
     )

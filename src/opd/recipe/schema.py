@@ -244,8 +244,9 @@ class DataSection(Section):
     # beginning of the answer, which the model continues, or nothing.
     last_assistant: Literal["response", "continue", "drop"] = "response"
     # Which of a conversation's assistant turns are its response: with `all` the prompt ends before the first, and what
-    # others say between them is read and not trained. A `response` may then be a list of messages, or of texts in turn.
-    assistant_turns: Literal["last", "all"] = "last"
+    # others say between them is read and not trained; with `each` every turn is the response of a prompt of its own. A
+    # `response` may then be a list of messages, or of texts in turn.
+    assistant_turns: Literal["last", "all", "each"] = "last"
     template: str | None = None  # rewrites the text, or the last user message; {prompt} is the original
     select: SelectSection | None = None  # which of these rows to keep
     upsample: UpsampleSection | None = None  # which of the kept rows occur several times
