@@ -220,9 +220,7 @@ def test_turns_of_a_callers_prompt_are_checked():
 
 
 def test_list_of_turns_names_the_key_that_reads_it():
-    with pytest.raises(
-        DataError, match=r"`response` is a list, .*several turns, set `assistant_turns: all` or `each`"
-    ):
+    with pytest.raises(DataError, match=r"`response` is a list, .*several turns, set `assistant_turns: all` or `each`"):
         read([{"prompt": "?", "response": ["a", "<", "b"]}])
 
 

@@ -370,6 +370,8 @@ class EvaluateSection(Section):
     teacher: bool = False  # also measure the teacher's own responses, once
     kl: bool = False  # exact reverse and forward KL on the student's own responses
     pass_at: list[Int] = [1]  # k of pass@k; each needs as many responses per prompt
+    # By setting, a mean reward. The stage ends with the first evaluation after a step in which all are reached.
+    until: dict[SettingName, Float] = {}
 
 
 class DiagnosticsSection(Section):

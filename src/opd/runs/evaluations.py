@@ -53,6 +53,7 @@ def exams_of(
                 task=name,
                 held_out=held_out,
                 every=part.evaluate.every,
+                until=part.evaluate.until,
                 measure_before=part.evaluate.before,
                 context=prepared.method.context,
                 reader=None if scorer is None else scorer.lm,

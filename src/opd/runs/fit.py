@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from opd.data.order import PromptOrder
-from opd.errors import ConfigError
+from opd.errors import ConfigError, nearest
 from opd.method import Method
 from opd.methods.coherence import Facts, check_coherence
 from opd.pieces.needs import Input, Reads, Trait, needs_of
@@ -210,6 +210,16 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
         raise ConfigError(
             f"{spec.where(task)}: evaluate.pass_at has {', '.join(f'pass@{k}' for k in bad)}, and the settings "
             f"sample at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
+        )
+    if evaluate.until and not evaluate.every:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.until ends the stage at an evaluation that reaches it, and evaluate.every "
+            "is 0: there is none between the first step and the last. Set evaluate.every to a number of steps."
+        )
+    if unknown := [name for name in evaluate.until if name not in evaluate.sampling]:
+        raise ConfigError(
+            f"{spec.where(task)}: evaluate.until names {unknown[0]!r}, and evaluate.sampling has no such setting."
+            f"{nearest(unknown[0], evaluate.sampling)} It has {', '.join(evaluate.sampling)}."
         )
     enabled = [f"evaluate.{name}" for name in ("teacher", "kl") if getattr(evaluate, name)]
     if enabled and method.teacher.kind == "none" and spec.by_task[task].teacher in (None, spec.train):

@@ -212,6 +212,11 @@ def held_out_of(
         )
     fits = reward is not None and not unfit_to_measure(reward)
     measured_by = own if own is not None else reward if fits else None
+    if evaluate.until and measured_by is None:
+        raise ConfigError(
+            f"Stage {spec.name!r}: evaluate.until is a mean reward, and the held-out responses have none. Set "
+            "evaluate.reward to one that scores each response alone, or remove evaluate.until."
+        )
     if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and "

@@ -103,8 +103,8 @@ def input_changes(stage: str, old: Mapping[str, str], new: Mapping[str, str]) ->
 def check_steps(stage: StageSpec, steps: int, *, made: int, later: Sequence[str], limited: bool) -> None:
     """Refuse another number of steps, `steps`, where the run cannot be as if it had had it from the start.
 
-    `stage` has the old number, `made` steps are done, `later` are the stages after it that have begun. `limited`: the
-    time limit of the stage has ended it. Raises RunError, which says why.
+    `stage` has the old number, `made` steps are done, `later` are the stages after it that have begun. `limited`: a
+    time limit or a goal of the stage has ended it. Raises RunError, which says why.
     """
     where = f"Stage {stage.name!r} had {stage.steps} steps, and now has {steps}"
     schedule = stage.optimizer.schedule
@@ -127,7 +127,9 @@ def check_steps(stage: StageSpec, steps: int, *, made: int, later: Sequence[str]
             "are gone. Use a new stage with `from_stage`, or another output_dir=..."
         )
     if limited:
-        raise RunError(f"{where}, but `seconds_of` has ended it. Leave the number of steps as it was.")
+        raise RunError(
+            f"{where}, but `seconds_of` or `evaluate.until` has ended it. Leave the number of steps as it was."
+        )
 
 
 def refuse(folder: str, changes: Sequence[Change], *, accept: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
@@ -38,6 +39,7 @@ class Exam:
 
     held_out: HeldOut
     every: int
+    until: Mapping[str, float]  # by setting, the mean reward with which the stage may end
     measure_before: bool
     context: Context
     reader: LanguageModel | None = None  # the teacher's model, if it is in this process
@@ -93,12 +95,30 @@ class Exams:
             return out | self._measure("before", [exam for exam in self.exams if exam.measure_before], self._student)
 
     def after(self, done: int, *, finished: bool) -> dict[str, float]:
-        """Measure the student after `done` updates: the due exams, or all if `finished`."""
+        """Measure the student after `done` updates: the due exams, or all if `finished`.
+
+        Also all if the due ones reach what ends the stage.
+        """
         due = [exam for exam in self.exams if finished or exam.due(done)]
+        rest = [exam for exam in self.exams if not (finished or exam.due(done))]
         when = when_after(done)
         with self.world.gathered(self.root):
-            measured = self._measure(when, due, self._student)
-        return measured | self._recovered(when, due)
+            measured = self._measure(when, due, self._student, rest)
+        return measured | self._recovered(when, [*due, *(rest if self.reached(measured) else ())])
+
+    @property
+    def goals(self) -> dict[str, float]:
+        """`evaluate.until` of all tasks: what the metrics of these names have to reach."""
+        return {
+            f"eval/{'' if exam.task is None else f'{exam.task}/'}{setting}/reward": reward
+            for exam in self.exams
+            for setting, reward in exam.until.items()
+        }
+
+    def reached(self, measured: Mapping[str, float]) -> bool:
+        """Whether one evaluation reaches all goals; False without goals, and where one was not measured."""
+        goals = self.goals
+        return bool(goals) and all(measured.get(name, -math.inf) >= goal for name, goal in goals.items())
 
     def _recovered(self, when: str, exams: Sequence[Exam]) -> dict[str, float]:
         """The share of each teacher's lead that was recovered, for tasks with measurements before and of the teacher.
@@ -114,15 +134,23 @@ class Exams:
             out |= as_metrics(found, exam.task)
         return out
 
-    def _measure(self, when: str, exams: Sequence[Exam], how: Callable[[Exam, str], Measured]) -> dict[str, float]:
-        """The metrics of some exams; writes the responses of all to one file."""
+    def _measure(
+        self, when: str, exams: Sequence[Exam], how: Callable[[Exam, str], Measured], at_goal: Sequence[Exam] = ()
+    ) -> dict[str, float]:
+        """The metrics of some exams, and of `at_goal` if these reach the goals; writes all responses to one file."""
         out: dict[str, float] = {}
         rows: list[dict[str, Any]] = []
-        for exam in exams:
-            metrics, written = how(exam, when)
-            prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
-            out |= {prefix + key.removeprefix("eval/"): value for key, value in metrics.items()}
-            rows += [{"when": when, **row} for row in written]
+
+        def add(some: Sequence[Exam]) -> None:
+            for exam in some:
+                metrics, written = how(exam, when)
+                prefix = "eval/" if exam.task is None else f"eval/{exam.task}/"
+                out.update({prefix + key.removeprefix("eval/"): value for key, value in metrics.items()})
+                rows.extend({"when": when, **row} for row in written)
+
+        add(exams)
+        if self.reached(out):
+            add(at_goal)
         if rows:
             self.folder.write_held_out(when, rows)
         return out

@@ -83,7 +83,7 @@ class Stage:
     interrupt: Interrupt
     # state
     seconds: float = field(default=0.0, init=False)  # of training so far, maximum over processes
-    finished: bool = field(default=False, init=False)  # after the last step or the time limit
+    finished: bool = field(default=False, init=False)  # after the last step, the time limit or the goal
     pace: Pace = field(init=False)
     stop: int = field(default=0, init=False)  # the signal that requests a stop
     looks: Looks = field(default_factory=Looks, init=False)  # of the step, for its sample file
@@ -312,10 +312,13 @@ class Stage:
         for one in self.models:
             one.folder.rewind(saved.step)
             rows = one.folder.read_metrics() if self.world.main else []
-            evaluated = any(row["step"] == saved.step and any(key.startswith("eval/") for key in row) for row in rows)
-            evaluated = self.world.any(evaluated)
+            measured = [
+                row for row in rows if row["step"] == saved.step and any(key.startswith("eval/") for key in row)
+            ]
+            evaluated = self.world.any(bool(measured))
             if one.exams is not None:
                 one.exams.kept.clear(*([] if evaluated else [when_after(saved.step)]))
+                self.finished |= self.world.any(any(map(one.exams.reached, measured)))
             if not evaluated:  # the run was killed between the checkpoint and its evaluation
                 self._examine(saved.step, [one])
         return self.spec.steps if self.finished else saved.step
@@ -360,23 +363,40 @@ class Stage:
         ]
         if not due:
             return
+        measured: list[dict[str, float]] = []
         try:
             with self.interrupt.at_once():
                 for one, exams in due:
                     with self._all_whole():
-                        one._measured(done, partial(exams.after, done, finished=self.finished))
+                        measured.append(one._measured(done, partial(exams.after, done, finished=self.finished)))
         except StopNow as now:
             self._save(done)
             raise stopped_after(self.spec.name, done, self.spec.steps, now.signal) from None
+        if self.exams is not None and self.exams.goals:  # not of a stage with peers
+            self._end_at_goal(done, self.exams, measured[0])
 
-    def _measured(self, done: int, exam: Callable[[], dict[str, float]]) -> None:
-        """Write the metrics of an evaluation after `done` updates."""
+    def _end_at_goal(self, done: int, exams: Exams, measured: Mapping[str, float]) -> None:
+        """End the stage, with a checkpoint, if an evaluation reaches the goals; note it, or that the last does not."""
+        reached = self.world.any(exams.reached(measured))
+        values = {name: measured.get(name, math.nan) for name in exams.goals}
+        shown = ", ".join(f"{name} {value:.3g} of {exams.goals[name]:g}" for name, value in values.items())
+        if reached and not self.finished:
+            self.progress.note(f"{self.spec.name}: ends after step {done} of {self.spec.steps}, at its goal: {shown}")
+            self.finished = True
+            self._save(done)
+        elif self.finished and not reached:
+            self.progress.note(f"{self.spec.name}: its goal was not reached: {shown}")
+
+    def _measured(self, done: int, exam: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Write the metrics of an evaluation after `done` updates, and return them."""
         assert self.exams is not None
         self.pace.start()
-        if measured := exam():
+        measured = exam()
+        if measured:
             self._write(done, measured)
         self.exams.kept.clear()
         self.pace.examined()
+        return measured
 
     def _finite(self) -> bool:
         """Whether all trained weights are finite."""
