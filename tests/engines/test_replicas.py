@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from support.http_server import Arrived, Said, listening
 from opd.engines import replicas as module
 from opd.engines.replicas import Job, Replicas
 from opd.engines.server import Answer, Connection, Server, WrongServerError
+from opd.rewards.calls import interrupted
 
 
 class Counter:
@@ -258,3 +260,52 @@ def test_counts_start_again_after_pop():
     assert made.counts.pop()["requests"] == 3.0
     assert set(made.counts.pop().values()) == {0.0}
     assert module.LOST_AFTER == 2
+
+
+class NowError(BaseException):
+    """What a signal raises in the main thread, as a second Ctrl-C does."""
+
+
+@contextmanager
+def holding(free: int | None = None) -> Iterator[tuple[str, list[int]]]:
+    """A server that keeps its answers until the block ends, and interrupts the main thread; number `free` it answers.
+
+    Yields its address, and the numbers that it answered nevertheless, after a minute.
+    """
+    over, given = threading.Event(), list[int]()
+
+    def answer(arrived: Arrived) -> Said:
+        asked = arrived.request["number"]
+        if asked != free:
+            if free is None:
+                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGALRM)
+            if not over.wait(60.0):
+                given.append(asked)
+        return Said(body={"number": asked})
+
+    with listening(answer) as url:
+        try:
+            yield url, given
+        finally:
+            over.set()
+
+
+@pytest.mark.parametrize("send", [lambda of: of.each(number), lambda of: of.answers([job(1)])], ids=["each", "answers"])
+def test_interrupt_does_not_wait_for_an_answer(send):
+    with holding() as (url, given), interrupted(120.0, NowError):
+        with pytest.raises(NowError):
+            send(Replicas(servers=(Server(url=url, timeout_s=90.0),)))
+        assert not given
+
+
+def test_error_does_not_wait_for_other_answers():
+    """Nothing is left of the threads either, once the server has answered."""
+
+    def broken(raw: bytes) -> int:
+        raise ZeroDivisionError
+
+    jobs = [job(1), job(2), replace(job(3), read=broken)]
+    with holding(free=3) as (url, given):
+        with pytest.raises(ZeroDivisionError):
+            Replicas(servers=(Server(url=url, timeout_s=90.0),)).answers(jobs)
+        assert not given

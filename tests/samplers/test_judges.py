@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -101,6 +103,35 @@ def test_endpoint_yields_answers_as_ready(server: Server):
         order.append(reply.text)
         quick_is_here.set()
     assert order == ["quick", "slow"]
+
+
+LEAVES = """
+import sys
+from opd.samplers.asked.endpoint import Endpoint
+from opd.samplers.asked.protocol import Question
+questions = [Question(content=text, temperature=0.0) for text in ("quick", "slow", "slow")]
+for _ in Endpoint(url=sys.argv[1], model="judge-1", concurrency=3).ask(questions):
+    sys.exit(3)
+"""
+
+
+def test_process_does_not_wait_for_a_judge_that_hangs(server: Server):
+    """An error or a second Ctrl-C leaves the loop over the replies while two are outstanding."""
+    both, over, late = threading.Barrier(3, timeout=60), threading.Event(), list[str]()
+
+    def rule(text: str) -> Said:
+        both.wait()  # all three questions have arrived
+        if text == "slow" and not over.wait(60.0):
+            late.append(text)
+        return completion(text)
+
+    server.rule = rule
+    try:
+        ended = subprocess.run([sys.executable, "-c", LEAVES, server.url], capture_output=True, text=True, timeout=300)
+        assert not late
+    finally:
+        over.set()
+    assert ended.returncode == 3, ended.stderr
 
 
 @pytest.mark.parametrize(

@@ -32,11 +32,11 @@ def in_order(stage: dict[str, Any], student: LanguageModel, teacher: LanguageMod
     optimiser = optimisers.build(student.trainable(), spec.optimizer, spec.steps)
     memory = method.make_memory()
     sampler.sync(0)
-    coming = sampler.begin(order.take(0), seed=(0, 0))()
+    coming = sampler.begin(order.take(0), seed=(0, 0)).wait()
     losses: list[float] = []
     for step in range(spec.steps):
         sampler.sync(step)
-        taken, coming = coming, sampler.begin(order.take(step + 1), seed=(0, step + 1))()
+        taken, coming = coming, sampler.begin(order.take(step + 1), seed=(0, step + 1)).wait()
         rollouts = sampler.complete(taken, method.record())
         contexts = method.context(rollouts)
         phase = scored(method, local, rollouts, contexts, method.request(), student.device, memory)

@@ -16,12 +16,13 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 from opd.engines.server import Answer, Connection, Server
+from opd.engines.threads import in_thread, results
 
 T = TypeVar("T")
 
@@ -108,8 +109,7 @@ class Replicas:
             run = _Run(self, connections, jobs)
             threads = [in_thread(run.work) for _ in range(min(len(jobs), AT_ONCE * len(connections)))]
             try:
-                for one in threads:
-                    one.result()
+                results(threads)
             finally:
                 run.stop()
         self.counts.add(failed=sum(answer.value is None for answer in run.done.values()))
@@ -147,9 +147,9 @@ class Replicas:
                 time.sleep(pause)
                 failed += 1
 
-        with ExitStack() as stack, ThreadPoolExecutor(len(self.servers)) as pool:
+        with ExitStack() as stack:
             connections = self._connected(stack, within_s, among)
-            found = list(pool.map(_persistent, connections))
+            found = results([in_thread(partial(_persistent, one)) for one in connections])
         return {connection.server.url: answer for connection, answer in zip(connections, found, strict=True)}
 
     def leave_out(self, urls: Collection[str]) -> None:
@@ -282,17 +282,3 @@ class _Run(Generic[T]):
             failure = self.why if wrong else silent + self.why
             self._settle(self.ready.pop(), Answer(failure=failure, requests=0, transient=True, lost=True))
         return True
-
-
-def in_thread(work: Callable[[], T]) -> Future[T]:
-    """The result of `work`, in a thread that does not keep the process alive: an error ends it without the answers."""
-    future: Future[T] = Future()
-
-    def _run() -> None:
-        try:
-            future.set_result(work())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=_run, daemon=True, name="opd-server").start()
-    return future

@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from opd.engines.address import own_address
-from opd.engines.replicas import Replicas, in_thread
+from opd.engines.replicas import Replicas
 from opd.engines.server import Answer, Connection, Server, in_turn
 from opd.engines.sync import not_given
+from opd.engines.threads import in_thread
 from opd.engines.vllm import workers_in
 from opd.errors import TrainingError
 from opd.parallel import ALONE, World

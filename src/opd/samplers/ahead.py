@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-from opd.engines.replicas import in_thread
+from opd.engines.threads import in_thread
 from opd.errors import OPDError, TrainingError
 from opd.samplers.vllm import EngineSampler
 from opd.samplers.writers import in_prompts_order
@@ -30,12 +30,14 @@ from opd.types import NOTHING_MORE, EarlyStop, Prompt, Record, Rollout, Sampler
 class Writing:
     """The responses of one step, as the engine gives them. `wait` returns them, or raises the engine's error.
 
-    `scored` ends when a teacher on servers has scored them, as far as it can before the step.
+    `ended`: whether `wait` would do so at once. `scored` ends when a teacher on servers has scored them, as far as it
+    can before the step.
     """
 
     step: int
     prompts: Sequence[Prompt]
     wait: Callable[[], list[Rollout]]
+    ended: Callable[[], bool]
     scored: Future[None] | None = None
 
 
@@ -114,19 +116,19 @@ class Ahead(Sampler):
         waited, self.waited = self.waited, 0.0
         return {**self._any.pop_requests(), "waited_s": waited}
 
-    def responses(self, step: int) -> list[Rollout] | None:
+    def responses(self, step: int, *, waits: bool = True) -> list[Rollout] | None:
         """The responses of `step` as the engine gave them, for a checkpoint; None if no server gave them.
 
-        Those of the next step are waited for.
+        Those of the next step are waited for; if not `waits`, None stands also for those that are still drawn.
         """
         for drawn in (self.coming, self.taken):
-            if drawn is not None and drawn.step == step and self._ended(drawn):
+            if drawn is not None and drawn.step == step and (waits or drawn.ended()) and self._ended(drawn):
                 return drawn.wait()
         return None
 
     def restore(self, step: int, prompts: Sequence[Prompt], rollouts: list[Rollout]) -> None:
         """Take the responses of `step` from a checkpoint."""
-        self.coming = Writing(step, prompts, lambda: rollouts)
+        self.coming = Writing(step, prompts, lambda: rollouts, lambda: True)
 
     def _begun(self, prompts: Sequence[Prompt], seed: tuple[int, int]) -> Writing:
         by_task: defaultdict[str | None, list[Prompt]] = defaultdict(list)
@@ -136,10 +138,10 @@ class Ahead(Sampler):
 
         def wait() -> list[Rollout]:
             if None in begun:
-                return begun[None]()
-            return in_prompts_order(prompts, lambda task, _: begun[task]())
+                return begun[None].wait()
+            return in_prompts_order(prompts, lambda task, _: begun[task].wait())
 
-        return Writing(seed[1], prompts, wait)
+        return Writing(seed[1], prompts, wait, lambda: all(one.ended() for one in begun.values()))
 
     def _ended(self, drawn: Writing) -> bool:
         """Wait for the servers; whether they gave all responses."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 
 from opd.engines.adapters import AdapterSync
-from opd.engines.replicas import Job, Replicas, in_thread
+from opd.engines.replicas import Job, Replicas
 from opd.engines.server import BodyError, WrongServerError
 from opd.engines.sync import Sync
+from opd.engines.threads import in_thread
 from opd.engines.vllm import Drawn, draw_fields, parse_drawn, sampling_fields, seed_of
 from opd.errors import ConfigError, TrainingError
 from opd.messages import text_after
@@ -135,19 +137,14 @@ class EngineSampler(Sampler):
         if self.sleeper is not None:
             self.sleeper.sleep(self.version)
 
-    def begin(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> Callable[[], list[Rollout]]:
-        """Draw the same responses in a thread; returns the function that waits for them. They are not completed.
+    def begin(self, prompts: Sequence[Prompt], *, seed: tuple[int, int]) -> Begun:
+        """Draw the same responses in a thread. They are not completed.
 
-        Raises DataError for a prompt that is too long. The function raises TrainingError, as a call does.
+        Raises DataError for a prompt that is too long.
         """
         rows = self._rows(prompts)
         drawn = in_thread(lambda: self._draw(rows, self.sampling.max_completion_length, (*seed, 0)))
-
-        def wait() -> list[Rollout]:
-            drawn.result()
-            return [self._rollout(row) for row in rows]
-
-        return wait
+        return Begun(drawn, lambda: [self._rollout(row) for row in rows])
 
     def _rows(self, prompts: Sequence[Prompt]) -> list[_Row]:
         refuse_images(prompts, "A vLLM engine")
@@ -226,6 +223,23 @@ class EngineSampler(Sampler):
             sampler_version=row.version,
             sampling=self.sampling,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Responses that a thread draws."""
+
+    drawn: Future[None]
+    rollouts: Callable[[], list[Rollout]]  # once they are drawn
+
+    def ended(self) -> bool:
+        """Whether the servers have given them, or have failed."""
+        return self.drawn.done()
+
+    def wait(self) -> list[Rollout]:
+        """Wait for them. Raises TrainingError for a response that no server gave."""
+        self.drawn.result()
+        return self.rollouts()
 
 
 @dataclass(slots=True)

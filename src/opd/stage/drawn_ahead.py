@@ -13,12 +13,12 @@ from opd.types import Prompt
 KEY = "ahead"  # in a checkpoint's state
 
 
-def saved(ahead: Ahead, step: int, positions: Sequence[int], world: World) -> dict[str, Any]:
+def saved(ahead: Ahead, step: int, positions: Sequence[int], world: World, *, waits: bool = True) -> dict[str, Any]:
     """The responses of `step` of all processes, in the order of the prompts; empty if no server gave them.
 
-    `positions`: those of this process's prompts among the step's.
+    `positions`: those of this process's prompts among the step's. `waits`: for those that are still drawn.
     """
-    drawn = ahead.responses(step)
+    drawn = ahead.responses(step, waits=waits)
     if world.any(drawn is None) or drawn is None:
         return {}
     return {KEY: world.in_order(positions, [row_of(one) for one in drawn])}

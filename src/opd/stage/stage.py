@@ -142,7 +142,10 @@ class Stage:
         return Outcome(seconds=self.seconds, stop=self.stop)
 
     def rescue(self) -> None:
-        """After an error in a step: save the steps before it, if the weights and the method's memory are theirs."""
+        """After an error in a step: save the steps before it, if the weights and the method's memory are theirs.
+
+        Nothing is waited for: responses that an engine has not given yet are not in the checkpoint.
+        """
         if not self.begun:
             return
         last = self.saved or 0
@@ -155,7 +158,7 @@ class Stage:
         # With other processes, which wait in the middle of the step, neither the weights nor a checkpoint can be had.
         if self.world.size == 1 and done > (self.saved or 0) and self._finite():
             with suppress(RunError):  # the disk is full: the error that ended the step says more
-                self._save(done, [whole[1] for whole in wholes if whole is not None])
+                self._save(done, [whole[1] for whole in wholes if whole is not None], waits=False)
         last = self.saved or 0
         self.progress.note(
             f"{self.spec.name}: an error after {done} steps, of which {done - last} are lost: the same command "
@@ -333,13 +336,16 @@ class Stage:
         """A copy of the method's memory, which a step changes before its update."""
         return {name: deepcopy(one.state_dict()) for name, one in self.memory.items()}
 
-    def _save(self, done: int, remembered: Sequence[Mapping[str, Any]] | None = None) -> None:
+    def _save(self, done: int, remembered: Sequence[Mapping[str, Any]] | None = None, *, waits: bool = True) -> None:
         """Write a checkpoint, if there is none of this step. The step's metrics are before it, its evaluation after.
 
-        `remembered`: of each model; default: as it is now.
+        `remembered`: of each model; default: as it is now. `waits`: for the responses of the next step.
         """
         if self.saved == done:
             return
+        more: Mapping[str, Any] = {}
+        if self.ahead is not None:
+            more = drawn_ahead.saved(self.ahead, done, self._positions(done), self.world, waits=waits)
         self._trained.save(
             self.folder.checkpoints,
             done,
@@ -347,7 +353,7 @@ class Stage:
             remembered=[one._remembered() for one in self.models] if remembered is None else remembered,
             keep=self.spec.checkpoint.keep,
             world=self.world,
-            more={} if self.ahead is None else drawn_ahead.saved(self.ahead, done, self._positions(done), self.world),
+            more=more,
         )
         self.saved, self.saved_at = done, time.monotonic()
 

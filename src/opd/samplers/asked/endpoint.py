@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from opd.engines.server import BodyError, Connection, Server
+from opd.engines.threads import as_ended
 from opd.samplers.asked.protocol import Question, Reply
 
 
@@ -29,15 +30,9 @@ class Endpoint(Server):
         return {"url": self.url, "model": self.model, "max_tokens": self.max_tokens, "body": dict(self.body)}
 
     def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, Reply]]:
-        """Replies in the order of arrival."""
+        """Replies in the order of arrival. When the caller leaves the loop, no other question is sent."""
         with self.connected() as connection:
-            pool = ThreadPoolExecutor(self.concurrency)
-            try:
-                running = {pool.submit(self._answered, connection, one): i for i, one in enumerate(questions)}
-                for done in as_completed(running):
-                    yield running[done], done.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+            yield from as_ended(partial(self._answered, connection), questions, self.concurrency)
 
     def _answered(self, connection: Connection, question: Question) -> Reply:
         """Send one question until an answer or a final failure."""
