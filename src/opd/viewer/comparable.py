@@ -1,0 +1,145 @@
+"""Whether runs are alike but for their seeds, and evaluations measured the same rows under the same conditions."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from opd.messages import visible
+from opd.viewer.groups import Entry, Group, planned
+from opd.viewer.keys import differing, flat
+from opd.viewer.read import LineReader, RunView, StageView, read_object
+from opd.viewer.results import settings_of, tasks_of
+
+Number: TypeAlias = tuple[str | None, str | None, str]  # task, sampling setting (None: a divergence), key
+
+HARMLESS = ("none", "rounding")  # effects of a change
+SAID = ("prompt", "prompt_messages", "answer", "images", "box")  # columns that tell held-out rows apart
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Held-out rows: for each column that tells them apart, the value of every row."""
+
+    columns: dict[str, list[str]]
+
+    def shared(self, other: Rows) -> tuple[int, int, int]:
+        """How many rows are in both, in these and in the others, by the columns that both have."""
+        names = [name for name in self.columns if name in other.columns]
+        own, others = (Counter(zip(*(rows.columns[name] for name in names), strict=True)) for rows in (self, other))
+        return (own & others).total(), own.total(), others.total()
+
+
+class HeldOutRows:
+    """The held-out rows behind numbers; each file of responses is read once.
+
+    `by` "id": rows are the same by their place in the data; else by prompt, answer, images and box.
+    """
+
+    def __init__(self, by: str) -> None:
+        self._by = by
+        self._files: dict[tuple[Any, ...], dict[Any, Rows]] = {}
+
+    def of(self, entry: Entry, run: RunView, number: Number) -> Rows | None:
+        """The rows behind a number of a run; None if no file has them. Raises RunError as `read_columns`."""
+        view, when = entry.view(run), entry.file(run, number[0])
+        if (view.path, when) not in self._files:
+            self._files[view.path, when] = _read(view, when, self._by)
+        found = self._files[view.path, when]
+        settings = settings_of(view, number[0]) if number[1] is None else [number[1]]
+        return next((found[number[0], name] for name in settings if (number[0], name) in found), None)
+
+
+def _read(view: StageView, when: str, by: str) -> dict[Any, Rows]:
+    """The rows of a file by task and setting; the samples of one row count once."""
+    table = view.held_out(when, ("task", "sampling", "prompt_id", *SAID))
+    if table is None:
+        return {}
+    # Files of earlier versions lack columns, and the teacher's the images that the student reads.
+    names = [name for name in SAID if name in table.names and (name, when) != ("images", "teacher")]
+    names = ["prompt_id"] if by == "id" else names
+    places: dict[Any, dict[Any, int]] = {}
+    for i, (task, setting, place) in enumerate(zip(*map(table.values, ("task", "sampling", "prompt_id")), strict=True)):
+        places.setdefault((task, setting), {}).setdefault(place, i)
+    every = {name: [repr(value) for value in table.values(name)] for name in names}
+    return {
+        key: Rows({name: [values[i] for i in chosen.values()] for name, values in every.items()})
+        for key, chosen in places.items()
+    }
+
+
+def unlike(group: Group) -> list[str]:
+    """In what the runs of a group differ beside their seeds: versions, hardware, inputs and changes on the way."""
+    runs = list(group.runs.values())
+    reasons: list[str] = []
+    for key, values in differing([{}] * len(runs), [run.environment for run in runs]):
+        said = ", ".join(dict.fromkeys(value or "unknown" for value in values))
+        reasons.append(f"{group.label}: {key} differs between its runs ({said}).")
+    inputs = [{k: v for k, v in flat(read_object(run.path / "inputs.json") or {}).items() if k} for run in runs]
+    for key in dict.fromkeys(key for one in inputs for key in one):
+        if len({one[key] for one in inputs if key in one}) > 1:
+            reasons.append(f"{group.label}: the {visible(key)} differ between its runs.")
+    for run in runs:
+        changed = [row for row in LineReader(run.path / "changes.jsonl").read() if row.get("effect") not in HARMLESS]
+        keys = ", ".join(dict.fromkeys(visible(str(row.get("key"))) for row in changed))
+        if keys:
+            reasons.append(f"{group.label}: {run.path} went on with accepted changes ({keys}).")
+    return reasons
+
+
+def rows_apart(name: str, rows: Rows | None, other: str, others: Rows | None) -> str | None:
+    """How the held-out rows of two evaluations differ, in words; None if they are the same."""
+    gone = [one for one, found in ((name, rows), (other, others)) if found is None]
+    if rows is None or others is None:
+        return f"without the file of the responses of {' and of '.join(gone)} nothing tells that the rows are the same"
+    both, own, theirs = rows.shared(others)
+    if both == own == theirs:
+        return None
+    return f"the held-out rows of {name} and {other} differ: {both} are in both, of {own} and {theirs}"
+
+
+def conditions_apart(entry: Entry, other: Entry, number: Number) -> str | None:
+    """The keys in which the conditions of two evaluations differ, with both values; None if they are the same."""
+    first, second = _conditions(entry, number), _conditions(other, number)
+    keys = [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
+    if "teacher" in keys:
+        return "the divergences are from different teachers"
+    return ", ".join(f"{key} is {_said(first.get(key))} and {_said(second.get(key))}" for key in keys) or None
+
+
+def _said(value: Any) -> str:
+    return visible("not set" if value is None else str(value))
+
+
+def _conditions(entry: Entry, number: Number) -> dict[str, Any]:
+    """What has to be equal for two numbers to be compared, by key. The number of samples (n) may differ."""
+    task, setting, _ = number
+    view, recipe = entry.first, entry.group.first.recipe
+    own = view.spec if task is None else (view.spec.get("tasks") or {}).get(task) or {}
+    section = tasks_of(view).get(task) or {}
+    sampling = {
+        name: _sampling(one) for name, one in (section.get("sampling") or {}).items() if setting in (None, name)
+    }
+    found = flat({"sampling": sampling, "environment": own.get("environment") or view.spec.get("environment")})
+    if setting is not None:
+        return found | flat({"reward": section.get("reward") or own.get("reward") or view.spec.get("reward")})
+    names = own.get("teacher") or view.spec.get("teacher")
+    if names is None:  # the student teaches itself, as its method says
+        itself = [view.spec.get("method"), view.spec.get("options"), origin(recipe, str(view.spec.get("train")))]
+        return found | {"teacher": itself}
+    return found | {"teacher": [origin(recipe, name) for name in str(names).split("+")]}
+
+
+def _sampling(section: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {key: value for key, value in (section or {}).items() if key != "n"}
+
+
+def origin(recipe: Mapping[str, Any], model: str) -> dict[str, Any]:
+    """What a model is made of: its section, and of one that a stage trained that stage's and its origin's."""
+    section = dict((recipe.get("models") or {}).get(model) or {})
+    stage = planned(recipe).get(str(section.get("from_stage")))
+    if stage is None:
+        return section
+    return {**section, "stage": stage, "trained": origin(recipe, str(stage.get("train")))}
