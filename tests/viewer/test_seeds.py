@@ -3,8 +3,10 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
+import yaml
 from support.run_folders import FakeRun, recipe_of, write
 from support.runs import command
 
@@ -24,7 +26,7 @@ def measured(folder, values, when="after", setting="greedy", stage="distil", ste
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         row = rows[-1 if when == "after" else 0]
         assert row["step"] == (steps if when == "after" else 0)
-        row[f"eval/{'teacher/' if when == 'teacher' else ''}{setting}/{key}"] = value
+        row["/".join(filter(None, ("eval", "teacher" if when == "teacher" else "", setting, key)))] = value
         file.write_text("".join(json.dumps(one) + "\n" for one in rows))
 
 
@@ -240,16 +242,44 @@ def test_number_of_samples_may_differ(tmp_path):
     assert lines(found)["B"].difference is not None
 
 
-def test_divergences_of_other_teachers_have_no_difference(tmp_path):
-    one = runs(tmp_path, "a", {0: 0.5, 1: 0.6})
-    two = runs(tmp_path, "b", {0: 0.5, 1: 0.6}, extra=OTHER)
-    for folder in two:
-        file = folder / "recipe.yaml"
-        file.write_text(file.read_text().replace("models: {}", "models: {teacher: {path: another}}"))
-    found = compared([*one, *two])
+LEARNER = {"name": "learn", "train": "teacher", "method": "sft", "steps": 9}
+TAUGHT = {"models": {"teacher": {"from_stage": "make"}}, "stages": [LEARNER | {"name": "make", "train": "model"}]}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({}, {"models": {"teacher": {"path": "another"}}}),
+        ({"stages": [LEARNER]}, {"stages": [LEARNER | {"steps": 10}]}),
+        (TAUGHT, {**TAUGHT, "models": {"teacher": {"from_stage": "make"}, "model": {"path": "another"}}}),
+        (TAUGHT, {**TAUGHT, "stages": [LEARNER | {"name": "make", "train": "model", "steps": 10}]}),
+    ],
+)
+def test_divergences_of_other_teachers_have_no_difference(tmp_path, first, second):
+    made: list[Path] = []
+    for label, keys in (("a", first), ("b", second)):
+        for folder in runs(tmp_path, label, {0: 0.5, 1: 0.6}):
+            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+            stages = [*keys.get("stages", []), *recipe["stages"]]
+            (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **keys, "stages": stages}))
+            made.append(folder)
+    found = compared(made)
     assert lines(found, "", "reverse_kl")["B"].difference is None
     assert lines(found)["B"].difference is not None
     assert "B, reverse_kl: no difference from A, because the divergences are from different teachers." in found.reasons
+
+
+def test_divergences_of_one_teacher_have_a_difference(tmp_path):
+    stages = [LEARNER, recipe_of(FakeRun())["stages"][0]]
+    found = []
+    for label, more in (("a", {}), ("b", {"options": {"k": 2}})):
+        for folder in runs(tmp_path, label, {0: 0.5, 1: 0.6}):
+            recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
+            own = [{**stages[0], "samples_every": 5 if more else 10}, stages[1] | more]
+            (folder / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "stages": own}))
+            found.append(folder)
+    measured(tmp_path, {"b0": 0.1, "b1": 0.2}, setting="", key="reverse_kl")
+    assert lines(compared(found), "", "reverse_kl")["B"].difference.mean == pytest.approx(-0.25)
 
 
 def test_runs_that_are_unlike_are_named(tmp_path):
@@ -318,6 +348,15 @@ def test_opd_compare_refuses_options_that_do_not_fit(tmp_path, options, message)
     shown = command("compare", *map(str, made), *options)
     assert shown.code != 0
     assert message in " ".join(shown.err.split())
+
+
+def test_tables_over_seeds_write_no_control_characters(tmp_path):
+    hostile = {"hostile": ("\x1b[31mred\x07",), "reward": "\x1b[2J", "tasks": ("\u202et",)}
+    made = [write(tmp_path / str(seed), seed=seed, name="\x1b]0;x", **hostile) for seed in range(2)]
+    shown = command("compare", *map(str, made))
+    assert shown.code == 0, shown.err
+    assert "\u2039U+001B\u203a[2J" in shown.out
+    assert not set(shown.out) & {"\x1b", "\x07", "\u202e"}
 
 
 def test_page_has_tables_over_seeds_and_of_runs(tmp_path):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from opd.messages import visible
-from opd.viewer.groups import Entry, Group, planned
+from opd.viewer.groups import Entry, Group
 from opd.viewer.keys import differing, flat
 from opd.viewer.read import LineReader, RunView, StageView, read_object
 from opd.viewer.results import settings_of, tasks_of
@@ -16,6 +16,7 @@ from opd.viewer.results import settings_of, tasks_of
 Number: TypeAlias = tuple[str | None, str | None, str]  # task, sampling setting (None: a divergence), key
 
 HARMLESS = ("none", "rounding")  # effects of a change
+ASIDE = ("evaluate", "checkpoint", "diagnostics", "samples", "samples_every", "save", "save_dtype")  # train no weight
 SAID = ("prompt", "prompt_messages", "answer", "images", "box")  # columns that tell held-out rows apart
 
 
@@ -126,20 +127,34 @@ def _conditions(entry: Entry, number: Number) -> dict[str, Any]:
     if setting is not None:
         return found | flat({"reward": section.get("reward") or own.get("reward") or view.spec.get("reward")})
     names = own.get("teacher") or view.spec.get("teacher")
+    earlier = _before(recipe, str(view.spec.get("name")))
     if names is None:  # the student teaches itself, as its method says
-        itself = [view.spec.get("method"), view.spec.get("options"), origin(recipe, str(view.spec.get("train")))]
+        itself = [
+            view.spec.get("method"),
+            view.spec.get("options"),
+            *_origin(recipe, str(view.spec.get("train")), earlier),
+        ]
         return found | {"teacher": itself}
-    return found | {"teacher": [origin(recipe, name) for name in str(names).split("+")]}
+    return found | {"teacher": [_origin(recipe, name, earlier) for name in str(names).split("+")]}
 
 
 def _sampling(section: Mapping[str, Any] | None) -> dict[str, Any]:
     return {key: value for key, value in (section or {}).items() if key != "n"}
 
 
-def origin(recipe: Mapping[str, Any], model: str) -> dict[str, Any]:
-    """What a model is made of: its section, and of one that a stage trained that stage's and its origin's."""
-    section = dict((recipe.get("models") or {}).get(model) or {})
-    stage = planned(recipe).get(str(section.get("from_stage")))
-    if stage is None:
-        return section
-    return {**section, "stage": stage, "trained": origin(recipe, str(stage.get("train")))}
+def _before(recipe: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
+    """The sections of the stages before the one of this name."""
+    stages = list(recipe.get("stages") or [])
+    return stages[: next((i for i, spec in enumerate(stages) if spec.get("name") == name), len(stages))]
+
+
+def _origin(recipe: Mapping[str, Any], model: str, stages: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What a model is made of after these stages: its section, those that trained it, and its origin's of another."""
+    section = (recipe.get("models") or {}).get(model) or {}
+    trained = [spec for spec in stages if model in (spec.get("train"), *(spec.get("peers") or []))]
+    found = [section, *({key: value for key, value in spec.items() if key not in ASIDE} for spec in trained)]
+    source = next((spec for spec in stages if spec.get("name") == section.get("from_stage")), None)
+    if source is not None:
+        name = str(source.get("name"))
+        found += _origin(recipe, str(source.get("train")), [*_before({"stages": stages}, name), source])
+    return found

@@ -19,7 +19,7 @@ def print_over_seeds(found: seeds.OverSeeds, console: Console) -> None:
     for group in found.groups:
         word = "seed" if len(group.runs) == 1 else "seeds"
         own = f"{word} {', '.join(map(str, group.runs))}: {', '.join(str(run.path) for run in group.runs.values())}"
-        console.print(Text(f"{group.label}  {group.name}, {own}"), soft_wrap=True)
+        console.print(Text(visible(f"{group.label}  {group.name}, {own}")), soft_wrap=True)
     for table in found.tables:
         console.print(_table(table, found))
     if found.keys:
