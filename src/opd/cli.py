@@ -408,7 +408,7 @@ def report(
 @app.command()
 def compare(
     runs: RunArguments,
-    stage: Annotated[str | None, typer.Option(help="Default: the last that all have")] = None,
+    stage: Annotated[str | None, typer.Option(help="Default: the last that all have; between stages: all")] = None,
     by: Annotated[str, typer.Option(help="Prompts are the same by their text (prompt) or their place (id)")] = "prompt",
     between: Annotated[
         str | None,

@@ -78,16 +78,22 @@ def unlike(group: Group) -> list[str]:
     for key, values in differing([{}] * len(runs), [run.environment for run in runs]):
         said = ", ".join(dict.fromkeys(value or "unknown" for value in values))
         reasons.append(f"{group.label}: {key} differs between its runs ({said}).")
-    inputs = [{k: v for k, v in flat(read_object(run.path / "inputs.json") or {}).items() if k} for run in runs]
+    inputs = [_inputs(run) for run in runs]
     for key in dict.fromkeys(key for one in inputs for key in one):
         if len({one[key] for one in inputs if key in one}) > 1:
-            reasons.append(f"{group.label}: the {visible(key)} differ between its runs.")
+            reasons.append(f"{group.label}: not the same in all its runs: {visible(key)}.")
     for run in runs:
         changed = [row for row in LineReader(run.path / "changes.jsonl").read() if row.get("effect") not in HARMLESS]
         keys = ", ".join(dict.fromkeys(visible(str(row.get("key"))) for row in changed))
         if keys:
             reasons.append(f"{group.label}: {run.path} went on with accepted changes ({keys}).")
     return reasons
+
+
+def _inputs(run: RunView) -> dict[str, str]:
+    """The fingerprints of rows, models and code that a run read, by what they are of."""
+    stages = read_object(run.path / "inputs.json") or {}
+    return {f"{name} of stage {stage}": str(one) for stage, names in stages.items() for name, one in names.items()}
 
 
 def rows_apart(name: str, rows: Rows | None, other: str, others: Rows | None) -> str | None:

@@ -106,7 +106,7 @@ def over_seeds(
 def _covers(groups: Sequence[Group]) -> str:
     """What the intervals are, in words."""
     if all(len(group.runs) == 1 for group in groups):
-        return "Each recipe has one seed, so there is no interval over seeds."
+        return "Each recipe has one seed: there is no interval over seeds. Those over prompts are in `opd report`."
     models = [dict(one or {}) for group in groups for one in (group.first.recipe.get("models") or {}).values()]
     new = any((one.get("init") and one.get("seed") is None) or one.get("lora") for one in models)
     return (

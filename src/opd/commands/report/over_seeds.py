@@ -11,15 +11,18 @@ from rich.text import Text
 
 from opd.maths.intervals import Interval
 from opd.messages import visible
-from opd.viewer import seeds
+from opd.viewer.seeds import Line, OverSeeds
+from opd.viewer.seeds import Table as Numbers
 
 
-def print_over_seeds(found: seeds.OverSeeds, console: Console) -> None:
+def print_over_seeds(found: OverSeeds, console: Console) -> None:
     """Print groups, tables, what the intervals cover, and what is not compared."""
     for group in found.groups:
-        word = "seed" if len(group.runs) == 1 else "seeds"
-        own = f"{word} {', '.join(map(str, group.runs))}: {', '.join(str(run.path) for run in group.runs.values())}"
-        console.print(Text(visible(f"{group.label}  {group.name}, {own}")), soft_wrap=True)
+        stage = [entry.stage for entry in found.entries if entry.group is group and found.between == "recipes"]
+        seeds = f"seed{'s' if len(group.runs) > 1 else ''} {', '.join(map(str, group.runs))}"
+        folders = ", ".join(str(run.path) for run in group.runs.values())
+        line = f"{group.label}  {', '.join((group.name, *stage, seeds))}: {folders}"
+        console.print(Text(visible(line)), soft_wrap=True)
     for table in found.tables:
         console.print(_table(table, found))
     if found.keys:
@@ -28,7 +31,7 @@ def print_over_seeds(found: seeds.OverSeeds, console: Console) -> None:
         console.print(Text(visible(line)), soft_wrap=True)
 
 
-def _table(one: seeds.Table, found: seeds.OverSeeds) -> Table:
+def _table(one: Numbers, found: OverSeeds) -> Table:
     title = Text(f"{visible(one.title)}, held out")
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("", min_width=8, overflow="fold")
@@ -43,7 +46,7 @@ def _table(one: seeds.Table, found: seeds.OverSeeds) -> Table:
     return table
 
 
-def _name(line: seeds.Line, found: seeds.OverSeeds) -> str:
+def _name(line: Line, found: OverSeeds) -> str:
     """The row's name, of a recipe's row with the recipe's name."""
     return f"{line.entry.name}  {line.entry.group.name}" if found.between == "recipes" else line.entry.name
 
