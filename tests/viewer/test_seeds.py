@@ -223,6 +223,12 @@ def test_files_that_are_gone_have_no_mean(tmp_path):
     [
         ("sampling", {"greedy": {"temperature": 0.5}}, "sampling.greedy.temperature is 0.5 and 0.0"),
         ("reward", {"name": "max_words", "options": {"n": 6}}, "reward.options.n is 6 and 5"),
+        (
+            "reward",
+            {"name": "max_words", "options": {"a": 1, "b": 2, "c": 3, "d": 4}},
+            "reward.options.a is 1 and not set, reward.options.b is 2 and not set, reward.options.c is 3 and not set, "
+            "2 more keys differ",
+        ),
     ],
 )
 def test_other_conditions_have_no_difference(tmp_path, section, change, why):
@@ -234,9 +240,10 @@ def test_other_conditions_have_no_difference(tmp_path, section, change, why):
     assert f"B, greedy: no difference from A, because {why}." in found.reasons
 
 
-def test_number_of_samples_may_differ(tmp_path):
+def test_number_of_samples_and_failures_allowed_may_differ(tmp_path):
     evaluate = recipe_of(FakeRun())["stages"][0]["evaluate"]
     evaluate["sampling"]["greedy"]["n"] = 4
+    evaluate["reward"]["on_error"] = "zero"
     one = runs(tmp_path, "a", {0: 0.5, 1: 0.6}, extra={"evaluate": evaluate})
     found = compared([*one, *runs(tmp_path, "b", {0: 0.6, 1: 0.7})])
     assert lines(found)["B"].difference is not None

@@ -15,6 +15,7 @@ from opd.viewer.results import settings_of, tasks_of
 
 Number: TypeAlias = tuple[str | None, str | None, str]  # task, sampling setting (None: a divergence), key
 
+SHOWN = 3  # keys that a reason names
 HARMLESS = ("none", "rounding")  # effects of a change
 ASIDE = ("evaluate", "checkpoint", "diagnostics", "samples", "samples_every", "save", "save_dtype")  # train no weight
 SAID = ("prompt", "prompt_messages", "answer", "images", "box")  # columns that tell held-out rows apart
@@ -113,7 +114,9 @@ def conditions_apart(entry: Entry, other: Entry, number: Number) -> str | None:
     keys = [key for key in dict.fromkeys((*first, *second)) if first.get(key) != second.get(key)]
     if "teacher" in keys:
         return "the divergences are from different teachers"
-    return ", ".join(f"{key} is {_said(first.get(key))} and {_said(second.get(key))}" for key in keys) or None
+    shown = [f"{key} is {_said(first.get(key))} and {_said(second.get(key))}" for key in keys[:SHOWN]]
+    more = [f"{len(keys) - SHOWN} more keys differ"] if len(keys) > SHOWN else []
+    return ", ".join((*shown, *more)) or None
 
 
 def _said(value: Any) -> str:
@@ -126,12 +129,13 @@ def _conditions(entry: Entry, number: Number) -> dict[str, Any]:
     view, recipe = entry.first, entry.group.first.recipe
     own = view.spec if task is None else (view.spec.get("tasks") or {}).get(task) or {}
     section = tasks_of(view).get(task) or {}
-    sampling = {
-        name: _sampling(one) for name, one in (section.get("sampling") or {}).items() if setting in (None, name)
-    }
-    found = flat({"sampling": sampling, "environment": own.get("environment") or view.spec.get("environment")})
+    every = section.get("sampling") or {}
+    sampling = {name: _without(one, "n") for name, one in every.items() if setting in (None, name)}
+    environment = _without(own.get("environment") or view.spec.get("environment"), "workers")
+    found = flat({"sampling": sampling, "environment": environment})
     if setting is not None:
-        return found | flat({"reward": section.get("reward") or own.get("reward") or view.spec.get("reward")})
+        reward = section.get("reward") or own.get("reward") or view.spec.get("reward")
+        return found | flat({"reward": _without(reward, "on_error", "max_failed")})
     names = own.get("teacher") or view.spec.get("teacher")
     earlier = _before(recipe, str(view.spec.get("name")))
     if names is None:  # the student teaches itself, as its method says
@@ -144,8 +148,11 @@ def _conditions(entry: Entry, number: Number) -> dict[str, Any]:
     return found | {"teacher": [_origin(recipe, name, earlier) for name in str(names).split("+")]}
 
 
-def _sampling(section: Mapping[str, Any] | None) -> dict[str, Any]:
-    return {key: value for key, value in (section or {}).items() if key != "n"}
+def _without(section: Any, *keys: str) -> Any:
+    """A section without some keys, which do not change what a number means."""
+    if not isinstance(section, dict):
+        return section
+    return {key: value for key, value in section.items() if key not in keys}
 
 
 def _before(recipe: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
