@@ -414,15 +414,22 @@ def report(
 @app.command()
 def compare(
     runs: RunArguments,
-    stage: Annotated[str | None, typer.Option(help="Default: the last that all have")] = None,
+    stage: Annotated[str | None, typer.Option(help="Default: the last that all have; between stages: all")] = None,
     by: Annotated[str, typer.Option(help="Prompts are the same by their text (prompt) or their place (id)")] = "prompt",
+    between: Annotated[
+        str | None,
+        typer.Option(help="runs; recipes or stages: means over seeds. Default: runs, of several seeds the others"),
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="The row that others are compared with; default: the first")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON")] = False,
     out: Annotated[str | None, typer.Option("-o", "--out", help="Write a page to this file instead")] = None,
 ) -> None:
-    """Compare runs: keys that differ, and rewards on the same held-out prompts with intervals."""
+    """Compare runs on the same held-out prompts, or recipes and stages over their runs' seeds (docs/report.md)."""
     from opd.commands.report.pages import compare_runs
 
-    compare_runs(runs, stage=stage, by=by, json=json, out=out)
+    compare_runs(runs, stage=stage, by=by, between=between, against=against, json=json, out=out)
 
 
 @app.command()

@@ -13,6 +13,7 @@ import oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import ttest_ind
 from support.models import prompts_of, rollout_of, tiny
 
 from opd.errors import DataError
@@ -29,7 +30,9 @@ from opd.maths.intervals import (
     jackknife_interval,
     mean_interval,
     paired_interval,
+    welch_interval,
 )
+from opd.maths.quantiles import student_t_quantile
 
 ROOT = Path(__file__).parents[2]
 
@@ -254,3 +257,21 @@ def test_jackknife_interval_is_infinite_or_none_where_unknown():
         got = jackknife_interval(statistic, prompts)
         assert got is not None
         assert math.isinf(got.high - got.low)
+
+
+def test_welch_interval_matches_scipy_and_hand_values():
+    first, second = [1.0, 2.0, 3.0], [2.0, 4.0, 6.0, 8.0]
+    found = welch_interval(first, second)
+    # Variances of the means 1/3 and 5/3: 4 / (1/18 + 25/27) = 216/53 degrees of freedom.
+    half = student_t_quantile(0.975, 216 / 53) * math.sqrt(2)
+    assert (found.mean, found.low, found.high) == pytest.approx((-3, -3 - half, -3 + half))
+    expected = ttest_ind(first, second, equal_var=False).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_welch_interval_of_a_single_value_is_infinite():
+    found = welch_interval([1.0], [0.0, 0.5])
+    assert (found.mean, found.low, found.high) == (0.75, -math.inf, math.inf)
+    assert welch_interval([1.0, 1.0], [0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
+    with pytest.raises(DataError, match="got 2 and 0"):
+        welch_interval([1.0, 2.0], [])

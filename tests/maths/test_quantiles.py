@@ -7,6 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import t
 
 from opd.maths.quantiles import beta_quantile, incomplete_beta, student_t_quantile
 
@@ -40,3 +41,8 @@ def test_student_t_quantile_matches_closed_forms():
     assert student_t_quantile(0.975, 1) == pytest.approx(math.tan(math.pi * 0.475))  # Cauchy
     assert student_t_quantile(0.975, 2) == pytest.approx(0.95 * math.sqrt(2 / (1 - 0.95**2)))
     assert student_t_quantile(0.975, 10**7) == pytest.approx(1.959964, rel=1e-6)
+
+
+@pytest.mark.parametrize("degrees", [1.5, 4.0755, 37.25])
+def test_student_t_quantile_takes_fractional_degrees(degrees: float):
+    assert student_t_quantile(0.975, degrees) == pytest.approx(t.ppf(0.975, degrees))

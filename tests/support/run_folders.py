@@ -253,7 +253,7 @@ def _held_out(run: FakeRun, when: str, rng: np.random.Generator) -> list[dict[st
                 reward = float(rng.random() < likely) if run.shares else float(rng.normal(likely, 0.3))
                 row = _row(run, i, rng, numbers=not run.old, done=1.0)
                 if when == "teacher":
-                    row["student_reads"] = None
+                    row |= {"student_reads": None, "images": None}
                 rows.append({**row, "task": task, "sampling": setting, "when": when, "reward": reward, "pick": None})
     return rows
 

@@ -9,8 +9,9 @@ from support.run_folders import write
 from support.runs import command
 
 from opd.errors import ConfigError
-from opd.viewer.compare import compare, content_of, differing
+from opd.viewer.compare import as_json, compare, content_of
 from opd.viewer.content import Options
+from opd.viewer.keys import differing
 from opd.viewer.pack import opened
 
 
@@ -113,6 +114,15 @@ def test_opd_compare_prints_table_and_json(runs):
     found = json.loads(printed.out)
     assert [run["label"] for run in found["runs"]] == ["A", "B"]
     assert found["rows"][0]["paired"]["prompts"] == 30
+
+
+def test_json_of_a_single_prompt_has_no_ends(tmp_path):
+    one, two = (write(tmp_path / n, prompts=1, shares=False, gain=5, extra={"steps": int(n)}) for n in "12")
+    row = json.loads(as_json(compare([one, two])))["rows"][0]
+    assert row["paired"]["prompts"] == 1
+    for found in (*row["runs"], row["paired"]["difference"]):
+        assert (found["low"], found["high"]) == (None, None)
+        assert np.isfinite(found["mean"])
 
 
 def test_opd_compare_writes_no_control_characters(tmp_path):

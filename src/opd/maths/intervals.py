@@ -1,6 +1,7 @@
 """Means over prompts with their 95 % intervals. benchmarks/coverage.py measures how often they contain the truth.
 
-Samples of one prompt are not independent, so an interval is over prompts, never over samples or tokens.
+Samples of one prompt are not independent, so an interval is over prompts, never over samples or tokens. Of means over
+seeds, with one number per run, it is Student's t: `mean_interval` without bounds, and `welch_interval`.
 """
 
 from __future__ import annotations
@@ -111,6 +112,32 @@ def paired_interval(first: Sequence[Sequence[float]], second: Sequence[Sequence[
     return mean_interval(gains, None if known is None else DIFFERENCE)
 
 
+def welch_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
+    """The mean of `first` minus that of `second`, of two independent samples whose variances may differ.
+
+    Student's t with the degrees of freedom of Welch (1947): (a + b)^2 / (a^2 / (n - 1) + b^2 / (m - 1)), where a and b
+    are the variances of the two means, n and m their numbers of values. Infinite if a sample has a single value, of
+    zero width if both have equal values alone.
+
+    Raises:
+        DataError: a sample has no values.
+    """
+    if not first or not second:
+        raise DataError(
+            f"A difference of means needs a value in each sample, got {len(first)} and {len(second)}. Give both."
+        )
+    means = [math.fsum(values) / len(values) for values in (first, second)]
+    difference = means[0] - means[1]
+    if min(len(first), len(second)) == 1:
+        return Interval(difference, -math.inf, math.inf)
+    a, b = (_variance(values, mean) / len(values) for values, mean in zip((first, second), means, strict=True))
+    if a + b == 0:
+        return Interval(difference, difference, difference)
+    degrees = (a + b) ** 2 / (a**2 / (len(first) - 1) + b**2 / (len(second) - 1))
+    half = student_t_quantile(0.975, degrees) * math.sqrt(a + b)
+    return Interval(difference, difference - half, difference + half)
+
+
 def jackknife_interval(statistic: Callable[[Sequence[T]], float | None], prompts: Sequence[T]) -> Interval | None:
     """A statistic of all prompts that is no mean over them, with its 95 % interval by leaving out each prompt in turn.
 
@@ -131,8 +158,12 @@ def _half(values: Sequence[float], mean: float, confidence: float = 0.95) -> flo
     n = len(values)
     if n == 1:
         return math.inf
-    variance = math.fsum((value - mean) ** 2 for value in values) / (n - 1)
-    return student_t_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(variance / n)
+    return student_t_quantile(0.5 + confidence / 2, n - 1) * math.sqrt(_variance(values, mean) / n)
+
+
+def _variance(values: Sequence[float], mean: float) -> float:
+    """The unbiased variance of at least two values with this mean."""
+    return math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,8 +60,8 @@ def beta_quantile(share: float, a: float, b: float) -> float:
     return x
 
 
-def student_t_quantile(share: float, degrees: int) -> float:
-    """The quantile of Student's t with `degrees` >= 1 degrees of freedom, for a `share` above one half."""
+def student_t_quantile(share: float, degrees: float) -> float:
+    """The quantile of Student's t with `degrees` >= 1 degrees of freedom, also fractional, for a `share` above 1/2."""
     assert degrees >= 1, f"{degrees} degrees of freedom"
     assert 0.5 < share < 1, f"share {share}"
     square = beta_quantile(2 * share - 1, 0.5, degrees / 2)  # t^2 / (degrees + t^2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,24 +13,18 @@ from opd.maths.intervals import Interval
 from opd.messages import visible
 from opd.viewer import facts
 from opd.viewer.content import Content, Options, add_held_out, add_images, run_shown
+from opd.viewer.groups import LETTERS
 from opd.viewer.images import Album
+from opd.viewer.keys import differing
 from opd.viewer.names import apart
 from opd.viewer.overlay import overlaid
 from opd.viewer.pairs import SCORED, Paired, Scores, paired, scores, unpaired
 from opd.viewer.read import RunView, StageView, read_run
 from opd.viewer.responses import HeldOut, held_out, shown_keys
 from opd.viewer.results import Cell, reward_of, tasks_of
-from opd.viewer.texts import shortened
+from opd.viewer.seeds import OverSeeds, bounds
 from opd.viewer.thin import Budget
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-OWN = (
-    "name",
-    "output_dir",
-    "description",
-    "report_to",
-    "report_to_samples",
-)  # keys of the recipe that may differ between equal runs
 BY = ("prompt", "id")
 
 
@@ -78,9 +72,9 @@ class Comparison:
 
 
 def compare(
-    paths: Sequence[str | Path], stage: str | None = None, by: str = "prompt", *, text: bool = True
+    paths: Sequence[str | Path | RunView], stage: str | None = None, by: str = "prompt", *, text: bool = True
 ) -> Comparison:
-    """Compare the last evaluations of runs on the prompts that they share.
+    """Compare the last evaluations of runs, given by their folders or read, on the prompts that they share.
 
     `stage`: its name in every run; by default the last one that all have. `by`: how prompts are known to be the same,
     by their text ("prompt") or by their place in the data ("id"). Without `text` no key of a recipe is in a run's name.
@@ -89,10 +83,12 @@ def compare(
         ConfigError: fewer than two runs, no stage that all have, or an unknown `by`. RunError: as `read_run`.
     """
     if not 2 <= len(paths) <= len(LETTERS):
-        raise ConfigError(f"A comparison needs 2 to {len(LETTERS)} runs, got {len(paths)}. Give their folders.")
-    if by not in BY:
-        raise ConfigError(f"Prompts are matched by `prompt` or by `id`, not by {by!r}.{nearest(by, BY)}")
-    runs = [read_run(path) for path in paths]
+        raise ConfigError(
+            f"A comparison of runs side by side needs 2 to {len(LETTERS)} runs, got {len(paths)}. Give their folders; "
+            "--between stages compares the stages of one."
+        )
+    check_by(by)
+    runs = [path if isinstance(path, RunView) else read_run(path) for path in paths]
     name = _common(runs, stage)
     keys = differing([run.recipe for run in runs], [run.environment for run in runs])
     names = apart([run.name for run in runs], [run.path for run in runs], keys if text else [])
@@ -101,6 +97,12 @@ def compare(
     found = Comparison(sides, keys, by=by)
     _rewards(found)
     return found
+
+
+def check_by(by: str) -> None:
+    """Raise ConfigError for another word than those of `BY`."""
+    if by not in BY:
+        raise ConfigError(f"Prompts are matched by `prompt` or by `id`, not by {by!r}.{nearest(by, BY)}")
 
 
 def _common(runs: Sequence[RunView], stage: str | None) -> str:
@@ -155,40 +157,6 @@ def _rewards(found: Comparison) -> None:
         found.rows.append(Row(title, name, [unpaired(one.values()) for one in own], pair))
 
 
-def differing(
-    recipes: Sequence[Mapping[str, Any]], environments: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, list[str]]]:
-    """The keys of resolved recipes, and of environments, whose values are not all equal, with each run's value.
-
-    Names and folders are left out. A key that a run does not have is shown as an empty text.
-    """
-    flat = [_flat({key: value for key, value in recipe.items() if key not in OWN}) for recipe in recipes]
-    for one, environment in zip(flat, environments, strict=True):
-        kept = {key: environment.get(key) for key in ("cpu", "gpu", "python")}
-        versions = environment.get("packages") or {}
-        kept |= {key: versions.get(key) for key in ("opd", "torch", "transformers")}
-        one |= {f"environment.{key}": value for key, value in kept.items() if value is not None}
-    keys = dict.fromkeys(key for one in flat for key in one)
-    rows = [(key, [_text(one.get(key)) if key in one else "" for one in flat]) for key in keys]
-    return [(visible(key), values) for key, values in rows if len(set(values)) > 1]
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; a list of sections with names by their names."""
-    if isinstance(value, list) and value and all(isinstance(one, dict) and "name" in one for one in value):
-        value = {str(one["name"]): {key: inner for key, inner in one.items() if key != "name"} for one in value}
-    if not isinstance(value, dict) or not value:
-        return {prefix: value}
-    out: dict[str, Any] = {}
-    for key, inner in value.items():
-        out |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return out
-
-
-def _text(value: Any) -> str:
-    return visible(shortened(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False), 300))
-
-
 def as_json(found: Comparison) -> str:
     """The comparison as JSON: runs, keys that differ, rows with intervals, reasons."""
     runs = [
@@ -206,8 +174,8 @@ def as_json(found: Comparison) -> str:
         {
             "setting": row.title,
             "reward": row.reward,
-            "runs": [None if mean is None else asdict(mean) for mean in row.means],
-            "paired": None if row.pair is None else asdict(row.pair),
+            "runs": [bounds(mean) for mean in row.means],
+            "paired": None if row.pair is None else asdict(row.pair) | {"difference": bounds(row.pair.difference)},
         }
         for row in found.rows
     ]
@@ -222,7 +190,7 @@ def table_of(found: Comparison) -> tuple[list[str], list[tuple[str, list[Cell]]]
     columns += ["B - A", "prompts", "only A", "only B", "McNemar p"] if two else []
     rows: list[tuple[str, list[Cell]]] = []
     for row in found.rows:
-        cells = [Cell("") if mean is None else _interval(mean) for mean in row.means]
+        cells = [_cell(mean) for mean in row.means]
         if two:
             cells += _pair(row.pair)
         rows.append((f"{row.title}: {row.reward}", cells))
@@ -248,8 +216,11 @@ def runs_shown(found: Comparison, *, text: bool = True) -> list[dict[str, Any]]:
     return [{"label": side.label, **run_shown(side.run, text=text), "name": side.name} for side in found.sides]
 
 
-def content_of(found: Comparison, options: Options) -> Content:
-    """The page's stage of a comparison: the table, curves over each other, and for two runs their responses."""
+def content_of(found: Comparison, options: Options, over: OverSeeds | None = None) -> Content:
+    """The page's stage of a comparison: the table, curves over each other, and for two runs their responses.
+
+    `over`: a comparison over seeds of the same runs, whose tables come first.
+    """
     columns, rows = table_of(found)
     data, block = overlaid([side.stage for side in found.sides], [side.label for side in found.sides])
     shown: dict[str, Any] = {
@@ -259,6 +230,7 @@ def content_of(found: Comparison, options: Options) -> Content:
         "verdict": None,
         "missing": [],
         "sparks": [],
+        "over": None if over is None else _over_shown(over),
         "reasons": found.reasons,
         "table": rows,
         "table_columns": columns,
@@ -285,6 +257,24 @@ def content_of(found: Comparison, options: Options) -> Content:
                 add_images(content, album, options.images)
                 content.data["held_of"] = sum(key in both[1].rows for key in both[0].rows)
     return content
+
+
+def _over_shown(over: OverSeeds) -> dict[str, Any]:
+    """What the template shows of a comparison over seeds."""
+    tables: list[dict[str, Any]] = []
+    for table in over.tables:
+        rows: list[tuple[str, list[Cell]]] = []
+        for line in table.lines:
+            cells = [Cell(str(len(line.values))), _cell(line.mean), _cell(line.difference, signed=True)]
+            rows.append((line.entry.name, [*cells, Cell(line.pairing or "")]))
+        columns = ["seeds", "mean", f"minus {over.baseline.name}", "by seed"]
+        tables.append({"title": table.title, "columns": columns, "rows": rows})
+    groups = [(one.label, one.name, ", ".join(map(str, one.runs))) for one in over.groups]
+    return {"groups": groups, "tables": tables, "lines": [over.covers, *over.reasons]}
+
+
+def _cell(one: Interval | None, *, signed: bool = False) -> Cell:
+    return Cell("") if one is None else _interval(one, signed=signed)
 
 
 def _measured(side: Side, by: str) -> HeldOut | None:

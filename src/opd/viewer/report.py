@@ -14,6 +14,7 @@ from opd.viewer.compare import compare, content_of, runs_shown
 from opd.viewer.content import Options, run_shown, stage_content
 from opd.viewer.facts import opened_first
 from opd.viewer.read import RunView, StageView, read_run
+from opd.viewer.seeds import over_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +48,25 @@ def write_report(
 
 
 def write_comparison(
-    paths: Sequence[str | Path],
+    paths: Sequence[str | Path | RunView],
     out: str | Path | None = None,
     stage: str | None = None,
     by: str = "prompt",
     options: Options | None = None,
+    *,
+    between: str = "runs",
+    against: str | None = None,
 ) -> Written:
-    """Write the page of several runs to `out`, by default compare.html here. Raises as `compare` and `write_report`."""
+    """Write the page of several runs to `out`, by default compare.html here.
+
+    With `between` recipes or stages it has the tables over seeds above those of the runs; `against` as for
+    `over_seeds`. Raises as `compare`, `over_seeds` and `write_report`.
+    """
     options = options or Options()
-    found = compare(paths, stage, by, text=options.text)
-    content = content_of(found, options)
+    runs = [path if isinstance(path, RunView) else read_run(path) for path in paths]
+    found = compare(runs, stage, by, text=options.text)
+    over = None if between == "runs" else over_seeds(runs, between, stage, against, by, text=options.text)
+    content = content_of(found, options, over)
     title = " and ".join(f"{side.label}: {side.name}" for side in found.sides)
     text = page.render(title, runs_shown(found, text=options.text), [content])
     return written(Path("compare.html") if out is None else Path(out), text, content.responses)

@@ -11,12 +11,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from opd.commands.report.over_seeds import keys_table, print_over_seeds
+from opd.errors import ConfigError
 from opd.maths.intervals import Interval
 from opd.messages import visible
-from opd.viewer.compare import Comparison, as_json, compare
+from opd.viewer.compare import Comparison, as_json, check_by, compare
 from opd.viewer.content import Options
+from opd.viewer.groups import between_of
 from opd.viewer.pairs import Paired
+from opd.viewer.read import read_run
 from opd.viewer.report import lines_of, write_comparison, write_report
+from opd.viewer.seeds import as_json as seeds_json
+from opd.viewer.seeds import over_seeds
 
 
 def report_runs(
@@ -47,17 +53,34 @@ def compare_runs(
     *,
     stage: str | None = None,
     by: str = "prompt",
+    between: str | None = None,
+    against: str | None = None,
     json: bool = False,
     out: str | None = None,
     console: Console | None = None,
 ) -> None:
-    """Print a comparison of runs, or write it as a page to `out`. Raises as `compare` and `write_comparison`."""
+    """Print a comparison, or write it as a page to `out`.
+
+    `between`: as for `between_of`; `against`: as for `over_seeds`. Raises as these, `compare` and `write_comparison`.
+    """
     console = console or Console()
+    check_by(by)
+    read = [read_run(run) for run in runs]
+    between = between_of(read, between)
+    if between == "runs" and against is not None:
+        raise ConfigError(
+            "--against names a row of a comparison over seeds, and these are runs side by side. Leave it out, or give "
+            "--between recipes or --between stages."
+        )
     if out is not None:
-        for line in lines_of([write_comparison(runs, out, stage, by)]):
+        for line in lines_of([write_comparison(read, out, stage, by, between=between, against=against)]):
             console.print(Text(line), soft_wrap=True)
         return
-    found = compare(runs, stage, by)
+    if between != "runs":
+        over = over_seeds(read, between, stage, against, by)
+        console.print(Text(seeds_json(over)), soft_wrap=True) if json else print_over_seeds(over, console)
+        return
+    found = compare(read, stage, by)
     if json:
         console.print(Text(as_json(found)), soft_wrap=True)
         return
@@ -66,7 +89,7 @@ def compare_runs(
             Text(f"{side.label}  {side.name}  {side.run.path}, {side.stage.name}, {side.said}"),
             soft_wrap=True,
         )
-    console.print(_rewards(found), _keys(found))
+    console.print(_rewards(found), keys_table(found.keys, [side.label for side in found.sides]))
     for line in found.reasons:
         console.print(Text(visible(line)), soft_wrap=True)
 
@@ -99,18 +122,3 @@ def _interval(one: Interval, sign: str) -> str:
     show = lambda x: f"{x:{sign}.2f}"  # noqa: E731
     finite = one.high - one.low < math.inf
     return show(one.mean) + (f"\n[{show(one.low)}, {show(one.high)}]" if finite else "")
-
-
-def _keys(found: Comparison) -> Table:
-    table = Table(
-        title="keys that differ" if found.keys else "no key differs",
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("key")
-    for side in found.sides:
-        table.add_column(Text(side.label))
-    for key, values in found.keys:
-        table.add_row(Text(key), *map(Text, values))
-    return table
