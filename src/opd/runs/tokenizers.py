@@ -14,7 +14,7 @@ from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.models.processors import refuse_images
 from opd.pieces.needs import needs_of
-from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
+from opd.recipe.schema import Recipe, StageSpec, origin_name, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
 from opd.runs.served import with_template
@@ -283,19 +283,19 @@ def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> 
     `prepared` is by stage. Judges pass, because they read other texts than the prompts.
     """
     idle: dict[str, list[str]] = {}
-    used: list[ModelSpec] = []
+    used: set[str] = set()
     for spec in recipe.stages:
         prompts = prepared[spec.name].all_prompts
         taught_by = {task: part.teacher for task, part in spec.by_task.items()}
-        used += [origin_of(recipe, name) for name in spec.judge_models]
+        used |= {origin_name(recipe, name) for name in spec.judge_models}
         for name in (spec.train, *spec.scoring):
             reads = [p for p in prompts if name in (spec.train, spec.base, *teachers_in(taught_by[p.task]))]
             if is_chat(reads):
-                used.append(origin_of(recipe, name))
+                used.add(origin_name(recipe, name))
             elif recipe.models[name].template_options:
                 idle.setdefault(name, []).append(repr(spec.name))
     for name, stages in idle.items():
-        if not any(origin_of(recipe, name) is one for one in used):
+        if origin_name(recipe, name) not in used:
             raise ConfigError(
                 f"models.{name}.template_options is {recipe.models[name].template_options}, and nothing would use it: "
                 f"all prompts of {'stage' if len(stages) == 1 else 'the stages'} {', '.join(stages)} are text, which "
