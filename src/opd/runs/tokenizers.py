@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from opd.recipe.schema import Recipe, StageSpec, origin_name, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
 from opd.runs.served import with_template
-from opd.types import Prompt, TeacherRule, teachers_in
+from opd.types import Message, Prompt, TeacherRule, teachers_in
 
 if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel
@@ -245,6 +246,12 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
         lines.append(f"{name}: {len(begun)} prompts begin with {begin}, which the tokenizer does not add again")
     chats = [(p.content, *template_for(p, tokenizer, options)) for p in prompts if not isinstance(p.content, str)]
     joined = sum(joined_parts(messages, content_form(template, tokenizer)) for messages, template, _ in chats)
+    written = [
+        ((*p.content, *p.turns), template_for(p, tokenizer, options)[0])
+        for p in prompts
+        if not isinstance(p.content, str)
+    ]
+    lines += unwritten_keys(name, written)
     if joined:
         lines.append(
             f"{name}: {joined} conversations have messages in parts, which are joined to text: its chat template does "
@@ -264,6 +271,18 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
                 f"render other prompts. Set models.{name}.chat_template to one that states the format"
             )
     return lines
+
+
+def unwritten_keys(name: str, chats: Iterable[tuple[Sequence[Message], str]]) -> list[str]:
+    """A note for each key beside `content` that messages have and their template does not name."""
+    lost: Counter[str] = Counter()
+    for messages, template in chats:
+        keys = {key for message in messages for key, value in message.items() if value}
+        lost.update(sorted(key for key in keys - {"role", "content", "name", "tool_call_id"} if key not in template))
+    return [
+        f"{name}: {count} conversations have messages with `{key}`, which its chat template does not write"
+        for key, count in lost.items()
+    ]
 
 
 def ending_lines(name: str, tokenizer: Any, endings: Endings) -> list[str]:
