@@ -200,7 +200,7 @@ def test_rows_are_selected_and_counted_before_their_turns(tmp_path):
     again = {"role": "user", "content": "Sure?"}
     rows = [
         {"messages": [USER, CALLS, SAYS, ANSWER], "pass_rate": 0.5},
-        {"messages": [USER, ANSWER, again, ANSWER], "pass_rate": 1.0},
+        {"messages": [again, ANSWER, USER, ANSWER], "pass_rate": 1.0},
         {"messages": [USER, CALLS, SAYS, ANSWER], "pass_rate": 0.5},
     ]
     fields = {"columns": {"prompt": "messages"}, "assistant_turns": "each"}

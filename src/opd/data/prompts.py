@@ -92,10 +92,9 @@ def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Report],
 def _compared(prompt: Prompt) -> str:
     """The text by which a selection compares rows: equal words about another image are another question.
 
-    Of a conversation also what the user says between the turns of its response.
+    Of a row with several responses it is the question before the first, which all of them have.
     """
-    content = prompt.content if isinstance(prompt.content, str) else (*prompt.content, *prompt.turns)
-    return "\n".join([question_of(content), *(image.digest for image in prompt.images)])
+    return "\n".join([question_of(prompt.content), *(image.digest for image in prompt.images)])
 
 
 def prompts_of_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -> list[Prompt]:
