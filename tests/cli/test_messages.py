@@ -1001,7 +1001,7 @@ def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
         (("./modl", "--recipe", "sft"), ["opd eval MODEL: modl does not exist. Did you mean 'model'?"]),
         (
             ("model", "held_out.jsonl", "--recipe", "sft", "--n", "2", "--chat"),
-            ["--recipe sft and DATA, --chat, --n", "--set stages.STAGE.evaluate.sampling.SETTING.n=8"],
+            ["--recipe sft and DATA (held_out.jsonl), --chat, --n", "--set stages.STAGE.evaluate.sampling.SETTING.n=8"],
         ),
         (("model", "--tasks", "gsm8k", "--reward", "exact"), ["--reward exact without held-out prompts"]),
         (("model", "--tasks", "gsm8k", "--teacher", "model"), ["--teacher model without held-out prompts"]),

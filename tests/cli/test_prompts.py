@@ -97,6 +97,22 @@ def test_check_says_what_templates_lack():
     assert "its chat template" not in checked(made)
 
 
+@pytest.mark.parametrize("turns", ["last", "all", "each"])
+def test_check_names_what_the_template_does_not_write(turns: str):
+    """The prompt's own turns, and those that are trained."""
+    said = {"role": "assistant", "content": "2", "reasoning_content": "1"}
+    user = {"role": "user", "content": "1+1"}
+    write_rows(Path("chats.jsonl"), [{"prompt": [user, said, user, said]}])
+    made = recipe()
+    made["stages"][0]["data"] = {"path": "chats.jsonl", "assistant_turns": turns}
+    count = 2 if turns == "each" else 1
+    line = f"student: {count} conversations have messages with `reasoning_content`, which its chat template does not"
+    assert line in checked(made)
+    for model in made["models"].values():
+        model["chat_template"] = TEMPLATE + "{# reasoning_content #}"
+    assert "does not write" not in checked(made)
+
+
 def test_check_counts_parts_and_beginnings_of_text():
     parts = [
         {"prompt": [{"role": "user", "content": [{"type": "text", "text": "1+1"}]}]},

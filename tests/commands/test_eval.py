@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from support.runs import EVALUATE, command, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
+from opd.recipe.load import load_recipe
+from opd.runs.prepare import Given, prepare_held_out
+from opd.runs.prepare import prepare as prepare_stage
 
 GAME = "opd.environments.guessing:guessing"
 
@@ -69,6 +73,68 @@ def test_training_data_are_not_read(tmp_path, monkeypatch):
     trained(tmp_path, one_stage(evaluate=EVALUATE), monkeypatch)
     (tmp_path / "train.jsonl").unlink()
     assert measured("run/distil/model", "--recipe", "recipe.yaml")["greedy/responses"] == 5
+
+
+def test_parts_that_measure_nothing_are_not_read(tmp_path, monkeypatch):
+    trained(tmp_path, one_stage(evaluate={**EVALUATE, "every": 0}), monkeypatch)
+    alone = {**EVALUATE, "teacher": False, "kl": False}
+    broken = one_stage(evaluate=alone, method="nowhere.mine:method", teacher=None, reward={"name": "nowhere:fn"})
+    broken["models"]["student"] = {"path": "./nowhere"}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(broken))
+    assert measured("run/distil/model", "--recipe", "recipe.yaml")["greedy/responses"] == 5
+
+
+def test_what_cannot_be_measured_is_refused_by_its_key(tmp_path, monkeypatch):
+    prepare(tmp_path, one_stage(evaluate={**EVALUATE, "pass_at": [1, 3]}))
+    monkeypatch.chdir(tmp_path)
+    said: list[str] = []
+    for more in (
+        (),
+        ("--set", "stages.distil.evaluate.pass_at=[1]", "--set", "models.student.device=meta"),
+        ("--teacher", "--limit", "6"),
+    ):
+        ended = command("eval", "run/distil/model", "--recipe", "recipe.yaml", *more)
+        assert ended.code == 2
+        said.append(" ".join(ended.err.split()))
+    assert "evaluate.pass_at has pass@3, and the settings sample at most 2 responses per prompt" in said[0]
+    assert "models.student.device is 'meta', which cannot be used" in said[1]
+    assert "got --recipe recipe.yaml and DATA (6)" in said[2], "--limit was read as the teacher"
+
+
+CHAT = (
+    "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %};{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}={% if plus is defined %}+{% endif %}{% endif %}"
+)
+
+
+def test_model_from_a_stage_reads_as_the_model_there(tmp_path, monkeypatch):
+    """The template's options are of the model, whatever it is called; check, run and eval agree."""
+    evaluate = {**EVALUATE, "data": {"path": "held_out.jsonl", "chat": True}, "every": 0}
+    recipe = one_stage(evaluate=evaluate, data={"path": "train.jsonl", "chat": True})
+    for model in recipe["models"].values():
+        model |= {"chat_template": CHAT}
+    recipe["models"]["student"]["template_options"] = {"plus": True}
+    recipe["models"]["later"] = {"from_stage": "distil"}
+    recipe["stages"].append({**recipe["stages"][0], "name": "again", "train": "later"})
+    prepare(tmp_path, recipe)
+    monkeypatch.chdir(tmp_path)
+    assert "the student reads (6 tokens): '0+0==+'" in command("check", "recipe.yaml").out
+    opd.run("recipe.yaml", quiet=True)
+    for stage in ("distil", "again"):
+        rows = pq.read_table(f"run/{stage}/held_out_before.parquet").to_pylist()
+        assert rows[0]["student_reads"] == "2+2==+", stage
+    last = json.loads((tmp_path / "run/again/metrics.jsonl").read_text().splitlines()[-1])
+    found = measured("run/again/model", "--recipe", "recipe.yaml")
+    assert found == {key: last[f"eval/{key}"] for key in found}
+
+
+def test_peers_are_measured_with_the_ids_of_the_model_train():
+    spec = load_recipe("copd", []).stage("copd")
+    exams, _ = prepare_held_out(spec, 0)
+    own = prepare_stage(spec.as_seen_by(spec.train), Given(), 0)
+    for name, task in own.tasks.items():
+        assert task.held_out is not None
+        assert [p.id for p in exams[name].prompts] == [p.id for p in task.held_out.prompts]
 
 
 def test_tasks_are_measured_by_name(tmp_path, monkeypatch):

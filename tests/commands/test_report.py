@@ -60,6 +60,14 @@ def test_recoveries_has_no_interval_when_lead_may_be_chance(spec: StageSpec, fol
     ]
 
 
+def test_recoveries_of_equal_differences_blame_no_chance(spec: StageSpec, folder: StageDir):
+    for when, reward in (("before", 0.0), ("teacher", 1.0), ("step_000008", 1.0)):
+        keep(folder, when, [[reward]] * 18)
+    assert recoveries(spec, folder, None, ROWS) == [
+        "greedy: 100% of the teacher's gap recovered (no interval: the differences are equal on all prompts)"
+    ]
+
+
 @pytest.mark.parametrize("missing", ["before", "teacher"])
 def test_recoveries_is_empty_when_evaluation_is_missing(spec: StageSpec, folder: StageDir, missing: str):
     for when, reward in (("before", 0.0), ("teacher", 1.0), ("step_000008", 1.0)):

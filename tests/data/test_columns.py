@@ -195,6 +195,31 @@ def test_each_turn_of_prompts_and_completions():
     assert [(p.id, len(p.content)) for p in prompts_of_rows(given, assistant_turns="each")] == [(0, 1), (1, 3), (2, 1)]
 
 
+def test_rows_are_selected_and_counted_before_their_turns(tmp_path):
+    """A call's turn and its answer's have one question; `select`, `upsample` and messages are about rows."""
+    again = {"role": "user", "content": "Sure?"}
+    rows = [
+        {"messages": [USER, CALLS, SAYS, ANSWER], "pass_rate": 0.5},
+        {"messages": [again, ANSWER, USER, ANSWER], "pass_rate": 1.0},
+        {"messages": [USER, CALLS, SAYS, ANSWER], "pass_rate": 0.5},
+    ]
+    fields = {"columns": {"prompt": "messages"}, "assistant_turns": "each"}
+    kept, notes = loaded(tmp_path / "rows.jsonl", rows, **fields, select={"distinct": True})
+    assert [(p.metadata["row"], p.metadata["turn"]) for p in kept] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert any("2 of 3 rows" in note for note in notes), notes
+    more, notes = loaded(tmp_path / "rows.jsonl", rows, **fields, upsample={"times": 2}, skip=1)
+    assert [(p.id, p.metadata["row"], p.metadata["turn"]) for p in more] == [
+        *((0, 1, 0), (1, 1, 1), (2, 2, 0), (3, 2, 1)),
+        *((4, 2, 0), (5, 2, 1)),
+    ]
+    assert any("1 of 2 rows occur 2 times" in note for note in notes), notes
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"messages": [USER]}]))
+    section = parse_section(DataSection, {"path": str(path), **fields}, "data")
+    with pytest.raises(DataError, match=r"1 of 4 rows of .* have none \(rows 3\)"):
+        load_selected(section, require=["response"])
+
+
 def test_each_turn_of_a_text_is_refused():
     with pytest.raises(DataError, match="has 3 turns, and the prompt is a text, in which no token ends a turn"):
         read([{"prompt": "?", "response": ["b", "<", "a"]}], assistant_turns="each")

@@ -98,6 +98,22 @@ GOOD: list[Any] = [
 ]
 
 
+def test_check_reads_the_evaluations_settings_of_traces():
+    draws = {
+        "drawn": {"max_completion_length": 40, "stop": ["]"]},
+        "greedy": {"temperature": 0, "max_completion_length": 9},
+    }
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": draws}
+    ended = checked({"method": "sft", "teacher": None, "evaluate": evaluate})
+    assert ended.code == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert "each evaluated response is a conversation" in said
+    assert "up to 8 turns, 40 or 9 tokens in all" in said
+    assert 'evaluate.sampling.greedy.stop has no "]", so a call' in said
+    assert "evaluate.sampling.drawn.stop" not in said
+    assert " sampling.stop" not in said, "nothing is drawn in training"
+
+
 @pytest.mark.parametrize(("stage", "template", "line"), GOOD, ids=[f"{i:02d}" for i in range(len(GOOD))])
 def test_check_says_how_conversations_are_led(stage: dict[str, Any], template: str | None, line: str):
     ended = checked(stage, template)

@@ -223,13 +223,14 @@ def test_gap_recovery_bounds_cover_truth():
 def test_gap_recovery_has_no_bounds_when_gap_may_be_chance():
     lead = gap_recovery([0, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], [1, 0, 1, 0, 1, 0])
     assert lead is not None
-    assert lead.bounds is None
-    assert gap_recovery([0.0], [1.0], [0.5]) == Recovery(0.5, None)
+    assert (lead.bounds, lead.unbounded) == (None, "the lead of the teacher may be chance")
+    assert gap_recovery([0.0], [1.0], [0.5]) == Recovery(0.5, None, "there is one prompt")
     assert gap_recovery([1, 0], [0, 1], [1, 1]) is None  # the teacher is not ahead
     assert gap_recovery([], [], []) is None
     # Equal differences on two prompts say nothing about other prompts.
-    assert gap_recovery([0, 0], [1, 1], [1, 1]) == Recovery(1.0, None)
-    assert gap_recovery([0.1, 0.7], [0.3, 0.9], [0.2, 0.8]) == Recovery(pytest.approx(0.5), None)
+    equal = "the differences are equal on all prompts"
+    assert gap_recovery([0, 0], [1, 1], [1, 1]) == Recovery(1.0, None, equal)
+    assert gap_recovery([0.1, 0.7], [0.3, 0.9], [0.2, 0.8]) == Recovery(pytest.approx(0.5), None, equal)
 
 
 def test_jackknife_interval_of_mean_is_students():

@@ -52,6 +52,15 @@ def test_differing_names_versions_and_nested_keys():
     ]
 
 
+def test_prompts_of_equal_words_are_told_apart_by_their_images(tmp_path):
+    """Each picture is a prompt of its own in pairs, means and intervals."""
+    made = {"prompts": 10, "pictures": (16, 16), "hostile": ("red",)}
+    found = compare([write(tmp_path / "one", **made), write(tmp_path / "two", seed=1, **made)])
+    assert {row.pair.prompts for row in found.rows if row.pair is not None} == {10}
+    row, own = found.rows[0], [rewards(side, "greedy") for side in found.sides]
+    assert [mean.mean for mean in row.means if mean is not None] == [pytest.approx(np.mean(one)) for one in own]
+
+
 def test_compare_says_that_no_prompt_is_shared(tmp_path):
     one = write(tmp_path / "one", prompts=10)
     two = write(tmp_path / "two", prompts=10, hostile=("another prompt",))

@@ -18,12 +18,12 @@ from opd.evaluation.evaluate import HeldOut, kl_setting, measure, student_sample
 from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
 from opd.files import expanded, write_atomically
 from opd.models.language_model import LanguageModel
-from opd.models.loading import load_model
+from opd.models.loading import device_of, load_model
 from opd.models.paths import resolved_path
 from opd.models.vocabularies import on_common_tokens
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
-from opd.recipe.schema import DataSection, ModelSpec, Recipe, RewardSection, SamplingSection, StageSpec
+from opd.recipe.schema import DataSection, ModelSpec, Recipe, RewardSection, SamplingSection, StageSpec, section_of
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import reward_of
 from opd.runs.prepare import prepare_held_out
@@ -109,8 +109,10 @@ def evaluate_as_stage(
     say = say or _silent
     spec = _measured_stage(recipe, stage)
     exams, notes = prepare_held_out(spec, recipe.seed if seed is None else seed)
+    student = section_of(recipe, spec.train)
+    device_of(student, f"models.{spec.train}")  # a wrong one is named by its key
     check_paths(model, teacher)
-    lm, others = loaded_models(_as_student(recipe.models[spec.train], model), teacher)
+    lm, others = loaded_models(_as_student(student, model), teacher)
     for note in (*notes, *lm.notes, *(note for other in others.values() for note in other.notes)):
         say(note)
     found = Evaluated(metrics={}, rows=[])

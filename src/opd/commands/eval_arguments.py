@@ -82,7 +82,7 @@ class Arguments:
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"opd eval got --limit {self.limit}. Give at least 1, or leave --limit out.")
         given = {
-            "DATA": self.data,
+            f"DATA ({self.data})": self.data,
             "--reward": self.reward,
             "--option": self.options,
             "--tasks": self.task_names,

@@ -165,7 +165,7 @@ def without_answer(prompt: Prompt, where: str, section: DataSection) -> tuple[Pr
         if prompt.turns and section.assistant_turns == "each" and isinstance(prompt.content, str):
             raise DataError(
                 f"{where}: the response has {len(prompt.turns)} turns, and the prompt is a text, in which no token "
-                "ends a turn. Set `assistant_turns: all`, or `chat: true`."
+                "ends a turn. Set `assistant_turns: all`, or give the turns as messages and set `chat: true`."
             )
         return prompt, [one.format(way=section.assistant_turns) for one in said]
     if isinstance(prompt.content, str) or not prompt.content or prompt.content[-1]["role"] != "assistant":

@@ -57,8 +57,11 @@ def load_selected(section: DataSection, *, require: Collection[str] = ()) -> tup
     prompts, reports, columns = _selected_prompts(section)
     require_columns(prompts, require, source=section.path, seen=columns)
     if section.upsample is not None:
+        if section.assistant_turns == "each":  # copies get ids that are no rows
+            prompts = [replace(p, metadata={"row": p.id, **p.metadata}) if p.turns else p for p in prompts]
         prompts, more = upsample(prompts, section.upsample, section.path)
         reports = [*reports, more]
+    prompts = _turned(prompts, section)
     if section.template is not None:
         pattern = section.template
         prompts = [
@@ -87,7 +90,10 @@ def _selected_prompts(section: DataSection) -> tuple[list[Prompt], list[Report],
 
 
 def _compared(prompt: Prompt) -> str:
-    """The text by which a selection compares prompts: equal words about another image are another question."""
+    """The text by which a selection compares rows: equal words about another image are another question.
+
+    Of a row with several responses it is the question before the first, which all of them have.
+    """
     return "\n".join([question_of(prompt.content), *(image.digest for image in prompt.images)])
 
 
@@ -115,7 +121,7 @@ def read_rows(rows: Iterable[str | Prompt | Mapping[str, Any]], **fields: Any) -
     if through_arrow:
         mappings = [ArrowRow(row) if isinstance(row, Mapping) else row for row in mappings]
     prompts, _, converted = _prompts([(f"Row {index} of prompts", row) for index, row in enumerate(mappings)], section)
-    return prompts, converted
+    return _turned(prompts, section), converted
 
 
 def _checked(prompt: Prompt) -> Prompt:
@@ -160,8 +166,7 @@ def _prompts(rows: Sequence[Row], section: DataSection) -> tuple[list[Prompt], l
     pairs = [prompt_of(index, where, row, section) for index, (where, row) in enumerate(rows, start=section.skip)]
     for (where, _), (prompt, _) in zip(rows, pairs, strict=True):
         check_unicode(prompt, where)
-    prompts = _turned([prompt for prompt, _ in pairs], section)
-    return prompts, seen, _counted([said for _, said in pairs], section)
+    return [prompt for prompt, _ in pairs], seen, _counted([said for _, said in pairs], section)
 
 
 def _turned(prompts: list[Prompt], section: DataSection) -> list[Prompt]:

@@ -168,10 +168,11 @@ def _variance(values: Sequence[float], mean: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Recovery:
-    """Share of a gap that was closed; without bounds if the gap may be 0."""
+    """Share of a gap that was closed, with its interval, or why it has none."""
 
     share: float
     bounds: Bounds | None
+    unbounded: str = ""  # why there are no bounds
 
 
 def gap_recovery(
@@ -193,13 +194,15 @@ def gap_recovery(
         return None
     gain, gap = a - b, t - b
     ratio = float(gain.mean() / gap.mean())
-    if n == 1 or max(np.ptp(gain), np.ptp(gap)) < 1e-9:  # but for rounding
-        return Recovery(ratio, None)
+    if n == 1:
+        return Recovery(ratio, None, "there is one prompt")
+    if max(np.ptp(gain), np.ptp(gap)) < 1e-9:  # but for rounding
+        return Recovery(ratio, None, "the differences are equal on all prompts")
     spread = np.cov(gain, gap) / n * student_t_quantile(0.5 + confidence / 2, n - 1) ** 2
     # gap^2 r^2 - 2 gain gap r + gain^2 <= t^2 Var: a parabola in r that is at most 0 between its roots.
     square = gap.mean() ** 2 - spread[1, 1]
     if square <= 0:
-        return Recovery(ratio, None)
+        return Recovery(ratio, None, "the lead of the teacher may be chance")
     middle = (gain.mean() * gap.mean() - spread[0, 1]) / square
     constant = (gain.mean() ** 2 - spread[0, 0]) / square
     half = math.sqrt(max(middle * middle - constant, 0.0))

@@ -132,6 +132,7 @@ def _unread_by(origin: str) -> tuple[str, ...]:
     return ("options", "quantization") if origin == "init" else ("options", "tokenizer", "image_processor", "seed")
 
 
+OF_TEMPLATE = ("chat_template", "template_options")
 ORIGINS = ("path", "init", "from_stage", "scorer", "server")
 
 
@@ -564,9 +565,26 @@ class Recipe(Section):
         return next(stage for stage in self.stages if stage.name == name)
 
 
+def origin_name(recipe: Recipe, name: str) -> str:
+    """The name of the original model of `name`: follows `from_stage` back to a model without one."""
+    while (stage := recipe.models[name].from_stage) is not None:
+        name = recipe.stage(stage).train
+    return name
+
+
 def origin_of(recipe: Recipe, name: str) -> ModelSpec:
-    """The original model of `name`: follows `from_stage` back to a model without one."""
+    """The original model of `name`, with the chat template and the options of `section_of`."""
+    origin = recipe.models[origin_name(recipe, name)]
+    if recipe.models[name].from_stage is None:
+        return origin
+    own = section_of(recipe, name)
+    return origin.model_copy(update={key: getattr(own, key) for key in OF_TEMPLATE})
+
+
+def section_of(recipe: Recipe, name: str) -> ModelSpec:
+    """A model's section. One `from_stage` has the chat template and options of the model there, unless its own."""
     spec = recipe.models[name]
-    while spec.from_stage is not None:
-        spec = recipe.models[recipe.stage(spec.from_stage).train]
-    return spec
+    if spec.from_stage is None:
+        return spec
+    before = section_of(recipe, recipe.stage(spec.from_stage).train)
+    return spec.model_copy(update={key: getattr(spec, key) or getattr(before, key) for key in OF_TEMPLATE})

@@ -25,7 +25,7 @@ from opd.parallel import World
 from opd.pieces.contexts import same_prompt
 from opd.pieces.needs import Input, needs_of
 from opd.pieces.supports import check_fits
-from opd.recipe.schema import Recipe, StageSpec
+from opd.recipe.schema import Recipe, StageSpec, section_of
 from opd.rewards.base import StageRewards, about
 from opd.runs.evaluations import exams_in, exams_of
 from opd.runs.examples import start_lines
@@ -501,7 +501,7 @@ def model_for(
     trained = [s.name for s in before if name in s.trains]
     origin = trained[-1] if trained else recipe.models[name].from_stage
     folder = None if origin is None else directory.stage(origin).model
-    described = recipe.models[name].model_copy(update={} if device is None else {"device": device})
+    described = section_of(recipe, name).model_copy(update={} if device is None else {"device": device})
     return load_model(described, name=name, folder=folder, seed=recipe.seed, trains=name in spec.trains)
 
 

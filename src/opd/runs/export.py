@@ -18,7 +18,7 @@ from opd.models.loading import load_model
 from opd.models.mean import mean_of
 from opd.models.pictures import cut_before_picture
 from opd.models.render import render
-from opd.recipe.schema import Recipe
+from opd.recipe.schema import Recipe, section_of
 from opd.runs.build import model_for
 from opd.runs.card import write_card
 from opd.runs.prepare import Given
@@ -147,7 +147,7 @@ def finished_student(recipe: Recipe, given: Given, directory: RunDir) -> Languag
     spec = recipe.stages[-1]
     folder = directory.stage(spec.name)
     if folder.model.exists():
-        return load_model(recipe.models[spec.train], name=spec.train, folder=folder.model)
+        return load_model(section_of(recipe, spec.train), name=spec.train, folder=folder.model)
     student = model_for(recipe, spec, spec.train, given, directory)
     saving.load_adapter(student, folder.adapter)
     return student

@@ -204,13 +204,11 @@ def check_processes(recipe: Recipe, spec: StageSpec, method: Method, order: Prom
 
 
 def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: EvaluateSection) -> None:
-    """Refuse a pass@k of more responses than are sampled, or a teacher that is missing. Raises ConfigError."""
-    most = max(sampling.n for sampling in evaluate.sampling.values())
-    if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
-        raise ConfigError(
-            f"{spec.where(task)}: evaluate.pass_at has {', '.join(f'pass@{k}' for k in bad)}, and the settings "
-            f"sample at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
-        )
+    """Refuse a pass@k of more responses than are sampled, a goal that nothing measures, or a missing teacher.
+
+    Raises ConfigError.
+    """
+    check_pass_at(spec.where(task), evaluate)
     if evaluate.until and not evaluate.every:
         raise ConfigError(
             f"{spec.where(task)}: evaluate.until ends the stage at an evaluation that reaches it, and evaluate.every "
@@ -236,6 +234,16 @@ def check_evaluate(spec: StageSpec, task: str | None, method: Method, evaluate: 
         )
     if evaluate.kl:
         check_comparison(method, spec.where(task), "evaluate.kl", "Set it to false")
+
+
+def check_pass_at(where: str, evaluate: EvaluateSection) -> None:
+    """Refuse a pass@k of more responses than are sampled. Raises ConfigError."""
+    most = max(sampling.n for sampling in evaluate.sampling.values())
+    if bad := [k for k in evaluate.pass_at if not 1 <= k <= most]:
+        raise ConfigError(
+            f"{where}: evaluate.pass_at has {', '.join(f'pass@{k}' for k in bad)}, and the settings "
+            f"sample at most {most} responses per prompt. Raise n in evaluate.sampling, or lower k."
+        )
 
 
 def check_dropped_rewards(spec: StageSpec, task: str | None, method: Method) -> None:

@@ -28,6 +28,7 @@ from opd.runs.fit import (
     check_evaluate,
     check_feedback,
     check_needs,
+    check_pass_at,
     check_peer_method,
     check_update_reward,
 )
@@ -123,7 +124,7 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
         held_out, unscored = None, dict[str, int]()
         if part.evaluate is not None:
             check_evaluate(spec, name, method, part.evaluate)
-            held_out, also = held_out_of(spec, part.evaluate, method, reward, seed)
+            held_out, also = held_out_of(spec, part.evaluate, needs_of(method.context), reward, seed)
             held_out = in_stage(held_out, spec, name, part, rules, first_held_out)
             first_held_out = 1 + max(prompt.id for prompt in held_out.prompts)
             reports = [*reports, *also]
@@ -148,20 +149,23 @@ def prepare(spec: StageSpec, given: Given, seed: int) -> Prepared:
 
 
 def prepare_held_out(spec: StageSpec, seed: int) -> tuple[dict[str | None, HeldOut], list[str]]:
-    """The evaluations of a stage by task, without its training data and teachers; and notes on their data.
+    """The evaluations of a stage by task, without its method, training data and teachers; and notes on their data.
 
-    Prompts, ids and settings are those of `prepare`. Raises ConfigError or DataError.
+    Prompts, ids and settings are those of `prepare`; in a stage with `peers`, of the model `train`, and then those of
+    the tasks that only others have. Raises ConfigError or DataError.
     """
-    method = methods.build(spec.method, spec.options)
     found: dict[str | None, HeldOut] = {}
     notes: list[str] = []
     first = 0
-    for name, part in spec.by_task.items():
+    seen = spec.as_seen_by(spec.train).by_task if spec.peers else spec.by_task
+    for name, part in {**seen, **spec.by_task}.items():
         if part.evaluate is None:
             continue
+        check_pass_at(spec.where(name), part.evaluate)
         rules = None if part.environment is None else rules_of(part.environment, f"{spec.where(name)}: environment")
-        alone = part.evaluate.model_copy(update={"teacher": False, "kl": False})
-        held_out, reports = held_out_of(spec, alone, method, reward_in(part, rules, Given()), seed)
+        alone = part.evaluate.model_copy(update={"teacher": False, "kl": False, "until": {}})
+        reward = None if alone.reward is not None else reward_in(part, rules, Given())
+        held_out, reports = held_out_of(spec, alone, Needs(), reward, seed)
         found[name] = in_stage(held_out, spec, name, part, rules, first)
         first = 1 + max(prompt.id for prompt in found[name].prompts)
         notes += map(str, reports)
@@ -196,9 +200,11 @@ def offering(prompts: Sequence[Prompt], rules: Rules | None) -> list[Prompt]:
 
 
 def held_out_of(
-    spec: StageSpec, evaluate: EvaluateSection, method: Method, reward: Reward | None, seed: int
+    spec: StageSpec, evaluate: EvaluateSection, context: Needs, reward: Reward | None, seed: int
 ) -> tuple[HeldOut, list[Report]]:
     """The evaluation of an `evaluate` section, with its own or the training's reward; and the reports of its data.
+
+    `context`: what the teacher's context needs, of which `evaluate.teacher` and `evaluate.kl` ask.
 
     Judge rewards are for training only: each rubric is built from the graded responses, so scores before and after
     training are not comparable, and judges start with the training of a stage. Raises ConfigError if the section names
@@ -217,13 +223,13 @@ def held_out_of(
             f"Stage {spec.name!r}: evaluate.until is a mean reward, and the held-out responses have none. Set "
             "evaluate.reward to one that scores each response alone, or remove evaluate.until."
         )
-    if evaluate.kl and measured_by is None and Input.REWARD in needs_of(method.context):
+    if evaluate.kl and measured_by is None and Input.REWARD in context:
         raise ConfigError(
             f"Stage {spec.name!r}: evaluate.kl compares with a teacher that reads the rewards of the responses, and "
             "held-out responses have none, because the stage's reward is for training only. Set evaluate.reward to one "
             "that scores each response alone, or evaluate.kl to false."
         )
-    read_by_teacher = (needs_of(method.context) if evaluate.teacher or evaluate.kl else Needs()).columns
+    read_by_teacher = (context if evaluate.teacher or evaluate.kl else Needs()).columns
     prompts, reports = prompts_of(evaluate.data, needs_of_reward(measured_by) | (PROMPT_COLUMNS & read_by_teacher))
     check_readable(measured_by, prompts, f"Stage {spec.name!r}: evaluate")
     held_out = HeldOut(

@@ -18,7 +18,7 @@ from opd.models.preview import known_endings, tokenizer_of
 from opd.models.render import render_checked
 from opd.pieces import sources
 from opd.pieces.needs import Input, Trait, needs_of
-from opd.recipe.schema import Recipe, StageSpec, origin_of
+from opd.recipe.schema import Recipe, SamplingSection, StageSpec, TaskSection, origin_of
 from opd.runs.prepare import Prepared
 from opd.types import Prompt
 
@@ -47,13 +47,19 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
         first = replace(task.prompts[0], content=content, tools=tuple(one.tools))
         ended(rules.environment, one.state, rules.limits)
         tools = f" with the tools {', '.join(map(name_of, one.tools))}" if one.tools else ""
+        settings = settings_of(spec.by_task[name], prepared.method)
+        most = " or ".join(map(str, dict.fromkeys(one.max_completion_length for one in settings.values())))
         lines.append(
             f"{'' if name is None else f'task {name}: '}each {'evaluated ' * by_data(prepared.method)}response is a "
             f"conversation with {rules.environment.name}"
-            f"{tools}: up to {rules.max_turns} turns, {spec.by_task[name].sampling.max_completion_length} tokens in all"
+            f"{tools}: up to {rules.max_turns} turns, {most} tokens in all"
         )
-        if isinstance(first.content, str) and one.tools and not any("]" in s for s in spec.by_task[name].sampling.stop):
-            lines.append('sampling.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token')
+        if isinstance(first.content, str) and one.tools:
+            lines += [
+                f'{key}.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'
+                for key, sampling in settings.items()
+                if not any("]" in stop for stop in sampling.stop)
+            ]
         origin = origin_of(recipe, spec.train)
         tokenizer = tokenizer_of(origin, spec.train) if student is None else student.tokenizer
         if tokenizer is None:
@@ -101,6 +107,14 @@ def check_method(spec: StageSpec, method: Method, where: str, *, evaluates: bool
         )
     if spec.peers:
         raise ConfigError(f"{where}: `environment` is not supported in a stage with `peers`. Remove one of them.")
+
+
+def settings_of(task: TaskSection, method: Method) -> dict[str, SamplingSection]:
+    """How the conversations of a task are drawn, by the keys of the recipe: in training, or in the evaluation alone."""
+    if not by_data(method):
+        return {"sampling": task.sampling}
+    assert task.evaluate is not None  # `check_method`
+    return {f"evaluate.sampling.{name}": one for name, one in task.evaluate.sampling.items()}
 
 
 def by_data(method: Method) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,11 @@ from opd.models.language_model import check_ids
 from opd.models.preview import known_endings, known_rows, tokenizer_of
 from opd.models.processors import refuse_images
 from opd.pieces.needs import needs_of
-from opd.recipe.schema import ModelSpec, Recipe, StageSpec, origin_of
+from opd.recipe.schema import Recipe, StageSpec, origin_name, origin_of
 from opd.runs.examples import Reader, example_lines
 from opd.runs.lengths import check_lengths
 from opd.runs.served import with_template
-from opd.types import Prompt, TeacherRule, teachers_in
+from opd.types import Message, Prompt, TeacherRule, teachers_in
 
 if TYPE_CHECKING:
     from opd.models.language_model import LanguageModel
@@ -245,6 +246,12 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
         lines.append(f"{name}: {len(begun)} prompts begin with {begin}, which the tokenizer does not add again")
     chats = [(p.content, *template_for(p, tokenizer, options)) for p in prompts if not isinstance(p.content, str)]
     joined = sum(joined_parts(messages, content_form(template, tokenizer)) for messages, template, _ in chats)
+    written = [
+        ((*p.content, *p.turns), template_for(p, tokenizer, options)[0])
+        for p in prompts
+        if not isinstance(p.content, str)
+    ]
+    lines += unwritten_keys(name, written)
     if joined:
         lines.append(
             f"{name}: {joined} conversations have messages in parts, which are joined to text: its chat template does "
@@ -266,6 +273,18 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
     return lines
 
 
+def unwritten_keys(name: str, chats: Iterable[tuple[Sequence[Message], str]]) -> list[str]:
+    """A note for each key beside `content` that messages have and their template does not name."""
+    lost: Counter[str] = Counter()
+    for messages, template in chats:
+        keys = {key for message in messages for key, value in message.items() if value}
+        lost.update(sorted(key for key in keys - {"role", "content", "name", "tool_call_id"} if key not in template))
+    return [
+        f"{name}: {count} conversations have messages with `{key}`, which its chat template does not write"
+        for key, count in lost.items()
+    ]
+
+
 def ending_lines(name: str, tokenizer: Any, endings: Endings) -> list[str]:
     """What ends a response in a chat, if it is not the end-of-sequence token; else no line."""
     if endings.turn is None or endings.turn == endings.text:
@@ -283,19 +302,19 @@ def check_template_options(recipe: Recipe, prepared: Mapping[str, Prepared]) -> 
     `prepared` is by stage. Judges pass, because they read other texts than the prompts.
     """
     idle: dict[str, list[str]] = {}
-    used: list[ModelSpec] = []
+    used: set[str] = set()
     for spec in recipe.stages:
         prompts = prepared[spec.name].all_prompts
         taught_by = {task: part.teacher for task, part in spec.by_task.items()}
-        used += [origin_of(recipe, name) for name in spec.judge_models]
+        used |= {origin_name(recipe, name) for name in spec.judge_models}
         for name in (spec.train, *spec.scoring):
             reads = [p for p in prompts if name in (spec.train, spec.base, *teachers_in(taught_by[p.task]))]
             if is_chat(reads):
-                used.append(origin_of(recipe, name))
+                used.add(origin_name(recipe, name))
             elif recipe.models[name].template_options:
                 idle.setdefault(name, []).append(repr(spec.name))
     for name, stages in idle.items():
-        if not any(origin_of(recipe, name) is one for one in used):
+        if origin_name(recipe, name) not in used:
             raise ConfigError(
                 f"models.{name}.template_options is {recipe.models[name].template_options}, and nothing would use it: "
                 f"all prompts of {'stage' if len(stages) == 1 else 'the stages'} {', '.join(stages)} are text, which "

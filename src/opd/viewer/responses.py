@@ -147,23 +147,24 @@ def follow_block(
     return block.bytes(groups=found)
 
 
-KEYED = ("task", "sampling", "prompt_id", "sample", "prompt", "prompt_messages")  # what `keys_of` reads
+KEYED = ("task", "sampling", "prompt_id", "sample", "prompt", "prompt_messages", "images")  # what `keys_of` reads
 
 
 def keys_of(columns: Columns, by: str = "id") -> list[Key]:
     """What tells one held-out response from another, by row: task, setting, prompt and sample.
 
-    `by` "id": the prompt's id. "prompt": a hash of its messages, or of its text in files that have none; the last part
-    then counts the rows of equal prompts.
+    `by` "id": the prompt's id. "prompt": a hash of its messages, or of its text in files that have none, and of its
+    images; the last part then counts the rows of equal prompts.
     """
     tasks, settings, ids, samples = (columns.values(name) for name in KEYED[:4])
     if by == "id":
         return [(task, setting, i, n or 0) for task, setting, i, n in zip(tasks, settings, ids, samples, strict=True)]
-    said = zip(columns.values("prompt_messages"), columns.values("prompt"), strict=True)
+    said = zip(*(columns.values(name) for name in ("prompt_messages", "prompt", "images")), strict=True)
     seen: Counter[tuple[Any, ...]] = Counter()
     keys: list[Key] = []
-    for task, setting, (messages, prompt) in zip(tasks, settings, said, strict=True):
-        digest = hashlib.sha256((messages or prompt or "").encode()).hexdigest()[:16]
+    for task, setting, (messages, prompt, images) in zip(tasks, settings, said, strict=True):
+        pictures = "".join(f"\n{image['image']}" for image in images or ())
+        digest = hashlib.sha256(f"{messages or prompt or ''}{pictures}".encode()).hexdigest()[:16]
         keys.append((task, setting, digest, seen[task, setting, digest]))
         seen[task, setting, digest] += 1
     return keys

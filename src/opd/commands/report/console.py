@@ -96,7 +96,7 @@ def recoveries(spec: StageSpec, folder: StageDir, task: str | None, rows: Sequen
     for sampling, found in recovered(before, teacher, after, task, spec.evaluate.sampling).items():
         what = f"{sampling}: {found.share:.0%} of the teacher's gap recovered"
         low_high = found.bounds and "[{:.0%}, {:.0%}]".format(*found.bounds)
-        lines.append(f"{what} {low_high or '(no interval: the lead of the teacher may be chance)'}")
+        lines.append(f"{what} {low_high or f'(no interval: {found.unbounded})'}")
     return lines
 
 
