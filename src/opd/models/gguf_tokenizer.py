@@ -62,6 +62,12 @@ def read_tokenizer(file: GGUFFile) -> tuple[Any, list[str]]:
     return tokenizer, []
 
 
+def reads(file: GGUFFile) -> bool:
+    """Whether `read_tokenizer` reads the tokenizer itself, and does not leave it to transformers."""
+    kind = file.get("tokenizer.ggml.model")
+    return kind == "llama" or (kind == "gpt2" and (file.get("tokenizer.ggml.pre") or "") in SPLITS)
+
+
 def end_ids(file: GGUFFile) -> list[int]:
     """The ids that end a response: the tokens that the file states, and its control tokens with a name of `ENDS`."""
     tokens, types = file.get("tokenizer.ggml.tokens") or [], file.get("tokenizer.ggml.token_type") or []

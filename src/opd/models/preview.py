@@ -6,6 +6,7 @@ import contextlib
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from opd.models.endings import Endings, endings_of, generation_ids
@@ -30,8 +31,9 @@ class Facts:
 
 
 def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
-    """The tokenizer of a folder or a new model; None if it comes with weights that do not exist yet.
+    """The tokenizer of a folder, a GGUF file or a new model; None if it comes with weights that do not exist yet.
 
+    None also for a GGUF file whose tokenizer `gguf_tokenizer` leaves to transformers, until the file is converted.
     Also None for a user's scorer. For a server it is the one that its section names, else that of the path that the run
     starts a server of, else None.
     """
@@ -50,10 +52,13 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
     else:
         source = _source(spec, name)
         if source is None:
+            tokenizer = _before_conversion(spec, name)
+        else:
+            tokenizer = load_tokenizer(
+                source.tokenizer, trust_remote_code=spec.trust_remote_code, where=f"models.{name}.path"
+            )
+        if tokenizer is None:
             return None
-        tokenizer = load_tokenizer(
-            source.tokenizer, trust_remote_code=spec.trust_remote_code, where=f"models.{name}.path"
-        )
     if spec.chat_template is not None:
         tokenizer.chat_template = spec.chat_template
     return tokenizer
@@ -98,7 +103,14 @@ def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
     """
     from transformers import GenerationConfig
 
+    from opd.models.gguf_file import read_gguf
+    from opd.models.gguf_tokenizer import end_ids
+    from opd.models.paths import source_of
+
     source = None if spec.path is None else _source(spec, name)
+    if spec.path is not None and source is None:
+        stated = end_ids(read_gguf(Path(source_of(spec, name).weights)))
+        return endings_of(tokenizer, spec.template_options, generation=stated, below=math.inf)
     config: Any = None
     if source is not None:
         try:
@@ -157,6 +169,24 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
         return [f"model {name}: its weights come from the hub and are checked when they load"]
     notes = [f"model {name}: {note}" for note in notes_of(source.weights)]
     return [*notes, *check_weights(source.weights, spec, f"models.{name}.path")]
+
+
+def _before_conversion(spec: ModelSpec, name: str) -> Any | None:
+    """The tokenizer that the conversion of a GGUF file will write, or that an adapter of it has."""
+    from opd.models.gguf_file import read_gguf
+    from opd.models.gguf_tokenizer import read_tokenizer, reads
+    from opd.models.paths import source_of
+    from opd.models.tokenizer_files import load_tokenizer
+
+    source, where = source_of(spec, name), f"models.{name}.path"
+    if source.tokenizer != source.weights:
+        return load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=where)
+    file = read_gguf(Path(source.weights))
+    if not reads(file):
+        return None
+    with TemporaryDirectory() as folder:  # written and read, as that of a converted file
+        read_tokenizer(file)[0].save_pretrained(folder)
+        return load_tokenizer(Path(folder), trust_remote_code=False, where=where)
 
 
 def _source(spec: ModelSpec, name: str) -> Source | None:
