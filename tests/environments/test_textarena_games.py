@@ -12,7 +12,7 @@ from opd.environments.textarena_games import game_of
 from opd.errors import ConfigError
 from opd.types import Prompt
 
-pytest.importorskip("textarena")
+pytest.importorskip("textarena", reason="needs textarena: `pip install 'opd[textarena]'`")
 
 
 def played(prompt: int, sample: int, seed: int = 0) -> tuple[list[int], float | None]:
