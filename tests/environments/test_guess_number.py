@@ -61,7 +61,7 @@ def test_slips_are_other_guesses_and_refused_moves():
 
 
 @textarena
-def test_parts_share_no_pair_and_hold_all_of_them():
+def test_parts_share_no_range_and_hold_all_of_them():
     parts = [{str(row["game"]) for row in games(count=200, part=part, seed=3)} for part in ("train", "held_out")]
     assert not parts[0] & parts[1]
     assert len(parts[0] | parts[1]) == sum(20 - size + 1 for size in range(8, 16))
@@ -75,8 +75,8 @@ def test_games_take_the_id_of_another_game():
 
 
 @textarena
-def test_games_without_a_pair_of_numbers_are_refused():
-    with pytest.raises(ConfigError, match="no two numbers of 1 to 7 that are 8 to 15 numbers apart in the part train"):
+def test_games_without_a_range_of_numbers_are_refused():
+    with pytest.raises(ConfigError, match="no 8 to 15 numbers in a row out of 1 to 7 in the part train"):
         list(games(count=3, largest=7))
 
 

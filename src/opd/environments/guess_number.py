@@ -33,31 +33,31 @@ def games(
     max_turns: int = 3,
     game: str = "GuessTheNumber-v0",
 ) -> Iterator[dict[str, Any]]:
-    """`count` games between two numbers of 1 to `largest` that are `least` to `most` numbers apart, ends included.
+    """`count` games, each of `least` to `most` numbers in a row out of 1 to `largest`.
 
     {"prompt": [the game's text], "response": [the turns], "game": {"min_number": 4, "max_number": 14, "max_turns": 3}}.
     Each guess is the middle of what is left, and a share `slips` of them any of the game's numbers, also one that was
-    guessed before, which the game refuses. 10 % of the pairs of numbers are held out, whatever the seed; each pair of a
-    part comes once before any comes again. `max_turns` is what the game says: textarena 0.7 takes one guess more.
-    Raises ConfigError for a part without pairs, and where textarena is missing or has no such game.
+    guessed before, which the game refuses. 10 % of the ranges are held out, whatever the seed; each range of a part
+    comes once before any comes again. `max_turns` is what the game says: textarena 0.7 takes one guess more.
+    Raises ConfigError for a part without ranges, and where textarena is missing or has no such game.
     """
     played = game_of(game, {}, "opd.environments.guess_number:games")
-    pairs = [
+    ranges = [
         (low, high)
         for low in range(1, largest + 1)
         for high in range(low + least - 1, min(low + most - 1, largest) + 1)
         if (np.random.default_rng((low, high)).random() < HELD_OUT_SHARE) == (part == "held_out")
     ]
-    if not pairs:
+    if not ranges:
         raise ConfigError(
-            f"opd.environments.guess_number:games has no two numbers of 1 to {largest} that are {least} to {most} "
-            f"numbers apart in the part {part}. Raise `largest` or `most`, or lower `least`."
+            f"opd.environments.guess_number:games has no {least} to {most} numbers in a row out of 1 to {largest} in "
+            f"the part {part}. Raise `largest` or `most`, or lower `least`."
         )
     rng = np.random.default_rng((seed, count))
     for row in range(count):
-        if row % len(pairs) == 0:
-            order = rng.permutation(len(pairs))
-        low, high = pairs[order[row % len(pairs)]]
+        if row % len(ranges) == 0:
+            order = rng.permutation(len(ranges))
+        low, high = ranges[order[row % len(ranges)]]
         options = {"min_number": low, "max_number": high, "max_turns": max_turns}
         number = int(rng.integers(2**31))
         said = _messages(played, Prompt(id=number, content=(), metadata={"game": options}), low, high, slips, rng)
