@@ -27,6 +27,15 @@ def test_plan_prints_memory_bytes_and_seconds(folder):
     assert not (folder / "run").exists()
 
 
+def test_plan_counts_one_response_of_the_data_per_prompt(folder):
+    prepare(folder, one_stage(method="sft", teacher=None, sampling={"n": 4, "max_completion_length": 3}))
+    (folder / "rows.jsonl").write_text('{"prompt": "1+1=", "response": "2"}\n' * 4)
+    ended = command("plan", "recipe.yaml", "stages.0.data.path=rows.jsonl")
+    assert "2 prompts x 1 responses, 4 + 3 tokens; per device 2 rows" in ended.out, ended.err
+    prepare(folder, one_stage(sampling={"n": 4, "max_completion_length": 3}))
+    assert "2 prompts x 4 responses" in command("plan", "recipe.yaml").out
+
+
 def test_plan_says_what_does_not_fit(folder):
     assert "does not fit in 0.0 GiB" in command("plan", "recipe.yaml", "--memory-gib", "0.00001").out
 

@@ -1517,6 +1517,8 @@ def test_methods_all_have_recipe():
 def test_check_recipe_accepts_shipped_recipe(path: Path):
     if "start: {" in path.read_text() and not os.environ.get("OPD_VLLM"):
         pytest.skip("the recipe starts vLLM, and OPD_VLLM names no Python that has it; `make engines` builds one")
+    if "textarena:" in path.read_text():
+        pytest.importorskip("textarena", reason="needs textarena: `pip install 'opd[textarena]'`")
     large = [one.name for one in load_recipe(path).stages if one.data and not 0 < (one.data.limit or 0) <= 500]
     recipe = load_recipe(path, [f"stages.{name}.data.limit=500" for name in large])
     assert len(check_recipe(recipe)) >= len(recipe.stages)

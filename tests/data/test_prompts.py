@@ -433,6 +433,7 @@ def test_reasoning_gym_raises_config_error_when_misused(monkeypatch):
 def test_load_prompts_refuses_bad_row_function(user_module):
     name = user_module(
         "def rows(n):\n    yield {'prompt': 'a'}\n    raise KeyError('oops')\n"
+        "def refuses():\n    from opd.errors import ConfigError\n    raise ConfigError('Give fewer rows.')\n"
         "def text():\n    return 'abc'\ndef bare():\n    return [1]\nnumber = 3\n"
     )
     with pytest.raises(
@@ -440,7 +441,7 @@ def test_load_prompts_refuses_bad_row_function(user_module):
         match=r"importing 'opd_no_such_module' failed with ModuleNotFoundError.*run in the folder of its file",
     ):
         load("opd_no_such_module:rows")
-    with pytest.raises(ConfigError, match=r"'row' does not exist in .*Did you mean 'rows'.*rows, text, bare"):
+    with pytest.raises(ConfigError, match=r"'row' does not exist in .*Did you mean 'rows'.*rows, refuses, text, bare"):
         load(f"{name}:row")
     with pytest.raises(ConfigError, match="'number' is not a function"):
         load(f"{name}:number")
@@ -451,6 +452,8 @@ def test_load_prompts_refuses_bad_row_function(user_module):
     ) as caught:
         load(f"{name}:rows", options={"n": 1})
     assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(ConfigError, match=r"^Give fewer rows\.$"):
+        load(f"{name}:refuses")
     with pytest.raises(DataError, match="returned a str, but must return an iterable of dicts"):
         load(f"{name}:text")
     with pytest.raises(DataError, match="Row 0 of opd_test_rows:bare is a int, got 1"):

@@ -12,7 +12,7 @@ from opd.environments.textarena_games import game_of
 from opd.errors import ConfigError
 from opd.types import Prompt
 
-pytest.importorskip("textarena")
+pytest.importorskip("textarena", reason="needs textarena: `pip install 'opd[textarena]'`")
 
 
 def played(prompt: int, sample: int, seed: int = 0) -> tuple[list[int], float | None]:
@@ -77,3 +77,36 @@ def test_invalid_move_is_said():
     game = game_of("GuessTheNumber-v0", {}, "stage")
     state = game.begin(Prompt(id=0, content="x"), seed=(0, 1, 0, 0)).state
     assert re.search("invalid move", game.act(state, Turn(text="seven")).text)
+
+
+def test_row_has_options_of_its_own():
+    """Beside those of the environment; a game that does not take them is refused with the row."""
+    game = game_of("GuessTheNumber-v0", {"max_number": 9, "max_turns": 5}, "stage")
+    row = Prompt(id=0, content="x", metadata={"game": {"min_number": 3, "max_number": 8}})
+    assert "between 3 and 8 within 5 turns" in str(game.begin(row, seed=(0, 1, 0, 0)).content)
+    with pytest.raises(TypeError, match="largest"):
+        game.begin(Prompt(id=0, content="x", metadata={"game": {"largest": 5}}), seed=(0, 1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("last", "invalid", "won", "done", "reward"),
+    [
+        ("seven", 1.0, 0.0, False, None),  # refused once
+        ("[99]", 1.0, 0.0, False, None),
+        ("seven [99]", 2.0, 0.0, True, 0.0),  # twice in turn: lost
+        ("[1] [2] [3]", 0.0, 1.0, True, 1.0),  # one of all numbers
+    ],
+)
+def test_invalid_moves_and_won_games_are_counted(
+    last: str, invalid: float, won: float, done: bool, reward: float | None
+):
+    game = game_of("GuessTheNumber-v0", {"max_number": 3, "max_turns": 9}, "stage")
+    state = game.begin(Prompt(id=0, content="x"), seed=(0, 1, 0, 0)).state
+    counted = {"invalid_moves": 0.0, "won": 0.0}
+    for move in last.split():
+        found = game.act(state, Turn(text=move))
+        counted = {name: number + found.counts[name] for name, number in counted.items()}
+        if found.done:
+            break
+    assert counted == {"invalid_moves": invalid, "won": won}
+    assert (found.done, found.reward) == (done, reward)

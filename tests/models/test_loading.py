@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from opd.errors import ConfigError, DataError
 from opd.models import loading, new
@@ -36,6 +37,19 @@ def test_character_tokenizer_decodes_encoded_text():
     assert ids == [2, 4, 3, 5, 3]
     assert tokenizer.decode(ids) == "a b\nb"
     assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == "a b\nb"
+
+
+@pytest.mark.parametrize("merges", [[], [("]", "a")]])
+def test_character_tokenizer_takes_the_longest_word(tmp_path, merges):
+    made = new.character_tokenizer("ab1[]", merges, words=["a b.\n", "a b.\n[1]", "10", "1"])
+    made.save_pretrained(tmp_path)
+    for tokenizer in (made, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = tokenizer("a b.\n[1]a[101]a b.\n").input_ids
+        assert tokenizer.convert_ids_to_tokens(ids) == ["a b.\n[1]", "a", "[", "10", "1", "]", "a b.\n"]
+        assert tokenizer.decode(ids) == "a b.\n[1]a[101]a b.\n"
+        joined = tokenizer.convert_ids_to_tokens(tokenizer("[]a10").input_ids)
+        assert joined == (["[", "]a", "10"] if merges else ["[", "]", "a", "10"])
+    assert len(made) == 2 + len("ab1[]") + 3 + len(merges)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def _function_rows(source: str, options: Mapping[str, Any]) -> Iterator[Row]:
         if not isinstance(rows, Iterable) or isinstance(rows, (str, bytes, Mapping)):
             raise TypeError(f"it returned a {type(rows).__name__}, but must return an iterable of dicts")
         yield from ((f"Row {index} of {source}", row) for index, row in enumerate(rows))
+    except OPDError:  # it says what, why and the remedy
+        raise
     except RAISED as error:  # any line of the user's function may raise or exit
         why = str(error).removesuffix(".")
         raise DataError(f"{source} failed with {type(error).__name__}: {why}. Correct the function.") from error

@@ -52,7 +52,9 @@ class Game(Environment):
     rewards: bool = True
 
     def begin(self, prompt: Prompt, *, seed: Seed) -> Begun:
-        played, text = self._started(random.Random(f"{seed[0]} {seed[2]}").getrandbits(31))
+        """Raises what the game raises for options of the row that it does not take."""
+        own = prompt.metadata.get("game") or {}
+        played, text = self._started(random.Random(f"{seed[0]} {seed[2]}").getrandbits(31), own)
         if isinstance(prompt.content, str):
             return Begun(state=played, content=text)
         first: list[Message] = [one for one in prompt.content if one["role"] == "system"]
@@ -61,17 +63,19 @@ class Game(Environment):
     def act(self, state: Any, turn: Turn) -> Observation:
         with state.alone() as game:
             done, _ = game.step(turn.text)
-            text = _text(game.get_observation()[1])
-            given = game.close()[0] if done else None
+            said = game.get_observation()[1]
+            given, of_player = game.close() if done else (None, {})
         reward = None if not given else float(given.get(0, 0.0))
-        return Observation(text=text, reward=reward, done=bool(done))
+        refused = _refused(said) or bool(of_player and of_player[0].get("invalid_move"))
+        counts = {"invalid_moves": float(refused), "won": float(reward is not None and reward >= 1.0)}
+        return Observation(text=_text(said), reward=reward, done=bool(done), counts=counts)
 
-    def _started(self, seed: int) -> tuple[_Played, str]:
-        """A game that has begun, and its text."""
+    def _started(self, seed: int, own: Mapping[str, Any] = {}) -> tuple[_Played, str]:
+        """A game that has begun, with a row's `own` options, and its text."""
         numpy = np.random.RandomState(seed).get_state()
         played = _Played(None, (random.Random(seed).getstate(), numpy))
         with played.alone():
-            played.game = importlib.import_module("textarena").make(self.id, **self.options)
+            played.game = importlib.import_module("textarena").make(self.id, **{**self.options, **own})
             played.game.reset(num_players=1, seed=seed)
             text = _text(played.game.get_observation()[1])
         return played, text
@@ -100,6 +104,11 @@ def game_of(game_id: str, options: Mapping[str, Any], where: str) -> Game:
             f"{type(error).__name__}: {' '.join(str(error).split()):.300}. Choose another game, or correct the options."
         ) from error
     return game
+
+
+def _refused(observation: Any) -> bool:
+    """Whether the game refused the move and wants another one."""
+    return not isinstance(observation, str) and any(kind.name == "GAME_ADMIN" for _, _, kind in observation)
 
 
 def _text(observation: Any) -> str:

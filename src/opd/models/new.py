@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import zlib
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,16 +172,16 @@ def new_tokenizer(spec: ModelSpec, name: str) -> Any:
             problem = "is not a folder" if local.exists() else "does not exist"
             raise ConfigError(f"{where}: {local} {problem}.{near_path(local)} Give a tokenizer's folder or hub id.")
         return load_tokenizer(local if local.is_dir() else spec.tokenizer, trust_remote_code=False, where=where)
-    given = spec.tokenizer.characters, spec.tokenizer.merges
+    made = partial(character_tokenizer, spec.tokenizer.characters, spec.tokenizer.merges, words=spec.tokenizer.words)
     if not reads_images(spec.init or {}):
         if spec.image_processor:
             raise ConfigError(
                 f"models.{name}: `image_processor` is of a model that reads images, and `init` is of none. Remove it."
             )
-        return character_tokenizer(*given)
+        return made()
     from opd.models.processors import new_processor
 
-    return new_processor(spec, name, character_tokenizer(*given, special=(IMAGE,)))
+    return new_processor(spec, name, made(special=(IMAGE,)))
 
 
 def reads_images(init: Mapping[str, Any]) -> bool:
@@ -190,16 +192,19 @@ def reads_images(init: Mapping[str, Any]) -> bool:
     return kind in CONFIG_MAPPING and CONFIG_MAPPING[kind] in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 
-def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = (), special: Sequence[str] = ()) -> Any:
-    """<pad> (0), <eos> (1), the `special` tokens, then one per character and one per merge (byte-pair encoding).
+def character_tokenizer(
+    characters: str, merges: Sequence[tuple[str, str]] = (), special: Sequence[str] = (), words: Sequence[str] = ()
+) -> Any:
+    """<pad> (0), <eos> (1), the `special` tokens, then one per character, word and merge (byte-pair encoding).
 
-    Raises ConfigError for a merge of unknown tokens.
+    `words` are whole texts, the longest of them first. Raises ConfigError for a merge of unknown tokens.
     """
     from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as token_models
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *special, *dict.fromkeys(characters)])}
+    known = dict.fromkeys([*characters, *words])
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *special, *known])}
     for left, right in merges:
         if missing := [part for part in (left, right) if part not in vocabulary]:
             raise ConfigError(
@@ -207,21 +212,28 @@ def character_tokenizer(characters: str, merges: Sequence[tuple[str, str]] = (),
                 "the result of an earlier merge. Correct the order of `merges`, or add the characters."
             )
         vocabulary.setdefault(left + right, len(vocabulary))
+    whole = [re.escape(word) for word in sorted(words, key=len, reverse=True)]
     if merges:
-        core = _pairs(vocabulary, merges)
+        core = _pairs(vocabulary, merges, whole)
     else:
         core = Tokenizer(token_models.WordLevel(vocabulary, unk_token="<pad>"))
-        core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")  # type: ignore[assignment]
+        core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join([*whole, r"[\s\S]"])), "isolated")  # type: ignore[assignment]
         core.decoder = decoders.Fuse()  # type: ignore[assignment]
     core.add_special_tokens(list(special))
     return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", eos_token="<eos>")
 
 
-def _pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
-    """Byte-pair encoding of characters. As without merges, an unknown character becomes padding."""
-    from tokenizers import Tokenizer, decoders
+def _pairs(vocabulary: dict[str, int], merges: Sequence[tuple[str, str]], whole: Sequence[str]) -> Any:
+    """Byte-pair encoding of characters. As without merges, an unknown character becomes padding.
+
+    Texts of the patterns `whole` are tokens without merging.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
     from tokenizers import models as token_models
 
-    core = Tokenizer(token_models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<pad>"))
+    pairs = token_models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<pad>", ignore_merges=bool(whole))
+    core = Tokenizer(pairs)
+    if whole:
+        core.pre_tokenizer = pre_tokenizers.Split(Regex("|".join(whole)), "isolated")  # type: ignore[assignment]
     core.decoder = decoders.Fuse()  # type: ignore[assignment]
     return core

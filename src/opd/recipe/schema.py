@@ -37,6 +37,7 @@ class Characters(Section):
 
     characters: Text  # each is a token
     merges: list[tuple[str, str]] = []  # in order of application
+    words: list[Text] = []  # longer texts that are one token each, found before the characters; the longest first
 
 
 class StartSection(Section):

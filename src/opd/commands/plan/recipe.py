@@ -46,7 +46,7 @@ def work_of(
     """The work of a stage's step, and notes on what is assumed. Raises ConfigError for a config that is not known."""
     from opd.engines.scoring import WIDER
     from opd.models.head import chunk_rows
-    from opd.pieces.needs import Trait, needs_of
+    from opd.pieces.needs import Input, Trait, needs_of
     from opd.plugins import torch
     from opd.samplers.hf import ROWS
 
@@ -70,6 +70,8 @@ def work_of(
         notes.append(f"a server without scores by position gets the top {WIDER * support.k} instead")
     needs = needs_of(method.source)
     other = spec.sampler or (Trait.OFF_POLICY in needs and not needs.student_writes)
+    # The data has one response per prompt, whatever `sampling.n` is.
+    given = "response" in needs.columns and not needs.student_writes and Input.TEACHER_MODEL not in needs
     writer: Literal["here", "engine", "other"] = "engine" if spec.engine else "other" if other else "here"
     work = Work(
         student=student,
@@ -78,7 +80,7 @@ def work_of(
         k=wide,
         by_position=served and bool(support.student_top_k),
         prompts=spec.prompts_per_step,
-        n=max(part.sampling.n for part in spec.by_task.values()),
+        n=1 if given else max(part.sampling.n for part in spec.by_task.values()),
         prompt_tokens=prompt,
         context_tokens=lengths.context or prompt,
         response_tokens=response,
