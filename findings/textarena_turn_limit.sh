@@ -2,9 +2,9 @@
 # textarena 0.7.4: how many guesses GuessTheNumber takes with max_turns.
 #
 # Expected: the game says "within 3 turns" and ends after the third guess.
-# Seen: it ends after the fourth, and a right fourth guess wins with reward 1; with max_turns 1 after the second. Turns
-# are numbered from 0, and the limit is compared before the number is raised. Without a win the reward is not 0: it is the share of the range by which the last
-# guess is near, 0.55 here, so a mean reward is no share of games won.
+# Seen: it ends after the fourth, and a right fourth guess wins with reward 1; with max_turns 1 after the second. Turns are numbered
+# from 0, and the limit is compared before the number is raised. Without a win the reward is not 0: it is the share of the range by
+# which the last guess is near, 0.55 here, so a mean reward is no share of games won.
 # Whoever limits an environment by turns, or compares scores "in n guesses", has to pass n - 1 and to count wins by the reward 1.
 # Fails if a game ends after max_turns guesses, or a lost game's reward is 0.
 set -euo pipefail
