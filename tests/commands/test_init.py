@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from support.gguf_files import model_file
 from support.models import byte_tokenizer
 from support.runs import CHARACTERS, ENVIRONMENT, command, sums, tiny_model, write_rows
@@ -122,10 +123,23 @@ def test_init_refuses_answers_and_writes_nothing(work: Path, flags: list[str], s
     assert set(work.iterdir()) == before
 
 
-def test_init_says_that_a_gguf_tokenizer_is_read_later(work: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("OPD_CACHE", str(work / "cache"))
-    model_file(work / "student.gguf", max_position_embeddings=512)
-    ended = command("init", "--student", "student.gguf", "--data", "train.jsonl", "--also", "exact", "--name", "mine")
+FROM_GGUF = ("init", "--student", "student.gguf", "--data", "train.jsonl", "--also", "exact", "--name", "mine")
+
+
+@pytest.mark.parametrize("template", [None, "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"])
+def test_init_reads_the_tokenizer_of_a_gguf_file(work: Path, template: str | None):
+    """Before its conversion: prompts of text are messages where the file has a chat template."""
+    more = {} if template is None else {"tokenizer.chat_template": template}
+    model_file(work / "student.gguf", add=more, max_position_embeddings=512)
+    assert command(*FROM_GGUF).code == 0
+    written = yaml.safe_load((work / "mine.yaml").read_text())
+    assert written["stages"][0]["data"]["chat"] == (template is not None)
+    assert "is read with its weights" not in (work / "mine.yaml").read_text()
+
+
+def test_init_says_that_a_gguf_tokenizer_is_read_later(work: Path):
+    model_file(work / "student.gguf", add={"tokenizer.ggml.pre": "of-a-later-version"}, max_position_embeddings=512)
+    ended = command(*FROM_GGUF)
     assert ended.code == 0, ended.err
     assert "tokenizer is read with its weights" in " ".join((work / "mine.yaml").read_text().split("\n  # "))
     assert command("check", "mine.yaml").code == 0

@@ -202,7 +202,7 @@ def recipe_of(given: Answers) -> tuple[dict[str, Any], Choice]:
     k = choice.options.get("k")
     if k is not None and student is not None and k > (size := len(student.get_vocab())):  # a small vocabulary
         choice = replace(choice, options={**choice.options, "k": size})
-    if student is None:  # of a GGUF file that was never converted
+    if student is None:  # of a GGUF file that only its conversion reads
         why = f"{choice.why} The student's tokenizer is read with its weights: until then data.chat is assumed."
         choice = replace(choice, why=why)
     chat = student is None or bool(student.chat_template)
@@ -229,8 +229,8 @@ def recipe_of(given: Answers) -> tuple[dict[str, Any], Choice]:
 def _same_tokens(given: Answers, student: Any) -> bool:
     """Whether the teacher has the student's tokens; of servers it has to: see docs/served.md.
 
-    Also true where a tokenizer is read with the weights, of a GGUF file that was never converted: then a run refuses
-    another one when it loads them.
+    Also true where a tokenizer is read with the weights, of a GGUF file that only its conversion reads: then a run
+    refuses another one when it loads them.
     """
     from opd.models.preview import tokenizer_of
     from opd.models.vocabularies import check_same_tokens
