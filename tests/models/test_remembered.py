@@ -214,8 +214,8 @@ def test_check_of_known_folder_loads_no_torch(folder: Path, tmp_path: Path):
     assert "the reward exact pays" in second
 
 
-def test_check_of_new_gguf_file_loads_no_transformers(tmp_path: Path):
+def test_check_of_new_gguf_file_loads_no_torch(tmp_path: Path):
     file, _ = model_file(tmp_path / "model.gguf")
     lines, loads = checks(tmp_path, file)
-    assert "its tokenizer comes with its weights" in lines
-    assert not loads
+    assert "the student reads (1 token): 'a'" in lines
+    assert loads == {"transformers"}
