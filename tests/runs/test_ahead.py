@@ -237,7 +237,7 @@ def test_dead_server_costs_no_step(engine, tmp_path, monkeypatch):
     assert "no server gave the responses of step 4 before the run ended" in " ".join((ended.out + ended.err).split())
 
 
-HELD_S = 120.0  # far more than what is left of a run that waits for nothing
+HELD_S = 120.0  # far longer than the rest of the run, if it does not wait for these responses
 
 
 @contextmanager

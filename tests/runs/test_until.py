@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.runs import EVALUATE, Forks, Strike, assert_same, command, one_stage, prepare, sums, write_rows
 
 import opd
+from opd.stage.exams import Exams
 
 LENGTH = "tests_lengths:length"  # of a response: three tokens unless it ends
 
@@ -54,6 +56,25 @@ def test_stage_ends_with_the_evaluation_that_reaches_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("until", [{"greedy": 0.0, "drawn": 99.0}, {}])
 def test_stage_goes_on_until_all_settings_reach_it(tmp_path, monkeypatch, until):
     assert evaluated(ran(tmp_path, recipe(until=until), monkeypatch)) == [0, 3, 6, 8]
+
+
+@pytest.mark.parametrize(
+    ("goals", "measured", "reached"),
+    [
+        ({"a": 0.7}, {"a": 0.7}, True),
+        ({"a": 0.7}, {"a": 0.6999}, False),
+        ({"a": 0.7, "b": 0.1}, {"a": 0.9, "b": 0.05}, False),
+        ({"a": 0.7, "b": 0.1}, {"a": 0.9}, False),  # b was not measured
+        ({"a": 0.7}, {"a": float("nan")}, False),
+        ({}, {"a": 1.0}, False),
+    ],
+)
+def test_every_goal_has_to_be_reached(goals, measured, reached):
+    exam = SimpleNamespace(task="t", until=goals)
+    exams: Any = SimpleNamespace(exams=[exam])
+    exams.goals = Exams.goals.fget(exams)  # type: ignore[attr-defined]
+    assert list(exams.goals) == [f"eval/t/{name}/reward" for name in goals]
+    assert Exams.reached(exams, {f"eval/t/{name}/reward": value for name, value in measured.items()}) == reached
 
 
 def test_model_is_that_of_the_step(tmp_path, monkeypatch):

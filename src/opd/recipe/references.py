@@ -112,7 +112,7 @@ def check_peers(stage: StageSpec, where: str) -> None:
         "engine": stage.engine,
         "diagnostics.every": stage.diagnostics.every,
         "seconds_of": stage.seconds_of,
-        "evaluate.until": any(task.evaluate and task.evaluate.until for task in stage.by_task.values()),
+        "evaluate.until": stage.has_goal,
     }
     if what := next((name for name, value in unsupported.items() if value), None):
         raise ConfigError(f"{where}: `{what}` is not supported in a stage with `peers`. Remove it.")

@@ -481,6 +481,11 @@ class StageSpec(Section):
         return self.model_copy(update={name: getattr(self.tasks[task], name) for name in TASK_FIELDS} | {"tasks": {}})
 
     @property
+    def has_goal(self) -> bool:
+        """Whether an evaluation may end the stage: `evaluate.until`."""
+        return any(task.evaluate and task.evaluate.until for task in self.by_task.values())
+
+    @property
     def trains(self) -> list[str]:
         """The models that this stage trains; one, unless it has peers."""
         return [self.train, *self.peers]

@@ -119,9 +119,7 @@ def _other_steps(path: Path, old: Recipe, new: Recipe) -> dict[str, str]:
         rows = [row for _, row in read_lines(path / before.name / "metrics.jsonl")]
         later = [one.name for one in old.stages[i + 1 :] if made_something(path / one.name)]
         made = max((row["step"] for row in rows), default=0)
-        early = before.seconds_of is not None or any(
-            task.evaluate and task.evaluate.until for task in before.by_task.values()
-        )
+        early = before.seconds_of is not None or before.has_goal
         limited = early and (path / before.name / "done.json").exists() and made < before.steps
         check_steps(before, after.steps, made=made, later=later, limited=limited)
         out[f"stages.{before.name}.steps"] = before.name
