@@ -17,7 +17,7 @@ from support.tiny_pair import TINY
 from typer.testing import CliRunner
 
 from opd.cli import app
-from opd.errors import ConfigError, DataError
+from opd.errors import ConfigError
 from opd_studies import STUDIES, headline, use
 from opd_studies.claims import estimators, fixed_points, prefixes, privileged
 from opd_studies.lab import ablation, distilling
@@ -262,10 +262,10 @@ def test_pairs_equal_single_runs_when_parallel(tmp_path):
     assert (alone.student / "model.safetensors").read_bytes() == (pairs[1].student / "model.safetensors").read_bytes()
 
 
-def test_run_all_raises_data_error_of_failed_recipe(tmp_path):
+def test_run_all_raises_the_error_of_a_failed_recipe(tmp_path):
     lab = Lab(folder=tmp_path, workers=2)
     bad = labs.teacher_recipe(0, replace(TINY, task=replace(labs.SORTING, options={"digits": 1})))
-    with pytest.raises(DataError, match="rows of 1 digits"):
+    with pytest.raises(ConfigError, match="rows of 1 digits"):
         lab.run_all([bad, labs.student_recipe(0, TINY)])
 
 
