@@ -141,13 +141,14 @@ def _measured(visit: Visit, rewards: Tensor, seed: tuple[int, ...]) -> Measured:
 
 
 def _row(of: Compared, measured: Sequence[Measured], groups: Sequence[str]) -> Row:
-    by_prompt: dict[int, list[Mapping[str, float]]] = {}
+    keys = ("product", "halves", "teacher")
+    by_prompt: dict[int, list[float]] = {}
     for one in measured:
-        by_prompt.setdefault(one.prompt, []).append(one.sums[of])
+        terms = by_prompt.setdefault(one.prompt, [0.0] * len(keys))
+        terms[:] = [term + one.sums[of][key] for key, term in zip(keys, terms, strict=True)]
 
-    def together(prompts: Sequence[Sequence[Mapping[str, float]]]) -> float | None:
-        sums = [one for prompt in prompts for one in prompt]
-        return same_direction({key: math.fsum(one[key] for one in sums) for key in ("product", "halves", "teacher")})
+    def together(totals: Sequence[float]) -> float | None:
+        return same_direction(dict(zip(keys, totals, strict=True)))
 
     # A visit without an ideal gradient is in no mean of cosines, but its teacher's gradient is part of the one vector:
     # left out by what few continuations show, it would make that vector's direction depend on their number.

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 from opd.errors import DataError
 from opd.maths.quantiles import beta_quantile, student_t_quantile
 from opd.plugins import np
 
 Bounds: TypeAlias = tuple[float, float]
-
-T = TypeVar("T")
 
 SHARE: Bounds = (0.0, 1.0)  # a probability, or a reward of right and wrong
 DIFFERENCE: Bounds = (-1.0, 1.0)  # of two shares
@@ -138,16 +136,20 @@ def welch_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     return Interval(difference, difference - half, difference + half)
 
 
-def jackknife_interval(statistic: Callable[[Sequence[T]], float | None], prompts: Sequence[T]) -> Interval | None:
-    """A statistic of all prompts that is no mean over them, with its 95 % interval by leaving out each prompt in turn.
+def jackknife_interval(
+    statistic: Callable[[Sequence[float]], float | None], prompts: Sequence[Sequence[float]]
+) -> Interval | None:
+    """A function of sums over prompts, with its 95 % interval by leaving out each prompt in turn.
 
-    Tukey's jackknife (1958): Student's t of the pseudo-values n s - (n - 1) s_without_i, around s. None if the
-    statistic of all prompts is; of infinite width for a single prompt, or if one is missing without some prompt.
+    Each prompt gives its terms of the sums, of which `statistic` gets the totals: of a ratio of means, numerator and
+    denominator. Tukey's jackknife (1958): Student's t of the pseudo-values n s - (n - 1) s_without_i, around s. None if
+    the statistic of all prompts is; of infinite width for a single prompt, or if one is missing without some prompt.
     """
-    whole, n = statistic(prompts), len(prompts)
-    if whole is None:
+    n, totals = len(prompts), [math.fsum(terms) for terms in zip(*prompts, strict=True)]
+    if (whole := statistic(totals)) is None:
         return None
-    without = [statistic([*prompts[:i], *prompts[i + 1 :]]) for i in range(n)] if n > 1 else [None]
+    rests = [[total - term for total, term in zip(totals, terms, strict=True)] for terms in prompts]
+    without = [statistic(rest) for rest in rests] if n > 1 else [None]
     pseudo = [n * whole - (n - 1) * one for one in without if one is not None]
     half = _half(pseudo, math.fsum(pseudo) / n) if len(pseudo) == n else math.inf
     return Interval(whole, whole - half, whole + half)
