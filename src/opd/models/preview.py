@@ -30,16 +30,17 @@ class Facts:
     balance: float  # `experts.coefficient_in`
 
 
-def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
+def tokenizer_of(spec: ModelSpec, name: str, where: str | None = None) -> Any | None:
     """The tokenizer of a folder, a GGUF file or a new model; None if it comes with weights that do not exist yet.
 
     None also for a GGUF file whose tokenizer `gguf_tokenizer` leaves to transformers, until the file is converted.
     Also None for a user's scorer. For a server it is the one that its section names, else that of the path that the run
-    starts a server of, else None.
+    starts a server of, else None. `where` is the name of the path in messages; default: the recipe's key.
     """
     from opd.models.new import new_config, new_tokenizer
     from opd.models.tokenizer_files import load_tokenizer
 
+    label = where or f"models.{name}.path"
     if spec.server is not None and spec.server.start is not None and spec.tokenizer is None:
         spec = ModelSpec(path=spec.server.start.path, chat_template=spec.chat_template)
     if not spec.local and spec.tokenizer is None:
@@ -50,13 +51,11 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
         tokenizer = new_tokenizer(spec, name)
         new_config(spec, name, tokenizer)
     else:
-        source = _source(spec, name)
+        source = _source(spec, name, where)
         if source is None:
-            tokenizer = _before_conversion(spec, name)
+            tokenizer = _before_conversion(spec, name, label)
         else:
-            tokenizer = load_tokenizer(
-                source.tokenizer, trust_remote_code=spec.trust_remote_code, where=f"models.{name}.path"
-            )
+            tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=label)
         if tokenizer is None:
             return None
     if spec.chat_template is not None:
@@ -171,14 +170,14 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
     return [*notes, *check_weights(source.weights, spec, f"models.{name}.path")]
 
 
-def _before_conversion(spec: ModelSpec, name: str) -> Any | None:
+def _before_conversion(spec: ModelSpec, name: str, where: str) -> Any | None:
     """The tokenizer that the conversion of a GGUF file will write, or that an adapter of it has."""
     from opd.models.gguf_file import read_gguf
     from opd.models.gguf_tokenizer import read_tokenizer, reads
     from opd.models.paths import source_of
     from opd.models.tokenizer_files import load_tokenizer
 
-    source, where = source_of(spec, name), f"models.{name}.path"
+    source = source_of(spec, name, where)
     if source.tokenizer != source.weights:
         return load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=where)
     file = read_gguf(Path(source.weights))
@@ -189,14 +188,14 @@ def _before_conversion(spec: ModelSpec, name: str) -> Any | None:
         return load_tokenizer(Path(folder), trust_remote_code=False, where=where)
 
 
-def _source(spec: ModelSpec, name: str) -> Source | None:
+def _source(spec: ModelSpec, name: str, where: str | None = None) -> Source | None:
     """The parts of a model with a path; None for a GGUF file that has not been converted."""
     from opd.models.gguf import cached_gguf
     from opd.models.paths import source_of
 
     if not spec.local:
         return None
-    source = source_of(spec, name)
+    source = source_of(spec, name, where)
     if not isinstance(source.weights, Path) or source.weights.suffix != ".gguf":
         return source
     folder = cached_gguf(source.weights)
