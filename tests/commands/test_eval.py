@@ -111,22 +111,23 @@ CHAT = (
 )
 
 
-def test_model_from_a_stage_reads_as_the_model_there(tmp_path, monkeypatch):
-    """The template's options are of the model, whatever it is called; check, run and eval agree."""
+@pytest.mark.parametrize(("own", "read"), [({}, "2+2==+"), ({"template_options": {}}, "2+2==")])
+def test_model_from_a_stage_reads_as_the_model_there(tmp_path, monkeypatch, own, read):
+    """The template's options are of the model, unless others are written, if only none; check, run and eval agree."""
     evaluate = {**EVALUATE, "data": {"path": "held_out.jsonl", "chat": True}, "every": 0}
     recipe = one_stage(evaluate=evaluate, data={"path": "train.jsonl", "chat": True})
     for model in recipe["models"].values():
         model |= {"chat_template": CHAT}
     recipe["models"]["student"]["template_options"] = {"plus": True}
-    recipe["models"]["later"] = {"from_stage": "distil"}
+    recipe["models"]["later"] = {"from_stage": "distil", **own}
     recipe["stages"].append({**recipe["stages"][0], "name": "again", "train": "later"})
     prepare(tmp_path, recipe)
     monkeypatch.chdir(tmp_path)
     assert "the student reads (6 tokens): '0+0==+'" in command("check", "recipe.yaml").out
     opd.run("recipe.yaml", quiet=True)
-    for stage in ("distil", "again"):
+    for stage, expected in (("distil", "2+2==+"), ("again", read)):
         rows = pq.read_table(f"run/{stage}/held_out_before.parquet").to_pylist()
-        assert rows[0]["student_reads"] == "2+2==+", stage
+        assert rows[0]["student_reads"] == expected, stage
     last = json.loads((tmp_path / "run/again/metrics.jsonl").read_text().splitlines()[-1])
     found = measured("run/again/model", "--recipe", "recipe.yaml")
     assert found == {key: last[f"eval/{key}"] for key in found}
