@@ -18,6 +18,7 @@ from opd.recipe.schema import ModelSpec
 if TYPE_CHECKING:
     from torch import nn
 
+    from opd.models.gguf_file import GGUFFile
     from opd.models.paths import Source
 
 
@@ -64,7 +65,15 @@ def tokenizer_of(spec: ModelSpec, name: str, where: str | None = None) -> Any | 
 
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
-    """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
+    """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet.
+
+    Of a GGUF file that has not been converted, as its header says. Raises ConfigError for one that cannot be read.
+    """
+    file = _unconverted(spec, name)
+    if file is not None:
+        from opd.models.gguf_weights import stated_positions
+
+        return stated_positions(file)
     known = known_facts(spec, name, tokenizer)
     return math.inf if known is None else known.positions
 
@@ -102,14 +111,12 @@ def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
     """
     from transformers import GenerationConfig
 
-    from opd.models.gguf_file import read_gguf
     from opd.models.gguf_tokenizer import end_ids
-    from opd.models.paths import source_of
 
+    file = _unconverted(spec, name)
+    if file is not None:
+        return endings_of(tokenizer, spec.template_options, generation=end_ids(file), below=math.inf)
     source = None if spec.path is None else _source(spec, name)
-    if spec.path is not None and source is None:
-        stated = end_ids(read_gguf(Path(source_of(spec, name).weights)))
-        return endings_of(tokenizer, spec.template_options, generation=stated, below=math.inf)
     config: Any = None
     if source is not None:
         try:
@@ -153,13 +160,10 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
     from opd.models.adapter_files import adapter_tensors
     from opd.models.gguf import notes_of
-    from opd.models.gguf_file import read_gguf
-    from opd.models.paths import source_of
     from opd.models.weights import check_weights
 
+    _unconverted(spec, name)  # names a damaged file
     source = None if spec.path is None else _source(spec, name)
-    if spec.path is not None and source is None:
-        read_gguf(Path(source_of(spec, name).weights))  # names a damaged file
     if source is None:
         return []
     for adapter in source.adapters:
@@ -168,6 +172,19 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
         return [f"model {name}: its weights come from the hub and are checked when they load"]
     notes = [f"model {name}: {note}" for note in notes_of(source.weights)]
     return [*notes, *check_weights(source.weights, spec, f"models.{name}.path")]
+
+
+def _unconverted(spec: ModelSpec, name: str) -> GGUFFile | None:
+    """The header of a model's GGUF file that has not been converted; None for every other model.
+
+    Raises ConfigError for a damaged file.
+    """
+    from opd.models.gguf_file import read_gguf
+    from opd.models.paths import source_of
+
+    if spec.path is None or _source(spec, name) is not None:
+        return None
+    return read_gguf(Path(source_of(spec, name).weights))
 
 
 def _before_conversion(spec: ModelSpec, name: str, where: str) -> Any | None:
