@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from support.gguf_files import byte_level, model_file
 from support.runs import CHARACTERS, EVALUATE, command, forbid, one_stage, prepare, sums, tiny_model, write_rows
 
 import opd
@@ -17,6 +18,7 @@ from opd.models import saving
 from opd.models.loading import load_model
 from opd.recipe.load import load_recipe
 from opd.recipe.schema import ModelSpec
+from opd.runs.measured import Reads
 from opd.runs.prepare import Given, prepare_held_out
 from opd.runs.prepare import prepare as prepare_stage
 
@@ -283,6 +285,22 @@ def test_what_models_read_is_checked_before_their_weights(tmp_path, monkeypatch,
     with pytest.raises(error) as raised:
         opd.evaluate(**given, recipe="recipe.yaml", quiet=True)
     assert said in str(raised.value)
+
+
+def test_tokenizer_that_comes_with_the_weights_is_checked_with_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
+    words = {**byte_level(["ab"]), "tokenizer.ggml.pre": "no-such-rule"}
+    file, _ = model_file(tmp_path / "tiny.gguf", vocabulary=words)
+    prepare(tmp_path, one_stage(evaluate=EVALUATE))
+    monkeypatch.chdir(tmp_path)
+    given: dict[str, Any] = {"model": str(file), "recipe": "recipe.yaml", "quiet": True}
+    assert opd.evaluate(**given).metrics["greedy/responses"] == 5
+    assert Reads.before(ModelSpec(path=str(file)), "model", "here", "its template") is not None, "it is converted"
+    file.touch()  # so it is another file, which is not
+    assert Reads.before(ModelSpec(path=str(file)), "model", "here", "its template") is None
+    forbid(monkeypatch, "opd.samplers.hf.TransformersSampler.__call__")
+    with pytest.raises(DataError, match=r"Stage 'distil': model would read 65 tokens in all, but has only 64 pos"):
+        opd.evaluate(**given, overrides=["stages.distil.evaluate.sampling.greedy.max_completion_length=62"])
 
 
 def test_warnings_about_what_models_read_are_said(tmp_path, monkeypatch):
