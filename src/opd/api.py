@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd.commands.eval import Evaluated, Own, Subject, loaded_models, measured, own_of, silent, tell
+from opd.commands.eval import Evaluated, Own, Read, Subject, measured, own_of, silent
 from opd.commands.eval_stage import evaluate_as_stage
 from opd.data.prompts import Report, load_selected, read_rows, require_columns
 from opd.errors import ConfigError
@@ -166,9 +166,10 @@ def evaluate(
     if quiet:
         quiet_libraries()
     one = Subject(name="model", given=model, where="opd.evaluate(model=...)", tokenizer=tokenizer)
-    own = tokenizer if teacher_tokenizer is None else teacher_tokenizer
-    other = Subject(name="teacher", given=teacher, where="opd.evaluate(teacher=...)", tokenizer=own)
-    beside = None if teacher is None else other
+    beside: Subject | None = None
+    if teacher is not None:
+        theirs = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+        beside = Subject(name="teacher", given=teacher, where="opd.evaluate(teacher=...)", tokenizer=theirs)
     say = silent if quiet else _say
     _check_limit(limit)
     data = {"chat": chat, "last_assistant": last_assistant, "assistant_turns": assistant_turns, "columns": columns}
@@ -178,13 +179,16 @@ def evaluate(
         return evaluate_as_stage(one, resolved, stage=stage, limit=limit, teacher=beside, seed=seed, say=say)
     _refuse_without_recipe(prompts, stage, overrides)
     found = _own(prompts, data, limit, reward, sampling)
-    placed = {} if device is None else {"device": device}
-    for subject in (one, *([beside] if beside else [])):
-        if subject.path is None:
-            _refuse_device(subject.name, device)
-    lm, others = loaded_models(one, beside, placed, placed)
-    tell(say, found.notes, lm, others)
-    return measured(found, lm, others, seed or 0, 4096)
+    read, other = _read(one, device), None if beside is None else _read(beside, device)
+    chat_by, limit_by = "give chat=True", "sampling.max_completion_length"
+    return measured(found, read, other, seed=seed or 0, say=say, chat=chat_by, limited_by=limit_by)[0]
+
+
+def _read(subject: Subject, device: str | None) -> Read:
+    """A model that is read as it is. Raises ConfigError for an object with a device, which it has already."""
+    if subject.path is None:
+        _refuse_device(subject.name, device)
+    return Read(subject=subject, settings={} if device is None else {"device": device})
 
 
 def _own(prompts: Any, data: Mapping[str, Any], limit: int | None, reward: Any, sampling: Mapping[str, Any]) -> Own:

@@ -287,6 +287,30 @@ def test_what_models_read_is_checked_before_their_weights(tmp_path, monkeypatch,
     assert said in str(raised.value)
 
 
+def test_own_prompts_are_checked_before_weights_too(tmp_path, monkeypatch, capsys):
+    prepare(tmp_path, one_stage())
+    monkeypatch.chdir(tmp_path)
+    model, other = folder(tmp_path / "one", chat_template=CHAT), folder(tmp_path / "two", characters=CHARACTERS[::-1])
+    short = folder(tmp_path / "short", positions=5)
+    with monkeypatch.context() as patch:
+        forbid(patch, "opd.commands.eval.load_model")
+        ended = command("eval", model, "held_out.jsonl", "--teacher", other)
+        assert ended.code == 2
+        assert "The tokenizers of model (15 tokens) and teacher (15) differ" in ended.err
+        with pytest.raises(DataError) as raised:
+            opd.evaluate(short, "held_out.jsonl", sampling={"max_completion_length": 3}, quiet=True)
+    said = "The held-out prompts: model would read 6 tokens in all, but has only 5 positions"
+    assert str(raised.value).startswith(said)
+    assert "Lower sampling.max_completion_length to 2" in str(raised.value)
+    unused = (
+        "model has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
+    )
+    ended = command("eval", model, "held_out.jsonl", "--max-completion-length", "1")
+    assert f"eval: {unused}as in a chat, add --chat" in ended.err
+    opd.evaluate(model, "held_out.jsonl", sampling={"max_completion_length": 1})
+    assert f"evaluate: {unused}as in a chat, give chat=True" in capsys.readouterr().err
+
+
 def test_tokenizer_that_comes_with_the_weights_is_checked_with_them(tmp_path, monkeypatch):
     monkeypatch.setenv("OPD_CACHE", str(tmp_path / "cache"))
     words = {**byte_level(["ab"]), "tokenizer.ggml.pre": "no-such-rule"}

@@ -9,7 +9,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from opd.recipe.load import parse_section
 from opd.recipe.schema import DataSection, ModelSpec, RewardSection, SamplingSection
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import reward_of
+from opd.runs.measured import Reads, check_measured
 from opd.teachers.local import local_teacher
 from opd.types import Prompt, Reward, Sampling, TeacherRule
 
@@ -77,6 +78,25 @@ class Subject:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """A model, the settings of its section, and the name of its chat template in remedies."""
+
+    subject: Subject
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    template: str = "the chat template of its tokenizer"
+
+    def load(self) -> LanguageModel:
+        return self.subject.load(**self.settings)
+
+    def before(self, loaded: LanguageModel | None) -> Reads | None:
+        """How the model reads; None for one that is not `loaded` and has its tokenizer with its weights."""
+        if loaded is not None:
+            return Reads.of(loaded, self.template)
+        spec = ModelSpec(path=self.subject.path, **self.settings)
+        return Reads.before(spec, self.subject.name, self.subject.where, self.template)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
     """What is measured on the user's own held-out prompts."""
 
@@ -84,6 +104,17 @@ class Own:
     sampling: Sampling
     reward: Reward | None
     notes: list[str]  # about the data
+
+    def held_out(self, seed: int, limited_by: str) -> HeldOut:
+        """The evaluation; `limited_by` names what limits the length of a response."""
+        return HeldOut(
+            prompts=self.prompts,
+            sampling={"sampled": self.sampling},
+            reward=self.reward,
+            seed=seed,
+            pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= self.sampling.n],
+            limited_by=limited_by,
+        )
 
 
 def silent(text: str) -> None:
@@ -110,15 +141,17 @@ def evaluate_model(
     """
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     own = None if data is None else _own(data, reward, section)
+    read, beside = Read(subject=model), None if teacher is None else Read(subject=teacher)
     for one in (model, teacher):
         if one is not None:
             one.check()
     loaded = None if tasks is None else load_tasks(tasks)
-    lm, others = loaded_models(model, teacher)
-    tell(say, own.notes if own else (), lm, others)
-    found = Evaluated(metrics={}, rows=[])
     if own is not None:
-        _measure(own, lm, others, seed, micro_batch_tokens, found)
+        found, lm = measured(own, read, beside, seed=seed, tokens=micro_batch_tokens, say=say)
+    else:
+        found = Evaluated(metrics={}, rows=[])
+        lm, others, _ = loaded_models(read, beside, {}, chat="")
+        tell(say, [], lm, others)
     if tasks is not None and loaded is not None:
         from opd.evaluation.harness import HarnessModel, Override
 
@@ -138,14 +171,27 @@ def tell(
 
 
 def loaded_models(
-    model: Subject, teacher: Subject | None, settings: Mapping[str, Any] = {}, of_teacher: Mapping[str, Any] = {}
-) -> tuple[LanguageModel, dict[str, LanguageModel]]:
-    """The model, and the teacher by name if there is one; the model is measured on the tokens that both have.
+    model: Read, teacher: Read | None, exams: Mapping[str, HeldOut], *, chat: str
+) -> tuple[LanguageModel, dict[str, LanguageModel], list[str]]:
+    """(the model, the teacher by name if there is one, warnings); the model is measured on the tokens that both have.
 
-    `settings` and `of_teacher` are of their sections.
+    What both read in the `exams` is checked by `check_measured`, before weights are loaded, except for a model whose
+    tokenizer comes with them. Raises the errors of that and of `load_model`.
     """
-    lm = model.load(**settings)
-    return (lm, {}) if teacher is None else on_common_tokens(lm, {teacher.name: teacher.load(**of_teacher)})
+    both = [model] if teacher is None else [model, teacher]
+    for one in both:
+        one.subject.check()
+    objects = {one.subject.name: one.load() for one in both if one.subject.path is None}
+    known = [one.before(objects.get(one.subject.name)) for one in both] if exams else []
+    early = [one for one in known if one is not None]
+    notes = check_measured(early[0], early[1:], exams, chat=chat) if exams and len(early) == len(both) else []
+    loaded = [objects.get(one.subject.name) or one.load() for one in both]
+    if len(early) < len(known):
+        late = [Reads.of(lm, one.template) for lm, one in zip(loaded, both, strict=True)]
+        notes = check_measured(late[0], late[1:], exams, chat=chat)
+    if teacher is None:
+        return loaded[0], {}, notes
+    return *on_common_tokens(loaded[0], {teacher.subject.name: loaded[1]}), notes
 
 
 def _own(data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: SamplingSection) -> Own:
@@ -171,26 +217,28 @@ def own_of(prompts: list[Prompt], reward: Reward | None, section: SamplingSectio
     return Own(prompts=prompts, sampling=settings, reward=reward, notes=notes)
 
 
-def measured(own: Own, lm: LanguageModel, others: Mapping[str, LanguageModel], seed: int, tokens: int) -> Evaluated:
-    """The numbers and responses of a model on the user's own prompts; `tokens`: of a forward pass."""
+def measured(
+    own: Own,
+    model: Read,
+    teacher: Read | None,
+    *,
+    seed: int,
+    tokens: int = 4096,
+    say: Callable[[str], None],
+    chat: str = "add --chat",
+    limited_by: str = "--max-completion-length",
+) -> tuple[Evaluated, LanguageModel]:
+    """The numbers and responses on the user's own prompts, and the model; `tokens`: of a forward pass.
+
+    In remedies `chat` says how prompts become conversations, and `limited_by` names what limits the length of a
+    response. Raises as `loaded_models`.
+    """
+    held_out = own.held_out(seed, limited_by)
+    lm, others, notes = loaded_models(model, teacher, {"The held-out prompts": held_out}, chat=chat)
+    tell(say, [*own.notes, *notes], lm, others)
     found = Evaluated(metrics={}, rows=[])
-    _measure(own, lm, others, seed, tokens, found)
-    return found
-
-
-def _measure(
-    own: Own, lm: LanguageModel, others: Mapping[str, LanguageModel], seed: int, tokens: int, found: Evaluated
-) -> None:
-    """Add the numbers and responses of the user's own prompts."""
-    held_out = HeldOut(
-        prompts=own.prompts,
-        sampling={"sampled": own.sampling},
-        reward=own.reward,
-        seed=seed,
-        pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= own.sampling.n],
-        limited_by="--max-completion-length",
-    )
     add(held_out, lm, others, tokens, found, prefix="eval/sampled/")
+    return found, lm
 
 
 def add(

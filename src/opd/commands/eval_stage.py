@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
 
-from opd.commands.eval import Evaluated, Subject, add, silent, tell
+from opd.commands.eval import Evaluated, Read, Subject, add, loaded_models, silent, tell
 from opd.errors import ConfigError, nearest
-from opd.models.language_model import LanguageModel
 from opd.models.loading import device_of
-from opd.models.vocabularies import on_common_tokens
-from opd.recipe.schema import ModelSpec, Recipe, StageSpec, section_of
-from opd.runs.measured import Reads, check_measured
+from opd.recipe.schema import Recipe, StageSpec, section_of
 from opd.runs.prepare import prepare_held_out
 from opd.runs.tokenizers import key_of_template
 
@@ -47,45 +43,17 @@ def evaluate_as_stage(
     student = section_of(recipe, spec.train)
     if model.path is not None:
         device_of(student, f"models.{spec.train}")  # a wrong one is named by its key
-    read = [Read(model, {name: getattr(student, name) for name in OF_STUDENT}, key_of_template(spec.train))]
-    if teacher is not None:
-        read.append(Read(teacher, {}, "the chat template of its tokenizer"))
-    for one in read:
-        one.subject.check()
-    objects = {one.subject.name: one.load() for one in read if one.subject.path is None}
-    known = [one.before(objects.get(one.subject.name)) for one in read]
-    early = [one for one in known if one is not None]
-    if len(early) == len(read):
-        notes += check_measured(early[0], early[1:], spec, exams)
-    lm, *rest = [objects.get(one.subject.name) or one.load() for one in read]
-    if len(early) < len(read):  # a tokenizer came with its weights
-        late = [Reads.of(loaded, one.template) for loaded, one in zip((lm, *rest), read, strict=True)]
-        notes += check_measured(late[0], late[1:], spec, exams)
-    lm, others = on_common_tokens(lm, {one.name: one for one in rest}) if rest else (lm, {})
+    settings = {name: getattr(student, name) for name in OF_STUDENT}
+    read = Read(subject=model, settings=settings, template=key_of_template(spec.train))
+    by_place = {spec.where(task): held_out for task, held_out in exams.items()}
+    chat = "set evaluate.data.chat: true"
+    lm, others, more = loaded_models(read, None if teacher is None else Read(subject=teacher), by_place, chat=chat)
+    notes += more
     tell(say, notes, lm, others)
     found = Evaluated(metrics={}, rows=[])
     for task, held_out in exams.items():
         add(held_out, lm, others, spec.micro_batch_tokens, found, task=task)
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """A model, the settings that it is read with, and the name of its chat template in remedies."""
-
-    subject: Subject
-    settings: Mapping[str, Any]
-    template: str
-
-    def load(self) -> LanguageModel:
-        return self.subject.load(**self.settings)
-
-    def before(self, loaded: LanguageModel | None) -> Reads | None:
-        """How the model reads; None for one that is not `loaded` and has its tokenizer with its weights."""
-        if loaded is not None:
-            return Reads.of(loaded, self.template)
-        spec = ModelSpec(path=self.subject.path, **self.settings)
-        return Reads.before(spec, self.subject.name, self.subject.where, self.template)
 
 
 def measured_stage(recipe: Recipe, name: str | None) -> StageSpec:

@@ -12,7 +12,7 @@ from opd.errors import ConfigError
 from opd.recipe.mistakes import explain
 from opd.recipe.packaged import recipe_file
 from opd.recipe.references import check_references
-from opd.recipe.schema import Recipe, Section, StageSpec, with_sections
+from opd.recipe.schema import Recipe, Section, StageSpec, section_of
 from opd.recipe.tree import fresh, merged, override, with_whole_tasks
 from opd.recipe.yaml_text import Source, read_file, write_text
 
@@ -56,7 +56,14 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
         keys = StageSpec.model_fields
         raise ConfigError(explain(error, source, Recipe, stage_keys=keys, overrides=overrides)) from error
     check_references(recipe, source)
-    return with_sections(recipe)
+    return _with_sections(recipe)
+
+
+def _with_sections(recipe: Recipe) -> Recipe:
+    """The recipe with `section_of` each model that a stage names: what it does is written in it, also when dumped."""
+    used = {name for stage in recipe.stages for name in stage.models}
+    models = {name: section_of(recipe, name) if name in used else spec for name, spec in recipe.models.items()}
+    return recipe.model_copy(update={"models": models})
 
 
 def _whole(defaults: dict[str, Any], stage: Any, source: Source, number: int) -> Any:

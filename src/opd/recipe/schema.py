@@ -168,8 +168,7 @@ class ModelSpec(Section):
     trust_remote_code: bool = False  # run Python code that comes with the model
     # Replaces the tokenizer's: jinja, or a file of it, which is read when the recipe is.
     chat_template: Annotated[str, AfterValidator(template_text)] | None = None
-    # E.g. {enable_thinking: false}. Default of a model `from_stage`: those of the model there; {} for none.
-    template_options: dict[str, Any] = {}
+    template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}; default with `from_stage`: those there
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
@@ -589,25 +588,12 @@ def origin_of(recipe: Recipe, name: str) -> ModelSpec:
 
 
 def section_of(recipe: Recipe, name: str) -> ModelSpec:
-    """A model's section. One `from_stage` has the chat template and options of the model there, unless its own.
-
-    Options that are written as an empty mapping are its own.
-    """
+    """A model's section. One `from_stage` has the chat template and options of the model there, unless its own."""
     spec = recipe.models[name]
     if spec.from_stage is None:
         return spec
     before = section_of(recipe, recipe.stage(spec.from_stage).train)
-    template = before.chat_template if spec.chat_template is None else spec.chat_template
-    own = "template_options" in spec.model_fields_set
-    options = spec.template_options if own else before.template_options
-    return spec.model_copy(update={"chat_template": template, "template_options": options})
-
-
-def with_sections(recipe: Recipe) -> Recipe:
-    """The recipe with `section_of` each model that a stage names: so what it does is written in it, also when dumped.
-
-    Its references are checked.
-    """
-    used = {name for stage in recipe.stages for name in stage.models}
-    models = {name: section_of(recipe, name) if name in used else spec for name, spec in recipe.models.items()}
-    return recipe.model_copy(update={"models": models})
+    own = {key: getattr(spec, key) for key in OF_TEMPLATE if key in spec.model_fields_set}
+    if own.get("chat_template") is None:  # no template is no template of its own, but no options are
+        own["chat_template"] = before.chat_template
+    return spec.model_copy(update={"template_options": before.template_options, **own})

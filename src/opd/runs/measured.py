@@ -1,10 +1,9 @@
-"""What a model and a teacher read as a stage's evaluation measures them, checked as `tokenizers` checks a run."""
+"""What a model and a teacher read when they are measured, checked as `tokenizers` checks what a run's models read."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from opd.evaluation.evaluate import HeldOut, kl_setting
@@ -12,7 +11,7 @@ from opd.models.language_model import LanguageModel, check_ids
 from opd.models.preview import known_positions, known_rows, tokenizer_of
 from opd.models.render import render_checked
 from opd.models.vocabularies import check_same_tokens
-from opd.recipe.schema import ModelSpec, StageSpec
+from opd.recipe.schema import ModelSpec
 from opd.runs.lengths import LengthCheck, refuse_if_too_long
 from opd.runs.tokenizers import absent_tokens, check_differ, template_lines, unused_template
 from opd.types import Prompt
@@ -74,34 +73,26 @@ class Reads:
         ]
 
 
-def check_measured(
-    model: Reads, teachers: Sequence[Reads], spec: StageSpec, exams: Mapping[str | None, HeldOut]
-) -> list[str]:
+def check_measured(model: Reads, teachers: Sequence[Reads], exams: Mapping[str, HeldOut], *, chat: str) -> list[str]:
     """Render the held-out prompts for the model and the teachers, compare their tokens and lengths. Returns warnings.
 
-    The responses of `kl_setting` are those that a teacher reads.
+    `exams` go by the start of their messages. The responses of `kl_setting` are those that a teacher reads. `chat`: how
+    prompts become conversations.
 
     Raises DataError, ConfigError, or AlignmentError for tokenizers that cannot be compared.
     """
+    for where, held_out in exams.items():
+        own = list(map(len, model.rendered(held_out.prompts, held_out.max_prompt_length)))
+        check_room(model, held_out, own, list(held_out.sampling), where, writes=True)
     prompts = [prompt for held_out in exams.values() for prompt in held_out.prompts]
-    own = _by_exam(model.rendered(prompts, spec.max_prompt_length), exams)
-    lines = [*model.lines(prompts), *unused_template(model.name, model.tokenizer, prompts)]
-    for task, held_out in exams.items():
-        check_room(model, held_out, own[task], list(held_out.sampling), spec.where(task), writes=True)
+    lines = [*model.lines(prompts), *unused_template(model.name, model.tokenizer, prompts, chat=chat)]
     for teacher in teachers:
         check_same_tokens(model.tokenizer, teacher.tokenizer, (model.name, teacher.name))
-        theirs = _by_exam(teacher.rendered(prompts, None), exams)
+        for where, held_out in exams.items():
+            theirs = list(map(len, teacher.rendered(held_out.prompts, None)))
+            check_room(teacher, held_out, theirs, [kl_setting(held_out.sampling)], where, writes=False)
         lines += teacher.lines(prompts)
-        for task, held_out in exams.items():
-            compared = [kl_setting(held_out.sampling)]
-            check_room(teacher, held_out, theirs[task], compared, spec.where(task), writes=False)
     return lines
-
-
-def _by_exam(ids: Sequence[Sequence[int]], exams: Mapping[str | None, HeldOut]) -> dict[str | None, list[int]]:
-    """The lengths of the rendered prompts of all evaluations, in order, by task."""
-    lengths = map(len, ids)
-    return {task: list(islice(lengths, len(held_out.prompts))) for task, held_out in exams.items()}
 
 
 def check_room(

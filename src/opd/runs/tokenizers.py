@@ -206,13 +206,18 @@ def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------
-def unused_template(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """A warning if the tokenizer has a chat template and no prompt is a conversation; else no line."""
+def unused_template(
+    name: str, tokenizer: Any, prompts: Sequence[Prompt], *, chat: str = "set data.chat: true"
+) -> list[str]:
+    """A warning if the tokenizer has a chat template and no prompt is a conversation; else no line.
+
+    `chat`: how the prompts become conversations.
+    """
     if not tokenizer.chat_template or is_chat(prompts):
         return []
     return [
         f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
-        "as in a chat, set data.chat: true"
+        f"as in a chat, {chat}"
     ]
 
 
