@@ -9,18 +9,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from opd.commands.eval import Evaluated, measured, own_of
+from opd.commands.eval import Evaluated, Own, Read, Subject, measured, own_of, silent
+from opd.commands.eval_stage import evaluate_as_stage
 from opd.data.prompts import Report, load_selected, read_rows, require_columns
 from opd.errors import ConfigError
 from opd.method import Method
 from opd.methods import build
 from opd.models import wrapping
 from opd.models.language_model import LanguageModel
-from opd.models.loading import load_model
-from opd.models.vocabularies import on_common_tokens
 from opd.parallel import join
 from opd.recipe.load import load_recipe, parse_recipe, parse_section
-from opd.recipe.schema import DataSection, ModelSpec, Recipe, RewardSection, SamplingSection
+from opd.recipe.schema import DataSection, Recipe, RewardSection, SamplingSection
 from opd.rewards.base import RewardFn
 from opd.rewards.registry import as_reward, reward_of
 from opd.runs.prepare import Given
@@ -42,11 +41,16 @@ def run(
     """
     if quiet:
         quiet_libraries()
+    return _start(_resolved(recipe, overrides), Given(), quiet, accept_changes)
+
+
+def _resolved(recipe: str | Path | Mapping[str, Any] | Recipe, overrides: Sequence[str]) -> Recipe:
+    """The recipe of a path, a mapping or a Recipe, with its overrides. Raises ConfigError."""
     if not isinstance(recipe, Recipe):
-        recipe = parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
-    elif overrides:
+        return parse_recipe(recipe, overrides) if isinstance(recipe, Mapping) else load_recipe(recipe, overrides)
+    if overrides:
         raise ConfigError("Overrides apply to a path or a mapping; a Recipe object is already resolved.")
-    return _start(recipe, Given(), quiet, accept_changes)
+    return recipe
 
 
 def distill(
@@ -126,8 +130,12 @@ def _stage(teacher: str | None, base: str | None, sampler: Any, method: Any, opt
 
 def evaluate(
     model: Any,
-    prompts: str | Path | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]],
+    prompts: str | Path | Sequence[str | Prompt | Mapping[str, Any]] | Iterable[Mapping[str, Any]] | None = None,
     *,
+    recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+    limit: int | None = None,
     reward: str | Mapping[str, Any] | RewardFn | Reward | None = None,
     teacher: Any = None,
     tokenizer: Any = None,
@@ -138,18 +146,53 @@ def evaluate(
     assistant_turns: str = "last",
     columns: Mapping[str, str] = {},
     device: str | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     quiet: bool = False,
 ) -> Evaluated:
     """Responses of a model to held-out prompts, measured: what `opd eval` prints.
 
     `model` and `teacher` are paths, hub ids, or model objects with their `tokenizer`; `prompts`, `chat`,
     `last_assistant`, `assistant_turns`, `columns` and `reward` are those of `distill`; `sampling` is a recipe's
-    section, e.g. {"n": 4}. Returns `metrics` by name (reward with its 95 % interval, pass@k, length, ...; of a teacher
-    the divergence from it, in nats per token) and `rows`, one per response. Raises the errors of `opd.errors`.
+    section, e.g. {"n": 4}; `limit` keeps the first prompts; `seed` is 0 unless given. Returns `metrics` by name (reward
+    with its 95 % interval, pass@k, length, ...; of a teacher the divergence from it, in nats per token) and `rows`, one
+    per response.
+
+    With `recipe`, as `run` takes it, in place of `prompts`: measured as its `stage` measures its student (default: the
+    last with `evaluate`), like `opd eval --recipe`. `overrides` are "key=value", `limit` is of each task, `seed` the
+    recipe's unless given. A model object is read with the chat template, its options and `autocast` of the recipe's
+    student; its weights stay as and where they are. Raises the errors of `opd.errors`, ConfigError for arguments that
+    the recipe has or that need one.
     """
     if quiet:
         quiet_libraries()
+    one = Subject(name="model", given=model, where="opd.evaluate(model=...)", tokenizer=tokenizer)
+    beside: Subject | None = None
+    if teacher is not None:
+        theirs = tokenizer if teacher_tokenizer is None else teacher_tokenizer
+        beside = Subject(name="teacher", given=teacher, where="opd.evaluate(teacher=...)", tokenizer=theirs)
+    say = silent if quiet else _say
+    _check_limit(limit)
+    data = {"chat": chat, "last_assistant": last_assistant, "assistant_turns": assistant_turns, "columns": columns}
+    if recipe is not None:
+        _refuse_beside_recipe(data, prompts=prompts, reward=reward, sampling=dict(sampling) or None, device=device)
+        resolved = _resolved(recipe, overrides)
+        return evaluate_as_stage(one, resolved, stage=stage, limit=limit, teacher=beside, seed=seed, say=say)
+    _refuse_without_recipe(prompts, stage, overrides)
+    found = _own(prompts, data, limit, reward, sampling)
+    read, other = _read(one, device), None if beside is None else _read(beside, device)
+    chat_by, limit_by = "give chat=True", "sampling.max_completion_length"
+    return measured(found, read, other, seed=seed or 0, say=say, chat=chat_by, limited_by=limit_by)[0]
+
+
+def _read(subject: Subject, device: str | None) -> Read:
+    """A model that is read as it is. Raises ConfigError for an object with a device, which it has already."""
+    if subject.path is None:
+        _refuse_device(subject.name, device)
+    return Read(subject=subject, settings={} if device is None else {"device": device})
+
+
+def _own(prompts: Any, data: Mapping[str, Any], limit: int | None, reward: Any, sampling: Mapping[str, Any]) -> Own:
+    """What is measured on the caller's own prompts. Raises ConfigError or DataError."""
     rule: Reward | None = None
     if isinstance(reward, str | Mapping):
         rule = reward_of(
@@ -157,31 +200,46 @@ def evaluate(
         )
     elif reward is not None:
         rule = as_reward(reward, "The `reward` of opd.evaluate")
-    data, rows, reports = _data(
-        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
-    )
+    section, rows, reports = _data(prompts, **{**data, "columns": dict(data["columns"])})
     needs = [] if rule is None else sorted(rule.needs)
     if rows is None:
-        rows, reports = load_selected(parse_section(DataSection, data, "data"), require=needs)
+        rows, reports = load_selected(parse_section(DataSection, {**section, "limit": limit}, "data"), require=needs)
+    elif limit is not None:
+        raise ConfigError(
+            f"opd.evaluate got limit={limit} and rows. Give fewer rows; `limit` is of a file or a recipe."
+        )
     require_columns(rows, needs, source="the rows given in Python")
-    own = own_of(rows, rule, parse_section(SamplingSection, sampling, "sampling"), list(map(str, reports)))
-    lm = _loaded(model, "model", tokenizer, device)
-    others: dict[str, LanguageModel] = {}
-    if teacher is not None:
-        other = _loaded(teacher, "teacher", teacher_tokenizer or tokenizer, device)
-        lm, others = on_common_tokens(lm, {"teacher": other})
-    if not quiet:
-        for note in (*own.notes, *lm.notes, *(note for one in others.values() for note in one.notes)):
-            print(f"evaluate: {note}", file=sys.stderr)
-    return measured(own, lm, others, seed, 4096)
+    return own_of(rows, rule, parse_section(SamplingSection, sampling, "sampling"), list(map(str, reports)))
 
 
-def _loaded(model: Any, name: str, tokenizer: Any, device: str | None) -> LanguageModel:
-    """A model by path, or an object. Raises ConfigError for an object with a device, which it has already."""
-    if isinstance(model, str | Path):
-        return load_model(ModelSpec(path=str(model), device=device), name=name, where=f"opd.evaluate({name}=...)")
-    _refuse_device(name, device)
-    return wrapping.wrap(model, tokenizer, name=name)
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise ConfigError(f"opd.evaluate got limit={limit}. Give at least 1, or leave `limit` out.")
+
+
+def _refuse_beside_recipe(data: Mapping[str, Any], **given: Any) -> None:
+    """Raise ConfigError for arguments about what a recipe has: those that are `given`, and `data` off its defaults."""
+    defaults = {"chat": False, "last_assistant": "response", "assistant_turns": "last", "columns": {}}
+    other = [name for name, value in given.items() if value is not None]
+    other += [name for name, value in data.items() if value != defaults[name]]
+    if other:
+        raise ConfigError(
+            f"opd.evaluate got a recipe and {', '.join(f'`{name}`' for name in other)}. The recipe has the prompts, "
+            "the reward, the sampling and the device. Leave them out, or change the recipe, e.g. with "
+            'overrides=["stages.STAGE.evaluate.sampling.SETTING.n=8", "models.student.device=cpu"].'
+        )
+
+
+def _refuse_without_recipe(prompts: Any, stage: str | None, overrides: Sequence[str]) -> None:
+    if prompts is None:
+        raise ConfigError("opd.evaluate got neither `prompts` nor a `recipe`. Give a file or rows, or a recipe.")
+    for name, value in (("stage", stage), ("overrides", overrides)):
+        if value:
+            raise ConfigError(f"opd.evaluate got {name}={value!r} without a recipe. Name it, or leave `{name}` out.")
+
+
+def _say(text: str) -> None:
+    print(f"evaluate: {text}", file=sys.stderr)
 
 
 def _refuse_device(name: str, device: str | None) -> None:

@@ -165,9 +165,10 @@ def test_eval_names_own_flag_when_prompts_are_too_long(work: Path):
     save(lm, work / "model")
     write_rows(work / "short.jsonl", [{"prompt": "1="}])
     ended = command("eval", "model", "short.jsonl", "--n", "64", "--max-completion-length", "20")
-    assert "has only 4 positions. Lower --max-completion-length, or leave out the longest prompts." in ended.err
+    assert "has only 4 positions. 1 of 1 prompts are too long for responses of up to 20 tokens" in ended.err
+    assert "Lower --max-completion-length to 3, or use a model with more positions." in ended.err
     ended = command("eval", "model", "long.jsonl")
-    assert "has only 4 positions. Leave out the longest prompts." in ended.err
+    assert "even the shortest has 4. Leave out the longest prompts, or use a model with more positions." in ended.err
     assert "max_prompt_length" not in ended.err
 
 

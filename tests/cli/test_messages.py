@@ -997,7 +997,7 @@ def test_eval_counts_answers_when_reward_does_not_read_them(model_folder: Path):
         (("model", "--recipe", "sftt"), ["sftt", "Did you mean 'sft'?"]),
         (("model", "--recipe", "sft", "--limit", "0"), ["--limit 0", "at least 1"]),
         (("model", "--recipe", "sft", "--set", "seeds=1"), ["seeds"]),
-        (("model", "--recipe", "sft", "--stage", "lern"), ["no such stage"]),
+        (("model", "--recipe", "sft", "--stage", "lern"), ["The recipe has no stage 'lern'"]),
         (("./modl", "--recipe", "sft"), ["opd eval MODEL: modl does not exist. Did you mean 'model'?"]),
         (
             ("model", "held_out.jsonl", "--recipe", "sft", "--n", "2", "--chat"),

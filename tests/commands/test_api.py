@@ -519,13 +519,17 @@ def test_evaluate_measures_rows_with_a_function():
 
 
 def test_evaluate_equals_the_command_on_a_file(work: Path):
-    from opd.commands.eval import evaluate_model
+    from opd.commands.eval import Subject, evaluate_model
 
     path, sampling = saved(2, work / "student"), {"n": 2, "max_completion_length": 3}
     write_rows(work / "held.jsonl", sums(3, 4))
     found = opd.evaluate(path, "held.jsonl", reward="final_number", sampling=sampling, seed=5, quiet=True)
     command = evaluate_model(
-        path, data={"path": "held.jsonl"}, reward={"name": "final_number"}, sampling=sampling, seed=5
+        Subject(name="model", given=path, where="opd eval MODEL"),
+        data={"path": "held.jsonl"},
+        reward={"name": "final_number"},
+        sampling=sampling,
+        seed=5,
     )
     assert found.metrics == command.metrics
     assert found.rows == command.rows

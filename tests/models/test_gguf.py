@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import threading
 
@@ -11,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from support.gguf_files import CONTROL, byte_level, model_file, parts_of_model, write_file
+from support.runs import command, one_stage, prepare
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from opd.errors import ConfigError
 from opd.models import gguf, loading, preview, saving
 from opd.models.gguf_file import read_gguf
-from opd.models.gguf_weights import DIRECT, load_model
+from opd.models.gguf_weights import DIRECT, load_model, stated_positions
 from opd.plugins import packaged
 from opd.recipe.schema import ModelSpec
 
@@ -193,6 +195,64 @@ def test_convert_gguf_keeps_scaling_of_positions(tmp_path, architecture, stated,
         assert rope["sliding_attention"] == {"rope_theta": 10000.0, "rope_type": "default"}
 
 
+@pytest.mark.parametrize("architecture", DIRECT)
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {},
+        {"type": "linear", "factor": 4.0},
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32},
+        {"type": "yarn", "factor": 4.0},
+        {"type": "none", "factor": 4.0},
+    ],
+)
+def test_positions_are_known_before_the_conversion(tmp_path, architecture, stated):
+    add = {f"{architecture}.rope.scaling.{key}": value for key, value in stated.items()}
+    check_positions_before(model_file(tmp_path / "tiny.gguf", architecture, add=add)[0])
+
+
+def check_positions_before(file):
+    before = stated_positions(read_gguf(file))
+    assert before == preview.known_positions(ModelSpec(path=str(file)), "student", None)
+    assert gguf.cached_gguf(file) is None
+    assert load(file).positions == before < math.inf
+
+
+def test_positions_of_llama3_are_known_without_its_divisors(tmp_path, monkeypatch):
+    factors, _ = llama3_factors(8.0, theta=500000.0)
+    add = {"rope_freqs.weight": factors, "llama.rope.freq_base": 500000.0}
+    file, _ = model_file(tmp_path / "tiny.gguf", add=add)
+    with monkeypatch.context() as patch:
+        patch.setattr("opd.models.gguf_file.GGUFFile.tensor", None)
+        assert stated_positions(read_gguf(file)) == 64
+    check_positions_before(file)
+
+
+def test_positions_are_not_known_where_transformers_makes_the_model(tmp_path):
+    stated = {"general.architecture": "mpt", "mpt.context_length": 64}
+    assert stated_positions(read_gguf(write_file(tmp_path / "mpt.gguf", stated))) == math.inf
+    assert stated_positions(read_gguf(write_file(tmp_path / "none.gguf", {"general.name": "x"}))) == math.inf
+
+
+def test_check_refuses_long_responses_before_the_conversion(tmp_path, monkeypatch):
+    """What the header states is refused as it is of a converted file; the weights are not read."""
+    file, _ = model_file(tmp_path / "tiny.gguf")
+    spec = {"path": str(file)}
+    long = {"sampling": {"n": 1, "max_completion_length": 70}, "method": "opd"}
+    prepare(tmp_path, {**one_stage(**long), "models": {"student": spec, "teacher": {**spec, "dtype": "bfloat16"}}})
+    monkeypatch.chdir(tmp_path)
+    said = []
+    for _ in range(2):
+        ended = command("check", "recipe.yaml")
+        assert ended.code == 2
+        said.append(" ".join(ended.err.split()))
+        assert (gguf.cached_gguf(file) is None) == (len(said) == 1)
+        gguf.convert_gguf(file)
+    assert "student would read" in said[0]
+    assert "has only 64 positions" in said[0]
+    assert said[0] == said[1]
+
+
 @pytest.mark.parametrize(
     ("add", "message"),
     [
@@ -269,10 +329,12 @@ def test_tokenizer_and_endings_are_known_before_the_conversion():
     spec = ModelSpec(path=SMOLLM2)
     before = preview.tokenizer_of(spec, "student")
     ends = preview.known_endings(spec, "student", before)
+    assert preview.known_positions(spec, "student", before) == 8192
     assert gguf.cached_gguf(packaged(SMOLLM2)) is None
     gguf.convert_gguf(packaged(SMOLLM2))
     after = preview.tokenizer_of(spec, "student")
     assert ends == preview.known_endings(spec, "student", after)
+    assert preview.known_positions(spec, "student", after) == 8192
     assert before.get_vocab() == after.get_vocab()
     assert (before.chat_template, before.all_special_ids) == (after.chat_template, after.all_special_ids)
     text = "a:\n\n1. b <|im_start|>ü"

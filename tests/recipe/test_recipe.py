@@ -12,9 +12,7 @@ import yaml
 
 from opd.errors import ConfigError
 from opd.recipe.load import dump, load_recipe, parse_recipe
-from opd.recipe.schema import (
-    Recipe,
-)
+from opd.recipe.schema import Recipe, origin_of
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted([*(ROOT / "recipes").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
@@ -311,6 +309,11 @@ def test_from_stage_needs_earlier_stage():
     assert "no such stage comes before" in refused(itself)
 
 
+def test_model_that_nothing_uses_may_come_from_nowhere():
+    models = {"student": {"path": "./student"}, "spare": {"from_stage": "nowhere"}, "loop": {"from_stage": "one"}}
+    assert parse_recipe(recipe(models=models)).models["spare"].from_stage == "nowhere"
+
+
 def test_seconds_of_needs_earlier_stage():
     assert parse_recipe(recipe(stage("one"), stage("two", seconds_of="one"))).stage("two").seconds_of == "one"
     message = refused(recipe(stage("one", seconds_of="two"), stage("two")))
@@ -352,6 +355,28 @@ def test_dump_reads_back_equal_when_recipe_is_shipped(file: Path):
     resolved = load_recipe(file)
     assert resolved.name == file.stem
     assert parse_recipe(yaml.safe_load(dump(resolved))) == resolved
+
+
+@pytest.mark.parametrize(
+    ("own", "template", "options"),
+    [
+        ({}, "one {{ messages }}", {"thinking": False}),
+        ({"template_options": {}}, "one {{ messages }}", {}),
+        ({"template_options": {"budget": 3}}, "one {{ messages }}", {"budget": 3}),
+        ({"chat_template": "two {{ messages }}"}, "two {{ messages }}", {"thinking": False}),
+    ],
+)
+def test_model_from_a_stage_has_the_template_there_or_its_own(own, template: str, options: dict[str, Any]):
+    """Also through a second stage, and after the resolved recipe is written and read, where every field is written."""
+    first = {"path": "./a", "chat_template": "one {{ messages }}", "template_options": {"thinking": False}}
+    models = {"first": first, "second": {"from_stage": "one", **own}, "third": {"from_stage": "two"}}
+    stages = [stage(name, train=train) for name, train in zip(("one", "two", "three"), models, strict=True)]
+    resolved = parse_recipe(recipe(*stages, models=models))
+    for read in (resolved, parse_recipe(yaml.safe_load(dump(resolved)))):
+        for name in ("second", "third"):
+            assert (read.models[name].chat_template, read.models[name].template_options) == (template, options)
+            origin = origin_of(read, name)
+            assert (origin.path, origin.chat_template, origin.template_options) == ("./a", template, options)
 
 
 def test_dump_keeps_no_trace_of_defaults_and_overrides():

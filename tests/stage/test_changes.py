@@ -114,6 +114,42 @@ def test_names_that_are_also_keys_have_no_effect():
     assert (change.key, change.effect) == ("stages.distil.sampler_options.timeout_s", "numbers")
 
 
+def test_steps_of_evaluations_are_of_numbers_where_they_end_the_stage():
+    """With `until`, at either start, another `every` may end the stage at another step."""
+    evaluate = {"data": {"path": "held_out.jsonl"}, "every": 3}
+    goal = {"until": {"sampled": 0.5}}
+
+    def changed(before: dict[str, Any], after: dict[str, Any]) -> dict[str, str]:
+        old, new = (recipe(evaluate={**evaluate, **one}) for one in (before, after))
+        return {change.key.removeprefix("stages.distil."): change.effect for change in recipe_changes(old, new)}
+
+    assert changed({}, {"every": 4}) == {"evaluate.every": "none"}
+    assert changed(goal, {**goal, "every": 4}) == {"evaluate.every": "numbers"}
+    both = {"evaluate.until.sampled": "numbers", "evaluate.every": "numbers"}
+    assert changed(goal, {"every": 4}) == changed({}, {**goal, "every": 4}) == both
+    assert changed(goal, {**goal, "pass_at": [1, 2]}) == {"evaluate.pass_at": "none"}
+
+    def of_tasks(every: int) -> Recipe:
+        task = {"data": {"path": "train.jsonl"}, "teacher": "teacher"}
+        one, other = {**evaluate, **goal, "every": every}, {**evaluate, "every": every}
+        tasks = {"a.b": {**task, "evaluate": one}, "until": {**task, "evaluate": other}}
+        return recipe(data=None, teacher=None, tasks=tasks)
+
+    found = {change.key: change.effect for change in recipe_changes(of_tasks(3), of_tasks(4))}
+    where = "stages.distil.tasks"
+    assert found == {f"{where}.a.b.evaluate.every": "numbers", f"{where}.until.evaluate.every": "none"}
+
+
+def test_open_refuses_other_evaluations_of_a_stage_with_a_goal(tmp_path: Path):
+    evaluate = {"data": {"path": "held_out.jsonl"}, "every": 3, "until": {"sampled": 0.5}}
+    begin(tmp_path, recipe(evaluate=evaluate), made={"distil": 1})
+    other = recipe(evaluate={**evaluate, "every": 2})
+    with pytest.raises(RunError, match=r"evaluate\.every: 3 -> 2\n.*add --accept-changes"):
+        RunDir.open(tmp_path, other, {})
+    RunDir.open(tmp_path, other, {}, accept=True).close()
+    assert "stages.distil.evaluate.every" in (tmp_path / "changes.jsonl").read_text()
+
+
 def test_names_with_dots_do_not_hide_a_change_of_structure():
     old, new = (recipe(name="a.options.b", method=method) for method in ("reverse_kl", "opd"))
     (change,) = recipe_changes(old, new)

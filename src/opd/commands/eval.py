@@ -1,32 +1,35 @@
 """`opd eval`: evaluate one model on held-out prompts, beside a teacher if one is given, and on tasks of lm-eval.
 
-The prompts and settings are the user's own, or those of a recipe's stage.
+The prompts and settings are the user's own; `eval_stage` measures as a recipe's stage does.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from opd.data.prompts import load_selected
-from opd.errors import ConfigError, nearest
+from opd.errors import ConfigError
 from opd.evaluation.divergence import exact_divergence
 from opd.evaluation.evaluate import HeldOut, kl_setting, measure, student_samplers
 from opd.evaluation.tasks import Tasks, load_tasks, run_tasks
 from opd.files import expanded, write_atomically
 from opd.models.language_model import LanguageModel
-from opd.models.loading import device_of, load_model
+from opd.models.loading import load_model
 from opd.models.paths import resolved_path
 from opd.models.vocabularies import on_common_tokens
+from opd.models.wrapping import wrap
 from opd.pieces.contexts import same_prompt
 from opd.recipe.load import parse_section
-from opd.recipe.schema import DataSection, ModelSpec, Recipe, RewardSection, SamplingSection, StageSpec, section_of
+from opd.recipe.schema import DataSection, ModelSpec, RewardSection, SamplingSection
 from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers, unscored_line
 from opd.rewards.registry import reward_of
-from opd.runs.prepare import prepare_held_out
+from opd.runs.measured import Reads, check_measured
 from opd.teachers.local import local_teacher
 from opd.types import Prompt, Reward, Sampling, TeacherRule
 
@@ -40,6 +43,60 @@ class Evaluated:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Subject:
+    """A model to measure, or the teacher beside it: `given` is a path, or a model object with its `tokenizer`."""
+
+    name: str
+    given: Any
+    where: str  # the name of the path in messages
+    tokenizer: Any = None
+
+    @property
+    def path(self) -> str | None:
+        """None for an object."""
+        return str(self.given) if isinstance(self.given, str | Path) else None
+
+    def check(self) -> None:
+        """Raise ConfigError or DataError for a path without a model, before anything is loaded or sampled."""
+        if self.path is not None:
+            resolved_path(ModelSpec(path=self.path), self.name, self.where)
+
+    def load(self, **settings: Any) -> LanguageModel:
+        """The model, with these `settings` of a section.
+
+        Of them an object has the chat template, its options and autocast; its weights stay as and where they are.
+        Raises the errors of `load_model`.
+        """
+        if self.path is not None:
+            return load_model(ModelSpec(path=self.path, **settings), name=self.name, where=self.where)
+        tokenizer, template = self.tokenizer, settings.get("chat_template")
+        if tokenizer is not None and template is not None:
+            tokenizer = copy.deepcopy(tokenizer)  # the caller's keeps its own template
+            tokenizer.chat_template = template
+        read = {key: settings[key] for key in ("template_options", "autocast") if key in settings}
+        return wrap(self.given, tokenizer, name=self.name, **read)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Read:
+    """A model, the settings of its section, and the name of its chat template in remedies."""
+
+    subject: Subject
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    template: str = "the chat template of its tokenizer"
+
+    def load(self) -> LanguageModel:
+        return self.subject.load(**self.settings)
+
+    def before(self, loaded: LanguageModel | None) -> Reads | None:
+        """How the model reads; None for one that is not `loaded` and has its tokenizer with its weights."""
+        if loaded is not None:
+            return Reads.of(loaded, self.template)
+        spec = ModelSpec(path=self.subject.path, **self.settings)
+        return Reads.before(spec, self.subject.name, self.subject.where, self.template)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Own:
     """What is measured on the user's own held-out prompts."""
 
@@ -48,36 +105,53 @@ class Own:
     reward: Reward | None
     notes: list[str]  # about the data
 
+    def held_out(self, seed: int, limited_by: str) -> HeldOut:
+        """The evaluation; `limited_by` names what limits the length of a response."""
+        return HeldOut(
+            prompts=self.prompts,
+            sampling={"sampled": self.sampling},
+            reward=self.reward,
+            seed=seed,
+            pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= self.sampling.n],
+            limited_by=limited_by,
+        )
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
 
 def evaluate_model(
-    model: str,
+    model: Subject,
     *,
     data: Mapping[str, Any] | None = None,
     reward: Mapping[str, Any] | None = None,
     tasks: Tasks | None = None,
     sampling: Mapping[str, Any] | None = None,
-    teacher: str | None = None,
+    teacher: Subject | None = None,
     seed: int = 0,
     micro_batch_tokens: int = 4096,
-    say: Callable[[str], None] | None = None,
+    say: Callable[[str], None] = silent,
 ) -> Evaluated:
-    """Evaluate the model at path `model` on held-out prompts, on tasks of lm-eval, or on both.
+    """Evaluate a model on held-out prompts, on tasks of lm-eval, or on both.
 
     With `teacher`, also its exact divergence from it on the held-out prompts. `data`, `reward` and `sampling` are
     sections of a recipe; of `sampling` the keys that are given take the place of a task's own settings. `say` receives
     the warnings about the data that `opd check` prints. Raises the errors of `opd.errors`.
     """
-    say = say or _silent
     section = parse_section(SamplingSection, sampling or {}, "sampling")
     own = None if data is None else _own(data, reward, section)
-    check_paths(model, teacher)
+    read, beside = Read(subject=model), None if teacher is None else Read(subject=teacher)
+    for one in (model, teacher):
+        if one is not None:
+            one.check()
     loaded = None if tasks is None else load_tasks(tasks)
-    lm, others = loaded_models(ModelSpec(path=model), teacher)
-    for note in (*(own.notes if own else ()), *lm.notes, *(note for other in others.values() for note in other.notes)):
-        say(note)
-    found = Evaluated(metrics={}, rows=[])
     if own is not None:
-        _measure(own, lm, others, seed, micro_batch_tokens, found)
+        found, lm = measured(own, read, beside, seed=seed, tokens=micro_batch_tokens, say=say)
+    else:
+        found = Evaluated(metrics={}, rows=[])
+        lm, others, _ = loaded_models(read, beside, {}, chat="")
+        tell(say, [], lm, others)
     if tasks is not None and loaded is not None:
         from opd.evaluation.harness import HarnessModel, Override
 
@@ -88,84 +162,36 @@ def evaluate_model(
     return found
 
 
-def evaluate_as_stage(
-    model: str,
-    recipe: Recipe,
-    *,
-    stage: str | None = None,
-    limit: int | None = None,
-    teacher: str | None = None,
-    seed: int | None = None,
-    say: Callable[[str], None] | None = None,
-) -> Evaluated:
-    """Measure the model at path `model` as a stage of a recipe measures its student: `evaluate` of that stage.
-
-    Prompts, environment, reward, sampling settings and random numbers are the stage's, so a model that the stage saved
-    has the numbers of its last evaluation. The model has the template, data type and device of the recipe's student.
-    Metrics are named SETTING/WHAT, with tasks TASK/SETTING/WHAT. `limit`: of the prompts of each task. `seed`: the
-    default is the recipe's. With `teacher`, also the exact divergence from it, both models reading the same prompt.
-    Raises the errors of `opd.errors`.
-    """
-    say = say or _silent
-    spec = _measured_stage(recipe, stage)
-    exams, notes = prepare_held_out(spec, recipe.seed if seed is None else seed)
-    student = section_of(recipe, spec.train)
-    device_of(student, f"models.{spec.train}")  # a wrong one is named by its key
-    check_paths(model, teacher)
-    lm, others = loaded_models(_as_student(student, model), teacher)
-    for note in (*notes, *lm.notes, *(note for other in others.values() for note in other.notes)):
+def tell(
+    say: Callable[[str], None], notes: Iterable[str], lm: LanguageModel, others: Mapping[str, LanguageModel]
+) -> None:
+    """Say each of the notes once: these, and those of the models."""
+    for note in dict.fromkeys([*notes, *(note for one in (lm, *others.values()) for note in one.notes)]):
         say(note)
-    found = Evaluated(metrics={}, rows=[])
-    for task, held_out in exams.items():
-        some = replace(held_out, prompts=held_out.prompts[:limit])
-        _add(some, lm, others, spec.micro_batch_tokens, found, task=task)
-    return found
 
 
-def _measured_stage(recipe: Recipe, name: str | None) -> StageSpec:
-    """The stage of this name; default: the last that evaluates. Raises ConfigError."""
-    known = {stage.name: stage for stage in recipe.stages}
-    able = [stage.name for stage in recipe.stages if any(part.evaluate for part in stage.by_task.values())]
-    if name is not None and name not in known:
-        raise ConfigError(
-            f"opd eval got --stage {name}, and the recipe has no such stage.{nearest(name, known)} It has "
-            f"{', '.join(known)}."
-        )
-    if not able or (name is not None and name not in able):
-        what = "no stage of this one has an" if name is None else f"stage {name!r} has no"
-        raise ConfigError(
-            f"opd eval measures a model as a stage of the recipe does, and {what} `evaluate` section. "
-            + (f"Stages with one: {', '.join(able)}." if able else "Add one, or give DATA and --reward instead.")
-        )
-    return known[able[-1] if name is None else name]
+def loaded_models(
+    model: Read, teacher: Read | None, exams: Mapping[str, HeldOut], *, chat: str
+) -> tuple[LanguageModel, dict[str, LanguageModel], list[str]]:
+    """(the model, the teacher by name if there is one, warnings); the model is measured on the tokens that both have.
 
-
-def _as_student(student: ModelSpec, path: str) -> ModelSpec:
-    """The recipe's student with the weights and the tokenizer of `path`."""
-    kept = ("dtype", "autocast", "device", "attn_implementation", "trust_remote_code", "chat_template")
-    return ModelSpec(
-        path=path, template_options=student.template_options, **{name: getattr(student, name) for name in kept}
-    )
-
-
-def check_paths(model: str, teacher: str | None) -> None:
-    """Raise ConfigError or DataError for paths without a model, before anything is loaded or sampled."""
-    for path, name, where in ((model, "model", "opd eval MODEL"), (teacher, "teacher", "opd eval --teacher")):
-        if path is not None:
-            resolved_path(ModelSpec(path=path), name, where)
-
-
-def loaded_models(model: ModelSpec, teacher: str | None) -> tuple[LanguageModel, dict[str, LanguageModel]]:
-    """The model, and the teacher by name if there is one; the model is measured on the tokens that both have."""
-    lm = load_model(model, name="model", where="opd eval MODEL")
+    What both read in the `exams` is checked by `check_measured`, before weights are loaded, except for a model whose
+    tokenizer comes with them. Raises the errors of that and of `load_model`.
+    """
+    both = [model] if teacher is None else [model, teacher]
+    for one in both:
+        one.subject.check()
+    objects = {one.subject.name: one.load() for one in both if one.subject.path is None}
+    known = [one.before(objects.get(one.subject.name)) for one in both] if exams else []
+    early = [one for one in known if one is not None]
+    notes = check_measured(early[0], early[1:], exams, chat=chat) if exams and len(early) == len(both) else []
+    loaded = [objects.get(one.subject.name) or one.load() for one in both]
+    if len(early) < len(known):
+        late = [Reads.of(lm, one.template) for lm, one in zip(loaded, both, strict=True)]
+        notes = check_measured(late[0], late[1:], exams, chat=chat)
     if teacher is None:
-        return lm, {}
-    other = load_model(ModelSpec(path=teacher), name="teacher", where="opd eval --teacher")
-    return on_common_tokens(lm, {"teacher": other})
-
-
-def _silent(text: str) -> None:
-    pass
+        return loaded[0], {}, notes
+    return *on_common_tokens(loaded[0], {teacher.subject.name: loaded[1]}), notes
 
 
 def _own(data: Mapping[str, Any], reward: Mapping[str, Any] | None, section: SamplingSection) -> Own:
@@ -191,29 +217,31 @@ def own_of(prompts: list[Prompt], reward: Reward | None, section: SamplingSectio
     return Own(prompts=prompts, sampling=settings, reward=reward, notes=notes)
 
 
-def measured(own: Own, lm: LanguageModel, others: Mapping[str, LanguageModel], seed: int, tokens: int) -> Evaluated:
-    """The numbers and responses of a model on the user's own prompts; `tokens`: of a forward pass."""
+def measured(
+    own: Own,
+    model: Read,
+    teacher: Read | None,
+    *,
+    seed: int,
+    tokens: int = 4096,
+    say: Callable[[str], None],
+    chat: str = "add --chat",
+    limited_by: str = "--max-completion-length",
+) -> tuple[Evaluated, LanguageModel]:
+    """The numbers and responses on the user's own prompts, and the model; `tokens`: of a forward pass.
+
+    In remedies `chat` says how prompts become conversations, and `limited_by` names what limits the length of a
+    response. Raises as `loaded_models`.
+    """
+    held_out = own.held_out(seed, limited_by)
+    lm, others, notes = loaded_models(model, teacher, {"The held-out prompts": held_out}, chat=chat)
+    tell(say, [*own.notes, *notes], lm, others)
     found = Evaluated(metrics={}, rows=[])
-    _measure(own, lm, others, seed, tokens, found)
-    return found
+    add(held_out, lm, others, tokens, found, prefix="eval/sampled/")
+    return found, lm
 
 
-def _measure(
-    own: Own, lm: LanguageModel, others: Mapping[str, LanguageModel], seed: int, tokens: int, found: Evaluated
-) -> None:
-    """Add the numbers and responses of the user's own prompts."""
-    held_out = HeldOut(
-        prompts=own.prompts,
-        sampling={"sampled": own.sampling},
-        reward=own.reward,
-        seed=seed,
-        pass_at=[k for k in (1, 2, 4, 8, 16, 32, 64) if k <= own.sampling.n],
-        limited_by="--max-completion-length",
-    )
-    _add(held_out, lm, others, tokens, found, prefix="eval/sampled/")
-
-
-def _add(
+def add(
     held_out: HeldOut,
     lm: LanguageModel,
     others: Mapping[str, LanguageModel],

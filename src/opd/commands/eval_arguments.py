@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from opd.commands.eval import Evaluated, evaluate_as_stage, evaluate_model, output
+from opd.commands.eval import Evaluated, Subject, evaluate_model, output
+from opd.commands.eval_stage import evaluate_as_stage
 from opd.errors import ConfigError
 from opd.evaluation.tasks import Tasks
 from opd.files import expanded, unfit
@@ -43,10 +44,25 @@ class Arguments:
         return output(found, self.model, as_json=as_json, responses=self.responses)
 
     def _as_stage(self, recipe: str, say: Callable[[str], None]) -> Evaluated:
-        resolved = load_recipe(recipe, self.settings)
         return evaluate_as_stage(
-            self.model, resolved, stage=self.stage, limit=self.limit, teacher=self.teacher, seed=self.seed, say=say
+            self._model,
+            load_recipe(recipe, self.settings),
+            stage=self.stage,
+            limit=self.limit,
+            teacher=self._teacher,
+            seed=self.seed,
+            say=say,
         )
+
+    @property
+    def _model(self) -> Subject:
+        return Subject(name="model", given=self.model, where="opd eval MODEL")
+
+    @property
+    def _teacher(self) -> Subject | None:
+        if self.teacher is None:
+            return None
+        return Subject(name="teacher", given=self.teacher, where="opd eval --teacher")
 
     def _own(self, say: Callable[[str], None]) -> Evaluated:
         pairs = [option.partition("=") for option in self.options]
@@ -57,12 +73,12 @@ class Arguments:
         )
         data = {"path": self.data, "limit": self.limit, "chat": self.chat, "columns": columns}
         return evaluate_model(
-            self.model,
+            self._model,
             data=None if self.data is None else data,
             reward=None if self.reward is None else {"name": self.reward, "options": options},
             tasks=tasks if self.task_names else None,
             sampling=self.sampling,
-            teacher=self.teacher,
+            teacher=self._teacher,
             seed=self.seed or 0,
             say=say,
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 from opd.errors import ConfigError
 from opd.models.gguf_file import GGUFFile
+from opd.models.positions import scaled
 from opd.models.ticks import counted
 from opd.plugins import np, torch
 
@@ -54,6 +55,21 @@ def load_model(file: GGUFFile) -> tuple[Any, list[str]]:
     model.load_state_dict(weights, strict=False, assign=True)
     model.tie_weights()
     return model, notes
+
+
+def stated_positions(file: GGUFFile) -> float:
+    """`positions_of` the model that `load_model` makes, from the header; infinite if it does not state them.
+
+    Infinite also where transformers makes the model: what the header means is then transformers' matter. Raises
+    ConfigError for scaled positions that cannot be converted.
+    """
+    architecture = str(file.get("general.architecture"))
+    limit = file.get(f"{architecture}.context_length")
+    if architecture not in DIRECT or not isinstance(limit, int) or limit <= 0:
+        return math.inf
+    # Llama 3's divisors leave the limit as it is, and comparing them reads a tensor.
+    rope = None if ROPE_FACTORS in file.tensors else rope_scaling(file, architecture)
+    return scaled(limit, rope or {}, by_layer=architecture == "gemma3")
 
 
 def _fields(file: GGUFFile, architecture: str, table: Any) -> tuple[dict[str, Any], list[str]]:

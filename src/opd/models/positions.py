@@ -31,8 +31,8 @@ def _positions(text: Any) -> float:
         return math.inf
     rope: Mapping[str, Any] = getattr(text, "rope_parameters", None) or {}
     by_layer = [value for value in rope.values() if isinstance(value, Mapping)]
-    scaled = [_scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
-    return min(scaled) if min(scaled) < limit else max(scaled)
+    found = [scaled(limit, one, by_layer=bool(by_layer)) for one in by_layer or [rope]]
+    return min(found) if min(found) < limit else max(found)
 
 
 def _selected(text: Any) -> float:
@@ -44,7 +44,11 @@ def _selected(text: Any) -> float:
     return getattr(text, "keep_window_size", None) or math.inf  # Doge
 
 
-def _scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
+def scaled(limit: int, rope: Mapping[str, Any], *, by_layer: bool) -> int:
+    """The positions of layers with this scaling, in the fields of transformers; `limit`: `max_position_embeddings`.
+
+    `by_layer`: the model has a scaling for each kind of layer.
+    """
     kind, factor = rope.get("rope_type"), rope.get("factor") or 1.0
     trained = rope.get("original_max_position_embeddings") or limit
     if kind == "linear" and not by_layer:

@@ -18,6 +18,7 @@ from opd.recipe.schema import ModelSpec
 if TYPE_CHECKING:
     from torch import nn
 
+    from opd.models.gguf_file import GGUFFile
     from opd.models.paths import Source
 
 
@@ -30,16 +31,17 @@ class Facts:
     balance: float  # `experts.coefficient_in`
 
 
-def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
+def tokenizer_of(spec: ModelSpec, name: str, where: str | None = None) -> Any | None:
     """The tokenizer of a folder, a GGUF file or a new model; None if it comes with weights that do not exist yet.
 
     None also for a GGUF file whose tokenizer `gguf_tokenizer` leaves to transformers, until the file is converted.
     Also None for a user's scorer. For a server it is the one that its section names, else that of the path that the run
-    starts a server of, else None.
+    starts a server of, else None. `where` is the name of the path in messages; default: the recipe's key.
     """
     from opd.models.new import new_config, new_tokenizer
     from opd.models.tokenizer_files import load_tokenizer
 
+    label = where or f"models.{name}.path"
     if spec.server is not None and spec.server.start is not None and spec.tokenizer is None:
         spec = ModelSpec(path=spec.server.start.path, chat_template=spec.chat_template)
     if not spec.local and spec.tokenizer is None:
@@ -50,13 +52,11 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
         tokenizer = new_tokenizer(spec, name)
         new_config(spec, name, tokenizer)
     else:
-        source = _source(spec, name)
+        source = _source(spec, name, where)
         if source is None:
-            tokenizer = _before_conversion(spec, name)
+            tokenizer = _before_conversion(spec, name, label)
         else:
-            tokenizer = load_tokenizer(
-                source.tokenizer, trust_remote_code=spec.trust_remote_code, where=f"models.{name}.path"
-            )
+            tokenizer = load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=label)
         if tokenizer is None:
             return None
     if spec.chat_template is not None:
@@ -65,7 +65,15 @@ def tokenizer_of(spec: ModelSpec, name: str) -> Any | None:
 
 
 def known_positions(spec: ModelSpec, name: str, tokenizer: Any) -> float:
-    """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet."""
+    """The number of positions of a recipe's model; infinite if its config does not say, or cannot be read yet.
+
+    Of a GGUF file that has not been converted, as its header says. Raises ConfigError for one that cannot be read.
+    """
+    file = _unconverted(spec, name)
+    if file is not None:
+        from opd.models.gguf_weights import stated_positions
+
+        return stated_positions(file)
     known = known_facts(spec, name, tokenizer)
     return math.inf if known is None else known.positions
 
@@ -103,14 +111,12 @@ def known_endings(spec: ModelSpec, name: str, tokenizer: Any) -> Endings:
     """
     from transformers import GenerationConfig
 
-    from opd.models.gguf_file import read_gguf
     from opd.models.gguf_tokenizer import end_ids
-    from opd.models.paths import source_of
 
+    file = _unconverted(spec, name)
+    if file is not None:
+        return endings_of(tokenizer, spec.template_options, generation=end_ids(file), below=math.inf)
     source = None if spec.path is None else _source(spec, name)
-    if spec.path is not None and source is None:
-        stated = end_ids(read_gguf(Path(source_of(spec, name).weights)))
-        return endings_of(tokenizer, spec.template_options, generation=stated, below=math.inf)
     config: Any = None
     if source is not None:
         try:
@@ -154,13 +160,10 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
     """Notes on a model's weights, which are compared with its config by name and shape. Raises ConfigError."""
     from opd.models.adapter_files import adapter_tensors
     from opd.models.gguf import notes_of
-    from opd.models.gguf_file import read_gguf
-    from opd.models.paths import source_of
     from opd.models.weights import check_weights
 
+    _unconverted(spec, name)  # names a damaged file
     source = None if spec.path is None else _source(spec, name)
-    if spec.path is not None and source is None:
-        read_gguf(Path(source_of(spec, name).weights))  # names a damaged file
     if source is None:
         return []
     for adapter in source.adapters:
@@ -171,14 +174,27 @@ def known_weights(spec: ModelSpec, name: str) -> list[str]:
     return [*notes, *check_weights(source.weights, spec, f"models.{name}.path")]
 
 
-def _before_conversion(spec: ModelSpec, name: str) -> Any | None:
+def _unconverted(spec: ModelSpec, name: str) -> GGUFFile | None:
+    """The header of a model's GGUF file that has not been converted; None for every other model.
+
+    Raises ConfigError for a damaged file.
+    """
+    from opd.models.gguf_file import read_gguf
+    from opd.models.paths import source_of
+
+    if spec.path is None or _source(spec, name) is not None:
+        return None
+    return read_gguf(Path(source_of(spec, name).weights))
+
+
+def _before_conversion(spec: ModelSpec, name: str, where: str) -> Any | None:
     """The tokenizer that the conversion of a GGUF file will write, or that an adapter of it has."""
     from opd.models.gguf_file import read_gguf
     from opd.models.gguf_tokenizer import read_tokenizer, reads
     from opd.models.paths import source_of
     from opd.models.tokenizer_files import load_tokenizer
 
-    source, where = source_of(spec, name), f"models.{name}.path"
+    source = source_of(spec, name, where)
     if source.tokenizer != source.weights:
         return load_tokenizer(source.tokenizer, trust_remote_code=spec.trust_remote_code, where=where)
     file = read_gguf(Path(source.weights))
@@ -189,14 +205,14 @@ def _before_conversion(spec: ModelSpec, name: str) -> Any | None:
         return load_tokenizer(Path(folder), trust_remote_code=False, where=where)
 
 
-def _source(spec: ModelSpec, name: str) -> Source | None:
+def _source(spec: ModelSpec, name: str, where: str | None = None) -> Source | None:
     """The parts of a model with a path; None for a GGUF file that has not been converted."""
     from opd.models.gguf import cached_gguf
     from opd.models.paths import source_of
 
     if not spec.local:
         return None
-    source = source_of(spec, name)
+    source = source_of(spec, name, where)
     if not isinstance(source.weights, Path) or source.weights.suffix != ".gguf":
         return source
     folder = cached_gguf(source.weights)

@@ -12,7 +12,7 @@ from opd.errors import ConfigError
 from opd.recipe.mistakes import explain
 from opd.recipe.packaged import recipe_file
 from opd.recipe.references import check_references
-from opd.recipe.schema import Recipe, Section, StageSpec
+from opd.recipe.schema import Recipe, Section, StageSpec, section_of
 from opd.recipe.tree import fresh, merged, override, with_whole_tasks
 from opd.recipe.yaml_text import Source, read_file, write_text
 
@@ -32,8 +32,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: str | Source = "recipe") -> Recipe:
-    """The Recipe of a mapping, as read from YAML. `defaults` is merged under every stage. Raises ConfigError.
+    """The Recipe of a mapping, as read from YAML. Raises ConfigError.
 
+    `defaults` is merged under every stage. A model `from_stage` has the chat template and options of `section_of`.
     `source` is the origin of `raw` in messages; a `Source` also knows the lines.
     """
     source = Source(name=source) if isinstance(source, str) else source
@@ -55,7 +56,14 @@ def parse_recipe(raw: Mapping[str, Any], overrides: Sequence[str] = (), source: 
         keys = StageSpec.model_fields
         raise ConfigError(explain(error, source, Recipe, stage_keys=keys, overrides=overrides)) from error
     check_references(recipe, source)
-    return recipe
+    return _with_sections(recipe)
+
+
+def _with_sections(recipe: Recipe) -> Recipe:
+    """The recipe with `section_of` each model that a stage names: what it does is written in it, also when dumped."""
+    used = {name for stage in recipe.stages for name in stage.models}
+    models = {name: section_of(recipe, name) if name in used else spec for name, spec in recipe.models.items()}
+    return recipe.model_copy(update={"models": models})
 
 
 def _whole(defaults: dict[str, Any], stage: Any, source: Source, number: int) -> Any:

@@ -168,7 +168,7 @@ class ModelSpec(Section):
     trust_remote_code: bool = False  # run Python code that comes with the model
     # Replaces the tokenizer's: jinja, or a file of it, which is read when the recipe is.
     chat_template: Annotated[str, AfterValidator(template_text)] | None = None
-    template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}
+    template_options: dict[str, Any] = {}  # e.g. {enable_thinking: false}; default with `from_stage`: those there
 
     @model_validator(mode="after")
     def _one_origin(self) -> ModelSpec:
@@ -593,4 +593,7 @@ def section_of(recipe: Recipe, name: str) -> ModelSpec:
     if spec.from_stage is None:
         return spec
     before = section_of(recipe, recipe.stage(spec.from_stage).train)
-    return spec.model_copy(update={key: getattr(spec, key) or getattr(before, key) for key in OF_TEMPLATE})
+    own = {key: getattr(spec, key) for key in OF_TEMPLATE if key in spec.model_fields_set}
+    if own.get("chat_template") is None:  # no template is no template of its own, but no options are
+        own["chat_template"] = before.chat_template
+    return spec.model_copy(update={"template_options": before.template_options, **own})

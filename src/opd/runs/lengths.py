@@ -75,10 +75,14 @@ def check_lengths(
         if check.model != spec.train:  # its template and special tokens may differ
             options = origin_of(recipe, check.model).template_options
             own_lengths = [len(render(prompt, tokenizers[check.model], options)) for prompt in check.prompts]
-        _refuse_if_too_long(check, own_lengths, positions, spare)
+        refuse_if_too_long(check, own_lengths, positions)
 
 
-def _refuse_if_too_long(check: LengthCheck, lengths: Sequence[int], positions: float, spare: float) -> None:
+def refuse_if_too_long(check: LengthCheck, lengths: Sequence[int], positions: float) -> None:
+    """Raise DataError if the model has too few `positions`. `lengths`: of the prompts, in its own tokens."""
+    spare = positions + check.writes - check.tokens  # for the prompt
+    if max(lengths) <= spare:
+        return
     over = sum(length > spare for length in lengths)
     extreme = f"even the shortest has {min(lengths)}" if over == len(lengths) else f"the longest has {max(lengths)}"
     room = int(positions) + check.writes - max(lengths)

@@ -206,13 +206,18 @@ def check_vocabulary(spec: StageSpec, method: Method, tokenizer: Any) -> None:
 
 
 # --- chat templates --------------------------------------------------------------------------------------------------
-def unused_template(name: str, tokenizer: Any, prompts: Sequence[Prompt]) -> list[str]:
-    """A warning if the tokenizer has a chat template and no prompt is a conversation; else no line."""
+def unused_template(
+    name: str, tokenizer: Any, prompts: Sequence[Prompt], *, chat: str = "set data.chat: true"
+) -> list[str]:
+    """A warning if the tokenizer has a chat template and no prompt is a conversation; else no line.
+
+    `chat`: how the prompts become conversations.
+    """
     if not tokenizer.chat_template or is_chat(prompts):
         return []
     return [
         f"{name} has a chat template, which nothing uses: the prompts are text, and are read as they are. For answers "
-        "as in a chat, set data.chat: true"
+        f"as in a chat, {chat}"
     ]
 
 
@@ -224,28 +229,48 @@ def taught_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: 
     return template_lines(name, tokenizer, prompts, options)
 
 
-def check_differ(name: str, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> None:
-    """Raise DataError if different prompts all render to the same `ids`: the model would not read the data."""
+def check_differ(
+    name: str, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]], *, template: str | None = None
+) -> None:
+    """Raise DataError if different prompts all render to the same `ids`: the model would not read the data.
+
+    `template` names its chat template in the remedy; default: the recipe's key.
+    """
     contents = {repr(prompt.content) for prompt in prompts}
     if len(contents) > 1 and len(set(map(tuple, ids))) == 1:
         raise DataError(
             f"{name}: {len(contents)} different prompts all render to the same {len(ids[0])} tokens, so it would not "
-            f"read what differs in them. Correct models.{name}.chat_template or the data."
+            f"read what differs in them. Correct {template or key_of_template(name)} or the data."
         )
 
 
-def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options: Mapping[str, Any]) -> list[str]:
-    """What a model reads otherwise than it is in the data, and what its chat template lacks; prompts that render."""
+def key_of_template(name: str) -> str:
+    return f"models.{name}.chat_template"
+
+
+def template_lines(
+    name: str,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    options: Mapping[str, Any],
+    *,
+    template: str | None = None,
+) -> list[str]:
+    """What a model reads otherwise than it is in the data, and what its chat template lacks; prompts that render.
+
+    `template` names the chat template in remedies; default: the recipe's key.
+    """
     from opd.models.render import template_for
     from opd.models.templates import content_form, generation_prompt, joined_parts, reads_clock, unfrozen_clock
 
     lines: list[str] = []
+    key = template or key_of_template(name)
     begin = tokenizer.bos_token
     begun = [p for p in prompts if isinstance(p.content, str) and begin and p.content.startswith(begin)]
     if begun:
         lines.append(f"{name}: {len(begun)} prompts begin with {begin}, which the tokenizer does not add again")
     chats = [(p.content, *template_for(p, tokenizer, options)) for p in prompts if not isinstance(p.content, str)]
-    joined = sum(joined_parts(messages, content_form(template, tokenizer)) for messages, template, _ in chats)
+    joined = sum(joined_parts(messages, content_form(text, tokenizer)) for messages, text, _ in chats)
     written = [
         ((*p.content, *p.turns), template_for(p, tokenizer, options)[0])
         for p in prompts
@@ -257,18 +282,18 @@ def template_lines(name: str, tokenizer: Any, prompts: Sequence[Prompt], options
             f"{name}: {joined} conversations have messages in parts, which are joined to text: its chat template does "
             "not read parts"
         )
-    for messages, template, variables in chats[:1]:
-        if not generation_prompt(messages, template, tokenizer, variables):
+    for messages, text, variables in chats[:1]:
+        if not generation_prompt(messages, text, tokenizer, variables):
             lines.append(
                 f"{name}: its chat template has no generation prompt (`add_generation_prompt` changes nothing), so a "
-                f"response begins with the header of the assistant's turn. Set models.{name}.chat_template"
+                f"response begins with the header of the assistant's turn. Set {key}"
             )
-        if reads_clock(messages, template, tokenizer, variables):
+        if reads_clock(messages, text, tokenizer, variables):
             lines.append(f"{name}: its chat template writes the date; a run keeps the time of its first start")
-        if unfrozen_clock(template):
+        if unfrozen_clock(text):
             lines.append(
                 f"{name}: its chat template calls strftime_now with a format that is not text, so a resumed run may "
-                f"render other prompts. Set models.{name}.chat_template to one that states the format"
+                f"render other prompts. Set {key} to one that states the format"
             )
     return lines
 

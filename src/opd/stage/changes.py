@@ -37,7 +37,7 @@ EFFECTS: tuple[tuple[str, Effect], ...] = (
     ("stages.*.samples_every", "none"),
     ("stages.*.samples.*", "none"),
     ("stages.*.diagnostics.*", "none"),
-    ("stages.*.evaluate.every", "none"),
+    ("stages.*.evaluate.every", "none"),  # unless `until` ends the stage at one of them: `recipe_changes`
     ("stages.*.evaluate.pass_at*", "none"),
     ("stages.*.save", "none"),
     ("stages.*.save_dtype", "none"),
@@ -88,9 +88,18 @@ def recipe_changes(old: Recipe, new: Recipe) -> list[Change]:
     if names[0] != names[1]:
         return [Change("the stages", ", ".join(names[0]), ", ".join(names[1]), "structure")]
     flat = [dict(_flat(_by_name(recipe))) for recipe in (old, new)]
-    paths = [path for path in {**flat[0], **flat[1]} if flat[0].get(path, MISSING) != flat[1].get(path, MISSING)]
+    both = {**flat[0], **flat[1]}
+    paths = [path for path in both if flat[0].get(path, MISSING) != flat[1].get(path, MISSING)]
+    # A stage with a goal ends at one of its evaluations, so their steps decide which weights are its last.
+    ends = {(*path[:-2], "every") for path in both if path[-3:-1] == ("evaluate", "until")}
     return [
-        Change(".".join(path), flat[0].get(path, MISSING), flat[1].get(path, MISSING), _effect(path)) for path in paths
+        Change(
+            ".".join(path),
+            flat[0].get(path, MISSING),
+            flat[1].get(path, MISSING),
+            "numbers" if path in ends else _effect(path),
+        )
+        for path in paths
     ]
 
 
