@@ -61,6 +61,10 @@ BAD: list[Any] = [
     ({"environment": {"name": "bad_tools:cannot_be_made"}}, None, "raised RuntimeError: size 1"),
     ({"environment": {"name": "bad_tools:cannot_be_made", "options": {"sise": 1}}}, None, "Did you mean 'size'?"),
     ({"environment": {"name": "bad_tools:cannot_begin"}}, None, "cannot begin prompt 0: ValueError: no such game"),
+    ({"environment": {"name": "bad_tools:begins_with_state"}}, None, "`begin` returned a dict, not a Begun"),
+    ({"environment": {"name": "bad_tools:deferred"}}, None, "`act` of Deferred is a coroutine or a generator"),
+    # tools of which no call can be made
+    ({"environment": {"tools": ["bad_tools:waits"]}}, None, "the tool bad_tools:waits is a coroutine"),
     # methods and stages
     ({"method": "sft", "teacher": None, "evaluate": None}, None, "the environment takes part in the evaluation alone"),
     ({"method": "forward_kl"}, None, "others write responses too"),
