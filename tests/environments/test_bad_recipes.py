@@ -17,6 +17,23 @@ TOOLS_CHAT = "{% if tools %}{% endif %}{{ '' if true else '<tool_call>' }}" + CH
 NO_TOOL_ROLE = TOOLS_CHAT.replace(
     "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
 )
+CALLS = (
+    "{% if tools %}{% endif %}{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}WRITTEN"
+    "{% else %}{{ m.content }}{% endif %}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = "{% set f = m.tool_calls[0].function %}"
+# GLM 4.5 has <tool_call> too, and writes no JSON in it.
+GLM = CALLS.replace("WRITTEN", CALL + "<tool_call>{{ f.name }}<arg_key>value</arg_key></tool_call>")
+# Llama 3.1 and Mistral write calls alone.
+BARE = CALLS.replace(
+    "WRITTEN",
+    CALL + '<tool_call>{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}</tool_call>',
+)
+THINKS = BARE.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}{{ '' if '<think>' in m.content else m.content }}")
+# The generation prompt of Qwen 3.5 begins the thinking.
+BEGUN = BARE.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}<think>\n{{ m.content }}").replace(
+    "<assistant>", "<assistant><think>\n"
+)
 DROPS = CHAT.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 TALKER = {"name": "talking:talker"}
 
@@ -75,6 +92,8 @@ BAD: list[Any] = [
     # templates
     ({}, CHAT, "does not mention the option 'tools'"),
     ({}, CHAT + "{% if tools %}{% endif %}", "writes no tool call in a format that opd knows"),
+    ({}, GLM, "writes a call as '<tool_call>calculator<arg_key>value</arg_key></tool_call>', which is not the format"),
+    ({}, THINKS, "the thinking of an earlier turn (<think>) otherwise"),
     ({}, NO_TOOL_ROLE, "writes no turn behind a message of role 'tool'"),
     ({"environment": TALKER}, DROPS, "the thinking of an earlier turn (<think>) otherwise"),
 ]
@@ -92,6 +111,10 @@ GOOD: list[Any] = [
     ({}, None, "each response is a conversation with tools with the tools calculator: up to 8 turns, 3 tokens in all"),
     ({}, None, 'sampling.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'),
     ({}, TOOLS_CHAT, "tool calls are read in the format 'hermes'"),
+    ({}, BARE, "tool calls are read in the format 'hermes'"),
+    ({}, BARE, "the chat template drops what is said beside a call from an earlier turn"),
+    ({}, BEGUN, "tool calls are read in the format 'hermes'"),
+    ({"environment": {"tools": ["calculator"], "format": "hermes"}}, GLM, "which is not the format 'hermes'"),
     ({"environment": TALKER}, CHAT, "each response is a conversation with talker: up to 8 turns"),
     ({"environment": {**TALKER, "rewritten": "keep"}}, DROPS, "rewrites earlier turns of a conversation; their tokens"),
     (

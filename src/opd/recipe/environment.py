@@ -17,7 +17,7 @@ class EnvironmentSection(Section):
     tools: list[Text] = []  # of `tools`: calculator, python, or my_package.mine:function
     options: dict[str, Any] = {}  # of the environment; of `tools` by tool
     # How the model writes a call; auto: as its chat template does. See `opd.environments.formats`.
-    format: Literal["auto", "hermes", "llama3", "mistral", "harmony", "text"] = "auto"
+    format: Literal["auto", "hermes", "qwen3_coder", "llama3", "mistral", "harmony", "text"] = "auto"
     max_turns: Int = Field(default=8, ge=1)  # of the student
     max_turn_length: Int | None = Field(default=None, ge=1)  # tokens of a turn; default: what is left of the response
     timeout_s: Float = Field(default=10.0, gt=0)  # seconds per action; one that takes longer is an error, and counted
