@@ -27,6 +27,7 @@ READ = [
     ),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}', [("f", {"x": 1})], ""),  # ended by its end token
     ("hermes", "The answer is 4.", [], "The answer is 4."),
+    ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', [("f", {})], ""),
     # a call that the thinking mentions is none
     (
         "hermes",

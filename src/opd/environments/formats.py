@@ -261,6 +261,8 @@ def _call(value: Any, *keys: str) -> Call:
 def _arguments(given: Any) -> dict[str, Any]:
     """Arguments by name, also from a text of JSON. Raises ValueError."""
     found = _json(given) if isinstance(given, str) else given
+    if found is None:  # of a tool without parameters
+        return {}
     if not isinstance(found, Mapping):
         raise ValueError(f"the arguments of a call are an object, got {type(found).__name__}")
     return {str(key): value for key, value in found.items()}
