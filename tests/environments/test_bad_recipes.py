@@ -80,6 +80,14 @@ BAD: list[Any] = [
     ({"environment": {"name": "bad_tools:cannot_begin"}}, None, "cannot begin prompt 0: ValueError: no such game"),
     ({"environment": {"name": "bad_tools:begins_with_state"}}, None, "`begin` returned a dict, not a Begun"),
     ({"environment": {"name": "bad_tools:deferred"}}, None, "`act` of Deferred is a coroutine or a generator"),
+    (
+        {"environment": {"tools": ["calculator"], "error": "{reason}"}},
+        None,
+        "`error` holds {reason}, and only {why}",
+    ),
+    ({"environment": {"tools": ["bad_tools:adds"]}}, None, "the tool 'adds' takes no such call (missing a required"),
+    ({"environment": {"tools": ["bad_tools:Adds"]}}, None, "the tool 'Adds' takes no such call (missing a required"),
+    ({"environment": {"tools": ["bad_tools:now"]}}, None, "the tool 'now' takes no such call (too many positional"),
     # tools of which no call can be made
     ({"environment": {"tools": ["bad_tools:waits"]}}, None, "the tool bad_tools:waits is a coroutine"),
     # methods and stages
@@ -123,6 +131,17 @@ GOOD: list[Any] = [
         "conversation with talker",
     ),
 ]
+
+
+def test_check_names_settings_in_which_no_call_ends_a_turn():
+    """Of an evaluation it said nothing, and every call there ran on to the limit."""
+    sampling = {"max_completion_length": 9, "stop": ["]"]}
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": {"drawn": sampling, "greedy": {"temperature": 0}}}
+    ended = checked({"sampling": sampling, "evaluate": evaluate})
+    assert ended.code == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert said.count('stop has no "]"') == 1
+    assert 'evaluate.sampling.greedy.stop has no "]", so a call' in said
 
 
 def test_check_reads_the_evaluations_settings_of_traces():

@@ -175,6 +175,34 @@ def by_place(text: str, /) -> str:
     return text
 
 
+def adds(a: int, b: int) -> int:
+    """Adds.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return a + b
+
+
+class Adds:
+    """Adds."""
+
+    def __call__(self, a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a: One.
+            b: The other.
+        """
+        return a + b
+
+
+def now() -> str:
+    """Says the time."""
+    return "12:00"
+
+
 class Colour(Enum):
     RED = "red"
 

@@ -196,3 +196,14 @@ def _enum_in(hint: Any) -> type[Enum] | None:
     if inspect.isclass(hint) and issubclass(hint, Enum) and not issubclass(hint, (str, int)):
         return hint
     return next((found for one in get_args(hint) if (found := _enum_in(one)) is not None), None)
+
+
+def unfit_for_text(environment: Environment) -> str | None:
+    """Which of the environment's tools cannot be called with one text, as in a prompt without a template, and why."""
+    for name, tool in environment.made.items() if isinstance(environment, Tools) else ():
+        given = (None, "") if inspect.isclass(tool) else ("",)  # of a class `__call__`, whose first is `self`
+        try:
+            inspect.signature(tool.__call__ if inspect.isclass(tool) else tool).bind(*given)
+        except TypeError as error:
+            return f"the tool {name!r} takes no such call ({error})"
+    return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -29,9 +30,11 @@ class EnvironmentSection(Section):
     rewritten: Literal["refuse", "keep"] = "refuse"
 
     @model_validator(mode="after")
-    def _tools_of_tools(self) -> EnvironmentSection:
+    def _fits(self) -> EnvironmentSection:
         if self.tools and self.name != "tools":
             raise ValueError(f"`tools` is of `name: tools`, and {self.name} does not read it: leave it out")
         if not self.tools and self.name == "tools":
             raise ValueError("it names no tool: set `tools`, e.g. [calculator], or the `name` of another environment")
+        if unknown := sorted({*re.findall(r"\{\w+\}", self.error)} - {"{why}"}):
+            raise ValueError(f"`error` holds {unknown[0]}, and only {{why}} is filled in")
         return self

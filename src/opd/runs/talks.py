@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from opd.environments.between import Transcript
 from opd.environments.conversations import Rules
 from opd.environments.formats import FORMATS, format_of, name_of, parsed
 from opd.environments.protocol import Call
+from opd.environments.tools import unfit_for_text
 from opd.errors import ConfigError, DataError
 from opd.method import Method
 from opd.models.language_model import LanguageModel
@@ -53,11 +54,12 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
             f"{tools}: up to {rules.max_turns} turns, {most} tokens in all"
         )
         if isinstance(first.content, str) and one.tools:
-            lines += [
-                f'{key}.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'
-                for key, sampling in settings.items()
-                if not any("]" in stop for stop in sampling.stop)
-            ]
+            lines += without_stop(spec.by_task[name], settings)
+            if rules.format in ("auto", "text") and (why := unfit_for_text(rules.environment)) is not None:
+                raise ConfigError(
+                    f"{where}: the prompts are texts, whose calls give one text, [f: 1+2], and {why}. Set `data.chat: "
+                    "true` for calls with names, or write a function of one text."
+                )
         origin = origin_of(recipe, spec.train)
         tokenizer = tokenizer_of(origin, spec.train) if student is None else student.tokenizer
         if tokenizer is None:
@@ -105,6 +107,17 @@ def check_method(spec: StageSpec, method: Method, where: str, *, evaluates: bool
         )
     if spec.peers:
         raise ConfigError(f"{where}: `environment` is not supported in a stage with `peers`. Remove one of them.")
+
+
+def without_stop(task: TaskSection, settings: Mapping[str, SamplingSection]) -> list[str]:
+    """A line for each of the `settings`, and of the evaluation's, in which no call in a text ends a turn."""
+    held_out = {} if task.evaluate is None else task.evaluate.sampling
+    named = {**settings, **{f"evaluate.sampling.{name}": one for name, one in held_out.items()}}
+    return [
+        f'{key}.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'
+        for key, sampling in named.items()
+        if not any("]" in stop for stop in sampling.stop)
+    ]
 
 
 def settings_of(task: TaskSection, method: Method) -> dict[str, SamplingSection]:
