@@ -133,6 +133,16 @@ GOOD: list[Any] = [
 ]
 
 
+@pytest.mark.parametrize(("error", "said"), [(None, True), ("=", False), ("+{why}", True)])
+def test_check_says_that_a_failed_call_cannot_be_read(error: str | None, said: bool):
+    """A tokenizer of a few characters read the default text as padding."""
+    ended = checked({"environment": {"tools": ["calculator"], **({} if error is None else {"error": error})}})
+    assert ended.code == 0, ended.err
+    line = "of a failed call the model reads '"
+    assert (line in ended.out) == said, ended.out
+    assert ("<pad>" in ended.out) == said
+
+
 def test_check_names_settings_in_which_no_call_ends_a_turn():
     """Of an evaluation it said nothing, and every call there ran on to the limit."""
     sampling = {"max_completion_length": 9, "stop": ["]"]}

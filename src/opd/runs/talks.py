@@ -67,6 +67,7 @@ def check_talks(recipe: Recipe, spec: StageSpec, prepared: Prepared, student: La
         options = origin.template_options
         render_checked([first], tokenizer, max_prompt_length=spec.max_prompt_length, template_options=options)
         endings = student.endings if student is not None else known_endings(origin, spec.train, tokenizer)
+        lines += unknown_error(rules, tokenizer) if one.tools else []
         lines += check_template(first, rules, tokenizer, options, endings.stops, endings.turn, where)
     return lines
 
@@ -107,6 +108,18 @@ def check_method(spec: StageSpec, method: Method, where: str, *, evaluates: bool
         )
     if spec.peers:
         raise ConfigError(f"{where}: `environment` is not supported in a stage with `peers`. Remove one of them.")
+
+
+def unknown_error(rules: Rules, tokenizer: Any) -> list[str]:
+    """A line if the tokenizer, such as one of a few characters, does not know the text of a failed call."""
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown, text = getattr(model, "unk_token", None), rules.limits.error.replace("{why}", "no tool")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    if unknown is None or tokenizer.convert_tokens_to_ids(unknown) not in ids:
+        return []
+    return [
+        f"of a failed call the model reads {tokenizer.decode(ids)!r:.80}: set `environment.error` to a text it knows"
+    ]
 
 
 def without_stop(task: TaskSection, settings: Mapping[str, SamplingSection]) -> list[str]:
