@@ -147,16 +147,41 @@ def opened_image(image: Image, where: str) -> Any:
     """The image as a PIL image in RGB. Raises DataError, beginning with `where`, for a file that is not one."""
     try:
         from PIL import Image as Pillow
+        from PIL import UnidentifiedImageError
     except ImportError as error:
         raise ConfigError(f"{where} has images, which need pillow: pip install 'opd[vision]'.") from error
     try:
         content = image.content if image.path is None else image.path.read_bytes()
-        return Pillow.open(io.BytesIO(content or b"")).convert("RGB")
+        return in_rgb(Pillow.open(io.BytesIO(content or b"")), f"{where}: {image.name}")
+    except DataError:
+        raise
     except Exception as error:  # of a damaged file pillow raises any type
+        why = "pillow knows no such format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise DataError(
-            f"{where}: {image.name} is not a readable image ({' '.join(str(error).split()):.200}). Give a PNG, a JPEG "
+            f"{where}: {image.name} is not a readable image ({' '.join(why.split()):.200}). Give a PNG, a JPEG "
             "or another format of pillow."
         ) from error
+
+
+def in_rgb(opened: Any, what: str) -> Any:
+    """A PIL image in RGB, upright as its EXIF says, as `datasets` and transformers read it.
+
+    Raises DataError, beginning with `what`, for several frames, and for more than 8 bits a channel, of which pillow
+    makes white or black.
+    """
+    from PIL import ImageOps
+
+    if getattr(opened, "is_animated", False) and opened.format != "MPO":  # a photo with a preview
+        raise DataError(
+            f"{what} has {opened.n_frames} frames, and an image is one. Save the frames as files of their own, and "
+            "list them in `images`."
+        )
+    if opened.mode.startswith(("I", "F")):
+        raise DataError(
+            f"{what} has the mode {opened.mode} of pillow, more than 8 bits a channel, and in RGB it would be cut to "
+            "white or black. Scale it, and save it with 8 bits."
+        )
+    return ImageOps.exif_transpose(opened).convert("RGB")
 
 
 def encoded_image(drawn: Any, name: str) -> Image:

@@ -113,7 +113,10 @@ def result_of(what: str, maker: str | Callable[..., Any], *given: Any, **options
 
 
 def checked(found: Any, protocol: Any, what: str, required: str) -> Any:
-    """`found`, if it has all members of `protocol`, which has defaults for all but `required`. Raises ConfigError."""
+    """`found`, if it has all members of `protocol`, which has defaults for all but `required`.
+
+    Raises ConfigError, also for a member that is a coroutine or a generator: nothing would await it.
+    """
     missing = sorted(name for name in dir(protocol) if not name.startswith("_") and not hasattr(found, name))
     if "__call__" in vars(protocol) and not callable(found):
         missing.append("__call__")
@@ -124,7 +127,19 @@ def checked(found: Any, protocol: Any, what: str, required: str) -> Any:
             f"{', '.join(missing)}. Derive its class from {protocol.__module__}.{protocol.__name__}, which has "
             f"defaults for all but `{required}`."
         )
+    for name in (*(one for one in dir(protocol) if not one.startswith("_")), "__call__"):
+        if is_deferred(getattr(found, name, None)):
+            raise ConfigError(
+                f"{what}: `{name}` of {type(found).__name__} is a coroutine or a generator, and opd calls it and reads "
+                "what it returns. Give a plain function: it may call asyncio.run."
+            )
     return found
+
+
+def is_deferred(function: Any) -> bool:
+    """Whether a call of the function returns a coroutine or a generator, and runs nothing of it."""
+    kinds = (inspect.iscoroutinefunction, inspect.isgeneratorfunction, inspect.isasyncgenfunction)
+    return any(one(function) for one in kinds)
 
 
 def packaged(path: str) -> Path:

@@ -19,6 +19,7 @@ from support.runs import CHARACTERS, one_stage, prepare, sums, tiny_model, two_s
 import opd
 from opd.api import _described
 from opd.data.prompts import prompts_of_rows
+from opd.environments.protocol import Begun
 from opd.errors import AlignmentError, ConfigError, DataError, RunError, TrainingError
 from opd.models import saving
 from opd.models.loading import load_model
@@ -548,3 +549,30 @@ def test_evaluate_refuses_what_it_cannot_use(arguments: dict[str, Any], error: t
     with pytest.raises(error) as raised:
         opd.evaluate(model(2), ["1+1="], tokenizer=character_tokenizer(CHARACTERS), quiet=True, **arguments)
     assert said in str(raised.value)
+
+
+def times(a: int, b: int) -> int:
+    """Multiplies.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return a * b
+
+
+@pytest.mark.parametrize(
+    ("environment", "remedy"),
+    [
+        ({"tools": [times]}, rf"`stages\.0\.environment\.tools\.0`: .*Write {__name__}:times"),
+        ({"name": Begun}, r"environment\.name`: .*Write opd\.environments\.protocol:Begun"),
+        ({"tools": [lambda a: a]}, r"Write my_module:NAME, a function at the top of its file"),
+        (Begun, r"Write \{name: opd\.environments\.protocol:Begun\}, or \{tools: \[calculator\]\}"),
+        ("game:Higher", r"Write \{name: game:Higher\}"),
+        (Begun(), r"Write \{name: \.\.\.\}"),
+    ],
+)
+def test_function_in_place_of_its_name_names_the_remedy(environment: Any, remedy: str):
+    """A recipe is written to the run's folder, so it holds names."""
+    with pytest.raises(ConfigError, match=remedy):
+        distill(environment=environment)

@@ -168,9 +168,19 @@ def test_conversations_are_led_with_the_stages_environment(tmp_path, monkeypatch
     )
     recipe = {**recipe, "models": {"student": student}}
     after = trained(tmp_path, recipe, monkeypatch)[-1]
-    found = measured("run/distil/model", "--recipe", "recipe.yaml")
+    found = measured("run/distil/model", "--recipe", "recipe.yaml", "--responses", "rows.jsonl")
     assert found["drawn/environment/turns"] > 1
     assert found == {key: after[key] for key in found}
+    rows = [json.loads(line) for line in Path("rows.jsonl").read_text().splitlines()]
+    assert sum(row["tokens"] for row in rows) / len(rows) == found["drawn/length"], "the student's alone"
+    assert sum(len(row["turns"]) for row in rows) / len(rows) == found["drawn/environment/turns"]
+    for row in rows:
+        said = "".join(turn["environment"] + turn["student"] for turn in row["turns"])
+        assert said.replace("<pad>", "").replace("<eos>", "") == row["response"]
+        assert [turn["environment"] in ("<", ">", "?") for turn in row["turns"]] == [False] + [True] * (
+            len(row["turns"]) - 1
+        )
+        assert sum(turn["reward"] or 0 for turn in row["turns"]) == row["metrics"]["reward"]
 
 
 def test_stage_without_an_evaluation_is_refused(tmp_path, monkeypatch):

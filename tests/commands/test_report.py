@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.runs import EVALUATE, command, one_stage, prepare
@@ -66,6 +67,23 @@ def test_recoveries_of_equal_differences_blame_no_chance(spec: StageSpec, folder
     assert recoveries(spec, folder, None, ROWS) == [
         "greedy: 100% of the teacher's gap recovered (no interval: the differences are equal on all prompts)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("means", "ends", "shown"),
+    [
+        ((0.5, 1.0), (0.25, 1.0), ["50% [25%, 100%]", "100% [25%, 100%]"]),
+        ((4.5, 10.0), (-0.5, 12.0), ["4.50 [-0.50, 12.00]", "10.00 [-0.50, 12.00]"]),
+        ((0.5, 10.0), (0.25, 12.0), ["0.50 [0.25, 12.00]", "10.00 [0.25, 12.00]"]),
+        ((0.0, 0.9), (-0.1, 1.0), ["0.00 [-0.10, 1.00]", "0.90 [-0.10, 1.00]"]),
+    ],
+)
+def test_reward_beyond_one_is_no_share(spec: StageSpec, means: Any, ends: Any, shown: list[str]):
+    """A game's reward of 10 was shown as 1000%."""
+    low_high = {f"eval/greedy/reward_{name}": end for name, end in zip(("low", "high"), ends, strict=True)}
+    rows = [{"step": 8 * i, "eval/greedy/reward": mean, **low_high} for i, mean in enumerate(means)]
+    table = held_out_table(spec, rows)
+    assert [next(iter(column.cells)) for column in table.columns[1:]] == shown
 
 
 @pytest.mark.parametrize("missing", ["before", "teacher"])

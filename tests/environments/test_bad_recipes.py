@@ -17,6 +17,23 @@ TOOLS_CHAT = "{% if tools %}{% endif %}{{ '' if true else '<tool_call>' }}" + CH
 NO_TOOL_ROLE = TOOLS_CHAT.replace(
     "{% for m in messages %}", "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no') }}{% endif %}"
 )
+CALLS = (
+    "{% if tools %}{% endif %}{% for m in messages %}<{{ m.role }}>{% if m.tool_calls %}WRITTEN"
+    "{% else %}{{ m.content }}{% endif %}<eos>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+CALL = "{% set f = m.tool_calls[0].function %}"
+# GLM 4.5 has <tool_call> too, and writes no JSON in it.
+GLM = CALLS.replace("WRITTEN", CALL + "<tool_call>{{ f.name }}<arg_key>value</arg_key></tool_call>")
+# Llama 3.1 and Mistral write calls alone.
+BARE = CALLS.replace(
+    "WRITTEN",
+    CALL + '<tool_call>{"name": "{{ f.name }}", "arguments": {{ f.arguments | tojson }}}</tool_call>',
+)
+THINKS = BARE.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}{{ '' if '<think>' in m.content else m.content }}")
+# The generation prompt of Qwen 3.5 begins the thinking.
+BEGUN = BARE.replace("{% if m.tool_calls %}", "{% if m.tool_calls %}<think>\n{{ m.content }}").replace(
+    "<assistant>", "<assistant><think>\n"
+)
 DROPS = CHAT.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
 TALKER = {"name": "talking:talker"}
 
@@ -61,6 +78,18 @@ BAD: list[Any] = [
     ({"environment": {"name": "bad_tools:cannot_be_made"}}, None, "raised RuntimeError: size 1"),
     ({"environment": {"name": "bad_tools:cannot_be_made", "options": {"sise": 1}}}, None, "Did you mean 'size'?"),
     ({"environment": {"name": "bad_tools:cannot_begin"}}, None, "cannot begin prompt 0: ValueError: no such game"),
+    ({"environment": {"name": "bad_tools:begins_with_state"}}, None, "`begin` returned a dict, not a Begun"),
+    ({"environment": {"name": "bad_tools:deferred"}}, None, "`act` of Deferred is a coroutine or a generator"),
+    (
+        {"environment": {"tools": ["calculator"], "error": "{reason}"}},
+        None,
+        "`error` holds {reason}, and only {why}",
+    ),
+    ({"environment": {"tools": ["bad_tools:adds"]}}, None, "the tool 'adds' takes no such call (missing a required"),
+    ({"environment": {"tools": ["bad_tools:Adds"]}}, None, "the tool 'Adds' takes no such call (missing a required"),
+    ({"environment": {"tools": ["bad_tools:now"]}}, None, "the tool 'now' takes no such call (too many positional"),
+    # tools of which no call can be made
+    ({"environment": {"tools": ["bad_tools:waits"]}}, None, "the tool bad_tools:waits is a coroutine"),
     # methods and stages
     ({"method": "sft", "teacher": None, "evaluate": None}, None, "the environment takes part in the evaluation alone"),
     ({"method": "forward_kl"}, None, "others write responses too"),
@@ -71,6 +100,8 @@ BAD: list[Any] = [
     # templates
     ({}, CHAT, "does not mention the option 'tools'"),
     ({}, CHAT + "{% if tools %}{% endif %}", "writes no tool call in a format that opd knows"),
+    ({}, GLM, "writes a call as '<tool_call>calculator<arg_key>value</arg_key></tool_call>', which is not the format"),
+    ({}, THINKS, "the thinking of an earlier turn (<think>) otherwise"),
     ({}, NO_TOOL_ROLE, "writes no turn behind a message of role 'tool'"),
     ({"environment": TALKER}, DROPS, "the thinking of an earlier turn (<think>) otherwise"),
 ]
@@ -88,6 +119,10 @@ GOOD: list[Any] = [
     ({}, None, "each response is a conversation with tools with the tools calculator: up to 8 turns, 3 tokens in all"),
     ({}, None, 'sampling.stop has no "]", so a call [...] ends a turn only with the end-of-sequence token'),
     ({}, TOOLS_CHAT, "tool calls are read in the format 'hermes'"),
+    ({}, BARE, "tool calls are read in the format 'hermes'"),
+    ({}, BARE, "the chat template drops what is said beside a call from an earlier turn"),
+    ({}, BEGUN, "tool calls are read in the format 'hermes'"),
+    ({"environment": {"tools": ["calculator"], "format": "hermes"}}, GLM, "which is not the format 'hermes'"),
     ({"environment": TALKER}, CHAT, "each response is a conversation with talker: up to 8 turns"),
     ({"environment": {**TALKER, "rewritten": "keep"}}, DROPS, "rewrites earlier turns of a conversation; their tokens"),
     (
@@ -96,6 +131,27 @@ GOOD: list[Any] = [
         "conversation with talker",
     ),
 ]
+
+
+@pytest.mark.parametrize(("error", "said"), [(None, True), ("=", False), ("+{why}", True)])
+def test_check_says_that_a_failed_call_cannot_be_read(error: str | None, said: bool):
+    """A tokenizer of a few characters read the default text as padding."""
+    ended = checked({"environment": {"tools": ["calculator"], **({} if error is None else {"error": error})}})
+    assert ended.code == 0, ended.err
+    line = "of a failed call the model reads '"
+    assert (line in ended.out) == said, ended.out
+    assert ("<pad>" in ended.out) == said
+
+
+def test_check_names_settings_in_which_no_call_ends_a_turn():
+    """Of an evaluation it said nothing, and every call there ran on to the limit."""
+    sampling = {"max_completion_length": 9, "stop": ["]"]}
+    evaluate = {"data": {"path": "held_out.jsonl"}, "sampling": {"drawn": sampling, "greedy": {"temperature": 0}}}
+    ended = checked({"sampling": sampling, "evaluate": evaluate})
+    assert ended.code == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert said.count('stop has no "]"') == 1
+    assert 'evaluate.sampling.greedy.stop has no "]", so a call' in said
 
 
 def test_check_reads_the_evaluations_settings_of_traces():

@@ -11,6 +11,8 @@ from opd.environments.formats import format_of, parsed
 from opd.errors import ConfigError
 
 TOOLS: list[dict[str, Any]] = [{"type": "function", "function": {"name": "f"}}]
+KINDS = {"a": {"type": "string"}, "n": {"type": "integer"}, "o": {"type": "object"}, "b": {"type": "boolean"}}
+TYPED = {"type": "function", "function": {"name": "h", "parameters": {"properties": KINDS}}}
 TWO = [*TOOLS, {"type": "function", "function": {"name": "g"}}]
 
 READ = [
@@ -25,6 +27,37 @@ READ = [
     ),
     ("hermes", '<tool_call>{"name": "f", "arguments": {"x": 1}}', [("f", {"x": 1})], ""),  # ended by its end token
     ("hermes", "The answer is 4.", [], "The answer is 4."),
+    ("hermes", '<tool_call>{"name": "f", "arguments": null}</tool_call>', [("f", {})], ""),
+    # a call that the thinking mentions is none
+    (
+        "hermes",
+        '<think>\nA <tool_call> is next.\n</think>\n\n<tool_call>{"name": "f", "arguments": {}}</tool_call>',
+        [("f", {})],
+        "<think>\nA <tool_call> is next.\n</think>\n\n",
+    ),
+    ("hermes", '<think>\n<tool_call>{"name": "f"}</tool_call>', [], '<think>\n<tool_call>{"name": "f"}</tool_call>'),
+    (
+        "hermes",
+        '<tool_call>{"name": "g"}</tool_call>\n</think>\n4',
+        [],
+        '<tool_call>{"name": "g"}</tool_call>\n</think>\n4',
+    ),
+    ("llama3", '<think>\nhm\n</think>\n\n{"name": "f", "parameters": {}}', [("f", {})], "<think>\nhm\n</think>"),
+    ("mistral", "[THINK]or [TOOL_CALLS][/THINK][TOOL_CALLS]f[ARGS]{}", [("f", {})], "[THINK]or [TOOL_CALLS][/THINK]"),
+    (
+        "qwen3_coder",
+        "Hm.\n\n<tool_call>\n<function=h>\n<parameter=a>\n1\n2\n</parameter>\n<parameter=n>\n3\n</parameter>\n"
+        '<parameter=o>\n{"k": [true]}\n</parameter>\n<parameter=b>\nFalse\n</parameter>\n</function>\n</tool_call>',
+        [("h", {"a": "1\n2", "n": 3, "o": {"k": [True]}, "b": False})],
+        "Hm.\n\n",
+    ),
+    (
+        "qwen3_coder",
+        "<tool_call>\n<function=f>\n</function>\n</tool_call>\n<tool_call>\n<function=h>\n<parameter=n>\nx\n</parameter>",
+        [("f", {}), ("h", {"n": "x"})],
+        "\n",
+    ),
+    ("qwen3_coder", "4", [], "4"),
     ("llama3", '{"name": "f", "parameters": {"x": "a;b"}}', [("f", {"x": "a;b"})], ""),
     ("llama3", '<|python_tag|>{"name": "f", "parameters": {"x": 1}}', [("f", {"x": 1})], ""),
     ("llama3", '{"name": "f", "parameters": {}}; {"name": "g", "arguments": {}}', [("f", {}), ("g", {})], ""),
@@ -49,6 +82,14 @@ READ = [
         "",
     ),
     ("harmony", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>4", [], "4"),
+    (
+        "harmony",  # thinking and an answer that mention a call
+        "<|channel|>analysis<|message|>I write to=functions.g first<|end|><|start|>assistant<|channel|>commentary "
+        'to=functions.f <|constrain|>json<|message|>{"x": 1}<|call|>',
+        [("f", {"x": 1})],
+        "",
+    ),
+    ("harmony", "<|channel|>final<|message|>write to=functions.f", [], "write to=functions.f"),
     ("text", "1+2 is [1+2]", [("f", "1+2")], "1+2 is "),
     ("text", "[f: 1+2]", [("f", "1+2")], ""),
     ("text", "3.", [], "3."),
@@ -57,7 +98,7 @@ READ = [
 
 @pytest.mark.parametrize(("how", "text", "calls", "content"), READ)
 def test_calls_are_read(how: str, text: str, calls: list[tuple[str, Any]], content: str):
-    found = parsed(text, how, None, TOOLS)
+    found = parsed(text, how, None, [*TOOLS, TYPED] if how == "qwen3_coder" else TOOLS)
     assert found.unreadable is None
     assert [(one.name, one.arguments) for one in found.calls] == calls
     assert found.content == content
@@ -75,6 +116,7 @@ UNREADABLE = [
     ("mistral", "[TOOL_CALLS][]", "followed by no call"),
     ("mistral", "[TOOL_CALLS]f[ARGS]x", "the call is no JSON"),
     ("harmony", "<|channel|>commentary to=functions.f<|message|>x", "the call is no JSON"),
+    ("qwen3_coder", '<tool_call>{"name": "f"}</tool_call>', "a call is <function=NAME> with its parameters"),
 ]
 
 
@@ -96,6 +138,7 @@ def test_text_names_its_tool_when_there_are_two():
     ("template", "expected"),
     [
         ("{{ '<tool_call>' }}", "hermes"),
+        ("{{ '<tool_call><function=' }}{{ '<parameter=' }}", "qwen3_coder"),
         ("{{ '[TOOL_CALLS]' }}", "mistral"),
         ("{{ '<|channel|>' }}", "harmony"),
         ("{{ '<|python_tag|>' }}", "llama3"),

@@ -15,7 +15,7 @@ from opd.environments.acting import Limits, acted, cleaner_of
 from opd.environments.calculator import BITS, calculator
 from opd.environments.protocol import Call, Environment, Observation, Turn
 from opd.environments.python_tool import PythonTool
-from opd.environments.tools import Tools, tools_of
+from opd.environments.tools import Tools, as_text, tools_of
 from opd.errors import ConfigError
 from opd.types import Prompt
 
@@ -258,3 +258,37 @@ def test_schemas_are_those_of_transformers():
     (schema,) = tools_of(["calculator"], {}, "stage").tools
     assert schema["function"]["name"] == "calculator"
     assert schema["function"]["parameters"]["required"] == ["expression"]
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("waits", "is a coroutine or a generator, and a call of it gives no answer"),
+        ("Waits", "is a coroutine or a generator"),
+        ("yields", "is a coroutine or a generator"),
+        ("any_number", "has the parameter `*texts`, and a call gives each argument by its name"),
+        ("any_name", "has the parameter `**texts`"),
+        ("by_place", "has the parameter `text, /`"),
+        ("paints", "`colours` is the enum Colour, of which a call gives the value, a text. Give `typing.Literal`"),
+    ],
+)
+def test_tool_that_no_call_can_reach_is_refused(name: str, why: str):
+    """Each passed, and every call of it failed, or gave the text of an object."""
+    with pytest.raises(ConfigError) as error:
+        tools_of([f"bad_tools:{name}"], {}, "stage 'x'")
+    assert f"stage 'x': the tool bad_tools:{name}" in str(error.value)
+    assert why in str(error.value)
+    assert ".." not in str(error.value)
+
+
+def test_enum_of_texts_is_a_text():
+    assert called("bad_tools:measures", call=Call(name="measures", arguments={"size": "small"})).texts == ("small",)
+
+
+def test_answers_are_the_same_in_every_run():
+    """An address and the order of a set differ from run to run, and so would what the student reads."""
+    (said,) = called("bad_tools:returns_address").texts
+    assert said == "error: TypeError: the tool returned a list, which has no text"
+    assert called("bad_tools:returns_set").texts == ('["a"]',)
+    assert as_text({"b", "a", "c"}) == '["a", "b", "c"]'
+    assert as_text({1, 2}) == "[1, 2]"

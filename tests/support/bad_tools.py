@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import time
+from enum import Enum, StrEnum
 from typing import Any
 
 from opd.environments.protocol import Begun, Environment, Observation, Seed, Turn
@@ -117,6 +118,135 @@ def no_types(text):
     return text
 
 
+async def waits(text: str) -> str:
+    """Is awaited.
+
+    Args:
+        text: Any.
+    """
+    return text
+
+
+def yields(text: str) -> Any:
+    """Yields.
+
+    Args:
+        text: Any.
+    """
+    yield text
+
+
+class Waits:
+    """Is awaited."""
+
+    async def __call__(self, text: str) -> str:
+        """Is awaited.
+
+        Args:
+            text: Any.
+        """
+        return text
+
+
+def any_number(*texts: str) -> str:
+    """Takes any number.
+
+    Args:
+        texts: Any.
+    """
+    return "".join(texts)
+
+
+def any_name(**texts: str) -> str:
+    """Takes any name.
+
+    Args:
+        texts: Any.
+    """
+    return "".join(texts)
+
+
+def by_place(text: str, /) -> str:
+    """Takes a text by its place.
+
+    Args:
+        text: Any.
+    """
+    return text
+
+
+def adds(a: int, b: int) -> int:
+    """Adds.
+
+    Args:
+        a: One.
+        b: The other.
+    """
+    return a + b
+
+
+class Adds:
+    """Adds."""
+
+    def __call__(self, a: int, b: int) -> int:
+        """Adds.
+
+        Args:
+            a: One.
+            b: The other.
+        """
+        return a + b
+
+
+def now() -> str:
+    """Says the time."""
+    return "12:00"
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Size(StrEnum):
+    SMALL = "small"
+
+
+def paints(colours: list[Colour]) -> str:
+    """Paints.
+
+    Args:
+        colours: Some.
+    """
+    return colours[0].value
+
+
+def measures(size: Size) -> str:
+    """Measures.
+
+    Args:
+        size: One.
+    """
+    return size
+
+
+def returns_address(text: str) -> Any:
+    """Returns objects that have no text of their own.
+
+    Args:
+        text: Any.
+    """
+    return [object()]
+
+
+def returns_set(text: str) -> Any:
+    """Returns a set.
+
+    Args:
+        text: Any.
+    """
+    return {*text}
+
+
 class Counter:
     """Each conversation has its own."""
 
@@ -155,6 +285,26 @@ def gives_nan() -> Any:
 
 def says_bytes() -> Any:
     return NoAnswer(Observation(text=b"1"))  # type: ignore[arg-type]
+
+
+class Deferred(Environment):
+    """Is awaited."""
+
+    async def act(self, state: Any, turn: Turn) -> Observation:  # type: ignore[override]
+        return Observation(done=True)
+
+
+def deferred() -> Any:
+    return Deferred()
+
+
+class BeginsWithState(NoAnswer):
+    def begin(self, prompt: Prompt, *, seed: Seed) -> Any:
+        return {"number": 3}
+
+
+def begins_with_state() -> Any:
+    return BeginsWithState("")
 
 
 def no_environment() -> Any:

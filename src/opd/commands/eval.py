@@ -31,7 +31,7 @@ from opd.rewards.base import check_readable, unfit_to_measure, unscored_answers,
 from opd.rewards.registry import reward_of
 from opd.runs.measured import Reads, check_measured
 from opd.teachers.local import local_teacher
-from opd.types import Prompt, Reward, Sampling, TeacherRule
+from opd.types import Prompt, Reward, Rollout, Sampling, TeacherRule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,9 +265,10 @@ def add(
                 "prompt": one.prompt.content,
                 "target": one.prompt.answer,
                 "response": one.text,
-                "tokens": len(one.response_ids),
+                "tokens": len(one.own_ids),
                 "finished": one.finished,
                 "metrics": {} if one.reward is None else {"reward": one.reward},
+                **({} if one.talk is None else {"turns": turns_of(one, lm.tokenizer)}),
             }
             for one in rollouts
         )
@@ -277,6 +278,21 @@ def add(
         assert scorer is not None
         divergences = exact_divergence(lm, scorer, compared, same_prompt(), micro_batch_tokens=tokens)
         found.metrics.update({f"{label}{name}": value for name, value in divergences.items()})
+
+
+def turns_of(rollout: Rollout, tokenizer: Any) -> list[dict[str, Any]]:
+    """The turns of a conversation: the texts that the environment and the student wrote, the reward, failed calls."""
+    assert rollout.talk is not None
+    by_turn = zip(rollout.talk.turn_rewards, rollout.talk.turn_errors, strict=True)
+
+    def text(turn: int, *, heard: bool) -> str:
+        assert rollout.talk is not None
+        return tokenizer.decode(rollout.response_ids[(rollout.turn == turn) & (rollout.talk.heard == heard)].tolist())
+
+    return [
+        {"environment": text(i, heard=True), "student": text(i, heard=False), "reward": reward, "errors": errors}
+        for i, (reward, errors) in enumerate(by_turn)
+    ]
 
 
 def output(found: Evaluated, model: str, *, as_json: bool, responses: str | None) -> list[str]:

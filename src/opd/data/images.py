@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import mimetypes
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from opd.data.files import ending_of
-from opd.errors import ConfigError, DataError
-from opd.files import encoded_image, expanded
+from opd.errors import DataError
+from opd.files import encoded_image, expanded, in_rgb, opened_image
 from opd.messages import IMAGE, as_parts
 from opd.plugins import packaged
 from opd.types import Image, Message, Prompt
 
+IN_PART = ("image", "path", "url", "base64")  # keys of a part that hold its image, of which addresses are refused
+LONGEST = 4096  # characters of a path
 FIRST = f"have images without a place in the text, so these come first (a part of type 'image', or {IMAGE}, is a place)"
 
 
@@ -94,7 +95,7 @@ def taken(prompt: Prompt, where: str, folder: Path) -> Prompt:
         for part in said:
             if part.get("type") == "image":
                 places += 1
-                own += [part[key] for key in ("image", "path") if part.get(key) is not None][:1]
+                own += [part[key] for key in IN_PART if part.get(key) is not None][:1]
                 part = {"type": "image"}
             shown.append(part)
         messages.append({**message, "content": shown})
@@ -115,12 +116,9 @@ def _image(value: Any, where: str, folder: Path) -> Image:
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     picture: Any = value
     if hasattr(picture, "save") and hasattr(picture, "convert"):  # of PIL
-        return encoded_image(picture.convert("RGB"), "a PIL image")
+        return encoded_image(in_rgb(picture, f"{where}: a PIL image"), "a PIL image")
     if isinstance(value, (bytes, bytearray)):
-        content = bytes(value)
-        return _checked(
-            Image(name="bytes", digest=hashlib.sha256(content).hexdigest(), content=content), content, where
-        )
+        return _readable(Image(name="bytes", digest=hashlib.sha256(value).hexdigest(), content=bytes(value)), where)
     if not isinstance(value, (str, Path)):
         raise DataError(
             f"{where} is a {type(value).__name__}, got {value!r:.60}. Give a path, the bytes of a file, or a PIL image."
@@ -129,26 +127,25 @@ def _image(value: Any, where: str, folder: Path) -> Image:
         raise DataError(
             f"{where} is the address {str(value)[:60]!r}, and opd reads files. Download it, and give its path."
         )
-    path = folder / expanded(value)
-    if not path.is_file():
-        raise DataError(f"{where}: {path} does not exist. Paths of images are relative to the data's file: correct it.")
-    content = path.read_bytes()
-    return _checked(Image(name=str(value), digest=hashlib.sha256(content).hexdigest(), path=path), content, where)
-
-
-def _checked(image: Image, content: bytes, where: str) -> Image:
-    """The image, whose header pillow has read: a row with a damaged file is named before anything runs."""
-    try:
-        from PIL import Image as Pillow
-    except ImportError as error:
-        raise ConfigError(f"{where}: images need pillow: pip install 'opd[vision]'.") from error
-    try:
-        Pillow.open(io.BytesIO(content)).close()
-    except Exception as error:  # of a damaged file pillow raises any type
+    if len(str(value)) > LONGEST:
         raise DataError(
-            f"{where}: {image.name} is not a readable image ({' '.join(str(error).split()):.120}). Give a PNG, a JPEG "
-            "or another format of pillow."
+            f"{where} is a text of {len(str(value))} characters, {str(value)[:40]!r}..., and no path is as long. Give "
+            "a path, or bytes in Parquet; base64 is not read."
+        )
+    path = folder / expanded(value)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise DataError(
+            f"{where}: {path} {why}. Paths of images are relative to the data's file: correct it."
         ) from error
+    return _readable(Image(name=str(value), digest=hashlib.sha256(content).hexdigest(), path=path), where)
+
+
+def _readable(image: Image, where: str) -> Image:
+    """The image, decoded once: a row with a damaged file is named before anything runs. Raises DataError."""
+    opened_image(image, where)
     return image
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from opd.environments.protocol import Environment, Observation, Turn
+from opd.environments.protocol import Begun, Environment, Observation, Turn
 from opd.errors import DataError
 from opd.messages import visible
 from opd.plugins import RAISED
@@ -88,11 +88,14 @@ def failed(turn: Turn, why: str, kind: str, limits: Limits) -> Observation:
     return Observation(text=text, texts=each, role="tool" if turn.calls else "user", counts={kind: 1})
 
 
-def begun(environment: Environment, prompt: Prompt, seed: Any) -> Any:
+def begun(environment: Environment, prompt: Prompt, seed: Any) -> Begun:
     """The beginning of a conversation. Raises DataError if the environment cannot begin it."""
     try:
         with Printed():
-            return called(lambda: environment.begin(prompt, seed=seed), None)
+            found: Any = called(lambda: environment.begin(prompt, seed=seed), None)
+        if not isinstance(found, Begun):
+            raise TypeError(f"`begin` returned a {type(found).__name__}, not a Begun")
+        return found
     except RAISED as error:
         raise DataError(
             f"The environment {environment.name!r} cannot begin prompt {prompt.id}: {type(error).__name__}: {error}. "

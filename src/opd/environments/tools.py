@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from enum import Enum
+from typing import Any, get_args, get_type_hints
 
 from opd.environments.calculator import calculator
 from opd.environments.formats import name_of
 from opd.environments.protocol import Begun, Call, Environment, Observation, Seed, Turn
 from opd.environments.python_tool import PythonTool
 from opd.errors import ConfigError, OPDError, nearest
-from opd.plugins import RAISED, import_function
+from opd.plugins import RAISED, import_function, is_deferred
 from opd.types import Prompt
 
 # By name. A class is made anew for each conversation; its `__call__` is the tool.
 TOOLS: dict[str, Callable[..., Any]] = {"calculator": calculator, "python": PythonTool}
+ADDRESS = re.compile(r"<[^<>]* at 0x[0-9a-fA-F]+>")  # in the text that Python gives an object without one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,15 +80,23 @@ class Tools(Environment):
 
 
 def as_text(value: Any) -> str:
-    """What a tool returned as a text: JSON, where it is none."""
+    """What a tool returned as a text: JSON, where it is none.
+
+    Raises TypeError for an object whose text is its address in memory, which differs from run to run.
+    """
     if isinstance(value, str):
         return value
     if isinstance(value, bytes):
         return value.decode(errors="replace")
+    if isinstance(value, (set, frozenset)):  # whose order differs from run to run
+        value = sorted(value, key=repr)
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError):
-        return str(value)
+        text = str(value)
+    if ADDRESS.search(text):
+        raise TypeError(f"the tool returned a {type(value).__name__}, which has no text")
+    return text
 
 
 def tools_of(
@@ -151,7 +162,48 @@ def schema_of(tool: Callable[..., Any], what: str) -> dict[str, Any]:
         schema = get_json_schema(function)
     except Exception as error:  # of a docstring or a type that it cannot read, transformers raises any type
         raise ConfigError(
-            f"{what} has no JSON schema: {' '.join(str(error).split())}. A tool has typed parameters, and a docstring "
-            "with a line for each below `Args:`."
+            f"{what} has no JSON schema: {' '.join(str(error).split()).rstrip('.')}. A tool has typed parameters, and "
+            "a docstring with a line for each below `Args:`."
         ) from error
+    _check_called_by_name(function, what)
     return {**schema, "function": {**schema["function"], "name": tool.__name__}}
+
+
+def _check_called_by_name(function: Callable[..., Any], what: str) -> None:
+    """Refuse a function that no call of JSON arguments by name can be made of. Raises ConfigError."""
+    if is_deferred(function):
+        raise ConfigError(
+            f"{what} is a coroutine or a generator, and a call of it gives no answer. Give a plain function: it may "
+            "call asyncio.run, and with `environment.workers` several calls run at once."
+        )
+    forms = {"VAR_POSITIONAL": "*{}", "VAR_KEYWORD": "**{}", "POSITIONAL_ONLY": "{}, /"}
+    for name, one in inspect.signature(function).parameters.items():
+        if one.kind.name in forms and name != "self":
+            raise ConfigError(
+                f"{what} has the parameter `{forms[one.kind.name].format(name)}`, and a call gives each argument by "
+                "its name. Name its parameters: a list takes several values."
+            )
+    for name, hint in get_type_hints(function).items():
+        if name != "return" and (made := _enum_in(hint)) is not None:
+            raise ConfigError(
+                f"{what}: `{name}` is the enum {made.__name__}, of which a call gives the value, a text. Give "
+                "`typing.Literal` of the values."
+            )
+
+
+def _enum_in(hint: Any) -> type[Enum] | None:
+    """An enum in a type hint whose members are no texts or numbers themselves."""
+    if inspect.isclass(hint) and issubclass(hint, Enum) and not issubclass(hint, (str, int)):
+        return hint
+    return next((found for one in get_args(hint) if (found := _enum_in(one)) is not None), None)
+
+
+def unfit_for_text(environment: Environment) -> str | None:
+    """Which of the environment's tools cannot be called with one text, as in a prompt without a template, and why."""
+    for name, tool in environment.made.items() if isinstance(environment, Tools) else ():
+        given = (None, "") if inspect.isclass(tool) else ("",)  # of a class `__call__`, whose first is `self`
+        try:
+            inspect.signature(tool.__call__ if inspect.isclass(tool) else tool).bind(*given)
+        except TypeError as error:
+            return f"the tool {name!r} takes no such call ({error})"
+    return None

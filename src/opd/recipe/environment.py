@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -17,7 +18,7 @@ class EnvironmentSection(Section):
     tools: list[Text] = []  # of `tools`: calculator, python, or my_package.mine:function
     options: dict[str, Any] = {}  # of the environment; of `tools` by tool
     # How the model writes a call; auto: as its chat template does. See `opd.environments.formats`.
-    format: Literal["auto", "hermes", "llama3", "mistral", "harmony", "text"] = "auto"
+    format: Literal["auto", "hermes", "qwen3_coder", "llama3", "mistral", "harmony", "text"] = "auto"
     max_turns: Int = Field(default=8, ge=1)  # of the student
     max_turn_length: Int | None = Field(default=None, ge=1)  # tokens of a turn; default: what is left of the response
     timeout_s: Float = Field(default=10.0, gt=0)  # seconds per action; one that takes longer is an error, and counted
@@ -29,9 +30,11 @@ class EnvironmentSection(Section):
     rewritten: Literal["refuse", "keep"] = "refuse"
 
     @model_validator(mode="after")
-    def _tools_of_tools(self) -> EnvironmentSection:
+    def _fits(self) -> EnvironmentSection:
         if self.tools and self.name != "tools":
             raise ValueError(f"`tools` is of `name: tools`, and {self.name} does not read it: leave it out")
         if not self.tools and self.name == "tools":
             raise ValueError("it names no tool: set `tools`, e.g. [calculator], or the `name` of another environment")
+        if unknown := sorted({*re.findall(r"\{\w+\}", self.error)} - {"{why}"}):
+            raise ValueError(f"`error` holds {unknown[0]}, and only {{why}} is filled in")
         return self

@@ -19,6 +19,7 @@ _EXAMPLES = {  # the shortest section, for a message about a plain value in its 
     "DataSection": "{{path: {}}}",
     "ModelSpec": "{{path: {}}}",
     "JudgeSection": "{{url: http://localhost:8000/v1, model: NAME}}",
+    "EnvironmentSection": "{{name: {}}}, or {{tools: [calculator]}}",
     "Lora": "{{rank: 16}}, or null for full weights",
 }
 
@@ -50,7 +51,8 @@ def explain(
             # Do not print a section that its own check refuses: it may hold secrets.
             own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
             got = "" if own else f" (got {one['input']!r:.80})"
-            line = f"`{path}`: {one['msg']}{got}"
+            named = _reference(one["input"]) if one["type"] == "string_type" else None
+            line = f"`{path}`: {one['msg']}{got}" + (f". Write {named}" if named else "")
         where = source.where(one["loc"])
         lines.append(f"{where}: {line}" if where else line)
     return f"{source.name} is not valid:\n  " + "\n  ".join(lines)
@@ -90,7 +92,7 @@ def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:
     example = _EXAMPLES.get(section.__name__)
     if example is None:
         return f"{line}. Its keys: {', '.join(section.model_fields)}"
-    return f"{line}. Write {example.format(got if isinstance(got, str) else '...')}"
+    return f"{line}. Write {example.format(got if isinstance(got, str) else _reference(got) or '...')}"
 
 
 def _section_at(loc: Sequence[int | str], top: type[BaseModel]) -> type[BaseModel] | None:
@@ -114,3 +116,11 @@ def _first_section(annotation: Any) -> Any:
         sections = [a for a in options if isinstance(a, type) and issubclass(a, BaseModel)]
         return sections[0] if sections else options[0]
     return annotation
+
+
+def _reference(value: Any) -> str | None:
+    """How a recipe names a function or class of the user, `my_module:NAME`; None for another value."""
+    name, module = getattr(value, "__qualname__", None), getattr(value, "__module__", None)
+    if not callable(value) or name is None or module is None:
+        return None
+    return f"{module}:{name}" if name.isidentifier() else "my_module:NAME, a function at the top of its file"

@@ -84,11 +84,15 @@ def _described(images: Sequence[Image], sizes: Mapping[str, tuple[Any, Any]]) ->
 
 
 def _size(image: Image) -> tuple[int | None, int | None]:
-    """Width and height in pixels, from the header of its file."""
+    """Width and height in pixels, upright, from the header of its file."""
     try:
+        from PIL import ExifTags
         from PIL import Image as Pillow
 
         with Pillow.open(image.path or io.BytesIO(image.content or b"")) as opened:
-            return opened.size
+            lies = False
+            with contextlib.suppress(OSError):  # of a PNG this reads all of the file, which may be damaged
+                lies = opened.getexif().get(ExifTags.Base.Orientation, 1) >= 5  # turned by a quarter
+            return (opened.height, opened.width) if lies else (opened.width, opened.height)
     except (ImportError, OSError):
         return None, None

@@ -56,12 +56,13 @@ def held_out_table(spec: StageSpec, rows: Sequence[Mapping[str, Any]], lines: Se
         table.add_column(name, justify="right")
     for sampling in spec.evaluate.sampling:
         rows_here = [
-            ("reward", "reward", True),
+            ("reward", "reward", _is_share(columns, f"eval/{sampling}/reward")),
             *ROWS,
             *((f"pass@{k}", f"pass@{k}", True) for k in spec.evaluate.pass_at),
         ]
         for key, label, share in rows_here:
-            _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share)
+            digits = 2 if key == "reward" else 1
+            _add(table, columns, f"eval/{sampling}/{key}", f"{sampling}: {label}", share=share, digits=digits)
         table.add_section()
     for key in ("reverse_kl", "forward_kl"):
         _add(table, columns, f"eval/{key}", f"{key}, nats per token", digits=3)
@@ -105,8 +106,15 @@ def _cell(column: Mapping[str, float], key: str, share: bool, digits: int) -> st
         return ""
     text = f"{column[key]:.0%}" if share else f"{column[key]:.{digits}f}"
     if f"{key}_low" in column:
-        text += f" [{column[f'{key}_low']:.0%}, {column[f'{key}_high']:.0%}]"
+        ends = [column[f"{key}_{end}"] for end in ("low", "high")]
+        text += " [{}, {}]".format(*(f"{end:.0%}" if share else f"{end:.{digits}f}" for end in ends))
     return text
+
+
+def _is_share(columns: Mapping[str, Mapping[str, float]], key: str) -> bool:
+    """Whether a reward is shown in per cent: all means and intervals lie between 0 and 1."""
+    found = [column[one] for column in columns.values() for one in (key, f"{key}_low", f"{key}_high") if one in column]
+    return all(0 <= value <= 1 for value in found)
 
 
 def _print_responses(
