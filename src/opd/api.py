@@ -92,6 +92,7 @@ def distill(
     """
     if quiet:
         quiet_libraries()
+    _check_kinds(method, options=options, lora=lora, columns=columns)
     own_base = base is student and not isinstance(base, str | Path)  # its weights without the adapter
     teachers = _several(teacher, teacher_tokenizer or tokenizer)
     specs, models, scorers = _models((student, tokenizer), teachers | {"base": (None if own_base else base, tokenizer)})
@@ -104,11 +105,27 @@ def distill(
     described = _stage("+".join(teachers) or None, named_base, sampler, method, options)
     described |= {"data": data, "reward": section, "steps": steps, **stage}
     whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
-    whole["report_to"] = report_to if isinstance(report_to, str) else list(report_to)
+    whole["report_to"] = list(report_to) if isinstance(report_to, tuple) else report_to
     recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, teachers=scorers)
     return _start(recipe, given if isinstance(sampler, str) else replace(given, sampler=sampler), quiet, accept_changes)
+
+
+def _check_kinds(method: Any, **mappings: Any) -> None:
+    """Raise ConfigError for a method that is none, and for a value in place of a mapping."""
+    if not callable(method) and not isinstance(method, str | Method):
+        raise ConfigError(
+            f"The `method` of opd.distill is {method!r:.80} ({type(method).__name__}). Give a name (`opd methods` "
+            "lists them), a Method, or a function that returns one."
+        )
+    for name, value in mappings.items():
+        if value is not None and not isinstance(value, Mapping):
+            example = {"lora": "{'rank': 16}", "options": "{'k': 20}"}.get(name, "{'prompt': 'question'}")
+            raise ConfigError(
+                f"`{name}` of opd.distill is {value!r:.80} ({type(value).__name__}), but must be a mapping, such as "
+                f"{example}."
+            )
 
 
 def _stage(teacher: str | None, base: str | None, sampler: Any, method: Any, options: Any) -> dict[str, Any]:
