@@ -104,8 +104,7 @@ def distill(
     named_base = "student" if own_base else "base" if "base" in specs else None
     described = _stage("+".join(teachers) or None, named_base, sampler, method, options)
     described |= {"data": data, "reward": section, "steps": steps, **stage}
-    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder())}
-    whole["report_to"] = list(report_to) if isinstance(report_to, tuple) else report_to
+    whole = {"name": "distill", "seed": seed, "output_dir": str(output_dir or _new_folder()), "report_to": report_to}
     recipe = parse_recipe({**whole, "models": specs, "stages": [described]}, source="distill(...)")
     made = None if isinstance(method, str) else method if isinstance(method, Method) else build(method, options or {})
     given = Given(models=models, prompts=rows, reports=reports, reward=given_reward, method=made, teachers=scorers)
