@@ -92,13 +92,13 @@ def distill(
     """
     if quiet:
         quiet_libraries()
-    _check_kinds(method, options=options, lora=lora, columns=columns)
+    _check_mappings("opd.distill", options=options, lora=lora, columns=columns)
     own_base = base is student and not isinstance(base, str | Path)  # its weights without the adapter
     teachers = _several(teacher, teacher_tokenizer or tokenizer)
     specs, models, scorers = _models((student, tokenizer), teachers | {"base": (None if own_base else base, tokenizer)})
     _settings(specs, models, lora, device)
     data, rows, reports = _data(
-        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
+        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns or {})
     )
     section, given_reward = _reward(reward)
     named_base = "student" if own_base else "base" if "base" in specs else None
@@ -111,24 +111,29 @@ def distill(
     return _start(recipe, given if isinstance(sampler, str) else replace(given, sampler=sampler), quiet, accept_changes)
 
 
-def _check_kinds(method: Any, **mappings: Any) -> None:
-    """Raise ConfigError for a method that is none, and for a value in place of a mapping."""
+def _check_method(method: Any) -> None:
+    """Raise ConfigError for what is no method."""
     if not callable(method) and not isinstance(method, str | Method):
         raise ConfigError(
             f"The `method` of opd.distill is {method!r:.80} ({type(method).__name__}). Give a name (`opd methods` "
             "lists them), a Method, or a function that returns one."
         )
+
+
+def _check_mappings(where: str, **mappings: Any) -> None:
+    """Raise ConfigError for another value than a mapping or None."""
     for name, value in mappings.items():
         if value is not None and not isinstance(value, Mapping):
             example = {"lora": "{'rank': 16}", "options": "{'k': 20}"}.get(name, "{'prompt': 'question'}")
             raise ConfigError(
-                f"`{name}` of opd.distill is {value!r:.80} ({type(value).__name__}), but must be a mapping, such as "
-                f"{example}."
+                f"`{name}` of {where} is {value!r:.80} ({type(value).__name__}), but must be a mapping, such "
+                f"as {example}."
             )
 
 
 def _stage(teacher: str | None, base: str | None, sampler: Any, method: Any, options: Any) -> dict[str, Any]:
-    """The recipe's stage, as far as it says who takes part and by which method."""
+    """The recipe's stage, as far as it says who takes part and by which method. Raises ConfigError for no method."""
+    _check_method(method)
     return {
         "name": "distill",
         "train": "student",
@@ -166,6 +171,7 @@ def evaluate(
     """
     if quiet:
         quiet_libraries()
+    _check_mappings("opd.evaluate", columns=columns)
     rule: Reward | None = None
     if isinstance(reward, str | Mapping):
         rule = reward_of(
@@ -174,7 +180,7 @@ def evaluate(
     elif reward is not None:
         rule = as_reward(reward, "The `reward` of opd.evaluate")
     data, rows, reports = _data(
-        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns)
+        prompts, chat=chat, last_assistant=last_assistant, assistant_turns=assistant_turns, columns=dict(columns or {})
     )
     needs = [] if rule is None else sorted(rule.needs)
     if rows is None:

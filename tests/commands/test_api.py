@@ -574,6 +574,12 @@ def test_evaluate_equals_the_command_on_a_file(work: Path):
         ({"reward": "exact"}, DataError, "needs `answer` in every row"),
         ({"device": "cpu"}, ConfigError, "model is a model object"),
         ({"sampling": {"k": 1}}, ConfigError, "unknown key `k`"),
+        (
+            {"sampling": "greedy"},
+            ConfigError,
+            "valid:\n  Input should be a valid dictionary (got 'greedy'). Its keys: ",
+        ),
+        ({"columns": ["a"]}, ConfigError, "`columns` of opd.evaluate is ['a'] (list), but must be a mapping"),
     ],
 )
 def test_evaluate_refuses_what_it_cannot_use(arguments: dict[str, Any], error: type[Exception], said: str):

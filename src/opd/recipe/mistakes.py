@@ -51,7 +51,7 @@ def explain(
             # Do not print a section that its own check refuses: it may hold secrets.
             own = one["type"] == "value_error" and isinstance(one["input"], Mapping)
             got = "" if own else f" (got {one['input']!r:.80})"
-            line = f"`{path}`: {one['msg']}{got}"
+            line = f"`{path}`: {one['msg']}{got}" if path else f"{one['msg']}{got}"
         where = source.where(one["loc"])
         lines.append(f"{where}: {line}" if where else line)
     return f"{source.name} is not valid:\n  " + "\n  ".join(_listed_once(lines))
@@ -96,7 +96,7 @@ def _hint(key: str, section: str) -> str:
 
 def _no_section(path: str, got: Any, section: type[BaseModel] | None) -> str:
     """The line about a plain value in place of a section."""
-    line = f"`{path}`: Input should be a valid dictionary (got {got!r:.80})"
+    line = f"{f'`{path}`: ' if path else ''}Input should be a valid dictionary (got {got!r:.80})"
     if section is None:
         return line
     example = _EXAMPLES.get(section.__name__)
