@@ -49,6 +49,12 @@ def test_load_run_reads_a_run_that_has_stopped(work: Path):
     with pytest.raises(RunError, match=r"stage 'distil' is not finished, so it has no model\. `opd train run/recipe"):
         _ = run.student
     assert sorted(path.name for path in Path("run").rglob("*")) == before
+    copied = shutil.copytree("run", "copied")  # whose recipe writes to `run`
+    with pytest.raises(RunError, match=r"`opd train copied/recipe\.yaml output_dir=copied` continues the run\."):
+        _ = opd.load_run(copied).student
+    ended = command("train", "copied/recipe.yaml", "output_dir=copied")
+    assert ended.code == 0, ended.err
+    assert opd.load_run("copied").student is not None
 
 
 def test_load_run_refuses_folder_without_recipe(work: Path):

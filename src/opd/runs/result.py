@@ -32,9 +32,11 @@ class Run:
             return self._given
         last = self.recipe.stages[-1].name
         if self._stage(last).done() is None:
+            # A copied or moved folder is not where its recipe writes.
+            here = self.recipe.folder.resolve() == self.folder.resolve()
+            command = f"opd train {self.folder / 'recipe.yaml'}{'' if here else f' output_dir={self.folder}'}"
             raise RunError(
-                f"{self.folder}: stage {last!r} is not finished, so it has no model. `opd train "
-                f"{self.folder / 'recipe.yaml'}` continues the run."
+                f"{self.folder}: stage {last!r} is not finished, so it has no model. `{command}` continues the run."
             )
         found = finished_student(self.recipe, Given(), RunDir(self.folder, False))
         return found.model, found.tokenizer
